@@ -1,0 +1,81 @@
+"""The surface on which everything that is not the loop hangs: logging, evaluation, checkpoints, garbage collection.
+
+The trainer calls each hook in the order given and knows none of them by name. A hook may keep state of its own, which
+is saved with every checkpoint under its `name`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from internlm.core.metrics import StepMetrics
+
+
+@dataclass
+class TrainState:
+    """The counters of a run; saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps taken or skipped so far (the `batch_count` of InternEvo).
+        num_consumed_samples: samples of all data ranks, the data cursor.
+        num_consumed_tokens: tokens of all data ranks, padding included.
+    """
+
+    step: int = 0
+    num_consumed_samples: int = 0
+    num_consumed_tokens: int = 0
+
+
+class RunningTrainer(Protocol):
+    """What a hook may use of the trainer."""
+
+    state: TrainState
+    total_steps: int
+    run_dir: Path
+    is_main_rank: bool
+    """True on the one rank that writes to the console, metrics files and TensorBoard."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Run every valid set on all its tokens; all ranks must call it. Returns `val/<set>_loss`, `_acc`, `_plex`."""
+
+    def save_checkpoint(self) -> Path:
+        """Write a complete checkpoint of this instant; all ranks must call it."""
+
+    def request_stop(self, reason: str) -> None:
+        """Leave the loop after this step, on all ranks; a final checkpoint is saved."""
+
+
+class Hook:
+    """Base of all hooks; every method does nothing. All ranks call all methods at the same points."""
+
+    name = "hook"
+
+    def on_fit_start(self, trainer: RunningTrainer) -> None:
+        """Called once, after a checkpoint was (or was not) loaded and before the first step."""
+
+    def on_step_start(self, trainer: RunningTrainer) -> None:
+        """Called before the batch of a step is loaded."""
+
+    def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+        """Called after the optimizer step. `trainer.state.step` already counts this step."""
+
+    def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
+        """Called after an evaluation; `results` maps `val/<set>_loss`, `_acc`, `_plex` to numbers."""
+
+    def on_checkpoint_saved(self, trainer: RunningTrainer, path: Path) -> None:
+        """Called after a checkpoint is complete."""
+
+    def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
+        """Called when an exception leaves the loop, before the process ends; must not raise."""
+
+    def on_fit_end(self, trainer: RunningTrainer) -> None:
+        """Called once when the loop is left, also on a stop request; not after an exception."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to save with a checkpoint (picklable without torch objects)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""

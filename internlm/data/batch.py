@@ -1,0 +1,83 @@
+"""What the data floor hands to the engine: plain tensors and the lengths that the host must know.
+
+Legend of shapes: M micro batches, B sequences, S tokens a sequence, P = packed length, n documents in a micro batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label of a token that contributes no loss."""
+
+
+@dataclass
+class MicroBatch:
+    """The tokens of one forward pass on one data rank.
+
+    Packed: tensors are `[1, P]` and `cu_seqlens` / `lengths` say where each document (attention segment) ends.
+    Unpacked: tensors are `[B, S]`, `cu_seqlens` and `lengths` are None, rows are padded on the right with label
+    `IGNORE_INDEX`; attention is plain causal within a row.
+
+    Attributes:
+        input_ids: int64 token ids, never negative.
+        labels: int64, the next token of the same document, or `IGNORE_INDEX`.
+        position_ids: int64, restart at 0 at each attention segment.
+        type_ids: int64, index into the dataset's `type_names`.
+        cu_seqlens: int32 `[n + 1]`, cumulative segment lengths from 0 to P; None when unpacked.
+        lengths: the same lengths as host integers, so that nothing waits for the device to learn them.
+        num_valid_tokens: labels that are not `IGNORE_INDEX`, counted on the host.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    type_ids: Tensor
+    cu_seqlens: Tensor | None
+    lengths: tuple[int, ...] | None
+    num_valid_tokens: int
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """A copy on `device` (asynchronous from pinned memory)."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return MicroBatch(
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            type_ids=self.type_ids.to(device, non_blocking=True),
+            cu_seqlens=move(self.cu_seqlens),
+            lengths=self.lengths,
+            num_valid_tokens=self.num_valid_tokens,
+        )
+
+
+@dataclass
+class Batch:
+    """One data rank's share of a global batch: what one optimizer step consumes on this rank.
+
+    Attributes:
+        micro_batches: M micro batches, M the same on every data rank.
+        num_samples: samples of the *global* batch (all data ranks); the data cursor advances by this.
+        sample_indices: global sample indices of this rank's micro batches, in order (for tests and for tracing a
+            loss spike back to its documents).
+    """
+
+    micro_batches: list[MicroBatch]
+    num_samples: int
+    sample_indices: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens on this rank, padding included."""
+        return sum(micro.input_ids.numel() for micro in self.micro_batches)
+
+    @property
+    def num_valid_tokens(self) -> int:
+        """Tokens on this rank that contribute loss."""
+        return sum(micro.num_valid_tokens for micro in self.micro_batches)
