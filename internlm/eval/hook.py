@@ -1,0 +1,24 @@
+"""When to evaluate. What an evaluation is belongs to the trainer and `internlm.eval.metrics`."""
+
+from __future__ import annotations
+
+from internlm.core.hooks import Hook, RunningTrainer
+from internlm.core.metrics import StepMetrics
+
+
+class EvaluationHook(Hook):
+    """Evaluates every `every` steps and after the last step of the run; 0 never evaluates.
+
+    A run that is asked to stop earlier is not evaluated: it may be about to be killed, and goes on later.
+    Place it before the checkpoint hook, so that a checkpoint's step has its evaluation on record.
+    """
+
+    name = "evaluation"
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+        step = trainer.state.step
+        if self.every > 0 and (step % self.every == 0 or step == trainer.total_steps):
+            trainer.evaluate()

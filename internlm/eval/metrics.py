@@ -1,0 +1,134 @@
+"""Loss and accuracy a data type, summed on the device over micro batches and data ranks.
+
+Owns the sums and the names of the results. Does not know how token losses are computed, nor of process groups: it is
+handed tensors, and a function that sums a tensor over the data ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from internlm.data.batch import IGNORE_INDEX
+from internlm.utils.errors import DataError
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the data ranks; the identity for one process."""
+
+
+class TokenSums:
+    """Sum of losses, number of correct tokens and number of valid tokens, for each data type.
+
+    The sums are float64 and stay on the device; nothing here waits for it.
+
+    Attributes:
+        values: float64 `[num_types, 3]`: loss sum, correct, valid.
+    """
+
+    def __init__(self, num_types: int, device: torch.device | str = "cpu") -> None:
+        # In float64 the order in which a GPU adds hardly matters: counts are exact and losses repeat to ~1e-16.
+        self.values = torch.zeros((num_types, 3), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, token_losses: Tensor, correct: Tensor, labels: Tensor, type_ids: Tensor) -> None:
+        """Add tokens; all arguments have the same number of elements T and any shape.
+
+        Args:
+            token_losses: float, natural-log cross entropy of each token; not read where the label is `IGNORE_INDEX`.
+            correct: bool, whether the likeliest token is the label.
+            labels: int64; tokens labelled `IGNORE_INDEX` do not count.
+            type_ids: int64 in `[0, num_types)`.
+        """
+        valid = labels.reshape(-1) != IGNORE_INDEX
+        # where, not a product: a masked token may have a loss of NaN, and NaN * 0 is NaN.
+        losses = torch.where(valid, token_losses.reshape(-1).double(), 0.0)
+        rows = torch.stack((losses, (correct.reshape(-1).bool() & valid).double(), valid.double()), dim=1)
+        self.values.index_add_(0, type_ids.reshape(-1), rows)
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self.values.zero_()
+
+
+class TypeMetrics:
+    """The metrics of a training step by data type.
+
+    Args:
+        type_names: index = type id, as in `MicroBatch.type_ids`.
+        device: that of the tensors given to `update`.
+    """
+
+    def __init__(self, type_names: Sequence[str], device: torch.device | str = "cpu") -> None:
+        self.type_names = tuple(type_names)
+        self.sums = TokenSums(len(self.type_names), device)
+
+    def update(self, token_losses: Tensor, correct: Tensor, labels: Tensor, type_ids: Tensor) -> None:
+        """Add the tokens of a micro batch; arguments as in `TokenSums.update`."""
+        self.sums.update(token_losses, correct, labels, type_ids)
+
+    def result(self, reduce: Reduce) -> dict[str, Tensor]:
+        """The metrics of all micro batches since the last call, over all data ranks; all ranks must call it.
+
+        Returns:
+            Scalar float64 tensors: "acc", "perplexity", "loss_from_metric" over all tokens, and "loss/<type>",
+            "acc/<type>", "tokens/<type>". Loss and accuracy of a type without valid tokens are NaN.
+        """
+        by_type = reduce(self.sums.values.clone())
+        self.sums.reset()
+        loss, correct, valid = by_type.sum(dim=0).unbind()
+        mean = loss / valid
+        result = {"acc": correct / valid, "perplexity": mean.exp(), "loss_from_metric": mean}
+        for name, (type_loss, type_correct, type_valid) in zip(self.type_names, by_type, strict=True):
+            result[f"loss/{name}"] = type_loss / type_valid
+            result[f"acc/{name}"] = type_correct / type_valid
+            result[f"tokens/{name}"] = type_valid
+        return result
+
+
+def evaluation_results(
+    set_name: str, sums: TokenSums, reduce: Reduce, type_names: Sequence[str] = ()
+) -> dict[str, float]:
+    """The results of one valid set over all its tokens; all ranks must call it. Waits for the device.
+
+    Args:
+        set_name: as it appears in the names.
+        sums: this rank's tokens of the set.
+        reduce: sums a tensor over the data ranks.
+        type_names: the set's types; with more than one of them present, each gets results of its own.
+
+    Returns:
+        `val/<set>_loss` (mean cross entropy a token), `val/<set>_acc`, `val/<set>_plex` (exp of the loss), and where
+        there are several types `val/<set>_loss/<type>` and `val/<set>_acc/<type>`.
+
+    Raises:
+        DataError: when no token of the set has a label.
+    """
+    by_type = reduce(sums.values.clone()).tolist()
+    loss, correct, valid = (sum(column) for column in zip(*by_type, strict=True))
+    if valid == 0:
+        raise DataError(
+            f"valid set '{set_name}': no token contributes loss; is its folder empty, or are all its tokens negative "
+            "(masked)? Mend it or remove it from valid_folder"
+        )
+    mean = loss / valid
+    results = {
+        f"val/{set_name}_loss": mean,
+        f"val/{set_name}_acc": correct / valid,
+        f"val/{set_name}_plex": _exp(mean),
+    }
+    if sum(row[2] > 0 for row in by_type) > 1:
+        for name, (type_loss, type_correct, type_valid) in zip(type_names, by_type, strict=True):
+            if type_valid > 0:
+                results[f"val/{set_name}_loss/{name}"] = type_loss / type_valid
+                results[f"val/{set_name}_acc/{name}"] = type_correct / type_valid
+    return results
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,128 @@
+"""`metrics.jsonl`: all numbers of a run, one JSON object a step.
+
+Owns the file and its format. The file is a function of the run, however often the run was interrupted: on a resume
+the lines after the resumed step are dropped before new ones are appended.
+
+A line holds the names of `StepNumbers.of`, and `val/...` where that step was evaluated. It is strict JSON, which has no
+NaN or infinity: such a value is null, and the line gets "nonfinite", a mapping of its name to "nan", "inf" or "-inf".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO
+
+from internlm.core.hooks import Hook, RunningTrainer
+from internlm.core.metrics import StepMetrics
+from internlm.monitor.step_numbers import StepNumbers
+from internlm.utils.logging import get_logger
+
+FILE_NAME = "metrics.jsonl"
+
+logger = get_logger(__name__)
+
+
+def to_json_line(numbers: dict[str, float | str]) -> str:
+    """One line of strict JSON without the line end; see the module for values that are not finite."""
+    line: dict[str, object] = {}
+    nonfinite = {}
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            nonfinite[name] = str(value)
+            line[name] = None
+        elif isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            # Counts that come from the device are floats there; 4096 reads better than 4096.0.
+            line[name] = int(value)
+        else:
+            line[name] = value
+    if nonfinite:
+        line["nonfinite"] = nonfinite
+    return json.dumps(line, allow_nan=False)
+
+
+def drop_lines_after(path: Path, step: int) -> int:
+    """Keep only the whole lines of steps up to `step`; returns how many lines went. The file is replaced in one go.
+
+    A line cut short by a kill is no whole line and goes too.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        replacement = path.with_suffix(".tmp")
+        replacement.write_bytes(b"".join(kept))
+        os.replace(replacement, path)
+    return len(lines) - len(kept)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class MetricsFileHook(Hook):
+    """Appends a line a step to `metrics.jsonl` in the run directory; only the main rank writes.
+
+    The line of a step is written when the next step starts, or sooner when a checkpoint is saved or the loop ends, so
+    that an evaluation of that step is on the same line. It is flushed at once.
+    """
+
+    name = "metrics_file"
+
+    def __init__(self, numbers: StepNumbers) -> None:
+        self.numbers = numbers
+        self._file: IO[str] | None = None
+        self._pending: dict[str, float | str] = {}
+
+    def on_fit_start(self, trainer: RunningTrainer) -> None:
+        if not trainer.is_main_rank:
+            return
+        path = trainer.run_dir / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            dropped = drop_lines_after(path, trainer.state.step)
+            if dropped:
+                logger.info(
+                    "%s: dropped %d lines after step %d, where this run starts", path, dropped, trainer.state.step
+                )
+        self._pending = {}
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_step_start(self, trainer: RunningTrainer) -> None:
+        self._flush()
+
+    def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+        if self._file is not None:
+            self._flush()
+            self._pending = self.numbers.of(metrics)
+
+    def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
+        if self._file is not None:
+            # An evaluation whose step is already on file gets a line of its own.
+            self._pending = {"step": trainer.state.step, **self._pending, **results}
+
+    def on_checkpoint_saved(self, trainer: RunningTrainer, path: Path) -> None:
+        # A run killed from here on resumes after this step, so its line has to be on file.
+        self._flush()
+
+    def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
+        self._close()
+
+    def on_fit_end(self, trainer: RunningTrainer) -> None:
+        self._close()
+
+    def _flush(self) -> None:
+        if self._file is not None and self._pending:
+            self._file.write(to_json_line(self._pending) + "\n")
+            self._file.flush()
+            self._pending = {}
+
+    def _close(self) -> None:
+        self._flush()
+        if self._file is not None:
+            self._file.close()
+            self._file = None

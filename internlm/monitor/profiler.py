@@ -1,0 +1,73 @@
+"""A trace of one step for `--profiling`. Owns when torch.profiler records and where the trace goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from internlm.core.hooks import Hook, RunningTrainer
+from internlm.core.metrics import StepMetrics
+from internlm.utils.logging import get_logger
+
+FOLDER = "traces"
+STEPS_NEEDED = 3
+
+logger = get_logger(__name__)
+
+
+class ProfilerHook(Hook):
+    """Records the third step of the loop on the main rank: one step is waited for, one warms the profiler up.
+
+    The result is a Chrome trace, `traces/step_<n>.json` in the run directory; it opens in https://ui.perfetto.dev.
+    """
+
+    name = "profiler"
+
+    def __init__(self) -> None:
+        self._profiler: profile | None = None
+        self._trace: Path | None = None
+
+    def on_fit_start(self, trainer: RunningTrainer) -> None:
+        if not trainer.is_main_rank:
+            return
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self._trace = trainer.run_dir / FOLDER / f"step_{trainer.state.step + STEPS_NEEDED}.json"
+        self._profiler = profile(
+            activities=activities,
+            schedule=schedule(wait=1, warmup=1, active=1, repeat=1),
+            on_trace_ready=self._export,
+            record_shapes=True,
+        )
+        self._profiler.start()
+
+    def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+        if self._profiler is not None:
+            self._profiler.step()
+            if self._trace is None:
+                self._stop()
+
+    def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
+        self._stop()
+
+    def on_fit_end(self, trainer: RunningTrainer) -> None:
+        if self._trace is not None:
+            logger.warning("--profiling: no trace was written, a run of at least %d steps is needed", STEPS_NEEDED)
+        self._stop()
+
+    def _export(self, profiler: profile) -> None:
+        if self._trace is None:
+            return  # the loop was left in the middle of the recorded step
+        self._trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self._trace))
+        logger.info("wrote the profile of one step to %s", self._trace)
+        self._trace = None
+
+    def _stop(self) -> None:
+        if self._profiler is not None:
+            profiler, self._profiler = self._profiler, None
+            self._trace = None
+            profiler.stop()

@@ -1,0 +1,150 @@
+"""The numbers of a step as everything that shows or stores them names them.
+
+Owns the throughput (tokens per second, FLOP/s, MFU) and the one wait for the device a step: all sinks (console, file,
+TensorBoard) share one `StepNumbers`. Knows nothing of where the numbers go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from internlm.core.metrics import StepMetrics
+from internlm.monitor.flops import Convention
+
+AVERAGE_WINDOW = 50
+"""Steps of the simple moving average and of the longest sliding window."""
+
+
+@dataclass(frozen=True)
+class FlopsModel:
+    """What turns tokens per second into TFLOP/s and MFU.
+
+    Attributes:
+        full: FLOPs of a token, forward and backward, with the full square of attention scores.
+        causal: the same with half of it.
+        peak: FLOP/s of the device's datasheet; None where unknown, and then there is no MFU.
+        convention: which of the two `tflops` and `mfu` mean.
+    """
+
+    full: float
+    causal: float
+    peak: float | None = None
+    convention: Convention = "causal"
+
+
+class Throughput:
+    """Tokens per second of one rank, from the token counts and wall times that the host knows.
+
+    All of them count padding. They start at zero when a run is resumed: they speak of this process.
+    """
+
+    def __init__(self, world_size: int = 1, flops: FlopsModel | None = None) -> None:
+        self.world_size = world_size
+        self.flops = flops
+        self._recent: deque[tuple[float, float]] = deque(maxlen=AVERAGE_WINDOW)
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._sum_of_rates = 0.0
+        self._steps = 0
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        """Count a step: tokens of the whole world (padding included) and its wall time in seconds."""
+        tokens = num_tokens / self.world_size
+        self._recent.append((tokens, seconds))
+        self._tokens += tokens
+        self._seconds += seconds
+        self._sum_of_rates += _rate(tokens, seconds)
+        self._steps += 1
+
+    def seconds_per_step(self) -> float:
+        """Mean wall time of the last steps (at most `AVERAGE_WINDOW`); NaN before the first one."""
+        return sum(seconds for _, seconds in self._recent) / len(self._recent) if self._recent else math.nan
+
+    def numbers(self) -> dict[str, float | str]:
+        """Rates after at least one `add`, all per rank.
+
+        tgs, tgs/last_tgs_1: tokens per second of the last step. tgs/last_tgs_10, tgs/last_tgs_50: tokens of the last 10
+        or 50 steps over their time. tgs/tgs_SMA: mean of the tgs of the last 50 steps. tgs/tgs_all: all tokens over all
+        time. tgs/tgs_avg: mean of the tgs of all steps. tflops and mfu (a fraction) are of the last step, in the
+        convention that `mfu_convention` spells out; tflops_<other> and mfu_<other> are the same in the other one.
+        """
+        rates = [_rate(tokens, seconds) for tokens, seconds in self._recent]
+        tgs = rates[-1]
+        numbers: dict[str, float | str] = {
+            "tgs": tgs,
+            "tgs/last_tgs_1": tgs,
+            "tgs/last_tgs_10": self._window_rate(10),
+            "tgs/last_tgs_50": self._window_rate(AVERAGE_WINDOW),
+            "tgs/tgs_SMA": sum(rates) / len(rates),
+            "tgs/tgs_all": _rate(self._tokens, self._seconds),
+            "tgs/tgs_avg": self._sum_of_rates / self._steps,
+        }
+        if self.flops is not None:
+            numbers.update(self._flops_numbers(tgs, self.flops))
+        return numbers
+
+    def _window_rate(self, num_steps: int) -> float:
+        window = list(self._recent)[-num_steps:]
+        return _rate(sum(tokens for tokens, _ in window), sum(seconds for _, seconds in window))
+
+    @staticmethod
+    def _flops_numbers(tgs: float, flops: FlopsModel) -> dict[str, float | str]:
+        other: Convention = "full" if flops.convention == "causal" else "causal"
+        numbers: dict[str, float | str] = {}
+        for suffix, convention in (("", flops.convention), (f"_{other}", other)):
+            achieved = tgs * (flops.full if convention == "full" else flops.causal)
+            numbers[f"tflops{suffix}"] = achieved / 1e12
+            if flops.peak is not None:
+                numbers[f"mfu{suffix}"] = achieved / flops.peak
+        peak = "no datasheet peak known" if flops.peak is None else f"peak {flops.peak / 1e12:g} TFLOP/s"
+        numbers["mfu_convention"] = f"{flops.convention} attention, no recomputation, {peak}"
+        return numbers
+
+
+class StepNumbers:
+    """`StepMetrics` and `Throughput` as one flat mapping, made once a step however many sinks ask.
+
+    A sink that does not show a step calls `count`, which costs nothing, so that the throughput misses no step.
+    """
+
+    def __init__(self, throughput: Throughput | None = None) -> None:
+        self.throughput = throughput or Throughput()
+        self._counted: StepMetrics | None = None
+        self._cached: StepMetrics | None = None
+        self._cache: dict[str, float | str] = {}
+
+    def count(self, metrics: StepMetrics) -> None:
+        """Take note of a step without waiting for the device; a second call for the same step does nothing."""
+        if metrics is self._counted:
+            return
+        self._counted = metrics
+        self.throughput.add(metrics.num_tokens, metrics.seconds.get("total", math.nan))
+
+    def of(self, metrics: StepMetrics) -> dict[str, float | str]:
+        """All numbers of a step; the first call waits for the device.
+
+        Those of `StepMetrics.numbers()` (with "fwd_bwd_time" for the phase "forward_backward") and of
+        `Throughput.numbers()`, and real_tgs, the tokens per second and rank that contribute loss. The loss and accuracy
+        of a data type of which the global batch had no token are left out.
+        """
+        self.count(metrics)
+        if metrics is self._cached:
+            return dict(self._cache)
+        numbers: dict[str, float | str] = dict(metrics.numbers())
+        if "forward_backward_time" in numbers:
+            numbers["fwd_bwd_time"] = numbers.pop("forward_backward_time")
+        for name in [name for name in numbers if name.startswith("tokens/") and numbers[name] == 0]:
+            data_type = name.removeprefix("tokens/")
+            numbers.pop(f"loss/{data_type}", None)
+            numbers.pop(f"acc/{data_type}", None)
+        seconds = metrics.seconds.get("total", math.nan)
+        numbers["real_tgs"] = _rate(float(numbers["valid_tokens"]) / self.throughput.world_size, seconds)
+        numbers.update(self.throughput.numbers())
+        self._cached, self._cache = metrics, numbers
+        return dict(numbers)
+
+
+def _rate(tokens: float, seconds: float) -> float:
+    return tokens / seconds if seconds > 0 else math.nan

@@ -1,0 +1,91 @@
+"""The numbers of a run as TensorBoard scalars. Owns the event folder; tensorboard is optional."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from internlm.core.hooks import Hook, RunningTrainer
+from internlm.core.metrics import StepMetrics
+from internlm.monitor.step_numbers import StepNumbers
+from internlm.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+DEFAULT_FOLDER = "tensorboards"
+
+logger = get_logger(__name__)
+
+
+class TensorBoardHook(Hook):
+    """Writes every number of every step; only the main rank writes.
+
+    When a run starts at a later step than 0, points that an earlier process wrote after that step are purged.
+
+    Args:
+        numbers: shared with the other sinks.
+        folder: where a new run writes; None is `tensorboards` in the run directory.
+        resume_folder: a folder of an earlier run to continue; it wins over `folder`.
+        queue_max_length: points kept in memory before they are written; 1 shows each at once.
+    """
+
+    name = "tensorboard"
+
+    def __init__(
+        self,
+        numbers: StepNumbers,
+        folder: Path | None = None,
+        resume_folder: Path | None = None,
+        queue_max_length: int = 1,
+    ) -> None:
+        self.numbers = numbers
+        self.folder = resume_folder or folder
+        self.queue_max_length = queue_max_length
+        self._writer: SummaryWriter | None = None
+        self._texts: dict[str, str] = {}
+
+    def on_fit_start(self, trainer: RunningTrainer) -> None:
+        if not trainer.is_main_rank:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            logger.warning("TensorBoard is off: %s (pip install tensorboard, or set enable_tb = False)", error)
+            return
+        folder = self.folder or trainer.run_dir / DEFAULT_FOLDER
+        written_before = folder.is_dir() and any(folder.glob("*tfevents*"))
+        self._texts = {}
+        self._writer = SummaryWriter(
+            str(folder),
+            purge_step=trainer.state.step + 1 if written_before else None,
+            max_queue=self.queue_max_length,
+        )
+
+    def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+        if self._writer is not None:
+            self._write(self.numbers.of(metrics), metrics.step)
+
+    def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
+        if self._writer is not None:
+            self._write(results, trainer.state.step)
+
+    def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
+        self._close()
+
+    def on_fit_end(self, trainer: RunningTrainer) -> None:
+        self._close()
+
+    def _write(self, numbers: dict[str, float | str] | dict[str, float], step: int) -> None:
+        assert self._writer is not None
+        for name, value in numbers.items():
+            if not isinstance(value, str):
+                self._writer.add_scalar(name, value, step)
+            elif self._texts.get(name) != value:
+                self._writer.add_text(name, value, step)
+                self._texts[name] = value
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,67 @@
+"""FLOPs of a token against published numbers and against torch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from internlm.monitor.flops import ModelShape, flops_per_token, peak_flops
+
+LLAMA_3_1_8B = ModelShape(
+    num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=14336, vocab_size=128256
+)
+
+
+@pytest.mark.parametrize("convention, published", [("full", 57.9), ("causal", 51.5)])
+def test_llama_8b_equals_the_published_numbers(convention, published):
+    assert round(flops_per_token(LLAMA_3_1_8B, 8192, convention) / 1e9, 1) == published
+
+
+def test_full_convention_equals_torch_flop_counter():
+    shape = ModelShape(
+        num_layers=3, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=80, vocab_size=101
+    )
+    config = LlamaConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=80,
+        vocab_size=101,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    batch, seq_len = 2, 24
+    tokens = torch.randint(101, (batch, seq_len))
+    model = LlamaForCausalLM(config)
+    # A trainable input makes the backward pass compute the gradient of the first layer's input too.
+    hidden = model.model.embed_tokens(tokens)
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=hidden).logits.sum().backward()
+    assert counter.get_total_flops() == flops_per_token(shape, seq_len, "full") * batch * seq_len
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A800-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L4", 121.0),
+    ],
+)
+def test_datasheet_peak(name, tflops):
+    assert peak_flops(name, torch.bfloat16) == pytest.approx(tflops * 1e12)
+
+
+def test_no_peak_is_made_up():
+    assert peak_flops("Intel(R) Xeon(R) Platinum 8481C", torch.bfloat16) is None
+    assert peak_flops("NVIDIA H100X", torch.bfloat16) is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", torch.float32) is None
