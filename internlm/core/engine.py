@@ -59,14 +59,18 @@ class Optimizer(Protocol):
         """Wait until all parameters may be read."""
 
 
-class TokenStatistics(Protocol):
-    """Collects per-token results of micro batches, for metrics; see `internlm.eval.metrics`."""
+class TokenSink(Protocol):
+    """Takes in what is known of each token, for metrics; see `internlm.eval.metrics`."""
 
-    def update(self, output: LossOutput, micro_batch: MicroBatch) -> None:
-        """Take in one micro batch."""
+    def update(self, token_losses: Tensor, correct: Tensor, labels: Tensor, type_ids: Tensor) -> None:
+        """Add the tokens of one micro batch."""
 
-    def reduce(self, sum_over_data: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Metrics over all that was taken in on all data ranks, as scalar tensors; starts anew."""
+
+class TokenStatistics(TokenSink, Protocol):
+    """Makes the metrics of a training step."""
+
+    def result(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Scalar metrics over all tokens since the last call, on all data ranks."""
 
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], LossOutput]
@@ -148,7 +152,7 @@ class Engine:
 
         def forward(number: int) -> Tensor:
             self.phase = f"forward of micro batch {number}"
-            output = self._forward(batch.micro_batches[number])
+            output = self._forward(batch.micro_batches[number], self.statistics)
             loss_sum.add_(output.loss_sum.detach())
             self.phase = f"backward of micro batch {number}"
             return output.loss_sum * factor
@@ -161,7 +165,7 @@ class Engine:
         result = self.optimizer.step(lr, beta2)
         self.phase = "metrics"
         loss = self.sum_over_data(loss_sum) / num_valid_tokens.clamp(min=1.0)
-        statistics = self.statistics.reduce(self.sum_over_data) if self.statistics else {}
+        statistics = self.statistics.result(self.sum_over_data) if self.statistics else {}
         self.phase = "idle"
         return EngineResult(
             loss=loss,
@@ -177,14 +181,14 @@ class Engine:
         )
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: MicroBatch, statistics: TokenStatistics) -> None:
-        """Forward of one micro batch without gradients, its token losses taken into `statistics`."""
+    def evaluate(self, micro_batch: MicroBatch, sink: TokenSink) -> None:
+        """Forward of one micro batch without gradients, its token losses taken into `sink`."""
         self.phase = "evaluation"
         self.model.eval()
-        self._forward(micro_batch, statistics)
+        self._forward(micro_batch, sink)
         self.phase = "idle"
 
-    def _forward(self, micro_batch: MicroBatch, statistics: TokenStatistics | None = None) -> LossOutput:
+    def _forward(self, micro_batch: MicroBatch, sink: TokenSink | None) -> LossOutput:
         micro = micro_batch.to(self.context.device)
         segments = None
         if micro.lengths is not None:
@@ -194,9 +198,9 @@ class Engine:
         # The head is read here and not called, so no hook of its own waits for its weights.
         self.optimizer.finish_gathering()
         output = self.loss(hidden.flatten(0, 1), self.model.head_weight(), micro.labels.flatten())  # type: ignore[operator]
-        statistics = statistics or self.statistics
-        if statistics is not None:
-            statistics.update(output, micro)
+        if sink is not None:
+            assert output.correct is not None
+            sink.update(output.token_losses, output.correct, micro.labels, micro.type_ids)
         return output
 
     def _scalar(self, value: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from internlm.core.engine import Engine
 from internlm.core.hooks import Hook, TrainState
 from internlm.core.metrics import StepMetrics
 from internlm.data.batch import Batch, MicroBatch
+from internlm.eval.metrics import TokenSums, evaluation_results
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -27,14 +28,6 @@ class BatchSource(Protocol):
     """Where training batches come from: any iterable of `Batch`. `internlm.data.loader.TrainLoader` is one."""
 
     def __iter__(self) -> Iterator[Batch]: ...
-
-
-class EvaluationStatistics(Protocol):
-    """Collects the metrics of one valid set; see `internlm.eval.metrics`."""
-
-    def update(self, output: Any, micro_batch: MicroBatch) -> None: ...
-
-    def reduce(self, sum_over_data: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
 
 class Checkpointer(Protocol):
@@ -55,7 +48,6 @@ class Trainer:
         hooks: called in this order.
         run_dir: where the run writes.
         valid_sets: name -> iterable of micro batches, the same number on every data rank.
-        new_statistics: makes the collector for one valid set, with results "loss", "acc", "perplexity".
         checkpointer: None saves nothing.
         is_skipped: step -> whether its batch is passed over without training.
     """
@@ -70,8 +62,7 @@ class Trainer:
         beta2: Callable[[int], float] | None = None,
         hooks: Sequence[Hook] = (),
         run_dir: Path | str = "runs/anonymous",
-        valid_sets: Mapping[str, Any] | None = None,
-        new_statistics: Callable[[], EvaluationStatistics] | None = None,
+        valid_sets: Mapping[str, Iterable[MicroBatch]] | None = None,
         checkpointer: Checkpointer | None = None,
         is_skipped: Callable[[int], bool] = lambda step: False,
     ) -> None:
@@ -84,7 +75,6 @@ class Trainer:
         self.hooks = list(hooks)
         self.run_dir = Path(run_dir)
         self.valid_sets = dict(valid_sets or {})
-        self.new_statistics = new_statistics
         self.checkpointer = checkpointer
         self.is_skipped = is_skipped
         self.state = TrainState()
@@ -186,16 +176,12 @@ class Trainer:
             `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` for each set.
         """
         results: dict[str, float] = {}
-        if self.new_statistics is None:
-            return results
         for name, micro_batches in self.valid_sets.items():
             self.phase = f"evaluation of '{name}'"
-            statistics = self.new_statistics()
+            sums = TokenSums(num_types=1, device=self.context.device)
             for micro_batch in micro_batches:
-                self.engine.evaluate(micro_batch, statistics)
-            reduced = statistics.reduce(self.engine.sum_over_data)
-            for key, short in (("loss", "loss"), ("acc", "acc"), ("perplexity", "plex")):
-                results[f"val/{name}_{short}"] = float(reduced[key])
+                self.engine.evaluate(micro_batch, sums)
+            results.update(evaluation_results(name, sums, self.engine.sum_over_data))
         self._call("on_evaluation_end", results)
         return results
 

@@ -27,7 +27,7 @@ def parallelize(model: nn.Module, context: ParallelContext, *, seed: int = 1024)
         seed: random numbers of a parameter are keyed by this seed and the parameter's global name alone.
 
     Raises:
-        ValueError: a pattern in `roles` matches no module, a parameter already has storage, or a buffer is on meta.
+        ValueError: a parameter already has storage, or a buffer is on meta.
     """
     roles = roles_by_module(model)
     placed: dict[nn.Parameter, nn.Parameter] = {}
@@ -49,20 +49,14 @@ def parallelize(model: nn.Module, context: ParallelContext, *, seed: int = 1024)
 
 
 def roles_by_module(model: nn.Module) -> dict[str, Role]:
-    """Module name -> role, for every module that a pattern of `model.roles` names.
-
-    Raises:
-        ValueError: a pattern matches no module.
-    """
+    """Module name -> role, for every module that a pattern of `model.roles` names; a later pattern wins."""
     patterns: dict[str, Role] = dict(getattr(model, "roles", {}))
-    roles: dict[str, Role] = {}
-    names = [name for name, _ in model.named_modules()]
-    for pattern, role in patterns.items():
-        matches = [name for name in names if fnmatchcase(name, pattern)]
-        if not matches:
-            raise ValueError(f"role pattern '{pattern}' of {type(model).__name__} matches no module")
-        roles.update(dict.fromkeys(matches, role))
-    return roles
+    return {
+        name: role
+        for pattern, role in patterns.items()
+        for name, _ in model.named_modules()
+        if fnmatchcase(name, pattern)
+    }
 
 
 def _materialize(parameter: nn.Parameter, spec: ShardSpec, device: torch.device, seed: int) -> nn.Parameter:
