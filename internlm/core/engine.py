@@ -175,7 +175,7 @@ class Engine:
             num_valid_tokens=num_valid_tokens,
             statistics=statistics,
             seconds={
-                "fwd_bwd": backward_done - started,
+                "forward_backward": backward_done - started,
                 "optimizer": time.perf_counter() - backward_done,
             },
         )

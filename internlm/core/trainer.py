@@ -210,9 +210,10 @@ class Trainer:
         return self._stop_reason
 
     @property
-    def can_save(self) -> bool:
-        """Whether `save_checkpoint` works."""
-        return self.checkpointer is not None
+    def current_phase(self) -> str:
+        """What this rank is doing, for people."""
+        phase = self.phase if self.engine.phase == "idle" else self.engine.phase
+        return f"{phase}, step {self.state.step + 1}"
 
     def _all_ranks_stop(self) -> bool:
         """Whether any rank had asked to stop one step ago, the same answer on every rank without waiting for this one."""
