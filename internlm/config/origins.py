@@ -1,7 +1,8 @@
 """Where the value of a key comes from, down to the line of a config file.
 
 Lines are found by reading the file's syntax tree: assignments, `dict(...)` and `{...}` literals, `x["key"] = ...` and
-`x.update(...)`. A key that is set in a way this cannot see gets the line of the nearest part that it can.
+`x.update(...)`. A key that is set in a way this cannot see gets the line of the nearest part that it can; of the
+branches of an `if`, the last one counts.
 """
 
 from __future__ import annotations

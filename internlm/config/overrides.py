@@ -44,19 +44,27 @@ def apply_override(
         place = place.setdefault(part, {})
     place[name] = value
     notices = modernise(single, {})
-    _merge(single, tree, origins, schema, "")
+    _merge(single, tree, origins, schema, path, "")
     return notices
 
 
-def _merge(new: dict[str, Any], tree: dict[str, Any], origins: dict[str, Origin], cls: Any, prefix: str) -> None:
+def _merge(
+    new: dict[str, Any],
+    tree: dict[str, Any],
+    origins: dict[str, Origin],
+    cls: type[Section] | None,
+    target: str,
+    prefix: str,
+) -> None:
+    """Put `new` over `tree`: section by section, and key by key on the way to `target`; other dicts are replaced."""
     for name, value in new.items():
         field = cls.model_fields.get(name) if cls is not None else None
         nested = section_class(field) if field is not None else None
-        if isinstance(value, dict) and (nested is not None or (isinstance(tree.get(name), dict) and field is None)):
+        if isinstance(value, dict) and (nested is not None or target.startswith(f"{prefix}{name}.")):
             inner = tree.get(name)
             if not isinstance(inner, dict):
                 inner = tree[name] = {}
-            _merge(value, inner, origins, nested, f"{prefix}{name}.")
+            _merge(value, inner, origins, nested, target, f"{prefix}{name}.")
         else:
             tree[name] = value
             forget(prefix + name, origins)
