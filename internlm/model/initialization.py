@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _ATTRIBUTE = "internlm_initializer"
 
@@ -58,12 +58,12 @@ class Zeros:
             tensor.zero_()
 
 
-def set_initializer(parameter: nn.Parameter, initializer: Initializer) -> None:
-    """Attach the recipe to the parameter."""
+def set_initializer(parameter: Tensor, initializer: Initializer) -> None:
+    """Attach the recipe to the parameter. (`nn.Module.to_empty` makes new parameters: read the recipes before it.)"""
     setattr(parameter, _ATTRIBUTE, initializer)
 
 
-def initializer_of(parameter: nn.Parameter) -> Initializer:
+def initializer_of(parameter: Tensor) -> Initializer:
     """The recipe attached to the parameter. Every parameter of a registered model has one.
 
     Raises:

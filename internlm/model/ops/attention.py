@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,8 +100,8 @@ def attention(
         batch, length = q.shape[:2]
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
         rows = Segments(cu_seqlens, (length,) * batch, length)
-        flat = [tensor.reshape(1, batch * length, *tensor.shape[2:]) for tensor in (q, k, v)]
-        return _varlen(*flat, rows, window, scale).view(q.shape)
+        flat_q, flat_k, flat_v = (tensor.reshape(1, batch * length, *tensor.shape[2:]) for tensor in (q, k, v))
+        return _varlen(flat_q, flat_k, flat_v, rows, window, scale).view(q.shape)
     return _dense(q, k, v, window, scale)
 
 
@@ -162,10 +163,10 @@ def _by_document(
     pieces = [tensor[0].split(lengths) for tensor in (q, k, v)]
     outputs: list[Tensor] = list(pieces[0])
     for padded, documents in groups.items():
-        batch = [
+        batch_q, batch_k, batch_v = (
             torch.stack([F.pad(piece[i], (0, 0, 0, 0, 0, padded - lengths[i])) for i in documents]) for piece in pieces
-        ]
-        for i, out in zip(documents, _dense(*batch, window, scale).unbind(0), strict=True):
+        )
+        for i, out in zip(documents, _dense(batch_q, batch_k, batch_v, window, scale).unbind(0), strict=True):
             outputs[i] = out[: lengths[i]]
     return torch.cat(outputs).unsqueeze(0)
 
@@ -192,7 +193,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | N
         return out.unsqueeze(0)
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, bool] = {"enable_gqa": True} if _varlen_needs_gqa_flag() and q.shape[2] != k.shape[2] else {}
+    options: dict[str, Any] = {"enable_gqa": True} if _varlen_needs_gqa_flag() and q.shape[2] != k.shape[2] else {}
     out = varlen_attn(q[0], k[0], v[0], *bounds, scale=scale, window_size=window_size, **options)
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)

@@ -61,7 +61,8 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_backward(grad, *ctx.saved_tensors, ctx.activation), None
+        gate, up = ctx.saved_tensors
+        return *_backward(grad, gate, up, ctx.activation), None
 
 
 class _FusedGated(torch.autograd.Function):
@@ -75,4 +76,5 @@ class _FusedGated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        return torch.cat(_backward(grad, *gate_up.chunk(2, dim=-1), ctx.activation), dim=-1), None
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.cat(_backward(grad, gate, up, ctx.activation), dim=-1), None
