@@ -17,6 +17,8 @@ class Role(enum.Enum):
     """Every rank holds it whole: norms, gates."""
     COLUMN = "column"
     """Split on the output dimension: w1, w3, separate wq."""
+    COLUMN_PAIR = "column_pair"
+    """Two column weights stacked on the output dimension, each half split on its own: fused w13."""
     COLUMN_BY_KV_GROUP = "column_by_kv_group"
     """Split on the output dimension in whole key-value groups: fused wqkv, wk, wv."""
     ROW = "row"

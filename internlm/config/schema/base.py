@@ -1,0 +1,148 @@
+"""What every section of the schema is made of: the `Section` class and the ways to declare a key.
+
+Each key is declared with its default, one line of documentation and what this version does with it (`Status`). The
+documentation, the refusals of `config/unsupported.py` and the notices are all derived from these declarations.
+Knows nothing of single keys, of config files or of rules between keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+
+class Status(Enum):
+    """What this version does with a key."""
+
+    SUPPORTED = "supported"
+    LATER = "refused unless default"
+    NO_EFFECT = "no effect"
+    DEPENDENT = "dependent"
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """The declaration of one key, as written beside its default."""
+
+    status: Status
+    detail: str = ""
+    """LATER: the missing feature; NO_EFFECT: why; DEPENDENT: the key without which this one means nothing."""
+    accepts: tuple[Any, ...] = ()
+    """LATER: values besides the default that ask for nothing new."""
+    derived: str = ""
+    """In words, what the value is when the key is absent; empty for a plain default."""
+    forced: bool = False
+    """The derived value stands even when the user gives another one."""
+
+
+_EXTRA = "internlm"
+
+
+def _field(default: Any, doc: str, info: KeyInfo, constraints: dict[str, Any]) -> Any:
+    extra: dict[str, Any] = {_EXTRA: info}
+    return Field(default, description=doc, json_schema_extra=extra, **constraints)
+
+
+def key(default: Any, doc: str, *, derived: str = "", forced: bool = False, **constraints: Any) -> Any:
+    """A key that works; `...` as default makes it required."""
+    return _field(default, doc, KeyInfo(Status.SUPPORTED, derived=derived, forced=forced), constraints)
+
+
+def later(default: Any, doc: str, feature: str, *, accepts: tuple[Any, ...] = (), **constraints: Any) -> Any:
+    """A key whose feature is not there yet: any value but the default (or `accepts`) is refused by name."""
+    return _field(default, doc, KeyInfo(Status.LATER, feature, accepts), constraints)
+
+
+def no_effect(
+    default: Any, doc: str, reason: str, *, derived: str = "", forced: bool = False, **constraints: Any
+) -> Any:
+    """A key that is accepted for the sake of existing configs and changes nothing; `reason` says why."""
+    return _field(default, doc, KeyInfo(Status.NO_EFFECT, reason, derived=derived, forced=forced), constraints)
+
+
+def used_with(default: Any, doc: str, other: str, **constraints: Any) -> Any:
+    """A key that refines key `other`, and means nothing while that one has its default."""
+    return _field(default, doc, KeyInfo(Status.DEPENDENT, other), constraints)
+
+
+def section(cls: type[Section] | None, doc: str) -> Any:
+    """A nested section, present with its defaults when the config does not mention it; None makes it required."""
+    return Field(..., description=doc) if cls is None else Field(default_factory=cls, description=doc)
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, and a built config never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absent_when_none(cls, values: Any) -> Any:
+        """A derived key that is given as None counts as not given."""
+        if not isinstance(values, Mapping):
+            return values
+        return {
+            name: value
+            for name, value in values.items()
+            if not (value is None and name in cls.model_fields and is_derived(cls.model_fields[name]))
+        }
+
+    def _derive(self, **values: Any) -> None:
+        """Fill derived keys from a validator. They do not count as set by the user (`model_fields_set`)."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+def key_info(field: FieldInfo) -> KeyInfo | None:
+    """The declaration behind a field, or None for a section or a field that was declared without one."""
+    extra = field.json_schema_extra
+    info = extra.get(_EXTRA) if isinstance(extra, dict) else None
+    return info if isinstance(info, KeyInfo) else None
+
+
+def is_derived(field: FieldInfo) -> bool:
+    info = key_info(field)
+    return info is not None and bool(info.derived)
+
+
+def section_class(field: FieldInfo) -> type[Section] | None:
+    """The Section class of a field, also when it is optional; None for a plain key."""
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def default_of(field: FieldInfo) -> Any:
+    """The default of a key; PydanticUndefined when it is required."""
+    return field.get_default(call_default_factory=True, validated_data={})
+
+
+def is_required(field: FieldInfo) -> bool:
+    return field.is_required() or default_of(field) is PydanticUndefined
+
+
+def walk_schema(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every leaf key below `cls` as (dotted path, field), in order of declaration."""
+    for name, field in cls.model_fields.items():
+        nested = section_class(field)
+        if nested is None or key_info(field) is not None:
+            yield prefix + name, field
+        if nested is not None:
+            yield from walk_schema(nested, f"{prefix}{name}.")
+
+
+def walk_values(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Every leaf key of a built config as (dotted path, field, value). An optional section that is None is one leaf."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if key_info(field) is not None:
+            yield prefix + name, field, value
+        if isinstance(value, Section):
+            yield from walk_values(value, f"{prefix}{name}.")

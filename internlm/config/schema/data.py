@@ -1,0 +1,78 @@
+"""The `data` section: where tokens come from and how they become batches."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from internlm.config.schema.base import Section, key, later, no_effect, used_with
+
+
+class DataConfig(Section):
+    """Sizes of a batch, the token folders, packing and evaluation."""
+
+    type: Literal["tokenized", "streaming", "megatron", "mocked"] = later(
+        "tokenized", "Kind of source: `tokenized` reads .bin/.meta folders (None as folder: dummy data).", "this source"
+    )
+    seq_len: int = key(..., "Longest piece of one document, in tokens.", ge=1)
+    micro_bsz: int = key(..., "Size of a micro-batch in sequences of seq_len tokens.", ge=1)
+    micro_num: int = key(1, "Micro-batches that one data rank accumulates for one optimizer step.", ge=1)
+    gradient_accumulation: int = key(None, "Must equal micro_num without a pipeline.", derived="data.micro_num", ge=1)
+    packed_length: int = key(
+        None,
+        "Tokens of one packed sample; a given value is ignored.",
+        derived="data.seq_len * data.micro_bsz",
+        forced=True,
+    )
+    batch_size: int = key(None, "Samples of one step of one data rank.", derived="data.micro_num", forced=True)
+    total_steps: int = key(..., "Optimizer steps of the whole run.", ge=1)
+    min_length: int = key(0, "Documents with fewer tokens are dropped.", ge=0)
+    min_length_dict: dict[str, int] | None = key(
+        None, "min_length of single type folders, by the folder's name; wins over min_length."
+    )
+    train_folder: str | None = key(None, "Folder of <type>/**/*.bin for training; None trains on dummy data.")
+    valid_folder: str | None = key(
+        None, "Folder in which each directory with .bin files is a validation set; None validates on dummy data."
+    )
+    valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
+    valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
+    skip_batches: str = key("", 'Steps whose batches are read but not trained on, such as "2-5,7".')
+    rampup_batch_size: str = key(
+        "", 'Ramp of micro_num as "start increment steps": from start, by increment every so many steps.'
+    )
+    pack_sample_into_one: bool = key(
+        False, "Let attention run across the documents of a sequence, cut every seq_len tokens."
+    )
+    use_packed_dataset: bool = key(True, "False gives one document a row, padded to [micro_bsz, seq_len].")
+    fixed_random_dataset_seqlen: bool = key(True, "Dummy data: documents of one length (True) or of random length.")
+    empty_cache_and_diag_interval: int = key(
+        50, "Steps between garbage collection, release of cached device memory and a memory line in the log.", ge=1
+    )
+    diag_outlier_ratio: float = no_effect(
+        1.1, "Slow-rank threshold of InternEvo's diagnosis.", "slow ranks are not searched for; nor does InternEvo"
+    )
+    use_shm: bool = no_effect(
+        False, "Keep document indices in shared memory.", "document indices are memory-mapped, thus shared already"
+    )
+    shm_path: str = used_with("/dev/shm/metacache", "Folder of the shared indices.", "data.use_shm")
+    num_worker: int = key(4, "Loader processes of training; 0 loads in the training process.", ge=0)
+    seed: int = key(1024, "Seed of the data order.", ge=0)
+    tokenizer_path: str | None = key(
+        None, "tokenizer.json, tokenizer folder or SentencePiece .model that made the tokens; used to generate text."
+    )
+    content_name: str = later("text", "Column with the text.", "data.type='streaming'")
+    subset_name: str | None = later(None, "Subset of a Hugging Face data set.", "data.type='streaming'")
+    is_multimodal: bool = later(False, "Samples carry images.", "multimodal data")
+    image_folder: str | None = used_with(None, "Folder that image paths are relative to.", "data.is_multimodal")
+    image_size: int | None = used_with(None, "Side of an image in pixels.", "data.is_multimodal", ge=1)
+    patch_size: int | None = used_with(None, "Side of an image patch in pixels.", "data.is_multimodal", ge=1)
+
+    @model_validator(mode="after")
+    def _fill(self) -> DataConfig:
+        self._derive(packed_length=self.seq_len * self.micro_bsz, batch_size=self.micro_num)
+        if self.gradient_accumulation is None:
+            self._derive(gradient_accumulation=self.micro_num)
+        if self.valid_micro_num is None:
+            self._derive(valid_micro_num=self.micro_num)
+        return self

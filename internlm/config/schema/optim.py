@@ -1,0 +1,88 @@
+"""The sections of one optimisation step: loss, gradient scaling, ZeRO, AdamW and the schedules."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
+
+
+class Fp16ScalerConfig(Section):
+    """Bounds and growth of the dynamic loss scale."""
+
+    initial_scale: float = key(2.0**16, "Loss scale of the first step.", gt=0)
+    min_scale: float = key(1.0, "The scale never falls below this.", gt=0)
+    growth_interval: int = key(1000, "Steps without overflow after which the scale grows.", ge=1)
+
+
+class GradScalerConfig(Section):
+    """Dynamic loss scaling. Used when model.dtype is torch.float16; bfloat16 and float32 need no scale."""
+
+    fp16: Fp16ScalerConfig = section(Fp16ScalerConfig, "Bounds and growth of the dynamic loss scale.")
+    growth_factor: float = key(2.0, "Factor by which the scale grows.", ge=1)
+    backoff_factor: float = key(0.5, "Factor by which the scale shrinks on overflow.", gt=0, le=1)
+    max_scale: float = key(2.0**24, "The scale never grows above this.", gt=0)
+    hysteresis: int = key(2, "Overflows that are tolerated before the scale shrinks.", ge=1)
+
+
+class HybridZeroOptimizerConfig(Section):
+    """Gradient reduction, parameter gathering and clipping."""
+
+    overlap_sync_grad: bool = key(False, "Reduce gradients while backward still runs.")
+    overlap_sync_param: bool = key(False, "Gather updated parameters while the next forward already runs.")
+    reduce_bucket_size: int = key(512 * 1024 * 1024, "Largest bucket of reduced gradients, in elements.", ge=1)
+    clip_grad_norm: float = key(0.0, "Clip gradients to this global norm; 0 turns clipping off.", ge=0)
+    use_split_tensor_optim: bool = no_effect(
+        False, "Split tensors evenly over ranks.", "ZeRO here always splits evenly"
+    )
+    all_gather_size: int = used_with(
+        512 * 1024 * 1024, "Elements of one gather.", "hybrid_zero_optimizer.use_split_tensor_optim", ge=1
+    )
+
+
+class LossConfig(Section):
+    """Cross entropy and what is added to it."""
+
+    label_smoothing: float = key(0.0, "Share of the target probability that is spread over the vocabulary.", ge=0, lt=1)
+    op_type: Literal["py_vocab_parallel", "torch_naive", "apex_naive", "py_naive", "flash_vocab_parallel"] = no_effect(
+        "py_vocab_parallel", "InternEvo's cross entropy kernel.", "one fused cross entropy serves every kind"
+    )
+    z_loss_coeff: float = key(0.0, "Coefficient of the squared log-sum-exp of the logits (PaLM's z-loss).", ge=0)
+    moe_loss_coeff: float = used_with(1.0, "Coefficient of the load-balancing loss.", "model.num_experts", ge=0)
+    mtp_loss_coeff: float = later(0.0, "Coefficient of the multi-token loss.", "multi-token prediction", ge=0)
+
+
+class AdamConfig(Section):
+    """AdamW (Loshchilov and Hutter, 2019)."""
+
+    lr: float = key(1e-4, "Peak learning rate.", ge=0)
+    adam_beta1: float = key(0.9, "Decay of the first moment.", ge=0, lt=1)
+    adam_beta2: float = key(0.95, "Decay of the second moment.", ge=0, lt=1)
+    adam_beta2_c: float = key(0.0, "Exponent of the beta2 schedule; 0 keeps beta2 constant.")
+    adam_eps: float = key(1e-8, "Added to the denominator.", ge=0)
+    weight_decay: float = key(0.01, "Decoupled weight decay.", ge=0)
+    weight_decay_norms_and_biases: bool = key(
+        False, "Decay norm weights and biases too, as InternEvo does; False leaves them undecayed."
+    )
+
+
+class LrSchedulerConfig(Section):
+    """Learning rate over the steps: zeros, linear warm-up, then the shape down to eta_min."""
+
+    type: Literal["cosine", "wsd", "linear", "constant"] = key(
+        "cosine", "Shape after the warm-up; wsd is warm-up, stable, decay."
+    )
+    total_steps: int = key(None, "Step at which the shape ends.", derived="data.total_steps", ge=1)
+    init_steps: int = key(0, "First steps, with learning rate 0.", ge=0)
+    warmup_ratio: float = key(0.01, "Share of total_steps in which the rate rises linearly.", ge=0, le=1)
+    eta_min: float = key(0.0, "Final learning rate.", ge=0)
+    last_epoch: int = key(-1, "Steps already done when the schedule starts, less one.", ge=-1)
+    decay_ratio: float = key(0.1, "wsd: share of total_steps spent in the final decay.", ge=0, le=1)
+
+
+class Beta2SchedulerConfig(Section):
+    """beta2 over the steps: constant for c <= 0, else max(init_beta2, 1 - step ** -c)."""
+
+    init_beta2: float = key(None, "First and smallest beta2.", derived="adam.adam_beta2", ge=0, lt=1)
+    c: float = key(None, "Exponent; c <= 0 keeps beta2 constant.", derived="adam.adam_beta2_c")
+    cur_iter: int = key(-1, "Steps already done when the schedule starts, less one.", ge=-1)

@@ -1,0 +1,142 @@
+"""The `parallel` section: how the ranks are laid out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, model_validator
+
+from internlm.config.schema.base import Section, key, later, section, used_with
+
+PipelineMode = Annotated[
+    Literal["1F1B", "ZBH1", "ZBV"], BeforeValidator(lambda mode: mode.upper() if isinstance(mode, str) else mode)
+]
+
+
+class Zero1Config(Section):
+    """Sharding of the optimizer's state."""
+
+    size: int = key(-1, "Ranks that share one optimizer state; -1 (or any value <= 0): all data ranks; 1: no sharding.")
+    fsdp: bool = later(False, "Shard the parameters too.", "FSDP")
+
+
+class TensorConfig(Section):
+    """Tensor or sequence parallelism."""
+
+    size: int = later(1, "Ranks of a tensor (isp: sequence) group.", "tensor parallelism", ge=1)
+    mode: Literal["mtp", "msp", "fsp", "isp"] = key("mtp", "How tensors are split; all are the same at size 1.")
+
+
+class PipelineConfig(Section):
+    """Pipeline parallelism."""
+
+    size: int = later(1, "Pipeline stages.", "pipeline parallelism", ge=1)
+    interleaved_overlap: bool = used_with(False, "Overlap communication, when interleaved.", "parallel.pipeline.size")
+    mode: PipelineMode = used_with("1F1B", "Schedule: 1F1B, ZBH1 or ZBV, in any case.", "parallel.pipeline.size")
+
+
+def _weight_keys(owner: str) -> dict[str, Any]:
+    """The keys that refine a weight-parallel group; `owner` is the dotted path of its section."""
+    size = f"{owner}.size"
+    return {
+        "overlap": used_with(False, "Gather weights and reduce gradients while computing.", size),
+        "before": used_with("wo", "Module before which the next layer's gather starts.", size),
+        "per": used_with("layer", "Gather ahead by layer or by module.", size),
+        "early": used_with(True, "Free the gradient as soon as it is reduced.", size),
+        "fuse": used_with(False, "One gather for all weights of a layer.", size),
+    }
+
+
+_WEIGHT = _weight_keys("parallel.weight")
+_EXPERT_WEIGHT = _weight_keys("parallel.expert_weight")
+
+
+class WeightConfig(Section):
+    """Weight parallelism (isp): each rank holds a part of every weight."""
+
+    size: int = later(1, "Ranks that share one copy of the weights.", "weight parallelism", ge=1)
+    overlap: bool = _WEIGHT["overlap"]
+    launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = _WEIGHT["before"]
+    forward_overlap_per: Literal["layer", "module"] = _WEIGHT["per"]
+    early_reduce_scatter_release: bool = _WEIGHT["early"]
+    layer_fuse_isp_comm: bool = _WEIGHT["fuse"]
+
+
+class ExpertWeightConfig(Section):
+    """Weight parallelism of the experts."""
+
+    size: int = later(1, "Ranks that share one copy of an expert.", "mixture of experts", ge=1)
+    overlap: bool = _EXPERT_WEIGHT["overlap"]
+    launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = _EXPERT_WEIGHT["before"]
+    forward_overlap_per: Literal["layer", "module"] = _EXPERT_WEIGHT["per"]
+    early_reduce_scatter_release: bool = _EXPERT_WEIGHT["early"]
+    layer_fuse_isp_comm: bool = _EXPERT_WEIGHT["fuse"]
+
+
+class ExpertConfig(Section):
+    """Expert parallelism."""
+
+    size: int = later(
+        -1, "Ranks over which experts are spread; -1: as many as fit.", "mixture of experts", accepts=(0, 1)
+    )
+    no_tp: bool = used_with(False, "Experts are not split over the tensor group.", "model.num_experts")
+
+
+class ExpertZero1Config(Section):
+    """Sharding of the experts' optimizer state."""
+
+    size: int = used_with(-1, "Ranks that share the state of one expert; -1: all that hold it.", "model.num_experts")
+
+
+class DevicePlacementConfig(Section):
+    """Order of head and context ranks in 2D sequence parallelism."""
+
+    head_first: bool = used_with(True, "Neighbouring ranks share heads, not context.", "parallel.sequence_2D.enable")
+    interleaved: bool = used_with(False, "Interleave the ranks of a window.", "parallel.sequence_2D.enable")
+
+
+class Sequence2DConfig(Section):
+    """Sequence parallelism over heads and context."""
+
+    enable: bool = later(False, "Split attention over heads and context.", "2D sequence parallelism")
+    head_size: int = used_with(1, "Ranks over heads.", "parallel.sequence_2D.enable", ge=1)
+    context_size: int = used_with(1, "Ranks over the sequence.", "parallel.sequence_2D.enable", ge=1)
+    window_size: int = used_with(1, "Context ranks of an inner ring.", "parallel.sequence_2D.enable", ge=1)
+    device_placement_strategy: DevicePlacementConfig = section(DevicePlacementConfig, "Order of the ranks.")
+
+
+class FsdpConfig(Section):
+    """Fully sharded data parallelism."""
+
+    enable: bool = later(False, "Shard parameters, gradients and optimizer state over the data ranks.", "FSDP")
+    mode: Literal["v1", "v2"] = used_with("v1", "Generation of torch's FSDP.", "parallel.fsdp.enable")
+    init_method: Literal["cuda", "cpu", "meta"] = used_with(
+        "cuda", "Where parameters are made.", "parallel.fsdp.enable"
+    )
+
+
+class ParallelConfig(Section):
+    """Sizes and modes of the groups. The data-parallel size is what remains of the world size."""
+
+    zero1: Zero1Config = section(Zero1Config, "Sharding of the optimizer's state.")
+    tensor: TensorConfig = section(TensorConfig, "Tensor or sequence parallelism.")
+    pipeline: PipelineConfig = section(PipelineConfig, "Pipeline parallelism.")
+    weight: WeightConfig = section(WeightConfig, "Weight parallelism (isp).")
+    expert: ExpertConfig = section(ExpertConfig, "Expert parallelism.")
+    expert_weight: ExpertWeightConfig = section(ExpertWeightConfig, "Weight parallelism of the experts.")
+    expert_zero1: ExpertZero1Config = section(ExpertZero1Config, "Sharding of the experts' optimizer state.")
+    sequence_parallel: bool = key(
+        None, "Activations are split over the sequence.", derived="parallel.tensor.mode is not mtp", forced=True
+    )
+    sequence_2D: Sequence2DConfig = section(Sequence2DConfig, "Sequence parallelism over heads and context.")
+    fsdp: FsdpConfig = section(FsdpConfig, "Fully sharded data parallelism.")
+
+    @model_validator(mode="after")
+    def _fill(self) -> ParallelConfig:
+        self._derive(sequence_parallel=self.tensor.mode != "mtp")
+        return self
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether either spelling asks for FSDP."""
+        return self.fsdp.enable or self.zero1.fsdp

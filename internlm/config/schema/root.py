@@ -1,0 +1,119 @@
+"""The root of a configuration. Its attributes are the globals of a config file."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import model_validator
+
+from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
+from internlm.config.schema.ckpt import CkptConfig
+from internlm.config.schema.data import DataConfig
+from internlm.config.schema.model import ModelConfig
+from internlm.config.schema.optim import (
+    AdamConfig,
+    Beta2SchedulerConfig,
+    GradScalerConfig,
+    HybridZeroOptimizerConfig,
+    LossConfig,
+    LrSchedulerConfig,
+)
+from internlm.config.schema.parallel import ParallelConfig
+from internlm.config.schema.runtime import (
+    CpuOffloadingConfig,
+    Float8Config,
+    GenerationConfig,
+    GradProfilingConfig,
+    HfConfig,
+    MonitorConfig,
+    TensorboardConfig,
+)
+
+_S = TypeVar("_S", bound=Section)
+
+
+class Config(Section):
+    """One run. Built from a config file by `load_config`, or directly in Python."""
+
+    JOB_NAME: str = key("AnonymousJob", "Name of the run; logs go to RUN/<JOB_NAME>/<time>/.", min_length=1)
+    model_type: str = key("INTERNLM", "Model family, as registered.", min_length=1)
+    seed: int = key(1024, "Seed of weights and everything random but the data order (data.seed).", ge=0)
+
+    data: DataConfig = section(None, "Where tokens come from and how they become batches.")
+    model: ModelConfig = section(None, "Shape and numerics of the model.")
+    parallel: ParallelConfig = section(ParallelConfig, "How the ranks are laid out.")
+    ckpt: CkptConfig = section(CkptConfig, "Saving, resuming and loading.")
+    loss: LossConfig = section(LossConfig, "Cross entropy and what is added to it.")
+    adam: AdamConfig = section(AdamConfig, "AdamW.")
+    lr_scheduler: LrSchedulerConfig = section(LrSchedulerConfig, "Learning rate over the steps.")
+    beta2_scheduler: Beta2SchedulerConfig = section(Beta2SchedulerConfig, "beta2 over the steps.")
+    grad_scaler: GradScalerConfig = section(GradScalerConfig, "Dynamic loss scaling, for float16.")
+    hybrid_zero_optimizer: HybridZeroOptimizerConfig = section(
+        HybridZeroOptimizerConfig, "Gradient reduction, parameter gathering, clipping."
+    )
+    monitor: MonitorConfig = section(MonitorConfig, "What a run reports, and how often.")
+    tensorboard: TensorboardConfig = section(TensorboardConfig, "The TensorBoard writer.")
+    generation: GenerationConfig = section(GenerationConfig, "InternEvo's batch generation.")
+    grad_profiling: GradProfilingConfig = section(GradProfilingConfig, "Gradients, layer by layer.")
+    cpu_offloading: CpuOffloadingConfig = section(CpuOffloadingConfig, "Activations in host memory.")
+    float8: Float8Config = section(Float8Config, "Matrix products in float8.")
+    hf: HfConfig = section(HfConfig, "A Hugging Face model class by import path.")
+
+    use_fp32_norm: bool = key(False, "Weights and computation of norms in float32.")
+    enable_tb: bool = key(True, "Write TensorBoard events.")
+    tensorboard_folder: str | None = key(
+        None, "Folder of the events; None: the environment's tensorboard_folder, else <run directory>/tensorboards."
+    )
+    resume_tb_folder: str | None = key(
+        None, "Folder of an earlier run's events to continue; None: the environment's resume_tb_folder."
+    )
+    cudnn_benchmark: bool = key(False, "Let cuDNN search for its fastest kernels.")
+    cudnn_deterministic: bool = key(False, "Use only deterministic cuDNN kernels.")
+    reduce_comm_dtype: Literal["torch.bfloat16", "torch.float16", "torch.float32"] | None = key(
+        None, "Number format in which gradients are reduced; None: model.dtype."
+    )
+    metric_dtype: str = no_effect("fp32", "Number format of metrics.", "metrics are always computed in float32")
+    pad_token_id: int | None = no_effect(
+        None, "Token that fills short rows.", "filled positions are masked from attention and loss"
+    )
+    use_apex_adam: bool = no_effect(False, "Use Apex's AdamW.", "torch's fused AdamW is used")
+    DO_ALERT: bool = no_effect(False, "Shorthand of example configs.", "monitor.alert decides")
+    batch_count: int = no_effect(0, "InternEvo's step counter.", "the step comes from the checkpoint")
+
+    output_tf32: bool = later(False, "TensorFloat-32 in the output head.", "tf32 for the head alone")
+    selective_checkpoint: bool = later(False, "Keep attention's output when recomputing.", "selective recomputation")
+    selective_checkpoint_offload: bool = later(
+        False, "Move the kept outputs to host memory.", "selective recomputation"
+    )
+    only_load_lr: bool = later(False, "Resume only the learning rate of the optimizer.", "partial optimizer state")
+    gradient_handler: list[Any] | None = later(None, "Further gradient handlers.", "gradient handlers", accepts=([],))
+    TENSOR_SHAPE: Any = later(None, "Shape of pipeline messages.", "forcing the shape of pipeline messages")
+    fsdp_wrap_cls: list[dict[str, str]] | None = used_with(
+        None, "Classes that FSDP wraps, as dict(mod, mod_cls).", "parallel.fsdp.enable"
+    )
+    int8_training: bool = later(False, "Matrix products in int8.", "int8 training")
+    int8_mode: str | None = used_with(None, "Granularity of int8 scales.", "int8_training")
+
+    @model_validator(mode="after")
+    def _fill(self) -> Config:
+        schedule, beta2 = self.lr_scheduler, self.beta2_scheduler
+        if schedule.total_steps is None:
+            self._derive(lr_scheduler=_derived(schedule, total_steps=self.data.total_steps))
+        missing = {
+            name: value
+            for name, value in (("init_beta2", self.adam.adam_beta2), ("c", self.adam.adam_beta2_c))
+            if getattr(beta2, name) is None
+        }
+        if missing:
+            self._derive(beta2_scheduler=_derived(beta2, **missing))
+        if self.parallel.pipeline.size > 1 and self.parallel.pipeline.mode == "ZBV":
+            # The V of this schedule is two chunks a stage, whatever the file says.
+            self._derive(model=_derived(self.model, num_chunks=2))
+        return self
+
+
+def _derived(part: _S, **values: Any) -> _S:
+    """A copy of a section with derived keys filled in; the user's own object stays as it is."""
+    copy = part.model_copy()
+    copy._derive(**values)
+    return copy

@@ -1,0 +1,105 @@
+"""The sections around a run: monitoring, TensorBoard, generation, offloading, float8, Hugging Face classes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
+
+
+class AlertConfig(Section):
+    """Messages to people."""
+
+    enable_feishu_alert: bool = later(False, "Send alerts to Feishu.", "sending alerts")
+    feishu_alert_address: str | None = used_with(
+        None, "Webhook of the Feishu bot.", "monitor.alert.enable_feishu_alert"
+    )
+    light_monitor_address: str | None = no_effect(
+        None, "Address of a heartbeat service.", "the service no longer exists"
+    )
+    alert_file_path: str | None = used_with(None, "File that lists sent alerts.", "monitor.alert.enable_feishu_alert")
+
+
+class MonitorConfig(Section):
+    """What a run reports, and how often."""
+
+    alert: AlertConfig = section(AlertConfig, "Messages to people.")
+    log_every: int = key(1, "Steps between two lines on the console.", ge=1)
+    peak_tflops: float | None = key(
+        None, "Peak of one device in TFLOP/s, for mfu; None: the known peak of the device, else no mfu.", gt=0
+    )
+    metrics_file: bool = key(True, "Write metrics.jsonl into the run directory.")
+
+
+class TensorboardConfig(Section):
+    """The TensorBoard writer."""
+
+    queue_max_length: int = key(1, "Events held back before they are written.", ge=1)
+
+
+class GradProfilingConfig(Section):
+    """Norms and zeros of gradients, layer by layer, in TensorBoard."""
+
+    grad_norm_profiling: bool = later(False, "Report the gradient norm of each layer.", "gradient profiling")
+    zero_grad_profiling: bool = later(False, "Report zero gradients.", "gradient profiling")
+    vocab_grad_norm_profiling: bool = later(False, "Report gradient norms by token.", "gradient profiling")
+    layers: tuple[str, ...] = used_with((), "Layer classes to report; empty: all.", "grad_profiling.*_profiling")
+    interval_steps: int = used_with(1, "Steps between two reports.", "grad_profiling.*_profiling", ge=1)
+
+
+_generation = partial(no_effect, reason="`internlm generate` takes its settings from the command line")
+
+
+class GenerationConfig(Section):
+    """InternEvo's batch generation."""
+
+    ckpt_folder: str | None = _generation(None, "Checkpoint to generate from.")
+    output_folder: str | None = _generation(None, "Folder of the generated text.")
+    data_folder: str | None = _generation(None, "Folder of the prompts.")
+    batch_size: int | None = _generation(None, "Prompts at a time.")
+    eos_id: int | tuple[int, ...] = _generation(2, "Tokens that end a text.")
+    bos_id: int = _generation(1, "Token that begins a text.")
+    pad_id: int | None = _generation(None, "Token that fills short prompts; None: bos_id.")
+    max_length: int = _generation(100, "Tokens of prompt and answer together.")
+    do_sample: bool = _generation(True, "Sample instead of taking the likeliest token.")
+    temperature: float = _generation(1.0, "Divides the logits.")
+    num_beams: int = _generation(1, "Beams of beam search.")
+    top_k: int = _generation(50, "Sample from the k likeliest tokens.")
+    top_p: float = _generation(1.0, "Sample from the smallest set with this probability.")
+    repetition_penalty: float = _generation(1.0, "Penalty on tokens that occurred.")
+    length_penalty: float = _generation(1.0, "Exponent on the length in beam search.")
+    additional_eos_token_list: tuple[int, ...] | None = _generation(None, "Further tokens that end a text.")
+
+
+class CpuOffloadingConfig(Section):
+    """Activations in host memory."""
+
+    enable: bool = later(False, "Move activations to host memory.", "activation offloading")
+    num_layers: int = later(0, "Layers whose activations move; 0 unless enabled.", "activation offloading", ge=0)
+
+
+class Float8Config(Section):
+    """Matrix products in 8-bit floating point."""
+
+    enable_float8_linear: bool = later(False, "Linear layers in float8.", "float8 training")
+    scaling_type_input: Literal["dynamic", "delayed"] = used_with(
+        "dynamic", "Scaling of inputs.", "float8.enable_float8_linear"
+    )
+    scaling_type_weight: Literal["dynamic", "delayed"] = used_with(
+        "dynamic", "Scaling of weights.", "float8.enable_float8_linear"
+    )
+    scaling_type_grad_output: Literal["dynamic", "delayed"] = used_with(
+        "dynamic", "Scaling of gradients.", "float8.enable_float8_linear"
+    )
+    compile: bool = used_with(False, "Compile the casts.", "float8.enable_float8_linear")
+
+
+class HfConfig(Section):
+    """A Hugging Face model class by import path."""
+
+    cfg: str | None = later(None, "Module of the configuration class.", "training Hugging Face classes")
+    cfg_cls: str | None = used_with(None, "Name of the configuration class.", "hf.cfg")
+    cfg_extra_kwargs: dict[str, Any] = used_with({}, "Arguments of the configuration.", "hf.cfg")
+    mod: str | None = used_with(None, "Module of the model class.", "hf.cfg")
+    mod_cls: str | None = used_with(None, "Name of the model class.", "hf.cfg")

@@ -1,0 +1,237 @@
+"""What a decoder is built from: the `model` section of a config, with every open choice made.
+
+`Architecture.resolve(config, ...)` joins the user's keys (which may be None: the family's choice) with what a family
+says. Nothing below this file reads the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import torch
+
+from internlm.model.initialization import Initializer, Normal, Uniform
+from internlm.model.modules.rotary import RopeSettings
+from internlm.model.ops.gated import Activation
+from internlm.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from internlm.config.schema import ModelConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FamilyDefaults:
+    """What distinguishes a family of models: the value of each key that the user left None, and what no key says.
+
+    Attributes:
+        fused_qkv, fused_gate_up: one weight for wq, wk, wv / for w1, w3.
+        qkv_bias, o_bias, mlp_bias: biases of the projections.
+        qk_norm: RMSNorm of each query and key head.
+        tie_word_embeddings: the output head is the embedding.
+        norm_head: the rows of the output head are normalised.
+        activation: of the feed-forward gate.
+        unit_offset_norm: norms scale by 1 + weight.
+        scale_embedding: embeddings are multiplied by sqrt(hidden_size).
+        sliding_window: layers use a window whenever a size is given, without `use_sliding_window`.
+    """
+
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    norm_head: bool = False
+    activation: Activation = "silu"
+    unit_offset_norm: bool = False
+    scale_embedding: bool = False
+    sliding_window: bool = False
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """Standard deviations of the initial weights, and their distribution."""
+
+    distribution: Literal["normal", "uniform"] = "normal"
+    scaled: bool = True
+    embedding: float = 0.02
+    attention_wqkv: float = 0.02
+    attention_other: float = 0.02
+    ffn_up: float = 0.02
+    ffn_other: float = 0.02
+    head: float = 0.02
+
+    def initializer(self, std: float) -> Initializer:
+        """The recipe for weights of this standard deviation."""
+        return Normal(std) if self.distribution == "normal" else Uniform(math.sqrt(3.0) * std)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder, fully specified. Fields without a comment are those of `FamilyDefaults`."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    fused_qkv: bool
+    fused_gate_up: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    norm_type: Literal["rmsnorm", "layernorm"]
+    norm_eps: float
+    norm_dtype: torch.dtype
+    unit_offset_norm: bool
+    activation: Activation
+    rope: RopeSettings
+    windows: tuple[int | None, ...]
+    """The attention window of each layer."""
+    tie_word_embeddings: bool
+    norm_head: bool
+    is_reward: bool
+    """The head gives one number a token instead of logits."""
+    embedding_multiplier: float
+    embed_grad_scale: float
+    """The gradient of the embedding is multiplied by this (GLM-130B, https://arxiv.org/abs/2210.02414)."""
+    residual_in_fp32: bool
+    """The residual stream is kept in fp32 between the blocks."""
+    checkpoint_fraction: float
+    """Share of the layers, from the first on, whose activations are computed again in backward."""
+    dtype: torch.dtype
+    init: InitSettings
+
+    @classmethod
+    def resolve(
+        cls, config: ModelConfig, defaults: FamilyDefaults | None = None, *, norm_dtype: torch.dtype | None = None
+    ) -> Architecture:
+        """Join a config with a family.
+
+        Args:
+            config: the `model` section.
+            defaults: the family; None: a Llama.
+            norm_dtype: dtype of the norms' weights; None: that of the model.
+
+        Raises:
+            ConfigError: sizes that do not fit each other, or a key that contradicts the family.
+        """
+        family = defaults or FamilyDefaults()
+        mistakes: list[str] = []
+        num_heads = config.num_attention_heads
+        num_kv_heads = _pick(config.num_kv_attention_heads, num_heads)
+        if num_heads % num_kv_heads:
+            mistakes.append(
+                f"model.num_attention_heads ({num_heads}) must be a multiple of "
+                f"model.num_kv_attention_heads ({num_kv_heads})"
+            )
+        if config.head_dim is None and config.hidden_size % num_heads:
+            mistakes.append(
+                f"model.hidden_size ({config.hidden_size}) must be a multiple of model.num_attention_heads "
+                f"({num_heads}), or model.head_dim be given"
+            )
+        head_dim = _pick(config.head_dim, config.hidden_size // num_heads)
+        if head_dim % 2:
+            mistakes.append(f"the head dimension ({head_dim}) must be even: rotary embedding turns pairs of channels")
+        if config.add_unit_offset not in (None, family.unit_offset_norm):
+            mistakes.append(f"model.add_unit_offset: this model_type has {family.unit_offset_norm}; leave the key out")
+        if config.use_swiglu not in (None, family.activation == "silu"):
+            mistakes.append(f"model.use_swiglu: this model_type has {family.activation == 'silu'}; leave the key out")
+        if mistakes:
+            raise ConfigError(mistakes)
+        # `no_bias` speaks for the attention's projections together; the keys of each come first.
+        attention_bias = None if config.no_bias is None else not config.no_bias
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            intermediate_size=config.ffn_size,
+            fused_qkv=_pick(config.enable_qkv_fusion, family.fused_qkv),
+            fused_gate_up=_pick(config.mlp_layer_fusion, family.fused_gate_up),
+            qkv_bias=_pick(config.qkv_bias, attention_bias, family.qkv_bias),
+            o_bias=_pick(config.o_bias, attention_bias, family.o_bias),
+            mlp_bias=_pick(config.mlp_bias, family.mlp_bias),
+            qk_norm=_pick(config.qk_norm, family.qk_norm),
+            norm_type=_pick(config.norm_type, "rmsnorm"),
+            norm_eps=config.layer_norm_epsilon,
+            norm_dtype=norm_dtype or config.torch_dtype,
+            unit_offset_norm=family.unit_offset_norm,
+            activation=family.activation,
+            rope=_rope_settings(config, head_dim),
+            windows=_windows(config, family),
+            tie_word_embeddings=_pick(config.tie_word_embeddings, family.tie_word_embeddings) and not config.is_reward,
+            norm_head=_pick(config.norm_head, family.norm_head),
+            is_reward=config.is_reward,
+            embedding_multiplier=math.sqrt(config.hidden_size) if family.scale_embedding else 1.0,
+            embed_grad_scale=config.embed_grad_scale,
+            residual_in_fp32=config.residual_in_fp32,
+            checkpoint_fraction=config.checkpoint,
+            dtype=config.torch_dtype,
+            init=InitSettings(
+                distribution=config.init_type,
+                scaled=config.use_scaled_init,
+                embedding=config.embedding_init_std,
+                attention_wqkv=config.attn_wqkv_init_std,
+                attention_other=config.attn_other_init_std,
+                ffn_up=config.ffn_uplayer_init_std,
+                ffn_other=config.ffn_other_init_std,
+                head=config.out_head_init_std,
+            ),
+        )
+
+
+def _pick(*choices: T | None) -> T:
+    """The first choice that is not None; the last never is."""
+    for choice in choices:
+        if choice is not None:
+            return choice
+    raise AssertionError("no default")
+
+
+def _windows(config: ModelConfig, family: FamilyDefaults) -> tuple[int | None, ...]:
+    if not (config.use_sliding_window or family.sliding_window) or config.sliding_window is None:
+        return (None,) * config.num_layers
+    return tuple(
+        config.sliding_window if layer >= config.max_window_layers else None for layer in range(config.num_layers)
+    )
+
+
+def _rope_settings(config: ModelConfig, head_dim: int) -> RopeSettings:
+    plain = RopeSettings(
+        head_dim=head_dim,
+        base=config.rope_base,
+        rope_type="dynamic" if config.use_dynamic_ntk_rope else "default",
+        max_positions=config.max_position_embeddings,
+        interleaved=config.qk_interleaved,
+        fp32=config.use_fp32_rope,
+    )
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    attention_factor = scaling.attention_factor
+    if attention_factor is None:
+        # The temperature of YaRN's equation 22.
+        attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.type == "yarn" else 1.0
+    return dataclasses.replace(
+        plain,
+        rope_type=scaling.type,
+        factor=scaling.factor,
+        max_positions=scaling.original_max_position_embeddings or config.max_position_embeddings,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        beta_slow=scaling.beta_slow,
+        beta_fast=scaling.beta_fast,
+        attention_factor=attention_factor,
+    )

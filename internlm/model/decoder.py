@@ -1,0 +1,180 @@
+"""The decoder: one class for every dense family. It knows one device and no parallelism.
+
+Shapes: B sequences, S tokens, h hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from internlm.model.architecture import Architecture
+from internlm.model.initialization import set_initializer
+from internlm.model.modules.attention import Attention
+from internlm.model.modules.cache import KeyValueCache
+from internlm.model.modules.feed_forward import FeedForward
+from internlm.model.modules.norm import LayerNorm, RMSNorm
+from internlm.model.modules.rotary import RotaryEmbedding
+from internlm.model.ops.attention import Segments
+from internlm.model.ops.rotary import RotaryTables
+from internlm.model.roles import Role
+
+DECODER_ROLES: Mapping[str, Role] = {
+    "tok_embeddings": Role.EMBEDDING,
+    "layers.*.attention.wqkv": Role.COLUMN_BY_KV_GROUP,
+    "layers.*.attention.wq": Role.COLUMN,
+    "layers.*.attention.wk": Role.COLUMN_BY_KV_GROUP,
+    "layers.*.attention.wv": Role.COLUMN_BY_KV_GROUP,
+    "layers.*.attention.wo": Role.ROW,
+    "layers.*.feed_forward.w1": Role.COLUMN,
+    "layers.*.feed_forward.w3": Role.COLUMN,
+    "layers.*.feed_forward.w13": Role.COLUMN_PAIR,
+    "layers.*.feed_forward.w2": Role.ROW,
+    "output": Role.HEAD,
+}
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, architecture: Architecture, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(architecture)
+        self.attention = Attention(architecture, layer)
+        self.ffn_norm = make_norm(architecture)
+        self.feed_forward = FeedForward(architecture)
+        # With an fp32 residual stream the blocks still compute in the dtype of the model.
+        self.block_dtype = architecture.dtype if architecture.residual_in_fp32 else None
+
+    def forward(
+        self, hidden: Tensor, rotary: RotaryTables, segments: Segments | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """`[B, S, h]` -> `[B, S, h]`."""
+        hidden = hidden + self.attention(self.attention_norm(hidden).to(self.block_dtype), rotary, segments, cache)
+        return hidden + self.feed_forward(self.ffn_norm(hidden).to(self.block_dtype))
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model: hidden states out, logits on request.
+
+    Attributes:
+        architecture: what it was built from.
+        roles: how each weight may be split (glob pattern over module names -> `Role`).
+    """
+
+    roles: Mapping[str, Role] = DECODER_ROLES
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        self.architecture = a
+        self.tok_embeddings = nn.Embedding(a.vocab_size, a.hidden_size, dtype=a.dtype)
+        set_initializer(self.tok_embeddings.weight, a.init.initializer(a.init.embedding))
+        self.layers = nn.ModuleList(DecoderLayer(a, layer) for layer in range(a.num_layers))
+        self.norm = make_norm(a)
+        if not a.tie_word_embeddings:
+            self.output = nn.Linear(a.hidden_size, 1 if a.is_reward else a.vocab_size, bias=False, dtype=a.dtype)
+            set_initializer(self.output.weight, a.init.initializer(a.init.head))
+        self.rotary = RotaryEmbedding(a.rope)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segments: Segments | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: int64 `[B, S]`.
+            position_ids: int64 `[B, S]`, position of each token in its document.
+            segments: documents of a packed row (B = 1); None: each row is one document.
+            cache: keys and values of the tokens before these; the new ones are appended. Not for packed rows.
+
+        Returns:
+            `[B, S, h]` in the dtype of the model.
+        """
+        hidden = self.embed(input_ids)
+        hidden = self.run_layers(hidden, position_ids, segments, cache)
+        return self.finish(hidden)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids `[B, S]` -> the residual stream `[B, S, h]`."""
+        a = self.architecture
+        hidden = self.tok_embeddings(input_ids)
+        if a.embed_grad_scale != 1.0:
+            hidden = _ScaleGradient.apply(hidden, a.embed_grad_scale)
+        if a.embedding_multiplier != 1.0:
+            # The factor is rounded to the model's dtype, as the published weights were trained.
+            hidden = hidden * torch.tensor(a.embedding_multiplier, dtype=hidden.dtype, device="cpu").item()
+        return hidden.float() if a.residual_in_fp32 else hidden
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        segments: Segments | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """The residual stream `[B, S, h]` through all of `self.layers`."""
+        a = self.architecture
+        length = hidden.shape[1] + (0 if cache is None else cache.length)
+        rotary = self.rotary.tables(position_ids, a.dtype, segments, length)
+        num_checkpointed = int(len(self.layers) * a.checkpoint_fraction) if torch.is_grad_enabled() else 0
+        for i, layer in enumerate(self.layers):
+            if i < num_checkpointed:
+                hidden = checkpoint(
+                    layer, hidden, rotary, segments, cache, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = layer(hidden, rotary, segments, cache)
+        if cache is not None:
+            cache.advance(hidden.shape[1])
+        return hidden
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The residual stream `[B, S, h]` -> hidden states for the head."""
+        hidden = self.norm(hidden)
+        return hidden.to(self.architecture.dtype) if self.architecture.residual_in_fp32 else hidden
+
+    def head_weight(self) -> Tensor:
+        """Weight of the output head, `[V, h]` (`[1, h]` of a reward model): tied or not, normalised or not."""
+        weight = self.tok_embeddings.weight if self.architecture.tie_word_embeddings else self.output.weight
+        return F.normalize(weight) if self.architecture.norm_head else weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., h]` -> `[..., V]` (`[..., 1]` of a reward model)."""
+        return F.linear(hidden, self.head_weight())
+
+    def make_cache(self, batch_size: int, max_length: int) -> KeyValueCache:
+        """An empty key-value cache for this model, on its device."""
+        a = self.architecture
+        parameter = next(self.parameters())
+        return KeyValueCache(
+            a.num_layers, batch_size, max_length, a.num_kv_heads, a.head_dim, a.dtype, parameter.device
+        )
+
+
+def make_norm(architecture: Architecture) -> nn.Module:
+    """A norm over the hidden dimension."""
+    a = architecture
+    if a.norm_type == "layernorm":
+        return LayerNorm(a.hidden_size, a.norm_eps, a.norm_dtype)
+    return RMSNorm(a.hidden_size, a.norm_eps, a.norm_dtype, unit_offset=a.unit_offset_norm)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None

@@ -1,0 +1,19 @@
+"""Mistral: a Llama whose layers all have a sliding window when `sliding_window` is given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from internlm.model.architecture import Architecture, FamilyDefaults
+from internlm.model.decoder import Decoder
+from internlm.model.registry import register_model
+
+if TYPE_CHECKING:
+    from internlm.config.schema import ModelConfig
+
+
+@register_model("MISTRAL")
+def mistral(config: ModelConfig, norm_dtype: torch.dtype | None) -> Decoder:
+    return Decoder(Architecture.resolve(config, FamilyDefaults(sliding_window=True), norm_dtype=norm_dtype))

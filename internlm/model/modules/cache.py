@@ -1,0 +1,61 @@
+"""Keys and values of the tokens seen so far, for generation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Preallocated keys and values of every layer; K key-value heads of dimension D.
+
+    All rows hold the same number of tokens. A forward pass appends its tokens to every layer with `update`; the decoder
+    then moves the common length on with `advance`.
+
+    Attributes:
+        length: tokens held.
+        max_length: tokens there is room for.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        max_length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.length = 0
+        self.max_length = max_length
+        shape = (num_layers, batch_size, max_length, num_kv_heads, head_dim)
+        self._keys = torch.empty(shape, dtype=dtype, device=device)
+        self._values = torch.empty(shape, dtype=dtype, device=device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append `[B, S, K, D]` keys and values to a layer; returns all of its `[B, length + S, K, D]` (views).
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        stop = self.length + k.shape[1]
+        if stop > self.max_length:
+            raise ValueError(f"the key-value cache has room for {self.max_length} tokens, not for {stop}")
+        self._keys[layer, :, self.length : stop] = k
+        self._values[layer, :, self.length : stop] = v
+        return self._keys[layer, :, :stop], self._values[layer, :, :stop]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens that every layer has just appended."""
+        self.length += num_tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from position `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replace row i by the old row `rows[i]` (beam search); `rows` is int64 `[B]`."""
+        for store in (self._keys, self._values):
+            store[:, :, : self.length] = store[:, rows, : self.length]

@@ -1,0 +1,36 @@
+"""The gated feed-forward block of a decoder layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from internlm.model.modules.linear import make_linear
+from internlm.model.ops.gated import fused_gated_activation, gated_activation
+
+if TYPE_CHECKING:
+    from internlm.model.architecture import Architecture
+
+
+class FeedForward(nn.Module):
+    """`w2(activation(w1 x) * w3 x)`; fused, `w13` holds the rows of w1 and then those of w3."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        std = a.init.ffn_up
+        if a.fused_gate_up:
+            self.w13 = make_linear(a, a.hidden_size, 2 * a.intermediate_size, a.mlp_bias, std)
+        else:
+            self.w1 = make_linear(a, a.hidden_size, a.intermediate_size, a.mlp_bias, std)
+            self.w3 = make_linear(a, a.hidden_size, a.intermediate_size, a.mlp_bias, std)
+        self.w2 = make_linear(a, a.intermediate_size, a.hidden_size, a.mlp_bias, a.init.ffn_other, into_residual=True)
+        self.fused = a.fused_gate_up
+        self.activation = a.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, h]` -> `[B, S, h]`."""
+        if self.fused:
+            return self.w2(fused_gated_activation(self.w13(x), self.activation))
+        return self.w2(gated_activation(self.w1(x), self.w3(x), self.activation))

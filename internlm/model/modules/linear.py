@@ -1,0 +1,36 @@
+"""Linear layers with the initialisation of the model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from internlm.model.initialization import Zeros, set_initializer
+
+if TYPE_CHECKING:
+    from internlm.model.architecture import Architecture
+
+
+def make_linear(
+    architecture: Architecture,
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    std: float,
+    *,
+    into_residual: bool = False,
+) -> nn.Linear:
+    """A linear layer whose weight starts with standard deviation `std`.
+
+    `into_residual`: its output is added to the residual stream. With scaled initialisation its std is divided by
+    sqrt(2 L), so that the sum over the 2 L blocks of an L-layer model has the variance of one (GPT-2, section 2.3).
+    """
+    linear = nn.Linear(in_features, out_features, bias=bias, dtype=architecture.dtype)
+    if into_residual and architecture.init.scaled:
+        std = std / math.sqrt(2 * architecture.num_layers)
+    set_initializer(linear.weight, architecture.init.initializer(std))
+    if bias:
+        set_initializer(linear.bias, Zeros())
+    return linear

@@ -1,0 +1,41 @@
+"""Normalisation layers: a weight and a call of the op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from internlm.model.initialization import Ones, Zeros, set_initializer
+from internlm.model.ops.norm import layer_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension (size `dim`); the result has the dtype of its input.
+
+    `unit_offset` (Gemma): the scale is 1 + weight, and weight starts at 0.
+    """
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype, *, unit_offset: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.unit_offset = unit_offset
+        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
+        set_initializer(self.weight, Zeros() if unit_offset else Ones())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with bias over the last dimension (size `dim`); the result has the dtype of its input."""
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(dim, dtype=dtype))
+        set_initializer(self.weight, Ones())
+        set_initializer(self.bias, Zeros())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)

@@ -1,0 +1,199 @@
+"""Causal attention, dense or over packed documents, with grouped heads, sliding windows and a key-value cache.
+
+Shapes: B sequences, S tokens, H query heads, K key-value heads (H a multiple of K), D head dimension.
+
+Packed documents are never attended through a mask over the whole pack. On CUDA a variable-length kernel takes them in
+one call; elsewhere documents of equal length make one call of PyTorch's scaled dot product attention (SDPA).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internlm.model.ops.registry import Choice, register_op
+
+_LENGTH_MULTIPLE = 64
+"""bf16 kernels on CPU are compiled for each new shape; documents padded to a multiple of this have few shapes."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The documents of a packed sequence `[1, P]`, in order.
+
+    Attributes:
+        cu_seqlens: int32 `[n + 1]` on the device, from 0 to P.
+        lengths: the n lengths, as host integers, so that nothing waits for the device. Zeros are allowed.
+        max_seqlen: the largest of them.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], cu_seqlens: Tensor | None = None) -> Segments:
+        """Segments of these lengths; `cu_seqlens` is made (on CPU) when it is not given."""
+        if cu_seqlens is None:
+            cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+        return cls(cu_seqlens, tuple(lengths), max(lengths, default=0))
+
+
+@functools.cache
+def _varlen_kernel() -> Choice:
+    """The variable-length kernel for CUDA (fp16 and bf16 only)."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        return Choice("flash_attn.flash_attn_varlen_func", "flash-attn is installed")
+    return Choice("torch.nn.attention.varlen.varlen_attn", "flash-attn is not installed; PyTorch ships this kernel")
+
+
+@register_op("attention")
+def _choose(device: torch.device) -> Choice:
+    if device.type == "cuda":
+        kernel, reason = _varlen_kernel()
+        return Choice(f"SDPA; packed or windowed fp16 and bf16: {kernel}", f"{reason}; it has no fp32")
+    return Choice("SDPA, one call a document", f"PyTorch has no variable-length kernel on {device.type}")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal softmax attention.
+
+    Args:
+        q: `[B, S, H, D]`.
+        k, v: `[B, T, K, D]` with T >= S. When T > S (cached keys), the queries are the last S positions. Query head i
+            uses key-value head i // (H / K).
+        segments: the documents of a packed sequence (B = 1, T = S); None: every row is one sequence.
+        window: a query sees at most this many keys, itself included; None: all before it.
+        scale: factor of the scores; None: 1 / sqrt(D).
+
+    Returns:
+        `[B, S, H, D]` in the dtype of q.
+    """
+    assert window is None or window > 0
+    if segments is not None:
+        assert q.shape[0] == 1 and q.shape[1] == k.shape[1], "packed attention takes one row and no cache"
+        assert sum(segments.lengths) == q.shape[1], "segment lengths do not add up to the packed length"
+        if window is not None and window >= segments.max_seqlen:
+            window = None
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            return _varlen(q, k, v, segments, window, scale)
+        return _by_document(q, k, v, segments, window, scale)
+    if window is not None and window >= k.shape[1]:
+        window = None
+    if window is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[1] == k.shape[1]:
+        batch, length = q.shape[:2]
+        cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
+        rows = Segments(cu_seqlens, (length,) * batch, length)
+        flat_q, flat_k, flat_v = (tensor.reshape(1, batch * length, *tensor.shape[2:]) for tensor in (q, k, v))
+        return _varlen(flat_q, flat_k, flat_v, rows, window, scale).view(q.shape)
+    return _dense(q, k, v, window, scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor | None = None) -> Tensor:
+    """SDPA in this module's layout: causal without a mask (S = T), or with a boolean mask `[S, T]` (True: visible)."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        # One query sees every key it is given: without the flag the kernel skips the masking work.
+        is_causal=mask is None and q.shape[1] > 1,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
+    """Rows of equal length, perhaps with a cache and a window, by SDPA."""
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    if window is None:
+        if num_queries in (1, num_keys):
+            return _sdpa(q, k, v, scale)
+        return _sdpa(q, k, v, scale, mask=_band(num_queries, num_keys, None, q.device))
+    # A band of queries needs only its own keys and the window before them: work and mask grow with S x window.
+    offset = num_keys - num_queries
+    size = max(window, _LENGTH_MULTIPLE)
+    bands = []
+    for start in range(0, num_queries, size):
+        stop = min(start + size, num_queries)
+        first_key = max(0, offset + start - window + 1)
+        keys = slice(first_key, offset + stop)
+        mask = _band(stop - start, offset + stop - first_key, window, q.device)
+        bands.append(_sdpa(q[:, start:stop], k[:, keys], v[:, keys], scale, mask=mask))
+    return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
+
+
+def _band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Mask of a causal band whose last query is level with the last key."""
+    distance = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None] - torch.arange(
+        num_keys, device=device
+    )
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def _by_document(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, scale: float | None
+) -> Tensor:
+    """Packed attention as one SDPA call for each distinct document length."""
+    lengths = segments.lengths
+    # Padding goes to the right, where causal queries do not look, so it changes no result.
+    multiple = _LENGTH_MULTIPLE if q.dtype == torch.bfloat16 else 1
+    groups: dict[int, list[int]] = defaultdict(list)
+    for document, length in enumerate(lengths):
+        if length:
+            groups[-(-length // multiple) * multiple].append(document)
+    pieces = [tensor[0].split(lengths) for tensor in (q, k, v)]
+    outputs: list[Tensor] = list(pieces[0])
+    for padded, documents in groups.items():
+        batch_q, batch_k, batch_v = (
+            torch.stack([F.pad(piece[i], (0, 0, 0, 0, 0, padded - lengths[i])) for i in documents]) for piece in pieces
+        )
+        for i, out in zip(documents, _dense(batch_q, batch_k, batch_v, window, scale).unbind(0), strict=True):
+            outputs[i] = out[: lengths[i]]
+    return torch.cat(outputs).unsqueeze(0)
+
+
+@functools.cache
+def _varlen_needs_gqa_flag() -> bool:
+    """PyTorch 2.12 began to refuse grouped heads without this flag; before, the flag did not exist."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, scale: float | None) -> Tensor:
+    """Packed attention by a CUDA variable-length kernel."""
+    bounds = (segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen, segments.max_seqlen)
+    # Both kernels count the keys on either side of the query, without itself; (-1, 0) is plain causal.
+    window_size = (-1 if window is None else window - 1, 0)
+    if _varlen_kernel().implementation.startswith("flash_attn"):
+        from flash_attn import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(
+            q[0], k[0], v[0], *bounds, softmax_scale=scale, causal=True, window_size=window_size
+        )
+        return out.unsqueeze(0)
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"enable_gqa": True} if _varlen_needs_gqa_flag() and q.shape[2] != k.shape[2] else {}
+    out = varlen_attn(q[0], k[0], v[0], *bounds, scale=scale, window_size=window_size, **options)
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)

@@ -1,0 +1,161 @@
+"""Output head and cross entropy in one, over chunks of tokens, so that the logits never exist all at once.
+
+The gradient of a sum of token losses does not depend on what comes after it but for a factor. So it is computed in the
+forward pass, while a chunk's probabilities are at hand, and the backward pass only scales it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from internlm.model.ops.registry import Choice, register_op
+
+IGNORE_INDEX = -100
+"""The label of a token that contributes no loss."""
+
+_CHUNK_TOKENS = 1024
+"""Tokens whose logits exist at once: enough for a full-speed matrix product."""
+
+_CACHE_ELEMENTS = 1 << 19
+"""Logits widened to fp32 at once on CPU: 2 MiB, what a core's cache holds."""
+
+
+@register_op("linear_cross_entropy")
+def _choose(device: torch.device) -> Choice:
+    return Choice("own autograd function", "chunked over tokens, gradient in the forward pass, on every device")
+
+
+class LossOutput(NamedTuple):
+    """Result of `linear_cross_entropy`; T tokens.
+
+    Attributes:
+        loss_sum: fp32 scalar with gradient: the sum over valid tokens, label smoothing and z-loss included.
+        token_losses: fp32 `[T]` without gradient: plain negative log-likelihood, 0 at ignored tokens.
+        correct: bool `[T]`: the label has the largest logit (the first of equals); None unless asked for.
+    """
+
+    loss_sum: Tensor
+    token_losses: Tensor
+    correct: Tensor | None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss_coeff: float = 0.0,
+    chunk_tokens: int = _CHUNK_TOKENS,
+    with_accuracy: bool = False,
+) -> LossOutput:
+    """Sum of the cross entropy of `softmax(hidden weight^T)` over the tokens whose label is not `IGNORE_INDEX`.
+
+    Args:
+        hidden: `[T, h]`.
+        weight: `[V, h]`, the output head, in the dtype of hidden.
+        labels: int64 `[T]` in [0, V), or `IGNORE_INDEX`.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`: this share of the target is spread over all V.
+        z_loss_coeff: adds this times the squared log-partition of each valid token (PaLM, section 5).
+        chunk_tokens: tokens whose logits exist at once.
+        with_accuracy: also tell which tokens are predicted right.
+
+    Returns:
+        `LossOutput`. Without a valid token the loss is 0 and so is every gradient.
+    """
+    assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
+    wants_grad = torch.is_grad_enabled()
+    loss_sum, token_losses, correct = _LinearCrossEntropy.apply(
+        hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad
+    )
+    return LossOutput(loss_sum, token_losses, correct if with_accuracy else None)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        label_smoothing: float,
+        z_loss_coeff: float,
+        chunk_tokens: int,
+        wants_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        num_tokens = hidden.shape[0]
+        grads_hidden = wants_grad and ctx.needs_input_grad[0]
+        grads_weight = wants_grad and ctx.needs_input_grad[1]
+        token_losses = torch.empty(num_tokens, dtype=wide, device=hidden.device)
+        objectives = torch.empty_like(token_losses)
+        correct = torch.empty(num_tokens, dtype=torch.bool, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if grads_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if grads_weight else None
+
+        for start in range(0, num_tokens, chunk_tokens):
+            tokens = slice(start, min(start + chunk_tokens, num_tokens))
+            logits = hidden[tokens] @ weight.t()
+            rows = logits.shape[0] if hidden.is_cuda else max(1, _CACHE_ELEMENTS // weight.shape[0])
+            for first in range(0, logits.shape[0], rows):
+                block = slice(first, first + rows)
+                place = slice(start + first, min(start + first + rows, tokens.stop))
+                objectives[place], token_losses[place], correct[place] = _rows_loss(
+                    logits[block], labels[place], label_smoothing, z_loss_coeff, grads_hidden or grads_weight
+                )
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[tokens])
+            if grad_weight is not None:
+                if grad_weight.dtype == logits.dtype:
+                    grad_weight.addmm_(logits.t(), hidden[tokens])
+                else:
+                    grad_weight += logits.t() @ hidden[tokens]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(token_losses, correct)
+        return objectives.sum(), token_losses, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _rows_loss(
+    logits: Tensor, labels: Tensor, label_smoothing: float, z_loss_coeff: float, wants_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the plain loss and the hit of each row of logits `[t, V]`; overwrites the logits with the gradient of
+    the summed loss when `wants_grad`."""
+    valid = labels != IGNORE_INDEX
+    targets = labels.clamp(min=0).unsqueeze(-1)
+    correct = (logits.argmax(-1, keepdim=True) == targets).squeeze(-1) & valid
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    target_logits = logits.gather(-1, targets).to(wide)
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=wide)
+    target_log_probs = log_probs.gather(-1, targets)
+    log_partition = target_logits - target_log_probs
+    nll = -target_log_probs.squeeze(-1)
+    objective = nll
+    if label_smoothing:
+        objective = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1)
+    if z_loss_coeff:
+        objective = objective + z_loss_coeff * log_partition.squeeze(-1).square()
+    if wants_grad:
+        # d/dlogits: p - target distribution, and 2 c log Z p for the z-loss.
+        gradient = log_probs.exp_()
+        if z_loss_coeff:
+            gradient.mul_(2 * z_loss_coeff * log_partition + 1)
+        if label_smoothing:
+            gradient.sub_(label_smoothing / logits.shape[-1])
+        gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, label_smoothing - 1.0))
+        # masked_fill and not a product: a row with infinite logits must give 0 as well, not NaN.
+        gradient.masked_fill_(~valid.unsqueeze(-1), 0.0)
+        logits.copy_(gradient)
+    return objective.masked_fill(~valid, 0.0), nll.masked_fill(~valid, 0.0), correct

@@ -1,0 +1,80 @@
+"""Gated activations of the feed-forward network: SwiGLU and GeGLU (https://arxiv.org/abs/2002.05202).
+
+`activation(gate) * up`. The activation is computed again in the backward pass instead of being kept: it costs one
+elementwise kernel and saves a tensor as wide as the feed-forward network in every layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internlm.model.ops.registry import Choice, register_op
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@register_op("gated_activation")
+def _choose(device: torch.device) -> Choice:
+    return Choice("own autograd function", "recomputes the activation in backward, on every device")
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """`activation(gate) * up`, elementwise.
+
+    Args:
+        gate: `[..., f]`, the output of w1.
+        up: `[..., f]`, the output of w3.
+        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU with the tanh approximation, as Gemma has it).
+    """
+    result: Tensor = _Gated.apply(gate, up, activation)
+    return result
+
+
+def fused_gated_activation(gate_up: Tensor, activation: Activation) -> Tensor:
+    """The same for the fused projection: `gate_up` is `[..., 2 f]`, gate first."""
+    result: Tensor = _FusedGated.apply(gate_up, activation)
+    return result
+
+
+def _activate(gate: Tensor, activation: Activation) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _backward(grad: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    grad_up = _activate(gate, activation).mul_(grad)
+    grad_activated = grad * up
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad_activated, gate), grad_up
+    return torch.ops.aten.gelu_backward(grad_activated, gate, approximate="tanh"), grad_up
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _activate(gate, activation).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        return *_backward(grad, gate, up, ctx.activation), None
+
+
+class _FusedGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.activation = activation
+        gate, up = gate_up.chunk(2, dim=-1)
+        return _activate(gate, activation).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.cat(_backward(grad, gate, up, ctx.activation), dim=-1), None

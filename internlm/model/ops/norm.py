@@ -1,0 +1,91 @@
+"""Normalisation over the last dimension: RMSNorm (https://arxiv.org/abs/1910.07467) and LayerNorm, computed in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internlm.model.ops.registry import Choice, register_op
+
+
+@register_op("rms_norm")
+def _choose(device: torch.device) -> Choice:
+    if device.type == "cpu":
+        return Choice("own autograd function", "PyTorch's rms_norm is a chain of separate kernels on CPU")
+    return Choice("torch.nn.functional.rms_norm", f"a fused kernel exists on {device.type}")
+
+
+@register_op("layer_norm")
+def _choose_layer_norm(device: torch.device) -> Choice:
+    return Choice("torch.nn.functional.layer_norm", "a fused kernel exists on every device")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+
+    Args:
+        x: `[..., h]`, any floating dtype; the arithmetic is fp32 (or wider, when x or weight is).
+        weight: `[h]`.
+        eps: added to the mean square.
+        unit_offset: scale by `1 + weight` (Gemma).
+
+    Returns:
+        `[..., h]` in the dtype of x.
+    """
+    if x.device.type == "cpu":
+        result: Tensor = _RMSNorm.apply(x, weight, eps, unit_offset)
+        return result
+    dtype = _compute_dtype(x, weight)
+    scale = weight.to(dtype) + 1 if unit_offset else weight
+    if x.dtype == scale.dtype:
+        return F.rms_norm(x, (x.shape[-1],), scale, eps)
+    return F.rms_norm(x.to(dtype), (x.shape[-1],), scale.to(dtype), eps).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension; arguments and result as for `rms_norm`, and a bias `[h]`."""
+    if x.dtype == weight.dtype:
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    dtype = _compute_dtype(x, weight)
+    wide_bias = None if bias is None else bias.to(dtype)
+    return F.layer_norm(x.to(dtype), (x.shape[-1],), weight.to(dtype), wide_bias, eps).to(x.dtype)
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Saves the input and one number a row. With t = grad * x * rstd, both reductions of the backward pass (over rows
+    for the weight, over columns for the input) are matrix-vector products with t."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+        dtype = _compute_dtype(x, weight)
+        rows = x.reshape(-1, x.shape[-1])
+        mean_square = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype).square_().div_(rows.shape[-1])
+        rstd = mean_square.add_(eps).rsqrt_()
+        scale = weight.to(dtype) + 1 if unit_offset else weight.to(dtype)
+        out = torch.mul(rows, rstd).mul_(scale)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.unit_offset = unit_offset
+        return out.to(x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        dtype = rstd.dtype
+        normed = torch.mul(x.reshape(-1, x.shape[-1]), rstd)
+        wide_grad = grad.reshape(normed.shape).to(dtype)
+        scale = weight.to(dtype) + 1 if ctx.unit_offset else weight.to(dtype)
+        product = wide_grad * normed
+        grad_weight = product.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            projection = torch.mv(product, scale).div_(-scale.shape[0]).unsqueeze_(-1)
+            torch.mul(wide_grad, scale, out=product)
+            grad_x = product.addcmul_(normed, projection).mul_(rstd).to(x.dtype).view(x.shape)
+        return grad_x, grad_weight, None, None

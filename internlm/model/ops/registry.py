@@ -1,0 +1,43 @@
+"""Which implementation of an op runs on which device, and why.
+
+Each op module decides once, from what is installed and what the device can do, and records that decision here. Nothing
+falls back silently: `describe` is what `doctor` and the training log print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Choice(NamedTuple):
+    """The implementation that an op uses, and the reason for it."""
+
+    implementation: str
+    reason: str
+
+
+_CHOOSERS: dict[str, Callable[[torch.device], Choice]] = {}
+
+
+def register_op(name: str) -> Callable[[Callable[[torch.device], Choice]], Callable[[torch.device], Choice]]:
+    """Decorator: the function tells which implementation of op `name` a device gets. Op modules dispatch on the same
+    facts, so what it says is what runs."""
+
+    def decorate(chooser: Callable[[torch.device], Choice]) -> Callable[[torch.device], Choice]:
+        assert name not in _CHOOSERS, f"op {name} is registered twice"
+        _CHOOSERS[name] = chooser
+        return chooser
+
+    return decorate
+
+
+def describe(device: torch.device | str) -> dict[str, Choice]:
+    """Op name -> `Choice` for every op, on `device`."""
+    # Imported here because each of these modules imports this one to register itself.
+    from internlm.model.ops import attention, cross_entropy, gated, norm, rotary  # noqa: F401
+
+    device = torch.device(device)
+    return {name: chooser(device) for name, chooser in sorted(_CHOOSERS.items())}

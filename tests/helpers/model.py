@@ -1,0 +1,43 @@
+"""Small models with storage, for tests that need no parallel floor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from internlm.config.schema import ModelConfig
+from internlm.model.initialization import initializer_of
+from internlm.model.registry import build_model
+
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_layers": 2,
+    "num_attention_heads": 6,
+    "intermediate_size": 88,
+    "dtype": "torch.float32",
+}
+
+
+def tiny_config(**keys: Any) -> ModelConfig:
+    """A model section of odd sizes; `keys` replace or add."""
+    return ModelConfig(**{**TINY, **keys})
+
+
+def materialize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a model built on the meta device its storage on CPU and its initial values."""
+    recipes = {name: initializer_of(parameter) for name, parameter in model.named_parameters()}
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        recipes[name].fill(parameter, generator)
+    return model
+
+
+def tiny_model(model_type: str, seed: int = 0, norm_dtype: torch.dtype | None = None, **keys: Any) -> Any:
+    """A registered model of `tiny_config(**keys)` with initial values."""
+    with torch.device("meta"):
+        model = build_model(model_type, tiny_config(**keys), norm_dtype=norm_dtype)
+    return materialize(model, seed)
