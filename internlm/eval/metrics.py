@@ -119,7 +119,7 @@ def evaluation_results(
         f"val/{set_name}_acc": correct / valid,
         f"val/{set_name}_plex": _exp(mean),
     }
-    if sum(row[2] > 0 for row in by_type) > 1:
+    if type_names and sum(row[2] > 0 for row in by_type) > 1:
         for name, (type_loss, type_correct, type_valid) in zip(type_names, by_type, strict=True):
             if type_valid > 0:
                 results[f"val/{set_name}_loss/{name}"] = type_loss / type_valid

@@ -1,0 +1,28 @@
+"""When evaluations happen."""
+
+from __future__ import annotations
+
+import pytest
+
+from internlm.core.hooks import Hook
+from internlm.eval.hook import EvaluationHook
+from tests.helpers.fake_trainer import FakeTrainer
+
+
+@pytest.mark.parametrize("every, total, steps", [(0, 4, []), (2, 4, [2, 4]), (3, 7, [3, 6, 7]), (9, 4, [4])])
+def test_every_nth_step_and_the_last(tmp_path, every, total, steps):
+    trainer = FakeTrainer(tmp_path, [EvaluationHook(every)], total)
+    trainer.fit()
+    assert trainer.evaluated_at == steps
+
+
+class StopAt(Hook):
+    def on_step_end(self, trainer, metrics):
+        if metrics.step == 3:
+            trainer.request_stop("SIGTERM")
+
+
+def test_a_run_asked_to_stop_does_not_stay_to_evaluate(tmp_path):
+    trainer = FakeTrainer(tmp_path, [StopAt(), EvaluationHook(2)], 8)
+    trainer.fit()
+    assert trainer.evaluated_at == [2]

@@ -1,0 +1,114 @@
+"""The progress bar, the plain lines, and what is told of skipped updates."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from internlm.core.metrics import StepMetrics
+from internlm.eval.hook import EvaluationHook
+from internlm.monitor.console import ConsoleHook, describe, describe_duration
+from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
+from internlm.utils.logging import ROOT_LOGGER, configure_logging, get_logger
+from tests.helpers.fake_trainer import FakeTrainer, step_metrics
+
+
+@pytest.fixture
+def log_lines():
+    """What the project logs while the test runs."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger(ROOT_LOGGER), Keep()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def plain(log_every: int) -> ConsoleHook:
+    return ConsoleHook(StepNumbers(), log_every, console=Console(file=io.StringIO()))
+
+
+def test_plain_lines_first_every_and_last(tmp_path, log_lines):
+    FakeTrainer(tmp_path, [plain(3)], total_steps=7).fit()
+    assert [int(re.match(r"step (\d+)/7 ", line).group(1)) for line in log_lines] == [1, 3, 6, 7]
+    assert "loss 3.3333" in log_lines[1] and "lr 1.000e-03" in log_lines[1] and "grad_norm 1.250" in log_lines[1]
+    assert "tgs 2000 (mean 2000)" in log_lines[1] and log_lines[1].endswith("eta 0:00:02")  # 4 steps of 0.5 s left
+    assert log_lines[-1].endswith("eta 0:00:00")
+
+
+def test_steps_that_are_not_shown_wait_for_nothing(tmp_path, monkeypatch):
+    waits = []
+    original = StepMetrics.numbers
+    monkeypatch.setattr(StepMetrics, "numbers", lambda self: waits.append(self.step) or original(self))
+    FakeTrainer(tmp_path, [plain(5)], total_steps=10).fit()
+    assert waits == [1, 5, 10]
+
+
+def test_skipped_updates_are_told_once_with_their_number(tmp_path, log_lines):
+    skipped_steps = {2, 3, 8}
+
+    def metrics(step):
+        return step_metrics(
+            step,
+            skipped=torch.tensor(float(step in skipped_steps)),
+            inf_nan_skip_batches=torch.tensor(5.0 + sum(s <= step for s in skipped_steps)),  # 5 before a resume
+            loss_scale=torch.tensor(512.0),
+        )
+
+    FakeTrainer(tmp_path, [plain(4)], total_steps=12, metrics=metrics).fit()
+    told = [line for line in log_lines if "skipped" in line]
+    assert len(told) == 2
+    assert told[0].startswith("step 4: 2 update(s) skipped") and "7 since the start" in told[0]
+    assert told[1].startswith("step 8: 1 update(s) skipped") and "loss scale is now 512" in told[1]
+
+
+def test_a_terminal_gets_a_bar_and_log_lines_above_it(tmp_path, monkeypatch):
+    screen, stderr = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    configure_logging()  # its handler holds the stderr of now
+    console = Console(file=screen, force_terminal=True, width=160)
+    try:
+        FakeTrainer(tmp_path, [ConsoleHook(StepNumbers(), console=console), EvaluationHook(2)], total_steps=4).fit()
+        get_logger().info("after the bar")
+    finally:
+        logging.getLogger(ROOT_LOGGER).handlers.clear()
+        logging.getLogger(ROOT_LOGGER).propagate = True
+    text = screen.getvalue()
+    assert "4/4" in text and "loss 2.5000" in text and "eta 0:00:00" in text
+    # A log line on the raw stderr would land in the middle of the bar.
+    assert text.count("val/books_loss 2.5000") == 2 and "val/books" not in stderr.getvalue()
+    assert "after the bar" in stderr.getvalue() and "after the bar" not in text
+
+
+def test_a_bar_gives_the_terminal_back_after_an_exception(tmp_path):
+    screen = io.StringIO()
+    hook = ConsoleHook(StepNumbers(), console=Console(file=screen, force_terminal=True, width=160))
+    with pytest.raises(RuntimeError):
+        FakeTrainer(tmp_path, [hook]).fit(fail_at=2)
+    assert screen.getvalue().rstrip().endswith("\x1b[?25h")  # shows the cursor again
+
+
+def test_other_ranks_are_silent(tmp_path, log_lines):
+    FakeTrainer(tmp_path, [plain(1), EvaluationHook(1)], is_main_rank=False).fit()
+    assert log_lines == []
+
+
+def test_description():
+    numbers = StepNumbers(Throughput(flops=FlopsModel(full=2e9, causal=1e9, peak=1e13)))
+    text = describe(numbers.of(step_metrics(2, loss_scale=torch.tensor(65536.0))))
+    assert "loss_scale 65536" in text and "tflops 2" in text and "mfu 20.0%" in text
+    assert describe_duration(3723.4) == "1:02:03"
+    assert describe_duration(float("nan")) == "-"

@@ -1,0 +1,73 @@
+"""TensorBoard scalars, read back with tensorboard's own reader."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from internlm.eval.hook import EvaluationHook
+from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
+from internlm.monitor.tensorboard import TensorBoardHook
+from internlm.utils.logging import ROOT_LOGGER
+from tests.helpers.fake_trainer import FakeTrainer, step_metrics
+
+
+def read(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder)).Reload()
+
+
+def points(events: EventAccumulator, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_every_number_of_every_step(tmp_path):
+    numbers = StepNumbers(Throughput(flops=FlopsModel(full=2e9, causal=1e9)))
+    FakeTrainer(tmp_path, [TensorBoardHook(numbers), EvaluationHook(2)], total_steps=4).fit()
+    events = read(tmp_path / "tensorboards")
+    assert points(events, "loss") == [(1, 10.0), (2, 5.0), (3, 3.3333332538604736), (4, 2.5)]
+    assert points(events, "val/books_loss") == [(2, 2.5), (4, 2.5)]
+    assert {"tgs/tgs_SMA", "tflops", "grad_norm"} <= set(events.Tags()["scalars"])
+
+
+def test_a_resume_purges_what_came_after(tmp_path):
+    def metrics(offset):
+        return lambda step: step_metrics(step, loss=offset + step_metrics(step).loss)
+
+    FakeTrainer(tmp_path, [TensorBoardHook(StepNumbers())], 5, metrics=metrics(100)).fit()
+    FakeTrainer(tmp_path, [TensorBoardHook(StepNumbers())], 6, start=2, metrics=metrics(0)).fit()
+    assert [(step, value > 100) for step, value in points(read(tmp_path / "tensorboards"), "loss")] == [
+        (1, True),
+        (2, True),
+        (3, False),
+        (4, False),
+        (5, False),
+        (6, False),
+    ]
+
+
+def test_folders(tmp_path):
+    FakeTrainer(tmp_path / "run", [TensorBoardHook(StepNumbers(), folder=tmp_path / "chosen")]).fit()
+    hook = TensorBoardHook(StepNumbers(), folder=tmp_path / "unused", resume_folder=tmp_path / "chosen")
+    FakeTrainer(tmp_path / "run", [hook], total_steps=6, start=4).fit()
+    assert [step for step, _ in points(read(tmp_path / "chosen"), "loss")] == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "unused").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_one_named_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger(ROOT_LOGGER).addHandler(handler)
+    try:
+        FakeTrainer(tmp_path, [TensorBoardHook(StepNumbers()), EvaluationHook(2)]).fit()
+    finally:
+        logging.getLogger(ROOT_LOGGER).removeHandler(handler)
+    assert len(lines) == 1 and "pip install tensorboard" in lines[0]
+
+
+def test_only_the_main_rank_writes(tmp_path):
+    FakeTrainer(tmp_path, [TensorBoardHook(StepNumbers())], is_main_rank=False).fit()
+    assert list(tmp_path.iterdir()) == []
