@@ -8,7 +8,10 @@ Nothing in it depends on the layout that wrote it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,7 +60,10 @@ def load_tensors(path: Path, tensors: dict[str, Any], *, no_dist: bool) -> None:
     Raises:
         CheckpointError: a tensor is missing or has another shape, or the files are damaged.
     """
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}") from error
     mistakes = []
     for key, value in tensors.items():
         if key not in saved:
@@ -69,9 +75,10 @@ def load_tensors(path: Path, tensors: dict[str, Any], *, no_dist: bool) -> None:
         more = f"\n  and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
         raise CheckpointError(f"the checkpoint '{path}' does not fit this model:\n  {shown}{more}")
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), planner=BoxLoadPlanner(), no_dist=no_dist)
-    except (OSError, RuntimeError, EOFError, dcp.api.CheckpointException) as error:
-        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}") from error
+        with _without_single_process_warning():
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), planner=BoxLoadPlanner(), no_dist=no_dist)
+    except dcp.api.CheckpointException as error:
+        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {_first_failure(error)}") from error
 
 
 def read_context(path: Path) -> dict[str, Any]:
@@ -121,14 +128,17 @@ class CheckpointManager:
             f"rng/{context.rank}": random_state(),
         }
         try:
-            dcp.save(
-                tensors,
-                storage_writer=dcp.FileSystemWriter(writing, sync_files=False),
-                planner=BoxSavePlanner(),
-                no_dist=context.world_group is None,
-            )
-        except (OSError, dcp.api.CheckpointException) as error:
-            raise CheckpointError(f"the checkpoint of step {step} could not be written to '{writing}': {error}") from error
+            with _without_single_process_warning():
+                dcp.save(
+                    tensors,
+                    storage_writer=dcp.FileSystemWriter(writing, sync_files=False),
+                    planner=BoxSavePlanner(),
+                    no_dist=context.world_group is None,
+                )
+        except dcp.api.CheckpointException as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to '{writing}': {_first_failure(error)}"
+            ) from error
         state = {
             "state": asdict(trainer.state),
             "inf_nan_skip_batches": float(trainer.num_skipped_updates),
@@ -217,3 +227,16 @@ def _on_main_rank(context: ParallelContext, action: Callable[[], object], what: 
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise CheckpointError(failure[0])
+
+
+@contextmanager
+def _without_single_process_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # One process without a process group is a normal way to run, and asked for with no_dist.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _first_failure(error: dcp.api.CheckpointException) -> str:
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {type(cause).__name__}: {cause}"

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from internlm.config.loader import LoadedConfig, format_config, load_config
+from internlm.config.loader import LoadedConfig, load_config
+from internlm.config.render import format_config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.failure import FailureWatch
