@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
 from internlm.model.ops.attention import Segments
 from internlm.solver.grad_scaler import DynamicGradScaler
+from internlm.solver.optimizer.flat_bucket import BucketGroups, BucketKind, FlatBucket
 
 LR, DECAY, STEPS = 3e-3, 0.1, 20
 EPSILON = torch.finfo(torch.float32).eps
@@ -200,3 +202,15 @@ def test_a_batch_without_valid_tokens_changes_nothing_but_decay() -> None:
     assert float(result.loss) == 0.0
     assert float(result.grad_norm) == 0.0
     assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
+
+
+def test_the_norm_of_millions_of_elements_is_exact_to_fp32() -> None:
+    """A plain fp32 sum of 8 million squares is off by 1e-4 and more; the norm must not depend on how state is sharded."""
+    parameter = nn.Parameter(torch.zeros(2048, 4096))
+    attach_shard_spec(parameter, ShardSpec.whole("weight", parameter.shape))
+    kind = BucketKind(torch.float32, True, "activation", "data", (), ())
+    bucket = FlatBucket([parameter], kind, BucketGroups(None, None))
+    bucket.grad_shard.copy_(torch.randn(bucket.grad_shard.shape, generator=torch.Generator().manual_seed(0)))
+    expected = bucket.grad_shard.double().square().sum()
+    # One rounding a square and ten a row sum, of either sign: well within 2**-20.
+    torch.testing.assert_close(bucket.squared_grad_norm(), expected, rtol=2**-20, atol=0)

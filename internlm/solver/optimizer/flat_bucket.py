@@ -18,6 +18,9 @@ from internlm.core.communication.collectives import (
 )
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 
+# Rows over which a norm is summed in fp32; a single fp32 sum over millions of elements is wrong in the fourth digit.
+NORM_ROW = 1024
+
 # Tensors start at multiples of this many elements: vector loads stay aligned whatever the tensor's size.
 ALIGNMENT = 32
 
@@ -92,7 +95,7 @@ class FlatBucket:
         for parameter in parameters:
             self.offsets.append(end)
             end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        slice_size = -(-end // (groups.zero_size * ALIGNMENT)) * ALIGNMENT
+        slice_size = -(-end // (groups.zero_size * NORM_ROW)) * NORM_ROW
         numel = slice_size * groups.zero_size
         self.shard_start = groups.zero_index * slice_size
         self.shard_stop = self.shard_start + slice_size
@@ -164,6 +167,11 @@ class FlatBucket:
                 all_reduce(self.grad_shard, group)
             else:
                 self.grad_shard.copy_(all_reduce(self.grad_shard.to(self.reduce_dtype), group))
+
+    def squared_grad_norm(self) -> Tensor:
+        """Sum of the squares of `grad_shard`, a scalar fp64 tensor."""
+        rows = torch.linalg.vector_norm(self.grad_shard.view(-1, NORM_ROW), dim=1)
+        return rows.double().square().sum()
 
     def start_gathering(self) -> None:
         """Write the masters back into the parameters and start collecting the other ranks' shares."""

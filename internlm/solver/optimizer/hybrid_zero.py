@@ -232,8 +232,8 @@ class HybridZeroOptimizer:
             for axis in bucket.kind.sharded_over:
                 distinct *= view.size(axis)
             copies = view.world_size // distinct
-            squares.append(torch.linalg.vector_norm(bucket.grad_shard).square() / copies)
-        return all_reduce(torch.stack(squares).sum(), self.context.world_group).sqrt()
+            squares.append(bucket.squared_grad_norm() / copies)
+        return all_reduce(torch.stack(squares).sum(), self.context.world_group).sqrt().float()
 
     # -- parameters -----------------------------------------------------------------------------------------------
 
