@@ -1,0 +1,136 @@
+"""Resuming is exact, in the same layout bit for bit, and in another one to the tolerance of fp32 sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import RankPool
+from helpers.runs import assert_same_bits, new_trainer, train
+
+from internlm.checkpoint.folder import complete_steps, marker, resolve
+from internlm.utils.errors import CheckpointError
+
+
+def both_ways(folder: str, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """10 steps in one go, and 5, a resume, and 5 more."""
+    straight = train(f"{folder}/straight", 10, **kwargs)
+    first = train(f"{folder}/parts", 5, **kwargs)
+    second = train(f"{folder}/parts", 10, f"{folder}/parts/5", **kwargs)
+    for key in ("losses", "norms", "random"):
+        second[key] = first[key] + second[key]
+    return straight, second
+
+
+def check_exact(straight: dict[str, Any], resumed: dict[str, Any]) -> None:
+    for key in ("losses", "norms", "random", "state", "skipped"):
+        assert straight[key] == resumed[key], key
+    assert_same_bits(straight["weights"], resumed["weights"])
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16", "torch.float16"])
+def test_ten_steps_are_five_and_five_on_one_process(tmp_path: Path, dtype: str) -> None:
+    check_exact(*both_ways(str(tmp_path), dtype=dtype))
+
+
+@pytest.mark.parametrize(("zero", "dtype"), [(-1, "torch.float32"), (1, "torch.float32"), (-1, "torch.bfloat16")])
+def test_ten_steps_are_five_and_five_on_two_processes(
+    tmp_path: Path, ranks: Callable[[int], RankPool], zero: int, dtype: str
+) -> None:
+    for straight, resumed in ranks(2).run(both_ways_on_ranks, str(tmp_path), zero, dtype):
+        check_exact(straight, resumed)
+
+
+def both_ways_on_ranks(folder: str, zero: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return both_ways(folder, zero=zero, dtype=dtype)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
+def test_another_number_of_processes_goes_on_within_rounding(
+    tmp_path: Path, ranks: Callable[[int], RankPool], before: int, after: int
+) -> None:
+    straight = train(tmp_path / "straight", 10)
+    on = {1: lambda *args: [run(*args)], 2: ranks(2).run, 4: ranks(4).run}
+    first = _on(on, before, str(tmp_path / "parts"), 5, None)
+    second = _on(on, after, str(tmp_path / "parts"), 10, str(tmp_path / "parts" / "5"))
+    losses = first["losses"] + second["losses"]
+    torch.testing.assert_close(losses, straight["losses"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(first["norms"] + second["norms"], straight["norms"], rtol=1e-4, atol=0)
+    assert second["state"] == straight["state"]
+
+
+def run(folder: str, steps: int, resume: str | None) -> dict[str, Any]:
+    return train(folder, steps, resume)
+
+
+def _on(on: dict[int, Any], world: int, *args: Any) -> dict[str, Any]:
+    if world == 1:
+        return on[1](*args)[0]
+    return on[world](run, *args)[0]
+
+
+def test_weights_alone_can_be_loaded_and_masters_follow(tmp_path: Path) -> None:
+    done = train(tmp_path, 5, dtype="torch.bfloat16")
+    trainer = new_trainer(tmp_path, 5, dtype="torch.bfloat16", seed=1234)
+    trainer.checkpointer.load(trainer, tmp_path / "5", ("model",))  # type: ignore[union-attr]
+    assert trainer.state.step == 0
+    before = {name: p.detach().clone() for name, p in trainer.engine.model.named_parameters()}
+    assert_same_bits(before, done["weights"])
+    # An update with learning rate 0 writes the masters back: they must be the loaded weights.
+    trainer.lr = lambda step: 0.0
+    trainer.total_steps = 1
+    trainer.hooks = []
+    trainer.fit()
+    assert_same_bits({n: p.detach() for n, p in trainer.engine.model.named_parameters()}, before)
+
+
+def test_an_incomplete_checkpoint_is_never_picked(tmp_path: Path) -> None:
+    train(tmp_path, 5, every=2)
+    assert complete_steps(tmp_path) == [2, 4, 5]
+    assert not list(tmp_path.glob(".writing*"))
+    marker(tmp_path / "5").unlink()
+    (tmp_path / ".writing-6").mkdir()
+    assert complete_steps(tmp_path) == [2, 4]
+    assert resolve(tmp_path) == tmp_path / "4"
+    with pytest.raises(CheckpointError, match=r"'.*5' is incomplete: its mark '5.step' is missing"):
+        resolve(tmp_path / "5")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        resolve(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        resolve(tmp_path / "empty")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    train(tmp_path, 5)
+    wider = new_trainer(tmp_path, 5, intermediate_size=64)
+    with pytest.raises(CheckpointError, match=r"'model/layers.0.feed_forward.w1.weight' has shape \[56, 32\]"):
+        wider.checkpointer.load(wider, tmp_path / "5")  # type: ignore[union-attr]
+    deeper = new_trainer(tmp_path, 5, num_layers=3)
+    with pytest.raises(CheckpointError, match=r"'model/layers.2.attention.wo.weight' is missing"):
+        deeper.checkpointer.load(deeper, tmp_path / "5")  # type: ignore[union-attr]
+    same = new_trainer(tmp_path, 5)
+    with pytest.raises(CheckpointError, match="unknown checkpoint content"):
+        same.checkpointer.load(same, tmp_path / "5", ("weights",))  # type: ignore[union-attr]
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_path(tmp_path: Path) -> None:
+    train(tmp_path, 5)
+    data = tmp_path / "5" / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:1000])
+    trainer = new_trainer(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=r"'.*5' cannot be read"):
+        trainer.checkpointer.load(trainer, tmp_path / "5")  # type: ignore[union-attr]
+    (tmp_path / "5" / "context.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"context.json' cannot be read"):
+        trainer.checkpointer.load(trainer, tmp_path / "5")  # type: ignore[union-attr]
+
+
+def test_a_save_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(CheckpointError, match=r"cannot prepare '.*file"):
+        train(blocked, 5)

@@ -1,0 +1,145 @@
+"""The loop: counters, hooks, stopping, and two runs in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import RankPool
+from helpers.runs import Record, assert_same_bits, new_trainer, train
+from helpers.tiny import micro_batch
+
+from internlm.checkpoint.folder import complete_steps
+from internlm.core.hooks import Hook
+from internlm.model.ops.attention import Segments
+
+
+class Events(Hook):
+    """Notes every call."""
+
+    name = "events"
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def on_fit_start(self, trainer: Any) -> None:
+        self.log.append("start")
+
+    def on_step_start(self, trainer: Any) -> None:
+        self.log.append("step")
+
+    def on_step_end(self, trainer: Any, metrics: Any) -> None:
+        self.log.append(f"end {metrics.step}")
+
+    def on_checkpoint_saved(self, trainer: Any, path: Path) -> None:
+        self.log.append(f"saved {path.name}")
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self.log.append(f"error {error}")
+
+    def on_fit_end(self, trainer: Any) -> None:
+        self.log.append("done")
+
+
+def test_hooks_are_called_in_order_and_counters_count(tmp_path: Path) -> None:
+    events = Events()
+    trainer = new_trainer(tmp_path, 3, every=2, hooks=[events])
+    state = trainer.fit()
+    assert events.log == [
+        "start", "step", "end 1", "step", "end 2", "saved 2", "step", "end 3", "done", "saved 3",
+    ]  # fmt: skip
+    assert (state.step, state.num_consumed_samples, state.num_consumed_tokens) == (3, 12, 3 * 4 * 20)
+
+
+class SendSignal(Hook):
+    """Sends a signal to this process after a step."""
+
+    name = "send"
+
+    def __init__(self, number: signal.Signals, step: int, rank: int = 0) -> None:
+        self.number, self.step, self.rank = number, step, rank
+
+    def on_step_end(self, trainer: Any, metrics: Any) -> None:
+        if metrics.step == self.step and trainer.context.rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    trainer = new_trainer(tmp_path, 100, every=50, hooks=[SendSignal(number, 3)])
+    state = trainer.fit()
+    assert state.step == 3
+    assert complete_steps(tmp_path) == [3]
+    assert trainer.stop_reason == f"received {number.name}"
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_on_one_rank_stops_all_at_the_same_step(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    steps = ranks(2).run(stop_on_rank_one, str(tmp_path))
+    assert steps[0] == steps[1]
+    assert 3 <= steps[0] <= 5
+    assert complete_steps(tmp_path) == [steps[0]]
+
+
+def stop_on_rank_one(folder: str) -> int:
+    return new_trainer(folder, 100, every=50, hooks=[SendSignal(signal.SIGTERM, 3, rank=1)]).fit().step
+
+
+def test_skipped_batches_are_counted_but_not_trained(tmp_path: Path) -> None:
+    record = Record()
+    trainer = new_trainer(None, 4, hooks=[record])
+    trainer.is_skipped = lambda step: step == 1
+    state = trainer.fit()
+    everything = train(None, 4)
+    assert len(record.losses) == 3
+    assert record.losses[0] == everything["losses"][0]
+    assert (state.step, state.num_consumed_samples) == (4, 16)
+
+
+def test_an_exception_reaches_hooks_and_the_caller() -> None:
+    class Breaks(Hook):
+        name = "breaks"
+
+        def on_step_end(self, trainer: Any, metrics: Any) -> None:
+            raise RuntimeError("broken hook")
+
+    events = Events()
+    trainer = new_trainer(None, 4, hooks=[events, Breaks()])
+    with pytest.raises(RuntimeError, match="broken hook"):
+        trainer.fit()
+    assert events.log == ["start", "step", "end 1", "error broken hook"]
+    assert trainer.current_phase == "breaks: on_step_end, step 2"
+
+
+def test_two_runs_in_one_process_do_not_touch_each_other() -> None:
+    alone = train(None, 3)
+    first, second = new_trainer(None, 3), new_trainer(None, 2, dtype="torch.bfloat16", num_layers=1)
+    second.fit()
+    first.fit()
+    assert_same_bits({n: p.detach() for n, p in first.engine.model.named_parameters()}, alone["weights"])
+
+
+def test_evaluation_is_the_mean_over_all_tokens_of_a_set() -> None:
+    trainer = new_trainer(None, 1)
+    micros = [micro_batch(5, masked=0.1), micro_batch(6, (20,), masked=0.6)]
+    trainer.valid_sets = {"books": micros}
+    results = trainer.evaluate()
+    model = trainer.engine.model
+    losses, hits = [], []
+    with torch.no_grad():
+        for micro in micros:
+            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+            logits = model.logits(hidden)[0]  # type: ignore[operator]
+            valid = micro.labels[0] >= 0
+            losses.append(torch.nn.functional.cross_entropy(logits, micro.labels[0], reduction="none")[valid])
+            hits.append((logits.argmax(-1) == micro.labels[0])[valid])
+    loss = torch.cat(losses).mean().item()
+    assert results["val/books_loss"] == pytest.approx(loss, rel=1e-6)
+    assert results["val/books_acc"] == pytest.approx(torch.cat(hits).float().mean().item(), rel=1e-6)
+    assert results["val/books_plex"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-5)
