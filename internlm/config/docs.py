@@ -21,10 +21,10 @@ A configuration is a Python file. Each of its globals is a key; dicts are sectio
 no keys, nor are names in capitals that are not listed here, nor names with a leading underscore: these are the file's
 own helpers. Any other unknown key is an error.
 
-- **Inheritance**: `from internlm.config import read_base`, then `with read_base():` around `from ... import *` lines. A
-  base file is looked for beside the config file, in the folders above it, and in the current folder. What follows in the
-  file replaces what was inherited; `model["dtype"] = ...` and `model.update(...)` change single keys. InternEvo's own
-  import of `read_base` works too.
+- **Inheritance**: `from internlm.config import read_base`, then `with read_base():` around `from ... import *` lines.
+  A base file is looked for beside the config file, in the folders above it, and in the current folder. What follows in
+  the file replaces what was inherited; `model["dtype"] = ...` and `model.update(...)` change single keys. InternEvo's
+  own import of `read_base` works too.
 - **Command line**: `--set key.path=value`, repeatable, wins over the file. The value is a Python literal, or text.
 - **Python**: `Config(model=ModelConfig(...), data=DataConfig(...))` from `internlm.config.schema`; then `check_config`
   from `internlm.config.loader`.
@@ -67,15 +67,13 @@ def _sections(path: str, cls: type[Section]) -> Iterator[str]:
             nested.append((f"{path}.{name}" if path else name, inner))
         info = key_info(field)
         if info is not None:
-            rows.append(
-                f"| {name} | {_type(field)} | {_default(field, info)} | {_status(info)} | {field.description} |"
-            )
+            meaning = (field.description or "").replace("<", "&lt;")
+            rows.append(f"| {name} | {_type(field)} | {_default(field, info)} | {_status(info)} | {meaning} |")
     title = f"## {path}" if path else "## Top level"
     doc = (cls.__doc__ or "").strip()
     if rows:
-        yield f"{title}\n\n{doc}\n\n| key | type | default | status | meaning |\n|---|---|---|---|---|\n" + "\n".join(
-            rows
-        )
+        head = "| key | type | default | status | meaning |\n|---|---|---|---|---|\n"
+        yield f"{title}\n\n{doc}\n\n{head}" + "\n".join(rows)
     for inner_path, inner in nested:
         yield from _sections(inner_path, inner)
 
