@@ -151,8 +151,10 @@ def _find_base(module: str, level: int, path: Path, line: int) -> Path:
     else:
         folders = [folder, *folder.parents, Path.cwd()]
     for candidate in folders:
-        if (candidate / relative).is_file():
-            return candidate / relative
+        base = candidate / relative
+        if base.is_file():
+            near = not path.is_absolute() and base.is_relative_to(Path.cwd())
+            return base.relative_to(Path.cwd()) if near else base
     searched = str(folders[0]) if level else f"{folder}, the folders above it, and {Path.cwd()}"
     raise ConfigError(f"{path}:{line}: the base config {relative} was not found (searched: {searched})")
 
