@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internlm.model.ops.blocked_attention import blocked_attention
 from internlm.model.ops.registry import Choice, register_op
 
 _LENGTH_MULTIPLE = 64
@@ -55,12 +56,22 @@ def _varlen_kernel() -> Choice:
     return Choice("torch.nn.attention.varlen.varlen_attn", "flash-attn is not installed; PyTorch ships this kernel")
 
 
+@functools.cache
+def _has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, or AMX, which comes with it)."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
 @register_op("attention")
 def _choose(device: torch.device) -> Choice:
     if device.type == "cuda":
         kernel, reason = _varlen_kernel()
         return Choice(f"SDPA; packed or windowed fp16 and bf16: {kernel}", f"{reason}; it has no fp32")
-    return Choice("SDPA, one call a document", f"PyTorch has no variable-length kernel on {device.type}")
+    if device.type == "cpu" and _has_bf16_units():
+        return Choice(
+            "SDPA, one call a document length; bf16: matrix products by blocks", "this CPU multiplies bf16 in hardware"
+        )
+    return Choice("SDPA, one call a document length", f"PyTorch has no variable-length kernel on {device.type}")
 
 
 def attention(
@@ -121,8 +132,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor 
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """Rows of equal length, perhaps with a cache and a window, by SDPA."""
+    """Rows of equal length, perhaps with a cache and a window, by SDPA or by blocks."""
     num_queries, num_keys = q.shape[1], k.shape[1]
+    if num_queries == num_keys > 1 and q.device.type == "cpu" and q.dtype == torch.bfloat16 and _has_bf16_units():
+        return blocked_attention(q, k, v, window, scale)
     if window is None:
         if num_queries in (1, num_keys):
             return _sdpa(q, k, v, scale)

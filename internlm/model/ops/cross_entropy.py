@@ -68,10 +68,11 @@ def linear_cross_entropy(
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
     wants_grad = torch.is_grad_enabled()
-    loss_sum, token_losses, correct = _LinearCrossEntropy.apply(
-        hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad
+    correct = torch.empty(labels.shape, dtype=torch.bool, device=labels.device) if with_accuracy else None
+    loss_sum, token_losses = _LinearCrossEntropy.apply(
+        hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad, correct
     )
-    return LossOutput(loss_sum, token_losses, correct if with_accuracy else None)
+    return LossOutput(loss_sum, token_losses, correct)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -85,14 +86,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss_coeff: float,
         chunk_tokens: int,
         wants_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        correct: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`correct`: written to when given; it takes no part in differentiation."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         num_tokens = hidden.shape[0]
         grads_hidden = wants_grad and ctx.needs_input_grad[0]
         grads_weight = wants_grad and ctx.needs_input_grad[1]
         token_losses = torch.empty(num_tokens, dtype=wide, device=hidden.device)
         objectives = torch.empty_like(token_losses)
-        correct = torch.empty(num_tokens, dtype=torch.bool, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if grads_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if grads_weight else None
 
@@ -103,7 +105,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for first in range(0, logits.shape[0], rows):
                 block = slice(first, first + rows)
                 place = slice(start + first, min(start + first + rows, tokens.stop))
-                objectives[place], token_losses[place], correct[place] = _rows_loss(
+                if correct is not None:
+                    correct[place] = _is_largest(logits[block], labels[place])
+                objectives[place], token_losses[place] = _rows_loss(
                     logits[block], labels[place], label_smoothing, z_loss_coeff, grads_hidden or grads_weight
                 )
             if grad_hidden is not None:
@@ -115,8 +119,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight += logits.t() @ hidden[tokens]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(token_losses, correct)
-        return objectives.sum(), token_losses, correct
+        ctx.mark_non_differentiable(token_losses)
+        return objectives.sum(), token_losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,17 +129,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _is_largest(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether each row of logits `[t, V]` has its (first) largest value at the label: bool `[t]`."""
+    if logits.is_cuda:
+        return logits.argmax(-1) == labels
+    # On CPU the maximum is vectorised and its place is not: look for the place only where the label reaches it.
+    targets = labels.clamp(min=0).unsqueeze(-1)
+    hit = (logits.gather(-1, targets).squeeze(-1) == logits.amax(-1)) & (labels != IGNORE_INDEX)
+    rows = hit.nonzero().squeeze(-1)
+    hit[rows] = logits[rows].argmax(-1) == labels[rows]
+    return hit
 
 
 def _rows_loss(
     logits: Tensor, labels: Tensor, label_smoothing: float, z_loss_coeff: float, wants_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the plain loss and the hit of each row of logits `[t, V]`; overwrites the logits with the gradient of
+) -> tuple[Tensor, Tensor]:
+    """The loss and the plain loss of each row of logits `[t, V]`; overwrites the logits with the gradient of
     the summed loss when `wants_grad`."""
     valid = labels != IGNORE_INDEX
     targets = labels.clamp(min=0).unsqueeze(-1)
-    correct = (logits.argmax(-1, keepdim=True) == targets).squeeze(-1) & valid
     wide = torch.promote_types(logits.dtype, torch.float32)
     target_logits = logits.gather(-1, targets).to(wide)
     log_probs = torch.log_softmax(logits, dim=-1, dtype=wide)
@@ -158,4 +173,4 @@ def _rows_loss(
         # masked_fill and not a product: a row with infinite logits must give 0 as well, not NaN.
         gradient.masked_fill_(~valid.unsqueeze(-1), 0.0)
         logits.copy_(gradient)
-    return objective.masked_fill(~valid, 0.0), nll.masked_fill(~valid, 0.0), correct
+    return objective.masked_fill(~valid, 0.0), nll.masked_fill(~valid, 0.0)
