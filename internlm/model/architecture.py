@@ -95,6 +95,8 @@ class Architecture:
     unit_offset_norm: bool
     activation: Activation
     rope: RopeSettings
+    max_position_embeddings: int
+    """Positions the model is meant for, stretching included."""
     windows: tuple[int | None, ...]
     """The attention window of each layer."""
     tie_word_embeddings: bool
@@ -170,6 +172,7 @@ class Architecture:
             unit_offset_norm=family.unit_offset_norm,
             activation=family.activation,
             rope=_rope_settings(config, head_dim),
+            max_position_embeddings=config.max_position_embeddings,
             windows=_windows(config, family),
             tie_word_embeddings=_pick(config.tie_word_embeddings, family.tie_word_embeddings) and not config.is_reward,
             norm_head=_pick(config.norm_head, family.norm_head),

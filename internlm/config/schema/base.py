@@ -142,7 +142,7 @@ def walk_values(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldI
     """Every leaf key of a built config as (dotted path, field, value). An optional section that is None is one leaf."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if key_info(field) is not None:
-            yield prefix + name, field, value
         if isinstance(value, Section):
             yield from walk_values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field, value

@@ -1,0 +1,45 @@
+"""The `internlm` command: one subcommand a file in `internlm.commands`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from internlm import __version__
+from internlm.utils.errors import UserError
+
+COMMANDS = {
+    "train": "train a model from a config file",
+    "generate": "continue prompts with a trained model",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code: 0 done, 1 failed, 2 a mistake that the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="internlm", description="Pretrain language models.")
+    parser.add_argument("--version", action="version", version=f"internlm {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        # Only the chosen command is imported: `internlm --help` must not wait for torch.
+        if name == chosen:
+            command = importlib.import_module(f"internlm.commands.{name}")
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

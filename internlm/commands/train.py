@@ -1,0 +1,158 @@
+"""`internlm train`, also as `train.py`: from the command line to a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from internlm.config.loader import LoadedConfig, format_config, load_config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.context.random import seed_everything
+from internlm.core.failure import FailureWatch
+from internlm.core.trainer import Trainer
+from internlm.initialize.build import build_layout, build_meta_model, build_trainer, set_numerics
+from internlm.initialize.launch import LAUNCHERS, Launch, choose_device, connect, detect_launch, disconnect
+from internlm.model.ops.registry import describe
+from internlm.utils.errors import UserError
+from internlm.utils.logging import configure_logging, get_logger
+
+logger = get_logger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="the config file")
+    parser.add_argument("--launcher", choices=LAUNCHERS, help="how ranks were started; recognised when not given")
+    parser.add_argument("--port", type=int, help="port where the ranks meet (default: MASTER_PORT, or 8888)")
+    parser.add_argument("--seed", type=int, help="seed of weights; the same as --set seed=N")
+    parser.add_argument("--backend", help="collectives' backend (default: nccl on GPUs, gloo on CPUs)")
+    parser.add_argument("--profiling", action="store_true", help="write a torch profile of an early step")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        dest="overrides",
+        help="change a key of the config; may be given many times",
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where logs and metrics go (default: RUN/<job>/<time>)")
+    parser.add_argument("--print-config", action="store_true", help="print every key, its value and its origin, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check the config, print layout and sizes, and exit")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train; returns the exit code."""
+    launch = detect_launch(options.launcher, options.port)
+    configure_logging(launch.rank)
+    overrides = list(options.overrides)
+    if options.seed is not None:
+        overrides.append(f"seed={options.seed}")
+    loaded = load_config(options.config, overrides, world_size=launch.world_size)
+    if options.print_config:
+        if launch.rank == 0:
+            print(format_config(loaded))
+        return 0
+    if options.dry_run:
+        if launch.rank == 0:
+            print(_dry_run(loaded, launch))
+        return 0
+    return _train(loaded, launch, options)
+
+
+def _dry_run(loaded: LoadedConfig, launch: Launch) -> str:
+    config = loaded.config
+    layout = build_layout(config, launch.world_size)
+    sizes: dict[str, int] = {}
+    for name, parameter in build_meta_model(config).named_parameters():
+        part = name.split(".")[0]
+        sizes[part] = sizes.get(part, 0) + parameter.numel()
+    tokens = config.data.packed_length * config.data.micro_num * layout.data_size
+    lines = [
+        f"{config.JOB_NAME}: {config.model_type} on {launch.world_size} rank(s)",
+        layout.describe(),
+        *(f"{part:<16} {size:>16,} parameters" for part, size in sizes.items()),
+        f"{'all':<16} {sum(sizes.values()):>16,} parameters",
+        f"{tokens:,} tokens a step, {tokens * config.data.total_steps:,} in {config.data.total_steps:,} steps",
+        "the config is valid",
+    ]
+    return "\n".join(lines)
+
+
+def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) -> int:
+    config = loaded.config
+    device = choose_device(launch)
+    connect(launch, device, options.backend)
+    # The trainer's phase is wanted after it failed, also when it never came to be.
+    trainer: Trainer | None = None
+    failed = False
+    with FailureWatch(launch.rank, launch.world_size) as watch:
+        try:
+            run_dir = _agree_on_run_dir(options.run_dir, config.JOB_NAME)
+            configure_logging(launch.rank, run_dir / "logs" / f"rank{launch.rank}.log")
+            for notice in loaded.notices:
+                logger.info("%s", notice)
+            seed_everything(config.seed)
+            set_numerics(config)
+            context = ParallelContext.create(build_layout(config, launch.world_size), device)
+            _announce(config.JOB_NAME, context, run_dir)
+            trainer = build_trainer(
+                config,
+                context,
+                run_dir,
+                config_text=Path(options.config).read_text(encoding="utf-8"),
+                profiling=options.profiling,
+            )
+            trainer.fit()
+            _say_goodbye(trainer)
+        except BaseException as error:
+            failed = True
+            phase = "start" if trainer is None else trainer.current_phase
+            cause = watch.report(error, phase)
+            if isinstance(error, UserError):
+                logger.error("%s", cause)
+            else:
+                logger.error("%s", cause, exc_info=error)
+                # The traceback is long: the cause is repeated where people look first.
+                logger.error("%s", cause)
+            if isinstance(error, KeyboardInterrupt):
+                return 130
+            return 2 if isinstance(error, UserError) else 1
+        finally:
+            # After a failure the others may never come to the collective that ends a group.
+            if not failed:
+                disconnect()
+    return 0
+
+
+def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
+    """The run directory, the same on every rank."""
+    run_dir = [str(chosen or Path("RUN") / job_name / time.strftime("%Y-%m-%d_%H-%M-%S"))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(run_dir, src=0)
+    return Path(run_dir[0])
+
+
+def _announce(job_name: str, context: ParallelContext, run_dir: Path) -> None:
+    logger.info(
+        "%s: %d rank(s) on %s, torch %s, Python %s; run directory %s",
+        job_name,
+        context.world_size,
+        context.device.type,
+        torch.__version__,
+        sys.version.split()[0],
+        run_dir,
+    )
+    for operation, choice in describe(context.device).items():
+        logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
+
+
+def _say_goodbye(trainer: Trainer) -> None:
+    if trainer.stop_reason is None:
+        logger.info("done: %d steps, %d tokens", trainer.state.step, trainer.state.num_consumed_tokens)
+    else:
+        logger.warning("stopped at step %d: %s; the same command goes on from here", trainer.state.step, trainer.stop_reason)

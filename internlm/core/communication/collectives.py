@@ -1,0 +1,53 @@
+"""Collectives over flat tensors that take `None` as "alone on this axis" and then do nothing.
+
+Every function that can run in the background returns a `Work` with `wait()`, also when there was nothing to do.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.12 renamed the two single-tensor collectives and warns on the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Work(Protocol):
+    """A collective that may still be running."""
+
+    def wait(self) -> object:
+        """Block until the result may be used (CUDA: order the current stream behind it)."""
+
+
+class Done:
+    """The `Work` of a collective that had nothing to do."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+def all_reduce(
+    tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
+    """Reduce `tensor` in place over the group and return it."""
+    if group is not None:
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def all_reduce_async(tensor: Tensor, group: dist.ProcessGroup | None) -> Work:
+    """Start summing `tensor` in place over the group."""
+    return Done() if group is None else dist.all_reduce(tensor, group=group, async_op=True)
+
+
+def reduce_scatter_async(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> Work:
+    """Start summing flat `tensor` (numel a multiple of the group size) and keep this rank's equal slice in `output`."""
+    return _reduce_scatter(output, tensor, group=group, async_op=True)
+
+
+def all_gather_async(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> Work:
+    """Start gathering every rank's flat `tensor` into `output`, in group order."""
+    return _all_gather(output, tensor, group=group, async_op=True)

@@ -1,0 +1,117 @@
+"""From the sizes in the `parallel` section to the three views of the ranks.
+
+Pure arithmetic: thousands of ranks are laid out without a process group. The rank order is InternEvo's: tensor (or
+weight, or expert tensor) innermost, then context or expert, then data with ZeRO as its inner sub-axis, pipeline outermost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from internlm.core.context.rank_view import RankView
+from internlm.utils.errors import ConfigError
+
+
+def _quotient(world_size: int, product: int, what: str) -> int:
+    if product < 1 or world_size % product:
+        raise ConfigError(
+            f"the world size {world_size} is not a multiple of {what} = {product}; start a multiple of {product} ranks "
+            f"or make the parallel sizes smaller"
+        )
+    return world_size // product
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """The degrees of parallelism of a run.
+
+    Attributes:
+        world_size: number of ranks.
+        pipeline: pipeline stages.
+        tensor: tensor degree; with `is_isp` the sequence (Ulysses) degree.
+        context: ring degree of context parallelism.
+        weight: ISP weight degree, 1 unless `is_isp`.
+        zero: ranks that share one copy of the optimizer state; -1 is all of data (isp: weight_data).
+        expert: expert degree.
+        expert_inner: expert tensor degree, or expert weight degree with `is_isp`.
+        is_isp: whether weights are laid out apart from activations.
+    """
+
+    world_size: int = 1
+    pipeline: int = 1
+    tensor: int = 1
+    context: int = 1
+    weight: int = 1
+    zero: int = -1
+    expert: int = 1
+    expert_inner: int = 1
+    is_isp: bool = False
+
+    def __post_init__(self) -> None:
+        data = self.weight_data_size if self.is_isp else self.data_size
+        if self.zero > 0 and data % self.zero:
+            raise ConfigError(
+                f"parallel.zero1.size = {self.zero} does not divide the {'weight-' if self.is_isp else ''}data-parallel "
+                f"size {data}; allowed: -1 or a divisor of {data}"
+            )
+        _quotient(self.world_size, self.pipeline * self.expert * self.expert_inner, "pipeline * expert * expert tensor")
+
+    @cached_property
+    def data_size(self) -> int:
+        """Ranks that see different samples."""
+        return _quotient(self.world_size, self.pipeline * self.context * self.tensor, "pipeline * context * tensor")
+
+    @cached_property
+    def weight_data_size(self) -> int:
+        """Ranks that hold the same weights (isp)."""
+        return _quotient(self.world_size, self.pipeline * self.weight, "pipeline * weight")
+
+    def _split_by_zero(self, axis: str, size: int) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+        zero = size if self.zero <= 0 else self.zero
+        return {f"{axis}_replica": size // zero, "zero": zero}, {axis: (f"{axis}_replica", "zero")}
+
+    @cached_property
+    def activation(self) -> RankView:
+        """pipeline x data x context x tensor."""
+        if self.is_isp:
+            data: dict[str, int] = {"data": self.data_size}
+            merged: dict[str, tuple[str, ...]] = {}
+        else:
+            data, merged = self._split_by_zero("data", self.data_size)
+        axes = {"pipeline": self.pipeline, **data, "context": self.context, "tensor": self.tensor}
+        return RankView("activation", axes, merged)
+
+    @cached_property
+    def weight_view(self) -> RankView:
+        """pipeline x weight_data x weight for isp; elsewhere the axes of the activation view."""
+        if not self.is_isp:
+            return RankView("weight", self.activation.axes, self.activation.merged)
+        data, merged = self._split_by_zero("weight_data", self.weight_data_size)
+        return RankView("weight", {"pipeline": self.pipeline, **data, "weight": self.weight}, merged)
+
+    @cached_property
+    def expert_view(self) -> RankView:
+        """pipeline x expert_data x expert x (expert_tensor | expert_weight)."""
+        inner = "expert_weight" if self.is_isp else "expert_tensor"
+        product = self.pipeline * self.expert * self.expert_inner
+        axes = {
+            "pipeline": self.pipeline,
+            "expert_data": self.world_size // product,
+            "expert": self.expert,
+            inner: self.expert_inner,
+        }
+        return RankView("expert", axes)
+
+    @property
+    def views(self) -> tuple[RankView, RankView, RankView]:
+        """The activation, weight and expert view."""
+        return self.activation, self.weight_view, self.expert_view
+
+    def describe(self) -> str:
+        """One line a view, for people."""
+        lines = []
+        for view in self.views:
+            axes = " x ".join(f"{axis} {size}" for axis, size in view.axes.items())
+            lines.append(f"{view.name:<10} {axes}  (outermost first)")
+        return "\n".join(lines)

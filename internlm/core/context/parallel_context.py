@@ -1,0 +1,99 @@
+"""Where this rank stands, and the process groups it talks through. An explicit object: there is no global one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from internlm.core.context.layout import ParallelLayout
+from internlm.core.context.rank_view import RankView
+
+
+@dataclass
+class ParallelContext:
+    """One rank's place in a layout.
+
+    Make one with `ParallelContext.create`. With one process no process group is needed and every group is None, which
+    the functions of `internlm.core.communication` take as "nothing to do".
+
+    Attributes:
+        layout: the degrees of parallelism and the three views.
+        rank: this process.
+        device: where this rank computes.
+    """
+
+    layout: ParallelLayout
+    rank: int
+    device: torch.device
+    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def create(cls, layout: ParallelLayout | None = None, device: torch.device | str = "cpu") -> ParallelContext:
+        """The context of this process; collective: every rank of the job must call it with the same layout.
+
+        Args:
+            layout: defaults to pure data parallelism over all ranks of the default process group.
+            device: where this rank computes.
+
+        Raises:
+            ConfigError: sizes that do not fit the world size.
+            ValueError: the layout is for another number of ranks than were started.
+        """
+        started = dist.get_world_size() if dist.is_initialized() else 1
+        layout = layout or ParallelLayout(world_size=started)
+        if layout.world_size != started:
+            raise ValueError(f"the layout is for {layout.world_size} ranks, but {started} were started")
+        context = cls(layout, dist.get_rank() if dist.is_initialized() else 0, torch.device(device))
+        for view in layout.views:
+            for axis in (*view.axes, *view.merged):
+                context._make_groups(view, axis)
+        return context
+
+    def _make_groups(self, view: RankView, axis: str) -> None:
+        if view.size(axis) == 1:
+            return
+        for ranks in view.groups(axis):
+            # The same set of ranks may be a group of several views or axes: one process group serves them all.
+            if ranks not in self._groups:
+                self._groups[ranks] = dist.new_group(list(ranks))
+
+    def view(self, name: str) -> RankView:
+        """The view called "activation", "weight" or "expert"."""
+        return next(view for view in self.layout.views if view.name == name)
+
+    def group(self, axis: str, view: str = "activation") -> dist.ProcessGroup | None:
+        """The process group of this rank along an axis; None when this rank is alone on it."""
+        ranks = self.view(view).group(axis, self.rank)
+        return None if len(ranks) == 1 else self._groups[ranks]
+
+    def size(self, axis: str, view: str = "activation") -> int:
+        """Number of ranks along an axis."""
+        return self.view(view).size(axis)
+
+    def index(self, axis: str, view: str = "activation") -> int:
+        """Position of this rank along an axis."""
+        return self.view(view).index(axis, self.rank)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the job."""
+        return self.layout.world_size
+
+    @property
+    def world_group(self) -> dist.ProcessGroup | None:
+        """All ranks; None when there is one."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
+    @property
+    def is_main_rank(self) -> bool:
+        """True on the one rank that speaks for the job."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Give back the process groups made by `create` (not the default group)."""
+        for ranks, group in self._groups.items():
+            if self.rank in ranks:
+                dist.destroy_process_group(group)
+        self._groups.clear()

@@ -1,0 +1,81 @@
+"""When one rank fails, all stop, and everyone's log says why.
+
+A rank that fails writes the cause into the job's key-value store and ends. Every rank has a thread that looks there; when
+a cause appears and its own rank has not ended by itself within a grace period (it may hang in a collective that will never
+complete), the thread logs the cause and ends the process. The collectives' own timeouts are minutes; this takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+from internlm.utils.logging import get_logger
+
+KEY = "internlm/failure"
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 5.0
+EXIT_CODE = 1
+
+
+class FailureWatch:
+    """Shares the cause of a failure between the ranks of a job. With one process it only logs.
+
+    Use as a context manager around the work; call `report` when an exception leaves it.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self._store = dist.distributed_c10d._get_default_store().clone() if world_size > 1 else None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> FailureWatch:
+        if self._store is not None:
+            self._thread = threading.Thread(target=self._watch, name="failure-watch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def report(self, error: BaseException, phase: str) -> str:
+        """Tell all ranks why this one fails; returns the cause to be logged last.
+
+        When another rank failed first, this rank's error is most likely a consequence (a closed connection), and the
+        other rank's cause is returned.
+        """
+        cause = f"rank {self.rank} failed in phase '{phase}': {type(error).__name__}: {error}"
+        if self._store is None:
+            return cause
+        try:
+            # The first writer wins: compare_set stores only when the key is absent.
+            first = self._store.compare_set(KEY, "", cause).decode()
+        except Exception:  # the rank that holds the store is gone
+            return f"{cause} (the rank that held the job's store is gone: look at its log for the first cause)"
+        if first == cause:
+            # Give the others a moment to read the cause: this process may hold the store.
+            time.sleep(2 * POLL_SECONDS)
+            return cause
+        return f"stopped because {first}"
+
+    def _watch(self) -> None:
+        assert self._store is not None
+        while not self._stopped.wait(POLL_SECONDS):
+            try:
+                if not self._store.check([KEY]):
+                    continue
+                cause = self._store.get(KEY).decode()
+            except Exception:
+                cause = "the rank that held the job's store is gone"
+            if self._stopped.wait(GRACE_SECONDS):
+                return
+            get_logger(__name__).error("stopped because %s", cause)
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)

@@ -1,0 +1,82 @@
+"""From a model on the meta device to this rank's part of it, with the same weights under every layout.
+
+This is the only place that gives parameters storage. It knows roles and modes, and nothing of any model family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel import replicated
+from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
+from internlm.model.initialization import initializer_of
+from internlm.model.roles import Role
+
+
+def parallelize(model: nn.Module, context: ParallelContext, *, seed: int = 1024) -> nn.Module:
+    """Give every parameter of `model` its ShardSpec and its local, initialised tensor. Changes and returns `model`.
+
+    Args:
+        model: built under `torch.device("meta")`; may carry `roles` (see `internlm.model.roles`).
+        context: where this rank stands.
+        seed: random numbers of a parameter are keyed by this seed and the parameter's global name alone.
+
+    Raises:
+        ValueError: a parameter already has storage, or a buffer is on meta.
+    """
+    roles = roles_by_module(model)
+    placed: dict[nn.Parameter, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # A weight used twice (tied embeddings) is one parameter under its first name.
+            if parameter not in placed:
+                full_name = f"{module_name}.{name}" if module_name else name
+                spec = replicated.shard(full_name, parameter, roles.get(module_name, Role.REPLICATED), context)
+                placed[parameter] = _materialize(parameter, spec, context.device, seed)
+            setattr(module, name, placed[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                raise ValueError(
+                    f"buffer '{module_name}.{name}' is on the meta device: compute it where it is used, or create it "
+                    f'under torch.device("cpu")'
+                )
+    return model.to(context.device)
+
+
+def roles_by_module(model: nn.Module) -> dict[str, Role]:
+    """Module name -> role, for every module that a pattern of `model.roles` names; a later pattern wins."""
+    patterns: dict[str, Role] = dict(getattr(model, "roles", {}))
+    return {
+        name: role
+        for pattern, role in patterns.items()
+        for name, _ in model.named_modules()
+        if fnmatchcase(name, pattern)
+    }
+
+
+def _materialize(parameter: nn.Parameter, spec: ShardSpec, device: torch.device, seed: int) -> nn.Parameter:
+    if not parameter.is_meta:
+        raise ValueError(f'parameter "{spec.name}" already has storage: build the model under torch.device("meta")')
+    # One whole tensor at a time, in fp32: a rank's share of the random numbers must not depend on the layout or dtype.
+    whole = torch.empty(spec.global_shape, dtype=torch.float32, device=device)
+    generator = torch.Generator(device=device).manual_seed(_key(seed, spec.name))
+    initializer_of(parameter).fill(whole, generator)
+    if spec.is_whole:
+        local = whole.to(parameter.dtype)
+    else:
+        local = torch.zeros(spec.local_shape, dtype=parameter.dtype, device=device)
+        for box in spec.boxes:
+            local[box.local_slices()] = whole[box.global_slices()].to(parameter.dtype)
+    result = nn.Parameter(local, requires_grad=parameter.requires_grad)
+    attach_shard_spec(result, spec)
+    return result
+
+
+def _key(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

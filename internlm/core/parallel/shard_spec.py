@@ -1,0 +1,142 @@
+"""What a rank holds of a parameter: the one statement from which all bookkeeping is derived.
+
+A `ShardSpec` says which boxes of the global tensor the local tensor covers. Initialisation, gradient reduction, the
+split of optimizer state, the gradient norm and checkpoints read it; none of them knows a parallel mode by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Index = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular piece of a tensor, in global and in local coordinates.
+
+    Attributes:
+        global_offset: first corner in the global tensor.
+        local_offset: first corner in the local tensor.
+        size: extent along each dimension, the same in both.
+    """
+
+    global_offset: Index
+    local_offset: Index
+    size: Index
+
+    def local_slices(self) -> tuple[slice, ...]:
+        """Index of this box in the local tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.local_offset, self.size, strict=True))
+
+    def global_slices(self) -> tuple[slice, ...]:
+        """Index of this box in the global tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.global_offset, self.size, strict=True))
+
+    def intersect_local(self, offset: Index, size: Index) -> Box | None:
+        """The part of this box inside a rectangle of the local tensor; None when they do not meet."""
+        start = [max(a, b) for a, b in zip(self.local_offset, offset, strict=True)]
+        stop = [
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.local_offset, self.size, offset, size, strict=True)
+        ]
+        if any(a >= b for a, b in zip(start, stop, strict=True)):
+            return None
+        moved = tuple(g + a - b for g, a, b in zip(self.global_offset, start, self.local_offset, strict=True))
+        return Box(moved, tuple(start), tuple(b - a for a, b in zip(start, stop, strict=True)))
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Which part of a global parameter this rank holds.
+
+    Attributes:
+        name: global name, the same on every rank and in every layout.
+        global_shape: shape of the whole parameter.
+        local_shape: shape of this rank's tensor.
+        boxes: the pieces of the global tensor that fill the local one.
+        view: the rank view its axes belong to.
+        data_axis: the axis of `view` whose ranks see different data; gradients are summed over it, and its inner
+            `zero` sub-axis shards the optimizer state.
+        sharded_over: axes of `view` whose ranks hold different boxes; over every other axis it is replicated.
+        partial_over: axes over which it is replicated while each rank computes only a part of the gradient (a norm under
+            sequence parallelism); the gradient is summed over them too.
+    """
+
+    name: str
+    global_shape: Index
+    local_shape: Index
+    boxes: tuple[Box, ...]
+    view: str = "activation"
+    data_axis: str = "data"
+    sharded_over: tuple[str, ...] = ()
+    partial_over: tuple[str, ...] = ()
+
+    @classmethod
+    def whole(cls, name: str, shape: Sequence[int]) -> ShardSpec:
+        """Every rank holds the whole parameter."""
+        shape = tuple(shape)
+        origin = (0,) * len(shape)
+        return cls(name, shape, shape, (Box(origin, origin, shape),))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the local tensor is the global one."""
+        return self.local_shape == self.global_shape
+
+    def boxes_of_flat_range(self, start: int, stop: int) -> Iterator[Box]:
+        """The boxes covered by elements `start` to `stop` of the flattened local tensor.
+
+        ZeRO splits flat buffers at any element; a range of a row-major tensor is a partial first row, whole rows and a
+        partial last row, recursively, each cut along this spec's boxes.
+        """
+        for offset, size in _rectangles(self.local_shape, start, stop):
+            for box in self.boxes:
+                part = box.intersect_local(offset, size)
+                if part is not None:
+                    yield part
+
+
+def _rectangles(shape: Index, start: int, stop: int) -> Iterator[tuple[Index, Index]]:
+    """(offset, size) of the rectangles that make up the flat range of a row-major tensor."""
+    if start >= stop:
+        return
+    if not shape:
+        yield (), ()
+        return
+    row = 1
+    for extent in shape[1:]:
+        row *= extent
+    first, last = start // row, (stop - 1) // row
+    if first == last and (start > first * row or stop < (first + 1) * row):
+        for offset, size in _rectangles(shape[1:], start - first * row, stop - first * row):
+            yield (first, *offset), (1, *size)
+        return
+    whole_start = first if start == first * row else first + 1
+    whole_stop = last + 1 if stop == (last + 1) * row else last
+    if whole_start > first:
+        yield from _rectangles(shape, start, whole_start * row)
+    if whole_stop > whole_start:
+        yield (whole_start,) + (0,) * (len(shape) - 1), (whole_stop - whole_start, *shape[1:])
+    if whole_stop <= last:
+        yield from _rectangles(shape, whole_stop * row, stop)
+
+
+def attach_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> None:
+    """Record what `parameter` holds."""
+    parameter.shard_spec = spec  # type: ignore[attr-defined]
+
+
+def shard_spec_of(parameter: Tensor) -> ShardSpec:
+    """What `parameter` holds.
+
+    Raises:
+        ValueError: the model was not passed through `parallelize`.
+    """
+    spec = getattr(parameter, "shard_spec", None)
+    if spec is None:
+        raise ValueError("a parameter has no ShardSpec: pass the model through internlm.core.parallel.parallelize first")
+    return spec

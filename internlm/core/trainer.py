@@ -1,0 +1,251 @@
+"""The loop. It loads batches, steps the engine and calls hooks; it knows no hook by name."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from internlm.core.communication.collectives import Done, Work, all_reduce_async
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.engine import Engine
+from internlm.core.hooks import Hook, TrainState
+from internlm.core.metrics import StepMetrics
+from internlm.data.batch import Batch, MicroBatch
+from internlm.eval.metrics import TokenSums, evaluation_results
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class BatchSource(Protocol):
+    """Where training batches come from: any iterable of `Batch`. `internlm.data.loader.TrainLoader` is one."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class Checkpointer(Protocol):
+    """Saves the run; see `internlm.checkpoint.manager`."""
+
+    def save(self, trainer: Trainer) -> Path: ...
+
+
+class Trainer:
+    """Runs an engine over batches until `total_steps`.
+
+    Args:
+        engine: one optimization step.
+        train_loader: this data rank's batches. When it has `seek(step, num_consumed_samples)`, it is called at the start.
+        total_steps: steps of the whole run; steps of a resumed run count.
+        lr: step (0 for the first) -> learning rate.
+        beta2: step -> second AdamW coefficient; None keeps the optimizer's.
+        hooks: called in this order.
+        run_dir: where the run writes.
+        valid_sets: name -> iterable of micro batches, the same number on every data rank.
+        checkpointer: None saves nothing.
+        is_skipped: step -> whether its batch is passed over without training.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        train_loader: BatchSource,
+        *,
+        total_steps: int,
+        lr: Callable[[int], float],
+        beta2: Callable[[int], float] | None = None,
+        hooks: Sequence[Hook] = (),
+        run_dir: Path | str = "runs/anonymous",
+        valid_sets: Mapping[str, Iterable[MicroBatch]] | None = None,
+        checkpointer: Checkpointer | None = None,
+        is_skipped: Callable[[int], bool] = lambda step: False,
+    ) -> None:
+        self.engine = engine
+        self.context: ParallelContext = engine.context
+        self.train_loader = train_loader
+        self.total_steps = total_steps
+        self.lr = lr
+        self.beta2 = beta2
+        self.hooks = list(hooks)
+        self.run_dir = Path(run_dir)
+        self.valid_sets = dict(valid_sets or {})
+        self.checkpointer = checkpointer
+        self.is_skipped = is_skipped
+        self.state = TrainState()
+        self.is_main_rank = self.context.is_main_rank
+        self.num_skipped_updates = torch.zeros((), dtype=torch.float32, device=self.context.device)
+        self.phase = "start"
+        self._stop_reason: str | None = None
+        # On the host: looking at it must not wait for the device.
+        self._stop_flag = torch.zeros(())
+        self._stop_vote: Work = Done()
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> TrainState:
+        """Train until `total_steps`, or until a stop is requested; returns the state reached."""
+        with _StopSignals(self.request_stop):
+            try:
+                self._call("on_fit_start")
+                self._loop()
+                self._stop_vote.wait()
+                if self.stop_reason is not None:
+                    logger.warning("stopping after step %d: %s", self.state.step, self.stop_reason)
+                self._call("on_fit_end")
+            except BaseException as error:
+                for hook in self.hooks:
+                    hook.on_exception(self, error)
+                raise
+        return self.state
+
+    def _loop(self) -> None:
+        seek = getattr(self.train_loader, "seek", None)
+        if seek is not None:
+            seek(self.state.step, self.state.num_consumed_samples)
+        batches = iter(self.train_loader)
+        while self.state.step < self.total_steps and not self._all_ranks_stop():
+            started = time.perf_counter()
+            self._call("on_step_start")
+            self.phase = "loading a batch"
+            loading = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                logger.warning("the training data ended at step %d of %d", self.state.step, self.total_steps)
+                return
+            data_seconds = time.perf_counter() - loading
+            if self.is_skipped(self.state.step):
+                self._count(batch)
+                logger.info("step %d: batch skipped as configured", self.state.step)
+                continue
+            metrics = self._train_step(batch)
+            metrics.seconds.update(data=data_seconds, total=time.perf_counter() - started)
+            self._call("on_step_end", metrics)
+
+    def _train_step(self, batch: Batch) -> StepMetrics:
+        self.phase = "training step"
+        step = self.state.step
+        lr = self.lr(step)
+        beta2 = self.beta2(step) if self.beta2 else None
+        result = self.engine.train_step(batch, lr, beta2)
+        self.num_skipped_updates = self.num_skipped_updates + result.skipped
+        num_tokens = self._count(batch)
+        return StepMetrics(
+            step=self.state.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            skipped=result.skipped,
+            lr=lr,
+            adam_beta2=beta2 if beta2 is not None else self.engine.optimizer.beta2,
+            loss_scale=result.loss_scale,
+            num_valid_tokens=result.num_valid_tokens,
+            num_tokens=num_tokens,
+            num_samples=batch.num_samples,
+            micro_num=len(batch.micro_batches),
+            num_consumed_tokens=self.state.num_consumed_tokens,
+            num_consumed_samples=self.state.num_consumed_samples,
+            inf_nan_skip_batches=self.num_skipped_updates,
+            seconds=dict(result.seconds),
+            extra=dict(result.statistics),
+        )
+
+    def _count(self, batch: Batch) -> int:
+        """Advance the counters by one batch; returns its tokens over all data ranks."""
+        num_tokens = batch.num_tokens * self.context.size("data")
+        self.state.step += 1
+        self.state.num_consumed_samples += batch.num_samples
+        self.state.num_consumed_tokens += num_tokens
+        return num_tokens
+
+    def _call(self, event: str, *args: Any) -> None:
+        for hook in self.hooks:
+            self.phase = f"{hook.name}: {event}"
+            getattr(hook, event)(self, *args)
+
+    # -- what hooks may ask for -----------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, float]:
+        """Every valid set on all its tokens; all ranks must call it.
+
+        Returns:
+            `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` for each set.
+        """
+        results: dict[str, float] = {}
+        for name, micro_batches in self.valid_sets.items():
+            self.phase = f"evaluation of '{name}'"
+            sums = TokenSums(num_types=1, device=self.context.device)
+            for micro_batch in micro_batches:
+                self.engine.evaluate(micro_batch, sums)
+            results.update(evaluation_results(name, sums, self.engine.sum_over_data))
+        self._call("on_evaluation_end", results)
+        return results
+
+    def save_checkpoint(self) -> Path:
+        """Write a complete checkpoint of this instant; all ranks must call it.
+
+        Raises:
+            ValueError: the trainer was made without a checkpointer.
+        """
+        if self.checkpointer is None:
+            raise ValueError("this trainer has no checkpointer")
+        self.phase = "saving a checkpoint"
+        path = self.checkpointer.save(self)
+        self._call("on_checkpoint_saved", path)
+        return path
+
+    def request_stop(self, reason: str) -> None:
+        """Leave the loop soon (after at most two more steps) on all ranks; may be called on any rank."""
+        self._stop_reason = reason
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the loop was left before its end; None when it was not."""
+        if self._stop_reason is None and float(self._stop_flag) > 0:
+            return "another rank asked for it"
+        return self._stop_reason
+
+    @property
+    def current_phase(self) -> str:
+        """What this rank is doing, for people."""
+        phase = self.phase if self.engine.phase == "idle" else self.engine.phase
+        return f"{phase}, step {self.state.step + 1}"
+
+    def _all_ranks_stop(self) -> bool:
+        """Whether any rank had asked to stop one step ago, the same answer on every rank without waiting for this one."""
+        if self.context.world_group is None:
+            return self._stop_reason is not None
+        self._stop_vote.wait()
+        stop = float(self._stop_flag) > 0
+        if not stop:
+            self._stop_flag = torch.full_like(self._stop_flag, float(self._stop_reason is not None))
+            self._stop_vote = all_reduce_async(self._stop_flag, self.context.world_group)
+        return stop
+
+
+class _StopSignals:
+    """While open, SIGTERM and the first SIGINT ask for a clean stop; a second SIGINT interrupts at once."""
+
+    def __init__(self, request_stop: Callable[[str], None]) -> None:
+        self._request_stop = request_stop
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        # Python allows signal handlers in the main thread only; elsewhere the owner of the thread decides.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._request_stop(f"received {name}")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,81 @@
+"""Finds tokenized files in a train or valid folder and gives every file its type.
+
+Owns the folder layout of the contract; opens no file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from internlm.utils.errors import DataError
+
+_HOW_TO_MAKE = "Make tokenized files with tools/tokenizer.py"
+
+
+@dataclass(frozen=True)
+class TypedFile:
+    """A .bin file and the index of its dataset type."""
+
+    path: Path
+    type_id: int
+
+
+def find_train_files(folder: str | Path) -> tuple[list[TypedFile], list[str]]:
+    """All `<folder>/<type>/**/*.bin` in sorted order, and the names of the types.
+
+    First-level sub-directories, sorted, are the types; one without any .bin keeps its id. If .bin files lie directly
+    in the folder, it is a single type named after the folder and may not also have sub-directories with .bin files.
+
+    Raises:
+        DataError: the folder is missing, holds no .bin, or mixes the two layouts.
+    """
+    root = _existing(folder)
+    direct = _sorted_bins(root, recursive=False)
+    type_dirs = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    files = [
+        TypedFile(path, type_id)
+        for type_id, directory in enumerate(type_dirs)
+        for path in _sorted_bins(directory, recursive=True)
+    ]
+    if direct and files:
+        raise DataError(
+            f"{root}: {direct[0].name} lies beside the type folder '{files[0].path.relative_to(root).parts[0]}': put "
+            "every .bin into a sub-folder, one for each type, or all of them directly into the folder"
+        )
+    if direct:
+        return [TypedFile(path, 0) for path in direct], [root.resolve().name]
+    if not files:
+        raise DataError(f"{root}: no .bin file in this folder; expected {root}/<type>/NAME.bin. {_HOW_TO_MAKE}")
+    return files, [directory.name for directory in type_dirs]
+
+
+def find_valid_sets(folder: str | Path) -> dict[str, list[Path]]:
+    """Every directory at or below `folder` that holds .bin files, by its path relative to `folder`, sorted.
+
+    .bin files directly in `folder` form the set named after the folder.
+
+    Raises:
+        DataError: the folder is missing or holds no .bin.
+    """
+    root = _existing(folder)
+    sets: dict[str, list[Path]] = {}
+    for path in _sorted_bins(root, recursive=True):
+        relative = path.parent.relative_to(root).as_posix()
+        sets.setdefault(root.resolve().name if relative == "." else relative, []).append(path)
+    if not sets:
+        raise DataError(f"{root}: no .bin file in this folder; expected {root}/<set>/NAME.bin. {_HOW_TO_MAKE}")
+    return dict(sorted(sets.items()))
+
+
+def _existing(folder: str | Path) -> Path:
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder. {_HOW_TO_MAKE}, or set the folder to None")
+    return root
+
+
+def _sorted_bins(directory: Path, recursive: bool) -> list[Path]:
+    return sorted(
+        path for path in (directory.rglob("*.bin") if recursive else directory.glob("*.bin")) if path.is_file()
+    )

@@ -1,0 +1,334 @@
+"""The train loader: an endless stream of batches whose whole state is a cursor.
+
+Owns which samples go to which step and rank, prefetching, and the cursor. Must not know how samples are made.
+
+Step t consumes the global sample indices [cursor, cursor + G), G = micro_num(t) * data_size; data rank r takes the
+slice [cursor + r * micro_num(t), cursor + (r + 1) * micro_num(t)). Nothing here depends on data_size except through G,
+nor on the number of workers. A batch may straddle two epochs.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from internlm.data.batch import Batch
+from internlm.data.batch_plan import RampUp
+from internlm.data.dummy import DummySamples
+from internlm.data.order import sample_order
+from internlm.data.packing import PACKINGS, Packing, Sample, pin, to_micro_batch
+from internlm.data.samples import FolderSamples, SampleSource
+from internlm.utils.errors import ConfigError, UserError
+from internlm.utils.logging import get_logger
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What one step asks of one rank: global sample indices [first, first + count)."""
+
+    step: int
+    first: int
+    count: int
+    num_samples: int
+
+
+def build_train_loader(
+    folder: str | Path | None,
+    *,
+    seq_len: int,
+    micro_bsz: int,
+    micro_num: int,
+    packing: Packing,
+    seed: int,
+    vocab_size: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+    num_workers: int = 0,
+    min_length: int = 0,
+    min_length_dict: Mapping[str, int] | None = None,
+    rampup_batch_size: str = "",
+    fixed_random_dataset_seqlen: bool = True,
+    total_steps: int | None = None,
+    pin_memory: bool = False,
+    prefetch: int = 2,
+) -> TrainLoader:
+    """A loader over the tokenized files of `folder`, or over dummy data if it is None.
+
+    Args:
+        packing: "cut" (use_packed_dataset True, pack_sample_into_one False), "pack_sample_into_one", or "unpacked"
+            (use_packed_dataset False); see doc/data.md.
+        micro_num: micro batches a step on each data rank, once the ramp-up is over.
+        num_workers: processes that read ahead; 0 reads ahead in a thread of this process.
+        rampup_batch_size: "start increment steps", see `RampUp`.
+        fixed_random_dataset_seqlen: lengths of dummy documents are fixed.
+        total_steps: the loader ends before this step; None never ends.
+        pin_memory: put tensors into page-locked memory (needs CUDA).
+        prefetch: batches read ahead (a worker); 0, without workers, reads when asked.
+    Raises:
+        DataError: the data is missing or malformed.
+        ConfigError: an argument is out of its range.
+    """
+    if packing not in PACKINGS:
+        raise ConfigError(f"packing = {packing!r}: expected one of {PACKINGS}")
+    source: SampleSource
+    if folder is None:
+        source = DummySamples(
+            seq_len=seq_len,
+            micro_bsz=micro_bsz,
+            packing=packing,
+            vocab_size=vocab_size,
+            seed=seed,
+            fixed_lengths=fixed_random_dataset_seqlen,
+        )
+    else:
+        source = FolderSamples(
+            folder,
+            seq_len=seq_len,
+            micro_bsz=micro_bsz,
+            packing=packing,
+            vocab_size=vocab_size,
+            min_length=min_length,
+            min_length_dict=min_length_dict,
+        )
+    return TrainLoader(
+        source,
+        ramp_up=RampUp.parse(rampup_batch_size, micro_num),
+        seed=seed,
+        data_rank=data_rank,
+        data_size=data_size,
+        num_workers=num_workers,
+        total_steps=total_steps,
+        pin_memory=pin_memory,
+        prefetch=prefetch,
+        order_facts={"packing": packing, "seq_len": seq_len, "micro_bsz": micro_bsz, "seed": seed},
+    )
+
+
+class TrainLoader:
+    """An iterator over this rank's `Batch` of each step. One consumer; not for concurrent use.
+
+    Attributes:
+        type_names: names of the types that `MicroBatch.type_ids` index.
+        num_samples_per_epoch: samples of all ranks in one epoch.
+        step: the next step to hand out, counted from 0.
+        consumed_samples: samples of all ranks in the batches handed out so far; prefetching does not advance it.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        ramp_up: RampUp,
+        seed: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        num_workers: int = 0,
+        total_steps: int | None = None,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+        order_facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not 0 <= data_rank < data_size:
+            raise ConfigError(f"data_rank = {data_rank} is not in [0, data_size = {data_size})")
+        self.type_names = source.type_names
+        self.num_samples_per_epoch = len(source)
+        self.step = 0
+        self.consumed_samples = 0
+        self._fetch = _Fetch(source, seed)
+        self._ramp_up = ramp_up
+        self._data_rank, self._data_size = data_rank, data_size
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self._total_steps, self._pin_memory = total_steps, pin_memory
+        self._order_facts = dict(order_facts or {}) | {"num_samples_per_epoch": len(source)}
+        self._batches: Iterator[Batch] | None = None
+        self._stop: Callable[[], None] | None = None
+
+    def micro_num_at(self, step: int) -> int:
+        """Micro batches of step `step` on each rank."""
+        return self._ramp_up.micro_num_at(step)
+
+    def __iter__(self) -> TrainLoader:
+        """The loader itself: iterating again continues at the cursor."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The batch of the next step.
+
+        Raises:
+            DataError: a document of the batch is malformed.
+            StopIteration: `total_steps` is reached.
+        """
+        if self._total_steps is not None and self.step >= self._total_steps:
+            self.close()
+            raise StopIteration
+        if self._batches is None:
+            self._batches = self._start()
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+        self.step += 1
+        self.consumed_samples += batch.num_samples
+        return batch
+
+    def seek(self, step: int, consumed_samples: int) -> None:
+        """Make the next batch that of `step`, starting at global sample index `consumed_samples`."""
+        self.close()
+        self.step, self.consumed_samples = step, consumed_samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, and the facts that the order depends on."""
+        return {"step": self.step, "consumed_samples": self.consumed_samples, **self._order_facts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the cursor of `state`; warns if the data or its packing is not what it was."""
+        changed = {
+            name: (state[name], value) for name, value in self._order_facts.items() if state.get(name, value) != value
+        }
+        if changed:
+            get_logger(__name__).warning(
+                "The order of samples is not that of the checkpoint (%s): training goes on at sample %d of the new "
+                "order, so some documents may be seen twice and others not in this epoch",
+                ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items()),
+                state["consumed_samples"],
+            )
+        self.seek(int(state["step"]), int(state["consumed_samples"]))
+
+    def close(self) -> None:
+        """Stop reading ahead. The cursor stays; asking for a batch starts again."""
+        self._batches = None
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
+
+    def _start(self) -> Iterator[Batch]:
+        requests = _requests(
+            self.step, self.consumed_samples, self._ramp_up, self._data_rank, self._data_size, self._total_steps
+        )
+        fetched: Iterator[tuple[_Request, list[Sample]] | UserError]
+        if self._num_workers > 0:
+            # A worker returns numpy arrays through a pipe: tensors would take a file descriptor each.
+            fetched = iter(
+                DataLoader(
+                    _Keyed(self._fetch),
+                    sampler=requests,
+                    batch_size=None,
+                    collate_fn=_unchanged,
+                    num_workers=self._num_workers,
+                    prefetch_factor=max(1, self._prefetch),
+                )
+            )
+        else:
+            fetched = map(self._fetch, requests)
+        batches = _to_batches(fetched, self._pin_memory)
+        if self._num_workers == 0 and self._prefetch == 0:
+            return batches
+        ahead = _ReadAhead(batches, max(1, self._prefetch))
+        # Also stops the thread when the loader is forgotten or the interpreter ends.
+        self._stop = weakref.finalize(self, ahead.stop)
+        return ahead
+
+
+def _requests(
+    step: int, cursor: int, ramp_up: RampUp, rank: int, size: int, total_steps: int | None
+) -> Iterator[_Request]:
+    while total_steps is None or step < total_steps:
+        count = ramp_up.micro_num_at(step)
+        yield _Request(step, cursor + rank * count, count, count * size)
+        cursor += count * size
+        step += 1
+
+
+class _Fetch:
+    """Makes the samples of a request."""
+
+    def __init__(self, source: SampleSource, seed: int) -> None:
+        self.source, self.seed = source, seed
+
+    def __call__(self, request: _Request) -> tuple[_Request, list[Sample]]:
+        indices = np.arange(request.first, request.first + request.count, dtype=np.int64)
+        order = sample_order(indices, len(self.source), self.seed)
+        return request, [self.source.sample(int(index)) for index in order]
+
+
+class _Keyed(Dataset[Any]):
+    """A `Dataset` whose keys are requests."""
+
+    def __init__(self, fetch: _Fetch) -> None:
+        self._fetch = fetch
+
+    def __getitem__(self, request: _Request) -> tuple[_Request, list[Sample]] | UserError:
+        try:
+            return self._fetch(request)
+        except UserError as error:
+            return error  # as a value: torch would bury the message in a worker's traceback
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _to_batches(fetched: Iterator[tuple[_Request, list[Sample]] | UserError], pin_memory: bool) -> Iterator[Batch]:
+    for item in fetched:
+        if isinstance(item, UserError):
+            raise item
+        request, samples = item
+        micro_batches = [to_micro_batch(sample) for sample in samples]
+        if pin_memory:
+            micro_batches = [pin(micro) for micro in micro_batches]
+        indices = list(range(request.first, request.first + request.count))
+        yield Batch(micro_batches, request.num_samples, indices)
+
+
+class _ReadAhead:
+    """Runs an iterator in a thread, at most `depth` items ahead; an exception reaches the consumer in its turn."""
+
+    def __init__(self, items: Iterator[Batch], depth: int) -> None:
+        self._items = items
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="data-read-ahead", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+            self._put(StopIteration())
+        except BaseException as error:  # handed to the consumer, not lost with the thread
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """End the thread; waits for the item it is reading."""
+        self._stopped.set()
+        self._thread.join()

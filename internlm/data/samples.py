@@ -1,0 +1,160 @@
+"""Numbered samples of a train folder: `sample(i)` for i in [0, N), packed lazily.
+
+Owns the map from a sample's number to the documents it is made of. Must not know order, ranks or batches.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from internlm.data.document_index import DocumentIndex, summarize
+from internlm.data.folder import find_train_files
+from internlm.data.packing import Packing, Piece, Sample, join_pieces, make_piece, stack_pieces
+from internlm.data.tokenized_file import TokenizedFile
+from internlm.utils.errors import DataError, nearest
+from internlm.utils.logging import get_logger
+
+_OPEN_FILES = 128
+"""Each open file holds three descriptors; the usual limit of a process is 1024."""
+
+
+class SampleSource(Protocol):
+    """What a loader reads from."""
+
+    type_names: list[str]
+
+    def __len__(self) -> int:
+        """Number of samples of one epoch."""
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` in [0, len): the same arrays every time, in every process."""
+
+
+@dataclass(frozen=True)
+class _FileEntry:
+    path: Path
+    type_id: int
+    min_length: int
+    places: int
+    """Tokens (packed) or documents (unpacked) that the samples of the file cover."""
+
+
+class FolderSamples:
+    """The samples of a train folder.
+
+    Packed: the shuffled documents of one file are concatenated and cut every P = micro_bsz * seq_len tokens; the
+    incomplete tail of each file is dropped. Unpacked: micro_bsz documents a sample, each cut off at seq_len tokens; the
+    last sample of a file may have fewer.
+
+    Args:
+        folder: see `find_train_files`.
+        packing: see doc/data.md.
+        min_length: documents with fewer tokens are left out.
+        min_length_dict: the same by type name, where it differs.
+        vocab_size: ids of this size and above are refused when they are read.
+    Raises:
+        DataError: see `find_train_files` and `TokenizedFile`; or no file is long enough for one sample.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seq_len: int,
+        micro_bsz: int,
+        packing: Packing,
+        vocab_size: int | None = None,
+        min_length: int = 0,
+        min_length_dict: Mapping[str, int] | None = None,
+    ) -> None:
+        files, self.type_names = find_train_files(folder)
+        limits = dict(min_length_dict or {})
+        for name in limits:
+            if name not in self.type_names:
+                raise DataError(
+                    f"min_length_dict names the type '{name}', but {folder} has {self.type_names}."
+                    + nearest(name, self.type_names)
+                )
+        self.seq_len, self.micro_bsz, self.packing, self.vocab_size = seq_len, micro_bsz, packing, vocab_size
+        unpacked = packing == "unpacked"
+        self.places_per_sample = micro_bsz if unpacked else micro_bsz * seq_len
+        self._entries: list[_FileEntry] = []
+        counts, tokens, dropped = [], 0, 0
+        for file in files:
+            limit = limits.get(self.type_names[file.type_id], min_length)
+            summary = summarize(file.path, limit)
+            places = summary.kept_documents if unpacked else summary.kept_tokens
+            if unpacked:
+                count = -(-places // self.places_per_sample)
+            else:
+                count = places // self.places_per_sample
+                dropped += places % self.places_per_sample
+            tokens += summary.kept_tokens
+            self._entries.append(_FileEntry(file.path, file.type_id, limit, places))
+            counts.append(count)
+        self._ends = np.cumsum(counts)
+        self.num_tokens = tokens
+        self._open: OrderedDict[int, tuple[TokenizedFile, DocumentIndex]] = OrderedDict()
+        if len(self) == 0:
+            raise DataError(
+                f"{folder}: {len(files)} .bin files with {tokens} tokens (min_length applied), but none holds "
+                f"one whole sample of {self.places_per_sample} {'documents' if unpacked else 'tokens (micro_bsz * seq_len)'}. "
+                "Lower data.micro_bsz, data.seq_len or data.min_length, or join small files"
+            )
+        if dropped * 100 > tokens:
+            get_logger(__name__).warning(
+                "%s: %d of %d tokens are left out (the incomplete sample at the end of each of %d files)",
+                folder,
+                dropped,
+                tokens,
+                len(files),
+            )
+
+    def __len__(self) -> int:
+        """Number of samples of one epoch."""
+        return int(self._ends[-1])
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` in [0, len).
+
+        Raises:
+            DataError: a document of the sample is malformed.
+        """
+        file_index = int(np.searchsorted(self._ends, index, side="right"))
+        entry = self._entries[file_index]
+        within = index - (int(self._ends[file_index - 1]) if file_index else 0)
+        file, documents = self._opened(file_index)
+        start = within * self.places_per_sample
+        stop = min(start + self.places_per_sample, entry.places)
+        found, starts = documents.locate(start, stop)
+        if self.packing == "unpacked":
+            rows = [self._piece(file, int(document), 0, self.seq_len) for document in found]
+            return stack_pieces(rows, self.seq_len, self.micro_bsz, entry.type_id)
+        pieces = [
+            self._piece(file, int(document), max(start - int(begin), 0), stop - int(begin))
+            for document, begin in zip(found, starts, strict=True)
+        ]
+        return join_pieces(pieces, self.seq_len, self.places_per_sample, self.packing, entry.type_id)
+
+    def _piece(self, file: TokenizedFile, document: int, start: int, stop: int) -> Piece:
+        # One token more, if the document has it: the label at a cut is the real next token.
+        ids, loss_mask = file.read(document, start, stop + 1)
+        return make_piece(ids, loss_mask, min(stop - start, len(ids)))
+
+    def _opened(self, file_index: int) -> tuple[TokenizedFile, DocumentIndex]:
+        if file_index in self._open:
+            self._open.move_to_end(file_index)
+            return self._open[file_index]
+        entry = self._entries[file_index]
+        file = TokenizedFile(entry.path, self.vocab_size)
+        opened = (file, DocumentIndex(file, entry.min_length, count_documents=self.packing == "unpacked"))
+        self._open[file_index] = opened
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)
+        return opened

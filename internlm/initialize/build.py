@@ -1,0 +1,305 @@
+"""The one place that wires a config into a Trainer. Everything below it takes plain arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from internlm.checkpoint.folder import resolve
+from internlm.checkpoint.hook import CheckpointHook
+from internlm.checkpoint.manager import CheckpointManager
+from internlm.config.schema import Config
+from internlm.core.context.layout import ParallelLayout
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.engine import Engine
+from internlm.core.hooks import Hook
+from internlm.core.parallel.parallelize import parallelize
+from internlm.core.trainer import Trainer
+from internlm.data.batch_plan import parse_skip_batches
+from internlm.data.loader import TrainLoader, build_train_loader
+from internlm.data.packing import Packing
+from internlm.data.valid import ValidLoader, build_valid_loaders
+from internlm.eval.hook import EvaluationHook
+from internlm.eval.metrics import TypeMetrics
+from internlm.model.architecture import Architecture
+from internlm.model.ops.cross_entropy import linear_cross_entropy
+from internlm.model.registry import build_model
+from internlm.monitor.console import ConsoleHook
+from internlm.monitor.flops import ModelShape, flops_per_token, peak_flops
+from internlm.monitor.garbage_collection import GarbageCollectionHook
+from internlm.monitor.metrics_file import MetricsFileHook
+from internlm.monitor.profiler import ProfilerHook
+from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
+from internlm.monitor.tensorboard import TensorBoardHook
+from internlm.solver.beta2_scheduler import Beta2Schedule
+from internlm.solver.grad_scaler import ConstantGradScaler, DynamicGradScaler, GradScaler
+from internlm.solver.lr_scheduler import LearningRateSchedule
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.utils.errors import ConfigError
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+CONFIG_FILE = "config.json"
+
+
+def build_layout(config: Config, world_size: int) -> ParallelLayout:
+    """The rank layout that the `parallel` section asks for."""
+    parallel = config.parallel
+    return ParallelLayout(
+        world_size=world_size,
+        pipeline=parallel.pipeline.size,
+        tensor=parallel.tensor.size,
+        weight=parallel.weight.size,
+        zero=parallel.zero1.size,
+        is_isp=parallel.tensor.mode == "isp",
+    )
+
+
+def build_meta_model(config: Config) -> nn.Module:
+    """The model without storage, for counting and for `parallelize`."""
+    with torch.device("meta"):
+        return build_model(
+            config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None
+        )
+
+
+def set_numerics(config: Config) -> None:
+    """Set torch's process-wide switches for matrix products as the config says."""
+    torch.backends.cuda.matmul.allow_tf32 = config.model.uses_tf32
+    torch.backends.cudnn.allow_tf32 = config.model.uses_tf32
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.backends.cudnn.deterministic = config.cudnn_deterministic
+
+
+def build_trainer(
+    config: Config,
+    context: ParallelContext,
+    run_dir: Path,
+    *,
+    config_text: str = "",
+    profiling: bool = False,
+    resume: bool = True,
+) -> Trainer:
+    """Everything that a run needs, ready for `fit()`, with a checkpoint loaded as `ckpt` asks.
+
+    Args:
+        config: from `load_config`.
+        context: where this rank stands; its layout must be `build_layout(config, world_size)`.
+        run_dir: where metrics and traces go.
+        config_text: source of the config file, kept with every checkpoint.
+        profiling: record a profile of an early step.
+        resume: False builds the trainer without loading anything.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: a mistake in what the user gave.
+    """
+    if config.model.is_reward:
+        raise ConfigError("model.is_reward: this loop trains on the next token; a reward head needs a loop of your own")
+    train_loader = build_loader(config, context)
+    model = parallelize(build_meta_model(config), context, seed=config.seed)
+    engine = build_engine(config, context, model, train_loader.type_names)
+    manager = CheckpointManager(
+        save_folder(config),
+        files={CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1), "config_file.py": config_text},
+    )
+    schedule = config.lr_scheduler
+    lr = LearningRateSchedule(
+        shape=schedule.type,
+        base_lr=config.adam.lr,
+        total_steps=schedule.total_steps,
+        init_steps=schedule.init_steps,
+        warmup_ratio=schedule.warmup_ratio,
+        eta_min=schedule.eta_min,
+        decay_ratio=schedule.decay_ratio,
+        last_epoch=schedule.last_epoch,
+    )
+    beta2 = Beta2Schedule(
+        config.beta2_scheduler.init_beta2, config.beta2_scheduler.c, config.beta2_scheduler.cur_iter
+    )
+    trainer = Trainer(
+        engine,
+        train_loader,
+        total_steps=config.data.total_steps,
+        lr=lr.lr,
+        beta2=beta2.beta2,
+        hooks=build_hooks(config, context, run_dir, model, profiling=profiling),
+        run_dir=run_dir,
+        valid_sets=build_valid_sets(config, context),
+        checkpointer=manager if config.ckpt.enable_save_ckpt else None,
+        is_skipped=parse_skip_batches(config.data.skip_batches).contains,
+    )
+    if resume:
+        load_checkpoint(config, manager, trainer)
+    return trainer
+
+
+def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
+    """The training data of this data rank."""
+    data = config.data
+    return build_train_loader(
+        data.train_folder,
+        seq_len=data.seq_len,
+        micro_bsz=data.micro_bsz,
+        micro_num=data.micro_num,
+        packing=packing(config),
+        seed=data.seed,
+        vocab_size=config.model.vocab_size,
+        data_rank=context.index("data"),
+        data_size=context.size("data"),
+        num_workers=data.num_worker,
+        min_length=data.min_length,
+        min_length_dict=data.min_length_dict,
+        rampup_batch_size=data.rampup_batch_size,
+        fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
+        total_steps=data.total_steps,
+        pin_memory=context.device.type == "cuda",
+    )
+
+
+def packing(config: Config) -> Packing:
+    """Which of the three ways makes samples from documents."""
+    if not config.data.use_packed_dataset:
+        return "unpacked"
+    return "pack_sample_into_one" if config.data.pack_sample_into_one else "cut"
+
+
+def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, ValidLoader]:
+    """This data rank's part of every valid set; none when evaluation is off."""
+    data = config.data
+    if data.valid_every == 0:
+        return {}
+    return build_valid_loaders(
+        data.valid_folder,
+        seq_len=data.seq_len,
+        micro_bsz=data.micro_bsz,
+        vocab_size=config.model.vocab_size,
+        valid_micro_num=data.valid_micro_num,
+        data_rank=context.index("data"),
+        data_size=context.size("data"),
+        packed=data.use_packed_dataset,
+    )
+
+
+def build_engine(config: Config, context: ParallelContext, model: nn.Module, type_names: list[str]) -> Engine:
+    """Optimizer and loss around a model."""
+    zero, adam = config.hybrid_zero_optimizer, config.adam
+    reduce_dtype = getattr(torch, config.reduce_comm_dtype.removeprefix("torch.")) if config.reduce_comm_dtype else None
+    optimizer = HybridZeroOptimizer(
+        model,
+        context,
+        build_scaler(config, context.device),
+        betas=(adam.adam_beta1, adam.adam_beta2),
+        eps=adam.adam_eps,
+        weight_decay=adam.weight_decay,
+        weight_decay_norms_and_biases=adam.weight_decay_norms_and_biases,
+        clip_grad_norm=zero.clip_grad_norm,
+        overlap_sync_grad=zero.overlap_sync_grad,
+        overlap_sync_param=zero.overlap_sync_param,
+        reduce_bucket_size=zero.reduce_bucket_size,
+        reduce_dtype=reduce_dtype or torch.float32,
+    )
+    loss = partial(
+        linear_cross_entropy,
+        label_smoothing=config.loss.label_smoothing,
+        z_loss_coeff=config.loss.z_loss_coeff,
+        with_accuracy=True,
+    )
+    return Engine(model, optimizer, context, loss, TypeMetrics(type_names, context.device))
+
+
+def build_scaler(config: Config, device: torch.device) -> GradScaler:
+    """A dynamic loss scale for fp16; bf16 and fp32 need none."""
+    if config.model.torch_dtype != torch.float16:
+        return ConstantGradScaler(device)
+    scaler = config.grad_scaler
+    return DynamicGradScaler(
+        initial_scale=scaler.fp16.initial_scale,
+        min_scale=scaler.fp16.min_scale,
+        max_scale=scaler.max_scale,
+        growth_factor=scaler.growth_factor,
+        backoff_factor=scaler.backoff_factor,
+        growth_interval=scaler.fp16.growth_interval,
+        hysteresis=scaler.hysteresis,
+        device=device,
+    )
+
+
+def build_hooks(
+    config: Config, context: ParallelContext, run_dir: Path, model: nn.Module, *, profiling: bool = False
+) -> list[Hook]:
+    """What hangs on the loop, in the order in which it is called."""
+    numbers = StepNumbers(Throughput(context.world_size, build_flops(config, context.device, model)))
+    hooks: list[Hook] = [GarbageCollectionHook(config.data.empty_cache_and_diag_interval)]
+    hooks.append(ConsoleHook(numbers, config.monitor.log_every))
+    if config.monitor.metrics_file:
+        hooks.append(MetricsFileHook(numbers))
+    if config.enable_tb:
+        folder = config.tensorboard_folder or os.environ.get("tensorboard_folder")
+        resumed = config.resume_tb_folder or os.environ.get("resume_tb_folder")
+        hooks.append(
+            TensorBoardHook(
+                numbers,
+                Path(folder) if folder else None,
+                Path(resumed) if resumed else None,
+                config.tensorboard.queue_max_length,
+            )
+        )
+    if profiling:
+        hooks.append(ProfilerHook())
+    if config.data.valid_every > 0 and config.data.valid_folder is not None:
+        hooks.append(EvaluationHook(config.data.valid_every))
+    if config.ckpt.enable_save_ckpt:
+        assert config.ckpt.checkpoint_every is not None
+        hooks.append(CheckpointHook(config.ckpt.checkpoint_every))
+    return hooks
+
+
+def build_flops(config: Config, device: torch.device, model: nn.Module) -> FlopsModel | None:
+    """FLOPs a token for tflops and mfu; None for a user's own model, whose shape is not known."""
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, Architecture):
+        return None
+    shape = ModelShape(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_heads=architecture.num_heads,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        ffn_size=architecture.intermediate_size,
+        vocab_size=architecture.vocab_size,
+    )
+    if config.monitor.peak_tflops is not None:
+        peak: float | None = config.monitor.peak_tflops * 1e12
+    else:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        peak = peak_flops(name, architecture.dtype)
+    seq_len = config.data.seq_len
+    return FlopsModel(flops_per_token(shape, seq_len, "full"), flops_per_token(shape, seq_len, "causal"), peak)
+
+
+def save_folder(config: Config) -> Path | None:
+    """The folder of checkpoints, without the `local:` that may stand before it."""
+    folder = config.ckpt.save_ckpt_folder
+    return Path(folder.removeprefix("local:")) if folder else None
+
+
+def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
+    """Resume, or load `load_ckpt_info`, or start from scratch, and say which."""
+    newest = manager.latest()
+    info = config.ckpt.load_ckpt_info
+    if config.ckpt.auto_resume and newest is not None:
+        manager.load(trainer, newest)
+        logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, newest)
+    elif info is not None and info.path is not None:
+        path = resolve(Path(info.path.removeprefix("local:")))
+        manager.load(trainer, path, info.content)
+        logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
+    else:
+        why = "auto_resume is off" if newest is not None else f"no complete checkpoint in {manager.save_folder}"
+        logger.info("starting from scratch (%s)", why)

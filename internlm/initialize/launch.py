@@ -1,0 +1,189 @@
+"""How this process was started, and its connection to the others.
+
+Three launchers: none (one process), torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and srun (SLURM_*).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from internlm.utils.errors import UserError
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+LAUNCHERS = ("none", "torch", "slurm")
+DEFAULT_PORT = 8888
+
+
+class LaunchError(UserError):
+    """The environment of the launcher is incomplete, or the ranks cannot reach each other."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among all.
+
+    Attributes:
+        launcher: "none", "torch" or "slurm".
+        rank, world_size: its number, and how many there are.
+        local_rank: its number on this machine, which chooses the GPU.
+        host, port: where the ranks meet.
+    """
+
+    launcher: str = "none"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+
+
+def detect_launch(
+    launcher: str | None = None, port: int | None = None, environment: Mapping[str, str] = os.environ
+) -> Launch:
+    """Read the launcher's variables.
+
+    Args:
+        launcher: one of LAUNCHERS; None recognises it from the environment (torchrun before srun, since torchrun may
+            run inside an srun allocation).
+        port: where the ranks meet; None takes MASTER_PORT, or 8888.
+
+    Raises:
+        LaunchError: a variable of the launcher is missing or not a number.
+    """
+    if launcher is None:
+        if "RANK" in environment and "WORLD_SIZE" in environment:
+            launcher = "torch"
+        # An interactive shell inside an allocation has SLURM_JOB_ID but no rank of its own.
+        elif "SLURM_PROCID" in environment and "SLURM_NPROCS" in environment and "SLURM_STEP_ID" in environment:
+            launcher = "slurm"
+        else:
+            launcher = "none"
+    if launcher == "none":
+        return Launch()
+    if launcher == "torch":
+        return Launch(
+            "torch",
+            rank=_integer(environment, "RANK", launcher),
+            world_size=_integer(environment, "WORLD_SIZE", launcher),
+            local_rank=_integer(environment, "LOCAL_RANK", launcher),
+            host=_text(environment, "MASTER_ADDR", launcher),
+            port=port or _integer(environment, "MASTER_PORT", launcher),
+        )
+    if launcher == "slurm":
+        if port is None:
+            port = int(environment.get("MASTER_PORT", DEFAULT_PORT))
+        return Launch(
+            "slurm",
+            rank=_integer(environment, "SLURM_PROCID", launcher),
+            world_size=_integer(environment, "SLURM_NPROCS", launcher),
+            local_rank=_integer(environment, "SLURM_LOCALID", launcher),
+            host=environment.get("MASTER_ADDR") or _first_host(environment),
+            port=port,
+        )
+    raise LaunchError(f"unknown launcher '{launcher}'; allowed: {', '.join(LAUNCHERS)}")
+
+
+def _text(environment: Mapping[str, str], name: str, launcher: str) -> str:
+    if name not in environment:
+        start = "torchrun --nproc_per_node=N train.py ..." if launcher == "torch" else "srun python train.py ..."
+        raise LaunchError(
+            f"launcher '{launcher}' needs the variable {name}, which is not set; start with `{start}`, or leave out "
+            f"--launcher to run one process"
+        )
+    return environment[name]
+
+
+def _integer(environment: Mapping[str, str], name: str, launcher: str) -> int:
+    text = _text(environment, name, launcher)
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f"launcher '{launcher}': {name} = '{text}' is not a number") from None
+
+
+def _first_host(environment: Mapping[str, str]) -> str:
+    node_list = _text(environment, "SLURM_NODELIST", "slurm")
+    try:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True
+        ).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        hosts = []
+    return hosts[0] if hosts else first_host_of(node_list)
+
+
+def first_host_of(node_list: str) -> str:
+    """The first host of a SLURM node list such as `node[03-05,9],other1`, for where scontrol is not installed."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", node_list)
+    if match is None:
+        raise LaunchError(f"SLURM_NODELIST = '{node_list}' names no host; set MASTER_ADDR")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+def choose_device(launch: Launch) -> torch.device:
+    """The accelerator of this rank: `cuda:<local rank>` when there is CUDA, else the CPU.
+
+    Raises:
+        LaunchError: more ranks than GPUs on this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {launch.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start at most "
+            f"that many ranks on it, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def connect(launch: Launch, device: torch.device, backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
+    """Join the process group of the job; with one process there is none to join.
+
+    Args:
+        launch: from `detect_launch`.
+        device: from `choose_device`.
+        backend: for tensors on `device`; default nccl on cuda, gloo on the CPU. Host tensors always travel by gloo.
+        timeout_seconds: of one collective.
+
+    Raises:
+        LaunchError: the ranks cannot meet.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch.world_size == 1:
+        return
+    if device.type == "cuda":
+        backend = f"cpu:gloo,cuda:{backend or 'nccl'}"
+    elif backend not in (None, "gloo"):
+        logger.warning("backend '%s' needs a GPU; using gloo on the CPU", backend)
+        backend = "gloo"
+    try:
+        dist.init_process_group(
+            backend or "gloo",
+            init_method=f"tcp://{launch.host}:{launch.port}" if launch.launcher != "torch" else "env://",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        raise LaunchError(
+            f"rank {launch.rank} of {launch.world_size} could not meet the others at {launch.host}:{launch.port}: {error}; "
+            f"check that the host is reachable and the port free (--port)"
+        ) from error
+
+
+def disconnect() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,297 @@
+"""AdamW on fp32 masters that are sharded over (a part of) the data ranks: ZeRO stage 1, "hybrid" as in InternEvo.
+
+With `parallel.zero1.size = k` the optimizer state is sharded over k neighbouring data ranks and replicated over the rest:
+gradients are reduce-scattered over the k ranks and the shards summed over the replicas; updated parameters are gathered
+over the k ranks. Which groups those are comes from each parameter's ShardSpec. The optimizer knows nothing of models.
+
+Sources: ZeRO, Rajbhandari et al. 2020 (arXiv:1910.02054); AdamW, Loshchilov and Hutter 2019 (arXiv:1711.05101).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from internlm.core.communication.collectives import all_reduce
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.parallelize import roles_by_module
+from internlm.core.parallel.shard_spec import Box, shard_spec_of
+from internlm.model.roles import Role
+from internlm.solver.grad_scaler import GradScaler
+from internlm.solver.optimizer.flat_bucket import BucketGroups, BucketKind, FlatBucket
+
+# torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; the same constant gives the same updates.
+CLIP_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, as scalar fp32 tensors on the device.
+
+    Attributes:
+        grad_norm: global L2 norm before clipping, loss scale removed.
+        skipped: 1.0 when the update was skipped because the norm is inf or NaN.
+    """
+
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class HybridZeroOptimizer:
+    """AdamW on sharded flat fp32 masters, with gradient reduction, one global norm, clipping and skipping.
+
+    A step is: `begin_step()`, any number of backward passes with `expect_final_backward()` called before the last one,
+    then `step(lr, beta2)`. Gradients are *summed* over data ranks: the loss must already be divided by the global
+    number of valid tokens. Nothing in a step waits for the device.
+
+    Args:
+        model: after `parallelize`. Its parameters become views of flat buffers.
+        context: where this rank stands.
+        scaler: the loss scaler.
+        betas, eps, weight_decay: of AdamW; the learning rate comes with each step.
+        weight_decay_norms_and_biases: decay one-dimensional parameters too (InternEvo's way).
+        clip_grad_norm: largest global norm; 0 leaves gradients as they are.
+        overlap_sync_grad: start reducing a bucket while backward still runs.
+        overlap_sync_param: gather parameters while the next forward runs.
+        reduce_bucket_size: elements a bucket holds at most (a larger single parameter has a bucket of its own).
+        reduce_dtype: dtype in which gradients travel; they are accumulated over micro batches in fp32 in any case.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        context: ParallelContext,
+        scaler: GradScaler,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        weight_decay_norms_and_biases: bool = False,
+        clip_grad_norm: float = 0.0,
+        overlap_sync_grad: bool = True,
+        overlap_sync_param: bool = True,
+        reduce_bucket_size: int = 512 * 1024 * 1024,
+        reduce_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.context = context
+        self.scaler = scaler
+        self.clip_grad_norm = clip_grad_norm
+        self.overlap_sync_grad = overlap_sync_grad
+        self.overlap_sync_param = overlap_sync_param
+        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not self._names:
+            raise ValueError("the model has no parameter that requires a gradient")
+        self.buckets = self._build_buckets(weight_decay_norms_and_biases, reduce_bucket_size, reduce_dtype)
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [bucket.master], "weight_decay": weight_decay if bucket.kind.has_decay else 0.0}
+                for bucket in self.buckets
+            ],
+            betas=betas,
+            eps=eps,
+            fused=True,
+        )
+        self._pending: list[int] = []
+        self._next_reduction = 0
+        self._is_final_backward = False
+        self._install_hooks(model)
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    def _build_buckets(self, decay_all: bool, bucket_size: int, reduce_dtype: torch.dtype) -> list[FlatBucket]:
+        open_buckets: dict[BucketKind, list[nn.Parameter]] = {}
+        runs: list[tuple[BucketKind, list[nn.Parameter]]] = []
+        # Backward reaches the last parameters first; buckets in that order are complete one after the other.
+        for parameter in reversed(self._names):
+            spec = shard_spec_of(parameter)
+            kind = BucketKind(
+                dtype=parameter.dtype,
+                has_decay=decay_all or parameter.ndim > 1,
+                view=spec.view,
+                data_axis=spec.data_axis,
+                partial_over=spec.partial_over,
+                sharded_over=spec.sharded_over,
+            )
+            run = open_buckets.get(kind)
+            if run is None or sum(p.numel() for p in run) + parameter.numel() > bucket_size:
+                run = open_buckets[kind] = []
+                runs.append((kind, run))
+            run.append(parameter)
+        # A bucket is complete in backward, and needed in forward, at its first parameter in forward order.
+        position = {parameter: number for number, parameter in enumerate(self._names)}
+        runs.sort(key=lambda item: min(position[parameter] for parameter in item[1]), reverse=True)
+        return [FlatBucket(run, kind, self._groups(kind), reduce_dtype) for kind, run in runs]
+
+    def _groups(self, kind: BucketKind) -> BucketGroups:
+        return BucketGroups(
+            zero=self.context.group("zero", kind.view),
+            replica=self.context.group(f"{kind.data_axis}_replica", kind.view),
+            partial=tuple(self.context.group(axis, kind.view) for axis in kind.partial_over),
+        )
+
+    def _install_hooks(self, model: nn.Module) -> None:
+        for number, bucket in enumerate(self.buckets):
+            for index, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, number, index))
+        if all(bucket.groups.zero is None for bucket in self.buckets):
+            return
+        # A layer waits for its own weights when it is called; the model waits at its start for all that is outside of
+        # layers, except the head, for which the engine calls `finish_gathering` before the loss.
+        layers = [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
+        outer = set(self._names)
+        for layer in layers:
+            parameters = set(layer.parameters())
+            outer -= parameters
+            layer.register_forward_pre_hook(partial(self._before_forward, self._buckets_of(parameters)))
+        if layers:
+            head = {name for name, role in roles_by_module(model).items() if role is Role.HEAD}
+            outer -= {p for name, module in model.named_modules() if name in head for p in module.parameters()}
+        model.register_forward_pre_hook(partial(self._before_forward, self._buckets_of(outer)))
+
+    def _buckets_of(self, parameters: set[nn.Parameter]) -> list[FlatBucket]:
+        return [bucket for bucket in self.buckets if not parameters.isdisjoint(bucket.parameters)]
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """Scalar fp32 by which the loss must be multiplied before backward."""
+        return self.scaler.scale
+
+    @property
+    def beta2(self) -> float:
+        """Second AdamW coefficient of the last step."""
+        return self.adamw.param_groups[0]["betas"][1]
+
+    def begin_step(self) -> None:
+        """Start a step with no gradients."""
+        for bucket in self.buckets:
+            bucket.begin_step()
+        self._is_final_backward = False
+
+    def expect_final_backward(self) -> None:
+        """The next backward pass completes the gradients of this step: reduction may start under it."""
+        self._is_final_backward = True
+        self._pending = [len(bucket.parameters) for bucket in self.buckets]
+        self._next_reduction = 0
+
+    def _on_gradient(self, number: int, index: int, _: Tensor) -> None:
+        self.buckets[number].accumulate(index)
+        if self._is_final_backward:
+            self._pending[number] -= 1
+            if self.overlap_sync_grad:
+                self._start_ready_reductions()
+
+    def _start_ready_reductions(self) -> None:
+        # In bucket order only: every rank must issue the same collectives in the same order.
+        while self._next_reduction < len(self.buckets) and self._pending[self._next_reduction] == 0:
+            self.buckets[self._next_reduction].start_reduction()
+            self._next_reduction += 1
+
+    @torch.no_grad()
+    def step(self, lr: float, beta2: float | None = None) -> StepResult:
+        """Reduce what is left, clip, update the masters and start gathering the parameters.
+
+        Args:
+            lr: learning rate of this step.
+            beta2: second AdamW coefficient of this step; None keeps the one before.
+        """
+        for bucket in self.buckets[self._next_reduction :]:
+            bucket.start_reduction()
+        self._next_reduction = len(self.buckets)
+        for bucket in self.buckets:
+            bucket.finish_reduction()
+
+        grad_norm = self._global_grad_norm() / self.scaler.scale
+        skipped = torch.where(torch.isfinite(grad_norm), 0.0, 1.0)
+        factor = 1.0 / self.scaler.scale
+        if self.clip_grad_norm > 0:
+            factor = factor * (self.clip_grad_norm / (grad_norm + CLIP_EPSILON)).clamp(max=1.0)
+        for bucket, group in zip(self.buckets, self.adamw.param_groups, strict=True):
+            bucket.grad_shard.mul_(factor)
+            bucket.master.grad = bucket.grad_shard
+            group["lr"] = lr
+            if beta2 is not None:
+                group["betas"] = (group["betas"][0], beta2)
+        # The fused kernel reads this flag on the device and leaves weights, moments and its step count as they are.
+        self.adamw.found_inf = skipped
+        self.adamw.step()
+        self.scaler.update(skipped)
+        self.gather_parameters()
+        return StepResult(grad_norm, skipped)
+
+    def _global_grad_norm(self) -> Tensor:
+        squares = []
+        for bucket in self.buckets:
+            view = self.context.view(bucket.kind.view)
+            distinct = view.size("zero") * view.size("pipeline")
+            for axis in bucket.kind.sharded_over:
+                distinct *= view.size(axis)
+            copies = view.world_size // distinct
+            squares.append(torch.linalg.vector_norm(bucket.grad_shard).square() / copies)
+        return all_reduce(torch.stack(squares).sum(), self.context.world_group).sqrt()
+
+    # -- parameters -----------------------------------------------------------------------------------------------
+
+    def gather_parameters(self) -> None:
+        """Write the masters into the parameters of all ranks."""
+        # Forward needs the first parameters first.
+        for bucket in reversed(self.buckets):
+            bucket.start_gathering()
+        if not self.overlap_sync_param:
+            self.finish_gathering()
+
+    def finish_gathering(self) -> None:
+        """Wait until all parameters may be read outside a forward pass (saving, evaluation by hand)."""
+        for bucket in self.buckets:
+            bucket.finish_gathering()
+
+    @staticmethod
+    def _before_forward(buckets: list[FlatBucket], module: nn.Module, args: object) -> None:
+        for bucket in buckets:
+            bucket.finish_gathering()
+
+    def reset_masters(self) -> None:
+        """Take the fp32 masters anew from the parameters, after a checkpoint's weights were loaded into them."""
+        for bucket in self.buckets:
+            bucket.reset_master()
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def sharded_state(self) -> Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]:
+        """Every tensor of the optimizer's state, as boxes of global tensors shaped like their parameters.
+
+        Yields:
+            (key, parameter, pieces) with keys `master/<name>` (absent for fp32 parameters, which are their own masters),
+            `exp_avg/<name>` and `exp_avg_sq/<name>`; writing into the pieces writes into the state.
+        """
+        for bucket in self.buckets:
+            state = self._adam_state(bucket)
+            shards = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            if bucket.kind.dtype != torch.float32:
+                shards["master"] = bucket.master.detach()
+            for kind, shard in shards.items():
+                for parameter, pieces in bucket.pieces(shard):
+                    yield f"{kind}/{self._names[parameter]}", parameter, pieces
+
+    def _adam_state(self, bucket: FlatBucket) -> dict[str, Tensor]:
+        state = self.adamw.state[bucket.master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=bucket.master.device)
+            state["exp_avg"] = torch.zeros_like(bucket.master)
+            state["exp_avg_sq"] = torch.zeros_like(bucket.master)
+        return state
+
+    @property
+    def num_updates(self) -> int:
+        """Updates taken so far (skipped ones do not count); waits for the device."""
+        return int(self._adam_state(self.buckets[0])["step"].item())
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        for bucket in self.buckets:
+            self._adam_state(bucket)["step"].fill_(value)

@@ -1,0 +1,155 @@
+"""Every family against transformers: the same weights give the same logits and the same gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internlm.model.hf_names import from_hf, hf_config, to_hf
+from internlm.model.ops.attention import Segments
+from internlm.model.ops.cross_entropy import linear_cross_entropy
+from tests.helpers.model import tiny_model
+
+GQA = {"num_kv_attention_heads": 2}
+LONG = {"max_position_embeddings": 16}
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # name: (model_type, transformers class, keys)
+    "internlm": ("INTERNLM", "LlamaForCausalLM", {}),
+    "internlm2": ("INTERNLM2", "LlamaForCausalLM", GQA),
+    "internlm2-fused-ffn-interleaved": (
+        "INTERNLM2",
+        "LlamaForCausalLM",
+        {**GQA, "mlp_layer_fusion": True, "qk_interleaved": True},
+    ),
+    "internlm2-biases": ("INTERNLM2", "LlamaForCausalLM", {**GQA, "no_bias": False, "mlp_bias": True}),
+    "internlm3": ("INTERNLM3", "LlamaForCausalLM", {**GQA, "rope_base": 5e7}),
+    "llama2": ("LLAMA2", "LlamaForCausalLM", {}),
+    "llama2-one-kv-head": ("LLAMA2", "LlamaForCausalLM", {"num_kv_attention_heads": 1, "layer_norm_epsilon": 1e-3}),
+    "llama2-interleaved": ("LLAMA2", "LlamaForCausalLM", {**GQA, "qk_interleaved": True}),
+    "llama2-tied": ("LLAMA2", "LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "llama2-fp32-residual": ("LLAMA2", "LlamaForCausalLM", {"residual_in_fp32": True}),
+    "llama2-linear": ("LLAMA2", "LlamaForCausalLM", {"rope_scaling": {"type": "linear", "factor": 3.0}}),
+    "llama2-dynamic-short": ("LLAMA2", "LlamaForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 3.0}}),
+    "llama2-dynamic-long": ("LLAMA2", "LlamaForCausalLM", {**LONG, "rope_scaling": {"type": "dynamic", "factor": 3.0}}),
+    "llama2-dynamic-key": ("LLAMA2", "LlamaForCausalLM", {**LONG, "use_dynamic_ntk_rope": True}),
+    "llama2-yarn": (
+        "LLAMA2",
+        "LlamaForCausalLM",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    ),
+    "llama3": (
+        "LLAMA3",
+        "LlamaForCausalLM",
+        {**GQA, "rope_scaling": {"type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}},
+    ),
+    "qwen2": ("QWEN2", "Qwen2ForCausalLM", GQA),
+    "qwen2-window": (
+        "QWEN2",
+        "Qwen2ForCausalLM",
+        {**GQA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("QWEN3", "Qwen3ForCausalLM", {**GQA, "head_dim": 10}),
+    "qwen3-fused-interleaved": (
+        "QWEN3",
+        "Qwen3ForCausalLM",
+        {**GQA, "enable_qkv_fusion": True, "qk_interleaved": True},
+    ),
+    "gemma": ("GEMMA", "GemmaForCausalLM", {"num_kv_attention_heads": 1, "head_dim": 12}),
+    "gemma-untied": ("GEMMA", "GemmaForCausalLM", {"tie_word_embeddings": False}),
+    "mistral-no-window": ("MISTRAL", "LlamaForCausalLM", GQA),
+    "mistral-window": ("MISTRAL", "MistralForCausalLM", {**GQA, "sliding_window": 7}),
+}
+
+LENGTHS = (1, 23, 9, 9, 3)
+
+
+def _randomize(model: nn.Module) -> None:
+    """Biases and norms too: at their initial values they would hide mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            else:
+                parameter.mul_(4)
+
+
+def _peer(model: Any) -> Any:
+    config = hf_config(model.architecture)
+    config.pad_token_id = None  # Gemma's embedding of its padding token takes no gradient
+    peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    missing, unexpected = peer.load_state_dict(to_hf(model.state_dict(), model.architecture), strict=False)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight"} if model.architecture.tie_word_embeddings else set())
+    return peer
+
+
+def _tokens(model: Any, *shape: int) -> Tensor:
+    return torch.randint(model.architecture.vocab_size, shape, generator=torch.Generator().manual_seed(2))
+
+
+def _loss_of_peer(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="sum")
+
+
+def _assert_same(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Within 1e-5 of the largest value: fp32 carries 6e-8 a rounding, through about a hundred of them."""
+    torch.testing.assert_close(
+        ours, theirs, rtol=0, atol=1e-5 * max(1.0, theirs.abs().max().item()), msg=lambda m: f"{what}: {m}"
+    )
+
+
+def _assert_same_gradients(model: Any, peer: nn.Module) -> None:
+    theirs = from_hf({n: p.grad for n, p in peer.named_parameters() if p.grad is not None}, model.architecture)
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for name, grad in ours.items():
+        _assert_same(grad, theirs[name], name)
+
+
+@pytest.fixture(params=CASES, scope="module")
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    model_type, class_name, keys = CASES[request.param]
+    model = tiny_model(model_type, **keys)
+    _randomize(model)
+    peer = _peer(model)
+    assert type(peer).__name__ == class_name
+    return model, peer
+
+
+def test_rows(pair: tuple[Any, Any]) -> None:
+    model, peer = pair
+    ids = _tokens(model, 3, 21)
+    positions = torch.arange(21).expand(3, -1)
+    model.zero_grad(), peer.zero_grad()
+    hidden = model(ids, positions)
+    theirs = peer(ids).logits
+    _assert_same(model.logits(hidden), theirs, "logits")
+    labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+    loss = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight(), labels.flatten()).loss_sum
+    loss.backward()
+    _loss_of_peer(theirs, ids).backward()
+    _assert_same_gradients(model, peer)
+
+
+def test_packed(pair: tuple[Any, Any]) -> None:
+    """Documents in a pack are what each is alone."""
+    model, peer = pair
+    ids = _tokens(model, 1, sum(LENGTHS))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    model.zero_grad(), peer.zero_grad()
+    hidden = model(ids, positions, Segments.of(LENGTHS))
+    labels = []
+    for document, ours in zip(ids.split(LENGTHS, 1), model.logits(hidden).split(LENGTHS, 1), strict=True):
+        theirs = peer(document).logits
+        _assert_same(ours, theirs, "logits")
+        labels.append(F.pad(document[:, 1:], (0, 1), value=-100))
+        _loss_of_peer(theirs, document).backward()
+    linear_cross_entropy(hidden[0], model.head_weight(), torch.cat(labels, 1)[0]).loss_sum.backward()
+    _assert_same_gradients(model, peer)

@@ -1,0 +1,202 @@
+"""The optimizer against torch.optim.AdamW on the unsharded model, on one and several ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import RankPool
+from helpers.tiny import global_batch, tiny_engine, tiny_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internlm.core.context.layout import ParallelLayout
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.model.ops.attention import Segments
+from internlm.solver.grad_scaler import DynamicGradScaler
+
+LR, DECAY, STEPS = 3e-3, 0.1, 20
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def oracle(model: nn.Module, steps: int, clip: float, size: int = 4) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Plain PyTorch on the whole global batch: losses, gradient norms, weights after `steps`."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decay, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=True)
+    losses, norms = [], []
+    for step in range(steps):
+        optimizer.zero_grad()
+        batch = global_batch(step, size)
+        valid = max(batch.num_valid_tokens, 1)
+        total = 0.0
+        for micro in batch.micro_batches:
+            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+            loss = F.cross_entropy(model.logits(hidden)[0], micro.labels[0], reduction="sum") / valid  # type: ignore[operator]
+            loss.backward()
+            total += loss.item()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else torch.inf)))
+        optimizer.step()
+        losses.append(total)
+    return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def ours(steps: int, zero: int = -1, size: int = 4, **optimizer: Any) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """The engine on this process's share of the same global batches."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    context = ParallelContext.create(ParallelLayout(world_size=world, zero=zero))
+    engine = tiny_engine(context, weight_decay=DECAY, **optimizer)
+    losses, norms = [], []
+    for step in range(steps):
+        result = engine.train_step(global_batch(step, size, context.rank, world), LR)
+        losses.append(float(result.loss))
+        norms.append(float(result.grad_norm))
+    engine.optimizer.finish_gathering()
+    weights = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    context.close()
+    return losses, norms, weights
+
+
+def test_the_update_of_one_process_is_bit_equal_to_torch_adamw() -> None:
+    """Given the same gradients, 20 updates on flat masters equal torch.optim.AdamW on the separate tensors bit for bit."""
+    context = ParallelContext.create()
+    engine = tiny_engine(context, weight_decay=DECAY)
+    reference = copy.deepcopy(tiny_model(context))
+    parameters = dict(reference.named_parameters())
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in parameters.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizer = engine.optimizer
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.begin_step()
+        optimizer.expect_final_backward()
+        total = torch.zeros(())
+        for name, parameter in engine.model.named_parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameters[name].grad = gradient.clone()
+            total = total + (parameter * gradient).sum()
+        total.backward()
+        optimizer.step(LR)
+        adamw.step()
+    for name, parameter in engine.model.named_parameters():
+        assert torch.equal(parameter, parameters[name]), name
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_training_equals_plain_pytorch(clip: float) -> None:
+    """Losses, norms and weights of 20 steps with ragged masks and a wholly masked micro batch."""
+    losses, norms, weights = ours(STEPS, clip_grad_norm=clip)
+    expected = oracle(tiny_model(ParallelContext.create()), STEPS, clip)
+    check(losses, norms, weights, expected, STEPS)
+
+
+def check(losses: list[float], norms: list[float], weights: dict[str, Tensor], expected: Any, steps: int) -> None:
+    # The sums run in another order: a few roundings in the loss. Weights: an AdamW step moves a weight by at most about
+    # lr whatever its gradient's size, so where a gradient is rounding noise both may differ by 2 * lr a step; in practice
+    # the noise is far below eps-relative gradients, so weights may differ by a small share of the distance travelled.
+    torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(norms, expected[1], rtol=1e-4, atol=0)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[2][name], rtol=0, atol=0.01 * LR * steps, msg=name)
+
+
+@pytest.mark.parametrize(("world", "zero"), [(2, -1), (2, 1), (4, -1), (4, 2), (4, 1)])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_data_parallel_equals_plain_pytorch(
+    ranks: Callable[[int], RankPool], world: int, zero: int, overlap: bool
+) -> None:
+    """Every zero size gives the losses, norms and weights of one plain process, on every rank."""
+    expected = oracle(tiny_model(ParallelContext.create()), 6, 0.5)
+    for losses, norms, weights in ranks(world).run(run_overlapping, 6, zero, overlap):
+        check(losses, norms, weights, expected, 6)
+
+
+def run_overlapping(steps: int, zero: int, overlap: bool) -> Any:
+    return ours(
+        steps,
+        zero,
+        clip_grad_norm=0.5,
+        overlap_sync_grad=overlap,
+        overlap_sync_param=overlap,
+        reduce_bucket_size=3000,
+    )
+
+
+def test_two_ranks_agree_bit_for_bit(ranks: Callable[[int], RankPool]) -> None:
+    """After sharded updates and gathers, both ranks hold the same bits."""
+    (first, second) = ranks(2).run(run_overlapping, 4, -1, True)
+    assert first[0] == second[0]
+    assert all(torch.equal(first[2][name], second[2][name]) for name in first[2])
+
+
+def test_gradients_may_travel_in_bf16(ranks: Callable[[int], RankPool]) -> None:
+    """bf16 gradients have 8 bits: the norm is within 2**-8 of the exact one on the first step."""
+    exact = ours(1)[1][0]
+    for _, norms, _ in ranks(2).run(run_bf16_reduction):
+        assert norms[0] != exact
+        assert abs(norms[0] - exact) <= 2**-8 * exact
+
+
+def run_bf16_reduction() -> Any:
+    return ours(1, reduce_dtype=torch.bfloat16)
+
+
+def test_an_overflow_skips_the_update_and_lowers_the_scale() -> None:
+    context = ParallelContext.create()
+    scaler = DynamicGradScaler(
+        initial_scale=2.0**60,
+        min_scale=1.0,
+        max_scale=2.0**61,
+        growth_factor=2.0,
+        backoff_factor=2.0**-50,
+        growth_interval=100,
+        hysteresis=1,
+    )
+    engine = tiny_engine(context, scaler, weight_decay=DECAY)
+    with torch.no_grad():
+        # A weight that makes the scaled gradient overflow fp32.
+        engine.model.norm.weight.mul_(1e25)  # type: ignore[union-attr,operator]
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    result = engine.train_step(global_batch(0), LR)
+    assert float(result.skipped) == 1.0
+    assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
+    assert engine.optimizer.num_updates == 0  # type: ignore[attr-defined]
+    assert float(scaler.scale) == 2.0**10
+
+
+def test_the_loss_scale_leaves_no_trace() -> None:
+    """A power-of-two scale changes no bit of norm, loss and weights."""
+    scaler = DynamicGradScaler(
+        initial_scale=1024.0,
+        min_scale=1.0,
+        max_scale=2.0**20,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=2,
+        hysteresis=2,
+    )
+    plain = ours(5, clip_grad_norm=0.5)
+    scaled = ours(5, clip_grad_norm=0.5, scaler=scaler)
+    assert plain[0] == scaled[0]
+    assert plain[1] == scaled[1]
+    assert all(torch.equal(plain[2][name], scaled[2][name]) for name in plain[2])
+
+
+def test_a_batch_without_valid_tokens_changes_nothing_but_decay() -> None:
+    context = ParallelContext.create()
+    engine = tiny_engine(context, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    batch = global_batch(0)
+    batch.micro_batches = [batch.micro_batches[3]]
+    assert batch.num_valid_tokens == 0
+    result = engine.train_step(batch, LR)
+    assert float(result.loss) == 0.0
+    assert float(result.grad_norm) == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
