@@ -14,7 +14,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.metrics import StepMetrics
@@ -79,11 +79,9 @@ class ConsoleHook(Hook):
         if not console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}"),
-            TextColumn("eta {task.fields[eta]}"),
+            BarColumn(bar_width=16),
+            # One column, so that a narrow terminal cuts off its end: the least needed numbers.
+            TextColumn("step {task.completed}/{task.total}  eta {task.fields[eta]}  {task.fields[numbers]}"),
             console=console,
         )
         self._task = self._progress.add_task(

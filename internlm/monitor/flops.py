@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from internlm.model.architecture import Architecture
 
 Convention = Literal["full", "causal"]
 
@@ -28,6 +31,7 @@ class ModelShape:
     Attributes:
         ffn_size: width of the feed-forward layer.
         vocab_size: rows of the output head.
+        windows: the attention window of each layer, None for a layer that sees everything; empty: all see everything.
     """
 
     num_layers: int
@@ -37,6 +41,22 @@ class ModelShape:
     head_dim: int
     ffn_size: int
     vocab_size: int
+    windows: tuple[int | None, ...] = ()
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> ModelShape:
+        """The dimensions of a decoder of `internlm.model`."""
+        a = architecture
+        return cls(
+            num_layers=a.num_layers,
+            hidden_size=a.hidden_size,
+            num_heads=a.num_heads,
+            num_kv_heads=a.num_kv_heads,
+            head_dim=a.head_dim,
+            ffn_size=a.intermediate_size,
+            vocab_size=1 if a.is_reward else a.vocab_size,
+            windows=a.windows,
+        )
 
     @property
     def matmul_parameters(self) -> int:
@@ -55,10 +75,17 @@ def flops_per_token(shape: ModelShape, seq_len: int, convention: Convention) -> 
         seq_len: tokens of an attention segment; packed documents shorter than that are counted as if they were whole.
         convention: how attention scores are counted, "full" or "causal".
     """
-    # A multiply and an add for each weight; scores and weighted sum of values are S x head_dim products for each head.
-    attention = 4 * seq_len * shape.num_layers * shape.num_heads * shape.head_dim
-    forward = 2 * shape.matmul_parameters + (attention if convention == "full" else attention / 2)
+    # A multiply and an add for each weight, and for each key that a query of a head sees, in scores and in values.
+    keys_seen = sum(_mean_keys(seq_len, window, convention) for window in shape.windows or (None,) * shape.num_layers)
+    forward = 2 * shape.matmul_parameters + 4 * shape.num_heads * shape.head_dim * keys_seen
     return 3.0 * forward
+
+
+def _mean_keys(seq_len: int, window: int | None, convention: Convention) -> float:
+    """Keys that a query of one layer is counted to see, on average over the sequence."""
+    width = seq_len if window is None else min(window, seq_len)
+    # With a window the queries of its first `width` positions see half of it on average, the others all of it.
+    return float(width) if convention == "full" else width - width**2 / (2 * seq_len)
 
 
 # Dense bf16 tensor TFLOP/s of the vendors' datasheets, without sparsity. The first name found in the device's name

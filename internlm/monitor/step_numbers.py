@@ -7,7 +7,9 @@ TensorBoard) share one `StepNumbers`. Knows nothing of where the numbers go.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from internlm.core.metrics import StepMetrics
@@ -58,6 +60,14 @@ class Throughput:
         self._sum_of_rates += _rate(tokens, seconds)
         self._steps += 1
 
+    def extend(self, seconds: float) -> None:
+        """The step counted last took this much longer."""
+        tokens, before = self._recent.pop()
+        after = before + seconds
+        self._recent.append((tokens, after))
+        self._seconds += seconds
+        self._sum_of_rates += _rate(tokens, after) - _rate(tokens, before)
+
     def seconds_per_step(self) -> float:
         """Mean wall time of the last steps (at most `AVERAGE_WINDOW`); NaN before the first one."""
         return sum(seconds for _, seconds in self._recent) / len(self._recent) if self._recent else math.nan
@@ -107,10 +117,18 @@ class StepNumbers:
     """`StepMetrics` and `Throughput` as one flat mapping, made once a step however many sinks ask.
 
     A sink that does not show a step calls `count`, which costs nothing, so that the throughput misses no step.
+
+    The trainer's clock stops when the work of a step is queued; a GPU may still be at it. The wait for its numbers is
+    therefore added to the step's time, which is exact where every step is waited for, and on average elsewhere.
+
+    Args:
+        throughput: counts the steps; without FLOPs and for one rank unless given.
+        clock: seconds from any origin.
     """
 
-    def __init__(self, throughput: Throughput | None = None) -> None:
+    def __init__(self, throughput: Throughput | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.throughput = throughput or Throughput()
+        self._clock = clock
         self._counted: StepMetrics | None = None
         self._cached: StepMetrics | None = None
         self._cache: dict[str, float | str] = {}
@@ -132,14 +150,18 @@ class StepNumbers:
         self.count(metrics)
         if metrics is self._cached:
             return dict(self._cache)
+        before = self._clock()
         numbers: dict[str, float | str] = dict(metrics.numbers())
+        waited = self._clock() - before
+        self.throughput.extend(waited)
+        seconds = metrics.seconds.get("total", math.nan) + waited
+        numbers["total_time"] = seconds
         if "forward_backward_time" in numbers:
             numbers["fwd_bwd_time"] = numbers.pop("forward_backward_time")
         for name in [name for name in numbers if name.startswith("tokens/") and numbers[name] == 0]:
             data_type = name.removeprefix("tokens/")
             numbers.pop(f"loss/{data_type}", None)
             numbers.pop(f"acc/{data_type}", None)
-        seconds = metrics.seconds.get("total", math.nan)
         numbers["real_tgs"] = _rate(float(numbers["valid_tokens"]) / self.throughput.world_size, seconds)
         numbers.update(self.throughput.numbers())
         self._cached, self._cache = metrics, numbers

@@ -80,7 +80,7 @@ class LearningRateSchedule:
         mistakes = []
         if self.shape not in DECAYS:
             mistakes.append(
-                f"lr_scheduler: shape '{self.shape}' is unknown; use one of {', '.join(DECAYS)}."
+                f"lr_scheduler.type = '{self.shape}' is unknown; use one of {', '.join(DECAYS)}."
                 f"{nearest(self.shape, DECAYS)}"
             )
         if not (self.base_lr >= 0 and math.isfinite(self.base_lr)):

@@ -38,7 +38,7 @@ def log_lines():
 
 
 def plain(log_every: int) -> ConsoleHook:
-    return ConsoleHook(StepNumbers(), log_every, console=Console(file=io.StringIO()))
+    return ConsoleHook(StepNumbers(clock=lambda: 0.0), log_every, console=Console(file=io.StringIO()))
 
 
 def test_plain_lines_first_every_and_last(tmp_path, log_lines):
@@ -81,7 +81,9 @@ def test_a_terminal_gets_a_bar_and_log_lines_above_it(tmp_path, monkeypatch):
     configure_logging()  # its handler holds the stderr of now
     console = Console(file=screen, force_terminal=True, width=160)
     try:
-        FakeTrainer(tmp_path, [ConsoleHook(StepNumbers(), console=console), EvaluationHook(2)], total_steps=4).fit()
+        FakeTrainer(
+            tmp_path, [ConsoleHook(StepNumbers(clock=lambda: 0.0), console=console), EvaluationHook(2)], total_steps=4
+        ).fit()
         get_logger().info("after the bar")
     finally:
         logging.getLogger(ROOT_LOGGER).handlers.clear()
@@ -107,7 +109,7 @@ def test_other_ranks_are_silent(tmp_path, log_lines):
 
 
 def test_description():
-    numbers = StepNumbers(Throughput(flops=FlopsModel(full=2e9, causal=1e9, peak=1e13)))
+    numbers = StepNumbers(Throughput(flops=FlopsModel(full=2e9, causal=1e9, peak=1e13)), clock=lambda: 0.0)
     text = describe(numbers.of(step_metrics(2, loss_scale=torch.tensor(65536.0))))
     assert "loss_scale 65536" in text and "tflops 2" in text and "mfu 20.0%" in text
     assert describe_duration(3723.4) == "1:02:03"

@@ -64,7 +64,7 @@ def test_the_device_is_waited_for_once_a_step(monkeypatch):
     waits = []
     original = StepMetrics.numbers
     monkeypatch.setattr(StepMetrics, "numbers", lambda self: waits.append(self.step) or original(self))
-    numbers = StepNumbers(Throughput(world_size=2))
+    numbers = StepNumbers(Throughput(world_size=2), clock=lambda: 0.0)
     first = step_metrics(1)
     numbers.count(first)
     assert waits == []
@@ -76,6 +76,20 @@ def test_the_device_is_waited_for_once_a_step(monkeypatch):
     assert two["fwd_bwd_time"] == 0.4
     # Neither the wait nor the three calls counted the step again.
     assert numbers.throughput.seconds_per_step() == 0.5 and numbers.throughput.numbers()["tgs/tgs_all"] == 1000.0
+
+
+def test_the_wait_for_the_device_belongs_to_the_step():
+    times = iter([10.0, 10.25, 20.0, 20.5])
+    numbers = StepNumbers(clock=lambda: next(times))
+    first, second, third = step_metrics(1), step_metrics(2), step_metrics(3)
+    numbers.count(first)
+    one = numbers.of(first)  # queued in 0.5 s, waited for 0.25 s
+    assert one["total_time"] == 0.75 and one["tgs"] == 1000 / 0.75 and one["real_tgs"] == 900 / 0.75
+    numbers.count(second)  # not waited for: its work is in the wait of the next one
+    three = numbers.of(third)
+    assert three["total_time"] == 1.0
+    assert three["tgs/tgs_all"] == three["tgs/last_tgs_10"] == pytest.approx(3000 / (0.75 + 0.5 + 1.0))
+    assert three["tgs/tgs_avg"] == three["tgs/tgs_SMA"] == pytest.approx((1000 / 0.75 + 2000 + 1000) / 3)
 
 
 def test_a_type_without_tokens_is_left_out():

@@ -1,0 +1,154 @@
+"""Text from a trained decoder, token by token, with a key-value cache.
+
+Owns the choice of the next token and the loop. Works on token ids; knows no tokenizer and no checkpoint.
+
+Shapes: B prompts, S prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from internlm.utils.errors import ConfigError
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens seen so far; only the model looks inside."""
+
+
+class GenerativeModel(Protocol):
+    """What generation needs of a model; every decoder of `internlm.model` has it."""
+
+    training: bool
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, *, cache: Cache) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def make_cache(self, batch_size: int, max_length: int) -> Cache: ...
+
+    def train(self, mode: bool = True) -> object: ...
+
+
+@torch.no_grad()
+def generate(
+    model: GenerativeModel,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    on_token: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Continue prompts of one common length.
+
+    Args:
+        model: a decoder; it is in evaluation mode meanwhile.
+        input_ids: int64 `[B, S]` on the model's device, without padding: prompts of different lengths go one by one.
+        max_new_tokens: the most tokens to append.
+        do_sample: draw the next token; otherwise take the likeliest, and the three keys below must be left alone.
+        temperature, top_k, top_p: see `filter_logits`.
+        eos_token_id: tokens that end a text. A text that has ended is filled up with the first of them until all have.
+        generator: the source of randomness, on the model's device; None is torch's default one.
+        on_token: called with the int64 `[B]` tokens of each step as soon as they are known.
+
+    Returns:
+        int64 `[B, S + n]`, prompts and continuations, n <= max_new_tokens.
+
+    Raises:
+        ConfigError: when an argument makes no sense.
+    """
+    _check(input_ids, max_new_tokens, do_sample, temperature, top_k, top_p)
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    batch_size, prompt_length = input_ids.shape
+    device = input_ids.device
+    ends = torch.tensor(eos, dtype=torch.int64, device=device)
+    finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    tokens = [input_ids]
+    new = input_ids
+    position = 0
+    was_training = model.training
+    model.train(False)
+    try:
+        cache = model.make_cache(batch_size, prompt_length + max_new_tokens)
+        for _ in range(max_new_tokens):
+            length = new.shape[1]
+            position_ids = torch.arange(position, position + length, device=device).expand(batch_size, length)
+            hidden = model(new, position_ids, cache=cache)
+            position += length
+            logits = model.logits(hidden[:, -1]).float()
+            if do_sample:
+                probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
+                chosen = torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1)
+            else:
+                chosen = logits.argmax(dim=-1)
+            if eos:
+                chosen = torch.where(finished, ends[0], chosen)
+                finished |= torch.isin(chosen, ends)
+            new = chosen.unsqueeze(1)
+            tokens.append(new)
+            if on_token is not None:
+                on_token(chosen)
+            if eos and bool(finished.all()):
+                break
+    finally:
+        model.train(was_training)
+    return torch.cat(tokens, dim=1)
+
+
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits from which to draw, in this order: divided by the temperature, the k likeliest, the nucleus.
+
+    Args:
+        logits: float `[B, V]`.
+        temperature: above 0; below 1 sharpens, above 1 flattens.
+        top_k: keep the k likeliest tokens, and those that tie with the last of them; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches p, at least one token
+            (nucleus sampling, https://arxiv.org/abs/1904.09751); 1 keeps all.
+
+    Returns:
+        `[B, V]`, minus infinity for what was not kept.
+    """
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        weakest_kept = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < weakest_kept, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        likelier = probabilities.cumsum(dim=-1) - probabilities
+        dropped = likelier >= top_p
+        dropped[..., 0] = False
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
+    return logits
+
+
+def _check(
+    input_ids: Tensor, max_new_tokens: int, do_sample: bool, temperature: float, top_k: int, top_p: float
+) -> None:
+    mistakes = []
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
+        mistakes.append(
+            f"input_ids: must be int64 [prompts, tokens] with at least one token, "
+            f"got {input_ids.dtype} {list(input_ids.shape)}"
+        )
+    if max_new_tokens < 1:
+        mistakes.append(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    if not temperature > 0:
+        mistakes.append(f"temperature = {temperature}: must be above 0; for the likeliest token decode greedily")
+    if top_k < 0:
+        mistakes.append(f"top_k = {top_k}: must be at least 0 (0 keeps all tokens)")
+    if not 0 < top_p <= 1:
+        mistakes.append(f"top_p = {top_p}: must be above 0 and at most 1 (1 keeps all tokens)")
+    if not do_sample and (temperature != 1.0 or top_k != 0 or top_p != 1.0):
+        mistakes.append("temperature, top_k and top_p have no effect on greedy decoding; leave them out or sample")
+    if mistakes:
+        raise ConfigError(mistakes)
