@@ -196,7 +196,7 @@ class TrainLoader:
         changed = {
             name: (state[name], value) for name, value in self._order_facts.items() if state.get(name, value) != value
         }
-        if changed:
+        if changed and self._data_rank == 0:
             get_logger(__name__).warning(
                 "The order of samples is not that of the checkpoint (%s): training goes on at sample %d of the new "
                 "order, so some documents may be seen twice and others not in this epoch",

@@ -102,13 +102,14 @@ class FolderSamples:
         self.num_tokens = tokens
         self._open: OrderedDict[int, tuple[TokenizedFile, DocumentIndex]] = OrderedDict()
         if len(self) == 0:
+            unit = "documents" if unpacked else "tokens (micro_bsz * seq_len)"
             raise DataError(
                 f"{folder}: {len(files)} .bin files with {tokens} tokens (min_length applied), but none holds "
-                f"one whole sample of {self.places_per_sample} {'documents' if unpacked else 'tokens (micro_bsz * seq_len)'}. "
+                f"one whole sample of {self.places_per_sample} {unit}. "
                 "Lower data.micro_bsz, data.seq_len or data.min_length, or join small files"
             )
         if dropped * 100 > tokens:
-            get_logger(__name__).warning(
+            get_logger(__name__).info(
                 "%s: %d of %d tokens are left out (the incomplete sample at the end of each of %d files)",
                 folder,
                 dropped,

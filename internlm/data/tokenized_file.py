@@ -202,13 +202,14 @@ class TokenizedFile:
         ids = np.abs(signed)
         loss_mask = signed >= 0
         if masked_zeros:
-            positions = np.asarray(masked_zeros, dtype=np.int64) - start
-            positions = positions[(positions >= 0) & (positions < len(ids))]
-            if ids[positions].any():
+            positions = np.asarray(masked_zeros) - start if isinstance(masked_zeros, list) else np.zeros(0)
+            named = positions[(positions >= 0) & (positions < len(ids))]
+            if positions.dtype.kind != "i" or ids[named].any():
                 raise DataError(
-                    self._place(document, begin) + "'masked_zeros' names a position whose token is not 0. "
+                    self._place(document, begin) + "'masked_zeros' is not a list of positions whose token is 0. "
                     "Tokenize the source again"
                 )
+            positions = named
             loss_mask[positions] = False
         if self.vocab_size is not None and len(ids) and int(ids.max()) >= self.vocab_size:
             position = start + int(ids.argmax())
@@ -233,4 +234,7 @@ def _parse_ints(text: bytes) -> NDArray[np.int64] | None:
     """Integers between commas, or None if there is anything else (then JSON is asked for the precise mistake)."""
     if text.translate(None, b"0123456789-, "):
         return None
-    return np.fromstring(text, dtype=np.int64, sep=",")
+    try:
+        return np.fromstring(text, dtype=np.int64, sep=",")
+    except ValueError:
+        return None

@@ -182,14 +182,17 @@ def rebuild_meta(bin_path: str | Path) -> int:
         raise DataError(f"{path}: no such file")
     target = meta_path(path).with_name(path.name + META_SUFFIX + ".tmp")
     count = 0
-    with open(target, "wb") as meta:
-        meta.write(_npy_header(0))
-        for offset, tokens in _lines(path):
-            meta.write(np.array([offset, tokens], dtype="<i8").tobytes())
-            count += 1
-        meta.seek(0)
-        meta.write(_npy_header(count))
-    os.replace(target, meta_path(path))
+    try:
+        with open(target, "wb") as meta:
+            meta.write(_npy_header(0))
+            for offset, tokens in _lines(path):
+                meta.write(np.array([offset, tokens], dtype="<i8").tobytes())
+                count += 1
+            meta.seek(0)
+            meta.write(_npy_header(count))
+        os.replace(target, meta_path(path))
+    finally:
+        target.unlink(missing_ok=True)
     return count
 
 
