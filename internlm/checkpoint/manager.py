@@ -35,6 +35,7 @@ from internlm.utils.logging import get_logger
 logger = get_logger(__name__)
 
 CONTEXT_FILE = "context.json"
+CONFIG_FILE = "config.json"
 CONTENTS = ("model", "optimizer", "scheduler", "sampler")
 
 

@@ -14,7 +14,7 @@ from internlm.config.loader import LoadedConfig, load_config
 from internlm.config.render import format_config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
-from internlm.core.failure import FailureWatch
+from internlm.core.failure import ECHO, FailureWatch
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_meta_model, build_trainer, set_numerics
 from internlm.initialize.launch import LAUNCHERS, Launch, choose_device, connect, detect_launch, disconnect
@@ -108,18 +108,19 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
                 config_text=Path(options.config).read_text(encoding="utf-8"),
                 profiling=options.profiling,
             )
-            trainer.fit()
-            _say_goodbye(trainer)
+            if trainer.state.step >= trainer.total_steps:
+                logger.info("nothing to do: the run already has its %d steps (data.total_steps)", trainer.total_steps)
+            else:
+                trainer.fit()
+                _say_goodbye(trainer)
         except BaseException as error:
             failed = True
             phase = "start" if trainer is None else trainer.current_phase
             cause = watch.report(error, phase)
-            if isinstance(error, UserError):
-                logger.error("%s", cause)
-            else:
-                logger.error("%s", cause, exc_info=error)
-                # The traceback is long: the cause is repeated where people look first.
-                logger.error("%s", cause)
+            # A mistake of the user, or the echo of another rank's failure, needs no traceback of this rank.
+            if not isinstance(error, UserError) and not cause.startswith(ECHO):
+                logger.error("rank %d failed", launch.rank, exc_info=error)
+            logger.error("%s", cause)
             if isinstance(error, KeyboardInterrupt):
                 return 130
             return 2 if isinstance(error, UserError) else 1

@@ -20,6 +20,8 @@ KEY = "internlm/failure"
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 EXIT_CODE = 1
+ECHO = "stopped because "
+"""How the cause begins on a rank that did not fail first."""
 
 
 class FailureWatch:
@@ -63,7 +65,7 @@ class FailureWatch:
             # Give the others a moment to read the cause: this process may hold the store.
             time.sleep(2 * POLL_SECONDS)
             return cause
-        return f"stopped because {first}"
+        return ECHO + first
 
     def _watch(self) -> None:
         assert self._store is not None
@@ -76,6 +78,6 @@ class FailureWatch:
                 cause = "the rank that held the job's store is gone"
             if self._stopped.wait(GRACE_SECONDS):
                 return
-            get_logger(__name__).error("stopped because %s", cause)
+            get_logger(__name__).error("%s%s", ECHO, cause)
             sys.stderr.flush()
             os._exit(EXIT_CODE)

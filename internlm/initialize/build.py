@@ -12,7 +12,7 @@ from torch import nn
 
 from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.hook import CheckpointHook
-from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.manager import CONFIG_FILE, CheckpointManager
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
@@ -44,8 +44,6 @@ from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-CONFIG_FILE = "config.json"
 
 
 def build_layout(config: Config, world_size: int) -> ParallelLayout:

@@ -1,0 +1,42 @@
+"""A checkpoint as a model that talks: weights only, on one device, without optimizer, data or process groups."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from internlm.checkpoint.folder import resolve
+from internlm.checkpoint.manager import CONFIG_FILE, load_tensors, model_tensors
+from internlm.config.schema import Config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.parallelize import parallelize
+from internlm.model.registry import build_model
+from internlm.utils.errors import CheckpointError
+
+
+def load_model_for_inference(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, Config]:
+    """The model of a checkpoint, in eval mode, and the config it was trained with.
+
+    Args:
+        path: a checkpoint folder, or a folder of checkpoints, of which the newest complete one is taken.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is damaged.
+    """
+    folder = resolve(Path(path))
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{folder / CONFIG_FILE}' cannot be read: {error}") from error
+    config = Config.model_validate(values)
+    with torch.device("meta"):
+        model = build_model(
+            config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None
+        )
+    parallelize(model, ParallelContext.create(device=device), seed=config.seed)
+    load_tensors(folder, model_tensors(model), no_dist=True)
+    return model.eval(), config

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The main job, end to end: environment, real text, training on the CPU (or a GPU), evaluation, generated text.
+# Run it again and it resumes, or says that the run is complete; `--fresh` starts anew. Further arguments go to
+# `internlm train`, for example: bash tools/demo.sh --set data.total_steps=1000
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run=runs/demo
+if [ "${1:-}" = "--fresh" ]; then
+    shift
+    rm -rf "$run"
+fi
+bash tools/setup_env.sh
+export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=true
+started=$SECONDS
+python tools/prepare_demo_data.py --out data/demo
+internlm train --config configs/demo.py --run-dir "$run" "$@"
+python tools/demo_report.py --run-dir "$run" --corpus data/demo/corpus.json
+internlm generate --ckpt "$run/checkpoints" --max-new-tokens 60 --temperature 0.7 --top-k 40 --seed 1 \
+    --prompt "def read_file(path):" --prompt "The following example" --prompt "import os"
+echo "The whole job took $((SECONDS - started)) s after installation. Numbers: $run/metrics.jsonl"
