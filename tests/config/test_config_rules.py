@@ -257,6 +257,41 @@ CASES = [
     ),
     ({"ckpt.load_ckpt_info": dict(path="x", content=("all",))}, 1, None),
     ({"cpu_offloading.num_layers": 3}, 1, "cpu_offloading.num_layers"),
+    # Exactly on the border is good.
+    ({"lr_scheduler.eta_min": 1e-4, "adam.lr": 1e-4}, 1, None),
+    ({"lr_scheduler.type": "wsd", "lr_scheduler.decay_ratio": 0.5, "lr_scheduler.warmup_ratio": 0.5}, 1, None),
+    ({"grad_scaler.fp16.initial_scale": 4.0, "grad_scaler.max_scale": 4.0, "grad_scaler.fp16.min_scale": 4.0}, 1, None),
+    ({"data.rampup_batch_size": "8 1 1"}, 1, None),
+    ({"model.num_experts": 4, "parallel.zero1.size": 0, "parallel.expert.size": 0}, 4, None),
+    (
+        {
+            TWO + "enable": True,
+            TWO + "context_size": 4,
+            TWO + "window_size": 2,
+            TWO + "device_placement_strategy.interleaved": True,
+            "parallel.tensor.size": 4,
+            "data.use_packed_dataset": False,
+        },
+        4,
+        None,
+    ),
+    # isp spreads experts over the sequence ranks too, and expert weights take their share of them.
+    (
+        {"model.num_experts": 4, "parallel.expert.size": 4, "parallel.tensor.mode": "isp", "parallel.tensor.size": 2},
+        4,
+        None,
+    ),
+    ({"model.num_experts": 4, "parallel.expert.size": 4, "parallel.tensor.size": 2}, 4, "parallel.expert.size"),
+    (
+        {
+            "model.num_experts": 4,
+            "parallel.expert.size": 4,
+            "parallel.expert_weight.size": 2,
+            "parallel.tensor.mode": "isp",
+        },
+        4,
+        "parallel.expert.size",
+    ),
 ]
 
 
