@@ -34,12 +34,13 @@ ENVIRONMENT = Origin("environment")
 
 
 def locate(path: str, origins: Mapping[str, Origin]) -> Origin | None:
-    """The origin of `path`, or of the nearest enclosing section that has one."""
-    while path:
-        if path in origins:
-            return origins[path]
-        path = path.rpartition(".")[0]
-    return None
+    """The origin of `path`, or of the nearest enclosing section that has one, or of something below it."""
+    outer = path
+    while outer:
+        if outer in origins:
+            return origins[outer]
+        outer = outer.rpartition(".")[0]
+    return next((origin for known, origin in origins.items() if known.startswith(path + ".")), None)
 
 
 def forget(path: str, origins: dict[str, Origin]) -> None:

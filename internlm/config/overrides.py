@@ -64,6 +64,8 @@ def _merge(
             inner = tree.get(name)
             if not isinstance(inner, dict):
                 inner = tree[name] = {}
+                forget(prefix + name, origins)
+                origins[prefix + name] = OVERRIDE
             _merge(value, inner, origins, nested, target, f"{prefix}{name}.")
         else:
             tree[name] = value

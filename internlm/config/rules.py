@@ -363,7 +363,8 @@ def _shape(config: Config, world_size: int) -> Iterator[Mistake]:
         for name in ("qkv_bias", "o_bias", "mlp_bias"):
             if getattr(model, name):
                 yield Mistake(
-                    (f"model.{name}", "model.no_bias"), f"model.{name} = True contradicts model.no_bias = True"
+                    (f"model.{name}", "model.no_bias"),
+                    f"model.{name} = True contradicts no_bias = True; keep one",
                 )
 
 
@@ -401,13 +402,13 @@ def _numerics(config: Config, world_size: int) -> Iterator[Mistake]:
     if schedule.eta_min > adam.lr:
         yield Mistake(
             ("lr_scheduler.eta_min", "adam.lr"),
-            f"lr_scheduler.eta_min = {schedule.eta_min} is above adam.lr = {adam.lr}: the learning rate would grow",
+            f"lr_scheduler.eta_min = {schedule.eta_min} is above adam.lr = {adam.lr}: the rate would grow; lower it",
         )
     if schedule.type == "wsd" and schedule.warmup_ratio + schedule.decay_ratio > 1:
         yield Mistake(
             ("lr_scheduler.decay_ratio", "lr_scheduler.warmup_ratio"),
             f"lr_scheduler.decay_ratio = {schedule.decay_ratio} and warmup_ratio = {schedule.warmup_ratio} "
-            "are together more than 1",
+            "are together more than 1; lower one",
         )
     if config.model.dtype in ("torch.float32", "torch.tf32") and config.reduce_comm_dtype not in (
         None,
