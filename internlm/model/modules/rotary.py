@@ -116,11 +116,7 @@ class RotaryEmbedding:
             angles = self._dynamic_angles(position_ids, segments, length or position_ids.shape[1])
         else:
             angles = position_ids.unsqueeze(-1) * self._static_frequencies(position_ids.device)
-        angles = angles.unsqueeze(2)
-        cos, sin = angles.cos(), angles.sin()
-        if settings.attention_factor != 1.0:
-            cos, sin = cos * settings.attention_factor, sin * settings.attention_factor
-        return RotaryTables(cos.to(dtype), sin.to(dtype), settings.interleaved)
+        return RotaryTables.of(angles, settings.interleaved, dtype, settings.attention_factor)
 
     def _static_frequencies(self, device: torch.device) -> Tensor:
         if device not in self._frequencies:

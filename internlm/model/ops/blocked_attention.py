@@ -1,8 +1,8 @@
 """Causal attention for 16-bit tensors on CPU, as batched matrix products over blocks of queries.
 
 PyTorch's CPU flash kernel does its 16-bit backward pass in small tiles and takes about twice as long. Here a block of
-queries meets all its keys in one product, which the matrix units like; a block's scores are gone before the next block's
-are made, and the backward pass makes them again. Memory beyond the inputs: B x H x block x S scores.
+queries meets all its keys in one product, which the matrix units like; a block's scores are gone before those of the
+next are made, and the backward pass makes them again. Memory beyond the inputs: B x H x block x S scores.
 
 The scores are rounded to the 16-bit type before the softmax (itself fp32 inside), as in any attention that is written
 as two matrix products; the probabilities are rounded in either kernel.
@@ -49,20 +49,17 @@ def _keys_of(start: int, stop: int, window: int | None) -> slice:
     return slice(0 if window is None else max(0, start - window + 1), stop)
 
 
-def _probabilities(q: Tensor, k: Tensor, rows: int, start: int, window: int | None, scale: float) -> Tensor:
-    """Softmax of a block's scores: `[BK, g rows, T]` for queries `[BK, g rows, D]` and keys `[BK, T, D]`.
-
-    The last `rows` keys are level with the queries, of which the first is at position `start`.
-    """
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+def _probabilities(q: Tensor, k: Tensor, rows: int, window: int | None, scale: float) -> Tensor:
+    """Softmax of a block's scores: `[B K, g rows, T]` for queries `[B K, g rows, D]` and keys `[B K, T, D]`. The last
+    key is level with the last row."""
     num_keys = k.shape[1]
-    by_row = scores.view(scores.shape[0], -1, rows, num_keys)
-    hidden = torch.ones(rows, num_keys, dtype=torch.bool, device=q.device)
-    if window is None or start == 0:
-        by_row[..., -rows:].masked_fill_(hidden[:, :rows].triu_(1), -math.inf)
+    everywhere = torch.ones(rows, num_keys, dtype=torch.bool, device=q.device)
+    hidden = everywhere.triu(num_keys - rows + 1)
     if window is not None:
-        by_row.masked_fill_(torch.ones_like(hidden).tril_(num_keys - rows - window), -math.inf)
-    return torch.softmax(scores, dim=-1)
+        hidden |= everywhere.tril(num_keys - rows - window)
+    bias = torch.zeros(rows, num_keys, dtype=q.dtype, device=q.device).masked_fill_(hidden, -math.inf)
+    bias = bias.repeat(q.shape[1] // rows, 1).expand(q.shape[0], -1, -1)
+    return torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale), dim=-1)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -80,7 +77,7 @@ class _BlockedAttention(torch.autograd.Function):
             seen = _keys_of(start, stop, window)
             block = queries[:, :, :, start:stop]
             probabilities = _probabilities(
-                block.reshape(keys.shape[0], -1, head_dim), keys[:, seen], stop - start, start, window, scale
+                block.reshape(keys.shape[0], -1, head_dim), keys[:, seen], stop - start, window, scale
             )
             by_head[:, :, :, start:stop] = torch.bmm(probabilities, values[:, seen]).view(block.shape)
         return out
@@ -100,7 +97,7 @@ class _BlockedAttention(torch.autograd.Function):
             seen = _keys_of(start, stop, ctx.window)
             block = queries[:, :, :, start:stop].reshape(keys.shape[0], -1, head_dim)
             block_grad = grads[:, :, :, start:stop].reshape(keys.shape[0], -1, head_dim)
-            probabilities = _probabilities(block, keys[:, seen], stop - start, start, ctx.window, ctx.scale)
+            probabilities = _probabilities(block, keys[:, seen], stop - start, ctx.window, ctx.scale)
             grad_values[:, seen] += torch.bmm(probabilities.transpose(1, 2), block_grad)
             grad_probabilities = torch.bmm(block_grad, values[:, seen].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, q.dtype).mul_(ctx.scale)

@@ -105,10 +105,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for first in range(0, logits.shape[0], rows):
                 block = slice(first, first + rows)
                 place = slice(start + first, min(start + first + rows, tokens.stop))
-                if correct is not None:
-                    correct[place] = _is_largest(logits[block], labels[place])
                 objectives[place], token_losses[place] = _rows_loss(
-                    logits[block], labels[place], label_smoothing, z_loss_coeff, grads_hidden or grads_weight
+                    logits[block],
+                    labels[place],
+                    label_smoothing,
+                    z_loss_coeff,
+                    grads_hidden or grads_weight,
+                    None if correct is None else correct[place],
                 )
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[tokens])
@@ -132,39 +135,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
-def _is_largest(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether each row of logits `[t, V]` has its (first) largest value at the label: bool `[t]`."""
-    if logits.is_cuda:
-        return logits.argmax(-1) == labels
-    # On CPU the maximum is vectorised and its place is not: look for the place only where the label reaches it.
-    targets = labels.clamp(min=0).unsqueeze(-1)
-    hit = (logits.gather(-1, targets).squeeze(-1) == logits.amax(-1)) & (labels != IGNORE_INDEX)
-    rows = hit.nonzero().squeeze(-1)
-    hit[rows] = logits[rows].argmax(-1) == labels[rows]
-    return hit
-
-
 def _rows_loss(
-    logits: Tensor, labels: Tensor, label_smoothing: float, z_loss_coeff: float, wants_grad: bool
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    z_loss_coeff: float,
+    wants_grad: bool,
+    correct: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the plain loss of each row of logits `[t, V]`; overwrites the logits with the gradient of
-    the summed loss when `wants_grad`."""
+    """The loss and the plain loss of each row of logits `[t, V]`. Overwrites the logits with the gradient of the summed
+    loss when `wants_grad`, and `correct` `[t]` when given."""
     valid = labels != IGNORE_INDEX
     targets = labels.clamp(min=0).unsqueeze(-1)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    target_logits = logits.gather(-1, targets).to(wide)
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=wide)
-    target_log_probs = log_probs.gather(-1, targets)
-    log_partition = target_logits - target_log_probs
-    nll = -target_log_probs.squeeze(-1)
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest = scores.amax(-1, keepdim=True)
+    target_scores = scores.gather(-1, targets)
+    if correct is not None:
+        correct.copy_(_first_largest(scores, targets, largest) & valid)
+    probabilities = torch.softmax(scores, dim=-1)
+    # The most likely class has probability exp(0) / sum(exp(score - largest)): so its logarithm gives the partition.
+    log_partition = largest - probabilities.amax(-1, keepdim=True).log_()
+    nll = (log_partition - target_scores).squeeze(-1)
     objective = nll
     if label_smoothing:
-        objective = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1)
+        spread = log_partition.squeeze(-1) - scores.mean(-1)
+        objective = (1 - label_smoothing) * nll + label_smoothing * spread
     if z_loss_coeff:
         objective = objective + z_loss_coeff * log_partition.squeeze(-1).square()
     if wants_grad:
         # d/dlogits: p - target distribution, and 2 c log Z p for the z-loss.
-        gradient = log_probs.exp_()
+        gradient = probabilities
         if z_loss_coeff:
             gradient.mul_(2 * z_loss_coeff * log_partition + 1)
         if label_smoothing:
@@ -174,3 +174,14 @@ def _rows_loss(
         gradient.masked_fill_(~valid.unsqueeze(-1), 0.0)
         logits.copy_(gradient)
     return objective.masked_fill(~valid, 0.0), nll.masked_fill(~valid, 0.0)
+
+
+def _first_largest(scores: Tensor, targets: Tensor, largest: Tensor) -> Tensor:
+    """Whether the target `[t, 1]` is the first place of the largest score in its row: bool `[t]`."""
+    if scores.is_cuda:
+        return (scores.argmax(-1, keepdim=True) == targets).squeeze(-1)
+    # On CPU a maximum is vectorised and its place is not: look for the place only where the target reaches it.
+    hit = (scores.gather(-1, targets) == largest).squeeze(-1)
+    rows = hit.nonzero().squeeze(-1)
+    hit[rows] = scores[rows].argmax(-1) == targets[rows, 0]
+    return hit

@@ -20,18 +20,35 @@ def _choose(device: torch.device) -> Choice:
     return Choice("own autograd function", "turns back by the same tables in backward; keeps no activations")
 
 
+_CHUNK_ELEMENTS = 1 << 17
+"""Elements turned at once on CPU: their fp32 copies stay in the cache."""
+
+
 @dataclass(frozen=True)
 class RotaryTables:
     """Cosines and sines of one forward pass, shared by its layers.
 
+    A turned vector is `x * cos + partner(x) * sin`, where the partner of a channel is the other one of its pair and
+    `sin` carries the sign: minus for the first of a pair.
+
     Attributes:
-        cos, sin: `[B, S, 1, D/2]`; their dtype is the dtype of the arithmetic (fp32, or that of the model).
+        cos, sin: `[B, S, 1, D]`; their dtype is the dtype of the arithmetic (fp32, or that of the model).
         interleaved: which channels make a pair.
     """
 
     cos: Tensor
     sin: Tensor
     interleaved: bool
+
+    @classmethod
+    def of(cls, angles: Tensor, interleaved: bool, dtype: torch.dtype, factor: float = 1.0) -> RotaryTables:
+        """Tables for the angles `[B, S, D/2]` of the pairs; cosines and sines are multiplied by `factor`."""
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        if interleaved:
+            cos, sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+        else:
+            cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return cls(cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2), interleaved)
 
 
 def apply_rotary(x: Tensor, tables: RotaryTables) -> Tensor:
@@ -54,20 +71,29 @@ def split_rotary(qkv: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+def _partners(x: Tensor, interleaved: bool) -> Tensor:
+    """x with the channels of each pair exchanged."""
     if interleaved:
-        return x[..., 0::2], x[..., 1::2]
-    half = x.shape[-1] // 2
-    return x[..., :half], x[..., half:]
+        return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((second, first), dim=-1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
-    """Write x, turned, to `out`. Both are `[B, S, ..., D]`; cos and sin broadcast."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor, sign: int = 1) -> None:
+    """Write x, turned by `sign` times the angles, to `out`; both are `[B, S, N, D]`, of any strides."""
     dtype = torch.promote_types(cos.dtype, x.dtype)
-    first, second = _pairs(x.to(dtype), interleaved)
-    out_first, out_second = _pairs(out, interleaved)
-    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
-    out_second.copy_((second * cos).addcmul_(first, sin))
+    batch, length = x.shape[:2]
+    if x.device.type != "cpu":
+        wide = x.to(dtype)
+        out.copy_((wide * cos).addcmul_(_partners(wide, interleaved), sin, value=sign))
+        return
+    step = max(1, _CHUNK_ELEMENTS // (x.shape[2] * x.shape[3]))
+    for row in range(batch):
+        for start in range(0, length, step):
+            place = (row, slice(start, start + step))
+            wide = x[place].to(dtype)
+            turned = torch.mul(wide, cos[place])
+            out[place] = turned.addcmul_(_partners(wide, interleaved), sin[place], value=sign)
 
 
 class _Rotate(torch.autograd.Function):
@@ -83,7 +109,7 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-        _rotate(grad, cos, -sin, ctx.interleaved, out)
+        _rotate(grad, cos, sin, ctx.interleaved, out, sign=-1)
         return out, None, None, None
 
 
@@ -94,18 +120,23 @@ class _SplitRotate(torch.autograd.Function):
         ctx.interleaved = interleaved
         ctx.shape = qkv.shape
         batch, length, kv_heads, width, head_dim = qkv.shape
-        q = qkv.new_empty(batch, length, kv_heads, width - 2, head_dim)
+        group = width - 2
+        q = qkv.new_empty(batch, length, kv_heads, group, head_dim)
         k = qkv.new_empty(batch, length, kv_heads, head_dim)
-        _rotate(qkv[:, :, :, :-2], cos.unsqueeze(2), sin.unsqueeze(2), interleaved, q)
-        _rotate(qkv[:, :, :, -2], cos, sin, interleaved, k)
-        return q.view(batch, length, -1, head_dim), k, qkv[:, :, :, -1].clone(memory_format=torch.contiguous_format)
+        for member in range(group):
+            _rotate(qkv[:, :, :, member], cos, sin, interleaved, q[:, :, :, member])
+        _rotate(qkv[:, :, :, group], cos, sin, interleaved, k)
+        v = qkv[:, :, :, group + 1].clone(memory_format=torch.contiguous_format)
+        return q.flatten(2, 3), k, v
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         grad = grad_q.new_empty(ctx.shape)
-        queries = grad[:, :, :, :-2]
-        _rotate(grad_q.reshape(queries.shape), cos.unsqueeze(2), -sin.unsqueeze(2), ctx.interleaved, queries)
-        _rotate(grad_k, cos, -sin, ctx.interleaved, grad[:, :, :, -2])
-        grad[:, :, :, -1].copy_(grad_v)
+        group = ctx.shape[3] - 2
+        grad_group = grad_q.unflatten(2, (-1, group))
+        for member in range(group):
+            _rotate(grad_group[:, :, :, member], cos, sin, ctx.interleaved, grad[:, :, :, member], sign=-1)
+        _rotate(grad_k, cos, sin, ctx.interleaved, grad[:, :, :, group], sign=-1)
+        grad[:, :, :, group + 1].copy_(grad_v)
         return grad, None, None, None
