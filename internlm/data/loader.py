@@ -9,7 +9,9 @@ nor on the number of workers. A batch may straddle two epochs.
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -226,6 +228,7 @@ class TrainLoader:
                     batch_size=None,
                     collate_fn=_unchanged,
                     num_workers=self._num_workers,
+                    worker_init_fn=_leave_signals_to_the_trainer,
                     prefetch_factor=max(1, self._prefetch),
                 )
             )
@@ -277,6 +280,21 @@ class _Keyed(Dataset[Any]):
 
 def _unchanged(value: Any) -> Any:
     return value
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Make a worker deaf to a request to stop that was sent to all processes of a run, as terminals and batch systems
+    do: the trainer answers it, and needs its data until it has stopped. Only the trainer itself ends a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # where not (macOS), nobody can tell who sent a SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_termination, name="sigterm", daemon=True).start()
+
+
+def _await_termination() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _to_batches(fetched: Iterator[tuple[_Request, list[Sample]] | UserError], pin_memory: bool) -> Iterator[Batch]:
