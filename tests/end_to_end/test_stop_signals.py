@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -129,7 +129,7 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path, started: list
     assert "stopp" not in command.output
 
 
-def stop_at(step: int):
+def stop_at(step: int) -> Callable[[], None]:
     """A trap that sends this process a SIGTERM in the middle of a step."""
 
     def install() -> None:

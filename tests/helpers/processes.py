@@ -1,4 +1,4 @@
-"""Processes forked for one test, with an exit code to look at: for what the ranks of `helpers.ranks` would not survive."""
+"""Processes forked for one test, with an exit code to look at: for what the ranks of `helpers.ranks` cannot survive."""
 
 from __future__ import annotations
 
