@@ -2,11 +2,11 @@
 
     python benchmarks/reference_run.py --train DIR --valid DIR [--steps 220] [--target 5.32] [--threads 2]
 
-DIR are tokenized folders (tools/tokenizer.py; a BPE of 8,192 tokens). Both train the 16.9 M model (hidden 384, 6 layers, 6
-heads, ffn 1024) on the same 8 x 512 tokens a step in the same order, in bf16, with the same learning rate. They run in
-turns of `--slice` steps, each in its own process, so that whatever else the machine does hits both; the clock of each
-counts its own turns: loading, forward, backward and update. The held-out loss is measured between turns, off the clock.
-The hand-written loop does not separate documents, as such loops do; both are evaluated on the same rows.
+DIR are tokenized folders (tools/tokenizer.py; a BPE of 8,192 tokens). Both train the 16.9 M model (hidden 384,
+6 layers, 6 heads, ffn 1024) on the same 8 x 512 tokens a step in the same order, in bf16, with the same learning rate.
+They run in turns of `--slice` steps, each in its own process, so that what else the machine does hits both; the clock of
+each counts its own turns: loading, forward, backward and update. The held-out loss is measured between turns, off the
+clock. The hand-written loop does not separate documents, as such loops do; both are evaluated on the same rows.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def main() -> None:
                 reached.setdefault(name, answers[name]["seconds"])
         ours, plain = answers["ours"], answers["plain"]
         print(
-            f"{ours['step']:>6} {ours['seconds']:>8.1f} {ours['loss']:>8.3f} {plain['seconds']:>8.1f} {plain['loss']:>8.3f}",
+            f"{ours['step']:>6} {ours['seconds']:>8.1f} {ours['loss']:>8.3f} "
+            f"{plain['seconds']:>8.1f} {plain['loss']:>8.3f}",
             flush=True,
         )
     for process in processes.values():

@@ -145,7 +145,7 @@ def hf_config(architecture: Architecture) -> PretrainedConfig:
     if gemma:
         return transformers.GemmaConfig(**keys, attention_bias=a.qkv_bias, hidden_activation="gelu_pytorch_tanh")
     first_window = next((i for i, window in enumerate(a.windows) if window is not None), a.num_layers)
-    sliding = {
+    sliding: dict[str, Any] = {
         "use_sliding_window": bool(windows),
         "sliding_window": next(iter(windows), None),
         "max_window_layers": first_window,
