@@ -158,7 +158,7 @@ def test_dummy_samples_are_a_function_of_their_index(packing, fixed_lengths):
         assert (sample.input_ids == again.sample(index).input_ids).all()
         assert not np.array_equal(sample.input_ids, other.sample(index).input_ids)
         assert sample.input_ids.shape == ((4, 16) if packing == "unpacked" else (64,))
-        assert 0 <= sample.input_ids.min() and sample.input_ids.max() < 100
+        assert sample.input_ids.min() >= 0 and sample.input_ids.max() < 100
         targets = sample.labels != -100
         assert targets.any() and sample.labels[targets].min() > 0
         if packing == "unpacked":
