@@ -14,15 +14,17 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-_SPLIT_PATTERNS = {
-    # GPT-2, also what a ByteLevel pre-tokenizer does by itself.
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+# GPT-2, also what a ByteLevel pre-tokenizer does by itself.
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPLIT_PATTERNS = (
+    _GPT2_PATTERN,
     # Llama 3.
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     # Qwen 2 and 3.
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-_GPT2_PATTERN = next(iter(_SPLIT_PATTERNS))
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 _CLASSES = (r"\p{L}", r"\p{N}", r"\s")
 _PROBED = (range(0xD800), range(0xE000, 0x10000), range(0x1F000, 0x1FB00))
 """Code points whose classes are compared; texts with others (rare scripts) go to the library."""

@@ -5,6 +5,7 @@ Owns formats, UTF-8 and the cutting of inputs into shards of about equal size. K
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -145,11 +146,29 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {offset + error.start} is not UTF-8 ({error.reason}). Convert the file first, for example "
-            f"with iconv -f latin1 -t utf-8"
-        ) from error
+        raise _not_utf8(path, offset + error.start, error.reason) from error
     return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def _not_utf8(path: Path, offset: int, reason: str) -> DataError:
+    return DataError(
+        f"{path}: byte {offset} is not UTF-8 ({reason}). Convert the file first, for example: iconv -f latin1 -t utf-8"
+    )
+
+
+def _first_bad_byte(path: Path) -> int:
+    """The offset of the first byte that is not UTF-8, of a file that has one."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with open(path, "rb") as file:
+        while block := file.read(_JSON_BLOCK):
+            kept = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                return offset - kept + error.start
+            offset += len(block)
+    return offset - len(decoder.getstate()[0])
 
 
 def _read_jsonl(path: Path, extent: Extent, text_key: str) -> Iterator[str]:
@@ -182,9 +201,7 @@ def iterate_json_array(path: Path) -> Iterator[Any]:
             try:
                 block = file.read(_JSON_BLOCK)
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}: not UTF-8 after character {consumed + len(buffer)}: {error.reason}"
-                ) from error
+                raise _not_utf8(path, _first_bad_byte(path), error.reason) from error
             buffer += block
             position = 0
             while True:
