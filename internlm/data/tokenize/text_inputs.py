@@ -171,14 +171,28 @@ def _first_bad_byte(path: Path) -> int:
     return offset - len(decoder.getstate()[0])
 
 
-def _read_jsonl(path: Path, extent: Extent, text_key: str) -> Iterator[str]:
+def iterate_json_lines(path: Path) -> Iterator[Any]:
+    """The values of a JSON lines file.
+
+    Raises:
+        DataError: not UTF-8, or not JSON; names the file and the byte.
+    """
+    whole = Extent(str(path), "jsonl", 0, path.stat().st_size, 0)
+    return (value for _, value in _json_lines(path, whole))
+
+
+def _json_lines(path: Path, extent: Extent) -> Iterator[tuple[int, Any]]:
     for offset, line in _lines(path, extent):
         if line.isspace():
             continue
         try:
-            record = json.loads(_decode(line, path, offset))
+            yield offset, json.loads(_decode(line, path, offset))
         except ValueError as error:
             raise DataError(f"{path}: the line at byte {offset} is not JSON: {error}") from error
+
+
+def _read_jsonl(path: Path, extent: Extent, text_key: str) -> Iterator[str]:
+    for offset, record in _json_lines(path, extent):
         yield _text_of(record, text_key, f"{path}: the record at byte {offset}")
 
 
@@ -218,7 +232,8 @@ def iterate_json_array(path: Path) -> Iterator[Any]:
                 try:
                     record, end = decoder.raw_decode(buffer, position)
                 except json.JSONDecodeError as error:
-                    if block:
+                    unfinished = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
+                    if block and unfinished:
                         break  # the element may go on in the next block
                     raise DataError(f"{path}: not JSON at character {consumed + error.pos}: {error.msg}") from error
                 started = True
