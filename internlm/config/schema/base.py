@@ -7,10 +7,10 @@ Knows nothing of single keys, of config files or of rules between keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -45,7 +45,7 @@ _EXTRA = "internlm"
 
 
 def _field(default: Any, doc: str, info: KeyInfo, constraints: dict[str, Any]) -> Any:
-    extra: dict[str, Any] = {_EXTRA: info}
+    extra: dict[str, Any] = {_EXTRA: {**asdict(info), "status": info.status.value}}
     return Field(default, description=doc, json_schema_extra=extra, **constraints)
 
 
@@ -102,8 +102,8 @@ class Section(BaseModel):
 def key_info(field: FieldInfo) -> KeyInfo | None:
     """The declaration behind a field, or None for a section or a field that was declared without one."""
     extra = field.json_schema_extra
-    info = extra.get(_EXTRA) if isinstance(extra, dict) else None
-    return info if isinstance(info, KeyInfo) else None
+    written: Any = extra.get(_EXTRA) if isinstance(extra, dict) else None
+    return None if written is None else KeyInfo(**{**written, "status": Status(written["status"])})
 
 
 def is_derived(field: FieldInfo) -> bool:
@@ -121,7 +121,9 @@ def section_class(field: FieldInfo) -> type[Section] | None:
 
 def default_of(field: FieldInfo) -> Any:
     """The default of a key; PydanticUndefined when it is required."""
-    return field.get_default(call_default_factory=True, validated_data={})
+    if field.default_factory is not None:
+        return cast(Callable[[], Any], field.default_factory)()
+    return field.default
 
 
 def is_required(field: FieldInfo) -> bool:
@@ -142,7 +144,7 @@ def walk_values(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldI
     """Every leaf key of a built config as (dotted path, field, value). An optional section that is None is one leaf."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if key_info(field) is not None:
-            yield prefix + name, field, value
         if isinstance(value, Section):
             yield from walk_values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field, value

@@ -12,7 +12,7 @@ from internlm.config.schema.base import Section, key, later, no_effect, section,
 
 def _never(value: Any) -> Any:
     """InternEvo writes "never" as an infinite interval."""
-    return None if isinstance(value, float) and math.isinf(value) else value
+    return None if value == math.inf or value == "inf" else value
 
 
 Interval = Annotated[int | None, BeforeValidator(_never)]

@@ -104,6 +104,14 @@ class Sequence2DConfig(Section):
     window_size: int = used_with(1, "Context ranks of an inner ring.", "parallel.sequence_2D.enable", ge=1)
     device_placement_strategy: DevicePlacementConfig = section(DevicePlacementConfig, "Order of the ranks.")
 
+    @model_validator(mode="after")
+    def _fill(self) -> Sequence2DConfig:
+        whole = self.window_size >= 8 or self.window_size == self.context_size
+        if self.enable and whole and self.device_placement_strategy.interleaved:
+            head_first = self.device_placement_strategy.head_first
+            self._derive(device_placement_strategy=DevicePlacementConfig(head_first=head_first, interleaved=False))
+        return self
+
 
 class FsdpConfig(Section):
     """Fully sharded data parallelism."""
@@ -128,7 +136,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = key(
         None, "Activations are split over the sequence.", derived="parallel.tensor.mode is not mtp", forced=True
     )
-    sequence_2D: Sequence2DConfig = section(Sequence2DConfig, "Sequence parallelism over heads and context.")
+    sequence_2D: Sequence2DConfig = section(  # noqa: N815 (the name users know)
+        Sequence2DConfig, "Sequence parallelism over heads and context."
+    )
     fsdp: FsdpConfig = section(FsdpConfig, "Fully sharded data parallelism.")
 
     @model_validator(mode="after")

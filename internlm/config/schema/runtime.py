@@ -95,11 +95,14 @@ class Float8Config(Section):
     compile: bool = used_with(False, "Compile the casts.", "float8.enable_float8_linear")
 
 
+_hf = partial(later, feature="training Hugging Face classes")
+
+
 class HfConfig(Section):
     """A Hugging Face model class by import path."""
 
-    cfg: str | None = later(None, "Module of the configuration class.", "training Hugging Face classes")
-    cfg_cls: str | None = used_with(None, "Name of the configuration class.", "hf.cfg")
-    cfg_extra_kwargs: dict[str, Any] = used_with({}, "Arguments of the configuration.", "hf.cfg")
-    mod: str | None = used_with(None, "Module of the model class.", "hf.cfg")
-    mod_cls: str | None = used_with(None, "Name of the model class.", "hf.cfg")
+    cfg: str | None = _hf(None, "Module of the configuration class.")
+    cfg_cls: str | None = _hf(None, "Name of the configuration class.")
+    cfg_extra_kwargs: dict[str, Any] = _hf({}, "Arguments of the configuration.")
+    mod: str | None = _hf(None, "Module of the model class.")
+    mod_cls: str | None = _hf(None, "Name of the model class.")

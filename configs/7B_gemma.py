@@ -1,0 +1,59 @@
+"""Gemma 7B in its published shape; tie_word_embeddings is the family's choice."""
+
+from internlm.config import read_base
+
+with read_base():
+    from configs._base_.default_runtime import *
+
+JOB_NAME = "7b_gemma_train"
+model_type = "GEMMA"
+
+# Folders of tokens as tools/tokenizer.py writes them; None trains on dummy data.
+TRAIN_FOLDER = None
+VALID_FOLDER = None
+
+data = dict(
+    seq_len=2048,
+    micro_bsz=1,  # sequences of a micro-batch
+    micro_num=4,  # micro-batches of a step, on each data rank
+    total_steps=50000,
+    train_folder=TRAIN_FOLDER,
+    valid_folder=VALID_FOLDER,
+    valid_every=500,
+    pack_sample_into_one=False,
+    min_length=50,
+)
+
+ckpt = dict(
+    save_ckpt_folder=f"local:llm_ckpts/{JOB_NAME}",
+    checkpoint_every=500,
+    # Goes on from the newest complete checkpoint there; else from load_ckpt_info, if given; else from scratch.
+    auto_resume=True,
+)
+
+model = dict(
+    vocab_size=256000,
+    hidden_size=3072,
+    intermediate_size=24576,
+    num_layers=28,
+    num_attention_heads=16,
+    num_kv_attention_heads=16,
+    head_dim=256,
+    add_unit_offset=True,  # norms multiply by 1 + weight
+    use_swiglu=False,  # the gate is GeLU
+    max_position_embeddings=8192,
+    rope_base=10000,
+    norm_type="rmsnorm",
+    layer_norm_epsilon=1e-6,
+    no_bias=True,
+    dtype="torch.bfloat16",
+    checkpoint=False,
+    use_flash_attn=True,
+)
+
+parallel = dict(
+    zero1=dict(size=8),
+    tensor=dict(size=1, mode="mtp"),
+    pipeline=dict(size=1),
+    weight=dict(size=1),
+)

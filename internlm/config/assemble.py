@@ -1,0 +1,150 @@
+"""Builds the schema's objects from a plain dict, and puts every type error into a user's words."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from internlm.config.mistakes import Mistake
+from internlm.config.schema import Config
+from internlm.config.schema.base import Section, is_required, section_class, walk_schema
+from internlm.utils.errors import ConfigError, nearest
+
+_DEPTH = 8
+"""More rounds than sections nest: each round takes out the mistakes that the one before uncovered."""
+
+
+def assemble(tree: dict[str, Any]) -> tuple[Config, list[Mistake]]:
+    """The Config of a tree, and its mistakes.
+
+    With mistakes, the Config holds defaults (or 1, where there is no default) in place of the wrong values, so that the
+    rest can still be checked; it is good for nothing else.
+    """
+    tree = copy.deepcopy(tree)
+    mistakes: list[Mistake] = []
+    for _ in range(_DEPTH):
+        try:
+            return Config.model_validate(tree), mistakes
+        except ValidationError as error:
+            found = _translate(error)
+            mistakes = mistakes or found
+            for mistake in found:
+                _neutralise(mistake.keys[0], tree)
+    raise ConfigError(mistake.text for mistake in mistakes)
+
+
+def _translate(error: ValidationError) -> list[Mistake]:
+    """One mistake a key; the branches of a union are joined."""
+    texts: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    for part in error.errors(include_url=False):
+        path = _key_path(part["loc"])
+        kind, value = part["type"], part["input"]
+        if kind == "extra_forbidden":
+            texts[path] = [f"{path} is not a known key.{_suggest(path)}"]
+        elif kind == "missing":
+            texts[path] = [_missing(path)]
+        else:
+            values.setdefault(path, value)
+            texts.setdefault(path, []).append(_wish(kind, part.get("ctx", {}), part["msg"]))
+    result = []
+    for path, wishes in texts.items():
+        if path in values:
+            text = f"{path} = {_short(values[path])}: it must be {' or '.join(dict.fromkeys(wishes))}"
+        else:
+            text = wishes[0]
+        result.append(Mistake((path,), text))
+    return result
+
+
+def _wish(kind: str, context: dict[str, Any], message: str) -> str:
+    if kind == "literal_error":
+        return f"one of {context['expected']}"
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return "a dict"
+    if kind == "none_required":
+        return "None"
+    for start in ("Input should be ", "Value error, "):
+        message = message.removeprefix(start)
+    return message
+
+
+def _missing(path: str) -> str:
+    field = _field(path)
+    nested = section_class(field) if field is not None else None
+    if nested is None:
+        return f"{path} is missing: {field.description if field is not None else 'it has no default'}"
+    needed = ", ".join(name for name, inner in nested.model_fields.items() if is_required(inner))
+    return f"{path} is missing: give {path} = dict(...) with at least {needed}"
+
+
+def _suggest(path: str) -> str:
+    """A known key that the user may have meant: beside it, or of the same name elsewhere."""
+    outer, _, name = path.rpartition(".")
+    cls: type[Section] | None = Config
+    if outer:
+        field = _field(outer)
+        cls = section_class(field) if field is not None else None
+    siblings = list(cls.model_fields) if cls is not None else []
+    beside = nearest(name, siblings)
+    if beside:
+        return beside
+    elsewhere = [known for known, _ in walk_schema(Config) if known.rpartition(".")[2] == name]
+    if elsewhere:
+        return f" There is '{elsewhere[0]}'."
+    if not outer:
+        return " A helper of the file itself is written in capitals or with a leading underscore."
+    return f" Known keys of {outer}: {', '.join(siblings)}."
+
+
+def _field(path: str) -> FieldInfo | None:
+    cls: type[Section] | None = Config
+    field: FieldInfo | None = None
+    for name in path.split("."):
+        field = cls.model_fields.get(name) if cls is not None else None
+        if field is None:
+            return None
+        cls = section_class(field)
+    return field
+
+
+def _key_path(location: tuple[int | str, ...]) -> str:
+    """pydantic's location without the branches of unions and the places inside a value."""
+    parts: list[str] = []
+    cls: type[Section] | None = Config
+    for part in location:
+        if cls is None:
+            break
+        parts.append(str(part))
+        field = cls.model_fields.get(str(part))
+        cls = section_class(field) if field is not None else None
+    return ".".join(parts)
+
+
+def _neutralise(path: str, tree: dict[str, Any]) -> None:
+    """Take a wrong value out; where a value is required, put in one that builds."""
+    *outer, name = path.split(".")
+    place = tree
+    for part in outer:
+        inner = place.get(part)
+        if not isinstance(inner, dict):
+            inner = place[part] = {}
+        place = inner
+    place.pop(name, None)
+    field = _field(path)
+    if field is None or not is_required(field):
+        return
+    if section_class(field) is not None:
+        place[name] = {}
+    elif field.annotation is int:
+        place[name] = 1
+    else:
+        _neutralise(".".join(outer), tree)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

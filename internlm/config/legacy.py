@@ -1,0 +1,203 @@
+"""Older spellings of InternEvo's configs, translated into the schema's before it sees them.
+
+Each translation gives one line of notice. Works on the plain dict of a config file; knows nothing of defaults or rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from internlm.config.origins import Origin, forget, move
+
+Tree = dict[str, Any]
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Legacy:
+    """One older spelling: where it stood, what it means now, and the function that brings it there."""
+
+    path: str
+    meaning: str
+    apply: Callable[[Edit], str | None]
+    """Returns what it did (the notice), or None when the spelling is not there."""
+
+
+class Edit:
+    """Reads and moves values in a tree of dicts, with their origins."""
+
+    def __init__(self, tree: Tree, origins: dict[str, Origin]) -> None:
+        self.tree = tree
+        self.origins = origins
+
+    def get(self, path: str) -> Any:
+        """The value at a dotted path, or the marker that `has` tests for."""
+        value: Any = self.tree
+        for name in path.split("."):
+            if not isinstance(value, dict) or name not in value:
+                return _ABSENT
+            value = value[name]
+        return value
+
+    def has(self, path: str) -> bool:
+        return self.get(path) is not _ABSENT
+
+    def put(self, path: str, value: Any) -> bool:
+        """Set a value, making the sections on its way. False when something else than a section is in the way."""
+        *outer, name = path.split(".")
+        place = self.tree
+        for part in outer:
+            inner = place.setdefault(part, {})
+            if not isinstance(inner, dict):
+                return False
+            place = inner
+        place[name] = value
+        return True
+
+    def drop(self, path: str) -> Any:
+        """Remove a value and return it."""
+        outer, _, name = path.rpartition(".")
+        place = self.get(outer) if outer else self.tree
+        forget(path, self.origins)
+        return place.pop(name)
+
+    def rename(self, old: str, new: str) -> str | None:
+        """Bring a value to its new place, unless that is taken."""
+        if not self.has(old):
+            return None
+        if self.has(new):
+            self.drop(old)
+            return f"{old} is ignored, because {new} is given"
+        move(old, new, self.origins)
+        self.put(new, self.drop(old))
+        return f"{old} is read as {new}"
+
+
+def modernise(tree: Tree, origins: dict[str, Origin]) -> list[str]:
+    """Translate all older spellings in place. Returns one notice for each that was there."""
+    edit = Edit(tree, origins)
+    return [notice for spelling in LEGACY if (notice := spelling.apply(edit)) is not None]
+
+
+def _renamed(old: str, new: str) -> Legacy:
+    return Legacy(old, f"`{new}`", lambda edit: edit.rename(old, new))
+
+
+def _number_for_section(path: str) -> Legacy:
+    def apply(edit: Edit) -> str | None:
+        value = edit.get(path)
+        if isinstance(value, bool) or not isinstance(value, int):
+            return None
+        edit.put(path, {"size": value})
+        move(path, f"{path}.size", edit.origins)
+        return f"{path} = {value} is read as {path} = dict(size={value})"
+
+    return Legacy(f"{path} (a number)", f"`{path}.size`", apply)
+
+
+def _removed(path: str, reason: str) -> Legacy:
+    def apply(edit: Edit) -> str | None:
+        if not edit.has(path):
+            return None
+        edit.drop(path)
+        return f"{path} is ignored: {reason}"
+
+    return Legacy(path, f"nothing: {reason}", apply)
+
+
+def _value(path: str, old: str, new: str) -> Legacy:
+    def apply(edit: Edit) -> str | None:
+        if edit.get(path) != old:
+            return None
+        edit.put(path, new)
+        return f"{path} = '{old}' is read as '{new}'"
+
+    return Legacy(f"{path} = '{old}'", f"`{path} = '{new}'`", apply)
+
+
+def _shared_experts(edit: Edit) -> str | None:
+    old, new = "model.moe_use_residual", "model.num_shared_experts"
+    value = edit.get(old)
+    notice = edit.rename(old, new)
+    if notice is not None and edit.get(new) is value:
+        edit.put(new, int(bool(value)))
+    return notice
+
+
+def _load_weights_only(edit: Edit) -> str | None:
+    old, new = "ckpt.load_model_only_folder", "ckpt.load_ckpt_info"
+    if not edit.has(old):
+        return None
+    path = edit.drop(old)
+    if path is None:
+        return None
+    if edit.get(new) not in (_ABSENT, None):
+        return f"{old} is ignored, because {new} is given"
+    edit.put(new, {"path": path, "content": ("model",), "ckpt_type": "internevo"})
+    return f"{old} is read as {new} with content=('model',)"
+
+
+def _load_folder(edit: Edit) -> str | None:
+    old, new = "ckpt.load_ckpt_folder", "ckpt.load_ckpt_info"
+    load_optimizer = edit.drop("ckpt.load_optimizer") if edit.has("ckpt.load_optimizer") else True
+    if not edit.has(old):
+        return None if load_optimizer is True else "ckpt.load_optimizer is ignored: load_ckpt_info.content decides"
+    value = edit.drop(old)
+    if value is None:
+        return None
+    if edit.get(new) not in (_ABSENT, None):
+        return f"{old} is ignored, because {new} is given"
+    if not isinstance(value, dict):
+        content = ("all",) if load_optimizer else ("model", "sampler", "scheduler")
+        value = {"path": value, "content": content, "ckpt_type": "internevo"}
+    edit.put(new, value)
+    return f"{old} is read as {new} with content={tuple(value.get('content', ()))}"
+
+
+def _load_given(edit: Edit) -> str | None:
+    old, new = "ckpt.load_given_ckpt", "ckpt.auto_resume"
+    value = edit.get(old)
+    notice = edit.rename(old, new)
+    if notice is not None and notice.endswith("is given"):
+        return notice
+    if notice is not None:
+        edit.put(new, not value)
+        return f"{old} = {value} is read as {new} = {not value}"
+    return None
+
+
+_OLD_EXPERT_KEYS = (
+    "capacity_factor",
+    "eval_capacity_factor",
+    "min_capacity",
+    "noisy_gate_policy",
+    "drop_tokens",
+    "use_rts",
+    "use_fused_gating",
+)
+
+LEGACY: tuple[Legacy, ...] = (
+    *(
+        _number_for_section(f"parallel.{name}")
+        for name in ("zero1", "tensor", "pipeline", "weight", "expert", "expert_weight", "expert_zero1")
+    ),
+    _removed("parallel.weight.memory_pool", "the pool no longer exists"),
+    _removed("parallel.expert_weight.memory_pool", "the pool no longer exists"),
+    _renamed("hybrid_zero_optimizer.zero_overlap_communication", "hybrid_zero_optimizer.overlap_sync_grad"),
+    _renamed("monitor.tensorboard", "tensorboard"),
+    _renamed("alert_address", "monitor.alert.feishu_alert_address"),
+    _renamed("ckpt.universal_ckpt.aysnc_save", "ckpt.universal_ckpt.async_save"),
+    Legacy("ckpt.load_model_only_folder", "`ckpt.load_ckpt_info` with content ('model',)", _load_weights_only),
+    Legacy("ckpt.load_ckpt_folder, ckpt.load_optimizer", "`ckpt.load_ckpt_info`", _load_folder),
+    Legacy("ckpt.load_given_ckpt", "the opposite of `ckpt.auto_resume`", _load_given),
+    _value("ckpt.load_ckpt_info.ckpt_type", "normal", "internevo"),
+    _value("model_type", "LLAMA", "LLAMA2"),
+    _value("model_type", "INTERNLM2_PUBLIC", "INTERNLM2"),
+    Legacy("model.moe_use_residual", "`model.num_shared_experts` 1 or 0", _shared_experts),
+    _renamed("model.moe_gate_k", "model.top_k"),
+    *(_renamed(f"model.moe_{name}", f"model.moe_layer_kwargs.{name}") for name in _OLD_EXPERT_KEYS),
+    _renamed("model.rope_scaling.rope_type", "model.rope_scaling.type"),
+)

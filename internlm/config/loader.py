@@ -1,0 +1,140 @@
+"""From a config file to a checked `Config`.
+
+Order: run the file, translate older spellings, apply `--set`, build the schema's objects, check the rules and what is
+not supported yet. Every mistake of all these is collected into one ConfigError.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from internlm.config.assemble import assemble
+from internlm.config.legacy import Edit, modernise
+from internlm.config.mistakes import Mistake
+from internlm.config.origins import DEFAULT, DERIVED, ENVIRONMENT, Origin, locate
+from internlm.config.overrides import apply_override, parse_override
+from internlm.config.python_file import run_config_file
+from internlm.config.rules import find_mistakes
+from internlm.config.schema import Config
+from internlm.config.schema.base import Section, default_of, key_info, walk_values
+from internlm.config.unsupported import find_ineffective, find_unsupported
+from internlm.utils.errors import ConfigError
+
+_INTERLEAVED = "parallel.sequence_2D.device_placement_strategy.interleaved"
+_FROM_ENVIRONMENT = ("tensorboard_folder", "resume_tb_folder")
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked configuration, and how it came to be."""
+
+    config: Config
+    origins: dict[str, Origin] = field(default_factory=dict)
+    """Dotted path of each leaf key -> where its value comes from."""
+    notices: list[str] = field(default_factory=list)
+    """One line each: older spellings that were translated, values that have no effect."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 1) -> LoadedConfig:
+    """Read and check a config file.
+
+    Args:
+        path: a Python file whose globals are the keys; `with read_base():` inherits from others. Names in capitals
+            that are no key, and names that begin with an underscore, are the file's own helpers.
+        overrides: `key.path=value` texts that win over the file.
+        world_size: number of ranks the run will have; sizes of groups are checked against it.
+
+    Raises:
+        ConfigError: with every mistake, each with its key, its value and (where it can be known) its file and line.
+    """
+    path = Path(path)
+    file = run_config_file(path)
+    tree = {
+        name: _plain(value) for name, value in file.values.items() if name in Config.model_fields or not name.isupper()
+    }
+    origins = file.origins
+    notices = modernise(tree, origins)
+    for text in overrides:
+        notices += apply_override(*parse_override(text, Config), tree, origins, Config)
+    for name in _FROM_ENVIRONMENT:
+        if tree.get(name) is None and os.environ.get(name):
+            tree[name] = os.environ[name]
+            origins[name] = ENVIRONMENT
+
+    config, mistakes = assemble(tree)
+    broken = [key for mistake in mistakes for key in mistake.keys[:1]]
+    mistakes += [
+        mistake
+        for mistake in (*find_mistakes(config, world_size), *find_unsupported(config))
+        if not any(_touches(key, bad) for key in mistake.keys for bad in broken)
+    ]
+    if mistakes:
+        raise ConfigError(_describe(mistake, origins, path) for mistake in mistakes)
+
+    def given(key: str) -> Any:
+        edit = Edit(tree, {})
+        return edit.get(key) if edit.has(key) else None
+
+    notices += find_ineffective(config, given)
+    notices += _remarks(config, given)
+    return LoadedConfig(config, _origins_of(config, tree, origins), notices)
+
+
+def check_config(config: Config, world_size: int = 1) -> None:
+    """Check a Config that was built in Python. Raises ConfigError with every mistake."""
+    mistakes = [mistake.text for mistake in (*find_mistakes(config, world_size), *find_unsupported(config))]
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def _plain(value: Any) -> Any:
+    """Sections that a config file built as objects as dicts, mappings copied, paths as text."""
+    if isinstance(value, Section):
+        return {name: _plain(getattr(value, name)) for name in value.model_fields_set}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _touches(key: str, bad: str) -> bool:
+    """Whether one path is the other or lies below it."""
+    return key == bad or key.startswith(bad + ".") or bad.startswith(key + ".")
+
+
+def _describe(mistake: Mistake, origins: Mapping[str, Origin], path: Path) -> str:
+    """The text, led by the place of the first key that has one."""
+    places: Iterable[Origin | None] = (locate(key, origins) for key in mistake.keys)
+    place = next((str(origin) for origin in places if origin is not None), str(path))
+    return f"{place}: {mistake.text}"
+
+
+def _origins_of(config: Config, tree: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str, Origin]:
+    edit = Edit(tree, {})
+    result = {}
+    for path, declared, value in walk_values(config):
+        info = key_info(declared)
+        assert info is not None, path
+        if edit.has(path) and not info.forced and not (info.derived and edit.get(path) is None):
+            result[path] = locate(path, origins) or DEFAULT
+        elif info.derived or value != default_of(declared):
+            result[path] = DERIVED
+        else:
+            result[path] = DEFAULT
+    return result
+
+
+def _remarks(config: Config, given: Callable[[str], Any]) -> list[str]:
+    """Notices that need more than one key's declaration."""
+    remarks = []
+    if given("model.dtype") is None:
+        remarks.append(f"model.dtype is not set: {config.model.dtype} is used (InternEvo would use torch.float16)")
+    if isinstance(given("ckpt.load_ckpt_info"), dict) and config.ckpt.load_ckpt_info is None:
+        remarks.append("ckpt.load_ckpt_info has no path: nothing is loaded from it")
+    placement = config.parallel.sequence_2D.device_placement_strategy
+    if given(_INTERLEAVED) and not placement.interleaved:
+        remarks.append(f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context")
+    return remarks

@@ -1,0 +1,93 @@
+"""`--set key.path=value`: values from the command line, typed by the schema."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from internlm.config.legacy import modernise
+from internlm.config.origins import OVERRIDE, Origin, forget
+from internlm.config.schema.base import Section, section_class
+from internlm.utils.errors import ConfigError
+
+
+def parse_override(text: str, schema: type[Section]) -> tuple[str, Any]:
+    """`key.path=value` as (path, value).
+
+    The value is a Python literal where it is one, otherwise the text itself. Where the schema wants a string, the text
+    itself is taken even if it is a literal (JOB_NAME=7). Raises ConfigError without an equals sign or a key.
+    """
+    path, equals, raw = text.partition("=")
+    path, raw = path.strip(), raw.strip()
+    if not equals or not path or not all(part for part in path.split(".")):
+        raise ConfigError(f"--set {text}: expected key.path=value, such as --set data.total_steps=100")
+    try:
+        value = ast.literal_eval(raw)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return path, raw
+    wanted = _type_of(path, schema)
+    if wanted is not None and not _fits(value, wanted) and _fits(raw, wanted):
+        return path, raw
+    return path, value
+
+
+def apply_override(
+    path: str, value: Any, tree: dict[str, Any], origins: dict[str, Origin], schema: type[Section]
+) -> list[str]:
+    """Set one value in the tree of a config file, older spellings included. Returns the notices of those."""
+    single: dict[str, Any] = {}
+    place = single
+    *outer, name = path.split(".")
+    for part in outer:
+        place = place.setdefault(part, {})
+    place[name] = value
+    notices = modernise(single, {})
+    _merge(single, tree, origins, schema, path, "")
+    return notices
+
+
+def _merge(
+    new: dict[str, Any],
+    tree: dict[str, Any],
+    origins: dict[str, Origin],
+    cls: type[Section] | None,
+    target: str,
+    prefix: str,
+) -> None:
+    """Put `new` over `tree`: section by section, and key by key on the way to `target`; other dicts are replaced."""
+    for name, value in new.items():
+        field = cls.model_fields.get(name) if cls is not None else None
+        nested = section_class(field) if field is not None else None
+        if isinstance(value, dict) and (nested is not None or target.startswith(f"{prefix}{name}.")):
+            inner = tree.get(name)
+            if not isinstance(inner, dict):
+                inner = tree[name] = {}
+                forget(prefix + name, origins)
+                origins[prefix + name] = OVERRIDE
+            _merge(value, inner, origins, nested, target, f"{prefix}{name}.")
+        else:
+            tree[name] = value
+            forget(prefix + name, origins)
+            origins[prefix + name] = OVERRIDE
+
+
+def _type_of(path: str, schema: type[Section]) -> Any:
+    """The type that the schema has for a path, with its validators; None for an unknown path."""
+    cls: type[Section] | None = schema
+    wanted: Any = None
+    for name in path.split("."):
+        field = cls.model_fields.get(name) if cls is not None else None
+        if field is None:
+            return None
+        wanted, cls = field.annotation, section_class(field)
+    return wanted
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    try:
+        TypeAdapter(wanted).validate_python(value)
+    except ValidationError:
+        return False
+    return True

@@ -1,0 +1,332 @@
+"""Each rule: what it refuses (with the key to mend), and that it stays silent on the nearest good neighbour."""
+
+import pytest
+
+from internlm.config.rules import data_ranks, find_mistakes, weight_data_ranks
+from internlm.config.schema import Config
+from internlm.config.schema.base import walk_schema
+
+BASE = {
+    "data": dict(seq_len=16, micro_bsz=2, micro_num=8, total_steps=10),
+    "model": dict(vocab_size=64, hidden_size=32, num_layers=4, num_attention_heads=4),
+    "ckpt": dict(enable_save_ckpt=False),
+}
+TWO = "parallel.sequence_2D."
+
+# changes, world size, first key of the only mistake (None: there is none).
+CASES = [
+    ({}, 1, None),
+    # 2 (schema), 3: FSDP and pipelines.
+    ({"parallel.fsdp.enable": True, "parallel.pipeline.size": 2}, 2, "parallel.fsdp.enable"),
+    ({"parallel.zero1.fsdp": True, "parallel.pipeline.size": 2}, 2, "parallel.zero1.fsdp"),
+    ({"parallel.zero1.fsdp": True}, 2, None),
+    # 5.
+    ({"data.gradient_accumulation": 4}, 1, "data.gradient_accumulation"),
+    ({"data.gradient_accumulation": 8}, 1, None),
+    ({"data.gradient_accumulation": 4, "parallel.pipeline.size": 2}, 2, None),
+    # 6.
+    ({"ckpt.enable_save_ckpt": True, "ckpt.checkpoint_every": 5}, 1, "ckpt.save_ckpt_folder"),
+    ({"ckpt.enable_save_ckpt": True, "ckpt.save_ckpt_folder": "x"}, 1, "ckpt.checkpoint_every"),
+    (
+        {"ckpt.enable_save_ckpt": True, "ckpt.save_ckpt_folder": "x", "ckpt.checkpoint_every": 0},
+        1,
+        "ckpt.checkpoint_every",
+    ),
+    ({"ckpt.enable_save_ckpt": True, "ckpt.save_ckpt_folder": "x", "ckpt.checkpoint_every": 1}, 1, None),
+    # 9.
+    ({"model.adapt_hf": True, "model.qk_interleaved": True}, 1, "model.adapt_hf"),
+    ({"model.adapt_hf": False, "model.qk_interleaved": False}, 1, "model.adapt_hf"),
+    ({"model.adapt_hf": False, "model.qk_interleaved": True}, 1, None),
+    # 10.
+    ({"parallel.fsdp.enable": True, "parallel.tensor.mode": "isp"}, 2, "parallel.fsdp.enable"),
+    # 11.
+    ({"model.vocab_size": 63, "parallel.tensor.size": 2}, 2, "model.vocab_size"),
+    (
+        {"model.vocab_size": 66, "parallel.weight.size": 4, "parallel.tensor.mode": "isp"},
+        4,
+        "model.vocab_size",
+    ),
+    ({"model.vocab_size": 66, "parallel.tensor.size": 2}, 2, None),
+    # 14.
+    ({"parallel.weight.size": 2}, 2, "parallel.weight.size"),
+    ({"parallel.weight.size": 2, "parallel.tensor.mode": "isp"}, 2, None),
+    # 15.
+    ({"model.num_chunks": 2, "parallel.pipeline.size": 2}, 2, "parallel.pipeline.interleaved_overlap"),
+    (
+        {"model.num_chunks": 2, "parallel.pipeline.size": 2, "parallel.pipeline.interleaved_overlap": True},
+        2,
+        None,
+    ),
+    # 16.
+    ({"parallel.pipeline.size": 8, "parallel.pipeline.mode": "ZBV"}, 8, "data.micro_num"),
+    ({"parallel.pipeline.size": 4, "parallel.pipeline.mode": "zbv"}, 4, None),
+    # 17.
+    (
+        {
+            "parallel.pipeline.size": 2,
+            "parallel.pipeline.mode": "ZBH1",
+            "hybrid_zero_optimizer.overlap_sync_grad": True,
+        },
+        2,
+        "hybrid_zero_optimizer.overlap_sync_grad",
+    ),
+    (
+        {
+            "parallel.pipeline.size": 2,
+            "parallel.pipeline.mode": "ZBH1",
+            "parallel.pipeline.interleaved_overlap": True,
+            "model.num_chunks": 2,
+        },
+        2,
+        "model.num_chunks",
+    ),
+    (
+        {
+            "parallel.pipeline.size": 2,
+            "parallel.pipeline.mode": "ZBH1",
+            "parallel.tensor.mode": "isp",
+            "parallel.weight.overlap": True,
+        },
+        2,
+        "parallel.weight.overlap",
+    ),
+    ({"parallel.pipeline.size": 2, "parallel.pipeline.mode": "ZBH1", "parallel.weight.overlap": True}, 2, None),
+    # 18.
+    (
+        {
+            "parallel.pipeline.size": 3,
+            "parallel.pipeline.interleaved_overlap": True,
+            "model.num_chunks": 2,
+        },
+        3,
+        "data.micro_num",
+    ),
+    ({"parallel.pipeline.size": 3}, 3, None),
+    # 19.
+    ({"selective_checkpoint": True}, 1, "selective_checkpoint"),
+    ({"selective_checkpoint": True, "parallel.tensor.mode": "isp"}, 1, None),
+    ({"selective_checkpoint_offload": True}, 1, "selective_checkpoint_offload"),
+    (
+        {
+            "selective_checkpoint": True,
+            "selective_checkpoint_offload": True,
+            "parallel.tensor.mode": "isp",
+            "parallel.weight.launch_allgather_before": "wqkv",
+        },
+        1,
+        "selective_checkpoint_offload",
+    ),
+    (
+        {"selective_checkpoint": True, "selective_checkpoint_offload": True, "parallel.tensor.mode": "isp"},
+        1,
+        None,
+    ),
+    # 20.
+    ({"model.num_experts": 4, "parallel.fsdp.enable": True}, 4, "model.num_experts"),
+    (
+        {
+            "model.num_experts": 4,
+            "hybrid_zero_optimizer.overlap_sync_grad": True,
+            "hybrid_zero_optimizer.overlap_sync_param": True,
+        },
+        4,
+        "hybrid_zero_optimizer.overlap_sync_param",
+    ),
+    ({"model.num_experts": 4, "hybrid_zero_optimizer.overlap_sync_grad": True}, 4, None),
+    ({"model.num_experts": 4, "parallel.zero1.size": 2}, 4, "parallel.zero1.size"),
+    ({"model.num_experts": 4, "parallel.zero1.size": 4}, 4, None),
+    ({"model.num_experts": 4, "parallel.expert_weight.size": 2}, 4, "parallel.expert_weight.size"),
+    (
+        {"model.num_experts": 4, "parallel.expert_weight.size": 2, "parallel.tensor.mode": "isp"},
+        4,
+        None,
+    ),
+    ({"parallel.expert.size": 2}, 4, "parallel.expert.size"),
+    ({"parallel.expert_weight.size": 2}, 4, "parallel.expert_weight.size"),
+    ({"parallel.expert.size": 1}, 4, None),
+    # 21.
+    (
+        {TWO + "enable": True, TWO + "head_size": 2, TWO + "context_size": 4, "data.use_packed_dataset": False},
+        8,
+        TWO + "head_size",
+    ),
+    (
+        {
+            TWO + "enable": True,
+            TWO + "head_size": 2,
+            TWO + "context_size": 2,
+            TWO + "device_placement_strategy.interleaved": True,
+            "parallel.tensor.size": 4,
+            "data.use_packed_dataset": False,
+        },
+        4,
+        TWO + "device_placement_strategy.interleaved",
+    ),
+    (
+        {TWO + "enable": True, TWO + "context_size": 4, "parallel.tensor.size": 4},
+        4,
+        "data.use_packed_dataset",
+    ),
+    (
+        {
+            TWO + "enable": True,
+            TWO + "context_size": 4,
+            TWO + "window_size": 3,
+            "parallel.tensor.size": 4,
+            "data.use_packed_dataset": False,
+        },
+        4,
+        TWO + "window_size",
+    ),
+    (
+        {
+            TWO + "enable": True,
+            TWO + "head_size": 2,
+            TWO + "context_size": 2,
+            "parallel.tensor.size": 4,
+            "data.use_packed_dataset": False,
+        },
+        4,
+        None,
+    ),
+    # 22.
+    ({"parallel.zero1.size": 3}, 8, "parallel.zero1.size"),
+    ({"parallel.zero1.size": 16}, 8, "parallel.zero1.size"),
+    ({"parallel.zero1.size": 8}, 8, None),
+    ({"parallel.zero1.size": 0}, 8, None),
+    ({"parallel.zero1.size": 8, "parallel.tensor.size": 2}, 8, "parallel.zero1.size"),
+    # isp: sequence groups do not shrink the ranks with the same weights, weight groups do.
+    ({"parallel.zero1.size": 8, "parallel.tensor.size": 2, "parallel.tensor.mode": "isp"}, 8, None),
+    (
+        {"parallel.zero1.size": 8, "parallel.weight.size": 2, "parallel.tensor.mode": "isp"},
+        8,
+        "parallel.zero1.size",
+    ),
+    # 23.
+    ({"model.num_experts": 4, "parallel.expert.size": 3}, 12, "model.num_experts"),
+    ({"model.num_experts": 6}, 4, "model.num_experts"),
+    ({"model.num_experts": 8}, 4, None),
+    ({"model.num_experts": 2}, 4, None),
+    # 24.
+    ({"parallel.tensor.size": 2}, 3, "parallel.tensor.size"),
+    ({"parallel.tensor.size": 2, "parallel.pipeline.size": 2}, 6, "parallel.tensor.size"),
+    ({"parallel.weight.size": 4, "parallel.tensor.mode": "isp"}, 6, "parallel.weight.size"),
+    ({"model.num_experts": 8, "parallel.expert.size": 8}, 4, "parallel.expert.size"),
+    # Ours.
+    ({"data.skip_batches": "2-5,7"}, 1, None),
+    ({"data.skip_batches": "5-2"}, 1, "data.skip_batches"),
+    ({"data.skip_batches": "2;5"}, 1, "data.skip_batches"),
+    ({"data.rampup_batch_size": "2 2 100"}, 1, None),
+    ({"data.rampup_batch_size": "2 2"}, 1, "data.rampup_batch_size"),
+    ({"data.rampup_batch_size": "0 2 100"}, 1, "data.rampup_batch_size"),
+    ({"data.rampup_batch_size": "9 2 100"}, 1, "data.rampup_batch_size"),
+    ({"data.pack_sample_into_one": True}, 1, None),
+    ({"data.pack_sample_into_one": True, "data.use_packed_dataset": False}, 1, "data.pack_sample_into_one"),
+    ({"model.num_attention_heads": 5}, 1, "model.hidden_size"),
+    ({"model.num_attention_heads": 5, "model.head_dim": 8}, 1, None),
+    ({"model.num_kv_attention_heads": 3}, 1, "model.num_kv_attention_heads"),
+    ({"model.num_kv_attention_heads": 2}, 1, None),
+    ({"model.use_sliding_window": True}, 1, "model.sliding_window"),
+    ({"model.use_sliding_window": True, "model.sliding_window": 4}, 1, None),
+    (
+        {"model.use_dynamic_ntk_rope": True, "model.rope_scaling": dict(type="linear", factor=2)},
+        1,
+        "model.use_dynamic_ntk_rope",
+    ),
+    ({"model.no_bias": True, "model.qkv_bias": True}, 1, "model.qkv_bias"),
+    ({"model.no_bias": True, "model.qkv_bias": False}, 1, None),
+    ({"lr_scheduler.eta_min": 1.0}, 1, "lr_scheduler.eta_min"),
+    (
+        {"lr_scheduler.type": "wsd", "lr_scheduler.decay_ratio": 0.8, "lr_scheduler.warmup_ratio": 0.3},
+        1,
+        "lr_scheduler.decay_ratio",
+    ),
+    ({"lr_scheduler.decay_ratio": 0.8, "lr_scheduler.warmup_ratio": 0.3}, 1, None),
+    ({"model.dtype": "torch.float32", "reduce_comm_dtype": "torch.bfloat16"}, 1, "reduce_comm_dtype"),
+    ({"model.dtype": "torch.float32", "reduce_comm_dtype": "torch.float32"}, 1, None),
+    ({"reduce_comm_dtype": "torch.float32"}, 1, None),
+    ({"grad_scaler.fp16.initial_scale": 2.0**30}, 1, "grad_scaler.fp16.initial_scale"),
+    (
+        {"ckpt.load_ckpt_info": dict(path="x", content=("all",), ckpt_type="hf")},
+        1,
+        "ckpt.load_ckpt_info.content",
+    ),
+    ({"ckpt.load_ckpt_info": dict(path="x", content=("all",))}, 1, None),
+    ({"cpu_offloading.num_layers": 3}, 1, "cpu_offloading.num_layers"),
+    # Exactly on the border is good.
+    ({"lr_scheduler.eta_min": 1e-4, "adam.lr": 1e-4}, 1, None),
+    ({"lr_scheduler.type": "wsd", "lr_scheduler.decay_ratio": 0.5, "lr_scheduler.warmup_ratio": 0.5}, 1, None),
+    ({"grad_scaler.fp16.initial_scale": 4.0, "grad_scaler.max_scale": 4.0, "grad_scaler.fp16.min_scale": 4.0}, 1, None),
+    ({"data.rampup_batch_size": "8 1 1"}, 1, None),
+    ({"model.num_experts": 4, "parallel.zero1.size": 0, "parallel.expert.size": 0}, 4, None),
+    (
+        {
+            TWO + "enable": True,
+            TWO + "context_size": 4,
+            TWO + "window_size": 2,
+            TWO + "device_placement_strategy.interleaved": True,
+            "parallel.tensor.size": 4,
+            "data.use_packed_dataset": False,
+        },
+        4,
+        None,
+    ),
+    # isp spreads experts over the sequence ranks too, and expert weights take their share of them.
+    (
+        {"model.num_experts": 4, "parallel.expert.size": 4, "parallel.tensor.mode": "isp", "parallel.tensor.size": 2},
+        4,
+        None,
+    ),
+    ({"model.num_experts": 4, "parallel.expert.size": 4, "parallel.tensor.size": 2}, 4, "parallel.expert.size"),
+    (
+        {
+            "model.num_experts": 4,
+            "parallel.expert.size": 4,
+            "parallel.expert_weight.size": 2,
+            "parallel.tensor.mode": "isp",
+        },
+        4,
+        "parallel.expert.size",
+    ),
+]
+
+
+def build(changes):
+    tree = {name: dict(section) for name, section in BASE.items()}
+    for path, value in changes.items():
+        *outer, name = path.split(".")
+        place = tree
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[name] = value
+    return Config.model_validate(tree)
+
+
+@pytest.mark.parametrize("changes, world_size, key", CASES)
+def test_rule(changes, world_size, key):
+    found = list(find_mistakes(build(changes), world_size))
+    assert [mistake.keys[0] for mistake in found] == ([] if key is None else [key]), [m.text for m in found]
+    known = {path for path, _ in walk_schema(Config)}
+    for mistake in found:
+        assert set(mistake.keys) <= known
+        assert mistake.text.startswith(mistake.keys[0]), "a mistake names the key to mend first"
+        assert ";" in mistake.text or any(word in mistake.text for word in ("must", "need", "expected", "give", "not"))
+
+
+def test_the_divisors_are_offered():
+    (mistake,) = find_mistakes(build({"parallel.zero1.size": 5}), 12)
+    assert mistake.text.endswith("use -1 (all of them) or one of 1, 2, 3, 4, 6, 12")
+
+
+@pytest.mark.parametrize(
+    "changes, world_size, data, weights",
+    [
+        ({}, 8, 8, 8),
+        ({"parallel.tensor.size": 2, "parallel.pipeline.size": 2}, 8, 2, 2),
+        ({"parallel.tensor.size": 2, "parallel.tensor.mode": "isp", "parallel.weight.size": 4}, 16, 8, 4),
+        ({"parallel.tensor.size": 3}, 8, None, None),
+    ],
+)
+def test_ranks(changes, world_size, data, weights):
+    config = build(changes)
+    assert (data_ranks(config, world_size), weight_data_ranks(config, world_size)) == (data, weights)

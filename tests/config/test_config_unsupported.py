@@ -1,0 +1,124 @@
+"""What is not there yet is refused by name, key by key; nothing is silently ignored."""
+
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic import ValidationError
+
+from internlm.config.schema import Config
+from internlm.config.schema.base import Status, default_of, key_info, walk_schema
+from internlm.config.unsupported import LATER_FAMILIES, find_ineffective, find_unsupported
+
+BASE = {
+    "data": dict(seq_len=16, micro_bsz=2, total_steps=10),
+    "model": dict(vocab_size=64, hidden_size=32, num_layers=4, num_attention_heads=4),
+    "ckpt": dict(save_ckpt_folder="x", checkpoint_every=5),
+}
+
+
+def build(path, value):
+    tree = {name: dict(section) for name, section in BASE.items()}
+    place = tree
+    *outer, name = path.split(".")
+    for part in outer:
+        place = place.setdefault(part, {"path": "x"} if part == "load_ckpt_info" else {})
+    place[name] = value
+    return Config.model_validate(tree)
+
+
+def at(config, path):
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def other_value(path, field) -> Any:
+    """Some value that the key takes and that is not its default."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    for value in (*words, 7, True, False, 0.5, 0.25, "other", ["a"], [1], {"a": "b"}, [{"a": "b"}], {"a": 1}):
+        try:
+            config = build(path, value)
+        except ValidationError:
+            continue
+        if at(config, path) != default_of(field):
+            return value
+    raise AssertionError(f"no value found for {path}")
+
+
+def keys(*statuses):
+    return [
+        pytest.param(path, other_value(path, field), id=path)
+        for path, field in walk_schema(Config)
+        if key_info(field).status in statuses
+        and not key_info(field).forced
+        and "rope_scaling" not in path
+        and path != "ckpt.load_ckpt_info"
+    ]
+
+
+@pytest.mark.parametrize("path, value", keys(Status.LATER))
+def test_a_later_key_is_refused_by_name(path, value):
+    found = [m for m in find_unsupported(build(path, value)) if m.keys == (path,)]
+    assert len(found) == 1
+    assert found[0].text.startswith(f"{path} = {at(build(path, value), path)!r}: ")
+    assert "is not yet supported; set it to " in found[0].text
+
+
+@pytest.mark.parametrize("path, value", keys(Status.NO_EFFECT))
+def test_a_key_without_effect_gives_a_notice(path, value):
+    config = build(path, value)
+    assert list(find_unsupported(config)) == []
+    (notice,) = find_ineffective(config, lambda _: None)
+    assert notice.startswith("no effect: ") and path in notice and "(" in notice
+
+
+@pytest.mark.parametrize("path, value", keys(Status.SUPPORTED, Status.DEPENDENT))
+def test_other_keys_are_neither_refused_nor_without_effect(path, value):
+    config = build(path, value)
+    assert [m.text for m in find_unsupported(config)] == []
+    assert list(find_ineffective(config, lambda _: None)) == []
+
+
+def test_sections_that_are_absent_by_default():
+    assert list(find_unsupported(build("ckpt.load_ckpt_info", dict(path="x")))) == []
+
+
+def test_rope_scaling():
+    assert list(find_unsupported(build("model.rope_scaling", dict(type="yarn", factor=4)))) == []
+
+
+def test_the_default_config_is_supported_and_silent():
+    config = Config.model_validate(BASE)
+    assert list(find_unsupported(config)) == []
+    assert list(find_ineffective(config, lambda _: None)) == []
+
+
+@pytest.mark.parametrize("size", [-1, 0, 1])
+def test_expert_sizes_that_ask_for_nothing(size):
+    assert list(find_unsupported(build("parallel.expert.size", size))) == []
+
+
+def test_snapshots_are_refused_only_while_saving():
+    config = build("ckpt.oss_snapshot_freq", 5)
+    assert len(list(find_unsupported(config))) == 1
+    off = config.model_copy(update={"ckpt": config.ckpt.model_copy(update={"enable_save_ckpt": False})})
+    assert list(find_unsupported(off)) == []
+
+
+@pytest.mark.parametrize("prefix", ["boto3:s3://", "volc:vc://", "oss2:ali://"])
+def test_object_stores(prefix):
+    (mistake,) = find_unsupported(build("ckpt.save_ckpt_folder", prefix + "bucket"))
+    assert "object stores are not yet supported" in mistake.text
+    (mistake,) = find_unsupported(build("ckpt.load_ckpt_info", dict(path=prefix + "bucket")))
+    assert mistake.keys == ("ckpt.load_ckpt_info.path",)
+
+
+def test_local_folders():
+    assert list(find_unsupported(build("ckpt.save_ckpt_folder", "local:/data/x"))) == []
+
+
+@pytest.mark.parametrize("family", LATER_FAMILIES)
+def test_families(family):
+    (mistake,) = find_unsupported(build("model_type", family))
+    assert family in mistake.text and LATER_FAMILIES[family] in mistake.text

@@ -1,0 +1,95 @@
+"""The configs we ship: all load, except that layouts of a later version are refused by name and by nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from internlm.config.loader import load_config
+from internlm.utils.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# Parameters in billions, as the cards of the published models give them; and a world size that fits the layout.
+DENSE = {
+    "demo.py": (None, 1),
+    "7B_sft.py": (7.32, 8),
+    "7B_internlm2.py": (7.74, 8),
+    "1.8B_internlm2.py": (1.89, 8),
+    "7B_llama2.py": (6.74, 8),
+    "8B_llama3.py": (8.03, 8),
+    "7B_mistral.py": (7.24, 8),
+    "7B_qwen2.py": (7.62, 16),
+    "8B_qwen3.py": (8.19, 8),
+    "7B_baichuan2.py": (7.51, 8),
+    "7B_gemma.py": (8.54, 8),
+    "8B_internlm3.py": (8.80, 8),
+}
+LATER = {
+    "7B_isp_sft.py": (7.74, 16, {"tensor", "weight"}),
+    "20B_internlm2.py": (19.86, 128, {"pipeline", "weight", "selective"}),
+    "20B_sft.py": (20.09, 32, {"tensor"}),
+    "30B_llama2.py": (32.53, 32, {"tensor", "pipeline"}),
+    "70B_llama2.py": (68.98, 64, {"tensor", "pipeline"}),
+}
+
+
+def parameters(config) -> int:
+    """Weights of a decoder with gated MLP, counted from the shape alone."""
+    model = config.model
+    heads = model.num_attention_heads
+    size = model.head_dim or model.hidden_size // heads
+    kv_heads = model.num_kv_attention_heads or heads
+    attention = model.hidden_size * size * (2 * heads + 2 * kv_heads)
+    bias = size * (heads + 2 * kv_heads) if model.qkv_bias or config.model_type == "INTERNLM" else 0
+    bias += model.hidden_size if config.model_type == "INTERNLM" else 0
+    layer = attention + bias + 3 * model.hidden_size * model.ffn_size + 2 * model.hidden_size
+    layer += 2 * size if model.qk_norm else 0
+    embeddings = (1 if config.model_type == "GEMMA" else 2) * model.vocab_size * model.hidden_size
+    return model.num_layers * layer + embeddings + model.hidden_size
+
+
+def test_every_config_is_tested():
+    assert {path.name for path in CONFIGS.glob("*.py")} == set(DENSE) | set(LATER)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_configs_load_in_their_published_size(name):
+    billions, world_size = DENSE[name]
+    loaded = load_config(CONFIGS / name, world_size=world_size)
+    assert loaded.notices == []
+    assert loaded.config.ckpt.auto_resume and loaded.config.ckpt.enable_save_ckpt
+    if billions is not None:
+        assert parameters(loaded.config) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_layouts_of_a_later_version_are_refused_by_name_only(name):
+    billions, world_size, features = LATER[name]
+    with pytest.raises(ConfigError) as error:
+        load_config(CONFIGS / name, world_size=world_size)
+    assert all("is not yet supported; set it to" in mistake for mistake in error.value.mistakes)
+    assert {mistake.split(" = ")[1].split(": ")[1].split()[0] for mistake in error.value.mistakes} == features
+    plain = [f"parallel.{name}.size=1" for name in ("tensor", "pipeline", "weight")]
+    loaded = load_config(CONFIGS / name, [*plain, "selective_checkpoint=False"], world_size=world_size)
+    assert parameters(loaded.config) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_demo_runs_on_a_laptop():
+    config = load_config(CONFIGS / "demo.py").config
+    assert parameters(config) < 20e6
+    assert config.data.tokenizer_path == "data/demo/tokenizer.json"
+    assert (config.data.train_folder, config.data.valid_folder) == ("data/demo/train", "data/demo/valid")
+
+
+@pytest.mark.parametrize("name", ["internlm_7B", "internlm_20B", "internlm2_1B", "internlm2_7B", "internlm2_20B"])
+def test_model_bases_are_found_by_the_names_users_know(name, tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from internlm.utils.utils import read_base\nwith read_base():\n"
+        "    from configs._base_.default_runtime import *\n"
+        f"    from configs._base_.models.{name} import *\n"
+        "data = dict(seq_len=16, micro_bsz=1, total_steps=5)\nckpt = dict(enable_save_ckpt=False)\n"
+    )
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_config(path, ["parallel.tensor.size=1"], world_size=16).config
+    assert config.model.hidden_size >= 2048 and config.adam.lr == 1e-4
