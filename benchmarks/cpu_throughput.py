@@ -3,7 +3,7 @@
     python benchmarks/cpu_throughput.py [--rounds 5] [--steps 3] [--threads 2]
 
 Contenders train the same shape (a Llama: hidden 384, 6 layers, 6 heads, ffn 1024, vocab 8192) on the same tokens
-(8 x 512 a step), uncompiled, each in a process of its own. Rounds are interleaved, so that whatever else the machine does
+(8 x 512 a step), uncompiled, each in a process of its own. Rounds are interleaved, so that what else the machine does
 hits all of them; a contender's figure is its median round. Memory is the peak resident set, less what the process held
 before it built the model.
 """

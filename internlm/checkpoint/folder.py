@@ -1,8 +1,8 @@
 """Where checkpoints lie and when one counts: one folder a step, complete from one instant to the next.
 
-    <save>/<step>/            tensors (torch.distributed.checkpoint), context.json, config.json, config_file.py
-    <save>/<step>/<step>.step written last, before the folder gets its name: the mark of a complete checkpoint
-    <save>/.writing-<step>    a save in progress, or what is left of one that was killed
+<save>/<step>/            tensors (torch.distributed.checkpoint), context.json, config.json, config_file.py
+<save>/<step>/<step>.step written last, before the folder gets its name: the mark of a complete checkpoint
+<save>/.writing-<step>    a save in progress, or what is left of one that was killed
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ def resolve(path: Path) -> Path:
         return path / str(steps[-1])
     if path.name.isdigit():
         raise CheckpointError(
-            f"the checkpoint '{path}' is incomplete: its mark '{marker(path).name}' is missing, so its save did not finish; "
-            f"use another step"
+            f"the checkpoint '{path}' is incomplete: its mark '{marker(path).name}' is missing, so its save did "
+            f"not finish; use another step"
         )
-    raise CheckpointError(f"there is no complete checkpoint in '{path}'; expected a folder named by its step, such as 100/")
+    raise CheckpointError(
+        f"there is no complete checkpoint in '{path}'; expected a folder named by its step, such as 100/"
+    )
 
 
 def begin_writing(save_folder: Path, step: int) -> Path:

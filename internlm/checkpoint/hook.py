@@ -10,7 +10,7 @@ logger = get_logger(__name__)
 
 
 class CheckpointHook(Hook):
-    """Saves every `every` steps, and at the end of the loop if the last step is not saved yet (also on a stop request)."""
+    """Saves every `every` steps, and at the end of the loop (also on a stop request) a step not saved yet."""
 
     name = "checkpoint"
 

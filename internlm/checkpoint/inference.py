@@ -34,9 +34,7 @@ def load_model_for_inference(path: Path | str, device: torch.device | str = "cpu
         raise CheckpointError(f"'{folder / CONFIG_FILE}' cannot be read: {error}") from error
     config = Config.model_validate(values)
     with torch.device("meta"):
-        model = build_model(
-            config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None
-        )
+        model = build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
     parallelize(model, ParallelContext.create(device=device), seed=config.seed)
     load_tensors(folder, model_tensors(model), no_dist=True)
     return model.eval(), config

@@ -1,8 +1,8 @@
 """Saving and resuming a run.
 
-A checkpoint holds global tensors: weights under `model/<name>`, optimizer state under `optimizer/<kind>/<name>`, the random
-state of each rank under `rng/<rank>`, and in `context.json` the counters, the data cursor, the scaler and the hooks.
-Nothing in it depends on the layout that wrote it.
+A checkpoint holds global tensors: weights under `model/<name>`, optimizer state under `optimizer/<kind>/<name>`, the
+random state of each rank under `rng/<rank>`, and in `context.json` the counters, the data cursor, the scaler and the
+hooks. Nothing in it depends on the layout that wrote it.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ def load_tensors(path: Path, tensors: dict[str, Any], *, no_dist: bool) -> None:
     for key, value in tensors.items():
         if key not in saved:
             mistakes.append(f"'{key}' is missing")
-        elif isinstance(value, BoxedTensor) and saved[key].size != value.size():
-            mistakes.append(f"'{key}' has shape {list(saved[key].size)}, the model wants {list(value.size())}")
+        elif isinstance(value, BoxedTensor):
+            found = getattr(saved[key], "size", None)
+            if found != value.size():
+                mistakes.append(f"'{key}' has shape {list(found or [])}, the model wants {list(value.size())}")
     if mistakes:
         shown = "\n  ".join(mistakes[:20])
         more = f"\n  and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
@@ -114,12 +116,13 @@ class CheckpointManager:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        if self.save_folder is None:
+        save_folder = self.save_folder
+        if save_folder is None:
             raise CheckpointError("this run has no folder to save to: set ckpt.save_ckpt_folder")
         step = trainer.state.step
         context = trainer.context
-        writing = self.save_folder / f".writing-{step}"
-        _on_main_rank(context, lambda: folders.begin_writing(self.save_folder, step), f"prepare '{writing}'")
+        writing = save_folder / f".writing-{step}"
+        _on_main_rank(context, lambda: folders.begin_writing(save_folder, step), f"prepare '{writing}'")
         optimizer = trainer.engine.optimizer
         assert isinstance(optimizer, HybridZeroOptimizer)
         optimizer.finish_gathering()
@@ -157,7 +160,7 @@ class CheckpointManager:
             folders.finish_writing(writing, step)
 
         _on_main_rank(context, finish, f"complete the checkpoint of step {step} in '{self.save_folder}'")
-        return self.save_folder / str(step)
+        return save_folder / str(step)
 
     # -- loading --------------------------------------------------------------------------------------------------
 

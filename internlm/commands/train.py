@@ -18,7 +18,7 @@ from internlm.core.failure import ECHO, FailureWatch
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_meta_model, build_trainer, set_numerics
 from internlm.initialize.launch import LAUNCHERS, Launch, choose_device, connect, detect_launch, disconnect
-from internlm.model.ops.registry import describe
+from internlm.model.ops.describe import describe
 from internlm.utils.errors import UserError
 from internlm.utils.logging import configure_logging, get_logger
 
@@ -41,8 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change a key of the config; may be given many times",
     )
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where logs and metrics go (default: RUN/<job>/<time>)")
-    parser.add_argument("--print-config", action="store_true", help="print every key, its value and its origin, and exit")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="where logs and metrics go (default: RUN/<job>/<time>)"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every key, its value and its origin, and exit"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the config, print layout and sizes, and exit")
 
 
@@ -157,4 +161,6 @@ def _say_goodbye(trainer: Trainer) -> None:
     if trainer.stop_reason is None:
         logger.info("done: %d steps, %d tokens", trainer.state.step, trainer.state.num_consumed_tokens)
     else:
-        logger.warning("stopped at step %d: %s; the same command goes on from here", trainer.state.step, trainer.stop_reason)
+        logger.warning(
+            "stopped at step %d: %s; the same command goes on from here", trainer.state.step, trainer.stop_reason
+        )

@@ -368,34 +368,6 @@ def _shape(config: Config, world_size: int) -> Iterator[Mistake]:
                 )
 
 
-_FIXED = {"GEMMA": {"add_unit_offset": True, "use_swiglu": False}} | {
-    family: {"add_unit_offset": False, "use_swiglu": True}
-    for family in (
-        "INTERNLM",
-        "INTERNLM2",
-        "INTERNLM3",
-        "LLAMA2",
-        "LLAMA3",
-        "QWEN2",
-        "QWEN3",
-        "BAICHUAN2",
-        "MISTRAL",
-    )
-}
-
-
-def _family(config: Config, world_size: int) -> Iterator[Mistake]:
-    """Ours: keys that InternEvo's configs repeat, and that the family fixes."""
-    for name, fixed in _FIXED.get(config.model_type, {}).items():
-        value = getattr(config.model, name)
-        if value is not None and value != fixed:
-            yield Mistake(
-                (f"model.{name}", "model_type"),
-                f"model.{name} = {value}: the family {config.model_type} has {fixed}; leave it out, or register a "
-                "family of your own",
-            )
-
-
 def _numerics(config: Config, world_size: int) -> Iterator[Mistake]:
     """Ours: schedules, gradient format and what may be loaded."""
     schedule, adam = config.lr_scheduler, config.adam
@@ -455,6 +427,5 @@ RULES: tuple[Rule, ...] = (
     _world,
     _data,
     _shape,
-    _family,
     _numerics,
 )

@@ -1,8 +1,9 @@
 """When one rank fails, all stop, and everyone's log says why.
 
-A rank that fails writes the cause into the job's key-value store and ends. Every rank has a thread that looks there; when
-a cause appears and its own rank has not ended by itself within a grace period (it may hang in a collective that will never
-complete), the thread logs the cause and ends the process. The collectives' own timeouts are minutes; this takes seconds.
+A rank that fails writes the cause into the job's key-value store and ends. Every rank has a thread that looks there;
+when a cause appears and its own rank has not ended by itself within a grace period (it may hang in a collective that
+will never complete), the thread logs the cause and ends the process. The collectives' own timeouts are minutes; this
+takes seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 import torch.distributed as dist
 
@@ -32,7 +34,11 @@ class FailureWatch:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
-        self._store = dist.distributed_c10d._get_default_store().clone() if world_size > 1 else None
+        self._store: Any = None
+        if world_size > 1:
+            # A connection of its own: the watching thread must not wait behind a collective's use of the store.
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = store.clone()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 

@@ -17,7 +17,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook, TrainState
 from internlm.core.metrics import StepMetrics
-from internlm.data.batch import Batch, MicroBatch
+from internlm.data.batch import Batch
 from internlm.eval.metrics import TokenSums, evaluation_results
 from internlm.utils.logging import get_logger
 
@@ -41,13 +41,13 @@ class Trainer:
 
     Args:
         engine: one optimization step.
-        train_loader: this data rank's batches. When it has `seek(step, num_consumed_samples)`, it is called at the start.
+        train_loader: this data rank's batches. Its `seek(step, num_consumed_samples)`, if any, is called at the start.
         total_steps: steps of the whole run; steps of a resumed run count.
         lr: step (0 for the first) -> learning rate.
         beta2: step -> second AdamW coefficient; None keeps the optimizer's.
         hooks: called in this order.
         run_dir: where the run writes.
-        valid_sets: name -> iterable of micro batches, the same number on every data rank.
+        valid_sets: name -> batches of this data rank, as many micro batches as on every other one.
         checkpointer: None saves nothing.
         is_skipped: step -> whether its batch is passed over without training.
     """
@@ -62,7 +62,7 @@ class Trainer:
         beta2: Callable[[int], float] | None = None,
         hooks: Sequence[Hook] = (),
         run_dir: Path | str = "runs/anonymous",
-        valid_sets: Mapping[str, Iterable[MicroBatch]] | None = None,
+        valid_sets: Mapping[str, Iterable[Batch]] | None = None,
         checkpointer: Checkpointer | None = None,
         is_skipped: Callable[[int], bool] = lambda step: False,
     ) -> None:
@@ -176,11 +176,12 @@ class Trainer:
             `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` for each set.
         """
         results: dict[str, float] = {}
-        for name, micro_batches in self.valid_sets.items():
+        for name, batches in self.valid_sets.items():
             self.phase = f"evaluation of '{name}'"
             sums = TokenSums(num_types=1, device=self.context.device)
-            for micro_batch in micro_batches:
-                self.engine.evaluate(micro_batch, sums)
+            for batch in batches:
+                for micro_batch in batch.micro_batches:
+                    self.engine.evaluate(micro_batch, sums)
             results.update(evaluation_results(name, sums, self.engine.sum_over_data))
         self._call("on_evaluation_end", results)
         return results
@@ -216,7 +217,7 @@ class Trainer:
         return f"{phase}, step {self.state.step + 1}"
 
     def _all_ranks_stop(self) -> bool:
-        """Whether any rank had asked to stop one step ago, the same answer on every rank without waiting for this one."""
+        """Whether any rank had asked to stop one step ago: the same answer on every rank, and nothing waits for it."""
         if self.context.world_group is None:
             return self._stop_reason is not None
         self._stop_vote.wait()

@@ -62,9 +62,7 @@ def build_layout(config: Config, world_size: int) -> ParallelLayout:
 def build_meta_model(config: Config) -> nn.Module:
     """The model without storage, for counting and for `parallelize`."""
     with torch.device("meta"):
-        return build_model(
-            config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None
-        )
+        return build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
 
 
 def set_numerics(config: Config) -> None:
@@ -117,9 +115,7 @@ def build_trainer(
         decay_ratio=schedule.decay_ratio,
         last_epoch=schedule.last_epoch,
     )
-    beta2 = Beta2Schedule(
-        config.beta2_scheduler.init_beta2, config.beta2_scheduler.c, config.beta2_scheduler.cur_iter
-    )
+    beta2 = Beta2Schedule(config.beta2_scheduler.init_beta2, config.beta2_scheduler.c, config.beta2_scheduler.cur_iter)
     trainer = Trainer(
         engine,
         train_loader,
@@ -238,8 +234,9 @@ def build_hooks(
     if config.monitor.metrics_file:
         hooks.append(MetricsFileHook(numbers))
     if config.enable_tb:
-        folder = config.tensorboard_folder or os.environ.get("tensorboard_folder")
-        resumed = config.resume_tb_folder or os.environ.get("resume_tb_folder")
+        # The variables' names are InternEvo's.
+        folder = config.tensorboard_folder or os.environ.get("tensorboard_folder")  # noqa: SIM112
+        resumed = config.resume_tb_folder or os.environ.get("resume_tb_folder")  # noqa: SIM112
         hooks.append(
             TensorBoardHook(
                 numbers,

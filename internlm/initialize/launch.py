@@ -1,6 +1,7 @@
 """How this process was started, and its connection to the others.
 
-Three launchers: none (one process), torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and srun (SLURM_*).
+Three launchers: none (one process), torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and srun
+(SLURM_*).
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ def connect(launch: Launch, device: torch.device, backend: str | None = None, ti
         )
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise LaunchError(
-            f"rank {launch.rank} of {launch.world_size} could not meet the others at {launch.host}:{launch.port}: {error}; "
-            f"check that the host is reachable and the port free (--port)"
+            f"rank {launch.rank} of {launch.world_size} could not meet the others at {launch.host}:{launch.port}: "
+            f"{error}; check that the host is reachable and the port free (--port)"
         ) from error
 
 

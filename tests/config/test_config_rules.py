@@ -235,10 +235,6 @@ CASES = [
     ),
     ({"model.no_bias": True, "model.qkv_bias": True}, 1, "model.qkv_bias"),
     ({"model.no_bias": True, "model.qkv_bias": False}, 1, None),
-    ({"model.add_unit_offset": True}, 1, "model.add_unit_offset"),
-    ({"model.add_unit_offset": True, "model.use_swiglu": False, "model_type": "GEMMA"}, 1, None),
-    ({"model.use_swiglu": True, "model_type": "GEMMA"}, 1, "model.use_swiglu"),
-    ({"model.add_unit_offset": True, "model_type": "MINE"}, 1, None),
     ({"lr_scheduler.eta_min": 1.0}, 1, "lr_scheduler.eta_min"),
     (
         {"lr_scheduler.type": "wsd", "lr_scheduler.decay_ratio": 0.8, "lr_scheduler.warmup_ratio": 0.3},

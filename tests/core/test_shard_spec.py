@@ -12,9 +12,7 @@ from internlm.core.parallel.shard_spec import Box, ShardSpec
 def fused_columns(ranks: int, rank: int, rows: int, columns: int) -> ShardSpec:
     """A [2 * rows, columns] weight, two fused halves, each split by rows: two boxes a rank."""
     part = rows // ranks
-    boxes = tuple(
-        Box((half * rows + rank * part, 0), (half * part, 0), (part, columns)) for half in range(2)
-    )
+    boxes = tuple(Box((half * rows + rank * part, 0), (half * part, 0), (part, columns)) for half in range(2))
     return ShardSpec("w13", (2 * rows, columns), (2 * part, columns), boxes)
 
 

@@ -16,6 +16,7 @@ from helpers.tiny import micro_batch
 
 from internlm.checkpoint.folder import complete_steps
 from internlm.core.hooks import Hook
+from internlm.data.batch import Batch
 from internlm.model.ops.attention import Segments
 
 
@@ -128,7 +129,7 @@ def test_two_runs_in_one_process_do_not_touch_each_other() -> None:
 def test_evaluation_is_the_mean_over_all_tokens_of_a_set() -> None:
     trainer = new_trainer(None, 1)
     micros = [micro_batch(5, masked=0.1), micro_batch(6, (20,), masked=0.6)]
-    trainer.valid_sets = {"books": micros}
+    trainer.valid_sets = {"books": [Batch(micros, num_samples=2)]}
     results = trainer.evaluate()
     model = trainer.engine.model
     losses, hits = [], []

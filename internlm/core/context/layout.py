@@ -1,7 +1,8 @@
 """From the sizes in the `parallel` section to the three views of the ranks.
 
 Pure arithmetic: thousands of ranks are laid out without a process group. The rank order is InternEvo's: tensor (or
-weight, or expert tensor) innermost, then context or expert, then data with ZeRO as its inner sub-axis, pipeline outermost.
+weight, or expert tensor) innermost, then context or expert, then data with ZeRO as its inner sub-axis, and pipeline
+outermost.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class ParallelLayout:
     def __post_init__(self) -> None:
         data = self.weight_data_size if self.is_isp else self.data_size
         if self.zero > 0 and data % self.zero:
+            axis = "weight-data" if self.is_isp else "data"
             raise ConfigError(
-                f"parallel.zero1.size = {self.zero} does not divide the {'weight-' if self.is_isp else ''}data-parallel "
-                f"size {data}; allowed: -1 or a divisor of {data}"
+                f"parallel.zero1.size = {self.zero} does not divide the {axis}-parallel size {data}; allowed: -1 or a "
+                f"divisor of {data}"
             )
         _quotient(self.world_size, self.pipeline * self.expert * self.expert_inner, "pipeline * expert * expert tensor")
 

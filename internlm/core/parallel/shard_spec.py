@@ -39,10 +39,7 @@ class Box:
     def intersect_local(self, offset: Index, size: Index) -> Box | None:
         """The part of this box inside a rectangle of the local tensor; None when they do not meet."""
         start = [max(a, b) for a, b in zip(self.local_offset, offset, strict=True)]
-        stop = [
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.local_offset, self.size, offset, size, strict=True)
-        ]
+        stop = [min(a + n, b + m) for a, n, b, m in zip(self.local_offset, self.size, offset, size, strict=True)]
         if any(a >= b for a, b in zip(start, stop, strict=True)):
             return None
         moved = tuple(g + a - b for g, a, b in zip(self.global_offset, start, self.local_offset, strict=True))
@@ -62,8 +59,8 @@ class ShardSpec:
         data_axis: the axis of `view` whose ranks see different data; gradients are summed over it, and its inner
             `zero` sub-axis shards the optimizer state.
         sharded_over: axes of `view` whose ranks hold different boxes; over every other axis it is replicated.
-        partial_over: axes over which it is replicated while each rank computes only a part of the gradient (a norm under
-            sequence parallelism); the gradient is summed over them too.
+        partial_over: axes over which it is replicated while each rank computes only a part of the gradient (a norm
+            under sequence parallelism); the gradient is summed over them too.
     """
 
     name: str
@@ -138,5 +135,7 @@ def shard_spec_of(parameter: Tensor) -> ShardSpec:
     """
     spec = getattr(parameter, "shard_spec", None)
     if spec is None:
-        raise ValueError("a parameter has no ShardSpec: pass the model through internlm.core.parallel.parallelize first")
+        raise ValueError(
+            "a parameter has no ShardSpec: pass the model through internlm.core.parallel.parallelize first"
+        )
     return spec

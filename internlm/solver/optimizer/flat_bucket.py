@@ -214,6 +214,8 @@ class FlatBucket:
             pieces = []
             for box in spec.boxes_of_flat_range(start - offset, stop - offset):
                 position = sum(index * stride for index, stride in zip(box.local_offset, strides, strict=True))
-                view = shard.as_strided(box.size, strides, offset + position - self.shard_start + shard.storage_offset())
+                view = shard.as_strided(
+                    box.size, strides, offset + position - self.shard_start + shard.storage_offset()
+                )
                 pieces.append((box, view))
             yield parameter, pieces

@@ -1,8 +1,9 @@
 """AdamW on fp32 masters that are sharded over (a part of) the data ranks: ZeRO stage 1, "hybrid" as in InternEvo.
 
-With `parallel.zero1.size = k` the optimizer state is sharded over k neighbouring data ranks and replicated over the rest:
-gradients are reduce-scattered over the k ranks and the shards summed over the replicas; updated parameters are gathered
-over the k ranks. Which groups those are comes from each parameter's ShardSpec. The optimizer knows nothing of models.
+With `parallel.zero1.size = k` the optimizer state is sharded over k neighbouring data ranks and replicated over the
+rest: gradients are reduce-scattered over the k ranks and the shards summed over the replicas; updated parameters are
+gathered over the k ranks. Which groups those are comes from each parameter's ShardSpec. The optimizer knows nothing
+of models.
 
 Sources: ZeRO, Rajbhandari et al. 2020 (arXiv:1910.02054); AdamW, Loshchilov and Hutter 2019 (arXiv:1711.05101).
 """
@@ -218,7 +219,7 @@ class HybridZeroOptimizer:
             if beta2 is not None:
                 group["betas"] = (group["betas"][0], beta2)
         # The fused kernel reads this flag on the device and leaves weights, moments and its step count as they are.
-        self.adamw.found_inf = skipped
+        self.adamw.found_inf = skipped  # type: ignore[attr-defined]
         self.adamw.step()
         self.scaler.update(skipped)
         self.gather_parameters()
@@ -266,7 +267,7 @@ class HybridZeroOptimizer:
         """Every tensor of the optimizer's state, as boxes of global tensors shaped like their parameters.
 
         Yields:
-            (key, parameter, pieces) with keys `master/<name>` (absent for fp32 parameters, which are their own masters),
+            (key, parameter, pieces) with keys `master/<name>` (absent for fp32 parameters, their own masters),
             `exp_avg/<name>` and `exp_avg_sq/<name>`; writing into the pieces writes into the state.
         """
         for bucket in self.buckets:
