@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.failure import ECHO, FailureWatch
 from internlm.core.trainer import Trainer
-from internlm.initialize.build import build_layout, build_meta_model, build_trainer, set_numerics
-from internlm.initialize.launch import LAUNCHERS, Launch, choose_device, connect, detect_launch, disconnect
+from internlm.initialize.build import build_layout, build_meta_model, build_trainer, check_buildable, set_numerics
+from internlm.initialize.launch import LAUNCHERS, Launch, LaunchError, choose_device, connect, detect_launch, disconnect
 from internlm.model.ops.registry import describe
 from internlm.utils.errors import UserError
 from internlm.utils.logging import configure_logging, get_logger
@@ -49,12 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print-config", action="store_true", help="print every key, its value and its origin, and exit"
     )
     parser.add_argument("--dry-run", action="store_true", help="check the config, print layout and sizes, and exit")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: as if N ranks had been started")
 
 
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     launch = detect_launch(options.launcher, options.port)
     configure_logging(launch.rank)
+    if options.world_size is not None:
+        if not options.dry_run or options.world_size < 1:
+            raise LaunchError("--world-size N (1 or more) goes with --dry-run; a run's ranks come from its launcher")
+        launch = replace(launch, world_size=options.world_size)
     overrides = list(options.overrides)
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
@@ -63,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
         if launch.rank == 0:
             print(format_config(loaded))
         return 0
+    check_buildable(loaded.config, launch.world_size)
     if options.dry_run:
         if launch.rank == 0:
             print(_dry_run(loaded, launch))
