@@ -242,9 +242,7 @@ def iterate_json_array(path: Path) -> Iterator[Any]:
             buffer, consumed = buffer[position:], consumed + position
             if not block:
                 if inside:
-                    raise DataError(
-                        f"{path}: the array ends without ']' at character {consumed}: the file is truncated"
-                    )
+                    raise DataError(f"{path}: truncated: the array ends without ']' at character {consumed}")
                 return
 
 
