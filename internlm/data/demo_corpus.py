@@ -23,7 +23,9 @@ from internlm.data.tokenize.text_inputs import TextOptions, find_inputs
 from internlm.data.tokenize.train_bpe import sample_texts, train_bpe
 from internlm.utils.errors import DataError
 
-_VALID_FRACTION = 0.02
+_HELD_OUT_EVERY = 80
+"""Of this many documents the first is held out."""
+_SPLITS = ("train", "valid")
 _TRAIN_BYTES = 8_000_000
 _SMALLEST, _LARGEST = 1_000, 1_000_000
 """Bytes of a file: smaller ones say little, larger ones are mostly generated tables."""
@@ -69,25 +71,17 @@ def prepare_demo_corpus(folder: Path, settings: DemoSettings, processes: int) ->
         raise DataError(f"{folder} exists and is not a demo corpus: remove it, or choose another --out")
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
-    (work / "text").mkdir(parents=True)
-    half = settings.max_bytes // 2
-    written = _write_text(work / "text" / "python.jsonl", _standard_library(), half)
-    _write_text(work / "text" / "packages.jsonl", _packages(), settings.max_bytes - written)
+    for split in _SPLITS:
+        (work / "text" / split).mkdir(parents=True)
+    written = _write_text(work / "text", "python", _standard_library(), settings.max_bytes // 2)
+    _write_text(work / "text", "packages", _packages(), settings.max_bytes - written)
     tokenizer = work / "tokenizer.json"
-    files = find_inputs([work / "text"])
+    files = find_inputs([work / "text" / "train"])
     train_bpe(sample_texts(files, TextOptions(), _TRAIN_BYTES), settings.vocab_size, tokenizer)
-    for path, _ in files:
-        options = TokenizeOptions(
-            inputs=(str(path),),
-            output=work / "train" / path.stem / f"{path.stem}.bin",
-            tokenizer=tokenizer,
-            processes=processes,
-            valid_fraction=_VALID_FRACTION,
-            valid_output=work / "valid" / path.stem / f"{path.stem}.bin",
-        )
-        for output in options.outputs:
-            output.parent.mkdir(parents=True)
-        tokenize(options)
+    for path, _ in find_inputs([work / "text"]):
+        output = work / path.parent.name / path.stem / f"{path.stem}.bin"
+        output.parent.mkdir(parents=True)
+        tokenize(TokenizeOptions((str(path),), output, tokenizer, processes=processes))
     facts = _facts(work, settings)
     (work / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(work / "text")
@@ -99,7 +93,7 @@ def prepare_demo_corpus(folder: Path, settings: DemoSettings, processes: int) ->
 
 def _facts(work: Path, settings: DemoSettings) -> dict[str, Any]:
     documents = size = 0
-    for path in sorted((work / "text").iterdir()):
+    for path, _ in find_inputs([work / "text"]):
         with open(path, encoding="utf-8") as lines:
             for line in lines:
                 documents += 1
@@ -119,15 +113,17 @@ def _facts(work: Path, settings: DemoSettings) -> dict[str, Any]:
     }
 
 
-def _write_text(path: Path, texts: Iterator[str], max_bytes: int) -> int:
-    """Write distinct texts up to `max_bytes` as JSON lines; returns the bytes of text."""
+def _write_text(folder: Path, name: str, texts: Iterator[str], max_bytes: int) -> int:
+    """Write distinct texts up to `max_bytes` as JSON lines, in train and valid; returns the bytes of text."""
     seen: set[bytes] = set()
     size = 0
-    with open(path, "w", encoding="utf-8") as file:
+    paths = [folder / split / f"{name}.jsonl" for split in _SPLITS]
+    with open(paths[0], "w", encoding="utf-8") as train, open(paths[1], "w", encoding="utf-8") as valid:
         for text in texts:
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             if digest in seen or size + len(text.encode()) > max_bytes:
                 continue
+            file = train if len(seen) % _HELD_OUT_EVERY else valid
             seen.add(digest)
             size += len(text.encode())
             file.write(json.dumps({"text": text}) + "\n")

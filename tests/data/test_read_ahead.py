@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 
+import psutil
 import pytest
 
 from internlm.data.read_ahead import ReadAheadThread, WorkerProcesses
@@ -96,7 +97,6 @@ def test_workers_end_when_their_parent_is_killed():
 
 def _runs(pid):
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"  # a zombie has ended; its new parent may not reap it
-    except FileNotFoundError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # a zombie has ended; nobody may ever reap it
+    except psutil.NoSuchProcess:
         return False

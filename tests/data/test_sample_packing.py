@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from internlm.data.dummy import DummySamples
+from internlm.data.folder import find_valid_sets
 from internlm.data.order import permute
 from internlm.data.packing import to_micro_batch
 from internlm.data.samples import FolderSamples
@@ -199,6 +200,15 @@ def test_truncated_file_is_refused_when_the_folder_is_opened(tmp_path):
 def test_files_directly_in_the_folder_are_one_type(tmp_path):
     write_documents(tmp_path / "mine" / "a.bin", [[(1, True)] * 50])
     assert source(tmp_path / "mine", "cut").type_names == ["mine"]
+
+
+def test_linked_folders_are_followed(tmp_path):
+    write_documents(tmp_path / "elsewhere" / "sub" / "a.bin", [[(1, True)] * 50])
+    for name in ("train/en", "valid/en/deep"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    assert source(tmp_path / "train", "cut").type_names == ["en"]
+    assert list(find_valid_sets(tmp_path / "valid")) == ["en/deep/sub"]
 
 
 def test_type_folder_without_files_keeps_its_id(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,9 @@ def find_inputs(paths: Iterable[str | Path], format: str | None = None) -> list[
     found: list[tuple[Path, str]] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [
-                (file, file.suffix[1:])
-                for file in sorted(path.rglob("*"))
-                if file.suffix[1:] in FORMATS and file.is_file()
-            ]
+            walk = os.walk(path, followlinks=True)
+            everything = sorted(Path(folder, name) for folder, _, names in walk for name in names)
+            inside = [(file, file.suffix[1:]) for file in everything if file.suffix[1:] in FORMATS]
             if not inside:
                 raise DataError(f"{path}: no file named *.{', *.'.join(FORMATS)} in this folder")
             found += inside
@@ -242,9 +241,7 @@ def iterate_json_array(path: Path) -> Iterator[Any]:
             buffer, consumed = buffer[position:], consumed + position
             if not block:
                 if inside:
-                    raise DataError(
-                        f"{path}: the array ends without ']' at character {consumed}: the file is truncated"
-                    )
+                    raise DataError(f"{path}: truncated: the array ends without ']' at character {consumed}")
                 return
 
 
