@@ -1,7 +1,7 @@
 """Which implementation of an op runs on which device, and why.
 
 Each op module decides once, from what is installed and what the device can do, and records that decision here. Nothing
-falls back silently: `describe` is what `doctor` and the training log print.
+falls back silently: `ops.describe` is what the training log prints.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ def register_op(name: str) -> Callable[[Callable[[torch.device], Choice]], Calla
     return decorate
 
 
-def describe(device: torch.device | str) -> dict[str, Choice]:
-    """Op name -> `Choice` for every op, on `device`."""
-    # Imported here because each of these modules imports this one to register itself.
-    from internlm.model.ops import attention, cross_entropy, gated, norm, rotary  # noqa: F401
+def choice_of(name: str, device: torch.device) -> Choice:
+    """What op `name` uses on `device`; its module must have been imported."""
+    return _CHOOSERS[name](device)
 
-    device = torch.device(device)
-    return {name: chooser(device) for name, chooser in sorted(_CHOOSERS.items())}
+
+def registered_ops() -> list[str]:
+    """Names of all ops whose modules were imported, sorted."""
+    return sorted(_CHOOSERS)
