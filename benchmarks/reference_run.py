@@ -70,9 +70,9 @@ def build_ours(train: str, steps: int) -> tuple[Callable[[int], None], Callable[
         float(engine.train_step(next(batches), learning_rate(number, steps)).loss)
 
     def losses(rows: Any) -> Any:
-        positions = torch.arange(rows.shape[1] - 1).expand(rows.shape[0], -1)
-        logits = model.logits(model(rows[:, :-1], positions))
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+        inputs, labels = rows.unbind(1)
+        logits = model.logits(model(inputs, torch.arange(SEQ).expand_as(inputs)))
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     return step, losses
 
@@ -113,22 +113,23 @@ def build_plain(train: str, steps: int) -> tuple[Callable[[int], None], Callable
         loss.item()
 
     def losses(rows: Any) -> Any:
+        inputs, labels = rows.unbind(1)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(rows[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+            logits = model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     return step, losses
 
 
 def held_out_rows(folder: str, count: int) -> Any:
-    """int64 `[count, SEQ + 1]` token ids from the start of the documents of a valid folder."""
+    """int64 `[count, 2, SEQ]`: inputs and labels of whole pieces of the documents of a valid folder."""
     import torch
 
     from internlm.data.valid import build_valid_loaders
 
-    loaders = build_valid_loaders(folder, seq_len=SEQ + 1, micro_bsz=1, vocab_size=VOCAB, packed=False)
+    loaders = build_valid_loaders(folder, seq_len=SEQ, micro_bsz=1, vocab_size=VOCAB, packed=False)
     rows = (
-        micro.input_ids
+        torch.stack((micro.input_ids, micro.labels), dim=1)
         for loader in loaders.values()
         for batch in loader
         for micro in batch.micro_batches
@@ -144,7 +145,7 @@ def serve(name: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     step, losses = (build_ours if name == "ours" else build_plain)(options.train, options.steps)
-    rows = held_out_rows(options.valid, 64)
+    rows = held_out_rows(options.valid, 32)
     done, seconds = 0, 0.0
 
     def report() -> None:

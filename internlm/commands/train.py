@@ -18,7 +18,7 @@ from internlm.core.failure import ECHO, FailureWatch
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_meta_model, build_trainer, set_numerics
 from internlm.initialize.launch import LAUNCHERS, Launch, choose_device, connect, detect_launch, disconnect
-from internlm.model.ops.describe import describe
+from internlm.model.ops.registry import describe
 from internlm.utils.errors import UserError
 from internlm.utils.logging import configure_logging, get_logger
 

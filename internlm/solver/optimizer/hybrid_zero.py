@@ -212,6 +212,8 @@ class HybridZeroOptimizer:
         factor = 1.0 / self.scaler.scale
         if self.clip_grad_norm > 0:
             factor = factor * (self.clip_grad_norm / (grad_norm + CLIP_EPSILON)).clamp(max=1.0)
+        # A norm that is NaN must not reach the padding of the buffers, which no later gradient overwrites.
+        factor = torch.where(skipped > 0, 0.0, factor)
         for bucket, group in zip(self.buckets, self.adamw.param_groups, strict=True):
             bucket.grad_shard.mul_(factor)
             bucket.master.grad = bucket.grad_shard
