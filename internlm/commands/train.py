@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from internlm.config.loader import LoadedConfig, load_config
 from internlm.config.render import format_config
+from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.failure import ECHO, FailureWatch
@@ -104,7 +105,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             seed_everything(config.seed)
             set_numerics(config)
             context = ParallelContext.create(build_layout(config, launch.world_size), device)
-            _announce(config.JOB_NAME, context, run_dir)
+            _announce(config, context, run_dir)
             trainer = build_trainer(
                 config,
                 context,
@@ -143,17 +144,17 @@ def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
     return Path(run_dir[0])
 
 
-def _announce(job_name: str, context: ParallelContext, run_dir: Path) -> None:
+def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
     logger.info(
         "%s: %d rank(s) on %s, torch %s, Python %s; run directory %s",
-        job_name,
+        config.JOB_NAME,
         context.world_size,
         context.device.type,
         torch.__version__,
         sys.version.split()[0],
         run_dir,
     )
-    for operation, choice in describe(context.device).items():
+    for operation, choice in describe(context.device, use_flash_attn=config.model.use_flash_attn).items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
 
 

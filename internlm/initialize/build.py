@@ -260,15 +260,7 @@ def build_flops(config: Config, device: torch.device, model: nn.Module) -> Flops
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, Architecture):
         return None
-    shape = ModelShape(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        num_heads=architecture.num_heads,
-        num_kv_heads=architecture.num_kv_heads,
-        head_dim=architecture.head_dim,
-        ffn_size=architecture.intermediate_size,
-        vocab_size=architecture.vocab_size,
-    )
+    shape = ModelShape.of(architecture)
     if config.monitor.peak_tflops is not None:
         peak: float | None = config.monitor.peak_tflops * 1e12
     else:
