@@ -20,10 +20,10 @@ from internlm.utils.errors import ConfigError, DataError
 class TokenListLoader:
     """This data rank's batches of an iterable of token lists.
 
-    Lists are packed one behind the other and cut every micro_bsz * seq_len tokens; attention never crosses from one list
-    to the next, and is cut every seq_len tokens within one. Every rank reads all lists and takes its own samples, so the
-    global batches are the same for any number of data ranks. Nothing is dropped: the last batch is filled up with padding
-    that contributes no loss.
+    Lists are packed one behind the other and cut every micro_bsz * seq_len tokens; attention never crosses from one
+    list to the next, and is cut every seq_len tokens within one. Every rank reads all lists and takes its own samples,
+    so the global batches are the same for any number of data ranks. Nothing is dropped: the last batch is filled up
+    with padding that contributes no loss.
 
     Args:
         documents: lists (or one-dimensional integer arrays) of token ids, the same on every rank. An id -t is token t
@@ -114,7 +114,7 @@ class TokenListLoader:
         ids = np.abs(signed)
         if len(ids) and int(ids.max()) >= self._vocab_size:
             raise DataError(
-                f"document {number} (counted from 0): token {int(ids.max())} at position {int(ids.argmax())} is outside "
-                f"the vocabulary of {self._vocab_size}; the model's vocab_size must be that of the tokenizer"
+                f"document {number} (counted from 0): token {int(ids.max())} at position {int(ids.argmax())} is "
+                f"outside the vocabulary of {self._vocab_size}; the model's vocab_size must be that of the tokenizer"
             )
         return ids, signed >= 0

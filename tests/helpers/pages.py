@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -34,7 +35,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Every shell command, as words: those of the bash blocks, and code in a line that starts with one of our programs."""
+    """Every shell command, as words: in bash blocks, and in prose as code that starts with one of our programs."""
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     prose = _FENCE.sub("", text)
     lines += [code for code in re.findall(r"`([^`\n]+)`", prose) if code.split()[0] in _PROGRAMS and " " in code]
@@ -44,8 +45,10 @@ def commands(text: str) -> list[list[str]]:
         words = shlex.split(line, comments=True) if "..." not in line else []
         command: list[str] = []
         for word in [*words, ";"]:
-            if word in (";", "&&", "|", ">"):
-                found.append([w for i, w in enumerate(command) if i or "=" not in w])
+            if word in (";", "&&", "|"):
+                # Without variables in front, and without a redirection behind.
+                program = itertools.dropwhile(lambda word: "=" in word, command)
+                found.append(list(itertools.takewhile(lambda word: word != ">", program)))
                 command = []
             else:
                 command.append(word)
