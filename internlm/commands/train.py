@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from internlm.config.loader import LoadedConfig, load_config
 from internlm.config.render import format_config
-from internlm.config.schema import Config
+from internlm.config.schema import CkptConfig, Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.failure import ECHO, FailureWatch
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--config", required=True, metavar="FILE.py", help="the config file")
     parser.add_argument("--launcher", choices=LAUNCHERS, help="how ranks were started; recognised when not given")
-    parser.add_argument("--port", type=int, help="port where the ranks meet (default: MASTER_PORT, or 8888)")
+    parser.add_argument("--port", type=int, help="port where ranks of srun meet (default: MASTER_PORT, or 8888)")
     parser.add_argument("--seed", type=int, help="seed of weights; the same as --set seed=N")
     parser.add_argument("--backend", help="collectives' backend (default: nccl on GPUs, gloo on CPUs)")
     parser.add_argument("--profiling", action="store_true", help="write a torch profile of an early step")
@@ -124,14 +124,14 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
                 logger.info("nothing to do: the run already has its %d steps (data.total_steps)", trainer.total_steps)
             else:
                 trainer.fit()
-                _say_goodbye(trainer)
+                _say_goodbye(trainer, config.ckpt)
         except BaseException as error:
             failed = True
             phase = "start" if trainer is None else trainer.current_phase
             cause = watch.report(error, phase)
-            # A mistake of the user, or the echo of another rank's failure, needs no traceback of this rank.
-            if not isinstance(error, UserError) and not cause.startswith(ECHO):
-                logger.error("rank %d failed", launch.rank, exc_info=error)
+            # The echo of another rank's failure needs no details of this rank, and a mistake of the user no traceback.
+            if not cause.startswith(ECHO):
+                _log_details(error, launch.rank)
             logger.error("%s", cause)
             if isinstance(error, KeyboardInterrupt):
                 return 130
@@ -141,6 +141,14 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             if not failed:
                 disconnect()
     return 0
+
+
+def _log_details(error: BaseException, rank: int) -> None:
+    """What the one line of the cause leaves out."""
+    if not isinstance(error, UserError | KeyboardInterrupt):
+        logger.error("rank %d failed", rank, exc_info=error)
+    elif "\n" in str(error):
+        logger.error("%s", error)
 
 
 def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
@@ -165,10 +173,15 @@ def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
 
 
-def _say_goodbye(trainer: Trainer) -> None:
-    if trainer.stop_reason is None:
-        logger.info("done: %d steps, %d tokens", trainer.state.step, trainer.state.num_consumed_tokens)
+def _say_goodbye(trainer: Trainer, ckpt: CkptConfig) -> None:
+    step, reason = trainer.state.step, trainer.stop_reason
+    if reason is None:
+        logger.info("done: %d steps, %d tokens", step, trainer.state.num_consumed_tokens)
+        return
+    if trainer.checkpointer is None:
+        then = "nothing was saved, as ckpt.enable_save_ckpt is False"
+    elif not ckpt.auto_resume:
+        then = "the checkpoint was saved; to go on from it, set ckpt.auto_resume = True"
     else:
-        logger.warning(
-            "stopped at step %d: %s; the same command goes on from here", trainer.state.step, trainer.stop_reason
-        )
+        then = "the same command goes on from here"
+    logger.warning("stopped at step %d: %s; %s", step, reason, then)

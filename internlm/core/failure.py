@@ -26,6 +26,12 @@ ECHO = "stopped because "
 """How the cause begins on a rank that did not fail first."""
 
 
+def describe_error(error: BaseException) -> str:
+    """Class and message of an error in one line."""
+    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 class FailureWatch:
     """Shares the cause of a failure between the ranks of a job. With one process it only logs.
 
@@ -54,12 +60,12 @@ class FailureWatch:
             self._thread.join()
 
     def report(self, error: BaseException, phase: str) -> str:
-        """Tell all ranks why this one fails; returns the cause to be logged last.
+        """Tell all ranks why this one fails; returns the cause, one line, to be logged last.
 
         When another rank failed first, this rank's error is most likely a consequence (a closed connection), and the
         other rank's cause is returned.
         """
-        cause = f"rank {self.rank} failed in phase '{phase}': {type(error).__name__}: {error}"
+        cause = f"rank {self.rank} failed in phase '{phase}': {describe_error(error)}"
         if self._store is None:
             return cause
         try:
@@ -67,11 +73,9 @@ class FailureWatch:
             first = self._store.compare_set(KEY, "", cause).decode()
         except Exception:  # the rank that holds the store is gone
             return f"{cause} (the rank that held the job's store is gone: look at its log for the first cause)"
-        if first == cause:
-            # Give the others a moment to read the cause: this process may hold the store.
-            time.sleep(2 * POLL_SECONDS)
-            return cause
-        return ECHO + first
+        # Give the others a moment to read the cause: this process may hold the store.
+        time.sleep(2 * POLL_SECONDS)
+        return cause if first == cause else ECHO + first
 
     def _watch(self) -> None:
         assert self._store is not None

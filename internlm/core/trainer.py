@@ -81,6 +81,7 @@ class Trainer:
         self.is_main_rank = self.context.is_main_rank
         self.num_skipped_updates = torch.zeros((), dtype=torch.float32, device=self.context.device)
         self.phase = "start"
+        self._step_at_work = 0
         self._stop_reason: str | None = None
         # On the host: looking at it must not wait for the device.
         self._stop_flag = torch.zeros(())
@@ -111,6 +112,7 @@ class Trainer:
         batches = iter(self.train_loader)
         while self.state.step < self.total_steps and not self._all_ranks_stop():
             started = time.perf_counter()
+            self._step_at_work = self.state.step + 1
             self._call("on_step_start")
             self.phase = "loading a batch"
             loading = time.perf_counter()
@@ -205,7 +207,9 @@ class Trainer:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the loop was left before its end; None when it was not."""
+        """Why the loop is left before its end; None when it is not."""
+        if self.state.step >= self.total_steps:
+            return None
         if self._stop_reason is None and float(self._stop_flag) > 0:
             return "another rank asked for it"
         return self._stop_reason
@@ -214,7 +218,7 @@ class Trainer:
     def current_phase(self) -> str:
         """What this rank is doing, for people."""
         phase = self.phase if self.engine.phase == "idle" else self.engine.phase
-        return f"{phase}, step {self.state.step + 1}"
+        return f"{phase}, step {self._step_at_work}" if self._step_at_work else phase
 
     def _all_ranks_stop(self) -> bool:
         """Whether any rank had asked to stop one step ago: the same answer on every rank, and nothing waits for it."""

@@ -56,7 +56,7 @@ def detect_launch(
     Args:
         launcher: one of LAUNCHERS; None recognises it from the environment (torchrun before srun, since torchrun may
             run inside an srun allocation).
-        port: where the ranks meet; None takes MASTER_PORT, or 8888.
+        port: where the ranks of srun meet; None takes MASTER_PORT, or 8888. torchrun has chosen its own already.
 
     Raises:
         LaunchError: a variable of the launcher is missing or not a number.
@@ -78,11 +78,11 @@ def detect_launch(
             world_size=_integer(environment, "WORLD_SIZE", launcher),
             local_rank=_integer(environment, "LOCAL_RANK", launcher),
             host=_text(environment, "MASTER_ADDR", launcher),
-            port=port or _integer(environment, "MASTER_PORT", launcher),
+            port=_integer(environment, "MASTER_PORT", launcher),
         )
     if launcher == "slurm":
         if port is None:
-            port = int(environment.get("MASTER_PORT", DEFAULT_PORT))
+            port = _integer({"MASTER_PORT": str(DEFAULT_PORT), **environment}, "MASTER_PORT", launcher)
         return Launch(
             "slurm",
             rank=_integer(environment, "SLURM_PROCID", launcher),
@@ -125,11 +125,12 @@ def _first_host(environment: Mapping[str, str]) -> str:
 
 def first_host_of(node_list: str) -> str:
     """The first host of a SLURM node list such as `node[03-05,9],other1`, for where scontrol is not installed."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", node_list)
-    if match is None:
+    # Up to the first comma outside of brackets; of each bracket, the number before a comma or a dash.
+    entry = re.match(r"(?:[^\[,]|\[[^\]]*\])*", node_list)
+    host = re.sub(r"\[(\d*)[^\]]*\]", r"\1", entry.group()) if entry else ""
+    if not host or host.isdigit():
         raise LaunchError(f"SLURM_NODELIST = '{node_list}' names no host; set MASTER_ADDR")
-    prefix, number, suffix = match.groups()
-    return prefix + (number or "") + (suffix or "")
+    return host
 
 
 def choose_device(launch: Launch) -> torch.device:
