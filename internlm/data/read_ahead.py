@@ -13,6 +13,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
@@ -84,7 +85,7 @@ class WorkerProcesses(Generic[T]):
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("fork" if "fork" in methods else None)
         self._readers: list[Connection] = []
-        self._processes = []
+        self._processes: list[Any] = []
         for worker in range(num_workers):
             reader, writer = context.Pipe(duplex=False)
             self._readers.append(reader)
@@ -97,6 +98,8 @@ class WorkerProcesses(Generic[T]):
             writer.close()
             self._processes.append(process)
         self._turn = 0
+        # Python ends leftover processes with SIGTERM, which these ignore, and would then wait for them forever.
+        self._end = util.Finalize(None, _kill, args=(self._processes,), exitpriority=1)
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -123,10 +126,14 @@ class WorkerProcesses(Generic[T]):
 
     def stop(self) -> None:
         """End the processes at once; a consumer that waits in another thread gets an error."""
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join()
+        self._end()
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def _work(
@@ -137,9 +144,10 @@ def _work(
     writer: Connection,
     inherited: list[Connection],
 ) -> None:
-    # The parent decides when to end: Ctrl-C reaches the whole group, and its own handlers are not for its workers.
+    # The parent decides when to end: terminals and batch systems send these to all processes of a run, and the trainer
+    # needs its data until it has stopped.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for reader in inherited:
         reader.close()
     try:

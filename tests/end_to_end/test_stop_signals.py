@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.commands import Command, run_all, slurm_environments, write_config
+from helpers.commands import Command, write_config
 
 from internlm.checkpoint.folder import complete_steps
 
