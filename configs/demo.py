@@ -11,8 +11,8 @@ data = dict(
     seq_len=256,
     micro_bsz=8,  # sequences of a micro-batch
     micro_num=1,  # micro-batches of a step, on each data rank
-    total_steps=300,
-    valid_every=100,
+    total_steps=750,
+    valid_every=150,
     num_worker=1,
 )
 
@@ -28,14 +28,14 @@ model = dict(
     dtype="torch.bfloat16",
 )
 
-adam = dict(lr=2e-3, weight_decay=0.1)
-lr_scheduler = dict(warmup_ratio=0.05, eta_min=2e-4)  # cosine over all steps
+adam = dict(lr=3e-3, weight_decay=0.1)
+lr_scheduler = dict(warmup_ratio=0.05, eta_min=3e-4)  # cosine over all steps
 hybrid_zero_optimizer = dict(overlap_sync_grad=True, clip_grad_norm=1.0)
 
 ckpt = dict(
     save_ckpt_folder="runs/demo/checkpoints",
-    checkpoint_every=100,
+    checkpoint_every=150,
     auto_resume=True,  # the second run goes on where the first one stopped
 )
 
-monitor = dict(log_every=10)
+monitor = dict(log_every=25)

@@ -8,7 +8,7 @@ Shapes: B prompts, S prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Cache(Protocol):
     """Keys and values of the tokens seen so far; only the model looks inside."""
 
 
+@runtime_checkable
 class GenerativeModel(Protocol):
     """What generation needs of a model; every decoder of `internlm.model` has it."""
 
@@ -66,7 +67,10 @@ def generate(
     Raises:
         ConfigError: when an argument makes no sense.
     """
-    _check(input_ids, max_new_tokens, do_sample, temperature, top_k, top_p)
+    check_choices(max_new_tokens, do_sample, temperature, top_k, top_p)
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
+        shape = list(input_ids.shape)
+        raise ConfigError(f"input_ids: must be int64 [prompts, tokens >= 1], got {input_ids.dtype} {shape}")
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     batch_size, prompt_length = input_ids.shape
     device = input_ids.device
@@ -131,15 +135,15 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     return logits
 
 
-def _check(
-    input_ids: Tensor, max_new_tokens: int, do_sample: bool, temperature: float, top_k: int, top_p: float
+def check_choices(
+    max_new_tokens: int, do_sample: bool = False, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> None:
+    """Refuse values of these arguments of `generate` that make no sense.
+
+    Raises:
+        ConfigError: listing all of them.
+    """
     mistakes = []
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
-        mistakes.append(
-            f"input_ids: must be int64 [prompts, tokens] with at least one token, "
-            f"got {input_ids.dtype} {list(input_ids.shape)}"
-        )
     if max_new_tokens < 1:
         mistakes.append(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if not temperature > 0:

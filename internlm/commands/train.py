@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -17,13 +18,13 @@ import torch.distributed as dist
 
 from internlm.config.loader import LoadedConfig, load_config
 from internlm.config.render import format_config
-from internlm.config.schema import CkptConfig
+from internlm.config.schema import CkptConfig, Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.failure import ECHO, FailureWatch
 from internlm.core.trainer import Trainer
-from internlm.initialize.build import build_layout, build_meta_model, build_trainer, set_numerics
-from internlm.initialize.launch import LAUNCHERS, Launch, choose_device, connect, detect_launch, disconnect
+from internlm.initialize.build import build_layout, build_meta_model, build_trainer, check_buildable, set_numerics
+from internlm.initialize.launch import LAUNCHERS, Launch, LaunchError, choose_device, connect, detect_launch, disconnect
 from internlm.model.ops.registry import describe
 from internlm.utils.errors import UserError
 from internlm.utils.logging import configure_logging, get_logger
@@ -54,12 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print-config", action="store_true", help="print every key, its value and its origin, and exit"
     )
     parser.add_argument("--dry-run", action="store_true", help="check the config, print layout and sizes, and exit")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: as if N ranks had been started")
 
 
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     launch = detect_launch(options.launcher, options.port)
     configure_logging(launch.rank)
+    if options.world_size is not None:
+        if not options.dry_run or options.world_size < 1:
+            raise LaunchError("--world-size N (1 or more) goes with --dry-run; a run's ranks come from its launcher")
+        launch = replace(launch, world_size=options.world_size)
     overrides = list(options.overrides)
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
@@ -68,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
         if launch.rank == 0:
             print(format_config(loaded))
         return 0
+    check_buildable(loaded.config, launch.world_size)
     if options.dry_run:
         if launch.rank == 0:
             print(_dry_run(loaded, launch))
@@ -110,7 +117,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             seed_everything(config.seed)
             set_numerics(config)
             context = ParallelContext.create(build_layout(config, launch.world_size), device)
-            _announce(config.JOB_NAME, context, run_dir)
+            _announce(config, context, run_dir)
             trainer = build_trainer(
                 config,
                 context,
@@ -185,17 +192,17 @@ def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
     return Path(run_dir[0])
 
 
-def _announce(job_name: str, context: ParallelContext, run_dir: Path) -> None:
+def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
     logger.info(
         "%s: %d rank(s) on %s, torch %s, Python %s; run directory %s",
-        job_name,
+        config.JOB_NAME,
         context.world_size,
         context.device.type,
         torch.__version__,
         sys.version.split()[0],
         run_dir,
     )
-    for operation, choice in describe(context.device).items():
+    for operation, choice in describe(context.device, use_flash_attn=config.model.use_flash_attn).items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
 
 

@@ -31,8 +31,8 @@ class StepMetrics:
         num_consumed_tokens: tokens since the start of the run, this step included.
         num_consumed_samples: samples since the start of the run, this step included.
         inf_nan_skip_batches: scalar tensor, updates skipped since the start of the run.
-        seconds: wall time since the end of the previous step, by phase: "total", "data", "forward_backward",
-            "optimizer".
+        seconds: host time of this step by phase: "data" (waiting for the batch), "forward_backward", "optimizer", and
+            "total" from the start of the step to the end of the update, without the hooks that follow.
         extra: further scalar tensors, each already reduced over the global batch: "acc", "perplexity",
             "loss/<type>", "acc/<type>", "tokens/<type>", ...
     """

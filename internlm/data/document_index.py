@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,25 +142,25 @@ def _cached(path: Path, kind: str, suffix: str) -> Path | None:
     if not path.is_file() or not meta_path(path).is_file():
         return None
     name = _cache_name(path, kind, suffix)
-    return next((folder / name for folder in _cache_folders(path) if (folder / name).is_file()), None)
+    places = (folder / name for folder in _cache_folders(path))
+    return next((place for place in places if place.is_file() and os.access(place, os.R_OK)), None)
 
 
 def _store(path: Path, kind: str, suffix: str, write: Callable[[Path], object]) -> Path:
     name = _cache_name(path, kind, suffix)
     failures = []
     for folder in _cache_folders(path):
-        temporary = None
+        # Not tempfile: its files are for one user alone, and data is shared.
+        temporary = folder / f".tmp-{os.getpid()}-{secrets.token_hex(8)}{suffix}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=folder)
-            os.close(descriptor)
-            write(Path(temporary))
+            write(temporary)
             os.replace(temporary, folder / name)
             return folder / name
         except OSError as error:
             failures.append(str(error))
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+            if folder.is_dir():
+                temporary.unlink(missing_ok=True)
     raise DataError(
         f"{path}: its index can be written neither beside it nor in the user's cache ({'; '.join(failures)}). "
         "Set XDG_CACHE_HOME to a writable folder"

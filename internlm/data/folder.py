@@ -5,6 +5,7 @@ Owns the folder layout of the contract; opens no file.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def _existing(folder: str | Path) -> Path:
 
 
 def _sorted_bins(directory: Path, recursive: bool) -> list[Path]:
-    return sorted(
-        path for path in (directory.rglob("*.bin") if recursive else directory.glob("*.bin")) if path.is_file()
-    )
+    if not recursive:
+        return sorted(path for path in directory.glob("*.bin") if path.is_file())
+    # Not rglob, which does not follow links: large data is often linked into place.
+    walk = os.walk(directory, followlinks=True)
+    return sorted(Path(folder, name) for folder, _, names in walk for name in names if name.endswith(".bin"))

@@ -9,10 +9,7 @@ nor on the number of workers. A batch may straddle two epochs.
 
 from __future__ import annotations
 
-import os
-import queue
-import signal
-import threading
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 
 from internlm.data.batch import Batch
 from internlm.data.batch_plan import RampUp
 from internlm.data.dummy import DummySamples
 from internlm.data.order import sample_order
 from internlm.data.packing import PACKINGS, Packing, Sample, pin, to_micro_batch
+from internlm.data.read_ahead import ReadAheadThread, WorkerProcesses
 from internlm.data.samples import FolderSamples, SampleSource
-from internlm.utils.errors import ConfigError, UserError
+from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
-
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ def build_train_loader(
         fixed_random_dataset_seqlen: lengths of dummy documents are fixed.
         total_steps: the loader ends before this step; None never ends.
         pin_memory: put tensors into page-locked memory (needs CUDA).
-        prefetch: batches read ahead (a worker); 0, without workers, reads when asked.
+        prefetch: batches read ahead; 0, without workers, reads when asked.
     Raises:
         DataError: the data is missing or malformed.
         ConfigError: an argument is out of its range.
@@ -215,32 +210,33 @@ class TrainLoader:
             self._stop = None
 
     def _start(self) -> Iterator[Batch]:
-        requests = _requests(
-            self.step, self.consumed_samples, self._ramp_up, self._data_rank, self._data_size, self._total_steps
+        requests = functools.partial(
+            _requests,
+            self.step,
+            self.consumed_samples,
+            self._ramp_up,
+            self._data_rank,
+            self._data_size,
+            self._total_steps,
         )
-        fetched: Iterator[tuple[_Request, list[Sample]] | UserError]
         if self._num_workers > 0:
-            # A worker returns numpy arrays through a pipe: tensors would take a file descriptor each.
-            fetched = iter(
-                DataLoader(
-                    _Keyed(self._fetch),
-                    sampler=requests,
-                    batch_size=None,
-                    collate_fn=_unchanged,
-                    num_workers=self._num_workers,
-                    worker_init_fn=_leave_signals_to_the_trainer,
-                    prefetch_factor=max(1, self._prefetch),
-                )
-            )
-        else:
-            fetched = map(self._fetch, requests)
-        batches = _to_batches(fetched, self._pin_memory)
-        if self._num_workers == 0 and self._prefetch == 0:
+            workers = WorkerProcesses(self._fetch, requests, self._num_workers)
+            thread = ReadAheadThread(_to_batches(workers, self._pin_memory), max(1, self._prefetch))
+            # Finalizers also run when the loader is forgotten or the interpreter ends. The workers end first: the
+            # thread may be waiting for them.
+            self._stop = weakref.finalize(self, _stop_all, workers, thread)
+            return thread
+        batches = _to_batches(map(self._fetch, requests()), self._pin_memory)
+        if self._prefetch == 0:
             return batches
-        ahead = _ReadAhead(batches, max(1, self._prefetch))
-        # Also stops the thread when the loader is forgotten or the interpreter ends.
-        self._stop = weakref.finalize(self, ahead.stop)
-        return ahead
+        thread = ReadAheadThread(batches, self._prefetch)
+        self._stop = weakref.finalize(self, _stop_all, thread)
+        return thread
+
+
+def _stop_all(*running: ReadAheadThread[Any] | WorkerProcesses[Any]) -> None:
+    for each in running:
+        each.stop()
 
 
 def _requests(
@@ -265,88 +261,10 @@ class _Fetch:
         return request, [self.source.sample(int(index)) for index in order]
 
 
-class _Keyed(Dataset[Any]):
-    """A `Dataset` whose keys are requests."""
-
-    def __init__(self, fetch: _Fetch) -> None:
-        self._fetch = fetch
-
-    def __getitem__(self, request: _Request) -> tuple[_Request, list[Sample]] | UserError:
-        try:
-            return self._fetch(request)
-        except UserError as error:
-            return error  # as a value: torch would bury the message in a worker's traceback
-
-
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Make a worker deaf to a request to stop that was sent to all processes of a run, as terminals and batch systems
-    do: the trainer answers it, and needs its data until it has stopped. Only the trainer itself ends a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # where not (macOS), nobody can tell who sent a SIGTERM
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_termination, name="sigterm", daemon=True).start()
-
-
-def _await_termination() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def _to_batches(fetched: Iterator[tuple[_Request, list[Sample]] | UserError], pin_memory: bool) -> Iterator[Batch]:
-    for item in fetched:
-        if isinstance(item, UserError):
-            raise item
-        request, samples = item
+def _to_batches(fetched: Iterator[tuple[_Request, list[Sample]]], pin_memory: bool) -> Iterator[Batch]:
+    for request, samples in fetched:
         micro_batches = [to_micro_batch(sample) for sample in samples]
         if pin_memory:
             micro_batches = [pin(micro) for micro in micro_batches]
         indices = list(range(request.first, request.first + request.count))
         yield Batch(micro_batches, request.num_samples, indices)
-
-
-class _ReadAhead:
-    """Runs an iterator in a thread, at most `depth` items ahead; an exception reaches the consumer in its turn."""
-
-    def __init__(self, items: Iterator[Batch], depth: int) -> None:
-        self._items = items
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="data-read-ahead", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            for item in self._items:
-                if not self._put(item):
-                    return
-            self._put(StopIteration())
-        except BaseException as error:  # handed to the consumer, not lost with the thread
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=_POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        """End the thread; waits for the item it is reading."""
-        self._stopped.set()
-        self._thread.join()

@@ -65,6 +65,38 @@ def build_meta_model(config: Config) -> nn.Module:
         return build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
 
 
+def check_buildable(config: Config, world_size: int) -> None:
+    """Find the mistakes that only building shows (sizes of layers, phases of schedules) before any rank is connected.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if config.model.is_reward:
+        raise ConfigError("model.is_reward: this loop trains on the next token; a reward head needs a loop of your own")
+    build_layout(config, world_size)
+    build_meta_model(config)
+    build_schedules(config)
+    parse_skip_batches(config.data.skip_batches)
+
+
+def build_schedules(config: Config) -> tuple[LearningRateSchedule, Beta2Schedule]:
+    """Learning rate and second AdamW coefficient by step."""
+    lr, beta2 = config.lr_scheduler, config.beta2_scheduler
+    return (
+        LearningRateSchedule(
+            shape=lr.type,
+            base_lr=config.adam.lr,
+            total_steps=lr.total_steps,
+            init_steps=lr.init_steps,
+            warmup_ratio=lr.warmup_ratio,
+            eta_min=lr.eta_min,
+            decay_ratio=lr.decay_ratio,
+            last_epoch=lr.last_epoch,
+        ),
+        Beta2Schedule(beta2.init_beta2, beta2.c, beta2.cur_iter),
+    )
+
+
 def set_numerics(config: Config) -> None:
     """Set torch's process-wide switches for matrix products as the config says."""
     torch.backends.cuda.matmul.allow_tf32 = config.model.uses_tf32
@@ -95,8 +127,6 @@ def build_trainer(
     Raises:
         ConfigError, DataError, CheckpointError: a mistake in what the user gave.
     """
-    if config.model.is_reward:
-        raise ConfigError("model.is_reward: this loop trains on the next token; a reward head needs a loop of your own")
     train_loader = build_loader(config, context)
     model = parallelize(build_meta_model(config), context, seed=config.seed)
     engine = build_engine(config, context, model, train_loader.type_names)
@@ -104,18 +134,7 @@ def build_trainer(
         save_folder(config),
         files={CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1), "config_file.py": config_text},
     )
-    schedule = config.lr_scheduler
-    lr = LearningRateSchedule(
-        shape=schedule.type,
-        base_lr=config.adam.lr,
-        total_steps=schedule.total_steps,
-        init_steps=schedule.init_steps,
-        warmup_ratio=schedule.warmup_ratio,
-        eta_min=schedule.eta_min,
-        decay_ratio=schedule.decay_ratio,
-        last_epoch=schedule.last_epoch,
-    )
-    beta2 = Beta2Schedule(config.beta2_scheduler.init_beta2, config.beta2_scheduler.c, config.beta2_scheduler.cur_iter)
+    lr, beta2 = build_schedules(config)
     trainer = Trainer(
         engine,
         train_loader,
@@ -260,15 +279,7 @@ def build_flops(config: Config, device: torch.device, model: nn.Module) -> Flops
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, Architecture):
         return None
-    shape = ModelShape(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        num_heads=architecture.num_heads,
-        num_kv_heads=architecture.num_kv_heads,
-        head_dim=architecture.head_dim,
-        ffn_size=architecture.intermediate_size,
-        vocab_size=architecture.vocab_size,
-    )
+    shape = ModelShape.of(architecture)
     if config.monitor.peak_tflops is not None:
         peak: float | None = config.monitor.peak_tflops * 1e12
     else:

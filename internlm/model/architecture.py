@@ -106,6 +106,8 @@ class Architecture:
     embedding_multiplier: float
     embed_grad_scale: float
     """The gradient of the embedding is multiplied by this (GLM-130B, https://arxiv.org/abs/2210.02414)."""
+    use_flash_attn: bool
+    """Attention may use the flash-attn package."""
     residual_in_fp32: bool
     """The residual stream is kept in fp32 between the blocks."""
     checkpoint_fraction: float
@@ -179,6 +181,7 @@ class Architecture:
             is_reward=config.is_reward,
             embedding_multiplier=math.sqrt(config.hidden_size) if family.scale_embedding else 1.0,
             embed_grad_scale=config.embed_grad_scale,
+            use_flash_attn=config.use_flash_attn,
             residual_in_fp32=config.residual_in_fp32,
             checkpoint_fraction=config.checkpoint,
             dtype=config.torch_dtype,

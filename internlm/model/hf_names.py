@@ -143,9 +143,9 @@ def hf_config(architecture: Architecture) -> PretrainedConfig:
         reasons = ", ".join(reason for reason, holds in refused.items() if holds)
         raise ConfigError(f"transformers has no class for this model: {reasons}")
     if gemma:
-        return transformers.GemmaConfig(**keys, attention_bias=a.qkv_bias, hidden_activation="gelu_pytorch_tanh")
+        return transformers.GemmaConfig(**keys, attention_bias=a.qkv_bias)
     first_window = next((i for i, window in enumerate(a.windows) if window is not None), a.num_layers)
-    sliding = {
+    sliding: dict[str, Any] = {
         "use_sliding_window": bool(windows),
         "sliding_window": next(iter(windows), None),
         "max_window_layers": first_window,

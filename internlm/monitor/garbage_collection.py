@@ -1,19 +1,39 @@
-"""Python's garbage collector at chosen steps.
+"""Memory at chosen steps: Python's garbage collector, the device's cache, and a line in the log.
 
-Left alone it runs whenever enough objects were made, on each rank at another moment, and every rank then waits for the
-slowest one in the next collective.
+Left alone the collector runs whenever enough objects were made, on each rank at another moment, and every rank then
+waits for the slowest one in the next collective.
 """
 
 from __future__ import annotations
 
 import gc
+import resource
+import sys
+
+import torch
 
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.metrics import StepMetrics
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+def describe_memory() -> str:
+    """The memory that this process uses and has used at most, of the device too when there is one."""
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    text = f"host memory, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+    if torch.cuda.is_available():
+        allocated, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        text += f"; device memory {allocated / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB"
+    return text
 
 
 class GarbageCollectionHook(Hook):
     """Collects every `every` steps, on all ranks at the same one, and not in between; with 0 it leaves Python's alone.
+
+    At the same steps unused blocks go back from PyTorch's cache to the device, and the memory in use is logged.
 
     The collector is as it was before, on or off, when the loop is left, also by an exception.
     """
@@ -33,6 +53,9 @@ class GarbageCollectionHook(Hook):
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         if self.every > 0 and trainer.state.step % self.every == 0:
             gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            logger.info("step %d: %s", trainer.state.step, describe_memory())
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
         self._restore()

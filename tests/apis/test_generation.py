@@ -155,7 +155,9 @@ def test_the_model_is_left_in_its_mode(pair):
 def test_mistakes_are_told_at_once(pair):
     model, _ = pair
     with pytest.raises(ConfigError) as error:
-        generate(model, prompts(1)[0], max_new_tokens=0, do_sample=True, temperature=0.0, top_k=-1, top_p=0.0)
-    assert len(error.value.mistakes) == 5
+        generate(model, prompts(1), max_new_tokens=0, do_sample=True, temperature=0.0, top_k=-1, top_p=0.0)
+    assert len(error.value.mistakes) == 4
+    with pytest.raises(ConfigError, match="input_ids"):
+        generate(model, prompts(1)[0], max_new_tokens=1)
     with pytest.raises(ConfigError, match="greedy"):
         generate(model, prompts(1), max_new_tokens=1, temperature=0.7)

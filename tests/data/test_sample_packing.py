@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from internlm.data.dummy import DummySamples
+from internlm.data.folder import find_valid_sets
 from internlm.data.order import permute
 from internlm.data.packing import to_micro_batch
 from internlm.data.samples import FolderSamples
@@ -158,7 +159,7 @@ def test_dummy_samples_are_a_function_of_their_index(packing, fixed_lengths):
         assert (sample.input_ids == again.sample(index).input_ids).all()
         assert not np.array_equal(sample.input_ids, other.sample(index).input_ids)
         assert sample.input_ids.shape == ((4, 16) if packing == "unpacked" else (64,))
-        assert 0 <= sample.input_ids.min() and sample.input_ids.max() < 100
+        assert sample.input_ids.min() >= 0 and sample.input_ids.max() < 100
         targets = sample.labels != -100
         assert targets.any() and sample.labels[targets].min() > 0
         if packing == "unpacked":
@@ -181,10 +182,10 @@ def test_folder_mistakes(tmp_path):
     write_documents(tmp_path / "en" / "a.bin", [[(1, True)] * 10])
     with pytest.raises(DataError, match=r"1 .bin files with 10 tokens .* none holds one whole sample of 24 tokens"):
         source(tmp_path, "cut")
-    with pytest.raises(DataError, match="min_length_dict names the type 'enn'.* Did you mean 'en'"):
+    with pytest.raises(DataError, match=r"min_length_dict names the type 'enn'.* Did you mean 'en'"):
         source(tmp_path, "cut", min_length_dict={"enn": 3})
     write_documents(tmp_path / "b.bin", [[(1, True)]])
-    with pytest.raises(DataError, match="b.bin lies beside the type folder 'en'"):
+    with pytest.raises(DataError, match=r"b\.bin lies beside the type folder 'en'"):
         source(tmp_path, "cut")
 
 
@@ -199,6 +200,15 @@ def test_truncated_file_is_refused_when_the_folder_is_opened(tmp_path):
 def test_files_directly_in_the_folder_are_one_type(tmp_path):
     write_documents(tmp_path / "mine" / "a.bin", [[(1, True)] * 50])
     assert source(tmp_path / "mine", "cut").type_names == ["mine"]
+
+
+def test_linked_folders_are_followed(tmp_path):
+    write_documents(tmp_path / "elsewhere" / "sub" / "a.bin", [[(1, True)] * 50])
+    for name in ("train/en", "valid/en/deep"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    assert source(tmp_path / "train", "cut").type_names == ["en"]
+    assert list(find_valid_sets(tmp_path / "valid")) == ["en/deep/sub"]
 
 
 def test_type_folder_without_files_keeps_its_id(tmp_path):

@@ -1,5 +1,7 @@
 """Valid loaders: every label exactly once, with the same context whatever the layout."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,7 @@ def predictions_of(micro):
     else:
         bounds = micro.cu_seqlens.tolist()
         assert np.diff(bounds).tolist() == list(micro.lengths) and bounds[-1] == micro.input_ids.shape[1]
-        segments = [(0, start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        segments = [(0, start, stop) for start, stop in itertools.pairwise(bounds)]
     for row, start, stop in segments:
         assert micro.position_ids[row, start:stop].tolist() == list(range(stop - start))
         ids, labels = micro.input_ids[row, start:stop].tolist(), micro.labels[row, start:stop].tolist()

@@ -79,6 +79,8 @@ def _run(function: Callable[[], int | None], output: Path, own_group: bool) -> N
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
+    # The accelerator of the parent cannot be used after a fork.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sys.exit(function())
 
 

@@ -153,3 +153,12 @@ def test_packed(pair: tuple[Any, Any]) -> None:
         _loss_of_peer(theirs, document).backward()
     linear_cross_entropy(hidden[0], model.head_weight(), torch.cat(labels, 1)[0]).loss_sum.backward()
     _assert_same_gradients(model, peer)
+
+
+def test_baichuan2() -> None:
+    """Published with code of its own; a Llama once its head is normalised."""
+    model = tiny_model("BAICHUAN2")
+    _randomize(model)
+    ids = _tokens(model, 2, 13)
+    ours = model.logits(model(ids, torch.arange(13).expand(2, -1)))
+    _assert_same(ours, _peer(model)(ids).logits, "logits")

@@ -33,7 +33,7 @@ class DataConfig(Section):
     )
     train_folder: str | None = key(None, "Folder of <type>/**/*.bin for training; None trains on dummy data.")
     valid_folder: str | None = key(
-        None, "Folder in which each directory with .bin files is a validation set; None validates on dummy data."
+        None, "Folder in which each directory with .bin files is a validation set; None: no evaluation."
     )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)

@@ -30,6 +30,7 @@ class Attention(nn.Module):
         self.head_dim = a.head_dim
         self.group_size = a.num_heads // a.num_kv_heads
         self.window = a.windows[layer]
+        self.use_flash_attn = a.use_flash_attn
         q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         std = a.init.attention_wqkv
         if a.fused_qkv:
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         q, k, v = self._project(x, rotary)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        out = attention(q, k, v, segments, window=self.window)
+        out = attention(q, k, v, segments, window=self.window, use_flash_attn=self.use_flash_attn)
         return self.wo(out.flatten(2))
 
     def _project(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:

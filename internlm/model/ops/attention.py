@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.model.ops.blocked_attention import blocked_attention
-from internlm.model.ops.registry import Choice, register_op
+from internlm.model.ops.choice import Choice
 
 _LENGTH_MULTIPLE = 64
 """bf16 kernels on CPU are compiled for each new shape; documents padded to a multiple of this have few shapes."""
@@ -49,11 +49,8 @@ class Segments:
 
 
 @functools.cache
-def _varlen_kernel() -> Choice:
-    """The variable-length kernel for CUDA (fp16 and bf16 only)."""
-    if importlib.util.find_spec("flash_attn") is not None:
-        return Choice("flash_attn.flash_attn_varlen_func", "flash-attn is installed")
-    return Choice("torch.nn.attention.varlen.varlen_attn", "flash-attn is not installed; PyTorch ships this kernel")
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 @functools.cache
@@ -62,10 +59,14 @@ def _has_bf16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-@register_op("attention")
-def _choose(device: torch.device) -> Choice:
+def choice(device: torch.device, *, use_flash_attn: bool = True) -> Choice:
+    """What `attention` runs on."""
     if device.type == "cuda":
-        kernel, reason = _varlen_kernel()
+        if use_flash_attn and _has_flash_attn():
+            kernel, reason = "flash_attn.flash_attn_varlen_func", "flash-attn is installed"
+        else:
+            absent = "flash-attn is not installed" if use_flash_attn else "model.use_flash_attn is off"
+            kernel, reason = "torch.nn.attention.varlen.varlen_attn", f"{absent}; PyTorch ships this kernel"
         return Choice(f"SDPA; packed or windowed fp16 and bf16: {kernel}", f"{reason}; it has no fp32")
     if device.type == "cpu" and _has_bf16_units():
         return Choice(
@@ -82,6 +83,7 @@ def attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    use_flash_attn: bool = True,
 ) -> Tensor:
     """Causal softmax attention.
 
@@ -92,6 +94,7 @@ def attention(
         segments: the documents of a packed sequence (B = 1, T = S); None: every row is one sequence.
         window: a query sees at most this many keys, itself included; None: all before it.
         scale: factor of the scores; None: 1 / sqrt(D).
+        use_flash_attn: take the flash-attn package's kernel where it serves and is installed.
 
     Returns:
         `[B, S, H, D]` in the dtype of q.
@@ -100,19 +103,15 @@ def attention(
     if segments is not None:
         assert q.shape[0] == 1 and q.shape[1] == k.shape[1], "packed attention takes one row and no cache"
         assert sum(segments.lengths) == q.shape[1], "segment lengths do not add up to the packed length"
-        if window is not None and window >= segments.max_seqlen:
-            window = None
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            return _varlen(q, k, v, segments, window, scale)
+            return _varlen(q, k, v, segments, window, scale, use_flash_attn)
         return _by_document(q, k, v, segments, window, scale)
-    if window is not None and window >= k.shape[1]:
-        window = None
     if window is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[1] == k.shape[1]:
         batch, length = q.shape[:2]
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
         rows = Segments(cu_seqlens, (length,) * batch, length)
         flat_q, flat_k, flat_v = (tensor.reshape(1, batch * length, *tensor.shape[2:]) for tensor in (q, k, v))
-        return _varlen(flat_q, flat_k, flat_v, rows, window, scale).view(q.shape)
+        return _varlen(flat_q, flat_k, flat_v, rows, window, scale, use_flash_attn).view(q.shape)
     return _dense(q, k, v, window, scale)
 
 
@@ -134,6 +133,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor 
 def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
     """Rows of equal length, perhaps with a cache and a window, by SDPA or by blocks."""
     num_queries, num_keys = q.shape[1], k.shape[1]
+    if window is not None and window >= num_keys:
+        window = None
     if num_queries == num_keys > 1 and q.device.type == "cpu" and q.dtype == torch.bfloat16 and _has_bf16_units():
         return blocked_attention(q, k, v, window, scale)
     if window is None:
@@ -192,12 +193,20 @@ def _varlen_needs_gqa_flag() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, scale: float | None) -> Tensor:
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float | None,
+    use_flash_attn: bool,
+) -> Tensor:
     """Packed attention by a CUDA variable-length kernel."""
     bounds = (segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen, segments.max_seqlen)
     # Both kernels count the keys on either side of the query, without itself; (-1, 0) is plain causal.
     window_size = (-1 if window is None else window - 1, 0)
-    if _varlen_kernel().implementation.startswith("flash_attn"):
+    if use_flash_attn and _has_flash_attn():
         from flash_attn import flash_attn_varlen_func
 
         out = flash_attn_varlen_func(

@@ -91,7 +91,8 @@ class _BlockedAttention(torch.autograd.Function):
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         grad_queries = _by_head(grad_q, kv_heads)
         # Each block adds to the gradients of its keys: in fp32, so that nothing is lost over many blocks.
-        grad_keys, grad_values = (torch.zeros(keys.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        grad_keys, grad_values = (torch.zeros(keys.shape, dtype=wide, device=q.device) for _ in range(2))
         for start in range(0, q.shape[1], _BLOCK):
             stop = min(start + _BLOCK, q.shape[1])
             seen = _keys_of(start, stop, ctx.window)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from internlm.model.ops.registry import Choice, register_op
+from internlm.model.ops.choice import Choice
 
 IGNORE_INDEX = -100
 """The label of a token that contributes no loss."""
@@ -23,8 +23,8 @@ _CACHE_ELEMENTS = 1 << 19
 """Logits widened to fp32 at once on CPU: 2 MiB, what a core's cache holds."""
 
 
-@register_op("linear_cross_entropy")
-def _choose(device: torch.device) -> Choice:
+def choice(device: torch.device) -> Choice:
+    """What `linear_cross_entropy` runs on."""
     return Choice("own autograd function", "chunked over tokens, gradient in the forward pass, on every device")
 
 

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.model.ops.registry import Choice, register_op
+from internlm.model.ops.choice import Choice
 
 
-@register_op("rms_norm")
-def _choose(device: torch.device) -> Choice:
+def rms_norm_choice(device: torch.device) -> Choice:
+    """What `rms_norm` runs on."""
     if device.type == "cpu":
         return Choice("own autograd function", "PyTorch's rms_norm is a chain of separate kernels on CPU")
     return Choice("torch.nn.functional.rms_norm", f"a fused kernel exists on {device.type}")
 
 
-@register_op("layer_norm")
-def _choose_layer_norm(device: torch.device) -> Choice:
+def layer_norm_choice(device: torch.device) -> Choice:
+    """What `layer_norm` runs on."""
     return Choice("torch.nn.functional.layer_norm", "a fused kernel exists on every device")
 
 

@@ -1,43 +1,29 @@
-"""Which implementation of an op runs on which device, and why.
+"""Which implementation of each op runs on a device, and why.
 
-Each op module decides once, from what is installed and what the device can do, and records that decision here. Nothing
-falls back silently: `describe` is what `doctor` and the training log print.
+Each op module dispatches on what is installed and what the device can do, and its `choice` function tells what comes of
+the same facts. Nothing falls back silently: what `describe` returns is for `doctor` and the training log to print.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 
-
-class Choice(NamedTuple):
-    """The implementation that an op uses, and the reason for it."""
-
-    implementation: str
-    reason: str
+from internlm.model.ops import attention, cross_entropy, gated, norm, rotary
+from internlm.model.ops.choice import Choice
 
 
-_CHOOSERS: dict[str, Callable[[torch.device], Choice]] = {}
+def describe(device: torch.device | str, *, use_flash_attn: bool = True) -> dict[str, Choice]:
+    """Op name -> `Choice` for every op, on `device`.
 
-
-def register_op(name: str) -> Callable[[Callable[[torch.device], Choice]], Callable[[torch.device], Choice]]:
-    """Decorator: the function tells which implementation of op `name` a device gets. Op modules dispatch on the same
-    facts, so what it says is what runs."""
-
-    def decorate(chooser: Callable[[torch.device], Choice]) -> Callable[[torch.device], Choice]:
-        assert name not in _CHOOSERS, f"op {name} is registered twice"
-        _CHOOSERS[name] = chooser
-        return chooser
-
-    return decorate
-
-
-def describe(device: torch.device | str) -> dict[str, Choice]:
-    """Op name -> `Choice` for every op, on `device`."""
-    # Imported here because each of these modules imports this one to register itself.
-    from internlm.model.ops import attention, cross_entropy, gated, norm, rotary  # noqa: F401
-
+    Args:
+        use_flash_attn: the config's `model.use_flash_attn`.
+    """
     device = torch.device(device)
-    return {name: chooser(device) for name, chooser in sorted(_CHOOSERS.items())}
+    return {
+        "attention": attention.choice(device, use_flash_attn=use_flash_attn),
+        "gated_activation": gated.choice(device),
+        "layer_norm": norm.layer_norm_choice(device),
+        "linear_cross_entropy": cross_entropy.choice(device),
+        "rms_norm": norm.rms_norm_choice(device),
+        "rotary": rotary.choice(device),
+    }

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.model.ops.registry import Choice, register_op
+from internlm.model.ops.choice import Choice
 
 
-@register_op("rotary")
-def _choose(device: torch.device) -> Choice:
+def choice(device: torch.device) -> Choice:
+    """What `apply_rotary` runs on."""
     return Choice("own autograd function", "turns back by the same tables in backward; keeps no activations")
 
 

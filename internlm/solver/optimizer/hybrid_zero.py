@@ -22,7 +22,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import roles_by_module
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.model.roles import Role
-from internlm.solver.grad_scaler import GradScaler
+from internlm.solver.grad_scaler import ConstantGradScaler, GradScaler
 from internlm.solver.optimizer.flat_bucket import BucketGroups, BucketKind, FlatBucket
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; the same constant gives the same updates.
@@ -52,7 +52,7 @@ class HybridZeroOptimizer:
     Args:
         model: after `parallelize`. Its parameters become views of flat buffers.
         context: where this rank stands.
-        scaler: the loss scaler.
+        scaler: the loss scaler; None (bf16 and fp32 need none) is a constant 1.
         betas, eps, weight_decay: of AdamW; the learning rate comes with each step.
         weight_decay_norms_and_biases: decay one-dimensional parameters too (InternEvo's way).
         clip_grad_norm: largest global norm; 0 leaves gradients as they are.
@@ -66,7 +66,7 @@ class HybridZeroOptimizer:
         self,
         model: nn.Module,
         context: ParallelContext,
-        scaler: GradScaler,
+        scaler: GradScaler | None = None,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -79,7 +79,7 @@ class HybridZeroOptimizer:
         reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.context = context
-        self.scaler = scaler
+        self.scaler = scaler or ConstantGradScaler(context.device)
         self.clip_grad_norm = clip_grad_norm
         self.overlap_sync_grad = overlap_sync_grad
         self.overlap_sync_param = overlap_sync_param

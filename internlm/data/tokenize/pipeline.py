@@ -1,0 +1,294 @@
+"""Text files in, one tokenized file out: in parallel, restartable, never half written.
+
+Owns the parts folder `NAME.bin.parts`. The input is cut into shards; a worker turns a shard into a part (a tokenized
+file) and marks it done; at the end the parts are joined in input order, so the result does not depend on the number of
+processes. A run that was interrupted finds the parts that are done and makes the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internlm.data.read_ahead import WorkerProcesses
+from internlm.data.tokenize.progress import TokenizeProgress
+from internlm.data.tokenize.text_inputs import Extent, TextOptions, find_inputs, plan_shards, read_documents
+from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
+from internlm.data.tokenized_writer import TokenizedWriter, meta_path
+from internlm.utils.errors import DataError
+
+_VERSION = 1
+_SHARD_BYTES = (2 << 20, 256 << 20)
+_SHARDS_A_PROCESS = 32
+_BATCH_CHARACTERS = 1 << 18
+"""Texts are encoded in batches of about this size: enough to amortise a call, small enough to stay in the caches."""
+_STDIN_NAME = "stdin"
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """What to tokenize, with what, into what.
+
+    Attributes:
+        inputs: files and folders; "-" is the standard input.
+        output: the .bin file to make.
+        tokenizer: see `load_tokenizer`.
+        text: how documents are found in a file.
+        format: of inputs whose suffix does not say it.
+        processes: worker processes; 1 works in this process.
+        append: add to an existing output.
+        add_bos, add_eos: begin / end every document with the tokenizer's bos / eos; None adds eos if there is one.
+        valid_fraction: this share of the documents, chosen by a hash of their text, goes to `valid_output`.
+        restart: forget the parts of an interrupted run with other options.
+    """
+
+    inputs: tuple[str, ...]
+    output: Path
+    tokenizer: Path
+    text: TextOptions = field(default_factory=TextOptions)
+    format: str | None = None
+    processes: int = 1
+    append: bool = False
+    add_bos: bool = False
+    add_eos: bool | None = None
+    valid_fraction: float = 0.0
+    valid_output: Path | None = None
+    restart: bool = False
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The files to make, train before valid."""
+        return [self.output] + ([self.valid_output] if self.valid_output else [])
+
+
+@dataclass
+class TokenizeResult:
+    """What was made.
+
+    Attributes:
+        documents, tokens: over all outputs, without what an append found there.
+        num_bytes: size of the input.
+        megabytes_per_second: speed of this call, parts found done left out.
+    """
+
+    documents: int
+    tokens: int
+    num_bytes: int
+    megabytes_per_second: float
+
+
+def tokenize(options: TokenizeOptions) -> TokenizeResult:
+    """Make the outputs; see the module.
+
+    Raises:
+        DataError: an output exists and `append` is False, an input is missing or malformed, the tokenizer lacks a
+            token that was asked for, or an interrupted run with other options left its parts.
+    """
+    tokenizer = load_tokenizer(options.tokenizer)
+    ends = _ends(options, tokenizer)
+    _check_options(options)
+    parts = _parts_folder(options.output)
+    inputs = [name for name in options.inputs if name != "-"]
+    files = find_inputs(inputs, options.format) if inputs else []
+    if "-" in options.inputs:
+        files.append(_spool_stdin(parts, options.format))
+    total = sum(path.stat().st_size for path, _ in files)
+    shard_bytes = min(max(total // (options.processes * _SHARDS_A_PROCESS), _SHARD_BYTES[0]), _SHARD_BYTES[1])
+    manifest: dict[str, Any] = {
+        "version": _VERSION,
+        "inputs": [[str(path.resolve()), format, *_stamp(path)] for path, format in files],
+        "text": asdict(options.text),
+        "tokenizer": tokenizer.fingerprint,
+        "ends": ends,
+        "valid": [options.valid_fraction, str(options.valid_output)],
+    }
+    manifest = _begin_or_continue(options, parts, manifest, shard_bytes)
+    shards = plan_shards(files, options.text, manifest["shard_bytes"])
+    make = _ShardTokenizer(options.tokenizer, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
+    with TokenizeProgress(total) as progress:
+        for shard, (_, tokens, fresh) in zip(shards, _run(make, shards, options.processes), strict=True):
+            progress.advance(sum(extent.num_bytes for extent in shard), tokens, resumed=not fresh)
+        speed = progress.megabytes_per_second
+    documents = tokens = 0
+    for number, (output, before) in enumerate(zip(options.outputs, manifest["documents_before"], strict=True)):
+        added = _join(parts, len(shards), number, output, before)
+        documents, tokens = documents + added[0], tokens + added[1]
+    shutil.rmtree(parts)
+    if documents == 0:
+        print("warning: the input has no text: the output has no document", file=sys.stderr)
+    return TokenizeResult(documents, tokens, total, speed)
+
+
+def _ends(options: TokenizeOptions, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
+    """The tokens before and after every document."""
+    if options.add_bos and tokenizer.bos_id is None:
+        raise DataError(f"{options.tokenizer}: the tokenizer names no bos token; leave out --bos")
+    if options.add_eos and tokenizer.eos_id is None:
+        raise DataError(f"{options.tokenizer}: the tokenizer names no eos token; use --no-eos")
+    before = [tokenizer.bos_id] if options.add_bos and tokenizer.bos_id is not None else []
+    after = [tokenizer.eos_id] if options.add_eos is not False and tokenizer.eos_id is not None else []
+    return before, after
+
+
+def _check_options(options: TokenizeOptions) -> None:
+    if options.processes < 1:
+        raise DataError(f"--processes {options.processes}: must be at least 1")
+    if bool(options.valid_output) != (options.valid_fraction > 0) or not 0 <= options.valid_fraction < 1:
+        raise DataError("--valid-fraction (in (0, 1)) and --valid-output belong together")
+    if options.valid_output == options.output:
+        raise DataError(f"{options.output} is both the output and the valid output")
+    for output in options.outputs:
+        if output.suffix != ".bin":
+            raise DataError(f"{output}: the output must be named *.bin")
+
+
+def _parts_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".parts")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, path.stat().st_mtime_ns
+
+
+def _spool_stdin(parts: Path, format: str | None) -> tuple[Path, str]:
+    """Copy the standard input to a file, from where it is read in parallel; such a run cannot be continued."""
+    if format not in ("txt", "json", "jsonl"):
+        raise DataError("the standard input needs --format txt, json or jsonl")
+    shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir(parents=True)
+    path = parts / _STDIN_NAME
+    with open(path, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return path, format
+
+
+def _begin_or_continue(
+    options: TokenizeOptions, parts: Path, manifest: dict[str, Any], shard_bytes: int
+) -> dict[str, Any]:
+    """The manifest of the interrupted run, or that of a new one, written."""
+    path = parts / "manifest.json"
+    if path.is_file() and not options.restart:
+        old = json.loads(path.read_text())
+        changed = [key for key in manifest if old.get(key) != json.loads(json.dumps(manifest[key]))]
+        if changed:
+            raise DataError(
+                f"{parts} holds the parts of an interrupted run with other {', '.join(changed)}: repeat that run to "
+                "finish it, or forget it with --restart"
+            )
+        print(f"continuing the interrupted run in {parts}", file=sys.stderr)
+        return old
+    for output in options.outputs:
+        if output.exists() and not options.append:
+            raise DataError(f"{output} exists: choose another name, remove it, or add to it with --append")
+    before = [len(np.load(meta_path(output), mmap_mode="r")) if output.exists() else 0 for output in options.outputs]
+    manifest = manifest | {"shard_bytes": shard_bytes, "documents_before": before}
+    if parts.is_dir():
+        for old_part in parts.glob("[0-9]*"):
+            old_part.unlink()
+    parts.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(manifest))
+    os.replace(temporary, path)
+    return manifest
+
+
+def _run(make: _ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[tuple[int, int, bool]]:
+    if processes == 1:
+        yield from map(make, enumerate(shards))
+        return
+    workers = WorkerProcesses(make, lambda: enumerate(shards), min(processes, max(1, len(shards))))
+    try:
+        yield from workers
+    finally:
+        workers.stop()
+
+
+def _join(parts: Path, num_parts: int, number: int, output: Path, before: int) -> tuple[int, int]:
+    """Write one output from its parts; returns the documents and tokens added."""
+    paths = [_part(parts, index, number) for index in range(num_parts)]
+    # After a crash behind the join, the output already has the new documents: they must not be added twice.
+    joined = output.exists() and len(np.load(meta_path(output), mmap_mode="r")) > before
+    if not joined and (paths or not output.exists()):
+        with TokenizedWriter(output, append=output.exists()) as writer:
+            for path in paths:
+                writer.write_file(path)
+    meta = np.load(meta_path(output), mmap_mode="r")
+    return len(meta) - before, int(meta[before:, -1].sum())
+
+
+def _part(parts: Path, index: int, number: int) -> Path:
+    return parts / f"{index:06d}.{number}.bin"
+
+
+class _ShardTokenizer:
+    """Makes the part of a shard; runs in a worker."""
+
+    def __init__(
+        self,
+        tokenizer: Path,
+        text: TextOptions,
+        before: list[int],
+        after: list[int],
+        valid_fraction: float,
+        parts: Path,
+        num_outputs: int,
+    ) -> None:
+        self._path, self._text, self._parts = tokenizer, text, parts
+        self._before, self._after = before, after
+        self._valid_threshold = int(valid_fraction * 2**64)
+        self._num_outputs = num_outputs
+        self._tokenizer: TextTokenizer | None = None
+
+    def __call__(self, numbered: tuple[int, tuple[Extent, ...]]) -> tuple[int, int, bool]:
+        """Returns (documents, tokens, made now rather than found)."""
+        index, shard = numbered
+        done = self._parts / f"{index:06d}.done"
+        if done.is_file():
+            documents, tokens = json.loads(done.read_text())
+            return documents, tokens, False
+        if self._tokenizer is None:
+            # Parallelism comes from the processes; threads of the library below them would only compete.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            self._tokenizer = load_tokenizer(self._path)
+        for number in range(self._num_outputs):
+            _part(self._parts, index, number).unlink(missing_ok=True)
+        writers = [TokenizedWriter(_part(self._parts, index, number)) for number in range(self._num_outputs)]
+        for texts in _batches(document for extent in shard for document in read_documents(extent, self._text)):
+            for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True):
+                writers[self._output_of(text)].write(self._before + ids + self._after)
+        for writer in writers:
+            writer.close()
+        documents = sum(writer.num_documents for writer in writers)
+        tokens = sum(writer.num_tokens for writer in writers)
+        temporary = done.with_suffix(".tmp")
+        temporary.write_text(json.dumps([documents, tokens]))
+        os.replace(temporary, done)
+        return documents, tokens, True
+
+    def _output_of(self, text: str) -> int:
+        if not self._valid_threshold:
+            return 0
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return int(int.from_bytes(digest, "big") < self._valid_threshold)
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

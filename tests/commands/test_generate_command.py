@@ -1,0 +1,170 @@
+"""`internlm generate` from a checkpoint folder and a tokenizer to text on stdout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import new_trainer
+from helpers.tiny import tiny_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+
+from internlm.apis.generation import generate
+from internlm.checkpoint.inference import load_model_for_inference
+from internlm.checkpoint.manager import CONFIG_FILE
+from internlm.cli import main
+from internlm.config.schema import Config
+
+VOCAB = 300
+PROMPT = "naïve text"
+NEW = 30
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer with a beginning and an end of text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=VOCAB,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["some text to learn merges from, and then some more text"] * 3, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def save(folder: Path, tokenizer_path: Path | None, seed: int = 7, **model: object) -> Path:
+    """A checkpoint of the tiny model, untrained, as a run saves it."""
+    keys = {"vocab_size": VOCAB, **model}
+    trainer = new_trainer(folder, 1, seed=seed, **keys)
+    data: dict[str, object] = {"seq_len": 32, "micro_bsz": 1, "total_steps": 1}
+    if tokenizer_path is not None:
+        data["tokenizer_path"] = str(tokenizer_path)
+    config = Config.model_validate(
+        {"model_type": "INTERNLM2", "model": tiny_config(**keys).model_dump(mode="json"), "data": data}
+    )
+    with torch.no_grad():
+        for parameter in trainer.engine.model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)  # clear choices instead of an even distribution
+    assert trainer.checkpointer is not None
+    trainer.checkpointer.files[CONFIG_FILE] = json.dumps(config.model_dump(mode="json"))  # type: ignore[attr-defined]
+    trainer.save_checkpoint()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
+    return save(tmp_path_factory.mktemp("run"), tokenizer_path)
+
+
+def expected_text(checkpoint: Path, tokenizer_path: Path, with_bos: bool = False, **choices: object) -> str:
+    model, _ = load_model_for_inference(checkpoint)
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    eos = tokenizer.token_to_id("</s>")
+    ids = tokenizer.encode("<s>" * with_bos + PROMPT).ids
+    result = generate(model, torch.tensor([ids]), max_new_tokens=NEW, eos_token_id=eos, **choices)
+    new = result[0, len(ids) :].tolist()
+    return tokenizer.decode(new[: new.index(eos)] if eos in new else new, skip_special_tokens=False)
+
+
+def test_greedy_text(checkpoint: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--ckpt", str(checkpoint), "--prompt", PROMPT, "--max-new-tokens", str(NEW), "--greedy"]
+    texts = []
+    for extra in ([], ["--bos"]):
+        assert main([*arguments, "--device", "cpu", *extra]) == 0
+        texts.append(expected_text(checkpoint, tokenizer_path, with_bos=bool(extra)))
+        assert capsys.readouterr().out == PROMPT + texts[-1] + "\n"
+    assert len(texts[0]) > 5 and texts[0] != texts[1]
+
+
+def test_sampling_is_a_function_of_the_seed(
+    checkpoint: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--ckpt", str(checkpoint), "--max-new-tokens", str(NEW), "--device", "cpu"]
+    choices = ["--temperature", "0.7", "--top-k", "50", "--top-p", "0.9"]
+    texts = [
+        expected_text(
+            checkpoint,
+            tokenizer_path,
+            do_sample=True,
+            temperature=0.7,
+            top_k=50,
+            top_p=0.9,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (5, 6)
+    ]
+    assert texts[0] != texts[1]
+    assert main([*arguments, *choices, "--seed", "5", "--prompt", PROMPT, "--prompt", PROMPT]) == 0
+    assert capsys.readouterr().out == f"{PROMPT}{texts[0]}\n\n{PROMPT}{texts[1]}\n"
+
+
+def test_the_end_of_text_is_not_shown(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = save(tmp_path, tokenizer_path)
+    # The tokenizer names as its end the third token that greedy decoding makes here.
+    model, _ = load_model_for_inference(checkpoint)
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    ids = tokenizer.encode(PROMPT).ids
+    new = generate(model, torch.tensor([ids]), max_new_tokens=NEW)[0, len(ids) :].tolist()
+    third = new.index(new[2])
+    (tmp_path / "tokenizer.json").write_text(tokenizer_path.read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": tokenizer.id_to_token(new[2])})
+    )
+    arguments = ["generate", "--ckpt", str(checkpoint), "--prompt", PROMPT, "--greedy", "--device", "cpu"]
+    assert main([*arguments, "--tokenizer", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == PROMPT + tokenizer.decode(new[:third], skip_special_tokens=False) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--greedy", "--top-k", "5"], "no effect on greedy decoding"),
+        (["--top-p", "1.5"], "top_p = 1.5"),
+        (["--max-new-tokens", "0"], "max_new_tokens = 0"),
+        (["--device", "nonsense"], "--device nonsense"),
+        (["--ckpt", "nowhere"], "no checkpoint at 'nowhere'"),
+        (["--tokenizer", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_their_name(
+    checkpoint: Path, extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--ckpt", str(checkpoint), "--prompt", PROMPT, "--device", "cpu"]
+    assert main([*arguments, *extra]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tokenizers_that_do_not_fit_are_refused(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save(tmp_path / "none", None)
+    arguments = ["generate", "--prompt", PROMPT, "--device", "cpu", "--ckpt"]
+    assert main([*arguments, str(checkpoint)]) == 2
+    assert "give --tokenizer" in capsys.readouterr().err
+    checkpoint = save(tmp_path / "small", tokenizer_path, vocab_size=100)
+    assert main([*arguments, str(checkpoint)]) == 2
+    assert "the model only 100" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_needs_the_beginning_of_text(
+    checkpoint: Path, tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--ckpt", str(checkpoint), "--prompt", "", "--max-new-tokens", "3", "--device", "cpu"]
+    assert main([*arguments, "--bos"]) == 0
+    assert len(capsys.readouterr().out) > 1
+    assert main(arguments) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+    (tmp_path / "tokenizer.json").write_text(tokenizer_path.read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None}))
+    assert main([*arguments, "--bos", "--tokenizer", str(tmp_path)]) == 2
+    assert "names no beginning-of-text" in capsys.readouterr().err

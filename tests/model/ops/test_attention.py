@@ -1,0 +1,174 @@
+"""Attention against a softmax written out in float64, with every mask made by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+
+from internlm.model.ops import attention as attention_module
+from internlm.model.ops import blocked_attention as blocked_module
+from internlm.model.ops.attention import Segments, attention
+from internlm.model.ops.blocked_attention import blocked_attention
+
+HEADS, HEAD_DIM = 6, 10
+
+
+def _inputs(
+    batch: int, queries: int, keys: int, kv_heads: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int, heads: int) -> Tensor:
+        values = torch.randn(batch, length, heads, HEAD_DIM, generator=generator, dtype=torch.float64)
+        return values.to(dtype).requires_grad_()
+
+    return draw(queries, HEADS), draw(keys, kv_heads), draw(keys, kv_heads)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, window: int | None) -> Tensor:
+    """Softmax attention in float64 through an explicit mask."""
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) if lengths else torch.zeros(num_keys)
+    mask = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+    for i in range(num_queries):
+        at = num_keys - num_queries + i
+        for j in range(num_keys):
+            mask[i, j] = j <= at and document[j] == document[at] and (window is None or at - j < window)
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (x.double().repeat_interleave(repeats, dim=2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k) / math.sqrt(HEAD_DIM)
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
+
+
+def _assert_same_with_gradients(ours: Tensor, theirs: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5), dtype=ours.dtype)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 70, 1000])
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_rows(kv_heads: int, window: int | None) -> None:
+    inputs = _inputs(2, 150, 150, kv_heads)
+    _assert_same_with_gradients(attention(*inputs, window=window), _reference(*inputs, None, window), inputs)
+
+
+@pytest.mark.parametrize("window", [None, 3, 66])
+@pytest.mark.parametrize("lengths", [(1,), (140,), (7, 1, 90, 7, 0, 70, 7)])
+def test_packed_documents(lengths: tuple[int, ...], window: int | None) -> None:
+    total = sum(lengths)
+    inputs = _inputs(1, total, total, 2)
+    ours = attention(*inputs, Segments.of(lengths), window=window)
+    _assert_same_with_gradients(ours, _reference(*inputs, lengths, window), inputs)
+
+
+@pytest.mark.parametrize("window", [None, 4, 100])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_cached_keys(queries: int, window: int | None) -> None:
+    inputs = _inputs(3, queries, 41, 2)
+    _assert_same_with_gradients(attention(*inputs, window=window), _reference(*inputs, None, window), inputs)
+
+
+def test_scale() -> None:
+    q, k, v = _inputs(1, 20, 20, 2)
+    torch.testing.assert_close(attention(q, k, v, scale=0.5 / math.sqrt(HEAD_DIM)), attention(q * 0.5, k, v))
+
+
+@pytest.mark.parametrize("window", [None, 3, 11])
+@pytest.mark.parametrize("length", [1, 8, 29])
+def test_blocks(monkeypatch: pytest.MonkeyPatch, length: int, window: int | None) -> None:
+    monkeypatch.setattr(blocked_module, "_BLOCK", 8)
+    inputs = _inputs(2, length, length, 2)
+    _assert_same_with_gradients(blocked_attention(*inputs, window, None), _reference(*inputs, None, window), inputs)
+
+
+def test_gradient_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked_module, "_BLOCK", 4)
+    inputs = tuple(x[..., :4].detach().requires_grad_() for x in _inputs(1, 7, 7, 3))
+    assert torch.autograd.gradcheck(lambda *x: blocked_attention(*x, 5, 0.7), inputs)
+
+
+@pytest.mark.parametrize("bf16_units", [False, True])
+@pytest.mark.parametrize("window", [None, 30])
+def test_bf16_error(monkeypatch: pytest.MonkeyPatch, bf16_units: bool, window: int | None) -> None:
+    """Every value is a rounding or a few away from the exact one: bf16 keeps 8 bits, so a rounding is up to 2^-9 of
+    the value, and probabilities, scores and results are each rounded once on the way."""
+    monkeypatch.setattr(attention_module, "_has_bf16_units", lambda: bf16_units)
+    lengths = (100, 37, 200)
+    inputs = _inputs(1, sum(lengths), sum(lengths), 2, torch.bfloat16)
+    exact = _reference(*inputs, lengths, window)
+    grad = torch.randn_like(exact)
+    ours = attention(*inputs, Segments.of(lengths), window=window)
+    pairs = [(ours, exact)]
+    pairs += zip(
+        torch.autograd.grad(ours, inputs, grad.bfloat16()), torch.autograd.grad(exact, inputs, grad), strict=True
+    )
+    for mine, reference in pairs:
+        assert (mine.double() - reference).norm() < 4 * 2**-9 * reference.norm()
+
+
+@pytest.mark.parametrize("bf16_units", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 6])
+def test_no_leak_between_documents(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bf16_units: bool, window: int | None
+) -> None:
+    monkeypatch.setattr(attention_module, "_has_bf16_units", lambda: bf16_units)
+    lengths = (33, 20, 33)
+    inputs = _inputs(1, 86, 86, 2, dtype)
+    others = tuple(
+        torch.cat((y[:, :33], x[:, 33:]), 1) for x, y in zip(inputs, _inputs(1, 86, 86, 2, dtype, 9), strict=True)
+    )
+    first, second = (attention(*x, Segments.of(lengths), window=window) for x in (inputs, others))
+    assert torch.equal(first[:, 33:], second[:, 33:])
+    assert not torch.equal(first[:, :33], second[:, :33])
+
+
+@pytest.mark.parametrize("grouped_flag", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_cuda_kernel_gets_the_right_arguments(
+    monkeypatch: pytest.MonkeyPatch, grouped_flag: bool, window: int | None
+) -> None:
+    """A stand-in with the documented meaning of varlen_attn's arguments, in the two signatures it has had."""
+    lengths = (12, 1, 30)
+    inputs = _inputs(1, 43, 43, 2)
+
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        scale: Any,
+        window_size: Any,
+    ) -> Tensor:
+        assert scale is None and max_q == max_k == 30
+        assert cu_q.tolist() == cu_k.tolist() == [0, 12, 13, 43] and cu_q.dtype == torch.int32
+        left, right = window_size
+        assert right == 0
+        return _reference(q[None], k[None], v[None], lengths, None if left == -1 else left + 1)[0]
+
+    def older(*args: Any, scale: Any = None, window_size: Any = (-1, -1)) -> Tensor:
+        return kernel(*args, scale, window_size)
+
+    def newer(*args: Any, scale: Any = None, window_size: Any = (-1, -1), enable_gqa: bool = False) -> Tensor:
+        assert enable_gqa
+        return kernel(*args, scale, window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", newer if grouped_flag else older)
+    attention_module._varlen_needs_gqa_flag.cache_clear()
+    try:
+        ours = attention_module._varlen(*inputs, Segments.of(lengths), window, None, use_flash_attn=False)
+    finally:
+        attention_module._varlen_needs_gqa_flag.cache_clear()
+    torch.testing.assert_close(ours, _reference(*inputs, lengths, window))

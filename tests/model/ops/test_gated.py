@@ -1,0 +1,36 @@
+"""Gated activations against their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from internlm.model.ops.gated import Activation, fused_gated_activation, gated_activation
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 7), (0, 4)])
+def test_gated_activation(shape: tuple[int, ...], activation: Activation) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up, grad = (torch.randn(*shape, dtype=torch.float64, generator=generator) for _ in range(3))
+    gate.requires_grad_(), up.requires_grad_()
+    activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    expected = torch.autograd.grad(activated * up, (gate, up), grad, retain_graph=True)
+
+    ours = gated_activation(gate, up, activation)
+    torch.testing.assert_close(ours, activated * up)
+    for mine, reference in zip(torch.autograd.grad(ours, (gate, up), grad), expected, strict=True):
+        torch.testing.assert_close(mine, reference)
+
+    gate_up = torch.cat((gate, up), -1).detach().requires_grad_()
+    fused = fused_gated_activation(gate_up, activation)
+    torch.testing.assert_close(fused, ours)
+    torch.testing.assert_close(torch.autograd.grad(fused, gate_up, grad)[0], torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gradient(activation: Activation) -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gated_activation(x[:, :4], x[:, 4:], activation), x)
+    assert torch.autograd.gradcheck(lambda x: fused_gated_activation(x, activation), x)
