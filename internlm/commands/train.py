@@ -26,7 +26,7 @@ from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_meta_model, build_trainer, check_buildable, set_numerics
 from internlm.initialize.launch import LAUNCHERS, Launch, LaunchError, choose_device, connect, detect_launch, disconnect
 from internlm.model.ops.registry import describe
-from internlm.utils.errors import UserError
+from internlm.utils.errors import ConfigError, UserError
 from internlm.utils.logging import configure_logging, get_logger
 
 logger = get_logger(__name__)
@@ -107,11 +107,10 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
     connect(launch, device, options.backend)
     # The trainer's phase is wanted after it failed, also when it never came to be.
     trainer: Trainer | None = None
-    failed = False
     with _sigterm_raises(), FailureWatch(launch.rank, launch.world_size) as watch:
         try:
             run_dir = _agree_on_run_dir(options.run_dir, config.JOB_NAME)
-            configure_logging(launch.rank, run_dir / "logs" / f"rank{launch.rank}.log")
+            _open_log(run_dir, launch.rank)
             for notice in loaded.notices:
                 logger.info("%s", notice)
             seed_everything(config.seed)
@@ -130,8 +129,8 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             else:
                 trainer.fit()
                 _say_goodbye(trainer, config.ckpt)
+            disconnect()
         except BaseException as error:
-            failed = True
             # When one rank has failed a launcher terminates the others; that must not keep the cause out of their logs.
             _ignore_sigterm()
             phase = "start" if trainer is None else trainer.current_phase
@@ -143,10 +142,6 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             if isinstance(error, KeyboardInterrupt):
                 return 143 if isinstance(error, Terminated) else 130
             return 2 if isinstance(error, UserError) else 1
-        finally:
-            # After a failure the others may never come to the collective that ends a group.
-            if not failed:
-                disconnect()
     return 0
 
 
@@ -190,6 +185,13 @@ def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
     if dist.is_initialized():
         dist.broadcast_object_list(run_dir, src=0)
     return Path(run_dir[0])
+
+
+def _open_log(run_dir: Path, rank: int) -> None:
+    try:
+        configure_logging(rank, run_dir / "logs" / f"rank{rank}.log")
+    except OSError as error:
+        raise ConfigError(f"the run directory '{run_dir}' cannot be written: {error}; give another --run-dir") from None
 
 
 def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:

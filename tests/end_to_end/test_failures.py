@@ -15,6 +15,7 @@ import pytest
 from helpers.commands import LAUNCHER_VARIABLES, last_log_line, metrics_of, start_ranks, write_config
 from helpers.processes import Forked, wait_for_all
 
+import internlm.commands.train as train
 import internlm.core.failure as failure
 from internlm.core.engine import Engine
 from internlm.data.tokenized_writer import TokenizedWriter
@@ -163,3 +164,14 @@ def test_a_killed_rank_takes_the_other_with_it(tmp_path: Path, victim: int) -> N
     assert codes[1 - victim] == 1
     last = last_log_line(tmp_path / "run", 1 - victim)
     assert f"rank {1 - victim} failed in phase" in last or "the rank that held the job's store is gone" in last
+
+
+def test_ranks_that_end_at_different_times_are_not_taken_for_dead(tmp_path: Path) -> None:
+    """Rank 1 is still at work long after rank 0, which holds the store, has done all."""
+
+    def dawdle(rank: int) -> None:
+        if rank == 1:
+            original = train._say_goodbye
+            train._say_goodbye = lambda *args: (time.sleep(2), original(*args))  # type: ignore[assignment,func-returns-value]
+
+    assert wait_for_all(train_on_two_ranks(tmp_path, quicker_watch, dawdle), LIMIT_SECONDS) == [0, 0]
