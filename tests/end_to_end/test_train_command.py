@@ -3,6 +3,7 @@ not change it."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -72,7 +73,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, folder / "run", result.returncode, result.stdout)
 
 
-# -- what a run leaves ------------------------------------------------------------------------------------------------
+# -- what a run leaves ----------------------------------------------------------------------------------------------
 
 METRICS = {
     "step", "loss", "grad_norm", "skipped", "loss_scale", "valid_tokens", "inf_nan_skip_batches", "acc", "perplexity",
@@ -113,7 +114,7 @@ def test_metrics_have_one_object_a_step_with_the_documented_names(straight: Run)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
     # Two steps of warm-up to 3e-3, then down a cosine.
     assert [line["lr"] for line in lines[:3]] == [0.0015, 0.003, 0.003]
-    assert all(before["lr"] > after["lr"] for before, after in zip(lines[2:], lines[3:], strict=False))
+    assert all(before["lr"] > after["lr"] for before, after in itertools.pairwise(lines[2:]))
 
 
 def test_tensorboard_has_the_same_numbers(straight: Run) -> None:
@@ -130,7 +131,7 @@ def test_checkpoints_are_complete_and_carry_the_config(straight: Run) -> None:
     assert (last / "config_file.py").read_text() == (straight.folder / "config.py").read_text()
 
 
-# -- resuming -----------------------------------------------------------------------------------------------------------
+# -- resuming ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_a_resumed_run_tells_that_the_data_changed(in_parts: tuple[Run, Run, Run
     assert [line["step"] for line in other.metrics] == [11]
 
 
-# -- several ranks ------------------------------------------------------------------------------------------------------
+# -- several ranks ----------------------------------------------------------------------------------------------------
 
 
 def same_run(ranks: Run, single: Run) -> None:
@@ -236,7 +237,7 @@ def test_one_process_goes_on_with_what_two_ranks_saved(straight: Run, tmp_path: 
     assert losses == pytest.approx([line["loss"] for line in straight.metrics], rel=1e-5)
 
 
-# -- options that train nothing -----------------------------------------------------------------------------------------
+# -- options that train nothing ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -291,7 +292,7 @@ def test_dry_run_for_more_ranks_than_there_are(look: Callable[..., Run]) -> None
     assert "512 tokens a step" in text
 
 
-# -- mistakes -----------------------------------------------------------------------------------------------------------
+# -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
 def test_all_mistakes_of_a_config_are_told_at_once(look: Callable[..., Run], tmp_path: Path) -> None:

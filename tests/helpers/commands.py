@@ -11,9 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+# Before any fork, what the command would import on its way.
+import internlm.commands.train  # noqa: F401
 from internlm.cli import main
 
 from .processes import Forked, free_port
+
+with torch.device("meta"):
+    torch.nn.Embedding(1, 1)  # PyTorch imports a lot for the first random tensor without storage
 
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID",
