@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import signal
 import threading
 import time
@@ -19,9 +20,13 @@ from internlm.core.hooks import Hook, TrainState
 from internlm.core.metrics import StepMetrics
 from internlm.data.batch import Batch
 from internlm.eval.metrics import TokenSums, evaluation_results
+from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+END_OF_DATA_TIMEOUT = datetime.timedelta(minutes=5)
+"""How long a rank without data waits for the others to run out of theirs: longer than any step and load."""
 
 
 class BatchSource(Protocol):
@@ -41,9 +46,10 @@ class Trainer:
 
     Args:
         engine: one optimization step.
-        train_loader: this data rank's batches, as many as on every other one. Its `seek(step, num_consumed_samples)`,
-            if any, is called at the start; its `state_dict()` and `load_state_dict(state)`, if any, let it compare the
-            data of a resumed run with that of the checkpoint (plain numbers and strings).
+        train_loader: this data rank's batches, as many as on every other one. What it has of the following is used:
+            `seek(step, num_consumed_samples)` at the start, `close()` at the end, and `state_dict()` and
+            `load_state_dict(state)` (plain numbers and strings) to compare the data of a resumed run with those of
+            the checkpoint.
         total_steps: steps of the whole run; steps of a resumed run count.
         lr: step (0 for the first) -> learning rate.
         beta2: step -> second AdamW coefficient; None keeps the optimizer's.
@@ -92,7 +98,15 @@ class Trainer:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def fit(self) -> TrainState:
-        """Train until `total_steps`, or until a stop is requested; returns the state reached."""
+        """Train until `total_steps`, the end of the data, or until a stop is requested; returns the state reached.
+
+        May be called again, and then goes on.
+
+        Raises:
+            DataError: the data of this rank ended, and that of another one did not.
+        """
+        self._stop_reason = None
+        self._stop_flag = torch.zeros(())
         with _StopSignals(self.request_stop):
             try:
                 self._call("on_fit_start")
@@ -105,6 +119,10 @@ class Trainer:
                 for hook in self.hooks:
                     hook.on_exception(self, error)
                 raise
+            finally:
+                close = getattr(self.train_loader, "close", None)
+                if close is not None:
+                    close()
         return self.state
 
     def _loop(self) -> None:
@@ -120,6 +138,7 @@ class Trainer:
             loading = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
+                self._wait_for_the_end_of_all_data()
                 logger.warning("the training data ended at step %d of %d", self.state.step, self.total_steps)
                 return
             data_seconds = time.perf_counter() - loading
@@ -232,6 +251,20 @@ class Trainer:
             self._stop_flag = torch.full_like(self._stop_flag, float(self._stop_reason is not None))
             self._stop_vote = all_reduce_async(self._stop_flag, self.context.world_group)
         return stop
+
+    def _wait_for_the_end_of_all_data(self) -> None:
+        """A rank that leaves the loop alone would let the others wait in their next step, for the time of a collective
+        and without a word about the reason."""
+        if self.context.world_group is None:
+            return
+        vote: Any = all_reduce_async(torch.ones(()), self.context.world_group)
+        try:
+            vote.wait(END_OF_DATA_TIMEOUT)
+        except RuntimeError as error:
+            raise DataError(
+                f"the training data of rank {self.context.rank} ended at step {self.state.step} of {self.total_steps}, "
+                f"and that of another rank did not: give every rank as many batches as the others"
+            ) from error
 
 
 class _StopSignals:

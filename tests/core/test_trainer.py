@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import RankPool
+from helpers.ranks import RankFailedError, RankPool
 from helpers.runs import Record, assert_same_bits, new_trainer, train
 from helpers.tiny import micro_batch
 
+import internlm.core.trainer as trainer_module
 from internlm.checkpoint.folder import complete_steps
 from internlm.core.hooks import Hook
 from internlm.data.batch import Batch
@@ -144,3 +147,51 @@ def test_evaluation_is_the_mean_over_all_tokens_of_a_set() -> None:
     assert results["val/books_loss"] == pytest.approx(loss, rel=1e-6)
     assert results["val/books_acc"] == pytest.approx(torch.cat(hits).float().mean().item(), rel=1e-6)
     assert results["val/books_plex"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-5)
+
+
+class Finite:
+    """A source that ends; notes that it was closed."""
+
+    def __init__(self, source: Any, count: int) -> None:
+        self.source, self.count, self.closed = source, count, 0
+
+    def seek(self, step: int, num_consumed_samples: int) -> None:
+        self.source.seek(step, num_consumed_samples)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.islice(iter(self.source), self.count)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def until_the_data_ends(folder: str, counts: list[int]) -> tuple[int, list[int], int]:
+    """Step reached, checkpoints, and how often the source was closed; rank r has `counts[r]` batches."""
+    trainer_module.END_OF_DATA_TIMEOUT = datetime.timedelta(seconds=1)
+    trainer = new_trainer(folder, 10, every=100)
+    source = trainer.train_loader = Finite(trainer.train_loader, counts[trainer.context.rank])
+    state = trainer.fit()
+    return state.step, complete_steps(Path(folder)), source.closed
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_without_more_data_saves_and_ends(
+    tmp_path: Path, ranks: Callable[[int], RankPool], monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    monkeypatch.setattr(trainer_module, "END_OF_DATA_TIMEOUT", trainer_module.END_OF_DATA_TIMEOUT)
+    run = ranks(2).run if world == 2 else lambda function, *args: [function(*args)]
+    assert run(until_the_data_ends, str(tmp_path), [4, 4]) == [(4, [4], 1)] * world
+
+
+def test_data_that_ends_on_one_rank_alone_is_an_error(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    with pytest.raises(RankFailedError, match="data of rank 1 ended at step 3 of 10, and that of another rank did not"):
+        ranks(2).run(until_the_data_ends, str(tmp_path), [4, 3])
+
+
+def test_a_stopped_trainer_may_go_on() -> None:
+    """In a notebook, after Ctrl-C."""
+    record = Record()
+    trainer = new_trainer(None, 6, hooks=[record, SendSignal(signal.SIGINT, 2)])
+    assert trainer.fit().step == 2
+    assert trainer.fit().step == 6
+    assert record.losses == train(None, 6)["losses"]
