@@ -13,6 +13,8 @@ from pathlib import Path
 
 from internlm.utils.errors import CheckpointError
 
+OLD_PREFIX = ".writing-old-"
+
 
 def marker(folder: Path) -> Path:
     """The file that says that `folder` (named by its step) is complete."""
@@ -53,6 +55,7 @@ def resolve(path: Path) -> Path:
 def begin_writing(save_folder: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of `step` into; leftovers of earlier attempts are removed."""
     folder = save_folder / f".writing-{step}"
+    finish_replacing(save_folder)
     for leftover in save_folder.glob(".writing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -69,15 +72,24 @@ def finish_writing(writing: Path, step: int) -> Path:
     mark.touch()
     _sync(mark)
     _sync(writing)
+    old = writing.parent / f"{OLD_PREFIX}{step}"
     if final.exists():
-        old = writing.parent / f".writing-old-{step}"
+        # Two folders cannot change their names in one instant; `finish_replacing` mends what a kill leaves between.
         os.replace(final, old)
-        os.replace(writing, final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(writing, final)
+    os.replace(writing, final)
+    shutil.rmtree(old, ignore_errors=True)
     _sync(writing.parent)
     return final
+
+
+def finish_replacing(save_folder: Path) -> None:
+    """Give a checkpoint its name that a save, killed while it replaced one of the same step, left without."""
+    for old in save_folder.glob(f"{OLD_PREFIX}*"):
+        step = old.name.removeprefix(OLD_PREFIX)
+        if not (save_folder / step).exists():
+            # The old one is moved away only when the new one is complete.
+            new = save_folder / f".writing-{step}"
+            os.replace(new if new.exists() else old, save_folder / step)
 
 
 def _sync(path: Path) -> None:

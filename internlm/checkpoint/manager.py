@@ -36,6 +36,7 @@ logger = get_logger(__name__)
 
 CONTEXT_FILE = "context.json"
 CONFIG_FILE = "config.json"
+MASTER_PREFIX = "optimizer/master/"
 CONTENTS = ("model", "optimizer", "scheduler", "sampler")
 
 
@@ -148,6 +149,7 @@ class CheckpointManager:
             "inf_nan_skip_batches": float(trainer.num_skipped_updates),
             "num_updates": optimizer.num_updates,
             "scaler": optimizer.scaler.state_dict(),
+            "data": _state_of(trainer.train_loader),
             "hooks": {hook.name: hook.state_dict() for hook in trainer.hooks},
             "world_size": context.world_size,
             "layout": context.layout.describe(),
@@ -164,10 +166,26 @@ class CheckpointManager:
 
     # -- loading --------------------------------------------------------------------------------------------------
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint of the save folder."""
-        steps = folders.complete_steps(self.save_folder) if self.save_folder else []
-        return self.save_folder / str(steps[-1]) if steps and self.save_folder else None
+    def latest(self, context: ParallelContext) -> Path | None:
+        """The newest complete checkpoint of the save folder; collective.
+
+        The main rank looks for all: another machine may see a shared folder as it was a moment ago.
+        """
+        save_folder = self.save_folder
+        if save_folder is None:
+            return None
+        found: list[int] = []
+
+        def look() -> None:
+            folders.finish_replacing(save_folder)
+            found.extend(folders.complete_steps(save_folder)[-1:])
+
+        _on_main_rank(context, look, f"look for checkpoints in '{save_folder}'")
+        if context.world_group is not None:
+            message = [found]
+            dist.broadcast_object_list(message, src=0)
+            found = message[0]
+        return save_folder / str(found[0]) if found else None
 
     def load(self, trainer: Trainer, path: Path, content: Iterable[str] = CONTENTS) -> None:
         """Put a checkpoint into a trainer; collective.
@@ -175,8 +193,9 @@ class CheckpointManager:
         Args:
             trainer: freshly built, before its first step.
             path: a checkpoint folder.
-            content: any of "model", "optimizer" (moments, masters, scaler), "scheduler" (the step, from which learning
-                rate and beta2 follow) and "sampler" (the data cursor and token counter), or "all".
+            content: any of "model", "optimizer" (moments, scaler, and together with "model" the fp32 masters),
+                "scheduler" (the step, from which learning rate and beta2 follow) and "sampler" (the data cursor and
+                token counter), or "all".
 
         Raises:
             CheckpointError: the checkpoint does not fit, is damaged, or `content` is unknown.
@@ -194,6 +213,9 @@ class CheckpointManager:
             tensors.update(model_tensors(trainer.engine.model))
         if "optimizer" in wanted:
             tensors.update(optimizer_tensors(optimizer))
+            if "model" not in wanted:
+                # Masters are weights: the next update would put them in the place of those that the user wants.
+                tensors = {key: value for key, value in tensors.items() if not key.startswith(MASTER_PREFIX)}
         rng_key = f"rng/{trainer.context.rank}"
         whole_run = wanted == set(CONTENTS)
         if whole_run and context["world_size"] == trainer.context.world_size:
@@ -211,12 +233,21 @@ class CheckpointManager:
         if "sampler" in wanted:
             trainer.state.num_consumed_samples = saved.num_consumed_samples
             trainer.state.num_consumed_tokens = saved.num_consumed_tokens
+            take_back = getattr(trainer.train_loader, "load_state_dict", None)
+            if take_back is not None and context.get("data"):
+                take_back(context["data"])
         if whole_run:
             for hook in trainer.hooks:
                 if hook.name in context["hooks"]:
                     hook.load_state_dict(context["hooks"][hook.name])
             if tensors.get(rng_key) is not None:
                 set_random_state(tensors[rng_key])
+
+
+def _state_of(loader: object) -> dict[str, Any]:
+    """What a loader wants to know when the run is resumed; its cursor is the trainer's."""
+    state_dict = getattr(loader, "state_dict", None)
+    return {} if state_dict is None else state_dict()
 
 
 def _on_main_rank(context: ParallelContext, action: Callable[[], object], what: str) -> None:

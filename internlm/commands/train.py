@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -21,7 +26,7 @@ from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_meta_model, build_trainer, check_buildable, set_numerics
 from internlm.initialize.launch import LAUNCHERS, Launch, LaunchError, choose_device, connect, detect_launch, disconnect
 from internlm.model.ops.registry import describe
-from internlm.utils.errors import UserError
+from internlm.utils.errors import ConfigError, UserError
 from internlm.utils.logging import configure_logging, get_logger
 
 logger = get_logger(__name__)
@@ -102,11 +107,10 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
     connect(launch, device, options.backend)
     # The trainer's phase is wanted after it failed, also when it never came to be.
     trainer: Trainer | None = None
-    failed = False
-    with FailureWatch(launch.rank, launch.world_size) as watch:
+    with _sigterm_raises(), FailureWatch(launch.rank, launch.world_size) as watch:
         try:
             run_dir = _agree_on_run_dir(options.run_dir, config.JOB_NAME)
-            configure_logging(launch.rank, run_dir / "logs" / f"rank{launch.rank}.log")
+            _open_log(run_dir, launch.rank)
             for notice in loaded.notices:
                 logger.info("%s", notice)
             seed_everything(config.seed)
@@ -125,8 +129,10 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             else:
                 trainer.fit()
                 _say_goodbye(trainer, config.ckpt)
+            disconnect()
         except BaseException as error:
-            failed = True
+            # When one rank has failed a launcher terminates the others; that must not keep the cause out of their logs.
+            _ignore_sigterm()
             phase = "start" if trainer is None else trainer.current_phase
             cause = watch.report(error, phase)
             # The echo of another rank's failure needs no details of this rank, and a mistake of the user no traceback.
@@ -134,13 +140,35 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
                 _log_details(error, launch.rank)
             logger.error("%s", cause)
             if isinstance(error, KeyboardInterrupt):
-                return 130
+                return 143 if isinstance(error, Terminated) else 130
             return 2 if isinstance(error, UserError) else 1
-        finally:
-            # After a failure the others may never come to the collective that ends a group.
-            if not failed:
-                disconnect()
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM outside of the loop, which would answer one by a clean stop."""
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """While open, a SIGTERM reaches the log and the other ranks as any failure does."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated("received SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _ignore_sigterm() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _log_details(error: BaseException, rank: int) -> None:
@@ -157,6 +185,13 @@ def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
     if dist.is_initialized():
         dist.broadcast_object_list(run_dir, src=0)
     return Path(run_dir[0])
+
+
+def _open_log(run_dir: Path, rank: int) -> None:
+    try:
+        configure_logging(rank, run_dir / "logs" / f"rank{rank}.log")
+    except OSError as error:
+        raise ConfigError(f"the run directory '{run_dir}' cannot be written: {error}; give another --run-dir") from None
 
 
 def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:

@@ -45,6 +45,7 @@ class FailureWatch:
             # A connection of its own: the watching thread must not wait behind a collective's use of the store.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()
+        self._has_reported = False
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -55,6 +56,9 @@ class FailureWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._has_reported:
+            # Give the others a moment to read the cause: this process may hold the store.
+            time.sleep(2 * POLL_SECONDS)
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -68,13 +72,12 @@ class FailureWatch:
         cause = f"rank {self.rank} failed in phase '{phase}': {describe_error(error)}"
         if self._store is None:
             return cause
+        self._has_reported = True
         try:
             # The first writer wins: compare_set stores only when the key is absent.
             first = self._store.compare_set(KEY, "", cause).decode()
         except Exception:  # the rank that holds the store is gone
             return f"{cause} (the rank that held the job's store is gone: look at its log for the first cause)"
-        # Give the others a moment to read the cause: this process may hold the store.
-        time.sleep(2 * POLL_SECONDS)
         return cause if first == cause else ECHO + first
 
     def _watch(self) -> None:

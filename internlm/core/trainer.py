@@ -41,7 +41,9 @@ class Trainer:
 
     Args:
         engine: one optimization step.
-        train_loader: this data rank's batches. Its `seek(step, num_consumed_samples)`, if any, is called at the start.
+        train_loader: this data rank's batches, as many as on every other one. Its `seek(step, num_consumed_samples)`,
+            if any, is called at the start; its `state_dict()` and `load_state_dict(state)`, if any, let it compare the
+            data of a resumed run with that of the checkpoint (plain numbers and strings).
         total_steps: steps of the whole run; steps of a resumed run count.
         lr: step (0 for the first) -> learning rate.
         beta2: step -> second AdamW coefficient; None keeps the optimizer's.

@@ -35,7 +35,9 @@ def encode_line(tokens: Sequence[int], masked_zeros: Sequence[int] = ()) -> byte
         tokens: token ids; `-t` means "token t without loss".
         masked_zeros: positions whose token is 0 and contributes no loss (a sign cannot say it).
     """
-    text = repr(tokens if isinstance(tokens, list) else list(tokens)).replace(" ", "")
+    # json and not repr: the elements of a numpy array have a repr that is no JSON.
+    values = tokens.tolist() if isinstance(tokens, np.ndarray) else list(tokens)
+    text = json.dumps(values, separators=(",", ":"))
     extra = f', "masked_zeros": {list(masked_zeros)!r}' if masked_zeros else ""
     return f'{{"tokens": {text}{extra}}}\n'.encode("ascii")
 

@@ -297,7 +297,7 @@ def save_folder(config: Config) -> Path | None:
 
 def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
     """Resume, or load `load_ckpt_info`, or start from scratch, and say which."""
-    newest = manager.latest()
+    newest = manager.latest(trainer.context)
     info = config.ckpt.load_ckpt_info
     if config.ckpt.auto_resume and newest is not None:
         manager.load(trainer, newest)

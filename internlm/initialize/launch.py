@@ -186,6 +186,8 @@ def connect(launch: Launch, device: torch.device, backend: str | None = None, ti
 
 
 def disconnect() -> None:
-    """Leave the process group, if this process is in one."""
+    """Leave the process group, if this process is in one, together with all others; not for use after a failure."""
     if dist.is_initialized():
+        # Nobody leaves early: one rank holds the store that the others still look into.
+        dist.all_reduce(torch.zeros(()))
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from helpers.ranks import RankPool
 from helpers.runs import assert_same_bits, new_trainer, train
 
+from internlm.checkpoint import folder as folders
 from internlm.checkpoint.folder import complete_steps, marker, resolve
 from internlm.utils.errors import CheckpointError
 
@@ -134,3 +136,78 @@ def test_a_save_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
     blocked.write_text("not a folder")
     with pytest.raises(CheckpointError, match=r"cannot prepare '.*file"):
         train(blocked, 5)
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
+def test_optimizer_state_alone_leaves_the_weights_alone(tmp_path: Path, dtype: str) -> None:
+    """The masters are weights: without "model" they stay those of the new run, in any number format."""
+    done = new_trainer(tmp_path, 5, dtype=dtype)
+    done.fit()
+    trainer = new_trainer(tmp_path, 5, dtype=dtype, seed=1234)
+    before = {name: p.detach().clone() for name, p in trainer.engine.model.named_parameters()}
+    trainer.checkpointer.load(trainer, tmp_path / "5", ("optimizer",))  # type: ignore[union-attr]
+    assert trainer.state.step == 0
+    assert trainer.engine.optimizer.num_updates == 5  # type: ignore[attr-defined]
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert_same_bits(moments(trainer, kind), moments(done, kind))
+    # An update with learning rate 0 writes the masters into the parameters.
+    trainer.lr = lambda step: 0.0
+    trainer.total_steps, trainer.hooks = 1, []
+    trainer.fit()
+    assert_same_bits({name: p.detach() for name, p in trainer.engine.model.named_parameters()}, before)
+
+
+def moments(trainer: Any, kind: str) -> dict[str, torch.Tensor]:
+    """A copy of one of AdamW's moments by parameter."""
+    return {
+        key: piece.clone()
+        for key, _, pieces in trainer.engine.optimizer.sharded_state()
+        for _, piece in pieces
+        if key.startswith(f"{kind}/")
+    }
+
+
+def test_a_save_killed_while_it_replaces_one_of_the_same_step_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    train(tmp_path, 5, every=5)
+    real, calls = os.replace, []
+
+    def killed_at_the_second(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KilledError
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_at_the_second)
+        with pytest.raises(KilledError):
+            train(tmp_path, 5, every=5, seed=8)
+    assert complete_steps(tmp_path) == []
+    trainer = new_trainer(tmp_path, 10)
+    newest = trainer.checkpointer.latest(trainer.context)  # type: ignore[union-attr]
+    assert newest == tmp_path / "5"
+    trainer.checkpointer.load(trainer, newest)  # type: ignore[union-attr]
+    assert trainer.state.step == 5
+    train(tmp_path, 6, newest, every=6)
+    assert complete_steps(tmp_path) == [5, 6]
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_all_ranks_resume_from_what_the_main_rank_sees(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    """Even when another machine does not see the newest folder yet."""
+    train(tmp_path, 5, every=2)
+    assert ranks(2).run(newest_with_a_stale_view, str(tmp_path)) == [str(tmp_path / "5")] * 2
+
+
+def newest_with_a_stale_view(folder: str) -> str:
+    trainer = new_trainer(folder, 5)
+    real = folders.complete_steps
+    folders.complete_steps = lambda path: real(path)[:-1] if trainer.context.rank == 1 else real(path)
+    try:
+        return str(trainer.checkpointer.latest(trainer.context))  # type: ignore[union-attr]
+    finally:
+        folders.complete_steps = real

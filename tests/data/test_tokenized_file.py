@@ -261,3 +261,11 @@ def test_rebuild_meta_names_a_bad_line(tmp_path):
     with pytest.raises(DataError, match="document 1 at byte 16"):
         rebuild_meta(tmp_path / "a.bin")
     assert not meta_path(tmp_path / "a.bin").exists()
+
+
+def test_tokens_may_be_a_numpy_array(tmp_path):
+    """The elements of an array print as np.int64(5), which must not get into the file."""
+    file = TokenizedFile(write(tmp_path / "a.bin", [np.arange(5), [7]]))
+    assert file.read(0, 0, 5)[0].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(TypeError), TokenizedWriter(tmp_path / "b.bin") as writer:
+        writer.write([np.int64(5)])

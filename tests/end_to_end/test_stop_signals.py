@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.commands import Command, write_config
+from helpers.commands import metrics_of, start_ranks, start_training, write_config
+from helpers.processes import Forked, wait_for_all
 
 from internlm.checkpoint.folder import complete_steps
+from internlm.core.engine import Engine
+from internlm.core.trainer import Trainer
 
 # Enough steps that the run never ends by itself.
 ENDLESS = ("--set", "data.total_steps=1000000", "--set", "ckpt.checkpoint_every=1000000")
 
 
 @pytest.fixture
-def started() -> Iterator[list[Command]]:
-    """Commands to kill when the test is over."""
-    commands: list[Command] = []
-    yield commands
-    for command in commands:
-        command.kill()
+def started() -> Iterator[list[Forked]]:
+    """Processes to kill when the test is over."""
+    processes: list[Forked] = []
+    yield processes
+    for process in processes:
+        process.kill()
 
 
 def steps_of(run_dir: Path) -> list[int]:
-    """The steps on file."""
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    return [line["step"] for line in metrics_of(run_dir)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
-    tmp_path: Path, started: list[Command], number: signal.Signals
+    tmp_path: Path, started: list[Forked], number: signal.Signals
 ) -> None:
     """As a terminal's Ctrl-C or a batch system sends it: to the loader's worker processes, too."""
     config, run_dir = write_config(tmp_path), tmp_path / "run"
     arguments = ["--config", config, "--run-dir", run_dir, *ENDLESS, "--set", "data.num_worker=2"]
-    command = Command(arguments, tmp_path / "first.txt", own_group=True)
+    command = start_training(arguments, tmp_path / "first.txt", own_group=True)
     started.append(command)
     command.wait_until(lambda: len(steps_of(run_dir)) >= 3)
     command.send(number, group=True)
@@ -49,8 +50,96 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     assert "Traceback" not in command.output
     assert steps_of(run_dir) == list(range(1, stopped_at + 1))
 
-    again = Command([*arguments, "--set", f"data.total_steps={stopped_at + 2}"], tmp_path / "second.txt")
+    again = start_training([*arguments, "--set", f"data.total_steps={stopped_at + 2}"], tmp_path / "second.txt")
     started.append(again)
     assert again.wait() == 0, again.output
     assert f"resuming at step {stopped_at} of {stopped_at + 2}" in again.output
     assert steps_of(run_dir) == list(range(1, stopped_at + 3))
+
+
+@pytest.mark.parametrize("who", [(0, 1), (1,)], ids=["all-ranks", "one-rank"])
+def test_a_signal_to_ranks_stops_all_at_the_same_step(
+    tmp_path: Path, started: list[Forked], who: tuple[int, ...]
+) -> None:
+    config, run_dir = write_config(tmp_path), tmp_path / "run"
+    ranks = start_ranks(["--config", config, "--run-dir", run_dir, *ENDLESS], tmp_path)
+    started += ranks
+    ranks[0].wait_until(lambda: len(steps_of(run_dir)) >= 3)
+    for rank in who:
+        ranks[rank].send(signal.SIGTERM)
+    assert wait_for_all(ranks, 30) == [0, 0], ranks[0].output + ranks[1].output
+    (stopped_at,) = complete_steps(tmp_path / "checkpoints")
+    assert steps_of(run_dir)[-1] == stopped_at
+    reason = "received SIGTERM" if 0 in who else "another rank asked for it"
+    assert f"stopped at step {stopped_at}: {reason}; the same command goes on" in ranks[0].output
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, started: list[Forked]) -> None:
+    """When the step hangs, nobody waits for its end."""
+    reached = tmp_path / "reached"
+
+    def hang() -> None:
+        def train_step(self: Engine, *args: object) -> None:
+            reached.touch()
+            time.sleep(1000)
+
+        Engine.train_step = train_step  # type: ignore[assignment,method-assign]
+
+    config, run_dir = write_config(tmp_path), tmp_path / "run"
+    command = start_training(["--config", config, "--run-dir", run_dir], tmp_path / "out.txt", before=hang)
+    started.append(command)
+    command.wait_until(reached.exists)
+    command.send(signal.SIGINT)
+    time.sleep(0.3)  # a person's fingers; also, the first one must have been taken in
+    assert command.process.exitcode is None
+    command.send(signal.SIGINT)
+    assert command.wait(10) == 130, command.output
+    assert "Traceback" not in command.output
+    assert command.output.splitlines()[-1].endswith("rank 0 failed in phase 'training step, step 1': KeyboardInterrupt")
+    assert complete_steps(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("ckpt = dict(enable_save_ckpt=False)", "nothing was saved, as ckpt.enable_save_ckpt is False"),
+        ("ckpt['auto_resume'] = False", "the checkpoint was saved; to go on from it, set ckpt.auto_resume = True"),
+    ],
+)
+def test_the_message_claims_no_more_than_is_true(
+    tmp_path: Path, started: list[Forked], more: str, message: str
+) -> None:
+    config = write_config(tmp_path, more)
+    command = start_training(
+        ["--config", config, "--run-dir", tmp_path / "run"], tmp_path / "out.txt", before=stop_at(4)
+    )
+    started.append(command)
+    assert command.wait() == 0
+    assert command.output.splitlines()[-1].endswith(f"stopped at step 4: received SIGTERM; {message}")
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path, started: list[Forked]) -> None:
+    config = write_config(tmp_path)
+    command = start_training(
+        ["--config", config, "--run-dir", tmp_path / "run"], tmp_path / "out.txt", before=stop_at(10)
+    )
+    started.append(command)
+    assert command.wait() == 0
+    assert command.output.splitlines()[-1].endswith("done: 10 steps, 640 tokens")
+    assert "stopp" not in command.output
+
+
+def stop_at(step: int) -> Callable[[], None]:
+    """A trap that sends this process a SIGTERM in the middle of a step."""
+
+    def install() -> None:
+        original = Trainer._train_step
+
+        def train_step(self: Trainer, *args: object) -> object:
+            if self.state.step + 1 == step:
+                signal.raise_signal(signal.SIGTERM)
+            return original(self, *args)  # type: ignore[arg-type]
+
+        Trainer._train_step = train_step  # type: ignore[assignment,method-assign]
+
+    return install

@@ -1,23 +1,23 @@
-"""Runs of the train command in processes of their own, forked from this one, so that nobody waits for torch's import.
+"""The train command on a tiny config, in forked processes, so that nobody waits for torch's import.
 
-Each is what the launcher would start: its own environment, its own stdout and stderr, its own exit code.
+Each is what a launcher would start: its own environment, its own stdout and stderr, its own exit code.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
-import signal
-import socket
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from internlm.cli import main
+
+from .processes import Forked, free_port
+
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID",
-    "SLURM_STEP_ID", "SLURM_NODELIST", "SLURM_JOB_ID", "TORCHELASTIC_USE_AGENT_STORE",
+    "SLURM_STEP_ID", "SLURM_NODELIST", "SLURM_JOB_ID",
 )  # fmt: skip
 
 TINY_RUN = """
@@ -57,15 +57,8 @@ def write_config(folder: Path, more: str = "", name: str = "config.py") -> Path:
     return path
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def slurm_environments(world_size: int) -> list[dict[str, str]]:
-    """What srun sets for each task of a step on one machine."""
+    """What srun sets for each task of a step on one machine, and a port of its own."""
     port = str(free_port())
     return [
         {
@@ -81,98 +74,57 @@ def slurm_environments(world_size: int) -> list[dict[str, str]]:
     ]
 
 
-class Command:
-    """One running process of `internlm train`.
+def start_training(
+    arguments: Sequence[object],
+    output: Path,
+    environment: dict[str, str] | None = None,
+    before: Callable[[], Any] | None = None,
+    own_group: bool = False,
+) -> Forked:
+    """`internlm train` with `arguments`.
 
     Args:
-        arguments: after `internlm train`.
         output: the file for stdout and stderr together.
         environment: the launcher's variables; none of another launcher are left.
         before: called in the process before the command, to set a trap for it.
-        own_group: give the process a group of its own, as a shell does, so that a signal can go to all of it.
+        own_group: see `Forked`.
     """
 
-    def __init__(
-        self,
-        arguments: Sequence[object],
-        output: Path,
-        environment: dict[str, str] | None = None,
-        before: Callable[[], None] | None = None,
-        own_group: bool = False,
-    ) -> None:
-        self.output_file = output
-        output.parent.mkdir(parents=True, exist_ok=True)
-        words = ["train", *map(str, arguments)]
-        fork = multiprocessing.get_context("fork")
-        self.process: Any = fork.Process(target=_run, args=(words, output, environment or {}, before, own_group))
-        self.process.start()
+    def run() -> int:
+        for name in LAUNCHER_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(environment or {})
+        if before is not None:
+            before()
+        return main(["train", *map(str, arguments)])
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def output(self) -> str:
-        """All that it printed so far."""
-        return self.output_file.read_text(encoding="utf-8") if self.output_file.exists() else ""
-
-    def wait(self, timeout: float = 60.0) -> int:
-        """Its exit code (-9 when killed by signal 9); it is killed when it takes longer than `timeout` seconds."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.kill()
-            raise AssertionError(f"the command did not end within {timeout} s; its output:\n{self.output}")
-        return self.process.exitcode
-
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
-        """Wait for something that this process does."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            if self.process.exitcode is not None or time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"what the test waits for did not happen; the output:\n{self.output}")
-            time.sleep(0.01)
-
-    def send(self, number: signal.Signals, group: bool = False) -> None:
-        """Send a signal to the process, or to its whole group."""
-        (os.killpg if group else os.kill)(self.pid, number)
-
-    def kill(self) -> None:
-        """End it at once, if it still runs."""
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
+    return Forked(run, output, own_group)
 
 
-def _run(
-    words: list[str],
-    output: Path,
-    environment: dict[str, str],
-    before: Callable[[], None] | None,
-    own_group: bool,
-) -> None:
-    if own_group:
-        os.setpgid(0, 0)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 (it serves until the process ends)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
-    os.environ.update(environment)
-    from internlm.cli import main
-
-    if before is not None:
-        before()
-    sys.exit(main(words))
+def start_ranks(
+    arguments: Sequence[object],
+    folder: Path,
+    world_size: int = 2,
+    before: Callable[[int], Any] | None = None,
+) -> list[Forked]:
+    """One process a rank, as srun would start them; outputs are `folder/rank<r>.txt`. `before(rank)` as above."""
+    return [
+        start_training(
+            arguments,
+            folder / f"rank{rank}.txt",
+            environment,
+            None if before is None else (lambda rank=rank: before(rank)),  # type: ignore[misc]
+        )
+        for rank, environment in enumerate(slurm_environments(world_size))
+    ]
 
 
-def run_all(commands: Sequence[Command], timeout: float = 60.0) -> list[int]:
-    """The exit codes of all; all are killed when one takes too long."""
-    try:
-        return [command.wait(timeout) for command in commands]
-    finally:
-        for command in commands:
-            command.kill()
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last_log_line(run_dir: Path, rank: int) -> str:
+    """The last line of a rank's log file."""
+    return (run_dir / "logs" / f"rank{rank}.log").read_text(encoding="utf-8").splitlines()[-1]
