@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.commands import metrics_of, start_ranks, start_training, write_config
+from helpers.commands import last_log_line, metrics_of, start_ranks, start_training, write_config
 from helpers.processes import Forked, wait_for_all
 
+import internlm.commands.train as train
 from internlm.checkpoint.folder import complete_steps
 from internlm.core.engine import Engine
 from internlm.core.trainer import Trainer
@@ -97,6 +98,28 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, started: list[Forked
     assert "Traceback" not in command.output
     assert command.output.splitlines()[-1].endswith("rank 0 failed in phase 'training step, step 1': KeyboardInterrupt")
     assert complete_steps(tmp_path / "checkpoints") == []
+
+
+def test_a_sigterm_before_the_loop_is_told_to_the_log(tmp_path: Path, started: list[Forked]) -> None:
+    """There is nothing to save yet; but a launcher that ends the ranks of a failed job must not leave them mute."""
+    reached = tmp_path / "reached"
+
+    def hang() -> None:
+        def build_trainer(*args: object, **kwargs: object) -> None:
+            reached.touch()
+            time.sleep(1000)
+
+        train.build_trainer = build_trainer  # type: ignore[assignment]
+
+    command = start_training(
+        ["--config", write_config(tmp_path), "--run-dir", tmp_path / "run"], tmp_path / "out.txt", before=hang
+    )
+    started.append(command)
+    command.wait_until(reached.exists)
+    command.send(signal.SIGTERM)
+    assert command.wait(10) == 143, command.output
+    assert last_log_line(tmp_path / "run", 0).endswith("failed in phase 'start': Terminated: received SIGTERM")
+    assert "Traceback" not in command.output
 
 
 @pytest.mark.parametrize(
