@@ -134,6 +134,7 @@ def test_the_quick_start_on_own_text(tmp_path: Path) -> None:
         for part, paragraph in enumerate(text_of(page).split("\n\n")):
             (tmp_path / "my_text" / f"{number}_{part}.txt").write_text(paragraph)
     printed = run_forked(tmp_path, run_commands, section)
+    assert "my_config.py:" in printed  # where --print-config says that values come from
     assert "the config is valid" in printed
     assert "resuming at step 4 of 6" in printed
     assert "Once upon a time" in printed
