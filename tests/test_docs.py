@@ -72,9 +72,18 @@ def printed_losses(printed: str) -> list[float]:
     return [float(number) for number in re.findall(r"^step \d+  loss (\S+)$", printed, re.MULTILINE)]
 
 
+# A thread of a process group that is left when the interpreter ends can abort the process.
+COUNT_THREADS = """
+import pathlib
+names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+print("threads left:", names.count("pt_gloo_runloop"))
+"""
+
+
 def test_the_library_script_gives_the_same_losses_on_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "train_my_lists.py"
     script.write_text(blocks(text_of("doc/library.md"), "python")[0])
+    script.write_text(script.read_text() + COUNT_THREADS)
     alone = printed_losses(run_forked(tmp_path, run_blocks, [script.read_text()], "doc/library.md"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.name]
@@ -83,6 +92,7 @@ def test_the_library_script_gives_the_same_losses_on_two_processes(tmp_path: Pat
     # Four decimals are printed; summing in another order moves the fifth.
     assert printed_losses(result.stdout) == pytest.approx(alone, abs=2e-4)
     assert len(alone) == 4
+    assert result.stdout.count("threads left: 0") == 2, result.stdout
 
 
 # -- the quick start, with sizes that take seconds ------------------------------------------------------------
@@ -124,6 +134,7 @@ def test_the_quick_start_on_own_text(tmp_path: Path) -> None:
         for part, paragraph in enumerate(text_of(page).split("\n\n")):
             (tmp_path / "my_text" / f"{number}_{part}.txt").write_text(paragraph)
     printed = run_forked(tmp_path, run_commands, section)
+    assert "my_config.py:" in printed  # where --print-config says that values come from
     assert "the config is valid" in printed
     assert "resuming at step 4 of 6" in printed
     assert "Once upon a time" in printed

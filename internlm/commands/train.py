@@ -129,7 +129,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             else:
                 trainer.fit()
                 _say_goodbye(trainer, config.ckpt)
-            disconnect()
+            disconnect(context)
         except BaseException as error:
             # When one rank has failed a launcher terminates the others; that must not keep the cause out of their logs.
             _ignore_sigterm()

@@ -112,6 +112,8 @@ class Trainer:
                 self._call("on_fit_start")
                 self._loop()
                 self._stop_vote.wait()
+                # Whoever reads the weights now, a hook or the caller, gets those of the last update.
+                self.engine.optimizer.finish_gathering()
                 if self.stop_reason is not None:
                     logger.warning("stopping after step %d: %s", self.state.step, self.stop_reason)
                 self._call("on_fit_end")

@@ -16,6 +16,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+# Its functions take the default group as a default argument when it is imported. Imported after `connect` (by torch
+# itself, with the first optimizer) it would keep that group, and its threads, beyond `disconnect`.
+import torch.distributed.nn
+
+from internlm.core.context.parallel_context import ParallelContext
 from internlm.utils.errors import UserError
 from internlm.utils.logging import get_logger
 
@@ -185,9 +190,16 @@ def connect(launch: Launch, device: torch.device, backend: str | None = None, ti
         ) from error
 
 
-def disconnect() -> None:
-    """Leave the process group, if this process is in one, together with all others; not for use after a failure."""
+def disconnect(context: ParallelContext | None = None) -> None:
+    """Leave the process group, if this process is in one, together with all others; not for use after a failure.
+
+    Args:
+        context: whose groups to give back too. The threads of a group end when nobody holds it; one that is still there
+            when the interpreter ends, and lets go of a tensor, aborts the process.
+    """
     if dist.is_initialized():
         # Nobody leaves early: one rank holds the store that the others still look into.
         dist.all_reduce(torch.zeros(()))
+        if context is not None:
+            context.close()
         dist.destroy_process_group()

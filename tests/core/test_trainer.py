@@ -18,6 +18,7 @@ from helpers.tiny import micro_batch
 
 import internlm.core.trainer as trainer_module
 from internlm.checkpoint.folder import complete_steps
+from internlm.core.communication.collectives import Done
 from internlm.core.hooks import Hook
 from internlm.data.batch import Batch
 from internlm.model.ops.attention import Segments
@@ -104,6 +105,18 @@ def test_skipped_batches_are_counted_but_not_trained(tmp_path: Path) -> None:
     assert len(record.losses) == 3
     assert record.losses[0] == everything["losses"][0]
     assert (state.step, state.num_consumed_samples) == (4, 16)
+
+
+def test_the_weights_of_the_last_update_are_there_after_fit(ranks: Callable[[int], RankPool]) -> None:
+    assert ranks(2).run(gathers_pending_after_fit) == [0, 0]
+
+
+def gathers_pending_after_fit() -> int:
+    trainer = new_trainer(None, 2)
+    optimizer: Any = trainer.engine.optimizer
+    optimizer.overlap_sync_param = True
+    trainer.fit()
+    return sum(not isinstance(bucket._gathering, Done) for bucket in optimizer.buckets)
 
 
 def test_an_exception_reaches_hooks_and_the_caller() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,29 +47,56 @@ class BucketKind:
     sharded_over: tuple[str, ...]
 
 
-@dataclass(frozen=True)
 class BucketGroups:
     """The process groups of a bucket; None where this rank is alone.
 
-    Attributes:
+    The groups stay the property of the `ParallelContext`: a group's threads end when nobody holds it any more, so what
+    is kept here are weak references.
+
+    Args:
         zero: ranks that share one copy of the optimizer state.
         replica: ranks that hold copies of this rank's optimizer state, over the data axis.
         partial: one group for each axis of `BucketKind.partial_over`.
     """
 
-    zero: dist.ProcessGroup | None
-    replica: dist.ProcessGroup | None
-    partial: tuple[dist.ProcessGroup | None, ...] = ()
+    def __init__(
+        self,
+        zero: dist.ProcessGroup | None,
+        replica: dist.ProcessGroup | None,
+        partial: Sequence[dist.ProcessGroup | None] = (),
+    ) -> None:
+        self.zero_size = 1 if zero is None else dist.get_world_size(zero)
+        self.zero_index = 0 if zero is None else dist.get_rank(zero)
+        self._zero, self._replica = _weak(zero), _weak(replica)
+        self._partial = tuple(_weak(group) for group in partial)
 
     @property
-    def zero_size(self) -> int:
-        """Number of ranks in the zero group."""
-        return 1 if self.zero is None else dist.get_world_size(self.zero)
+    def zero(self) -> dist.ProcessGroup | None:
+        """Ranks that share one copy of the optimizer state."""
+        return _group(self._zero)
 
     @property
-    def zero_index(self) -> int:
-        """This rank's place in the zero group."""
-        return 0 if self.zero is None else dist.get_rank(self.zero)
+    def replica(self) -> dist.ProcessGroup | None:
+        """Ranks that hold copies of this rank's optimizer state."""
+        return _group(self._replica)
+
+    @property
+    def partial(self) -> tuple[dist.ProcessGroup | None, ...]:
+        """One group for each further axis over which gradients are summed."""
+        return tuple(_group(reference) for reference in self._partial)
+
+
+def _weak(group: dist.ProcessGroup | None) -> weakref.ref[dist.ProcessGroup] | None:
+    return None if group is None else weakref.ref(group)
+
+
+def _group(reference: weakref.ref[dist.ProcessGroup] | None) -> dist.ProcessGroup | None:
+    if reference is None:
+        return None
+    group = reference()
+    if group is None:
+        raise RuntimeError("the process groups of this optimizer are gone: its ParallelContext was closed")
+    return group
 
 
 class FlatBucket:

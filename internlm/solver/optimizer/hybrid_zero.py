@@ -57,7 +57,8 @@ class HybridZeroOptimizer:
         weight_decay_norms_and_biases: decay one-dimensional parameters too (InternEvo's way).
         clip_grad_norm: largest global norm; 0 leaves gradients as they are.
         overlap_sync_grad: start reducing a bucket while backward still runs.
-        overlap_sync_param: gather parameters while the next forward runs.
+        overlap_sync_param: gather parameters while the next forward runs; whoever reads them outside of a forward pass
+            calls `finish_gathering` first.
         reduce_bucket_size: elements a bucket holds at most (a larger single parameter has a bucket of its own).
         reduce_dtype: dtype in which gradients travel; they are accumulated over micro batches in fp32 in any case.
     """
@@ -74,7 +75,7 @@ class HybridZeroOptimizer:
         weight_decay_norms_and_biases: bool = False,
         clip_grad_norm: float = 0.0,
         overlap_sync_grad: bool = True,
-        overlap_sync_param: bool = True,
+        overlap_sync_param: bool = False,
         reduce_bucket_size: int = 512 * 1024 * 1024,
         reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
