@@ -28,6 +28,8 @@ class StepMetrics:
         num_tokens: tokens of the global batch, padding included.
         num_samples: samples of the global batch.
         micro_num: micro batches of this step on each data rank.
+        largest_length: tokens of the longest document (attention segment) among this rank's micro batches.
+        largest_batch, smallest_batch: most and fewest documents in one of this rank's micro batches.
         num_consumed_tokens: tokens since the start of the run, this step included.
         num_consumed_samples: samples since the start of the run, this step included.
         inf_nan_skip_batches: scalar tensor, updates skipped since the start of the run.
@@ -48,6 +50,9 @@ class StepMetrics:
     num_tokens: int
     num_samples: int
     micro_num: int
+    largest_length: int
+    largest_batch: int
+    smallest_batch: int
     num_consumed_tokens: int
     num_consumed_samples: int
     inf_nan_skip_batches: Tensor
@@ -73,6 +78,9 @@ class StepMetrics:
             num_tokens=self.num_tokens,
             num_samples_in_batch=self.num_samples,
             micro_num=self.micro_num,
+            largest_length=self.largest_length,
+            largest_batch=self.largest_batch,
+            smallest_batch=self.smallest_batch,
             num_consumed_tokens=self.num_consumed_tokens,
             num_consumed_samples=self.num_consumed_samples,
             **{f"{phase}_time": seconds for phase, seconds in self.seconds.items()},

@@ -160,6 +160,7 @@ class Trainer:
         result = self.engine.train_step(batch, lr, beta2)
         self.num_skipped_updates = self.num_skipped_updates + result.skipped
         num_tokens = self._count(batch)
+        segments = batch.segment_lengths
         return StepMetrics(
             step=self.state.step,
             loss=result.loss,
@@ -172,6 +173,9 @@ class Trainer:
             num_tokens=num_tokens,
             num_samples=batch.num_samples,
             micro_num=len(batch.micro_batches),
+            largest_length=max(max(lengths) for lengths in segments),
+            largest_batch=max(len(lengths) for lengths in segments),
+            smallest_batch=min(len(lengths) for lengths in segments),
             num_consumed_tokens=self.state.num_consumed_tokens,
             num_consumed_samples=self.state.num_consumed_samples,
             inf_nan_skip_batches=self.num_skipped_updates,

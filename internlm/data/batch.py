@@ -78,6 +78,14 @@ class Batch:
         return sum(micro.input_ids.numel() for micro in self.micro_batches)
 
     @property
+    def segment_lengths(self) -> list[tuple[int, ...]]:
+        """Lengths of the attention segments of each micro batch; a row of an unpacked one is a segment."""
+        return [
+            micro.lengths if micro.lengths is not None else (micro.input_ids.shape[1],) * micro.input_ids.shape[0]
+            for micro in self.micro_batches
+        ]
+
+    @property
     def num_valid_tokens(self) -> int:
         """Tokens on this rank that contribute loss."""
         return sum(micro.num_valid_tokens for micro in self.micro_batches)

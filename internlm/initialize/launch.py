@@ -139,13 +139,18 @@ def first_host_of(node_list: str) -> str:
 
 
 def choose_device(launch: Launch) -> torch.device:
-    """The accelerator of this rank: `cuda:<local rank>` when there is CUDA, else the CPU.
+    """The accelerator of this rank: a GPU when there is one, else the CPU.
+
+    It is `cuda:<local rank>`, or the only GPU that a SLURM task sees.
 
     Raises:
         LaunchError: more ranks than GPUs on this machine.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if launch.launcher == "slurm" and torch.cuda.device_count() == 1:
+        # srun --gpus-per-task=1 shows each task its own GPU only.
+        return torch.device("cuda", 0)
     if launch.local_rank >= torch.cuda.device_count():
         raise LaunchError(
             f"local rank {launch.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start at most "

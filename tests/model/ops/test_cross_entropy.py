@@ -136,3 +136,20 @@ def test_whole_logits_never_exist() -> None:
     with _LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, labels, chunk_tokens=4).loss_sum.backward()
     assert largest.elements <= max(4 * VOCAB, VOCAB * HIDDEN)
+
+
+def test_the_factor_of_the_loss_is_not_rounded_to_bf16() -> None:
+    """1 / number of tokens is no bf16 number; every gradient takes it in fp32, so that none is scaled apart."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(5, 16, generator=generator).bfloat16()
+    weight = torch.randn(11, 16, generator=generator).bfloat16()
+    labels = torch.tensor([1, 4, IGNORE_INDEX, 0, 10])
+    factor = torch.tensor(1 / 3)
+    unit, scaled = [], []
+    for grads, scale in ((unit, torch.tensor(1.0)), (scaled, factor)):
+        leaves = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+        (linear_cross_entropy(*leaves, labels).loss_sum * scale).backward()
+        grads.extend(leaf.grad for leaf in leaves)
+    assert torch.equal(scaled[0], (unit[0].float() * factor).bfloat16())
+    # The head's gradient is summed in fp32 and rounded once: at most one rounding apart from the rounded unit one.
+    torch.testing.assert_close(scaled[1].float(), unit[1].float() * factor, rtol=2**-7, atol=0)
