@@ -56,7 +56,9 @@ def _has_flash_attn() -> bool:
 @functools.cache
 def _has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, or AMX, which comes with it)."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    # A private name: where a version of PyTorch lacks it, SDPA serves.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def choice(device: torch.device, *, use_flash_attn: bool = True) -> Choice:
