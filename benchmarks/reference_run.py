@@ -1,9 +1,9 @@
 """Time to a loss on real text: this project against a hand-written PyTorch loop of the same shape, in one run.
 
-    python benchmarks/reference_run.py --train DIR --valid DIR [--steps 220] [--target 5.32] [--threads 2]
+    python benchmarks/reference_run.py --train DIR --valid DIR [--steps 880] [--batch 2] [--peak 1.5e-3]
 
 DIR are tokenized folders (tools/tokenizer.py; a BPE of 8,192 tokens). Both train the 16.9 M model (hidden 384,
-6 layers, 6 heads, ffn 1024) on the same 8 x 512 tokens a step in the same order, in bf16, with the same learning rate.
+6 layers, 6 heads, ffn 1024) on the same `--batch` x 512 tokens a step in the same order, in bf16, with the same learning rate.
 They run in turns of `--slice` steps, each in its own process, so that what else the machine does hits both; the clock
 of each counts its own turns: loading, forward, backward, update. The held-out loss is measured between turns, off the
 clock. The hand-written loop does not separate documents, as such loops do; both are evaluated on the same rows.
@@ -21,18 +21,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-HIDDEN, LAYERS, HEADS, FFN, VOCAB, SEQ, BATCH = 384, 6, 6, 1024, 8192, 512, 8
+HIDDEN, LAYERS, HEADS, FFN, VOCAB, SEQ = 384, 6, 6, 1024, 8192, 512
 CONTENDERS = ("ours", "plain")
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Warm-up over a tenth of the steps, then a line to a tenth of the peak."""
-    peak = 2e-3
     warmup = max(steps // 10, 1)
     return peak * (step + 1) / warmup if step < warmup else peak * (1 - 0.9 * (step - warmup) / (steps - warmup))
 
 
-def build_ours(train: str, steps: int) -> tuple[Callable[[int], None], Callable[[Any], Any]]:
+def build_ours(options: argparse.Namespace) -> tuple[Callable[[int], None], Callable[[Any], Any]]:
     """A step, and the token losses of rows."""
     import torch
 
@@ -62,12 +61,19 @@ def build_ours(train: str, steps: int) -> tuple[Callable[[int], None], Callable[
     engine = Engine(model, optimizer, context, linear_cross_entropy)
     batches = iter(
         build_train_loader(
-            train, seq_len=SEQ, micro_bsz=BATCH, micro_num=1, packing="cut", seed=1, vocab_size=VOCAB, num_workers=0
+            options.train,
+            seq_len=SEQ,
+            micro_bsz=options.batch,
+            micro_num=1,
+            packing="cut",
+            seed=1,
+            vocab_size=VOCAB,
+            num_workers=0,
         )
     )
 
     def step(number: int) -> None:
-        float(engine.train_step(next(batches), learning_rate(number, steps)).loss)
+        float(engine.train_step(next(batches), learning_rate(number, options.steps, options.peak)).loss)
 
     def losses(rows: Any) -> Any:
         inputs, labels = rows.unbind(1)
@@ -77,7 +83,7 @@ def build_ours(train: str, steps: int) -> tuple[Callable[[int], None], Callable[
     return step, losses
 
 
-def build_plain(train: str, steps: int) -> tuple[Callable[[int], None], Callable[[Any], Any]]:
+def build_plain(options: argparse.Namespace) -> tuple[Callable[[int], None], Callable[[Any], Any]]:
     """The same with plain PyTorch."""
     import torch
     from plain_pytorch import Llama
@@ -89,9 +95,9 @@ def build_plain(train: str, steps: int) -> tuple[Callable[[int], None], Callable
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batches = iter(
         build_train_loader(
-            train,
+            options.train,
             seq_len=SEQ,
-            micro_bsz=BATCH,
+            micro_bsz=options.batch,
             micro_num=1,
             packing="pack_sample_into_one",
             seed=1,
@@ -102,10 +108,10 @@ def build_plain(train: str, steps: int) -> tuple[Callable[[int], None], Callable
 
     def step(number: int) -> None:
         micro = next(batches).micro_batches[0]
-        optimizer.param_groups[0]["lr"] = learning_rate(number, steps)
+        optimizer.param_groups[0]["lr"] = learning_rate(number, options.steps, options.peak)
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(micro.input_ids.view(BATCH, SEQ))
+            logits = model(micro.input_ids.view(options.batch, SEQ))
             loss = F.cross_entropy(logits.view(-1, VOCAB), micro.labels.view(-1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,7 +150,7 @@ def serve(name: str, options: argparse.Namespace) -> None:
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    step, losses = (build_ours if name == "ours" else build_plain)(options.train, options.steps)
+    step, losses = (build_ours if name == "ours" else build_plain)(options)
     rows = held_out_rows(options.valid, 32)
     done, seconds = 0, 0.0
 
@@ -167,7 +173,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True)
     parser.add_argument("--valid", required=True)
-    parser.add_argument("--steps", type=int, default=220, help="220 steps are 0.9 M tokens")
+    parser.add_argument("--steps", type=int, default=880, help="880 steps of 2 x 512 are 0.9 M tokens")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of 512 tokens a step")
+    parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--only", choices=CONTENDERS, help="run one of the two")
     parser.add_argument("--slice", type=int, default=20)
     parser.add_argument("--target", type=float, default=5.32)
     parser.add_argument("--threads", type=int, default=2)
@@ -176,6 +185,7 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options)
         return
+    contenders = (options.only,) if options.only else CONTENDERS
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     processes = {
         name: subprocess.Popen(
@@ -185,10 +195,10 @@ def main() -> None:
             text=True,
             env=environment,
         )
-        for name in CONTENDERS
+        for name in contenders
     }
     reached: dict[str, float] = {}
-    print(f"{'step':>6} {'ours s':>8} {'loss':>8} {'plain s':>8} {'loss':>8}")
+    print(f"{'step':>6} " + " ".join(f"{name + ' s':>8} {'loss':>8}" for name in contenders), flush=True)
     for turn in range(options.steps // options.slice + 1):
         answers = {}
         for name, process in processes.items():
@@ -199,17 +209,15 @@ def main() -> None:
             answers[name] = json.loads(process.stdout.readline())
             if answers[name]["loss"] <= options.target:
                 reached.setdefault(name, answers[name]["seconds"])
-        ours, plain = answers["ours"], answers["plain"]
-        print(
-            f"{ours['step']:>6} {ours['seconds']:>8.1f} {ours['loss']:>8.3f} "
-            f"{plain['seconds']:>8.1f} {plain['loss']:>8.3f}",
-            flush=True,
-        )
+        cells = (f"{answer['seconds']:>8.1f} {answer['loss']:>8.3f}" for answer in answers.values())
+        print(f"{answers[contenders[0]]['step']:>6} " + " ".join(cells), flush=True)
     for process in processes.values():
         process.kill()
-    for name in CONTENDERS:
+    for name in contenders:
         print(f"{name}: loss {options.target} after {reached.get(name, float('nan')):.1f} s of training")
-    print(f"time of ours / plain for {options.steps} steps: {ours['seconds'] / plain['seconds']:.2f}")
+    if len(contenders) == 2:
+        ratio = answers["ours"]["seconds"] / answers["plain"]["seconds"]
+        print(f"time of ours / plain for {options.steps} steps: {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from internlm.core.scheduler.executor import execute
 from internlm.core.scheduler.schedules import Schedule, non_pipeline
 from internlm.data.batch import Batch, MicroBatch
 from internlm.model.ops.attention import Segments
-from internlm.model.ops.cross_entropy import LossOutput
+from internlm.model.ops.cross_entropy import LossFunction, LossOutput
 
 
 class StepResult(Protocol):
@@ -71,10 +71,6 @@ class TokenStatistics(TokenSink, Protocol):
 
     def result(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Scalar metrics over all tokens since the last call, on all data ranks."""
-
-
-LossFunction = Callable[[Tensor, Tensor, Tensor], LossOutput]
-"""(hidden [T, h], head weight [V, h], labels [T]) -> the sum of the losses of valid tokens and their details."""
 
 
 @dataclass

@@ -55,7 +55,7 @@ def build_layout(config: Config, world_size: int) -> ParallelLayout:
         tensor=parallel.tensor.size,
         weight=parallel.weight.size,
         zero=parallel.zero1.size,
-        is_isp=parallel.tensor.mode == "isp",
+        mode=parallel.tensor.mode,
     )
 
 

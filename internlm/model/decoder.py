@@ -22,15 +22,17 @@ from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
 from internlm.model.ops.attention import Segments
 from internlm.model.ops.rotary import RotaryTables
-from internlm.model.roles import Role
+from internlm.model.roles import HeadShape, Role
 
 DECODER_ROLES: Mapping[str, Role] = {
     "tok_embeddings": Role.EMBEDDING,
-    "layers.*.attention.wqkv": Role.COLUMN_BY_KV_GROUP,
-    "layers.*.attention.wq": Role.COLUMN,
-    "layers.*.attention.wk": Role.COLUMN_BY_KV_GROUP,
-    "layers.*.attention.wv": Role.COLUMN_BY_KV_GROUP,
-    "layers.*.attention.wo": Role.ROW,
+    "layers.*.attention.wqkv": Role.ATTENTION_QKV,
+    "layers.*.attention.wq": Role.ATTENTION_Q,
+    "layers.*.attention.wk": Role.ATTENTION_KV,
+    "layers.*.attention.wv": Role.ATTENTION_KV,
+    "layers.*.attention.wo": Role.ATTENTION_OUT,
+    "layers.*.attention.q_norm": Role.PER_HEAD,
+    "layers.*.attention.k_norm": Role.PER_HEAD,
     "layers.*.feed_forward.w1": Role.COLUMN,
     "layers.*.feed_forward.w3": Role.COLUMN,
     "layers.*.feed_forward.w13": Role.COLUMN_PAIR,
@@ -62,9 +64,15 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only language model: hidden states out, logits on request.
 
+    A stage of a pipeline is a decoder without some of its parts: `keep_stage` takes them away.
+
     Attributes:
         architecture: what it was built from.
         roles: how each weight may be split (glob pattern over module names -> `Role`).
+        heads: the heads that attention roles are split by.
+        layers: by number, "0" to "L - 1".
+        is_first: it embeds tokens; otherwise its input is the residual stream.
+        is_last: it ends with the final norm; otherwise its output is the residual stream.
     """
 
     roles: Mapping[str, Role] = DECODER_ROLES
@@ -75,16 +83,31 @@ class Decoder(nn.Module):
         self.architecture = a
         self.tok_embeddings = nn.Embedding(a.vocab_size, a.hidden_size, dtype=a.dtype)
         set_initializer(self.tok_embeddings.weight, a.init.initializer(a.init.embedding))
-        self.layers = nn.ModuleList(DecoderLayer(a, layer) for layer in range(a.num_layers))
+        self.heads = HeadShape(a.num_heads, a.num_kv_heads, a.head_dim)
+        self.is_first = self.is_last = True
+        self.layers = nn.ModuleDict({str(layer): DecoderLayer(a, layer) for layer in range(a.num_layers)})
         self.norm = make_norm(a)
         if not a.tie_word_embeddings:
             self.output = nn.Linear(a.hidden_size, 1 if a.is_reward else a.vocab_size, bias=False, dtype=a.dtype)
             set_initializer(self.output.weight, a.init.initializer(a.init.head))
         self.rotary = RotaryEmbedding(a.rope)
 
+    def keep_stage(self, layers: range, *, is_first: bool, is_last: bool) -> None:
+        """Become one stage of a pipeline: keep these layers, and the embedding and the head only at the ends."""
+        for name in list(self.layers):
+            if int(name) not in layers:
+                del self.layers[name]
+        self.is_first, self.is_last = is_first, is_last
+        if not is_last:
+            del self.norm
+        if not is_first and not (is_last and self.architecture.tie_word_embeddings):
+            del self.tok_embeddings
+        if not is_last and not self.architecture.tie_word_embeddings:
+            del self.output
+
     def forward(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         position_ids: Tensor,
         segments: Segments | None = None,
         cache: KeyValueCache | None = None,
@@ -92,17 +115,17 @@ class Decoder(nn.Module):
         """Hidden states after the final norm.
 
         Args:
-            input_ids: int64 `[B, S]`.
+            inputs: token ids, int64 `[B, S]`; the residual stream `[B, S, h]` for a later stage of a pipeline.
             position_ids: int64 `[B, S]`, position of each token in its document.
             segments: documents of a packed row (B = 1); None: each row is one document.
             cache: keys and values of the tokens before these; the new ones are appended. Not for packed rows.
 
         Returns:
-            `[B, S, h]` in the dtype of the model.
+            `[B, S, h]` in the dtype of the model; the residual stream for an earlier stage of a pipeline.
         """
-        hidden = self.embed(input_ids)
+        hidden = self.embed(inputs) if self.is_first else inputs
         hidden = self.run_layers(hidden, position_ids, segments, cache)
-        return self.finish(hidden)
+        return self.finish(hidden) if self.is_last else hidden
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids `[B, S]` -> the residual stream `[B, S, h]`."""
@@ -124,11 +147,11 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The residual stream `[B, S, h]` through all of `self.layers`."""
         a = self.architecture
-        length = hidden.shape[1] + (0 if cache is None else cache.length)
+        length = position_ids.shape[1] + (0 if cache is None else cache.length)
         rotary = self.rotary.tables(position_ids, a.dtype, segments, length)
-        num_checkpointed = int(len(self.layers) * a.checkpoint_fraction) if torch.is_grad_enabled() else 0
-        for i, layer in enumerate(self.layers):
-            if i < num_checkpointed:
+        num_checkpointed = int(a.num_layers * a.checkpoint_fraction) if torch.is_grad_enabled() else 0
+        for number, layer in self.layers.items():
+            if int(number) < num_checkpointed:
                 hidden = checkpoint(
                     layer, hidden, rotary, segments, cache, use_reentrant=False, preserve_rng_state=False
                 )

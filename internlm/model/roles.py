@@ -1,29 +1,53 @@
 """What a weight is in the architecture: all that a parallel mode needs to know of a model.
 
 A model carries `roles`, a mapping from glob patterns over module names to a `Role`, for example
-`{"layers.*.attention.wqkv": Role.COLUMN_BY_KV_GROUP, "layers.*.attention.wo": Role.ROW}`. A module that no pattern
-matches is REPLICATED. The model knows nothing else of parallelism.
+`{"layers.*.attention.wqkv": Role.ATTENTION_QKV, "layers.*.feed_forward.w2": Role.ROW}`, and `heads`, a `HeadShape`,
+where it has attention. A module that no pattern matches is REPLICATED. The model knows nothing else of parallelism.
 """
 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 
 class Role(enum.Enum):
     """How a module's weight may be split over the tensor axis."""
 
     REPLICATED = "replicated"
-    """Every rank holds it whole: norms, gates."""
+    """Every rank holds it whole and applies it to the residual stream: norms, gates."""
+    PER_HEAD = "per_head"
+    """Every rank holds it whole and applies it to its own heads: norms of queries and keys."""
     COLUMN = "column"
-    """Split on the output dimension: w1, w3, separate wq."""
+    """Split on the output dimension: w1, w3."""
     COLUMN_PAIR = "column_pair"
     """Two column weights stacked on the output dimension, each half split on its own: fused w13."""
-    COLUMN_BY_KV_GROUP = "column_by_kv_group"
-    """Split on the output dimension in whole key-value groups: fused wqkv, wk, wv."""
     ROW = "row"
-    """Split on the input dimension: wo, w2."""
+    """Split on the input dimension: w2."""
+    ATTENTION_QKV = "attention_qkv"
+    """Output dimension by key-value group (its queries, its key, its value), split in whole groups: fused wqkv."""
+    ATTENTION_Q = "attention_q"
+    """Output dimension split in whole query heads: wq."""
+    ATTENTION_KV = "attention_kv"
+    """Output dimension split in whole key-value heads: wk, wv."""
+    ATTENTION_OUT = "attention_out"
+    """Input dimension split in whole query heads: wo."""
     EMBEDDING = "embedding"
     """Token embedding `[V, h]`: split on vocabulary or on hidden."""
     HEAD = "head"
     """Output head `[V, h]`: split on vocabulary."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The heads of a model's attention.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key-value heads; `num_heads` is a multiple of it.
+        head_dim: channels of a head.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int

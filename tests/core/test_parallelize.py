@@ -74,7 +74,7 @@ def test_every_matrix_of_the_decoder_has_a_role() -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             assert roles[name] is not Role.REPLICATED, name
     assert fnmatchcase("layers.0.attention.wo", "layers.*.attention.wo")
-    assert roles["layers.1.attention.wo"] is Role.ROW
+    assert roles["layers.1.attention.wo"] is Role.ATTENTION_OUT
 
 
 def test_a_model_that_already_has_storage_is_refused() -> None:

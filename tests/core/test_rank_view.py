@@ -22,7 +22,7 @@ def test_rank_order_is_tensor_innermost_then_data_then_pipeline() -> None:
 
 
 def test_isp_lays_out_weights_apart_from_activations() -> None:
-    layout = ParallelLayout(world_size=8, tensor=2, weight=4, is_isp=True)
+    layout = ParallelLayout(world_size=8, tensor=2, weight=4, mode="isp")
     assert layout.activation.group("tensor", 3) == (2, 3)
     assert layout.activation.group("data", 3) == (1, 3, 5, 7)
     assert layout.weight_view.group("weight", 3) == (0, 1, 2, 3)
@@ -35,7 +35,7 @@ def test_isp_lays_out_weights_apart_from_activations() -> None:
     [
         ParallelLayout(world_size=4096, pipeline=8, tensor=8, zero=16),
         ParallelLayout(world_size=4096, pipeline=4, tensor=4, context=2, zero=8, expert=16, expert_inner=2),
-        ParallelLayout(world_size=1024, pipeline=2, tensor=8, weight=16, zero=4, is_isp=True),
+        ParallelLayout(world_size=1024, pipeline=2, tensor=8, weight=16, zero=4, mode="isp"),
     ],
     ids=str,
 )

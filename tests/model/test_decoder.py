@@ -132,7 +132,7 @@ def test_every_weight_has_its_role(fused: bool) -> None:
     assert roles["tok_embeddings"] is Role.EMBEDDING and roles["output"] is Role.HEAD
     assert roles["layers.1.attention.wo"] is roles["layers.0.feed_forward.w2"] is Role.ROW
     if fused:
-        assert roles["layers.0.attention.wqkv"] is Role.COLUMN_BY_KV_GROUP
+        assert roles["layers.0.attention.wqkv"] is Role.ATTENTION_QKV
         assert roles["layers.0.feed_forward.w13"] is Role.COLUMN_PAIR
 
 
@@ -181,8 +181,8 @@ def test_norms_and_residual_stream_in_fp32() -> None:
             **keys,
         )
         model.load_state_dict(exact.state_dict())
-        assert model.layers[0].attention_norm.weight.dtype == (torch.float32 if fp32 else torch.bfloat16)
-        assert model.layers[0].attention.wqkv.weight.dtype == torch.bfloat16
+        assert model.layers["0"].attention_norm.weight.dtype == (torch.float32 if fp32 else torch.bfloat16)
+        assert model.layers["0"].attention.wqkv.weight.dtype == torch.bfloat16
         hidden = model(*inputs)
         assert hidden.dtype == torch.bfloat16
         model.logits(hidden).sum().backward()
@@ -231,7 +231,7 @@ def test_initial_values(distribution: str, scaled: bool) -> None:
         assert abs(weight.std().item() - std) < 5 * std / math.sqrt(2 * weight.numel())
         if distribution == "uniform":
             assert weight.abs().max() <= math.sqrt(3) * std
-    assert not model.layers[0].attention.wq.bias.any()
+    assert not model.layers["0"].attention.wq.bias.any()
     assert torch.equal(model.norm.weight, torch.ones(96))
     assert not tiny_model("GEMMA").norm.weight.any()
 

@@ -44,17 +44,17 @@ def test_published_internlm2() -> None:
     state = to_hf(model.state_dict(), model.architecture, "internlm2")
     assert {"model.tok_embeddings.weight", "model.norm.weight", "output.weight"} <= state.keys()
     fused = state["model.layers.1.attention.wqkv.weight"]
-    attention = model.layers[1].attention
+    attention = model.layers["1"].attention
     assert torch.equal(fused[40:64], attention.wq.weight[24:48])
     assert torch.equal(fused[64:72], attention.wk.weight[8:16])
     assert torch.equal(fused[72:80], attention.wv.weight[8:16])
-    assert torch.equal(state["model.layers.1.feed_forward.w3.weight"], model.layers[1].feed_forward.w3.weight)
+    assert torch.equal(state["model.layers.1.feed_forward.w3.weight"], model.layers["1"].feed_forward.w3.weight)
 
 
 def test_published_baichuan2() -> None:
     model = tiny_model("BAICHUAN2", enable_qkv_fusion=False)
     state = to_hf(model.state_dict(), model.architecture, "baichuan2")
-    attention = model.layers[0].attention
+    attention = model.layers["0"].attention
     packed = torch.cat((attention.wq.weight, attention.wk.weight, attention.wv.weight))
     assert torch.equal(state["model.layers.0.self_attn.W_pack.weight"], packed)
     torch.testing.assert_close(state["lm_head.weight"].norm(dim=1), torch.ones(97))
@@ -63,7 +63,7 @@ def test_published_baichuan2() -> None:
 def test_interleaved_pairs_become_halves() -> None:
     model = tiny_model("LLAMA2", qk_interleaved=True, head_dim=6)
     state = to_hf(model.state_dict(), model.architecture)
-    wk = model.layers[0].attention.wk.weight
+    wk = model.layers["0"].attention.wk.weight
     assert torch.equal(state["model.layers.0.self_attn.k_proj.weight"][:6], wk[[0, 2, 4, 1, 3, 5]])
 
 

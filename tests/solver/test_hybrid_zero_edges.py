@@ -195,7 +195,7 @@ class WithOddParameters(nn.Module):
         self.inner = inner
         self.unused = nn.Parameter(torch.ones(5, 7))
         self.sometimes = nn.Parameter(torch.ones(width))
-        for parameter in inner.layers[0].parameters():  # type: ignore[union-attr,operator]
+        for parameter in inner.layers["0"].parameters():  # type: ignore[union-attr,operator]
             parameter.requires_grad_(False)
         for name in ("unused", "sometimes"):
             parameter = getattr(self, name)

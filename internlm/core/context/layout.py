@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from internlm.core.context.rank_view import RankView
 from internlm.utils.errors import ConfigError
+
+TensorMode = Literal["mtp", "msp", "fsp", "isp"]
+"""How the tensor axis is used: Megatron tensor parallel, with sequence parallel activations (msp), with those saved
+sharded (fsp), or Ulysses sequence parallel beside sharded weights (isp)."""
 
 
 def _quotient(world_size: int, product: int, what: str) -> int:
@@ -30,13 +35,14 @@ class ParallelLayout:
     Attributes:
         world_size: number of ranks.
         pipeline: pipeline stages.
-        tensor: tensor degree; with `is_isp` the sequence (Ulysses) degree.
+        tensor: tensor degree; for isp the sequence (Ulysses) degree.
         context: ring degree of context parallelism.
-        weight: ISP weight degree, 1 unless `is_isp`.
+        weight: ISP weight degree, 1 in the other modes.
         zero: ranks that share one copy of the optimizer state; -1 is all of data (isp: weight_data).
         expert: expert degree.
-        expert_inner: expert tensor degree, or expert weight degree with `is_isp`.
-        is_isp: whether weights are laid out apart from activations.
+        expert_inner: expert tensor degree; for isp expert weight degree.
+        mode: what the tensor axis splits.
+        kv_replicas: neighbouring tensor ranks that hold the same key-value head, as there are fewer heads than ranks.
     """
 
     world_size: int = 1
@@ -47,9 +53,14 @@ class ParallelLayout:
     zero: int = -1
     expert: int = 1
     expert_inner: int = 1
-    is_isp: bool = False
+    mode: TensorMode = "mtp"
+    kv_replicas: int = 1
 
     def __post_init__(self) -> None:
+        if self.tensor % self.kv_replicas:
+            raise ConfigError(
+                f"{self.kv_replicas} copies of each key-value head do not divide {self.tensor} tensor ranks"
+            )
         data = self.weight_data_size if self.is_isp else self.data_size
         if self.zero > 0 and data % self.zero:
             axis = "weight-data" if self.is_isp else "data"
@@ -58,6 +69,11 @@ class ParallelLayout:
                 f"divisor of {data}"
             )
         _quotient(self.world_size, self.pipeline * self.expert * self.expert_inner, "pipeline * expert * expert tensor")
+
+    @property
+    def is_isp(self) -> bool:
+        """Whether weights are laid out apart from activations."""
+        return self.mode == "isp"
 
     @cached_property
     def data_size(self) -> int:
@@ -75,13 +91,17 @@ class ParallelLayout:
 
     @cached_property
     def activation(self) -> RankView:
-        """pipeline x data x context x tensor."""
+        """pipeline x data x context x tensor; with copies of key-value heads, tensor is `kv` x `kv_replica`."""
         if self.is_isp:
             data: dict[str, int] = {"data": self.data_size}
             merged: dict[str, tuple[str, ...]] = {}
         else:
             data, merged = self._split_by_zero("data", self.data_size)
-        axes = {"pipeline": self.pipeline, **data, "context": self.context, "tensor": self.tensor}
+        tensor = {"tensor": self.tensor}
+        if self.kv_replicas > 1:
+            tensor = {"kv": self.tensor // self.kv_replicas, "kv_replica": self.kv_replicas}
+            merged = {**merged, "tensor": ("kv", "kv_replica")}
+        axes = {"pipeline": self.pipeline, **data, "context": self.context, **tensor}
         return RankView("activation", axes, merged)
 
     @cached_property

@@ -47,7 +47,7 @@ class ParallelContext:
             raise ValueError(f"the layout is for {layout.world_size} ranks, but {started} were started")
         context = cls(layout, dist.get_rank() if dist.is_initialized() else 0, torch.device(device))
         for view in layout.views:
-            for axis in (*view.axes, *view.merged):
+            for axis in (*view.axes, *view.merged, "pipeline_ends"):
                 context._make_groups(view, axis)
         return context
 

@@ -32,6 +32,11 @@ class RankView:
         """Number of ranks."""
         return math.prod(self.axes.values())
 
+    def _ends_of(self, axis: str) -> str | None:
+        """The axis whose first and last rank `<axis>_ends` names; None for any other name."""
+        whole = axis.removesuffix("_ends")
+        return whole if axis != whole and whole in self.axes else None
+
     def _members(self, axis: str) -> tuple[str, ...]:
         members = self.merged.get(axis, (axis,))
         missing = [member for member in members if member not in self.axes]
@@ -40,7 +45,10 @@ class RankView:
         return members
 
     def size(self, axis: str) -> int:
-        """Number of ranks along an axis (or merged axis)."""
+        """Number of ranks along an axis (or merged axis); of `<axis>_ends` 2, or 1 where the ends are one rank."""
+        whole = self._ends_of(axis)
+        if whole is not None:
+            return min(self.axes[whole], 2)
         return math.prod(self.axes[member] for member in self._members(axis))
 
     def coordinate(self, rank: int) -> dict[str, int]:
@@ -57,7 +65,13 @@ class RankView:
         return position
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
-        """All sets of ranks that differ only along `axis`, each in axis order; together they hold every rank once."""
+        """All sets of ranks that differ only along `axis`, each in axis order; together they hold every rank once.
+
+        For `<axis>_ends`, the first and the last rank of each group along `axis`.
+        """
+        whole = self._ends_of(axis)
+        if whole is not None:
+            return [(group[0], group[-1]) if len(group) > 1 else group for group in self.groups(whole)]
         members = self._members(axis)
         names = list(self.axes)
         array = np.arange(self.world_size).reshape(tuple(self.axes.values()))
@@ -65,12 +79,20 @@ class RankView:
         return [tuple(int(rank) for rank in row) for row in array.reshape(-1, self.size(axis))]
 
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
-        """The ranks that differ from `rank` only along `axis`, in axis order."""
+        """The ranks that differ from `rank` only along `axis`, in axis order.
+
+        For `<axis>_ends`, the two ends of that group; a rank between them is alone.
+        """
+        whole = self._ends_of(axis)
+        if whole is not None:
+            ranks = self.group(whole, rank)
+            ends = tuple(dict.fromkeys((ranks[0], ranks[-1])))
+            return ends if rank in ends else (rank,)
         members = self._members(axis)
         coordinate = self.coordinate(rank)
         shape = tuple(self.axes.values())
-        ranks = []
+        members_ranks = []
         for position in np.ndindex(*(self.axes[member] for member in members)):
             coordinate.update(zip(members, position, strict=True))
-            ranks.append(int(np.ravel_multi_index([coordinate[axis] for axis in self.axes], shape)))
-        return tuple(ranks)
+            members_ranks.append(int(np.ravel_multi_index([coordinate[axis] for axis in self.axes], shape)))
+        return tuple(members_ranks)

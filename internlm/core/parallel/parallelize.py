@@ -6,25 +6,68 @@ This is the only place that gives parameters storage. It knows roles and modes, 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import nn
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel import replicated
+from internlm.core.parallel.model_parallel import ModelParallel
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
+from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.initialization import initializer_of
 from internlm.model.roles import Role
 
 
-def parallelize(model: nn.Module, context: ParallelContext, *, seed: int = 1024) -> nn.Module:
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How the layout's modes go about their work. No option changes a result beyond rounding.
+
+    Attributes:
+        split_embedding_hidden: split an untied embedding over its hidden dimension instead of its vocabulary.
+        weight_overlap: isp: gather weights ahead of their use, and reduce their gradients behind it.
+        gather_ahead: isp: gather the next module's weights, or those of the next layer.
+        gather_layer_before: isp, by layer: the point of a layer where the gather of the next one starts.
+        release_gradients_early: isp: free a reduced gradient's buffers when the next one is there, not with the step.
+        memory_pool: isp: keep gather buffers and use them again.
+        reduce_dtype: isp: dtype in which weight gradients travel.
+        postpone_weight_gradients: linear layers can leave weight gradients for later, as zero-bubble schedules ask.
+    """
+
+    split_embedding_hidden: bool = True
+    weight_overlap: bool = False
+    gather_ahead: Literal["layer", "module"] = "layer"
+    gather_layer_before: Literal["wqkv", "attn", "wo", "w1"] = "wo"
+    release_gradients_early: bool = True
+    memory_pool: bool = False
+    reduce_dtype: torch.dtype = torch.float32
+    postpone_weight_gradients: bool = False
+
+
+def parallelize(
+    model: nn.Module,
+    context: ParallelContext,
+    *,
+    seed: int = 1024,
+    options: ParallelOptions | None = None,
+    shared: dict[str, nn.Parameter] | None = None,
+    weight_gradients: WeightGradients | None = None,
+) -> nn.Module:
     """Give every parameter of `model` its ShardSpec and its local, initialised tensor. Changes and returns `model`.
+
+    The result carries `parallel`, a `ModelParallel`.
 
     Args:
         model: built under `torch.device("meta")`; may carry `roles` (see `internlm.model.roles`).
         context: where this rank stands.
         seed: random numbers of a parameter are keyed by this seed and the parameter's global name alone.
+        options: see `ParallelOptions`.
+        shared: the parameters that other chunks of this rank hold already, by global name; a chunk that has one of them
+            too (a tied embedding where the first and the last stage are one rank) gets the same. Added to.
+        weight_gradients: the one object for all chunks of a rank; None makes one.
 
     Raises:
         ValueError: a parameter already has storage, or a buffer is on meta.
@@ -45,6 +88,7 @@ def parallelize(model: nn.Module, context: ParallelContext, *, seed: int = 1024)
                     f"buffer '{module_name}.{name}' is on the meta device: compute it where it is used, or create it "
                     f'under torch.device("cpu")'
                 )
+    model.parallel = ModelParallel(context, weight_gradients or WeightGradients())  # type: ignore[assignment]
     return model.to(context.device)
 
 

@@ -57,14 +57,14 @@ class Attention(nn.Module):
         return self.wo(out.flatten(2))
 
     def _project(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length = x.shape[:2]
+        # Lengths are read off the projections too: they may gather a sequence that is split over ranks.
         if self.fused:
-            qkv = self.wqkv(x).view(batch, length, -1, self.group_size + 2, self.head_dim)
+            qkv = self.wqkv(x).unflatten(-1, (-1, self.group_size + 2, self.head_dim))
             if not self.qk_norm:
                 return split_rotary(qkv, rotary)
             q, k, v = qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2], qkv[:, :, :, -1]
         else:
-            q, k, v = (w(x).view(batch, length, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+            q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rotary(q, rotary), apply_rotary(k, rotary), v

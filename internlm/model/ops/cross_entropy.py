@@ -6,6 +6,7 @@ forward pass, while a chunk's probabilities are at hand, and the backward pass o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,10 @@ class LossOutput(NamedTuple):
     loss_sum: Tensor
     token_losses: Tensor
     correct: Tensor | None
+
+
+LossFunction = Callable[..., LossOutput]
+"""`(hidden [T, h], head weight [V, h], labels [T])` -> the sum of the losses of valid tokens and their details."""
 
 
 def linear_cross_entropy(
