@@ -15,6 +15,8 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import Hook
 from internlm.core.metrics import StepMetrics
+from internlm.core.parallel.fsdp import apply_fsdp, local_tensor, reshard
+from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
 from internlm.solver.grad_scaler import DynamicGradScaler, GradScaler
@@ -67,7 +69,8 @@ def new_trainer(
     every: int = 5,
     hooks: Sequence[Hook] = (),
     seed: int = 7,
-    **model: Any,
+    fsdp: bool = False,
+    **changes: Any,
 ) -> Trainer:
     """A trainer of the tiny model on this process's ranks."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -83,10 +86,11 @@ def new_trainer(
             growth_interval=3,
             hysteresis=2,
         )
+    model = tiny_model(context, dtype=dtype, seed=seed, **changes)
     engine = tiny_engine(
         context,
         scaler,
-        tiny_model(context, dtype=dtype, seed=seed, **model),
+        apply_fsdp(model, context) if fsdp else model,
         weight_decay=0.1,
         clip_grad_norm=0.5,
         reduce_bucket_size=3000,
@@ -127,8 +131,21 @@ def train(
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of every parameter by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """A copy of every parameter by name; whole, and collective, under FSDP."""
+    reshard(model)
+    return {name: _whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    local, spec = local_tensor(parameter), shard_spec_of(parameter)
+    if spec.is_whole:
+        return local.clone()
+    on_all_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(on_all_ranks, [(box, local[box.local_slices()].clone()) for box in spec.boxes])
+    whole = local.new_full(spec.global_shape, torch.nan)
+    for box, piece in (part for parts in on_all_ranks for part in parts):
+        whole[box.global_slices()] = piece
+    return whole
 
 
 def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

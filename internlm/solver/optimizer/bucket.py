@@ -36,6 +36,7 @@ class Bucket(ABC):
         shard_start, shard_stop: this rank's slice of the buffer.
         grad_shard: fp32 `[shard_stop - shard_start]`.
         master: fp32, like `grad_shard`.
+        has_grad: for each parameter, whether a gradient came in this step.
     """
 
     master: nn.Parameter
@@ -76,7 +77,7 @@ class Bucket(ABC):
             self.grad_shard = self.grad_buffer
         else:
             self.grad_shard = torch.zeros(slice_size, dtype=torch.float32, device=device)
-        self._has_grad = [False] * len(parameters)
+        self.has_grad = [False] * len(parameters)
         self._missing = [0] * len(parameters)
         self._is_reducing = False
         self._reduction: Work = Done()
@@ -97,7 +98,7 @@ class Bucket(ABC):
         Args:
             num_gradients: for each parameter, after how many gradients it is complete.
         """
-        self._has_grad = [False] * len(self.parameters)
+        self.has_grad = [False] * len(self.parameters)
         self._missing = list(num_gradients)
         self._is_reducing = False
 
@@ -117,17 +118,17 @@ class Bucket(ABC):
                 f'a gradient of "{self.specs[index].name}" came after its reduction had begun: it gets more gradients '
                 f"a backward pass than one for each chunk that holds it; set overlap_sync_grad=False"
             )
-        if self._has_grad[index]:
+        if self.has_grad[index]:
             self.grad_views[index].add_(gradient)
         else:
             self.grad_views[index].copy_(gradient)
-            self._has_grad[index] = True
+            self.has_grad[index] = True
         self._missing[index] -= 1
 
     def start_reduction(self) -> None:
         """Start summing gradients over the zero group; every rank of it must call this, in the same order."""
         self._is_reducing = True
-        for view, has_grad in zip(self.grad_views, self._has_grad, strict=True):
+        for view, has_grad in zip(self.grad_views, self.has_grad, strict=True):
             if not has_grad:
                 view.zero_()
         for region in self._padding:
@@ -181,6 +182,16 @@ class Bucket(ABC):
     def reset_master(self) -> None:
         """Take the masters anew from the parameters, after somebody else wrote the parameters."""
 
+    def range_in_shard(self, index: int) -> slice:
+        """Which elements of `master` are parameter `index`; empty when this rank's slice holds none of it."""
+        start = self.offsets[index]
+        stop = start + self.grad_views[index].numel()
+        size = self.shard_stop - self.shard_start
+        return slice(
+            min(max(start - self.shard_start, 0), size),
+            min(max(stop - self.shard_start, 0), size),
+        )
+
     def pieces(self, shard: Tensor) -> Iterator[tuple[nn.Parameter, list[tuple[Box, Tensor]]]]:
         """For each parameter of this bucket, the boxes of it that a flat tensor laid out like `master` holds.
 
@@ -191,18 +202,16 @@ class Bucket(ABC):
             (parameter, [(box, view of `shard` with the box's shape)]); the list is empty when this rank's slice holds
             nothing of the parameter.
         """
-        for parameter, spec, offset, view in zip(
-            self.parameters, self.specs, self.offsets, self.grad_views, strict=True
-        ):
-            start = max(offset, self.shard_start)
-            stop = min(offset + view.numel(), self.shard_stop)
+        for index, parameter in enumerate(self.parameters):
+            spec, view = self.specs[index], self.grad_views[index]
+            own = self.range_in_shard(index)
+            # Where the shard begins, in elements of this parameter.
+            origin = self.shard_start - self.offsets[index]
             # A virtual whole-tensor view of the flat shard: boxes address it in the parameter's own coordinates.
             strides = view.stride()
             pieces = []
-            for box in spec.boxes_of_flat_range(start - offset, stop - offset):
+            for box in spec.boxes_of_flat_range(origin + own.start, origin + own.stop):
                 position = sum(index * stride for index, stride in zip(box.local_offset, strides, strict=True))
-                piece = shard.as_strided(
-                    box.size, strides, offset + position - self.shard_start + shard.storage_offset()
-                )
+                piece = shard.as_strided(box.size, strides, position - origin + shard.storage_offset())
                 pieces.append((box, piece))
             yield parameter, pieces

@@ -25,6 +25,7 @@ from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.grad_scaler import ConstantGradScaler, GradScaler
 from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucketing import build_buckets, wait_before_forward
+from internlm.solver.optimizer.unused import UnusedParameters
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; the same constant gives the same updates.
 CLIP_EPSILON = 1e-6
@@ -107,6 +108,7 @@ class HybridZeroOptimizer:
             eps=eps,
             fused=True,
         )
+        self._unused = UnusedParameters(self.buckets, lambda bucket: self._adam_state(bucket)["exp_avg_sq"])
         self._next_reduction = 0
         self._install_hooks(chunks)
 
@@ -180,7 +182,9 @@ class HybridZeroOptimizer:
                 group["betas"] = (group["betas"][0], beta2)
         # The fused kernel reads this flag on the device and leaves weights, moments and its step count as they are.
         self.adamw.found_inf = skipped  # type: ignore[attr-defined]
-        self.adamw.step()
+        self._unused.update()
+        with self._unused.kept():
+            self.adamw.step()
         self.scaler.update(skipped)
         self.gather_parameters()
         return StepResult(grad_norm, skipped)

@@ -1,0 +1,166 @@
+"""A checkpoint is global tensors: the same layout goes on bit for bit, any other to the tolerance of its sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers.ranks import RankPool
+from helpers.runs import assert_same_bits, train
+from helpers.sharded import (
+    BACKWARDS,
+    CLIP,
+    DECAY,
+    GLOBAL_SHAPES,
+    LAYOUTS,
+    LR,
+    STEPS,
+    WEIGHT_TOLERANCE,
+    ShardedModel,
+    assemble,
+    model_pieces,
+    padding_of,
+    train_whole,
+)
+
+from internlm.checkpoint.manager import CheckpointManager
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.hooks import TrainState
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+
+
+def part_of_run(
+    name: str, folder: str, start: int, stop: int, save: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Steps `start` to `stop` of hand-made shards, from the checkpoint of step `start` unless that is 0."""
+    context = ParallelContext.create(LAYOUTS[name])
+    model = ShardedModel(context, dtype)
+    optimizer = HybridZeroOptimizer(model, context, weight_decay=DECAY, clip_grad_norm=CLIP, reduce_bucket_size=40)
+    trainer: Any = SimpleNamespace(
+        engine=SimpleNamespace(model=model, chunks=[model], optimizer=optimizer),
+        state=TrainState(),
+        context=context,
+        train_loader=None,
+        hooks=[],
+        num_skipped_updates=torch.zeros(()),
+    )
+    manager = CheckpointManager(folder)
+    if start:
+        # Other weights and moments than those saved.
+        optimizer.begin_step(1)
+        model.deliver(99)
+        optimizer.step(LR)
+        manager.load(trainer, Path(folder) / str(start))
+        assert trainer.state.step == start
+    for step in range(start, stop):
+        optimizer.begin_step(BACKWARDS)
+        for backward in range(BACKWARDS):
+            model.deliver(BACKWARDS * step + backward)
+        optimizer.step(LR)
+    trainer.state.step = stop
+    if save:
+        manager.save(trainer)
+    state = [(key, [(b, p.clone()) for b, p in pieces]) for key, _, pieces in optimizer.sharded_state()]
+    context.close()
+    return {"weights": model_pieces(model), "state": state, "padding": padding_of(model)}
+
+
+PAIRS = [
+    ("tensor", "pipeline x tensor"),
+    ("pipeline x data", "isp"),
+    ("isp x pipeline", "zero x replicas"),
+    ("tensor x data", "kv copies"),
+    ("kv copies", "isp x replicas"),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_any_layout_loads_what_any_other_saved(
+    tmp_path: Path, ranks: Callable[[int], RankPool], before: str, after: str
+) -> None:
+    """Two steps in one layout, the third in another: AdamW on the whole tensors. In the same layout, the same bits."""
+    ranks(LAYOUTS[before].world_size).run(part_of_run, before, str(tmp_path), 0, 2, True)
+    results = ranks(LAYOUTS[after].world_size).run(part_of_run, after, str(tmp_path), 2, STEPS, False)
+    found = assemble(result["weights"] for result in results)
+    torch.testing.assert_close(found, train_whole()[2], rtol=0, atol=WEIGHT_TOLERANCE)
+    assert all((padding == 0).all() for result in results for padding in result["padding"])
+    again = ranks(LAYOUTS[before].world_size).run(part_of_run, before, str(tmp_path), 2, STEPS, False)
+    straight = ranks(LAYOUTS[before].world_size).run(part_of_run, before, str(tmp_path), 0, STEPS, False)
+    for key in ("weights", "state"):
+        assert_same_bits(assemble(r[key] for r in again), assemble(r[key] for r in straight))
+
+
+def test_bf16_weights_and_their_masters_go_to_another_layout(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    saved = ranks(4).run(part_of_run, "tensor x data", str(tmp_path), 0, 2, True, torch.bfloat16)
+    loaded = ranks(4).run(part_of_run, "isp x pipeline", str(tmp_path), 2, 2, False, torch.bfloat16)
+    for key in ("weights", "state"):
+        assert_same_bits(assemble(r[key] for r in loaded), assemble(r[key] for r in saved))
+
+
+def test_every_element_is_written_once(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    """Of the norm, on all ranks, of key-value heads with copies, of a tied embedding on both ends, and of replicas."""
+    for name in ("kv copies", "pipeline x tensor", "zero x replicas", "isp x replicas"):
+        folder = tmp_path / name
+        ranks(LAYOUTS[name].world_size).run(part_of_run, name, str(folder), 0, 1, True)
+        metadata = dcp.FileSystemReader(folder / "1").read_metadata()
+        for key in (
+            f"{kind}/{n}" for kind in ("model", "optimizer/exp_avg", "optimizer/exp_avg_sq") for n in GLOBAL_SHAPES
+        ):
+            count = torch.zeros(GLOBAL_SHAPES[key.split("/")[-1]])
+            for index in metadata.storage_data:
+                if index.fqn == key:
+                    chunk = metadata.state_dict_metadata[key].chunks[index.index]  # type: ignore[union-attr,index]
+                    count[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
+            assert (count == 1).all(), (name, key)
+
+
+# -- whole runs under FSDP --------------------------------------------------------------------------------------------
+
+
+def fsdp_both_ways(folder: str, zero: int, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    straight = train(f"{folder}/straight", 6, zero=zero, dtype=dtype, fsdp=True)
+    first = train(f"{folder}/parts", 3, every=3, zero=zero, dtype=dtype, fsdp=True)
+    second = train(f"{folder}/parts", 6, f"{folder}/parts/3", zero=zero, dtype=dtype, fsdp=True)
+    second["losses"] = first["losses"] + second["losses"]
+    return straight, second
+
+
+@pytest.mark.parametrize(
+    ("world", "zero", "dtype"), [(2, -1, "torch.float32"), (2, -1, "torch.bfloat16"), (4, 2, "torch.float32")]
+)
+def test_fsdp_resumes_bit_for_bit(
+    tmp_path: Path, ranks: Callable[[int], RankPool], world: int, zero: int, dtype: str
+) -> None:
+    for straight, resumed in ranks(world).run(fsdp_both_ways, str(tmp_path), zero, dtype):
+        assert straight["losses"] == resumed["losses"]
+        assert_same_bits(straight["weights"], resumed["weights"])
+
+
+def some_steps(folder: str, stop: int, resume: str | None, zero: int, fsdp: bool) -> dict[str, Any]:
+    return train(folder, stop, resume, every=3, zero=zero, fsdp=fsdp)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, -1, True), (1, -1, False)), ((1, -1, False), (4, 2, True)), ((2, -1, False), (2, -1, True))],
+    ids=["FSDP to one", "one to hybrid FSDP", "ZeRO to FSDP"],
+)
+def test_fsdp_and_other_layouts_load_each_others_checkpoints(
+    tmp_path: Path, ranks: Callable[[int], RankPool], before: tuple[int, int, bool], after: tuple[int, int, bool]
+) -> None:
+    straight = train(tmp_path / "straight", 6)
+
+    def on(place: tuple[int, int, bool], stop: int, resume: str | None) -> dict[str, Any]:
+        world, zero, fsdp = place
+        args = (str(tmp_path / "parts"), stop, resume, zero, fsdp)
+        return some_steps(*args) if world == 1 else ranks(world).run(some_steps, *args)[0]
+
+    first = on(before, 3, None)
+    second = on(after, 6, str(tmp_path / "parts" / "3"))
+    torch.testing.assert_close(first["losses"] + second["losses"], straight["losses"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(first["norms"] + second["norms"], straight["norms"], rtol=1e-4, atol=0)
