@@ -1,8 +1,8 @@
 """What happens to a parameter outside of autograd's sight: a gradient arrives, and a value becomes readable.
 
 A gradient may be computed later than autograd would (zero-bubble schedules), or arrive when a collective ends (isp);
-and a weight may be read before its module is called (prefetching). The optimizer subscribes to the first and answers the
-second; the parallel modes do the rest.
+and a weight may be read before its module is called (prefetching). The optimizer subscribes to the first and answers
+the second; the parallel modes do the rest.
 """
 
 from __future__ import annotations
