@@ -3,7 +3,8 @@
     python benchmarks/reference_run.py --train DIR --valid DIR [--steps 880] [--batch 2] [--peak 1.5e-3]
 
 DIR are tokenized folders (tools/tokenizer.py; a BPE of 8,192 tokens). Both train the 16.9 M model (hidden 384,
-6 layers, 6 heads, ffn 1024) on the same `--batch` x 512 tokens a step in the same order, in bf16, with one learning rate.
+6 layers, 6 heads, ffn 1024) on the same `--batch` x 512 tokens a step in the same order, in bf16, with one learning
+rate.
 They run in turns of `--slice` steps, each in its own process, so that what else the machine does hits both; the clock
 of each counts its own turns: loading, forward, backward, update. The held-out loss is measured between turns, off the
 clock. The hand-written loop does not separate documents, as such loops do; both are evaluated on the same rows.
