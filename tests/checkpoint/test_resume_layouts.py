@@ -42,7 +42,7 @@ def part_of_run(
     model = ShardedModel(context, dtype)
     optimizer = HybridZeroOptimizer(model, context, weight_decay=DECAY, clip_grad_norm=CLIP, reduce_bucket_size=40)
     trainer: Any = SimpleNamespace(
-        engine=SimpleNamespace(model=model, chunks=[model], optimizer=optimizer),
+        engine=SimpleNamespace(optimizer=optimizer),
         state=TrainState(),
         context=context,
         train_loader=None,

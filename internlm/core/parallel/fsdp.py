@@ -34,7 +34,7 @@ def apply_fsdp(model: nn.Module, context: ParallelContext, *, reduce_dtype: torc
     gathered from the forward to the end of the backward pass, so that the head may be read in between.
 
     Weights of another dtype than most of their layer (fp32 norms among bf16 matrices) and scalars stay whole on every
-    rank.
+    rank. In each backward pass, all ranks must use the same weights.
 
     Args:
         model: after `parallelize`, before the optimizer is made.

@@ -137,8 +137,14 @@ class ModelParallel:
         """Called with the output of each linear layer, before a bias that is added last."""
         return out
 
-    def embed(self, weight: nn.Parameter, input_ids: Tensor) -> Tensor:
-        """Token ids int64 `[B, S]` -> this rank's part of the residual stream, `[B, S', h]`."""
+    def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
+        """Token ids int64 `[B, S]` -> this rank's part of the residual stream, `[B, S', h]`.
+
+        Args:
+            weight: of the local shape that `spec` says.
+            spec: as the mode placed it; FSDP splits the parameter further between its calls.
+            input_ids: of all tokens.
+        """
         return F.embedding(input_ids, weight)
 
     # -- what the engine asks -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from internlm.core.parallel.modes.fsp import Fsp
 from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.modes.msp import Msp
 from internlm.core.parallel.modes.mtp import COLUMN_ROLES, ROW_ROLES, Mtp
-from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
+from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
 from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.initialization import initializer_of
 from internlm.model.roles import Role
@@ -34,11 +34,12 @@ class ParallelEmbedding(nn.Module):
     def __init__(self, weight: nn.Parameter, parallel: ModelParallel) -> None:
         super().__init__()
         self.weight = weight
+        self.spec = shard_spec_of(weight)
         self.parallel = parallel
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Int64 `[B, S]` -> this rank's part of the residual stream, `[B, S', h]`."""
-        return self.parallel.embed(self.weight, input_ids)
+        return self.parallel.embed(self.weight, self.spec, input_ids)
 
 
 class Placed(NamedTuple):

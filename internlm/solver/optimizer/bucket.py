@@ -79,6 +79,7 @@ class Bucket(ABC):
             self.grad_shard = torch.zeros(slice_size, dtype=torch.float32, device=device)
         self.has_grad = [False] * len(parameters)
         self._missing = [0] * len(parameters)
+        self._num_incomplete = 0
         self._is_reducing = False
         self._reduction: Work = Done()
         self._reduced: Tensor = self.grad_shard
@@ -100,12 +101,13 @@ class Bucket(ABC):
         """
         self.has_grad = [False] * len(self.parameters)
         self._missing = list(num_gradients)
+        self._num_incomplete = len(self._missing)
         self._is_reducing = False
 
     @property
     def is_complete(self) -> bool:
         """Whether every parameter got all its gradients."""
-        return all(missing <= 0 for missing in self._missing)
+        return self._num_incomplete == 0
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
         """Add a gradient of parameter `index`, of its local shape and any dtype, to the fp32 buffer.
@@ -124,15 +126,12 @@ class Bucket(ABC):
             self.grad_views[index].copy_(gradient)
             self.has_grad[index] = True
         self._missing[index] -= 1
+        self._num_incomplete -= self._missing[index] == 0
 
     def start_reduction(self) -> None:
         """Start summing gradients over the zero group; every rank of it must call this, in the same order."""
         self._is_reducing = True
-        for view, has_grad in zip(self.grad_views, self.has_grad, strict=True):
-            if not has_grad:
-                view.zero_()
-        for region in self._padding:
-            region.zero_()
+        self._fill_gaps()
         if self.groups.zero is None:
             return
         if self.reduce_dtype == torch.float32:
@@ -142,6 +141,14 @@ class Bucket(ABC):
             self._reduction = reduce_scatter_async(
                 self._reduced, self.grad_buffer.to(self.reduce_dtype), self.groups.zero
             )
+
+    def _fill_gaps(self) -> None:
+        """No gradient, and none of what lies outside of the model, is a gradient of zero."""
+        for view, has_grad in zip(self.grad_views, self.has_grad, strict=True):
+            if not has_grad:
+                view.zero_()
+        for region in self._padding:
+            region.zero_()
 
     def finish_reduction(self) -> None:
         """Wait until `grad_shard` holds the sum over all ranks that contribute to it."""

@@ -32,6 +32,15 @@ class FsdpBucket(Bucket):
         """Add the summed gradient of this rank's rows of parameter `index`."""
         super().accumulate(index, local_tensor(gradient))
 
+    def start_reduction(self) -> None:
+        """Nothing is left to sum over the zero group, and what FSDP sums arrives on a stream of its own."""
+        self._is_reducing = True
+
+    def finish_reduction(self) -> None:
+        """Sum over the replicas and further axes; after the backward pass, which waits for FSDP's stream."""
+        self._fill_gaps()
+        super().finish_reduction()
+
     def start_gathering(self) -> None:
         """Write the masters back into this rank's rows; FSDP gathers rows when a layer is called."""
         for parameter, view in zip(self.parameters, self._master_views, strict=True):

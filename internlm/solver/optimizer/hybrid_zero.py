@@ -49,7 +49,7 @@ class HybridZeroOptimizer:
 
     A step is: `begin_step(num_backwards)`, so many backward passes, then `step(lr, beta2)`. Gradients are *summed* over
     data ranks: the loss must already be divided by the global number of valid tokens. Nothing in a step waits for the
-    device.
+    device, but the first one, which finds out what is in use (see `unused`).
 
     Args:
         model: after `parallelize`; or the chunks of a pipeline that this rank holds, in forward order. A parameter may
@@ -87,8 +87,8 @@ class HybridZeroOptimizer:
         self.clip_grad_norm = clip_grad_norm
         self.overlap_sync_grad = overlap_sync_grad
         self.overlap_sync_param = overlap_sync_param
-        chunks = [model] if isinstance(model, nn.Module) else list(model)
-        held = Counter(p for chunk in chunks for p in chunk.parameters() if p.requires_grad)
+        self.chunks = [model] if isinstance(model, nn.Module) else list(model)
+        held = Counter(p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
         if not held:
             raise ValueError("the model has no parameter that requires a gradient")
         self.buckets = build_buckets(
@@ -110,15 +110,15 @@ class HybridZeroOptimizer:
         )
         self._unused = UnusedParameters(self.buckets, lambda bucket: self._adam_state(bucket)["exp_avg_sq"])
         self._next_reduction = 0
-        self._install_hooks(chunks)
+        self._install_hooks()
 
     # -- construction ---------------------------------------------------------------------------------------------
 
-    def _install_hooks(self, chunks: Sequence[nn.Module]) -> None:
+    def _install_hooks(self) -> None:
         for number, bucket in enumerate(self.buckets):
             for index, parameter in enumerate(bucket.parameters):
                 subscribe(parameter, partial(self._on_gradient, number, index), bucket.finish_gathering)
-        for chunk in chunks:
+        for chunk in self.chunks:
             wait_before_forward(chunk, self.buckets)
 
     # -- a step ---------------------------------------------------------------------------------------------------

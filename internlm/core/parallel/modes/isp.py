@@ -21,7 +21,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear import LinearGroup, ParallelLinear, WeightStore
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel, ParallelOptions
 from internlm.core.parallel.placement import Part, kv_replicas, padded_rows, ranges_spec
-from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
+from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.parallel.weight_gather import GatheredWeights, GatherPlan
 from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.ops.cross_entropy import LossFunction
@@ -119,9 +119,9 @@ class Isp(ModelParallel):
         key_values = groups[..., -2:, :].unsqueeze(-3).expand(*queries.shape[:-2], 2, -1)
         return torch.cat((queries, key_values), dim=-2).flatten(_HEADS)
 
-    def embed(self, weight: nn.Parameter, input_ids: Tensor) -> Tensor:
+    def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         own_ids = own_part(input_ids, self.group)
-        return F.embedding(own_ids, self._gather_rows(weight, shard_spec_of(weight).global_shape[0]))
+        return F.embedding(own_ids, self._gather_rows(weight, spec.global_shape[0]))
 
     def sequence_length(self, num_tokens: int) -> int:
         return num_tokens // self.context.size("tensor")

@@ -25,7 +25,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear import InputExchange
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
 from internlm.core.parallel.placement import Part, kv_replicas, padded_rows, ranges_spec, tensor_parts
-from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
+from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.parallel.vocab import VocabRanks
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
@@ -96,8 +96,7 @@ class Mtp(ModelParallel):
     def finish_output(self, role: Role, out: Tensor) -> Tensor:
         return self.reduce_output(out) if role in ROW_ROLES else out
 
-    def embed(self, weight: nn.Parameter, input_ids: Tensor) -> Tensor:
-        spec = shard_spec_of(weight)
+    def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         if spec.local_shape[0] == spec.global_shape[0]:
             return self.gather_hidden(F.embedding(input_ids, weight))
         local_ids = input_ids - self.context.index("tensor") * spec.local_shape[0]
