@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from internlm.core.communication.collectives import Done, Work, all_reduce, reduce_scatter_async
+from internlm.core.communication.collectives import Done, Work, all_reduce, all_reduce_async, reduce_scatter_async
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
 
@@ -129,18 +129,41 @@ class Bucket(ABC):
         self._num_incomplete -= self._missing[index] == 0
 
     def start_reduction(self) -> None:
-        """Start summing gradients over the zero group; every rank of it must call this, in the same order."""
+        """Start summing gradients over the zero group, or over the replicas where there is none.
+
+        Every rank of the groups must call this, `continue_reduction` and `finish_reduction` of all buckets in the same
+        order.
+        """
         self._is_reducing = True
         self._fill_gaps()
+        is_sent_as_it_is = self.reduce_dtype == torch.float32 or self.groups.are_trivial
         if self.groups.zero is None:
+            self._reduced = self.grad_shard if is_sent_as_it_is else self.grad_shard.to(self.reduce_dtype)
+            self._reduction = all_reduce_async(self._reduced, self.groups.replica)
             return
-        if self.reduce_dtype == torch.float32:
-            self._reduction = reduce_scatter_async(self.grad_shard, self.grad_buffer, self.groups.zero)
-        else:
+        sent = self.grad_buffer
+        self._reduced = self.grad_shard
+        if not is_sent_as_it_is:
+            sent = sent.to(self.reduce_dtype)
             self._reduced = torch.empty_like(self.grad_shard, dtype=self.reduce_dtype)
-            self._reduction = reduce_scatter_async(
-                self._reduced, self.grad_buffer.to(self.reduce_dtype), self.groups.zero
-            )
+        self._reduction = reduce_scatter_async(self._reduced, sent, self.groups.zero)
+
+    def continue_reduction(self) -> None:
+        """Start summing over the replicas what the zero group has summed; later than `start_reduction`, as it waits."""
+        if self.groups.zero is not None and self.groups.replica is not None:
+            self._reduction.wait()
+            self._reduction = all_reduce_async(self._reduced, self.groups.replica)
+
+    def finish_reduction(self) -> None:
+        """Wait until `grad_shard` holds the sum over all ranks that contribute to it; after the last backward pass."""
+        self._reduction.wait()
+        self._reduction = Done()
+        # Not earlier: the other end of a pipeline gets there when this rank has sent on its last gradient.
+        for group in self.groups.partial:
+            all_reduce(self._reduced, group)
+        if self._reduced is not self.grad_shard:
+            self.grad_shard.copy_(self._reduced)
+            self._reduced = self.grad_shard
 
     def _fill_gaps(self) -> None:
         """No gradient, and none of what lies outside of the model, is a gradient of zero."""
@@ -149,21 +172,6 @@ class Bucket(ABC):
                 view.zero_()
         for region in self._padding:
             region.zero_()
-
-    def finish_reduction(self) -> None:
-        """Wait until `grad_shard` holds the sum over all ranks that contribute to it."""
-        self._reduction.wait()
-        self._reduction = Done()
-        if self._reduced is not self.grad_shard:
-            self.grad_shard.copy_(self._reduced)
-            self._reduced = self.grad_shard
-        for group in (self.groups.replica, *self.groups.partial):
-            if group is None:
-                continue
-            if self.reduce_dtype == torch.float32:
-                all_reduce(self.grad_shard, group)
-            else:
-                self.grad_shard.copy_(all_reduce(self.grad_shard.to(self.reduce_dtype), group))
 
     def squared_grad_norm(self) -> Tensor:
         """Sum of the squares of `grad_shard`, a scalar fp64 tensor."""

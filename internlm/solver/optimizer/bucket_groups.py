@@ -100,6 +100,11 @@ class BucketGroups:
         self._partial = tuple(_weak(group) for group in partial)
 
     @property
+    def are_trivial(self) -> bool:
+        """Whether no other rank contributes to the gradients."""
+        return all(reference is None for reference in (self._zero, self._replica, *self._partial))
+
+    @property
     def zero(self) -> dist.ProcessGroup | None:
         """Ranks that share one copy of the optimizer state."""
         return _group(self._zero)

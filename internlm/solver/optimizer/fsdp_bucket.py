@@ -33,12 +33,15 @@ class FsdpBucket(Bucket):
         super().accumulate(index, local_tensor(gradient))
 
     def start_reduction(self) -> None:
-        """Nothing is left to sum over the zero group, and what FSDP sums arrives on a stream of its own."""
+        """Nothing to start yet: what FSDP sums arrives on a stream of its own until the backward pass has ended."""
         self._is_reducing = True
 
+    def continue_reduction(self) -> None:
+        """See `start_reduction`."""
+
     def finish_reduction(self) -> None:
-        """Sum over the replicas and further axes; after the backward pass, which waits for FSDP's stream."""
-        self._fill_gaps()
+        """Sum over the replicas and further axes."""
+        super().start_reduction()
         super().finish_reduction()
 
     def start_gathering(self) -> None:

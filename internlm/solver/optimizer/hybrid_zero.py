@@ -53,7 +53,7 @@ class HybridZeroOptimizer:
 
     Args:
         model: after `parallelize`; or the chunks of a pipeline that this rank holds, in forward order. A parameter may
-            be in several chunks. Parameters become views of flat buffers.
+            be in several chunks. Parameters become views of flat buffers, but those that FSDP keeps.
         context: where this rank stands.
         scaler: the loss scaler; None (bf16 and fp32 need none) is a constant 1.
         betas, eps, weight_decay: of AdamW; the learning rate comes with each step.
@@ -150,8 +150,14 @@ class HybridZeroOptimizer:
             return
         # In bucket order only: every rank must issue the same collectives in the same order.
         while self._next_reduction < len(self.buckets) and self.buckets[self._next_reduction].is_complete:
-            self.buckets[self._next_reduction].start_reduction()
-            self._next_reduction += 1
+            self._start_next_reduction()
+
+    def _start_next_reduction(self) -> None:
+        self.buckets[self._next_reduction].start_reduction()
+        if self._next_reduction > 0:
+            # Its first part had the time of a whole bucket's backward pass.
+            self.buckets[self._next_reduction - 1].continue_reduction()
+        self._next_reduction += 1
 
     @torch.no_grad()
     def step(self, lr: float, beta2: float | None = None) -> StepResult:
@@ -161,9 +167,9 @@ class HybridZeroOptimizer:
             lr: learning rate of this step.
             beta2: second AdamW coefficient of this step; None keeps the one before.
         """
-        for bucket in self.buckets[self._next_reduction :]:
-            bucket.start_reduction()
-        self._next_reduction = len(self.buckets)
+        while self._next_reduction < len(self.buckets):
+            self._start_next_reduction()
+        self.buckets[-1].continue_reduction()
         for bucket in self.buckets:
             bucket.finish_reduction()
 
