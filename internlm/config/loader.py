@@ -134,6 +134,10 @@ def _remarks(config: Config, given: Callable[[str], Any]) -> list[str]:
         remarks.append(f"model.dtype is not set: {config.model.dtype} is used (InternEvo would use torch.float16)")
     if isinstance(given("ckpt.load_ckpt_info"), dict) and config.ckpt.load_ckpt_info is None:
         remarks.append("ckpt.load_ckpt_info has no path: nothing is loaded from it")
+    chunks, pipeline = given("model.num_chunks"), config.parallel.pipeline
+    if chunks not in (None, config.model.num_chunks):
+        why = "there is no pipeline" if pipeline.size == 1 else f"a stage of {pipeline.mode} has 2 chunks"
+        remarks.append(f"model.num_chunks = {chunks} is ignored: {why}")
     placement = config.parallel.sequence_2D.device_placement_strategy
     if given(_INTERLEAVED) and not placement.interleaved:
         remarks.append(f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context")

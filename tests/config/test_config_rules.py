@@ -51,7 +51,7 @@ CASES = [
     ({"parallel.weight.size": 2}, 2, "parallel.weight.size"),
     ({"parallel.weight.size": 2, "parallel.tensor.mode": "isp"}, 2, None),
     # 15.
-    ({"model.num_chunks": 2, "parallel.pipeline.size": 2}, 2, "parallel.pipeline.interleaved_overlap"),
+    ({"model.num_chunks": 2, "parallel.pipeline.size": 2}, 2, None),
     (
         {"model.num_chunks": 2, "parallel.pipeline.size": 2, "parallel.pipeline.interleaved_overlap": True},
         2,
