@@ -130,7 +130,7 @@ def test_all_kinds_of_mistakes_come_together(write):
     path = write(
         """\
         data = dict(seq_len="long", micro_bsz=2, total_steps=10, gradient_accumulation=3)
-        model = dict(vocab_size=64, hidden_size=33, num_layers=2, num_attention_heads=4, norm_type="batchnorm")
+        model = dict(vocab_size=64, hidden_size=34, num_layers=2, num_attention_heads=4, norm_type="batchnorm")
         ckpt = dict(save_ckpt_folder="runs")
         parallel = dict(tensor=dict(size=2), zero1=dict(size=3))
         adam = dict(lr=-1, beta=3)
@@ -142,7 +142,7 @@ def test_all_kinds_of_mistakes_come_together(write):
         ":1: data.seq_len = 'long': it must be a valid integer",
         ":1: data.gradient_accumulation = 3 must equal data.micro_num = 1",
         ":2: model.norm_type = 'batchnorm': it must be one of 'rmsnorm' or 'layernorm'",
-        ":2: model.hidden_size = 33 is not divisible by model.num_attention_heads = 4",
+        ":2: model.hidden_size = 34 is not divisible by model.num_attention_heads = 4",
         ":3: ckpt.checkpoint_every = None: saving is on",
         ":6: output_tf32 = True: tf32 for the head alone is not yet supported; set it to False",
         ":4: parallel.zero1.size = 3 does not divide the 4 data-parallel ranks (world size 8); use -1 (all of them) or "
@@ -343,6 +343,39 @@ def test_a_number_of_chunks_that_cannot_be_is_told(write, pipeline, chunks, noti
     path = write(text + "model['num_layers'] = 4\ndata['micro_num'] = 4\n")
     notices = [line for line in load_config(path, world_size=pipeline["size"]).notices if "num_chunks" in line]
     assert notices == ([notice] if notice else [])
+
+
+@pytest.mark.parametrize(
+    "changes, ranks, notice",
+    [
+        (
+            ["parallel.pipeline.size=2", "data.micro_num=4", "data.gradient_accumulation=2"],
+            2,
+            "data.gradient_accumulation = 2 is ignored: a pipeline accumulates all data.micro_num = 4 micro-batches",
+        ),
+        (
+            ["parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "data.micro_num=3", "model.num_layers=4"],
+            2,
+            "data.micro_num = 3: ZBV keeps its stages busy with 2 * parallel.pipeline.size = 4 micro-batches or more",
+        ),
+        (
+            ["parallel.tensor.size=2", "model.vocab_size=63"],
+            2,
+            "model.vocab_size = 63 is not divisible by parallel.tensor.size = 2: the last shards are filled up with "
+            "rows that nothing reads",
+        ),
+        (
+            ["parallel.weight.size=4", "parallel.tensor.mode=isp", "model.vocab_size=63"],
+            4,
+            "model.vocab_size = 63 is not divisible by parallel.weight.size = 4: the last shards are filled up with "
+            "rows that nothing reads",
+        ),
+        (["parallel.tensor.size=2", "parallel.tensor.mode=isp", "model.vocab_size=63"], 2, None),
+        (["parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "data.micro_num=4", "model.num_layers=4"], 2, None),
+    ],
+)
+def test_what_a_layout_does_unasked_is_told(write, changes, ranks, notice):
+    assert load_config(write(GOOD), changes, world_size=ranks).notices == ([notice] if notice else [])
 
 
 def test_folders_from_the_environment(write, monkeypatch):

@@ -173,6 +173,11 @@ class ModelConfig(Section):
         return self.dtype == "torch.tf32"
 
     @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads: num_kv_attention_heads, or as many as query heads."""
+        return self.num_kv_attention_heads or self.num_attention_heads
+
+    @property
     def ffn_size(self) -> int:
         """Width of the MLP: intermediate_size, or hidden_size * mlp_ratio rounded up to multiple_of."""
         if self.intermediate_size is not None:
