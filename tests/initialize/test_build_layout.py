@@ -42,5 +42,4 @@ def test_a_config_built_in_python_is_checked_whole() -> None:
         "parallel.tensor.size",
         "model.num_attention_heads",
         "model.mlp_ratio",
-        "model.embed_split_hidden",
     ]
