@@ -28,6 +28,7 @@ class ParallelContext:
     rank: int
     device: torch.device
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+    _own: dict[tuple[str, str], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def create(cls, layout: ParallelLayout | None = None, device: torch.device | str = "cpu") -> ParallelContext:
@@ -65,8 +66,11 @@ class ParallelContext:
 
     def group(self, axis: str, view: str = "activation") -> dist.ProcessGroup | None:
         """The process group of this rank along an axis; None when this rank is alone on it."""
-        ranks = self.view(view).group(axis, self.rank)
-        return None if len(ranks) == 1 else self._groups[ranks]
+        # Asked for in every layer: the arithmetic is done once.
+        if (axis, view) not in self._own:
+            ranks = self.view(view).group(axis, self.rank)
+            self._own[axis, view] = None if len(ranks) == 1 else self._groups[ranks]
+        return self._own[axis, view]
 
     def size(self, axis: str, view: str = "activation") -> int:
         """Number of ranks along an axis."""
@@ -97,3 +101,4 @@ class ParallelContext:
             if self.rank in ranks:
                 dist.destroy_process_group(group)
         self._groups.clear()
+        self._own.clear()
