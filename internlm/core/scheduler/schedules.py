@@ -74,7 +74,7 @@ def make_schedule(mode: str, num_ranks: int, num_micro_batches: int, num_chunks:
         ConfigError: the schedule does not exist for these numbers.
     """
     if mode not in MODES:
-        raise ConfigError(f"parallel.pipeline.mode = {mode!r}: there is no such schedule; use one of {', '.join(MODES)}")
+        raise ConfigError(f"parallel.pipeline.mode = {mode!r}: no such schedule; use one of {', '.join(MODES)}")
     chosen = MODES[mode]
     if num_micro_batches < 1:
         raise ConfigError(f"data.micro_num = {num_micro_batches}: a step has 1 micro-batch or more")
