@@ -46,11 +46,8 @@ class Optimizer(Protocol):
     def beta2(self) -> float:
         """Second AdamW coefficient of the last step."""
 
-    def begin_step(self) -> None:
-        """Start with no gradients."""
-
-    def expect_final_backward(self) -> None:
-        """The next backward pass is the last of this step."""
+    def begin_step(self, num_backwards: int) -> None:
+        """Start with no gradients; so many backward passes will follow."""
 
     def step(self, lr: float, beta2: float | None) -> StepResult:
         """Reduce, clip, update."""
@@ -140,7 +137,7 @@ class Engine:
         """
         started = time.perf_counter()
         self.model.train()
-        self.optimizer.begin_step()
+        self.optimizer.begin_step(len(batch.micro_batches))
         loss_scale = self.optimizer.loss_scale.clone()
         num_valid_tokens = self.sum_over_data(self._scalar(batch.num_valid_tokens))
         factor = loss_scale / num_valid_tokens.clamp(min=1.0)
@@ -154,7 +151,7 @@ class Engine:
             return output.loss_sum * factor
 
         actions = self.schedule(1, len(batch.micro_batches), 1, 0)
-        execute(actions, forward, self.optimizer.expect_final_backward)
+        execute(actions, forward, lambda: None)
         backward_done = time.perf_counter()
 
         self.phase = "optimizer step"
