@@ -13,6 +13,7 @@ from torch import nn
 from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CONFIG_FILE, CheckpointManager
+from internlm.config.loader import check_config
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
@@ -49,13 +50,16 @@ logger = get_logger(__name__)
 def build_layout(config: Config, world_size: int) -> ParallelLayout:
     """The rank layout that the `parallel` section asks for."""
     parallel = config.parallel
+    tensor, num_kv_heads = parallel.tensor, config.model.num_kv_heads
+    has_copies = tensor.mode != "isp" and tensor.size > num_kv_heads
     return ParallelLayout(
         world_size=world_size,
         pipeline=parallel.pipeline.size,
-        tensor=parallel.tensor.size,
+        tensor=tensor.size,
         weight=parallel.weight.size,
         zero=parallel.zero1.size,
-        mode=parallel.tensor.mode,
+        mode=tensor.mode,
+        kv_replicas=tensor.size // num_kv_heads if has_copies else 1,
     )
 
 
@@ -66,11 +70,13 @@ def build_meta_model(config: Config) -> nn.Module:
 
 
 def check_buildable(config: Config, world_size: int) -> None:
-    """Find the mistakes that only building shows (sizes of layers, phases of schedules) before any rank is connected.
+    """Find every mistake of a config before any rank is connected, also those that only building shows (sizes of
+    layers, phases of schedules).
 
     Raises:
         ConfigError: there is one.
     """
+    check_config(config, world_size)
     if config.model.is_reward:
         raise ConfigError("model.is_reward: this loop trains on the next token; a reward head needs a loop of your own")
     build_layout(config, world_size)
