@@ -18,8 +18,8 @@ import internlm.solver.optimizer.flat_bucket as flat_bucket
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import Hook
-from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.model_parallel import parallel_of
+from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
 from internlm.data.batch import Batch
 from internlm.model.ops.attention import Segments

@@ -56,7 +56,8 @@ class Executor:
         step = _Step(self, schedule, forward, new_activation)
         for action in schedule.actions[self.rank]:
             step.handlers[action.kind](action)
-        self.weight_gradients.finish()
+        with torch.no_grad():
+            self.weight_gradients.finish()
         self.weight_gradients.check_empty()
         if self.channels is not None:
             self.announce("waiting until all is sent")
@@ -137,7 +138,8 @@ class _Step:
 
     def _backward_weight(self, action: Action) -> None:
         self._announce("weight gradients", action)
-        self.executor.weight_gradients.run((action.chunk, action.micro_batch))
+        with torch.no_grad():
+            self.executor.weight_gradients.run((action.chunk, action.micro_batch))
 
     # -- between the stages ---------------------------------------------------------------------------------------
 
