@@ -25,9 +25,7 @@ class ActionKind(enum.Enum):
     """Post the receive of the gradient of the chunk's output."""
 
 
-COMPUTE = frozenset(
-    {ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT}
-)
+COMPUTE = frozenset({ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT})
 """Kinds that compute; the others move tensors between ranks."""
 
 RECEIVES = frozenset({ActionKind.RECV_ACTIVATION, ActionKind.RECV_GRADIENT})
