@@ -37,5 +37,3 @@ parallel = dict(
     pipeline=dict(size=4, mode="1F1B"),
     weight=dict(size=4, overlap=True, launch_allgather_before="wo", forward_overlap_per="layer"),
 )
-
-selective_checkpoint = True  # keep attention's output instead of computing it again

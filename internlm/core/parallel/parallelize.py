@@ -74,13 +74,16 @@ def parallelize(
     """
     roles = roles_by_module(model)
     placed: dict[nn.Parameter, nn.Parameter] = {}
+    shared = {} if shared is None else shared
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             # A weight used twice (tied embeddings) is one parameter under its first name.
             if parameter not in placed:
                 full_name = f"{module_name}.{name}" if module_name else name
-                spec = replicated.shard(full_name, parameter, roles.get(module_name, Role.REPLICATED), context)
-                placed[parameter] = _materialize(parameter, spec, context.device, seed)
+                if full_name not in shared:
+                    spec = replicated.shard(full_name, parameter, roles.get(module_name, Role.REPLICATED), context)
+                    shared[full_name] = _materialize(parameter, spec, context.device, seed)
+                placed[parameter] = shared[full_name]
             setattr(module, name, placed[parameter])
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:

@@ -49,6 +49,16 @@ def message_from(placement: Placement, rank: int, action: Action) -> Message | N
     return Message(Channel(rank, to.rank, carries), send, receive)
 
 
+def channels_of(schedule: PipelineSchedule) -> set[Channel]:
+    """The channels that a schedule uses."""
+    messages = (
+        message_from(schedule.placement, rank, action)
+        for rank, actions in enumerate(schedule.actions)
+        for action in actions
+    )
+    return {message.channel for message in messages if message is not None}
+
+
 def receive_before(action: Action) -> Action | None:
     """The receive whose tensor a compute action uses, where that comes from another rank."""
     if action.kind is ActionKind.FORWARD:

@@ -96,6 +96,12 @@ def make_schedule(mode: str, num_ranks: int, num_micro_batches: int, num_chunks:
     return _build(name, Placement(num_ranks, num_chunks, chosen.shape), num_micro_batches, chosen.phases)
 
 
+def forward_only(placement: Placement) -> PipelineSchedule:
+    """One micro batch through all stages, without a backward pass."""
+    once = tuple(Action(ActionKind.FORWARD, 0, chunk) for chunk in range(placement.num_chunks))
+    return PipelineSchedule("forward only", placement, (once,) * placement.num_ranks)
+
+
 def _build(
     name: str, placement: Placement, num_micro_batches: int, phases: Callable[[int, int, int, int], Iterable[str]]
 ) -> PipelineSchedule:
