@@ -152,13 +152,12 @@ def _one_forward_one_backward(p: int, m: int, c: int, r: int) -> Iterable[str]:
 
 def _zb_h1(p: int, m: int, c: int, r: int) -> Iterable[str]:
     """ZB-H1 (Qi et al., arXiv:2401.10241, section 2.1): 1F1B with the weight gradients of rank r running r behind."""
-    warm_up = min(p - r - 1, m)
-    behind = min(r, m - warm_up)
-    yield "F0 " * warm_up
-    yield "F0 I0 " * behind
-    yield "F0 I0 W " * (m - warm_up - behind)
-    yield "I0 W " * warm_up
-    yield "W " * behind
+    warm_up, behind = min(p - r - 1, m), min(r, m)
+    backwards = ["F0 I0"] * (m - warm_up) + ["I0"] * warm_up
+    yield from ["F0"] * warm_up
+    yield from backwards[:behind]
+    yield from (f"{backward} W" for backward in backwards[behind:])
+    yield from ["W"] * behind
 
 
 def _zb_v(p: int, m: int, c: int, r: int) -> Iterable[str]:

@@ -104,15 +104,14 @@ class _Simulation:
         self.channels: defaultdict[tuple[int, int, bool], _Channel] = defaultdict(_Channel)
 
     def run(self) -> Timeline:
-        moved = True
-        while moved:
-            # A rank goes on as long as it can: each list names the order, so no order of the ranks changes a time.
-            moved = any([self._advance(rank) for rank in range(self.placement.num_ranks)])
+        # Times follow from the lists alone, so it does not matter which rank goes on first.
+        while sum(self._advance(rank) for rank in range(self.placement.num_ranks)):
+            pass
         self._check_finished()
         return Timeline(self.schedule, tuple(tuple(row) for row in self.events))
 
-    def _advance(self, rank: int) -> bool:
-        """Do a rank's actions up to the first that must wait; whether there was one."""
+    def _advance(self, rank: int) -> int:
+        """Do a rank's actions up to the first that must wait; how many were done."""
         actions = self.schedule.actions[rank]
         first = self.position[rank]
         while self.position[rank] < len(actions):
@@ -121,7 +120,7 @@ class _Simulation:
             if not done:
                 break
             self.position[rank] += 1
-        return self.position[rank] > first
+        return self.position[rank] - first
 
     def _compute(self, rank: int, action: Action) -> bool:
         start = self.clock[rank]
