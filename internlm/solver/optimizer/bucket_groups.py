@@ -43,6 +43,11 @@ class BucketKind:
         return cls(parameter.dtype, has_decay, spec.view, spec.data_axis, spec.partial_over, spec.sharded_over)
 
     @property
+    def has_master(self) -> bool:
+        """Whether the masters say more than the parameters."""
+        return self.dtype != torch.float32
+
+    @property
     def is_sharded_over_zero(self) -> bool:
         """Whether the parameters are split over the ranks that elsewhere share the optimizer state."""
         return "zero" in self.sharded_over

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.parallelize import roles_by_module
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.model.roles import Role
 from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketKind
 from internlm.solver.optimizer.flat_bucket import FlatBucket
+from internlm.solver.optimizer.fsdp_bucket import FsdpBucket
 
 
 def build_buckets(
@@ -48,7 +50,10 @@ def build_buckets(
     # A bucket is complete in backward, and needed in forward, at its first parameter in forward order.
     position = {parameter: number for number, parameter in enumerate(parameters)}
     runs.sort(key=lambda item: min(position[parameter] for parameter in item[1]), reverse=True)
-    return [FlatBucket(run, kind, kind.groups(context), reduce_dtype) for kind, run in runs]
+    return [
+        (FsdpBucket if kind.is_sharded_over_zero else FlatBucket)(run, kind, kind.groups(context), reduce_dtype)
+        for kind, run in runs
+    ]
 
 
 def wait_before_forward(chunk: nn.Module, buckets: Sequence[Bucket]) -> None:
@@ -56,12 +61,7 @@ def wait_before_forward(chunk: nn.Module, buckets: Sequence[Bucket]) -> None:
 
     Except for the head: it is read, not called, so whoever reads it waits (`parameter_events.wait_until_readable`).
     """
-    layers = [
-        child
-        for module in chunk.modules()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict)
-        for child in module.children()
-    ]
+    layers = layers_of(chunk)
     outer = set(chunk.parameters())
     for layer in layers:
         parameters = set(layer.parameters())

@@ -30,15 +30,13 @@ class FlatBucket(Bucket):
             parameter.data = view
         self.parameter_shard = self.parameter_buffer[self.shard_start : self.shard_stop]
         # fp32 parameters are their own master copy.
-        self.master = nn.Parameter(
-            self.parameter_shard if kind.dtype == torch.float32 else self.parameter_shard.float()
-        )
+        self.master = nn.Parameter(self.parameter_shard.float() if kind.has_master else self.parameter_shard)
         self._gathering: Work = Done()
 
     @torch.no_grad()
     def start_gathering(self) -> None:
         """Write the masters back into the parameters and start collecting the other ranks' shares."""
-        if not self._owns_master:
+        if self.kind.has_master:
             self.parameter_shard.copy_(self.master)
         if self.groups.zero is not None:
             self._gathering = all_gather_async(self.parameter_buffer, self.parameter_shard.clone(), self.groups.zero)
@@ -51,9 +49,5 @@ class FlatBucket(Bucket):
     @torch.no_grad()
     def reset_master(self) -> None:
         """Take the masters anew from the parameters, after somebody else wrote the parameters."""
-        if not self._owns_master:
+        if self.kind.has_master:
             self.master.copy_(self.parameter_shard)
-
-    @property
-    def _owns_master(self) -> bool:
-        return self.master.data_ptr() == self.parameter_shard.data_ptr()

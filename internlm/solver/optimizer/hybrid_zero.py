@@ -204,10 +204,15 @@ class HybridZeroOptimizer:
         for bucket in self.buckets:
             bucket.finish_gathering()
 
-    def reset_masters(self) -> None:
-        """Take the fp32 masters anew from the parameters, after a checkpoint's weights were loaded into them."""
+    def reset_masters(self, *, keep_loaded: bool = False) -> None:
+        """Take the fp32 masters anew from the parameters, after a checkpoint's weights were loaded into them.
+
+        Args:
+            keep_loaded: leave masters alone that `sharded_state` has, as they were loaded too.
+        """
         for bucket in self.buckets:
-            bucket.reset_master()
+            if not (keep_loaded and bucket.kind.has_master):
+                bucket.reset_master()
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -222,7 +227,7 @@ class HybridZeroOptimizer:
         for bucket in self.buckets:
             state = self._adam_state(bucket)
             shards = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            if bucket.kind.dtype != torch.float32:
+            if bucket.kind.has_master:
                 shards["master"] = bucket.master.detach()
             for kind, shard in shards.items():
                 for parameter, pieces in bucket.pieces(shard):
