@@ -6,6 +6,7 @@ This is the only place that gives parameters storage. It knows roles and modes, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -93,6 +94,22 @@ def parallelize(
                 )
     model.parallel = ModelParallel(context, weight_gradients or WeightGradients())  # type: ignore[assignment]
     return model.to(context.device)
+
+
+def shard_specs(
+    model: nn.Module, context: ParallelContext, options: ParallelOptions | None = None
+) -> Iterator[tuple[str, ShardSpec, nn.Parameter]]:
+    """What a rank would hold of each parameter, by its name in `model`: pure, without storage or process groups.
+
+    Args:
+        model: built under `torch.device("meta")`.
+        context: where the rank would stand.
+        options: see `ParallelOptions`.
+    """
+    roles = roles_by_module(model)
+    for name, parameter in model.named_parameters():
+        role = roles.get(name.rpartition(".")[0], Role.REPLICATED)
+        yield name, replicated.shard(name, parameter, role, context), parameter
 
 
 def roles_by_module(model: nn.Module) -> dict[str, Role]:

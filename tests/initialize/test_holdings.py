@@ -1,0 +1,87 @@
+"""What ranks would hold is what they hold: bytes against real buffers, parameters against the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from helpers.configs import small_config
+from helpers.ranks import RankPool
+
+from internlm.config.schema import Config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.initialize.build import build_layout
+from internlm.initialize.holdings import Holding, pipeline_holdings
+from internlm.initialize.stages import build_chunks, build_meta_model, build_pipeline_schedule
+from internlm.solver.optimizer.bucket import ALIGNMENT, NORM_ROW
+from internlm.solver.optimizer.flat_bucket import FlatBucket
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+
+PIPELINES = {
+    "none": {},
+    "1F1B": {"parallel.pipeline": {"size": 2}},
+    "interleaved": {"parallel.pipeline": {"size": 2}, "model.num_chunks": 2},
+    "ZBV": {"parallel.pipeline": {"size": 2, "mode": "ZBV"}},
+}
+
+
+def holdings(config: Config, world_size: int) -> list[Holding]:
+    """What every rank of one pipeline, that of rank 0, would hold."""
+    layout = build_layout(config, world_size)
+    placement = build_pipeline_schedule(config)(config.data.micro_num).placement
+    ranks = layout.activation.group("pipeline", 0)
+    return [place.holding for place in pipeline_holdings(config, layout, placement, ranks)]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_ranks_of_a_pipeline_hold_the_model_once(pipeline: str) -> None:
+    config = small_config({**PIPELINES[pipeline], "model.dtype": "torch.bfloat16"})
+    parameters = sum(parameter.numel() for parameter in build_meta_model(config).parameters())
+    whole = Holding.sum(holdings(config, 2))
+    assert (whole.parameters, whole.weights) == (parameters, 2 * parameters)
+
+
+@pytest.mark.parametrize(("pipeline", "copies"), [("none", 1), ("1F1B", 2), ("interleaved", 2), ("ZBV", 1)])
+def test_a_tied_embedding_is_held_where_an_end_of_the_model_is(pipeline: str, copies: int) -> None:
+    config = small_config({**PIPELINES[pipeline], "model.tie_word_embeddings": True})
+    model = build_meta_model(config)
+    names = dict(model.named_parameters())
+    embedding = names["tok_embeddings.weight"].numel()
+    expected = sum(parameter.numel() for parameter in names.values()) + (copies - 1) * embedding
+    assert Holding.sum(holdings(config, 2)).parameters == expected
+
+
+def real_bytes(config: Config, world_size: int) -> tuple[Holding, int]:
+    """What this rank's optimizer allocates, and how many elements of each buffer may be padding."""
+    context = ParallelContext.create(build_layout(config, world_size))
+    chunks = build_chunks(config, context)
+    buckets = HybridZeroOptimizer(chunks, context).buckets
+    assert all(isinstance(bucket, FlatBucket) for bucket in buckets)
+    parameters = {parameter for chunk in chunks for parameter in chunk.parameters()}
+    gradients = {buffer for bucket in buckets for buffer in (bucket.grad_buffer, bucket.grad_shard)}
+    masters = sum(bucket.master.numel() for bucket in buckets)
+    holding = Holding(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        weights=sum(bucket.parameter_buffer.nbytes for bucket in buckets),  # type: ignore[attr-defined]
+        gradients=sum(buffer.nbytes for buffer in gradients),
+        masters=4 * masters if config.model.dtype == "torch.bfloat16" else 0,
+        moments=8 * masters,
+    )
+    context.close()
+    return holding, len(parameters) * ALIGNMENT + len(buckets) * NORM_ROW * context.size("zero")
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
+@pytest.mark.parametrize("zero", [-1, 1])
+def test_bytes_are_those_of_a_real_optimizer(ranks: Callable[[int], RankPool], dtype: str, zero: int) -> None:
+    config = small_config(
+        {**PIPELINES["ZBV"], "model.dtype": dtype, "model.hidden_size": 64, "parallel.zero1.size": zero}
+    )
+    real = ranks(4).run(real_bytes, config, 4)
+    for place, expected in enumerate(holdings(config, 4)):
+        holding, padding = real[2 * place]
+        assert holding.parameters == expected.parameters
+        for name, size in (("weights", 4), ("gradients", 8), ("masters", 4), ("moments", 8)):
+            assert 0 <= getattr(holding, name) - getattr(expected, name) <= size * padding, name
+        # The padding, at most 32 bytes a padded element, could not hide a kind of buffer that was forgotten.
+        assert 32 * padding < expected.moments
