@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch.distributed as dist
 from helpers.configs import small_config
 from helpers.ranks import RankPool
 
@@ -67,6 +68,8 @@ def real_bytes(config: Config, world_size: int) -> tuple[Holding, int]:
         masters=4 * masters if config.model.dtype == "torch.bfloat16" else 0,
         moments=8 * masters,
     )
+    # Without a collective in between, a fast rank would close the groups while a slow one still opens them.
+    dist.barrier()
     context.close()
     return holding, len(parameters) * ALIGNMENT + len(buckets) * NORM_ROW * context.size("zero")
 
