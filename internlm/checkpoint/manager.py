@@ -137,7 +137,7 @@ class CheckpointManager:
         assert isinstance(optimizer, HybridZeroOptimizer)
         optimizer.finish_gathering()
         tensors = {
-            **model_tensors(trainer.engine.model),
+            **model_tensors(*trainer.engine.chunks),
             **optimizer_tensors(optimizer),
             f"rng/{context.rank}": random_state(),
         }
@@ -219,7 +219,7 @@ class CheckpointManager:
         context = read_context(path)
         tensors: dict[str, Any] = {}
         if "model" in wanted:
-            tensors.update(model_tensors(trainer.engine.model))
+            tensors.update(model_tensors(*trainer.engine.chunks))
         if "optimizer" in wanted:
             tensors.update(optimizer_tensors(optimizer))
             if "model" not in wanted:

@@ -132,8 +132,7 @@ class Engine:
         self.context = context
         self.loss = loss
         self.statistics = statistics
-        self.phase = "idle"
-        """What the engine is doing, for the message when it fails."""
+        self._phase: str | None = "idle"
         self._activity = ""
         self.parallel = parallel_of(self.chunks[0])
         num_ranks, num_chunks = context.size("pipeline"), len(self.chunks)
@@ -148,7 +147,12 @@ class Engine:
             )
         self._evaluation = with_communication(forward_only(self.placement))
         channels = PipelineChannels.create(context, channels_of(probe)) if num_ranks > 1 else None
-        self._executor = Executor(context.index("pipeline"), self.parallel.weight_gradients, channels, self._announce)
+        self._executor = Executor(context.index("pipeline"), self.parallel.weight_gradients, channels)
+
+    @property
+    def phase(self) -> str:
+        """What the engine is doing, for the message when it fails."""
+        return self._phase or self._activity + self._executor.phase
 
     @property
     def model(self) -> nn.Module:
@@ -157,8 +161,9 @@ class Engine:
         Raises:
             ValueError: it has several; see `chunks`.
         """
-        (model,) = self.chunks
-        return model
+        if len(self.chunks) > 1:
+            raise ValueError(f"this rank has {len(self.chunks)} chunks of the model: see Engine.chunks")
+        return self.chunks[0]
 
     def train_step(self, batch: Batch, lr: float, beta2: float | None = None) -> EngineResult:
         """One optimizer step on this rank's share of a global batch. Collective over all ranks.
@@ -185,6 +190,7 @@ class Engine:
             loss_sum.add_(output.detach())
             return output * factor
 
+        self._phase, self._activity = None, ""
         self._executor.run(
             self._schedule(len(batch.micro_batches)),
             forward,
@@ -192,12 +198,12 @@ class Engine:
         )
         backward_done = time.perf_counter()
 
-        self.phase = "optimizer step"
+        self._phase = "optimizer step"
         result = self.optimizer.step(lr, beta2)
-        self.phase = "metrics"
+        self._phase = "metrics"
         loss = self.sum_over_tokens(loss_sum) / num_valid_tokens.clamp(min=1.0)
         statistics = self.statistics.result(self.sum_over_tokens) if self.statistics else {}
-        self.phase = "idle"
+        self._phase = "idle"
         return EngineResult(
             loss=loss,
             grad_norm=result.grad_norm,
@@ -220,21 +226,18 @@ class Engine:
         """
         for chunk in self.chunks:
             chunk.eval()
-        self._activity = "evaluation, "
+        self._phase, self._activity = None, "evaluation, "
         self._executor.run(
             self._evaluation,
             lambda _, chunk, received: self._forward(micro_batch, chunk, received, sink),
             lambda _: self._new_activation(micro_batch),
         )
-        self._activity, self.phase = "", "idle"
+        self._phase = "idle"
 
     def _schedule(self, num_micro_batches: int) -> PipelineSchedule:
         if num_micro_batches not in self._schedules:
             self._schedules[num_micro_batches] = with_communication(self._make_schedule(num_micro_batches))
         return self._schedules[num_micro_batches]
-
-    def _announce(self, phase: str) -> None:
-        self.phase = self._activity + phase
 
     def _is_last(self, chunk: int) -> bool:
         return self.placement.after(self._executor.rank, chunk) is None

@@ -10,6 +10,7 @@ from torch import nn
 
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.parallelize import ParallelOptions
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
 from internlm.core.scheduler.actions import ActionKind
@@ -90,9 +91,9 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
     """This rank's chunks of the model, one without a pipeline.
 
     Raises:
-        ConfigError: the model cannot be cut into these stages.
+        ConfigError: the model cannot be cut into these stages, or not be sharded as `parallel.fsdp` asks.
     """
-    return build_stages(
+    chunks = build_stages(
         partial(build_meta_model, config),
         context,
         build_pipeline_schedule(config)(config.data.micro_num).placement,
@@ -100,3 +101,7 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         seed=config.seed,
         options=build_options(config),
     )
+    if config.parallel.uses_fsdp:
+        for chunk in chunks:
+            apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config))
+    return chunks

@@ -30,20 +30,14 @@ class Executor:
         rank: of the pipeline.
         weight_gradients: where the chunks leave weight gradients for later.
         channels: to the other ranks; None when there is one.
-        announce: told what is about to happen, for the message of a failure.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        weight_gradients: WeightGradients,
-        channels: PipelineChannels | None = None,
-        announce: Callable[[str], None] = lambda phase: None,
-    ) -> None:
+    def __init__(self, rank: int, weight_gradients: WeightGradients, channels: PipelineChannels | None = None) -> None:
         self.rank = rank
         self.weight_gradients = weight_gradients
         self.channels = channels
-        self.announce = announce
+        self.phase = "start"
+        """What it is doing, for the message of a failure."""
 
     def run(self, schedule: PipelineSchedule, forward: Forward, new_activation: Callable[[int], Tensor]) -> None:
         """Carry out this rank's actions in order. Without gradients (`torch.no_grad`) there must be no backward.
@@ -55,12 +49,12 @@ class Executor:
         """
         step = _Step(self, schedule, forward, new_activation)
         for action in schedule.actions[self.rank]:
-            step.handlers[action.kind](action)
+            step.do(action)
         with torch.no_grad():
             self.weight_gradients.finish()
         self.weight_gradients.check_empty()
         if self.channels is not None:
-            self.announce("waiting until all is sent")
+            self.phase = "waiting until all is sent"
             self.channels.wait_for_sends()
 
 
@@ -98,16 +92,29 @@ class _Step:
         self.arriving: dict[_Key, Incoming] = {}
         self.leaving: dict[_Key, Tensor] = {}
         self.alive: dict[tuple[int, int], _Alive] = {}
-        self.handlers: dict[ActionKind, Callable[[Action], None]] = {
-            ActionKind.FORWARD: self._forward,
-            ActionKind.BACKWARD: self._backward,
-            ActionKind.BACKWARD_INPUT: self._backward_input,
-            ActionKind.BACKWARD_WEIGHT: self._backward_weight,
-            ActionKind.SEND_ACTIVATION: self._send_activation,
-            ActionKind.RECV_ACTIVATION: self._receive_activation,
-            ActionKind.SEND_GRADIENT: self._send_gradient,
-            ActionKind.RECV_GRADIENT: self._receive_gradient,
-        }
+
+    def do(self, action: Action) -> None:
+        """Carry out one action."""
+        match action.kind:
+            case ActionKind.FORWARD:
+                self._forward(action)
+            case ActionKind.BACKWARD:
+                self._backward(action)
+            case ActionKind.BACKWARD_INPUT:
+                with self.executor.weight_gradients.postpone((action.chunk, action.micro_batch)):
+                    self._backward(action)
+            case ActionKind.BACKWARD_WEIGHT:
+                self._announce("weight gradients", action)
+                with torch.no_grad():
+                    self.executor.weight_gradients.run((action.chunk, action.micro_batch))
+            case ActionKind.SEND_ACTIVATION:
+                self._send(ACTIVATION, action, self.placement.after(self.rank, action.chunk))
+            case ActionKind.SEND_GRADIENT:
+                self._send(GRADIENT, action, self.placement.before(self.rank, action.chunk))
+            case ActionKind.RECV_ACTIVATION:
+                self._receive(ACTIVATION, action, self.placement.before(self.rank, action.chunk))
+            case ActionKind.RECV_GRADIENT:
+                self._receive(GRADIENT, action, self.placement.after(self.rank, action.chunk))
 
     # -- computing ------------------------------------------------------------------------------------------------
 
@@ -132,15 +139,6 @@ class _Step:
             assert received.grad is not None
             self._hand_over(GRADIENT, action, self.placement.before(self.rank, action.chunk), received.grad)
 
-    def _backward_input(self, action: Action) -> None:
-        with self.executor.weight_gradients.postpone((action.chunk, action.micro_batch)):
-            self._backward(action)
-
-    def _backward_weight(self, action: Action) -> None:
-        self._announce("weight gradients", action)
-        with torch.no_grad():
-            self.executor.weight_gradients.run((action.chunk, action.micro_batch))
-
     # -- between the stages ---------------------------------------------------------------------------------------
 
     def _hand_over(self, carries: str, action: Action, to: Place | None, tensor: Tensor) -> None:
@@ -155,18 +153,6 @@ class _Step:
     def _take(self, carries: str, action: Action) -> Tensor:
         self._announce(f"receive {carries}", action)
         return self.arriving.pop(_Key(carries, action.chunk, action.micro_batch)).wait()
-
-    def _send_activation(self, action: Action) -> None:
-        self._send(ACTIVATION, action, self.placement.after(self.rank, action.chunk))
-
-    def _send_gradient(self, action: Action) -> None:
-        self._send(GRADIENT, action, self.placement.before(self.rank, action.chunk))
-
-    def _receive_activation(self, action: Action) -> None:
-        self._receive(ACTIVATION, action, self.placement.before(self.rank, action.chunk))
-
-    def _receive_gradient(self, action: Action) -> None:
-        self._receive(GRADIENT, action, self.placement.after(self.rank, action.chunk))
 
     def _send(self, carries: str, action: Action, to: Place | None) -> None:
         self._announce(f"send {carries}", action)
@@ -183,7 +169,7 @@ class _Step:
 
     def _announce(self, what: str, action: Action) -> None:
         chunk = f", chunk {action.chunk}" if self.placement.num_chunks > 1 else ""
-        self.executor.announce(f"{what} of micro batch {action.micro_batch}{chunk}")
+        self.executor.phase = f"{what} of micro batch {action.micro_batch}{chunk}"
 
 
 def largest_backlog(schedule: PipelineSchedule) -> int:

@@ -19,16 +19,6 @@ from internlm.core.scheduler.actions import Action, ActionKind
 from internlm.core.scheduler.placement import Placement
 from internlm.utils.errors import ConfigError
 
-Schedule = Callable[[int, int, int, int], list[Action]]
-"""(number of stages, number of micro batches, chunks a stage, stage) -> the stage's actions in order."""
-
-
-def non_pipeline(num_stages: int, num_micro_batches: int, num_chunks: int, stage: int) -> list[Action]:
-    """One stage: forward and backward of one micro batch after the other, so one micro batch is alive at a time."""
-    if (num_stages, num_chunks, stage) != (1, 1, 0):
-        raise ValueError(f"the non-pipeline schedule is for 1 stage and 1 chunk, not {num_stages} and {num_chunks}")
-    return list(make_schedule("1F1B", 1, num_micro_batches, 1).actions[0])
-
 
 @dataclass(frozen=True)
 class PipelineSchedule:
