@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
@@ -12,6 +13,7 @@ from torch import nn
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.fsdp import kept_whole, rows_of
 from internlm.core.parallel.parallelize import shard_specs
 from internlm.core.parallel.pipeline_stages import meta_stage
 from internlm.core.parallel.shard_spec import ShardSpec
@@ -27,7 +29,7 @@ class Holding:
         parameters: elements.
         weights: as the model computes with them.
         gradients: fp32, accumulated over micro batches, and this rank's share of their sum over the data ranks.
-        masters: fp32 weights of the optimizer; fp32 parameters are their own.
+        masters: fp32 weights of the optimizer; without FSDP, fp32 parameters are their own.
         moments: the two of AdamW, fp32.
     """
 
@@ -40,15 +42,16 @@ class Holding:
     @classmethod
     def of(cls, spec: ShardSpec, dtype: torch.dtype, context: ParallelContext) -> Holding:
         """What a rank holds for one parameter."""
-        numel = torch.Size(spec.local_shape).numel()
+        numel = math.prod(spec.local_shape)
         zero = context.size("zero", spec.view)
-        # Parameters that are sharded over the ranks of ZeRO themselves (FSDP) have the share of this rank only.
-        share = numel if "zero" in spec.sharded_over else -(-numel // zero)
+        is_fsdp = "zero" in spec.sharded_over
+        # Under FSDP the parameter itself is the share of this rank.
+        share = numel if is_fsdp else -(-numel // zero)
         return cls(
             parameters=numel,
             weights=numel * dtype.itemsize,
-            gradients=4 * (numel if zero == 1 else numel + share),
-            masters=0 if dtype is torch.float32 else 4 * share,
+            gradients=4 * (numel if is_fsdp or zero == 1 else numel + share),
+            masters=4 * share if is_fsdp or dtype is not torch.float32 else 0,
             moments=2 * 4 * share,
         )
 
@@ -108,10 +111,13 @@ def pipeline_holdings(
         parts: list[Holding] = []
         seen: set[str] = set()
         for stage in stages:
-            specs = list(shard_specs(meta_stage(copy_of_whole, stage, layers), context, options))
+            model = meta_stage(copy_of_whole, stage, layers)
+            specs = list(shard_specs(model, context, options))
+            if config.parallel.uses_fsdp:
+                specs = _split_by_fsdp(model, specs, context)
             # A weight that two chunks of a rank share (a tied embedding) is there once.
-            parts += [Holding.of(spec, p.dtype, context) for _, spec, p in specs if spec.name not in seen]
-            seen |= {spec.name for _, spec, _ in specs}
+            parts += [Holding.of(spec, p.dtype, context) for name, spec, p in specs if name not in seen]
+            seen |= {name for name, _, _ in specs}
         holdings.append(
             PipelineHolding(
                 layers=tuple(layers[stage] for stage in stages),
@@ -121,3 +127,11 @@ def pipeline_holdings(
             )
         )
     return holdings
+
+
+def _split_by_fsdp(
+    model: nn.Module, specs: list[tuple[str, ShardSpec, nn.Parameter]], context: ParallelContext
+) -> list[tuple[str, ShardSpec, nn.Parameter]]:
+    size, index = context.size("zero"), context.index("zero")
+    kept = kept_whole(model) if size > 1 else set(model.parameters())
+    return [(name, spec if p in kept else rows_of(spec, size, index), p) for name, spec, p in specs]
