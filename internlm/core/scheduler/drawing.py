@@ -75,7 +75,7 @@ def draw_png(timeline: Timeline, path: Path) -> None:
     """Write the timeline as a picture, one row a rank, one color a kind of action, paler for later chunks.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -104,4 +104,7 @@ def draw_png(timeline: Timeline, path: Path) -> None:
     kinds = sorted({event.action.kind for row in timeline.events for event in row}, key=list(COLORS).index)
     handles = [Patch(color=COLORS[kind], label=NAMES[kind]) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"{path}: the picture cannot be written: {error.strerror}") from None
