@@ -70,6 +70,8 @@ class Decoder(nn.Module):
         architecture: what it was built from.
         roles: how each weight may be split (glob pattern over module names -> `Role`).
         heads: the heads that attention roles are split by.
+        vocab_size: V.
+        has_tied_head: the output head is the embedding.
         layers: by number, "0" to "L - 1".
         is_first: it embeds tokens; otherwise its input is the residual stream.
         is_last: it ends with the final norm; otherwise its output is the residual stream.
@@ -85,6 +87,7 @@ class Decoder(nn.Module):
         self.tok_embeddings = nn.Embedding(a.vocab_size, a.hidden_size, dtype=a.dtype)
         set_initializer(self.tok_embeddings.weight, a.init.initializer(a.init.embedding))
         self.heads = HeadShape(a.num_heads, a.num_kv_heads, a.head_dim)
+        self.vocab_size, self.has_tied_head = a.vocab_size, a.tie_word_embeddings
         self.is_first = self.is_last = True
         self.residual_size = a.hidden_size
         self.residual_dtype = torch.float32 if a.residual_in_fp32 else a.dtype

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -51,3 +52,10 @@ def reduce_scatter_async(output: Tensor, tensor: Tensor, group: dist.ProcessGrou
 def all_gather_async(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> Work:
     """Start gathering every rank's flat `tensor` into `output`, in group order."""
     return _all_gather(output, tensor, group=group, async_op=True)
+
+
+def all_to_all(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Part r of contiguous `tensor` `[n, ...]` goes to rank r; part r of the result came from rank r."""
+    output = torch.empty_like(tensor)
+    dist.all_to_all_single(output, tensor, group=group)
+    return output

@@ -30,6 +30,7 @@ class ParallelContext:
     device: torch.device
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
     _named_groups: dict[Hashable, tuple[tuple[int, ...], dist.ProcessGroup]] = field(default_factory=dict, repr=False)
+    _own: dict[tuple[str, str], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def create(cls, layout: ParallelLayout | None = None, device: torch.device | str = "cpu") -> ParallelContext:
@@ -67,8 +68,11 @@ class ParallelContext:
 
     def group(self, axis: str, view: str = "activation") -> dist.ProcessGroup | None:
         """The process group of this rank along an axis; None when this rank is alone on it."""
-        ranks = self.view(view).group(axis, self.rank)
-        return None if len(ranks) == 1 else self._groups[ranks]
+        # Asked for in every layer: the arithmetic is done once.
+        if (axis, view) not in self._own:
+            ranks = self.view(view).group(axis, self.rank)
+            self._own[axis, view] = None if len(ranks) == 1 else self._groups[ranks]
+        return self._own[axis, view]
 
     def make_named_group(self, name: Hashable, ranks: Sequence[int]) -> None:
         """Make a process group for one purpose alone, unless there is one of that name; collective over all ranks."""
@@ -115,3 +119,4 @@ class ParallelContext:
                 dist.destroy_process_group(group)
         self._groups.clear()
         self._named_groups.clear()
+        self._own.clear()

@@ -1,15 +1,50 @@
-"""How a model was parallelized: what the engine and the pipeline must know to run it. `parallelize` makes one."""
+"""How a model was parallelized: what the modes differ in. `parallelize` makes one for each chunk of a model.
+
+This class is the trivial mode: weights and activations are whole on every rank, only samples differ. Each of
+`internlm.core.parallel.modes` is one file that says otherwise where it must.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear import InputExchange, LinearGroup, LocalWeights, ParallelLinear, WeightStore
+from internlm.core.parallel.placement import Part
+from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
+from internlm.model.roles import HeadShape, Role
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How the layout's modes go about their work. No option changes a result beyond rounding.
+
+    Attributes:
+        split_embedding_hidden: split an untied embedding over its hidden dimension instead of its vocabulary.
+        weight_overlap: isp: gather weights ahead of their use, and reduce their gradients behind it.
+        gather_ahead: isp: gather the next module's weights, or those of the next layer.
+        gather_layer_before: isp, by layer: the point of a layer where the gather of the next one starts.
+        release_gradients_early: isp: free a reduced gradient's buffers when the next one is there, not with the step.
+        memory_pool: isp: keep gather buffers and use them again.
+        reduce_dtype: isp: dtype in which weight gradients travel.
+        postpone_weight_gradients: linear layers can leave weight gradients for later, as zero-bubble schedules ask.
+    """
+
+    split_embedding_hidden: bool = True
+    weight_overlap: bool = False
+    gather_ahead: Literal["layer", "module"] = "layer"
+    gather_layer_before: Literal["wqkv", "attn", "wo", "w1"] = "wo"
+    release_gradients_early: bool = True
+    memory_pool: bool = False
+    reduce_dtype: torch.dtype = torch.float32
+    postpone_weight_gradients: bool = False
 
 
 class HeadOutput(NamedTuple):
@@ -25,19 +60,88 @@ class HeadOutput(NamedTuple):
     type_ids: Tensor
 
 
-@dataclass
 class ModelParallel:
-    """The trivial form: activations and weights are whole on every rank, only samples differ.
+    """The trivial mode, and what every mode must say.
 
     Attributes:
         context: where this rank stands.
+        options: see `ParallelOptions`.
         weight_gradients: where linear layers leave gradients that come later.
+        heads: of the model's attention, or None.
+        has_tied_head: the output head is the embedding.
         token_axes: axes of the activation view whose ranks compute the loss of different tokens.
+        adds_bias_after_reduction: the bias of ROW layers is added once, to the sum over ranks.
     """
 
-    context: ParallelContext
-    weight_gradients: WeightGradients = field(default_factory=WeightGradients)
-    token_axes: tuple[str, ...] = ("data",)
+    token_axes: ClassVar[tuple[str, ...]] = ("data",)
+    adds_bias_after_reduction: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        context: ParallelContext,
+        options: ParallelOptions,
+        weight_gradients: WeightGradients,
+        heads: HeadShape | None,
+        has_tied_head: bool,
+    ) -> None:
+        self.context = context
+        self.options = options
+        self.weight_gradients = weight_gradients
+        self.heads = heads
+        self.has_tied_head = has_tied_head
+
+    # -- what each rank holds -------------------------------------------------------------------------------------
+
+    def place(self, name: str, attribute: str, shape: tuple[int, ...], role: Role) -> list[Part]:
+        """The local parameters that hold this rank's part of a global one.
+
+        Args:
+            name: global name.
+            attribute: its last part, "weight" or "bias".
+            shape: of the whole.
+            role: of the module.
+
+        Raises:
+            ConfigError: it cannot be split as the layout asks.
+        """
+        return [Part(attribute, ShardSpec.whole(name, shape))]
+
+    def local_heads(self) -> HeadShape | None:
+        """The heads that this rank's attention works on."""
+        return self.heads
+
+    # -- linear layers and embedding ------------------------------------------------------------------------------
+
+    @property
+    def replaces_linears(self) -> bool:
+        """Whether linear layers must be `ParallelLinear`."""
+        return self.options.postpone_weight_gradients
+
+    def make_group(self, name: str, layers: list[ParallelLinear]) -> LinearGroup:
+        """Join layers that share an input."""
+        return LinearGroup(name, layers, self.input_exchange(layers[0].role), self.weights(), self.weight_gradients)
+
+    def input_exchange(self, role: Role) -> InputExchange:
+        """How layers of this role get their input."""
+        return InputExchange()
+
+    def weights(self) -> WeightStore:
+        """Where linear layers get their weights."""
+        return LocalWeights()
+
+    def prepare_input(self, role: Role, x: Tensor) -> Tensor:
+        """Called with the input of each linear layer."""
+        return x
+
+    def finish_output(self, role: Role, out: Tensor) -> Tensor:
+        """Called with the output of each linear layer, before a bias that is added last."""
+        return out
+
+    def embed(self, weight: nn.Parameter, input_ids: Tensor) -> Tensor:
+        """Token ids int64 `[B, S]` -> this rank's part of the residual stream, `[B, S', h]`."""
+        return F.embedding(input_ids, weight)
+
+    # -- what the engine asks -------------------------------------------------------------------------------------
 
     def sequence_length(self, num_tokens: int) -> int:
         """Tokens of a row of `num_tokens` that this rank's residual stream holds."""
@@ -56,6 +160,10 @@ class ModelParallel:
         """
         output = loss(hidden.flatten(0, 1), model.head_weight(), labels.flatten())  # type: ignore[operator]
         return HeadOutput(output, labels, type_ids)
+
+    def end_backward(self) -> None:
+        """Called after the last backward pass of a step: all weight gradients are delivered."""
+        self.weight_gradients.finish()
 
 
 def parallel_of(model: nn.Module) -> ModelParallel:

@@ -6,45 +6,48 @@ This is the only place that gives parameters storage. It knows roles and modes, 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel import replicated
-from internlm.core.parallel.model_parallel import ModelParallel
+from internlm.core.parallel.linear import ParallelLinear
+from internlm.core.parallel.model_parallel import ModelParallel, ParallelOptions
+from internlm.core.parallel.modes.fsp import Fsp
+from internlm.core.parallel.modes.isp import Isp
+from internlm.core.parallel.modes.msp import Msp
+from internlm.core.parallel.modes.mtp import COLUMN_ROLES, ROW_ROLES, Mtp
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
 from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.initialization import initializer_of
 from internlm.model.roles import Role
 
+_MODES: dict[str, type[ModelParallel]] = {"mtp": Mtp, "msp": Msp, "fsp": Fsp, "isp": Isp}
 
-@dataclass(frozen=True)
-class ParallelOptions:
-    """How the layout's modes go about their work. No option changes a result beyond rounding.
 
-    Attributes:
-        split_embedding_hidden: split an untied embedding over its hidden dimension instead of its vocabulary.
-        weight_overlap: isp: gather weights ahead of their use, and reduce their gradients behind it.
-        gather_ahead: isp: gather the next module's weights, or those of the next layer.
-        gather_layer_before: isp, by layer: the point of a layer where the gather of the next one starts.
-        release_gradients_early: isp: free a reduced gradient's buffers when the next one is there, not with the step.
-        memory_pool: isp: keep gather buffers and use them again.
-        reduce_dtype: isp: dtype in which weight gradients travel.
-        postpone_weight_gradients: linear layers can leave weight gradients for later, as zero-bubble schedules ask.
-    """
+class ParallelEmbedding(nn.Module):
+    """A token embedding of which this rank holds a part."""
 
-    split_embedding_hidden: bool = True
-    weight_overlap: bool = False
-    gather_ahead: Literal["layer", "module"] = "layer"
-    gather_layer_before: Literal["wqkv", "attn", "wo", "w1"] = "wo"
-    release_gradients_early: bool = True
-    memory_pool: bool = False
-    reduce_dtype: torch.dtype = torch.float32
-    postpone_weight_gradients: bool = False
+    def __init__(self, weight: nn.Parameter, parallel: ModelParallel) -> None:
+        super().__init__()
+        self.weight = weight
+        self.parallel = parallel
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Int64 `[B, S]` -> this rank's part of the residual stream, `[B, S', h]`."""
+        return self.parallel.embed(self.weight, input_ids)
+
+
+class Placed(NamedTuple):
+    """A local parameter of this rank, before it has storage."""
+
+    module: str
+    attribute: str
+    spec: ShardSpec
+    parameter: nn.Parameter
 
 
 def parallelize(
@@ -58,7 +61,8 @@ def parallelize(
 ) -> nn.Module:
     """Give every parameter of `model` its ShardSpec and its local, initialised tensor. Changes and returns `model`.
 
-    The result carries `parallel`, a `ModelParallel`.
+    Linear layers and the embedding are exchanged for those of the layout's mode. The result carries `parallel`, a
+    `ModelParallel`.
 
     Args:
         model: built under `torch.device("meta")`; may carry `roles` (see `internlm.model.roles`).
@@ -70,29 +74,40 @@ def parallelize(
         weight_gradients: the one object for all chunks of a rank; None makes one.
 
     Raises:
+        ConfigError: a weight cannot be split as the layout asks.
         ValueError: a parameter already has storage, or a buffer is on meta.
     """
-    roles = roles_by_module(model)
-    placed: dict[nn.Parameter, nn.Parameter] = {}
+    parallel = _mode_of(model, context, options, weight_gradients)
     shared = {} if shared is None else shared
-    for module_name, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            # A weight used twice (tied embeddings) is one parameter under its first name.
-            if parameter not in placed:
-                full_name = f"{module_name}.{name}" if module_name else name
-                if full_name not in shared:
-                    spec = replicated.shard(full_name, parameter, roles.get(module_name, Role.REPLICATED), context)
-                    shared[full_name] = _materialize(parameter, spec, context.device, seed)
-                placed[parameter] = shared[full_name]
-            setattr(module, name, placed[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                raise ValueError(
-                    f"buffer '{module_name}.{name}' is on the meta device: compute it where it is used, or create it "
-                    f'under torch.device("cpu")'
-                )
-    model.parallel = ModelParallel(context, weight_gradients or WeightGradients())  # type: ignore[assignment]
+    local: dict[str, dict[str, nn.Parameter]] = {}
+    for placed in _place(model, parallel):
+        # Two parts of one global parameter are told apart by their attributes.
+        key = f"{placed.spec.name}/{placed.attribute}"
+        if key not in shared:
+            shared[key] = _materialize(placed, context.device, seed)
+        local.setdefault(placed.module, {})[placed.attribute] = shared[key]
+    _refuse_meta_buffers(model)
+    roles = roles_by_module(model)
+    for name, parameters in local.items():
+        _install(model, name, roles.get(name, Role.REPLICATED), parameters, parallel)
+    _join_layers(model, parallel)
+    heads = parallel.local_heads()
+    for module in model.modules():
+        if heads is not None and hasattr(module, "use_local_heads"):
+            module.use_local_heads(heads)  # type: ignore[operator]
+    model.parallel = parallel  # type: ignore[assignment]
     return model.to(context.device)
+
+
+def shard_specs(
+    model: nn.Module, context: ParallelContext, options: ParallelOptions | None = None
+) -> Iterator[tuple[str, ShardSpec, nn.Parameter]]:
+    """What this rank would hold of a model on the meta device: (global name, spec, whole parameter).
+
+    Pure arithmetic: `context` may be one without process groups. A parameter held in two parts is given twice.
+    """
+    for placed in _place(model, _mode_of(model, context, options, None)):
+        yield placed.spec.name, placed.spec, placed.parameter
 
 
 def roles_by_module(model: nn.Module) -> dict[str, Role]:
@@ -106,7 +121,37 @@ def roles_by_module(model: nn.Module) -> dict[str, Role]:
     }
 
 
-def _materialize(parameter: nn.Parameter, spec: ShardSpec, device: torch.device, seed: int) -> nn.Parameter:
+def _mode_of(
+    model: nn.Module,
+    context: ParallelContext,
+    options: ParallelOptions | None,
+    weight_gradients: WeightGradients | None,
+) -> ModelParallel:
+    layout = context.layout
+    is_trivial = layout.tensor == 1 and not layout.is_isp
+    return (ModelParallel if is_trivial else _MODES[layout.mode])(
+        context,
+        options or ParallelOptions(),
+        weight_gradients or WeightGradients(),
+        getattr(model, "heads", None),
+        getattr(model, "has_tied_head", False),
+    )
+
+
+def _place(model: nn.Module, parallel: ModelParallel) -> Iterator[Placed]:
+    roles = roles_by_module(model)
+    first: dict[nn.Parameter, tuple[str, Role]] = {}
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{attribute}" if module_name else attribute
+            # A weight used twice (tied embeddings) is one parameter under its first name.
+            name, role = first.setdefault(parameter, (full_name, roles.get(module_name, Role.REPLICATED)))
+            for part in parallel.place(name, attribute, tuple(parameter.shape), role):
+                yield Placed(module_name, part.attribute, part.spec, parameter)
+
+
+def _materialize(placed: Placed, device: torch.device, seed: int) -> nn.Parameter:
+    parameter, spec = placed.parameter, placed.spec
     if not parameter.is_meta:
         raise ValueError(f'parameter "{spec.name}" already has storage: build the model under torch.device("meta")')
     # One whole tensor at a time, in fp32: a rank's share of the random numbers must not depend on the layout or dtype.
@@ -127,3 +172,51 @@ def _materialize(parameter: nn.Parameter, spec: ShardSpec, device: torch.device,
 def _key(seed: int, name: str) -> int:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _refuse_meta_buffers(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise ValueError(
+                f"buffer '{name}' is on the meta device: compute it where it is used, or create it "
+                f'under torch.device("cpu")'
+            )
+
+
+def _install(
+    model: nn.Module, name: str, role: Role, parameters: dict[str, nn.Parameter], parallel: ModelParallel
+) -> None:
+    """Give a module its local parameters, or put the mode's module in its place."""
+    module = model.get_submodule(name)
+    if parallel.replaces_linears and role in (*COLUMN_ROLES, *ROW_ROLES):
+        _refuse_unless(module, nn.Linear, name, role)
+        _exchange_module(model, name, ParallelLinear(parameters, role, parallel))
+    elif parallel.replaces_linears and role is Role.EMBEDDING:
+        _refuse_unless(module, nn.Embedding, name, role)
+        _exchange_module(model, name, ParallelEmbedding(parameters["weight"], parallel))
+    else:
+        for attribute, parameter in parameters.items():
+            setattr(module, attribute, parameter)
+
+
+def _refuse_unless(module: nn.Module, kind: type[nn.Module], name: str, role: Role) -> None:
+    if not isinstance(module, kind):
+        raise ValueError(f"module '{name}' has the role {role.value}, so it must be an nn.{kind.__name__}")
+
+
+def _exchange_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _join_layers(model: nn.Module, parallel: ModelParallel) -> None:
+    """Column layers of one parent share their input; a row layer is a group of its own."""
+    groups: dict[str, tuple[str, list[ParallelLinear]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ParallelLinear):
+            parent = name.rpartition(".")[0]
+            kind = "feed_forward" if module.role in (Role.COLUMN, Role.COLUMN_PAIR) else "attention"
+            key = f"{parent}/{kind}" if module.role in COLUMN_ROLES else name
+            groups.setdefault(key, (name, []))[1].append(module)
+    for name, layers in groups.values():
+        parallel.make_group(name, layers)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 Receiver = Callable[[Tensor], None]
-"""Takes a gradient of the parameter, of its shape and dtype; called once for each gradient."""
+"""Takes a gradient of the parameter, of its shape, in its dtype or in fp32; called once for each gradient."""
 
 
 def subscribe(parameter: nn.Parameter, receiver: Receiver, wait_until_readable: Callable[[], None]) -> None:
@@ -26,8 +26,9 @@ def subscribe(parameter: nn.Parameter, receiver: Receiver, wait_until_readable: 
 
     def take(leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
-        assert gradient is not None
-        receiver(gradient)
+        # The hook is called all the same where a backward pass gave no gradient because it comes later.
+        if gradient is not None:
+            receiver(gradient)
 
     parameter.register_post_accumulate_grad_hook(take)
     parameter.gradient_receiver = receiver  # type: ignore[attr-defined]
@@ -35,12 +36,12 @@ def subscribe(parameter: nn.Parameter, receiver: Receiver, wait_until_readable: 
 
 
 def deliver_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Hand over a gradient that autograd did not compute; without a receiver it is added to `.grad`."""
+    """Hand over a gradient, in any dtype, that autograd did not compute; without a receiver it is added to `.grad`."""
     receiver: Receiver | None = getattr(parameter, "gradient_receiver", None)
     if receiver is not None:
         receiver(gradient)
     elif parameter.grad is None:
-        parameter.grad = gradient
+        parameter.grad = gradient.to(parameter.dtype)
     else:
         parameter.grad.add_(gradient)
 

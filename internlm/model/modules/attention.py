@@ -11,6 +11,7 @@ from internlm.model.modules.linear import make_linear
 from internlm.model.modules.norm import RMSNorm
 from internlm.model.ops.attention import Segments, attention
 from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
+from internlm.model.roles import HeadShape
 
 if TYPE_CHECKING:
     from internlm.model.architecture import Architecture
@@ -45,6 +46,10 @@ class Attention(nn.Module):
         if a.qk_norm:
             self.q_norm = RMSNorm(a.head_dim, a.norm_eps, a.norm_dtype)
             self.k_norm = RMSNorm(a.head_dim, a.norm_eps, a.norm_dtype)
+
+    def use_local_heads(self, heads: HeadShape) -> None:
+        """Expect projections that give these heads instead of all of the model's."""
+        self.group_size = heads.num_heads // heads.num_kv_heads
 
     def forward(
         self, x: Tensor, rotary: RotaryTables, segments: Segments | None = None, cache: KeyValueCache | None = None

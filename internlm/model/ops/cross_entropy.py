@@ -7,7 +7,7 @@ forward pass, while a chunk's probabilities are at hand, and the backward pass o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +44,28 @@ class LossOutput(NamedTuple):
 
 
 LossFunction = Callable[..., LossOutput]
-"""`(hidden [T, h], head weight [V, h], labels [T])` -> the sum of the losses of valid tokens and their details."""
+"""`(hidden [T, h], head weight [V, h], labels [T])` -> the sum of the losses of valid tokens and their details. Where a
+layout splits the vocabulary over ranks it is also given `vocab`, a `VocabShard`, and a part of the weight's rows."""
+
+
+class VocabShard(Protocol):
+    """This rank's classes of a vocabulary that is split over ranks, and reductions (in place) over these ranks.
+
+    Attributes:
+        start: this rank's first class.
+        size: its classes: rows of its weight; further rows are padding.
+        total: V, classes of all ranks.
+    """
+
+    start: int
+    size: int
+    total: int
+
+    def sum(self, tensor: Tensor) -> Tensor: ...
+
+    def max(self, tensor: Tensor) -> Tensor: ...
+
+    def min(self, tensor: Tensor) -> Tensor: ...
 
 
 def linear_cross_entropy(
@@ -56,6 +77,7 @@ def linear_cross_entropy(
     z_loss_coeff: float = 0.0,
     chunk_tokens: int = _CHUNK_TOKENS,
     with_accuracy: bool = False,
+    vocab: VocabShard | None = None,
 ) -> LossOutput:
     """Sum of the cross entropy of `softmax(hidden weight^T)` over the tokens whose label is not `IGNORE_INDEX`.
 
@@ -67,15 +89,18 @@ def linear_cross_entropy(
         z_loss_coeff: adds this times the squared log-partition of each valid token (PaLM, section 5).
         chunk_tokens: tokens whose logits exist at once.
         with_accuracy: also tell which tokens are predicted right.
+        vocab: the classes of which `weight` holds the rows, when other ranks hold the others; all of these ranks call
+            with the same tokens. Two small reductions a chunk (Shoeybi et al. 2019, arXiv:1909.08053).
 
     Returns:
-        `LossOutput`. Without a valid token the loss is 0 and so is every gradient.
+        `LossOutput`. Without a valid token the loss is 0 and so is every gradient. With `vocab` every rank has the same
+        losses, and the gradient of `hidden` is this rank's share of a sum over the ranks.
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
     wants_grad = torch.is_grad_enabled()
     correct = torch.empty(labels.shape, dtype=torch.bool, device=labels.device) if with_accuracy else None
     loss_sum, token_losses = _LinearCrossEntropy.apply(
-        hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad, correct
+        hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad, correct, vocab
     )
     return LossOutput(loss_sum, token_losses, correct)
 
@@ -92,6 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         wants_grad: bool,
         correct: Tensor | None,
+        vocab: VocabShard | None,
     ) -> tuple[Tensor, Tensor]:
         """`correct`: written to when given; it takes no part in differentiation."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -106,7 +132,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, num_tokens, chunk_tokens):
             tokens = slice(start, min(start + chunk_tokens, num_tokens))
             logits = hidden[tokens] @ weight.t()
-            rows = logits.shape[0] if hidden.is_cuda else max(1, _CACHE_ELEMENTS // weight.shape[0])
+            # A block of rows is what a cache holds, or what one exchange between ranks serves.
+            one_block = hidden.is_cuda or vocab is not None
+            rows = logits.shape[0] if one_block else max(1, _CACHE_ELEMENTS // weight.shape[0])
             for first in range(0, logits.shape[0], rows):
                 block = slice(first, first + rows)
                 place = slice(start + first, min(start + first + rows, tokens.stop))
@@ -117,6 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     z_loss_coeff,
                     grads_hidden or grads_weight,
                     None if correct is None else correct[place],
+                    vocab,
                 )
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[tokens])
@@ -138,7 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _rows_loss(
@@ -148,23 +177,45 @@ def _rows_loss(
     z_loss_coeff: float,
     wants_grad: bool,
     correct: Tensor | None,
+    vocab: VocabShard | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the plain loss of each row of logits `[t, V]`. Overwrites the logits with the gradient of the summed
     loss when `wants_grad`, and `correct` `[t]` when given."""
     valid = labels != IGNORE_INDEX
     targets = labels.clamp(min=0).unsqueeze(-1)
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    largest = scores.amax(-1, keepdim=True)
-    target_scores = scores.gather(-1, targets)
-    if correct is not None:
-        correct.copy_(_first_largest(scores, targets, largest) & valid)
-    probabilities = torch.softmax(scores, dim=-1)
-    # The most likely class has probability exp(0) / sum(exp(score - largest)): so its logarithm gives the partition.
-    log_partition = largest - probabilities.amax(-1, keepdim=True).log_()
+    if vocab is None:
+        num_classes = scores.shape[-1]
+        is_here = None
+        largest = scores.amax(-1, keepdim=True)
+        target_scores = scores.gather(-1, targets)
+        if correct is not None:
+            correct.copy_(_first_largest(scores, targets, largest) & valid)
+        probabilities = torch.softmax(scores, dim=-1)
+        # The most likely class has probability exp(0) / sum(exp(score - largest)); its logarithm gives the partition.
+        log_partition = largest - probabilities.amax(-1, keepdim=True).log_()
+        mean_scores = scores.mean(-1) if label_smoothing else None
+    else:
+        num_classes = vocab.total
+        own = scores[:, : vocab.size]
+        is_here = (targets >= vocab.start) & (targets < vocab.start + vocab.size)
+        targets = (targets - vocab.start).masked_fill(~is_here, 0)
+        largest = vocab.max(_row_max(own))
+        if correct is not None:
+            correct.copy_(_is_first_largest_of_all(own, labels, largest, vocab) & valid)
+        probabilities = torch.zeros_like(scores)
+        torch.exp(own - largest, out=probabilities[:, : vocab.size])
+        target_scores = scores.gather(-1, targets).masked_fill_(~is_here, 0.0)
+        sums = torch.cat((probabilities.sum(-1, keepdim=True), target_scores, own.sum(-1, keepdim=True)), dim=-1)
+        partition, target_scores, all_scores = vocab.sum(sums).split(1, dim=-1)
+        probabilities.div_(partition)
+        log_partition = largest + partition.log()
+        mean_scores = all_scores.squeeze(-1) / num_classes
     nll = (log_partition - target_scores).squeeze(-1)
     objective = nll
     if label_smoothing:
-        spread = log_partition.squeeze(-1) - scores.mean(-1)
+        assert mean_scores is not None
+        spread = log_partition.squeeze(-1) - mean_scores
         objective = (1 - label_smoothing) * nll + label_smoothing * spread
     if z_loss_coeff:
         objective = objective + z_loss_coeff * log_partition.squeeze(-1).square()
@@ -174,12 +225,32 @@ def _rows_loss(
         if z_loss_coeff:
             gradient.mul_(2 * z_loss_coeff * log_partition + 1)
         if label_smoothing:
-            gradient.sub_(label_smoothing / logits.shape[-1])
-        gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, label_smoothing - 1.0))
+            gradient.sub_(label_smoothing / num_classes)
+        at_target = gradient.new_full(targets.shape, label_smoothing - 1.0)
+        gradient.scatter_add_(-1, targets, at_target if is_here is None else at_target.masked_fill_(~is_here, 0.0))
         # masked_fill and not a product: a row with infinite logits must give 0 as well, not NaN.
         gradient.masked_fill_(~valid.unsqueeze(-1), 0.0)
+        if vocab is not None:
+            gradient[:, vocab.size :] = 0.0
         logits.copy_(gradient)
     return objective.masked_fill(~valid, 0.0), nll.masked_fill(~valid, 0.0)
+
+
+def _row_max(scores: Tensor) -> Tensor:
+    """The largest score of each row `[t, 1]`; minus infinity where a rank has no classes at all."""
+    if scores.shape[-1] == 0:
+        return scores.new_full((scores.shape[0], 1), -torch.inf)
+    return scores.amax(-1, keepdim=True)
+
+
+def _is_first_largest_of_all(own: Tensor, labels: Tensor, largest: Tensor, vocab: VocabShard) -> Tensor:
+    """Whether the label is the first class that has the largest score over all ranks: bool `[t]`."""
+    first = labels.new_full(labels.shape, vocab.total)
+    if own.shape[-1]:
+        place = own.argmax(-1, keepdim=True)
+        has_it = (own.gather(-1, place) == largest).squeeze(-1)
+        first = torch.where(has_it, place.squeeze(-1) + vocab.start, first)
+    return vocab.min(first) == labels
 
 
 def _first_largest(scores: Tensor, targets: Tensor, largest: Tensor) -> Tensor:

@@ -1,0 +1,202 @@
+"""Exchanges between the ranks of a group, with their gradients.
+
+Shapes: B sequences, S tokens, n ranks. The sequence is dimension 1. Each function names what it does forward; its
+backward is the transposed exchange. A group of None is one rank, and every function then returns its input.
+
+Source: the pairs f / f-bar and g / g-bar of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al.
+2022, arXiv:2205.05198), and the all-to-all of DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv:2309.14509).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from internlm.core.communication.collectives import (
+    Work,
+    all_gather_async,
+    all_reduce_async,
+    all_to_all,
+    reduce_scatter_async,
+)
+
+SEQUENCE = 1
+"""The dimension of the sequence in activations."""
+
+
+class Pending(Protocol):
+    """A tensor that may still be on its way."""
+
+    def wait(self) -> Tensor:
+        """The tensor; blocks until it may be used (CUDA: orders the current stream behind it)."""
+
+
+@dataclass
+class Ready:
+    """A tensor that needed no exchange."""
+
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        """The tensor."""
+        return self.tensor
+
+
+@dataclass
+class _Reduced:
+    tensor: Tensor
+    work: Work
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.tensor
+
+
+@dataclass
+class _Gathered:
+    parts: Tensor
+    work: Work
+    dim: int
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return _join(self.parts, self.dim)
+
+
+def _join(parts: Tensor, dim: int) -> Tensor:
+    """`[n, ...]`, one part a rank -> the parts joined along `dim`."""
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _cut(tensor: Tensor, dim: int, num_parts: int) -> Tensor:
+    """The transpose of `_join`: `[n, ...]`, contiguous."""
+    return tensor.unflatten(dim, (num_parts, -1)).movedim(dim, 0).contiguous()
+
+
+def start_gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Pending:
+    """Start joining every rank's `x` along `dim`, in rank order."""
+    if group is None:
+        return Ready(x)
+    parts = x.new_empty(dist.get_world_size(group), *x.shape)
+    return _Gathered(parts, all_gather_async(parts.view(-1), x.flatten(), group), dim)
+
+
+def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Pending:
+    """Start summing `x` over the ranks, each keeping its own part along `dim`."""
+    if group is None:
+        return Ready(x)
+    parts = _cut(x, dim, dist.get_world_size(group))
+    own = torch.empty_like(parts[0])
+    return _Reduced(own, reduce_scatter_async(own.view(-1), parts.view(-1), group))
+
+
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup | None) -> Pending:
+    """Start summing `x`, which is overwritten, over the ranks."""
+    return Ready(x) if group is None else _Reduced(x, all_reduce_async(x, group))
+
+
+def own_part(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
+    """This rank's part of `x` along `dim`: a view, without gradient exchange."""
+    if group is None:
+        return x
+    return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
+
+
+def copy_to_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The same `x` on every rank; its gradient is the sum of the ranks' gradients."""
+    return x if group is None else _CopyToRanks.apply(x, group)
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of every rank's `x`; the gradient, equal on every rank, passes through."""
+    return x if group is None else _SumOverRanks.apply(x, group)
+
+
+def gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
+    """Every rank's `x` joined along `dim`; each rank uses the whole its own way: gradients are summed and scattered."""
+    return x if group is None else _Gather.apply(x, group, dim)
+
+
+def gather_replicated(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
+    """Every rank's `x` joined along `dim`, then used by every rank in the same way: the gradient is its own part."""
+    return x if group is None else _GatherReplicated.apply(x, group, dim)
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
+    """This rank's part along `dim` of the sum over the ranks; gradients are gathered."""
+    return x if group is None else _ReduceScatter.apply(x, group, dim)
+
+
+def exchange(x: Tensor, group: dist.ProcessGroup | None, *, split: int, join: int) -> Tensor:
+    """All-to-all: rank r gets the r-th part along `split` of every rank's `x`, joined along `join`."""
+    return x if group is None else _Exchange.apply(x, group, split, join)
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return start_all_reduce(grad.clone(), ctx.group).wait(), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return start_all_reduce(x.contiguous().clone(), group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return start_gather(x, group, dim).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return start_reduce_scatter(grad, ctx.group, ctx.dim).wait(), None, None
+
+
+class _GatherReplicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return start_gather(x, group, dim).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return own_part(grad, ctx.group, ctx.dim), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return start_reduce_scatter(x, group, dim).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return start_gather(grad, ctx.group, ctx.dim).wait(), None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
+        ctx.group, ctx.split, ctx.join = group, split, join
+        return _join(all_to_all(_cut(x, split, dist.get_world_size(group)), group), join)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        parts = _cut(grad, ctx.join, dist.get_world_size(ctx.group))
+        return _join(all_to_all(parts, ctx.group), ctx.split), None, None, None

@@ -1,0 +1,66 @@
+"""msp: tensor parallelism whose residual stream is split over the sequence, so norms and dropout work on 1/n of it.
+
+The all-reduces of mtp become a gather before the column layers and a reduce-scatter behind the row layers, at the same
+cost. The gathered input is kept for backward. Source: Korthikanti et al. 2022, arXiv:2205.05198.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from internlm.core.communication.exchange import (
+    SEQUENCE,
+    Pending,
+    exchange,
+    gather,
+    reduce_scatter,
+    start_gather,
+    start_reduce_scatter,
+)
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear import InputExchange
+from internlm.core.parallel.modes.mtp import COLUMN_ROLES, Mtp
+from internlm.model.roles import Role
+
+
+class GatheredInput(InputExchange):
+    """Every rank holds a part of the sequence; the layers multiply the whole."""
+
+    def __init__(self, context: ParallelContext, *, saves_gathered: bool) -> None:
+        self._context = context
+        self.saves_gathered = saves_gathered
+
+    def gather(self, x: Tensor) -> Tensor:
+        return self.start_gather(x).wait()
+
+    def start_gather(self, x: Tensor) -> Pending:
+        return start_gather(x, self._context.group("tensor"))
+
+    def start_reduce(self, grad: Tensor) -> Pending:
+        return start_reduce_scatter(grad, self._context.group("tensor"))
+
+
+class Msp(Mtp):
+    """See the module."""
+
+    residual_is_split: ClassVar[bool] = True
+    saves_gathered_input: ClassVar[bool] = True
+
+    def sequence_length(self, num_tokens: int) -> int:
+        return num_tokens // self.context.size("tensor")
+
+    def input_exchange(self, role: Role) -> InputExchange:
+        if role not in COLUMN_ROLES:
+            return InputExchange()
+        return GatheredInput(self.context, saves_gathered=self.saves_gathered_input)
+
+    def reduce_output(self, out: Tensor) -> Tensor:
+        return reduce_scatter(out, self.group)
+
+    def gather_hidden(self, embedded: Tensor) -> Tensor:
+        return exchange(embedded, self.group, split=SEQUENCE, join=2)
+
+    def gather_residual(self, hidden: Tensor) -> Tensor:
+        return gather(hidden, self.group)

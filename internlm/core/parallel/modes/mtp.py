@@ -1,0 +1,128 @@
+"""mtp: Megatron's tensor parallelism. The residual stream is whole on every tensor rank.
+
+Column layers multiply the whole input by their rows; row layers multiply their columns, and the sum over the ranks is
+the output. A pair of them costs one all-reduce forward (of the output) and one backward (of the input's gradient).
+Source: Shoeybi et al. 2019, arXiv:1909.08053.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internlm.core.communication.exchange import (
+    Pending,
+    copy_to_ranks,
+    gather_replicated,
+    start_all_reduce,
+    sum_over_ranks,
+)
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear import InputExchange
+from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
+from internlm.core.parallel.placement import Part, kv_replicas, padded_rows, ranges_spec, tensor_parts
+from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
+from internlm.core.parallel.vocab import VocabRanks
+from internlm.model.ops.cross_entropy import LossFunction
+from internlm.model.roles import HeadShape, Role
+
+COLUMN_ROLES = (Role.COLUMN, Role.COLUMN_PAIR, Role.ATTENTION_QKV, Role.ATTENTION_Q, Role.ATTENTION_KV)
+ROW_ROLES = (Role.ROW, Role.ATTENTION_OUT)
+
+
+class CopiedInput(InputExchange):
+    """The input is whole on every rank; its gradient is the sum over the ranks."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self._context = context
+
+    def start_reduce(self, grad: Tensor) -> Pending:
+        return start_all_reduce(grad, self._context.group("tensor"))
+
+
+class Mtp(ModelParallel):
+    """See the module; msp and fsp share its weights and differ in the residual stream."""
+
+    adds_bias_after_reduction: ClassVar[bool] = True
+    residual_is_split: ClassVar[bool] = False
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The tensor group."""
+        return self.context.group("tensor")
+
+    @property
+    def replaces_linears(self) -> bool:
+        return True
+
+    def place(self, name: str, attribute: str, shape: tuple[int, ...], role: Role) -> list[Part]:
+        whole = ShardSpec.whole(name, shape)
+        on_tokens = replace(whole, partial_over=("tensor",)) if self.residual_is_split else whole
+        if role is Role.REPLICATED:
+            return [Part(attribute, on_tokens)]
+        if role is Role.PER_HEAD:
+            # Each rank sees its own heads only, whatever the residual stream is.
+            return [Part(attribute, replace(whole, partial_over=("tensor",)))]
+        if role in (Role.EMBEDDING, Role.HEAD):
+            return [Part(attribute, self._place_vocabulary(whole, role))]
+        if role in ROW_ROLES and attribute == "bias":
+            return [Part(attribute, on_tokens)]
+        return tensor_parts(self.context, whole, attribute, role, self.heads)
+
+    def _place_vocabulary(self, whole: ShardSpec, role: Role) -> ShardSpec:
+        n, t = self.context.size("tensor"), self.context.index("tensor")
+        split = replace(whole, sharded_over=("tensor",))
+        hidden = whole.global_shape[1]
+        by_hidden = role is Role.EMBEDDING and self.options.split_embedding_hidden and not self.has_tied_head
+        if by_hidden and hidden % n == 0:
+            return ranges_spec(split, 1, [(t * (hidden // n), hidden // n)])
+        rows, block = padded_rows(whole.global_shape[0], n, t)
+        return ranges_spec(split, 0, [rows], block)
+
+    def local_heads(self) -> HeadShape | None:
+        if self.heads is None:
+            return None
+        n = self.context.size("tensor")
+        held = max(1, self.heads.num_kv_heads // n) if kv_replicas(self.heads, n) else 1
+        return HeadShape(self.heads.num_heads // n, held, self.heads.head_dim)
+
+    def input_exchange(self, role: Role) -> InputExchange:
+        return CopiedInput(self.context) if role in COLUMN_ROLES else InputExchange()
+
+    def finish_output(self, role: Role, out: Tensor) -> Tensor:
+        return self.reduce_output(out) if role in ROW_ROLES else out
+
+    def embed(self, weight: nn.Parameter, input_ids: Tensor) -> Tensor:
+        spec = shard_spec_of(weight)
+        if spec.local_shape[0] == spec.global_shape[0]:
+            return self.gather_hidden(F.embedding(input_ids, weight))
+        local_ids = input_ids - self.context.index("tensor") * spec.local_shape[0]
+        is_elsewhere = (local_ids < 0) | (local_ids >= spec.local_shape[0])
+        found = F.embedding(local_ids.masked_fill(is_elsewhere, 0), weight)
+        return self.reduce_output(found.masked_fill(is_elsewhere.unsqueeze(-1), 0))
+
+    def head_loss(
+        self, model: nn.Module, hidden: Tensor, labels: Tensor, type_ids: Tensor, loss: LossFunction
+    ) -> HeadOutput:
+        hidden = self.gather_residual(hidden)
+        weight: Tensor = model.head_weight()  # type: ignore[operator]
+        vocab = VocabRanks(self.context, weight.shape[0], model.vocab_size)  # type: ignore[arg-type]
+        return HeadOutput(loss(hidden.flatten(0, 1), weight, labels.flatten(), vocab=vocab), labels, type_ids)
+
+    # -- the residual stream, where msp and fsp differ --------------------------------------------------------------
+
+    def reduce_output(self, out: Tensor) -> Tensor:
+        """Sum of every rank's `[B, S, h]` -> residual stream."""
+        return sum_over_ranks(out, self.group)
+
+    def gather_hidden(self, embedded: Tensor) -> Tensor:
+        """This rank's channels `[B, S, h / n]` -> residual stream."""
+        return gather_replicated(embedded, self.group, dim=2)
+
+    def gather_residual(self, hidden: Tensor) -> Tensor:
+        """Residual stream -> `[B, S, h]`, of which every rank uses its own part of the head."""
+        return copy_to_ranks(hidden, self.group)

@@ -1,0 +1,213 @@
+"""isp's weights: each rank keeps some rows of every weight, gathers the whole before it is multiplied, forward and
+backward, and reduce-scatters the gradient. With overlap the next gathers run while this layer computes.
+
+Source: InternEvo, Chen et al. 2024, arXiv:2401.09149.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internlm.core.communication.collectives import Work, all_gather_async
+from internlm.core.communication.exchange import start_reduce_scatter
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear import LinearGroup
+from internlm.core.parallel.parameter_events import deliver_gradient, wait_until_readable
+from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.model.roles import Role
+
+_TRIGGERS = {
+    "wqkv": (Role.ATTENTION_QKV, Role.ATTENTION_Q),
+    "wo": (Role.ATTENTION_OUT,),
+    "w1": (Role.COLUMN, Role.COLUMN_PAIR),
+}
+"""The group of layers that starts with the module of this name. ("attn" lies behind "wqkv" and before "wo".)"""
+
+
+class BufferPool:
+    """Buffers of gathered weights, kept for the next gather of the same size or (not `keeps`) given up."""
+
+    def __init__(self, *, keeps: bool) -> None:
+        self._keeps = keeps
+        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self.num_made = 0
+        """Buffers made so far."""
+
+    def take(self, numel: int, like: Tensor) -> Tensor:
+        """A flat buffer of the dtype and device of `like`."""
+        free = self._free.get((numel, like.dtype))
+        if free:
+            return free.pop()
+        self.num_made += 1
+        return like.new_empty(numel)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """The buffer is no longer read."""
+        if self._keeps:
+            self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
+
+
+@dataclass
+class _Gather:
+    """Gathers of a group's parameters under way: flat buffers `[n * local rows * in]` and what to wait for."""
+
+    buffers: list[Tensor] = field(default_factory=list)
+    works: list[Work] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """When weights are gathered; see `ParallelOptions`."""
+
+    overlap: bool
+    ahead: str
+    layer_before: str
+
+
+class GatheredWeights:
+    """The `WeightStore` of isp; groups of layers are registered in the order in which they run.
+
+    Attributes:
+        log: when it is a list, what was launched, waited for and released is appended: (event, name of the group).
+    """
+
+    def __init__(
+        self,
+        context: ParallelContext,
+        weight_gradients: WeightGradients,
+        plan: GatherPlan,
+        *,
+        memory_pool: bool,
+        release_gradients_early: bool,
+        reduce_dtype: torch.dtype,
+    ) -> None:
+        self._context = context
+        self._weight_gradients = weight_gradients
+        self._plan = plan
+        self._pool = BufferPool(keeps=memory_pool)
+        self._num_deliveries_kept = 1 if release_gradients_early else 1 << 30
+        self._reduce_dtype = reduce_dtype
+        self._groups: list[LinearGroup] = []
+        self._parameters: dict[LinearGroup, list[nn.Parameter]] = {}
+        self._in_flight: dict[LinearGroup, _Gather] = {}
+        self._taken: dict[LinearGroup, list[Tensor]] = {}
+        self.log: list[tuple[str, str]] | None = None
+
+    def register(self, group: LinearGroup, parameters: Sequence[nn.Parameter]) -> None:
+        """Add the next group of layers, with its parameters in the order of `LinearGroup`."""
+        self._groups.append(group)
+        self._parameters[group] = list(parameters)
+
+    # -- as a WeightStore -----------------------------------------------------------------------------------------
+
+    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> list[Tensor]:
+        self._launch(group)
+        if self._plan.overlap:
+            for other in self._next(group, backward=backward):
+                self._launch(other)
+        gather = self._in_flight.pop(group)
+        self._note("wait", group)
+        for work in gather.works:
+            work.wait()
+        self._taken[group] = gather.buffers
+        whole = []
+        for parameter, buffer in zip(parameters, gather.buffers, strict=True):
+            shape = shard_spec_of(parameter).global_shape
+            whole.append(buffer.view(-1, *shape[1:])[: shape[0]])
+        return whole
+
+    def give_back(self, group: LinearGroup, whole: list[Tensor]) -> None:
+        self._note("release", group)
+        for buffer in self._taken.pop(group):
+            self._pool.give_back(buffer)
+        behind_projection = self._plan.layer_before == "attn" and group.role in _TRIGGERS["wqkv"]
+        if self._plan.overlap and self._plan.ahead == "layer" and behind_projection and not _is_in_backward():
+            for other in self._layer(group, +1):
+                self._launch(other)
+
+    def hand_over(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+        rows = parameter.shape[0] * self._context.size("weight", "weight")
+        padded = F.pad(gradient, (0, 0) * (gradient.dim() - 1) + (0, rows - gradient.shape[0]))
+        reducing = start_reduce_scatter(padded.to(self._reduce_dtype), self._context.group("weight", "weight"), dim=0)
+        if not self._plan.overlap:
+            deliver_gradient(parameter, reducing.wait())
+        else:
+            self._weight_gradients.deliver_later(
+                lambda: deliver_gradient(parameter, reducing.wait()), keep=self._num_deliveries_kept
+            )
+        return None
+
+    # -- what is gathered when ------------------------------------------------------------------------------------
+
+    def _next(self, group: LinearGroup, *, backward: bool) -> list[LinearGroup]:
+        """What to launch before waiting for `group`, in the order of need."""
+        place = self._groups.index(group)
+        own = self._layer(group, 0)
+        if backward:
+            if self._plan.ahead == "module":
+                return self._groups[max(place - 1, 0) : place]
+            ahead = self._layer(group, -1) if group.role in _TRIGGERS["wo"] else []
+            return [*reversed(own[: own.index(group)]), *reversed(ahead)]
+        if _is_in_backward():
+            # Recomputation of a checkpointed layer: what follows it is its own backward pass.
+            later = own[own.index(group) + 1 :]
+            return later[:1] if self._plan.ahead == "module" else later
+        if self._plan.ahead == "module":
+            return self._groups[place + 1 : place + 2]
+        ahead = self._layer(group, +1) if group.role in _TRIGGERS.get(self._plan.layer_before, ()) else []
+        return [*own[own.index(group) + 1 :], *ahead]
+
+    def _layer(self, group: LinearGroup, offset: int) -> list[LinearGroup]:
+        """The groups of the layer of `group`, or of the one `offset` layers behind it; empty when there is none."""
+        layers = list(dict.fromkeys(_layer_name(other) for other in self._groups))
+        place = layers.index(_layer_name(group)) + offset
+        if not 0 <= place < len(layers):
+            return []
+        return [other for other in self._groups if _layer_name(other) == layers[place]]
+
+    def _launch(self, group: LinearGroup) -> None:
+        if group in self._in_flight:
+            return
+        self._note("launch", group)
+        size, process_group = self._context.size("weight", "weight"), self._context.group("weight", "weight")
+        gather = self._in_flight[group] = _Gather()
+        for parameter in self._parameters[group]:
+            wait_until_readable(parameter)
+            shard = parameter.detach()
+            buffer = self._pool.take(size * shard.numel(), shard)
+            gather.buffers.append(buffer)
+            if process_group is None:
+                buffer.copy_(shard.flatten())
+            else:
+                gather.works.append(all_gather_async(buffer, shard.flatten(), process_group))
+
+    def drop_unused(self) -> None:
+        """Forget gathers that nobody took: their weights are about to change."""
+        for gather in self._in_flight.values():
+            for work in gather.works:
+                work.wait()
+            for buffer in gather.buffers:
+                self._pool.give_back(buffer)
+        self._in_flight.clear()
+
+    def _note(self, event: str, group: LinearGroup) -> None:
+        if self.log is not None:
+            self.log.append((event, group.name))
+
+
+def _layer_name(group: LinearGroup) -> str:
+    """`layers.3` of `layers.3.attention.wqkv`: the name up to its first number."""
+    match = re.match(r"(.*?\.\d+)\.", group.name)
+    return match[1] if match else group.name
+
+
+def _is_in_backward() -> bool:
+    # A private name, as there is no public one; recomputation runs a layer's forward inside of autograd's engine.
+    return torch._C._current_graph_task_id() != -1
