@@ -75,6 +75,8 @@ class GatheredWeights:
     """The `WeightStore` of isp; groups of layers are registered in the order in which they run.
 
     Attributes:
+        groups: of layers, in order.
+        pool: of the buffers.
         log: when it is a list, what was launched, waited for and released is appended: (event, name of the group).
     """
 
@@ -91,10 +93,10 @@ class GatheredWeights:
         self._context = context
         self._weight_gradients = weight_gradients
         self._plan = plan
-        self._pool = BufferPool(keeps=memory_pool)
+        self.pool = BufferPool(keeps=memory_pool)
         self._num_deliveries_kept = 1 if release_gradients_early else 1 << 30
         self._reduce_dtype = reduce_dtype
-        self._groups: list[LinearGroup] = []
+        self.groups: list[LinearGroup] = []
         self._parameters: dict[LinearGroup, list[nn.Parameter]] = {}
         self._in_flight: dict[LinearGroup, _Gather] = {}
         self._taken: dict[LinearGroup, list[Tensor]] = {}
@@ -102,7 +104,7 @@ class GatheredWeights:
 
     def register(self, group: LinearGroup, parameters: Sequence[nn.Parameter]) -> None:
         """Add the next group of layers, with its parameters in the order of `LinearGroup`."""
-        self._groups.append(group)
+        self.groups.append(group)
         self._parameters[group] = list(parameters)
 
     # -- as a WeightStore -----------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ class GatheredWeights:
     def give_back(self, group: LinearGroup, whole: list[Tensor]) -> None:
         self._note("release", group)
         for buffer in self._taken.pop(group):
-            self._pool.give_back(buffer)
+            self.pool.give_back(buffer)
         behind_projection = self._plan.layer_before == "attn" and group.role in _TRIGGERS["wqkv"]
         if self._plan.overlap and self._plan.ahead == "layer" and behind_projection and not _is_in_backward():
             for other in self._layer(group, +1):
@@ -148,11 +150,11 @@ class GatheredWeights:
 
     def _next(self, group: LinearGroup, *, backward: bool) -> list[LinearGroup]:
         """What to launch before waiting for `group`, in the order of need."""
-        place = self._groups.index(group)
+        place = self.groups.index(group)
         own = self._layer(group, 0)
         if backward:
             if self._plan.ahead == "module":
-                return self._groups[max(place - 1, 0) : place]
+                return self.groups[max(place - 1, 0) : place]
             ahead = self._layer(group, -1) if group.role in _TRIGGERS["wo"] else []
             return [*reversed(own[: own.index(group)]), *reversed(ahead)]
         if _is_in_backward():
@@ -160,17 +162,17 @@ class GatheredWeights:
             later = own[own.index(group) + 1 :]
             return later[:1] if self._plan.ahead == "module" else later
         if self._plan.ahead == "module":
-            return self._groups[place + 1 : place + 2]
+            return self.groups[place + 1 : place + 2]
         ahead = self._layer(group, +1) if group.role in _TRIGGERS.get(self._plan.layer_before, ()) else []
         return [*own[own.index(group) + 1 :], *ahead]
 
     def _layer(self, group: LinearGroup, offset: int) -> list[LinearGroup]:
         """The groups of the layer of `group`, or of the one `offset` layers behind it; empty when there is none."""
-        layers = list(dict.fromkeys(_layer_name(other) for other in self._groups))
+        layers = list(dict.fromkeys(_layer_name(other) for other in self.groups))
         place = layers.index(_layer_name(group)) + offset
         if not 0 <= place < len(layers):
             return []
-        return [other for other in self._groups if _layer_name(other) == layers[place]]
+        return [other for other in self.groups if _layer_name(other) == layers[place]]
 
     def _launch(self, group: LinearGroup) -> None:
         if group in self._in_flight:
@@ -181,12 +183,17 @@ class GatheredWeights:
         for parameter in self._parameters[group]:
             wait_until_readable(parameter)
             shard = parameter.detach()
-            buffer = self._pool.take(size * shard.numel(), shard)
+            buffer = self.pool.take(size * shard.numel(), shard)
             gather.buffers.append(buffer)
             if process_group is None:
                 buffer.copy_(shard.flatten())
             else:
                 gather.works.append(all_gather_async(buffer, shard.flatten(), process_group))
+
+    @property
+    def num_in_flight(self) -> int:
+        """Gathers launched and not yet taken."""
+        return len(self._in_flight)
 
     def drop_unused(self) -> None:
         """Forget gathers that nobody took: their weights are about to change."""
@@ -194,7 +201,7 @@ class GatheredWeights:
             for work in gather.works:
                 work.wait()
             for buffer in gather.buffers:
-                self._pool.give_back(buffer)
+                self.pool.give_back(buffer)
         self._in_flight.clear()
 
     def _note(self, event: str, group: LinearGroup) -> None:
