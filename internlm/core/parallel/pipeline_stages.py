@@ -162,7 +162,7 @@ def build_stages(
     weight_gradients = WeightGradients()
     chunks = [
         parallelize(
-            _meta_stage(make_model, stage, layers),
+            meta_stage(make_model, stage, layers),
             context,
             seed=seed,
             options=options,
@@ -172,12 +172,17 @@ def build_stages(
         for stage in stages
     ]
     if (0 in stages) != (last in stages):
-        other = _meta_stage(make_model, last if 0 in stages else 0, layers)
+        other = meta_stage(make_model, last if 0 in stages else 0, layers)
         _sum_over_ends(chunks[0 if 0 in stages else -1], {name for name, _ in other.named_parameters()})
     return chunks
 
 
-def _meta_stage(make_model: Callable[[], nn.Module], stage: int, layers: Sequence[range]) -> nn.Module:
+def meta_stage(make_model: Callable[[], nn.Module], stage: int, layers: Sequence[range]) -> nn.Module:
+    """One stage of a model on the meta device; the arguments are those of `build_stages`.
+
+    Raises:
+        ConfigError: there are several stages, and the model cannot be cut.
+    """
     with torch.device("meta"):
         model = make_model()
     if len(layers) > 1:

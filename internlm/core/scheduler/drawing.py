@@ -21,6 +21,10 @@ NAMES = {
     ActionKind.BACKWARD_WEIGHT: "backward of the weights",
 }
 CUT = " .. "
+"""Stands for what is left out."""
+
+MAX_NUMBERED = 160
+"""Units of time up to which a picture has room for the numbers of the micro batches."""
 
 
 def label(action: Action, num_chunks: int) -> str:
@@ -71,7 +75,7 @@ def draw_png(timeline: Timeline, path: Path) -> None:
     """Write the timeline as a picture, one row a rank, one color a kind of action, paler for later chunks.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -84,12 +88,15 @@ def draw_png(timeline: Timeline, path: Path) -> None:
     figure = Figure(figsize=(min(max(units * 0.3, 6), 40), 1.2 + 0.4 * num_ranks), layout="constrained")
     axes = figure.subplots()
     for rank, events in enumerate(timeline.events):
+        # One collection for all alike: a patch of its own for each action takes seconds.
+        bars: dict[tuple[ActionKind, int], list[tuple[float, float]]] = {}
         for start, end, action in events:
-            opacity = 1 - 0.6 * action.chunk / num_chunks
-            color = COLORS[action.kind]
-            axes.barh(rank, end - start, left=start, height=0.9, color=color, alpha=opacity, edgecolor="white")
-            if units <= 160:
+            bars.setdefault((action.kind, action.chunk), []).append((start, end - start))
+            if units <= MAX_NUMBERED:
                 axes.text((start + end) / 2, rank, str(action.micro_batch), ha="center", va="center", fontsize=7)
+        for (kind, chunk), spans in bars.items():
+            opacity = 1 - 0.6 * chunk / num_chunks
+            axes.broken_barh(spans, (rank - 0.45, 0.9), facecolor=COLORS[kind], alpha=opacity, edgecolor="white")
     axes.set(
         xlim=(0, units), ylim=(num_ranks - 0.5, -0.5), yticks=range(num_ranks), xlabel="time", ylabel="rank",
         title=f"{schedule.name}: {schedule.num_micro_batches} micro batches, {timeline.bubble():.1%} bubble",
@@ -97,4 +104,7 @@ def draw_png(timeline: Timeline, path: Path) -> None:
     kinds = sorted({event.action.kind for row in timeline.events for event in row}, key=list(COLORS).index)
     handles = [Patch(color=COLORS[kind], label=NAMES[kind]) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"{path}: the picture cannot be written: {error.strerror}") from None

@@ -48,3 +48,5 @@ def test_a_picture_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("matplotlib")
     draw_png(timeline, tmp_path / "pipeline.png")
     assert (tmp_path / "pipeline.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"nowhere/pipeline.png: the picture cannot be written: No such file"):
+        draw_png(timeline, tmp_path / "nowhere" / "pipeline.png")
