@@ -19,7 +19,7 @@ def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
     if given(_INTERLEAVED) and not config.parallel.sequence_2D.device_placement_strategy.interleaved:
         yield f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context"
     yield from _pipeline(config, given)
-    yield from _vocabulary(config)
+    yield from _shards(config)
 
 
 def _pipeline(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
@@ -42,12 +42,19 @@ def _pipeline(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
         )
 
 
-def _vocabulary(config: Config) -> Iterator[str]:
-    parallel = config.parallel
-    part = "weight" if parallel.tensor.mode == "isp" else "tensor"
-    size = parallel.weight.size if part == "weight" else parallel.tensor.size
-    if config.model.vocab_size % size:
+def _shards(config: Config) -> Iterator[str]:
+    parallel, model = config.parallel, config.model
+    is_isp = parallel.tensor.mode == "isp"
+    name, size = ("weight", parallel.weight.size) if is_isp else ("tensor", parallel.tensor.size)
+    if model.vocab_size % size:
         yield (
-            f"model.vocab_size = {config.model.vocab_size} is not divisible by parallel.{part}.size = {size}: the "
-            "last shards are filled up with rows that nothing reads"
+            f"model.vocab_size = {model.vocab_size} is not divisible by parallel.{name}.size = {size}: the last shards "
+            "are filled up with rows that nothing reads"
         )
+    if not is_isp and model.embed_split_hidden and model.hidden_size % size:
+        yield (
+            f"model.embed_split_hidden = True is ignored: model.hidden_size = {model.hidden_size} is not divisible by "
+            f"parallel.tensor.size = {size}, so the vocabulary of the embedding is split"
+        )
+    if parallel.uses_fsdp and parallel.zero1.size == 1:
+        yield "parallel.zero1.size = 1: FSDP splits weights over these ranks, thus not at all; set it to -1"

@@ -196,6 +196,11 @@ class Engine:
             forward,
             lambda number: self._new_activation(batch.micro_batches[number]),
         )
+        self._phase = "last weight gradients"
+        with torch.no_grad():
+            for chunk in self.chunks:
+                parallel_of(chunk).end_backward()
+        self.parallel.weight_gradients.check_empty()
         backward_done = time.perf_counter()
 
         self._phase = "optimizer step"

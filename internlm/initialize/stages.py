@@ -11,7 +11,7 @@ from torch import nn
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp
-from internlm.core.parallel.parallelize import ParallelOptions
+from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule

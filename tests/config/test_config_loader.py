@@ -371,6 +371,19 @@ def test_a_number_of_chunks_that_cannot_be_is_told(write, pipeline, chunks, noti
             "rows that nothing reads",
         ),
         (["parallel.tensor.size=2", "parallel.tensor.mode=isp", "model.vocab_size=63"], 2, None),
+        (
+            ["parallel.tensor.size=4", "model.hidden_size=30", "model.head_dim=8"],
+            4,
+            "model.embed_split_hidden = True is ignored: model.hidden_size = 30 is not divisible by "
+            "parallel.tensor.size = 4, so the vocabulary of the embedding is split",
+        ),
+        (["parallel.tensor.size=4", "model.hidden_size=30", "model.head_dim=8", "parallel.tensor.mode=isp"], 4, None),
+        (
+            ["parallel.fsdp.enable=True", "parallel.zero1.size=1"],
+            2,
+            "parallel.zero1.size = 1: FSDP splits weights over these ranks, thus not at all; set it to -1",
+        ),
+        (["parallel.fsdp.enable=True"], 2, None),
         (["parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "data.micro_num=4", "model.num_layers=4"], 2, None),
     ],
 )

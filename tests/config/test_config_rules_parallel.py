@@ -67,16 +67,8 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ),
     ({"model.intermediate_size": 92, TENSOR: 4, MODE: "fsp"}, 4, None),
     ({"model.intermediate_size": 90, TENSOR: 4, MODE: "isp"}, 4, None),
-    # Hidden.
-    (
-        {"model.hidden_size": 30, "model.head_dim": 8, TENSOR: 4},
-        4,
-        "model.embed_split_hidden = True: model.hidden_size = 30 is not divisible by parallel.tensor.size = 4; set it "
-        "to False, which splits the vocabulary",
-    ),
-    ({"model.hidden_size": 30, "model.head_dim": 8, "model.embed_split_hidden": False, TENSOR: 4}, 4, None),
-    ({"model.hidden_size": 30, "model.head_dim": 8, "model.tie_word_embeddings": True, TENSOR: 4}, 4, None),
-    ({"model.hidden_size": 30, "model.head_dim": 8, TENSOR: 4, MODE: "isp"}, 4, None),
+    # An embedding that cannot be split over hidden is split over the vocabulary.
+    ({"model.hidden_size": 30, "model.head_dim": 8, TENSOR: 4}, 4, None),
     # Rows of tokens.
     *[
         (

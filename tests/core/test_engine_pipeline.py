@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.pipelines import Results, Run, postpone_linears, together, train
+from helpers.pipelines import Results, Run, together, train
 from helpers.ranks import RankPool
 from helpers.runs import assert_same_bits
 
@@ -28,8 +28,7 @@ def alone(run: Run) -> Results:
 
 
 def in_pipeline(pool: RankPool, run: Run) -> Results:
-    # Under the zero-bubble schedules weight gradients really do come later.
-    return together(pool.run(train, run, postpone_linears) if run.mode != "1F1B" else pool.run(train, run))
+    return together(pool.run(train, run))
 
 
 def assert_equal(found: Results, expected: Results) -> None:

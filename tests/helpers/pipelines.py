@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
-from internlm.core.parallel.model_parallel import parallel_of
-from internlm.core.parallel.parallelize import ParallelOptions
-from internlm.core.parallel.parameter_events import deliver_gradient
+from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.pipeline_stages import build_stages, split_layers
-from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.core.scheduler.schedules import make_schedule
 from internlm.data.batch import Batch
 from internlm.eval.metrics import TokenSums, TypeMetrics, evaluation_results
@@ -95,13 +92,11 @@ def build_engine(run: Run, context: ParallelContext) -> Engine:
     return Engine(chunks, optimizer, context, loss, TypeMetrics(["text"]), schedule)
 
 
-def train(run: Run, prepare: Callable[[nn.Module], None] = lambda chunk: None) -> dict[str, Any]:
+def train(run: Run) -> dict[str, Any]:
     """Train on this process's ranks; results in pieces that `together` joins."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     context = ParallelContext.create(ParallelLayout(world_size=world, pipeline=run.pipeline))
     engine = build_engine(run, context)
-    for chunk in engine.chunks:
-        prepare(chunk)
     results = [engine.train_step(batch_of(step, context, run.micro_num), lr=1e-2) for step in range(run.steps)]
     engine.optimizer.finish_gathering()
     gradients = [
@@ -140,37 +135,3 @@ def together(parts: Sequence[dict[str, Any]]) -> Results:
             assert torch.equal(weights.setdefault(name, weight), weight), name
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     return Results(**{key: parts[0][key] for key in shared}, gradients=gradients, weights=weights)
-
-
-class _PostponableProduct(torch.autograd.Function):
-    """`x weight^T` whose weight gradient goes through `WeightGradients`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: nn.Linear, weight_gradients: WeightGradients) -> Tensor:
-        # The weight is no argument: autograd must not expect a gradient of it.
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.weight_gradients = linear.weight, weight_gradients
-        return nn.functional.linear(x, linear.weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        weight = ctx.weight
-
-        def compute() -> None:
-            deliver_gradient(weight, grad.flatten(0, 1).T @ x.flatten(0, 1))
-
-        ctx.weight_gradients.compute(compute)
-        return grad @ weight, None, None
-
-
-def _postponable_product(x: Tensor, linear: nn.Linear, weight_gradients: WeightGradients) -> Tensor:
-    return _PostponableProduct.apply(x, linear, weight_gradients)  # type: ignore[no-any-return]
-
-
-def postpone_linears(chunk: nn.Module) -> None:
-    """Let the linear layers of a chunk leave their weight gradients for later."""
-    weight_gradients = parallel_of(chunk).weight_gradients
-    for name, module in chunk.named_modules():
-        if isinstance(module, nn.Linear) and name != "output":
-            module.forward = partial(_postponable_product, linear=module, weight_gradients=weight_gradients)

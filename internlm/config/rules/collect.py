@@ -26,7 +26,6 @@ RULES: tuple[Rule, ...] = (
     ranks.world,
     splits.heads,
     splits.feed_forward,
-    splits.embedding,
     splits.sequence,
     run.batches,
     model.shape,

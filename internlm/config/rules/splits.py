@@ -1,6 +1,7 @@
 """Rules on what the ranks of a tensor group share: whole heads, equal parts of the MLP and of every row of tokens.
 
-The vocabulary needs no rule: what is missing to equal parts is filled up inside the shards.
+The vocabulary needs no rule: what is missing to equal parts is filled up inside the shards. Nor does an embedding that
+is split over hidden: where that has no equal parts, the vocabulary is split.
 """
 
 from __future__ import annotations
@@ -48,18 +49,6 @@ def feed_forward(config: Config, world_size: int) -> Iterator[Mistake]:
         yield Mistake(
             ("model.mlp_ratio", "model.multiple_of", SIZE),
             f"model.mlp_ratio = {model.mlp_ratio} makes the MLP {model.ffn_size} wide, which {not_divisible}",
-        )
-
-
-def embedding(config: Config, world_size: int) -> Iterator[Mistake]:
-    """An embedding that is split over hidden has equal parts."""
-    model, tensor = config.model, config.parallel.tensor
-    split = tensor.mode != "isp" and model.embed_split_hidden and not model.tie_word_embeddings
-    if split and model.hidden_size % tensor.size:
-        yield Mistake(
-            ("model.embed_split_hidden", "model.hidden_size", SIZE),
-            f"model.embed_split_hidden = True: model.hidden_size = {model.hidden_size} is not divisible by {SIZE} = "
-            f"{tensor.size}; set it to False, which splits the vocabulary",
         )
 
 

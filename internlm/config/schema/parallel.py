@@ -144,7 +144,9 @@ class Sequence2DConfig(Section):
 class FsdpConfig(Section):
     """Fully sharded data parallelism."""
 
-    enable: bool = key(False, "Shard parameters, gradients and optimizer state over the data ranks.")
+    enable: bool = key(
+        False, "Shard parameters and gradients too over the ranks that share one optimizer state (zero1.size)."
+    )
     mode: Literal["v1", "v2"] = no_effect(
         "v2", "Generation of torch's FSDP.", "torch's fully_shard, which is v2, is what runs"
     )

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.parallelize import ParallelOptions, parallelize
+from internlm.core.parallel.model_parallel import ParallelOptions
+from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import attach_shard_spec, shard_spec_of
 from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.utils.errors import ConfigError

@@ -50,9 +50,6 @@ class Executor:
         step = _Step(self, schedule, forward, new_activation)
         for action in schedule.actions[self.rank]:
             step.do(action)
-        with torch.no_grad():
-            self.weight_gradients.finish()
-        self.weight_gradients.check_empty()
         if self.channels is not None:
             self.phase = "waiting until all is sent"
             self.channels.wait_for_sends()

@@ -148,3 +148,47 @@ def test_a_mode_equals_one_process(layout: str, model: str, ranks: Any) -> None:
         for name, gradient in gradients.items():
             worst = (rank_gradients[name] - gradient).abs().max()
             assert worst <= TOLERANCE * gradient.abs().max(), (name, worst, gradient.abs().max())
+
+
+def dtensor_gradients(model: str) -> dict[str, Tensor]:
+    """The same micro batches through torch's own tensor parallelism, as an oracle."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model_type, changes = MODELS[model]
+    alone = ParallelContext(ParallelLayout(), 0, torch.device("cpu"))
+    with torch.device("meta"):
+        plain = build_model(model_type, tiny_config(**changes))
+    parallelize(plain, alone, seed=7)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    column, row = ColwiseParallel(), RowwiseParallel()
+    plan = {
+        **{f"layers.*.attention.{name}": column for name in ("wq", "wk", "wv")},
+        **{f"layers.*.feed_forward.{name}": column for name in ("w1", "w3")},
+        "layers.*.attention.wo": row,
+        "layers.*.feed_forward.w2": row,
+    }
+    parallelize_module(plain, mesh, plan)
+    for index in range(4):
+        micro = micro_batch(index, LENGTHS)
+        assert micro.lengths is not None
+        hidden = plain(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))
+        parallel_of(plain).head_loss(
+            plain, hidden, micro.labels, micro.type_ids, linear_cross_entropy
+        ).loss.loss_sum.backward()
+    gradients = {}
+    for name, parameter in plain.named_parameters():
+        grad = parameter.grad
+        assert grad is not None
+        gradients[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    return gradients
+
+
+@pytest.mark.parametrize("layout", ["mtp2", "msp2", "isp_sp2"])
+def test_a_mode_equals_torch_tensor_parallel(layout: str, ranks: Any) -> None:
+    ours = ranks(2).run(on_rank, layout, "separate_gqa")[0][1]
+    theirs = ranks(2).run(dtensor_gradients, "separate_gqa")[0]
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).abs().max() <= TOLERANCE * gradient.abs().max(), name

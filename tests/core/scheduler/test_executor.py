@@ -133,6 +133,7 @@ def run_later(actions: str) -> tuple[list[str], float]:
         return _Times.apply(start, [weight], weight_gradients, log).sum()  # type: ignore[no-any-return]
 
     Executor(0, weight_gradients).run(in_order(actions), forward, no_buffer)
+    weight_gradients.check_empty()
     assert weight.grad is not None
     return log, float(weight.grad)
 
