@@ -6,6 +6,7 @@ lookup of a chunk by its offset. With these, sharded, fused and replicated tenso
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,18 @@ class BoxedTensor:
         assert index.offset is not None
         wanted = tuple(index.offset)
         return next(piece for box, piece in self.pieces if box.global_offset == wanted)
+
+
+def merge_by_key(tensors: Iterable[tuple[str, BoxedTensor]]) -> dict[str, BoxedTensor]:
+    """One `BoxedTensor` a key, with the boxes of all that have it: several local tensors may be parts of one."""
+    merged: dict[str, BoxedTensor] = {}
+    for key, tensor in tensors:
+        if key in merged:
+            assert (tensor.global_shape, tensor.dtype) == (merged[key].global_shape, merged[key].dtype), key
+            merged[key].pieces.extend(tensor.pieces)
+        else:
+            merged[key] = tensor
+    return merged
 
 
 class BoxSavePlanner(DefaultSavePlanner):

@@ -22,10 +22,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from internlm.checkpoint import folder as folders
-from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner
+from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner, merge_by_key
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import random_state, set_random_state
 from internlm.core.hooks import TrainState
+from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
@@ -40,20 +41,28 @@ MASTER_PREFIX = "optimizer/master/"
 CONTENTS = ("model", "optimizer", "scheduler", "sampler")
 
 
-def model_tensors(model: nn.Module) -> dict[str, Any]:
-    """`model/<name>` -> this rank's boxes of every parameter."""
-    return {
-        f"model/{name}": BoxedTensor.of_parameter(parameter, shard_spec_of(parameter))
-        for name, parameter in model.named_parameters()
-    }
+def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
+    """`model/<name>` -> this rank's boxes of every parameter of these modules, under its global name."""
+    for chunk in chunks:
+        reshard(chunk)
+    parameters = dict.fromkeys(parameter for chunk in chunks for parameter in chunk.parameters())
+    specs = {parameter: shard_spec_of(parameter) for parameter in parameters}
+    return dict(
+        merge_by_key(
+            (f"model/{spec.name}", BoxedTensor.of_parameter(local_tensor(parameter), spec))
+            for parameter, spec in specs.items()
+        )
+    )
 
 
 def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
-    """`optimizer/<kind>/<name>` -> this rank's boxes of masters and moments."""
-    return {
-        f"optimizer/{key}": BoxedTensor(shard_spec_of(parameter).global_shape, torch.float32, pieces)
-        for key, parameter, pieces in optimizer.sharded_state()
-    }
+    """`optimizer/<kind>/<name>` -> this rank's boxes of masters and moments, under the parameter's global name."""
+    return dict(
+        merge_by_key(
+            (f"optimizer/{key}", BoxedTensor(shard_spec_of(parameter).global_shape, torch.float32, pieces))
+            for key, parameter, pieces in optimizer.sharded_state()
+        )
+    )
 
 
 def load_tensors(path: Path, tensors: dict[str, Any], *, no_dist: bool) -> None:
@@ -128,7 +137,7 @@ class CheckpointManager:
         assert isinstance(optimizer, HybridZeroOptimizer)
         optimizer.finish_gathering()
         tensors = {
-            **model_tensors(trainer.engine.model),
+            **model_tensors(*trainer.engine.chunks),
             **optimizer_tensors(optimizer),
             f"rng/{context.rank}": random_state(),
         }
@@ -210,7 +219,7 @@ class CheckpointManager:
         context = read_context(path)
         tensors: dict[str, Any] = {}
         if "model" in wanted:
-            tensors.update(model_tensors(trainer.engine.model))
+            tensors.update(model_tensors(*trainer.engine.chunks))
         if "optimizer" in wanted:
             tensors.update(optimizer_tensors(optimizer))
             if "model" not in wanted:
@@ -221,8 +230,8 @@ class CheckpointManager:
         if whole_run and context["world_size"] == trainer.context.world_size:
             tensors[rng_key] = None
         load_tensors(path, tensors, no_dist=alone)
-        if "model" in wanted and "optimizer" not in wanted:
-            optimizer.reset_masters()
+        if "model" in wanted:
+            optimizer.reset_masters(keep_loaded="optimizer" in wanted)
         if "optimizer" in wanted:
             optimizer.num_updates = context["num_updates"]
             optimizer.scaler.load_state_dict(context["scaler"])

@@ -213,7 +213,7 @@ class Trainer:
             for batch in batches:
                 for micro_batch in batch.micro_batches:
                     self.engine.evaluate(micro_batch, sums)
-            results.update(evaluation_results(name, sums, self.engine.sum_over_data))
+            results.update(evaluation_results(name, sums, self.engine.sum_over_tokens))
         self._call("on_evaluation_end", results)
         return results
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 
 from torch import Tensor, nn
 
@@ -27,6 +28,11 @@ class Box:
     global_offset: Index
     local_offset: Index
     size: Index
+
+    @property
+    def local_stop(self) -> Index:
+        """Corner opposite to `local_offset`."""
+        return tuple(start + size for start, size in zip(self.local_offset, self.size, strict=True))
 
     def local_slices(self) -> tuple[slice, ...]:
         """Index of this box in the local tensor."""
@@ -95,6 +101,21 @@ class ShardSpec:
                 part = box.intersect_local(offset, size)
                 if part is not None:
                     yield part
+
+    def padding(self) -> Iterator[tuple[Index, Index]]:
+        """(offset, size) of the rectangles of the local tensor that no box covers, as the vocabulary's padding.
+
+        Cut along the edges of all boxes, every cell lies in one box or in none.
+        """
+        edges = [
+            sorted({0, extent, *(edge for box in self.boxes for edge in (box.local_offset[d], box.local_stop[d]))})
+            for d, extent in enumerate(self.local_shape)
+        ]
+        for cell in product(*(pairwise(cuts) for cuts in edges)):
+            offset = tuple(start for start, _ in cell)
+            size = tuple(stop - start for start, stop in cell)
+            if all(box.intersect_local(offset, size) is None for box in self.boxes):
+                yield offset, size
 
 
 def _rectangles(shape: Index, start: int, stop: int) -> Iterator[tuple[Index, Index]]:

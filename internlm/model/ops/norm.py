@@ -69,10 +69,11 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype).square_().div_(rows.shape[-1])
         rstd = mean_square.add_(eps).rsqrt_()
         scale = weight.to(dtype) + 1 if unit_offset else weight.to(dtype)
-        out = torch.mul(rows, rstd).mul_(scale)
+        # Not a view of `rows`: FSDP warns of outputs that are views.
+        out = torch.mul(x, rstd.view(*x.shape[:-1], 1)).mul_(scale)
         ctx.save_for_backward(x, weight, rstd)
         ctx.unit_offset = unit_offset
-        return out.to(x.dtype).view(x.shape)
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

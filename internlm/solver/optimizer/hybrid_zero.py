@@ -10,7 +10,8 @@ Sources: ZeRO, Rajbhandari et al. 2020 (arXiv:1910.02054); AdamW, Loshchilov and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.parallelize import roles_by_module
+from internlm.core.parallel.parameter_events import subscribe
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
-from internlm.model.roles import Role
 from internlm.solver.grad_scaler import ConstantGradScaler, GradScaler
-from internlm.solver.optimizer.flat_bucket import BucketGroups, BucketKind, FlatBucket
+from internlm.solver.optimizer.bucket import Bucket
+from internlm.solver.optimizer.bucketing import build_buckets, wait_before_forward
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; the same constant gives the same updates.
 CLIP_EPSILON = 1e-6
@@ -45,12 +46,13 @@ class StepResult:
 class HybridZeroOptimizer:
     """AdamW on sharded flat fp32 masters, with gradient reduction, one global norm, clipping and skipping.
 
-    A step is: `begin_step()`, any number of backward passes with `expect_final_backward()` called before the last one,
-    then `step(lr, beta2)`. Gradients are *summed* over data ranks: the loss must already be divided by the global
-    number of valid tokens. Nothing in a step waits for the device.
+    A step is: `begin_step(num_backwards)`, so many backward passes, then `step(lr, beta2)`. Gradients are *summed* over
+    data ranks: the loss must already be divided by the global number of valid tokens. Nothing in a step waits for the
+    device.
 
     Args:
-        model: after `parallelize`. Its parameters become views of flat buffers.
+        model: after `parallelize`; or the chunks of a pipeline that this rank holds, in forward order. A parameter may
+            be in several chunks. Parameters become views of flat buffers.
         context: where this rank stands.
         scaler: the loss scaler; None (bf16 and fp32 need none) is a constant 1.
         betas, eps, weight_decay: of AdamW; the learning rate comes with each step.
@@ -65,7 +67,7 @@ class HybridZeroOptimizer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         context: ParallelContext,
         scaler: GradScaler | None = None,
         *,
@@ -84,10 +86,18 @@ class HybridZeroOptimizer:
         self.clip_grad_norm = clip_grad_norm
         self.overlap_sync_grad = overlap_sync_grad
         self.overlap_sync_param = overlap_sync_param
-        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if not self._names:
+        chunks = [model] if isinstance(model, nn.Module) else list(model)
+        held = Counter(p for chunk in chunks for p in chunk.parameters() if p.requires_grad)
+        if not held:
             raise ValueError("the model has no parameter that requires a gradient")
-        self.buckets = self._build_buckets(weight_decay_norms_and_biases, reduce_bucket_size, reduce_dtype)
+        self.buckets = build_buckets(
+            list(held),
+            context,
+            decay_all=weight_decay_norms_and_biases,
+            bucket_size=reduce_bucket_size,
+            reduce_dtype=reduce_dtype,
+        )
+        self._num_chunks = [[held[parameter] for parameter in bucket.parameters] for bucket in self.buckets]
         self.adamw = torch.optim.AdamW(
             [
                 {"params": [bucket.master], "weight_decay": weight_decay if bucket.kind.has_decay else 0.0}
@@ -97,65 +107,17 @@ class HybridZeroOptimizer:
             eps=eps,
             fused=True,
         )
-        self._pending: list[int] = []
         self._next_reduction = 0
-        self._is_final_backward = False
-        self._install_hooks(model)
+        self._install_hooks(chunks)
 
     # -- construction ---------------------------------------------------------------------------------------------
 
-    def _build_buckets(self, decay_all: bool, bucket_size: int, reduce_dtype: torch.dtype) -> list[FlatBucket]:
-        open_buckets: dict[BucketKind, list[nn.Parameter]] = {}
-        runs: list[tuple[BucketKind, list[nn.Parameter]]] = []
-        # Backward reaches the last parameters first; buckets in that order are complete one after the other.
-        for parameter in reversed(self._names):
-            spec = shard_spec_of(parameter)
-            kind = BucketKind(
-                dtype=parameter.dtype,
-                has_decay=decay_all or parameter.ndim > 1,
-                view=spec.view,
-                data_axis=spec.data_axis,
-                partial_over=spec.partial_over,
-                sharded_over=spec.sharded_over,
-            )
-            run = open_buckets.get(kind)
-            if run is None or sum(p.numel() for p in run) + parameter.numel() > bucket_size:
-                run = open_buckets[kind] = []
-                runs.append((kind, run))
-            run.append(parameter)
-        # A bucket is complete in backward, and needed in forward, at its first parameter in forward order.
-        position = {parameter: number for number, parameter in enumerate(self._names)}
-        runs.sort(key=lambda item: min(position[parameter] for parameter in item[1]), reverse=True)
-        return [FlatBucket(run, kind, self._groups(kind), reduce_dtype) for kind, run in runs]
-
-    def _groups(self, kind: BucketKind) -> BucketGroups:
-        return BucketGroups(
-            zero=self.context.group("zero", kind.view),
-            replica=self.context.group(f"{kind.data_axis}_replica", kind.view),
-            partial=tuple(self.context.group(axis, kind.view) for axis in kind.partial_over),
-        )
-
-    def _install_hooks(self, model: nn.Module) -> None:
+    def _install_hooks(self, chunks: Sequence[nn.Module]) -> None:
         for number, bucket in enumerate(self.buckets):
             for index, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, number, index))
-        if all(bucket.groups.zero is None for bucket in self.buckets):
-            return
-        # A layer waits for its own weights when it is called; the model waits at its start for all that is outside of
-        # layers, except the head, for which the engine calls `finish_gathering` before the loss.
-        layers = [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
-        outer = set(self._names)
-        for layer in layers:
-            parameters = set(layer.parameters())
-            outer -= parameters
-            layer.register_forward_pre_hook(partial(self._before_forward, self._buckets_of(parameters)))
-        if layers:
-            head = {name for name, role in roles_by_module(model).items() if role is Role.HEAD}
-            outer -= {p for name, module in model.named_modules() if name in head for p in module.parameters()}
-        model.register_forward_pre_hook(partial(self._before_forward, self._buckets_of(outer)))
-
-    def _buckets_of(self, parameters: set[nn.Parameter]) -> list[FlatBucket]:
-        return [bucket for bucket in self.buckets if not parameters.isdisjoint(bucket.parameters)]
+                subscribe(parameter, partial(self._on_gradient, number, index), bucket.finish_gathering)
+        for chunk in chunks:
+            wait_before_forward(chunk, self.buckets)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -169,28 +131,23 @@ class HybridZeroOptimizer:
         """Second AdamW coefficient of the last step."""
         return self.adamw.param_groups[0]["betas"][1]
 
-    def begin_step(self) -> None:
-        """Start a step with no gradients."""
-        for bucket in self.buckets:
-            bucket.begin_step()
-        self._is_final_backward = False
+    def begin_step(self, num_backwards: int) -> None:
+        """Start a step with no gradients.
 
-    def expect_final_backward(self) -> None:
-        """The next backward pass completes the gradients of this step: reduction may start under it."""
-        self._is_final_backward = True
-        self._pending = [len(bucket.parameters) for bucket in self.buckets]
+        Args:
+            num_backwards: backward passes that each chunk will see. A parameter is complete after as many gradients for
+                each chunk that holds it; then the reduction of its bucket may start under the passes that remain.
+        """
+        for bucket, num_chunks in zip(self.buckets, self._num_chunks, strict=True):
+            bucket.begin_step([num_backwards * count for count in num_chunks])
         self._next_reduction = 0
 
-    def _on_gradient(self, number: int, index: int, _: Tensor) -> None:
-        self.buckets[number].accumulate(index)
-        if self._is_final_backward:
-            self._pending[number] -= 1
-            if self.overlap_sync_grad:
-                self._start_ready_reductions()
-
-    def _start_ready_reductions(self) -> None:
+    def _on_gradient(self, number: int, index: int, gradient: Tensor) -> None:
+        self.buckets[number].accumulate(index, gradient)
+        if not self.overlap_sync_grad:
+            return
         # In bucket order only: every rank must issue the same collectives in the same order.
-        while self._next_reduction < len(self.buckets) and self._pending[self._next_reduction] == 0:
+        while self._next_reduction < len(self.buckets) and self.buckets[self._next_reduction].is_complete:
             self.buckets[self._next_reduction].start_reduction()
             self._next_reduction += 1
 
@@ -229,14 +186,7 @@ class HybridZeroOptimizer:
         return StepResult(grad_norm, skipped)
 
     def _global_grad_norm(self) -> Tensor:
-        squares = []
-        for bucket in self.buckets:
-            view = self.context.view(bucket.kind.view)
-            distinct = view.size("zero") * view.size("pipeline")
-            for axis in bucket.kind.sharded_over:
-                distinct *= view.size(axis)
-            copies = view.world_size // distinct
-            squares.append(bucket.squared_grad_norm() / copies)
+        squares = [bucket.squared_grad_norm() / bucket.kind.num_holders(self.context) for bucket in self.buckets]
         return all_reduce(torch.stack(squares).sum(), self.context.world_group).sqrt().float()
 
     # -- parameters -----------------------------------------------------------------------------------------------
@@ -254,15 +204,15 @@ class HybridZeroOptimizer:
         for bucket in self.buckets:
             bucket.finish_gathering()
 
-    @staticmethod
-    def _before_forward(buckets: list[FlatBucket], module: nn.Module, args: object) -> None:
-        for bucket in buckets:
-            bucket.finish_gathering()
+    def reset_masters(self, *, keep_loaded: bool = False) -> None:
+        """Take the fp32 masters anew from the parameters, after a checkpoint's weights were loaded into them.
 
-    def reset_masters(self) -> None:
-        """Take the fp32 masters anew from the parameters, after a checkpoint's weights were loaded into them."""
+        Args:
+            keep_loaded: leave masters alone that `sharded_state` has, as they were loaded too.
+        """
         for bucket in self.buckets:
-            bucket.reset_master()
+            if not (keep_loaded and bucket.kind.has_master):
+                bucket.reset_master()
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -271,18 +221,31 @@ class HybridZeroOptimizer:
 
         Yields:
             (key, parameter, pieces) with keys `master/<name>` (absent for fp32 parameters, their own masters),
-            `exp_avg/<name>` and `exp_avg_sq/<name>`; writing into the pieces writes into the state.
+            `exp_avg/<name>` and `exp_avg_sq/<name>`, where the name is that of the ShardSpec; writing into the pieces
+            writes into the state. Several parameters may hold parts of one name.
         """
         for bucket in self.buckets:
             state = self._adam_state(bucket)
             shards = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            if bucket.kind.dtype != torch.float32:
+            if bucket.kind.has_master:
                 shards["master"] = bucket.master.detach()
             for kind, shard in shards.items():
                 for parameter, pieces in bucket.pieces(shard):
-                    yield f"{kind}/{self._names[parameter]}", parameter, pieces
+                    yield f"{kind}/{shard_spec_of(parameter).name}", parameter, pieces
 
-    def _adam_state(self, bucket: FlatBucket) -> dict[str, Tensor]:
+    def sharded_gradients(self) -> Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]:
+        """The gradient of the last step as it was applied: summed over all ranks, without loss scale, clipped, fp32.
+
+        Valid after `step` until the next `begin_step`.
+
+        Yields:
+            (name of the ShardSpec, parameter, pieces), where the pieces are this rank's share.
+        """
+        for bucket in self.buckets:
+            for parameter, pieces in bucket.pieces(bucket.grad_shard):
+                yield shard_spec_of(parameter).name, parameter, pieces
+
+    def _adam_state(self, bucket: Bucket) -> dict[str, Tensor]:
         state = self.adamw.state[bucket.master]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=bucket.master.device)

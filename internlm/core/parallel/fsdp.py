@@ -1,0 +1,132 @@
+"""Fully sharded data parallelism: weights, too, are split over the ranks that share the optimizer state (ZeRO stage 3).
+
+torch's `fully_shard` gathers the weights of a layer before its forward and its backward, frees them after, and
+reduce-scatters its gradients after the backward of every micro batch, so that no rank ever holds the gradients of the
+whole model. What a rank keeps are rows of each weight, and that is all that its ShardSpec says.
+
+Source: PyTorch FSDP, Zhao et al. 2023 (arXiv:2304.11277); the per-parameter form is torch's FSDP2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.layers import layers_of
+from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
+from internlm.utils.errors import ConfigError
+
+
+def apply_fsdp(model: nn.Module, context: ParallelContext, *, reduce_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Split every weight by rows over the `zero` ranks, layer by layer. Changes and returns `model`.
+
+    Over the replicas of `zero` (where `parallel.zero1.size` is less than the data ranks) weights are whole copies; the
+    optimizer sums gradients over them once a step. Gradients are sums, not means. The weights outside of layers stay
+    gathered from the forward to the end of the backward pass, so that the head may be read in between.
+
+    Weights of another dtype than most of their layer (fp32 norms among bf16 matrices) and scalars stay whole on every
+    rank.
+
+    Args:
+        model: after `parallelize`, before the optimizer is made.
+        context: where this rank stands.
+        reduce_dtype: dtype in which gradients travel and are summed.
+
+    Raises:
+        ConfigError: the layout has pipeline stages, or its weights are sharded already (isp).
+    """
+    layout = context.layout
+    if layout.is_isp:
+        raise ConfigError(
+            'FSDP and parallel.tensor.mode = "isp" both shard the weights: for isp set parallel.weight.size and turn '
+            "parallel.fsdp.enable and parallel.zero1.fsdp off"
+        )
+    if layout.pipeline > 1:
+        raise ConfigError(
+            f"FSDP does not work with parallel.pipeline.size = {layout.pipeline}: set it to 1, or turn "
+            f"parallel.fsdp.enable and parallel.zero1.fsdp off"
+        )
+    group = context.group("zero")
+    if group is None:
+        return model
+    specs = {name: shard_spec_of(parameter) for name, parameter in model.named_parameters()}
+    layers, kept = layers_of(model), kept_whole(model)
+
+    mesh = DeviceMesh.from_group(group, context.device.type)
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=kept)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=kept)
+    for module in _fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        # Otherwise torch divides by the factor of 1 with an operation that only NCCL has.
+        module.set_force_sum_reduction_for_comms(True)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            spec = rows_of(specs[name], context.size("zero"), context.index("zero"))
+            assert parameter.to_local().shape == spec.local_shape
+            attach_shard_spec(parameter, spec)
+    return model
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that FSDP does not split, for they cannot travel with the rest of their layer."""
+    layers = layers_of(model)
+    inner = {parameter for layer in layers for parameter in layer.parameters()}
+    kept = {p for layer in layers for p in _odd_ones(layer.parameters())}
+    return kept | _odd_ones(p for p in model.parameters() if p not in inner)
+
+
+def rows_of(spec: ShardSpec, size: int, index: int) -> ShardSpec:
+    """What rank `index` of `size` holds when the local tensor of `spec` is split by rows, as torch's Shard(0) does.
+
+    The first ranks get `ceil(rows / size)` rows each; the last may get fewer, or none.
+    """
+    rows, *other = spec.local_shape
+    step = -(-rows // size)
+    start = min(index * step, rows)
+    shape = (min(step, rows - start), *other)
+    parts = [box.intersect_local((start,) + (0,) * len(other), shape) for box in spec.boxes]
+    boxes = tuple(
+        replace(part, local_offset=(part.local_offset[0] - start, *part.local_offset[1:]))
+        for part in parts
+        if part is not None
+    )
+    return replace(spec, local_shape=shape, boxes=boxes, sharded_over=(*spec.sharded_over, "zero"))
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights, so that `model.parameters()` are what this rank keeps; no-op without FSDP.
+
+    Not between a forward pass and its backward.
+    """
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+@torch.no_grad()
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The tensor of `ShardSpec.local_shape` behind a parameter or gradient, without autograd; shares its storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _odd_ones(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """Those that cannot travel with the others: scalars, and all but the dtype with the most elements."""
+    parameters = list(parameters)
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        elements[parameter.dtype] += math.prod(parameter.shape)
+    return {p for p in parameters if p.ndim == 0 or p.dtype != elements.most_common(1)[0][0]}

@@ -1,0 +1,16 @@
+"""The repeated blocks of a model: the grain at which weights are gathered."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost ModuleLists and ModuleDicts of `model`, in their order."""
+    layers: list[nn.Module] = []
+    for child in model.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            layers.extend(child.children())
+        else:
+            layers.extend(layers_of(child))
+    return layers
