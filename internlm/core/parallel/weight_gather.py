@@ -97,6 +97,9 @@ class GatheredWeights:
         self._num_deliveries_kept = 1 if release_gradients_early else 1 << 30
         self._reduce_dtype = reduce_dtype
         self.groups: list[LinearGroup] = []
+        self._place: dict[LinearGroup, int] = {}
+        self._layers: list[list[LinearGroup]] = []
+        self._layer_number: dict[LinearGroup, int] = {}
         self._parameters: dict[LinearGroup, list[nn.Parameter]] = {}
         self._in_flight: dict[LinearGroup, _Gather] = {}
         self._taken: dict[LinearGroup, list[Tensor]] = {}
@@ -106,6 +109,11 @@ class GatheredWeights:
         """Add the next group of layers, with its parameters in the order of `LinearGroup`."""
         self.groups.append(group)
         self._parameters[group] = list(parameters)
+        self._place[group] = len(self._place)
+        if not self._layers or _layer_name(self._layers[-1][0]) != _layer_name(group):
+            self._layers.append([])
+        self._layers[-1].append(group)
+        self._layer_number[group] = len(self._layers) - 1
 
     # -- as a WeightStore -----------------------------------------------------------------------------------------
 
@@ -150,10 +158,10 @@ class GatheredWeights:
 
     def _next(self, group: LinearGroup, *, backward: bool) -> list[LinearGroup]:
         """What to launch before waiting for `group`, in the order of need."""
-        place = self.groups.index(group)
         own = self._layer(group, 0)
         if backward:
             if self._plan.ahead == "module":
+                place = self._place[group]
                 return self.groups[max(place - 1, 0) : place]
             ahead = self._layer(group, -1) if group.role in _TRIGGERS["wo"] else []
             return [*reversed(own[: own.index(group)]), *reversed(ahead)]
@@ -162,17 +170,15 @@ class GatheredWeights:
             later = own[own.index(group) + 1 :]
             return later[:1] if self._plan.ahead == "module" else later
         if self._plan.ahead == "module":
+            place = self._place[group]
             return self.groups[place + 1 : place + 2]
         ahead = self._layer(group, +1) if group.role in _TRIGGERS.get(self._plan.layer_before, ()) else []
         return [*own[own.index(group) + 1 :], *ahead]
 
     def _layer(self, group: LinearGroup, offset: int) -> list[LinearGroup]:
         """The groups of the layer of `group`, or of the one `offset` layers behind it; empty when there is none."""
-        layers = list(dict.fromkeys(_layer_name(other) for other in self.groups))
-        place = layers.index(_layer_name(group)) + offset
-        if not 0 <= place < len(layers):
-            return []
-        return [other for other in self.groups if _layer_name(other) == layers[place]]
+        number = self._layer_number[group] + offset
+        return self._layers[number] if 0 <= number < len(self._layers) else []
 
     def _launch(self, group: LinearGroup) -> None:
         if group in self._in_flight:
