@@ -85,7 +85,10 @@ class _Step:
         self.placement = schedule.placement
         self.forward = forward
         self.new_activation = new_activation
-        self.max_in_flight = largest_backlog(schedule)
+        # A rank that sent n activations ran n forward passes. Where n is more than any rank keeps alive, the gradient of
+        # one came back: so the receiver asked for that one, and on a channel for all before it. In the same way a rank
+        # that sends n gradients got n activations, whose sender has asked for a gradient if it does not keep n alive.
+        self.max_in_flight = schedule.max_alive
         self.arriving: dict[_Key, Incoming] = {}
         self.leaving: dict[_Key, Tensor] = {}
         self.alive: dict[tuple[int, int], _Alive] = {}
@@ -122,7 +125,10 @@ class _Step:
         self._announce("forward", action)
         output = self.forward(action.micro_batch, action.chunk, received)
         if torch.is_grad_enabled():
-            self.alive[action.chunk, action.micro_batch] = _Alive(received, get_gradient_edge(output))
+            # The edge of an autograd function written in Python does not keep its graph alive in every version of
+            # torch; that of a view does, and of the output only the shape is kept.
+            edge = get_gradient_edge(output.view_as(output))
+            self.alive[action.chunk, action.micro_batch] = _Alive(received, edge)
         self._hand_over(ACTIVATION, action, self.placement.after(self.rank, action.chunk), output.detach())
 
     def _backward(self, action: Action) -> None:
@@ -167,22 +173,3 @@ class _Step:
     def _announce(self, what: str, action: Action) -> None:
         chunk = f", chunk {action.chunk}" if self.placement.num_chunks > 1 else ""
         self.executor.phase = f"{what} of micro batch {action.micro_batch}{chunk}"
-
-
-def largest_backlog(schedule: PipelineSchedule) -> int:
-    """How many tensors of a channel can be sent and not yet asked for: never more than activations alive on a rank.
-
-    A rank that sent n activations has run n forward passes. If more than it ever keeps alive, the gradient of one came
-    back: so the receiver asked for that one, and on a channel for all before it. In the same way a rank that sent n
-    gradients got as many activations, and if their sender never keeps so many alive, it has asked for a gradient.
-    """
-    largest = 0
-    for actions in schedule.actions:
-        alive = 0
-        for action in actions:
-            if action.kind is ActionKind.FORWARD:
-                alive += 1
-                largest = max(largest, alive)
-            elif action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
-                alive -= 1
-    return largest

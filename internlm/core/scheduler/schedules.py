@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from internlm.core.scheduler.actions import Action, ActionKind
@@ -38,6 +39,20 @@ class PipelineSchedule:
     def num_micro_batches(self) -> int:
         """Micro batches of the step."""
         return 1 + max(action.micro_batch for action in self.actions[0])
+
+    @cached_property
+    def max_alive(self) -> int:
+        """The most activations that any rank keeps for backward passes at once."""
+        most = 0
+        for actions in self.actions:
+            alive = 0
+            for action in actions:
+                if action.kind is ActionKind.FORWARD:
+                    alive += 1
+                    most = max(most, alive)
+                elif action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
+                    alive -= 1
+        return most
 
 
 @dataclass(frozen=True)

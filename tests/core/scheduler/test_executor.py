@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.core.scheduler.actions import Action, ActionKind
-from internlm.core.scheduler.executor import Executor, largest_backlog
+from internlm.core.scheduler.executor import Executor
 from internlm.core.scheduler.placement import Placement
 from internlm.core.scheduler.schedules import PipelineSchedule, forward_only, make_schedule
 
@@ -146,15 +146,3 @@ def test_a_weight_gradient_is_computed_when_the_schedule_says_so() -> None:
 def test_a_forgotten_weight_gradient_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"never computed: \[\(0, 1\)\]"):
         run_later("F0 F1 I0 I1 W0")
-
-
-# -- sends under way ------------------------------------------------------------------------------------------------
-
-
-def test_the_backlog_is_the_most_activations_alive_on_a_rank() -> None:
-    assert largest_backlog(make_schedule("1F1B", 1, 5)) == 1
-    assert largest_backlog(make_schedule("1F1B", 4, 8)) == 4
-    assert largest_backlog(make_schedule("1F1B", 4, 2)) == 2
-    # Megatron-LM's count for the first of 4 ranks with 2 chunks: 2 (p - 1) + p in the warm-up, and the one at work.
-    assert largest_backlog(make_schedule("1F1B", 4, 8, 2)) == 2 * 3 + 4 + 1
-    assert largest_backlog(make_schedule("ZBV", 4, 8, 2)) == 8

@@ -202,3 +202,12 @@ def test_lists_are_those_of_torch(p: int, name: str, mode: str, c: int) -> None:
         lists = [schedule._calculate_single_rank_operations(numbers, rank) for rank in range(p)]
         # Of the weight gradients that are due at the end of ZBV torch takes those of the second chunk first.
         assert_equal_to_torch(make_schedule(mode, p, m, c), lists, with_weights=mode != "ZBV")
+
+
+def test_the_most_activations_that_a_rank_keeps() -> None:
+    assert make_schedule("1F1B", 1, 5).max_alive == 1
+    assert make_schedule("1F1B", 4, 8).max_alive == 4
+    assert make_schedule("1F1B", 4, 2).max_alive == 2
+    # Megatron-LM's count for the first of 4 ranks with 2 chunks: 2 (p - 1) + p in the warm-up, and the one at work.
+    assert make_schedule("1F1B", 4, 8, 2).max_alive == 2 * 3 + 4 + 1
+    assert make_schedule("ZBV", 4, 8, 2).max_alive == 8
