@@ -1,4 +1,7 @@
-"""InternLM2 20B on long sequences: isp over 4 weight ranks in 4 pipeline stages."""
+"""InternLM2 20B on long sequences: isp over 4 weight ranks in 4 pipeline stages; every layer is recomputed.
+
+For 128 ranks, or a multiple of them.
+"""
 
 from internlm.config import read_base
 
@@ -8,28 +11,14 @@ with read_base():
 
 JOB_NAME = "20b_internlm2_train"
 
-# Folders of tokens as tools/tokenizer.py writes them; None trains on dummy data.
-TRAIN_FOLDER = None
-VALID_FOLDER = None
-
-data = dict(
+data.update(
     seq_len=16384,
     micro_bsz=1,  # sequences of a micro-batch
     micro_num=4,  # micro-batches of a step, on each data rank
-    total_steps=50000,
-    train_folder=TRAIN_FOLDER,
-    valid_folder=VALID_FOLDER,
-    valid_every=500,
-    pack_sample_into_one=False,
-    min_length=50,
+    train_folder=None,  # of tokens as tools/tokenizer.py writes them; None trains on dummy data
+    valid_folder=None,
 )
-
-ckpt = dict(
-    save_ckpt_folder=f"local:llm_ckpts/{JOB_NAME}",
-    checkpoint_every=500,
-    # Goes on from the newest complete checkpoint there; else from load_ckpt_info, if given; else from scratch.
-    auto_resume=True,
-)
+ckpt.update(save_ckpt_folder=f"local:llm_ckpts/{JOB_NAME}")
 
 parallel = dict(
     zero1=dict(size=8),
@@ -37,5 +26,3 @@ parallel = dict(
     pipeline=dict(size=4, mode="1F1B"),
     weight=dict(size=4, overlap=True, launch_allgather_before="wo", forward_overlap_per="layer"),
 )
-
-selective_checkpoint = True  # keep attention's output instead of computing it again

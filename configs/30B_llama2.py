@@ -1,4 +1,7 @@
-"""A Llama of 30B: tensor parallel over 4 ranks, 4 pipeline stages."""
+"""A Llama of 30B: tensor parallel over 4 ranks, 4 pipeline stages.
+
+For 32 ranks, or a multiple of them.
+"""
 
 from internlm.config import read_base
 
@@ -8,28 +11,14 @@ with read_base():
 JOB_NAME = "30b_llama2_train"
 model_type = "LLAMA2"
 
-# Folders of tokens as tools/tokenizer.py writes them; None trains on dummy data.
-TRAIN_FOLDER = None
-VALID_FOLDER = None
-
-data = dict(
+data.update(
     seq_len=2048,
     micro_bsz=1,  # sequences of a micro-batch
     micro_num=4,  # micro-batches of a step, on each data rank
-    total_steps=50000,
-    train_folder=TRAIN_FOLDER,
-    valid_folder=VALID_FOLDER,
-    valid_every=500,
-    pack_sample_into_one=False,
-    min_length=50,
+    train_folder=None,  # of tokens as tools/tokenizer.py writes them; None trains on dummy data
+    valid_folder=None,
 )
-
-ckpt = dict(
-    save_ckpt_folder=f"local:llm_ckpts/{JOB_NAME}",
-    checkpoint_every=500,
-    # Goes on from the newest complete checkpoint there; else from load_ckpt_info, if given; else from scratch.
-    auto_resume=True,
-)
+ckpt.update(save_ckpt_folder=f"local:llm_ckpts/{JOB_NAME}")
 
 model = dict(
     vocab_size=32000,

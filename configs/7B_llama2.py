@@ -1,4 +1,7 @@
-"""Llama 2 7B in its published shape (no grouped heads)."""
+"""Llama 2 7B in its published shape (no grouped heads).
+
+For 8 ranks, or a multiple of them.
+"""
 
 from internlm.config import read_base
 
@@ -8,28 +11,14 @@ with read_base():
 JOB_NAME = "7b_llama2_train"
 model_type = "LLAMA2"
 
-# Folders of tokens as tools/tokenizer.py writes them; None trains on dummy data.
-TRAIN_FOLDER = None
-VALID_FOLDER = None
-
-data = dict(
+data.update(
     seq_len=4096,
     micro_bsz=1,  # sequences of a micro-batch
     micro_num=4,  # micro-batches of a step, on each data rank
-    total_steps=50000,
-    train_folder=TRAIN_FOLDER,
-    valid_folder=VALID_FOLDER,
-    valid_every=500,
-    pack_sample_into_one=False,
-    min_length=50,
+    train_folder=None,  # of tokens as tools/tokenizer.py writes them; None trains on dummy data
+    valid_folder=None,
 )
-
-ckpt = dict(
-    save_ckpt_folder=f"local:llm_ckpts/{JOB_NAME}",
-    checkpoint_every=500,
-    # Goes on from the newest complete checkpoint there; else from load_ckpt_info, if given; else from scratch.
-    auto_resume=True,
-)
+ckpt.update(save_ckpt_folder=f"local:llm_ckpts/{JOB_NAME}")
 
 model = dict(
     vocab_size=32000,
@@ -46,11 +35,4 @@ model = dict(
     dtype="torch.bfloat16",
     checkpoint=False,
     use_flash_attn=True,
-)
-
-parallel = dict(
-    zero1=dict(size=8),
-    tensor=dict(size=1, mode="mtp"),
-    pipeline=dict(size=1),
-    weight=dict(size=1),
 )

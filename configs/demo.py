@@ -1,4 +1,7 @@
-"""A small InternLM2 that learns real text in minutes on two CPU cores: the config to read first."""
+"""A small InternLM2 that learns real text in minutes on two CPU cores: the config to read first.
+
+For any number of ranks.
+"""
 
 JOB_NAME = "demo"
 model_type = "INTERNLM2"

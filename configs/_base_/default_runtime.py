@@ -1,4 +1,28 @@
-"""What the example configs share: optimisation, schedules and monitoring. A config may replace any of it."""
+"""What the example configs share: data, checkpoints, optimisation, schedules and monitoring.
+
+A config changes single keys with `data.update(seq_len=4096)`, or replaces a section whole with `data = dict(...)`.
+"""
+
+data = dict(
+    total_steps=50000,
+    valid_every=500,
+    pack_sample_into_one=False,
+    min_length=50,
+)
+
+ckpt = dict(
+    checkpoint_every=500,
+    # Goes on from the newest complete checkpoint there; else from load_ckpt_info, if given; else from scratch.
+    auto_resume=True,
+)
+
+# Data parallel, with the state of the optimizer split over each 8 ranks.
+parallel = dict(
+    zero1=dict(size=8),
+    tensor=dict(size=1, mode="mtp"),
+    pipeline=dict(size=1),
+    weight=dict(size=1),
+)
 
 hybrid_zero_optimizer = dict(
     overlap_sync_grad=True,  # reduce gradients while backward runs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.metrics import StepMetrics
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -22,7 +21,7 @@ class CheckpointHook(Hook):
         # What was just loaded, or an untrained model, need not be saved.
         self._saved_step = trainer.state.step
 
-    def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+    def on_step_counted(self, trainer: RunningTrainer) -> None:
         if trainer.state.step % self.every == 0:
             self._save(trainer)
 

@@ -23,8 +23,9 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.failure import ECHO, FailureWatch
 from internlm.core.trainer import Trainer
-from internlm.initialize.build import build_layout, build_meta_model, build_trainer, check_buildable, set_numerics
+from internlm.initialize.build import build_layout, build_trainer, check_buildable, set_numerics
 from internlm.initialize.launch import LAUNCHERS, Launch, LaunchError, choose_device, connect, detect_launch, disconnect
+from internlm.initialize.stages import build_meta_model
 from internlm.model.ops.registry import describe
 from internlm.utils.errors import ConfigError, UserError
 from internlm.utils.logging import configure_logging, get_logger

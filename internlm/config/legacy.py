@@ -98,16 +98,6 @@ def _number_for_section(path: str) -> Legacy:
     return Legacy(f"{path} (a number)", f"`{path}.size`", apply)
 
 
-def _removed(path: str, reason: str) -> Legacy:
-    def apply(edit: Edit) -> str | None:
-        if not edit.has(path):
-            return None
-        edit.drop(path)
-        return f"{path} is ignored: {reason}"
-
-    return Legacy(path, f"nothing: {reason}", apply)
-
-
 def _value(path: str, old: str, new: str) -> Legacy:
     def apply(edit: Edit) -> str | None:
         if edit.get(path) != old:
@@ -184,8 +174,6 @@ LEGACY: tuple[Legacy, ...] = (
         _number_for_section(f"parallel.{name}")
         for name in ("zero1", "tensor", "pipeline", "weight", "expert", "expert_weight", "expert_zero1")
     ),
-    _removed("parallel.weight.memory_pool", "the pool no longer exists"),
-    _removed("parallel.expert_weight.memory_pool", "the pool no longer exists"),
     _renamed("hybrid_zero_optimizer.zero_overlap_communication", "hybrid_zero_optimizer.overlap_sync_grad"),
     _renamed("monitor.tensorboard", "tensorboard"),
     _renamed("alert_address", "monitor.alert.feishu_alert_address"),

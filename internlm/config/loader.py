@@ -7,7 +7,7 @@ not supported yet. Every mistake of all these is collected into one ConfigError.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from internlm.config.mistakes import Mistake
 from internlm.config.origins import DEFAULT, DERIVED, ENVIRONMENT, Origin, locate
 from internlm.config.overrides import apply_override, parse_override
 from internlm.config.python_file import run_config_file
+from internlm.config.remarks import find_remarks
 from internlm.config.rules import find_mistakes
 from internlm.config.schema import Config
 from internlm.config.schema.base import Section, default_of, key_info, walk_values
 from internlm.config.unsupported import find_ineffective, find_unsupported
 from internlm.utils.errors import ConfigError
 
-_INTERLEAVED = "parallel.sequence_2D.device_placement_strategy.interleaved"
 _FROM_ENVIRONMENT = ("tensorboard_folder", "resume_tb_folder")
 
 
@@ -80,7 +80,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
         return edit.get(key) if edit.has(key) else None
 
     notices += find_ineffective(config, given)
-    notices += _remarks(config, given)
+    notices += find_remarks(config, given)
     return LoadedConfig(config, _origins_of(config, tree, origins), notices)
 
 
@@ -125,16 +125,3 @@ def _origins_of(config: Config, tree: dict[str, Any], origins: Mapping[str, Orig
         else:
             result[path] = DEFAULT
     return result
-
-
-def _remarks(config: Config, given: Callable[[str], Any]) -> list[str]:
-    """Notices that need more than one key's declaration."""
-    remarks = []
-    if given("model.dtype") is None:
-        remarks.append(f"model.dtype is not set: {config.model.dtype} is used (InternEvo would use torch.float16)")
-    if isinstance(given("ckpt.load_ckpt_info"), dict) and config.ckpt.load_ckpt_info is None:
-        remarks.append("ckpt.load_ckpt_info has no path: nothing is loaded from it")
-    placement = config.parallel.sequence_2D.device_placement_strategy
-    if given(_INTERLEAVED) and not placement.interleaved:
-        remarks.append(f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context")
-    return remarks

@@ -7,20 +7,25 @@ logging or where batches come from.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from internlm.core.communication.collectives import all_reduce
+from internlm.core.communication.p2p import PipelineChannels
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.scheduler.executor import execute
-from internlm.core.scheduler.schedules import Schedule, non_pipeline
+from internlm.core.parallel.model_parallel import parallel_of
+from internlm.core.parallel.pipeline_stages import PipelineModel
+from internlm.core.scheduler.communication import channels_of, with_communication
+from internlm.core.scheduler.executor import Executor
+from internlm.core.scheduler.schedules import PipelineSchedule, forward_only, make_schedule
 from internlm.data.batch import Batch, MicroBatch
 from internlm.model.ops.attention import Segments
-from internlm.model.ops.cross_entropy import LossFunction, LossOutput
+from internlm.model.ops.cross_entropy import LossFunction
 
 
 class StepResult(Protocol):
@@ -47,7 +52,7 @@ class Optimizer(Protocol):
         """Second AdamW coefficient of the last step."""
 
     def begin_step(self, num_backwards: int) -> None:
-        """Start with no gradients; so many backward passes will follow."""
+        """Start with no gradients; each chunk will run this many backward passes."""
 
     def step(self, lr: float, beta2: float | None) -> StepResult:
         """Reduce, clip, update."""
@@ -67,7 +72,7 @@ class TokenStatistics(TokenSink, Protocol):
     """Makes the metrics of a training step."""
 
     def result(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Scalar metrics over all tokens since the last call, on all data ranks."""
+        """Scalar metrics over all tokens since the last call, on all ranks."""
 
 
 @dataclass
@@ -101,31 +106,64 @@ class Engine:
 
     Args:
         model: after `parallelize`; `model(input_ids, position_ids, segments)` gives hidden states `[B, S, h]`, and
-            `model.head_weight()` the output head `[V, h]`.
+            `model.head_weight()` the output head `[V, h]`. In a pipeline, this rank's chunks from `build_stages`.
         optimizer: see `Optimizer`.
         context: where this rank stands.
         loss: see `LossFunction`; `internlm.model.ops.cross_entropy.linear_cross_entropy` is one.
         statistics: collects metrics, or None.
-        schedule: the order of forward and backward passes.
+        schedule: number of micro batches -> what the ranks of the pipeline do; must know as many micro batches as there
+            are ranks. By default 1F1B, interleaved where there are several chunks.
+
+    Raises:
+        ValueError: the chunks are not those of the schedule.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         optimizer: Optimizer,
         context: ParallelContext,
         loss: LossFunction,
         statistics: TokenStatistics | None = None,
-        schedule: Schedule = non_pipeline,
+        schedule: Callable[[int], PipelineSchedule] | None = None,
     ) -> None:
-        self.model = model
+        self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         self.optimizer = optimizer
         self.context = context
         self.loss = loss
         self.statistics = statistics
-        self.schedule = schedule
-        self.phase = "idle"
+        self._phase: str | None = "idle"
+        self._activity = ""
+        self.parallel = parallel_of(self.chunks[0])
+        num_ranks, num_chunks = context.size("pipeline"), len(self.chunks)
+        self._make_schedule = schedule or partial(make_schedule, "1F1B", num_ranks, num_chunks=num_chunks)
+        self._schedules: dict[int, PipelineSchedule] = {}
+        probe = self._schedule(num_ranks)
+        self.placement = probe.placement
+        if (self.placement.num_ranks, self.placement.num_chunks) != (num_ranks, num_chunks):
+            raise ValueError(
+                f"the schedule is for {self.placement.num_ranks} pipeline ranks of {self.placement.num_chunks} chunks, "
+                f"but there are {num_ranks} ranks and this one has {num_chunks} chunks"
+            )
+        self._evaluation = with_communication(forward_only(self.placement))
+        channels = PipelineChannels.create(context, channels_of(probe)) if num_ranks > 1 else None
+        self._executor = Executor(context.index("pipeline"), self.parallel.weight_gradients, channels)
+
+    @property
+    def phase(self) -> str:
         """What the engine is doing, for the message when it fails."""
+        return self._phase or self._activity + self._executor.phase
+
+    @property
+    def model(self) -> nn.Module:
+        """The one chunk of a rank.
+
+        Raises:
+            ValueError: it has several; see `chunks`.
+        """
+        if len(self.chunks) > 1:
+            raise ValueError(f"this rank has {len(self.chunks)} chunks of the model: see Engine.chunks")
+        return self.chunks[0]
 
     def train_step(self, batch: Batch, lr: float, beta2: float | None = None) -> EngineResult:
         """One optimizer step on this rank's share of a global batch. Collective over all ranks.
@@ -136,30 +174,41 @@ class Engine:
             beta2: second AdamW coefficient of this step; None keeps the one before.
         """
         started = time.perf_counter()
-        self.model.train()
+        for chunk in self.chunks:
+            chunk.train()
         self.optimizer.begin_step(len(batch.micro_batches))
         loss_scale = self.optimizer.loss_scale.clone()
-        num_valid_tokens = self.sum_over_data(self._scalar(batch.num_valid_tokens))
+        # Ranks that share the tokens of a sample, and the stages of a pipeline, all count the same ones.
+        num_valid_tokens = all_reduce(self._scalar(batch.num_valid_tokens), self.context.group("data"))
         factor = loss_scale / num_valid_tokens.clamp(min=1.0)
         loss_sum = self._scalar(0.0)
 
-        def forward(number: int) -> Tensor:
-            self.phase = f"forward of micro batch {number}"
-            output = self._forward(batch.micro_batches[number], self.statistics)
-            loss_sum.add_(output.loss_sum.detach())
-            self.phase = f"backward of micro batch {number}"
-            return output.loss_sum * factor
+        def forward(number: int, chunk: int, received: Tensor | None) -> Tensor:
+            output = self._forward(batch.micro_batches[number], chunk, received, self.statistics)
+            if not self._is_last(chunk):
+                return output
+            loss_sum.add_(output.detach())
+            return output * factor
 
-        actions = self.schedule(1, len(batch.micro_batches), 1, 0)
-        execute(actions, forward, lambda: None)
+        self._phase, self._activity = None, ""
+        self._executor.run(
+            self._schedule(len(batch.micro_batches)),
+            forward,
+            lambda number: self._new_activation(batch.micro_batches[number]),
+        )
+        self._phase = "last weight gradients"
+        with torch.no_grad():
+            for chunk in self.chunks:
+                parallel_of(chunk).end_backward()
+        self.parallel.weight_gradients.check_empty()
         backward_done = time.perf_counter()
 
-        self.phase = "optimizer step"
+        self._phase = "optimizer step"
         result = self.optimizer.step(lr, beta2)
-        self.phase = "metrics"
-        loss = self.sum_over_data(loss_sum) / num_valid_tokens.clamp(min=1.0)
-        statistics = self.statistics.result(self.sum_over_data) if self.statistics else {}
-        self.phase = "idle"
+        self._phase = "metrics"
+        loss = self.sum_over_tokens(loss_sum) / num_valid_tokens.clamp(min=1.0)
+        statistics = self.statistics.result(self.sum_over_tokens) if self.statistics else {}
+        self._phase = "idle"
         return EngineResult(
             loss=loss,
             grad_norm=result.grad_norm,
@@ -175,30 +224,63 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch, sink: TokenSink) -> None:
-        """Forward of one micro batch without gradients, its token losses taken into `sink`."""
-        self.phase = "evaluation"
-        self.model.eval()
-        self._forward(micro_batch, sink)
-        self.phase = "idle"
+        """Forward of one micro batch without gradients, its token losses taken into `sink`.
 
-    def _forward(self, micro_batch: MicroBatch, sink: TokenSink | None) -> LossOutput:
+        In a pipeline all ranks call it with the same micro batch, and only the last stage has token losses: sum what
+        the sinks of all ranks have taken in with `sum_over_tokens`.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        self._phase, self._activity = None, "evaluation, "
+        self._executor.run(
+            self._evaluation,
+            lambda _, chunk, received: self._forward(micro_batch, chunk, received, sink),
+            lambda _: self._new_activation(micro_batch),
+        )
+        self._phase = "idle"
+
+    def _schedule(self, num_micro_batches: int) -> PipelineSchedule:
+        if num_micro_batches not in self._schedules:
+            self._schedules[num_micro_batches] = with_communication(self._make_schedule(num_micro_batches))
+        return self._schedules[num_micro_batches]
+
+    def _is_last(self, chunk: int) -> bool:
+        return self.placement.after(self._executor.rank, chunk) is None
+
+    def _forward(self, micro_batch: MicroBatch, chunk: int, received: Tensor | None, sink: TokenSink | None) -> Tensor:
+        """The residual stream after a chunk, or the sum of losses after the last one."""
         micro = micro_batch.to(self.context.device)
         segments = None
         if micro.lengths is not None:
             assert micro.cu_seqlens is not None
             segments = Segments(micro.cu_seqlens, micro.lengths, max(micro.lengths))
-        hidden = self.model(micro.input_ids, micro.position_ids, segments)
+        model = self.chunks[chunk]
+        hidden = model(micro.input_ids if received is None else received, micro.position_ids, segments)
+        if not self._is_last(chunk):
+            return hidden
         # The head is read here and not called, so no hook of its own waits for its weights.
         self.optimizer.finish_gathering()
-        output = self.loss(hidden.flatten(0, 1), self.model.head_weight(), micro.labels.flatten())  # type: ignore[operator]
+        output, labels, type_ids = parallel_of(model).head_loss(model, hidden, micro.labels, micro.type_ids, self.loss)
         if sink is not None:
             assert output.correct is not None
-            sink.update(output.token_losses, output.correct, micro.labels, micro.type_ids)
-        return output
+            sink.update(output.token_losses, output.correct, labels, type_ids)
+        return output.loss_sum
+
+    def _new_activation(self, micro_batch: MicroBatch) -> Tensor:
+        """Memory for the residual stream of a micro batch, as it goes from one stage to the next."""
+        rows, num_tokens = micro_batch.input_ids.shape
+        model = cast(PipelineModel, self.chunks[0])
+        shape = rows, self.parallel.sequence_length(num_tokens), model.residual_size
+        return torch.empty(shape, dtype=model.residual_dtype, device=self.context.device)
 
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device=self.context.device)
 
-    def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor in place over all data ranks and return it."""
-        return all_reduce(tensor, self.context.group("data"))
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor in place over all ranks that compute the loss of different tokens, so that all have it.
+
+        Ranks without the last stage have no loss, and add zeros.
+        """
+        for axis in (*self.parallel.token_axes, "pipeline"):
+            all_reduce(tensor, self.context.group(axis))
+        return tensor

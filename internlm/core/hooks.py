@@ -59,7 +59,10 @@ class Hook:
         """Called before the batch of a step is loaded."""
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
-        """Called after the optimizer step. `trainer.state.step` already counts this step."""
+        """Called after the optimizer step, so not where a batch was skipped. `trainer.state.step` counts this step."""
+
+    def on_step_counted(self, trainer: RunningTrainer) -> None:
+        """Called at the end of every step, trained or skipped, after all `on_step_end`: for what is due by number."""
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
         """Called after an evaluation; `results` maps `val/<set>_loss`, `_acc`, `_plex` to numbers."""

@@ -57,7 +57,8 @@ class Trainer:
         run_dir: where the run writes.
         valid_sets: name -> batches of this data rank, as many micro batches as on every other one.
         checkpointer: None saves nothing.
-        is_skipped: step -> whether its batch is passed over without training.
+        is_skipped: step (0 for the first) -> whether its batch is passed over without training. Such a step has no
+            metrics, and counts in everything else: what is due at its number is done.
     """
 
     def __init__(
@@ -147,10 +148,11 @@ class Trainer:
             if self.is_skipped(self.state.step):
                 self._count(batch)
                 logger.info("step %d: batch skipped as configured", self.state.step)
-                continue
-            metrics = self._train_step(batch)
-            metrics.seconds.update(data=data_seconds, total=time.perf_counter() - started)
-            self._call("on_step_end", metrics)
+            else:
+                metrics = self._train_step(batch)
+                metrics.seconds.update(data=data_seconds, total=time.perf_counter() - started)
+                self._call("on_step_end", metrics)
+            self._call("on_step_counted")
 
     def _train_step(self, batch: Batch) -> StepMetrics:
         self.phase = "training step"
@@ -211,7 +213,7 @@ class Trainer:
             for batch in batches:
                 for micro_batch in batch.micro_batches:
                     self.engine.evaluate(micro_batch, sums)
-            results.update(evaluation_results(name, sums, self.engine.sum_over_data))
+            results.update(evaluation_results(name, sums, self.engine.sum_over_tokens))
         self._call("on_evaluation_end", results)
         return results
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.metrics import StepMetrics
 
 
 class EvaluationHook(Hook):
@@ -18,7 +17,7 @@ class EvaluationHook(Hook):
     def __init__(self, every: int) -> None:
         self.every = every
 
-    def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+    def on_step_counted(self, trainer: RunningTrainer) -> None:
         step = trainer.state.step
         if self.every > 0 and (step % self.every == 0 or step == trainer.total_steps):
             trainer.evaluate()

@@ -13,12 +13,12 @@ from torch import nn
 from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CONFIG_FILE, CheckpointManager
+from internlm.config.loader import check_config
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook
-from internlm.core.parallel.parallelize import parallelize
 from internlm.core.trainer import Trainer
 from internlm.data.batch_plan import parse_skip_batches
 from internlm.data.loader import TrainLoader, build_train_loader
@@ -26,9 +26,15 @@ from internlm.data.packing import Packing
 from internlm.data.valid import ValidLoader, build_valid_loaders
 from internlm.eval.hook import EvaluationHook
 from internlm.eval.metrics import TypeMetrics
+from internlm.initialize.stages import (
+    build_chunks,
+    build_layer_split,
+    build_meta_model,
+    build_pipeline_schedule,
+    reduce_dtype,
+)
 from internlm.model.architecture import Architecture
 from internlm.model.ops.cross_entropy import linear_cross_entropy
-from internlm.model.registry import build_model
 from internlm.monitor.console import ConsoleHook
 from internlm.monitor.flops import ModelShape, flops_per_token, peak_flops
 from internlm.monitor.garbage_collection import GarbageCollectionHook
@@ -49,32 +55,32 @@ logger = get_logger(__name__)
 def build_layout(config: Config, world_size: int) -> ParallelLayout:
     """The rank layout that the `parallel` section asks for."""
     parallel = config.parallel
+    tensor, num_kv_heads = parallel.tensor, config.model.num_kv_heads
+    has_copies = tensor.mode != "isp" and tensor.size > num_kv_heads
     return ParallelLayout(
         world_size=world_size,
         pipeline=parallel.pipeline.size,
-        tensor=parallel.tensor.size,
+        tensor=tensor.size,
         weight=parallel.weight.size,
         zero=parallel.zero1.size,
-        mode=parallel.tensor.mode,
+        mode=tensor.mode,
+        kv_replicas=tensor.size // num_kv_heads if has_copies else 1,
     )
 
 
-def build_meta_model(config: Config) -> nn.Module:
-    """The model without storage, for counting and for `parallelize`."""
-    with torch.device("meta"):
-        return build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
-
-
 def check_buildable(config: Config, world_size: int) -> None:
-    """Find the mistakes that only building shows (sizes of layers, phases of schedules) before any rank is connected.
+    """Find every mistake of a config before any rank is connected, also those that only building shows (sizes of
+    layers, phases of schedules).
 
     Raises:
         ConfigError: there is one.
     """
+    check_config(config, world_size)
     if config.model.is_reward:
         raise ConfigError("model.is_reward: this loop trains on the next token; a reward head needs a loop of your own")
     build_layout(config, world_size)
     build_meta_model(config)
+    build_layer_split(config)
     build_schedules(config)
     parse_skip_batches(config.data.skip_batches)
 
@@ -128,8 +134,8 @@ def build_trainer(
         ConfigError, DataError, CheckpointError: a mistake in what the user gave.
     """
     train_loader = build_loader(config, context)
-    model = parallelize(build_meta_model(config), context, seed=config.seed)
-    engine = build_engine(config, context, model, train_loader.type_names)
+    chunks = build_chunks(config, context)
+    engine = build_engine(config, context, chunks, train_loader.type_names)
     manager = CheckpointManager(
         save_folder(config),
         files={CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1), "config_file.py": config_text},
@@ -141,7 +147,7 @@ def build_trainer(
         total_steps=config.data.total_steps,
         lr=lr.lr,
         beta2=beta2.beta2,
-        hooks=build_hooks(config, context, run_dir, model, profiling=profiling),
+        hooks=build_hooks(config, context, run_dir, chunks[0], profiling=profiling),
         run_dir=run_dir,
         valid_sets=build_valid_sets(config, context),
         checkpointer=manager if config.ckpt.enable_save_ckpt else None,
@@ -199,12 +205,11 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
     )
 
 
-def build_engine(config: Config, context: ParallelContext, model: nn.Module, type_names: list[str]) -> Engine:
-    """Optimizer and loss around a model."""
+def build_engine(config: Config, context: ParallelContext, chunks: list[nn.Module], type_names: list[str]) -> Engine:
+    """Optimizer, loss and schedule around this rank's chunks of a model."""
     zero, adam = config.hybrid_zero_optimizer, config.adam
-    reduce_dtype = getattr(torch, config.reduce_comm_dtype.removeprefix("torch.")) if config.reduce_comm_dtype else None
     optimizer = HybridZeroOptimizer(
-        model,
+        chunks,
         context,
         build_scaler(config, context.device),
         betas=(adam.adam_beta1, adam.adam_beta2),
@@ -215,7 +220,7 @@ def build_engine(config: Config, context: ParallelContext, model: nn.Module, typ
         overlap_sync_grad=zero.overlap_sync_grad,
         overlap_sync_param=zero.overlap_sync_param,
         reduce_bucket_size=zero.reduce_bucket_size,
-        reduce_dtype=reduce_dtype or torch.float32,
+        reduce_dtype=reduce_dtype(config),
     )
     loss = partial(
         linear_cross_entropy,
@@ -223,7 +228,8 @@ def build_engine(config: Config, context: ParallelContext, model: nn.Module, typ
         z_loss_coeff=config.loss.z_loss_coeff,
         with_accuracy=True,
     )
-    return Engine(model, optimizer, context, loss, TypeMetrics(type_names, context.device))
+    statistics = TypeMetrics(type_names, context.device)
+    return Engine(chunks, optimizer, context, loss, statistics, build_pipeline_schedule(config))
 
 
 def build_scaler(config: Config, device: torch.device) -> GradScaler:

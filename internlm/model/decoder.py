@@ -75,6 +75,7 @@ class Decoder(nn.Module):
         layers: by number, "0" to "L - 1".
         is_first: it embeds tokens; otherwise its input is the residual stream.
         is_last: it ends with the final norm; otherwise its output is the residual stream.
+        residual_size, residual_dtype: of the residual stream, which goes from one stage to the next.
     """
 
     roles: Mapping[str, Role] = DECODER_ROLES
@@ -88,6 +89,8 @@ class Decoder(nn.Module):
         self.heads = HeadShape(a.num_heads, a.num_kv_heads, a.head_dim)
         self.vocab_size, self.has_tied_head = a.vocab_size, a.tie_word_embeddings
         self.is_first = self.is_last = True
+        self.residual_size = a.hidden_size
+        self.residual_dtype = torch.float32 if a.residual_in_fp32 else a.dtype
         self.layers = nn.ModuleDict({str(layer): DecoderLayer(a, layer) for layer in range(a.num_layers)})
         self.norm = make_norm(a)
         if not a.tie_word_embeddings:

@@ -13,7 +13,6 @@ import sys
 import torch
 
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.metrics import StepMetrics
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -50,7 +49,7 @@ class GarbageCollectionHook(Hook):
             gc.collect()
             gc.disable()
 
-    def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+    def on_step_counted(self, trainer: RunningTrainer) -> None:
         if self.every > 0 and trainer.state.step % self.every == 0:
             gc.collect()
             if torch.cuda.is_available():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.pipelines import Run, batch_of, build_engine
 from helpers.ranks import RankPool
 from helpers.runs import assert_same_bits, train
 from helpers.sharded import (
@@ -29,6 +30,7 @@ from helpers.sharded import (
 )
 
 from internlm.checkpoint.manager import CheckpointManager
+from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import TrainState
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
@@ -117,6 +119,55 @@ def test_every_element_is_written_once(tmp_path: Path, ranks: Callable[[int], Ra
                     chunk = metadata.state_dict_metadata[key].chunks[index.index]  # type: ignore[union-attr,index]
                     count[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
             assert (count == 1).all(), (name, key)
+
+
+# -- pipelines ---------------------------------------------------------------------------------------------------------
+
+
+def pipeline_steps(run: Run, folder: str, start: int, stop: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Steps `start` to `stop` from the checkpoint of step `start`, unless that is 0; saved. Losses and weights."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    context = ParallelContext.create(ParallelLayout(world_size=world, pipeline=run.pipeline))
+    engine = build_engine(run, context)
+    trainer: Any = SimpleNamespace(
+        engine=engine,
+        state=TrainState(),
+        context=context,
+        train_loader=None,
+        hooks=[],
+        num_skipped_updates=torch.zeros(()),
+    )
+    manager = CheckpointManager(folder)
+    if start:
+        manager.load(trainer, Path(folder) / str(start))
+    losses = [float(engine.train_step(batch_of(step, context, 4), lr=LR).loss) for step in range(start, stop)]
+    trainer.state.step = stop
+    manager.save(trainer)
+    weights = {name: p.detach().clone() for chunk in engine.chunks for name, p in chunk.named_parameters()}
+    context.close()
+    return losses, weights
+
+
+@pytest.mark.parametrize(("mode", "num_chunks"), [("1F1B", 1), ("1F1B", 2), ("ZBV", 2)])
+def test_a_pipeline_and_one_process_load_each_others_checkpoints(
+    tmp_path: Path, ranks: Callable[[int], RankPool], mode: str, num_chunks: int
+) -> None:
+    """A tied embedding on both ends; two steps in a pipeline, one in one process, one in the pipeline again."""
+    model = {"num_layers": 4, "tie_word_embeddings": True}
+    alone, pipeline = Run(model=model), Run(mode, 2, num_chunks, model=model)
+    straight, _ = pipeline_steps(alone, str(tmp_path / "straight"), 0, 4)
+    folder = str(tmp_path / "parts")
+    first = ranks(2).run(pipeline_steps, pipeline, folder, 0, 2)
+    middle, weights = pipeline_steps(alone, folder, 2, 3)
+    last = ranks(2).run(pipeline_steps, pipeline, folder, 3, 4)
+    assert {name for _, on_rank in first for name in on_rank} == weights.keys()
+    torch.testing.assert_close(first[0][0] + middle + last[0][0], straight, rtol=1e-5, atol=0)
+    # In the same layout: the same bits as without the pause.
+    again = ranks(2).run(pipeline_steps, pipeline, str(tmp_path / "again"), 0, 3)
+    paused = ranks(2).run(pipeline_steps, pipeline, folder, 2, 3)
+    for (losses, after), (paused_losses, paused_after) in zip(again, paused, strict=True):
+        assert losses[2:] == paused_losses
+        assert_same_bits(after, paused_after)
 
 
 # -- whole runs under FSDP --------------------------------------------------------------------------------------------

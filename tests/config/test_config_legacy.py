@@ -11,11 +11,6 @@ CASES = [
     ({"parallel": {"tensor": 2}}, {"parallel": {"tensor": {"size": 2}}}, "parallel.tensor = 2"),
     ({"parallel": {"pipeline": 2}}, {"parallel": {"pipeline": {"size": 2}}}, "parallel.pipeline = 2"),
     (
-        {"parallel": {"weight": {"size": 1, "memory_pool": True}}},
-        {"parallel": {"weight": {"size": 1}}},
-        "parallel.weight.memory_pool is ignored",
-    ),
-    (
         {"hybrid_zero_optimizer": {"zero_overlap_communication": True}},
         {"hybrid_zero_optimizer": {"overlap_sync_grad": True}},
         "hybrid_zero_optimizer.zero_overlap_communication is read as hybrid_zero_optimizer.overlap_sync_grad",

@@ -130,10 +130,11 @@ def test_all_kinds_of_mistakes_come_together(write):
     path = write(
         """\
         data = dict(seq_len="long", micro_bsz=2, total_steps=10, gradient_accumulation=3)
-        model = dict(vocab_size=64, hidden_size=33, num_layers=2, num_attention_heads=4, norm_type="batchnorm")
+        model = dict(vocab_size=64, hidden_size=34, num_layers=2, num_attention_heads=4, norm_type="batchnorm")
         ckpt = dict(save_ckpt_folder="runs")
         parallel = dict(tensor=dict(size=2), zero1=dict(size=3))
         adam = dict(lr=-1, beta=3)
+        output_tf32 = True
         """
     )
     found = "\n".join(mistakes(path, world_size=8))
@@ -141,9 +142,9 @@ def test_all_kinds_of_mistakes_come_together(write):
         ":1: data.seq_len = 'long': it must be a valid integer",
         ":1: data.gradient_accumulation = 3 must equal data.micro_num = 1",
         ":2: model.norm_type = 'batchnorm': it must be one of 'rmsnorm' or 'layernorm'",
-        ":2: model.hidden_size = 33 is not divisible by model.num_attention_heads = 4",
+        ":2: model.hidden_size = 34 is not divisible by model.num_attention_heads = 4",
         ":3: ckpt.checkpoint_every = None: saving is on",
-        ":4: parallel.tensor.size = 2: tensor parallelism is not yet supported; set it to 1",
+        ":6: output_tf32 = True: tf32 for the head alone is not yet supported; set it to False",
         ":4: parallel.zero1.size = 3 does not divide the 4 data-parallel ranks (world size 8); use -1 (all of them) or "
         "one of 1, 2, 4",
         ":5: adam.lr = -1: it must be greater than or equal to 0",
@@ -306,19 +307,88 @@ def test_notices(write):
         ckpt = dict(enable_save_ckpt=False, oss_snapshot_freq=25, load_ckpt_info=dict(path=None))
         use_apex_adam = True
         loss = dict(op_type="flash_vocab_parallel")
+        parallel = dict(fsdp=dict(enable=True, mode="v1", init_method="cuda"), weight=dict(layer_fuse_isp_comm=True))
         """
     )
     assert sorted(load_config(path).notices) == sorted(
         [
             "model.dtype is not set: torch.bfloat16 is used (InternEvo would use torch.float16)",
             "data.packed_length = 999 is ignored: it is always data.seq_len * data.micro_bsz = 32",
-            "no effect: model.parallel_output = False (the fused loss never needs the whole logits)",
+            "no effect: model.parallel_output = False (the loss of split logits equals that of whole ones)",
             "no effect: use_apex_adam = True (torch's fused AdamW is used)",
+            "no effect: parallel.fsdp.mode = 'v1' (torch's fully_shard, which is v2, is what runs)",
+            "no effect: parallel.fsdp.init_method = 'cuda' (models are built on the meta device and filled where they "
+            "train)",
+            "no effect: parallel.weight.layer_fuse_isp_comm = True (weights that share an input are gathered at once "
+            "already)",
             "no effect: loss.op_type = 'flash_vocab_parallel' (one fused cross entropy serves every kind)",
             "no effect: ckpt.oss_snapshot_freq (saving is off)",
             "ckpt.load_ckpt_info has no path: nothing is loaded from it",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    "pipeline, chunks, notice",
+    [
+        (dict(size=1), 2, "model.num_chunks = 2 is ignored: there is no pipeline"),
+        (dict(size=2, mode="ZBV"), 1, "model.num_chunks = 1 is ignored: a stage of ZBV has 2 chunks"),
+        (dict(size=2, mode="dualpipev"), 4, "model.num_chunks = 4 is ignored: a stage of DUALPIPEV has 2 chunks"),
+        (dict(size=2, mode="ZBV"), 2, None),
+        (dict(size=1), 1, None),
+    ],
+)
+def test_a_number_of_chunks_that_cannot_be_is_told(write, pipeline, chunks, notice):
+    text = textwrap.dedent(GOOD) + f"model['num_chunks'] = {chunks}\nparallel = dict(pipeline={pipeline})\n"
+    path = write(text + "model['num_layers'] = 4\ndata['micro_num'] = 4\n")
+    notices = [line for line in load_config(path, world_size=pipeline["size"]).notices if "num_chunks" in line]
+    assert notices == ([notice] if notice else [])
+
+
+@pytest.mark.parametrize(
+    "changes, ranks, notice",
+    [
+        (
+            ["parallel.pipeline.size=2", "data.micro_num=4", "data.gradient_accumulation=2"],
+            2,
+            "data.gradient_accumulation = 2 is ignored: a pipeline accumulates all data.micro_num = 4 micro-batches",
+        ),
+        (
+            ["parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "data.micro_num=3", "model.num_layers=4"],
+            2,
+            "data.micro_num = 3: ZBV keeps its stages busy with 2 * parallel.pipeline.size = 4 micro-batches or more",
+        ),
+        (
+            ["parallel.tensor.size=2", "model.vocab_size=63"],
+            2,
+            "model.vocab_size = 63 is not divisible by parallel.tensor.size = 2: the last shards are filled up with "
+            "rows that nothing reads",
+        ),
+        (
+            ["parallel.weight.size=4", "parallel.tensor.mode=isp", "model.vocab_size=63"],
+            4,
+            "model.vocab_size = 63 is not divisible by parallel.weight.size = 4: the last shards are filled up with "
+            "rows that nothing reads",
+        ),
+        (["parallel.tensor.size=2", "parallel.tensor.mode=isp", "model.vocab_size=63"], 2, None),
+        (
+            ["parallel.tensor.size=4", "model.hidden_size=30", "model.head_dim=8"],
+            4,
+            "model.embed_split_hidden = True is ignored: model.hidden_size = 30 is not divisible by "
+            "parallel.tensor.size = 4, so the vocabulary of the embedding is split",
+        ),
+        (["parallel.tensor.size=4", "model.hidden_size=30", "model.head_dim=8", "parallel.tensor.mode=isp"], 4, None),
+        (
+            ["parallel.fsdp.enable=True", "parallel.zero1.size=1"],
+            2,
+            "parallel.zero1.size = 1: FSDP splits weights over these ranks, thus not at all; set it to -1",
+        ),
+        (["parallel.fsdp.enable=True"], 2, None),
+        (["parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "data.micro_num=4", "model.num_layers=4"], 2, None),
+    ],
+)
+def test_what_a_layout_does_unasked_is_told(write, changes, ranks, notice):
+    assert load_config(write(GOOD), changes, world_size=ranks).notices == ([notice] if notice else [])
 
 
 def test_folders_from_the_environment(write, monkeypatch):

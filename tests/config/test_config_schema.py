@@ -49,7 +49,7 @@ INTERNEVO_KEYS = {
     "parallel.tensor": "size mode",
     "parallel.pipeline": "size interleaved_overlap mode",
     "parallel.weight": "size overlap launch_allgather_before forward_overlap_per early_reduce_scatter_release "
-    "layer_fuse_isp_comm",
+    "layer_fuse_isp_comm memory_pool",
     "parallel.expert_weight": "size overlap launch_allgather_before forward_overlap_per early_reduce_scatter_release "
     "layer_fuse_isp_comm",
     "parallel.expert": "size no_tp",
@@ -221,11 +221,28 @@ def test_qk_interleaved_follows_adapt_hf():
     assert ModelConfig(**SHAPE, adapt_hf=True).qk_interleaved is False
 
 
-def test_pipeline_modes_in_any_case_and_the_chunks_of_zbv():
-    zbv = small(parallel=dict(pipeline=dict(size=2, mode="zbv")))
-    assert zbv.parallel.pipeline.mode == "ZBV"
-    assert zbv.model.num_chunks == 2
-    assert small(parallel=dict(pipeline=dict(size=1, mode="zbv"))).model.num_chunks == 1
+@pytest.mark.parametrize("mode", ["zbv", "DualPipeV"])
+def test_pipeline_modes_in_any_case_and_the_chunks_of_a_v(mode):
+    config = small(parallel=dict(pipeline=dict(size=2, mode=mode)))
+    assert config.parallel.pipeline.mode == mode.upper()
+    assert config.model.num_chunks == 2
+    assert small(parallel=dict(pipeline=dict(size=1, mode=mode))).model.num_chunks == 1
+
+
+def test_chunks_are_for_pipelines():
+    model = ModelConfig(**SHAPE, num_chunks=3)
+    assert small(model=model, parallel=dict(pipeline=dict(size=2))).model.num_chunks == 3
+    assert small(model=model).model.num_chunks == 1
+    assert model.num_chunks == 3
+
+
+def test_layers_of_each_stage_are_a_word_or_a_list():
+    def split(value):
+        return small(parallel=dict(pipeline=dict(layer_split=value))).parallel.pipeline.layer_split
+
+    assert [split("uniform"), split("cost"), split([3, 1])] == ["uniform", "cost", (3, 1)]
+    with pytest.raises(ValidationError, match="uniform"):
+        split("even")
 
 
 def test_infinite_intervals_are_never():

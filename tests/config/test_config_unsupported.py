@@ -53,7 +53,7 @@ def keys(*statuses):
         if key_info(field).status in statuses
         and not key_info(field).forced
         and "rope_scaling" not in path
-        and path != "ckpt.load_ckpt_info"
+        and path not in ("ckpt.load_ckpt_info", "model.num_chunks")  # the second is 1 without a pipeline
     ]
 
 

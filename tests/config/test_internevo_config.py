@@ -167,14 +167,17 @@ def test_it_loads_unchanged(path, world_size):
 
 def test_each_habit_gets_one_notice(path):
     notices = load_config(path).notices
-    assert notices[:3] == [
-        "parallel.weight.memory_pool is ignored: the pool no longer exists",
+    assert notices[:2] == [
         "monitor.tensorboard is read as tensorboard",
         "ckpt.load_ckpt_folder is ignored, because ckpt.load_ckpt_info is given",
     ]
     assert "no effect: ckpt.async_upload = True (local folders are written directly)" in notices
     assert "no effect: ckpt.oss_snapshot_freq (saving is off)" in notices
     assert sum(notice.startswith("no effect: generation.ckpt_folder") for notice in notices) == 1
+    assert (
+        "no effect: parallel.pipeline.interleaved_overlap = True (messages always travel while stages compute)"
+        in notices
+    )
     assert len(notices) == 6
 
 
@@ -200,6 +203,5 @@ def test_what_it_may_ask_for_that_is_not_there_yet(path):
         "ckpt.oss_snapshot_freq",
         "ckpt.stop_file_path",
         "model.num_experts",
-        "parallel.tensor.size",
         "monitor.alert.enable_feishu_alert",
     }

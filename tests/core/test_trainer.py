@@ -21,6 +21,7 @@ from internlm.checkpoint.folder import complete_steps
 from internlm.core.communication.collectives import Done
 from internlm.core.hooks import Hook
 from internlm.data.batch import Batch
+from internlm.eval.hook import EvaluationHook
 from internlm.model.ops.attention import Segments
 
 
@@ -105,6 +106,44 @@ def test_skipped_batches_are_counted_but_not_trained(tmp_path: Path) -> None:
     assert len(record.losses) == 3
     assert record.losses[0] == everything["losses"][0]
     assert (state.step, state.num_consumed_samples) == (4, 16)
+
+
+class Evaluations(Hook):
+    """Keeps the step and the loss of every evaluation."""
+
+    name = "evaluations"
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+
+    def on_evaluation_end(self, trainer: Any, results: dict[str, float]) -> None:
+        self.steps.append(trainer.state.step)
+        self.losses.append(results["val/books_loss"])
+
+
+def run_with_skips(folder: Path, skipped: set[int], resume_from: int | None = None) -> tuple[Record, Evaluations]:
+    """Six steps, evaluated after each and saved after every second; the steps of `skipped` (from 1) are passed over."""
+    record, evaluations = Record(), Evaluations()
+    trainer = new_trainer(folder, 6, every=2, hooks=[record, EvaluationHook(1), evaluations])
+    trainer.valid_sets = {"books": [Batch([micro_batch(50)], num_samples=1)]}
+    trainer.is_skipped = lambda step: step + 1 in skipped
+    if resume_from is not None:
+        trainer.checkpointer.load(trainer, folder / str(resume_from))  # type: ignore[union-attr]
+    trainer.fit()
+    return record, evaluations
+
+
+def test_what_is_due_at_a_skipped_step_is_done(tmp_path: Path) -> None:
+    whole, evaluations = run_with_skips(tmp_path, {4, 6})
+    assert complete_steps(tmp_path) == [2, 4, 6]
+    assert evaluations.steps == [1, 2, 3, 4, 5, 6]
+    # A step without training leaves the weights as they were.
+    assert evaluations.losses[3] == evaluations.losses[2] and evaluations.losses[5] == evaluations.losses[4]
+    assert len(set(evaluations.losses)) == 4
+    resumed, _ = run_with_skips(tmp_path, {4, 6}, resume_from=4)
+    assert resumed.losses == whole.losses[3:]
+    assert len(resumed.losses) == 1
 
 
 def test_the_weights_of_the_last_update_are_there_after_fit(ranks: Callable[[int], RankPool]) -> None:

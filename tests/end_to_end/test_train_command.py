@@ -298,12 +298,12 @@ def test_dry_run_for_more_ranks_than_there_are(look: Callable[..., Run]) -> None
 def test_all_mistakes_of_a_config_are_told_at_once(look: Callable[..., Run], tmp_path: Path) -> None:
     config = (tmp_path / "config.py").read_text()
     config = config.replace("hidden_size=32", "hidden_sise=32").replace("seq_len=16", "seq_len=-1")
-    (tmp_path / "other.py").write_text(config + "ckpt['checkpoint_every'] = 0\nparallel = dict(tensor=dict(size=2))\n")
+    (tmp_path / "other.py").write_text(config + "ckpt['checkpoint_every'] = 0\noutput_tf32 = True\n")
     text = look("--config", "other.py", "--set", "adam.lr=fast", code=2).output
     assert re.search(r"other\.py:14: .*model\.hidden_sise.*Did you mean '(model\.)?hidden_size'\?", text)
     assert re.search(r"other\.py:5: .*data\.seq_len", text)
     assert re.search(r"ckpt\.checkpoint_every = 0", text)
-    assert re.search(r"parallel\.tensor\.size = 2: tensor parallelism is not yet supported", text)
+    assert re.search(r"output_tf32 = True: tf32 for the head alone is not yet supported", text)
     assert re.search(r"--set: .*adam\.lr", text)
     assert text.startswith("error: ")
 

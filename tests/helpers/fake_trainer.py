@@ -87,6 +87,8 @@ class FakeTrainer:
                 metrics = self.metrics(self.state.step)
                 for hook in self.hooks:
                     hook.on_step_end(self, metrics)
+                for hook in self.hooks:
+                    hook.on_step_counted(self)
         except RuntimeError as error:
             for hook in self.hooks:
                 hook.on_exception(self, error)

@@ -25,7 +25,7 @@ class Watch(Hook):
         self.enabled: list[bool] = []
         self.collections: list[int] = []
 
-    def on_step_end(self, trainer, metrics):
+    def on_step_counted(self, trainer):
         self.enabled.append(gc.isenabled())
         self.collections.append(gc.get_stats()[2]["collections"])
 

@@ -18,6 +18,7 @@ import internlm.solver.optimizer.flat_bucket as flat_bucket
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import Hook
+from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
 from internlm.data.batch import Batch
@@ -203,6 +204,7 @@ class WithOddParameters(nn.Module):
     def __init__(self, inner: nn.Module, width: int = 32) -> None:
         super().__init__()
         self.inner = inner
+        self.parallel = parallel_of(inner)
         self.unused = nn.Parameter(torch.ones(5, 7))
         self.sometimes = nn.Parameter(torch.ones(width))
         for parameter in inner.layers["0"].parameters():  # type: ignore[union-attr,operator]

@@ -121,12 +121,17 @@ class ModelConfig(Section):
     embed_grad_scale: float = key(1.0, "Factor on the gradient of the embedding.", ge=0)
 
     # Layout of the model over ranks.
-    num_chunks: int = later(1, "Model chunks of a pipeline stage.", "the interleaved pipeline", ge=1)
-    parallel_output: bool = no_effect(
-        True, "Leave logits split over the vocabulary.", "the fused loss never needs the whole logits"
+    num_chunks: int = key(
+        1, "Model chunks of a pipeline stage; always 1 without a pipeline, 2 with the modes ZBV and DUALPIPEV.", ge=1
     )
-    embed_split_hidden: bool = no_effect(
-        True, "Split the embedding over hidden, not vocabulary.", "the parallel mode decides how weights are split"
+    embed_split_hidden: bool = used_with(
+        True,
+        "Tensor ranks (not of isp) split the embedding over hidden (True) or vocabulary (False); a tied one is split "
+        "over the vocabulary, as its head.",
+        "parallel.tensor.size",
+    )
+    parallel_output: bool = no_effect(
+        True, "Leave logits split over the vocabulary.", "the loss of split logits equals that of whole ones"
     )
     dropout_selective_checkpoint: bool = no_effect(True, "Leave dropout out of recomputation.", "there is no dropout")
     device: Literal["cuda", "cpu", "meta"] = no_effect(
@@ -166,6 +171,11 @@ class ModelConfig(Section):
     def uses_tf32(self) -> bool:
         """Whether float32 matrix products may use TensorFloat-32."""
         return self.dtype == "torch.tf32"
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads: num_kv_attention_heads, or as many as query heads."""
+        return self.num_kv_attention_heads or self.num_attention_heads
 
     @property
     def ffn_size(self) -> int:

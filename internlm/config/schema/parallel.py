@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from internlm.config.schema.base import Section, key, later, section, used_with
+from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
 
 PipelineMode = Annotated[
-    Literal["1F1B", "ZBH1", "ZBV"], BeforeValidator(lambda mode: mode.upper() if isinstance(mode, str) else mode)
+    Literal["1F1B", "ZBH1", "ZBV", "DUALPIPEV"],
+    BeforeValidator(lambda mode: mode.upper() if isinstance(mode, str) else mode),
 ]
 
 
@@ -17,33 +18,58 @@ class Zero1Config(Section):
     """Sharding of the optimizer's state."""
 
     size: int = key(-1, "Ranks that share one optimizer state; -1 (or any value <= 0): all data ranks; 1: no sharding.")
-    fsdp: bool = later(False, "Shard the parameters too.", "FSDP")
+    fsdp: bool = key(False, "Shard the parameters too: the older spelling of parallel.fsdp.enable.")
 
 
 class TensorConfig(Section):
     """Tensor or sequence parallelism."""
 
-    size: int = later(1, "Ranks of a tensor (isp: sequence) group.", "tensor parallelism", ge=1)
-    mode: Literal["mtp", "msp", "fsp", "isp"] = key("mtp", "How tensors are split; all are the same at size 1.")
+    size: int = key(1, "Ranks of a tensor (isp: sequence) group.", ge=1)
+    mode: Literal["mtp", "msp", "fsp", "isp"] = key(
+        "mtp", "How a group shares the work: see doc/parallelism.md. All are the same at size 1."
+    )
 
 
 class PipelineConfig(Section):
     """Pipeline parallelism."""
 
-    size: int = later(1, "Pipeline stages.", "pipeline parallelism", ge=1)
-    interleaved_overlap: bool = used_with(False, "Overlap communication, when interleaved.", "parallel.pipeline.size")
-    mode: PipelineMode = used_with("1F1B", "Schedule: 1F1B, ZBH1 or ZBV, in any case.", "parallel.pipeline.size")
+    size: int = key(1, "Pipeline stages.", ge=1)
+    mode: PipelineMode = used_with(
+        "1F1B",
+        "Schedule, in any case of letters; 1F1B with model.num_chunks above 1 is interleaved, ZBV and DUALPIPEV have "
+        "2 chunks.",
+        "parallel.pipeline.size",
+    )
+    layer_split: Literal["uniform", "cost"] | tuple[int, ...] = used_with(
+        "uniform",
+        "Layers of each stage: as many on each, by the cost of embedding and head too, or a list of numbers, one for "
+        "each chunk of each stage in the order of the layers.",
+        "parallel.pipeline.size",
+    )
+    interleaved_overlap: bool = no_effect(
+        False, "Overlap messages with computation, when interleaved.", "messages always travel while stages compute"
+    )
+
+    @property
+    def forced_num_chunks(self) -> int | None:
+        """The model chunks of a stage where the pipeline leaves no choice: no pipeline, or one shaped as a V."""
+        if self.size == 1:
+            return 1
+        return 2 if self.mode in ("ZBV", "DUALPIPEV") else None
 
 
 def _weight_keys(owner: str) -> dict[str, Any]:
     """The keys that refine a weight-parallel group; `owner` is the dotted path of its section."""
-    size = f"{owner}.size"
+    size, overlap = f"{owner}.size", f"{owner}.overlap"
     return {
         "overlap": used_with(False, "Gather weights and reduce gradients while computing.", size),
-        "before": used_with("wo", "Module before which the next layer's gather starts.", size),
-        "per": used_with("layer", "Gather ahead by layer or by module.", size),
-        "early": used_with(True, "Free the gradient as soon as it is reduced.", size),
-        "fuse": used_with(False, "One gather for all weights of a layer.", size),
+        "before": used_with("wo", "Module before which the next layer's gather starts.", overlap),
+        "per": used_with("layer", "Gather ahead by layer or by module.", overlap),
+        "early": used_with(True, "Free a reduced gradient as soon as the next one is reduced.", overlap),
+        "pool": used_with(False, "Keep the buffers of gathered weights and use them again.", size),
+        "fuse": no_effect(
+            False, "One gather for all weights of a layer.", "weights that share an input are gathered at once already"
+        ),
     }
 
 
@@ -54,11 +80,12 @@ _EXPERT_WEIGHT = _weight_keys("parallel.expert_weight")
 class WeightConfig(Section):
     """Weight parallelism (isp): each rank holds a part of every weight."""
 
-    size: int = later(1, "Ranks that share one copy of the weights.", "weight parallelism", ge=1)
+    size: int = key(1, "Ranks that share one copy of the weights; above 1 with parallel.tensor.mode 'isp'.", ge=1)
     overlap: bool = _WEIGHT["overlap"]
     launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = _WEIGHT["before"]
     forward_overlap_per: Literal["layer", "module"] = _WEIGHT["per"]
     early_reduce_scatter_release: bool = _WEIGHT["early"]
+    memory_pool: bool = _WEIGHT["pool"]
     layer_fuse_isp_comm: bool = _WEIGHT["fuse"]
 
 
@@ -70,6 +97,7 @@ class ExpertWeightConfig(Section):
     launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = _EXPERT_WEIGHT["before"]
     forward_overlap_per: Literal["layer", "module"] = _EXPERT_WEIGHT["per"]
     early_reduce_scatter_release: bool = _EXPERT_WEIGHT["early"]
+    memory_pool: bool = _EXPERT_WEIGHT["pool"]
     layer_fuse_isp_comm: bool = _EXPERT_WEIGHT["fuse"]
 
 
@@ -116,10 +144,14 @@ class Sequence2DConfig(Section):
 class FsdpConfig(Section):
     """Fully sharded data parallelism."""
 
-    enable: bool = later(False, "Shard parameters, gradients and optimizer state over the data ranks.", "FSDP")
-    mode: Literal["v1", "v2"] = used_with("v1", "Generation of torch's FSDP.", "parallel.fsdp.enable")
-    init_method: Literal["cuda", "cpu", "meta"] = used_with(
-        "cuda", "Where parameters are made.", "parallel.fsdp.enable"
+    enable: bool = key(
+        False, "Shard parameters and gradients too over the ranks that share one optimizer state (zero1.size)."
+    )
+    mode: Literal["v1", "v2"] = no_effect(
+        "v2", "Generation of torch's FSDP.", "torch's fully_shard, which is v2, is what runs"
+    )
+    init_method: Literal["cuda", "cpu", "meta"] = no_effect(
+        "meta", "Where parameters are made.", "models are built on the meta device and filled where they train"
     )
 
 

@@ -87,9 +87,9 @@ class Config(Section):
     )
     only_load_lr: bool = later(False, "Resume only the learning rate of the optimizer.", "partial optimizer state")
     gradient_handler: list[Any] | None = later(None, "Further gradient handlers.", "gradient handlers", accepts=([],))
-    TENSOR_SHAPE: Any = later(None, "Shape of pipeline messages.", "forcing the shape of pipeline messages")
-    fsdp_wrap_cls: list[dict[str, str]] | None = used_with(
-        None, "Classes that FSDP wraps, as dict(mod, mod_cls).", "parallel.fsdp.enable"
+    TENSOR_SHAPE: Any = no_effect(None, "Shape of pipeline messages.", "every stage knows the shapes without it")
+    fsdp_wrap_cls: list[dict[str, str]] | None = no_effect(
+        None, "Classes that FSDP wraps, as dict(mod, mod_cls).", "FSDP wraps each layer, and the rest of the model"
     )
     int8_training: bool = later(False, "Matrix products in int8.", "int8 training")
     int8_mode: str | None = used_with(None, "Granularity of int8 scales.", "int8_training")
@@ -106,9 +106,9 @@ class Config(Section):
         }
         if missing:
             self._derive(beta2_scheduler=_derived(beta2, **missing))
-        if self.parallel.pipeline.size > 1 and self.parallel.pipeline.mode == "ZBV":
-            # The V of this schedule is two chunks a stage, whatever the file says.
-            self._derive(model=_derived(self.model, num_chunks=2))
+        num_chunks = self.parallel.pipeline.forced_num_chunks
+        if num_chunks is not None:
+            self._derive(model=_derived(self.model, num_chunks=num_chunks))
         return self
 
 

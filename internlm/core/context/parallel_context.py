@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,7 @@ class ParallelContext:
     rank: int
     device: torch.device
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+    _named_groups: dict[Hashable, tuple[tuple[int, ...], dist.ProcessGroup]] = field(default_factory=dict, repr=False)
     _own: dict[tuple[str, str], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -72,6 +74,21 @@ class ParallelContext:
             self._own[axis, view] = None if len(ranks) == 1 else self._groups[ranks]
         return self._own[axis, view]
 
+    def make_named_group(self, name: Hashable, ranks: Sequence[int]) -> None:
+        """Make a process group for one purpose alone, unless there is one of that name; collective over all ranks."""
+        if name not in self._named_groups:
+            self._named_groups[name] = tuple(ranks), dist.new_group(list(ranks))
+
+    def named_group(self, name: Hashable) -> dist.ProcessGroup:
+        """A process group of this rank that `make_named_group` made.
+
+        Raises:
+            RuntimeError: the context was closed.
+        """
+        if name not in self._named_groups:
+            raise RuntimeError(f"the process group {name} is gone: its ParallelContext was closed")
+        return self._named_groups[name][1]
+
     def size(self, axis: str, view: str = "activation") -> int:
         """Number of ranks along an axis."""
         return self.view(view).size(axis)
@@ -96,9 +113,10 @@ class ParallelContext:
         return self.rank == 0
 
     def close(self) -> None:
-        """Give back the process groups made by `create` (not the default group)."""
-        for ranks, group in self._groups.items():
+        """Give back the process groups of this context (not the default group)."""
+        for ranks, group in (*self._groups.items(), *self._named_groups.values()):
             if self.rank in ranks:
                 dist.destroy_process_group(group)
         self._groups.clear()
+        self._named_groups.clear()
         self._own.clear()

@@ -59,10 +59,7 @@ def apply_fsdp(model: nn.Module, context: ParallelContext, *, reduce_dtype: torc
     if group is None:
         return model
     specs = {name: shard_spec_of(parameter) for name, parameter in model.named_parameters()}
-    layers = layers_of(model)
-    inner = {parameter for layer in layers for parameter in layer.parameters()}
-    kept = {p for layer in layers for p in _odd_ones(layer.parameters())}
-    kept |= _odd_ones(p for p in model.parameters() if p not in inner)
+    layers, kept = layers_of(model), kept_whole(model)
 
     mesh = DeviceMesh.from_group(group, context.device.type)
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
@@ -79,6 +76,14 @@ def apply_fsdp(model: nn.Module, context: ParallelContext, *, reduce_dtype: torc
             assert parameter.to_local().shape == spec.local_shape
             attach_shard_spec(parameter, spec)
     return model
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that FSDP does not split, for they cannot travel with the rest of their layer."""
+    layers = layers_of(model)
+    inner = {parameter for layer in layers for parameter in layer.parameters()}
+    kept = {p for layer in layers for p in _odd_ones(layer.parameters())}
+    return kept | _odd_ones(p for p in model.parameters() if p not in inner)
 
 
 def rows_of(spec: ShardSpec, size: int, index: int) -> ShardSpec:

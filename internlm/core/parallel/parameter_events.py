@@ -26,8 +26,9 @@ def subscribe(parameter: nn.Parameter, receiver: Receiver, wait_until_readable: 
 
     def take(leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
-        assert gradient is not None
-        receiver(gradient)
+        # The hook is called all the same where a backward pass gave no gradient because it comes later.
+        if gradient is not None:
+            receiver(gradient)
 
     parameter.register_post_accumulate_grad_hook(take)
     parameter.gradient_receiver = receiver  # type: ignore[attr-defined]

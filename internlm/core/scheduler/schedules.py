@@ -1,20 +1,204 @@
-"""Schedules: pure functions from the shape of a pipeline to the list of actions of one stage."""
+"""Schedules: pure functions from the shape of a pipeline to what each of its ranks does, in order.
+
+Each schedule is written as its source draws it: phases, each a few actions repeated. "F0" is the next forward of chunk
+0, "B1" the next backward of chunk 1, "I0" the next backward of chunk 0 for its input alone, and "W" the oldest weight
+gradient that is still due. In the formulas p is the number of ranks, m of micro batches, c of chunks, r the rank.
+
+A list for more micro batches than there are is cut to those that exist: dependencies join actions of one micro batch
+only, so what remains can still run, in no more memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 from internlm.core.scheduler.actions import Action, ActionKind
+from internlm.core.scheduler.placement import Placement
+from internlm.utils.errors import ConfigError
 
-Schedule = Callable[[int, int, int, int], list[Action]]
-"""(number of stages, number of micro batches, chunks a stage, stage) -> the stage's actions in order."""
+
+@dataclass(frozen=True)
+class PipelineSchedule:
+    """What every rank of a pipeline does in one step.
+
+    Attributes:
+        name: for people.
+        placement: which rank holds which stage.
+        actions: by rank along the pipeline, in order.
+    """
+
+    name: str
+    placement: Placement
+    actions: tuple[tuple[Action, ...], ...]
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro batches of the step."""
+        return 1 + max(action.micro_batch for action in self.actions[0])
+
+    @cached_property
+    def max_alive(self) -> int:
+        """The most activations that any rank keeps for backward passes at once."""
+        most = 0
+        for actions in self.actions:
+            alive = 0
+            for action in actions:
+                if action.kind is ActionKind.FORWARD:
+                    alive += 1
+                    most = max(most, alive)
+                elif action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
+                    alive -= 1
+        return most
 
 
-def non_pipeline(num_stages: int, num_micro_batches: int, num_chunks: int, stage: int) -> list[Action]:
-    """One stage: forward and backward of one micro batch after the other, so one micro batch is alive at a time."""
-    if (num_stages, num_chunks, stage) != (1, 1, 0):
-        raise ValueError(f"the non-pipeline schedule is for 1 stage and 1 chunk, not {num_stages} and {num_chunks}")
+@dataclass(frozen=True)
+class _Mode:
+    """A kind of schedule: `phases(p, m, c, r)` gives the actions of a rank, `name` says it to people."""
+
+    name: str
+    shape: Literal["loop", "v"]
+    phases: Callable[[int, int, int, int], Iterable[str]]
+    num_chunks: int | None = None
+    """The one number of chunks that it works with; None: any."""
+
+
+def make_schedule(mode: str, num_ranks: int, num_micro_batches: int, num_chunks: int = 1) -> PipelineSchedule:
+    """The schedule of a step: what is computed, without the communication (see `with_communication`).
+
+    Args:
+        mode: one of `MODES`. With one rank there is nothing to schedule: each micro batch goes forward and back alone.
+        num_ranks: ranks of the pipeline.
+        num_micro_batches: of the step, 1 or more.
+        num_chunks: model chunks a rank holds; 1F1B with more than one is interleaved.
+
+    Raises:
+        ConfigError: the schedule does not exist for these numbers.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"parallel.pipeline.mode = {mode!r}: no such schedule; use one of {', '.join(MODES)}")
+    chosen = MODES[mode]
+    if num_micro_batches < 1:
+        raise ConfigError(f"data.micro_num = {num_micro_batches}: a step has 1 micro-batch or more")
+    if num_ranks == 1:
+        return _build("no pipeline", Placement(1, num_chunks), num_micro_batches, _alone)
+    if chosen.num_chunks not in (None, num_chunks):
+        raise ConfigError(
+            f"model.num_chunks = {num_chunks} does not go with parallel.pipeline.mode = {mode!r}; set it to "
+            f"{chosen.num_chunks}"
+        )
+    name = chosen.name
+    if mode == "1F1B" and num_chunks > 1:
+        name = "interleaved 1F1B"
+        if num_micro_batches % num_ranks:
+            raise ConfigError(
+                f"data.micro_num = {num_micro_batches} is not divisible by parallel.pipeline.size = {num_ranks}, which "
+                f"the interleaved schedule (model.num_chunks = {num_chunks}) needs"
+            )
+    return _build(name, Placement(num_ranks, num_chunks, chosen.shape), num_micro_batches, chosen.phases)
+
+
+def forward_only(placement: Placement) -> PipelineSchedule:
+    """One micro batch through all stages, without a backward pass."""
+    once = tuple(Action(ActionKind.FORWARD, 0, chunk) for chunk in range(placement.num_chunks))
+    return PipelineSchedule("forward only", placement, (once,) * placement.num_ranks)
+
+
+def _build(
+    name: str, placement: Placement, num_micro_batches: int, phases: Callable[[int, int, int, int], Iterable[str]]
+) -> PipelineSchedule:
     actions = []
-    for micro_batch in range(num_micro_batches):
-        actions += [Action(ActionKind.FORWARD, micro_batch), Action(ActionKind.BACKWARD, micro_batch)]
-    return actions
+    for rank in range(placement.num_ranks):
+        numbered = _number(phases(placement.num_ranks, num_micro_batches, placement.num_chunks, rank))
+        actions.append(tuple(action for action in numbered if action.micro_batch < num_micro_batches))
+    return PipelineSchedule(name, placement, tuple(actions))
+
+
+def _number(phases: Iterable[str]) -> Iterable[Action]:
+    """The actions that phases such as "F0 B0" stand for: each chunk takes its micro batches in order."""
+    counts: Counter[tuple[bool, int]] = Counter()
+    due: deque[tuple[int, int]] = deque()
+    for word in " ".join(phases).split():
+        kind = ActionKind(word[0])
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            micro_batch, chunk = due.popleft()
+        else:
+            chunk = int(word[1:])
+            direction = kind is ActionKind.FORWARD, chunk
+            micro_batch = counts[direction]
+            counts[direction] += 1
+            if kind is ActionKind.BACKWARD_INPUT:
+                due.append((micro_batch, chunk))
+        yield Action(kind, micro_batch, chunk)
+
+
+def _alone(p: int, m: int, c: int, r: int) -> Iterable[str]:
+    """One rank: one micro batch is alive at a time."""
+    once = [f"F{chunk}" for chunk in range(c)] + [f"B{chunk}" for chunk in reversed(range(c))]
+    return once * m
+
+
+def _one_forward_one_backward(p: int, m: int, c: int, r: int) -> Iterable[str]:
+    """1F1B (PipeDream-Flush, arXiv:2006.09503), and interleaved as in Megatron-LM (arXiv:2104.04473, section 2.2).
+
+    Interleaved, a rank runs p micro batches through one chunk before it goes on to the next.
+    """
+    forwards = [f"F{k // p % c}" for k in range(m * c)]
+    backwards = [f"B{c - 1 - k // p % c}" for k in range(m * c)]
+    warm_up = min(p - r - 1 if c == 1 else 2 * (p - r - 1) + (c - 1) * p, m * c)
+    yield from forwards[:warm_up]
+    for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
+        yield from (forward, backward)
+    yield from backwards[m * c - warm_up :]
+
+
+def _zb_h1(p: int, m: int, c: int, r: int) -> Iterable[str]:
+    """ZB-H1 (Qi et al., arXiv:2401.10241, section 2.1): 1F1B with the weight gradients of rank r running r behind."""
+    warm_up, behind = min(p - r - 1, m), min(r, m)
+    backwards = ["F0 I0"] * (m - warm_up) + ["I0"] * warm_up
+    yield from ["F0"] * warm_up
+    yield from backwards[:behind]
+    yield from (f"{backward} W" for backward in backwards[behind:])
+    yield from ["W"] * behind
+
+
+def _zb_v(p: int, m: int, c: int, r: int) -> Iterable[str]:
+    """ZB-V (Qi et al., arXiv:2405.15362): two chunks in a V; 2p chunk activations are alive on every rank."""
+    m = max(m, 2 * p - 1)
+    yield "F0 " * (2 * (p - r) - 1)
+    yield "F1 F0 " * r
+    yield "F1 I1 W " * (p - r)
+    yield "F0 I0 W F1 I1 W " * (m - 2 * p + r + 1)
+    yield "I0 W F1 I1 W " * (p - r - 1)
+    yield "I0 I1 " * r
+    yield "I0 W " * (p - r)
+    yield "W " * (2 * r)
+
+
+def _dual_pipe_v(p: int, m: int, c: int, r: int) -> Iterable[str]:
+    """DualPipeV: DualPipe (DeepSeek-V3, arXiv:2412.19437, section 3.2.1) cut in half, its eight phases.
+
+    https://github.com/deepseek-ai/DualPipe. Where the source overlaps a forward with a backward, one follows the other.
+    """
+    m = max(m, 2 * p)
+    yield "F0 " * (2 * (p - r - 1))
+    yield "F0 F1 " * (r + 1)
+    yield "I1 W F1 " * (p - r - 1)
+    yield "F0 B1 F1 B0 " * (m - 2 * p + r + 1)
+    yield "B1 F1 B0 " * (p - r - 1)
+    # r + 1 pairs "B1 B0"; the weight gradients of their second half fill the bubbles that come after.
+    yield from (f"{'B' if k <= r else 'I'}{1 - k % 2}" for k in range(2 * (r + 1)))
+    yield "W I0 " * (p - r - 1)
+    yield "W " * (r + 1)
+
+
+MODES: dict[str, _Mode] = {
+    "1F1B": _Mode("1F1B", "loop", _one_forward_one_backward),
+    "ZBH1": _Mode("ZB-H1", "loop", _zb_h1, num_chunks=1),
+    "ZBV": _Mode("ZB-V", "v", _zb_v, num_chunks=2),
+    "DUALPIPEV": _Mode("DualPipeV", "v", _dual_pipe_v, num_chunks=2),
+}
+"""The schedules by the name that `parallel.pipeline.mode` gives them."""

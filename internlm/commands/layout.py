@@ -1,0 +1,172 @@
+"""`internlm layout`: who is where. Groups of the ranks, stages of the model, and the timeline of a step.
+
+Everything is computed from the config in this one process, for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from internlm.config.loader import load_config
+from internlm.config.schema import Config
+from internlm.core.context.layout import ParallelLayout
+from internlm.core.context.rank_view import RankView
+from internlm.core.scheduler.drawing import draw_png, draw_text
+from internlm.core.scheduler.placement import Placement
+from internlm.core.scheduler.simulator import simulate
+from internlm.core.scheduler.timeline import Timeline
+from internlm.initialize.build import build_layout, check_buildable
+from internlm.initialize.holdings import PipelineHolding, pipeline_holdings
+from internlm.initialize.stages import build_pipeline_schedule
+from internlm.utils.errors import UserError
+
+MAX_ROWS = 16
+"""Rows of a table; of a longer one the middle is left out."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="the config file")
+    parser.add_argument("--world-size", required=True, type=int, metavar="N", help="number of ranks")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        dest="overrides",
+        help="change a key of the config; may be given many times",
+    )
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank whose groups are shown (default: 0)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the timeline of a step into this file")
+    parser.add_argument("--width", type=int, metavar="N", help="characters of a line (default: those of the terminal)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the layout; returns the exit code."""
+    if options.world_size < 1:
+        raise UserError(f"--world-size {options.world_size}: give 1 or more")
+    if not 0 <= options.rank < options.world_size:
+        raise UserError(f"--rank {options.rank}: the ranks are 0 to {options.world_size - 1}")
+    config = load_config(options.config, options.overrides, world_size=options.world_size).config
+    check_buildable(config, options.world_size)
+    layout = build_layout(config, options.world_size)
+    schedule = build_pipeline_schedule(config)(config.data.micro_num)
+    timeline = simulate(schedule)
+    width = options.width or shutil.get_terminal_size((120, 0)).columns
+    print(f"{config.JOB_NAME}: {config.model_type} on {options.world_size:,} rank(s)\n")
+    print(describe_groups(layout, options.rank))
+    print(describe_stages(config, layout, schedule.placement, options.rank))
+    print(describe_step(timeline, width))
+    if options.png is not None:
+        draw_png(timeline, options.png)
+        print(f"\npicture: {options.png}")
+    return 0
+
+
+def describe_groups(layout: ParallelLayout, rank: int) -> str:
+    """The axes of each view, and the groups that a rank is in."""
+    lines = []
+    seen: dict[tuple[tuple[str, int], ...], str] = {}
+    for view in layout.views:
+        axes = tuple((axis, size) for axis, size in view.axes.items())
+        if axes in seen:
+            lines.append(f"{view.name} view: the same as the {seen[axes]} view")
+        else:
+            seen[axes] = view.name
+            place = ", ".join(f"{axis} {index}" for axis, index in view.coordinate(rank).items() if view.size(axis) > 1)
+            lines.append(f"{view.name} view, outermost axis first; rank {rank} is at {place or 'the only place'}")
+            lines += _table([("axis", "ranks", "groups", f"group of rank {rank}"), *_axis_rows(view, rank)], "<>><")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _axis_rows(view: RankView, rank: int) -> list[tuple[str, ...]]:
+    """One row an axis, a merged axis before its parts; an axis of one rank is left out."""
+    names: list[str] = []
+    for axis in view.axes:
+        names += [name for name, parts in view.merged.items() if parts[0] == axis] + [axis]
+    return [
+        (name, f"{view.size(name):,}", f"{view.world_size // view.size(name):,}", format_ranks(view.group(name, rank)))
+        for name in names
+        if view.size(name) > 1
+    ]
+
+
+def describe_stages(config: Config, layout: ParallelLayout, placement: Placement, rank: int) -> str:
+    """Layers, parameters and bytes by rank of the pipeline."""
+    pipeline = layout.activation.group("pipeline", rank)
+    places = _ends(range(placement.num_ranks))
+    holdings = pipeline_holdings(config, layout, placement, [pipeline[place] for place in places])
+    head = ("", "ranks", "layers", "parameters", "weights", "gradients", "fp32 masters", "moments", "all")
+    rows: list[tuple[str, ...]] = [head]
+    width = layout.world_size // placement.num_ranks
+    for place, stage in zip(places, holdings, strict=True):
+        held = stage.holding
+        sizes = (held.weights, held.gradients, held.masters, held.moments, held.all_bytes)
+        # The pipeline is the outermost axis: the ranks at one place of it are neighbours.
+        ranks = format_ranks(range(place * width, (place + 1) * width))
+        rows.append((str(place), ranks, _layers(stage), f"{held.parameters:,}", *map(_bytes, sizes)))
+    if len(places) < placement.num_ranks:
+        rows.insert(1 + len(places) // 2, ("..",) * len(head))
+    title = (
+        f"pipeline: {placement.num_ranks} rank(s) of {placement.num_chunks} stage(s); "
+        f"parameters and bytes of each rank {format_ranks(pipeline)}"
+    )
+    return "\n".join([title, *_table(rows, "><<>>>>>>"), ""])
+
+
+def _layers(stage: PipelineHolding) -> str:
+    parts = ["embedding"] if stage.has_embedding else []
+    parts += [format_ranks(layers) for layers in stage.layers]
+    return " + ".join([*parts, "head"] if stage.has_head else parts)
+
+
+def describe_step(timeline: Timeline, width: int) -> str:
+    """The timeline of one step, its bubble and its memory."""
+    schedule = timeline.schedule
+    num_ranks, num_chunks = schedule.placement.num_ranks, schedule.placement.num_chunks
+    shown = [f"{timeline.peak_live(rank) / num_chunks:g}" for rank in _ends(range(num_ranks))]
+    if len(shown) < num_ranks:
+        shown.insert(len(shown) // 2, "..")
+    lines = [
+        f"step: {schedule.name}, {schedule.num_micro_batches} micro batch(es), {timeline.bubble():.1%} bubble",
+        f"most micro batches alive at a time, by rank of the pipeline: {' '.join(shown)}",
+        "F forward, B backward, I backward for inputs, W for weights; each takes a column, B two"
+        + ("; a, b .. are the chunks of a rank" if num_chunks > 1 else ""),
+        draw_text(timeline, width, MAX_ROWS),
+    ]
+    return "\n".join(lines)
+
+
+def _ends(places: Sequence[int]) -> list[int]:
+    """The first and the last of them, as many as a table has rows."""
+    return [*places] if len(places) <= MAX_ROWS else [*places[: MAX_ROWS // 2], *places[-MAX_ROWS // 2 :]]
+
+
+def format_ranks(ranks: Sequence[int]) -> str:
+    """Numbers in few characters: `0-7`, `0,8,..,56`, `0-3,8-11,..,24-27`."""
+    runs = [[ranks[0], ranks[0]]]
+    for number in ranks[1:]:
+        if number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return ",".join(texts if len(texts) <= 4 else [*texts[:2], "..", texts[-1]])
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
+
+
+def _table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
+    """Rows in columns, the first being their head; "<" and ">" align a column to the left or right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(alignment))]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths, strict=True)]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines

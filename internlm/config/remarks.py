@@ -1,0 +1,60 @@
+"""Notices that need more than one key's declaration: what a loaded config does that its user may not expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from internlm.config.schema import Config
+
+_INTERLEAVED = "parallel.sequence_2D.device_placement_strategy.interleaved"
+
+
+def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
+    """One line each. `given(path)` is the value that the user gave for a path, or None."""
+    if given("model.dtype") is None:
+        yield f"model.dtype is not set: {config.model.dtype} is used (InternEvo would use torch.float16)"
+    if isinstance(given("ckpt.load_ckpt_info"), dict) and config.ckpt.load_ckpt_info is None:
+        yield "ckpt.load_ckpt_info has no path: nothing is loaded from it"
+    if given(_INTERLEAVED) and not config.parallel.sequence_2D.device_placement_strategy.interleaved:
+        yield f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context"
+    yield from _pipeline(config, given)
+    yield from _shards(config)
+
+
+def _pipeline(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
+    pipeline, data = config.parallel.pipeline, config.data
+    chunks = given("model.num_chunks")
+    if chunks not in (None, config.model.num_chunks):
+        why = "there is no pipeline" if pipeline.size == 1 else f"a stage of {pipeline.mode} has 2 chunks"
+        yield f"model.num_chunks = {chunks} is ignored: {why}"
+    if pipeline.size == 1:
+        return
+    if data.gradient_accumulation != data.micro_num:
+        yield (
+            f"data.gradient_accumulation = {data.gradient_accumulation} is ignored: a pipeline accumulates all "
+            f"data.micro_num = {data.micro_num} micro-batches"
+        )
+    if pipeline.mode in ("ZBV", "DUALPIPEV") and data.micro_num < 2 * pipeline.size:
+        yield (
+            f"data.micro_num = {data.micro_num}: {pipeline.mode} keeps its stages busy with 2 * parallel.pipeline.size "
+            f"= {2 * pipeline.size} micro-batches or more"
+        )
+
+
+def _shards(config: Config) -> Iterator[str]:
+    parallel, model = config.parallel, config.model
+    is_isp = parallel.tensor.mode == "isp"
+    name, size = ("weight", parallel.weight.size) if is_isp else ("tensor", parallel.tensor.size)
+    if model.vocab_size % size:
+        yield (
+            f"model.vocab_size = {model.vocab_size} is not divisible by parallel.{name}.size = {size}: the last shards "
+            "are filled up with rows that nothing reads"
+        )
+    if not is_isp and model.embed_split_hidden and model.hidden_size % size:
+        yield (
+            f"model.embed_split_hidden = True is ignored: model.hidden_size = {model.hidden_size} is not divisible by "
+            f"parallel.tensor.size = {size}, so the vocabulary of the embedding is split"
+        )
+    if parallel.uses_fsdp and parallel.zero1.size == 1:
+        yield "parallel.zero1.size = 1: FSDP splits weights over these ranks, thus not at all; set it to -1"

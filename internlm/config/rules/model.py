@@ -1,0 +1,73 @@
+"""Rules on the shape and numerics of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from internlm.config.mistakes import Mistake
+from internlm.config.schema import Config
+
+
+def interleaving_of_heads(config: Config, world_size: int) -> Iterator[Mistake]:
+    """9: adapt_hf is the opposite of qk_interleaved."""
+    model = config.model
+    if model.adapt_hf is not None and model.adapt_hf == model.qk_interleaved:
+        yield Mistake(
+            ("model.adapt_hf", "model.qk_interleaved"),
+            f"model.adapt_hf = {model.adapt_hf} contradicts model.qk_interleaved = {model.qk_interleaved}; "
+            "it is the opposite: leave adapt_hf out",
+        )
+
+
+def shape(config: Config, world_size: int) -> Iterator[Mistake]:
+    """Heads fit the width, windows and scaled positions are complete."""
+    model = config.model
+    heads, kv_heads = model.num_attention_heads, model.num_kv_attention_heads
+    if model.head_dim is None and model.hidden_size % heads:
+        yield Mistake(
+            ("model.hidden_size", "model.num_attention_heads"),
+            f"model.hidden_size = {model.hidden_size} is not divisible by model.num_attention_heads = {heads}; "
+            "change one of them or give model.head_dim",
+        )
+    if kv_heads is not None and heads % kv_heads:
+        yield Mistake(
+            ("model.num_kv_attention_heads", "model.num_attention_heads"),
+            f"model.num_kv_attention_heads = {kv_heads} does not divide model.num_attention_heads = {heads}",
+        )
+    if model.use_sliding_window and model.sliding_window is None:
+        yield Mistake(
+            ("model.sliding_window", "model.use_sliding_window"),
+            "model.sliding_window = None: give its length in tokens, or set model.use_sliding_window = False",
+        )
+    if model.use_dynamic_ntk_rope and model.rope_scaling is not None:
+        yield Mistake(
+            ("model.use_dynamic_ntk_rope", "model.rope_scaling"),
+            "model.use_dynamic_ntk_rope = True and model.rope_scaling are two scalings of positions; keep one",
+        )
+    if model.no_bias:
+        for name in ("qkv_bias", "o_bias", "mlp_bias"):
+            if getattr(model, name):
+                yield Mistake(
+                    (f"model.{name}", "model.no_bias"),
+                    f"model.{name} = True contradicts no_bias = True; keep one",
+                )
+
+
+def selective_checkpoint(config: Config, world_size: int) -> Iterator[Mistake]:
+    """19: selective recomputation is part of isp; offloading is part of it."""
+    mode, before = config.parallel.tensor.mode, config.parallel.weight.launch_allgather_before
+    if config.selective_checkpoint and mode != "isp":
+        yield Mistake(
+            ("selective_checkpoint", "parallel.tensor.mode"),
+            f"selective_checkpoint = True needs parallel.tensor.mode = 'isp', which is {mode!r}",
+        )
+    if config.selective_checkpoint_offload and not (config.selective_checkpoint and before == "wo"):
+        yield Mistake(
+            (
+                "selective_checkpoint_offload",
+                "selective_checkpoint",
+                "parallel.weight.launch_allgather_before",
+            ),
+            "selective_checkpoint_offload = True needs selective_checkpoint = True (is "
+            f"{config.selective_checkpoint}) and parallel.weight.launch_allgather_before = 'wo' (is {before!r})",
+        )

@@ -1,0 +1,118 @@
+"""Rules on the steps of a run: batches, saving, schedules, number formats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from internlm.config.mistakes import Mistake
+from internlm.config.schema import Config
+
+_SKIP = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_RAMP = re.compile(r"\d+ +\d+ +\d+")
+
+
+def accumulation(config: Config, world_size: int) -> Iterator[Mistake]:
+    """5: without a pipeline, accumulation is the number of micro-batches."""
+    data = config.data
+    if config.parallel.pipeline.size == 1 and data.gradient_accumulation != data.micro_num:
+        yield Mistake(
+            ("data.gradient_accumulation", "data.micro_num"),
+            f"data.gradient_accumulation = {data.gradient_accumulation} must equal data.micro_num = {data.micro_num}; "
+            "leave it out",
+        )
+
+
+def saving(config: Config, world_size: int) -> Iterator[Mistake]:
+    """6: saving needs a folder and an interval."""
+    ckpt = config.ckpt
+    if not ckpt.enable_save_ckpt:
+        return
+    fix = "or set ckpt.enable_save_ckpt = False"
+    if not ckpt.save_ckpt_folder:
+        yield Mistake(
+            ("ckpt.save_ckpt_folder", "ckpt.enable_save_ckpt"),
+            f"ckpt.save_ckpt_folder = {ckpt.save_ckpt_folder!r}: saving is on, so give a folder, {fix}",
+        )
+    if ckpt.checkpoint_every is None or ckpt.checkpoint_every <= 0:
+        yield Mistake(
+            ("ckpt.checkpoint_every", "ckpt.enable_save_ckpt"),
+            f"ckpt.checkpoint_every = {ckpt.checkpoint_every!r}: saving is on, so give a number above 0, {fix}",
+        )
+
+
+def batches(config: Config, world_size: int) -> Iterator[Mistake]:
+    """The little languages of the data section, and packing."""
+    data = config.data
+    skip = data.skip_batches.replace(" ", "")
+    ranges = [part.split("-") for part in skip.split(",")] if skip and _SKIP.fullmatch(skip) else []
+    if skip and (not ranges or any(int(r[0]) > int(r[-1]) for r in ranges)):
+        yield Mistake(
+            ("data.skip_batches",),
+            f'data.skip_batches = {data.skip_batches!r}: expected steps and ranges of steps, such as "2-5,7"',
+        )
+    if data.rampup_batch_size.strip():
+        ramp = parse_ramp(data.rampup_batch_size)
+        if ramp is None or ramp[0] > data.micro_num:
+            yield Mistake(
+                ("data.rampup_batch_size", "data.micro_num"),
+                f'data.rampup_batch_size = {data.rampup_batch_size!r}: expected "start increment steps", three numbers '
+                f"above 0, with start at most data.micro_num = {data.micro_num}",
+            )
+    if data.pack_sample_into_one and not data.use_packed_dataset:
+        yield Mistake(
+            ("data.pack_sample_into_one", "data.use_packed_dataset"),
+            "data.pack_sample_into_one = True needs data.use_packed_dataset = True",
+        )
+
+
+def parse_ramp(text: str) -> tuple[int, int, int] | None:
+    """Start, increment and steps of data.rampup_batch_size, each above 0; None when it is anything else."""
+    if not _RAMP.fullmatch(text.strip()):
+        return None
+    start, increment, steps = map(int, text.split())
+    return (start, increment, steps) if min(start, increment, steps) > 0 else None
+
+
+def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
+    """Schedules, gradient format and what may be loaded."""
+    schedule, adam = config.lr_scheduler, config.adam
+    if schedule.eta_min > adam.lr:
+        yield Mistake(
+            ("lr_scheduler.eta_min", "adam.lr"),
+            f"lr_scheduler.eta_min = {schedule.eta_min} is above adam.lr = {adam.lr}: the rate would grow; lower it",
+        )
+    if schedule.type == "wsd" and schedule.warmup_ratio + schedule.decay_ratio > 1:
+        yield Mistake(
+            ("lr_scheduler.decay_ratio", "lr_scheduler.warmup_ratio"),
+            f"lr_scheduler.decay_ratio = {schedule.decay_ratio} and warmup_ratio = {schedule.warmup_ratio} "
+            "are together more than 1; lower one",
+        )
+    if config.model.dtype in ("torch.float32", "torch.tf32") and config.reduce_comm_dtype not in (
+        None,
+        "torch.float32",
+    ):
+        yield Mistake(
+            ("reduce_comm_dtype", "model.dtype"),
+            f"reduce_comm_dtype = {config.reduce_comm_dtype!r}: gradients of model.dtype = {config.model.dtype!r} are "
+            "reduced in torch.float32; leave it out",
+        )
+    scaler = config.grad_scaler
+    if not scaler.fp16.min_scale <= scaler.fp16.initial_scale <= scaler.max_scale:
+        yield Mistake(
+            ("grad_scaler.fp16.initial_scale", "grad_scaler.fp16.min_scale", "grad_scaler.max_scale"),
+            f"grad_scaler.fp16.initial_scale = {scaler.fp16.initial_scale} must lie between min_scale = "
+            f"{scaler.fp16.min_scale} and max_scale = {scaler.max_scale}",
+        )
+    info = config.ckpt.load_ckpt_info
+    if info is not None and info.ckpt_type != "internevo" and info.content != ("model",):
+        yield Mistake(
+            ("ckpt.load_ckpt_info.content", "ckpt.load_ckpt_info.ckpt_type"),
+            f"ckpt.load_ckpt_info.content = {info.content}: a checkpoint of type {info.ckpt_type!r} holds weights "
+            "only; use ('model',)",
+        )
+    if config.cpu_offloading.num_layers > 0 and not config.cpu_offloading.enable:
+        yield Mistake(
+            ("cpu_offloading.num_layers", "cpu_offloading.enable"),
+            f"cpu_offloading.num_layers = {config.cpu_offloading.num_layers} needs cpu_offloading.enable = True",
+        )

@@ -1,0 +1,107 @@
+"""From a config to this rank's part of the model, and to the schedule of its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from internlm.config.schema import Config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.fsdp import apply_fsdp
+from internlm.core.parallel.model_parallel import ParallelOptions
+from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
+from internlm.core.scheduler.actions import ActionKind
+from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
+from internlm.model.architecture import Architecture
+from internlm.model.registry import build_model
+from internlm.monitor.flops import ModelShape, flops_per_token
+from internlm.utils.errors import ConfigError
+
+
+def build_meta_model(config: Config) -> nn.Module:
+    """The whole model without storage, for counting and for `parallelize`."""
+    with torch.device("meta"):
+        return build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
+
+
+def build_pipeline_schedule(config: Config) -> Callable[[int], PipelineSchedule]:
+    """Number of micro batches -> what the ranks of the pipeline do."""
+    pipeline = config.parallel.pipeline
+    return partial(make_schedule, pipeline.mode, pipeline.size, num_chunks=config.model.num_chunks)
+
+
+def build_layer_split(config: Config) -> list[range]:
+    """The layers of each stage.
+
+    Raises:
+        ConfigError: `parallel.pipeline.layer_split` does not fit the model.
+    """
+    split, num_layers = config.parallel.pipeline.layer_split, config.model.num_layers
+    num_stages = config.parallel.pipeline.size * config.model.num_chunks
+    if split == "uniform":
+        return split_layers(num_layers, num_stages)
+    if split == "cost":
+        return split_layers(num_layers, num_stages, costs=_layer_costs(config))
+    return split_layers(num_layers, num_stages, sizes=split)
+
+
+def _layer_costs(config: Config) -> LayerCosts:
+    """By floating-point operations, of which looking up an embedding takes none."""
+    architecture = getattr(build_meta_model(config), "architecture", None)
+    if not isinstance(architecture, Architecture):
+        raise ConfigError(
+            f"parallel.pipeline.layer_split = 'cost': the dimensions of a {config.model_type} are not known here; give "
+            f"a list of layers a stage, or 'uniform'"
+        )
+    shape = ModelShape.of(architecture)
+    # Three passes (forward, and backward for inputs and for weights) of a multiply and an add for each weight.
+    head = 6.0 * shape.hidden_size * shape.vocab_size
+    layers = flops_per_token(shape, config.data.seq_len, "causal") - head
+    return LayerCosts(head=head / (layers / shape.num_layers))
+
+
+def build_options(config: Config) -> ParallelOptions:
+    """How the modes of the layout go about their work."""
+    weight = config.parallel.weight
+    schedule = build_pipeline_schedule(config)(config.data.micro_num)
+    return ParallelOptions(
+        split_embedding_hidden=config.model.embed_split_hidden,
+        weight_overlap=weight.overlap,
+        gather_ahead=weight.forward_overlap_per,
+        gather_layer_before=weight.launch_allgather_before,
+        release_gradients_early=weight.early_reduce_scatter_release,
+        memory_pool=weight.memory_pool,
+        reduce_dtype=reduce_dtype(config),
+        postpone_weight_gradients=any(
+            action.kind is ActionKind.BACKWARD_WEIGHT for actions in schedule.actions for action in actions
+        ),
+    )
+
+
+def reduce_dtype(config: Config) -> torch.dtype:
+    """The dtype in which gradients travel."""
+    name = config.reduce_comm_dtype
+    return getattr(torch, name.removeprefix("torch.")) if name else torch.float32
+
+
+def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
+    """This rank's chunks of the model, one without a pipeline.
+
+    Raises:
+        ConfigError: the model cannot be cut into these stages, or not be sharded as `parallel.fsdp` asks.
+    """
+    chunks = build_stages(
+        partial(build_meta_model, config),
+        context,
+        build_pipeline_schedule(config)(config.data.micro_num).placement,
+        build_layer_split(config),
+        seed=config.seed,
+        options=build_options(config),
+    )
+    if config.parallel.uses_fsdp:
+        for chunk in chunks:
+            apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config))
+    return chunks

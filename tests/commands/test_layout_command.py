@@ -1,0 +1,128 @@
+"""`internlm layout` shows thousands of ranks on a screen, from one process and without a process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from helpers.commands import write_config
+
+from internlm.cli import main
+from internlm.commands.layout import format_ranks
+from internlm.core.scheduler.drawing import draw_text
+from internlm.core.scheduler.schedules import make_schedule
+from internlm.core.scheduler.simulator import simulate
+
+PIPELINE = """
+model["num_layers"] = 40
+data["micro_num"] = 16
+parallel = dict(zero1=dict(size=4), tensor=dict(size=2, mode="mtp"), pipeline=dict(size=8))
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("layout"), PIPELINE)
+
+
+def layout(capsys: pytest.CaptureFixture[str], config: Path, *arguments: object) -> list[str]:
+    """The lines that the command prints."""
+    assert main(["layout", "--config", str(config), *map(str, arguments)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def row(lines: list[str], first: str) -> list[str]:
+    """The cells of the first line that starts with a word."""
+    return next(line.split() for line in lines if line.split()[:1] == [first])
+
+
+def test_thousands_of_ranks_on_a_screen(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = layout(capsys, config, "--world-size", 4096, "--width", 120)
+    assert not dist.is_initialized()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 120
+    assert lines[0] == "tiny: INTERNLM2 on 4,096 rank(s)"
+    assert row(lines, "pipeline") == ["pipeline", "8", "512", "0,512,..,3584"]
+    assert row(lines, "data") == ["data", "256", "16", "0,2,..,510"]
+    assert row(lines, "zero") == ["zero", "4", "1,024", "0,2,4,6"]
+    assert row(lines, "tensor") == ["tensor", "2", "2,048", "0-1"]
+    assert "weight view: the same as the activation view" in lines
+    assert row(lines, "expert_data")[:2] == ["expert_data", "512"]
+    assert row(lines, "0")[1:5] == ["0-511", "embedding", "+", "0-4"]
+    assert row(lines, "7")[1:5] == ["3584-4095", "35-39", "+", "head"]
+
+
+def test_a_rank_shows_its_own_groups(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = layout(capsys, config, "--world-size", 64, "--rank", 13)
+    assert "activation view, outermost axis first; rank 13 is at pipeline 1, zero 2, tensor 1" in lines
+    assert row(lines, "tensor")[-1] == "12-13"
+    assert row(lines, "data")[-1] == "9,11,13,15"
+    assert row(lines, "pipeline")[-1] == "5,13,..,61"
+
+
+def test_the_timeline_is_that_of_the_schedule(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = layout(capsys, config, "--world-size", 64, "--width", 200, "--set", "parallel.pipeline.mode=zbv")
+    timeline = simulate(make_schedule("ZBV", 8, 16, 2))
+    assert lines[-8:] == draw_text(timeline, 200).splitlines()
+    # 7 of the 103 units of time, see test_zb_v_has_no_bubble.
+    assert "step: ZB-V, 16 micro batch(es), 6.8% bubble" in lines
+    assert "most micro batches alive at a time, by rank of the pipeline: 8 8 8 8 8 8 8 8" in lines
+    assert row(lines, "0")[1:9] == ["0-7", "embedding", "+", "0-1", "+", "37-39", "+", "head"]
+
+
+def test_one_rank(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["parallel.pipeline.size=1", "parallel.tensor.size=1", "parallel.zero1.size=1", "data.micro_num=2"]
+    lines = layout(capsys, config, "--world-size", 1, *(word for change in changes for word in ("--set", change)))
+    assert "activation view, outermost axis first; rank 0 is at the only place" in lines
+    assert "step: no pipeline, 2 micro batch(es), 0.0% bubble" in lines
+    assert lines[-1] == "rank 0  F0 B0--- F1 B1---"
+
+
+def test_a_deep_pipeline_shows_its_ends(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = layout(capsys, config, "--world-size", 320, "--set", "parallel.pipeline.size=40")
+    assert len(lines) <= 60
+    places = [line.split()[0] for line in lines if line.endswith("iB")]
+    assert places == [str(place) for place in (*range(8), *range(32, 40))]
+    assert any(line.startswith("rank 39") for line in lines) and not any(line.startswith("rank 20") for line in lines)
+
+
+def test_picture(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "step.png"
+    assert layout(capsys, config, "--world-size", 64, "--png", path)[-1] == f"picture: {path}"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "0"], "--world-size 0: give 1 or more"),
+        (["--world-size", "16", "--rank", "16"], "--rank 16: the ranks are 0 to 15"),
+        (["--world-size", "12"], "parallel.pipeline.size = 8"),
+        (["--world-size", "64", "--set", "model.num_chunks=5", "--set", "data.micro_num=9"], "data.micro_num"),
+        (["--world-size", "64", "--set", "parallel.pipeline.layer_split=[40]"], "parallel.pipeline.layer_split"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_their_name(
+    config: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["layout", "--config", str(config), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ([3], "3"),
+        ([0, 1], "0-1"),
+        (range(8), "0-7"),
+        ([0, 8], "0,8"),
+        ([0, 8, 16], "0,8,16"),
+        (range(0, 64, 8), "0,8,..,56"),
+        ([0, 1, 4, 5], "0-1,4-5"),
+        ([r + s for r in range(0, 80, 8) for s in range(2)], "0-1,8-9,..,72-73"),
+        ([0, 2, 5], "0,2,5"),
+    ],
+)
+def test_ranks_in_few_characters(ranks: list[int], text: str) -> None:
+    assert format_ranks(ranks) == text

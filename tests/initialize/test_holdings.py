@@ -1,0 +1,108 @@
+"""What ranks would hold is what they hold: bytes against real buffers, parameters against the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch.distributed as dist
+from helpers.configs import small_config
+from helpers.ranks import RankPool
+from torch import Tensor
+
+from internlm.config.schema import Config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.fsdp import local_tensor
+from internlm.initialize.build import build_layout
+from internlm.initialize.holdings import Holding, pipeline_holdings
+from internlm.initialize.stages import build_chunks, build_meta_model, build_pipeline_schedule
+from internlm.solver.optimizer.bucket import ALIGNMENT, NORM_ROW
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+
+PIPELINES = {
+    "none": {},
+    "1F1B": {"parallel.pipeline": {"size": 2}},
+    "interleaved": {"parallel.pipeline": {"size": 2}, "model.num_chunks": 2},
+    "ZBV": {"parallel.pipeline": {"size": 2, "mode": "ZBV"}},
+}
+
+
+def holdings(config: Config, world_size: int) -> list[Holding]:
+    """What every rank of one pipeline, that of rank 0, would hold."""
+    layout = build_layout(config, world_size)
+    placement = build_pipeline_schedule(config)(config.data.micro_num).placement
+    ranks = layout.activation.group("pipeline", 0)
+    return [place.holding for place in pipeline_holdings(config, layout, placement, ranks)]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_ranks_of_a_pipeline_hold_the_model_once(pipeline: str) -> None:
+    config = small_config({**PIPELINES[pipeline], "model.dtype": "torch.bfloat16"})
+    parameters = sum(parameter.numel() for parameter in build_meta_model(config).parameters())
+    whole = Holding.sum(holdings(config, 2))
+    assert (whole.parameters, whole.weights) == (parameters, 2 * parameters)
+
+
+@pytest.mark.parametrize(("pipeline", "copies"), [("none", 1), ("1F1B", 2), ("interleaved", 2), ("ZBV", 1)])
+def test_a_tied_embedding_is_held_where_an_end_of_the_model_is(pipeline: str, copies: int) -> None:
+    config = small_config({**PIPELINES[pipeline], "model.tie_word_embeddings": True})
+    model = build_meta_model(config)
+    names = dict(model.named_parameters())
+    embedding = names["tok_embeddings.weight"].numel()
+    expected = sum(parameter.numel() for parameter in names.values()) + (copies - 1) * embedding
+    assert Holding.sum(holdings(config, 2)).parameters == expected
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def real_bytes(config: Config, world_size: int) -> tuple[Holding, int]:
+    """What this rank's optimizer allocates, and how many elements of each buffer may be padding."""
+    context = ParallelContext.create(build_layout(config, world_size))
+    chunks = build_chunks(config, context)
+    buckets = HybridZeroOptimizer(chunks, context).buckets
+    parameters = {parameter for chunk in chunks for parameter in chunk.parameters()}
+    local = [local_tensor(parameter) for parameter in parameters]
+    gradients = {buffer for bucket in buckets for buffer in (bucket.grad_buffer, bucket.grad_shard)}
+    masters = sum(bucket.master.numel() for bucket in buckets)
+    holding = Holding(
+        parameters=sum(tensor.numel() for tensor in local),
+        weights=sum(tensor.nbytes for tensor in local),
+        gradients=sum(buffer.nbytes for buffer in gradients),
+        # Where a master is the parameter itself, it takes no memory of its own.
+        masters=sum(b.master.nbytes for b in buckets if storage(b.master) not in map(storage, local)),
+        moments=8 * masters,
+    )
+    # Without a collective in between, a fast rank would close the groups while a slow one still opens them.
+    dist.barrier()
+    context.close()
+    return holding, len(parameters) * ALIGNMENT + NORM_ROW * sum(bucket.groups.zero_size for bucket in buckets)
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        PIPELINES["ZBV"],
+        {**PIPELINES["1F1B"], "parallel.zero1.size": 1},
+        {"parallel.tensor": {"size": 2, "mode": "mtp"}},
+        {"parallel.tensor": {"size": 2, "mode": "isp"}, "parallel.weight.size": 2},
+        {"parallel.fsdp.enable": True},
+        {"parallel.fsdp.enable": True, "parallel.zero1.size": 2},
+    ],
+    ids=str,
+)
+def test_bytes_are_those_of_a_real_optimizer(
+    ranks: Callable[[int], RankPool], dtype: str, parallel: dict[str, object]
+) -> None:
+    config = small_config({**parallel, "model.dtype": dtype, "model.hidden_size": 64})
+    real = ranks(4).run(real_bytes, config, 4)
+    pipeline = build_layout(config, 4).activation.group("pipeline", 0)
+    for rank, expected in zip(pipeline, holdings(config, 4), strict=True):
+        holding, padding = real[rank]
+        assert (holding.parameters, holding.weights) == (expected.parameters, expected.weights)
+        for name, size in (("gradients", 8), ("masters", 4), ("moments", 8)):
+            assert 0 <= getattr(holding, name) - getattr(expected, name) <= size * padding, name
+        # The padding, at most 32 bytes a padded element, could not hide a kind of buffer that was forgotten.
+        assert 32 * padding < expected.moments
