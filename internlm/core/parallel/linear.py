@@ -85,6 +85,8 @@ class ParallelLinear(nn.Module):
         parallel: the mode.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, parameters: dict[str, nn.Parameter], role: Role, parallel: ModelParallel) -> None:
         super().__init__()
         # A layer without bias has the attribute all the same, as nn.Linear does.
