@@ -73,6 +73,21 @@ def test_a_chunk_that_the_rank_does_not_hold_is_refused() -> None:
         simulate(replace(schedule, actions=((*schedule.actions[0], extra), schedule.actions[1])))
 
 
+def test_a_tensor_travels_when_its_receive_is_posted_and_the_channel_is_free() -> None:
+    schedule = with_communication(make_schedule("1F1B", 2, 2))
+    costs = Costs(backward_input=0.5, backward_weight=0.5, transfer=3)
+    first, last = schedule.actions
+
+    def start_of_second_forward(actions: tuple[Action, ...]) -> float:
+        timeline = simulate(replace(schedule, actions=(first, actions)), costs)
+        return next(start for start, _, action in timeline.events[1] if str(action) == "F1")
+
+    # Sent at 1 and 2. The first arrives at 4 and is used until 5; only then the second receive is posted.
+    assert start_of_second_forward(last) == 5 + 3
+    posts = tuple(action for action in last if action.kind is ActionKind.RECV_ACTIVATION)
+    assert start_of_second_forward((*posts, *(action for action in last if action not in posts))) == 4 + 3
+
+
 def test_communication_that_does_not_fit_is_refused() -> None:
     schedule = with_communication(make_schedule("1F1B", 2, 2))
     first, last = schedule.actions
