@@ -85,9 +85,9 @@ class _Step:
         self.placement = schedule.placement
         self.forward = forward
         self.new_activation = new_activation
-        # A rank that sent n activations ran n forward passes. Where n is more than any rank keeps alive, the gradient of
-        # one came back: so the receiver asked for that one, and on a channel for all before it. In the same way a rank
-        # that sends n gradients got n activations, whose sender has asked for a gradient if it does not keep n alive.
+        # A rank that sent n activations ran n forward passes. Where n is more than any rank keeps alive, the gradient
+        # of one came back: so the receiver asked for that one, and on a channel for all before it. In the same way a
+        # rank that sends n gradients got n activations, and if their sender cannot keep n alive, it asked for one.
         self.max_in_flight = schedule.max_alive
         self.arriving: dict[_Key, Incoming] = {}
         self.leaving: dict[_Key, Tensor] = {}
