@@ -153,7 +153,7 @@ def test_a_mode_equals_one_process(layout: str, model: str, ranks: Any) -> None:
 def dtensor_gradients(model: str) -> dict[str, Tensor]:
     """The same micro batches through torch's own tensor parallelism, as an oracle."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     model_type, changes = MODELS[model]
@@ -181,7 +181,14 @@ def dtensor_gradients(model: str) -> dict[str, Tensor]:
     for name, parameter in plain.named_parameters():
         grad = parameter.grad
         assert grad is not None
-        gradients[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        if isinstance(grad, DTensor):
+            # Not full_tensor: torch keeps meshes by shape, also those whose groups another test has closed.
+            (placement,) = grad.placements
+            assert isinstance(placement, Shard)
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, grad.to_local())
+            grad = torch.cat(parts, dim=placement.dim)
+        gradients[name] = grad.clone()
     return gradients
 
 
