@@ -96,7 +96,7 @@ def test_the_gradient_of_a_bias_is_measured_by_that_of_its_weight() -> None:
     scale(gradients, "b", 0)
     gradients["a.weight"] = np.full((4, 16), 2.0, dtype=np.float32)
     gradients["a.bias"] = np.full(4, 1e-3, dtype=np.float32)
-    reference.initial |= {"a.weight": gradients["a.weight"], "a.bias": gradients["a.bias"]}
+    reference.initial |= {name: np.zeros_like(gradients[name]) for name in ("a.weight", "a.bias")}
     reference.steps = reference.steps[:1]
     other = copy.deepcopy(reference)
     # The norm of one column of the weight's gradient is 4: of that the tolerance of 1e-5 is taken.
