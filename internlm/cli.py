@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a model from a config file",
     "layout": "show the groups of the ranks, the stages of the model and the timeline of a step",
     "generate": "continue prompts with a trained model",
+    "verify": "compare a layout with one process",
 }
 
 

@@ -1,0 +1,131 @@
+"""`internlm verify`: train a small copy of a config's model in its layout and in one process, and compare."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from internlm.config.loader import load_config
+from internlm.initialize.build import check_buildable
+from internlm.utils.errors import ConfigError
+from internlm.utils.logging import configure_logging
+from internlm.verify.case import Case, Combination
+from internlm.verify.choices import Documents, Layout, from_text, to_text
+from internlm.verify.matrix import full_matrix, pairwise_matrix
+from internlm.verify.ranks import LocalRanks, RankFailedError
+from internlm.verify.record import InconsistentRanksError, Record
+from internlm.verify.report import Verdict, judge, matrix_table, steps_table
+from internlm.verify.run import DEFAULT_STEPS
+from internlm.verify.shrink import shrink
+
+LARGEST_WORLD = 32
+"""Ranks that a laptop can take: each is a process."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--config", type=Path, metavar="FILE.py", help="the config file")
+    parser.add_argument("--world-size", type=int, default=8, metavar="N", help="ranks to start here (default: 8)")
+    parser.add_argument(
+        "--steps", type=int, default=DEFAULT_STEPS, metavar="K", help=f"steps to train (default: {DEFAULT_STEPS})"
+    )
+    parser.add_argument(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="NAME=N,...",
+        help="instead of the config's layout, for example tensor=2,mode=isp,weight=2,pipeline=2,schedule=ZBV,zero=2; "
+        "may be given many times",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides", help="change a key"
+    )
+    parser.add_argument(
+        "--keep-dtype", action="store_true", help="compute in model.dtype (default: float32, which shows small defects)"
+    )
+    parser.add_argument("--matrix", action="store_true", help="instead of a config, compare the project's own matrix")
+    parser.add_argument("--full", action="store_true", help="with --matrix: every layout, not one of each pair")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="with --matrix: where the table goes")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the comparison; returns the exit code: 0 equal, 1 different or failed."""
+    configure_logging()
+    if options.steps < 1:
+        raise ConfigError(f"--steps {options.steps}: must be at least 1")
+    if not 1 <= options.world_size <= LARGEST_WORLD:
+        raise ConfigError(f"--world-size {options.world_size}: must be 1 to {LARGEST_WORLD}, all on this machine")
+    if options.matrix:
+        if options.config or options.layout or options.overrides:
+            raise ConfigError("--matrix has configs and layouts of its own: leave out --config, --layout and --set")
+        return _compare_matrix(full_matrix() if options.full else pairwise_matrix(), options.steps, options.output)
+    if options.config is None:
+        raise ConfigError("give --config FILE.py, or --matrix")
+    if options.full or options.output:
+        raise ConfigError("--full and --output go with --matrix")
+    return _compare_config(options)
+
+
+def _compare_config(options: argparse.Namespace) -> int:
+    layouts: list[Layout | None] = [from_text(Layout, text) for text in options.layout] or [None]
+    # All are checked before any of them runs.
+    cases = [_case(options, layout) for layout in layouts]
+    is_equal = True
+    with (
+        LocalRanks(options.world_size, options.config) as ranks,
+        LocalRanks(1, options.config) as alone,
+    ):
+        for case in cases:
+            print(f"{case.world_size} rank(s), {to_text(Layout.of(case.config)) or 'data parallel'}", flush=True)
+            verdict = _verdict(case, options.steps, ranks, alone, {})
+            if verdict.steps:
+                print(steps_table(verdict))
+            print(verdict.explain() or "equal to one process: losses, gradient norm, every gradient and every weight")
+            print(flush=True)
+            is_equal = is_equal and verdict.is_equal
+    return 0 if is_equal else 1
+
+
+def _case(options: argparse.Namespace, layout: Layout | None) -> Case:
+    """The small copy of the user's run in a layout, or in its own."""
+    overrides = list(options.overrides)
+    if layout is not None:
+        overrides += [f"{path}={value!r}" for path, value in layout.keys().items()]
+    loaded = load_config(options.config, overrides, world_size=options.world_size)
+    config = shrink(loaded.config, None if options.keep_dtype else "torch.float32")
+    check_buildable(config, options.world_size)
+    return Case(config, options.world_size, Documents(packed=config.data.use_packed_dataset))
+
+
+def _compare_matrix(combinations: Iterable[Combination], steps: int, output: Path | None) -> int:
+    rows: list[tuple[Combination, Verdict]] = []
+    ranks: dict[int, LocalRanks] = {}
+    references: dict[str, Record] = {}
+    try:
+        for number, combination in enumerate(combinations, start=1):
+            for world_size in (1, combination.ranks):
+                ranks.setdefault(world_size, LocalRanks(world_size))
+            verdict = _verdict(combination.case(), steps, ranks[combination.ranks], ranks[1], references)
+            rows.append((combination, verdict))
+            if output is not None:
+                print(f"{number}: {'equal' if verdict.is_equal else 'DIFFERENT'}  {combination}", flush=True)
+    finally:
+        for started in ranks.values():
+            started.close()
+    if output is None:
+        print(matrix_table(rows), end="")
+    else:
+        output.write_text(matrix_table(rows), encoding="utf-8")
+    return 0 if all(verdict.is_equal for _, verdict in rows) else 1
+
+
+def _verdict(case: Case, steps: int, ranks: LocalRanks, alone: LocalRanks, references: dict[str, Record]) -> Verdict:
+    """Run a case and its reference, which is taken from `references` when it was run before."""
+    reference = case.reference()
+    try:
+        if reference.fingerprint not in references:
+            references[reference.fingerprint] = alone.run(reference, steps)
+        return judge(case, ranks.run(case, steps), references[reference.fingerprint])
+    except (RankFailedError, InconsistentRanksError) as error:
+        return Verdict(failure=str(error))

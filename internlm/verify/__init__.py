@@ -1,0 +1,1 @@
+"""Whether a layout trains as one process does: same losses, gradients and weights. `internlm verify` shows it."""

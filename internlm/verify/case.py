@@ -1,0 +1,216 @@
+"""One run that is to be compared: a config, the number of ranks, and what its batches are made of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from internlm.config.assemble import assemble
+from internlm.config.rules import find_mistakes
+from internlm.config.schema import Config
+from internlm.initialize.build import build_layout
+from internlm.utils.errors import ConfigError
+from internlm.verify.choices import Documents, Layout, Model, Stepping, from_text, to_text
+
+# A step of AdamW is lr * m / (sqrt(v) + eps). With the usual eps of 1e-8 an element whose true gradient is 0 moves by
+# lr in the direction of its rounding error, so that two correct runs part. With an eps of the size of the gradients the
+# update is a smooth function of them, and a difference in weights means a difference in gradients. The learning rate
+# moves weights of 0.02 by a few percent a step: enough to be seen, and not so much that rounding in one step makes a
+# different model in the next.
+LEARNING_RATE = 1e-3
+ADAM_EPSILON = 1e-3
+
+HEAD_DIM = 8
+SEQ_LEN = 16
+MICRO_BSZ = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config as it is run for verification.
+
+    Attributes:
+        config: checked or not; `model`, `parallel`, `data` (sizes), `adam` and `hybrid_zero_optimizer` are used.
+        world_size: number of ranks.
+        documents: what its batches are made of.
+    """
+
+    config: Config
+    world_size: int = 1
+    documents: Documents = field(default_factory=Documents)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro batches of one step on all data ranks together."""
+        return self.config.data.micro_num * build_layout(self.config, self.world_size).data_size
+
+    def reference(self) -> Case:
+        """The same run in one process: same model, same global batches."""
+        alone = changed(self.config, {**Layout().keys(), **_micro_num(self.num_micro_batches)})
+        return replace(self, config=alone, world_size=1)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for two cases that are the same run."""
+        text = f"{self.config.model_dump_json()} {self.world_size} {self.documents}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One point of the space of layouts, models, batches and optimizer settings."""
+
+    ranks: int = 1
+    layout: Layout = field(default_factory=Layout)
+    model: Model = field(default_factory=Model)
+    documents: Documents = field(default_factory=Documents)
+    stepping: Stepping = field(default_factory=Stepping)
+
+    def __str__(self) -> str:
+        """One line, from which `parse` makes the combination again."""
+        parts = {"layout": self.layout, "model": self.model, "documents": self.documents, "stepping": self.stepping}
+        texts = [f"ranks={self.ranks}", *(f"{name}:{to_text(part)}" for name, part in parts.items() if to_text(part))]
+        return " ".join(texts)
+
+    @classmethod
+    def parse(cls, text: str) -> Combination:
+        """The combination that `str` wrote; a part may be given in several words.
+
+        Raises:
+            ConfigError: it did not.
+        """
+        classes: dict[str, type] = {"layout": Layout, "model": Model, "documents": Documents, "stepping": Stepping}
+        ranks, *words = text.split() or [""]
+        texts: dict[str, str] = {}
+        for word in words:
+            name, _, choices = word.partition(":")
+            if name not in classes:
+                raise ConfigError(f"'{word}': expected one of {', '.join(f'{known}:...' for known in classes)}")
+            texts[name] = f"{texts.get(name, '')},{choices}"
+        parts: dict[str, Any] = {name: from_text(classes[name], choices) for name, choices in texts.items()}
+        number = ranks.removeprefix("ranks=")
+        if not number.isdigit():
+            raise ConfigError(f"'{ranks}': expected ranks=N")
+        return cls(int(number), **parts)
+
+    def mistakes(self) -> list[str]:
+        """Why a user's config with these choices would be refused; empty when it would not."""
+        try:
+            case = self.case()
+            build_layout(case.config, self.ranks)
+        except ConfigError as error:
+            return error.mistakes
+        found = [mistake.text for mistake in find_mistakes(case.config, self.ranks)]
+        if self.layout.weight > 1 and self.layout.mode != "isp":
+            found.append("weight parallelism is part of isp")
+        return found
+
+    def case(self) -> Case:
+        """The run.
+
+        Raises:
+            ConfigError: the ranks do not fit the layout.
+        """
+        layout, model = self.layout, self.model
+        data_size = build_layout(_config({**_BASE, **layout.keys()}), self.ranks).data_size
+        micro_batches = self.stepping.micro_batches or needed_micro_batches(layout) * data_size
+        if micro_batches % data_size:
+            raise ConfigError(f"{micro_batches} micro batches cannot be dealt to {data_size} data ranks")
+        keys = {
+            **_BASE,
+            **layout.keys(),
+            **_model_keys(model, layout),
+            **_micro_num(micro_batches // data_size),
+            "hybrid_zero_optimizer.clip_grad_norm": self.stepping.clip,
+            "hybrid_zero_optimizer.reduce_bucket_size": self.stepping.bucket,
+            "hybrid_zero_optimizer.overlap_sync_grad": self.stepping.overlap_grad,
+            "hybrid_zero_optimizer.overlap_sync_param": self.stepping.overlap_param,
+            "reduce_comm_dtype": "torch.bfloat16" if self.stepping.reduce_bf16 else None,
+        }
+        return Case(_config(keys), self.ranks, self.documents)
+
+
+def needed_micro_batches(layout: Layout) -> int:
+    """Micro batches a data rank for which every schedule has a warm-up, a steady and a cool-down phase."""
+    if layout.pipeline == 1:
+        return 2
+    return (2 if layout.schedule in ("ZBV", "DUALPIPEV") or layout.chunks > 1 else 1) * layout.pipeline
+
+
+def _model_keys(model: Model, layout: Layout) -> dict[str, Any]:
+    num_chunks = 2 if layout.schedule in ("ZBV", "DUALPIPEV") else layout.chunks
+    keys = {
+        "model_type": model.family,
+        "use_fp32_norm": model.fp32_norm,
+        "model.hidden_size": HEAD_DIM * model.heads,
+        "model.num_attention_heads": model.heads,
+        "model.num_kv_attention_heads": model.kv_heads,
+        "model.num_layers": model.layers or max(2, layout.pipeline * (num_chunks if layout.pipeline > 1 else 1)),
+        # With 8 ranks an odd multiple: halves and quarters of it do not fall on powers of two.
+        "model.intermediate_size": 56,
+        "model.vocab_size": model.vocab,
+        "model.tie_word_embeddings": model.tied,
+        "model.norm_head": model.norm_head,
+        "model.qk_norm": model.qk_norm,
+        "model.qkv_bias": model.bias,
+        "model.o_bias": model.bias,
+        "model.mlp_bias": model.bias,
+        "model.enable_qkv_fusion": model.fused,
+        "model.mlp_layer_fusion": model.fused,
+        "model.embed_split_hidden": model.split_hidden,
+        "model.checkpoint": model.checkpoint,
+        "model.dtype": f"torch.{model.dtype}",
+        "model.residual_in_fp32": model.fp32_residual,
+    }
+    return {path: value for path, value in keys.items() if value is not None}
+
+
+_BASE: dict[str, Any] = {
+    "data.seq_len": SEQ_LEN,
+    "data.micro_bsz": MICRO_BSZ,
+    "data.total_steps": 1,
+    "model.vocab_size": 64,
+    "model.hidden_size": 32,
+    "model.num_layers": 2,
+    "model.num_attention_heads": 4,
+    "ckpt.enable_save_ckpt": False,
+    "adam.lr": LEARNING_RATE,
+    "adam.adam_eps": ADAM_EPSILON,
+    "adam.weight_decay": 0.1,
+}
+
+
+def _micro_num(number: int) -> dict[str, Any]:
+    return {"data.micro_num": number, "data.gradient_accumulation": number}
+
+
+def changed(config: Config, keys: Mapping[str, Any]) -> Config:
+    """A copy of a config with other values for some keys, given by dotted path; derived keys are derived anew.
+
+    Raises:
+        ConfigError: a value that the schema does not take.
+    """
+    return _built(_set(config.model_dump(exclude_unset=True), keys))
+
+
+def _config(keys: Mapping[str, Any]) -> Config:
+    return _built(_set({}, keys))
+
+
+def _built(tree: dict[str, Any]) -> Config:
+    config, mistakes = assemble(tree)
+    if mistakes:
+        raise ConfigError(mistake.text for mistake in mistakes)
+    return config
+
+
+def _set(tree: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    for path, value in keys.items():
+        *sections, name = path.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return tree

@@ -1,0 +1,195 @@
+"""Compares a run in a layout with the same run in one process, within what rounding can explain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from internlm.verify.case import Case
+from internlm.verify.record import Array, Record
+
+# Matrix products, element-wise operations and reductions that a value passes, one after the other, from a layer's input
+# to its output (norm, projection, rotary, scores, softmax, weighting, projection, sum; norm, projection, gate,
+# projection, sum), and about twice as many on the way back.
+ROUNDINGS_PER_LAYER = 40
+
+# Embedding, final norm, head, loss, and the sum over micro batches and ranks.
+ROUNDINGS_OUTSIDE = 20
+
+FP32_LOSS = 1e-5
+"""Relative difference of losses in fp32 that the project promises to stay below."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest differences in the first step, relative to what is compared; see `tolerance_of`.
+
+    Attributes:
+        loss: of the loss.
+        gradient: of the norm of the gradient, and of the L2 norm of each tensor's gradient.
+        weight: rounding of a stored weight, relative to the L2 norm of the tensor.
+        update: how far a gradient's relative error moves a weight: the learning rate over AdamW's epsilon.
+    """
+
+    loss: float
+    gradient: float
+    weight: float
+    update: float
+
+
+def tolerance_of(case: Case) -> Tolerance:
+    """What rounding can explain.
+
+    A gradient passes `n = ROUNDINGS_PER_LAYER * layers + ROUNDINGS_OUTSIDE` roundings to `eps` of the model's dtype.
+    They are as good as independent, so that they add up to sqrt(n) of one. It is summed in fp32 over T tokens, or
+    as many heads of them; the error of that is relative to the sum of the terms' sizes, which for N terms of either
+    sign is sqrt(N) times the size of the sum. Both runs are off by as much. So the difference, relative to the norm of
+    a tensor, is below
+
+        sqrt(2) * (eps * sqrt(n) + eps32 * sqrt(T * heads)).
+
+    A weight is rounded to its dtype, and moves by lr / adam_eps times the error of the gradient at most (`case.py` says
+    why adam_eps is large here).
+    """
+    config = case.config
+    eps = torch.finfo(config.model.torch_dtype).eps / 2
+    eps32 = torch.finfo(torch.float32).eps / 2
+    roundings = ROUNDINGS_PER_LAYER * config.model.num_layers + ROUNDINGS_OUTSIDE
+    terms = case.num_micro_batches * config.data.packed_length * config.model.num_attention_heads
+    relative = eps * math.sqrt(roundings) + eps32 * math.sqrt(terms)
+    if config.reduce_comm_dtype not in (None, "torch.float32"):
+        # Each gradient is rounded once more where it enters a sum over ranks, and after every addition.
+        relative += torch.finfo(torch.bfloat16).eps / 2 * math.sqrt(case.world_size)
+    gradient = math.sqrt(2) * relative
+    loss = FP32_LOSS if config.model.torch_dtype == torch.float32 else gradient
+    return Tolerance(loss, gradient, 2 * eps, config.adam.lr / config.adam.adam_eps)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two runs differ.
+
+    Attributes:
+        step: 1 for the first; 0 for the weights before it.
+        what: "loss", "gradient norm", "gradient of <name>", "weight <name>" ...
+        amount, allowed: the relative difference, and the largest that rounding explains.
+        detail: the two values, or where the parameter is.
+    """
+
+    step: int
+    what: str
+    amount: float
+    allowed: float
+    detail: str
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: {self.what} differs by {self.amount:.2g} (allowed {self.allowed:.2g} relative to the "
+            f"reference); {self.detail}"
+        )
+
+
+@dataclass(frozen=True)
+class StepComparison:
+    """Largest relative differences of one step, for the table.
+
+    Attributes:
+        loss, reference_loss: the values.
+        grad_norm, gradient, weight: relative differences; of all tensors the largest.
+        within: the largest share that a difference has in what is allowed; above 1 it is a failure.
+    """
+
+    step: int
+    loss: float
+    reference_loss: float
+    grad_norm: float
+    gradient: float
+    weight: float
+    within: float
+
+
+def compare(record: Record, reference: Record, tolerance: Tolerance) -> list[Difference]:
+    """Every difference beyond the tolerance, by step; in a step first loss and norm, then tensors in model order."""
+    differences = list(_initial_differences(record, reference))
+    for number, _ in enumerate(reference.steps, start=1):
+        differences += [found for found in _measure(record, reference, number, tolerance) if _is_beyond(found)]
+    return differences
+
+
+def summarize(record: Record, reference: Record, tolerance: Tolerance) -> list[StepComparison]:
+    """The differences of each step, within the tolerance or not."""
+    rows = []
+    for number, (step, other) in enumerate(zip(record.steps, reference.steps, strict=True), start=1):
+        found = list(_measure(record, reference, number, tolerance))
+
+        def largest(kind: str, found: list[Difference] = found) -> float:
+            return max((one.amount for one in found if one.what.startswith(kind)), default=0.0)
+
+        within = max(math.inf if math.isnan(one.amount) else one.amount / one.allowed for one in found)
+        norm, gradient, weight = largest("gradient norm"), largest("gradient of"), largest("weight")
+        rows.append(StepComparison(number, step.loss, other.loss, norm, gradient, weight, within))
+    return rows
+
+
+def _is_beyond(difference: Difference) -> bool:
+    return not difference.amount <= difference.allowed  # NaN is beyond
+
+
+def _initial_differences(record: Record, reference: Record) -> Iterator[Difference]:
+    """Weights start from the same bits in every layout."""
+    for name in sorted(reference.initial.keys() ^ record.initial.keys()):
+        side = "in one process" if name in reference.initial else "in this layout"
+        yield Difference(0, f"parameter {name}", math.inf, 0.0, f"it is there only {side}")
+    for name, expected in reference.initial.items():
+        if name in record.initial and not np.array_equal(expected, record.initial[name]):
+            amount = _relative(record.initial[name], expected)
+            yield Difference(0, f"initial weight {name}", amount, 0.0, record.placements.get(name, ""))
+
+
+def _measure(record: Record, reference: Record, number: int, tolerance: Tolerance) -> Iterator[Difference]:
+    """All that is compared in step `number`.
+
+    The weights of a step carry the errors of the steps before, and their gradients the errors of the weights; each step
+    adds one more error of the first step's size.
+    """
+    step, other = record.steps[number - 1], reference.steps[number - 1]
+    for what, value, expected, allowed in (
+        ("loss", step.loss, other.loss, tolerance.loss),
+        ("gradient norm", step.grad_norm, other.grad_norm, tolerance.gradient * number),
+    ):
+        amount = abs(value - expected) / abs(expected) if expected else abs(value)
+        yield Difference(number, what, amount, allowed, f"{value!r} instead of {expected!r}")
+    for name in reference.initial:  # in model order
+        amount = _relative(step.gradients.get(name), other.gradients[name], _term_size(name, other.gradients))
+        place = record.placements.get(name, "")
+        yield Difference(number, f"gradient of {name}", amount, tolerance.gradient * number, place)
+    for name, wanted in other.weights.items():
+        norm = float(np.linalg.norm(wanted)) or 1.0
+        gradient = max(float(np.linalg.norm(past.gradients[name])) for past in reference.steps[:number])
+        moved = tolerance.update * tolerance.gradient * gradient * number * (number + 1) / 2 / norm
+        allowed = tolerance.weight * number + moved
+        amount = _relative(step.weights.get(name), wanted)
+        yield Difference(number, f"weight {name}", amount, allowed, record.placements.get(name, ""))
+
+
+def _term_size(name: str, gradients: dict[str, Array]) -> float:
+    """A norm that the terms of a bias's gradient add up to when they do not cancel; 0 for other parameters.
+
+    The gradient of a bias is that of its weight for an input of ones, so that the terms of both are as large. Those of
+    a key's bias cancel almost wholly: a constant on all keys moves all scores of a query alike, which softmax ignores.
+    What is left is rounding of the terms.
+    """
+    weight = gradients.get(f"{name.removesuffix('.bias')}.weight") if name.endswith(".bias") else None
+    return 0.0 if weight is None or weight.ndim < 2 else float(np.linalg.norm(weight)) / math.sqrt(weight.shape[1])
+
+
+def _relative(values: Array | None, expected: Array, smallest: float = 0.0) -> float:
+    """L2 norm of the difference over that of `expected`, or over `smallest`; the norm itself where both are 0."""
+    if values is None or values.shape != expected.shape:
+        return math.inf
+    difference = float(np.linalg.norm((values - expected).astype(np.float64)))
+    return difference / (max(smallest, float(np.linalg.norm(expected.astype(np.float64)))) or 1.0)

@@ -1,0 +1,156 @@
+"""Ranks on this machine's CPU, started for verification: processes joined by gloo, ended when one of them fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from internlm.config.python_file import run_config_file
+from internlm.core.failure import describe_error
+from internlm.utils.errors import ConfigError, UserError
+from internlm.verify.case import Case
+from internlm.verify.record import RankRecord, Record, assemble
+from internlm.verify.run import run_case
+
+TIMEOUT_SECONDS = 600.0
+"""A case that takes longer hangs: those of `internlm verify` take seconds."""
+
+GRACE_SECONDS = 2.0
+"""How long other ranks may still tell their failure when one has told its own: the first is the cause."""
+
+
+class RankFailedError(Exception):
+    """A rank raised or died; the message has its traceback, and the cause in its last line."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    when: float
+    cause: str
+    details: str
+    is_mistake: bool = False
+
+
+class LocalRanks:
+    """N processes on this machine that run cases; use as a context manager.
+
+    Args:
+        world_size: number of ranks; with 1 there is no process group.
+        config_file: executed in each rank before its first case, when it registers a model type; None: there is none.
+    """
+
+    def __init__(self, world_size: int, config_file: Path | None = None) -> None:
+        self.world_size = world_size
+        self._config_file = config_file
+        self._processes: list[BaseProcess] = []
+        self._connections: list[Connection] = []
+
+    def __enter__(self) -> LocalRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, case: Case, steps: int) -> Record:
+        """Run a case on all ranks.
+
+        Raises:
+            RankFailedError: a rank failed. The ranks are ended; the next call starts new ones.
+            InconsistentRanksError: ranks contradict each other.
+        """
+        if not self._processes:
+            self._start()
+        for connection in self._connections:
+            connection.send((case, steps))
+        records, failures = self._collect()
+        if failures:
+            self.close()
+            first = min(failures, key=lambda failure: failure.when)
+            if first.is_mistake:
+                raise ConfigError(first.cause)
+            raise RankFailedError(f"{first.details}{first.cause}")
+        return assemble([records[rank] for rank in range(self.world_size)])
+
+    def close(self) -> None:
+        """End all ranks."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        self._processes, self._connections = [], []
+
+    def _start(self) -> None:
+        # A server that has imported torch forks each rank: no wait for imports, and none of this process's threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["internlm.verify.ranks", "internlm.verify.warm_up"])
+        meeting = Path(tempfile.mkdtemp(prefix="internlm-verify-")) / "store"
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, self.world_size, str(meeting), self._config_file, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def _collect(self) -> tuple[dict[int, RankRecord], list[_Failure]]:
+        """Each rank's record; or the failures, once a first one is known and the others had time to tell theirs."""
+        records: dict[int, RankRecord] = {}
+        failures: list[_Failure] = []
+        pending: dict[Any, int] = {connection: rank for rank, connection in enumerate(self._connections)}
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while pending:
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                if not failures:
+                    late = sorted(pending.values())
+                    failures.append(_Failure(0.0, f"ranks {late} gave no answer in {TIMEOUT_SECONDS:.0f} s", ""))
+                break
+            for connection in cast(list[Connection], ready):
+                rank = pending.pop(connection)
+                answer = self._receive(connection, rank)
+                if isinstance(answer, RankRecord):
+                    records[rank] = answer
+                else:
+                    failures.append(answer)
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        return records, failures
+
+    def _receive(self, connection: Connection, rank: int) -> RankRecord | _Failure:
+        try:
+            return connection.recv()
+        except EOFError:
+            process = self._processes[rank]
+            process.join(GRACE_SECONDS)
+            # It had no time to tell anything: whatever others tell is a consequence.
+            return _Failure(0.0, f"rank {rank} ended without an answer, with exit code {process.exitcode}", "")
+
+
+def _serve(rank: int, world_size: int, meeting: str, config_file: Path | None, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    try:
+        if config_file is not None:
+            run_config_file(config_file)
+        if world_size > 1:
+            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+        while True:
+            case, steps = connection.recv()
+            connection.send(run_case(case, steps))
+    except EOFError:
+        return
+    except Exception as error:
+        cause = f"rank {rank} failed: {describe_error(error)}"
+        connection.send(_Failure(time.monotonic(), cause, traceback.format_exc(), isinstance(error, UserError)))

@@ -1,0 +1,84 @@
+"""What a comparison found, for people: a table of one layout's steps, a table of many layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from internlm.verify.case import Case, Combination
+from internlm.verify.compare import Difference, StepComparison, compare, summarize, tolerance_of
+from internlm.verify.record import Record
+
+SHOWN_DIFFERENCES = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One layout against one process.
+
+    Attributes:
+        steps: how far apart the runs are, step by step.
+        differences: those that rounding does not explain, the first one first.
+        failure: why there is nothing to compare; empty when there is.
+    """
+
+    steps: Sequence[StepComparison] = field(default_factory=tuple)
+    differences: Sequence[Difference] = field(default_factory=tuple)
+    failure: str = ""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the layout trains as one process does."""
+        return not self.failure and not self.differences
+
+    def explain(self) -> str:
+        """Why not; empty when it does."""
+        if self.failure:
+            return self.failure
+        lines = [str(difference) for difference in self.differences[:SHOWN_DIFFERENCES]]
+        more = len(self.differences) - len(lines)
+        return "\n".join([*lines, f"and {more} more differences"] if more > 0 else lines)
+
+
+def judge(case: Case, record: Record, reference: Record) -> Verdict:
+    """Compare a case's record with that of `case.reference()`."""
+    tolerance = tolerance_of(case)
+    return Verdict(summarize(record, reference, tolerance), compare(record, reference, tolerance))
+
+
+def steps_table(verdict: Verdict) -> str:
+    """The steps of one layout, as aligned text."""
+    header = "step          loss   one process      norm  gradients   weights  of allowed"
+    rows = [
+        f"{row.step:>4}  {row.loss:>12.7f}  {row.reference_loss:>12.7f}  {row.grad_norm:>8.1e}  {row.gradient:>9.1e}  "
+        f"{row.weight:>8.1e}  {row.within:>10.1%}"
+        for row in verdict.steps
+    ]
+    return "\n".join([header, *rows])
+
+
+def matrix_table(rows: Sequence[tuple[Combination, Verdict]]) -> str:
+    """All combinations of a matrix as a Markdown table."""
+    equal = sum(verdict.is_equal for _, verdict in rows)
+    lines = [
+        f"{equal} of {len(rows)} combinations train as one process does.",
+        "",
+        "Largest relative differences to one process, over all steps. `of allowed`: the largest share that one has in",
+        "what rounding explains.",
+        "",
+        "| ranks | layout, model, batch, optimizer | loss | gradients | weights | of allowed | result |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for combination, verdict in rows:
+        ranks, *words = str(combination).split()
+        cells = [ranks.removeprefix("ranks="), "<br>".join(words) or "all defaults"]
+        if verdict.steps:
+            loss = max(abs(step.loss - step.reference_loss) / (step.reference_loss or 1.0) for step in verdict.steps)
+            gradient, weight = (max(getattr(step, name) for step in verdict.steps) for name in ("gradient", "weight"))
+            within = max(step.within for step in verdict.steps)
+            cells += [f"{loss:.1e}", f"{gradient:.1e}", f"{weight:.1e}", f"{within:.0%}"]
+        else:
+            cells += ["", "", "", ""]
+        cells.append("equal" if verdict.is_equal else (verdict.explain().splitlines() or [""])[-1])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

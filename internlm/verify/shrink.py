@@ -1,0 +1,72 @@
+"""A user's config made small enough for a laptop, with all that meets parallelism kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from internlm.config.schema import Config
+from internlm.verify.case import (
+    ADAM_EPSILON,
+    HEAD_DIM,
+    LEARNING_RATE,
+    MICRO_BSZ,
+    SEQ_LEN,
+    changed,
+    needed_micro_batches,
+)
+from internlm.verify.choices import Layout
+
+LARGEST_GROUP_OF_HEADS = 4
+WINDOW = 6
+"""Shorter than a sequence, so that a sliding window is seen at work."""
+
+
+def shrink(config: Config, dtype: str | None = "torch.float32") -> Config:
+    """The config with fewer and narrower layers and short sequences; same family, flags and layout.
+
+    The ratio of query to key-value heads stays up to 4, and key-value heads stay below the tensor size or a multiple of
+    it, as they were. A vocabulary that the ranks do not divide stays one. The optimizer's learning rate and epsilon are
+    those of `case.py`.
+
+    Args:
+        config: a checked config.
+        dtype: of weights and computation; None keeps the config's.
+    """
+    layout, model = Layout.of(config), config.model
+    tensor = layout.tensor
+    heads, kv_heads = model.num_attention_heads, model.num_kv_attention_heads or model.num_attention_heads
+    group = min(heads // kv_heads, LARGEST_GROUP_OF_HEADS)
+    # Two heads a rank show that heads are told apart; fewer heads than ranks stay as few.
+    small_kv = kv_heads if kv_heads <= tensor else tensor * min(kv_heads // tensor, 2)
+    small_heads = small_kv * group
+    chunks = layout.pipeline * layout.chunks
+    divisor = math.lcm(tensor, layout.weight)
+    keys: dict[str, Any] = {
+        "model.num_attention_heads": small_heads,
+        "model.num_kv_attention_heads": small_kv if model.num_kv_attention_heads else None,
+        "model.hidden_size": _multiple(HEAD_DIM * small_heads, divisor),
+        "model.head_dim": HEAD_DIM,
+        "model.num_layers": min(model.num_layers, max(2, chunks)),
+        "model.intermediate_size": 7 * HEAD_DIM * divisor,
+        "model.vocab_size": _multiple(64, divisor) + model.vocab_size % divisor,
+        "model.max_window_layers": min(model.max_window_layers, 1),
+        "data.seq_len": _multiple(SEQ_LEN, tensor),
+        "data.micro_bsz": MICRO_BSZ,
+        "data.micro_num": needed_micro_batches(layout),
+        "data.gradient_accumulation": needed_micro_batches(layout),
+        "adam.lr": LEARNING_RATE,
+        "adam.adam_eps": ADAM_EPSILON,
+        "lr_scheduler.eta_min": 0.0,
+    }
+    if model.sliding_window is not None:
+        keys["model.sliding_window"] = WINDOW
+    if dtype is not None:
+        keys["model.dtype"] = dtype
+        if dtype == "torch.float32":
+            keys["reduce_comm_dtype"] = None
+    return changed(config, keys)
+
+
+def _multiple(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor

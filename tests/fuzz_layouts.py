@@ -1,0 +1,181 @@
+"""Draws layouts, models and batches at random, and compares each with one process.
+
+    python tests/fuzz_layouts.py --seconds 300 --seed 7
+    python tests/fuzz_layouts.py --case "ranks=4 layout:tensor=2,mode=msp model:tied=true"
+
+Each failure is made as simple as it still fails, and printed as the line that repeats it. Exits 1 when there is one.
+What it finds becomes a test in `tests/layouts/test_regressions.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers.layouts import verdict_of
+from helpers.ranks import RankFailedError, RankPool
+
+from internlm.verify.case import Combination
+from internlm.verify.choices import Documents, Layout, Model, Stepping
+from internlm.verify.record import InconsistentRanksError
+
+STEPS = 2
+PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
+    "layout": (
+        Layout,
+        {
+            "tensor": (1, 2, 2, 4),
+            "mode": ("mtp", "msp", "fsp", "isp", "isp"),
+            "weight": (1, 1, 2, 4),
+            "overlap": (False, True),
+            "pipeline": (1, 1, 2, 2, 4),
+            "schedule": ("1F1B", "ZBH1", "ZBV", "DUALPIPEV"),
+            "chunks": (1, 1, 2, 3),
+            "zero": (-1, -1, 1, 2, 4),
+            "fsdp": (False, False, False, True),
+        },
+    ),
+    "model": (
+        Model,
+        {
+            "family": ("INTERNLM2", "INTERNLM", "LLAMA2", "QWEN2", "QWEN3", "BAICHUAN2", "GEMMA", "MISTRAL"),
+            "heads": (4, 8, 12),
+            "kv_heads": (1, 2, 4),
+            "layers": (0, 0, 3, 5, 7),
+            "vocab": (64, 61, 66),
+            "tied": (None, True, False),
+            "norm_head": (None, True),
+            "qk_norm": (None, True),
+            "bias": (None, True, False),
+            "fused": (None, True, False),
+            "split_hidden": (True, False),
+            "checkpoint": (0.0, 0.5, 1.0),
+            "dtype": ("float32", "float32", "bfloat16"),
+            "fp32_norm": (False, True),
+            "fp32_residual": (False, True),
+        },
+    ),
+    "documents": (
+        Documents,
+        {
+            "packed": (True, False),
+            "ragged": (True, False),
+            "masked": ("none", "uneven", "micro_batches", "ends", "all"),
+        },
+    ),
+    "stepping": (
+        Stepping,
+        {
+            "micro_batches": (0, 0, 0, 4, 8, 12),
+            "clip": (0.5, 0.0, 0.01),
+            "bucket": (3000, 500, 100_000),
+            "overlap_grad": (False, True),
+            "overlap_param": (False, True),
+            "reduce_bf16": (False, False, True),
+        },
+    ),
+}
+
+
+def combinations(random: Random) -> Iterator[Combination]:
+    """Valid combinations without end."""
+    while True:
+        ranks = random.choice((1, 2, 4, 4, 8, 8))
+        parts: dict[str, Any] = {
+            name: cls(**{field: random.choice(values) for field, values in options.items()})
+            for name, (cls, options) in PARTS.items()
+        }
+        combination = Combination(ranks, **parts)
+        if not combination.mistakes():
+            yield combination
+
+
+class Trials:
+    """Tries combinations on ranks that are kept."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, RankPool] = {}
+        self.num_refused = 0
+
+    def ranks(self, world_size: int) -> RankPool:
+        """The ranks for a world size."""
+        return self._pools.setdefault(world_size, RankPool(world_size))
+
+    def failure(self, combination: Combination) -> str:
+        """Why a combination does not train as one process does; empty when it does, or is refused by name."""
+        try:
+            return verdict_of(str(combination), self.ranks, STEPS).explain()
+        except RankFailedError as error:
+            cause = str(error).strip().splitlines()[-1]
+            if cause.startswith("internlm.utils.errors.ConfigError"):
+                self.num_refused += 1
+                return ""
+            return str(error)
+        except InconsistentRanksError as error:
+            return str(error)
+
+    def simplify(self, combination: Combination) -> Combination:
+        """A combination that fails, too, with as many defaults as can be."""
+        for simpler in self._simpler(combination):
+            if simpler != combination and not simpler.mistakes() and self.failure(simpler):
+                return self.simplify(simpler)
+        return combination
+
+    @staticmethod
+    def _simpler(combination: Combination) -> Iterator[Combination]:
+        for ranks in (1, 2, 4):
+            if ranks < combination.ranks:
+                yield replace(combination, ranks=ranks)
+        for name in PARTS:
+            part = getattr(combination, name)
+            yield replace(combination, **{name: type(part)()})
+            for field in fields(part):
+                if getattr(part, field.name) != field.default:
+                    yield replace(combination, **{name: replace(part, **{field.name: field.default})})
+
+    def close(self) -> None:
+        """End all ranks."""
+        for pool in self._pools.values():
+            pool.close()
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description="compare random layouts with one process")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="how long (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    parser.add_argument("--case", metavar="LINE", help="try only this one")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    trials, failures, number = Trials(), 0, 0
+    started = time.monotonic()
+    drawn = iter([Combination.parse(options.case)]) if options.case else combinations(Random(options.seed))
+    try:
+        for combination in drawn:
+            number += 1
+            failure = trials.failure(combination)
+            if failure:
+                failures += 1
+                simplest = combination if options.case else trials.simplify(combination)
+                print(f'FAILED python tests/fuzz_layouts.py --case "{simplest}"')
+                print(trials.failure(simplest), flush=True)
+            if time.monotonic() - started > options.seconds:
+                break
+    finally:
+        trials.close()
+    print(f"{number} combinations, {trials.num_refused} of them refused by name, {failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The one-line text forms of layouts, models, documents and steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from internlm.config.schema import Config
+from internlm.utils.errors import ConfigError
+from internlm.verify.case import changed
+from internlm.verify.choices import Documents, Layout, Model, Stepping, from_text, to_text
+
+CHOICES = [
+    Layout(),
+    Layout(tensor=2, mode="isp", weight=4, overlap=True, pipeline=2, schedule="ZBV", chunks=2, zero=2, fsdp=True),
+    Model(family="QWEN3", tied=False, checkpoint=0.5, dtype="bfloat16"),
+    Documents(packed=False, masked="ends"),
+    Stepping(clip=0.0, overlap_grad=True),
+]
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_the_text_gives_the_choices_back(choices: object) -> None:
+    assert from_text(type(choices), to_text(choices)) == choices
+
+
+def test_only_what_differs_from_the_default_is_written() -> None:
+    assert to_text(Layout()) == ""
+    assert to_text(Layout(tensor=2, fsdp=True)) == "tensor=2,fsdp=true"
+
+
+def test_a_flag_stands_alone_and_letters_may_be_of_any_case() -> None:
+    assert from_text(Layout, " overlap, schedule=zbv ,pipeline=2,mode=ISP") == Layout(
+        overlap=True, schedule="ZBV", pipeline=2, mode="isp"
+    )
+
+
+def test_all_mistakes_are_told_with_what_was_meant() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_text(Layout, "tenso=2,zero=x,schedule=1F1,fsdp=maybe,mode=isp")
+    assert caught.value.mistakes == [
+        "'tenso=2': unknown name 'tenso', known: tensor, mode, weight, overlap, pipeline, schedule, chunks, zero, "
+        "fsdp. Did you mean 'tensor'?",
+        "'zero=x': expected a whole number",
+        "'schedule=1F1': expected one of 1F1B, ZBH1, ZBV, DUALPIPEV. Did you mean '1F1B'?",
+        "'fsdp=maybe': expected true or false",
+    ]
+
+
+def test_a_config_and_its_layout_say_the_same() -> None:
+    config = Config.model_validate(
+        {
+            "data": {"seq_len": 8, "micro_bsz": 1, "total_steps": 1},
+            "model": {"vocab_size": 8, "hidden_size": 8, "num_layers": 4, "num_attention_heads": 1},
+        }
+    )
+    layout = Layout(tensor=2, mode="msp", pipeline=2, chunks=2, zero=1)
+    assert Layout.of(config) == Layout()
+    assert Layout.of(changed(config, layout.keys())) == layout
+    assert Layout.of(changed(changed(config, layout.keys()), Layout().keys())) == Layout()

@@ -1,0 +1,72 @@
+"""A user's config made small keeps what meets parallelism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from internlm.config.loader import load_config
+from internlm.config.rules import find_mistakes
+from internlm.config.schema import Config
+from internlm.verify.case import changed
+from internlm.verify.choices import Layout
+from internlm.verify.shrink import shrink
+
+CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.py"))
+LAYOUTS = [
+    Layout(),
+    Layout(tensor=2, mode="msp"),
+    Layout(tensor=2, mode="isp", weight=4, overlap=True, pipeline=2, schedule="ZBV", chunks=2),
+    Layout(pipeline=2, chunks=2),
+]
+
+
+def user_config(**model: object) -> Config:
+    """A 7B model of which some keys are given."""
+    keys = {"vocab_size": 92544, "hidden_size": 4096, "num_layers": 32, "num_attention_heads": 32, **model}
+    return Config.model_validate(
+        {
+            "model": keys,
+            "data": {"seq_len": 4096, "micro_bsz": 1, "total_steps": 10},
+            "ckpt": {"enable_save_ckpt": False},
+        }
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_example_config_becomes_small_and_stays_valid(path: Path) -> None:
+    original = load_config(path, ["parallel.zero1.size=-1"], world_size=64).config
+    for layout in LAYOUTS:
+        config = shrink(changed(original, layout.keys()))
+        assert not list(find_mistakes(config, 8))
+        assert (config.model_type, Layout.of(config)) == (original.model_type, layout)
+        assert config.model.hidden_size <= 256 and config.model.num_layers <= 4 and config.model.vocab_size <= 128
+        for flag in ("qkv_bias", "qk_norm", "norm_head", "tie_word_embeddings", "checkpoint", "rope_scaling"):
+            assert getattr(config.model, flag) == getattr(original.model, flag)
+
+
+@pytest.mark.parametrize(("kv_heads", "tensor"), [(32, 4), (8, 4), (4, 4), (2, 4), (1, 4)])
+def test_key_value_heads_stand_to_the_ranks_as_before(kv_heads: int, tensor: int) -> None:
+    config = user_config(num_kv_attention_heads=kv_heads)
+    model = shrink(changed(config, Layout(tensor=tensor, mode="msp").keys())).model
+    small = model.num_kv_attention_heads
+    assert small is not None
+    assert (small < tensor, small % tensor == 0) == (kv_heads < tensor, kv_heads % tensor == 0)
+    assert model.num_attention_heads // small == min(32 // kv_heads, 4)
+    assert model.num_attention_heads % tensor == 0
+
+
+def test_a_vocabulary_that_does_not_divide_stays_one() -> None:
+    for vocab, tensor in ((92544, 4), (92545, 4), (50257, 8)):
+        config = changed(user_config(vocab_size=vocab), Layout(tensor=tensor, mode="msp").keys())
+        assert shrink(config).model.vocab_size % tensor == vocab % tensor
+
+
+def test_windows_are_shorter_than_sequences_and_dtype_is_fp32_unless_kept() -> None:
+    config = user_config(use_sliding_window=True, sliding_window=1024, max_window_layers=20)
+    small = shrink(config)
+    assert small.model.sliding_window is not None and small.model.sliding_window < small.data.seq_len
+    assert small.model.max_window_layers == 1 < small.model.num_layers
+    assert small.model.dtype == "torch.float32"
+    assert shrink(config, dtype=None).model.dtype == "torch.bfloat16"
