@@ -90,7 +90,7 @@ class ParallelLinear(nn.Module):
     def __init__(self, parameters: dict[str, nn.Parameter], role: Role, parallel: ModelParallel) -> None:
         super().__init__()
         # A layer without bias has the attribute all the same, as nn.Linear does.
-        for name, parameter in {"bias": None, **parameters}.items():
+        for name, parameter in {**parameters, "bias": parameters.get("bias")}.items():
             self.register_parameter(name, parameter)
         self.role = role
         self.parallel = parallel
