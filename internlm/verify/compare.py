@@ -32,13 +32,15 @@ class Tolerance:
         loss: of the loss.
         gradient: of the norm of the gradient, and of the L2 norm of each tensor's gradient.
         weight: rounding of a stored weight, relative to the L2 norm of the tensor.
-        update: how far a gradient's relative error moves a weight: the learning rate over AdamW's epsilon.
+        update: how far a gradient's error moves a weight: the learning rate over AdamW's epsilon.
+        response: relative change of a gradient for one of all weights: every layer adds that of its own.
     """
 
     loss: float
     gradient: float
     weight: float
     update: float
+    response: float
 
 
 def tolerance_of(case: Case) -> Tolerance:
@@ -66,7 +68,7 @@ def tolerance_of(case: Case) -> Tolerance:
         relative += torch.finfo(torch.bfloat16).eps / 2 * math.sqrt(case.world_size)
     gradient = math.sqrt(2) * relative
     loss = FP32_LOSS if config.model.torch_dtype == torch.float32 else gradient
-    return Tolerance(loss, gradient, 2 * eps, config.adam.lr / config.adam.adam_eps)
+    return Tolerance(loss, gradient, 2 * eps, config.adam.lr / config.adam.adam_eps, config.model.num_layers + 1)
 
 
 @dataclass(frozen=True)
@@ -151,29 +153,44 @@ def _initial_differences(record: Record, reference: Record) -> Iterator[Differen
 
 
 def _measure(record: Record, reference: Record, number: int, tolerance: Tolerance) -> Iterator[Difference]:
-    """All that is compared in step `number`.
-
-    The weights of a step carry the errors of the steps before, and their gradients the errors of the weights; each step
-    adds one more error of the first step's size.
-    """
+    """All that is compared in step `number`."""
     step, other = record.steps[number - 1], reference.steps[number - 1]
+    allowed_gradient = _allowed_gradient(reference, number, tolerance)
     for what, value, expected, allowed in (
         ("loss", step.loss, other.loss, tolerance.loss),
-        ("gradient norm", step.grad_norm, other.grad_norm, tolerance.gradient * number),
+        ("gradient norm", step.grad_norm, other.grad_norm, allowed_gradient),
     ):
         amount = abs(value - expected) / abs(expected) if expected else abs(value)
         yield Difference(number, what, amount, allowed, f"{value!r} instead of {expected!r}")
     for name in reference.initial:  # in model order
         amount = _relative(step.gradients.get(name), other.gradients[name], _term_size(name, other.gradients))
         place = record.placements.get(name, "")
-        yield Difference(number, f"gradient of {name}", amount, tolerance.gradient * number, place)
+        yield Difference(number, f"gradient of {name}", amount, allowed_gradient, place)
     for name, wanted in other.weights.items():
         norm = float(np.linalg.norm(wanted)) or 1.0
-        gradient = max(float(np.linalg.norm(past.gradients[name])) for past in reference.steps[:number])
-        moved = tolerance.update * tolerance.gradient * gradient * number * (number + 1) / 2 / norm
-        allowed = tolerance.weight * number + moved
+        errors = (
+            _allowed_gradient(reference, past, tolerance)
+            * max(float(np.linalg.norm(gradients[name])), _term_size(name, gradients))
+            for past, gradients in enumerate((step.gradients for step in reference.steps[:number]), start=1)
+        )
+        allowed = tolerance.weight * number + tolerance.update * sum(errors) / norm
         amount = _relative(step.weights.get(name), wanted)
         yield Difference(number, f"weight {name}", amount, allowed, record.placements.get(name, ""))
+
+
+def _allowed_gradient(reference: Record, number: int, tolerance: Tolerance) -> float:
+    """Largest relative difference of a gradient of step `number`.
+
+    Each step adds an error of the first one's size. And the errors of the gradients before have moved the weights, by
+    `tolerance.update` times as much, to which gradients respond.
+    """
+    past = reference.steps[: number - 1]
+    moved = sum(tolerance.update * _norm_of_all(step.gradients) / _norm_of_all(step.weights) for step in past)
+    return tolerance.gradient * (number + tolerance.response * moved)
+
+
+def _norm_of_all(tensors: dict[str, Array]) -> float:
+    return math.sqrt(sum(float(np.linalg.norm(tensor)) ** 2 for tensor in tensors.values()))
 
 
 def _term_size(name: str, gradients: dict[str, Array]) -> float:

@@ -20,7 +20,7 @@ from internlm.verify.record import InconsistentRanksError, Record, Step, assembl
 from internlm.verify.report import judge
 from internlm.verify.run import run_case
 
-TOLERANCE = Tolerance(loss=1e-5, gradient=1e-5, weight=1e-6, update=10.0)
+TOLERANCE = Tolerance(loss=1e-5, gradient=1e-5, weight=1e-6, update=1.0, response=1.0)
 
 
 def record() -> Record:
