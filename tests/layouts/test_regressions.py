@@ -140,3 +140,17 @@ def test_fp32_norms_beside_bf16_weights_are_reduced_on_their_own(layout: str, ra
     if Combination.parse(text).mistakes():  # ZBH1 takes no overlap
         text = text.removesuffix(",overlap_grad")
     assert_equal_to_one_process(text, ranks)
+
+
+@pytest.mark.parametrize("layout", [*SPLITS, "pipeline=2,schedule=ZBV"])
+def test_large_gradients_of_a_tied_normalised_head_agree_unclipped(layout: str, ranks: Ranks) -> None:
+    """Found by the fuzzer: rounding of the first step moves these weights, and later steps must allow for that."""
+    world = Combination.parse(f"ranks=1 layout:{layout}").layout
+    text = f"ranks={world.tensor * world.pipeline} layout:{layout} model:tied=true,norm_head=true stepping:clip=0"
+    assert_equal_to_one_process(text, ranks)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_norms_of_many_query_heads_agree(split: str, ranks: Ranks) -> None:
+    """Found by the fuzzer: the gradient of a query's norm is a sum over tokens and heads."""
+    assert_equal_to_one_process(f"ranks=2 layout:{split} model:family=QWEN3,heads=16,kv_heads=2", ranks)
