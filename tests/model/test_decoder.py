@@ -81,9 +81,9 @@ def test_cache_reorders_truncates_and_refuses_what_has_no_room() -> None:
 def test_checkpointing_changes_no_bit(fraction: float, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {**GQA, "num_layers": 4}
     plain, sparing = tiny_model("INTERNLM2", **keys), tiny_model("INTERNLM2", checkpoint=fraction, **keys)
-    inputs = {"input_ids": _ids(1, 25), "position_ids": _positions(15, 10), "segments": Segments.of((15, 10))}
+    inputs = {"inputs": _ids(1, 25), "position_ids": _positions(15, 10), "segments": Segments.of((15, 10))}
     calls = []
-    for i, layer in enumerate(sparing.layers):
+    for i, layer in enumerate(sparing.layers.values()):
         layer.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
     expected, grads = _gradients(plain, **inputs), _gradients(sparing, **inputs)
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
@@ -127,10 +127,12 @@ def test_every_weight_has_its_role(fused: bool) -> None:
             assert len(matches) <= 1
             roles[name] = matches[0] if matches else Role.REPLICATED
     assert {name for name, role in roles.items() if role is Role.REPLICATED} == {
-        name for name in roles if name.split(".")[-1] in ("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm")
+        name for name in roles if name.split(".")[-1] in ("norm", "attention_norm", "ffn_norm")
     }
+    assert roles["layers.1.attention.q_norm"] is roles["layers.0.attention.k_norm"] is Role.PER_HEAD
     assert roles["tok_embeddings"] is Role.EMBEDDING and roles["output"] is Role.HEAD
-    assert roles["layers.1.attention.wo"] is roles["layers.0.feed_forward.w2"] is Role.ROW
+    assert roles["layers.1.attention.wo"] is Role.ATTENTION_OUT
+    assert roles["layers.0.feed_forward.w2"] is Role.ROW
     if fused:
         assert roles["layers.0.attention.wqkv"] is Role.ATTENTION_QKV
         assert roles["layers.0.feed_forward.w13"] is Role.COLUMN_PAIR
@@ -159,7 +161,7 @@ def test_reward_head() -> None:
 
 
 def test_embedding_gradient_is_scaled_alone() -> None:
-    inputs = {"input_ids": _ids(1, 12), "position_ids": _positions(12)}
+    inputs = {"inputs": _ids(1, 12), "position_ids": _positions(12)}
     plain = _gradients(tiny_model("LLAMA2"), **inputs)
     scaled = _gradients(tiny_model("LLAMA2", embed_grad_scale=0.25), **inputs)
     for name, grad in plain.items():
