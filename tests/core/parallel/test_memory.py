@@ -110,5 +110,5 @@ def test_isp_gathers_what_it_needs_and_no_more(options: dict[str, Any], gathered
     for held, forward, _, gathered_by_design in ranks(2).run(_held_and_peaks, layout, options):
         assert held == norms + (whole - norms + 2 * 128 * FLOAT) // 2
         assert gathered_by_design == gathered
-        # gloo's own thread lets go of a buffer a moment after the wait for it is over: one more of the largest may live.
+        # gloo's own thread lets go of a buffer a moment after the wait for it: one more of the largest may live.
         assert gathered * FLOAT <= forward <= (gathered + W1 + W3) * FLOAT + activations
