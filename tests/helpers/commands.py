@@ -60,7 +60,10 @@ def write_config(folder: Path, more: str = "", name: str = "config.py") -> Path:
     """The config of a tiny run on dummy data whose checkpoints go into `folder`; `more` is added at its end."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text(TINY_RUN.replace("{folder}", str(folder)) + more, encoding="utf-8")
+    # Several ranks may write the same file while others read it: it is there whole or not at all.
+    draft = folder / f".{name}.{os.getpid()}"
+    draft.write_text(TINY_RUN.replace("{folder}", str(folder)) + more, encoding="utf-8")
+    draft.replace(path)
     return path
 
 
