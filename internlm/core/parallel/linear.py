@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from internlm.core.communication.exchange import Pending, Ready
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.roles import Role
-
-if TYPE_CHECKING:
-    from internlm.core.parallel.model_parallel import ModelParallel
 
 
 class InputExchange:
@@ -68,6 +65,18 @@ class LocalWeights:
         return gradient
 
 
+class LinearExchanges(Protocol):
+    """What a linear layer asks of its mode; see `ModelParallel`."""
+
+    adds_bias_after_reduction: ClassVar[bool]
+
+    def prepare_input(self, role: Role, x: Tensor) -> Tensor:
+        """Called with the input of each linear layer."""
+
+    def finish_output(self, role: Role, out: Tensor) -> Tensor:
+        """Called with the output of each linear layer, before a bias that is added last."""
+
+
 class LinearPart(NamedTuple):
     """A weight `[out, in]` and its bias `[out]`."""
 
@@ -87,7 +96,7 @@ class ParallelLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, parameters: dict[str, nn.Parameter], role: Role, parallel: ModelParallel) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], role: Role, parallel: LinearExchanges) -> None:
         super().__init__()
         # A layer without bias has the attribute all the same, as nn.Linear does.
         for name, parameter in {**parameters, "bias": parameters.get("bias")}.items():
