@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner, merge_by_key
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import random_state, set_random_state
-from internlm.core.hooks import TrainState
+from internlm.core.hooks import SaveResult, TrainState
 from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
@@ -117,10 +118,35 @@ class CheckpointManager:
     def __init__(self, save_folder: Path | str | None, files: dict[str, str] | None = None) -> None:
         self.save_folder = None if save_folder is None else Path(save_folder)
         self.files = dict(files or {})
+        self._ended: list[SaveResult] = []
+        self._failed: str | None = None
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
-    def save(self, trainer: Trainer) -> Path:
+    def save(self, trainer: Trainer, *, snapshot: bool = False) -> None:
+        started = time.perf_counter()
+        error = None
+        try:
+            path = self._write(trainer)
+        except CheckpointError as failure:
+            error, path = str(failure), Path(str(self.save_folder))
+        self._failed = error
+        seconds = time.perf_counter() - started
+        if trainer.is_main_rank:
+            self._ended.append(SaveResult(trainer.state.step, path, snapshot, seconds, seconds, error))
+
+    def poll(self) -> list[SaveResult]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def finish(self) -> None:
+        if self._failed is not None:
+            raise CheckpointError(self._failed)
+
+    def drain(self, seconds: float) -> None:
+        pass
+
+    def _write(self, trainer: Trainer) -> Path:
         """Write `<save_folder>/<step>/`; collective. Returns it once it is complete.
 
         Raises:
