@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,13 @@ def requests(path: Path, texts: dict[int, str | None], is_main_rank: bool = True
     return trainer.asked_at
 
 
+@contextmanager
+def heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "internlm"):
+        patch.setattr(logging.getLogger("internlm"), "propagate", True)
+        yield
+
+
 def test_the_start_writes_zero_over_what_an_earlier_run_left(tmp_path: Path) -> None:
     path = tmp_path / "new" / "stop"
     assert requests(path, {}) == [0] * 6
@@ -48,8 +57,7 @@ def test_its_number_is_asked_for_while_it_stands(tmp_path: Path) -> None:
 
 def test_what_is_not_a_number_is_told_once_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "stop"
-    logging.getLogger("internlm").propagate = True
-    with caplog.at_level(logging.WARNING, "internlm"):
+    with heard(caplog):
         assert requests(path, {2: "soon", 4: "", 5: "7"}) == [0, 0, 0, 0, 7, 7]
     (message,) = caplog.messages
     assert "holds 'soon', not a step; it is ignored. Write N into it" in message and str(path) in message
@@ -57,8 +65,7 @@ def test_what_is_not_a_number_is_told_once_and_ignored(tmp_path: Path, caplog: p
 
 def test_a_file_that_cannot_be_read_is_told_once_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "stop"
-    logging.getLogger("internlm").propagate = True
-    with caplog.at_level(logging.WARNING, "internlm"):
+    with heard(caplog):
         assert requests(path, {2: None, 5: "7"}) == [0, 0, 0, 0, 7, 7]
     (message,) = caplog.messages
     assert "cannot be read" in message
