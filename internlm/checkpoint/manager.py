@@ -15,7 +15,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from internlm.checkpoint.saving import (
 from internlm.checkpoint.weight_source import WeightSource
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import random_state, set_random_state
-from internlm.core.hooks import TrainState
+from internlm.core.hooks import SaveResult, TrainState
 from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
@@ -57,29 +57,6 @@ CONTEXT_FILE = "context.json"
 CONFIG_FILE = "config.json"
 MODEL_PREFIX = "model/"
 MASTER_PREFIX = "optimizer/master/"
-
-
-@dataclass(frozen=True)
-class SaveResult:
-    """What came of a save.
-
-    Attributes:
-        step: at which it was begun.
-        path: of the checkpoint.
-        is_snapshot: whether it is one that a later one replaces.
-        stalled: seconds that training waited for it.
-        seconds: from its begin to its end.
-        error: why there is no checkpoint; None when there is one.
-        notice: what failed after it was complete.
-    """
-
-    step: int
-    path: StoragePath
-    is_snapshot: bool
-    stalled: float
-    seconds: float
-    error: str | None = None
-    notice: str | None = None
 
 
 def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
@@ -197,6 +174,7 @@ class CheckpointManager:
         self._under_way: tuple[SaveTask, bool, float] | None = None
         self._results: list[SaveResult] = []
         self._newest: SaveResult | None = None
+        self._context: ParallelContext | None = None
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -234,8 +212,8 @@ class CheckpointManager:
         started = time.perf_counter()
         if self.save_folder is None:
             raise CheckpointError("this run has no folder to save to: set ckpt.save_ckpt_folder")
-        self.wait()
-        context = trainer.context
+        self.drain()
+        context = self._context = trainer.context
         optimizer = trainer.engine.optimizer
         assert isinstance(optimizer, HybridZeroOptimizer)
         step = trainer.state.step
@@ -349,29 +327,30 @@ class CheckpointManager:
         self._under_way = task, snapshot, time.perf_counter() - started
 
     def poll(self) -> list[SaveResult]:
-        """Saves that have ended since the last call, on the main rank (elsewhere, those of which this rank knows);
-        never waits."""
+        """Saves that have ended since the last call, well or not; never waits. Only the main rank gets any."""
         if self._background is not None:
             self._take(self._background.poll())
         results, self._results = self._results, []
-        return results
+        return results if self._context is None or self._context.is_main_rank else []
 
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait, at most `timeout` seconds, until this rank has written what is being written in the background."""
+    def drain(self, seconds: float | None = None) -> None:
+        """Wait, at most so long, until this rank has written what is being written in the background; not collective."""
         if self._background is not None:
-            self._take(self._background.wait(timeout))
+            self._take(self._background.wait(seconds))
 
-    def finish(self, context: ParallelContext) -> None:
+    def finish(self) -> None:
         """Wait until nothing is being written, and end the process beside this one; collective.
 
         Raises:
             CheckpointError: the newest save has failed.
         """
-        self.wait()
+        self.drain()
         if self._background is not None:
             self._background.close()
             self._background = None
-        error = _from_main_rank(context, lambda: self._newest.error if self._newest else None)
+        if self._context is None:
+            return
+        error = _from_main_rank(self._context, lambda: self._newest.error if self._newest else None)
         if error is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {error}")
 

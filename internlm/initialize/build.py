@@ -13,6 +13,7 @@ from torch import nn
 from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CONFIG_FILE, CheckpointManager
+from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
@@ -276,7 +277,9 @@ def build_hooks(
         hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.enable_save_ckpt:
         assert config.ckpt.checkpoint_every is not None
-        hooks.append(CheckpointHook(config.ckpt.checkpoint_every))
+        hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
+    if config.ckpt.stop_file_path is not None:
+        hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
     return hooks
 
 
