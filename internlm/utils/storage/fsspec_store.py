@@ -34,6 +34,7 @@ class FsspecStore:
 
     def __init__(self, place: FsspecPlace) -> None:
         self._place = place
+        # Fail now when a package is missing.
         self.connect()
 
     def connect(self) -> Any:
@@ -128,6 +129,9 @@ class FsspecSink(Sink):
         self._file.commit()
 
     def discard(self) -> None:
-        # Closing would write what is left in the library's buffer.
-        self._file.closed = True
         self._file.discard()
+        from fsspec.spec import AbstractBufferedFile
+
+        if isinstance(self._file, AbstractBufferedFile):
+            # Closing it, also when it is collected, would write what is left in its buffer.
+            self._file.closed = True
