@@ -53,6 +53,8 @@ def s3_server() -> Iterator[int]:
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        # Small parts and short pages, so that few bytes and objects make many of them.
+        env={**os.environ, "S3_UPLOAD_PART_MIN_SIZE": "1024", "MOTO_S3_DEFAULT_MAX_KEYS": "10"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

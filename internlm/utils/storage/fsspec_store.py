@@ -32,6 +32,8 @@ def _connect(place: FsspecPlace) -> FsspecStore:
 class FsspecStore:
     """A bucket, or a whole file system, of fsspec."""
 
+    block_bytes = 4 * 1024**2
+
     def __init__(self, place: FsspecPlace) -> None:
         self._place = place
         # Fail now when a package is missing.

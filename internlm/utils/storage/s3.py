@@ -51,6 +51,9 @@ os.register_at_fork(after_in_child=_open_store.cache_clear)
 class S3Store:
     """One bucket."""
 
+    # To come takes as long as some MiB once they come.
+    block_bytes = 4 * 1024**2
+
     def __init__(self, connection: Connection, bucket: str) -> None:
         self.client = connect(connection)
         self.bucket = bucket

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import botocore.exceptions as boto
 import urllib3.exceptions
+from botocore.parsers import ResponseParserError
 
 from internlm.utils.storage.s3_client import Connection
 from internlm.utils.storage.store import Explanation
@@ -54,6 +55,7 @@ def is_passing(error: Exception) -> bool:
     return isinstance(
         error,
         (
+            boto.ConnectionError,
             boto.HTTPClientError,
             boto.IncompleteReadError,
             boto.ResponseStreamingError,
@@ -70,7 +72,7 @@ def explain(error: Exception, connection: Connection, bucket: str, endpoint: str
     if isinstance(error, NoBucketError) or code == "NoSuchBucket":
         cause = f"there is no bucket '{bucket}' at {endpoint}"
         return Explanation(cause, "create it, or check the spelling of bucket and endpoint", is_missing=True)
-    if is_missing(error):
+    if code == "NoSuchKey":
         return Explanation("it does not exist", "check the spelling", is_missing=True)
     if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
         return Explanation("no credentials were found", f"set {connection.variables} in the environment")
@@ -87,7 +89,8 @@ def explain(error: Exception, connection: Connection, bucket: str, endpoint: str
         return Explanation(f"the bucket is in another region ({error})", "set AWS_REGION to the bucket's region")
     if isinstance(error, (boto.ParamValidationError, ValueError)) and "bucket" in str(error).lower():
         return Explanation(f"'{bucket}' cannot be a bucket's name", "check the URL; doc/storage.md lists the spellings")
-    if isinstance(error, boto.ResponseParserError) or code in ("405", "MethodNotAllowed"):
+    if isinstance(error, ResponseParserError) or code in ("404", "405", "MethodNotAllowed"):
+        # What a web server says to a request that it does not know; where a store says 404, its name is handled above.
         return Explanation(f"what answers at {endpoint} does not speak S3", "check the endpoint")
     seconds = f"{connection.patience.retry_seconds:g} s"
     if isinstance(error, boto.ClientError):

@@ -142,17 +142,23 @@ class S3Sink(Sink):
 
     def _complete(self) -> None:
         parts = [{"PartNumber": number, "ETag": tag} for number, tag in sorted(self._tags.items())]
+        num_attempts = 0
+
+        def complete(**arguments: Any) -> None:
+            nonlocal num_attempts
+            num_attempts += 1
+            self._bucket.client.complete_multipart_upload(MultipartUpload={"Parts": parts}, **arguments)
+
         try:
-            self._call(
-                self._bucket.client.complete_multipart_upload,
-                UploadId=self._upload_id,
-                MultipartUpload={"Parts": parts},
-            )
+            self._call(complete, UploadId=self._upload_id)
         except self._bucket.client.exceptions.NoSuchUpload:
-            # The answer to an attempt that succeeded may have been lost.
-            head = self._bucket.head(self._key)
-            if head is None or head["ContentLength"] != self._size or not head["ETag"].endswith(f'-{len(parts)}"'):
+            # An earlier attempt may have succeeded, and its answer been lost.
+            if num_attempts == 1 or not self._is_there(len(parts)):
                 raise
+
+    def _is_there(self, num_parts: int) -> bool:
+        head = self._bucket.head(self._key)
+        return head is not None and head["ContentLength"] == self._size and head["ETag"].endswith(f'-{num_parts}"')
 
     def _call(self, operation: Any, **arguments: Any) -> Any:
         return self._bucket.call(
