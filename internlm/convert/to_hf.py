@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.folder import resolve
+from internlm.checkpoint.folder import find_damage, read_mark, resolve
+from internlm.checkpoint.manager import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
@@ -32,8 +33,6 @@ SHARD_BYTES = 5_000_000_000
 """transformers' own default."""
 
 LayoutChoice = Literal["transformers", "published"]
-
-_MODEL = "model/"
 
 
 def convert_to_hf(
@@ -66,6 +65,10 @@ def convert_to_hf(
     if out.is_file() or out.names():
         raise CheckpointError(f"'{out}' is not empty; give another --out")
     source = resolve(checkpoint)
+    mark = read_mark(source)
+    damage = find_damage(source, mark) if mark else []
+    if damage:
+        raise CheckpointError(f"the checkpoint '{source}' is damaged: {'; '.join(damage)}")
     if not out.is_local:
         _write(source, out, layout, dtype, max_shard_bytes, tokenizer)
         return
@@ -119,13 +122,8 @@ def _write(
     architecture = architecture_of(config)
     values = _config_json(config, architecture, layout)
     beside = _files_beside(checkpoint, config, layout, tokenizer)
-    tensors = hf_tensors(
-        TensorReader(checkpoint),
-        architecture,
-        PUBLISHED_LAYOUTS.get(config.model_type, "transformers") if layout == "published" else "transformers",
-        dtype,
-        str(checkpoint),
-    )
+    names = PUBLISHED_LAYOUTS.get(config.model_type, "transformers") if layout == "published" else "transformers"
+    tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype)
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):
             if key in values:
@@ -140,14 +138,14 @@ def _write(
 
 
 def hf_tensors(
-    reader: TensorReader, architecture: Architecture, layout: Layout, dtype: torch.dtype | None, where: str
+    reader: TensorReader, architecture: Architecture, layout: Layout, dtype: torch.dtype | None
 ) -> dict[str, LazyTensor]:
     """The weights of a checkpoint under Hugging Face names, group by group.
 
     Raises:
         CheckpointError: the checkpoint lacks a weight of its own model, or has one in another shape.
     """
-    stored = {key.removeprefix(_MODEL): entry for key, entry in reader.entries.items() if key.startswith(_MODEL)}
+    stored = {name: reader.entries[f"{MODEL_PREFIX}{name}"] for name in reader.names()}
     wanted = meta_weights(architecture)
     mistakes = [f"'{name}' is missing" for name in wanted if name not in stored]
     mistakes += [f"'{name}' is not of this model" for name in stored if name not in wanted]
@@ -157,14 +155,16 @@ def hf_tensors(
         if name in stored and tuple(stored[name].shape) != tuple(tensor.shape)
     ]
     if mistakes:
-        raise CheckpointError(f"the checkpoint '{where}' does not fit its config:\n  " + "\n  ".join(mistakes[:20]))
+        raise CheckpointError(
+            f"the checkpoint '{reader.path}' does not fit its config:\n  " + "\n  ".join(mistakes[:20])
+        )
     shapes = {
         name: torch.empty(tensor.shape, dtype=stored[name].dtype, device="meta") for name, tensor in wanted.items()
     }
     groups = weight_groups(shapes, architecture, layout)
 
     def read_group(number: int) -> Mapping[str, Tensor]:
-        ours = {name: reader.read(_MODEL + name) for name in groups[number].ours}
+        ours = {name: reader.read(name) for name in groups[number].ours}
         return {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_hf(ours, architecture, layout).items()}
 
     readers = grouped_readers(read_group, [group.theirs for group in groups])
