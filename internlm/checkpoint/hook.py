@@ -100,6 +100,8 @@ class CheckpointHook(Hook):
                 result.seconds_stalled,
                 result.seconds_written,
             )
+            if result.notice is not None:
+                logger.error("step %d: %s", result.step, result.notice)
             return
         self._num_failures += 1
         logger.error(

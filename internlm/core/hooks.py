@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internlm.core.metrics import StepMetrics
+from internlm.utils.storage import StoragePath
 
 
 @dataclass
@@ -39,14 +40,16 @@ class SaveResult:
         seconds_stalled: how long training stood still for it.
         seconds_written: from its beginning until it was complete.
         error: why it failed, in one line; None when it is complete.
+        notice: what else went wrong, after it was complete.
     """
 
     step: int
-    path: Path
+    path: StoragePath
     snapshot: bool
     seconds_stalled: float
     seconds_written: float
     error: str | None = None
+    notice: str | None = None
 
 
 class RunningTrainer(Protocol):
@@ -115,7 +118,7 @@ class Hook:
         """Called before a checkpoint of this instant is taken. A run killed later may go on from here: write now what
         must not be lost."""
 
-    def on_checkpoint_saved(self, trainer: RunningTrainer, path: Path) -> None:
+    def on_checkpoint_saved(self, trainer: RunningTrainer, path: StoragePath) -> None:
         """Called when a checkpoint is complete, on the main rank only; with saves in the background, steps later."""
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
