@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import complete_steps
 from helpers.ranks import RankFailedError, RankPool
 from helpers.runs import Record, assert_same_bits, new_trainer, train
 from helpers.tiny import micro_batch
 
 import internlm.core.trainer as trainer_module
-from internlm.checkpoint.folder import complete_steps
 from internlm.core.communication.collectives import Done
 from internlm.core.hooks import Hook
 from internlm.data.batch import Batch

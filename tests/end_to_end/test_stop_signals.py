@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import complete_steps
 from helpers.commands import last_log_line, metrics_of, start_ranks, start_training, write_config
 from helpers.processes import Forked, wait_for_all
 
 import internlm.commands.train as train
-from internlm.checkpoint.folder import complete_steps
 from internlm.core.engine import Engine
 from internlm.core.trainer import Trainer
 

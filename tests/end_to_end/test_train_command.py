@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from helpers.checkpoints import complete_steps
 from helpers.commands import LAUNCHER_VARIABLES, metrics_of, start_ranks, start_training, write_config
 from helpers.processes import wait_for_all
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from internlm.checkpoint.folder import complete_steps
 
 REPOSITORY = Path(__file__).parents[2]
 
