@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import re
 import shutil
@@ -46,6 +45,8 @@ from helpers.processes import Forked, wait_for_all
 
 import internlm.checkpoint.background as background
 from internlm.checkpoint import writer_process
+from internlm.checkpoint.tensor_files import TensorReader
+from internlm.utils.storage import storage_path
 
 KEEP = 2
 STEPS_PER_KILL = 6
@@ -283,10 +284,10 @@ def numbers_of(run: Run) -> list[tuple[Any, ...]]:
     return [tuple(line[name] for name in names) for line in metrics_of(run.run_dir)]
 
 
-def tensors_of(run: Run, step: int) -> dict[str, str]:
-    """Checksums of the files of tensors of a checkpoint."""
-    mark = json.loads((run.save_folder / f"{step}" / f"{step}.step").read_text())
-    return {name: str(entry) for name, entry in mark["files"].items() if name.endswith(".distcp")}
+def tensors_of(run: Run, step: int) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint."""
+    reader = TensorReader(storage_path(run.save_folder / f"{step}"))
+    return {key: reader.read_key(key) for key in reader.entries}
 
 
 def kill_and_compare(
@@ -313,8 +314,10 @@ def kill_and_compare(
     killer.finish()
     if numbers_of(run) != numbers_of(whole):
         raise UnsafeError(f"the numbers of {run.run_dir} are not those of {whole.run_dir}")
-    if tensors_of(run, total_steps) != tensors_of(whole, total_steps):
-        raise UnsafeError(f"the last checkpoints in {run.save_folder} and {whole.save_folder} differ")
+    last, expected = tensors_of(run, total_steps), tensors_of(whole, total_steps)
+    different = [key for key in expected if key not in last or not torch.equal(last[key], expected[key])]
+    if different or last.keys() != expected.keys():
+        raise UnsafeError(f"in the last checkpoints of {run.save_folder} and {whole.save_folder} differ {different}")
     phases = ", ".join(f"{count} {name}" for name, count in killer.phases.most_common())
     lost = killer.lost or [0]
     return (
