@@ -24,12 +24,10 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -41,10 +39,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers.checkpoints import leftovers, step_of
 from helpers.commands import metrics_of, start_ranks, start_training, write_config
+from helpers.forked_writer import fork_writers
 from helpers.processes import Forked, wait_for_all
 
-import internlm.checkpoint.background as background
-from internlm.checkpoint import writer_process
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.utils.storage import storage_path
 
@@ -84,10 +81,10 @@ class Run:
         found = {}
         for folder in (self.save_folder, self.snapshot_folder):
             for path in folder.glob("*"):
-                step = step_of(path)
                 # A kill while one takes the place of another leaves the older one under this name.
                 name = path.name.removeprefix(".replaced-")
-                if step is not None and not name.startswith("."):
+                step = None if name.startswith(".") else step_of(path)
+                if step is not None:
                     found[str(folder / name)] = step
         return found
 
@@ -105,7 +102,7 @@ class Attempt:
         folder.mkdir()
 
         def lead() -> int:
-            background.subprocess = ForkedPython  # type: ignore[assignment]
+            fork_writers()
             if run.num_ranks == 1:
                 rank = start_training(arguments, self._log_file)
                 return rank.wait(1e6)
@@ -158,40 +155,6 @@ class Attempt:
     def announced(self) -> int:
         """Step of the newest checkpoint or snapshot that is said to be saved; 0 when there is none."""
         return max(map(int, re.findall(r"step (\d+): saved (?:checkpoint|snapshot) \S+ \(", self.log)), default=0)
-
-
-class ForkedPython:
-    """Stands in for `subprocess` where a run starts the process that writes: a fork of what is imported already."""
-
-    DEVNULL = subprocess.DEVNULL
-
-    class Popen:
-        """`python -m internlm.checkpoint.writer_process ...`, with none of this process's files but `pass_fds`."""
-
-        def __init__(self, command: Sequence[str], *, pass_fds: Sequence[int], **_: Any) -> None:
-            self._code: int | None = None
-            self._pid = os.fork()
-            if self._pid:
-                return
-            try:
-                kept = [0, 1, 2, *sorted(pass_fds)]
-                for one, following in zip(kept, [*kept[1:], 4096], strict=True):
-                    os.closerange(one + 1, following)
-                sys.argv = list(command[2:])
-                writer_process.main()
-            finally:
-                os._exit(0)
-
-        def poll(self) -> int | None:
-            if self._code is None:
-                pid, status = os.waitpid(self._pid, os.WNOHANG)
-                self._code = os.waitstatus_to_exitcode(status) if pid else None
-            return self._code
-
-        def wait(self) -> int:
-            if self._code is None:
-                self._code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-            return self._code
 
 
 class Killer:

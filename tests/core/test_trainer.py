@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import complete_steps
 from helpers.ranks import RankFailedError, RankPool
 from helpers.runs import Record, assert_same_bits, new_trainer, steps_in, train
 from helpers.tiny import micro_batch

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from helpers.checkpoints import complete_steps
 from helpers.commands import LAUNCHER_VARIABLES, metrics_of, start_ranks, start_training, write_config
 from helpers.processes import wait_for_all
 from helpers.runs import steps_in
