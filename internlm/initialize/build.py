@@ -13,6 +13,7 @@ from torch import nn
 from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CONFIG_FILE, CheckpointManager
+from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
@@ -276,7 +277,9 @@ def build_hooks(
         hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.enable_save_ckpt:
         assert config.ckpt.checkpoint_every is not None
-        hooks.append(CheckpointHook(config.ckpt.checkpoint_every))
+        hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
+    if config.ckpt.stop_file_path is not None:
+        hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
     return hooks
 
 
@@ -295,23 +298,35 @@ def build_flops(config: Config, device: torch.device, model: nn.Module) -> Flops
     return FlopsModel(flops_per_token(shape, seq_len, "full"), flops_per_token(shape, seq_len, "causal"), peak)
 
 
-def save_folder(config: Config) -> Path | None:
-    """The folder of checkpoints, without the `local:` that may stand before it."""
-    folder = config.ckpt.save_ckpt_folder
-    return Path(folder.removeprefix("local:")) if folder else None
+def build_manager(config: Config, config_text: str) -> CheckpointManager:
+    """What saves and loads checkpoints, as the `ckpt` section asks."""
+    ckpt = config.ckpt
+    is_saving = ckpt.enable_save_ckpt
+    return CheckpointManager(
+        ckpt.save_ckpt_folder or None,
+        files={CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1), "config_file.py": config_text},
+        snapshot_folder=ckpt.snapshot_ckpt_folder or None,
+        keep_latest=ckpt.keep_latest,
+        async_save=is_saving and ckpt.saves_in_background,
+        after_save=export_beside if ckpt.enable_internevo2hf_ckpt else None,
+    )
 
 
 def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
     """Resume, or load `load_ckpt_info`, or start from scratch, and say which."""
-    newest = manager.latest(trainer.context)
     info = config.ckpt.load_ckpt_info
-    if config.ckpt.auto_resume and newest is not None:
-        manager.load(trainer, newest)
-        logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, newest)
+    found = manager.resume(trainer) if config.ckpt.auto_resume else None
+    if found is not None:
+        logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, found.path)
     elif info is not None and info.path is not None:
-        path = resolve(Path(info.path.removeprefix("local:")))
-        manager.load(trainer, path, info.content)
+        path = storage_path(info.path)
+        if info.ckpt_type == "internevo":
+            path = resolve(path)
+            manager.load(trainer, path, info.content, strict=info.strict)
+        else:
+            weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
+            manager.load_weights(trainer, weights, f"'{path}'", strict=info.strict)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
     else:
-        why = "auto_resume is off" if newest is not None else f"no complete checkpoint in {manager.save_folder}"
+        why = f"no complete checkpoint in {manager.save_folder}" if config.ckpt.auto_resume else "auto_resume is off"
         logger.info("starting from scratch (%s)", why)
