@@ -128,7 +128,7 @@ class StorageWriter(FileSystemWriter):
         # Files are synced by StoragePath when they are closed.
         super().__init__("unused", sync_files=False)
         files = _StorageFiles()
-        self.fs, self.path, self.sums = files, cast(Any, folder), files.sums
+        self.fs, self.path, self.sums = cast(Any, files), cast(Any, folder), files.sums
 
 
 class StorageReader(FileSystemReader):
@@ -136,7 +136,7 @@ class StorageReader(FileSystemReader):
 
     def __init__(self, folder: StoragePath) -> None:
         super().__init__("unused")
-        self.fs, self.path, self.folder = _StorageFiles(), cast(Any, folder), folder
+        self.fs, self.path, self.folder = cast(Any, _StorageFiles()), cast(Any, folder), folder
         self._tensors: dict[str, Any] = {}
 
     def set_up_storage_reader(self, metadata: Any, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -179,8 +179,8 @@ class StorageReader(FileSystemReader):
 
 def _start_of_data(file: BinaryIO, info: Any) -> int:
     """Where the elements of a saved tensor begin: torch.save puts them, uncompressed and in one piece, into a zip."""
-    file.seek(info.offset)
-    archive = torch._C.PyTorchFileReader(_Section(file, info.offset, info.length))  # type: ignore[call-arg]
+    section: Any = _Section(file, info.offset, info.length)
+    archive: Any = torch._C.PyTorchFileReader(section)
     return info.offset + archive.get_record_offset("data/0")
 
 
@@ -268,4 +268,3 @@ def _blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))
     for start in range(0, num_rows, rows):
         yield start, min(num_rows, start + rows)
-

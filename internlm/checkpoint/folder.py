@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from internlm.checkpoint.dcp_storage import FileSum, sum_of_file
-from internlm.utils.errors import CheckpointError
-from internlm.utils.storage import StorageError, StoragePath
+from internlm.utils.errors import CheckpointError, StorageError
+from internlm.utils.storage import StoragePath
 
 FORMAT = 1
 WHOLE_RUN = ("model", "optimizer", "scheduler", "sampler")

@@ -18,7 +18,9 @@ from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath, storage_path
 
 
-def load_model_for_inference(path: StoragePath | Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, Config]:
+def load_model_for_inference(
+    path: StoragePath | Path | str, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Config]:
     """The model of a checkpoint, in eval mode, and the config it was trained with.
 
     Args:

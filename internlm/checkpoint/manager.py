@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ from internlm.core.trainer import Trainer
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
-from internlm.utils.storage import StorageError, StoragePath, storage_path
+from internlm.utils.storage import StoragePath, storage_path
 
 logger = get_logger(__name__)
 
@@ -360,9 +361,7 @@ class CheckpointManager:
         assert self._under_way is not None
         task, snapshot, stalled = self._under_way
         self._under_way = None
-        self._tell(
-            SaveResult(task.step, task.final, snapshot, stalled, outcome.seconds, outcome.error, outcome.notice)
-        )
+        self._tell(SaveResult(task.step, task.final, snapshot, stalled, outcome.seconds, outcome.error, outcome.notice))
 
     def _tell(self, result: SaveResult) -> None:
         self._results.append(result)
@@ -552,7 +551,9 @@ def check_files(path: StoragePath, context: ParallelContext) -> Mark:
             mark = folders.read_mark(path)
         except (CheckpointError, OSError) as error:
             return str(error)
-        return mark or f"'{path}' is no complete checkpoint: it has no mark (a file named by its step, such as 100.step)"
+        return (
+            mark or f"'{path}' is no complete checkpoint: it has no mark (a file named by its step, such as 100.step)"
+        )
 
     mark = _from_main_rank(context, read)
     if isinstance(mark, str):

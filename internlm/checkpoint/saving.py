@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from internlm.checkpoint import folder as folders
@@ -99,12 +99,12 @@ def make_plan(tensors: dict[str, Any], rank: int = 0, world_size: int = 1) -> Ra
     planner.set_up_planner(tensors, is_coordinator=rank == 0)
     local = planner.create_local_plan()
     if world_size == 1:
-        plans, metadata = _plan_of_all(planner, [local])
-        return RankPlan(plans[0], metadata)
+        plans, of_all = _plan_of_all(planner, [local])
+        return RankPlan(plans[0], of_all)
     gathered: list[Any] | None = [None] * world_size if rank == 0 else None
     dist.gather_object(local, gathered)
     answers: list[Any] | None = None
-    metadata = None
+    metadata: Metadata | None = None
     if gathered is not None:
         try:
             answers, metadata = _plan_of_all(planner, gathered)
@@ -195,9 +195,7 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
     _remove_old(task)
 
 
-def _write_metadata(
-    folder: StoragePath, writer: StorageWriter, metadata: Metadata, parts: Sequence[Part]
-) -> FileSum:
+def _write_metadata(folder: StoragePath, writer: StorageWriter, metadata: Metadata, parts: Sequence[Part]) -> FileSum:
     # The library would write it in two steps, for storages that can rename.
     metadata = copy.copy(metadata)
     metadata.storage_data = {result.index: result.storage_data for part in parts for result in part.results}

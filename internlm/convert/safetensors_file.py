@@ -148,7 +148,9 @@ def shard(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def cached(read_group: Callable[[int], Mapping[str, Tensor]], groups: Iterable[Iterable[str]]) -> dict[str, Callable[[], Tensor]]:
+def cached(
+    read_group: Callable[[int], Mapping[str, Tensor]], groups: Iterable[Iterable[str]]
+) -> dict[str, Callable[[], Tensor]]:
     """A reader a name, for names that come into being in groups; the last group is kept until the next is read.
 
     Args:
@@ -163,4 +165,8 @@ def cached(read_group: Callable[[int], Mapping[str, Tensor]], groups: Iterable[I
             kept[number] = read_group(number)
         return kept[number][name]
 
-    return {name: (lambda number=number, name=name: read(number, name)) for number, names in enumerate(groups) for name in names}
+    return {
+        name: (lambda number=number, name=name: read(number, name))
+        for number, names in enumerate(groups)
+        for name in names
+    }

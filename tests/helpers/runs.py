@@ -117,7 +117,7 @@ def train(
     trainer = new_trainer(save_folder, total_steps, hooks=[record], **kwargs)
     if resume_from is not None:
         assert trainer.checkpointer is not None
-        trainer.checkpointer.load(trainer, Path(resume_from))  # type: ignore[attr-defined]
+        trainer.checkpointer.load(trainer, resume_from)  # type: ignore[attr-defined]
     trainer.fit()
     trainer.engine.optimizer.finish_gathering()
     return {
