@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from internlm.checkpoint.tensor_files import LazyTensor, write_weights
+from internlm.checkpoint.tensor_files import write_weights
+from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.assemble import assemble
 from internlm.config.legacy import modernise
 from internlm.config.loader import check_config, read_tree
@@ -114,7 +115,9 @@ def _read_config(
                 f"'{folder}' has neither {CONFIG_TEXT} nor {MODEL_SECTION} with a model section: give --config FILE"
             )
         if text is None and model_type is None:
-            raise ConfigError(f"'{folder}' has no {CONFIG_TEXT} that names the family: give --model-type or --config FILE")
+            raise ConfigError(
+                f"'{folder}' has no {CONFIG_TEXT} that names the family: give --model-type or --config FILE"
+            )
     notices = [notice for notice in modernise(tree, {}) if notice.startswith("model")]
     if model_type is not None:
         tree["model_type"] = model_type
@@ -139,7 +142,9 @@ def _run(text: str, origin: Path) -> dict[str, Any]:
             return read_tree(path)[0]
         except ConfigError as error:
             mistakes = [mistake.replace(str(path), str(origin)) for mistake in error.mistakes]
-            raise ConfigError([*mistakes, "give the config that belongs to the checkpoint with --config FILE"]) from error
+            raise ConfigError(
+                [*mistakes, "give the config that belongs to the checkpoint with --config FILE"]
+            ) from error
 
 
 def _num_chunks(tree: dict[str, Any]) -> int:
@@ -185,7 +190,8 @@ def _build(tree: dict[str, Any]) -> tuple[Config, Decoder]:
     needed = {"seq_len": length, "micro_bsz": 1, "total_steps": 1}
     kept = {name: tree[name] for name in _KEPT if name in tree}
     # The layout and the data of the old run are not those of the next one; the whole text is kept beside the weights.
-    config, mistakes = assemble({**kept, "data": {**needed, **{n: data[n] for n in _KEPT_OF_DATA if n in data}}})
+    data = {**needed, **{name: data[name] for name in _KEPT_OF_DATA if name in data}}
+    config, mistakes = assemble({**kept, "data": data, "ckpt": {"enable_save_ckpt": False}})
     if mistakes:
         raise ConfigError(mistake.text for mistake in mistakes)
     check_config(config)
@@ -230,7 +236,9 @@ def _step(folder: Path, counters: dict[str, Any], notices: list[str]) -> int:
     """The step that the run had done."""
     marks = [path.stem for path in folder.glob("*.step") if path.stem.isdigit()]
     if not marks:
-        notices.append("InternEvo's mark of a complete checkpoint (<step>.step) is missing: its save may not have finished")
+        notices.append(
+            "InternEvo's mark of a complete checkpoint (<step>.step) is missing: its save may not have finished"
+        )
     if "step_count" in counters:
         return int(counters["step_count"])
     for text in (*marks, folder.name):

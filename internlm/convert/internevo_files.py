@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +41,6 @@ _OLDER_NAMES = (
 
 _ONLY_ON_ONE_RANK = re.compile(r".*\.(wo|w2)\.bias")
 """The bias of a row-parallel layer is added once: with tensor parallelism only rank 0 has it."""
-
-
-class _PlainDict(dict[str, Any]):
-    """Stands for InternEvo's class of config sections when one is unpickled."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,9 @@ class InternEvoFiles:
         """The parts of a weight in the order of the ranks, without the ranks that have none."""
         return [piece for piece in self._pieces[name] if piece is not None]
 
-    def _merge_ranks(self, stage: int, states: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], list[Piece | None]]:
+    def _merge_ranks(
+        self, stage: int, states: Sequence[Mapping[str, Any]]
+    ) -> dict[tuple[int, str], list[Piece | None]]:
         """(chunk, name within it) -> each rank's piece."""
         merged: dict[tuple[int, str], list[Piece | None]] = {}
         for rank, state in enumerate(states):
@@ -156,7 +155,9 @@ def _grid(folder: Path) -> tuple[str, int, int]:
             "and save it again"
         )
     if not found:
-        raise CheckpointError(f"there is no InternEvo checkpoint in '{folder}': no file model_tp0_pp0.pt or model_wp0_pp0.pt{_hint(folder)}")
+        raise CheckpointError(
+            f"there is no InternEvo checkpoint in '{folder}': no file model_tp0_pp0.pt or model_wp0_pp0.pt{_hint(folder)}"
+        )
     splits = sorted({match["split"] for match in found})
     if len(splits) > 1:
         raise CheckpointError(f"'{folder}' holds both model_tp*.pt and model_wp*.pt files: two saves in one folder")
@@ -192,7 +193,8 @@ def _hint(folder: Path) -> str:
 
 
 def _load(path: Path, *, mapped: bool) -> Any:
-    allowed: list[Any] = [(_PlainDict, "internlm.core.context.parallel_context.Config")]
+    # InternEvo's class of config sections is a dict.
+    allowed: list[Any] = [(OrderedDict, "internlm.core.context.parallel_context.Config")]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
@@ -205,7 +207,9 @@ def _load(path: Path, *, mapped: bool) -> Any:
             + (f": {reason}" if reason else "")
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"'{path}' is damaged or no file that torch saved: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"'{path}' is damaged or no file that torch saved: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _weights(state: object, path: Path) -> Iterator[tuple[tuple[int, str], Tensor]]:
@@ -231,7 +235,8 @@ def _global_layers(
 ) -> list[dict[tuple[int, int], int]]:
     """For each stage: (chunk in the file, number of the layer there) -> number of the layer in the model."""
     local = [
-        sorted({(chunk, int(match[1])) for chunk, name in stage if (match := _LAYER.fullmatch(name))}) for stage in stages
+        sorted({(chunk, int(match[1])) for chunk, name in stage if (match := _LAYER.fullmatch(name))})
+        for stage in stages
     ]
     numbers = [number for stage in local for _, number in stage]
     num_layers = len(numbers)

@@ -97,7 +97,9 @@ class InternEvoFolder:
             if name not in known:
                 raise CheckpointError(f"'{name}' is missing in the files")
             used.add(name)
-            return [Piece(piece.file, torch.empty_like(piece.tensor, device="meta")) for piece in self._files.pieces(name)]
+            return [
+                Piece(piece.file, torch.empty_like(piece.tensor, device="meta")) for piece in self._files.pieces(name)
+            ]
 
         for name, shape in self._shapes.items():
             try:

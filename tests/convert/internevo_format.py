@@ -193,13 +193,17 @@ def rank_tensors(
             local = 0
         if 0 in chunk:
             embedding = names["embedding"] + (".word_embeddings" if split.older_names else "")
-            result[f"{prefix}{embedding}.weight"] = part(state["tok_embeddings.weight"], rank, split.ranks, split.embed_dim)
+            result[f"{prefix}{embedding}.weight"] = part(
+                state["tok_embeddings.weight"], rank, split.ranks, split.embed_dim
+            )
         for layer in chunk:
             tensors = layer_tensors(state, f"layers.{layer}.", model, model_type, split, names, rank)
             result |= {f"{prefix}{names['layers']}.{local}.{name}": tensor for name, tensor in tensors.items()}
             local += 1
         if num_layers - 1 in chunk:
-            result |= {f"{prefix}norm.{kind}": state[f"norm.{kind}"] for kind in ("weight", "bias") if f"norm.{kind}" in state}
+            result |= {
+                f"{prefix}norm.{kind}": state[f"norm.{kind}"] for kind in ("weight", "bias") if f"norm.{kind}" in state
+            }
             if "output.weight" in state:
                 head_ranks = split.head_ranks or split.ranks
                 head = state["output.weight"]
