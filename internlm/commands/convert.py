@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 
+import torch
+
+from internlm.convert.from_hf import convert_from_hf
+from internlm.convert.to_hf import convert_to_hf
+from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
+from internlm.utils.storage import storage_path
 
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +50,16 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
-    raise NotImplementedError
+    convert_to_hf(
+        storage_path(options.ckpt),
+        storage_path(options.out),
+        layout=options.layout,
+        dtype=DTYPES.get(options.dtype),
+        max_shard_bytes=parse_size(options.max_shard_size),
+        tokenizer=storage_path(options.tokenizer) if options.tokenizer else None,
+    )
+    print(options.out)
+    return 0
 
 
 def _add_from_hf(parser: argparse.ArgumentParser) -> None:
@@ -54,4 +70,18 @@ def _add_from_hf(parser: argparse.ArgumentParser) -> None:
 
 
 def _from_hf(options: argparse.Namespace) -> int:
-    raise NotImplementedError
+    print(convert_from_hf(storage_path(options.hf), storage_path(options.out), dtype=DTYPES.get(options.dtype)))
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB', '500MB' or '2GiB'.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".find(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise ConfigError(f"'{text}' is no size; write it as 5GB, 500MB or 2GiB")
+    return size
