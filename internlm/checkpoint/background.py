@@ -68,13 +68,13 @@ class Outcome:
         step: of the save.
         error: why it failed; None when it is done.
         notice: what else people should know.
-        seconds: from the order to the end.
+        ended: when, on the clock of `time.monotonic`, which all processes of a machine share.
     """
 
     step: int
     error: str | None
     notice: str | None
-    seconds: float
+    ended: float
 
 
 @dataclass
@@ -206,7 +206,7 @@ class BackgroundWriter:
         try:
             return self._answers.recv()
         except (EOFError, OSError):
-            return Outcome(step, self._last_words(), None, 0.0)
+            return Outcome(step, self._last_words(), None, time.monotonic())
 
     def _last_words(self) -> str:
         return f"the process that writes checkpoints has ended, with exit code {self._process.poll()}"

@@ -165,14 +165,14 @@ class CheckpointManager:
         self.snapshot_folder = _as_storage_path(snapshot_folder)
         if self.snapshot_folder is None and self.save_folder is not None:
             self.snapshot_folder = self.save_folder / "snapshot"
-        self.files = {name: text.encode() for name, text in (files or {}).items()}
+        self.files = dict(files or {})
         self.keep_latest = keep_latest
         self.async_save = async_save
         self.after_save = after_save
         self._plan: tuple[HybridZeroOptimizer, RankPlan] | None = None
         # Started now: it is ready when the first save comes.
         self._background = BackgroundWriter() if async_save else None
-        self._under_way: tuple[SaveTask, bool, float] | None = None
+        self._under_way: tuple[SaveTask, bool, float, float] | None = None
         self._results: list[SaveResult] = []
         self._newest: SaveResult | None = None
         self._context: ParallelContext | None = None
@@ -210,7 +210,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: the run has no folder to save to.
         """
-        started = time.perf_counter()
+        started = time.monotonic()
         if self.save_folder is None:
             raise CheckpointError("this run has no folder to save to: set ckpt.save_ckpt_folder")
         self.drain()
@@ -228,7 +228,7 @@ class CheckpointManager:
         plan = self._plan[1]
         final, writing, error = _from_main_rank(context, lambda: self._begin(step, snapshot))
         if error is not None:
-            self._tell(SaveResult(step, final, snapshot, time.perf_counter() - started, 0.0, error))
+            self._tell(SaveResult(step, final, snapshot, time.monotonic() - started, 0.0, error))
             return
         task = SaveTask(
             step=step,
@@ -281,7 +281,8 @@ class CheckpointManager:
             "world_size": trainer.context.world_size,
             "layout": trainer.context.layout.describe(),
         }
-        return {CONTEXT_FILE: json.dumps(state, indent=1).encode(), **self.files}
+        files = {CONTEXT_FILE: json.dumps(state, indent=1), **self.files}
+        return {name: text.encode() for name, text in files.items()}
 
     def _save_now(
         self,
@@ -307,7 +308,7 @@ class CheckpointManager:
             return None, run_after_save(task)
 
         error, notice = _from_main_rank(context, finish)
-        seconds = time.perf_counter() - started
+        seconds = time.monotonic() - started
         self._tell(SaveResult(task.step, task.final, snapshot, seconds, seconds, error, notice))
 
     def _save_in_background(
@@ -323,9 +324,9 @@ class CheckpointManager:
                 discard(task)
             else:
                 leave_part(task, Part(task.rank, [], {}, f"rank {task.rank}: {error}"))
-            self._tell(SaveResult(task.step, task.final, snapshot, time.perf_counter() - started, 0.0, str(error)))
+            self._tell(SaveResult(task.step, task.final, snapshot, time.monotonic() - started, 0.0, str(error)))
             return
-        self._under_way = task, snapshot, time.perf_counter() - started
+        self._under_way = task, snapshot, started, time.monotonic() - started
 
     def poll(self) -> list[SaveResult]:
         """Saves that have ended since the last call, well or not; never waits. Only the main rank gets any."""
@@ -335,7 +336,7 @@ class CheckpointManager:
         return results if self._context is None or self._context.is_main_rank else []
 
     def drain(self, seconds: float | None = None) -> None:
-        """Wait, at most so long, until this rank has written what is being written in the background; not collective."""
+        """Wait, at most so long, until this rank has written what is written in the background; not collective."""
         if self._background is not None:
             self._take(self._background.wait(seconds))
 
@@ -359,9 +360,11 @@ class CheckpointManager:
         if outcome is None:
             return
         assert self._under_way is not None
-        task, snapshot, stalled = self._under_way
+        task, snapshot, started, stalled = self._under_way
         self._under_way = None
-        self._tell(SaveResult(task.step, task.final, snapshot, stalled, outcome.seconds, outcome.error, outcome.notice))
+        self._tell(
+            SaveResult(task.step, task.final, snapshot, stalled, outcome.ended - started, outcome.error, outcome.notice)
+        )
 
     def _tell(self, result: SaveResult) -> None:
         self._results.append(result)

@@ -50,7 +50,6 @@ def main() -> None:
 
 def carry_out(order: Order, shared: SharedMemory) -> Outcome:
     """Write this rank's part; on the main rank, complete the checkpoint when all have written theirs."""
-    started = time.perf_counter()
     task = order.task
     error = notice = None
     try:
@@ -74,7 +73,7 @@ def carry_out(order: Order, shared: SharedMemory) -> Outcome:
         error = str(failure)
     except Exception as failure:
         error = f"{describe_error(failure)}\n{traceback.format_exc()}"
-    return Outcome(task.step, error, notice, time.perf_counter() - started)
+    return Outcome(task.step, error, notice, time.monotonic())
 
 
 if __name__ == "__main__":

@@ -10,16 +10,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import RankPool
-from helpers.runs import assert_same_bits, new_trainer, train
+from helpers.runs import assert_same_bits, new_trainer, steps_in, train
 
 from internlm.checkpoint import folder as folders
-from internlm.checkpoint.folder import find_checkpoints, resolve
+from internlm.checkpoint.folder import resolve
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import storage_path
-
-
-def steps_in(folder: Path) -> list[int]:
-    return [found.step for found in find_checkpoints(storage_path(folder))]
 
 
 def both_ways(folder: str, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
