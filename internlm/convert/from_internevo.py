@@ -158,8 +158,8 @@ def _refuse_unknown_rows(model_type: str, section: dict[str, Any], files: Intern
     if fused and model_type in ("INTERNLM2", "INTERNLM3") and "layers.0.attention.wq.weight" in files.names():
         raise CheckpointError(
             f"'{files.folder}': the model fuses q, k and v (enable_qkv_fusion), but the files hold wq, wk and wv. Some "
-            "versions of InternEvo cut the fused rows, which go by key-value group, under these names, others store what "
-            "the names say. Give --config FILE with model.enable_qkv_fusion = False if they are what the names say"
+            "versions of InternEvo cut the fused rows, which go by key-value group, under these names, others store "
+            "what the names say. Give --config FILE with model.enable_qkv_fusion = False if they are what the names say"
         )
 
 
@@ -173,13 +173,13 @@ def _add_defaults(model_type: str, section: dict[str, Any], notices: list[str]) 
         notices.append("model.norm_head = False: InternEvo's default, for the config does not give it")
     if model_type == "GEMMA" and "add_unit_offset" not in section:
         raise ConfigError(
-            "model.add_unit_offset is not given: InternEvo's GEMMA then multiplies by the weight in norms, this package's "
-            "by 1 + weight. Give --config FILE with add_unit_offset = True if the run had it"
+            "model.add_unit_offset is not given: InternEvo's GEMMA then multiplies by the weight in norms, this "
+            "package's by 1 + weight. Give --config FILE with add_unit_offset = True if the run had it"
         )
     if not {"qk_interleaved", "adapt_hf"} & section.keys():
         notices.append(
-            "model.qk_interleaved = False: InternEvo's default, for the config does not give it; versions before it had "
-            "adapt_hf chose by family"
+            "model.qk_interleaved = False: InternEvo's default, for the config does not give it; versions before it "
+            "had adapt_hf chose by family"
         )
 
 

@@ -109,15 +109,14 @@ class InternEvoFiles:
             for key, tensor in _weights(state, self.folder / self.file(rank, stage)):
                 pieces = merged.setdefault(key, [None] * self.num_ranks)
                 if pieces[rank] is not None:
-                    raise CheckpointError(
-                        f"'{self.folder / self.file(rank, stage)}' holds '{key[1]}' twice, under an older and a newer name"
-                    )
+                    path = self.folder / self.file(rank, stage)
+                    raise CheckpointError(f"'{path}' holds '{key[1]}' twice, under an older and a newer name")
                 pieces[rank] = Piece(self.file(rank, stage), tensor)
         for (_, name), pieces in merged.items():
             without = [self.file(rank, stage) for rank, piece in enumerate(pieces) if piece is None]
             if without and not _ONLY_ON_ONE_RANK.fullmatch(name):
                 raise CheckpointError(
-                    f"'{self.folder}': {', '.join(without)} lack(s) the weight '{name}' that the other ranks' files have"
+                    f"'{self.folder}': {', '.join(without)} lack(s) the weight '{name}', which the other ranks have"
                 )
         return merged
 
@@ -150,13 +149,14 @@ def _grid(folder: Path) -> tuple[str, int, int]:
     sharded = [match[0] for match in found if match["fsdp"]]
     if sharded:
         raise CheckpointError(
-            f"'{folder}' was written with FSDP ('{sharded[0]}'): these files hold shards that only InternEvo's own ranks "
-            "can put together. Load it there with the same layout, turn FSDP off (parallel.zero1 = dict(fsdp=False)) "
+            f"'{folder}' was written with FSDP ('{sharded[0]}'), whose shards only the ranks that wrote them can put "
+            "together. Load it in InternEvo with the same layout, turn FSDP off (parallel.zero1 = dict(fsdp=False)) "
             "and save it again"
         )
     if not found:
         raise CheckpointError(
-            f"there is no InternEvo checkpoint in '{folder}': no file model_tp0_pp0.pt or model_wp0_pp0.pt{_hint(folder)}"
+            f"there is no InternEvo checkpoint in '{folder}': no file model_tp0_pp0.pt or model_wp0_pp0.pt"
+            f"{_hint(folder)}"
         )
     splits = sorted({match["split"] for match in found})
     if len(splits) > 1:
@@ -273,8 +273,8 @@ def _chunk_sizes(local: Sequence[Sequence[tuple[int, int]]], num_chunks: int, fo
     sizes = [[per_stage + (stage >= num_stages - rest)] * num_chunks for stage in range(num_stages)]
     if num_layers % num_chunks or [sum(stage) for stage in sizes] != [len(stage) for stage in local]:
         raise CheckpointError(
-            f"'{folder}': the stages hold {[len(stage) for stage in local]} layers, which is not how {num_layers} layers "
-            f"are cut into {num_stages} stages of {num_chunks} chunks; is model.num_chunks = {num_chunks} right?"
+            f"'{folder}': the stages hold {[len(stage) for stage in local]} layers, which is not how {num_layers} "
+            f"layers are cut into {num_stages} stages of {num_chunks} chunks; is model.num_chunks = {num_chunks} right?"
         )
     return sizes
 

@@ -1,10 +1,10 @@
 """The weights of an InternEvo checkpoint as global tensors of a model of this package, one at a time.
 
-How a weight was split is told from shapes: pieces of the whole shape are replicas and must agree; otherwise they make the
-whole along the one dimension in which they are smaller. What no shape tells is the order of rows in fused weights:
+How a weight was split is told from shapes: pieces of the whole shape are replicas and must agree; otherwise they make
+the whole along the one dimension in which they are smaller. What no shape tells is the order of rows in fused weights:
 
-- `wqkv` of INTERNLM and BAICHUAN2: the rows of q, then of k, then of v. A tensor parallel rank has its own heads' q, k, v;
-  a weight parallel rank (isp) has consecutive rows of the whole.
+- `wqkv` of INTERNLM and BAICHUAN2: the rows of q, then of k, then of v. A tensor parallel rank has its own heads' q, k
+  and v; a weight parallel rank (isp) has consecutive rows of the whole.
 - `wqkv` of the other families: by key-value group, as in this package; ranks have consecutive groups.
 - `w13`: the rows of w1, then of w3; per rank or consecutive as above.
 """
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from internlm.convert.internevo_files import InternEvoFiles, Piece
-from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
 from internlm.utils.errors import CheckpointError
 
@@ -194,7 +193,7 @@ class InternEvoFolder:
         return name
 
     def _has_older_feed_forward(self) -> bool:
-        """Whether w3 is the output, as in InternLM's first versions, and w2 the second input: told from their shapes."""
+        """Whether w3 is the output and w2 the second input, as in InternLM's first versions: told from shapes."""
         name, a = "layers.0.feed_forward.w2.weight", self._architecture
         if not self._has(name) or a.intermediate_size == a.hidden_size:
             return False
@@ -233,8 +232,8 @@ def _agreed(name: str, replicas: Sequence[Piece]) -> Tensor:
     for other in replicas[1:]:
         if not _same_bits(first.tensor, other.tensor):
             raise CheckpointError(
-                f"'{name}' should be the same on all ranks, but {first.file} and {other.file} differ: the ranks of that "
-                "run had drifted apart, or a file is damaged"
+                f"'{name}' should be the same on all ranks, but {first.file} and {other.file} differ: the ranks of "
+                "that run had drifted apart, or a file is damaged"
             )
     return first.tensor
 
