@@ -65,6 +65,7 @@ class Split:
     fused_gate_up: bool = False
     row_bias_everywhere: bool = False
     separate_qkv: bool = False
+    fused_qkv: bool = False
     model_prefix: bool = True
 
     @property
@@ -231,7 +232,7 @@ def layer_tensors(
                     result[fused_name] = part(torch.cat(qkv), rank, n, 0)
                 else:
                     result[fused_name] = torch.cat([part(one, rank, n, 0) for one in qkv])
-            elif model_type in FUSED_BY_GROUP and not split.separate_qkv:
+            elif (model_type in FUSED_BY_GROUP and not split.separate_qkv) or split.fused_qkv:
                 result[fused_name] = part(by_group(qkv, model), rank, n, 0)
             else:
                 for name, one in zip(("wq", "wk", "wv"), qkv, strict=True):

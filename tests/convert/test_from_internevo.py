@@ -132,6 +132,15 @@ def test_a_fused_gate_comes_back(tmp_path: Path, split: Split) -> None:
     assert_same(read_back(import_internevo(tmp_path / "old", storage_path(tmp_path / "new"))), state)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["separate here", "fused here"])
+@pytest.mark.parametrize("split", [Split(tp=2, fused_qkv=True), Split(wp=4, fused_qkv=True)])
+def test_projections_fused_by_group_come_back(tmp_path: Path, split: Split, fused: bool) -> None:
+    changes = {"enable_qkv_fusion": True} if fused else {}
+    state = save(tmp_path / "old", "LLAMA2", split, **changes)
+    assert ("layers.0.attention.wqkv.weight" in state) == fused
+    assert_same(read_back(import_internevo(tmp_path / "old", storage_path(tmp_path / "new"))), state)
+
+
 def test_baichuan_with_separate_projections_comes_back(tmp_path: Path) -> None:
     state = save(tmp_path / "old", "BAICHUAN2", Split(tp=2, separate_qkv=True))
     assert_same(read_back(import_internevo(tmp_path / "old", storage_path(tmp_path / "new"))), state)
@@ -309,6 +318,15 @@ def test_replicas_that_differ_are_named(tmp_path: Path, name: str) -> None:
     torch.save(changed, path)
     message = refused(tmp_path / "old", tmp_path / "new")
     assert f"'{name}' should be the same on all ranks, but model_tp0_pp0.pt and model_tp1_pp0.pt differ" in message
+
+
+def test_parts_of_a_head_that_ranks_share_are_compared(tmp_path: Path) -> None:
+    save(tmp_path / "old", "LLAMA2", Split(wp=4, head_ranks=2))
+    path = tmp_path / "old" / "model_wp3_pp0.pt"
+    changed = torch.load(path)
+    changed["model.output.weight"][0] += 1
+    torch.save(changed, path)
+    assert "model_wp1_pp0.pt and model_wp3_pp0.pt differ" in refused(tmp_path / "old", tmp_path / "new")
 
 
 def test_replicas_with_nan_are_equal(tmp_path: Path) -> None:
