@@ -67,10 +67,8 @@ def run(options: argparse.Namespace) -> int:
         if not options.dry_run or options.world_size < 1:
             raise LaunchError("--world-size N (1 or more) goes with --dry-run; a run's ranks come from its launcher")
         launch = replace(launch, world_size=options.world_size)
-    overrides = list(options.overrides)
-    if options.seed is not None:
-        overrides.append(f"seed={options.seed}")
-    loaded = load_config(options.config, overrides, world_size=launch.world_size)
+    values = {"--seed": {"seed": options.seed}} if options.seed is not None else {}
+    loaded = load_config(options.config, options.overrides, world_size=launch.world_size, options=values)
     if options.print_config:
         if launch.rank == 0:
             print(format_config(loaded))

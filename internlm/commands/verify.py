@@ -89,10 +89,8 @@ def _compare_config(options: argparse.Namespace) -> int:
 
 def _case(options: argparse.Namespace, layout: Layout | None) -> Case:
     """The small copy of the user's run in a layout, or in its own."""
-    overrides = list(options.overrides)
-    if layout is not None:
-        overrides += [f"{path}={value!r}" for path, value in layout.keys().items()]
-    loaded = load_config(options.config, overrides, world_size=options.world_size)
+    values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
+    loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
     config = shrink(loaded.config, None if options.keep_dtype else "torch.float32")
     check_buildable(config, options.world_size)
     return Case(config, options.world_size, Documents(packed=config.data.use_packed_dataset))
