@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from internlm.commands.config_options import add_config_options
 from internlm.config.loader import load_config
 from internlm.initialize.build import check_buildable
 from internlm.utils.errors import ConfigError
@@ -25,7 +26,7 @@ LARGEST_WORLD = 32
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--config", type=Path, metavar="FILE.py", help="the config file")
+    add_config_options(parser, required=False)
     parser.add_argument("--world-size", type=int, default=8, metavar="N", help="ranks to start here (default: 8)")
     parser.add_argument(
         "--steps", type=int, default=DEFAULT_STEPS, metavar="K", help=f"steps to train (default: {DEFAULT_STEPS})"
@@ -37,9 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=N,...",
         help="instead of the config's layout, for example tensor=2,mode=isp,weight=2,pipeline=2,schedule=ZBV,zero=2; "
         "may be given many times",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides", help="change a key"
     )
     parser.add_argument(
         "--keep-dtype", action="store_true", help="compute in model.dtype (default: float32, which shows small defects)"
