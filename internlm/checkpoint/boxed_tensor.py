@@ -89,7 +89,10 @@ class BoxSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = self.state_dict[index.fqn]
-        return value.__get_tensor_shard__(index) if isinstance(value, BoxedTensor) else super().lookup_object(index)
+        # The reader takes a tensor's bytes for its elements in order.
+        if isinstance(value, BoxedTensor):
+            return value.__get_tensor_shard__(index).contiguous()
+        return super().lookup_object(index)
 
 
 class BoxLoadPlanner(DefaultLoadPlanner):

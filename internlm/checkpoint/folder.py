@@ -1,50 +1,133 @@
 """Where checkpoints lie and when one counts: one folder a step, complete from one instant to the next.
 
-<save>/<step>/            tensors (torch.distributed.checkpoint), context.json, config.json, config_file.py
-<save>/<step>/<step>.step written last, before the folder gets its name: the mark of a complete checkpoint
-<save>/.writing-<step>    a save in progress, or what is left of one that was killed
+<save>/<step>/                      tensors (torch.distributed.checkpoint), context.json, config.json, config_file.py
+<save>/<step>/<step>.step           the mark: what the checkpoint holds, and size and checksum of every file
+<snapshots>/0/<step>.step           the same for a snapshot, whose folder is one of two that alternate
+<save>/.writing-<name>-<id>         a save in progress, or what is left of one that was killed
+
+The mark comes last. On a local disk a folder also gets its name only when all that is in it is on disk; an object store
+knows no folders, and what has no mark there does not count.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
-from internlm.utils.errors import CheckpointError
+from internlm.checkpoint.dcp_storage import FileSum, sum_of_file
+from internlm.utils.errors import CheckpointError, StorageError
+from internlm.utils.storage import StoragePath
 
-OLD_PREFIX = ".writing-old-"
-
-
-def marker(folder: Path) -> Path:
-    """The file that says that `folder` (named by its step) is complete."""
-    return folder / f"{folder.name}.step"
-
-
-def complete_steps(save_folder: Path) -> list[int]:
-    """Steps of all complete checkpoints in a save folder, ascending; empty when the folder does not exist."""
-    if not save_folder.is_dir():
-        return []
-    names = [path.name for path in save_folder.iterdir() if path.is_dir() and path.name.isdigit()]
-    return sorted(int(name) for name in names if marker(save_folder / name).is_file())
+FORMAT = 1
+WHOLE_RUN = ("model", "optimizer", "scheduler", "sampler")
+MARK_SUFFIX = ".step"
+WRITING_PREFIX = ".writing-"
+REPLACED_PREFIX = ".replaced-"
+REMOVING_PREFIX = ".removing-"
+SNAPSHOT_SLOTS = ("0", "1")
 
 
-def resolve(path: Path) -> Path:
-    """The checkpoint folder that a user means by `path`: a checkpoint itself, or a save folder's newest.
+@dataclass(frozen=True)
+class Mark:
+    """What the mark of a complete checkpoint says.
+
+    Attributes:
+        step: at which it was saved.
+        contents: of `WHOLE_RUN`, what it holds.
+        files: name (with folders, below the checkpoint) -> size and checksum.
+    """
+
+    step: int
+    contents: tuple[str, ...]
+    files: dict[str, FileSum]
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"{self.step}{MARK_SUFFIX}"
+
+    def text(self) -> str:
+        """Content of its file."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A complete checkpoint."""
+
+    path: StoragePath
+    step: int
+    is_snapshot: bool = False
+
+
+def read_mark(path: StoragePath) -> Mark | None:
+    """The mark of a checkpoint; None when it has none, as the save did not finish.
+
+    Raises:
+        CheckpointError: the mark is damaged, or of a later version.
+        StorageError: the storage cannot be read.
+    """
+    name = _mark_name(path)
+    if name is None:
+        return None
+    try:
+        values = json.loads((path / name).read_text())
+        version = values["format"]
+        files = {name: FileSum(**values) for name, values in values["files"].items()}
+        mark = Mark(int(values["step"]), tuple(values["contents"]), files)
+    except StorageError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the mark '{path / name}' is damaged ({type(error).__name__}: {error}): use another step"
+        ) from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"'{path}' has checkpoint format {version}, and this version reads {FORMAT}: use the version of internlm "
+            f"that wrote it"
+        )
+    return mark
+
+
+def _mark_name(path: StoragePath) -> str | None:
+    """A folder named by a step has that step's mark, any other (a snapshot) that of any."""
+    marks = [name for name in path.names() if name.endswith(MARK_SUFFIX) and name.removesuffix(MARK_SUFFIX).isdigit()]
+    own = f"{path.name}{MARK_SUFFIX}"
+    return own if own in marks else next(iter(sorted(marks)), None)
+
+
+def find_checkpoints(save_folder: StoragePath, snapshot_folder: StoragePath | None = None) -> list[FoundCheckpoint]:
+    """All complete checkpoints and snapshots, by step; a snapshot comes before a checkpoint of the same step."""
+    found = []
+    for name in save_folder.names():
+        if name.isdigit() and f"{name}{MARK_SUFFIX}" in (save_folder / name).names():
+            found.append(FoundCheckpoint(save_folder / name, int(name)))
+    snapshots = snapshot_folder or save_folder / "snapshot"
+    for slot in SNAPSHOT_SLOTS:
+        mark = _mark_name(snapshots / slot)
+        if mark is not None:
+            found.append(FoundCheckpoint(snapshots / slot, int(mark.removesuffix(MARK_SUFFIX)), is_snapshot=True))
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, not checkpoint.is_snapshot))
+
+
+def resolve(path: StoragePath) -> StoragePath:
+    """The checkpoint that a user means by `path`: a checkpoint itself, or the newest of a folder of them.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
+        StorageError: the storage cannot be read.
     """
-    if marker(path).is_file():
+    if _mark_name(path) is not None:
         return path
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at '{path}': the path does not exist")
-    steps = complete_steps(path)
-    if steps:
-        return path / str(steps[-1])
+    found = find_checkpoints(path)
+    if found:
+        return found[-1].path
     if path.name.isdigit():
         raise CheckpointError(
-            f"the checkpoint '{path}' is incomplete: its mark '{marker(path).name}' is missing, so its save did "
+            f"the checkpoint '{path}' is incomplete: its mark '{path.name}{MARK_SUFFIX}' is missing, so its save did "
             f"not finish; use another step"
         )
     raise CheckpointError(
@@ -52,49 +135,106 @@ def resolve(path: Path) -> Path:
     )
 
 
-def begin_writing(save_folder: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into; leftovers of earlier attempts are removed."""
-    folder = save_folder / f".writing-{step}"
-    finish_replacing(save_folder)
-    for leftover in save_folder.glob(".writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def find_damage(path: StoragePath, mark: Mark, share: int = 0, num_shares: int = 1) -> list[str]:
+    """Compare the files of a checkpoint with its mark.
+
+    Args:
+        path: the checkpoint.
+        mark: its mark.
+        share, num_shares: look at every `num_shares`-th file only, beginning at number `share`.
+
+    Returns:
+        One line for each file that is missing or is not what was written.
+    """
+    return list(_damage(path, mark, share, num_shares))
 
 
-def finish_writing(writing: Path, step: int) -> Path:
-    """Make what was written into the checkpoint of `step`, atomically; replaces an older one of the same step."""
-    final = writing.parent / str(step)
-    for path in writing.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    mark = writing / f"{step}.step"
-    mark.touch()
-    _sync(mark)
-    _sync(writing)
-    old = writing.parent / f"{OLD_PREFIX}{step}"
+def _damage(path: StoragePath, mark: Mark, share: int, num_shares: int) -> Iterator[str]:
+    # Large files first, so that the shares are alike.
+    by_size = sorted(mark.files.items(), key=lambda item: (-item[1].size, item[0]))
+    for name, expected in by_size[share::num_shares]:
+        try:
+            if not (path / name).exists():
+                yield f"{name} is missing"
+                continue
+            found = sum_of_file(path / name)
+        except StorageError as error:
+            yield f"{name} cannot be read: {error}"
+            continue
+        if found.size != expected.size:
+            yield f"{name} has {found.size:,} bytes, {expected.size:,} were written"
+        elif found != expected:
+            yield f"{name} is not what was written: its checksum is {found.xxh3}, and was {expected.xxh3}"
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def begin_writing(final: StoragePath, save_id: str) -> StoragePath:
+    """Make room for the checkpoint `final`, and return the folder to write it into.
+
+    Leftovers of killed saves are removed. In an object store a checkpoint that is replaced stops to count here.
+
+    Args:
+        final: where the checkpoint will be found.
+        save_id: different for every save.
+
+    Raises:
+        StorageError: the storage cannot be written.
+    """
+    parent = final.parent
+    if not final.is_local:
+        name = _mark_name(final)
+        if name is not None:
+            (final / name).remove()
+        final.remove()
+        return final
+    put_back_replaced(parent)
+    for name in parent.names():
+        if name.startswith((WRITING_PREFIX, REMOVING_PREFIX)):
+            (parent / name).remove()
+    writing = parent / f"{WRITING_PREFIX}{final.name}-{save_id}"
+    writing.make_folder()
+    return writing
+
+
+def finish_writing(writing: StoragePath, final: StoragePath, mark: Mark) -> None:
+    """Make what was written the checkpoint `final`, replacing what was there.
+
+    Raises:
+        StorageError: the storage cannot be written.
+    """
+    (writing / mark.name).write_text(mark.text())
+    if not final.is_local:
+        return
+    parent = final.parent
+    replaced = parent / f"{REPLACED_PREFIX}{final.name}"
     if final.exists():
-        # Two folders cannot change their names in one instant; `finish_replacing` mends what a kill leaves between.
-        os.replace(final, old)
-    os.replace(writing, final)
-    shutil.rmtree(old, ignore_errors=True)
-    _sync(writing.parent)
-    return final
+        # Two folders cannot change their names in one instant: `put_back_replaced` mends what a kill leaves between.
+        final.rename_to(replaced)
+    writing.rename_to(final)
+    replaced.remove()
 
 
-def finish_replacing(save_folder: Path) -> None:
-    """Give a checkpoint its name that a save, killed while it replaced one of the same step, left without."""
-    for old in save_folder.glob(f"{OLD_PREFIX}*"):
-        step = old.name.removeprefix(OLD_PREFIX)
-        if not (save_folder / step).exists():
-            # The old one is moved away only when the new one is complete.
-            new = save_folder / f".writing-{step}"
-            os.replace(new if new.exists() else old, save_folder / step)
+def put_back_replaced(folder: StoragePath) -> None:
+    """Give a checkpoint its name back that a killed save had taken away and not replaced; local folders only."""
+    for name in folder.names():
+        if name.startswith(REPLACED_PREFIX):
+            final = folder / name.removeprefix(REPLACED_PREFIX)
+            if final.exists():
+                (folder / name).remove()
+            else:
+                (folder / name).rename_to(final)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def remove_checkpoint(path: StoragePath) -> None:
+    """Remove a checkpoint so that at no instant a part of it counts."""
+    if path.is_local:
+        removing = path.parent / f"{REMOVING_PREFIX}{path.name}"
+        path.rename_to(removing)
+        removing.remove()
+        return
+    name = _mark_name(path)
+    if name is not None:
+        (path / name).remove()
+    path.remove()

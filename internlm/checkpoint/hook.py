@@ -1,35 +1,115 @@
-"""When to save. What a checkpoint is belongs to `internlm.checkpoint.manager`."""
+"""When to save, and what is said of it. What a checkpoint is belongs to `internlm.checkpoint.manager`."""
 
 from __future__ import annotations
 
-from internlm.core.hooks import Hook, RunningTrainer
+from internlm.core.hooks import Hook, RunningTrainer, SaveResult
+from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+DRAIN_SECONDS = 600.0
+"""How long a run that ends by an exception waits for a save in the background."""
+
 
 class CheckpointHook(Hook):
-    """Saves every `every` steps, and at the end of the loop (also on a stop request) a step not saved yet."""
+    """Saves every `every` steps, when someone asks for it, and at the end of the loop a step not saved yet.
+
+    A save that fails is told and the run goes on; only after the last step it must succeed.
+
+    Args:
+        every: steps between two checkpoints.
+        snapshot_every: steps between two snapshots, which are not taken where a checkpoint is due; None takes none.
+    """
 
     name = "checkpoint"
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, snapshot_every: int | None = None) -> None:
         self.every = every
+        self.snapshot_every = snapshot_every
         self._saved_step = -1
+        self._newest: str | None = None
+        self._num_failures = 0
 
     def on_fit_start(self, trainer: RunningTrainer) -> None:
         # What was just loaded, or an untrained model, need not be saved.
         self._saved_step = trainer.state.step
 
     def on_step_counted(self, trainer: RunningTrainer) -> None:
-        if trainer.state.step % self.every == 0:
+        self._report(trainer)
+        step = trainer.state.step
+        if trainer.save_reason is not None:
+            logger.info("step %d: saving a checkpoint: %s", step, trainer.save_reason)
+        if step % self.every == 0 or trainer.save_reason is not None:
             self._save(trainer)
+        elif self._snapshot_is_due(step) and step < trainer.total_steps and trainer.stop_reason is None:
+            trainer.save_checkpoint(snapshot=True)
+            self._report(trainer)
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         if trainer.state.step != self._saved_step:
             self._save(trainer)
+        try:
+            trainer.finish_saving()
+        except CheckpointError:
+            self._report(trainer, "the run ends here, so it is tried once more")
+            trainer.save_checkpoint()
+            self._finish_or_fail(trainer)
+        self._report(trainer)
+
+    def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
+        # Whoever interrupts a second time does not want to wait, and a save that failed for good was reported.
+        if isinstance(error, KeyboardInterrupt | CheckpointError):
+            return
+        try:
+            trainer.drain_saves(DRAIN_SECONDS)
+            self._report(trainer, "the run ends here")
+        except Exception:
+            logger.warning("the save in the background could not be waited for", exc_info=True)
+
+    def _snapshot_is_due(self, step: int) -> bool:
+        return self.snapshot_every is not None and step % self.snapshot_every == 0
 
     def _save(self, trainer: RunningTrainer) -> None:
-        path = trainer.save_checkpoint()
+        trainer.save_checkpoint()
         self._saved_step = trainer.state.step
-        logger.info("step %d: saved checkpoint %s", trainer.state.step, path)
+        self._report(trainer)
+
+    def _finish_or_fail(self, trainer: RunningTrainer) -> None:
+        try:
+            trainer.finish_saving()
+        except CheckpointError as error:
+            self._report(trainer, "the run ends here")
+            raise CheckpointError(
+                f"the run ended at step {trainer.state.step}, but its last checkpoint could not be saved: {error}"
+            ) from error
+
+    def _report(self, trainer: RunningTrainer, then: str = "the run goes on") -> None:
+        for result in trainer.poll_saves():
+            self._tell(result, then)
+
+    def _tell(self, result: SaveResult, then: str) -> None:
+        what = "snapshot" if result.snapshot else "checkpoint"
+        if result.error is None:
+            self._newest, self._num_failures = str(result.path), 0
+            logger.info(
+                "step %d: saved %s %s (stalled %.3f s, written in %.3f s)",
+                result.step,
+                what,
+                result.path,
+                result.seconds_stalled,
+                result.seconds_written,
+            )
+            if result.notice is not None:
+                logger.error("step %d: %s", result.step, result.notice)
+            return
+        self._num_failures += 1
+        logger.error(
+            "step %d: the %s could not be saved%s: %s; the newest complete checkpoint is %s; %s",
+            result.step,
+            what,
+            f" ({self._num_failures} failures in a row)" if self._num_failures > 1 else "",
+            result.error,
+            self._newest or "the one that this run started from, if any",
+            then,
+        )

@@ -9,15 +9,18 @@ import torch
 from torch import nn
 
 from internlm.checkpoint.folder import resolve
-from internlm.checkpoint.manager import CONFIG_FILE, load_tensors, model_tensors
+from internlm.checkpoint.manager import CONFIG_FILE, check_files, load_tensors, model_tensors
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.registry import build_model
 from internlm.utils.errors import CheckpointError
+from internlm.utils.storage import StoragePath, storage_path
 
 
-def load_model_for_inference(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, Config]:
+def load_model_for_inference(
+    path: StoragePath | Path | str, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Config]:
     """The model of a checkpoint, in eval mode, and the config it was trained with.
 
     Args:
@@ -27,14 +30,24 @@ def load_model_for_inference(path: Path | str, device: torch.device | str = "cpu
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged.
     """
-    folder = resolve(Path(path))
-    try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{folder / CONFIG_FILE}' cannot be read: {error}") from error
-    config = Config.model_validate(values)
+    folder = resolve(storage_path(path))
+    context = ParallelContext.create(device=device)
+    check_files(folder, context)
+    config = read_config(folder)
     with torch.device("meta"):
         model = build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
-    parallelize(model, ParallelContext.create(device=device), seed=config.seed)
+    parallelize(model, context, seed=config.seed)
     load_tensors(folder, model_tensors(model), no_dist=True)
     return model.eval(), config
+
+
+def read_config(path: StoragePath) -> Config:
+    """The config that a checkpoint carries.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return Config.model_validate(json.loads((path / CONFIG_FILE).read_text()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error

@@ -8,7 +8,10 @@ hooks. Nothing in it depends on the layout that wrote it.
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,26 +22,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 
 from internlm.checkpoint import folder as folders
+from internlm.checkpoint.background import BackgroundWriter, Outcome
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner, merge_by_key
+from internlm.checkpoint.dcp_storage import StorageReader
+from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint, Mark
+from internlm.checkpoint.saving import (
+    Part,
+    RankPlan,
+    SaveTask,
+    complete,
+    discard,
+    leave_part,
+    make_plan,
+    run_after_save,
+    write_part,
+)
+from internlm.checkpoint.weight_source import WeightSource
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import random_state, set_random_state
-from internlm.core.hooks import TrainState
+from internlm.core.hooks import SaveResult, TrainState
 from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
+from internlm.utils.storage import StoragePath, storage_path
 
 logger = get_logger(__name__)
 
 CONTEXT_FILE = "context.json"
 CONFIG_FILE = "config.json"
+MODEL_PREFIX = "model/"
 MASTER_PREFIX = "optimizer/master/"
-CONTENTS = ("model", "optimizer", "scheduler", "sampler")
 
 
 def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
@@ -49,7 +68,7 @@ def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
     specs = {parameter: shard_spec_of(parameter) for parameter in parameters}
     return dict(
         merge_by_key(
-            (f"model/{spec.name}", BoxedTensor.of_parameter(local_tensor(parameter), spec))
+            (f"{MODEL_PREFIX}{spec.name}", BoxedTensor.of_parameter(local_tensor(parameter), spec))
             for parameter, spec in specs.items()
         )
     )
@@ -65,43 +84,56 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
     )
 
 
-def load_tensors(path: Path, tensors: dict[str, Any], *, no_dist: bool) -> None:
+def saved_shapes(path: StoragePath) -> dict[str, tuple[int, ...] | None]:
+    """Key -> shape of every tensor in a checkpoint; None for what is no tensor.
+
+    Raises:
+        CheckpointError: the list of tensors is missing or damaged.
+    """
+    saved = read_metadata(path).state_dict_metadata
+    return {key: tuple(value.size) if hasattr(value, "size") else None for key, value in saved.items()}
+
+
+def read_metadata(path: StoragePath) -> Any:
+    try:
+        return StorageReader(path).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}") from error
+
+
+def load_tensors(path: StoragePath, tensors: dict[str, Any], *, no_dist: bool) -> None:
     """Fill `tensors` from the checkpoint at `path`; each rank reads only what its boxes need.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or the files are damaged.
     """
-    try:
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}") from error
+    saved = saved_shapes(path)
     mistakes = []
     for key, value in tensors.items():
         if key not in saved:
             mistakes.append(f"'{key}' is missing")
-        elif isinstance(value, BoxedTensor):
-            found = getattr(saved[key], "size", None)
-            if found != value.size():
-                mistakes.append(f"'{key}' has shape {list(found or [])}, the model wants {list(value.size())}")
+        elif isinstance(value, BoxedTensor) and saved[key] != tuple(value.size()):
+            mistakes.append(f"'{key}' has shape {list(saved[key] or [])}, the model wants {list(value.size())}")
     if mistakes:
-        shown = "\n  ".join(mistakes[:20])
-        more = f"\n  and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
-        raise CheckpointError(f"the checkpoint '{path}' does not fit this model:\n  {shown}{more}")
+        raise CheckpointError(f"the checkpoint '{path}' does not fit this model:{_listed(mistakes)}")
     try:
-        with _without_single_process_warning():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), planner=BoxLoadPlanner(), no_dist=no_dist)
+        with without_single_process_warning():
+            dcp.load(tensors, storage_reader=StorageReader(path), planner=BoxLoadPlanner(), no_dist=no_dist)
     except dcp.api.CheckpointException as error:
-        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {_first_failure(error)}") from error
+        rank, (cause, _) = min(error.failures.items())
+        raise CheckpointError(
+            f"the checkpoint '{path}' cannot be read: rank {rank}: {type(cause).__name__}: {cause}"
+        ) from error
 
 
-def read_context(path: Path) -> dict[str, Any]:
+def read_context(path: StoragePath) -> dict[str, Any]:
     """The counters that a checkpoint carries.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        return json.loads((path / CONTEXT_FILE).read_text(encoding="utf-8"))
+        return json.loads((path / CONTEXT_FILE).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONTEXT_FILE}' cannot be read: {error}") from error
 
@@ -110,49 +142,135 @@ class CheckpointManager:
     """Saves a trainer's whole state and puts it back.
 
     Args:
-        save_folder: one folder a step is made in it; None saves nothing.
+        save_folder: one folder a step is made in it, local or in an object store; None saves nothing.
         files: name -> text, copied into every checkpoint (the config, for tools that come later).
+        snapshot_folder: of snapshots, of which the newest two are kept; None: `<save_folder>/snapshot`.
+        keep_latest: complete checkpoints to keep; None keeps all.
+        async_save: write in a process beside this one, while training goes on.
+        after_save: a function of a module, called with each checkpoint that is complete, on the main rank (or in the
+            process beside it).
     """
 
-    def __init__(self, save_folder: Path | str | None, files: dict[str, str] | None = None) -> None:
-        self.save_folder = None if save_folder is None else Path(save_folder)
+    def __init__(
+        self,
+        save_folder: StoragePath | Path | str | None,
+        files: dict[str, str] | None = None,
+        *,
+        snapshot_folder: StoragePath | Path | str | None = None,
+        keep_latest: int | None = None,
+        async_save: bool = False,
+        after_save: Callable[[StoragePath], None] | None = None,
+    ) -> None:
+        self.save_folder = _as_storage_path(save_folder)
+        self.snapshot_folder = _as_storage_path(snapshot_folder)
+        if self.snapshot_folder is None and self.save_folder is not None:
+            self.snapshot_folder = self.save_folder / "snapshot"
         self.files = dict(files or {})
+        self.keep_latest = keep_latest
+        self.async_save = async_save
+        self.after_save = after_save
+        self._plan: tuple[HybridZeroOptimizer, RankPlan] | None = None
+        # Started now: it is ready when the first save comes.
+        self._background = BackgroundWriter() if async_save else None
+        self._under_way: tuple[SaveTask, bool, float, float] | None = None
+        self._results: list[SaveResult] = []
+        self._newest: SaveResult | None = None
+        self._context: ParallelContext | None = None
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
-    def save(self, trainer: Trainer) -> Path:
-        """Write `<save_folder>/<step>/`; collective. Returns it once it is complete.
+    def check_writable(self, context: ParallelContext) -> None:
+        """Write a file into the folders of checkpoints and snapshots, and remove it; collective.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            CheckpointError: some machine of the job cannot.
         """
-        save_folder = self.save_folder
-        if save_folder is None:
+        failure = None
+        if int(os.environ.get("LOCAL_RANK", context.rank)) == 0:
+            for folder in {self.save_folder, self.snapshot_folder} - {None}:
+                assert folder is not None
+                try:
+                    folder.make_folder()
+                    ping = folder / f".ping-{uuid.uuid4().hex[:8]}"
+                    ping.write_text("ping")
+                    ping.remove()
+                except OSError as error:
+                    failure = f"checkpoints cannot be saved to '{folder}': {error}"
+        failures = [failure]
+        if context.world_group is not None:
+            failures = [None] * context.world_size
+            dist.all_gather_object(failures, failure)
+        for found in failures:
+            if found is not None:
+                raise CheckpointError(found)
+
+    def save(self, trainer: Trainer, *, snapshot: bool = False) -> None:
+        """Save this instant, or begin to; collective. What came of it is told by `poll` and `finish`.
+
+        Raises:
+            CheckpointError: the run has no folder to save to.
+        """
+        started = time.monotonic()
+        if self.save_folder is None:
             raise CheckpointError("this run has no folder to save to: set ckpt.save_ckpt_folder")
-        step = trainer.state.step
-        context = trainer.context
-        writing = save_folder / f".writing-{step}"
-        _on_main_rank(context, lambda: folders.begin_writing(save_folder, step), f"prepare '{writing}'")
+        self.drain()
+        context = self._context = trainer.context
         optimizer = trainer.engine.optimizer
         assert isinstance(optimizer, HybridZeroOptimizer)
-        optimizer.finish_gathering()
-        tensors = {
+        step = trainer.state.step
+        tensors: dict[str, Any] = {
             **model_tensors(*optimizer.chunks),
             **optimizer_tensors(optimizer),
             f"rng/{context.rank}": random_state(),
         }
+        if self._plan is None or self._plan[0] is not optimizer:
+            self._plan = optimizer, make_plan(tensors, context.rank, context.world_size)
+        plan = self._plan[1]
+        final, writing, error = _from_main_rank(context, lambda: self._begin(step, snapshot))
+        if error is not None:
+            self._tell(SaveResult(step, final, snapshot, time.monotonic() - started, 0.0, error))
+            return
+        task = SaveTask(
+            step=step,
+            final=final,
+            writing=writing,
+            rank=context.rank,
+            world_size=context.world_size,
+            files=self._files(trainer) if context.is_main_rank else None,
+            save_folder=self.save_folder,
+            keep_latest=self.keep_latest,
+            after_save=self.after_save,
+        )
+        planner = BoxSavePlanner()
+        planner.set_up_planner(tensors, is_coordinator=context.is_main_rank)
+        if self.async_save:
+            self._save_in_background(task, snapshot, plan, planner, started)
+        else:
+            self._save_now(task, snapshot, plan, planner, started, context)
+
+    def _begin(self, step: int, snapshot: bool) -> tuple[StoragePath, StoragePath, str | None]:
+        """Where the checkpoint will be, the folder to write it into, and why there is none."""
+        assert self.save_folder is not None and self.snapshot_folder is not None
+        final = self.save_folder / str(step)
         try:
-            with _without_single_process_warning():
-                dcp.save(
-                    tensors,
-                    storage_writer=dcp.FileSystemWriter(writing, sync_files=False),
-                    planner=BoxSavePlanner(),
-                    no_dist=context.world_group is None,
-                )
-        except dcp.api.CheckpointException as error:
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to '{writing}': {_first_failure(error)}"
-            ) from error
+            if snapshot:
+                final = self.snapshot_folder / self._oldest_slot()
+            return final, folders.begin_writing(final, uuid.uuid4().hex[:8]), None
+        except OSError as error:
+            return final, final, f"cannot prepare '{final}': {error}"
+
+    def _oldest_slot(self) -> str:
+        assert self.save_folder is not None
+        snapshots = {
+            found.path.name: found.step
+            for found in folders.find_checkpoints(self.save_folder, self.snapshot_folder)
+            if found.is_snapshot
+        }
+        return min(folders.SNAPSHOT_SLOTS, key=lambda slot: (snapshots.get(slot, -1), slot))
+
+    def _files(self, trainer: Trainer) -> dict[str, bytes]:
+        optimizer = trainer.engine.optimizer
+        assert isinstance(optimizer, HybridZeroOptimizer)
         state = {
             "state": asdict(trainer.state),
             "inf_nan_skip_batches": float(trainer.num_skipped_updates),
@@ -160,43 +278,156 @@ class CheckpointManager:
             "scaler": optimizer.scaler.state_dict(),
             "data": _state_of(trainer.train_loader),
             "hooks": {hook.name: hook.state_dict() for hook in trainer.hooks},
-            "world_size": context.world_size,
-            "layout": context.layout.describe(),
+            "world_size": trainer.context.world_size,
+            "layout": trainer.context.layout.describe(),
         }
+        files = {CONTEXT_FILE: json.dumps(state, indent=1), **self.files}
+        return {name: text.encode() for name, text in files.items()}
 
-        def finish() -> None:
-            (writing / CONTEXT_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            for name, text in self.files.items():
-                (writing / name).write_text(text, encoding="utf-8")
-            folders.finish_writing(writing, step)
+    def _save_now(
+        self,
+        task: SaveTask,
+        snapshot: bool,
+        plan: RankPlan,
+        planner: BoxSavePlanner,
+        started: float,
+        context: ParallelContext,
+    ) -> None:
+        part = write_part(task, plan, planner)
+        parts: list[Any] | None = [part]
+        if context.world_group is not None:
+            parts = [None] * context.world_size if context.is_main_rank else None
+            dist.gather_object(part, parts)
 
-        _on_main_rank(context, finish, f"complete the checkpoint of step {step} in '{self.save_folder}'")
-        return save_folder / str(step)
+        def finish() -> tuple[str | None, str | None]:
+            assert parts is not None and plan.metadata is not None
+            try:
+                complete(task, plan.metadata, parts)
+            except (CheckpointError, OSError) as error:
+                return str(error), None
+            return None, run_after_save(task)
+
+        error, notice = _from_main_rank(context, finish)
+        seconds = time.monotonic() - started
+        self._tell(SaveResult(task.step, task.final, snapshot, seconds, seconds, error, notice))
+
+    def _save_in_background(
+        self, task: SaveTask, snapshot: bool, plan: RankPlan, planner: BoxSavePlanner, started: float
+    ) -> None:
+        if self._background is None or not self._background.is_alive:
+            self._background = BackgroundWriter()
+        try:
+            self._background.begin(task, plan, planner)
+        except CheckpointError as error:
+            # The main rank waits for this part; for its own, nobody does.
+            if task.rank == 0:
+                discard(task)
+            else:
+                leave_part(task, Part(task.rank, [], {}, f"rank {task.rank}: {error}"))
+            self._tell(SaveResult(task.step, task.final, snapshot, time.monotonic() - started, 0.0, str(error)))
+            return
+        self._under_way = task, snapshot, started, time.monotonic() - started
+
+    def poll(self) -> list[SaveResult]:
+        """Saves that have ended since the last call, well or not; never waits. Only the main rank gets any."""
+        if self._background is not None:
+            self._take(self._background.poll())
+        results, self._results = self._results, []
+        return results if self._context is None or self._context.is_main_rank else []
+
+    def drain(self, seconds: float | None = None) -> None:
+        """Wait, at most so long, until this rank has written what is written in the background; not collective."""
+        if self._background is not None:
+            self._take(self._background.wait(seconds))
+
+    def finish(self) -> None:
+        """Wait until nothing is being written, and end the process beside this one; collective.
+
+        Raises:
+            CheckpointError: the newest save has failed.
+        """
+        self.drain()
+        if self._background is not None:
+            self._background.close()
+            self._background = None
+        if self._context is None:
+            return
+        error = _from_main_rank(self._context, lambda: self._newest.error if self._newest else None)
+        if error is not None:
+            raise CheckpointError(f"the last checkpoint could not be saved: {error}")
+
+    def _take(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        assert self._under_way is not None
+        task, snapshot, started, stalled = self._under_way
+        self._under_way = None
+        self._tell(
+            SaveResult(task.step, task.final, snapshot, stalled, outcome.ended - started, outcome.error, outcome.notice)
+        )
+
+    def _tell(self, result: SaveResult) -> None:
+        self._results.append(result)
+        self._newest = result
 
     # -- loading --------------------------------------------------------------------------------------------------
 
-    def latest(self, context: ParallelContext) -> Path | None:
-        """The newest complete checkpoint of the save folder; collective.
+    def candidates(self, context: ParallelContext) -> list[FoundCheckpoint]:
+        """All complete checkpoints and snapshots, by step; collective.
 
         The main rank looks for all: another machine may see a shared folder as it was a moment ago.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
         """
-        save_folder = self.save_folder
-        if save_folder is None:
-            return None
-        found: list[int] = []
 
-        def look() -> None:
-            folders.finish_replacing(save_folder)
-            found.extend(folders.complete_steps(save_folder)[-1:])
+        def look() -> list[FoundCheckpoint] | str:
+            try:
+                assert self.save_folder is not None and self.snapshot_folder is not None
+                for folder in (self.save_folder, self.snapshot_folder):
+                    if folder.is_local:
+                        folders.put_back_replaced(folder)
+                return folders.find_checkpoints(self.save_folder, self.snapshot_folder)
+            except OSError as error:
+                return f"cannot look for checkpoints in '{self.save_folder}': {error}"
 
-        _on_main_rank(context, look, f"look for checkpoints in '{save_folder}'")
-        if context.world_group is not None:
-            message = [found]
-            dist.broadcast_object_list(message, src=0)
-            found = message[0]
-        return save_folder / str(found[0]) if found else None
+        if self.save_folder is None:
+            return []
+        found = _from_main_rank(context, look)
+        if isinstance(found, str):
+            raise CheckpointError(found)
+        return found
 
-    def load(self, trainer: Trainer, path: Path, content: Iterable[str] = CONTENTS) -> None:
+    def resume(self, trainer: Trainer) -> FoundCheckpoint | None:
+        """Load the newest checkpoint that is whole; collective. Returns it, or None when there is none.
+
+        Raises:
+            CheckpointError: there are checkpoints and all are damaged, or one does not fit.
+        """
+        found = self.candidates(trainer.context)
+        for checkpoint in reversed(found):
+            try:
+                mark = check_files(checkpoint.path, trainer.context)
+            except CheckpointError as error:
+                logger.error("checkpoint refused, the one before is tried: %s", error)
+                continue
+            self._load(trainer, checkpoint.path, mark.contents, set(WHOLE_RUN) & set(mark.contents), strict=True)
+            return checkpoint
+        if found:
+            raise CheckpointError(
+                f"none of the {len(found)} checkpoints in '{self.save_folder}' is whole: see the reasons above; to "
+                f"start anew, give another ckpt.save_ckpt_folder or set ckpt.auto_resume = False"
+            )
+        return None
+
+    def load(
+        self,
+        trainer: Trainer,
+        path: StoragePath | Path | str,
+        content: Iterable[str] = WHOLE_RUN,
+        *,
+        strict: bool = True,
+    ) -> None:
         """Put a checkpoint into a trainer; collective.
 
         Args:
@@ -205,18 +436,32 @@ class CheckpointManager:
             content: any of "model", "optimizer" (moments, scaler, and together with "model" the fp32 masters),
                 "scheduler" (the step, from which learning rate and beta2 follow) and "sampler" (the data cursor and
                 token counter), or "all".
+            strict: refuse a checkpoint that lacks a tensor of the model or has one more; otherwise say which these
+                are, and leave those that are missing as they are.
 
         Raises:
             CheckpointError: the checkpoint does not fit, is damaged, or `content` is unknown.
         """
-        wanted = set(CONTENTS if "all" in content else content)
-        unknown = wanted - set(CONTENTS)
+        wanted = set(WHOLE_RUN if "all" in content else content)
+        unknown = wanted - set(WHOLE_RUN)
         if unknown:
-            raise CheckpointError(f"unknown checkpoint content {sorted(unknown)}; allowed: {list(CONTENTS)} or 'all'")
+            raise CheckpointError(f"unknown checkpoint content {sorted(unknown)}; allowed: {list(WHOLE_RUN)} or 'all'")
+        folder = storage_path(path) if not isinstance(path, StoragePath) else path
+        mark = check_files(folder, trainer.context)
+        absent = wanted - set(mark.contents)
+        if absent:
+            raise CheckpointError(
+                f"the checkpoint '{folder}' holds only {', '.join(mark.contents)}, not {', '.join(sorted(absent))}: "
+                f"set the content of what you load to {mark.contents}"
+            )
+        self._load(trainer, folder, mark.contents, wanted, strict=strict)
+
+    def _load(
+        self, trainer: Trainer, path: StoragePath, contents: tuple[str, ...], wanted: set[str], *, strict: bool
+    ) -> None:
         optimizer = trainer.engine.optimizer
         assert isinstance(optimizer, HybridZeroOptimizer)
-        alone = trainer.context.world_group is None
-        context = read_context(path)
+        context = trainer.context
         tensors: dict[str, Any] = {}
         if "model" in wanted:
             tensors.update(model_tensors(*optimizer.chunks))
@@ -225,32 +470,139 @@ class CheckpointManager:
             if "model" not in wanted:
                 # Masters are weights: the next update would put them in the place of those that the user wants.
                 tensors = {key: value for key, value in tensors.items() if not key.startswith(MASTER_PREFIX)}
-        rng_key = f"rng/{trainer.context.rank}"
-        whole_run = wanted == set(CONTENTS)
-        if whole_run and context["world_size"] == trainer.context.world_size:
+        saved = saved_shapes(path)
+        if "model" in wanted:
+            names = {key.removeprefix(MODEL_PREFIX) for key in saved if key.startswith(MODEL_PREFIX)}
+            _compare_names(optimizer.chunks, names, f"the checkpoint '{path}'", context, strict=strict)
+        if not strict:
+            tensors = {key: value for key, value in tensors.items() if key in saved}
+        rng_key = f"rng/{context.rank}"
+        whole_run = wanted == set(WHOLE_RUN)
+        state = read_context(path) if wanted != {"model"} else {}
+        if whole_run and state["world_size"] == context.world_size:
             tensors[rng_key] = None
-        load_tensors(path, tensors, no_dist=alone)
+        load_tensors(path, tensors, no_dist=context.world_group is None)
         if "model" in wanted:
             optimizer.reset_masters(keep_loaded="optimizer" in wanted)
+        self._put_back(trainer, state, wanted)
+        if tensors.get(rng_key) is not None:
+            set_random_state(tensors[rng_key])
+
+    def _put_back(self, trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None:
+        """Counters, scaler, data cursor and hooks."""
+        optimizer = trainer.engine.optimizer
+        assert isinstance(optimizer, HybridZeroOptimizer)
         if "optimizer" in wanted:
-            optimizer.num_updates = context["num_updates"]
-            optimizer.scaler.load_state_dict(context["scaler"])
-            trainer.num_skipped_updates.fill_(context["inf_nan_skip_batches"])
-        saved = TrainState(**context["state"])
+            optimizer.num_updates = state["num_updates"]
+            optimizer.scaler.load_state_dict(state["scaler"])
+            trainer.num_skipped_updates.fill_(state["inf_nan_skip_batches"])
         if "scheduler" in wanted:
-            trainer.state.step = saved.step
+            trainer.state.step = TrainState(**state["state"]).step
         if "sampler" in wanted:
+            saved = TrainState(**state["state"])
             trainer.state.num_consumed_samples = saved.num_consumed_samples
             trainer.state.num_consumed_tokens = saved.num_consumed_tokens
             take_back = getattr(trainer.train_loader, "load_state_dict", None)
-            if take_back is not None and context.get("data"):
-                take_back(context["data"])
-        if whole_run:
+            if take_back is not None and state.get("data"):
+                take_back(state["data"])
+        if wanted == set(WHOLE_RUN):
             for hook in trainer.hooks:
-                if hook.name in context["hooks"]:
-                    hook.load_state_dict(context["hooks"][hook.name])
-            if tensors.get(rng_key) is not None:
-                set_random_state(tensors[rng_key])
+                if hook.name in state["hooks"]:
+                    hook.load_state_dict(state["hooks"][hook.name])
+
+    def load_weights(self, trainer: Trainer, source: WeightSource, what: str, *, strict: bool = True) -> None:
+        """Put weights of another origin into a trainer, one tensor at a time; collective. The fp32 masters follow.
+
+        Args:
+            trainer: freshly built, before its first step.
+            source: weights under our names.
+            what: the source, for messages.
+            strict: see `load`.
+
+        Raises:
+            CheckpointError: the weights do not fit.
+        """
+        optimizer = trainer.engine.optimizer
+        assert isinstance(optimizer, HybridZeroOptimizer)
+        names = set(source.names())
+        _compare_names(optimizer.chunks, names, what, trainer.context, strict=strict)
+        tensors = {key.removeprefix(MODEL_PREFIX): boxed for key, boxed in model_tensors(*optimizer.chunks).items()}
+        wanted = {name: boxed for name, boxed in tensors.items() if name in names}
+        mistakes = [
+            f"'{name}' has shape {list(source.shape(name))}, the model wants {list(boxed.size())}"
+            for name, boxed in wanted.items()
+            if tuple(source.shape(name)) != tuple(boxed.size())
+        ]
+        if mistakes:
+            raise CheckpointError(f"{what} does not fit this model:{_listed(mistakes)}")
+        for name, boxed in wanted.items():
+            whole: Tensor = source.read(name)
+            for box, piece in boxed.pieces:
+                piece.copy_(whole[box.global_slices()])
+        optimizer.reset_masters()
+
+
+def check_files(path: StoragePath, context: ParallelContext) -> Mark:
+    """Compare a checkpoint with the checksums of its mark, each rank a share of the files; collective.
+
+    Raises:
+        CheckpointError: it has no mark, or a file is not what was written.
+    """
+
+    def read() -> Mark | str:
+        try:
+            mark = folders.read_mark(path)
+        except (CheckpointError, OSError) as error:
+            return str(error)
+        return (
+            mark or f"'{path}' is no complete checkpoint: it has no mark (a file named by its step, such as 100.step)"
+        )
+
+    mark = _from_main_rank(context, read)
+    if isinstance(mark, str):
+        raise CheckpointError(mark)
+    own = folders.find_damage(path, mark, context.rank, context.world_size)
+    of_ranks = [own]
+    if context.world_group is not None:
+        of_ranks = [[]] * context.world_size
+        dist.all_gather_object(of_ranks, own)
+    lines = [line for damage in of_ranks for line in damage]
+    if lines:
+        raise CheckpointError(f"the checkpoint '{path}' is damaged:{_listed(lines)}")
+    return mark
+
+
+def _compare_names(
+    chunks: Iterable[nn.Module], found: set[str], what: str, context: ParallelContext, *, strict: bool
+) -> None:
+    """Compare the names of the whole model with those in a source of weights; collective.
+
+    Raises:
+        CheckpointError: they differ, and `strict`.
+    """
+    names = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
+    if context.world_group is not None:
+        of_ranks: list[Any] = [None] * context.world_size
+        dist.all_gather_object(of_ranks, names)
+        names = set().union(*of_ranks)
+    lines = [f"'{MODEL_PREFIX}{name}' is missing" for name in sorted(names - found)]
+    lines += [f"'{MODEL_PREFIX}{name}' is no part of the model" for name in sorted(found - names)]
+    if not lines:
+        return
+    if strict:
+        raise CheckpointError(
+            f"{what} does not fit this model (to load it all the same, set strict=False):{_listed(lines)}"
+        )
+    logger.warning("%s does not fit this model in all, and is loaded as far as it does:%s", what, _listed(lines))
+
+
+def _listed(lines: list[str], most: int = 20) -> str:
+    more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
+    return "".join(f"\n  {line}" for line in lines[:most]) + more
+
+
+def _as_storage_path(path: StoragePath | Path | str | None) -> StoragePath | None:
+    return path if path is None or isinstance(path, StoragePath) else storage_path(path)
 
 
 def _state_of(loader: object) -> dict[str, Any]:
@@ -259,28 +611,17 @@ def _state_of(loader: object) -> dict[str, Any]:
     return {} if state_dict is None else state_dict()
 
 
-def _on_main_rank(context: ParallelContext, action: Callable[[], object], what: str) -> None:
-    """Do something with files on the main rank while the others wait; all ranks fail when it fails."""
-    failure: list[str | None] = [None]
-    if context.is_main_rank:
-        try:
-            action()
-        except OSError as error:
-            failure[0] = f"cannot {what}: {error}"
+def _from_main_rank(context: ParallelContext, action: Callable[[], Any]) -> Any:
+    """What `action` returns on the main rank, on every rank. It must not raise: the others would wait."""
+    answer = [action() if context.is_main_rank else None]
     if context.world_group is not None:
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise CheckpointError(failure[0])
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 @contextmanager
-def _without_single_process_warning() -> Iterator[None]:
+def without_single_process_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         # One process without a process group is a normal way to run, and asked for with no_dist.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
-
-
-def _first_failure(error: dcp.api.CheckpointException) -> str:
-    rank, (cause, _) = min(error.failures.items())
-    return f"rank {rank}: {type(cause).__name__}: {cause}"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
     connect(launch, device, options.backend)
     # The trainer's phase is wanted after it failed, also when it never came to be.
     trainer: Trainer | None = None
-    with _sigterm_raises(), FailureWatch(launch.rank, launch.world_size) as watch:
+    with _signals_outside_of_the_loop(), FailureWatch(launch.rank, launch.world_size) as watch:
         try:
             run_dir = _agree_on_run_dir(options.run_dir, config.JOB_NAME)
             _open_log(run_dir, launch.rank)
@@ -142,8 +143,9 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """While open, a SIGTERM reaches the log and the other ranks as any failure does."""
+def _signals_outside_of_the_loop() -> Iterator[None]:
+    """While open, a SIGTERM reaches the log and the other ranks as any failure does, and the requests to save are
+    ignored: there is nothing to save, and by default they end a process."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated("received SIGTERM")
@@ -151,11 +153,17 @@ def _sigterm_raises() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, terminate)
+    handlers: dict[signal.Signals, Any] = {
+        signal.SIGTERM: terminate,
+        signal.SIGUSR1: signal.SIG_IGN,
+        signal.SIGUSR2: signal.SIG_IGN,
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _ignore_sigterm() -> None:

@@ -22,8 +22,14 @@ LATER_FAMILIES = {
 }
 """Model types that InternEvo registers and this version does not."""
 
-REMOTE_PREFIXES = ("boto3:", "volc:", "oss2:", "s3:", "hdfs:")
-"""Prefixes of folders in object stores."""
+_ONLY_WHILE_SAVING = (
+    "oss_snapshot_freq",
+    "keep_latest",
+    "async_save",
+    "async_upload",
+    "enable_internevo2hf_ckpt",
+)
+"""Keys of `ckpt` that mean nothing while saving is off."""
 
 
 def find_unsupported(config: Config) -> Iterator[Mistake]:
@@ -34,18 +40,10 @@ def find_unsupported(config: Config) -> Iterator[Mistake]:
         default = default_of(field)
         if info.status is not Status.LATER or value == default or value in info.accepts:
             continue
-        if path == "ckpt.oss_snapshot_freq" and not config.ckpt.enable_save_ckpt:
-            continue
         yield Mistake((path,), f"{path} = {value!r}: {info.detail} is not yet supported; set it to {default!r}")
     if config.model_type in LATER_FAMILIES:
         feature = LATER_FAMILIES[config.model_type]
         yield Mistake(("model_type",), f"model_type = {config.model_type!r}: {feature} is not yet supported")
-    folders = {"ckpt.save_ckpt_folder": config.ckpt.save_ckpt_folder}
-    if config.ckpt.load_ckpt_info is not None:
-        folders["ckpt.load_ckpt_info.path"] = config.ckpt.load_ckpt_info.path
-    for path, folder in folders.items():
-        if folder is not None and folder.startswith(REMOTE_PREFIXES):
-            yield Mistake((path,), f"{path} = {folder!r}: object stores are not yet supported; give a local folder")
 
 
 def find_ineffective(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
@@ -64,5 +62,8 @@ def find_ineffective(config: Config, given: Callable[[str], Any]) -> Iterator[st
             yield f"{path} = {asked!r} is ignored: it is always {info.derived} = {value!r}"
     for reason, keys in by_reason.items():
         yield f"no effect: {', '.join(keys)} ({reason})"
-    if config.ckpt.oss_snapshot_freq is not None and not config.ckpt.enable_save_ckpt:
-        yield "no effect: ckpt.oss_snapshot_freq (saving is off)"
+    if not config.ckpt.enable_save_ckpt:
+        fields = type(config.ckpt).model_fields
+        idle = [name for name in _ONLY_WHILE_SAVING if getattr(config.ckpt, name) != default_of(fields[name])]
+        if idle:
+            yield f"no effect: {', '.join(f'ckpt.{name}' for name in idle)} (saving is off)"

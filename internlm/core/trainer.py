@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import datetime
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
-from internlm.core.communication.collectives import Done, Work, all_reduce_async
+from internlm.core.communication.collectives import all_reduce_async
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
-from internlm.core.hooks import Hook, TrainState
+from internlm.core.hooks import Hook, SaveResult, TrainState
 from internlm.core.metrics import StepMetrics
+from internlm.core.requests import Requests, RequestSignals
 from internlm.data.batch import Batch
 from internlm.eval.metrics import TokenSums, evaluation_results
 from internlm.utils.errors import DataError
@@ -36,9 +34,15 @@ class BatchSource(Protocol):
 
 
 class Checkpointer(Protocol):
-    """Saves the run; see `internlm.checkpoint.manager`."""
+    """Saves the run; see `internlm.checkpoint.manager`, and `RunningTrainer` for what the trainer makes of it."""
 
-    def save(self, trainer: Trainer) -> Path: ...
+    def save(self, trainer: Trainer, *, snapshot: bool = False) -> None: ...
+
+    def poll(self) -> list[SaveResult]: ...
+
+    def finish(self) -> None: ...
+
+    def drain(self, seconds: float) -> None: ...
 
 
 class Trainer:
@@ -91,10 +95,7 @@ class Trainer:
         self.num_skipped_updates = torch.zeros((), dtype=torch.float32, device=self.context.device)
         self.phase = "start"
         self._step_at_work = 0
-        self._stop_reason: str | None = None
-        # On the host: looking at it must not wait for the device.
-        self._stop_flag = torch.zeros(())
-        self._stop_vote: Work = Done()
+        self.requests = Requests(self.context.world_group)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -106,13 +107,12 @@ class Trainer:
         Raises:
             DataError: the data of this rank ended, and that of another one did not.
         """
-        self._stop_reason = None
-        self._stop_flag = torch.zeros(())
-        with _StopSignals(self.request_stop):
+        self.requests.clear()
+        with RequestSignals(self.requests):
             try:
                 self._call("on_fit_start")
                 self._loop()
-                self._stop_vote.wait()
+                self.requests.finish()
                 # Whoever reads the weights now, a hook or the caller, gets those of the last update.
                 self.engine.optimizer.finish_gathering()
                 if self.stop_reason is not None:
@@ -133,7 +133,7 @@ class Trainer:
         if seek is not None:
             seek(self.state.step, self.state.num_consumed_samples)
         batches = iter(self.train_loader)
-        while self.state.step < self.total_steps and not self._all_ranks_stop():
+        while self.state.step < self.total_steps and self.requests.stop_reason is None:
             started = time.perf_counter()
             self._step_at_work = self.state.step + 1
             self._call("on_step_start")
@@ -152,6 +152,7 @@ class Trainer:
                 metrics = self._train_step(batch)
                 metrics.seconds.update(data=data_seconds, total=time.perf_counter() - started)
                 self._call("on_step_end", metrics)
+            self.requests.agree(self.state.step)
             self._call("on_step_counted")
 
     def _train_step(self, batch: Batch) -> StepMetrics:
@@ -217,48 +218,76 @@ class Trainer:
         self._call("on_evaluation_end", results)
         return results
 
-    def save_checkpoint(self) -> Path:
-        """Write a complete checkpoint of this instant; all ranks must call it.
+    def save_checkpoint(self, *, snapshot: bool = False) -> None:
+        """Save this instant, or begin to; all ranks must call it.
+
+        A save that fails does not raise: `poll_saves` tells what became of it.
 
         Raises:
             ValueError: the trainer was made without a checkpointer.
         """
+        checkpointer = self._needed_checkpointer()
+        self._call("on_save_start")
+        self.phase = "saving a checkpoint"
+        checkpointer.save(self, snapshot=snapshot)
+
+    def poll_saves(self) -> list[SaveResult]:
+        """The saves that ended since the last call, well or not; never waits. Only the main rank gets any.
+
+        Hooks are told of those that are complete.
+        """
+        results = self._needed_checkpointer().poll()
+        for result in results:
+            if result.error is None:
+                self._call("on_checkpoint_saved", result.path)
+        return results
+
+    def finish_saving(self) -> None:
+        """Wait for the saves under way; all ranks must call it.
+
+        Raises:
+            CheckpointError: the newest one failed.
+        """
+        checkpointer = self._needed_checkpointer()
+        self.phase = "waiting for a checkpoint to be written"
+        checkpointer.finish()
+
+    def drain_saves(self, seconds: float) -> None:
+        """Wait, no longer than that, for this rank's saves under way. Not collective, for after an exception."""
+        self._needed_checkpointer().drain(seconds)
+
+    def _needed_checkpointer(self) -> Checkpointer:
         if self.checkpointer is None:
             raise ValueError("this trainer has no checkpointer")
-        self.phase = "saving a checkpoint"
-        path = self.checkpointer.save(self)
-        self._call("on_checkpoint_saved", path)
-        return path
+        return self.checkpointer
 
     def request_stop(self, reason: str) -> None:
         """Leave the loop soon (after at most two more steps) on all ranks; may be called on any rank."""
-        self._stop_reason = reason
+        self.requests.stop(reason)
+
+    def request_save(self, reason: str) -> None:
+        """Save soon (after at most two more steps) on all ranks; may be called on any rank."""
+        self.requests.save(reason)
+
+    def request_at(self, step: int) -> None:
+        """Save and stop at `step`; below 0, save at step -`step`; 0 takes it back. Only the main rank may call it."""
+        self.requests.at(step)
 
     @property
     def stop_reason(self) -> str | None:
         """Why the loop is left before its end; None when it is not."""
-        if self.state.step >= self.total_steps:
-            return None
-        if self._stop_reason is None and float(self._stop_flag) > 0:
-            return "another rank asked for it"
-        return self._stop_reason
+        return None if self.state.step >= self.total_steps else self.requests.stop_reason
+
+    @property
+    def save_reason(self) -> str | None:
+        """Why someone wants the step just counted saved; None when nobody does. The same on all ranks."""
+        return self.requests.save_reason
 
     @property
     def current_phase(self) -> str:
         """What this rank is doing, for people."""
         phase = self.phase if self.engine.phase == "idle" else self.engine.phase
         return f"{phase}, step {self._step_at_work}" if self._step_at_work else phase
-
-    def _all_ranks_stop(self) -> bool:
-        """Whether any rank had asked to stop one step ago: the same answer on every rank, and nothing waits for it."""
-        if self.context.world_group is None:
-            return self._stop_reason is not None
-        self._stop_vote.wait()
-        stop = float(self._stop_flag) > 0
-        if not stop:
-            self._stop_flag = torch.full_like(self._stop_flag, float(self._stop_reason is not None))
-            self._stop_vote = all_reduce_async(self._stop_flag, self.context.world_group)
-        return stop
 
     def _wait_for_the_end_of_all_data(self) -> None:
         """A rank that leaves the loop alone would let the others wait in their next step, for the time of a collective
@@ -273,27 +302,3 @@ class Trainer:
                 f"the training data of rank {self.context.rank} ended at step {self.state.step} of {self.total_steps}, "
                 f"and that of another rank did not: give every rank as many batches as the others"
             ) from error
-
-
-class _StopSignals:
-    """While open, SIGTERM and the first SIGINT ask for a clean stop; a second SIGINT interrupts at once."""
-
-    def __init__(self, request_stop: Callable[[str], None]) -> None:
-        self._request_stop = request_stop
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        # Python allows signal handlers in the main thread only; elsewhere the owner of the thread decides.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._request_stop(f"received {name}")
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -13,8 +13,9 @@ from torch import nn
 from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CONFIG_FILE, CheckpointManager
+from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
-from internlm.config.schema import Config
+from internlm.config.schema import CkptConfig, Config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
@@ -48,6 +49,7 @@ from internlm.solver.lr_scheduler import LearningRateSchedule
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
+from internlm.utils.storage import storage_path
 
 logger = get_logger(__name__)
 
@@ -136,10 +138,7 @@ def build_trainer(
     train_loader = build_loader(config, context)
     chunks = build_chunks(config, context)
     engine = build_engine(config, context, chunks, train_loader.type_names)
-    manager = CheckpointManager(
-        save_folder(config),
-        files={CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1), "config_file.py": config_text},
-    )
+    manager = build_manager(config, config_text)
     lr, beta2 = build_schedules(config)
     trainer = Trainer(
         engine,
@@ -153,6 +152,8 @@ def build_trainer(
         checkpointer=manager if config.ckpt.enable_save_ckpt else None,
         is_skipped=parse_skip_batches(config.data.skip_batches).contains,
     )
+    if config.ckpt.enable_save_ckpt:
+        manager.check_writable(context)
     if resume:
         load_checkpoint(config, manager, trainer)
     return trainer
@@ -276,7 +277,9 @@ def build_hooks(
         hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.enable_save_ckpt:
         assert config.ckpt.checkpoint_every is not None
-        hooks.append(CheckpointHook(config.ckpt.checkpoint_every))
+        hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
+    if config.ckpt.stop_file_path is not None:
+        hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
     return hooks
 
 
@@ -295,23 +298,48 @@ def build_flops(config: Config, device: torch.device, model: nn.Module) -> Flops
     return FlopsModel(flops_per_token(shape, seq_len, "full"), flops_per_token(shape, seq_len, "causal"), peak)
 
 
-def save_folder(config: Config) -> Path | None:
-    """The folder of checkpoints, without the `local:` that may stand before it."""
-    folder = config.ckpt.save_ckpt_folder
-    return Path(folder.removeprefix("local:")) if folder else None
+def build_manager(config: Config, config_text: str) -> CheckpointManager:
+    """What saves and loads checkpoints, as the `ckpt` section asks."""
+    ckpt = config.ckpt
+    return CheckpointManager(
+        ckpt.save_ckpt_folder or None,
+        files={CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1), "config_file.py": config_text},
+        snapshot_folder=ckpt.snapshot_ckpt_folder or None,
+        keep_latest=ckpt.keep_latest,
+        async_save=ckpt.enable_save_ckpt and _saves_in_background(ckpt),
+        after_save=_export_beside() if ckpt.enable_internevo2hf_ckpt else None,
+    )
+
+
+def _export_beside():  # type: ignore[no-untyped-def]
+    from internlm.convert.to_hf import export_beside  # type: ignore[import-not-found]
+
+    return export_beside
+
+
+def _saves_in_background(ckpt: CkptConfig) -> bool:
+    if ckpt.async_save or not ckpt.async_upload or not ckpt.save_ckpt_folder:
+        return ckpt.async_save
+    return not storage_path(ckpt.save_ckpt_folder).is_local
 
 
 def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
     """Resume, or load `load_ckpt_info`, or start from scratch, and say which."""
-    newest = manager.latest(trainer.context)
     info = config.ckpt.load_ckpt_info
-    if config.ckpt.auto_resume and newest is not None:
-        manager.load(trainer, newest)
-        logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, newest)
+    found = manager.resume(trainer) if config.ckpt.auto_resume else None
+    if found is not None:
+        logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, found.path)
     elif info is not None and info.path is not None:
-        path = resolve(Path(info.path.removeprefix("local:")))
-        manager.load(trainer, path, info.content)
+        path = storage_path(info.path)
+        if info.ckpt_type == "internevo":
+            path = resolve(path)
+            manager.load(trainer, path, info.content, strict=info.strict)
+        else:
+            from internlm.convert.checkpoint_types import open_weights  # type: ignore[import-not-found]
+
+            weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
+            manager.load_weights(trainer, weights, f"'{path}'", strict=info.strict)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
     else:
-        why = "auto_resume is off" if newest is not None else f"no complete checkpoint in {manager.save_folder}"
+        why = f"no complete checkpoint in {manager.save_folder}" if config.ckpt.auto_resume else "auto_resume is off"
         logger.info("starting from scratch (%s)", why)

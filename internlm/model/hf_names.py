@@ -2,24 +2,25 @@
 
 Three layouts: "transformers" (what the library's own classes read: separate projections, half-split rotary pairs), and
 those in which two families were published with code of their own: "internlm2" (wqkv by key-value group) and "baichuan2"
-(W_pack: rows q, k, v). Every translation goes through one canonical form: our names, nothing fused, half-split pairs.
+(W_pack: rows q, k, v; the head is normalised by the code, not in the file). Every translation goes through one
+canonical form: our names, nothing fused, half-split pairs. It takes any closed set of tensors (`group_of`): all of a
+model, or one group after the other, so that no whole model need be in memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.model.architecture import Architecture
-from internlm.utils.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from internlm.utils.errors import CheckpointError
 
 Layout = Literal["transformers", "internlm2", "baichuan2"]
 
@@ -43,6 +44,8 @@ _PACKED = "self_attn.W_pack"
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
 
+_PROJECTIONS = re.compile(r"(?<=\.attention)\.w[qkv]\.|(?<=\.feed_forward)\.w[13]\.")
+
 
 def to_hf(
     state: Mapping[str, Tensor], architecture: Architecture, layout: Layout = "transformers"
@@ -56,10 +59,10 @@ def to_hf(
 
     Returns:
         The tensors under Hugging Face names; views where nothing had to move. With `norm_head` the head is exported
-        normalised, so that a plain head gives the same logits.
+        normalised, so that a plain head gives the same logits; but not for "baichuan2", whose head normalises.
     """
     plain = _to_canonical(state, architecture)
-    if architecture.norm_head and "output.weight" in plain:
+    if architecture.norm_head and layout != "baichuan2" and "output.weight" in plain:
         plain["output.weight"] = F.normalize(plain["output.weight"])
     if layout == "internlm2":
         return {
@@ -79,7 +82,7 @@ def to_hf(
 def from_hf(
     state: Mapping[str, Tensor], architecture: Architecture, layout: Layout = "transformers"
 ) -> dict[str, Tensor]:
-    """Translate a Hugging Face state dict to our names; the inverse of `to_hf` (but for `norm_head`).
+    """Translate a Hugging Face state dict to our names; the inverse of `to_hf` (but for a head that it normalised).
 
     Raises:
         CheckpointError: a name that the layout does not have.
@@ -102,78 +105,50 @@ def from_hf(
     return _from_canonical(plain, architecture)
 
 
-def hf_config(architecture: Architecture) -> PretrainedConfig:
-    """The config of the transformers class that computes the same function as this architecture.
+def from_plain(state: Mapping[str, Tensor], architecture: Architecture, *, interleaved: bool) -> dict[str, Tensor]:
+    """Fuse and reorder separate projections (our names, nothing fused) as `architecture` has them.
 
-    Raises:
-        ConfigError: transformers has no such class.
+    Args:
+        interleaved: the rotary pairs of `state` are adjacent rows, not halves.
     """
-    import transformers
-
-    a = architecture
-    keys: dict[str, Any] = {
-        "vocab_size": a.vocab_size,
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.intermediate_size,
-        "num_hidden_layers": a.num_layers,
-        "num_attention_heads": a.num_heads,
-        "num_key_value_heads": a.num_kv_heads,
-        "head_dim": a.head_dim,
-        "max_position_embeddings": a.max_position_embeddings,
-        "rms_norm_eps": a.norm_eps,
-        "tie_word_embeddings": a.tie_word_embeddings,
-        "rope_parameters": _rope_parameters(a),
-        "dtype": a.dtype,
-    }
-    if a.rope.rope_type == "dynamic":
-        keys["max_position_embeddings"] = a.rope.max_positions
-    windows = {window for window in a.windows if window is not None}
-    gemma = a.unit_offset_norm
-    refused = {
-        "norm_type 'layernorm'": a.norm_type != "rmsnorm",
-        "is_reward": a.is_reward,
-        "o_bias without qkv_bias": a.o_bias and not a.qkv_bias,
-        "Gemma with q and k norms or a window": gemma and (a.qk_norm or bool(windows)),
-        "mlp_bias with a window, q and k norms or bias on qkv alone": a.mlp_bias
-        and (gemma or a.qk_norm or bool(windows) or a.qkv_bias != a.o_bias),
-        "qk_norm with bias on qkv alone": a.qk_norm and a.qkv_bias != a.o_bias,
-        "a window with o_bias": bool(windows) and a.o_bias and not a.qk_norm,
-    }
-    if any(refused.values()):
-        reasons = ", ".join(reason for reason, holds in refused.items() if holds)
-        raise ConfigError(f"transformers has no class for this model: {reasons}")
-    if gemma:
-        return transformers.GemmaConfig(**keys, attention_bias=a.qkv_bias)
-    first_window = next((i for i, window in enumerate(a.windows) if window is not None), a.num_layers)
-    sliding: dict[str, Any] = {
-        "use_sliding_window": bool(windows),
-        "sliding_window": next(iter(windows), None),
-        "max_window_layers": first_window,
-    }
-    if a.qk_norm:
-        return transformers.Qwen3Config(**keys, **sliding, attention_bias=a.qkv_bias)
-    if a.qkv_bias and not a.o_bias:
-        return transformers.Qwen2Config(**keys, **sliding)
-    if windows and first_window == 0:
-        return transformers.MistralConfig(**keys, sliding_window=next(iter(windows)))
-    if windows:
-        raise ConfigError("transformers has no class for this model: windows in some layers and no bias on q, k, v")
-    return transformers.LlamaConfig(**keys, attention_bias=a.qkv_bias, mlp_bias=a.mlp_bias)
+    source = dataclasses.replace(
+        architecture,
+        fused_qkv=False,
+        fused_gate_up=False,
+        rope=dataclasses.replace(architecture.rope, interleaved=interleaved),
+    )
+    return _from_canonical(_to_canonical(state, source), architecture)
 
 
-def _rope_parameters(a: Architecture) -> dict[str, Any]:
-    rope = a.rope
-    parameters: dict[str, Any] = {"rope_type": rope.rope_type, "rope_theta": rope.base}
-    if rope.rope_type != "default":
-        parameters["factor"] = rope.factor
-    if rope.rope_type in ("llama3", "yarn"):
-        parameters["original_max_position_embeddings"] = rope.max_positions
-    if rope.rope_type == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.rope_type == "yarn":
-        parameters |= {"beta_slow": rope.beta_slow, "beta_fast": rope.beta_fast}
-        parameters["attention_factor"] = rope.attention_factor
-    return parameters
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights that are translated together: those of a fused projection and their parts, or one alone.
+
+    Attributes:
+        ours, theirs: name -> meta tensor (shape) on either side.
+    """
+
+    ours: Mapping[str, Tensor]
+    theirs: Mapping[str, Tensor]
+
+
+def weight_groups(
+    shapes: Mapping[str, Tensor], architecture: Architecture, layout: Layout = "transformers"
+) -> list[WeightGroup]:
+    """All weights of a model in closed groups, in the order of `shapes`: what can be translated one by one.
+
+    Args:
+        shapes: meta tensors by our names (the state dict of a model on the meta device).
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in shapes.items():
+        groups.setdefault(group_of(name), {})[name] = tensor
+    return [WeightGroup(ours, to_hf(ours, architecture, layout)) for ours in groups.values()]
+
+
+def group_of(name: str) -> str:
+    """The closed group of one of our names: weights are fused and split only inside of one."""
+    return _PROJECTIONS.sub(lambda match: ".w13." if match[0][2].isdigit() else ".wqkv.", name)
 
 
 def _rename(name: str, outer: Mapping[str, str], inner: Mapping[str, str], old: str, new: str) -> str:

@@ -67,7 +67,7 @@ def _step_of(line: bytes) -> float:
 class MetricsFileHook(Hook):
     """Appends a line a step to `metrics.jsonl` in the run directory; only the main rank writes.
 
-    The line of a step is written when the next step starts, or sooner when a checkpoint is saved or the loop ends, so
+    The line of a step is written when the next step starts, or sooner when a save begins or the loop ends, so
     that an evaluation of that step is on the same line. It is flushed at once.
     """
 
@@ -105,8 +105,8 @@ class MetricsFileHook(Hook):
             # An evaluation whose step is already on file gets a line of its own.
             self._pending = {"step": trainer.state.step, **self._pending, **results}
 
-    def on_checkpoint_saved(self, trainer: RunningTrainer, path: Path) -> None:
-        # A run killed from here on resumes after this step, so its line has to be on file.
+    def on_save_start(self, trainer: RunningTrainer) -> None:
+        # A run killed later may go on after this step, so its line has to be on file.
         self._flush()
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:

@@ -30,6 +30,14 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, or does not fit the model."""
 
 
+class StorageError(UserError, OSError):
+    """A file cannot be read or written: the disk or the store is full, refuses, or is out of reach."""
+
+
+class MissingFileError(StorageError, FileNotFoundError):
+    """A file, folder or bucket that is to be read does not exist."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known name closest to `name`, or an empty string when none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

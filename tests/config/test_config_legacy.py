@@ -32,8 +32,13 @@ CASES = [
     ),
     (
         {"ckpt": {"universal_ckpt": {"aysnc_save": True}}},
+        {"ckpt": {"universal_ckpt": {}, "async_save": True}},
+        "ckpt.universal_ckpt.aysnc_save is read as ckpt.async_save",
+    ),
+    (
         {"ckpt": {"universal_ckpt": {"async_save": True}}},
-        "aysnc_save is read as",
+        {"ckpt": {"universal_ckpt": {}, "async_save": True}},
+        "ckpt.universal_ckpt.async_save is read as ckpt.async_save",
     ),
     (
         {"ckpt": {"load_model_only_folder": "x"}},

@@ -8,6 +8,7 @@ from internlm.config.schema import Config
 from internlm.config.schema.base import walk_schema
 
 TWO = "parallel.sequence_2D."
+SAVING = {"ckpt.enable_save_ckpt": True, "ckpt.save_ckpt_folder": "x", "ckpt.checkpoint_every": 5}
 
 # changes, world size, first key of the only mistake (None: there is none).
 CASES = [
@@ -29,6 +30,10 @@ CASES = [
         "ckpt.checkpoint_every",
     ),
     ({"ckpt.enable_save_ckpt": True, "ckpt.save_ckpt_folder": "x", "ckpt.checkpoint_every": 1}, 1, None),
+    ({**SAVING, "ckpt.oss_snapshot_freq": 0}, 1, "ckpt.oss_snapshot_freq"),
+    ({**SAVING, "ckpt.oss_snapshot_freq": 1}, 1, None),
+    ({**SAVING, "ckpt.snapshot_ckpt_folder": "x"}, 1, "ckpt.snapshot_ckpt_folder"),
+    ({**SAVING, "ckpt.snapshot_ckpt_folder": "x/snapshot"}, 1, None),
     # 9.
     ({"model.adapt_hf": True, "model.qk_interleaved": True}, 1, "model.adapt_hf"),
     ({"model.adapt_hf": False, "model.qk_interleaved": False}, 1, "model.adapt_hf"),

@@ -26,7 +26,7 @@ INTERNEVO_KEYS = {
     "ckpt": "enable_save_ckpt save_ckpt_folder checkpoint_every oss_snapshot_freq snapshot_ckpt_folder async_upload "
     "async_upload_tmp_folder load_ckpt_info auto_resume stop_file_path enable_internevo2hf_ckpt generate_meta_data",
     "ckpt.load_ckpt_info": "path content ckpt_type",
-    "ckpt.universal_ckpt": "enable async_save broadcast_load",
+    "ckpt.universal_ckpt": "enable broadcast_load",
     "grad_scaler": "growth_factor backoff_factor max_scale hysteresis",
     "grad_scaler.fp16": "initial_scale min_scale growth_interval",
     "hybrid_zero_optimizer": "overlap_sync_grad overlap_sync_param reduce_bucket_size clip_grad_norm "

@@ -99,23 +99,12 @@ def test_expert_sizes_that_ask_for_nothing(size):
     assert list(find_unsupported(build("parallel.expert.size", size))) == []
 
 
-def test_snapshots_are_refused_only_while_saving():
-    config = build("ckpt.oss_snapshot_freq", 5)
-    assert len(list(find_unsupported(config))) == 1
-    off = config.model_copy(update={"ckpt": config.ckpt.model_copy(update={"enable_save_ckpt": False})})
-    assert list(find_unsupported(off)) == []
-
-
-@pytest.mark.parametrize("prefix", ["boto3:s3://", "volc:vc://", "oss2:ali://"])
-def test_object_stores(prefix):
-    (mistake,) = find_unsupported(build("ckpt.save_ckpt_folder", prefix + "bucket"))
-    assert "object stores are not yet supported" in mistake.text
-    (mistake,) = find_unsupported(build("ckpt.load_ckpt_info", dict(path=prefix + "bucket")))
-    assert mistake.keys == ("ckpt.load_ckpt_info.path",)
-
-
-def test_local_folders():
-    assert list(find_unsupported(build("ckpt.save_ckpt_folder", "local:/data/x"))) == []
+def test_what_means_nothing_while_saving_is_off():
+    config = build("ckpt", dict(BASE["ckpt"], enable_save_ckpt=False, oss_snapshot_freq=5, async_save=True))
+    assert list(find_unsupported(config)) == []
+    assert list(find_ineffective(config, lambda _: None)) == [
+        "no effect: ckpt.oss_snapshot_freq, ckpt.async_save (saving is off)"
+    ]
 
 
 @pytest.mark.parametrize("family", LATER_FAMILIES)

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import RankFailedError, RankPool
-from helpers.runs import Record, assert_same_bits, new_trainer, train
+from helpers.runs import Record, assert_same_bits, new_trainer, steps_in, train
 from helpers.tiny import micro_batch
 
 import internlm.core.trainer as trainer_module
-from internlm.checkpoint.folder import complete_steps
 from internlm.core.communication.collectives import Done
 from internlm.core.hooks import Hook
 from internlm.data.batch import Batch
@@ -81,7 +80,7 @@ def test_a_signal_saves_and_leaves_cleanly(tmp_path: Path, number: signal.Signal
     trainer = new_trainer(tmp_path, 100, every=50, hooks=[SendSignal(number, 3)])
     state = trainer.fit()
     assert state.step == 3
-    assert complete_steps(tmp_path) == [3]
+    assert steps_in(tmp_path) == [3]
     assert trainer.stop_reason == f"received {number.name}"
     assert signal.getsignal(number) is before
 
@@ -90,7 +89,7 @@ def test_a_signal_on_one_rank_stops_all_at_the_same_step(tmp_path: Path, ranks: 
     steps = ranks(2).run(stop_on_rank_one, str(tmp_path))
     assert steps[0] == steps[1]
     assert 3 <= steps[0] <= 5
-    assert complete_steps(tmp_path) == [steps[0]]
+    assert steps_in(tmp_path) == [steps[0]]
 
 
 def stop_on_rank_one(folder: str) -> int:
@@ -136,7 +135,7 @@ def run_with_skips(folder: Path, skipped: set[int], resume_from: int | None = No
 
 def test_what_is_due_at_a_skipped_step_is_done(tmp_path: Path) -> None:
     whole, evaluations = run_with_skips(tmp_path, {4, 6})
-    assert complete_steps(tmp_path) == [2, 4, 6]
+    assert steps_in(tmp_path) == [2, 4, 6]
     assert evaluations.steps == [1, 2, 3, 4, 5, 6]
     # A step without training leaves the weights as they were.
     assert evaluations.losses[3] == evaluations.losses[2] and evaluations.losses[5] == evaluations.losses[4]
@@ -223,7 +222,7 @@ def until_the_data_ends(folder: str, counts: list[int]) -> tuple[int, list[int],
     trainer = new_trainer(folder, 10, every=100)
     source = trainer.train_loader = Finite(trainer.train_loader, counts[trainer.context.rank])
     state = trainer.fit()
-    return state.step, complete_steps(Path(folder)), source.closed
+    return state.step, steps_in(Path(folder)), source.closed
 
 
 @pytest.mark.parametrize("world", [1, 2])

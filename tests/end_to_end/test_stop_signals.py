@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from helpers.commands import last_log_line, metrics_of, start_ranks, start_training, write_config
 from helpers.processes import Forked, wait_for_all
+from helpers.runs import steps_in
 
 import internlm.commands.train as train
-from internlm.checkpoint.folder import complete_steps
 from internlm.core.engine import Engine
 from internlm.core.trainer import Trainer
 
@@ -45,7 +45,7 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     command.wait_until(lambda: len(steps_of(run_dir)) >= 3)
     command.send(number, group=True)
     assert command.wait(30) == 0, command.output
-    (stopped_at,) = complete_steps(tmp_path / "checkpoints")
+    (stopped_at,) = steps_in(tmp_path / "checkpoints")
     last = command.output.splitlines()[-1]
     assert f"stopped at step {stopped_at}: received {number.name}; the same command goes on from here" in last
     assert "Traceback" not in command.output
@@ -69,7 +69,7 @@ def test_a_signal_to_ranks_stops_all_at_the_same_step(
     for rank in who:
         ranks[rank].send(signal.SIGTERM)
     assert wait_for_all(ranks, 30) == [0, 0], ranks[0].output + ranks[1].output
-    (stopped_at,) = complete_steps(tmp_path / "checkpoints")
+    (stopped_at,) = steps_in(tmp_path / "checkpoints")
     assert steps_of(run_dir)[-1] == stopped_at
     reason = "received SIGTERM" if 0 in who else "another rank asked for it"
     assert f"stopped at step {stopped_at}: {reason}; the same command goes on" in ranks[0].output
@@ -97,7 +97,7 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, started: list[Forked
     assert command.wait(10) == 130, command.output
     assert "Traceback" not in command.output
     assert command.output.splitlines()[-1].endswith("rank 0 failed in phase 'training step, step 1': KeyboardInterrupt")
-    assert complete_steps(tmp_path / "checkpoints") == []
+    assert steps_in(tmp_path / "checkpoints") == []
 
 
 def test_a_sigterm_before_the_loop_is_told_to_the_log(tmp_path: Path, started: list[Forked]) -> None:

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 from helpers.commands import LAUNCHER_VARIABLES, metrics_of, start_ranks, start_training, write_config
 from helpers.processes import wait_for_all
+from helpers.runs import steps_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from internlm.checkpoint.folder import complete_steps
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -125,7 +124,7 @@ def test_tensorboard_has_the_same_numbers(straight: Run) -> None:
 
 
 def test_checkpoints_are_complete_and_carry_the_config(straight: Run) -> None:
-    assert complete_steps(straight.folder / "checkpoints") == [5, 10]
+    assert steps_in(straight.folder / "checkpoints") == [5, 10]
     last = straight.folder / "checkpoints" / "10"
     assert json.loads((last / "config.json").read_text())["model"]["hidden_size"] == 32
     assert (last / "config_file.py").read_text() == (straight.folder / "config.py").read_text()
@@ -205,7 +204,7 @@ def test_torchrun_takes_the_same_steps(straight: Run, tmp_path: Path) -> None:
     assert run.code == 0, run.output
     assert "tiny: 2 rank(s) on " in run.output
     same_run(run, straight)
-    assert complete_steps(tmp_path / "checkpoints") == [5, 10]
+    assert steps_in(tmp_path / "checkpoints") == [5, 10]
     assert {path.name for path in (run.run_dir / "logs").iterdir()} == {"rank0.log", "rank1.log"}
 
 

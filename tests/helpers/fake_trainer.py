@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from internlm.core.hooks import Hook, TrainState
+from internlm.core.hooks import Hook, SaveResult, TrainState
 from internlm.core.metrics import StepMetrics
 
 
@@ -56,6 +56,8 @@ class FakeTrainer:
         self.metrics = metrics
         self.evaluated_at: list[int] = []
         self.stop_reason: str | None = None
+        self.save_reason: str | None = None
+        self.asked_at: list[int] = []
 
     def evaluate(self) -> dict[str, float]:
         self.evaluated_at.append(self.state.step)
@@ -64,14 +66,27 @@ class FakeTrainer:
             hook.on_evaluation_end(self, results)
         return results
 
-    def save_checkpoint(self) -> Path:
-        path = self.run_dir / str(self.state.step)
+    def save_checkpoint(self, *, snapshot: bool = False) -> None:
         for hook in self.hooks:
-            hook.on_checkpoint_saved(self, path)
-        return path
+            hook.on_save_start(self)
+
+    def poll_saves(self) -> list[SaveResult]:
+        return []
+
+    def finish_saving(self) -> None:
+        """Nothing is ever under way."""
+
+    def drain_saves(self, seconds: float) -> None:
+        """Nothing is ever under way."""
 
     def request_stop(self, reason: str) -> None:
         self.stop_reason = reason
+
+    def request_save(self, reason: str) -> None:
+        self.save_reason = reason
+
+    def request_at(self, step: int) -> None:
+        self.asked_at.append(step)
 
     def fit(self, fail_at: int | None = None) -> None:
         """Run to `total_steps`, to a stop request, or raise RuntimeError in the step `fail_at`."""

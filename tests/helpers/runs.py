@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from internlm.checkpoint.folder import find_checkpoints
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.core.context.layout import ParallelLayout
@@ -20,6 +21,7 @@ from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
 from internlm.solver.grad_scaler import DynamicGradScaler, GradScaler
+from internlm.utils.storage import storage_path
 
 from .tiny import global_batch, tiny_engine, tiny_model
 
@@ -117,7 +119,7 @@ def train(
     trainer = new_trainer(save_folder, total_steps, hooks=[record], **kwargs)
     if resume_from is not None:
         assert trainer.checkpointer is not None
-        trainer.checkpointer.load(trainer, Path(resume_from))  # type: ignore[attr-defined]
+        trainer.checkpointer.load(trainer, resume_from)  # type: ignore[attr-defined]
     trainer.fit()
     trainer.engine.optimizer.finish_gathering()
     return {
@@ -146,6 +148,11 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
     for box, piece in (part for parts in on_all_ranks for part in parts):
         whole[box.global_slices()] = piece
     return whole
+
+
+def steps_in(save_folder: Path | str) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending; snapshots too."""
+    return [found.step for found in find_checkpoints(storage_path(save_folder))]
 
 
 def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

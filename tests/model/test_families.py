@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.model.hf_names import from_hf, hf_config, to_hf
+from internlm.model.hf_config import hf_config
+from internlm.model.hf_names import from_hf, to_hf
 from internlm.model.ops.attention import Segments
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from tests.helpers.model import tiny_model

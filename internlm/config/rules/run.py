@@ -39,6 +39,17 @@ def saving(config: Config, world_size: int) -> Iterator[Mistake]:
             ("ckpt.checkpoint_every", "ckpt.enable_save_ckpt"),
             f"ckpt.checkpoint_every = {ckpt.checkpoint_every!r}: saving is on, so give a number above 0, {fix}",
         )
+    if ckpt.oss_snapshot_freq is not None and ckpt.oss_snapshot_freq <= 0:
+        yield Mistake(
+            ("ckpt.oss_snapshot_freq",),
+            f"ckpt.oss_snapshot_freq = {ckpt.oss_snapshot_freq}: give a number above 0, or None for no snapshots",
+        )
+    if ckpt.snapshot_ckpt_folder is not None and ckpt.snapshot_ckpt_folder == ckpt.save_ckpt_folder:
+        yield Mistake(
+            ("ckpt.snapshot_ckpt_folder", "ckpt.save_ckpt_folder"),
+            f"ckpt.snapshot_ckpt_folder = {ckpt.snapshot_ckpt_folder!r} is also ckpt.save_ckpt_folder: the snapshots "
+            "0 and 1 would be taken for steps; give another folder, or leave it out",
+        )
 
 
 def batches(config: Config, world_size: int) -> Iterator[Mistake]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
+from internlm.config.schema.base import Section, key, no_effect, section, used_with
 
 
 def _never(value: Any) -> Any:
@@ -28,15 +28,23 @@ class LoadCkptInfo(Section):
     content: Annotated[tuple[Content, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = key(
         ("model",), "Parts to load: model, sampler, optimizer, scheduler, or all."
     )
-    ckpt_type: str = later("internevo", "Format of the folder.", "loading this format")
+    ckpt_type: str = key(
+        "internevo",
+        "Format of the folder: internevo (written by this project), hf (Hugging Face), llama (Meta), or a type that "
+        "you registered. All but the first hold weights only.",
+    )
+    strict: bool = key(
+        True, "Refuse when weights are missing or left over; False loads what fits and logs the names of the rest."
+    )
 
 
 class UniversalCkptConfig(Section):
     """InternEvo's layout-free checkpoints."""
 
     enable: bool = no_effect(False, "Write layout-free checkpoints.", "every checkpoint here is layout-free")
-    async_save: bool = later(False, "Write in the background.", "saving in the background")
-    broadcast_load: bool = later(False, "Read once and broadcast to the data ranks.", "broadcast loading")
+    broadcast_load: bool = no_effect(
+        False, "Read once and broadcast to the data ranks.", "each rank reads only its boxes of the tensors"
+    )
 
 
 class CkptConfig(Section):
@@ -44,29 +52,40 @@ class CkptConfig(Section):
 
     enable_save_ckpt: bool = key(True, "Save checkpoints.")
     save_ckpt_folder: str | None = key(
-        None, "Folder of the checkpoints, one subfolder a step; `local:` before the path is optional."
+        None,
+        "Folder of the checkpoints, one subfolder a step: a path, with or without `local:`, or a place in an object "
+        "store (doc/checkpoints.md).",
     )
     checkpoint_every: Interval = key(None, "Steps between two checkpoints; needed when saving is on.")
-    oss_snapshot_freq: Interval = later(
-        None, "Steps between two rotating snapshots; refused only while saving is on.", "rotating snapshots"
+    keep_latest: int | None = key(
+        None, "Checkpoints to keep; older ones are deleted after a save is complete. None: all.", ge=1
+    )
+    oss_snapshot_freq: Interval = key(
+        None, "Steps between two snapshots: whole checkpoints that replace each other, in two places in turn."
     )
     snapshot_ckpt_folder: str | None = used_with(
-        None, "Folder of the rotating snapshots; None: <save_ckpt_folder>/snapshot.", "ckpt.oss_snapshot_freq"
+        None, "Folder of the snapshots; None: <save_ckpt_folder>/snapshot.", "ckpt.oss_snapshot_freq"
     )
-    async_upload: bool = no_effect(
-        False, "Upload in the background to an object store.", "local folders are written directly"
+    async_save: bool = key(
+        False, "Training goes on while a checkpoint is written; it waits only for a copy to the host's memory."
     )
-    async_upload_tmp_folder: str | None = used_with(None, "Local folder that uploads start from.", "ckpt.async_upload")
+    async_upload: bool = key(False, "async_save, if the folder is in an object store.")
+    async_upload_tmp_folder: str | None = no_effect(
+        None, "Local folder that uploads start from.", "uploads start from memory"
+    )
     load_ckpt_info: LoadCkptInfo | None = key(
-        None, "dict(path, content, ckpt_type): what to load when there is nothing to resume."
+        None, "dict(path, content, ckpt_type, strict): what to load when there is nothing to resume."
     )
     auto_resume: bool = key(
         True,
         "Resume if a complete checkpoint is in save_ckpt_folder, else load load_ckpt_info, else start from scratch. "
         "False: never resume.",
     )
-    stop_file_path: str | None = later(None, "File with the step at which to save and stop.", "the stop file")
-    enable_internevo2hf_ckpt: bool = later(False, "Also write <step>_hf/.", "export while training")
+    stop_file_path: str | None = key(
+        None,
+        "Local file with a number N: save and stop at step N; with -N: save at step N. The start writes 0.",
+    )
+    enable_internevo2hf_ckpt: bool = key(False, "Also write the weights in Hugging Face's format, as <step>_hf/.")
     universal_ckpt: UniversalCkptConfig = section(UniversalCkptConfig, "InternEvo's layout-free checkpoints.")
     generate_meta_data: bool | dict[str, Any] = no_effect(
         False, "Write metadata for offline resharding.", "checkpoints reshard without it"

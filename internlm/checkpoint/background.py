@@ -1,0 +1,233 @@
+"""Writing checkpoints while training goes on: a copy in host memory, and a process beside this one that writes it.
+
+The copy lies in memory that both processes see and no file name leads to, so that nothing is left of it when they are
+killed. Training waits for the copy alone; the next save waits until the process has written the last one.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItemType
+
+from internlm.checkpoint.saving import RankPlan, SaveTask
+from internlm.utils.errors import CheckpointError
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the shared memory."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def view(self, memory: Tensor) -> Tensor:
+        """The tensor; `memory` is the whole, in bytes."""
+        if self.num_bytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return memory[self.offset : self.offset + self.num_bytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the writing process is asked to do."""
+
+    task: SaveTask
+    plan: RankPlan
+    places: list[Place]
+    values: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        step: of the save.
+        error: why it failed; None when it is done.
+        notice: what else people should know.
+        ended: when, on the clock of `time.monotonic`, which all processes of a machine share.
+    """
+
+    step: int
+    error: str | None
+    notice: str | None
+    ended: float
+
+
+@dataclass
+class SharedMemory:
+    """Anonymous memory that a child process can map, too; it grows."""
+
+    descriptor: int = field(default_factory=lambda: os.memfd_create("internlm-checkpoint"))
+    _map: mmap.mmap | None = None
+    _tensor: Tensor | None = None
+
+    def bytes(self, size: int) -> Tensor:
+        """The first `size` bytes, as a uint8 tensor; what they held is lost when it grows.
+
+        Raises:
+            CheckpointError: there is not enough memory.
+        """
+        if self._map is None or len(self._map) < size:
+            self._tensor = self._map = None
+            try:
+                if os.fstat(self.descriptor).st_size < size:
+                    os.ftruncate(self.descriptor, size)
+                self._map = mmap.mmap(self.descriptor, size)
+            except OSError as error:
+                raise CheckpointError(
+                    f"no memory for the copy of a checkpoint ({size / 2**30:.1f} GiB on this rank): {error}; set "
+                    f"ckpt.async_save = False"
+                ) from error
+            self._tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+            if torch.cuda.is_initialized():
+                _pin(self._tensor)
+        assert self._tensor is not None
+        return self._tensor[:size]
+
+
+def _pin(memory: Tensor) -> None:
+    """Let the device copy into this memory by itself."""
+    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+    if int(status) != 0:
+        logger.warning("the memory for copies of checkpoints cannot be pinned (%s): copying is slower", status)
+
+
+class BackgroundWriter:
+    """The process beside this one, and the memory shared with it. One save at a time."""
+
+    def __init__(self) -> None:
+        self._memory = SharedMemory()
+        read_end, child_write = os.pipe()
+        child_read, write_end = os.pipe()
+        self._answers = Connection(read_end, writable=False)
+        self._orders = Connection(write_end, readable=False)
+        # No device for the child: it handles host memory only, and a context there would take memory.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "internlm.checkpoint.writer_process",
+                *map(str, (child_read, child_write, self._memory.descriptor)),
+            ],
+            env=environment,
+            pass_fds=(child_read, child_write, self._memory.descriptor),
+            stdin=subprocess.DEVNULL,
+        )
+        os.close(child_read)
+        os.close(child_write)
+        self._pending: SaveTask | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save was begun whose outcome was not fetched."""
+        return self._pending is not None
+
+    def begin(self, task: SaveTask, plan: RankPlan, planner: SavePlanner) -> None:
+        """Copy what `plan` asks of `planner`, and have it written.
+
+        Raises:
+            CheckpointError: there is not enough memory, or the process has ended.
+        """
+        assert self._pending is None, "wait for the last save first"
+        places, values = self._copy(plan, planner)
+        try:
+            self._orders.send(Order(task, plan, places, values))
+        except OSError as error:
+            raise CheckpointError(self._last_words()) from error
+        self._pending = task
+
+    def _copy(self, plan: RankPlan, planner: SavePlanner) -> tuple[list[Place], dict[str, bytes]]:
+        tensors: list[Tensor] = []
+        values: dict[str, bytes] = {}
+        for item in plan.plan.items:
+            data: Any = planner.resolve_data(item)
+            if item.type == WriteItemType.BYTE_IO:
+                assert isinstance(data, io.BytesIO)
+                values[item.index.fqn] = data.getvalue()
+            else:
+                tensors.append(data.detach())
+        places, end = _lay_out(tensors)
+        memory = self._memory.bytes(max(1, end))
+        for tensor, place in zip(tensors, places, strict=True):
+            place.view(memory).copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.cuda.current_stream().synchronize()
+        return places, values
+
+    def poll(self) -> Outcome | None:
+        """The outcome of the save that was begun, if there is one; never waits."""
+        return self._receive() if self.is_busy and (self._answers.poll() or self._process.poll() is not None) else None
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait for the outcome of the save that was begun; None when there is none, or not in `timeout` seconds."""
+        if not self.is_busy:
+            return None
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._answers.poll(0.5):
+            if self._process.poll() is not None:
+                break
+            if deadline is not None and time.monotonic() > deadline:
+                return None
+        return self._receive()
+
+    def _receive(self) -> Outcome:
+        assert self._pending is not None
+        step, self._pending = self._pending.step, None
+        try:
+            return self._answers.recv()
+        except (EOFError, OSError):
+            return Outcome(step, self._last_words(), None, time.monotonic())
+
+    def _last_words(self) -> str:
+        return f"the process that writes checkpoints has ended, with exit code {self._process.poll()}"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process can take another save."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """Wait for what is being written, and end the process."""
+        self.wait()
+        self._orders.close()
+        self._process.wait()
+        self._answers.close()
+        os.close(self._memory.descriptor)
+
+
+def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[Place], int]:
+    places, end = [], 0
+    for tensor in tensors:
+        places.append(Place(end, tuple(tensor.shape), tensor.dtype))
+        end += -(-places[-1].num_bytes // ALIGNMENT) * ALIGNMENT
+    return places, end

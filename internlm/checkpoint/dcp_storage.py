@@ -1,0 +1,270 @@
+"""Tensors of a checkpoint in any storage, in the file format of torch.distributed.checkpoint.
+
+The library's writer and reader do the work; this module gives them a `StoragePath` for files, a checksum for every file
+that is written, and a reader that fetches only the rows which are asked for.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from internlm.utils.storage import StoragePath
+
+BLOCK_BYTES = 64 * 2**20
+"""How much of a tensor is read at once where it cannot go straight to its place."""
+
+RUN_BYTES = {True: 4096, False: 2**20}
+"""Is the file local -> from what length on a part of a row is fetched alone, and not with the rest of the row."""
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Size and checksum (128 bits of XXH3, https://github.com/Cyan4973/xxHash, in hex) of a file."""
+
+    size: int
+    xxh3: str
+
+
+class SummingFile(io.RawIOBase):
+    """Passes on what is written, and sums it up."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_128()
+        self._size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._file.write(data)
+        self._hash.update(data)
+        size = memoryview(data).nbytes
+        self._size += size
+        return size
+
+    def tell(self) -> int:
+        return self._size
+
+    @property
+    def sum(self) -> FileSum:
+        """Of everything written so far."""
+        return FileSum(self._size, self._hash.hexdigest())
+
+
+def sum_of_file(path: StoragePath) -> FileSum:
+    """Read a whole file, block by block, and sum it up."""
+    total, size = xxhash.xxh3_128(), 0
+    with path.open_read() as file:
+        while block := file.read(BLOCK_BYTES // 4):
+            total.update(block)
+            size += len(block)
+    return FileSum(size, total.hexdigest())
+
+
+class _StorageFiles(FileSystemBase):
+    """What the library's classes need of a file system. `path`s are `StoragePath`s."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, FileSum] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
+        if mode == "rb":
+            with path.open_read() as file:
+                yield file
+            return
+        with path.open_write() as file:
+            summing = SummingFile(file)
+            yield summing
+        self.sums[path.name] = summing.sum
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    def init_path(self, path: Any) -> Any:
+        return path
+
+    def mkdir(self, path: Any) -> None:
+        path.make_folder()
+
+    def exists(self, path: Any) -> bool:
+        return path.exists()
+
+    def rm_file(self, path: Any) -> None:
+        path.remove()
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        raise NotImplementedError("object stores cannot rename")
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+class StorageWriter(FileSystemWriter):
+    """Writes the tensors of a rank below a folder.
+
+    Attributes:
+        sums: file name -> size and checksum of what this object has written.
+    """
+
+    def __init__(self, folder: StoragePath) -> None:
+        # Files are synced by StoragePath when they are closed.
+        super().__init__("unused", sync_files=False)
+        files = _StorageFiles()
+        self.fs, self.path, self.sums = cast(Any, files), cast(Any, folder), files.sums
+
+
+class StorageReader(FileSystemReader):
+    """Reads boxes of tensors below a folder: no more of a file than the rows they lie in."""
+
+    def __init__(self, folder: StoragePath) -> None:
+        super().__init__("unused")
+        self.fs, self.path, self.folder = cast(Any, _StorageFiles()), cast(Any, folder), folder
+        self._tensors: dict[str, Any] = {}
+
+    def set_up_storage_reader(self, metadata: Any, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._tensors = metadata.state_dict_metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in sorted(by_file.items()):
+            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
+            with (self.folder / name).open_read() as file:
+                for item in items:
+                    info = self.storage_data[item.storage_index]
+                    if item.type == LoadItemType.BYTE_IO:
+                        file.seek(info.offset)
+                        planner.load_bytes(item, io.BytesIO(file.read(info.length)))
+                    else:
+                        target = planner.resolve_tensor(item).detach()
+                        self._read_tensor(file, item, target)
+                        planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_tensor(self, file: BinaryIO, item: ReadItem, target: Tensor) -> None:
+        saved = self._tensors[item.storage_index.fqn]
+        assert isinstance(saved, TensorStorageMetadata)
+        start = _start_of_data(file, self.storage_data[item.storage_index])
+        box = _SavedBox(self._saved_shape(saved, item.storage_index), saved.properties.dtype, start)
+        run_bytes = RUN_BYTES[self.folder.is_local]
+        box.read_into(file, target, tuple(item.storage_offsets), tuple(item.lengths), run_bytes)
+
+    def _saved_shape(self, saved: TensorStorageMetadata, index: MetadataIndex) -> tuple[int, ...]:
+        if index.index is not None and saved.chunks[index.index].offsets == index.offset:
+            return tuple(saved.chunks[index.index].sizes)
+        return tuple(next(chunk.sizes for chunk in saved.chunks if chunk.offsets == index.offset))
+
+
+def _start_of_data(file: BinaryIO, info: Any) -> int:
+    """Where the elements of a saved tensor begin: torch.save puts them, uncompressed and in one piece, into a zip."""
+    section: Any = _Section(file, info.offset, info.length)
+    archive: Any = torch._C.PyTorchFileReader(section)
+    return info.offset + archive.get_record_offset("data/0")
+
+
+class _Section(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
+        self._file.seek(self._offset + self._position)
+        data = self._file.read(len(view))
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+@dataclass(frozen=True)
+class _SavedBox:
+    """The elements of a saved box in a file, row-major from byte `start` on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+
+    def read_into(
+        self, file: BinaryIO, target: Tensor, offset: tuple[int, ...], size: tuple[int, ...], run_bytes: int
+    ) -> None:
+        """Fill `target` (of shape `size`) with the part of this box that begins at `offset`."""
+        if target.numel() == 0:
+            return
+        # Rows are what the first dimension counts; a scalar is one row.
+        row_shape, part_shape, part_offset = self.shape[1:], size[1:], offset[1:]
+        rows = target if target.dim() else target.reshape(1)
+        first, count = (offset[0], size[0]) if size else (0, 1)
+        row_bytes = math.prod(row_shape) * self.dtype.itemsize
+        if part_shape == row_shape:
+            for start, stop in _blocks(count, row_bytes):
+                self._read(file, self.start + (first + start) * row_bytes, rows[start:stop])
+            return
+        run = math.prod(part_shape[1:]) * self.dtype.itemsize * part_shape[0]
+        if part_shape[1:] == row_shape[1:] and run >= run_bytes:
+            skip = part_offset[0] * math.prod(row_shape[1:]) * self.dtype.itemsize
+            for row in range(count):
+                self._read(file, self.start + (first + row) * row_bytes + skip, rows[row])
+            return
+        part = tuple(slice(start, start + length) for start, length in zip(part_offset, part_shape, strict=True))
+        for start, stop in _blocks(count, row_bytes):
+            whole = torch.empty(stop - start, *row_shape, dtype=self.dtype)
+            self._read(file, self.start + (first + start) * row_bytes, whole)
+            rows[start:stop].copy_(whole[(slice(None), *part)])
+
+    def _read(self, file: BinaryIO, position: int, target: Tensor) -> None:
+        """Fill a tensor with consecutive elements of the file."""
+        is_direct = target.is_contiguous() and target.dtype == self.dtype and target.device.type == "cpu"
+        read = target if is_direct else torch.empty(target.shape, dtype=self.dtype)
+        view = memoryview(cast(Any, read.reshape(-1).view(torch.uint8).numpy()))
+        file.seek(position)
+        done = 0
+        while done < len(view):
+            count = cast(Any, file).readinto(view[done:])
+            if not count:
+                raise EOFError(f"the file ends {len(view) - done} bytes before a tensor does")
+            done += count
+        if not is_direct:
+            target.copy_(read)
+
+
+def _blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, num_rows, rows):
+        yield start, min(num_rows, start + rows)

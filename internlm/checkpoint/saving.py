@@ -1,0 +1,293 @@
+"""One save, from the plan to the mark: what each rank writes, and what the main rank does when all have written.
+
+    plan (all ranks, once a run) -> every rank writes its part -> the main rank completes the checkpoint
+
+A rank writes from its tensors in place, or, in the background, from a copy of them: the planner says which.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from internlm.checkpoint import folder as folders
+from internlm.checkpoint.boxed_tensor import BoxSavePlanner
+from internlm.checkpoint.dcp_storage import FileSum, StorageWriter, SummingFile
+from internlm.checkpoint.folder import Mark
+from internlm.core.failure import describe_error
+from internlm.utils.errors import CheckpointError
+from internlm.utils.storage import StoragePath
+
+PARTS = ".parts"
+"""Folder in which ranks that write in the background leave word that they are done."""
+
+PARTS_TIMEOUT = 1800.0
+"""Seconds that the main rank waits for the parts of the others, once it has written its own."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank writes of a checkpoint.
+
+    Attributes:
+        plan: boxes; of those that several ranks hold, one of them writes each.
+        metadata: of all ranks, on the main rank alone.
+    """
+
+    plan: SavePlan
+    metadata: Metadata | None
+
+
+@dataclass(frozen=True)
+class SaveTask:
+    """A save, as one rank knows it. Picklable.
+
+    Attributes:
+        step: of the run.
+        final: where the checkpoint will be.
+        writing: the folder to write into.
+        rank, world_size: this one, and how many write.
+        contents: what the checkpoint holds.
+        files: name -> content of small files, written by the main rank.
+        save_folder: where `keep_latest` counts.
+        keep_latest: complete checkpoints to keep; older ones are removed. None keeps all.
+        after_save: called with `final` when the checkpoint is complete, by the main rank.
+    """
+
+    step: int
+    final: StoragePath
+    writing: StoragePath
+    rank: int = 0
+    world_size: int = 1
+    contents: tuple[str, ...] = folders.WHOLE_RUN
+    files: dict[str, bytes] | None = None
+    save_folder: StoragePath | None = None
+    keep_latest: int | None = None
+    after_save: Callable[[StoragePath], None] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank has written, or why it could not."""
+
+    rank: int
+    results: list[WriteResult]
+    sums: dict[str, FileSum]
+    error: str | None = None
+
+
+def make_plan(tensors: dict[str, Any], rank: int = 0, world_size: int = 1) -> RankPlan:
+    """Agree on who writes what; collective. The plan holds for every save of tensors of the same boxes.
+
+    Raises:
+        CheckpointError: the boxes of the ranks do not make whole tensors.
+    """
+    planner = BoxSavePlanner()
+    planner.set_up_planner(tensors, is_coordinator=rank == 0)
+    local = planner.create_local_plan()
+    if world_size == 1:
+        plans, of_all = _plan_of_all(planner, [local])
+        return RankPlan(plans[0], of_all)
+    gathered: list[Any] | None = [None] * world_size if rank == 0 else None
+    dist.gather_object(local, gathered)
+    answers: list[Any] | None = None
+    metadata: Metadata | None = None
+    if gathered is not None:
+        try:
+            answers, metadata = _plan_of_all(planner, gathered)
+        except CheckpointError as error:
+            answers = [str(error)] * world_size
+    answer: list[Any] = [None]
+    dist.scatter_object_list(answer, answers)
+    if isinstance(answer[0], str):
+        raise CheckpointError(answer[0])
+    return RankPlan(answer[0], metadata)
+
+
+def _plan_of_all(planner: BoxSavePlanner, local: list[SavePlan]) -> tuple[list[Any], Metadata]:
+    try:
+        plans, metadata = planner.create_global_plan(local)
+    except ValueError as error:
+        raise CheckpointError(f"the ranks do not hold every tensor exactly: {error}") from error
+    return list(_NAMING.prepare_global_plan(plans)), metadata
+
+
+_NAMING = StorageWriter(StoragePath("."))
+"""Gives every rank a name for its file."""
+
+
+class CopiesPlanner(SavePlanner):
+    """Gives the writer tensors that were copied in the order of a plan, and bytes.
+
+    Args:
+        tensors: for each tensor item of the plan, in its order.
+        values: name -> bytes, for the others.
+    """
+
+    def __init__(self, plan: SavePlan, tensors: Sequence[Tensor], values: dict[str, bytes]) -> None:
+        items = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
+        self._tensors = {item.index: tensor for item, tensor in zip(items, tensors, strict=True)}
+        self._values = values
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(self._values[write_item.index.fqn])
+        return self._tensors[write_item.index]
+
+    def set_up_planner(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("the plan is there")
+
+    def create_local_plan(self) -> SavePlan:
+        raise NotImplementedError("the plan is there")
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        raise NotImplementedError("the plan is there")
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+
+def write_part(task: SaveTask, plan: RankPlan, planner: SavePlanner) -> Part:
+    """Write what this rank has to write. A failure is told in the result."""
+    try:
+        writer = StorageWriter(task.writing)
+        results = writer.write_data(plan.plan, planner).wait()
+        return Part(task.rank, results, dict(writer.sums))
+    except Exception as error:
+        return Part(task.rank, [], {}, _cause(error, task.rank))
+
+
+def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
+    """Make a checkpoint of all parts; on the main rank. After a failure nothing of the save is left.
+
+    Raises:
+        CheckpointError: a rank could not write its part.
+        StorageError: the storage cannot be written.
+    """
+    try:
+        failed = [part for part in parts if part.error is not None]
+        if failed:
+            others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise CheckpointError(f"{failed[0].error}{others}")
+        sums = {name: total for part in parts for name, total in part.sums.items()}
+        writer = StorageWriter(task.writing)
+        sums[".metadata"] = _write_metadata(task.writing, writer, metadata, parts)
+        for name, content in (task.files or {}).items():
+            sums[name] = _write_file(task.writing, name, content)
+        (task.writing / PARTS).remove()
+        folders.finish_writing(task.writing, task.final, Mark(task.step, task.contents, sums))
+    except BaseException:
+        discard(task)
+        raise
+    _remove_old(task)
+
+
+def _write_metadata(folder: StoragePath, writer: StorageWriter, metadata: Metadata, parts: Sequence[Part]) -> FileSum:
+    # The library would write it in two steps, for storages that can rename.
+    metadata = copy.copy(metadata)
+    metadata.storage_data = {result.index: result.storage_data for part in parts for result in part.results}
+    metadata.storage_meta = None
+    return _write_file(folder, ".metadata", pickle.dumps(metadata))
+
+
+def _write_file(folder: StoragePath, name: str, content: bytes) -> FileSum:
+    path = folder
+    *parents, last = name.split("/")
+    for parent in parents:
+        path = path / parent
+        path.make_folder()
+    with (path / last).open_write() as file:
+        summing = SummingFile(file)
+        summing.write(content)
+    return summing.sum
+
+
+def run_after_save(task: SaveTask) -> str | None:
+    """Do what the user wants done with a complete checkpoint; returns why it failed, as the checkpoint is good."""
+    if task.after_save is None:
+        return None
+    try:
+        task.after_save(task.final)
+    except Exception as error:
+        return f"{getattr(task.after_save, '__name__', 'after_save')} failed: {describe_error(error)}"
+    return None
+
+
+def discard(task: SaveTask) -> None:
+    """Remove what a failed save has written, as far as the storage lets us."""
+    try:
+        task.writing.remove()
+    except OSError:
+        # The storage is why the save failed; the next save removes leftovers.
+        return
+
+
+def _remove_old(task: SaveTask) -> None:
+    if task.keep_latest is None or task.save_folder is None:
+        return
+    kept = [found for found in folders.find_checkpoints(task.save_folder) if not found.is_snapshot]
+    for found in kept[: -task.keep_latest]:
+        folders.remove_checkpoint(found.path)
+
+
+# -- telling each other without a process group ------------------------------------------------------------------------
+
+
+def leave_part(task: SaveTask, part: Part) -> None:
+    """Leave word of a part in the folder of the save, where the main rank finds it."""
+    content = pickle.dumps(part)
+    folder = task.writing / PARTS
+    folder.make_folder()
+    if not folder.is_local:
+        (folder / f"{part.rank}").write_bytes(content)
+        return
+    (folder / f".{part.rank}").write_bytes(content)
+    (folder / f".{part.rank}").rename_to(folder / f"{part.rank}")
+
+
+def collect_parts(task: SaveTask, own: Part, timeout: float = PARTS_TIMEOUT) -> list[Part]:
+    """All parts, as soon as all are there, or one of a rank that failed.
+
+    Raises:
+        CheckpointError: some rank left no word in time.
+    """
+    parts = {own.rank: own}
+    folder = task.writing / PARTS
+    deadline, pause = time.monotonic() + timeout, 0.05
+    while len(parts) < task.world_size and all(part.error is None for part in parts.values()):
+        for name in folder.names():
+            if name.isdigit() and int(name) not in parts:
+                parts[int(name)] = pickle.loads((folder / name).read_bytes())
+        if len(parts) < task.world_size:
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(task.world_size)) - set(parts))
+                raise CheckpointError(f"ranks {missing[:10]} did not write their parts within {timeout:.0f} s")
+            time.sleep(pause)
+            pause = min(2.0, pause * 1.5)
+    return [parts[rank] for rank in sorted(parts)]
+
+
+def _cause(error: Exception, rank: int) -> str:
+    if isinstance(error, OSError | CheckpointError):
+        return f"rank {rank}: {error}"
+    return f"rank {rank}: {describe_error(error)}\n{''.join(traceback.format_exception(error))}"
+
+
+def bytes_of(value: Any) -> bytes:
+    """A picklable value as the library writes it."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,172 @@
+"""The tensors of a checkpoint one at a time, without a trainer: for tools that look at checkpoints and convert them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from internlm.checkpoint import folder as folders
+from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner
+from internlm.checkpoint.dcp_storage import StorageReader
+from internlm.checkpoint.manager import (
+    CONFIG_FILE,
+    MODEL_PREFIX,
+    read_metadata,
+    without_single_process_warning,
+)
+from internlm.checkpoint.saving import SaveTask, complete, make_plan, write_part
+from internlm.checkpoint.weight_source import LazyTensor
+from internlm.config.schema import Config
+from internlm.core.parallel.shard_spec import Box
+from internlm.utils.errors import CheckpointError
+from internlm.utils.storage import StoragePath
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorReader:
+    """Whole tensors of a checkpoint, on the CPU. A `WeightSource` of its weights, too.
+
+    Attributes:
+        path: the checkpoint.
+        entries: key (`model/<name>`, `optimizer/<kind>/<name>`) -> what it is.
+
+    Raises:
+        CheckpointError: the list of tensors is missing or damaged.
+    """
+
+    def __init__(self, path: StoragePath) -> None:
+        self.path = path
+        self._storage = _ReaderWithMetadata(path)
+        saved = self._storage.metadata.state_dict_metadata
+        self.entries = {
+            key: Entry(tuple(value.size), value.properties.dtype)
+            for key, value in sorted(saved.items())
+            if isinstance(value, TensorStorageMetadata)
+        }
+        self._values = {key for key, value in saved.items() if isinstance(value, BytesStorageMetadata)}
+
+    def read_key(self, key: str) -> Tensor:
+        """A tensor by its key.
+
+        Raises:
+            CheckpointError: there is none, or the file is damaged.
+        """
+        if key not in self.entries:
+            raise CheckpointError(f"the checkpoint '{self.path}' has no tensor '{key}'")
+        entry = self.entries[key]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        self._load({key: tensor})
+        return tensor
+
+    def _load(self, tensors: dict[str, Any]) -> None:
+        try:
+            with without_single_process_warning():
+                dcp.load(tensors, storage_reader=self._storage, planner=BoxLoadPlanner(), no_dist=True)
+        except dcp.api.CheckpointException as error:
+            cause, _ = error.failures[min(error.failures)]
+            raise CheckpointError(f"the checkpoint '{self.path}' cannot be read: {cause}") from error
+
+    # -- as a source of weights -----------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Global names of the weights."""
+        return [key.removeprefix(MODEL_PREFIX) for key in self.entries if key.startswith(MODEL_PREFIX)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight."""
+        return self.entries[f"{MODEL_PREFIX}{name}"].shape
+
+    def read(self, name: str) -> Tensor:
+        """A weight by its global name; raises as `read_key`."""
+        return self.read_key(f"{MODEL_PREFIX}{name}")
+
+
+class _ReaderWithMetadata(StorageReader):
+    """Reads the list of tensors once."""
+
+    def __init__(self, path: StoragePath) -> None:
+        super().__init__(path)
+        self.metadata = read_metadata(path)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        return self.metadata
+
+
+class _LazyPlanner(BoxSavePlanner):
+    """Makes each tensor when the writer asks for it."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def resolve_data(self, write_item: Any) -> Tensor | io.BytesIO:
+        key = write_item.index.fqn
+        wanted = self._tensors[key.removeprefix(MODEL_PREFIX)]
+        tensor = wanted.read()
+        assert (tuple(tensor.shape), tensor.dtype) == (wanted.shape, wanted.dtype), key
+        return tensor.contiguous()
+
+
+def write_weights(
+    save_folder: StoragePath,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    config: Config,
+    step: int = 0,
+    files: Mapping[str, bytes] | None = None,
+) -> StoragePath:
+    """Write a checkpoint of weights alone, one tensor at a time; returns `<save_folder>/<step>`.
+
+    Args:
+        save_folder: where checkpoints lie.
+        tensors: by global name, in the order in which they are made.
+        config: what the model is built from.
+        step: number of the checkpoint.
+        files: name (with folders) -> content, put beside the tensors.
+
+    Raises:
+        StorageError: it cannot be written.
+        CheckpointError: a tensor could not be made or written.
+    """
+    final = save_folder / str(step)
+    writing = folders.begin_writing(final, uuid.uuid4().hex[:8])
+    small = {CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1).encode(), **(files or {})}
+    task = SaveTask(step, final, writing, contents=("model",), files=small)
+    # The plan knows shapes alone: tensors on meta take no memory.
+    boxed = {
+        f"{MODEL_PREFIX}{name}": BoxedTensor(
+            lazy.shape, lazy.dtype, [(_whole_box(lazy.shape), torch.empty(lazy.shape, dtype=lazy.dtype, device="meta"))]
+        )
+        for name, lazy in tensors.items()
+    }
+    plan = make_plan(boxed)
+    assert plan.metadata is not None
+    complete(task, plan.metadata, [write_part(task, plan, _LazyPlanner(tensors))])
+    return final
+
+
+def _whole_box(shape: tuple[int, ...]) -> Box:
+    origin = (0,) * len(shape)
+    return Box(origin, origin, shape)

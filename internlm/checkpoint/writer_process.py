@@ -1,0 +1,80 @@
+"""The process that writes checkpoints in the background; started by `internlm.checkpoint.background`.
+
+It outlives signals that end the run, so that a save under way is completed, and ends when the run has.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+from internlm.checkpoint.background import Order, Outcome, SharedMemory
+from internlm.checkpoint.saving import (
+    CopiesPlanner,
+    collect_parts,
+    complete,
+    discard,
+    leave_part,
+    run_after_save,
+    write_part,
+)
+from internlm.core.failure import describe_error
+
+NICENESS = 10
+"""Training goes first where both want the same processor."""
+
+
+def main() -> None:
+    """Carry out orders until the run closes the connection or ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(NICENESS)
+    read_end, write_end, memory = map(int, sys.argv[1:])
+    orders, answers = Connection(read_end, writable=False), Connection(write_end, readable=False)
+    shared = SharedMemory(memory)
+    while True:
+        try:
+            order: Order = orders.recv()
+        except EOFError:
+            return
+        outcome = carry_out(order, shared)
+        try:
+            answers.send(outcome)
+        except OSError:
+            return
+
+
+def carry_out(order: Order, shared: SharedMemory) -> Outcome:
+    """Write this rank's part; on the main rank, complete the checkpoint when all have written theirs."""
+    task = order.task
+    error = notice = None
+    try:
+        end = max((place.offset + place.num_bytes for place in order.places), default=0)
+        memory = shared.bytes(max(1, end))
+        tensors = [place.view(memory) for place in order.places]
+        part = write_part(task, order.plan, CopiesPlanner(order.plan.plan, tensors, order.values))
+        if task.rank != 0:
+            leave_part(task, part)
+            error = part.error
+        else:
+            assert order.plan.metadata is not None
+            try:
+                parts = collect_parts(task, part)
+            except BaseException:
+                discard(task)
+                raise
+            complete(task, order.plan.metadata, parts)
+            notice = run_after_save(task)
+    except OSError as failure:
+        error = str(failure)
+    except Exception as failure:
+        error = f"{describe_error(failure)}\n{traceback.format_exc()}"
+    return Outcome(task.step, error, notice, time.monotonic())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The safetensors file format, tensor by tensor: written to and read from any stream, also of an object store.
+
+The format (https://github.com/huggingface/safetensors): eight bytes with the length of the header, little-endian; the
+header, JSON, name -> dtype, shape and place; the bytes of the tensors. The header follows from shapes alone, so a file
+is written without ever holding more than one tensor. The library itself only writes whole files, and maps files that it
+reads, whose pages then count as memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.tensor_files import LazyTensor
+from internlm.utils.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_MAX_HEADER = 100_000_000
+"""The library's own limit; more is a damaged file."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a file: what it is, and its first byte."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(stream: BinaryIO, tensors: Mapping[str, LazyTensor]) -> int:
+    """Write a file; tensors are read and written one after the other.
+
+    Args:
+        stream: only written to, front to back.
+        tensors: in the order in which to read them; those of wider dtypes go first, so that all are aligned.
+
+    Returns:
+        Bytes written.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered:
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little"))
+    stream.write(text)
+    for name, tensor in ordered:
+        values = tensor.read()
+        assert (tuple(values.shape), values.dtype) == (tuple(tensor.shape), tensor.dtype), name
+        stream.write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
+    return 8 + len(text) + offset
+
+
+def read_header(stream: BinaryIO, size: int, where: str) -> dict[str, Place]:
+    """Where each tensor of a file lies.
+
+    Args:
+        stream: at the file's first byte.
+        size: bytes of the file.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: it is no safetensors file, is cut off, or has a number format that is not supported.
+    """
+    length = int.from_bytes(stream.read(8), "little")
+    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise CheckpointError(f"{where}: not a safetensors file, or cut off: {size} bytes, header of {length}")
+    try:
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        places = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise CheckpointError(f"{where}: '{name}' has number format {entry['dtype']}, which is not supported")
+            begin, end = entry["data_offsets"]
+            place = Place(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
+            if begin < 0 or end - begin != place.num_bytes:
+                raise ValueError(f"'{name}' has {end - begin} bytes for shape {list(place.shape)}")
+            if 8 + length + end > size:
+                raise CheckpointError(f"{where}: cut off: it has {size} bytes, '{name}' ends at {8 + length + end}")
+            places[name] = place
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where}: the safetensors header is damaged: {error}") from error
+    return places
+
+
+def read_tensor(stream: BinaryIO, place: Place, where: str) -> Tensor:
+    """One tensor, into memory of its own.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does.
+    """
+    buffer = torch.empty(place.num_bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    stream.seek(place.offset)
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{where}: cut off: it ends {len(view) - done} bytes too early")
+        done += count
+    return buffer.view(place.dtype).view(place.shape)
+
+
+def shard(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Split names, in order, into files of at most `max_bytes`; a larger tensor has a file of its own."""
+    shards: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not shards or filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def cached(
+    read_group: Callable[[int], Mapping[str, Tensor]], groups: Iterable[Iterable[str]]
+) -> dict[str, Callable[[], Tensor]]:
+    """A reader a name, for names that come into being in groups; the last group is kept until the next is read.
+
+    Args:
+        read_group: number of a group -> its tensors by name.
+        groups: names of each group.
+    """
+    kept: dict[int, Mapping[str, Tensor]] = {}
+
+    def read(number: int, name: str) -> Tensor:
+        if number not in kept:
+            kept.clear()
+            kept[number] = read_group(number)
+        return kept[number][name]
+
+    return {
+        name: (lambda number=number, name=name: read(number, name))
+        for number, names in enumerate(groups)
+        for name in names
+    }

@@ -1,0 +1,231 @@
+"""What a Hugging Face config.json says in our words: `model_type` and the `model` section of the same function.
+
+Whatever would make it another function is refused by name. The defaults of keys that a config.json leaves out are those
+of transformers' own classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from internlm.utils.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rms_norm_eps",
+)
+_KNOWN = ("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "tie_word_embeddings")
+_KNOWN += ("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias")
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """A model of Hugging Face in our words.
+
+    Attributes:
+        model_type: our family.
+        keys: of the `model` section, but for `dtype`.
+        dtype: "torch.bfloat16", ...: what the config.json names; None if it names none.
+    """
+
+    model_type: str
+    keys: dict[str, Any]
+    dtype: str | None
+
+
+def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
+    """Read a config.json.
+
+    Args:
+        values: its content.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: a family or feature that this package does not have; names every one.
+    """
+    kind = str(values.get("model_type", ""))
+    if kind not in _READERS:
+        known = ", ".join(_READERS)
+        raise ConfigError(f"{where}: model_type '{kind}' cannot be imported; known: {known}.{nearest(kind, _READERS)}")
+    refused: list[str] = []
+    architectures = values.get("architectures") or []
+    if any("CausalLM" not in name for name in architectures):
+        refused.append(f"architectures {architectures}: only causal language models")
+    for key in ("quantization_config", "compression_config", "use_bidirectional_attention"):
+        if values.get(key):
+            refused.append(key)
+    if values.get("is_decoder") is False and values.get("is_encoder_decoder"):
+        refused.append("is_encoder_decoder")
+    try:
+        model_type, config = _READERS[kind](dict(values), refused)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{where}: transformers cannot read it: {error}") from error
+    except Exception as error:  # the library's strict dataclasses raise a kind of their own
+        if "Strict" not in type(error).__name__:
+            raise
+        raise ConfigError(f"{where}: transformers cannot read it: {error}") from error
+    keys = _common(config, "gelu_pytorch_tanh" if kind == "gemma" else "silu", refused)
+    keys |= _biases(kind, values, config)
+    keys |= _windows(kind, config, refused)
+    if refused:
+        raise ConfigError([f"{where}: not supported: {reason}" for reason in refused])
+    dtype = values.get("dtype", values.get("torch_dtype"))
+    if model_type == "LLAMA2" and keys.get("rope_scaling", {}).get("type") == "llama3":
+        model_type = "LLAMA3"
+    return HfModel(model_type, keys, None if dtype is None else f"torch.{str(dtype).removeprefix('torch.')}")
+
+
+def _common(config: PretrainedConfig, activation: str, refused: list[str]) -> dict[str, Any]:
+    """The keys that every family has."""
+    if config.hidden_act not in (activation, "swish" if activation == "silu" else activation):
+        refused.append(f"hidden_act '{config.hidden_act}' (this family has '{activation}')")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_kv_attention_heads": config.num_key_value_heads,
+        "head_dim": head_dim,
+        "intermediate_size": config.intermediate_size,
+        "layer_norm_epsilon": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **_rope(config, refused),
+    }
+
+
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+}
+
+
+def _rope(config: PretrainedConfig, refused: list[str]) -> dict[str, Any]:
+    values = {name: value for name, value in config.rope_parameters.items() if value is not None}
+    kind = values.pop("rope_type", "default")
+    values.pop("type", None)
+    base = values.pop("rope_theta")
+    if values.pop("partial_rotary_factor", 1.0) != 1.0:
+        refused.append("partial_rotary_factor")
+    if kind not in _ROPE_KEYS:
+        refused.append(f"rope_type '{kind}' (known: {', '.join(_ROPE_KEYS)})")
+        return {}
+    if kind == "yarn" and values.pop("truncate", True) is not True:
+        refused.append("rope_parameters.truncate")
+    if kind in ("default", "linear", "dynamic"):
+        # transformers does not look at it: the pretrained length is max_position_embeddings.
+        values.pop("original_max_position_embeddings", None)
+    if kind == "default":
+        values.pop("factor", None)
+    refused += [f"rope_parameters.{name}" for name in values if name not in _ROPE_KEYS[kind]]
+    scaling = {name: value for name, value in values.items() if name in _ROPE_KEYS[kind]}
+    return {"rope_base": base} | ({"rope_scaling": {"type": kind, **scaling}} if kind != "default" else {})
+
+
+def _biases(kind: str, values: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    if kind == "qwen2":
+        return {"qkv_bias": True, "o_bias": False, "mlp_bias": False}
+    if kind == "internlm3":
+        # The published code has one switch for q, k and v, and one for all other projections.
+        qkv = bool(values.get("qkv_bias", values.get("attention_bias", False)))
+        other = bool(values.get("bias", values.get("mlp_bias", False)))
+        return {"qkv_bias": qkv, "o_bias": other, "mlp_bias": other}
+    attention = bool(getattr(config, "attention_bias", False))
+    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": bool(getattr(config, "mlp_bias", False))}
+
+
+def _windows(kind: str, config: PretrainedConfig, refused: list[str]) -> dict[str, Any]:
+    window = getattr(config, "sliding_window", None)
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if kind == "mistral":
+        kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
+    if window is None or "sliding_attention" not in kinds:
+        if set(kinds) - {"full_attention", "sliding_attention"}:
+            refused.append(f"layer_types {sorted(set(kinds))}")
+        return {}
+    first = kinds.index("sliding_attention")
+    if kinds != ["full_attention"] * first + ["sliding_attention"] * (config.num_hidden_layers - first):
+        refused.append("layer_types: windows must be in all layers from some layer on")
+    return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": first}
+
+
+Reader = Callable[[dict[str, Any], list[str]], "tuple[str, PretrainedConfig]"]
+
+
+def _own_class(model_type: str, class_name: str) -> Reader:
+    """A family that transformers has."""
+
+    def read(values: dict[str, Any], refused: list[str]) -> tuple[str, PretrainedConfig]:
+        import transformers
+
+        return model_type, getattr(transformers, class_name).from_dict(values)
+
+    return read
+
+
+def _as_llama(values: Mapping[str, Any], needed: tuple[str, ...] = (), **changes: Any) -> PretrainedConfig:
+    """A family that is a Llama in function: its keys as those of transformers' Llama.
+
+    Args:
+        needed: further keys whose default in the family's own code is not that of a Llama.
+    """
+    import transformers
+
+    needed = _NEEDED + needed
+    missing = [key for key in needed if key not in values]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    kept = {key: values[key] for key in needed + _KNOWN if key in values}
+    return transformers.LlamaConfig.from_dict({**kept, **changes})
+
+
+def _internlm(values: dict[str, Any], refused: list[str]) -> tuple[str, PretrainedConfig]:
+    rotary = values.get("rotary") or {"type": "origin"}
+    changes: dict[str, Any] = {"rope_theta": rotary.get("base", 10000.0)}
+    if rotary.get("type") == "dynamic":
+        changes["rope_scaling"] = {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
+    elif rotary.get("type") != "origin":
+        refused.append(f"rotary type '{rotary.get('type')}'")
+    return "INTERNLM", _as_llama(values, attention_bias=bool(values.get("bias", True)), **changes)
+
+
+def _internlm2(values: dict[str, Any], refused: list[str]) -> tuple[str, PretrainedConfig]:
+    return "INTERNLM2", _as_llama(values, attention_bias=bool(values.get("bias", True)))
+
+
+def _internlm3(values: dict[str, Any], refused: list[str]) -> tuple[str, PretrainedConfig]:
+    return "INTERNLM3", _as_llama(values, ("num_key_value_heads", "head_dim"))
+
+
+def _baichuan2(values: dict[str, Any], refused: list[str]) -> tuple[str, PretrainedConfig]:
+    if "max_position_embeddings" not in values:
+        refused.append("ALiBi positions (Baichuan 13B, which names no max_position_embeddings)")
+    if "BaiChuanForCausalLM" in (values.get("architectures") or []):
+        refused.append("Baichuan of the first generation, whose head is not normalised")
+    return "BAICHUAN2", _as_llama(values)
+
+
+_READERS: dict[str, Reader] = {
+    "llama": _own_class("LLAMA2", "LlamaConfig"),
+    "mistral": _own_class("MISTRAL", "MistralConfig"),
+    "qwen2": _own_class("QWEN2", "Qwen2Config"),
+    "qwen3": _own_class("QWEN3", "Qwen3Config"),
+    "gemma": _own_class("GEMMA", "GemmaConfig"),
+    "internlm": _internlm,
+    "internlm2": _internlm2,
+    "internlm3": _internlm3,
+    "baichuan": _baichuan2,
+}

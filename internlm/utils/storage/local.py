@@ -1,0 +1,123 @@
+"""Files on a local disk: plain files, with errors that name the path and the fix."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from internlm.utils.storage.store import Explanation, named_failures
+from internlm.utils.storage.streams import Sink
+
+
+class LocalStore:
+    """The disks of this machine; keys are paths."""
+
+    def is_file(self, key: str) -> bool:
+        return Path(key).is_file()
+
+    def is_folder(self, key: str) -> bool:
+        return Path(key).is_dir()
+
+    def names(self, key: str) -> list[str]:
+        try:
+            return os.listdir(key)
+        except FileNotFoundError:
+            return []
+
+    def size(self, key: str) -> int:
+        return os.stat(key).st_size
+
+    def open_read(self, key: str, url: str) -> LocalSource:
+        return LocalSource(key)
+
+    def open_write(self, key: str, url: str) -> LocalSink:
+        return LocalSink(key)
+
+    def make_folder(self, key: str) -> None:
+        os.makedirs(key, exist_ok=True)
+
+    def remove(self, key: str) -> None:
+        try:
+            if os.path.isdir(key) and not os.path.islink(key):
+                shutil.rmtree(key)
+            else:
+                os.unlink(key)
+        except FileNotFoundError:
+            pass
+
+    def explain(self, error: Exception) -> Explanation | None:
+        if not isinstance(error, OSError):
+            return None
+        cause = (error.strerror or str(error)).lower()
+        fix = FIXES.get(error.errno or 0, "check the disk and the path")
+        return Explanation(cause, fix, is_missing=isinstance(error, FileNotFoundError))
+
+
+FIXES = {
+    errno.ENOSPC: "free space on that disk, or choose another folder",
+    errno.EDQUOT: "free space in your quota, or choose another folder",
+    errno.EFBIG: "choose a file system that takes files of that size",
+    errno.EACCES: "ask for permission on it, or choose another folder",
+    errno.EPERM: "ask for permission on it, or choose another folder",
+    errno.EROFS: "choose a folder on a disk that can be written to",
+    errno.ENOENT: "check the spelling",
+    errno.ENOTDIR: "a part of this path is a file where a folder should be; remove it, or choose another path",
+    errno.EEXIST: "there is a file where a folder should be; remove it, or choose another path",
+    errno.EISDIR: "there is a folder where a file should be; choose another path",
+    errno.EIO: "the disk fails; choose another one",
+    errno.ESTALE: "the network file system lost it; mount it anew",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EXDEV: "the two are on different disks; choose folders on the same one",
+}
+LOCAL_STORE = LocalStore()
+
+
+class LocalSource(io.FileIO):
+    """A file being read."""
+
+    def readinto(self, buffer: Any, /) -> int:
+        with named_failures(LOCAL_STORE, "read", str(self.name)):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with named_failures(LOCAL_STORE, "read", str(self.name)):
+            return super().readall()
+
+
+class LocalSink(Sink):
+    """A file being written; closing it puts it on disk."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(LOCAL_STORE, url)
+        self._file = io.FileIO(url, "w")
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def put(self, data: memoryview) -> int:
+        return self._file.write(data)
+
+    def finish(self) -> None:
+        os.fsync(self._file.fileno())
+        # Network file systems report some failures here only.
+        self._file.close()
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+            os.unlink(self.url)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename, and put the new name on disk."""
+    os.replace(old, new)
+    folder = os.open(new.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
