@@ -14,13 +14,16 @@ import torch
 # Before any fork.
 import internlm.verify.warm_up  # noqa: F401
 from internlm.checkpoint.manager import CheckpointManager
+from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
-from internlm.verify.case import Case, changed
-from internlm.verify.record import Piece, RankRecord, Record, pieces_of
+from internlm.utils.storage import StoragePath
+from internlm.verify.case import Case, Combination, changed
+from internlm.verify.record import Piece, RankRecord, Record, assemble, join, pieces_of
+from internlm.verify.report import Verdict, judge
 from internlm.verify.run import CaseRun, start_case
 
 from .ranks import RankPool
@@ -31,9 +34,12 @@ SAVED_STEP, LAST_STEP = 1, 2
 Ranks = Callable[[int], RankPool]
 
 
-def save(manager: CheckpointManager, trainer: Trainer) -> Path:
+def save(manager: CheckpointManager, trainer: Trainer) -> StoragePath:
     """A complete checkpoint of this instant."""
-    return manager.save(trainer)
+    assert manager.save_folder is not None
+    manager.save(trainer)
+    manager.finish()  # raises when the save has failed
+    return manager.save_folder / str(trainer.state.step)
 
 
 # -- what is in a checkpoint -------------------------------------------------------------------------------------------
@@ -109,20 +115,62 @@ class RankResults:
     """What one rank tells of `leave_and_resume`.
 
     Attributes:
+        straight: all steps, without a break.
         differences: between going on, and going on from the run's own checkpoint.
         saved: this rank's boxes of what the run saved.
-        from_one_process: the steps from the checkpoint of one process.
+        from_one_process: the steps after the checkpoint of one process.
     """
 
+    straight: RankRecord
     differences: list[str]
     saved: list[Piece]
     from_one_process: RankRecord
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the matrix, run with a save in its middle.
+
+    Attributes:
+        straight: all steps without a break, against one process.
+        resumed: what differs in any bit, by rank, when it goes on from its own checkpoint.
+        loaded: which tensors of its checkpoint differ in any bit when one process has loaded them.
+        from_one_process: the steps after a checkpoint of one process, against those of that process; it starts from
+            the same bits.
+    """
+
+    straight: Verdict
+    resumed: list[list[str]]
+    loaded: list[str]
+    from_one_process: Verdict
+
+
+def run_row(combination: Combination, ranks: Ranks, folder: Path) -> Row:
+    """Run a row in all ways that `Row` tells of.
+
+    Args:
+        folder: an empty one for checkpoints.
+    """
+    case = combination.case()
+    reference = case.reference()
+    alone, own = str(folder / "alone"), str(folder / "own")
+    expected = assemble(ranks(1).run(one_process, reference, alone))
+    results = ranks(case.world_size).run(leave_and_resume, case, own, f"{alone}/{SAVED_STEP}")
+    loaded = ranks(1).run(loaded_in_one_process, reference, f"{own}/{SAVED_STEP}")
+    after_save = Record(expected.steps[SAVED_STEP - 1].weights, expected.steps[SAVED_STEP:], expected.placements)
+    return Row(
+        judge(case, assemble([result.straight for result in results]), expected),
+        [result.differences for result in results],
+        differences(join(loaded, "loaded", {}), join([result.saved for result in results], "saved", {})),
+        judge(case, assemble([result.from_one_process for result in results]), after_save),
+    )
 
 
 def leave_and_resume(case: Case, folder: str, other: str) -> RankResults:
     """Save in the middle of a run; on each rank.
 
     Args:
+        case: the run.
         folder: for the checkpoint.
         other: the checkpoint that one process saved at the same step.
     """
@@ -135,21 +183,21 @@ def leave_and_resume(case: Case, folder: str, other: str) -> RankResults:
     straight.train(LAST_STEP)
     expected = steps_of(straight.record, SAVED_STEP) | state_of(straight.trainer)
 
-    again = resumed(case, straight.trainer, manager, path)
+    again = resumed(case, context, manager, path)
     again.train(LAST_STEP)
     found = differences(steps_of(again.record) | state_of(again.trainer), expected)
 
-    from_one_process = resumed(case, straight.trainer, manager, Path(other))
+    from_one_process = resumed(case, context, manager, other)
     from_one_process.train(LAST_STEP)
     context.close()
-    return RankResults(found, saved, from_one_process.record)
+    return RankResults(straight.record, found, saved, from_one_process.record)
 
 
-def resumed(case: Case, before: Trainer, manager: CheckpointManager, path: Path) -> CaseRun:
-    """A fresh run that has loaded a checkpoint; with other weights and random numbers, if it had not."""
+def resumed(case: Case, context: ParallelContext, manager: CheckpointManager, path: StoragePath | str) -> CaseRun:
+    """A fresh run that has loaded a checkpoint; its own weights and random numbers would be others."""
     other = replace(case, config=changed(case.config, {"seed": case.config.seed + 1}))
     seed_everything(other.config.seed)
-    run = CaseRun(other, before.context)
+    run = CaseRun(other, context)
     manager.load(run.trainer, path)
     run.begin_record()
     return run
@@ -157,8 +205,7 @@ def resumed(case: Case, before: Trainer, manager: CheckpointManager, path: Path)
 
 def one_process(case: Case, folder: str) -> RankRecord:
     """The run in one process; its checkpoint is left in `folder`."""
-    context = start_case(case)
-    run = CaseRun(case, context)
+    run = CaseRun(case, start_case(case))
     run.train(SAVED_STEP)
     save(CheckpointManager(folder), run.trainer)
     run.train(LAST_STEP)
@@ -167,12 +214,4 @@ def one_process(case: Case, folder: str) -> RankRecord:
 
 def loaded_in_one_process(case: Case, path: str) -> list[Piece]:
     """All tensors of a checkpoint, after a model in one process has loaded them."""
-    context = start_case(case)
-    run = CaseRun(case, context)
-    CheckpointManager(None).load(run.trainer, Path(path))
-    return tensors_of(run.trainer)
-
-
-def since_the_save(record: Record) -> Record:
-    """The steps after the save as a run of its own."""
-    return Record(record.steps[SAVED_STEP - 1].weights, record.steps[SAVED_STEP:], record.placements)
+    return tensors_of(resumed(case, start_case(case), CheckpointManager(None), path).trainer)
