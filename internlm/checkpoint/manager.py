@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -101,7 +102,8 @@ class CheckpointManager:
                 assert folder is not None
                 try:
                     folder.make_folder()
-                    ping = folder / f".ping-{uuid.uuid4().hex[:8]}"
+                    # Were this killed here, the next save would remove it, as it does with its own leftovers.
+                    ping = folder / f"{folders.WRITING_PREFIX}ping-{socket.gethostname()}"
                     ping.write_text("ping")
                     ping.remove()
                 except OSError as error:
