@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from internlm.commands.config_options import add_config_options
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
@@ -30,16 +31,8 @@ MAX_ROWS = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--config", required=True, metavar="FILE.py", help="the config file")
+    add_config_options(parser)
     parser.add_argument("--world-size", required=True, type=int, metavar="N", help="number of ranks")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY.PATH=VALUE",
-        dest="overrides",
-        help="change a key of the config; may be given many times",
-    )
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank whose groups are shown (default: 0)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the timeline of a step into this file")
     parser.add_argument("--width", type=int, metavar="N", help="characters of a line (default: those of the terminal)")

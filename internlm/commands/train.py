@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from internlm.commands.config_options import add_config_options
 from internlm.config.loader import LoadedConfig, load_config
 from internlm.config.render import format_config
 from internlm.config.schema import CkptConfig, Config
@@ -36,20 +37,12 @@ logger = get_logger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--config", required=True, metavar="FILE.py", help="the config file")
+    add_config_options(parser)
     parser.add_argument("--launcher", choices=LAUNCHERS, help="how ranks were started; recognised when not given")
     parser.add_argument("--port", type=int, help="port where ranks of srun meet (default: MASTER_PORT, or 8888)")
     parser.add_argument("--seed", type=int, help="seed of weights; the same as --set seed=N")
     parser.add_argument("--backend", help="collectives' backend (default: nccl on GPUs, gloo on CPUs)")
     parser.add_argument("--profiling", action="store_true", help="write a torch profile of an early step")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY.PATH=VALUE",
-        dest="overrides",
-        help="change a key of the config; may be given many times",
-    )
     parser.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="where logs and metrics go (default: RUN/<job>/<time>)"
     )
@@ -68,10 +61,8 @@ def run(options: argparse.Namespace) -> int:
         if not options.dry_run or options.world_size < 1:
             raise LaunchError("--world-size N (1 or more) goes with --dry-run; a run's ranks come from its launcher")
         launch = replace(launch, world_size=options.world_size)
-    overrides = list(options.overrides)
-    if options.seed is not None:
-        overrides.append(f"seed={options.seed}")
-    loaded = load_config(options.config, overrides, world_size=launch.world_size)
+    values = {"--seed": {"seed": options.seed}} if options.seed is not None else {}
+    loaded = load_config(options.config, options.overrides, world_size=launch.world_size, options=values)
     if options.print_config:
         if launch.rank == 0:
             print(format_config(loaded))
@@ -123,7 +114,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
                 config,
                 context,
                 run_dir,
-                config_text=Path(options.config).read_text(encoding="utf-8"),
+                config_text=options.config.read_text(encoding="utf-8"),
                 profiling=options.profiling,
             )
             if trainer.state.step >= trainer.total_steps:

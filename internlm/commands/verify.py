@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from internlm.commands.config_options import add_config_options
 from internlm.config.loader import load_config
 from internlm.initialize.build import check_buildable
 from internlm.utils.errors import ConfigError
@@ -25,7 +26,7 @@ LARGEST_WORLD = 32
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--config", type=Path, metavar="FILE.py", help="the config file")
+    add_config_options(parser, required=False)
     parser.add_argument("--world-size", type=int, default=8, metavar="N", help="ranks to start here (default: 8)")
     parser.add_argument(
         "--steps", type=int, default=DEFAULT_STEPS, metavar="K", help=f"steps to train (default: {DEFAULT_STEPS})"
@@ -37,9 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=N,...",
         help="instead of the config's layout, for example tensor=2,mode=isp,weight=2,pipeline=2,schedule=ZBV,zero=2; "
         "may be given many times",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides", help="change a key"
     )
     parser.add_argument(
         "--keep-dtype", action="store_true", help="compute in model.dtype (default: float32, which shows small defects)"
@@ -89,10 +87,8 @@ def _compare_config(options: argparse.Namespace) -> int:
 
 def _case(options: argparse.Namespace, layout: Layout | None) -> Case:
     """The small copy of the user's run in a layout, or in its own."""
-    overrides = list(options.overrides)
-    if layout is not None:
-        overrides += [f"{path}={value!r}" for path, value in layout.keys().items()]
-    loaded = load_config(options.config, overrides, world_size=options.world_size)
+    values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
+    loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
     config = shrink(loaded.config, None if options.keep_dtype else "torch.float32")
     check_buildable(config, options.world_size)
     return Case(config, options.world_size, Documents(packed=config.data.use_packed_dataset))

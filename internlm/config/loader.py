@@ -1,7 +1,7 @@
 """From a config file to a checked `Config`.
 
-Order: run the file, translate older spellings, apply `--set`, build the schema's objects, check the rules and what is
-not supported yet. Every mistake of all these is collected into one ConfigError.
+Order: run the file, translate older spellings, apply `--set` and other options, build the schema's objects, check the
+rules and what is not supported yet. Every mistake of all these is collected into one ConfigError.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from internlm.config.assemble import assemble
 from internlm.config.legacy import Edit, modernise
 from internlm.config.mistakes import Mistake
-from internlm.config.origins import DEFAULT, DERIVED, ENVIRONMENT, Origin, locate
+from internlm.config.origins import DEFAULT, DERIVED, ENVIRONMENT, SET, Origin, locate
 from internlm.config.overrides import apply_override, parse_override
 from internlm.config.python_file import run_config_file
 from internlm.config.remarks import find_remarks
@@ -39,7 +39,13 @@ class LoadedConfig:
     """One line each: older spellings that were translated, values that have no effect."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 1) -> LoadedConfig:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    world_size: int = 1,
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> LoadedConfig:
     """Read and check a config file.
 
     Args:
@@ -47,6 +53,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
             that are no key, and names that begin with an underscore, are the file's own helpers.
         overrides: `key.path=value` texts that win over the file.
         world_size: number of ranks the run will have; sizes of groups are checked against it.
+        options: option of the command line, as its user wrote it -> values by dotted path that it stands for; they win
+            over `overrides`, and mistakes in them name the option.
 
     Raises:
         ConfigError: with every mistake, each with its key, its value and (where it can be known) its file and line.
@@ -55,7 +63,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
     tree, origins = read_tree(path)
     notices = modernise(tree, origins)
     for text in overrides:
-        notices += apply_override(*parse_override(text, Config), tree, origins, Config)
+        notices += apply_override(*parse_override(text, Config), SET, tree, origins, Config)
+    for option, values in (options or {}).items():
+        for key, value in values.items():
+            notices += apply_override(key, value, Origin("override", option=option), tree, origins, Config)
     for name in _FROM_ENVIRONMENT:
         if tree.get(name) is None and os.environ.get(name):
             tree[name] = os.environ[name]

@@ -20,16 +20,18 @@ class Origin:
     kind: Literal["default", "derived", "file", "override", "environment"]
     file: str = ""
     line: int = 0
+    option: str = ""
+    """Of an override: what the user wrote on the command line."""
 
     def __str__(self) -> str:
         if self.kind == "file":
             return f"{self.file}:{self.line}"
-        return "--set" if self.kind == "override" else self.kind
+        return self.option or self.kind
 
 
 DEFAULT = Origin("default")
 DERIVED = Origin("derived")
-OVERRIDE = Origin("override")
+SET = Origin("override", option="--set")
 ENVIRONMENT = Origin("environment")
 
 

@@ -1,4 +1,4 @@
-"""`--set key.path=value`: values from the command line, typed by the schema."""
+"""Values from the command line: those of `--set key.path=value`, typed by the schema, and those of other options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from internlm.config.legacy import modernise
-from internlm.config.origins import OVERRIDE, Origin, forget
+from internlm.config.origins import Origin, forget
 from internlm.config.schema.base import Section, section_class
 from internlm.utils.errors import ConfigError
 
@@ -34,7 +34,7 @@ def parse_override(text: str, schema: type[Section]) -> tuple[str, Any]:
 
 
 def apply_override(
-    path: str, value: Any, tree: dict[str, Any], origins: dict[str, Origin], schema: type[Section]
+    path: str, value: Any, origin: Origin, tree: dict[str, Any], origins: dict[str, Origin], schema: type[Section]
 ) -> list[str]:
     """Set one value in the tree of a config file, older spellings included. Returns the notices of those."""
     single: dict[str, Any] = {}
@@ -44,12 +44,13 @@ def apply_override(
         place = place.setdefault(part, {})
     place[name] = value
     notices = modernise(single, {})
-    _merge(single, tree, origins, schema, path, "")
+    _merge(single, origin, tree, origins, schema, path, "")
     return notices
 
 
 def _merge(
     new: dict[str, Any],
+    origin: Origin,
     tree: dict[str, Any],
     origins: dict[str, Origin],
     cls: type[Section] | None,
@@ -65,12 +66,12 @@ def _merge(
             if not isinstance(inner, dict):
                 inner = tree[name] = {}
                 forget(prefix + name, origins)
-                origins[prefix + name] = OVERRIDE
-            _merge(value, inner, origins, nested, target, f"{prefix}{name}.")
+                origins[prefix + name] = origin
+            _merge(value, origin, inner, origins, nested, target, f"{prefix}{name}.")
         else:
             tree[name] = value
             forget(prefix + name, origins)
-            origins[prefix + name] = OVERRIDE
+            origins[prefix + name] = origin
 
 
 def _type_of(path: str, schema: type[Section]) -> Any:

@@ -5,6 +5,8 @@ Legend of shapes: B sequences, S tokens a sequence, P = B * S.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,24 @@ from internlm.verify.case import Case
 
 UNEVEN_SHARES = (0.0, 0.9, 0.5, 0.2)
 """Masked share of the labels of micro batches 0, 1, 2, 3, 4 (as 0) ..."""
+
+
+class CaseBatches:
+    """The batches of one data rank, as a trainer takes them."""
+
+    def __init__(self, case: Case, data_rank: int, data_size: int) -> None:
+        self._case, self._data_rank, self._data_size = case, data_rank, data_size
+        self._step = 0
+
+    def seek(self, step: int, num_consumed_samples: int) -> None:
+        """Make the next batch that of `step`."""
+        assert num_consumed_samples == step * self._case.num_micro_batches
+        self._step = step
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield local_batch(self._case, self._step, self._data_rank, self._data_size)
+            self._step += 1
 
 
 def local_batch(case: Case, step: int, data_rank: int, data_size: int) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,32 +43,46 @@ class Tolerance:
     response: float
 
 
+def rounding_of_gradients(dtype: torch.dtype, num_layers: int, num_terms: int) -> float:
+    """Largest difference between the gradients of two runs, relative to the norm of a tensor, that rounding explains.
+
+    A gradient passes `n = ROUNDINGS_PER_LAYER * layers + ROUNDINGS_OUTSIDE` roundings to `eps` of the model's dtype.
+    They are as good as independent, so that they add up to sqrt(n) of one. It is summed in fp32 over N terms; the error
+    of that is relative to the sum of the terms' sizes, which for terms of either sign is sqrt(N) times the size of the
+    sum. Both runs are off by as much. So the difference is below
+
+        sqrt(2) * (eps * sqrt(n) + eps32 * sqrt(N)).
+
+    Args:
+        dtype: of weights and computation.
+        num_terms: tokens, times the heads that a norm of heads is summed over.
+    """
+    roundings = ROUNDINGS_PER_LAYER * num_layers + ROUNDINGS_OUTSIDE
+    return math.sqrt(2) * (_unit(dtype) * math.sqrt(roundings) + _unit(torch.float32) * math.sqrt(num_terms))
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """Largest relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
 def tolerance_of(case: Case) -> Tolerance:
     """What rounding can explain.
 
-    A gradient passes `n = ROUNDINGS_PER_LAYER * layers + ROUNDINGS_OUTSIDE` roundings to `eps` of the model's dtype.
-    They are as good as independent, so that they add up to sqrt(n) of one. It is summed in fp32 over T tokens, or
-    as many heads of them; the error of that is relative to the sum of the terms' sizes, which for N terms of either
-    sign is sqrt(N) times the size of the sum. Both runs are off by as much. So the difference, relative to the norm of
-    a tensor, is below
-
-        sqrt(2) * (eps * sqrt(n) + eps32 * sqrt(T * heads)).
-
-    A weight is rounded to its dtype, and moves by lr / adam_eps times the error of the gradient at most (`case.py` says
-    why adam_eps is large here).
+    For gradients see `rounding_of_gradients`. A weight is rounded to its dtype, and moves by lr / adam_eps times the
+    error of the gradient at most (`case.py` says why adam_eps is large here).
     """
     config = case.config
-    eps = torch.finfo(config.model.torch_dtype).eps / 2
-    eps32 = torch.finfo(torch.float32).eps / 2
-    roundings = ROUNDINGS_PER_LAYER * config.model.num_layers + ROUNDINGS_OUTSIDE
+    dtype = config.model.torch_dtype
     terms = case.num_micro_batches * config.data.packed_length * config.model.num_attention_heads
-    relative = eps * math.sqrt(roundings) + eps32 * math.sqrt(terms)
+    gradient = rounding_of_gradients(dtype, config.model.num_layers, terms)
     if config.reduce_comm_dtype not in (None, "torch.float32"):
         # Each gradient is rounded once more where it enters a sum over ranks, and after every addition.
-        relative += torch.finfo(torch.bfloat16).eps / 2 * math.sqrt(case.world_size)
-    gradient = math.sqrt(2) * relative
-    loss = FP32_LOSS if config.model.torch_dtype == torch.float32 else gradient
-    return Tolerance(loss, gradient, 2 * eps, config.adam.lr / config.adam.adam_eps, config.model.num_layers + 1)
+        gradient += math.sqrt(2) * _unit(torch.bfloat16) * math.sqrt(case.world_size)
+    loss = FP32_LOSS if dtype == torch.float32 else gradient
+    return Tolerance(
+        loss, gradient, 2 * _unit(dtype), config.adam.lr / config.adam.adam_eps, config.model.num_layers + 1
+    )
 
 
 @dataclass(frozen=True)
@@ -162,10 +176,11 @@ def _measure(record: Record, reference: Record, number: int, tolerance: Toleranc
     ):
         amount = abs(value - expected) / abs(expected) if expected else abs(value)
         yield Difference(number, what, amount, allowed, f"{value!r} instead of {expected!r}")
+    amounts = gradient_differences(step.gradients, other.gradients)
     for name in reference.initial:  # in model order
-        amount = _relative(step.gradients.get(name), other.gradients[name], _term_size(name, other.gradients))
-        place = record.placements.get(name, "")
-        yield Difference(number, f"gradient of {name}", amount, allowed_gradient, place)
+        yield Difference(
+            number, f"gradient of {name}", amounts[name], allowed_gradient, record.placements.get(name, "")
+        )
     for name, wanted in other.weights.items():
         norm = float(np.linalg.norm(wanted)) or 1.0
         errors = (
@@ -193,7 +208,12 @@ def _norm_of_all(tensors: dict[str, Array]) -> float:
     return math.sqrt(sum(float(np.linalg.norm(tensor)) ** 2 for tensor in tensors.values()))
 
 
-def _term_size(name: str, gradients: dict[str, Array]) -> float:
+def gradient_differences(gradients: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
+    """By name the L2 norm of each difference, relative to what rounding is relative to; infinite where one lacks."""
+    return {name: _relative(gradients.get(name), value, _term_size(name, expected)) for name, value in expected.items()}
+
+
+def _term_size(name: str, gradients: Mapping[str, Array]) -> float:
     """A norm that the terms of a bias's gradient add up to when they do not cancel; 0 for other parameters.
 
     The gradient of a bias is that of its weight for an input of ones, so that the terms of both are as large. Those of

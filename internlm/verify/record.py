@@ -125,7 +125,7 @@ def assemble(ranks: list[RankRecord]) -> Record:
     """
     steps = []
     placements = {name: words for rank in ranks for name, words in rank.placements.items()}
-    initial = _join([rank.initial for rank in ranks], "initial weight", placements)
+    initial = join([rank.initial for rank in ranks], "initial weight", placements)
     for number, seen in enumerate(zip(*(rank.steps for rank in ranks), strict=True), start=1):
         for name in ("loss", "grad_norm"):
             values = [getattr(step, name) for step in seen]
@@ -136,15 +136,23 @@ def assemble(ranks: list[RankRecord]) -> Record:
             Step(
                 seen[0].loss,
                 seen[0].grad_norm,
-                _join([step.gradients for step in seen], f"gradient, step {number}", placements),
-                _join([step.weights for step in seen], f"weight, step {number}", placements),
+                join([step.gradients for step in seen], f"gradient, step {number}", placements),
+                join([step.weights for step in seen], f"weight, step {number}", placements),
             )
         )
     return Record(initial, steps, placements)
 
 
-def _join(pieces_by_rank: list[list[Piece]], what: str, placements: dict[str, str]) -> dict[str, Array]:
-    """The global tensors of which each rank has pieces."""
+def join(pieces_by_rank: list[list[Piece]], what: str, placements: dict[str, str]) -> dict[str, Array]:
+    """The global tensors of which each rank has pieces.
+
+    Args:
+        what: they are, and
+        placements: where they lie, for the message.
+
+    Raises:
+        InconsistentRanksError: copies of a part differ in any bit, or a part is on no rank.
+    """
     tensors: dict[str, Array] = {}
     owners: dict[str, NDArray[np.int32]] = {}
     for rank, pieces in enumerate(pieces_by_rank):

@@ -9,11 +9,14 @@ from torch import nn
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.engine import Engine
+from internlm.core.hooks import Hook, RunningTrainer
+from internlm.core.metrics import StepMetrics
 from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_chunks, build_engine, build_layout, set_numerics
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
-from internlm.verify.batches import local_batch
+from internlm.verify.batches import CaseBatches
 from internlm.verify.case import Case
 from internlm.verify.record import Piece, RankRecord, RankStep, describe_placement, pieces_of
 
@@ -23,27 +26,63 @@ DEFAULT_STEPS = 3
 
 def run_case(case: Case, steps: int = DEFAULT_STEPS) -> RankRecord:
     """Train `steps` steps and record what this rank sees. Collective over the `case.world_size` ranks of the job."""
-    seed_everything(case.config.seed)
-    set_numerics(case.config)
-    context = ParallelContext.create(build_layout(case.config, case.world_size))
-    record = _record(case, steps, context)
+    context = start_case(case)
+    run = CaseRun(case, context)
+    run.train(steps)
     # Not after a failure: to the other ranks, closed connections would come before its cause.
     context.close()
-    return record
+    return run.record
 
 
-def _record(case: Case, steps: int, context: ParallelContext) -> RankRecord:
-    config = case.config
-    engine = build_engine(config, context, build_chunks(config, context), type_names=["all"])
-    record = RankRecord(list(_weights(engine)), placements=_placements(engine, context))
-    for step in range(steps):
-        batch = local_batch(case, step, context.index("data"), context.size("data"))
-        result = engine.train_step(batch, lr=config.adam.lr)
-        engine.optimizer.finish_gathering()
-        record.steps.append(
-            RankStep(float(result.loss), float(result.grad_norm), list(_gradients(engine)), list(_weights(engine)))
+def start_case(case: Case) -> ParallelContext:
+    """This process as a rank of a case, seeded; for one run after the other. The caller closes the context."""
+    seed_everything(case.config.seed)
+    set_numerics(case.config)
+    return ParallelContext.create(build_layout(case.config, case.world_size))
+
+
+class CaseRun:
+    """A case on this rank, freshly built.
+
+    Attributes:
+        trainer: trains it.
+        record: what was seen since the building, or since `begin_record`.
+    """
+
+    def __init__(self, case: Case, context: ParallelContext) -> None:
+        config = case.config
+        self.trainer = Trainer(
+            build_engine(config, context, build_chunks(config, context), type_names=["all"]),
+            CaseBatches(case, context.index("data"), context.size("data")),
+            total_steps=0,
+            lr=lambda step: config.adam.lr,
+            hooks=[_Recorder(self)],
         )
-    return record
+        self.begin_record()
+
+    def begin_record(self) -> None:
+        """Forget what was recorded; the weights of now are the initial ones."""
+        engine = self.trainer.engine
+        self.record = RankRecord(list(_weights(engine)), placements=_placements(engine, self.trainer.context))
+
+    def train(self, until: int) -> None:
+        """Train until that many steps are done since the start of the run."""
+        self.trainer.total_steps = until
+        self.trainer.fit()
+
+
+class _Recorder(Hook):
+    name = "recorder"
+
+    def __init__(self, run: CaseRun) -> None:
+        self._run = run
+
+    def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+        engine = self._run.trainer.engine
+        engine.optimizer.finish_gathering()
+        self._run.record.steps.append(
+            RankStep(float(metrics.loss), float(metrics.grad_norm), list(_gradients(engine)), list(_weights(engine)))
+        )
 
 
 def _parameters(engine: Engine) -> Iterator[nn.Parameter]:

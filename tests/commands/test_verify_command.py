@@ -59,7 +59,8 @@ def test_a_difference_ends_with_1_and_names_the_parameter(tmp_path: Path, capsys
     ("arguments", "message"),
     [
         (["--layout", "tenso=2"], "Did you mean 'tensor'?"),
-        (["--world-size", "3", "--layout", "pipeline=2"], "world size 3"),
+        (["--world-size", "3", "--layout", "pipeline=2"], "error: --layout pipeline=2: "),
+        (["--layout", "pipeline=2,schedule=zbh1,chunks=2"], "--layout pipeline=2,schedule=ZBH1,chunks=2: "),
         (["--steps", "0"], "--steps 0"),
         (["--world-size", "1000"], "1 to 32"),
         (["--set", "model.num_layer=2"], "num_layers"),

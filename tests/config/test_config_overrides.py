@@ -100,5 +100,16 @@ def test_mistakes(path, text, message):
     assert len(error.value.mistakes) == 1
 
 
+def test_a_value_of_another_option_wins_and_its_mistakes_name_that_option(path):
+    options = {"--layout tensor=2": {"parallel.tensor.size": 1, "parallel.tensor.mode": "msp"}}
+    loaded = load_config(path, ["parallel.tensor.size=8", "seed=3"], options=options)
+    assert (loaded.config.parallel.tensor.size, loaded.config.seed) == (1, 3)
+    assert str(loaded.origins["parallel.tensor.mode"]) == "--layout tensor=2"
+    assert str(loaded.origins["seed"]) == "--set"
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["adam.lr=-1"], options={"--seed": {"seed": "many"}})
+    assert [mistake.partition(" = ")[0] for mistake in error.value.mistakes] == ["--seed: seed", "--set: adam.lr"]
+
+
 def test_a_malicious_value_is_only_text():
     assert parse_override("JOB_NAME=__import__('os').getcwd()", Config) == ("JOB_NAME", "__import__('os').getcwd()")

@@ -269,7 +269,7 @@ def test_print_config_shows_values_and_origins(look: Callable[..., Run]) -> None
         return next(line for name, line in shown.items() if name.rstrip(":=").endswith(key))
 
     assert "0.5" in about("lr") and "--set" in about("lr")
-    assert re.search(r"\b3\b.*--set", about("seed"))
+    assert re.search(r"\b3\b.*--seed", about("seed"))
     assert re.search(r"32 .*config\.py:14\b", about("hidden_size"))
     assert "default" in about("adam_beta1")
 

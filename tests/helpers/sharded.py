@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.fsdp import local_tensor
+from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.shard_spec import Box, ShardSpec, attach_shard_spec, shard_spec_of
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 
 GLOBAL_SHAPES = {
     "embedding": (5, 4),
@@ -102,6 +104,10 @@ class ShardedModel(nn.Module):
             local[box.local_slices()] = whole[box.global_slices()]
         return local
 
+    def run_backward(self, step: int) -> None:
+        """Backward pass `step`: `deliver` stands for it."""
+        self.deliver(step)
+
     def _place(self, spec: ShardSpec) -> tuple[int, int]:
         """(this rank's number, their number) among those whose gradients of a parameter are summed."""
         view = self.context.view(spec.view)
@@ -173,6 +179,54 @@ def padding_of(model: ShardedModel) -> list[Tensor]:
         for parameter in model.parts
         for rectangle in shard_spec_of(parameter).padding()
     ]
+
+
+def new_optimizer(model: ShardedModel, bucket_size: int = 40) -> HybridZeroOptimizer:
+    """The optimizer of `train_whole`, for shards."""
+    return HybridZeroOptimizer(
+        model, model.context, weight_decay=DECAY, clip_grad_norm=CLIP, reduce_bucket_size=bucket_size
+    )
+
+
+def take_step(model: ShardedModel, optimizer: HybridZeroOptimizer, step: int) -> float:
+    """Step `step` of `train_whole`; its norm."""
+    optimizer.begin_step(BACKWARDS)
+    for backward in range(BACKWARDS):
+        model.run_backward(BACKWARDS * step + backward)
+    return float(optimizer.step(LR).grad_norm)
+
+
+def train_shards(model: ShardedModel, optimizer: HybridZeroOptimizer) -> dict[str, Any]:
+    """What `train_whole` does, on this rank's shards; ends the context."""
+    norms, gradients = [], []
+    for step in range(STEPS):
+        norms.append(take_step(model, optimizer, step))
+        gradients.append([(n, [(b, p.clone()) for b, p in pieces]) for n, _, pieces in optimizer.sharded_gradients()])
+    state = state_pieces(optimizer)
+    reshard(model)
+    weights, padding = model_pieces(model), padding_of(model)
+    model.context.close()
+    return {"norms": norms, "gradients": gradients, "weights": weights, "state": state, "padding": padding}
+
+
+def state_pieces(optimizer: HybridZeroOptimizer) -> list[tuple[str, list[tuple[Box, Tensor]]]]:
+    """Copies of the boxes of every tensor of the optimizer's state."""
+    return [(key, [(b, p.clone()) for b, p in pieces]) for key, _, pieces in optimizer.sharded_state()]
+
+
+def assert_trained_as_whole(results: Sequence[dict[str, Any]]) -> None:
+    """All ranks' `train_shards` did what `train_whole` does."""
+    norms, gradients, weights = train_whole()
+    for result in results:
+        torch.testing.assert_close(result["norms"], norms, rtol=1e-6, atol=0)
+        assert all((padding == 0).all() for padding in result["padding"])
+    for step in range(STEPS):
+        found = assemble(result["gradients"][step] for result in results)
+        torch.testing.assert_close(found, gradients[step], rtol=0, atol=GRADIENT_TOLERANCE)
+    found = assemble(result["weights"] for result in results)
+    torch.testing.assert_close(found, weights, rtol=0, atol=WEIGHT_TOLERANCE)
+    state = assemble(result["state"] for result in results)
+    assert state.keys() == {f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in GLOBAL_SHAPES}
 
 
 LAYOUTS = {

@@ -9,20 +9,15 @@ import pytest
 import torch
 from helpers.ranks import RankPool
 from helpers.sharded import (
-    BACKWARDS,
-    CLIP,
-    DECAY,
     GLOBAL_SHAPES,
-    GRADIENT_TOLERANCE,
     LAYOUTS,
     LR,
-    STEPS,
     WEIGHT_TOLERANCE,
     ShardedModel,
     assemble,
-    model_pieces,
-    padding_of,
-    train_whole,
+    assert_trained_as_whole,
+    new_optimizer,
+    train_shards,
 )
 from torch import nn
 
@@ -34,44 +29,13 @@ from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 
 def train(name: str, dtype: torch.dtype = torch.float32, bucket_size: int = 40) -> dict[str, Any]:
     """Three steps of two backward passes each on this rank's shards."""
-    context = ParallelContext.create(LAYOUTS[name])
-    model = ShardedModel(context, dtype)
-    optimizer = HybridZeroOptimizer(
-        model, context, weight_decay=DECAY, clip_grad_norm=CLIP, reduce_bucket_size=bucket_size
-    )
-    norms, gradients = [], []
-    for step in range(STEPS):
-        optimizer.begin_step(BACKWARDS)
-        for backward in range(BACKWARDS):
-            # Gradients may be wider than the parameters.
-            model.deliver(BACKWARDS * step + backward)
-        norms.append(float(optimizer.step(LR).grad_norm))
-        gradients.append([(n, [(b, p.clone()) for b, p in pieces]) for n, _, pieces in optimizer.sharded_gradients()])
-    state = [(key, [(b, p.clone()) for b, p in pieces]) for key, _, pieces in optimizer.sharded_state()]
-    context.close()
-    return {
-        "norms": norms,
-        "gradients": gradients,
-        "weights": model_pieces(model),
-        "state": state,
-        "padding": padding_of(model),
-    }
+    model = ShardedModel(ParallelContext.create(LAYOUTS[name]), dtype)
+    return train_shards(model, new_optimizer(model, bucket_size))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_takes_the_same_steps(ranks: Callable[[int], RankPool], name: str) -> None:
-    norms, gradients, weights = train_whole()
-    results = ranks(LAYOUTS[name].world_size).run(train, name)
-    for result in results:
-        torch.testing.assert_close(result["norms"], norms, rtol=1e-6, atol=0)
-        assert all((padding == 0).all() for padding in result["padding"])
-    for step in range(STEPS):
-        found = assemble(result["gradients"][step] for result in results)
-        torch.testing.assert_close(found, gradients[step], rtol=0, atol=GRADIENT_TOLERANCE)
-    found = assemble(result["weights"] for result in results)
-    torch.testing.assert_close(found, weights, rtol=0, atol=WEIGHT_TOLERANCE)
-    state = assemble(result["state"] for result in results)
-    assert state.keys() == {f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in GLOBAL_SHAPES}
+    assert_trained_as_whole(ranks(LAYOUTS[name].world_size).run(train, name))
 
 
 def test_masters_of_bf16_shards_are_the_whole_ones(ranks: Callable[[int], RankPool]) -> None:

@@ -168,12 +168,7 @@ class _Gather(torch.autograd.Function):
         return start_reduce_scatter(grad, ctx.group, ctx.dim).wait(), None, None
 
 
-class _GatherReplicated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return start_gather(x, group, dim).wait()
-
+class _GatherReplicated(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return own_part(grad, ctx.group, ctx.dim), None, None

@@ -10,21 +10,7 @@ import pytest
 import torch
 from helpers.ranks import RankPool
 from helpers.runs import weights_of
-from helpers.sharded import (
-    BACKWARDS,
-    CLIP,
-    DECAY,
-    GRADIENT_TOLERANCE,
-    LAYOUTS,
-    LR,
-    STEPS,
-    WEIGHT_TOLERANCE,
-    ShardedModel,
-    assemble,
-    model_pieces,
-    padding_of,
-    train_whole,
-)
+from helpers.sharded import LAYOUTS, ShardedModel, assert_trained_as_whole, new_optimizer, train_shards
 from helpers.tiny import global_batch, tiny_config, tiny_engine, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +21,7 @@ from torch.nn import functional as F
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.fsdp import apply_fsdp, reshard, rows_of
+from internlm.core.parallel.fsdp import apply_fsdp, rows_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import Box, ShardSpec, attach_shard_spec, shard_spec_of
 from internlm.model.ops.attention import Segments
@@ -224,6 +210,9 @@ def test_bf16_gradients_are_summed_in_fp32_and_fp32_norms_stay_whole(ranks: Call
 class WeightedModel(ShardedModel):
     """A forward pass whose gradients are those of `deliver`."""
 
+    def run_backward(self, step: int) -> None:
+        self(step).backward()
+
     def forward(self, step: int) -> Tensor:
         total = torch.zeros((), requires_grad=True)
         for parameter, spec in zip(self.parts, self._specs(), strict=True):
@@ -236,42 +225,15 @@ def train_by_hand(name: str) -> dict[str, Any]:
     context = ParallelContext.create(LAYOUTS[name])
     model = WeightedModel(context)
     apply_fsdp(model, context)
-    optimizer = HybridZeroOptimizer(model, context, weight_decay=DECAY, clip_grad_norm=CLIP, reduce_bucket_size=40)
+    optimizer = new_optimizer(model)
     assert all(isinstance(bucket, FsdpBucket) for bucket in optimizer.buckets)
-    norms, gradients = [], []
-    for step in range(STEPS):
-        optimizer.begin_step(BACKWARDS)
-        for backward in range(BACKWARDS):
-            model(BACKWARDS * step + backward).backward()
-        norms.append(float(optimizer.step(LR).grad_norm))
-        gradients.append([(n, [(b, p.clone()) for b, p in pieces]) for n, _, pieces in optimizer.sharded_gradients()])
-    state = [(key, [(b, p.clone()) for b, p in pieces]) for key, _, pieces in optimizer.sharded_state()]
-    reshard(model)
-    result = {
-        "norms": norms,
-        "gradients": gradients,
-        "weights": model_pieces(model),
-        "state": state,
-        "padding": padding_of(model),
-    }
-    context.close()
-    return result
+    return train_shards(model, optimizer)
 
 
 @pytest.mark.parametrize("name", ["data", "tensor x data", "zero x replicas"])
 def test_rows_of_tensor_shards_take_the_same_steps(ranks: Callable[[int], RankPool], name: str) -> None:
     """FSDP on what a tensor mode left: uneven rows, ranks without any, parts of one name, a padded vocabulary."""
-    norms, gradients, weights = train_whole()
-    results = ranks(LAYOUTS[name].world_size).run(train_by_hand, name)
-    for result in results:
-        torch.testing.assert_close(result["norms"], norms, rtol=1e-6, atol=0)
-        assert all((padding == 0).all() for padding in result["padding"])
-    for step in range(STEPS):
-        found = assemble(result["gradients"][step] for result in results)
-        torch.testing.assert_close(found, gradients[step], rtol=0, atol=GRADIENT_TOLERANCE)
-    found = assemble(result["weights"] for result in results)
-    torch.testing.assert_close(found, weights, rtol=0, atol=WEIGHT_TOLERANCE)
-    assemble(result["state"] for result in results)
+    assert_trained_as_whole(ranks(LAYOUTS[name].world_size).run(train_by_hand, name))
 
 
 @settings(max_examples=200, deadline=None)

@@ -9,6 +9,7 @@ degree (InternEvo, Chen et al. 2024, arXiv:2401.09149).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -17,13 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.communication.exchange import SEQUENCE, exchange, own_part, start_gather, start_reduce_scatter
-from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear import LinearGroup, ParallelLinear, WeightStore
-from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel, ParallelOptions
+from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
 from internlm.core.parallel.placement import Part, kv_replicas, padded_rows, ranges_spec
 from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.parallel.weight_gather import GatheredWeights, GatherPlan
-from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
 
@@ -36,24 +35,22 @@ class Isp(ModelParallel):
 
     token_axes: ClassVar[tuple[str, ...]] = ("data", "tensor")
 
-    def __init__(
-        self,
-        context: ParallelContext,
-        options: ParallelOptions,
-        weight_gradients: WeightGradients,
-        heads: HeadShape | None,
-        has_tied_head: bool,
-    ) -> None:
-        super().__init__(context, options, weight_gradients, heads, has_tied_head)
-        self.gathered_weights = GatheredWeights(
-            context,
-            weight_gradients,
+    @cached_property
+    def gathered_weights(self) -> GatheredWeights:
+        """Where whole weights come from when they are split."""
+        options = self.options
+        return GatheredWeights(
+            self.context,
+            self.weight_gradients,
             GatherPlan(options.weight_overlap, options.gather_ahead, options.gather_layer_before),
             memory_pool=options.memory_pool,
             release_gradients_early=options.release_gradients_early,
             reduce_dtype=options.reduce_dtype,
         )
-        self._splits_weights = context.size("weight", "weight") > 1
+
+    @property
+    def _splits_weights(self) -> bool:
+        return self.context.size("weight", "weight") > 1
 
     @property
     def group(self) -> dist.ProcessGroup | None:

@@ -1,0 +1,19 @@
+"""The options of commands that read a config file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_config_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Declare `--config` as `config` and `--set` as `overrides`."""
+    parser.add_argument("--config", required=required, type=Path, metavar="FILE.py", help="the config file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        dest="overrides",
+        help="change a key of the config; may be given many times",
+    )
