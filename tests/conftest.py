@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers.ranks import RankPool
+from helpers.s3 import bucket, s3_server  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

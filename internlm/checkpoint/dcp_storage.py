@@ -18,15 +18,27 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.filesystem import FileSystemBase, _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from internlm.utils.storage import StoragePath
 
 BLOCK_BYTES = 64 * 2**20
 """How much of a tensor is read at once where it cannot go straight to its place."""
+
+SUM_BYTES = 4 * 2**20
+"""How much of a file is summed up at once."""
 
 RUN_BYTES = {True: 4096, False: 2**20}
 """Is the file local -> from what length on a part of a row is fetched alone, and not with the rest of the row."""
@@ -70,29 +82,22 @@ class SummingFile(io.RawIOBase):
 def sum_of_file(path: StoragePath) -> FileSum:
     """Read a whole file, block by block, and sum it up."""
     total, size = xxhash.xxh3_128(), 0
+    block = memoryview(bytearray(SUM_BYTES))
     with path.open_read() as file:
-        while block := file.read(BLOCK_BYTES // 4):
-            total.update(block)
-            size += len(block)
+        while count := cast(Any, file).readinto(block):
+            total.update(block[:count])
+            size += count
     return FileSum(size, total.hexdigest())
 
 
 class _StorageFiles(FileSystemBase):
-    """What the library's classes need of a file system. `path`s are `StoragePath`s."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, FileSum] = {}
+    """What the library's reader needs of a file system. `path`s are `StoragePath`s."""
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
-        if mode == "rb":
-            with path.open_read() as file:
-                yield file
-            return
-        with path.open_write() as file:
-            summing = SummingFile(file)
-            yield summing
-        self.sums[path.name] = summing.sum
+        assert mode == "rb"
+        with path.open_read() as file:
+            yield file
 
     def concat_path(self, path: Any, suffix: str) -> Any:
         return path / suffix
@@ -100,17 +105,17 @@ class _StorageFiles(FileSystemBase):
     def init_path(self, path: Any) -> Any:
         return path
 
-    def mkdir(self, path: Any) -> None:
-        path.make_folder()
-
     def exists(self, path: Any) -> bool:
         return path.exists()
 
+    def mkdir(self, path: Any) -> None:
+        raise NotImplementedError("this is for reading")
+
     def rm_file(self, path: Any) -> None:
-        path.remove()
+        raise NotImplementedError("this is for reading")
 
     def rename(self, path: Any, new_path: Any) -> None:
-        raise NotImplementedError("object stores cannot rename")
+        raise NotImplementedError("this is for reading")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -127,8 +132,48 @@ class StorageWriter(FileSystemWriter):
     def __init__(self, folder: StoragePath) -> None:
         # Files are synced by StoragePath when they are closed.
         super().__init__("unused", sync_files=False)
-        files = _StorageFiles()
-        self.fs, self.path, self.sums = cast(Any, files), cast(Any, folder), files.sums
+        self.folder = folder
+        self.sums: dict[str, FileSum] = {}
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        # The library's own loop keeps a copy of every tensor until the last one is written.
+        name = f"{plan.storage_data.prefix}0.distcp"
+        results = []
+        with (self.folder / name).open_write() as file, _without_zip_checksums():
+            summing = SummingFile(file)
+            for item in plan.items:
+                offset = summing.tell()
+                data = planner.resolve_data(item)
+                if isinstance(data, Tensor):
+                    torch.save(_alone(data), cast(Any, summing))
+                else:
+                    summing.write(data.getbuffer())
+                info = _StorageInfo(name, offset, summing.tell() - offset)
+                results.append(WriteResult(item.index, info.length, info))
+        self.sums[name] = summing.sum
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The same elements on the CPU, as no part of another tensor: torch.save would write that one."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.numel() == tensor.untyped_storage().nbytes() // tensor.dtype.itemsize or tensor.numel() == 0:
+        return tensor.clone() if tensor.numel() == 0 else tensor
+    elements = tensor.reshape(-1).view(torch.uint8).numpy()
+    return torch.frombuffer(elements, dtype=tensor.dtype).view(tensor.shape)
+
+
+@contextmanager
+def _without_zip_checksums() -> Iterator[None]:
+    """The whole file has a better one."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 class StorageReader(FileSystemReader):

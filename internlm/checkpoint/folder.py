@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from internlm.checkpoint.dcp_storage import FileSum, sum_of_file
+from internlm.checkpoint.internevo import refuse_internevo
 from internlm.utils.errors import CheckpointError, StorageError
 from internlm.utils.storage import StoragePath
 
@@ -79,6 +80,7 @@ def read_mark(path: StoragePath) -> Mark | None:
     except StorageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_internevo(path)
         raise CheckpointError(
             f"the mark '{path / name}' is damaged ({type(error).__name__}: {error}): use another step"
         ) from error
@@ -118,12 +120,14 @@ def resolve(path: StoragePath) -> StoragePath:
         CheckpointError: there is no complete checkpoint.
         StorageError: the storage cannot be read.
     """
+    refuse_internevo(path)
     if _mark_name(path) is not None:
         return path
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at '{path}': the path does not exist")
     found = find_checkpoints(path)
     if found:
+        refuse_internevo(found[-1].path)
         return found[-1].path
     if path.name.isdigit():
         raise CheckpointError(

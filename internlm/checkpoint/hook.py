@@ -48,11 +48,13 @@ class CheckpointHook(Hook):
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         if trainer.state.step != self._saved_step:
-            self._save(trainer)
+            trainer.save_checkpoint()
         try:
             trainer.finish_saving()
         except CheckpointError:
-            self._report(trainer, "the run ends here, so it is tried once more")
+            self._report(trainer, goes_on=False)
+            if trainer.is_main_rank:
+                logger.warning("step %d: the run ends here: the checkpoint is tried once more", trainer.state.step)
             trainer.save_checkpoint()
             self._finish_or_fail(trainer)
         self._report(trainer)
@@ -63,7 +65,7 @@ class CheckpointHook(Hook):
             return
         try:
             trainer.drain_saves(DRAIN_SECONDS)
-            self._report(trainer, "the run ends here")
+            self._report(trainer, goes_on=False)
         except Exception:
             logger.warning("the save in the background could not be waited for", exc_info=True)
 
@@ -79,14 +81,14 @@ class CheckpointHook(Hook):
         try:
             trainer.finish_saving()
         except CheckpointError as error:
-            self._report(trainer, "the run ends here")
+            self._report(trainer, goes_on=False)
             raise CheckpointError(
                 f"the run ended at step {trainer.state.step}, but its last checkpoint could not be saved: {error}"
             ) from error
 
-    def _report(self, trainer: RunningTrainer, then: str = "the run goes on") -> None:
+    def _report(self, trainer: RunningTrainer, *, goes_on: bool = True) -> None:
         for result in trainer.poll_saves():
-            self._tell(result, then)
+            self._tell(result, "; the run goes on" if goes_on else "")
 
     def _tell(self, result: SaveResult, then: str) -> None:
         what = "snapshot" if result.snapshot else "checkpoint"
@@ -105,7 +107,7 @@ class CheckpointHook(Hook):
             return
         self._num_failures += 1
         logger.error(
-            "step %d: the %s could not be saved%s: %s; the newest complete checkpoint is %s; %s",
+            "step %d: the %s could not be saved%s: %s; the newest complete checkpoint is %s%s",
             result.step,
             what,
             f" ({self._num_failures} failures in a row)" if self._num_failures > 1 else "",

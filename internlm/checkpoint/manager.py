@@ -187,7 +187,7 @@ class CheckpointManager:
         """
         failure = None
         if int(os.environ.get("LOCAL_RANK", context.rank)) == 0:
-            for folder in {self.save_folder, self.snapshot_folder} - {None}:
+            for folder in (self.save_folder, self.snapshot_folder):
                 assert folder is not None
                 try:
                     folder.make_folder()
@@ -196,6 +196,7 @@ class CheckpointManager:
                     ping.remove()
                 except OSError as error:
                     failure = f"checkpoints cannot be saved to '{folder}': {error}"
+                    break
         failures = [failure]
         if context.world_group is not None:
             failures = [None] * context.world_size

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
@@ -28,7 +27,7 @@ from internlm.checkpoint.boxed_tensor import BoxSavePlanner
 from internlm.checkpoint.dcp_storage import FileSum, StorageWriter, SummingFile
 from internlm.checkpoint.folder import Mark
 from internlm.core.failure import describe_error
-from internlm.utils.errors import CheckpointError
+from internlm.utils.errors import CheckpointError, UserError
 from internlm.utils.storage import StoragePath
 
 PARTS = ".parts"
@@ -167,7 +166,7 @@ def write_part(task: SaveTask, plan: RankPlan, planner: SavePlanner) -> Part:
         results = writer.write_data(plan.plan, planner).wait()
         return Part(task.rank, results, dict(writer.sums))
     except Exception as error:
-        return Part(task.rank, [], {}, _cause(error, task.rank))
+        return Part(task.rank, [], {}, _cause(error, task))
 
 
 def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
@@ -280,14 +279,8 @@ def collect_parts(task: SaveTask, own: Part, timeout: float = PARTS_TIMEOUT) -> 
     return [parts[rank] for rank in sorted(parts)]
 
 
-def _cause(error: Exception, rank: int) -> str:
-    if isinstance(error, OSError | CheckpointError):
-        return f"rank {rank}: {error}"
-    return f"rank {rank}: {describe_error(error)}\n{''.join(traceback.format_exception(error))}"
-
-
-def bytes_of(value: Any) -> bytes:
-    """A picklable value as the library writes it."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+def _cause(error: Exception, task: SaveTask) -> str:
+    who = f"rank {task.rank}: " if task.world_size > 1 else ""
+    if isinstance(error, OSError | UserError):
+        return f"{who}{error}"
+    return f"{who}{describe_error(error)}\n{''.join(traceback.format_exception(error))}"

@@ -23,6 +23,7 @@ from internlm.checkpoint.saving import (
     write_part,
 )
 from internlm.core.failure import describe_error
+from internlm.utils.errors import CheckpointError
 
 NICENESS = 10
 """Training goes first where both want the same processor."""
@@ -69,7 +70,7 @@ def carry_out(order: Order, shared: SharedMemory) -> Outcome:
                 raise
             complete(task, order.plan.metadata, parts)
             notice = run_after_save(task)
-    except OSError as failure:
+    except (OSError, CheckpointError) as failure:
         error = str(failure)
     except Exception as failure:
         error = f"{describe_error(failure)}\n{traceback.format_exc()}"

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 
+import torch
+
+from internlm.convert.from_hf import convert_from_hf
+from internlm.convert.from_internevo import import_internevo
+from internlm.convert.to_hf import convert_to_hf
+from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
+from internlm.utils.storage import storage_path
 
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     _add_to_hf(directions.add_parser("to-hf", help="write a folder that transformers loads"))
     _add_from_hf(directions.add_parser("from-hf", help="read a Hugging Face folder"))
+    _add_from_internevo(directions.add_parser("from-internevo", help="read a checkpoint of InternEvo"))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,7 +53,16 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
-    raise NotImplementedError
+    convert_to_hf(
+        storage_path(options.ckpt),
+        storage_path(options.out),
+        layout=options.layout,
+        dtype=DTYPES.get(options.dtype),
+        max_shard_bytes=parse_size(options.max_shard_size),
+        tokenizer=storage_path(options.tokenizer) if options.tokenizer else None,
+    )
+    print(options.out)
+    return 0
 
 
 def _add_from_hf(parser: argparse.ArgumentParser) -> None:
@@ -54,4 +73,46 @@ def _add_from_hf(parser: argparse.ArgumentParser) -> None:
 
 
 def _from_hf(options: argparse.Namespace) -> int:
-    raise NotImplementedError
+    print(convert_from_hf(storage_path(options.hf), storage_path(options.out), dtype=DTYPES.get(options.dtype)))
+    return 0
+
+
+def _add_from_internevo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, metavar="DIR", help="folder with model_tp0_pp0.pt or model_wp0_pp0.pt")
+    parser.add_argument("--out", required=True, metavar="DIR", help="save folder in which checkpoint <step>/ is made")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.py",
+        help="config of the run (default: the one in the checkpoint, which is Python and is run)",
+    )
+    parser.add_argument("--model-type", metavar="NAME", help="family of the model, where no config names it")
+    parser.set_defaults(convert=_from_internevo)
+
+
+def _from_internevo(options: argparse.Namespace) -> int:
+    ckpt, out = storage_path(options.ckpt), storage_path(options.out)
+    if not ckpt.is_local:
+        raise ConfigError(f"--ckpt {ckpt}: the files are mapped, so copy the folder to a local disk first")
+    imported = import_internevo(ckpt.local, out, config_file=options.config, model_type=options.model_type)
+    print(f"InternEvo checkpoint of {imported.layout}")
+    for name in ("step_count", "batch_count", "num_consumed_tokens", "inf_nan_skip_batches"):
+        if name in imported.counters:
+            print(f"  {name}: {int(imported.counters[name]):,}")
+    for notice in imported.notices:
+        print(f"notice: {notice}")
+    print(imported.path)
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB', '500MB' or '2GiB'.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".find(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise ConfigError(f"'{text}' is no size; write it as 5GB, 500MB or 2GiB")
+    return size

@@ -60,11 +60,7 @@ def load_config(
         ConfigError: with every mistake, each with its key, its value and (where it can be known) its file and line.
     """
     path = Path(path)
-    file = run_config_file(path)
-    tree = {
-        name: _plain(value) for name, value in file.values.items() if name in Config.model_fields or not name.isupper()
-    }
-    origins = file.origins
+    tree, origins = read_tree(path)
     notices = modernise(tree, origins)
     for text in overrides:
         notices += apply_override(*parse_override(text, Config), SET, tree, origins, Config)
@@ -93,6 +89,19 @@ def load_config(
     notices += find_ineffective(config, given)
     notices += find_remarks(config, given)
     return LoadedConfig(config, _origins_of(config, tree, origins), notices)
+
+
+def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
+    """The keys of a config file as it has them, unchecked, and where each was set.
+
+    Raises:
+        ConfigError: the file is missing or is not valid Python, or raises.
+    """
+    file = run_config_file(path)
+    tree = {
+        name: _plain(value) for name, value in file.values.items() if name in Config.model_fields or not name.isupper()
+    }
+    return tree, file.origins
 
 
 def check_config(config: Config, world_size: int = 1) -> None:

@@ -16,6 +16,12 @@ def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
         yield f"model.dtype is not set: {config.model.dtype} is used (InternEvo would use torch.float16)"
     if isinstance(given("ckpt.load_ckpt_info"), dict) and config.ckpt.load_ckpt_info is None:
         yield "ckpt.load_ckpt_info has no path: nothing is loaded from it"
+    ckpt = config.ckpt
+    if ckpt.enable_save_ckpt and ckpt.async_upload and not ckpt.saves_in_background:
+        yield (
+            f"no effect: ckpt.async_upload = True (ckpt.save_ckpt_folder = {ckpt.save_ckpt_folder!r} is local; set "
+            "ckpt.async_save = True to save in the background)"
+        )
     if given(_INTERLEAVED) and not config.parallel.sequence_2D.device_placement_strategy.interleaved:
         yield f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context"
     yield from _pipeline(config, given)

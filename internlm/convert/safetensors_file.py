@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.tensor_files import LazyTensor
+from internlm.checkpoint.weight_source import LazyTensor
 from internlm.utils.errors import CheckpointError
 
 _DTYPES = {
@@ -78,10 +78,15 @@ def write_safetensors(stream: BinaryIO, tensors: Mapping[str, LazyTensor]) -> in
     stream.write(len(text).to_bytes(8, "little"))
     stream.write(text)
     for name, tensor in ordered:
-        values = tensor.read()
-        assert (tuple(values.shape), values.dtype) == (tuple(tensor.shape), tensor.dtype), name
-        stream.write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
+        _write_tensor(stream, name, tensor)
     return 8 + len(text) + offset
+
+
+def _write_tensor(stream: BinaryIO, name: str, tensor: LazyTensor) -> None:
+    """A function of its own, so that the values are gone before the next are read."""
+    values = tensor.read()
+    assert (tuple(values.shape), values.dtype) == (tuple(tensor.shape), tensor.dtype), name
+    stream.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def read_header(stream: BinaryIO, size: int, where: str) -> dict[str, Place]:
@@ -124,7 +129,7 @@ def read_tensor(stream: BinaryIO, place: Place, where: str) -> Tensor:
         CheckpointError: the file ends before the tensor does.
     """
     buffer = torch.empty(place.num_bytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     stream.seek(place.offset)
     done = 0
     while done < len(view):
@@ -146,27 +151,3 @@ def shard(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def cached(
-    read_group: Callable[[int], Mapping[str, Tensor]], groups: Iterable[Iterable[str]]
-) -> dict[str, Callable[[], Tensor]]:
-    """A reader a name, for names that come into being in groups; the last group is kept until the next is read.
-
-    Args:
-        read_group: number of a group -> its tensors by name.
-        groups: names of each group.
-    """
-    kept: dict[int, Mapping[str, Tensor]] = {}
-
-    def read(number: int, name: str) -> Tensor:
-        if number not in kept:
-            kept.clear()
-            kept[number] = read_group(number)
-        return kept[number][name]
-
-    return {
-        name: (lambda number=number, name=name: read(number, name))
-        for number, names in enumerate(groups)
-        for name in names
-    }

@@ -23,8 +23,18 @@ _NEEDED = (
     "num_attention_heads",
     "rms_norm_eps",
 )
-_KNOWN = ("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "tie_word_embeddings")
-_KNOWN += ("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias")
+_KNOWN = (
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "attention_bias",
+    "mlp_bias",
+)
 
 
 @dataclass(frozen=True)

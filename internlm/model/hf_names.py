@@ -120,6 +120,11 @@ def from_plain(state: Mapping[str, Tensor], architecture: Architecture, *, inter
     return _from_canonical(_to_canonical(state, source), architecture)
 
 
+def plain_shapes(shapes: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """The meta tensors of a model with nothing fused, by our names."""
+    return _to_canonical(shapes, architecture)
+
+
 @dataclass(frozen=True)
 class WeightGroup:
     """Weights that are translated together: those of a fused projection and their parts, or one alone.

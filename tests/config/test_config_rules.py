@@ -34,6 +34,13 @@ CASES = [
     ({**SAVING, "ckpt.oss_snapshot_freq": 1}, 1, None),
     ({**SAVING, "ckpt.snapshot_ckpt_folder": "x"}, 1, "ckpt.snapshot_ckpt_folder"),
     ({**SAVING, "ckpt.snapshot_ckpt_folder": "x/snapshot"}, 1, None),
+    ({"ckpt.save_ckpt_folder": "s4://bucket/key"}, 1, "ckpt.save_ckpt_folder"),
+    ({"ckpt.save_ckpt_folder": "local:x"}, 1, None),
+    ({"ckpt.save_ckpt_folder": "memory://x"}, 1, None),
+    ({"ckpt.snapshot_ckpt_folder": "s4://bucket/key"}, 1, "ckpt.snapshot_ckpt_folder"),
+    ({"ckpt.load_ckpt_info": dict(path="s4://bucket/key")}, 1, "ckpt.load_ckpt_info.path"),
+    ({"ckpt.stop_file_path": "memory://x"}, 1, "ckpt.stop_file_path"),
+    ({"ckpt.stop_file_path": "local:x"}, 1, None),
     # 9.
     ({"model.adapt_hf": True, "model.qk_interleaved": True}, 1, "model.adapt_hf"),
     ({"model.adapt_hf": False, "model.qk_interleaved": False}, 1, "model.adapt_hf"),

@@ -205,3 +205,14 @@ def test_what_it_may_ask_for_that_is_not_there_yet(path):
         "model.num_experts",
         "monitor.alert.enable_feishu_alert",
     }
+
+
+@pytest.mark.parametrize(
+    "folder, in_background", [("local:x", False), ("x", False), ("memory://bucket/x", True)], ids=str
+)
+def test_async_upload_is_for_object_stores(path, folder, in_background):
+    path.write_text(INTERNEVO_7B + f"ckpt.update(enable_save_ckpt=True, save_ckpt_folder={folder!r})\n")
+    loaded = load_config(path)
+    assert loaded.config.ckpt.saves_in_background is in_background
+    told = [notice for notice in loaded.notices if notice.startswith("no effect: ckpt.async_upload = True")]
+    assert len(told) == (0 if in_background else 1)

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM to the running command: it saves, says how to go on, and ends with exit code 0."""
+"""Ctrl-C, SIGTERM and a batch system's warning to the running command: it saves, says how to go on, and ends with exit
+code 0. SIGUSR2 and the stop file: it saves, and goes on or ends."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import complete_steps
 from helpers.commands import last_log_line, metrics_of, start_ranks, start_training, write_config
 from helpers.processes import Forked, wait_for_all
 from helpers.runs import steps_in
@@ -33,7 +35,7 @@ def steps_of(run_dir: Path) -> list[int]:
     return [line["step"] for line in metrics_of(run_dir)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     tmp_path: Path, started: list[Forked], number: signal.Signals
 ) -> None:
@@ -73,6 +75,95 @@ def test_a_signal_to_ranks_stops_all_at_the_same_step(
     assert steps_of(run_dir)[-1] == stopped_at
     reason = "received SIGTERM" if 0 in who else "another rank asked for it"
     assert f"stopped at step {stopped_at}: {reason}; the same command goes on" in ranks[0].output
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_request_to_save_is_met_by_all_ranks_and_the_run_goes_on(
+    tmp_path: Path, started: list[Forked], who: int
+) -> None:
+    config, run_dir = write_config(tmp_path), tmp_path / "run"
+    ranks = start_ranks(["--config", config, "--run-dir", run_dir, *ENDLESS], tmp_path)
+    started += ranks
+    for number in (1, 2):
+        ranks[0].wait_until(lambda: len(steps_of(run_dir)) >= 3)
+        ranks[who].send(signal.SIGUSR2)
+        ranks[0].wait_until(lambda number=number: len(complete_steps(tmp_path / "checkpoints")) == number)  # type: ignore[misc]
+    saved_at = complete_steps(tmp_path / "checkpoints")[-1]
+    reason = "received SIGUSR2" if who == 0 else "another rank asked for it"
+    assert f"step {saved_at}: saving a checkpoint: {reason}" in ranks[0].output
+    ranks[0].wait_until(lambda: steps_of(run_dir)[-1] > saved_at + 2)
+    for rank in ranks:
+        rank.send(signal.SIGTERM)
+    assert wait_for_all(ranks, 30) == [0, 0], ranks[0].output + ranks[1].output
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_before_the_loop_does_not_end_the_run(
+    tmp_path: Path, started: list[Forked], number: signal.Signals
+) -> None:
+    def warn() -> None:
+        build_trainer = train.build_trainer
+
+        def warned(*args: object, **kwargs: object) -> Trainer:
+            signal.raise_signal(number)
+            return build_trainer(*args, **kwargs)  # type: ignore[arg-type]
+
+        train.build_trainer = warned  # type: ignore[assignment]
+
+    command = start_training(
+        ["--config", write_config(tmp_path), "--run-dir", tmp_path / "run"], tmp_path / "out.txt", before=warn
+    )
+    started.append(command)
+    assert command.wait() == 0, command.output
+    assert "done: 10 steps" in command.output
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_stop_file_saves_and_stops_at_its_step(tmp_path: Path, started: list[Forked], world_size: int) -> None:
+    stop = tmp_path / "stop"
+    config, run_dir = write_config(tmp_path, f"ckpt['stop_file_path'] = {str(stop)!r}"), tmp_path / "run"
+    stop.write_text("1")  # an older run's
+
+    def slower(rank: int) -> None:
+        train_step = Engine.train_step
+
+        def slow(self: Engine, *args: object) -> object:
+            time.sleep(0.05)
+            return train_step(self, *args)  # type: ignore[arg-type]
+
+        Engine.train_step = slow  # type: ignore[assignment,method-assign]
+
+    arguments = ["--config", config, "--run-dir", run_dir, *ENDLESS]
+    ranks = start_ranks(arguments, tmp_path, world_size, slower)
+    started += ranks
+    ranks[0].wait_until(lambda: len(steps_of(run_dir)) >= 2)
+    assert stop.read_text() == "0\n"
+    save_at = len(steps_of(run_dir)) + 10
+    stop.write_text(str(-save_at))
+    ranks[0].wait_until(lambda: complete_steps(tmp_path / "checkpoints") == [save_at])
+    stop_at = len(steps_of(run_dir)) + 10
+    stop.write_text(f"{stop_at}\n")
+    assert wait_for_all(ranks, 30) == [0] * world_size, ranks[0].output
+    assert complete_steps(tmp_path / "checkpoints") == [save_at, stop_at]
+    assert steps_of(run_dir)[-1] == stop_at
+    assert f"stopped at step {stop_at}: asked for at step {stop_at}; the same command goes on" in ranks[0].output
+
+    again = start_ranks([*arguments, "--set", f"data.total_steps={stop_at + 2}"], tmp_path, world_size)
+    started += again
+    assert wait_for_all(again, 30) == [0] * world_size, again[0].output
+    assert steps_of(run_dir)[-1] == stop_at + 2
+
+
+def test_a_stop_file_with_a_step_that_has_passed_stops_at_once(tmp_path: Path, started: list[Forked]) -> None:
+    stop = tmp_path / "stop"
+    config, run_dir = write_config(tmp_path, f"ckpt['stop_file_path'] = {str(stop)!r}"), tmp_path / "run"
+    command = start_training(["--config", config, "--run-dir", run_dir, *ENDLESS], tmp_path / "out.txt")
+    started.append(command)
+    command.wait_until(lambda: len(steps_of(run_dir)) >= 4)
+    stop.write_text("2")
+    assert command.wait(30) == 0, command.output
+    (stopped_at,) = complete_steps(tmp_path / "checkpoints")
+    assert f"stopped at step {stopped_at}: asked for at step 2, which had passed; the same command" in command.output
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, started: list[Forked]) -> None:

@@ -15,6 +15,7 @@ RULES: tuple[Rule, ...] = (
     ranks.fsdp,
     run.accumulation,
     run.saving,
+    run.places,
     model.interleaving_of_heads,
     ranks.weight_parallel,
     pipeline.schedule,

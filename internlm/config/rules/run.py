@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from internlm.config.mistakes import Mistake
 from internlm.config.schema import Config
+from internlm.utils.errors import ConfigError
+from internlm.utils.storage import storage_path
 
 _SKIP = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _RAMP = re.compile(r"\d+ +\d+ +\d+")
@@ -50,6 +52,27 @@ def saving(config: Config, world_size: int) -> Iterator[Mistake]:
             f"ckpt.snapshot_ckpt_folder = {ckpt.snapshot_ckpt_folder!r} is also ckpt.save_ckpt_folder: the snapshots "
             "0 and 1 would be taken for steps; give another folder, or leave it out",
         )
+
+
+def places(config: Config, world_size: int) -> Iterator[Mistake]:
+    """Folders of checkpoints in a storage that is known, and the stop file on a local disk."""
+    ckpt = config.ckpt
+    folders = {
+        "ckpt.save_ckpt_folder": ckpt.save_ckpt_folder,
+        "ckpt.snapshot_ckpt_folder": ckpt.snapshot_ckpt_folder,
+        "ckpt.load_ckpt_info.path": None if ckpt.load_ckpt_info is None else ckpt.load_ckpt_info.path,
+        "ckpt.stop_file_path": ckpt.stop_file_path,
+    }
+    for key, folder in folders.items():
+        if not folder:
+            continue
+        try:
+            is_local = storage_path(folder).is_local
+        except ConfigError as error:
+            yield Mistake((key,), f"{key} = {folder!r}: {error}")
+            continue
+        if key == "ckpt.stop_file_path" and not is_local:
+            yield Mistake((key,), f"{key} = {folder!r}: the stop file is read at every step; give a local path")
 
 
 def batches(config: Config, world_size: int) -> Iterator[Mistake]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, model_validator
 
 from internlm.config.schema.base import Section, key, no_effect, section, used_with
+from internlm.utils.storage import storage_path
 
 
 def _never(value: Any) -> Any:
@@ -90,6 +91,16 @@ class CkptConfig(Section):
     generate_meta_data: bool | dict[str, Any] = no_effect(
         False, "Write metadata for offline resharding.", "checkpoints reshard without it"
     )
+
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether training goes on while a checkpoint is written."""
+        return self.async_save or (self.async_upload and not self.is_local)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether checkpoints are saved to a local disk, or nowhere."""
+        return not self.save_ckpt_folder or storage_path(self.save_ckpt_folder).is_local
 
     @model_validator(mode="after")
     def _fill(self) -> CkptConfig:

@@ -32,8 +32,11 @@ def _connect(place: FsspecPlace) -> FsspecStore:
 class FsspecStore:
     """A bucket, or a whole file system, of fsspec."""
 
+    block_bytes = 4 * 1024**2
+
     def __init__(self, place: FsspecPlace) -> None:
         self._place = place
+        # Fail now when a package is missing.
         self.connect()
 
     def connect(self) -> Any:
@@ -128,6 +131,9 @@ class FsspecSink(Sink):
         self._file.commit()
 
     def discard(self) -> None:
-        # Closing would write what is left in the library's buffer.
-        self._file.closed = True
         self._file.discard()
+        from fsspec.spec import AbstractBufferedFile
+
+        if isinstance(self._file, AbstractBufferedFile):
+            # Closing it, also when it is collected, would write what is left in its buffer.
+            self._file.closed = True

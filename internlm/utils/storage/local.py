@@ -17,6 +17,8 @@ from internlm.utils.storage.streams import Sink
 class LocalStore:
     """The disks of this machine; keys are paths."""
 
+    block_bytes = 128 * 1024
+
     def is_file(self, key: str) -> bool:
         return Path(key).is_file()
 

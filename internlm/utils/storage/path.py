@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from internlm.utils.storage import local
 from internlm.utils.storage.store import Store, named_failures
-from internlm.utils.storage.streams import BUFFER_BYTES, WriteStream
+from internlm.utils.storage.streams import WriteStream
 from internlm.utils.storage.urls import Location, locate
 
 
@@ -98,7 +98,7 @@ class StoragePath:
     def open_read(self) -> BinaryIO:
         """Open a file to read. It can seek, and little more is fetched than what is read."""
         with named_failures(self._store, "read", self.url):
-            return io.BufferedReader(self._store.open_read(self._location.key, self.url), BUFFER_BYTES)
+            return io.BufferedReader(self._store.open_read(self._location.key, self.url), self._store.block_bytes)
 
     def open_write(self) -> WriteStream:
         """Open a new file to write in one go, in place of an older one; make the folder before.

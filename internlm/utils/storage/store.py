@@ -27,7 +27,12 @@ class Store(Protocol):
     """One disk, bucket or file system. Methods raise the store's own errors; `explain` says what they mean.
 
     A key is a path below the store's root, without slashes at its ends. URLs are only for messages.
+
+    Attributes:
+        block_bytes: small reads are answered from a block of this size, which is fetched; larger reads pass it by.
     """
+
+    block_bytes: int
 
     def is_file(self, key: str) -> bool: ...
 

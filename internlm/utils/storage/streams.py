@@ -7,7 +7,7 @@ from typing import Any
 
 from internlm.utils.storage.store import Store, named_failures
 
-# Small writes are collected and small reads answered from a buffer of this size; large ones pass it by.
+# Small writes are collected in a buffer of this size; large ones pass it by.
 BUFFER_BYTES = 1024 * 1024
 
 

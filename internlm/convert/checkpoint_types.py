@@ -1,0 +1,79 @@
+"""What `ckpt.load_ckpt_info.ckpt_type` may name, besides checkpoints of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from internlm.checkpoint.weight_source import WeightSource
+from internlm.convert.hf_folder import HfFolder, HfWeights, differences
+from internlm.convert.llama_folder import MetaLlamaWeights
+from internlm.model.architecture import Architecture
+from internlm.utils.errors import ConfigError, nearest
+from internlm.utils.logging import get_logger
+from internlm.utils.storage import StoragePath
+
+logger = get_logger(__name__)
+
+Opener = Callable[[StoragePath, nn.Module], WeightSource]
+
+_OPENERS: dict[str, Opener] = {}
+
+
+def register_checkpoint_type(name: str) -> Callable[[Opener], Opener]:
+    """Decorator: make a format known as `ckpt_type = name`.
+
+    The function takes the path and a part of the model (on this rank, of this stage) and returns a `WeightSource` of
+    the whole model. It is called on every rank.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(opener: Opener) -> Opener:
+        if name in _OPENERS or name == "internevo":
+            raise ValueError(f"checkpoint type '{name}' is already registered")
+        _OPENERS[name] = opener
+        return opener
+
+    return decorate
+
+
+def open_weights(ckpt_type: str, path: StoragePath, model: nn.Module) -> WeightSource:
+    """The weights at `path`, as `model` has them.
+
+    Raises:
+        ConfigError: the type is unknown, or does not serve this model.
+        CheckpointError: there are no weights, or they do not fit.
+    """
+    known = ("internevo", *_OPENERS)
+    if ckpt_type not in _OPENERS:
+        raise ConfigError(
+            f"ckpt.load_ckpt_info.ckpt_type: unknown type '{ckpt_type}', known: {', '.join(known)}."
+            f"{nearest(ckpt_type, known)}"
+        )
+    return _OPENERS[ckpt_type](path, model)
+
+
+@register_checkpoint_type("hf")
+def _open_hf(path: StoragePath, model: nn.Module) -> WeightSource:
+    folder, architecture = HfFolder(path), _architecture(model, "hf")
+    for line in differences(folder.model, architecture):
+        logger.warning("%s: %s", path, line)
+    return HfWeights(folder, architecture)
+
+
+@register_checkpoint_type("llama")
+def _open_llama(path: StoragePath, model: nn.Module) -> WeightSource:
+    return MetaLlamaWeights(path, _architecture(model, "llama"))
+
+
+def _architecture(model: nn.Module, ckpt_type: str) -> Architecture:
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, Architecture):
+        raise ConfigError(
+            f"ckpt.load_ckpt_info.ckpt_type '{ckpt_type}': {type(model).__name__} is no decoder of this package; "
+            f"register a type of your own (internlm.convert.checkpoint_types.register_checkpoint_type)"
+        )
+    return architecture

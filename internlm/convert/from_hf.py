@@ -1,0 +1,130 @@
+"""From a Hugging Face folder to a checkpoint of ours, one group of weights at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.tensor_files import write_weights
+from internlm.checkpoint.weight_source import LazyTensor
+from internlm.config.schema import Config
+from internlm.convert.hf_folder import HfFolder, HfWeights, side_files
+from internlm.model.architecture import Architecture
+from internlm.model.decoder import Decoder
+from internlm.model.from_hf_config import HfModel
+from internlm.model.registry import build_model
+from internlm.utils.errors import CheckpointError
+from internlm.utils.logging import get_logger
+from internlm.utils.storage import StoragePath
+
+logger = get_logger(__name__)
+
+HF_FILES = "hf"
+"""Folder in a checkpoint with the files that lay beside the weights it was imported from."""
+
+_TRAINABLE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def convert_from_hf(source: StoragePath, out: StoragePath, *, dtype: torch.dtype | None = None) -> StoragePath:
+    """Write the checkpoint `<out>/0/` with the weights of a Hugging Face folder.
+
+    Args:
+        source: folder with config.json and weights.
+        out: save folder; must not have a checkpoint 0.
+        dtype: of the weights; None: each as stored.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged, or has weights that its config.json does not explain.
+        ConfigError: a family or feature that this package does not have.
+    """
+    target = out / "0"
+    if target.exists():
+        raise CheckpointError(f"'{target}' exists already; give another --out")
+    folder = HfFolder(source)
+    stored = _main_dtype(folder)
+    hf_files = side_files(source)
+    config = imported_config(
+        folder.model, dtype or stored, str(target / HF_FILES) if _has_tokenizer(hf_files) else None
+    )
+    weights = HfWeights(folder, architecture_of(config))
+    problems = [f"'{name}' is missing" for name in weights.missing]
+    problems += [f"'{name}' is not explained by config.json" for name in weights.unexpected]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise CheckpointError(f"the weights in '{source}' do not fit its config.json:\n  {shown}")
+    tensors = {
+        name: LazyTensor(tuple(tensor.shape), dtype or tensor.dtype, partial(_read, weights, name, dtype))
+        for name, tensor in weights.tensors.items()
+    }
+    logger.info(
+        "%s: %s as %s, %d tensors, %s", source, folder.config["model_type"], config.model_type, len(tensors), stored
+    )
+    return write_weights(
+        out, tensors, config=config, step=0, files={f"{HF_FILES}/{name}": data for name, data in hf_files.items()}
+    )
+
+
+def imported_config(model: HfModel, dtype: torch.dtype, tokenizer_path: str | None = None) -> Config:
+    """A config with this model; what a run would add has placeholders."""
+    return Config.model_validate(
+        {
+            "JOB_NAME": "imported",
+            "model_type": model.model_type,
+            "model": {**model.keys, "dtype": str(dtype)},
+            "data": {
+                "seq_len": model.keys["max_position_embeddings"],
+                "micro_bsz": 1,
+                "total_steps": 1,
+                "tokenizer_path": tokenizer_path,
+            },
+            "ckpt": {"enable_save_ckpt": False},
+        }
+    )
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The architecture of a config's model.
+
+    Raises:
+        CheckpointError: the model is not a decoder of this package.
+        ConfigError: the model type is unknown.
+    """
+    with torch.device("meta"):
+        model = build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
+    if not isinstance(model, Decoder):
+        raise CheckpointError(
+            f"model type '{config.model_type}' is no decoder of this package: its weights have no Hugging Face names"
+        )
+    return model.architecture
+
+
+def _read(weights: HfWeights, name: str, dtype: torch.dtype | None) -> Tensor:
+    tensor = weights.read(name)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _main_dtype(folder: HfFolder) -> torch.dtype:
+    """The number format of most of the folder's bytes.
+
+    Raises:
+        CheckpointError: weights in a format that cannot be trained (integers of a quantized model).
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for name, entry in folder.entries.items():
+        if entry.dtype not in _TRAINABLE:
+            raise CheckpointError(
+                f"'{folder.path}': '{name}' is stored as {entry.dtype}; known: bfloat16, float16, float32. A quantized "
+                f"model must be written in one of them first"
+            )
+        sizes[entry.dtype] += torch.Size(entry.shape).numel() * entry.dtype.itemsize
+    return sizes.most_common(1)[0][0]
+
+
+def _has_tokenizer(files: dict[str, bytes]) -> bool:
+    return any(name in files for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))

@@ -1,0 +1,248 @@
+"""An InternEvo checkpoint as a checkpoint of this package: weights, and the config of the model."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internlm.checkpoint.tensor_files import write_weights
+from internlm.checkpoint.weight_source import LazyTensor
+from internlm.config.assemble import assemble
+from internlm.config.legacy import modernise
+from internlm.config.loader import check_config, read_tree
+from internlm.config.schema import Config
+from internlm.convert.internevo_files import InternEvoFiles, read_value
+from internlm.convert.internevo_folder import ROWS_BY_PROJECTION, InternEvoFolder, RowOrder
+from internlm.model.decoder import Decoder
+from internlm.model.registry import build_model
+from internlm.utils.errors import CheckpointError, ConfigError
+from internlm.utils.storage import StoragePath
+
+CONFIG_TEXT, MODEL_SECTION, COUNTERS = "config_file.pt", "model_config.pt", "context.pt"
+
+_KEPT = ("JOB_NAME", "model_type", "seed", "use_fp32_norm", "model")
+_KEPT_OF_DATA = ("seq_len", "micro_bsz", "total_steps", "tokenizer_path")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did.
+
+    Attributes:
+        path: the new checkpoint.
+        layout: the files it came from, in words.
+        counters: InternEvo's (step_count, batch_count, num_consumed_tokens ...); empty when it has none.
+        notices: one line each on what was chosen, changed or left out.
+    """
+
+    path: StoragePath
+    layout: str
+    counters: dict[str, Any]
+    notices: list[str]
+
+
+def import_internevo(
+    folder: Path, out: StoragePath, *, config_file: Path | None = None, model_type: str | None = None
+) -> Imported:
+    """Write the weights of an InternEvo checkpoint as `<out>/<step>/`; no more than one weight is in memory.
+
+    Args:
+        folder: the checkpoint, on a local disk.
+        out: save folder of the new one.
+        config_file: the run's config; None: the one in the checkpoint, which is Python and is run.
+        model_type: the family, where no config says it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, weights do not fit the config, or the kind cannot be imported.
+        ConfigError: there is no config, or it makes no model.
+    """
+    InternEvoFiles.check(folder)
+    tree, text, notices = _read_config(folder, config_file, model_type)
+    section = tree["model"]
+    files = InternEvoFiles(folder, _num_chunks(tree))
+    _refuse_unknown_rows(tree["model_type"], section, files)
+    _add_defaults(tree["model_type"], section, notices)
+    config, model = _build(tree)
+    changes = _told_by_files(model, files)
+    if changes:
+        section.update(changes)
+        section.pop("no_bias", None)
+        config, model = _build(tree)
+        notices += [f"model.{name} = {value}: so are the weights in the files" for name, value in changes.items()]
+    order = RowOrder(
+        by_projection=config.model_type in ROWS_BY_PROJECTION, fused_gate_up=section.get("mlp_layer_fusion") is True
+    )
+    source = InternEvoFolder(files, model, order)
+    stored = {source.dtype(name) for name in source.names()}
+    if stored != {parameter.dtype for parameter in model.parameters()}:
+        formats = ", ".join(sorted(map(str, stored)))
+        notices.append(f"the weights are kept as they are stored ({formats}); model.dtype = {config.model.dtype}")
+    counters = _read_counters(folder, notices)
+    tensors = {
+        name: LazyTensor(source.shape(name), source.dtype(name), lambda name=name: source.read(name))  # type: ignore[misc]
+        for name in source.names()
+    }
+    extra = {} if text is None else {"config_file.py": text.encode()}
+    path = write_weights(out, tensors, config=config, step=_step(folder, counters, notices), files=extra)
+    if any(path.name.startswith("optimizer_") for path in folder.iterdir()):
+        notices.append("the optimizer state is not imported: moments start anew, and masters from the weights")
+    kind = {"tp": "tensor", "wp": "weight"}[files.split]
+    layout = f"{files.num_ranks} {kind} parallel rank(s), {files.num_stages} pipeline stage(s)"
+    return Imported(path, layout, counters, notices)
+
+
+def _read_config(
+    folder: Path, config_file: Path | None, model_type: str | None
+) -> tuple[dict[str, Any], str | None, list[str]]:
+    """The keys that a model needs, unchecked, in today's spelling; the text of the whole config; notices."""
+    tree: dict[str, Any] = {}
+    text: str | None = None
+    if config_file is not None:
+        tree, _ = read_tree(config_file)
+        text = config_file.read_text(encoding="utf-8")
+    else:
+        if (folder / CONFIG_TEXT).exists():
+            text = _text_of(folder / CONFIG_TEXT)
+            tree = _run(text, folder / CONFIG_TEXT)
+        if (folder / MODEL_SECTION).exists():
+            tree["model"] = read_value(folder / MODEL_SECTION)
+        if not isinstance(tree.get("model"), dict):
+            raise ConfigError(
+                f"'{folder}' has neither {CONFIG_TEXT} nor {MODEL_SECTION} with a model section: give --config FILE"
+            )
+        if text is None and model_type is None:
+            raise ConfigError(
+                f"'{folder}' has no {CONFIG_TEXT} that names the family: give --model-type or --config FILE"
+            )
+    notices = [notice for notice in modernise(tree, {}) if notice.startswith("model")]
+    if model_type is not None:
+        tree["model_type"] = model_type
+    tree.setdefault("model_type", Config.model_fields["model_type"].default)
+    if not isinstance(tree.get("model"), dict):
+        raise ConfigError(f"{config_file}: there is no model section")
+    return tree, text, notices
+
+
+def _text_of(path: Path) -> str:
+    text = read_value(path)
+    if not isinstance(text, str):
+        raise CheckpointError(f"'{path}' holds no text but a {type(text).__name__}; give --config FILE")
+    return text
+
+
+def _run(text: str, origin: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config_file.py"
+        path.write_text(text, encoding="utf-8")
+        try:
+            return read_tree(path)[0]
+        except ConfigError as error:
+            mistakes = [mistake.replace(str(path), str(origin)) for mistake in error.mistakes]
+            raise ConfigError(
+                [*mistakes, "give the config that belongs to the checkpoint with --config FILE"]
+            ) from error
+
+
+def _num_chunks(tree: dict[str, Any]) -> int:
+    pipeline = tree.get("parallel", {}).get("pipeline", {})
+    mode = pipeline.get("mode", "") if isinstance(pipeline, dict) else ""
+    return 2 if str(mode).upper() == "ZBV" else int(tree["model"].get("num_chunks", 1))
+
+
+def _refuse_unknown_rows(model_type: str, section: dict[str, Any], files: InternEvoFiles) -> None:
+    fused = section.get("enable_qkv_fusion", model_type == "INTERNLM2")
+    if fused and model_type in ("INTERNLM2", "INTERNLM3") and "layers.0.attention.wq.weight" in files.names():
+        raise CheckpointError(
+            f"'{files.folder}': the model fuses q, k and v (enable_qkv_fusion), but the files hold wq, wk and wv. Some "
+            "versions of InternEvo cut the fused rows, which go by key-value group, under these names, others store "
+            "what the names say. Give --config FILE with model.enable_qkv_fusion = False if they are what the names say"
+        )
+
+
+def _add_defaults(model_type: str, section: dict[str, Any], notices: list[str]) -> None:
+    """InternEvo's choices for keys that are not given, where this package's are others."""
+    if "dtype" not in section:
+        section["dtype"] = "torch.float16"
+        notices.append("model.dtype = torch.float16: InternEvo's default, for the config does not give it")
+    if model_type == "BAICHUAN2" and "norm_head" not in section:
+        section["norm_head"] = False
+        notices.append("model.norm_head = False: InternEvo's default, for the config does not give it")
+    if model_type == "GEMMA" and "add_unit_offset" not in section:
+        raise ConfigError(
+            "model.add_unit_offset is not given: InternEvo's GEMMA then multiplies by the weight in norms, this "
+            "package's by 1 + weight. Give --config FILE with add_unit_offset = True if the run had it"
+        )
+    if not {"qk_interleaved", "adapt_hf"} & section.keys():
+        notices.append(
+            "model.qk_interleaved = False: InternEvo's default, for the config does not give it; versions before it "
+            "had adapt_hf chose by family"
+        )
+
+
+def _build(tree: dict[str, Any]) -> tuple[Config, Decoder]:
+    """The config of the new checkpoint and its model, without storage."""
+    data = tree.get("data", {})
+    length = tree["model"].get("max_position_embeddings", 2048)
+    needed = {"seq_len": length, "micro_bsz": 1, "total_steps": 1}
+    kept = {name: tree[name] for name in _KEPT if name in tree}
+    # The layout and the data of the old run are not those of the next one; the whole text is kept beside the weights.
+    data = {**needed, **{name: data[name] for name in _KEPT_OF_DATA if name in data}}
+    config, mistakes = assemble({**kept, "data": data, "ckpt": {"enable_save_ckpt": False}})
+    if mistakes:
+        raise ConfigError(mistake.text for mistake in mistakes)
+    check_config(config)
+    with torch.device("meta"):
+        model = build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
+    if not isinstance(model, Decoder):
+        raise ConfigError(f"model_type = '{config.model_type}': only this package's decoders can be imported")
+    return config, model
+
+
+def _told_by_files(model: Decoder, files: InternEvoFiles) -> dict[str, bool]:
+    """Keys of the model section that the files decide, where the config's model has it otherwise."""
+    a, names = model.architecture, files.names()
+
+    def has_bias(*parts: str) -> bool:
+        return any(f"layers.0.{part}.bias" in names for part in parts)
+
+    there = {
+        "tie_word_embeddings": (a.tie_word_embeddings, "output.weight" not in names),
+        "qkv_bias": (a.qkv_bias, has_bias("attention.wqkv", "attention.wq")),
+        "o_bias": (a.o_bias, has_bias("attention.wo")),
+        "mlp_bias": (a.mlp_bias, has_bias("feed_forward.w1", "feed_forward.w13")),
+    }
+    changed = {name: found for name, (expected, found) in there.items() if expected != found}
+    if any(name.endswith("_bias") for name in changed):
+        changed |= {name: found for name, (_, found) in there.items() if name.endswith("_bias")}
+    return changed
+
+
+def _read_counters(folder: Path, notices: list[str]) -> dict[str, Any]:
+    if not (folder / COUNTERS).exists():
+        return {}
+    try:
+        counters = read_value(folder / COUNTERS)
+    except CheckpointError as error:
+        notices.append(f"the counters are not shown: {error}")
+        return {}
+    return counters if isinstance(counters, dict) else {}
+
+
+def _step(folder: Path, counters: dict[str, Any], notices: list[str]) -> int:
+    """The step that the run had done."""
+    marks = [path.stem for path in folder.glob("*.step") if path.stem.isdigit()]
+    if not marks:
+        notices.append(
+            "InternEvo's mark of a complete checkpoint (<step>.step) is missing: its save may not have finished"
+        )
+    if "step_count" in counters:
+        return int(counters["step_count"])
+    for text in (*marks, folder.name):
+        if text.isdigit():
+            return int(text)
+    notices.append("no file tells the step: the new checkpoint is of step 0")
+    return 0

@@ -1,0 +1,282 @@
+"""A Hugging Face folder: config.json, weights in safetensors or .bin files, and what lies beside them.
+
+Tensors are found by name and read one at a time. `HfWeights` gives them by our names, as a given model has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.config.schema import ModelConfig
+from internlm.convert.lazy import grouped_readers
+from internlm.convert.safetensors_file import Place, read_header, read_tensor
+from internlm.convert.torch_files import TorchFile
+from internlm.model.architecture import Architecture
+from internlm.model.decoder import Decoder
+from internlm.model.from_hf_config import HfModel, from_hf_config
+from internlm.model.hf_names import Layout, from_hf, weight_groups
+from internlm.model.modules.rotary import RopeSettings
+from internlm.model.registry import build_model
+from internlm.utils.errors import CheckpointError
+from internlm.utils.storage import StoragePath
+
+CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+_BIN = "pytorch_model.bin"
+_BIN_INDEX = "pytorch_model.bin.index.json"
+
+_KEPT_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+_KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md")
+_LARGEST_KEPT = 64 << 20
+_NOT_KEPT = (SAFETENSORS_INDEX, _BIN_INDEX)
+
+_BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
+"""Ends of names that older versions of the library saved, and that follow from the config."""
+
+
+@dataclass(frozen=True)
+class HfEntry:
+    """A tensor of the folder."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    place: Place | None
+    """In a safetensors file; None: a .bin file."""
+
+
+class HfFolder:
+    """A folder that is read.
+
+    Raises:
+        CheckpointError: it does not exist, has no weights, or they are damaged.
+    """
+
+    def __init__(self, path: StoragePath) -> None:
+        self.path = path
+        if not path.is_folder():
+            raise CheckpointError(f"there is no Hugging Face folder at '{path}'")
+        if not (path / CONFIG).is_file():
+            raise CheckpointError(f"'{path}' has no {CONFIG}: it is no Hugging Face folder")
+        self._bin: TorchFile | None = None
+        self.entries: dict[str, HfEntry] = {}
+        for file, expected in self._weight_files().items():
+            found = self._entries_of(file)
+            missing = [name for name in expected if name not in found]
+            if missing:
+                raise CheckpointError(f"{path / file}: the index says that it holds {_some(missing)}; it does not")
+            self.entries.update(found)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return _read_json(self.path / CONFIG)
+
+    @cached_property
+    def model(self) -> HfModel:
+        """The model in our words.
+
+        Raises:
+            ConfigError: a family or feature that this package does not have.
+        """
+        return from_hf_config(self.config, str(self.path / CONFIG))
+
+    @property
+    def layout(self) -> Layout:
+        """Recognised by the names of the weights."""
+        if any(".self_attn.W_pack." in name for name in self.entries):
+            return "baichuan2"
+        return "internlm2" if any(".attention.wqkv." in name for name in self.entries) else "transformers"
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its name in the folder.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        entry = self.entries[name]
+        path = self.path / entry.file
+        if entry.place is None:
+            return self._open_bin(path).read(name)
+        with path.open_read() as stream:
+            return read_tensor(stream, entry.place, str(path))
+
+    def _weight_files(self) -> dict[str, list[str]]:
+        """File -> names that it must hold, as far as an index tells."""
+        names = self.path.names()
+        for index, single in ((SAFETENSORS_INDEX, SAFETENSORS), (_BIN_INDEX, _BIN)):
+            if index in names:
+                files: dict[str, list[str]] = {}
+                for name, file in _read_json(self.path / index).get("weight_map", {}).items():
+                    files.setdefault(str(file), []).append(name)
+                absent = [file for file in files if file not in names]
+                if absent:
+                    raise CheckpointError(f"'{self.path}' lacks {_some(absent)}, which its {index} names")
+                return dict(sorted(files.items()))
+            if single in names:
+                return {single: []}
+        raise CheckpointError(
+            f"'{self.path}' has no weights: none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {_BIN}, {_BIN_INDEX} is there"
+        )
+
+    def _entries_of(self, file: str) -> dict[str, HfEntry]:
+        path = self.path / file
+        if file.endswith(".safetensors"):
+            with path.open_read() as stream:
+                places = read_header(stream, path.size(), str(path))
+            return {name: HfEntry(place.shape, place.dtype, file, place) for name, place in places.items()}
+        found = self._open_bin(path).entries()
+        return {name: HfEntry(shape, dtype, file, None) for name, (shape, dtype) in found.items()}
+
+    def _open_bin(self, path: StoragePath) -> TorchFile:
+        if self._bin is None or self._bin.path != path:
+            self._bin = TorchFile(path)
+        return self._bin
+
+
+class HfWeights:
+    """The weights of a folder as a model of ours has them: a `WeightSource`.
+
+    Args:
+        folder: where they come from.
+        architecture: of the model that wants them; it may fuse and interleave otherwise than the folder.
+
+    Names of the folder that no weight of the model comes from are among `names()` as they are, for they are unexpected;
+    weights of which a part is missing are not.
+
+    Attributes:
+        tensors: our name -> meta tensor of the shape and dtype that `read` gives.
+        missing: names, in the folder's spelling, that the model needs and the folder lacks.
+        unexpected: names of the folder that the model has no place for.
+
+    Raises:
+        CheckpointError: a tensor has a shape that does not fit the model.
+    """
+
+    def __init__(self, folder: HfFolder, architecture: Architecture) -> None:
+        self.folder = folder
+        self._layout = folder.layout
+        self._architecture = architecture
+        entries = {name: entry for name, entry in folder.entries.items() if not name.endswith(_BUFFERS)}
+        groups = weight_groups(meta_weights(architecture), architecture, self._layout)
+        needed = {name: tensor for group in groups for name, tensor in group.theirs.items()}
+        self._stands_for = self._settle_tied_head(entries, needed)
+        self.unexpected = [name for name in entries if name not in needed]
+        for name, other in self._stands_for.items():
+            entries[name] = entries[other]
+        self.missing = [name for name in needed if name not in entries]
+        wrong = [
+            f"'{name}' has shape {list(entries[name].shape)}, the model wants {list(tensor.shape)}"
+            for name, tensor in needed.items()
+            if name in entries and entries[name].shape != tuple(tensor.shape)
+        ]
+        if wrong:
+            shown = "\n  ".join(wrong[:20])
+            raise CheckpointError(f"the weights in '{folder.path}' do not fit this model:\n  {shown}")
+        present = [group.theirs for group in groups if all(name in entries for name in group.theirs)]
+        # On the meta device with the stored number formats: the shapes and formats that reading will give.
+        stored = [{name: _meta(entries[name]) for name in theirs} for theirs in present]
+        ours = [from_hf(group, architecture, self._layout) for group in stored]
+        self.tensors: dict[str, Tensor] = {name: tensor for group in ours for name, tensor in group.items()}
+        self._readers = grouped_readers(lambda number: self._translate(present[number]), ours)
+
+    def names(self) -> Collection[str]:
+        """Our names of what the folder has, and the folder's names of what the model has no place for."""
+        return [*self.tensors, *self.unexpected]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of them."""
+        return tuple(self.tensors[name].shape) if name in self.tensors else self.folder.entries[name].shape
+
+    def read(self, name: str) -> Tensor:
+        """One of them, whole."""
+        return self._readers[name]() if name in self.tensors else self.folder.read(name)
+
+    def _translate(self, names: Iterable[str]) -> dict[str, Tensor]:
+        theirs = {name: self.folder.read(self._stands_for.get(name, name)) for name in names}
+        return from_hf(theirs, self._architecture, self._layout)
+
+    def _settle_tied_head(self, entries: dict[str, HfEntry], needed: Mapping[str, Tensor]) -> dict[str, str]:
+        """A tied head that was saved beside its embedding is dropped; a model with a head of its own starts from the
+        embedding of a tied one. Returns which name stands for a name that is missing."""
+        if not self.folder.model.keys["tie_word_embeddings"]:
+            return {}
+        head, embedding = (
+            ("output.weight", "model.tok_embeddings.weight")
+            if self._layout == "internlm2"
+            else ("lm_head.weight", "model.embed_tokens.weight")
+        )
+        if self._architecture.tie_word_embeddings:
+            entries.pop(head, None)
+        elif head not in entries and embedding in entries:
+            return {head: embedding}
+        return {}
+
+
+def side_files(folder: StoragePath) -> dict[str, bytes]:
+    """What lies beside weights: configs, tokenizer, code, licence; not the weights and their index."""
+    files = {}
+    for name in folder.names():
+        path = folder / name
+        wanted = (name.endswith(_KEPT_SUFFIXES) or name in _KEPT_NAMES) and name not in _NOT_KEPT
+        if wanted and path.is_file() and path.size() <= _LARGEST_KEPT:
+            files[name] = path.read_bytes()
+    return files
+
+
+def differences(model: HfModel, architecture: Architecture) -> list[str]:
+    """What makes a model another function than the one whose weights it is to get, one line each.
+
+    Shapes are compared with the weights. A longer context is often wanted, so this is for a warning.
+    """
+    config = ModelConfig.model_validate(model.keys)
+    with torch.device("meta"):
+        theirs = build_model(model.model_type, config).architecture
+    assert isinstance(theirs, Architecture)
+    names = ("norm_type", "norm_eps", "unit_offset_norm", "activation", "embedding_multiplier", "norm_head", "windows")
+    pairs = {name: (getattr(theirs, name), getattr(architecture, name)) for name in names}
+    pairs |= {
+        f"rope {field.name}": (getattr(theirs.rope, field.name), getattr(architecture.rope, field.name))
+        for field in dataclasses.fields(RopeSettings)
+        if field.name not in ("interleaved", "fp32", "max_positions")
+    }
+    return [
+        f"the weights were trained with {name} {was}, this model has {now}"
+        for name, (was, now) in pairs.items()
+        if was != now
+    ]
+
+
+def meta_weights(architecture: Architecture) -> dict[str, Tensor]:
+    """The weights of a whole model on the meta device, by our names."""
+    with torch.device("meta"):
+        return dict(Decoder(architecture).named_parameters())
+
+
+def _meta(entry: HfEntry) -> Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+def _read_json(path: StoragePath) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds no JSON object")
+    return values
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of a list of names."""
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

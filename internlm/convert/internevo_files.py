@@ -1,0 +1,283 @@
+"""The files of an InternEvo checkpoint: which rank's weights lie where, under one name scheme and one layer numbering.
+
+Knows names, ranks and pipeline stages; what a tensor's pieces make together belongs to `internevo_folder`.
+Nothing is unpickled but tensors and plain values, and tensors are mapped from the disk, not read.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.internevo import EXPERT_FILE, RANK_FILE
+from internlm.utils.errors import CheckpointError
+
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+
+_OLDER_NAMES = (
+    (re.compile(r"^(model|module)\."), ""),
+    (re.compile(r"^blocks\."), "layers."),
+    (re.compile(r"\.mixer\."), ".attention."),
+    (re.compile(r"\.mlp\."), ".feed_forward."),
+    (re.compile(r"\.norm1\."), ".attention_norm."),
+    (re.compile(r"\.norm2\."), ".ffn_norm."),
+    (re.compile(r"\.Wqkv\."), ".wqkv."),
+    (re.compile(r"\.out_proj\."), ".wo."),
+    (re.compile(r"\.fused_w1_w3\."), ".w13."),
+    (re.compile(r"^embedding\."), "tok_embeddings."),
+    (re.compile(r"\.word_embeddings\."), "."),
+    (re.compile(r"^head\."), "output."),
+)
+"""Names of InternLM's first generation, and of older versions, as (pattern, what stands for it)."""
+
+_ONLY_ON_ONE_RANK = re.compile(r".*\.(wo|w2)\.bias")
+"""The bias of a row-parallel layer is added once: with tensor parallelism only rank 0 has it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's part of a weight, and the file it lies in."""
+
+    file: str
+    tensor: Tensor
+
+
+class InternEvoFiles:
+    """An InternEvo checkpoint folder.
+
+    Args:
+        folder: on a local disk, for its files are mapped.
+        num_chunks: model chunks of a pipeline stage (`model.num_chunks`).
+
+    Attributes:
+        split: "tp": files of tensor parallel ranks; "wp": of weight parallel ranks (isp).
+        num_ranks, num_stages: tensor or weight parallel ranks, and pipeline stages.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the folder is of a kind that cannot be read.
+    """
+
+    def __init__(self, folder: Path, num_chunks: int = 1) -> None:
+        self.folder = folder
+        self.split, self.num_ranks, self.num_stages = _grid(folder)
+        self._pieces: dict[str, list[Piece | None]] = {}
+        states = [
+            [_load(folder / self.file(rank, stage), mapped=True) for rank in range(self.num_ranks)]
+            for stage in range(self.num_stages)
+        ]
+        stages = [self._merge_ranks(stage, by_rank) for stage, by_rank in enumerate(states)]
+        for stage, numbers in enumerate(_global_layers(stages, num_chunks, folder)):
+            for (chunk, name), pieces in stages[stage].items():
+                match = _LAYER.fullmatch(name)
+                whole = name if match is None else f"layers.{numbers[chunk, int(match[1])]}.{match[2]}"
+                if whole in self._pieces:
+                    raise CheckpointError(f"'{folder}': two pipeline stages hold the weight '{whole}'")
+                self._pieces[whole] = pieces
+
+    @staticmethod
+    def check(folder: Path) -> None:
+        """Raise what the constructor would raise about the names of the files."""
+        _grid(folder)
+
+    def file(self, rank: int, stage: int) -> str:
+        """Name of the file with the weights of a rank of a stage."""
+        return f"model_{self.split}{rank}_pp{stage}.pt"
+
+    def names(self) -> set[str]:
+        """The weights, by this package's names and numbers of layers; fused ones are `wqkv` and `w13`."""
+        return set(self._pieces)
+
+    def pieces(self, name: str) -> list[Piece]:
+        """The parts of a weight in the order of the ranks, without the ranks that have none."""
+        return [piece for piece in self._pieces[name] if piece is not None]
+
+    def _merge_ranks(
+        self, stage: int, states: Sequence[Mapping[str, Any]]
+    ) -> dict[tuple[int, str], list[Piece | None]]:
+        """(chunk, name within it) -> each rank's piece."""
+        merged: dict[tuple[int, str], list[Piece | None]] = {}
+        for rank, state in enumerate(states):
+            for key, tensor in _weights(state, self.folder / self.file(rank, stage)):
+                pieces = merged.setdefault(key, [None] * self.num_ranks)
+                if pieces[rank] is not None:
+                    path = self.folder / self.file(rank, stage)
+                    raise CheckpointError(f"'{path}' holds '{key[1]}' twice, under an older and a newer name")
+                pieces[rank] = Piece(self.file(rank, stage), tensor)
+        for (_, name), pieces in merged.items():
+            without = [self.file(rank, stage) for rank, piece in enumerate(pieces) if piece is None]
+            if without and not _ONLY_ON_ONE_RANK.fullmatch(name):
+                raise CheckpointError(
+                    f"'{self.folder}': {', '.join(without)} lack(s) the weight '{name}', which the other ranks have"
+                )
+        return merged
+
+
+def read_value(path: Path) -> Any:
+    """A plain value (dict, text, number) that InternEvo saved with torch; its config sections become dicts.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds more than plain values.
+    """
+    return _plain(_load(path, mapped=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
+
+
+def _grid(folder: Path) -> tuple[str, int, int]:
+    """Kind of split, ranks and stages of the weight files, all of which are there."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    experts = [name for name in names if EXPERT_FILE.fullmatch(name)]
+    if experts:
+        raise CheckpointError(
+            f"'{folder}' has expert files ('{experts[0]}'): mixture of experts is not yet supported, so it cannot be "
+            "imported"
+        )
+    found = [match for name in names if (match := RANK_FILE.fullmatch(name))]
+    sharded = [match[0] for match in found if match["fsdp"]]
+    if sharded:
+        raise CheckpointError(
+            f"'{folder}' was written with FSDP ('{sharded[0]}'), whose shards only the ranks that wrote them can put "
+            "together. Load it in InternEvo with the same layout, turn FSDP off (parallel.zero1 = dict(fsdp=False)) "
+            "and save it again"
+        )
+    if not found:
+        raise CheckpointError(
+            f"there is no InternEvo checkpoint in '{folder}': no file model_tp0_pp0.pt or model_wp0_pp0.pt"
+            f"{_hint(folder)}"
+        )
+    splits = sorted({match["split"] for match in found})
+    if len(splits) > 1:
+        raise CheckpointError(f"'{folder}' holds both model_tp*.pt and model_wp*.pt files: two saves in one folder")
+    places = {(int(match["rank"]), int(match["stage"])) for match in found}
+    num_ranks, num_stages = (1 + max(place[axis] for place in places) for axis in (0, 1))
+    missing = [
+        f"model_{splits[0]}{rank}_pp{stage}.pt"
+        for stage in range(num_stages)
+        for rank in range(num_ranks)
+        if (rank, stage) not in places
+    ]
+    if missing:
+        raise CheckpointError(
+            f"'{folder}' is incomplete: of the files of {num_ranks} rank(s) and {num_stages} stage(s), "
+            f"{', '.join(missing)} is missing"
+        )
+    return splits[0], num_ranks, num_stages
+
+
+def _hint(folder: Path) -> str:
+    """What the user may have meant by a folder without weight files."""
+    if not folder.is_dir():
+        return "; there is no such folder"
+    steps = sorted(
+        (path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()), key=lambda path: int(path.name)
+    )
+    with_weights = [path for path in steps if any(RANK_FILE.fullmatch(inner.name) for inner in path.iterdir())]
+    if with_weights:
+        return f". It is a folder of checkpoints: give one of them, such as '{with_weights[-1]}'"
+    if (folder / "model").is_dir() and (folder / "global_optimizer_state.pt").exists():
+        return ". It is a universal checkpoint (universal_ckpt): save it in InternEvo without universal_ckpt"
+    return ""
+
+
+def _load(path: Path, *, mapped: bool) -> Any:
+    # InternEvo's class of config sections is a dict.
+    allowed: list[Any] = [(OrderedDict, "internlm.core.context.parallel_context.Config")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"'{path}' does not exist") from None
+    except pickle.UnpicklingError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), "")
+        raise CheckpointError(
+            f"'{path}' is damaged, or holds more than tensors and plain values, and code from a checkpoint is not run"
+            + (f": {reason}" if reason else "")
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"'{path}' is damaged or no file that torch saved: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _weights(state: object, path: Path) -> Iterator[tuple[tuple[int, str], Tensor]]:
+    """((chunk, name within the chunk), tensor) of one file; buffers that are computed anew are left out."""
+    if not isinstance(state, dict):
+        raise CheckpointError(f"'{path}' holds no weights but a {type(state).__name__}")
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"'{path}': '{key}' is no tensor but a {type(tensor).__name__}")
+        if key.endswith("inv_freq"):
+            continue
+        chunk, name = 0, str(key)
+        match = re.fullmatch(r"(\d+)\.(.+)", name)
+        if match:  # The chunks of an interleaved pipeline as a list of modules.
+            chunk, name = int(match[1]), match[2]
+        for pattern, newer in _OLDER_NAMES:
+            name = pattern.sub(newer, name)
+        yield (chunk, name), tensor
+
+
+def _global_layers(
+    stages: Sequence[Mapping[tuple[int, str], object]], num_chunks: int, folder: Path
+) -> list[dict[tuple[int, int], int]]:
+    """For each stage: (chunk in the file, number of the layer there) -> number of the layer in the model."""
+    local = [
+        sorted({(chunk, int(match[1])) for chunk, name in stage if (match := _LAYER.fullmatch(name))})
+        for stage in stages
+    ]
+    numbers = [number for stage in local for _, number in stage]
+    num_layers = len(numbers)
+    if sorted(numbers) == list(range(num_layers)) and all(chunk == 0 for stage in local for chunk, _ in stage):
+        return [{place: place[1] for place in stage} for stage in local]  # One stage, or numbered over all of them.
+    sizes = _chunk_sizes(local, num_chunks, folder)
+    order = [(chunk, stage) for chunk in range(len(sizes[0])) for stage in range(len(stages))]
+    if len(stages) > 1 and {"tok_embeddings.weight", "norm.weight"} <= {name for _, name in stages[0]}:
+        # A V-shaped pipeline: the second chunks lie in the opposite order, and the first stage has both ends.
+        order = [(chunk, stage if chunk % 2 == 0 else len(stages) - 1 - stage) for chunk, stage in order]
+    starts: dict[tuple[int, int], int] = {}
+    start = 0
+    for chunk, stage in order:
+        starts[stage, chunk] = start
+        start += sizes[stage][chunk]
+    result: list[dict[tuple[int, int], int]] = []
+    for stage, places in enumerate(local):
+        in_order = [starts[stage, chunk] + layer for chunk, size in enumerate(sizes[stage]) for layer in range(size)]
+        result.append(dict(zip(places, in_order, strict=True)))
+    return result
+
+
+def _chunk_sizes(local: Sequence[Sequence[tuple[int, int]]], num_chunks: int, folder: Path) -> list[list[int]]:
+    """Layers of each chunk of each stage."""
+    counted = [[sum(1 for chunk, _ in stage if chunk == number) for number in range(_chunks(stage))] for stage in local]
+    if num_chunks == 1 or max(len(sizes) for sizes in counted) > 1:
+        if len({len(sizes) for sizes in counted}) > 1:
+            raise CheckpointError(f"'{folder}': the pipeline stages have different numbers of chunks: {counted}")
+        return counted
+    # One numbering over the chunks of a stage: InternEvo cuts the layers into equal chunks, each chunk into stages, and
+    # gives what does not divide to the last stages.
+    num_layers, num_stages = sum(len(stage) for stage in local), len(local)
+    per_stage, rest = divmod(num_layers // num_chunks, num_stages)
+    sizes = [[per_stage + (stage >= num_stages - rest)] * num_chunks for stage in range(num_stages)]
+    if num_layers % num_chunks or [sum(stage) for stage in sizes] != [len(stage) for stage in local]:
+        raise CheckpointError(
+            f"'{folder}': the stages hold {[len(stage) for stage in local]} layers, which is not how {num_layers} "
+            f"layers are cut into {num_stages} stages of {num_chunks} chunks; is model.num_chunks = {num_chunks} right?"
+        )
+    return sizes
+
+
+def _chunks(stage: Sequence[tuple[int, int]]) -> int:
+    return 1 + max((chunk for chunk, _ in stage), default=0)

@@ -1,0 +1,259 @@
+"""The weights of an InternEvo checkpoint as global tensors of a model of this package, one at a time.
+
+How a weight was split is told from shapes: pieces of the whole shape are replicas and must agree; otherwise they make
+the whole along the one dimension in which they are smaller. What no shape tells is the order of rows in fused weights:
+
+- `wqkv` of INTERNLM and BAICHUAN2: the rows of q, then of k, then of v. A tensor parallel rank has its own heads' q, k
+  and v; a weight parallel rank (isp) has consecutive rows of the whole.
+- `wqkv` of the other families: by key-value group, as in this package; ranks have consecutive groups.
+- `w13`: the rows of w1, then of w3; per rank or consecutive as above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from internlm.convert.internevo_files import InternEvoFiles, Piece
+from internlm.model.decoder import Decoder
+from internlm.utils.errors import CheckpointError
+
+ROWS_BY_PROJECTION = ("INTERNLM", "BAICHUAN2")
+"""Families whose fused attention weight has all of q, then all of k, then all of v."""
+
+_MAX_SHOWN = 20
+
+Fetch = Callable[[str], list[Piece]]
+"""The pieces of a weight: as they are, or without storage when only shapes are asked."""
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """How the files hold rows that no shape tells.
+
+    Attributes:
+        by_projection: fused attention weights have the rows of q, k and v one after the other, not by group.
+        fused_gate_up: `w1` and `w3` in files of weight parallel ranks are the two halves of a rank's rows of the fused
+            weight, under names that do not fit them.
+    """
+
+    by_projection: bool
+    fused_gate_up: bool
+
+
+class InternEvoFolder:
+    """A `WeightSource` over the files of an InternEvo checkpoint.
+
+    Args:
+        files: the checkpoint.
+        model: what its weights are to fill; may be on the meta device.
+        order: of the rows in fused weights.
+
+    Raises:
+        CheckpointError: the files do not hold this model, with every weight that is missing, left over or does not fit.
+    """
+
+    def __init__(self, files: InternEvoFiles, model: Decoder, order: RowOrder) -> None:
+        self._files = files
+        self._architecture = model.architecture
+        self._order = order
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._swapped = self._has_older_feed_forward()
+        self._check()
+
+    def names(self) -> list[str]:
+        """Names of the model's weights."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole weight."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Number format that the weight was saved in."""
+        return self._dtypes[name]
+
+    def read(self, name: str) -> Tensor:
+        """The whole weight on the CPU.
+
+        Raises:
+            CheckpointError: ranks that hold the same part have different values.
+        """
+        return self._assemble(name, self._files.pieces)
+
+    def _check(self) -> None:
+        """Assemble every weight without its values."""
+        used: set[str] = set()
+        known = self._files.names()
+        mistakes: list[str] = []
+
+        def fetch(name: str) -> list[Piece]:
+            if name not in known:
+                raise CheckpointError(f"'{name}' is missing in the files")
+            used.add(name)
+            return [
+                Piece(piece.file, torch.empty_like(piece.tensor, device="meta")) for piece in self._files.pieces(name)
+            ]
+
+        for name, shape in self._shapes.items():
+            try:
+                whole = self._assemble(name, fetch)
+            except CheckpointError as error:
+                mistakes.append(str(error))
+                continue
+            self._dtypes[name] = whole.dtype
+            if tuple(whole.shape) != shape:
+                mistakes.append(f"'{name}' has shape {list(whole.shape)}, the config's model wants {list(shape)}")
+        if not mistakes:
+            left_over = sorted(known - used)
+            mistakes = [f"'{name}' is in the files, but the config's model has no such weight" for name in left_over]
+        if mistakes:
+            shown = "\n  ".join(mistakes[:_MAX_SHOWN])
+            more = f"\n  and {len(mistakes) - _MAX_SHOWN} more" if len(mistakes) > _MAX_SHOWN else ""
+            raise CheckpointError(f"'{self._files.folder}' does not fit its config:\n  {shown}{more}")
+
+    def _assemble(self, name: str, fetch: Fetch) -> Tensor:
+        """One weight of ours from the files' pieces."""
+        if ".attention.wqkv." in name:
+            if self._has(name) and not self._order.by_projection:
+                return self._join(name, self._shapes[name], fetch)
+            a = self._architecture
+            parts = [self._projection(name.replace("wqkv", part), fetch) for part in ("wq", "wk", "wv")]
+            groups = [part.unflatten(0, (a.num_kv_heads, -1, a.head_dim)) for part in parts]
+            return torch.cat(groups, dim=1).flatten(0, 2)
+        if ".feed_forward.w13." in name:
+            return torch.cat([self._gate_or_up(name.replace("w13", part), fetch) for part in ("w1", "w3")])
+        if ".attention.w" in name and ".wo." not in name:
+            return self._projection(name, fetch)
+        if ".feed_forward.w1." in name or ".feed_forward.w3." in name:
+            return self._gate_or_up(name, fetch)
+        return self._join(self._file_name(name), self._shapes[name], fetch)
+
+    def _projection(self, name: str, fetch: Fetch) -> Tensor:
+        """`wq`, `wk` or `wv`, from a file's own or out of its `wqkv`."""
+        a = self._architecture
+        heads = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
+        number = next(number for number, part in enumerate(("wq", "wk", "wv")) if f".{part}." in name)
+        inner = (a.hidden_size,) if name.endswith("weight") else ()
+        fused = name.replace(("wq", "wk", "wv")[number] + ".", "wqkv.")
+        if not self._has(fused):
+            return self._join(name, (heads[number] * a.head_dim, *inner), fetch)
+        shape = (sum(heads) * a.head_dim, *inner)
+        if self._order.by_projection:
+            return self._rows(fused, shape, heads, number, fetch)
+        groups = self._join(fused, shape, fetch).unflatten(0, (a.num_kv_heads, -1, a.head_dim))
+        rows = groups[:, :-2] if number == 0 else groups[:, number - 3]
+        return rows.reshape(-1, *inner)
+
+    def _gate_or_up(self, name: str, fetch: Fetch) -> Tensor:
+        """`w1` or `w3`, from a file's own or out of its fused weight."""
+        a = self._architecture
+        inner = (a.hidden_size,) if name.endswith("weight") else ()
+        first, second = name.replace(".w3.", ".w1."), name.replace(".w1.", ".w3.")
+        number = int(name == second)
+        fused = first.replace(".w1.", ".w13.")
+        shape = (2 * a.intermediate_size, *inner)
+        if self._has(fused):
+            return self._rows(fused, shape, (1, 1), number, fetch)
+        if self._order.fused_gate_up and self._files.split == "wp":
+            ranks = zip(fetch(first), fetch(second), strict=True)
+            pieces = [Piece(one.file, torch.cat([one.tensor, two.tensor])) for one, two in ranks]
+            return _join(fused, shape, pieces, self._files.split).chunk(2)[number]
+        return self._join(self._file_name(name), (a.intermediate_size, *inner), fetch)
+
+    def _rows(self, name: str, shape: tuple[int, ...], ratio: Sequence[int], number: int, fetch: Fetch) -> Tensor:
+        """Part `number` of a fused weight whose parts stand one after the other, with rows in this ratio."""
+        pieces = fetch(name)
+        whole = _join(name, shape, pieces, self._files.split) if self._files.split == "wp" or len(pieces) == 1 else None
+        tensors = [piece.tensor for piece in pieces] if whole is None else [whole]
+        if any(tensor.shape[0] % sum(ratio) for tensor in tensors) or sum(t.shape[0] for t in tensors) != shape[0]:
+            raise CheckpointError(_misfit(name, shape, pieces))
+        return torch.cat(
+            [tensor.split([tensor.shape[0] * share // sum(ratio) for share in ratio])[number] for tensor in tensors]
+        )
+
+    def _join(self, name: str, shape: tuple[int, ...], fetch: Fetch) -> Tensor:
+        return _join(name, shape, fetch(name), self._files.split)
+
+    def _has(self, name: str) -> bool:
+        return name in self._files.names()
+
+    def _file_name(self, name: str) -> str:
+        """The name in the files of an unfused weight."""
+        if not self._swapped:
+            return name
+        for one, other in ((".w2.", ".w3."), (".w3.", ".w2.")):
+            if f".feed_forward{one}" in name:
+                return name.replace(one, other)
+        return name
+
+    def _has_older_feed_forward(self) -> bool:
+        """Whether w3 is the output and w2 the second input, as in InternLM's first versions: told from shapes."""
+        name, a = "layers.0.feed_forward.w2.weight", self._architecture
+        if not self._has(name) or a.intermediate_size == a.hidden_size:
+            return False
+        pieces = self._files.pieces(name)
+        rows = sum(piece.tensor.shape[0] for piece in pieces)
+        return all(piece.tensor.shape[1] == a.hidden_size for piece in pieces) and rows == a.intermediate_size
+
+
+def _join(name: str, shape: tuple[int, ...], pieces: Sequence[Piece], split: str) -> Tensor:
+    """The whole tensor of this shape.
+
+    Raises:
+        CheckpointError: the pieces do not make it, or replicas differ.
+    """
+    tensors = [piece.tensor for piece in pieces]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise CheckpointError(f"'{name}' has different number formats in {', '.join(piece.file for piece in pieces)}")
+    if all(tuple(tensor.shape) == shape for tensor in tensors):
+        return _agreed(name, pieces)
+    for dim in range(len(shape)):
+        others = [tensor.shape[:dim] + tensor.shape[dim + 1 :] for tensor in tensors]
+        if any(tuple(other) != shape[:dim] + shape[dim + 1 :] for other in others):
+            continue
+        size = sum(tensor.shape[dim] for tensor in tensors)
+        if size == shape[dim]:
+            return torch.cat(tensors, dim)
+        # Versions of InternEvo split the head of isp over the sequence's ranks, of which there may be fewer.
+        if name == "output.weight" and split == "wp" and dim == 0 and size % shape[0] == 0:
+            distinct = len(tensors) * shape[0] // size
+            return torch.cat([_agreed(name, pieces[rank::distinct]) for rank in range(distinct)])
+    raise CheckpointError(_misfit(name, shape, pieces))
+
+
+def _agreed(name: str, replicas: Sequence[Piece]) -> Tensor:
+    first = replicas[0]
+    for other in replicas[1:]:
+        if not _same_bits(first.tensor, other.tensor):
+            raise CheckpointError(
+                f"'{name}' should be the same on all ranks, but {first.file} and {other.file} differ: the ranks of "
+                "that run had drifted apart, or a file is damaged"
+            )
+    return first.tensor
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal values, NaN included; True without storage."""
+    if one.is_meta:
+        return True
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _misfit(name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> str:
+    shapes = ", ".join(f"{piece.file} {list(piece.tensor.shape)}" for piece in pieces[:4])
+    rest = f" and {len(pieces) - 4} more" if len(pieces) > 4 else ""
+    more = ""
+    rows = sum(piece.tensor.shape[0] for piece in pieces if piece.tensor.dim() == len(shape))
+    if pieces[0].file.startswith("model_wp") and name == "output.weight" and 0 < rows < shape[0]:
+        more = (
+            "; InternEvo's isp with a tensor.size above its weight.size saves only some ranks' parts of the head: the "
+            "rest is not in this checkpoint"
+        )
+    size = math.prod(shape)
+    return f"'{name}' must have shape {list(shape)} ({size:,} elements) in all; the files have {shapes}{rest}{more}"

@@ -1,0 +1,163 @@
+"""Meta's own llama files: params.json and one consolidated.NN.pth a tensor-parallel rank.
+
+The names are ours but for the prefix; rotary pairs are adjacent rows; a tensor is cut over the files by its kind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.convert.hf_folder import meta_weights
+from internlm.convert.lazy import grouped_readers
+from internlm.convert.torch_files import TorchFile
+from internlm.model.architecture import Architecture
+from internlm.model.hf_names import from_plain, group_of, plain_shapes
+from internlm.utils.errors import CheckpointError
+from internlm.utils.logging import get_logger
+from internlm.utils.storage import StoragePath
+
+logger = get_logger(__name__)
+
+_FILE = re.compile(r"consolidated\.\d\d\.pth")
+_ROWS_SPLIT = (".wo.weight", ".w2.weight")
+"""Ends of names of matrices that are cut over their columns (inputs); others are cut over their rows."""
+_NOT_WEIGHTS = ("rope.freqs",)
+
+
+class MetaLlamaWeights:
+    """The weights of such a folder as a model of ours has them: a `WeightSource`.
+
+    Args:
+        path: the folder, on a local disk.
+        architecture: of the model that wants them; it may fuse and interleave otherwise than the files.
+
+    Names of the files that the model has no place for are among `names()` as they are; weights of which a part is
+    missing are not.
+
+    Raises:
+        CheckpointError: the folder does not exist or has no weights, or params.json or a shape does not fit the model.
+    """
+
+    def __init__(self, path: StoragePath, architecture: Architecture) -> None:
+        if not path.is_folder():
+            raise CheckpointError(f"there is no folder of llama weights at '{path}'")
+        names = [name for name in path.names() if _FILE.fullmatch(name)]
+        if not names:
+            raise CheckpointError(f"'{path}' has no weights: no file consolidated.00.pth is there")
+        self.path = path
+        self._architecture = architecture
+        _check_params(path, architecture)
+        self._files = [TorchFile(path / name) for name in names]
+        shards = [file.entries() for file in self._files]
+        for file in self._files:
+            file.close()
+        found = {name: entry for name, entry in shards[0].items() if name not in _NOT_WEIGHTS}
+        for file, shard in zip(self._files, shards, strict=True):
+            absent = [name for name in found if name not in shard]
+            if absent:
+                raise CheckpointError(f"'{file.path}' lacks '{absent[0]}', which '{names[0]}' has")
+        wanted = meta_weights(architecture)
+        plain = plain_shapes(wanted, architecture)
+        self._dims = {
+            name: _split_dim(name, found[name][0], tuple(tensor.shape), len(names), path)
+            for name, tensor in plain.items()
+            if name in found
+        }
+        self._unexpected = [name for name in found if name not in plain]
+        groups: dict[str, list[str]] = {}
+        for name in plain:
+            groups.setdefault(group_of(name), []).append(name)
+        present = [group for group in groups.values() if all(name in found for name in group)]
+        whole = {group_of(group[0]) for group in present}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items() if group_of(name) in whole}
+        ours: dict[str, list[str]] = {}
+        for name in self._shapes:
+            ours.setdefault(group_of(name), []).append(name)
+        self._readers = grouped_readers(
+            lambda number: self._translate(present[number]), [ours[group_of(group[0])] for group in present]
+        )
+
+    def names(self) -> Collection[str]:
+        """Our names of what the files have, and the files' names of what the model has no place for."""
+        return [*self._shapes, *self._unexpected]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of them; of an unexpected one the shape in the first file."""
+        return self._shapes[name] if name in self._shapes else self._files[0].entries()[name][0]
+
+    def read(self, name: str) -> Tensor:
+        """One of them, whole."""
+        return self._readers[name]() if name in self._shapes else self._files[0].read(name)
+
+    def _translate(self, names: list[str]) -> dict[str, Tensor]:
+        return from_plain({name: self._read_whole(name) for name in names}, self._architecture, interleaved=True)
+
+    def _read_whole(self, name: str) -> Tensor:
+        dim = self._dims[name]
+        if dim is None:
+            return self._files[0].read(name)
+        return torch.cat([file.read(name) for file in self._files], dim=dim)
+
+
+def _split_dim(
+    name: str, shard: tuple[int, ...], whole: tuple[int, ...], num_files: int, path: StoragePath
+) -> int | None:
+    """The dimension over which a tensor is cut; None: every file has all of it.
+
+    Raises:
+        CheckpointError: the files do not make up the shape that the model wants.
+    """
+    if len(whole) == 1 and shard == whole:
+        return None
+    dims = [1] if name.endswith(_ROWS_SPLIT) else [0]
+    if name == "tok_embeddings.weight":
+        # Cut over the hidden size in the first two generations, over the vocabulary in the third.
+        dims = [0, 1]
+    for dim in dims:
+        if len(shard) > dim and (*shard[:dim], shard[dim] * num_files, *shard[dim + 1 :]) == whole:
+            return dim
+    raise CheckpointError(
+        f"the weights in '{path}' do not fit this model: '{name}' has shape {list(shard)} in each of {num_files} "
+        f"file(s), the model wants {list(whole)}"
+    )
+
+
+def _check_params(path: StoragePath, architecture: Architecture) -> None:
+    file = path / "params.json"
+    if not file.is_file():
+        raise CheckpointError(f"'{path}' has no params.json: it is no folder of llama weights")
+    try:
+        values: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is not JSON: {error}") from error
+    a = architecture
+    sizes = {
+        "dim": a.hidden_size,
+        "n_layers": a.num_layers,
+        "n_heads": a.num_heads,
+        "n_kv_heads": a.num_kv_heads,
+    }
+    values.setdefault("n_kv_heads", values.get("n_heads"))
+    mistakes = _differences(values, sizes)
+    if mistakes:
+        raise CheckpointError(f"{file}: does not fit this model: {'; '.join(mistakes)}")
+    # A longer context is often wanted, so these are not refused.
+    values.setdefault("rope_theta", 10000.0)
+    scaled = a.rope.rope_type == "llama3"
+    function = {"norm_eps": a.norm_eps, "rope_theta": a.rope.base, "use_scaled_rope": scaled}
+    for line in _differences({"use_scaled_rope": False, **values}, function):
+        logger.warning("%s: %s", file, line)
+
+
+def _differences(values: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} is {values[name]}, the model has {value}"
+        for name, value in ours.items()
+        if values.get(name) is not None and values[name] != value
+    ]

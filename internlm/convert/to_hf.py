@@ -1,0 +1,234 @@
+"""From a checkpoint of ours to a folder that transformers loads, one group of weights at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.folder import find_damage, read_mark, resolve
+from internlm.checkpoint.manager import MODEL_PREFIX
+from internlm.checkpoint.tensor_files import TensorReader
+from internlm.checkpoint.weight_source import LazyTensor
+from internlm.config.schema import Config
+from internlm.convert.from_hf import HF_FILES, architecture_of
+from internlm.convert.hf_folder import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, meta_weights
+from internlm.convert.lazy import grouped_readers
+from internlm.convert.safetensors_file import shard, write_safetensors
+from internlm.convert.tokenizer_files import TokenizerFiles, imported_files, tokenizer_files
+from internlm.model.architecture import Architecture
+from internlm.model.hf_config import PUBLISHED_LAYOUTS, published_config_json, transformers_config_json
+from internlm.model.hf_names import Layout, to_hf, weight_groups
+from internlm.utils.errors import CheckpointError, DataError
+from internlm.utils.logging import get_logger
+from internlm.utils.storage import StoragePath, storage_path
+
+logger = get_logger(__name__)
+
+SHARD_BYTES = 5_000_000_000
+"""transformers' own default."""
+
+LayoutChoice = Literal["transformers", "published"]
+
+
+def convert_to_hf(
+    checkpoint: StoragePath,
+    out: StoragePath,
+    *,
+    layout: LayoutChoice = "transformers",
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    tokenizer: StoragePath | None = None,
+) -> None:
+    """Write a Hugging Face folder.
+
+    On a disk it gets its name when it is complete; in an object store config.json, without which nothing loads, comes
+    last.
+
+    Args:
+        checkpoint: a checkpoint, or a folder of them, of which the newest is taken.
+        out: must be new or empty.
+        layout: "transformers": names and config of the library's own classes. "published": those of the family's
+            published checkpoints, which may need code of theirs.
+        dtype: of the weights; None: each as stored.
+        max_shard_bytes: of one weight file, as far as single tensors allow.
+        tokenizer: None: the files that the checkpoint was imported with, else the run's data.tokenizer_path.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged, or `out` is not empty.
+        ConfigError: no class of transformers (no published code) computes this model.
+    """
+    if out.is_file() or out.names():
+        raise CheckpointError(f"'{out}' is not empty; give another --out")
+    source = resolve(checkpoint)
+    mark = read_mark(source)
+    damage = find_damage(source, mark) if mark else []
+    if damage:
+        raise CheckpointError(f"the checkpoint '{source}' is damaged: {'; '.join(damage)}")
+    if not out.is_local:
+        _write(source, out, layout, dtype, max_shard_bytes, tokenizer)
+        return
+    writing = out.parent / f".writing-{out.name}"
+    writing.remove()
+    try:
+        _write(source, writing, layout, dtype, max_shard_bytes, tokenizer)
+        out.remove()
+        writing.rename_to(out)
+    except BaseException:
+        writing.remove()
+        raise
+
+
+def export_beside(checkpoint: StoragePath) -> None:
+    """Write `<step>_hf/` beside a complete checkpoint; replaces an older one. For `enable_internevo2hf_ckpt`.
+
+    Raises:
+        as `convert_to_hf`.
+    """
+    out = checkpoint.parent / f"{checkpoint.name}_hf"
+    if not out.is_local:
+        (out / CONFIG).remove()
+        _write(checkpoint, out, "transformers", None, SHARD_BYTES, None)
+        return
+    writing = checkpoint.parent / f".writing-{out.name}"
+    writing.remove()
+    _write(checkpoint, writing, "transformers", None, SHARD_BYTES, None)
+    out.remove()
+    writing.rename_to(out)
+
+
+def check_exportable(config: Config, layout: LayoutChoice = "transformers") -> None:
+    """Find out before a run whether its checkpoints can be exported.
+
+    Raises:
+        CheckpointError, ConfigError: they cannot; says why.
+    """
+    _config_json(config, architecture_of(config), layout)
+
+
+def _write(
+    checkpoint: StoragePath,
+    out: StoragePath,
+    layout: LayoutChoice,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    tokenizer: StoragePath | None,
+) -> None:
+    config = read_config(checkpoint)
+    architecture = architecture_of(config)
+    values = _config_json(config, architecture, layout)
+    beside = _files_beside(checkpoint, config, layout, tokenizer)
+    names = PUBLISHED_LAYOUTS.get(config.model_type, "transformers") if layout == "published" else "transformers"
+    tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype)
+    if dtype is not None:
+        for key in ("dtype", "torch_dtype"):
+            if key in values:
+                values[key] = str(dtype).removeprefix("torch.")
+    out.make_folder()
+    _write_weights(out, tensors, max_shard_bytes)
+    for name, data in beside.files.items():
+        (out / name).write_bytes(data)
+    if beside.ids and "generation_config.json" not in beside.files:
+        _write_json(out / "generation_config.json", {"_from_model_config": True, **beside.ids})
+    _write_json(out / CONFIG, {**values, **beside.ids})
+
+
+def hf_tensors(
+    reader: TensorReader, architecture: Architecture, layout: Layout, dtype: torch.dtype | None
+) -> dict[str, LazyTensor]:
+    """The weights of a checkpoint under Hugging Face names, group by group.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a weight of its own model, or has one in another shape.
+    """
+    stored = {name: reader.entries[f"{MODEL_PREFIX}{name}"] for name in reader.names()}
+    wanted = meta_weights(architecture)
+    mistakes = [f"'{name}' is missing" for name in wanted if name not in stored]
+    mistakes += [f"'{name}' is not of this model" for name in stored if name not in wanted]
+    mistakes += [
+        f"'{name}' has shape {list(stored[name].shape)}, the model wants {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in stored and tuple(stored[name].shape) != tuple(tensor.shape)
+    ]
+    if mistakes:
+        raise CheckpointError(
+            f"the checkpoint '{reader.path}' does not fit its config:\n  " + "\n  ".join(mistakes[:20])
+        )
+    shapes = {
+        name: torch.empty(tensor.shape, dtype=stored[name].dtype, device="meta") for name, tensor in wanted.items()
+    }
+    groups = weight_groups(shapes, architecture, layout)
+
+    def read_group(number: int) -> Mapping[str, Tensor]:
+        ours = {name: reader.read(name) for name in groups[number].ours}
+        return {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_hf(ours, architecture, layout).items()}
+
+    readers = grouped_readers(read_group, [group.theirs for group in groups])
+    return {
+        name: LazyTensor(tuple(tensor.shape), dtype or tensor.dtype, readers[name])
+        for group in groups
+        for name, tensor in group.theirs.items()
+    }
+
+
+def read_config(checkpoint: StoragePath) -> Config:
+    """The config that a checkpoint was written with.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return Config.model_validate(json.loads((checkpoint / CONFIG).read_text()))
+    except ValueError as error:
+        raise CheckpointError(f"'{checkpoint / CONFIG}' cannot be read: {error}") from error
+
+
+def _config_json(config: Config, architecture: Architecture, layout: LayoutChoice) -> dict[str, Any]:
+    make = published_config_json if layout == "published" else transformers_config_json
+    return make(architecture, config.model_type)
+
+
+def _files_beside(
+    checkpoint: StoragePath, config: Config, layout: LayoutChoice, tokenizer: StoragePath | None
+) -> TokenizerFiles:
+    if tokenizer is not None:
+        return tokenizer_files(tokenizer)
+    imported = imported_files(checkpoint / HF_FILES, with_code=layout == "published")
+    if imported.files:
+        return imported
+    path = config.data.tokenizer_path
+    if path is None:
+        return TokenizerFiles()
+    try:
+        return tokenizer_files(storage_path(Path(path)))
+    except (CheckpointError, DataError) as error:
+        # Weights are worth having without it, and a run's folder may have been moved since.
+        logger.warning("no tokenizer beside the weights: data.tokenizer_path: %s", error)
+        return TokenizerFiles()
+
+
+def _write_weights(out: StoragePath, tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> None:
+    sizes = {name: torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for name, tensor in tensors.items()}
+    shards = shard(sizes, max_shard_bytes)
+    if len(shards) == 1:
+        files = [SAFETENSORS]
+    else:
+        files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        with (out / file).open_write() as stream:
+            write_safetensors(stream, {name: tensors[name] for name in names})
+        logger.info("wrote %s, %d tensors", out / file, len(names))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        _write_json(out / SAFETENSORS_INDEX, index)
+
+
+def _write_json(path: StoragePath, values: Mapping[str, Any]) -> None:
+    path.write_bytes((json.dumps(values, indent=2) + "\n").encode())

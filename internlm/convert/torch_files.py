@@ -1,0 +1,65 @@
+"""Weights in files of torch.save: pytorch_model*.bin, consolidated.*.pth. One file is open at a time."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.utils.errors import CheckpointError
+from internlm.utils.storage import StoragePath
+
+_OPEN_AGAIN = 1 << 30
+"""Bytes read from a mapped file after which it is opened anew: its pages count as memory until it is closed."""
+
+
+class TorchFile:
+    """A dict of tensors on the local disk, mapped into memory while it is read."""
+
+    def __init__(self, path: StoragePath) -> None:
+        if not path.is_local:
+            raise CheckpointError(f"{path}: .bin and .pth files are read from a local disk only; copy the folder first")
+        self.path = path
+        self._tensors: dict[str, Any] = {}
+        self._bytes_read = 0
+
+    def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds more than tensors.
+        """
+        return {
+            name: (tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._open().items()
+            if isinstance(tensor, Tensor)
+        }
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, in memory of its own."""
+        tensor = self._open()[name].clone()
+        self._bytes_read += tensor.nbytes
+        if self._bytes_read > _OPEN_AGAIN:
+            self.close()
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the file's pages; reading goes on."""
+        self._tensors = {}
+        self._bytes_read = 0
+
+    def _open(self) -> dict[str, Any]:
+        if not self._tensors:
+            with open(self.path.local, "rb") as file:
+                # Files of torch before 1.6 are no zip archives, and cannot be mapped.
+                mapped = file.read(2) == b"PK"
+            try:
+                loaded = torch.load(self.path.local, map_location="cpu", mmap=mapped, weights_only=True)
+            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
+            if not isinstance(loaded, dict):
+                raise CheckpointError(f"{self.path}: holds no dict of tensors, but {type(loaded).__name__}")
+            self._tensors = loaded
+        return self._tensors

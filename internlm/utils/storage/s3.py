@@ -1,0 +1,174 @@
+"""Buckets of stores that speak S3: AWS, MinIO and Ceph, Volcengine's TOS, Alibaba's OSS."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from internlm.utils.storage.retry import Patience
+from internlm.utils.storage.s3_client import Connection, Credentials, Service, connect
+from internlm.utils.storage.s3_streams import S3Sink, S3Source
+from internlm.utils.storage.store import Explanation, Store
+
+NUM_REMOVERS = 8
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class S3Place:
+    """A bucket.
+
+    Attributes:
+        endpoint: URL of the service; None: AWS's own, or what AWS_ENDPOINT_URL names.
+    """
+
+    service: Service
+    bucket: str
+    endpoint: str | None = None
+    region: str | None = None
+
+    def open(self) -> Store:
+        """The bucket, by the credentials and patience that the environment names now."""
+        credentials = Credentials.from_environment(self.service)
+        connection = Connection(self.service, self.endpoint, self.region, credentials, Patience.from_environment())
+        return _open_store(connection, self.bucket)
+
+
+@functools.lru_cache
+def _open_store(connection: Connection, bucket: str) -> S3Store:
+    return S3Store(connection, bucket)
+
+
+os.register_at_fork(after_in_child=_open_store.cache_clear)
+
+
+class S3Store:
+    """One bucket."""
+
+    # To come takes as long as some MiB once they come.
+    block_bytes = 4 * 1024**2
+
+    def __init__(self, connection: Connection, bucket: str) -> None:
+        self.client = connect(connection)
+        self.bucket = bucket
+        self._connection = connection
+        self._bucket_was_seen = False
+        # boto3 is installed: the client says so.
+        from internlm.utils.storage import s3_errors
+
+        self._errors = s3_errors
+
+    def call(
+        self,
+        operation: Callable[..., Result],
+        what: str,
+        is_wanted: Callable[[], bool] = lambda: True,
+        **arguments: Any,
+    ) -> Result:
+        """One request of the client for this bucket, repeated while it is wanted and fails for a passing reason."""
+        request = functools.partial(operation, Bucket=self.bucket, **arguments)
+        return self._connection.patience.persist(
+            request, lambda error: is_wanted() and self._errors.is_passing(error), what
+        )
+
+    def head(self, key: str) -> dict[str, Any] | None:
+        """Size, tag and so on of an object; None when there is none."""
+        try:
+            return self.call(self.client.head_object, f"look for '{key}'", Key=key)
+        except self.client.exceptions.ClientError as error:
+            if not self._errors.is_missing(error):
+                raise
+        self._look_for_bucket()
+        return None
+
+    def is_file(self, key: str) -> bool:
+        return bool(key) and self.head(key) is not None
+
+    def is_folder(self, key: str) -> bool:
+        answer = self.call(self.client.list_objects_v2, f"list '{key}'", Prefix=_folder(key), MaxKeys=1)
+        return bool(answer.get("Contents"))
+
+    def names(self, key: str) -> list[str]:
+        prefix = _folder(key)
+        names: set[str] = set()
+        for page in self._pages(prefix, Delimiter="/"):
+            names.update(folder["Prefix"] for folder in page.get("CommonPrefixes", []))
+            names.update(file["Key"] for file in page.get("Contents", []))
+        # Some tools mark a folder by an object of its own name.
+        return [name.removeprefix(prefix).rstrip("/") for name in names if name != prefix]
+
+    def size(self, key: str) -> int:
+        return self.open_read(key, key).size
+
+    def open_read(self, key: str, url: str) -> S3Source:
+        head = self.head(key)
+        if head is None:
+            raise FileNotFoundError(key)
+        return S3Source(self, url, key, head["ContentLength"], head["ETag"])
+
+    def open_write(self, key: str, url: str) -> S3Sink:
+        return S3Sink(self, url, key)
+
+    def make_folder(self, key: str) -> None:
+        """Nothing: a store has no folders."""
+
+    def remove(self, key: str) -> None:
+        """Remove an object and all below it, also uploads that were never finished."""
+        keys = [key] if key else []
+        keys += [file["Key"] for page in self._pages(_folder(key)) for file in page.get("Contents", [])]
+
+        def remove_one(key: str) -> None:
+            # One by one: a request for many needs a checksum on which the stores do not agree.
+            self.call(self.client.delete_object, f"remove '{key}'", Key=key)
+
+        with ThreadPoolExecutor(min(NUM_REMOVERS, max(1, len(keys)))) as removers:
+            list(removers.map(remove_one, keys))
+        # Not all credentials may list uploads, and not all stores can.
+        with suppress(self.client.exceptions.ClientError):
+            self._abort_uploads(key)
+
+    def explain(self, error: Exception) -> Explanation | None:
+        if isinstance(error, FileNotFoundError):
+            return Explanation("it does not exist", "check the spelling", is_missing=True)
+        return self._errors.explain(error, self._connection, self.bucket, self.client.meta.endpoint_url)
+
+    def _look_for_bucket(self) -> None:
+        if self._bucket_was_seen:
+            return
+        try:
+            self.call(self.client.head_bucket, f"look for bucket '{self.bucket}'")
+        except self.client.exceptions.ClientError as error:
+            if self._errors.is_missing(error):
+                raise self._errors.NoBucketError(self.bucket) from error
+            raise
+        self._bucket_was_seen = True
+
+    def _pages(self, prefix: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+        more: dict[str, Any] = {}
+        while True:
+            page = self.call(self.client.list_objects_v2, f"list '{prefix}'", Prefix=prefix, **arguments, **more)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _abort_uploads(self, key: str) -> None:
+        answer = self.call(self.client.list_multipart_uploads, f"list uploads of '{key}'", Prefix=key)
+        for upload in answer.get("Uploads", []):
+            if upload["Key"] == key or upload["Key"].startswith(_folder(key)):
+                self.call(
+                    self.client.abort_multipart_upload,
+                    f"abort an upload of '{key}'",
+                    Key=upload["Key"],
+                    UploadId=upload["UploadId"],
+                )
+
+
+def _folder(key: str) -> str:
+    return f"{key}/" if key else ""

@@ -1,0 +1,229 @@
+"""Hugging Face folders as sources of weights: for models that fuse otherwise, in old formats, and with mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.hf_folders import assert_same_logits, native_model, random_tokens, save_native, tensors_of
+from helpers.model import tiny_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from internlm.convert.from_hf import convert_from_hf
+from internlm.convert.hf_folder import HfFolder, HfWeights, differences
+from internlm.utils.errors import CheckpointError, ConfigError
+from internlm.utils.storage import storage_path
+
+GQA = {"num_kv_attention_heads": 2}
+
+
+def fill(model: nn.Module, weights: HfWeights) -> None:
+    state = model.state_dict()
+    assert set(weights.names()) == set(state)
+    for name, tensor in state.items():
+        assert weights.shape(name) == tuple(tensor.shape)
+        tensor.copy_(weights.read(name))
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.logits(model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens)))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("name", "model_type", "keys"),
+    [
+        ("llama-biases", "INTERNLM", {**GQA, "mlp_bias": True}),
+        ("qwen2", "QWEN2", GQA),
+        ("qwen3", "QWEN3", {**GQA, "head_dim": 10}),
+        ("gemma", "GEMMA", {"head_dim": 12, "num_kv_attention_heads": 1}),
+    ],
+)
+def test_the_model_may_fuse_and_interleave_otherwise(
+    tmp_path: Path, name: str, model_type: str, keys: dict[str, Any], fused: bool, interleaved: bool
+) -> None:
+    theirs = save_native(name, tmp_path)
+    keys = {**keys, "enable_qkv_fusion": fused, "mlp_layer_fusion": fused, "qk_interleaved": interleaved}
+    ours = tiny_model(model_type, **keys)
+    fill(ours, HfWeights(HfFolder(storage_path(tmp_path)), ours.architecture))
+    tokens = random_tokens(2, 21)
+    with torch.no_grad():
+        assert_same_logits(logits(ours, tokens), theirs(tokens).logits)
+
+
+def test_each_file_tensor_is_read_once_for_a_fused_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_native("llama", tmp_path)
+    read: list[str] = []
+    plain = HfFolder.read
+    monkeypatch.setattr(HfFolder, "read", lambda self, name: read.append(name) or plain(self, name))
+    for fused in (True, False):
+        read.clear()
+        model = tiny_model("LLAMA2", **GQA, enable_qkv_fusion=fused, mlp_layer_fusion=fused)
+        weights = HfWeights(HfFolder(storage_path(tmp_path)), model.architecture)
+        fill(model, weights)
+        assert sorted(read) == sorted(weights.folder.entries)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_bin_files(tmp_path: Path, sharded: bool, zipped: bool) -> None:
+    """As torch.save wrote them before safetensors, also before it wrote zip archives."""
+    theirs = native_model("llama")
+    theirs.config.save_pretrained(tmp_path)
+    state = {name: tensor.detach().clone() for name, tensor in theirs.state_dict().items()}
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as old versions did
+    if sharded:
+        names = list(state)
+        parts = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+        index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        parts = {"pytorch_model.bin": list(state)}
+    for file, part in parts.items():
+        torch.save({n: state[n] for n in part}, tmp_path / file, _use_new_zipfile_serialization=zipped)
+    ours = tiny_model("LLAMA2", **GQA)
+    fill(ours, HfWeights(HfFolder(storage_path(tmp_path)), ours.architecture))
+    tokens = random_tokens(2, 21)
+    with torch.no_grad():
+        assert_same_logits(logits(ours, tokens), theirs(tokens).logits)
+
+
+def test_a_bin_file_with_code_is_refused(tmp_path: Path) -> None:
+    native_model("llama").config.save_pretrained(tmp_path)
+
+    class Exploit:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (exec, ("raise SystemExit('code of the file ran')",))
+
+    torch.save({"a": Exploit()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: cannot be read"):
+        HfFolder(storage_path(tmp_path))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+def save_one_file(folder: Path, tensors: dict[str, Tensor]) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_tied_head_that_was_saved_all_the_same_is_left_out(tmp_path: Path) -> None:
+    save_native("llama-tied", tmp_path)
+    tensors = tensors_of(tmp_path)
+    save_one_file(tmp_path, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    tied = tiny_model("LLAMA2", **GQA, tie_word_embeddings=True)
+    fill(tied, HfWeights(HfFolder(storage_path(tmp_path)), tied.architecture))
+
+
+def test_a_head_of_its_own_starts_from_a_tied_one(tmp_path: Path) -> None:
+    theirs = save_native("gemma", tmp_path)
+    ours = tiny_model("GEMMA", num_kv_attention_heads=1, head_dim=12, tie_word_embeddings=False)
+    fill(ours, HfWeights(HfFolder(storage_path(tmp_path)), ours.architecture))
+    tokens = random_tokens(2, 21)
+    with torch.no_grad():
+        assert_same_logits(logits(ours, tokens), theirs(tokens).logits)
+
+
+def test_a_head_of_its_own_is_not_dropped_for_a_tied_model(tmp_path: Path) -> None:
+    save_native("llama", tmp_path)
+    tied = tiny_model("LLAMA2", **GQA, tie_word_embeddings=True)
+    assert "lm_head.weight" in HfWeights(HfFolder(storage_path(tmp_path)), tied.architecture).names()
+
+
+def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
+    save_native("llama", tmp_path)
+    tensors = tensors_of(tmp_path)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_one_file(tmp_path, {**tensors, "model.layers.0.mlp.experts.weight": torch.ones(1)})
+    ours = tiny_model("LLAMA2", **GQA, enable_qkv_fusion=True)
+    weights = HfWeights(HfFolder(storage_path(tmp_path)), ours.architecture)
+    # A weight of which a part is missing is missing.
+    assert set(ours.state_dict()) - set(weights.names()) == {"layers.1.attention.wqkv.weight"}
+    assert set(weights.names()) - set(ours.state_dict()) == {"model.layers.0.mlp.experts.weight"}
+    message = (
+        r"'model.layers.1.self_attn.k_proj.weight' is missing\n  'model.layers.0.mlp.experts.weight' is not explained"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
+    save_native("llama", tmp_path)
+    ours = tiny_model("LLAMA2", **GQA, intermediate_size=80)
+    with pytest.raises(
+        CheckpointError, match=r"'model.layers.0.mlp.gate_proj.weight' has shape \[88, 48\].*\[80, 48\]"
+    ):
+        HfWeights(HfFolder(storage_path(tmp_path)), ours.architecture)
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    folder = storage_path(tmp_path / "folder")
+    with pytest.raises(CheckpointError, match="there is no Hugging Face folder at"):
+        HfFolder(folder)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match=r"has no config.json"):
+        HfFolder(folder)
+    save_native("llama", tmp_path / "folder")
+    next((tmp_path / "folder").glob("model-00002-of-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"lacks 'model-00002-of-0000.*index.json names"):
+        HfFolder(folder)
+    for path in (tmp_path / "folder").glob("model*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"has no weights: none of model\.safetensors"):
+        HfFolder(folder)
+    (tmp_path / "folder" / "config.json").write_text("{")
+    (tmp_path / "folder" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        HfFolder(folder)
+
+
+def test_an_index_that_does_not_fit_its_files(tmp_path: Path) -> None:
+    save_native("llama", tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["model.norm.weight"] = files[0]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"the index says that it holds 'model.norm.weight'"):
+        HfFolder(storage_path(tmp_path))
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    save_native("llama", tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ConfigError, match="quantization_config"):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+    edit_config(tmp_path, quantization_config=None)
+    tensors = tensors_of(tmp_path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_one_file(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' is stored as torch.int8"):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+
+
+def test_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    save_native("llama", tmp_path)
+    convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+    with pytest.raises(CheckpointError, match=r"'.*ours/0' exists already"):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+
+
+def test_what_makes_it_another_function_is_told(tmp_path: Path) -> None:
+    save_native("llama", tmp_path)
+    model = HfFolder(storage_path(tmp_path)).model
+    assert differences(model, tiny_model("LLAMA2", **GQA, qk_interleaved=True).architecture) == []
+    changed = tiny_model("LLAMA2", **GQA, rope_base=5e5, layer_norm_epsilon=1e-6).architecture
+    assert differences(model, changed) == [
+        "the weights were trained with norm_eps 1e-05, this model has 1e-06",
+        "the weights were trained with rope base 10000.0, this model has 500000.0",
+    ]

@@ -1,0 +1,51 @@
+"""Forks the process that writes checkpoints in the background, in place of starting Python and importing torch anew."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import internlm.checkpoint.background as background
+from internlm.checkpoint import writer_process
+
+
+def fork_writers() -> None:
+    """From now on, in this process."""
+    background.subprocess = _ForkedPython  # type: ignore[assignment]
+
+
+class _ForkedPython:
+    """Stands in for `subprocess` where a run starts the process that writes."""
+
+    DEVNULL = subprocess.DEVNULL
+
+    class Popen:
+        """`python -m internlm.checkpoint.writer_process ...`, with none of this process's files but `pass_fds`."""
+
+        def __init__(self, command: Sequence[str], *, pass_fds: Sequence[int], **_: Any) -> None:
+            self._code: int | None = None
+            self.pid = os.fork()
+            if self.pid:
+                return
+            try:
+                kept = [0, 1, 2, *sorted(pass_fds)]
+                for one, following in zip(kept, [*kept[1:], 4096], strict=True):
+                    os.closerange(one + 1, following)
+                sys.argv = list(command[2:])
+                writer_process.main()
+            finally:
+                os._exit(0)
+
+        def poll(self) -> int | None:
+            if self._code is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+            return self._code
+
+        def wait(self) -> int:
+            if self._code is None:
+                self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            return self._code

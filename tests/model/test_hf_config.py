@@ -1,0 +1,165 @@
+"""Configs of Hugging Face in our words and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers.model import tiny_config
+
+from internlm.config.schema import ModelConfig
+from internlm.model.architecture import Architecture
+from internlm.model.from_hf_config import from_hf_config
+from internlm.model.hf_config import published_config_json, transformers_config_json
+from internlm.model.registry import build_model
+from internlm.utils.errors import ConfigError
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+}
+
+# What does not change the function: how weights are laid out, how they came to be, how they are computed.
+INDIFFERENT = (
+    "fused_qkv", "fused_gate_up", "init", "use_flash_attn", "residual_in_fp32", "checkpoint_fraction",
+    "embed_grad_scale", "norm_dtype", "norm_head",
+)  # fmt: skip
+
+
+def architecture(model_type: str, config: ModelConfig) -> Architecture:
+    with torch.device("meta"):
+        return build_model(model_type, config).architecture  # type: ignore[return-value]
+
+
+def function(a: Architecture) -> dict[str, Any]:
+    values = {field.name: getattr(a, field.name) for field in dataclasses.fields(a) if field.name not in INDIFFERENT}
+    # A default rope does not look at the length of pretraining.
+    used = {} if a.rope.rope_type in ("llama3", "yarn", "dynamic") else {"max_positions": 0, "factor": 1.0}
+    values["rope"] = dataclasses.replace(a.rope, interleaved=False, **used)
+    return values
+
+
+BOOLS = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tie_word_embeddings", "windows", "odd_heads")
+
+
+@pytest.mark.parametrize("model_type", ["LLAMA2", "GEMMA", "INTERNLM3", "QWEN2"])
+def test_every_combination_that_is_exported_comes_back_as_it_was(model_type: str) -> None:
+    """All switches at once: what `hf_config` does not refuse is the same model when it is read back."""
+    exported = 0
+    for choice in itertools.product([False, True], repeat=len(BOOLS)):
+        keys: dict[str, Any] = dict(zip(BOOLS, choice, strict=True))
+        windows, odd_heads = keys.pop("windows"), keys.pop("odd_heads")
+        for first in (0, 1) if windows else (0,):
+            keys |= {"sliding_window": 5, "use_sliding_window": windows, "max_window_layers": first}
+            config = tiny_config(
+                **keys, num_kv_attention_heads=2, **({"hidden_size": 50, "head_dim": 8} if odd_heads else {})
+            )
+            ours = architecture(model_type, config)
+            try:
+                values = transformers_config_json(ours, model_type)
+            except ConfigError:
+                continue
+            exported += 1
+            back = from_hf_config(values, "config.json")
+            theirs = architecture(back.model_type, ModelConfig(**back.keys, dtype=back.dtype))  # type: ignore[arg-type]
+            assert function(theirs) == function(ours), (keys, values)
+    assert exported >= 4
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": 3.0},
+        {"type": "dynamic", "factor": 3.0},
+        {"type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "original_max_position_embeddings": 32},
+        {"type": "yarn", "factor": 4.0, "beta_fast": 16.0, "original_max_position_embeddings": 64},
+        {"type": "yarn", "factor": 4.0, "attention_factor": 1.5},
+    ],
+)
+def test_rope_scaling_comes_back_as_it_was(scaling: dict[str, Any]) -> None:
+    ours = architecture("LLAMA2", tiny_config(rope_base=5e5, rope_scaling=scaling))
+    back = from_hf_config(transformers_config_json(ours), "config.json")
+    assert function(architecture(back.model_type, ModelConfig(**back.keys, dtype="torch.float32"))) == function(ours)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [
+        ("INTERNLM", {}),
+        ("INTERNLM", {"use_dynamic_ntk_rope": True}),
+        ("INTERNLM2", {"num_kv_attention_heads": 2, "rope_base": 1e6}),
+        ("INTERNLM2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "no_bias": False}),
+        ("INTERNLM2", {"tie_word_embeddings": True}),
+        ("INTERNLM3", {"num_kv_attention_heads": 2, "rope_base": 5e7}),
+        ("BAICHUAN2", {}),
+        ("QWEN3", {"head_dim": 10}),
+    ],
+)
+def test_published_configs_come_back_as_they_were(model_type: str, keys: dict[str, Any]) -> None:
+    ours = architecture(model_type, tiny_config(**keys))
+    back = from_hf_config(published_config_json(ours, model_type), "config.json")
+    assert back.model_type == model_type
+    theirs = architecture(back.model_type, ModelConfig(**back.keys, dtype="torch.float32"))
+    assert function(theirs) == function(ours) and theirs.norm_head == ours.norm_head
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "mixtral"}, r"model_type 'mixtral' cannot be imported; known: llama, .*Did you mean 'mistral'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "only causal language models"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]}},
+            "rope_type 'longrope'",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7, "mscale_all_dim": 0.7}},
+            "rope_parameters.mscale",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "rope_parameters.truncate"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "windows must be in all layers from some layer on",
+        ),
+        ({"model_type": "baichuan", "rms_norm_eps": 1e-6}, "ALiBi"),
+        ({"model_type": "internlm2"}, "it lacks rms_norm_eps"),
+        ({"hidden_size": "many"}, "transformers cannot read it"),
+    ],
+)
+def test_what_is_another_function_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        from_hf_config({**LLAMA, **changes}, "folder/config.json")
+
+
+def test_all_reasons_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_hf_config({**LLAMA, "hidden_act": "relu", "quantization_config": {"bits": 4}}, "folder/config.json")
+    assert len(caught.value.mistakes) == 2
+    assert all(mistake.startswith("folder/config.json: not supported: ") for mistake in caught.value.mistakes)
+
+
+def test_old_spellings_of_rotary_keys() -> None:
+    old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"}
+    model = from_hf_config(old, "config.json")
+    assert model.keys["rope_base"] == 5e5 and model.keys["rope_scaling"] == {"type": "linear", "factor": 2.0}
+    assert model.dtype == "torch.bfloat16"
+
+
+def test_old_gemma_configs_name_the_exact_gelu_and_mean_the_other() -> None:
+    assert from_hf_config({**LLAMA, "model_type": "gemma", "hidden_act": "gelu"}, "config.json").model_type == "GEMMA"
