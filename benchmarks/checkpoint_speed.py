@@ -27,7 +27,9 @@ from typing import Any
 
 import torch
 
-from internlm.checkpoint.manager import CheckpointManager, load_tensors, model_tensors, optimizer_tensors
+from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.reading import load_tensors
+from internlm.checkpoint.run_state import model_tensors, optimizer_tensors
 from internlm.config.schema import ModelConfig
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import TrainState

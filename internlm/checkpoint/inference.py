@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from internlm.checkpoint.folder import resolve
-from internlm.checkpoint.manager import CONFIG_FILE, check_files, load_tensors, model_tensors
+from internlm.checkpoint.reading import check_files, load_tensors, read_config
+from internlm.checkpoint.run_state import model_tensors
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.registry import build_model
-from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath, storage_path
 
 
@@ -39,15 +38,3 @@ def load_model_for_inference(
     parallelize(model, context, seed=config.seed)
     load_tensors(folder, model_tensors(model), no_dist=True)
     return model.eval(), config
-
-
-def read_config(path: StoragePath) -> Config:
-    """The config that a checkpoint carries.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        return Config.model_validate(json.loads((path / CONFIG_FILE).read_text()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error

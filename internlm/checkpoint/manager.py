@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
 
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.background import BackgroundWriter, Outcome
-from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner, merge_by_key
-from internlm.checkpoint.dcp_storage import StorageReader
-from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint, Mark
+from internlm.checkpoint.boxed_tensor import BoxSavePlanner
+from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint
+from internlm.checkpoint.reading import CONTEXT_FILE, check_files
+from internlm.checkpoint.run_state import load_run, model_tensors, optimizer_tensors
 from internlm.checkpoint.saving import (
     Part,
     RankPlan,
@@ -40,12 +35,10 @@ from internlm.checkpoint.saving import (
     run_after_save,
     write_part,
 )
-from internlm.checkpoint.weight_source import WeightSource
+from internlm.core.communication.objects import from_main_rank, of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.context.random import random_state, set_random_state
-from internlm.core.hooks import SaveResult, TrainState
-from internlm.core.parallel.fsdp import local_tensor, reshard
-from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.core.context.random import random_state
+from internlm.core.hooks import SaveResult
 from internlm.core.trainer import Trainer
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.utils.errors import CheckpointError
@@ -53,89 +46,6 @@ from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
 
 logger = get_logger(__name__)
-
-CONTEXT_FILE = "context.json"
-CONFIG_FILE = "config.json"
-MODEL_PREFIX = "model/"
-MASTER_PREFIX = "optimizer/master/"
-
-
-def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
-    """`model/<name>` -> this rank's boxes of every parameter of these modules, under its global name."""
-    for chunk in chunks:
-        reshard(chunk)
-    parameters = dict.fromkeys(parameter for chunk in chunks for parameter in chunk.parameters())
-    specs = {parameter: shard_spec_of(parameter) for parameter in parameters}
-    return dict(
-        merge_by_key(
-            (f"{MODEL_PREFIX}{spec.name}", BoxedTensor.of_parameter(local_tensor(parameter), spec))
-            for parameter, spec in specs.items()
-        )
-    )
-
-
-def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
-    """`optimizer/<kind>/<name>` -> this rank's boxes of masters and moments, under the parameter's global name."""
-    return dict(
-        merge_by_key(
-            (f"optimizer/{key}", BoxedTensor(shard_spec_of(parameter).global_shape, torch.float32, pieces))
-            for key, parameter, pieces in optimizer.sharded_state()
-        )
-    )
-
-
-def saved_shapes(path: StoragePath) -> dict[str, tuple[int, ...] | None]:
-    """Key -> shape of every tensor in a checkpoint; None for what is no tensor.
-
-    Raises:
-        CheckpointError: the list of tensors is missing or damaged.
-    """
-    saved = read_metadata(path).state_dict_metadata
-    return {key: tuple(value.size) if hasattr(value, "size") else None for key, value in saved.items()}
-
-
-def read_metadata(path: StoragePath) -> Any:
-    try:
-        return StorageReader(path).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-        raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}") from error
-
-
-def load_tensors(path: StoragePath, tensors: dict[str, Any], *, no_dist: bool) -> None:
-    """Fill `tensors` from the checkpoint at `path`; each rank reads only what its boxes need.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape, or the files are damaged.
-    """
-    saved = saved_shapes(path)
-    mistakes = []
-    for key, value in tensors.items():
-        if key not in saved:
-            mistakes.append(f"'{key}' is missing")
-        elif isinstance(value, BoxedTensor) and saved[key] != tuple(value.size()):
-            mistakes.append(f"'{key}' has shape {list(saved[key] or [])}, the model wants {list(value.size())}")
-    if mistakes:
-        raise CheckpointError(f"the checkpoint '{path}' does not fit this model:{_listed(mistakes)}")
-    try:
-        with without_single_process_warning():
-            dcp.load(tensors, storage_reader=StorageReader(path), planner=BoxLoadPlanner(), no_dist=no_dist)
-    except dcp.api.CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        raise CheckpointError(
-            f"the checkpoint '{path}' cannot be read: rank {rank}: {type(cause).__name__}: {cause}"
-        ) from error
-
-
-def read_context(path: StoragePath) -> dict[str, Any]:
-    """The counters that a checkpoint carries.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    try:
-        return json.loads((path / CONTEXT_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path / CONTEXT_FILE}' cannot be read: {error}") from error
 
 
 class CheckpointManager:
@@ -197,11 +107,7 @@ class CheckpointManager:
                 except OSError as error:
                     failure = f"checkpoints cannot be saved to '{folder}': {error}"
                     break
-        failures = [failure]
-        if context.world_group is not None:
-            failures = [None] * context.world_size
-            dist.all_gather_object(failures, failure)
-        for found in failures:
+        for found in of_all_ranks(context, failure):
             if found is not None:
                 raise CheckpointError(found)
 
@@ -227,7 +133,7 @@ class CheckpointManager:
         if self._plan is None or self._plan[0] is not optimizer:
             self._plan = optimizer, make_plan(tensors, context.rank, context.world_size)
         plan = self._plan[1]
-        final, writing, error = _from_main_rank(context, lambda: self._begin(step, snapshot))
+        final, writing, error = from_main_rank(context, lambda: self._begin(step, snapshot))
         if error is not None:
             self._tell(SaveResult(step, final, snapshot, time.monotonic() - started, 0.0, error))
             return
@@ -308,7 +214,7 @@ class CheckpointManager:
                 return str(error), None
             return None, run_after_save(task)
 
-        error, notice = _from_main_rank(context, finish)
+        error, notice = from_main_rank(context, finish)
         seconds = time.monotonic() - started
         self._tell(SaveResult(task.step, task.final, snapshot, seconds, seconds, error, notice))
 
@@ -353,7 +259,7 @@ class CheckpointManager:
             self._background = None
         if self._context is None:
             return
-        error = _from_main_rank(self._context, lambda: self._newest.error if self._newest else None)
+        error = from_main_rank(self._context, lambda: self._newest.error if self._newest else None)
         if error is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {error}")
 
@@ -394,7 +300,7 @@ class CheckpointManager:
 
         if self.save_folder is None:
             return []
-        found = _from_main_rank(context, look)
+        found = from_main_rank(context, look)
         if isinstance(found, str):
             raise CheckpointError(found)
         return found
@@ -412,7 +318,7 @@ class CheckpointManager:
             except CheckpointError as error:
                 logger.error("checkpoint refused, the one before is tried: %s", error)
                 continue
-            self._load(trainer, checkpoint.path, mark.contents, set(WHOLE_RUN) & set(mark.contents), strict=True)
+            load_run(trainer, checkpoint.path, set(mark.contents))
             return checkpoint
         if found:
             raise CheckpointError(
@@ -455,151 +361,7 @@ class CheckpointManager:
                 f"the checkpoint '{folder}' holds only {', '.join(mark.contents)}, not {', '.join(sorted(absent))}: "
                 f"set the content of what you load to {mark.contents}"
             )
-        self._load(trainer, folder, mark.contents, wanted, strict=strict)
-
-    def _load(
-        self, trainer: Trainer, path: StoragePath, contents: tuple[str, ...], wanted: set[str], *, strict: bool
-    ) -> None:
-        optimizer = trainer.engine.optimizer
-        assert isinstance(optimizer, HybridZeroOptimizer)
-        context = trainer.context
-        tensors: dict[str, Any] = {}
-        if "model" in wanted:
-            tensors.update(model_tensors(*optimizer.chunks))
-        if "optimizer" in wanted:
-            tensors.update(optimizer_tensors(optimizer))
-            if "model" not in wanted:
-                # Masters are weights: the next update would put them in the place of those that the user wants.
-                tensors = {key: value for key, value in tensors.items() if not key.startswith(MASTER_PREFIX)}
-        saved = saved_shapes(path)
-        if "model" in wanted:
-            names = {key.removeprefix(MODEL_PREFIX) for key in saved if key.startswith(MODEL_PREFIX)}
-            _compare_names(optimizer.chunks, names, f"the checkpoint '{path}'", context, strict=strict)
-        if not strict:
-            tensors = {key: value for key, value in tensors.items() if key in saved}
-        rng_key = f"rng/{context.rank}"
-        whole_run = wanted == set(WHOLE_RUN)
-        state = read_context(path) if wanted != {"model"} else {}
-        if whole_run and state["world_size"] == context.world_size:
-            tensors[rng_key] = None
-        load_tensors(path, tensors, no_dist=context.world_group is None)
-        if "model" in wanted:
-            optimizer.reset_masters(keep_loaded="optimizer" in wanted)
-        self._put_back(trainer, state, wanted)
-        if tensors.get(rng_key) is not None:
-            set_random_state(tensors[rng_key])
-
-    def _put_back(self, trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None:
-        """Counters, scaler, data cursor and hooks."""
-        optimizer = trainer.engine.optimizer
-        assert isinstance(optimizer, HybridZeroOptimizer)
-        if "optimizer" in wanted:
-            optimizer.num_updates = state["num_updates"]
-            optimizer.scaler.load_state_dict(state["scaler"])
-            trainer.num_skipped_updates.fill_(state["inf_nan_skip_batches"])
-        if "scheduler" in wanted:
-            trainer.state.step = TrainState(**state["state"]).step
-        if "sampler" in wanted:
-            saved = TrainState(**state["state"])
-            trainer.state.num_consumed_samples = saved.num_consumed_samples
-            trainer.state.num_consumed_tokens = saved.num_consumed_tokens
-            take_back = getattr(trainer.train_loader, "load_state_dict", None)
-            if take_back is not None and state.get("data"):
-                take_back(state["data"])
-        if wanted == set(WHOLE_RUN):
-            for hook in trainer.hooks:
-                if hook.name in state["hooks"]:
-                    hook.load_state_dict(state["hooks"][hook.name])
-
-    def load_weights(self, trainer: Trainer, source: WeightSource, what: str, *, strict: bool = True) -> None:
-        """Put weights of another origin into a trainer, one tensor at a time; collective. The fp32 masters follow.
-
-        Args:
-            trainer: freshly built, before its first step.
-            source: weights under our names.
-            what: the source, for messages.
-            strict: see `load`.
-
-        Raises:
-            CheckpointError: the weights do not fit.
-        """
-        optimizer = trainer.engine.optimizer
-        assert isinstance(optimizer, HybridZeroOptimizer)
-        names = set(source.names())
-        _compare_names(optimizer.chunks, names, what, trainer.context, strict=strict)
-        tensors = {key.removeprefix(MODEL_PREFIX): boxed for key, boxed in model_tensors(*optimizer.chunks).items()}
-        wanted = {name: boxed for name, boxed in tensors.items() if name in names}
-        mistakes = [
-            f"'{name}' has shape {list(source.shape(name))}, the model wants {list(boxed.size())}"
-            for name, boxed in wanted.items()
-            if tuple(source.shape(name)) != tuple(boxed.size())
-        ]
-        if mistakes:
-            raise CheckpointError(f"{what} does not fit this model:{_listed(mistakes)}")
-        for name, boxed in wanted.items():
-            whole: Tensor = source.read(name)
-            for box, piece in boxed.pieces:
-                piece.copy_(whole[box.global_slices()])
-        optimizer.reset_masters()
-
-
-def check_files(path: StoragePath, context: ParallelContext) -> Mark:
-    """Compare a checkpoint with the checksums of its mark, each rank a share of the files; collective.
-
-    Raises:
-        CheckpointError: it has no mark, or a file is not what was written.
-    """
-
-    def read() -> Mark | str:
-        try:
-            mark = folders.read_mark(path)
-        except (CheckpointError, OSError) as error:
-            return str(error)
-        return (
-            mark or f"'{path}' is no complete checkpoint: it has no mark (a file named by its step, such as 100.step)"
-        )
-
-    mark = _from_main_rank(context, read)
-    if isinstance(mark, str):
-        raise CheckpointError(mark)
-    own = folders.find_damage(path, mark, context.rank, context.world_size)
-    of_ranks = [own]
-    if context.world_group is not None:
-        of_ranks = [[]] * context.world_size
-        dist.all_gather_object(of_ranks, own)
-    lines = [line for damage in of_ranks for line in damage]
-    if lines:
-        raise CheckpointError(f"the checkpoint '{path}' is damaged:{_listed(lines)}")
-    return mark
-
-
-def _compare_names(
-    chunks: Iterable[nn.Module], found: set[str], what: str, context: ParallelContext, *, strict: bool
-) -> None:
-    """Compare the names of the whole model with those in a source of weights; collective.
-
-    Raises:
-        CheckpointError: they differ, and `strict`.
-    """
-    names = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
-    if context.world_group is not None:
-        of_ranks: list[Any] = [None] * context.world_size
-        dist.all_gather_object(of_ranks, names)
-        names = set().union(*of_ranks)
-    lines = [f"'{MODEL_PREFIX}{name}' is missing" for name in sorted(names - found)]
-    lines += [f"'{MODEL_PREFIX}{name}' is no part of the model" for name in sorted(found - names)]
-    if not lines:
-        return
-    if strict:
-        raise CheckpointError(
-            f"{what} does not fit this model (to load it all the same, set strict=False):{_listed(lines)}"
-        )
-    logger.warning("%s does not fit this model in all, and is loaded as far as it does:%s", what, _listed(lines))
-
-
-def _listed(lines: list[str], most: int = 20) -> str:
-    more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
-    return "".join(f"\n  {line}" for line in lines[:most]) + more
+        load_run(trainer, folder, wanted, strict=strict)
 
 
 def _as_storage_path(path: StoragePath | Path | str | None) -> StoragePath | None:
@@ -610,19 +372,3 @@ def _state_of(loader: object) -> dict[str, Any]:
     """What a loader wants to know when the run is resumed; its cursor is the trainer's."""
     state_dict = getattr(loader, "state_dict", None)
     return {} if state_dict is None else state_dict()
-
-
-def _from_main_rank(context: ParallelContext, action: Callable[[], Any]) -> Any:
-    """What `action` returns on the main rank, on every rank. It must not raise: the others would wait."""
-    answer = [action() if context.is_main_rank else None]
-    if context.world_group is not None:
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
-
-
-@contextmanager
-def without_single_process_warning() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # One process without a process group is a normal way to run, and asked for with no_dist.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield

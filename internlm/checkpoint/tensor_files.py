@@ -18,12 +18,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner
 from internlm.checkpoint.dcp_storage import StorageReader
-from internlm.checkpoint.manager import (
-    CONFIG_FILE,
-    MODEL_PREFIX,
-    read_metadata,
-    without_single_process_warning,
-)
+from internlm.checkpoint.reading import CONFIG_FILE, read_metadata, without_single_process_warning
+from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.saving import SaveTask, complete, make_plan, write_part
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config

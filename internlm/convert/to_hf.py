@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.folder import find_damage, read_mark, resolve
-from internlm.checkpoint.manager import MODEL_PREFIX
+from internlm.checkpoint.reading import read_config
+from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
@@ -173,18 +174,6 @@ def hf_tensors(
         for group in groups
         for name, tensor in group.theirs.items()
     }
-
-
-def read_config(checkpoint: StoragePath) -> Config:
-    """The config that a checkpoint was written with.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        return Config.model_validate(json.loads((checkpoint / CONFIG).read_text()))
-    except ValueError as error:
-        raise CheckpointError(f"'{checkpoint / CONFIG}' cannot be read: {error}") from error
 
 
 def _config_json(config: Config, architecture: Architecture, layout: LayoutChoice) -> dict[str, Any]:

@@ -12,10 +12,14 @@ from torch import nn
 
 from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.hook import CheckpointHook
-from internlm.checkpoint.manager import CONFIG_FILE, CheckpointManager
+from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.reading import CONFIG_FILE
+from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
 from internlm.config.schema import CkptConfig, Config
+from internlm.convert.checkpoint_types import open_weights
+from internlm.convert.to_hf import check_exportable, export_beside
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
@@ -85,6 +89,8 @@ def check_buildable(config: Config, world_size: int) -> None:
     build_layer_split(config)
     build_schedules(config)
     parse_skip_batches(config.data.skip_batches)
+    if config.ckpt.enable_internevo2hf_ckpt:
+        check_exportable(config)
 
 
 def build_schedules(config: Config) -> tuple[LearningRateSchedule, Beta2Schedule]:
@@ -307,14 +313,8 @@ def build_manager(config: Config, config_text: str) -> CheckpointManager:
         snapshot_folder=ckpt.snapshot_ckpt_folder or None,
         keep_latest=ckpt.keep_latest,
         async_save=ckpt.enable_save_ckpt and _saves_in_background(ckpt),
-        after_save=_export_beside() if ckpt.enable_internevo2hf_ckpt else None,
+        after_save=export_beside if ckpt.enable_internevo2hf_ckpt else None,
     )
-
-
-def _export_beside():  # type: ignore[no-untyped-def]
-    from internlm.convert.to_hf import export_beside  # type: ignore[import-not-found]
-
-    return export_beside
 
 
 def _saves_in_background(ckpt: CkptConfig) -> bool:
@@ -335,10 +335,8 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
             path = resolve(path)
             manager.load(trainer, path, info.content, strict=info.strict)
         else:
-            from internlm.convert.checkpoint_types import open_weights  # type: ignore[import-not-found]
-
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
-            manager.load_weights(trainer, weights, f"'{path}'", strict=info.strict)
+            load_weights(trainer, weights, f"'{path}'", strict=info.strict)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
     else:
         why = f"no complete checkpoint in {manager.save_folder}" if config.ckpt.auto_resume else "auto_resume is off"

@@ -17,6 +17,7 @@ from helpers.runs import assert_same_bits, new_trainer, steps_in, train, weights
 from internlm.checkpoint.background import SharedMemory
 from internlm.checkpoint.folder import find_checkpoints, read_mark
 from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.tensor_files import TensorReader, write_weights
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
@@ -295,7 +296,7 @@ def test_missing_and_unexpected_weights_are_named(
 
     def load(strict: bool) -> None:
         if as_source:
-            other.checkpointer.load_weights(other, TensorReader(path), f"'{path}'", strict=strict)
+            load_weights(other, TensorReader(path), f"'{path}'", strict=strict)
         else:
             other.checkpointer.load(other, path, ("model",), strict=strict)
 

@@ -14,7 +14,7 @@ from tokenizers.trainers import BpeTrainer
 
 from internlm.apis.generation import generate
 from internlm.checkpoint.inference import load_model_for_inference
-from internlm.checkpoint.manager import CONFIG_FILE
+from internlm.checkpoint.reading import CONFIG_FILE
 from internlm.cli import main
 from internlm.config.schema import Config
 

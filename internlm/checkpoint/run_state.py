@@ -1,0 +1,166 @@
+"""The state of a run as the tensors of a checkpoint, and back into a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from internlm.checkpoint.boxed_tensor import BoxedTensor, merge_by_key
+from internlm.checkpoint.folder import WHOLE_RUN
+from internlm.checkpoint.reading import listed, load_tensors, read_context, saved_shapes
+from internlm.checkpoint.weight_source import WeightSource
+from internlm.core.communication.objects import of_all_ranks
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.context.random import set_random_state
+from internlm.core.hooks import TrainState
+from internlm.core.parallel.fsdp import local_tensor, reshard
+from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.core.trainer import Trainer
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.utils.errors import CheckpointError
+from internlm.utils.logging import get_logger
+from internlm.utils.storage import StoragePath
+
+logger = get_logger(__name__)
+
+MODEL_PREFIX = "model/"
+MASTER_PREFIX = "optimizer/master/"
+
+
+def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
+    """`model/<name>` -> this rank's boxes of every parameter of these modules, under its global name."""
+    for chunk in chunks:
+        reshard(chunk)
+    parameters = dict.fromkeys(parameter for chunk in chunks for parameter in chunk.parameters())
+    specs = {parameter: shard_spec_of(parameter) for parameter in parameters}
+    return dict(
+        merge_by_key(
+            (f"{MODEL_PREFIX}{spec.name}", BoxedTensor.of_parameter(local_tensor(parameter), spec))
+            for parameter, spec in specs.items()
+        )
+    )
+
+
+def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
+    """`optimizer/<kind>/<name>` -> this rank's boxes of masters and moments, under the parameter's global name."""
+    return dict(
+        merge_by_key(
+            (f"optimizer/{key}", BoxedTensor(shard_spec_of(parameter).global_shape, torch.float32, pieces))
+            for key, parameter, pieces in optimizer.sharded_state()
+        )
+    )
+
+
+def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: bool = True) -> None:
+    """Put parts of a checkpoint of ours into a trainer; collective. See `CheckpointManager.load`.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit.
+    """
+    optimizer = trainer.engine.optimizer
+    assert isinstance(optimizer, HybridZeroOptimizer)
+    context = trainer.context
+    tensors: dict[str, Any] = {}
+    if "model" in wanted:
+        tensors.update(model_tensors(*optimizer.chunks))
+    if "optimizer" in wanted:
+        tensors.update(optimizer_tensors(optimizer))
+        if "model" not in wanted:
+            # Masters are weights: the next update would put them in the place of those that the user wants.
+            tensors = {key: value for key, value in tensors.items() if not key.startswith(MASTER_PREFIX)}
+    saved = saved_shapes(path)
+    if "model" in wanted:
+        names = {key.removeprefix(MODEL_PREFIX) for key in saved if key.startswith(MODEL_PREFIX)}
+        _compare_names(optimizer.chunks, names, f"the checkpoint '{path}'", context, strict=strict)
+    if not strict:
+        tensors = {key: value for key, value in tensors.items() if key in saved}
+    rng_key = f"rng/{context.rank}"
+    whole_run = wanted == set(WHOLE_RUN)
+    state = read_context(path) if wanted != {"model"} else {}
+    if whole_run and state["world_size"] == context.world_size:
+        tensors[rng_key] = None
+    load_tensors(path, tensors, no_dist=context.world_group is None)
+    if "model" in wanted:
+        optimizer.reset_masters(keep_loaded="optimizer" in wanted)
+    _put_back(trainer, state, wanted)
+    if tensors.get(rng_key) is not None:
+        set_random_state(tensors[rng_key])
+
+
+def _put_back(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None:
+    """Counters, scaler, data cursor and hooks."""
+    optimizer = trainer.engine.optimizer
+    assert isinstance(optimizer, HybridZeroOptimizer)
+    if "optimizer" in wanted:
+        optimizer.num_updates = state["num_updates"]
+        optimizer.scaler.load_state_dict(state["scaler"])
+        trainer.num_skipped_updates.fill_(state["inf_nan_skip_batches"])
+    if "scheduler" in wanted:
+        trainer.state.step = TrainState(**state["state"]).step
+    if "sampler" in wanted:
+        saved = TrainState(**state["state"])
+        trainer.state.num_consumed_samples = saved.num_consumed_samples
+        trainer.state.num_consumed_tokens = saved.num_consumed_tokens
+        take_back = getattr(trainer.train_loader, "load_state_dict", None)
+        if take_back is not None and state.get("data"):
+            take_back(state["data"])
+    if wanted == set(WHOLE_RUN):
+        for hook in trainer.hooks:
+            if hook.name in state["hooks"]:
+                hook.load_state_dict(state["hooks"][hook.name])
+
+
+def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: bool = True) -> None:
+    """Put weights of another origin into a trainer, one tensor at a time; collective. The fp32 masters follow.
+
+    Args:
+        trainer: freshly built, before its first step.
+        source: weights under our names.
+        what: the source, for messages.
+        strict: see `CheckpointManager.load`.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+    """
+    optimizer = trainer.engine.optimizer
+    assert isinstance(optimizer, HybridZeroOptimizer)
+    names = set(source.names())
+    _compare_names(optimizer.chunks, names, what, trainer.context, strict=strict)
+    tensors = {key.removeprefix(MODEL_PREFIX): boxed for key, boxed in model_tensors(*optimizer.chunks).items()}
+    wanted = {name: boxed for name, boxed in tensors.items() if name in names}
+    mistakes = [
+        f"'{name}' has shape {list(source.shape(name))}, the model wants {list(boxed.size())}"
+        for name, boxed in wanted.items()
+        if tuple(source.shape(name)) != tuple(boxed.size())
+    ]
+    if mistakes:
+        raise CheckpointError(f"{what} does not fit this model:{listed(mistakes)}")
+    for name, boxed in wanted.items():
+        whole: Tensor = source.read(name)
+        for box, piece in boxed.pieces:
+            piece.copy_(whole[box.global_slices()])
+    optimizer.reset_masters()
+
+
+def _compare_names(
+    chunks: Iterable[nn.Module], found: set[str], what: str, context: ParallelContext, *, strict: bool
+) -> None:
+    """Compare the names of the whole model with those in a source of weights; collective.
+
+    Raises:
+        CheckpointError: they differ, and `strict`.
+    """
+    names = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
+    names = set().union(*of_all_ranks(context, names))
+    lines = [f"'{MODEL_PREFIX}{name}' is missing" for name in sorted(names - found)]
+    lines += [f"'{MODEL_PREFIX}{name}' is no part of the model" for name in sorted(found - names)]
+    if not lines:
+        return
+    if strict:
+        raise CheckpointError(
+            f"{what} does not fit this model (to load it all the same, set strict=False):{listed(lines)}"
+        )
+    logger.warning("%s does not fit this model in all, and is loaded as far as it does:%s", what, listed(lines))

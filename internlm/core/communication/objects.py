@@ -1,0 +1,29 @@
+"""Plain Python values between all ranks of a job, for what happens now and then and not in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from internlm.core.context.parallel_context import ParallelContext
+
+T = TypeVar("T")
+
+
+def from_main_rank(context: ParallelContext, action: Callable[[], T]) -> T:
+    """What `action` returns on the main rank, on every rank; collective. It must not raise: the others would wait."""
+    answer: list[Any] = [action() if context.is_main_rank else None]
+    if context.world_group is not None:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def of_all_ranks(context: ParallelContext, value: T) -> list[T]:
+    """The value of every rank, by rank; collective."""
+    if context.world_group is None:
+        return [value]
+    values: list[Any] = [None] * context.world_size
+    dist.all_gather_object(values, value)
+    return values
