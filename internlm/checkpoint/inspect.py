@@ -22,7 +22,8 @@ from internlm.checkpoint.folder import (
     read_mark,
 )
 from internlm.checkpoint.internevo import is_internevo
-from internlm.checkpoint.manager import CONFIG_FILE, CONTEXT_FILE, MODEL_PREFIX, read_context
+from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_context
+from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import Entry, TensorReader
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath

@@ -28,7 +28,7 @@ from internlm.checkpoint.inspect import (
     weights_only,
 )
 from internlm.checkpoint.internevo import refuse_internevo
-from internlm.checkpoint.manager import MODEL_PREFIX
+from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import Entry, TensorReader
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath, storage_path

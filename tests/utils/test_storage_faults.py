@@ -115,7 +115,10 @@ LASTING = {
     "503": (Fault(status=503, code="SlowDown"), "answered 503 SlowDown for 1 s; try again later"),
     "silence": (Fault(silence=3.0), "could not be reached for 1 s .*check the network"),
     "cut": (Fault(cut_upload=10_000), "could not be reached for 1 s .*check the network"),
-    "denied": (Fault(status=403, code="AccessDenied"), "access to bucket '.*' at http.* is denied.*let the owner grant it"),
+    "denied": (
+        Fault(status=403, code="AccessDenied"),
+        "access to bucket '.*' at http.* is denied.*let the owner grant it",
+    ),
     "unknown key": (Fault(status=403, code="InvalidAccessKeyId"), "does not accept the credentials.*S3_ACCESS_KEY_ID"),
     "refused": (Fault(status=400, code="InvalidRequest"), "answered 400 InvalidRequest;"),
 }
