@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 import transformers
 from helpers.hf_folders import assert_same_logits, assert_same_tensors, load_native, random_tokens, tensors_of
-from helpers.model import tiny_model
+from helpers.model import TINY, tiny_model
+from helpers.pages import ROOT
 
 from internlm.checkpoint.tensor_files import write_weights
 from internlm.checkpoint.weight_source import LazyTensor
@@ -55,8 +58,6 @@ def save(folder: Path, model_type: str, **keys: Any) -> tuple[Any, StoragePath]:
 
 
 def write(folder: Path, model: torch.nn.Module, model_type: str, data: Any = None, **keys: Any) -> StoragePath:
-    from helpers.model import TINY
-
     config = Config.model_validate(
         {
             "model_type": model_type,
@@ -227,3 +228,10 @@ def test_export_beside_replaces_an_older_export(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "0_hf"]
     load_native(tmp_path / "0_hf")
     assert_same_tensors(tensors_of(tmp_path / "0_hf"), to_hf(model.state_dict(), model.architecture))
+
+
+def test_training_does_not_wait_for_transformers() -> None:
+    """Runs import these; the library takes seconds, and is wanted only when something is converted."""
+    modules = "internlm.convert.to_hf, internlm.convert.checkpoint_types"
+    code = f"import sys, {modules}; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
