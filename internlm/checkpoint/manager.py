@@ -58,8 +58,8 @@ class CheckpointManager:
         snapshot_folder: of snapshots, of which the newest two are kept; None: `<save_folder>/snapshot`.
         keep_latest: complete checkpoints to keep; None keeps all.
         async_save: write in a process beside this one, while training goes on.
-        after_save: a function of a module, called with each checkpoint that is complete, on the main rank (or in the
-            process beside it).
+        after_save: a function of a module, called with each complete checkpoint (no snapshot), on the main rank or in the
+            process beside it.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class CheckpointManager:
             files=self._files(trainer) if context.is_main_rank else None,
             save_folder=self.save_folder,
             keep_latest=self.keep_latest,
-            after_save=self.after_save,
+            after_save=None if snapshot else self.after_save,
         )
         planner = BoxSavePlanner()
         planner.set_up_planner(tensors, is_coordinator=context.is_main_rank)

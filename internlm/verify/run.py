@@ -46,7 +46,7 @@ class CaseRun:
 
     Attributes:
         trainer: trains it.
-        record: what was seen since the building, or since `begin_record`.
+        recorder: keeps what is seen of its steps.
     """
 
     def __init__(self, case: Case, context: ParallelContext) -> None:
@@ -56,14 +56,13 @@ class CaseRun:
             CaseBatches(case, context.index("data"), context.size("data")),
             total_steps=0,
             lr=lambda step: config.adam.lr,
-            hooks=[_Recorder(self)],
         )
-        self.begin_record()
+        self.recorder = Recorder(self.trainer)
 
-    def begin_record(self) -> None:
-        """Forget what was recorded; the weights of now are the initial ones."""
-        engine = self.trainer.engine
-        self.record = RankRecord(list(_weights(engine)), placements=_placements(engine, self.trainer.context))
+    @property
+    def record(self) -> RankRecord:
+        """What was seen."""
+        return self.recorder.record
 
     def train(self, until: int) -> None:
         """Train until that many steps are done since the start of the run."""
@@ -71,16 +70,28 @@ class CaseRun:
         self.trainer.fit()
 
 
-class _Recorder(Hook):
+class Recorder(Hook):
+    """Hangs on a trainer and keeps what this rank sees of its steps.
+
+    Attributes:
+        record: since the recorder was made, or `restart`.
+    """
+
     name = "recorder"
 
-    def __init__(self, run: CaseRun) -> None:
-        self._run = run
+    def __init__(self, trainer: Trainer) -> None:
+        self._engine = trainer.engine
+        trainer.hooks.append(self)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was seen; the weights of now are the initial ones."""
+        self.record = RankRecord(list(_weights(self._engine)), placements=_placements(self._engine))
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
-        engine = self._run.trainer.engine
+        engine = self._engine
         engine.optimizer.finish_gathering()
-        self._run.record.steps.append(
+        self.record.steps.append(
             RankStep(float(metrics.loss), float(metrics.grad_norm), list(_gradients(engine)), list(_weights(engine)))
         )
 
@@ -104,6 +115,6 @@ def _gradients(engine: Engine) -> Iterator[Piece]:
         yield from pieces_of(shard_spec_of(parameter), pieces)
 
 
-def _placements(engine: Engine, context: ParallelContext) -> dict[str, str]:
+def _placements(engine: Engine) -> dict[str, str]:
     specs = [shard_spec_of(parameter) for parameter in _parameters(engine)]
-    return {spec.name: describe_placement(spec, context) for spec in specs}
+    return {spec.name: describe_placement(spec, engine.context) for spec in specs}

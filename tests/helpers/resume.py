@@ -199,7 +199,7 @@ def resumed(case: Case, context: ParallelContext, manager: CheckpointManager, pa
     seed_everything(other.config.seed)
     run = CaseRun(other, context)
     manager.load(run.trainer, path)
-    run.begin_record()
+    run.recorder.restart()
     return run
 
 
