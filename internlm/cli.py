@@ -15,6 +15,7 @@ COMMANDS = {
     "layout": "show the groups of the ranks, the stages of the model and the timeline of a step",
     "generate": "continue prompts with a trained model",
     "verify": "compare a layout with one process",
+    "ckpt": "list, show, compare and check checkpoints",
     "convert": "checkpoints to and from Hugging Face and InternEvo",
 }
 

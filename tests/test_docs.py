@@ -243,7 +243,7 @@ def check_bash(arguments: list[str], parse: Any) -> None:
 
 def check_options(options: argparse.Namespace) -> None:
     config = getattr(options, "config", None)
-    if config is None or config in READERS_FILES:
+    if config is None or str(config) in READERS_FILES:
         return
     assert (ROOT / config).is_file(), config
     if config == "configs/demo.py":

@@ -12,8 +12,9 @@ knows no folders, and what has no mark there does not count.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from internlm.checkpoint.dcp_storage import FileSum, sum_of_file
 from internlm.checkpoint.internevo import refuse_internevo
@@ -37,11 +38,13 @@ class Mark:
         step: at which it was saved.
         contents: of `WHOLE_RUN`, what it holds.
         files: name (with folders, below the checkpoint) -> size and checksum.
+        saved_at: seconds since 1970, by the clock of the main rank.
     """
 
     step: int
     contents: tuple[str, ...]
     files: dict[str, FileSum]
+    saved_at: float = field(default_factory=time.time, compare=False)
 
     @property
     def name(self) -> str:
@@ -76,7 +79,7 @@ def read_mark(path: StoragePath) -> Mark | None:
         values = json.loads((path / name).read_text())
         version = values["format"]
         files = {name: FileSum(**values) for name, values in values["files"].items()}
-        mark = Mark(int(values["step"]), tuple(values["contents"]), files)
+        mark = Mark(int(values["step"]), tuple(values["contents"]), files, float(values["saved_at"]))
     except StorageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -82,9 +82,7 @@ class CheckpointHook(Hook):
             trainer.finish_saving()
         except CheckpointError as error:
             self._report(trainer, goes_on=False)
-            raise CheckpointError(
-                f"the run ended at step {trainer.state.step}, but its last checkpoint could not be saved: {error}"
-            ) from error
+            raise CheckpointError(f"the run ended at step {trainer.state.step}, but {error}") from error
 
     def _report(self, trainer: RunningTrainer, *, goes_on: bool = True) -> None:
         for result in trainer.poll_saves():

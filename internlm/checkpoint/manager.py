@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -57,8 +58,8 @@ class CheckpointManager:
         snapshot_folder: of snapshots, of which the newest two are kept; None: `<save_folder>/snapshot`.
         keep_latest: complete checkpoints to keep; None keeps all.
         async_save: write in a process beside this one, while training goes on.
-        after_save: a function of a module, called with each checkpoint that is complete, on the main rank (or in the
-            process beside it).
+        after_save: a function of a module, called with each complete checkpoint (no snapshot), on the main rank or in the
+            process beside it.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class CheckpointManager:
                 assert folder is not None
                 try:
                     folder.make_folder()
-                    ping = folder / f".ping-{uuid.uuid4().hex[:8]}"
+                    # Were this killed here, the next save would remove it, as it does with its own leftovers.
+                    ping = folder / f"{folders.WRITING_PREFIX}ping-{socket.gethostname()}"
                     ping.write_text("ping")
                     ping.remove()
                 except OSError as error:
@@ -146,7 +148,7 @@ class CheckpointManager:
             files=self._files(trainer) if context.is_main_rank else None,
             save_folder=self.save_folder,
             keep_latest=self.keep_latest,
-            after_save=self.after_save,
+            after_save=None if snapshot else self.after_save,
         )
         planner = BoxSavePlanner()
         planner.set_up_planner(tensors, is_coordinator=context.is_main_rank)

@@ -24,6 +24,7 @@ from internlm.checkpoint.saving import (
 )
 from internlm.core.failure import describe_error
 from internlm.utils.errors import CheckpointError
+from internlm.utils.logging import configure_logging
 
 NICENESS = 10
 """Training goes first where both want the same processor."""
@@ -42,6 +43,8 @@ def main() -> None:
             order: Order = orders.recv()
         except EOFError:
             return
+        # The store's warnings go where those of the run go.
+        configure_logging(order.task.rank)
         outcome = carry_out(order, shared)
         try:
             answers.send(outcome)

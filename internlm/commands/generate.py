@@ -23,7 +23,7 @@ DEFAULT_SEED = 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--ckpt", required=True, type=Path, metavar="DIR", help="checkpoint, or a folder of them (newest)"
+        "--ckpt", required=True, type=str, metavar="DIR", help="checkpoint, or a folder of them (newest)"
     )
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given many times")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to append (default: 100)")

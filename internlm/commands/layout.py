@@ -23,6 +23,7 @@ from internlm.initialize.build import build_layout, check_buildable
 from internlm.initialize.holdings import PipelineHolding, pipeline_holdings
 from internlm.initialize.stages import build_pipeline_schedule
 from internlm.utils.errors import UserError
+from internlm.utils.text_table import text_table
 
 MAX_ROWS = 16
 """Rows of a table; of a longer one the middle is left out."""
@@ -71,7 +72,7 @@ def describe_groups(layout: ParallelLayout, rank: int) -> str:
             seen[axes] = view.name
             place = ", ".join(f"{axis} {index}" for axis, index in view.coordinate(rank).items() if view.size(axis) > 1)
             lines.append(f"{view.name} view, outermost axis first; rank {rank} is at {place or 'the only place'}")
-            lines += _table([("axis", "ranks", "groups", f"group of rank {rank}"), *_axis_rows(view, rank)], "<>><")
+            lines += text_table([("axis", "ranks", "groups", f"group of rank {rank}"), *_axis_rows(view, rank)], "<>><")
         lines.append("")
     return "\n".join(lines)
 
@@ -108,7 +109,7 @@ def describe_stages(config: Config, layout: ParallelLayout, placement: Placement
         f"pipeline: {placement.num_ranks} rank(s) of {placement.num_chunks} stage(s); "
         f"parameters and bytes of each rank {format_ranks(pipeline)}"
     )
-    return "\n".join([title, *_table(rows, "><<>>>>>>"), ""])
+    return "\n".join([title, *text_table(rows, "><<>>>>>>"), ""])
 
 
 def _layers(stage: PipelineHolding) -> str:
@@ -153,13 +154,3 @@ def format_ranks(ranks: Sequence[int]) -> str:
 
 def _bytes(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
-
-
-def _table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
-    """Rows in columns, the first being their head; "<" and ">" align a column to the left or right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(alignment))]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths, strict=True)]
-        lines.append(("  " + "  ".join(cells)).rstrip())
-    return lines

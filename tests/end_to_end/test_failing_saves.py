@@ -275,9 +275,12 @@ def test_a_last_save_that_works_at_the_second_try_is_no_error(tmp_path: Path, st
     assert complete_steps(tmp_path / "checkpoints") == [10]
 
 
-def test_an_exception_lets_a_save_in_the_background_end(tmp_path: Path, started: list[Forked]) -> None:
-    def break_step_three() -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_exception_lets_a_save_in_the_background_end(tmp_path: Path, started: list[Forked], num_ranks: int) -> None:
+    def break_step_three(rank: int) -> None:
         fork_writers()
+        if rank != num_ranks - 1:
+            return
         train_step, calls = Engine.train_step, []
 
         def broken(self: Engine, *args: Any) -> Any:
@@ -289,14 +292,14 @@ def test_an_exception_lets_a_save_in_the_background_end(tmp_path: Path, started:
         Engine.train_step = broken  # type: ignore[method-assign]
 
     config = write_config(tmp_path, "ckpt.update(checkpoint_every=2, async_save=True)")
-    command = start_training(
-        ["--config", config, "--run-dir", tmp_path / "run"], tmp_path / "out.txt", before=break_step_three
-    )
-    started.append(command)
-    assert command.wait() == 1
-    assert complete_steps(tmp_path / "checkpoints") == [2]
-    assert "step 2: saved checkpoint" in command.output
-    assert command.output.splitlines()[-1].endswith("RuntimeError: broken on purpose")
+    ranks = start_ranks(["--config", config, "--run-dir", tmp_path / "run"], tmp_path, num_ranks, break_step_three)
+    started += ranks
+    assert wait_for_all(ranks, 60) == [1] * num_ranks
+    assert ranks[-1].output.splitlines()[-1].endswith("RuntimeError: broken on purpose")
+    deadline = time.monotonic() + 30  # the writing process of a rank may outlive it
+    while complete_steps(tmp_path / "checkpoints") != [2]:
+        assert time.monotonic() < deadline, ranks[0].output
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

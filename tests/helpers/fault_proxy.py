@@ -20,7 +20,7 @@ class Fault:
 
     Attributes:
         status: answer this status and S3 error code.
-        silence: say nothing for so many seconds, then close.
+        silence: say nothing for so many seconds, then close; with `cut_download`: after those bytes.
         cut_upload: close the connection after so many bytes of the request's body.
         cut_download: pass it on, and close the connection after so many bytes of the answer's body.
         lose_answer: pass it on, and close the connection without an answer.
@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.proxy.seen.append(seen)
         length = int(self.headers.get("Content-Length", 0))
         fault = self.proxy.take_fault(self.command, self.path)
-        if fault is not None and fault.silence is not None:
+        if fault is not None and fault.silence is not None and fault.cut_download is None:
             time.sleep(fault.silence)
             self.cut()
             return
@@ -178,6 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer)
         if fault is not None and fault.cut_download is not None:
             self.wfile.flush()
+            time.sleep(fault.silence or 0.0)
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
 

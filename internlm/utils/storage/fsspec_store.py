@@ -74,8 +74,9 @@ class FsspecStore:
     def open_read(self, key: str, url: str) -> FsspecSource:
         return FsspecSource(self, key, url)
 
-    def open_write(self, key: str, url: str) -> FsspecSink:
-        return FsspecSink(self, key, url)
+    def open_write(self, key: str, url: str) -> Sink:
+        # fsspec's files in memory are seen from the start.
+        return MemorySink(self, key, url) if self._place.protocol == "memory" else FsspecSink(self, key, url)
 
     def make_folder(self, key: str) -> None:
         self.connect().makedirs(self.path(key), exist_ok=True)
@@ -137,3 +138,23 @@ class FsspecSink(Sink):
         if isinstance(self._file, AbstractBufferedFile):
             # Closing it, also when it is collected, would write what is left in its buffer.
             self._file.closed = True
+
+
+class MemorySink(Sink):
+    """A file being written to memory."""
+
+    def __init__(self, store: FsspecStore, key: str, url: str) -> None:
+        super().__init__(store, url)
+        self._file_system = store.connect()
+        self._path = store.path(key)
+        self._data = bytearray()
+
+    def put(self, data: memoryview) -> int:
+        self._data += data
+        return len(data)
+
+    def finish(self) -> None:
+        self._file_system.pipe_file(self._path, bytes(self._data))
+
+    def discard(self) -> None:
+        self._data.clear()

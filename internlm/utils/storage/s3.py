@@ -51,7 +51,7 @@ os.register_at_fork(after_in_child=_open_store.cache_clear)
 class S3Store:
     """One bucket."""
 
-    # To come takes as long as some MiB once they come.
+    # A request takes about as long to be answered as these bytes take to come.
     block_bytes = 4 * 1024**2
 
     def __init__(self, connection: Connection, bucket: str) -> None:
@@ -104,12 +104,10 @@ class S3Store:
         return [name.removeprefix(prefix).rstrip("/") for name in names if name != prefix]
 
     def size(self, key: str) -> int:
-        return self.open_read(key, key).size
+        return int(self._head_of_file(key)["ContentLength"])
 
     def open_read(self, key: str, url: str) -> S3Source:
-        head = self.head(key)
-        if head is None:
-            raise FileNotFoundError(key)
+        head = self._head_of_file(key)
         return S3Source(self, url, key, head["ContentLength"], head["ETag"])
 
     def open_write(self, key: str, url: str) -> S3Sink:
@@ -137,6 +135,12 @@ class S3Store:
         if isinstance(error, FileNotFoundError):
             return Explanation("it does not exist", "check the spelling", is_missing=True)
         return self._errors.explain(error, self._connection, self.bucket, self.client.meta.endpoint_url)
+
+    def _head_of_file(self, key: str) -> dict[str, Any]:
+        head = self.head(key)
+        if head is None:
+            raise FileNotFoundError(key)
+        return head
 
     def _look_for_bucket(self) -> None:
         if self._bucket_was_seen:

@@ -1,0 +1,357 @@
+"""`internlm ckpt`: look at checkpoints, compare them, and check that they are what was written. Local or in a store."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from internlm.checkpoint.folder import find_checkpoints, find_damage, read_mark, resolve
+from internlm.checkpoint.inspect import (
+    Changed,
+    Listed,
+    TensorDifference,
+    changed_entries,
+    changed_values,
+    config_of,
+    context_of,
+    different_tensors,
+    dtype_name,
+    kinds_of,
+    list_checkpoints,
+    short_layout,
+    weights_only,
+)
+from internlm.checkpoint.internevo import refuse_internevo
+from internlm.checkpoint.run_state import MODEL_PREFIX
+from internlm.checkpoint.tensor_files import Entry, TensorReader
+from internlm.utils.errors import CheckpointError
+from internlm.utils.storage import StoragePath, storage_path
+from internlm.utils.text_table import text_table
+
+_COUNTERS = ("state", "inf_nan_skip_batches", "num_updates", "scaler", "data", "hooks")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions and their options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    a_checkpoint = "checkpoint, or a folder of them (newest); local or a URL"
+
+    ls = actions.add_parser("ls", help="list the checkpoints of a save folder", description=_list.__doc__)
+    ls.add_argument("folder", metavar="DIR", help="save folder; local or a URL")
+    ls.add_argument("--snapshots", metavar="DIR", help="folder of the snapshots (default: DIR/snapshot)")
+    ls.set_defaults(act=_list)
+
+    show = actions.add_parser("show", help="show what a checkpoint holds", description=_show.__doc__)
+    show.add_argument("folder", metavar="DIR", help=a_checkpoint)
+    show.add_argument(
+        "--tensors",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="also list the tensors; of those whose name has PATTERN in it, or fits it when it has * or ?",
+    )
+    show.set_defaults(act=_show)
+
+    diff = actions.add_parser(
+        "diff", help="compare two checkpoints", description=f"{_diff.__doc__} Exits with 0 when they are equal, else 1."
+    )
+    diff.add_argument("first", metavar="A", help=a_checkpoint)
+    diff.add_argument("second", metavar="B", help="the other one")
+    diff.add_argument(
+        "--values",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the values of the tensors, not only their shapes (default: yes)",
+    )
+    diff.add_argument("--weights-only", action="store_true", help="compare the weights alone, whatever else differs")
+    diff.set_defaults(act=_diff)
+
+    verify = actions.add_parser(
+        "verify",
+        help="check that every file is what was written",
+        description=f"{_verify.__doc__} Exits with 0 when all are, else 1.",
+    )
+    verify.add_argument("folder", metavar="DIR", help=a_checkpoint)
+    verify.add_argument("--all", action="store_true", help="check all checkpoints and snapshots of the folder")
+    verify.set_defaults(act=_verify)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do one of the actions; returns the exit code."""
+    try:
+        return options.act(options)
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has had enough; nothing is to be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+# -- ls ----------------------------------------------------------------------------------------------------------------
+
+
+def _list(options: argparse.Namespace) -> int:
+    """List checkpoints, snapshots, exports, and what killed saves have left."""
+    folder = storage_path(options.folder)
+    snapshots = storage_path(options.snapshots) if options.snapshots else None
+    found = list_checkpoints(folder, snapshots)
+    if not found:
+        if not folder.is_folder():
+            raise CheckpointError(f"'{folder}' does not exist")
+        print(f"no checkpoint in '{folder}'")
+        return 0
+    head = ("name", "step", "tokens", "kind", "contents", "size", "age", "ranks that wrote it")
+    print("\n".join(text_table([head, *map(_row, found)], "<>><<>><")))
+    for one in found:
+        if one.problem:
+            print(f"{one.name}: {one.problem}")
+    leftovers = [one for one in found if one.kind == "leftover"]
+    if leftovers:
+        size = format_bytes(sum(one.num_bytes for one in leftovers))
+        print(
+            f"{len(leftovers)} leftover(s), {size}: of saves that were killed, or of one under way; the next save "
+            "of a run removes them"
+        )
+    return 0
+
+
+def _row(one: Listed) -> tuple[str, ...]:
+    mark, state = one.mark, one.context.get("state", {})
+    return (
+        one.name,
+        "-" if one.step is None else f"{one.step:,}",
+        f"{state['num_consumed_tokens']:,}" if "num_consumed_tokens" in state else "-",
+        one.kind,
+        "-" if mark is None else _contents(mark.contents),
+        format_bytes(one.num_bytes),
+        "-" if mark is None else format_age(time.time() - mark.saved_at),
+        short_layout(one.context),
+    )
+
+
+# -- show --------------------------------------------------------------------------------------------------------------
+
+
+def _show(options: argparse.Namespace) -> int:
+    """Show counters, contents, sizes and the config of a checkpoint, and on request its tensors."""
+    path = resolve(storage_path(options.folder))
+    mark = read_mark(path)
+    assert mark is not None
+    context, config = context_of(path, mark), config_of(path)
+    entries = TensorReader(path).entries
+    state = context.get("state", {})
+    weights = [kind for kind in kinds_of(entries) if kind.kind == "model"]
+    files = sum(file.size for file in mark.files.values())
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(mark.saved_at))
+    lines = [
+        ("checkpoint", str(path)),
+        ("step", f"{mark.step:,}"),
+        ("saved", f"{saved} ({format_age(time.time() - mark.saved_at)} ago)"),
+        ("contents", _contents(mark.contents)),
+        ("samples", _number(state.get("num_consumed_samples"))),
+        ("tokens", _number(state.get("num_consumed_tokens"))),
+        ("skipped", _number(context.get("inf_nan_skip_batches"), "updates")),
+        ("data", _pairs(context.get("data", {}))),
+        ("parameters", _number(sum(kind.num_elements for kind in weights))),
+        ("files", f"{len(mark.files):,}, {format_bytes(files)}"),
+        ("written by", f"{short_layout(context)} rank(s)" if context else "-"),
+        *_config_lines(config),
+    ]
+    width = max(len(name) for name, _ in lines)
+    print("\n".join(f"{name:<{width}}  {text}" for name, text in lines if text != "-"))
+    for line in str(context.get("layout", "")).splitlines():
+        print(f"{'':<{width}}  {line}")
+    rows = [("kind", "tensors", "elements", "size", "format")]
+    rows += [
+        (
+            kind.kind,
+            f"{kind.num_tensors:,}",
+            f"{kind.num_elements:,}",
+            format_bytes(kind.num_bytes),
+            ", ".join(kind.dtypes),
+        )
+        for kind in kinds_of(entries)
+    ]
+    rest = files - sum(kind.num_bytes for kind in kinds_of(entries))
+    rows.append(("all else", "", "", format_bytes(rest), ""))
+    print("\n" + "\n".join(text_table(rows, "<>>><")))
+    if options.tensors is not None:
+        print("\n" + "\n".join(_tensor_table(entries, options.tensors)))
+    return 0
+
+
+def _config_lines(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not config:
+        return []
+    model, data = config.get("model", {}), config.get("data", {})
+    names = ("num_layers", "hidden_size", "num_attention_heads", "num_kv_attention_heads", "vocab_size", "dtype")
+    return [
+        ("job", str(config.get("JOB_NAME", "-"))),
+        ("architecture", f"{config.get('model_type', '-')}: {_pairs({name: model.get(name) for name in names})}"),
+        ("training", _pairs({name: data.get(name) for name in ("seq_len", "micro_bsz", "micro_num", "total_steps")})),
+        ("rate", _pairs({"lr": config.get("adam", {}).get("lr")})),
+    ]
+
+
+def _tensor_table(entries: Mapping[str, Entry], pattern: str) -> list[str]:
+    fits = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    rows = [
+        (key, str(list(entry.shape)), dtype_name(entry.dtype), format_bytes(entry.num_bytes))
+        for key, entry in entries.items()
+        if fnmatch.fnmatchcase(key, fits) or fnmatch.fnmatchcase(key.removeprefix(MODEL_PREFIX), fits)
+    ]
+    if not rows:
+        raise CheckpointError(f"--tensors {pattern}: none of the {len(entries):,} tensors has such a name")
+    return text_table([("tensor", "shape", "format", "size"), *rows], "<<<>")
+
+
+# -- diff --------------------------------------------------------------------------------------------------------------
+
+
+def _diff(options: argparse.Namespace) -> int:
+    """Compare counters, configs, and tensors by name, shape, number format and value."""
+    paths = [resolve(storage_path(text)) for text in (options.first, options.second)]
+    readers = [TensorReader(path) for path in paths]
+    entries = [reader.entries for reader in readers]
+    is_equal = True
+    print(f"A  {paths[0]}\nB  {paths[1]}")
+    if options.weights_only:
+        entries = [weights_only(found) for found in entries]
+    else:
+        is_equal &= _print_changes("counters", changed_values(*[_counters(path) for path in paths]))
+        is_equal &= _print_changes("config", changed_values(*[config_of(path) for path in paths]))
+    changes = changed_entries(*entries)
+    is_equal &= _print_changes(
+        "tensors", [Changed(one.name, _describe(one.first), _describe(one.second)) for one in changes]
+    )
+    both = [key for key in entries[0] if key in entries[1] and entries[0][key].shape == entries[1][key].shape]
+    if options.values:
+        is_equal &= _print_different(different_tensors(readers[0], readers[1], both), both)
+    if is_equal:
+        what = "weights" if options.weights_only else "counters, configs and tensors"
+        print(f"equal: {what}, {len(both):,} tensors" + ("" if options.values else ", values not compared"))
+    return 0 if is_equal else 1
+
+
+def _print_different(differences: Iterator[TensorDifference], keys: Sequence[str]) -> bool:
+    """Print a line for each tensor as it is found, as reading all may take long; returns whether there is none."""
+    width, count = max(map(len, keys), default=0), 0
+    for one in differences:
+        if not count:
+            print(f"\nvalues\n  {'tensor':<{width}}  {'max |a - b|':>11}  {'different':>13}  {'of':>13}")
+        gap = f"{one.max_difference:.3g}"
+        print(f"  {one.key:<{width}}  {gap:>11}  {one.num_different:>13,}  {one.num_elements:>13,}", flush=True)
+        count += 1
+    if count:
+        print(f"values: {count:,} of {len(keys):,} tensors differ")
+    return not count
+
+
+def _counters(path: StoragePath) -> dict[str, Any]:
+    mark = read_mark(path)
+    assert mark is not None
+    context = context_of(path, mark)
+    return {
+        "step": mark.step,
+        "contents": _contents(mark.contents),
+        "ranks": context.get("world_size"),
+        "layout": short_layout(context),
+        **{name: context[name] for name in _COUNTERS if name in context},
+    }
+
+
+def _describe(entry: Entry | None) -> str:
+    return "absent" if entry is None else f"{list(entry.shape)} {dtype_name(entry.dtype)}"
+
+
+def _print_changes(title: str, changes: Sequence[Changed]) -> bool:
+    """Print what differs; returns whether nothing does."""
+    if changes:
+        rows = [(change.name, _short(change.first), _short(change.second)) for change in changes]
+        print(f"\n{title}: {len(changes):,} differ")
+        print("\n".join(text_table([("", "A", "B"), *rows], "<<<")))
+    return not changes
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# -- verify ------------------------------------------------------------------------------------------------------------
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Compare size and checksum of every file with what the checkpoint's mark says."""
+    folder = storage_path(options.folder)
+    if not folder.exists():
+        raise CheckpointError(f"'{folder}' does not exist")
+    refuse_internevo(folder)
+    paths = [folder]
+    if options.all:
+        found = list_checkpoints(folder)
+        paths = [one.path for one in found if one.kind in ("checkpoint", "snapshot")]
+        for one in found:
+            if one.kind == "incomplete":
+                print(f"{one.path}: incomplete, and never loaded: {one.problem}")
+        if not paths:
+            raise CheckpointError(f"there is no complete checkpoint in '{folder}'")
+    elif not folder.name.isdigit() or find_checkpoints(folder):
+        paths = [resolve(folder)]
+    good = [_verify_one(path) for path in paths]
+    return 0 if all(good) else 1
+
+
+def _verify_one(path: StoragePath) -> bool:
+    try:
+        mark = read_mark(path)
+    except CheckpointError as error:
+        print(f"{path}: DAMAGED\n  {error}")
+        return False
+    if mark is None:
+        print(f"{path}: INCOMPLETE\n  its mark {path.name}.step is missing: the save did not finish; use another step")
+        return False
+    damage = find_damage(path, mark)
+    size = format_bytes(sum(file.size for file in mark.files.values()))
+    print(f"{path}: {'DAMAGED' if damage else 'good'}, {len(mark.files):,} files, {size}")
+    for line in damage:
+        print(f"  {line}")
+    return not damage
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def _contents(contents: Sequence[str]) -> str:
+    return ", ".join(contents)
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{int(value):,} {unit}".rstrip()
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None) or "-"
+
+
+def format_bytes(size: float) -> str:
+    """`1.50 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
+        size /= 1024
+    return f"{size:,.2f} TiB"
+
+
+def format_age(seconds: float) -> str:
+    """`42 s`, `7 min`, `3 h`, `12 days`."""
+    seconds = max(0.0, seconds)
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds // 86400:,.0f} days"

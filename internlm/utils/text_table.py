@@ -1,0 +1,15 @@
+"""Tables in plain text, for what commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text_table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
+    """Rows in columns, the first being their head; "<" and ">" align a column to the left or right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(alignment))]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths, strict=True)]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines
