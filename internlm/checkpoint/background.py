@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +32,9 @@ from internlm.utils.logging import get_logger
 logger = get_logger(__name__)
 
 ALIGNMENT = 64
+
+EXIT_SECONDS = 10.0
+"""How long a process that has closed its connection may take to end."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,10 @@ class BackgroundWriter:
             return Outcome(step, self._last_words(), None, time.monotonic())
 
     def _last_words(self) -> str:
-        return f"the process that writes checkpoints has ended, with exit code {self._process.poll()}"
+        # Its end of the connection closes a moment before its exit code is there.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(EXIT_SECONDS)
+        return f"the process that writes checkpoints has ended, with exit code {self._process.returncode}"
 
     @property
     def is_alive(self) -> bool:
