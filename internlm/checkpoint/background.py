@@ -6,15 +6,18 @@ killed. Training waits for the copy alone; the next save waits until the process
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,7 +84,7 @@ class Outcome:
 class SharedMemory:
     """Anonymous memory that a child process can map, too; it grows."""
 
-    descriptor: int = field(default_factory=lambda: os.memfd_create("internlm-checkpoint"))
+    descriptor: int = field(default_factory=lambda: _anonymous_file())
     _map: mmap.mmap | None = None
     _tensor: Tensor | None = None
 
@@ -94,7 +97,9 @@ class SharedMemory:
         if self._map is None or len(self._map) < size:
             self._tensor = self._map = None
             try:
-                if os.fstat(self.descriptor).st_size < size:
+                held = os.fstat(self.descriptor).st_size
+                if held < size:
+                    _check_available(size - held)
                     os.ftruncate(self.descriptor, size)
                 self._map = mmap.mmap(self.descriptor, size)
             except OSError as error:
@@ -107,6 +112,25 @@ class SharedMemory:
                 _pin(self._tensor)
         assert self._tensor is not None
         return self._tensor[:size]
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("internlm-checkpoint")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _check_available(size: int) -> None:
+    """Memory is given without a question, and the process killed when it is used: look before."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        # Not Linux.
+        return
+    if size > available:
+        raise OSError(errno.ENOMEM, f"{available / 2**30:.1f} GiB are available on this machine")
 
 
 def _pin(memory: Tensor) -> None:

@@ -34,6 +34,7 @@ class CheckpointHook(Hook):
     def on_fit_start(self, trainer: RunningTrainer) -> None:
         # What was just loaded, or an untrained model, need not be saved.
         self._saved_step = trainer.state.step
+        self._newest = self._newest or trainer.resumed_from
 
     def on_step_counted(self, trainer: RunningTrainer) -> None:
         self._report(trainer)
@@ -105,11 +106,11 @@ class CheckpointHook(Hook):
             return
         self._num_failures += 1
         logger.error(
-            "step %d: the %s could not be saved%s: %s; the newest complete checkpoint is %s%s",
+            "step %d: the %s could not be saved%s: %s; %s%s",
             result.step,
             what,
             f" ({self._num_failures} failures in a row)" if self._num_failures > 1 else "",
             result.error,
-            self._newest or "the one that this run started from, if any",
+            f"the newest complete one is {self._newest}" if self._newest else "none of this run is complete yet",
             then,
         )

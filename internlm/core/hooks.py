@@ -60,6 +60,8 @@ class RunningTrainer(Protocol):
     run_dir: Path
     is_main_rank: bool
     """True on the one rank that writes to the console, metrics files and TensorBoard."""
+    resumed_from: str | None
+    """The checkpoint that this run goes on from, for people; None when there is none."""
 
     @property
     def stop_reason(self) -> str | None:

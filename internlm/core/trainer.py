@@ -92,6 +92,7 @@ class Trainer:
         self.is_skipped = is_skipped
         self.state = TrainState()
         self.is_main_rank = self.context.is_main_rank
+        self.resumed_from: str | None = None
         self.num_skipped_updates = torch.zeros((), dtype=torch.float32, device=self.context.device)
         self.phase = "start"
         self._step_at_work = 0

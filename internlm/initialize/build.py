@@ -328,6 +328,7 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
     info = config.ckpt.load_ckpt_info
     found = manager.resume(trainer) if config.ckpt.auto_resume else None
     if found is not None:
+        trainer.resumed_from = str(found.path)
         logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, found.path)
     elif info is not None and info.path is not None:
         path = storage_path(info.path)

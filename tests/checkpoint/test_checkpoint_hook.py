@@ -130,13 +130,21 @@ def test_failures_are_alerts_and_the_run_goes_on(
     trainer = run(tmp_path, 10, 2, failing={2: 1, 6: 1, 8: 1}, steps_late=steps_late)
     assert trainer.saved == ["2", "4", "6", "8", "10"]
     assert [record.getMessage() for record in told.records if record.levelno == logging.ERROR] == [
-        "step 2: the checkpoint could not be saved: no space; the newest complete checkpoint is the one that this run "
-        "started from, if any; the run goes on",
-        f"step 6: the checkpoint could not be saved: no space; the newest complete checkpoint is {tmp_path}/4; "
+        "step 2: the checkpoint could not be saved: no space; none of this run is complete yet; the run goes on",
+        f"step 6: the checkpoint could not be saved: no space; the newest complete one is {tmp_path}/4; "
         "the run goes on",
-        "step 8: the checkpoint could not be saved (2 failures in a row): no space; the newest complete checkpoint is "
+        "step 8: the checkpoint could not be saved (2 failures in a row): no space; the newest complete one is "
         f"{tmp_path}/4; the run goes on",
     ]
+
+
+def test_the_checkpoint_that_the_run_goes_on_from_is_the_newest_at_first(
+    tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
+    trainer = Saves(tmp_path, [CheckpointHook(2)], 4, {2: 1})
+    trainer.resumed_from = "/data/100"
+    trainer.fit()
+    assert "the newest complete one is /data/100; the run goes on" in told.messages[0]
 
 
 @pytest.mark.parametrize("total_steps", [6, 7])
@@ -151,10 +159,10 @@ def test_the_last_one_is_tried_twice(tmp_path: Path, told: pytest.LogCaptureFixt
 def test_a_last_one_that_fails_twice_is_an_error(
     tmp_path: Path, told: pytest.LogCaptureFixture, steps_late: int
 ) -> None:
-    with pytest.raises(CheckpointError, match="the run ended at step 7, but its last checkpoint could not be saved: "):
+    with pytest.raises(CheckpointError, match="the run ended at step 7, but the last one: no space"):
         run(tmp_path, 7, 3, failing={7: 2}, steps_late=steps_late)
-    assert "(2 failures in a row): no space; the newest complete" in told.messages[-1]
-    assert told.messages[-1].endswith(f"checkpoint is {tmp_path}/6")
+    assert "(2 failures in a row): no space; the newest complete one" in told.messages[-1]
+    assert told.messages[-1].endswith(f"one is {tmp_path}/6")
 
 
 def test_a_failure_that_is_made_good_later_is_no_error(tmp_path: Path) -> None:

@@ -61,6 +61,16 @@ def test_hooks_are_called_in_order_and_counters_count(tmp_path: Path) -> None:
     assert (state.step, state.num_consumed_samples, state.num_consumed_tokens) == (3, 12, 3 * 4 * 20)
 
 
+def test_the_main_rank_alone_hears_of_complete_checkpoints(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    assert ranks(2).run(saves_heard_of, str(tmp_path)) == [["saved 2", "saved 3"], []]
+
+
+def saves_heard_of(folder: str) -> list[str]:
+    events = Events()
+    new_trainer(folder, 3, every=2, hooks=[events]).fit()
+    return [event for event in events.log if event.startswith("saved")]
+
+
 class SendSignal(Hook):
     """Sends a signal to this process after a step."""
 

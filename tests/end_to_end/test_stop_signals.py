@@ -35,13 +35,16 @@ def steps_of(run_dir: Path) -> list[int]:
     return [line["step"] for line in metrics_of(run_dir)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "in_background"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGUSR1, False)]
+)
 def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
-    tmp_path: Path, started: list[Forked], number: signal.Signals
+    tmp_path: Path, started: list[Forked], number: signal.Signals, in_background: bool
 ) -> None:
-    """As a terminal's Ctrl-C or a batch system sends it: to the loader's worker processes, too."""
+    """As a terminal's Ctrl-C or a batch system sends it: to the loader's worker processes and the one that writes."""
     config, run_dir = write_config(tmp_path), tmp_path / "run"
     arguments = ["--config", config, "--run-dir", run_dir, *ENDLESS, "--set", "data.num_worker=2"]
+    arguments += ["--set", f"ckpt.async_save={in_background}"]
     command = start_training(arguments, tmp_path / "first.txt", own_group=True)
     started.append(command)
     command.wait_until(lambda: len(steps_of(run_dir)) >= 3)

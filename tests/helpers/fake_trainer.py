@@ -58,6 +58,7 @@ class FakeTrainer:
         self.stop_reason: str | None = None
         self.save_reason: str | None = None
         self.asked_at: list[int] = []
+        self.resumed_from: str | None = None
 
     def evaluate(self) -> dict[str, float]:
         self.evaluated_at.append(self.state.step)
