@@ -154,6 +154,8 @@ class Trainer:
                 metrics.seconds.update(data=data_seconds, total=time.perf_counter() - started)
                 self._call("on_step_end", metrics)
             self.requests.agree(self.state.step)
+            if self.save_reason is not None and self.checkpointer is None and self.is_main_rank:
+                logger.warning("step %d: %s, but this run saves nothing", self.state.step, self.save_reason)
             self._call("on_step_counted")
 
     def _train_step(self, batch: Batch) -> StepMetrics:

@@ -243,7 +243,7 @@ def test_a_last_save_that_fails_is_tried_once_more_and_then_an_error(
     assert job.stop() == [2, 2], job.log
     for rank, process in enumerate(job.ranks):
         last = process.output.splitlines()[-1]
-        assert "but its last checkpoint could not be saved" in last, (rank, last)
+        assert "but the last checkpoint could not be saved" in last, (rank, last)
     assert "the run ends here: the checkpoint is tried once more" in job.log
     assert "Traceback" not in job.log
     assert complete_steps(away)[-1] >= kept[-1]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import internlm.checkpoint.background as background
 from internlm.checkpoint import writer_process
+from internlm.utils.logging import ROOT_LOGGER
 
 
 def fork_writers() -> None:
@@ -34,8 +37,12 @@ class _ForkedPython:
                 kept = [0, 1, 2, *sorted(pass_fds)]
                 for one, following in zip(kept, [*kept[1:], 4096], strict=True):
                     os.closerange(one + 1, following)
+                # Their files are closed.
+                logging.getLogger(ROOT_LOGGER).handlers.clear()
                 sys.argv = list(command[2:])
                 writer_process.main()
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0)
 
