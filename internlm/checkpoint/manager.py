@@ -31,9 +31,9 @@ from internlm.checkpoint.saving import (
     SaveTask,
     complete,
     discard,
+    follow_up,
     leave_part,
     make_plan,
-    run_after_save,
     write_part,
 )
 from internlm.core.communication.objects import from_main_rank, of_all_ranks
@@ -214,7 +214,7 @@ class CheckpointManager:
                 complete(task, plan.metadata, parts)
             except (CheckpointError, OSError) as error:
                 return str(error), None
-            return None, run_after_save(task)
+            return None, follow_up(task)
 
         error, notice = from_main_rank(context, finish)
         seconds = time.monotonic() - started

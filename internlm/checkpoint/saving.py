@@ -191,7 +191,6 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
     except BaseException:
         discard(task)
         raise
-    _remove_old(task)
 
 
 def _write_metadata(folder: StoragePath, writer: StorageWriter, metadata: Metadata, parts: Sequence[Part]) -> FileSum:
@@ -214,15 +213,19 @@ def _write_file(folder: StoragePath, name: str, content: bytes) -> FileSum:
     return summing.sum
 
 
-def run_after_save(task: SaveTask) -> str | None:
-    """Do what the user wants done with a complete checkpoint; returns why it failed, as the checkpoint is good."""
-    if task.after_save is None:
-        return None
+def follow_up(task: SaveTask) -> str | None:
+    """Do what comes after a complete checkpoint; returns what went wrong with that, as the checkpoint is good."""
+    notices = []
     try:
-        task.after_save(task.final)
-    except Exception as error:
-        return f"{getattr(task.after_save, '__name__', 'after_save')} failed: {describe_error(error)}"
-    return None
+        _remove_old(task)
+    except OSError as error:
+        notices.append(f"older checkpoints could not be removed: {error}")
+    if task.after_save is not None:
+        try:
+            task.after_save(task.final)
+        except Exception as error:
+            notices.append(f"{getattr(task.after_save, '__name__', 'after_save')} failed: {describe_error(error)}")
+    return "; ".join(notices) or None
 
 
 def discard(task: SaveTask) -> None:

@@ -18,8 +18,8 @@ from internlm.checkpoint.saving import (
     collect_parts,
     complete,
     discard,
+    follow_up,
     leave_part,
-    run_after_save,
     write_part,
 )
 from internlm.core.failure import describe_error
@@ -72,7 +72,7 @@ def carry_out(order: Order, shared: SharedMemory) -> Outcome:
                 discard(task)
                 raise
             complete(task, order.plan.metadata, parts)
-            notice = run_after_save(task)
+            notice = follow_up(task)
     except (OSError, CheckpointError) as failure:
         error = str(failure)
     except Exception as failure:

@@ -14,6 +14,7 @@ import torch
 from helpers.ranks import RankPool
 from helpers.runs import assert_same_bits, new_trainer, steps_in, train, weights_of
 
+from internlm.checkpoint import folder as folders
 from internlm.checkpoint.background import SharedMemory
 from internlm.checkpoint.folder import find_checkpoints, read_mark
 from internlm.checkpoint.manager import CheckpointManager
@@ -327,3 +328,17 @@ def test_missing_and_unexpected_weights_are_named(
     other.lr, other.total_steps, other.hooks = (lambda step: 0.0), 1, []
     other.fit()
     assert_same_bits(weights_of(other.engine.model), expected)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_the_new_one_counts(
+    tmp_path: Path, trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path, keep_latest=1)
+    manager.save(trainer)
+    trainer.state.step = 3
+    monkeypatch.setattr(folders, "remove_checkpoint", full_disk)
+    manager.save(trainer)
+    manager.finish()
+    notice = "older checkpoints could not be removed: [Errno 28] No space left on device"
+    assert [(result.error, result.notice) for result in manager.poll()] == [(None, None), (None, notice)]
+    assert steps_in(tmp_path) == [2, 3]
