@@ -159,7 +159,7 @@ def test_the_last_one_is_tried_twice(tmp_path: Path, told: pytest.LogCaptureFixt
 def test_a_last_one_that_fails_twice_is_an_error(
     tmp_path: Path, told: pytest.LogCaptureFixture, steps_late: int
 ) -> None:
-    with pytest.raises(
+    with pytest.raises(CheckpointError, match="run ended at step 7, but the last checkpoint could not be saved: no space"):
         CheckpointError, match="the run ended at step 7, but the last checkpoint could not be saved: no space"
     ):
         run(tmp_path, 7, 3, failing={7: 2}, steps_late=steps_late)
