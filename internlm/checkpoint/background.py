@@ -6,15 +6,19 @@ killed. Training waits for the copy alone; the next save waits until the process
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +32,9 @@ from internlm.utils.logging import get_logger
 logger = get_logger(__name__)
 
 ALIGNMENT = 64
+
+EXIT_SECONDS = 10.0
+"""How long a process that has closed its connection may take to end."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Outcome:
 class SharedMemory:
     """Anonymous memory that a child process can map, too; it grows."""
 
-    descriptor: int = field(default_factory=lambda: os.memfd_create("internlm-checkpoint"))
+    descriptor: int = field(default_factory=lambda: _anonymous_file())
     _map: mmap.mmap | None = None
     _tensor: Tensor | None = None
 
@@ -94,7 +101,9 @@ class SharedMemory:
         if self._map is None or len(self._map) < size:
             self._tensor = self._map = None
             try:
-                if os.fstat(self.descriptor).st_size < size:
+                held = os.fstat(self.descriptor).st_size
+                if held < size:
+                    _check_available(size - held)
                     os.ftruncate(self.descriptor, size)
                 self._map = mmap.mmap(self.descriptor, size)
             except OSError as error:
@@ -107,6 +116,25 @@ class SharedMemory:
                 _pin(self._tensor)
         assert self._tensor is not None
         return self._tensor[:size]
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("internlm-checkpoint")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _check_available(size: int) -> None:
+    """Memory is given without a question, and the process killed when it is used: look before."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        # Not Linux.
+        return
+    if size > available:
+        raise OSError(errno.ENOMEM, f"{available / 2**30:.1f} GiB are available on this machine")
 
 
 def _pin(memory: Tensor) -> None:
@@ -209,7 +237,10 @@ class BackgroundWriter:
             return Outcome(step, self._last_words(), None, time.monotonic())
 
     def _last_words(self) -> str:
-        return f"the process that writes checkpoints has ended, with exit code {self._process.poll()}"
+        # Its end of the connection closes a moment before its exit code is there.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(EXIT_SECONDS)
+        return f"the process that writes checkpoints has ended, with exit code {self._process.returncode}"
 
     @property
     def is_alive(self) -> bool:

@@ -194,12 +194,15 @@ class StorageReader(FileSystemReader):
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in sorted(by_file.items()):
             items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
-            with (self.folder / name).open_read() as file:
+            with (self.folder / name).open_read() as buffered:
+                # A short read of a local disk costs little, and the buffer would read on behind it.
+                file = cast(BinaryIO, cast(io.BufferedReader, buffered).raw) if self.folder.is_local else buffered
                 for item in items:
                     info = self.storage_data[item.storage_index]
                     if item.type == LoadItemType.BYTE_IO:
-                        file.seek(info.offset)
-                        planner.load_bytes(item, io.BytesIO(file.read(info.length)))
+                        data = bytearray(info.length)
+                        _fill(file, info.offset, memoryview(data))
+                        planner.load_bytes(item, io.BytesIO(data))
                     else:
                         target = planner.resolve_tensor(item).detach()
                         self._read_tensor(file, item, target)
@@ -252,10 +255,9 @@ class _Section(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
         self._file.seek(self._offset + self._position)
-        data = self._file.read(len(view))
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+        count = cast(Any, self._file).readinto(view)
+        self._position += count
+        return count
 
 
 @dataclass(frozen=True)
@@ -298,15 +300,20 @@ class _SavedBox:
         is_direct = target.is_contiguous() and target.dtype == self.dtype and target.device.type == "cpu"
         read = target if is_direct else torch.empty(target.shape, dtype=self.dtype)
         view = memoryview(cast(Any, read.reshape(-1).view(torch.uint8).numpy()))
-        file.seek(position)
-        done = 0
-        while done < len(view):
-            count = cast(Any, file).readinto(view[done:])
-            if not count:
-                raise EOFError(f"the file ends {len(view) - done} bytes before a tensor does")
-            done += count
+        _fill(file, position, view)
         if not is_direct:
             target.copy_(read)
+
+
+def _fill(file: BinaryIO, position: int, view: memoryview) -> None:
+    """Read as many bytes as `view` has."""
+    file.seek(position)
+    done = 0
+    while done < len(view):
+        count = cast(Any, file).readinto(view[done:])
+        if not count:
+            raise EOFError(f"the file ends {len(view) - done} bytes before what was saved does")
+        done += count
 
 
 def _blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:

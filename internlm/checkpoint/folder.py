@@ -77,9 +77,13 @@ def read_mark(path: StoragePath) -> Mark | None:
         return None
     try:
         values = json.loads((path / name).read_text())
-        version = values["format"]
+        if values["format"] != FORMAT:
+            raise CheckpointError(
+                f"'{path}' has checkpoint format {values['format']}, and this version reads {FORMAT}: use the version "
+                f"of internlm that wrote it"
+            )
         files = {name: FileSum(**values) for name, values in values["files"].items()}
-        mark = Mark(int(values["step"]), tuple(values["contents"]), files, float(values["saved_at"]))
+        return Mark(int(values["step"]), tuple(values["contents"]), files, float(values["saved_at"]))
     except StorageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -87,12 +91,6 @@ def read_mark(path: StoragePath) -> Mark | None:
         raise CheckpointError(
             f"the mark '{path / name}' is damaged ({type(error).__name__}: {error}): use another step"
         ) from error
-    if version != FORMAT:
-        raise CheckpointError(
-            f"'{path}' has checkpoint format {version}, and this version reads {FORMAT}: use the version of internlm "
-            f"that wrote it"
-        )
-    return mark
 
 
 def _mark_name(path: StoragePath) -> str | None:

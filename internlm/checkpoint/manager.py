@@ -58,8 +58,8 @@ class CheckpointManager:
         snapshot_folder: of snapshots, of which the newest two are kept; None: `<save_folder>/snapshot`.
         keep_latest: complete checkpoints to keep; None keeps all.
         async_save: write in a process beside this one, while training goes on.
-        after_save: a function of a module, called with each complete checkpoint (no snapshot), on the main rank or in the
-            process beside it.
+        after_save: a function of a module, called with each complete checkpoint (no snapshot), on the main rank or in
+            the process beside it.
     """
 
     def __init__(

@@ -49,9 +49,10 @@ def convert_from_hf(source: StoragePath, out: StoragePath, *, dtype: torch.dtype
     folder = HfFolder(source)
     stored = _main_dtype(folder)
     hf_files = side_files(source)
-    config = imported_config(
-        folder.model, dtype or stored, str(target / HF_FILES) if _has_tokenizer(hf_files) else None
-    )
+    # Tokenizers are read from disks only.
+    has_tokenizer = target.is_local and _has_tokenizer(hf_files)
+    tokenizer_path = str((target / HF_FILES).local.absolute()) if has_tokenizer else None
+    config = imported_config(folder.model, dtype or stored, tokenizer_path)
     weights = HfWeights(folder, architecture_of(config))
     problems = [f"'{name}' is missing" for name in weights.missing]
     problems += [f"'{name}' is not explained by config.json" for name in weights.unexpected]

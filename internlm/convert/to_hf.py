@@ -92,7 +92,8 @@ def export_beside(checkpoint: StoragePath) -> None:
     """
     out = checkpoint.parent / f"{checkpoint.name}_hf"
     if not out.is_local:
-        (out / CONFIG).remove()
+        (out / CONFIG).remove()  # first: without it the folder is not loaded
+        out.remove()
         _write(checkpoint, out, "transformers", None, SHARD_BYTES, None)
         return
     writing = checkpoint.parent / f".writing-{out.name}"

@@ -75,13 +75,11 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
             refused.append(key)
     if values.get("is_decoder") is False and values.get("is_encoder_decoder"):
         refused.append("is_encoder_decoder")
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         model_type, config = _READERS[kind](dict(values), refused)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{where}: transformers cannot read it: {error}") from error
-    except Exception as error:  # the library's strict dataclasses raise a kind of their own
-        if "Strict" not in type(error).__name__:
-            raise
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(f"{where}: transformers cannot read it: {error}") from error
     keys = _common(config, "gelu_pytorch_tanh" if kind == "gemma" else "silu", refused)
     keys |= _biases(kind, values, config)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.reads import CountReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,61 +108,23 @@ def test_the_library_reads_the_files_with_its_own_reader(tmp_path: Path) -> None
     assert torch.equal(found["t"], tensor) and torch.equal(found["c"], column) and found["value"] == {"x": 1}
 
 
-def test_only_the_rows_that_are_wanted_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_rows_that_are_wanted_are_read(tmp_path: Path) -> None:
     tensor = torch.randn(1024, 2048)
     path = write(storage_path(tmp_path), {"t": whole(tensor)})
-    counted = CountingReads(monkeypatch)
     rows = torch.zeros(128, 2048)
-    load_tensors(
-        path, {"t": boxed((1024, 2048), torch.float32, [(Box((256, 0), (0, 0), (128, 2048)), rows)])}, no_dist=True
-    )
+    with CountReads() as counted:
+        load_tensors(
+            path, {"t": boxed((1024, 2048), torch.float32, [(Box((256, 0), (0, 0), (128, 2048)), rows)])}, no_dist=True
+        )
     assert torch.equal(rows, tensor[256:384])
     # Beside the rows, the list of tensors and the directory of the zip.
     assert rows.nbytes <= counted.num_bytes < rows.nbytes + 64 * 1024
-    counted.num_bytes = 0
     columns = torch.zeros(1024, 1024)
-    load_tensors(
-        path, {"t": boxed((1024, 2048), torch.float32, [(Box((0, 1024), (0, 0), (1024, 1024)), columns)])}, no_dist=True
-    )
+    part = Box((0, 1024), (0, 0), (1024, 1024))
+    with CountReads() as counted:
+        load_tensors(path, {"t": boxed((1024, 2048), torch.float32, [(part, columns)])}, no_dist=True)
     assert torch.equal(columns, tensor[:, 1024:])
     assert columns.nbytes <= counted.num_bytes < columns.nbytes + 64 * 1024
-
-
-class CountingReads:
-    """Counts the bytes that readers take out of files."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.num_bytes = 0
-        real = StoragePath.open_read
-
-        def open_read(path: StoragePath) -> Any:
-            return Counted(real(path), self)
-
-        monkeypatch.setattr(StoragePath, "open_read", open_read)
-
-
-class Counted:
-    def __init__(self, file: Any, counter: CountingReads) -> None:
-        self._file, self._counter = file, counter
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._counter.num_bytes += len(data)
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._file.readinto(buffer)
-        self._counter.num_bytes += count
-        return count
 
 
 @pytest.mark.parametrize("position", [0, 100, -1])

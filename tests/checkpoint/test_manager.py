@@ -248,6 +248,20 @@ def no_memory(self: SharedMemory, size: int) -> None:
     raise CheckpointError("No space left for the copy")
 
 
+def test_a_copy_for_which_there_is_no_memory_is_refused_and_the_run_goes_on(tmp_path: Path, trainer: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"no memory for the copy of a checkpoint \(1048576.0 GiB on this rank\)"):
+        SharedMemory().bytes(2**50)
+    manager = in_background(trainer, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedMemory, "bytes", no_memory)
+        manager.save(trainer)
+    (result,) = manager.poll()
+    assert result.error == "No space left for the copy"
+    manager.save(trainer)
+    manager.finish()
+    assert os.listdir(tmp_path) == ["2"]
+
+
 def test_a_folder_that_cannot_be_written_is_found_at_the_start(tmp_path: Path, trainer: Any) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match=r"checkpoints cannot be saved to '.*file"):

@@ -14,9 +14,6 @@ from helpers.pipelines import Run, batch_of, build_engine
 from helpers.ranks import RankPool
 from helpers.runs import assert_same_bits, train
 from helpers.sharded import (
-    BACKWARDS,
-    CLIP,
-    DECAY,
     GLOBAL_SHAPES,
     LAYOUTS,
     LR,
@@ -25,7 +22,10 @@ from helpers.sharded import (
     ShardedModel,
     assemble,
     model_pieces,
+    new_optimizer,
     padding_of,
+    state_pieces,
+    take_step,
     train_whole,
 )
 
@@ -33,7 +33,18 @@ from internlm.checkpoint.manager import CheckpointManager
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import TrainState
-from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+
+
+def trainer_of(engine: Any, context: ParallelContext) -> Any:
+    """What a checkpoint needs of a trainer."""
+    return SimpleNamespace(
+        engine=engine,
+        state=TrainState(),
+        context=context,
+        train_loader=None,
+        hooks=[],
+        num_skipped_updates=torch.zeros(()),
+    )
 
 
 def part_of_run(
@@ -42,15 +53,8 @@ def part_of_run(
     """Steps `start` to `stop` of hand-made shards, from the checkpoint of step `start` unless that is 0."""
     context = ParallelContext.create(LAYOUTS[name])
     model = ShardedModel(context, dtype)
-    optimizer = HybridZeroOptimizer(model, context, weight_decay=DECAY, clip_grad_norm=CLIP, reduce_bucket_size=40)
-    trainer: Any = SimpleNamespace(
-        engine=SimpleNamespace(optimizer=optimizer),
-        state=TrainState(),
-        context=context,
-        train_loader=None,
-        hooks=[],
-        num_skipped_updates=torch.zeros(()),
-    )
+    optimizer = new_optimizer(model)
+    trainer = trainer_of(SimpleNamespace(optimizer=optimizer), context)
     manager = CheckpointManager(folder)
     if start:
         # Other weights and moments than those saved.
@@ -60,16 +64,12 @@ def part_of_run(
         manager.load(trainer, Path(folder) / str(start))
         assert trainer.state.step == start
     for step in range(start, stop):
-        optimizer.begin_step(BACKWARDS)
-        for backward in range(BACKWARDS):
-            model.deliver(BACKWARDS * step + backward)
-        optimizer.step(LR)
+        take_step(model, optimizer, step)
     trainer.state.step = stop
     if save:
         manager.save(trainer)
-    state = [(key, [(b, p.clone()) for b, p in pieces]) for key, _, pieces in optimizer.sharded_state()]
     context.close()
-    return {"weights": model_pieces(model), "state": state, "padding": padding_of(model)}
+    return {"weights": model_pieces(model), "state": state_pieces(optimizer), "padding": padding_of(model)}
 
 
 PAIRS = [
@@ -129,14 +129,7 @@ def pipeline_steps(run: Run, folder: str, start: int, stop: int) -> tuple[list[f
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     context = ParallelContext.create(ParallelLayout(world_size=world, pipeline=run.pipeline))
     engine = build_engine(run, context)
-    trainer: Any = SimpleNamespace(
-        engine=engine,
-        state=TrainState(),
-        context=context,
-        train_loader=None,
-        hooks=[],
-        num_skipped_updates=torch.zeros(()),
-    )
+    trainer = trainer_of(engine, context)
     manager = CheckpointManager(folder)
     if start:
         manager.load(trainer, Path(folder) / str(start))

@@ -188,6 +188,16 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         HfFolder(folder)
 
 
+def test_links_are_followed(tmp_path: Path) -> None:
+    """As in the cache of the Hugging Face hub."""
+    save_native("llama", tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(Path("..") / "blobs" / path.name)
+    convert_from_hf(storage_path(tmp_path / "snapshot"), storage_path(tmp_path / "ours"))
+    assert (tmp_path / "ours" / "0" / "hf" / "config.json").is_file()
+
+
 def test_an_index_that_does_not_fit_its_files(tmp_path: Path) -> None:
     save_native("llama", tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 import transformers
 from helpers.hf_folders import assert_same_logits, assert_same_tensors, load_native, random_tokens, tensors_of
-from helpers.model import tiny_model
+from helpers.model import TINY, tiny_model
+from helpers.pages import ROOT
 
 from internlm.checkpoint.tensor_files import write_weights
 from internlm.checkpoint.weight_source import LazyTensor
@@ -54,9 +57,9 @@ def save(folder: Path, model_type: str, **keys: Any) -> tuple[Any, StoragePath]:
     return model, write(folder, model, model_type, **keys)
 
 
-def write(folder: Path, model: torch.nn.Module, model_type: str, data: Any = None, **keys: Any) -> StoragePath:
-    from helpers.model import TINY
-
+def write(
+    folder: Path | StoragePath, model: torch.nn.Module, model_type: str, data: Any = None, **keys: Any
+) -> StoragePath:
     config = Config.model_validate(
         {
             "model_type": model_type,
@@ -227,3 +230,22 @@ def test_export_beside_replaces_an_older_export(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "0_hf"]
     load_native(tmp_path / "0_hf")
     assert_same_tensors(tensors_of(tmp_path / "0_hf"), to_hf(model.state_dict(), model.architecture))
+
+
+def test_export_beside_in_an_object_store(tmp_path: Path) -> None:
+    store = storage_path("memory://bucket/export")
+    (store / "0_hf" / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    model = tiny_model("INTERNLM2", **GQA)
+    export_beside(write(store, model, "INTERNLM2", **GQA))
+    (tmp_path / "hf").mkdir()
+    for name in (store / "0_hf").names():
+        (tmp_path / "hf" / name).write_bytes((store / "0_hf" / name).read_bytes())
+    assert_same_tensors(tensors_of(tmp_path / "hf"), to_hf(model.state_dict(), model.architecture))
+    load_native(tmp_path / "hf")
+
+
+def test_training_does_not_wait_for_transformers() -> None:
+    """Runs import these; the library takes seconds, and is wanted only when something is converted."""
+    modules = "internlm.convert.to_hf, internlm.convert.checkpoint_types"
+    code = f"import sys, {modules}; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -117,6 +117,17 @@ def test_an_upload_that_someone_aborted_is_a_failure_although_an_older_object_is
             (storage_path(bucket.url_through(proxy.port)) / "file").write_bytes(b"y" * 4 * PART)
 
 
+def test_a_store_that_says_nothing_is_left_after_the_time_given_and_asked_again(bucket: Bucket) -> None:
+    with FaultProxy(bucket.port) as proxy:
+        path = storage_path(bucket.url_through(proxy.port)) / "file"
+        proxy.plan(Fault(silence=60))
+        start = time.monotonic()
+        path.write_text("x")
+        # One second, and what a busy machine needs for the rest.
+        assert time.monotonic() - start < 30
+    assert bucket.keys() == ["file"]
+
+
 LASTING = {
     "503": (Fault(status=503, code="SlowDown"), "answered 503 SlowDown for 1 s; try again later"),
     "silence": (Fault(silence=3.0), "could not be reached for 1 s .*check the network"),

@@ -6,9 +6,12 @@ import multiprocessing
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.fault_proxy import FaultProxy
+from helpers.forked import run_forked
 from helpers.processes import free_port
 from helpers.s3 import ACCESS_KEY, SECRET, Bucket
 
@@ -160,6 +163,20 @@ def test_a_path_used_here_is_used_in_another_process(bucket: Bucket, method: str
 
 def _answer(path: StoragePath) -> None:
     (path.parent / "answer").write_text(path.read_text().upper() * PART)
+
+
+def test_a_forked_process_does_not_use_the_connections_of_its_parent(bucket: Bucket, tmp_path: Path) -> None:
+    path = storage_path(bucket.url) / "file"
+    path.write_text("x")
+    store: Any = path._store
+
+    def use() -> None:
+        own: Any = path._store
+        assert own is not store and own.client is not store.client
+        assert path.read_text() == "x"
+
+    run_forked(tmp_path, use)
+    assert path._store is store
 
 
 def test_a_missing_file_and_a_missing_bucket_are_named(bucket: Bucket) -> None:
