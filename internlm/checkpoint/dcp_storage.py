@@ -158,7 +158,8 @@ class StorageWriter(FileSystemWriter):
 
 def _alone(tensor: Tensor) -> Tensor:
     """The same elements on the CPU, as no part of another tensor: torch.save would write that one."""
-    tensor = tensor.detach().cpu().contiguous()
+    # The strides of dimensions of size 1 say nothing, and would be written, too: equal tensors make equal files.
+    tensor = tensor.detach().cpu().contiguous().view(-1).view(tensor.shape)
     if tensor.numel() == tensor.untyped_storage().nbytes() // tensor.dtype.itemsize or tensor.numel() == 0:
         return tensor.clone() if tensor.numel() == 0 else tensor
     elements = tensor.reshape(-1).view(torch.uint8).numpy()

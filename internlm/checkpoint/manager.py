@@ -97,7 +97,8 @@ class CheckpointManager:
             CheckpointError: some machine of the job cannot.
         """
         failure = None
-        if int(os.environ.get("LOCAL_RANK", context.rank)) == 0:
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or context.rank
+        if int(local_rank) == 0:
             for folder in (self.save_folder, self.snapshot_folder):
                 assert folder is not None
                 try:

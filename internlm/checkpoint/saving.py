@@ -36,6 +36,9 @@ PARTS = ".parts"
 PARTS_TIMEOUT = 1800.0
 """Seconds that the main rank waits for the parts of the others, once it has written its own."""
 
+ORPHAN_TIMEOUT = 60.0
+"""The same when its run has ended meanwhile, and those of other ranks perhaps with it."""
+
 
 @dataclass(frozen=True)
 class RankPlan:
@@ -260,8 +263,15 @@ def leave_part(task: SaveTask, part: Part) -> None:
     (folder / f".{part.rank}").rename_to(folder / f"{part.rank}")
 
 
-def collect_parts(task: SaveTask, own: Part, timeout: float = PARTS_TIMEOUT) -> list[Part]:
+def collect_parts(
+    task: SaveTask, own: Part, timeout: float = PARTS_TIMEOUT, run_has_ended: Callable[[], bool] = lambda: False
+) -> list[Part]:
     """All parts, as soon as all are there, or one of a rank that failed.
+
+    Args:
+        task: the save.
+        own: what this rank has written.
+        timeout: how long to wait, in seconds; no longer than `ORPHAN_TIMEOUT` from when `run_has_ended`.
 
     Raises:
         CheckpointError: some rank left no word in time.
@@ -274,9 +284,11 @@ def collect_parts(task: SaveTask, own: Part, timeout: float = PARTS_TIMEOUT) -> 
             if name.isdigit() and int(name) not in parts:
                 parts[int(name)] = pickle.loads((folder / name).read_bytes())
         if len(parts) < task.world_size:
+            if run_has_ended():
+                deadline = min(deadline, time.monotonic() + ORPHAN_TIMEOUT)
             if time.monotonic() > deadline:
                 missing = sorted(set(range(task.world_size)) - set(parts))
-                raise CheckpointError(f"ranks {missing[:10]} did not write their parts within {timeout:.0f} s")
+                raise CheckpointError(f"ranks {missing[:10]} did not write their parts in time")
             time.sleep(pause)
             pause = min(2.0, pause * 1.5)
     return [parts[rank] for rank in sorted(parts)]

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from internlm.checkpoint.background import Order, Outcome, SharedMemory
@@ -38,6 +39,7 @@ def main() -> None:
     read_end, write_end, memory = map(int, sys.argv[1:])
     orders, answers = Connection(read_end, writable=False), Connection(write_end, readable=False)
     shared = SharedMemory(memory)
+    run = os.getppid()
     while True:
         try:
             order: Order = orders.recv()
@@ -45,14 +47,14 @@ def main() -> None:
             return
         # The store's warnings go where those of the run go.
         configure_logging(order.task.rank)
-        outcome = carry_out(order, shared)
+        outcome = carry_out(order, shared, lambda: os.getppid() != run)
         try:
             answers.send(outcome)
         except OSError:
             return
 
 
-def carry_out(order: Order, shared: SharedMemory) -> Outcome:
+def carry_out(order: Order, shared: SharedMemory, run_has_ended: Callable[[], bool] = lambda: False) -> Outcome:
     """Write this rank's part; on the main rank, complete the checkpoint when all have written theirs."""
     task = order.task
     error = notice = None
@@ -67,12 +69,14 @@ def carry_out(order: Order, shared: SharedMemory) -> Outcome:
         else:
             assert order.plan.metadata is not None
             try:
-                parts = collect_parts(task, part)
+                parts = collect_parts(task, part, run_has_ended=run_has_ended)
             except BaseException:
                 discard(task)
                 raise
             complete(task, order.plan.metadata, parts)
-            notice = follow_up(task)
+            if not run_has_ended():
+                # Another run may be there by now, and read an older checkpoint.
+                notice = follow_up(task)
     except (OSError, CheckpointError) as failure:
         error = str(failure)
     except Exception as failure:

@@ -50,7 +50,7 @@ class Saves(FakeTrainer):
     def finish_saving(self) -> None:
         self.steps_late = 0
         if self._newest is not None and self._newest.error is not None:
-            raise CheckpointError(f"the last checkpoint could not be saved: {self._newest.error}")
+            raise CheckpointError(f"the last one: {self._newest.error}")
 
     def drain_saves(self, seconds: float) -> None:
         self.steps_late, self.drained = 0, seconds
@@ -159,9 +159,7 @@ def test_the_last_one_is_tried_twice(tmp_path: Path, told: pytest.LogCaptureFixt
 def test_a_last_one_that_fails_twice_is_an_error(
     tmp_path: Path, told: pytest.LogCaptureFixture, steps_late: int
 ) -> None:
-    with pytest.raises(
-        CheckpointError, match="the run ended at step 7, but the last checkpoint could not be saved: no space"
-    ):
+    with pytest.raises(CheckpointError, match="the run ended at step 7, but the last one: no space"):
         run(tmp_path, 7, 3, failing={7: 2}, steps_late=steps_late)
     assert "(2 failures in a row): no space; the newest complete one" in told.messages[-1]
     assert told.messages[-1].endswith(f"one is {tmp_path}/6")
