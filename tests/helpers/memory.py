@@ -27,20 +27,21 @@ class PeakMemory(TorchDispatchMode):
         # Storages that come in were made before, or are known.
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
-                self._known.add(leaf.untyped_storage()._cdata)
+                self._add(leaf.untyped_storage(), counts=False)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf.untyped_storage())
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage, *, counts: bool = True) -> None:
         if storage._cdata in self._known:
             return
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, storage.nbytes() if counts else 0
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
+        # Also of those that do not count: another storage may come to lie at the same address.
         weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
