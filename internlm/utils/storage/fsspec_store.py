@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from internlm.utils.errors import ConfigError
-from internlm.utils.storage.store import Explanation, Store
+from internlm.utils.storage.failures import Explanation
+from internlm.utils.storage.store import Store
 from internlm.utils.storage.streams import Sink, Source
 
 PACKAGES = {"gs": "pip install 'internlm[gcs]'"}

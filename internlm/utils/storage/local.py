@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from internlm.utils.storage.store import Explanation, named_failures
+from internlm.utils.storage.failures import Explanation, named_failures
 from internlm.utils.storage.streams import Sink
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from internlm.utils.storage import local
-from internlm.utils.storage.store import Store, named_failures
+from internlm.utils.storage.failures import named_failures
+from internlm.utils.storage.store import Store
 from internlm.utils.storage.streams import WriteStream
 from internlm.utils.storage.urls import Location, locate
 

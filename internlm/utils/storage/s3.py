@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from internlm.utils.storage.retry import Patience
-from internlm.utils.storage.s3_client import Connection, Credentials, Service, connect
+from internlm.utils.storage.s3_bucket import S3Bucket
+from internlm.utils.storage.s3_client import Connection, Credentials, Service
 from internlm.utils.storage.s3_streams import S3Sink, S3Source
-from internlm.utils.storage.store import Explanation, Store
+from internlm.utils.storage.store import Store
 
 NUM_REMOVERS = 8
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -48,44 +47,11 @@ def _open_store(connection: Connection, bucket: str) -> S3Store:
 os.register_at_fork(after_in_child=_open_store.cache_clear)
 
 
-class S3Store:
-    """One bucket."""
+class S3Store(S3Bucket):
+    """The files in one bucket."""
 
     # A request takes about as long to be answered as these bytes take to come.
     block_bytes = 4 * 1024**2
-
-    def __init__(self, connection: Connection, bucket: str) -> None:
-        self.client = connect(connection)
-        self.bucket = bucket
-        self._connection = connection
-        self._bucket_was_seen = False
-        # boto3 is installed: the client says so.
-        from internlm.utils.storage import s3_errors
-
-        self._errors = s3_errors
-
-    def call(
-        self,
-        operation: Callable[..., Result],
-        what: str,
-        is_wanted: Callable[[], bool] = lambda: True,
-        **arguments: Any,
-    ) -> Result:
-        """One request of the client for this bucket, repeated while it is wanted and fails for a passing reason."""
-        request = functools.partial(operation, Bucket=self.bucket, **arguments)
-        return self._connection.patience.persist(
-            request, lambda error: is_wanted() and self._errors.is_passing(error), what
-        )
-
-    def head(self, key: str) -> dict[str, Any] | None:
-        """Size, tag and so on of an object; None when there is none."""
-        try:
-            return self.call(self.client.head_object, f"look for '{key}'", Key=key)
-        except self.client.exceptions.ClientError as error:
-            if not self._errors.is_missing(error):
-                raise
-        self._look_for_bucket()
-        return None
 
     def is_file(self, key: str) -> bool:
         return bool(key) and self.head(key) is not None
@@ -131,27 +97,11 @@ class S3Store:
         with suppress(self.client.exceptions.ClientError):
             self._abort_uploads(key)
 
-    def explain(self, error: Exception) -> Explanation | None:
-        if isinstance(error, FileNotFoundError):
-            return Explanation("it does not exist", "check the spelling", is_missing=True)
-        return self._errors.explain(error, self._connection, self.bucket, self.client.meta.endpoint_url)
-
     def _head_of_file(self, key: str) -> dict[str, Any]:
         head = self.head(key)
         if head is None:
             raise FileNotFoundError(key)
         return head
-
-    def _look_for_bucket(self) -> None:
-        if self._bucket_was_seen:
-            return
-        try:
-            self.call(self.client.head_bucket, f"look for bucket '{self.bucket}'")
-        except self.client.exceptions.ClientError as error:
-            if self._errors.is_missing(error):
-                raise self._errors.NoBucketError(self.bucket) from error
-            raise
-        self._bucket_was_seen = True
 
     def _pages(self, prefix: str, **arguments: Any) -> Iterator[dict[str, Any]]:
         more: dict[str, Any] = {}

@@ -6,8 +6,8 @@ import botocore.exceptions as boto
 import urllib3.exceptions
 from botocore.parsers import ResponseParserError
 
+from internlm.utils.storage.failures import Explanation
 from internlm.utils.storage.s3_client import Connection
-from internlm.utils.storage.store import Explanation
 
 PASSING_CODES = {
     "RequestTimeout",

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from internlm.utils.storage.s3_bucket import S3Bucket
 from internlm.utils.storage.streams import Sink, Source
-
-if TYPE_CHECKING:
-    from internlm.utils.storage.s3 import S3Store
 
 NUM_TRANSFERS = 4
 READ_PART_BYTES = 8 * 1024**2
@@ -26,9 +24,9 @@ class CutError(ConnectionError):
 class S3Source(Source):
     """An object being read, of the version that was there when it was opened."""
 
-    def __init__(self, store: S3Store, url: str, key: str, size: int, tag: str) -> None:
-        super().__init__(store, url, size)
-        self._bucket = store
+    def __init__(self, bucket: S3Bucket, url: str, key: str, size: int, tag: str) -> None:
+        super().__init__(bucket, url, size)
+        self._bucket = bucket
         self._key = key
         self._tag = tag
         self._transfers: ThreadPoolExecutor | None = None
@@ -77,9 +75,9 @@ class S3Source(Source):
 class S3Sink(Sink):
     """An object being written: in one request when it is small, else in parts while more is written."""
 
-    def __init__(self, store: S3Store, url: str, key: str) -> None:
-        super().__init__(store, url)
-        self._bucket = store
+    def __init__(self, bucket: S3Bucket, url: str, key: str) -> None:
+        super().__init__(bucket, url)
+        self._bucket = bucket
         self._key = key
         self._part = bytearray()
         self._size = 0

@@ -1,29 +1,15 @@
-"""What a store can do, and how its failures are named."""
+"""What a store can do."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from internlm.utils.errors import MissingFileError, StorageError
-
-if TYPE_CHECKING:
-    from internlm.utils.storage.streams import Sink
+from internlm.utils.storage.failures import Explains
+from internlm.utils.storage.streams import Sink
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Cause and fix of a failure, in words."""
-
-    cause: str
-    fix: str
-    is_missing: bool = False
-
-
-class Store(Protocol):
+class Store(Explains, Protocol):
     """One disk, bucket or file system. Methods raise the store's own errors; `explain` says what they mean.
 
     A key is a path below the store's root, without slashes at its ends. URLs are only for messages.
@@ -53,21 +39,3 @@ class Store(Protocol):
 
     def remove(self, key: str) -> None:
         """Remove a file, or a folder with all in it; no error when there is none."""
-
-    def explain(self, error: Exception) -> Explanation | None:
-        """What a failure means to a user; None for a defect of ours."""
-
-
-@contextmanager
-def named_failures(store: Store, action: str, url: str) -> Iterator[None]:
-    """Turn failures of `store` into a StorageError: "cannot <action> '<url>': <cause>; <fix>"."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        explanation = store.explain(error)
-        if explanation is None:
-            raise
-        kind = MissingFileError if explanation.is_missing else StorageError
-        raise kind(f"cannot {action} '{url}': {explanation.cause}; {explanation.fix}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from internlm.utils.storage.store import Store, named_failures
+from internlm.utils.storage.failures import Explains, named_failures
 
 # Small writes are collected in a buffer of this size; large ones pass it by.
 BUFFER_BYTES = 1024 * 1024
@@ -17,7 +17,7 @@ class Sink(io.RawIOBase):
     A store brings `put`, `finish` and `discard`.
     """
 
-    def __init__(self, store: Store, url: str) -> None:
+    def __init__(self, store: Explains, url: str) -> None:
         self.store = store
         self.url = url
         self.given_up = False
@@ -96,7 +96,7 @@ class Source(io.RawIOBase):
         size: of the file in bytes.
     """
 
-    def __init__(self, store: Store, url: str, size: int) -> None:
+    def __init__(self, store: Explains, url: str, size: int) -> None:
         self.store = store
         self.url = url
         self.size = size

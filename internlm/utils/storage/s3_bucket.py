@@ -1,0 +1,70 @@
+"""Requests to one bucket, and what their failures mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from internlm.utils.storage.failures import Explanation
+from internlm.utils.storage.s3_client import Connection, connect
+
+Result = TypeVar("Result")
+
+
+class S3Bucket:
+    """One bucket.
+
+    Attributes:
+        client: of boto3.
+        bucket: its name.
+    """
+
+    def __init__(self, connection: Connection, bucket: str) -> None:
+        self.client = connect(connection)
+        self.bucket = bucket
+        self._connection = connection
+        self._bucket_was_seen = False
+        # boto3 is installed: the client says so.
+        from internlm.utils.storage import s3_errors
+
+        self._errors = s3_errors
+
+    def call(
+        self,
+        operation: Callable[..., Result],
+        what: str,
+        is_wanted: Callable[[], bool] = lambda: True,
+        **arguments: Any,
+    ) -> Result:
+        """One request of the client for this bucket, repeated while it is wanted and fails for a passing reason."""
+        request = functools.partial(operation, Bucket=self.bucket, **arguments)
+        return self._connection.patience.persist(
+            request, lambda error: is_wanted() and self._errors.is_passing(error), what
+        )
+
+    def head(self, key: str) -> dict[str, Any] | None:
+        """Size, tag and so on of an object; None when there is none."""
+        try:
+            return self.call(self.client.head_object, f"look for '{key}'", Key=key)
+        except self.client.exceptions.ClientError as error:
+            if not self._errors.is_missing(error):
+                raise
+        self._look_for_bucket()
+        return None
+
+    def explain(self, error: Exception) -> Explanation | None:
+        if isinstance(error, FileNotFoundError):
+            return Explanation("it does not exist", "check the spelling", is_missing=True)
+        return self._errors.explain(error, self._connection, self.bucket, self.client.meta.endpoint_url)
+
+    def _look_for_bucket(self) -> None:
+        if self._bucket_was_seen:
+            return
+        try:
+            self.call(self.client.head_bucket, f"look for bucket '{self.bucket}'")
+        except self.client.exceptions.ClientError as error:
+            if self._errors.is_missing(error):
+                raise self._errors.NoBucketError(self.bucket) from error
+            raise
+        self._bucket_was_seen = True
