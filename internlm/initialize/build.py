@@ -158,10 +158,11 @@ def build_trainer(
         checkpointer=manager if config.ckpt.enable_save_ckpt else None,
         is_skipped=parse_skip_batches(config.data.skip_batches).contains,
     )
-    if config.ckpt.enable_save_ckpt:
-        manager.check_writable(context)
     if resume:
         load_checkpoint(config, manager, trainer)
+    if config.ckpt.enable_save_ckpt:
+        # After the mistakes that loading finds: they leave no folders behind.
+        manager.check_writable(context)
     return trainer
 
 
