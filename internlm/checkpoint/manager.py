@@ -74,6 +74,7 @@ class CheckpointManager:
     ) -> None:
         self.save_folder = _as_storage_path(save_folder)
         self.snapshot_folder = _as_storage_path(snapshot_folder)
+        self._roots = [folder for folder in (self.save_folder, self.snapshot_folder) if folder is not None]
         if self.snapshot_folder is None and self.save_folder is not None:
             self.snapshot_folder = self.save_folder / "snapshot"
         self.files = dict(files or {})
@@ -91,7 +92,8 @@ class CheckpointManager:
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def check_writable(self, context: ParallelContext) -> None:
-        """Write a file into the folders of checkpoints and snapshots, and remove it; collective.
+        """Write a file into the folder of checkpoints, and into one of snapshots that lies elsewhere, and remove it;
+        collective.
 
         Raises:
             CheckpointError: some machine of the job cannot.
@@ -99,8 +101,7 @@ class CheckpointManager:
         failure = None
         local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or context.rank
         if int(local_rank) == 0:
-            for folder in (self.save_folder, self.snapshot_folder):
-                assert folder is not None
+            for folder in self._roots:
                 try:
                     folder.make_folder()
                     # Were this killed here, the next save would remove it, as it does with its own leftovers.

@@ -267,8 +267,10 @@ def test_a_folder_that_cannot_be_written_is_found_at_the_start(tmp_path: Path, t
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match=r"checkpoints cannot be saved to '.*file"):
         CheckpointManager(tmp_path / "file").check_writable(trainer.context)
+    with pytest.raises(CheckpointError, match=r"checkpoints cannot be saved to '.*file"):
+        CheckpointManager(tmp_path / "new", snapshot_folder=tmp_path / "file").check_writable(trainer.context)
     CheckpointManager(tmp_path / "new").check_writable(trainer.context)
-    assert os.listdir(tmp_path / "new" / "snapshot") == []
+    assert os.listdir(tmp_path / "new") == []
 
 
 # -- weights alone, and models that are not the same -------------------------------------------------------------------
