@@ -122,7 +122,10 @@ def test_a_tied_head_that_was_saved_all_the_same_is_left_out(tmp_path: Path) -> 
     tensors = tensors_of(tmp_path)
     save_one_file(tmp_path, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     tied = tiny_model("LLAMA2", **GQA, tie_word_embeddings=True)
-    fill(tied, HfWeights(HfFolder(storage_path(tmp_path)), tied.architecture))
+    weights = HfWeights(HfFolder(storage_path(tmp_path)), tied.architecture)
+    fill(tied, weights)
+    assert "output.weight" not in weights.names()
+    assert torch.equal(tied.head_weight(), tensors["model.embed_tokens.weight"])
 
 
 def test_a_head_of_its_own_starts_from_a_tied_one(tmp_path: Path) -> None:
