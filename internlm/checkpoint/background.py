@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.planner import SavePlanner, WriteItemType
+from torch.distributed.checkpoint.planner import WriteItemType
 
+from internlm.checkpoint.dcp_storage import Resolver
 from internlm.checkpoint.saving import RankPlan, SaveTask
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
@@ -180,25 +181,25 @@ class BackgroundWriter:
         """Whether a save was begun whose outcome was not fetched."""
         return self._pending is not None
 
-    def begin(self, task: SaveTask, plan: RankPlan, planner: SavePlanner) -> None:
-        """Copy what `plan` asks of `planner`, and have it written.
+    def begin(self, task: SaveTask, plan: RankPlan, resolver: Resolver) -> None:
+        """Copy what `plan` asks of `resolver`, and have it written.
 
         Raises:
             CheckpointError: there is not enough memory, or the process has ended.
         """
         assert self._pending is None, "wait for the last save first"
-        places, values = self._copy(plan, planner)
+        places, values = self._copy(plan, resolver)
         try:
             self._orders.send(Order(task, plan, places, values))
         except OSError as error:
             raise CheckpointError(self._last_words()) from error
         self._pending = task
 
-    def _copy(self, plan: RankPlan, planner: SavePlanner) -> tuple[list[Place], dict[str, bytes]]:
+    def _copy(self, plan: RankPlan, resolver: Resolver) -> tuple[list[Place], dict[str, bytes]]:
         tensors: list[Tensor] = []
         values: dict[str, bytes] = {}
         for item in plan.plan.items:
-            data: Any = planner.resolve_data(item)
+            data: Any = resolver.resolve_data(item)
             if item.type == WriteItemType.BYTE_IO:
                 assert isinstance(data, io.BytesIO)
                 values[item.index.fqn] = data.getvalue()

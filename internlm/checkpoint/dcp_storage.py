@@ -9,16 +9,17 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Generator, Iterator
+import pickle
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystemBase, _StorageInfo
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.planner import (
     LoadPlanner,
     ReadItem,
     SavePlan,
-    SavePlanner,
+    WriteItem,
 )
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -36,6 +37,9 @@ from internlm.utils.storage import StoragePath
 
 BLOCK_BYTES = 64 * 2**20
 """How much of a tensor is read at once where it cannot go straight to its place."""
+
+METADATA_FILE = ".metadata"
+"""Where the library looks for the list of tensors."""
 
 SUM_BYTES = 4 * 2**20
 """How much of a file is summed up at once."""
@@ -90,70 +94,34 @@ def sum_of_file(path: StoragePath) -> FileSum:
     return FileSum(size, total.hexdigest())
 
 
-class _StorageFiles(FileSystemBase):
-    """What the library's reader needs of a file system. `path`s are `StoragePath`s."""
+class Resolver(Protocol):
+    """Has what is to be written; the library's planners for saving are such."""
 
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
-        assert mode == "rb"
-        with path.open_read() as file:
-            yield file
-
-    def concat_path(self, path: Any, suffix: str) -> Any:
-        return path / suffix
-
-    def init_path(self, path: Any) -> Any:
-        return path
-
-    def exists(self, path: Any) -> bool:
-        return path.exists()
-
-    def mkdir(self, path: Any) -> None:
-        raise NotImplementedError("this is for reading")
-
-    def rm_file(self, path: Any) -> None:
-        raise NotImplementedError("this is for reading")
-
-    def rename(self, path: Any, new_path: Any) -> None:
-        raise NotImplementedError("this is for reading")
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """The tensor, or the bytes of a value, that an item of a plan asks for."""
 
 
-class StorageWriter(FileSystemWriter):
-    """Writes the tensors of a rank below a folder.
+def write_tensors(path: StoragePath, plan: SavePlan, resolver: Resolver) -> tuple[list[WriteResult], FileSum]:
+    """Write all that a plan asks for into one file.
 
-    Attributes:
-        sums: file name -> size and checksum of what this object has written.
+    The library's own writer keeps a copy of every tensor until the last one is written.
+
+    Raises:
+        StorageError: the storage cannot be written.
     """
-
-    def __init__(self, folder: StoragePath) -> None:
-        # Files are synced by StoragePath when they are closed.
-        super().__init__("unused", sync_files=False)
-        self.folder = folder
-        self.sums: dict[str, FileSum] = {}
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        # The library's own loop keeps a copy of every tensor until the last one is written.
-        name = f"{plan.storage_data.prefix}0.distcp"
-        results = []
-        with (self.folder / name).open_write() as file, _without_zip_checksums():
-            summing = SummingFile(file)
-            for item in plan.items:
-                offset = summing.tell()
-                data = planner.resolve_data(item)
-                if isinstance(data, Tensor):
-                    torch.save(_alone(data), cast(Any, summing))
-                else:
-                    summing.write(data.getbuffer())
-                info = _StorageInfo(name, offset, summing.tell() - offset)
-                results.append(WriteResult(item.index, info.length, info))
-        self.sums[name] = summing.sum
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
+    results = []
+    with path.open_write() as file, _without_zip_checksums():
+        summing = SummingFile(file)
+        for item in plan.items:
+            offset = summing.tell()
+            data = resolver.resolve_data(item)
+            if isinstance(data, Tensor):
+                torch.save(_alone(data), cast(Any, summing))
+            else:
+                summing.write(data.getbuffer())
+            info = _StorageInfo(path.name, offset, summing.tell() - offset)
+            results.append(WriteResult(item.index, info.length, info))
+    return results, summing.sum
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -181,9 +149,13 @@ class StorageReader(FileSystemReader):
     """Reads boxes of tensors below a folder: no more of a file than the rows they lie in."""
 
     def __init__(self, folder: StoragePath) -> None:
+        # The library's path and file system are those of a local disk.
         super().__init__("unused")
-        self.fs, self.path, self.folder = cast(Any, _StorageFiles()), cast(Any, folder), folder
+        self.folder = folder
         self._tensors: dict[str, Any] = {}
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        return pickle.loads((self.folder / METADATA_FILE).read_bytes())
 
     def set_up_storage_reader(self, metadata: Any, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)

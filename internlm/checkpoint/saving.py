@@ -2,7 +2,7 @@
 
     plan (all ranks, once a run) -> every rank writes its part -> the main rank completes the checkpoint
 
-A rank writes from its tensors in place, or, in the background, from a copy of them: the planner says which.
+A rank writes from its tensors in place, or, in the background, from a copy of them: the `Resolver` says which.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
-from internlm.checkpoint.dcp_storage import FileSum, StorageWriter, SummingFile
+from internlm.checkpoint.dcp_storage import METADATA_FILE, FileSum, Resolver, SummingFile, write_tensors
 from internlm.checkpoint.folder import Mark
 from internlm.core.failure import describe_error
 from internlm.utils.errors import CheckpointError, UserError
@@ -124,14 +124,10 @@ def _plan_of_all(planner: BoxSavePlanner, local: list[SavePlan]) -> tuple[list[A
         plans, metadata = planner.create_global_plan(local)
     except ValueError as error:
         raise CheckpointError(f"the ranks do not hold every tensor exactly: {error}") from error
-    return list(_NAMING.prepare_global_plan(plans)), metadata
+    return plans, metadata
 
 
-_NAMING = StorageWriter(StoragePath("."))
-"""Gives every rank a name for its file."""
-
-
-class CopiesPlanner(SavePlanner):
+class Copies:
     """Gives the writer tensors that were copied in the order of a plan, and bytes.
 
     Args:
@@ -145,29 +141,19 @@ class CopiesPlanner(SavePlanner):
         self._values = values
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """What an item of the plan asks for."""
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self._values[write_item.index.fqn])
         return self._tensors[write_item.index]
 
-    def set_up_planner(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("the plan is there")
 
-    def create_local_plan(self) -> SavePlan:
-        raise NotImplementedError("the plan is there")
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        raise NotImplementedError("the plan is there")
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-
-def write_part(task: SaveTask, plan: RankPlan, planner: SavePlanner) -> Part:
+def write_part(task: SaveTask, plan: RankPlan, resolver: Resolver) -> Part:
     """Write what this rank has to write. A failure is told in the result."""
+    # The name that the library would give it.
+    path = task.writing / f"__{task.rank}_0.distcp"
     try:
-        writer = StorageWriter(task.writing)
-        results = writer.write_data(plan.plan, planner).wait()
-        return Part(task.rank, results, dict(writer.sums))
+        results, total = write_tensors(path, plan.plan, resolver)
+        return Part(task.rank, results, {path.name: total})
     except Exception as error:
         return Part(task.rank, [], {}, _cause(error, task))
 
@@ -185,8 +171,7 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise CheckpointError(f"{failed[0].error}{others}")
         sums = {name: total for part in parts for name, total in part.sums.items()}
-        writer = StorageWriter(task.writing)
-        sums[".metadata"] = _write_metadata(task.writing, writer, metadata, parts)
+        sums[METADATA_FILE] = _write_metadata(task.writing, metadata, parts)
         for name, content in (task.files or {}).items():
             sums[name] = _write_file(task.writing, name, content)
         (task.writing / PARTS).remove()
@@ -196,12 +181,12 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
         raise
 
 
-def _write_metadata(folder: StoragePath, writer: StorageWriter, metadata: Metadata, parts: Sequence[Part]) -> FileSum:
+def _write_metadata(folder: StoragePath, metadata: Metadata, parts: Sequence[Part]) -> FileSum:
     # The library would write it in two steps, for storages that can rename.
     metadata = copy.copy(metadata)
     metadata.storage_data = {result.index: result.storage_data for part in parts for result in part.results}
     metadata.storage_meta = None
-    return _write_file(folder, ".metadata", pickle.dumps(metadata))
+    return _write_file(folder, METADATA_FILE, pickle.dumps(metadata))
 
 
 def _write_file(folder: StoragePath, name: str, content: bytes) -> FileSum:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 
 from internlm.checkpoint.background import Order, Outcome, SharedMemory
 from internlm.checkpoint.saving import (
-    CopiesPlanner,
+    Copies,
     collect_parts,
     complete,
     discard,
@@ -62,7 +62,7 @@ def carry_out(order: Order, shared: SharedMemory, run_has_ended: Callable[[], bo
         end = max((place.offset + place.num_bytes for place in order.places), default=0)
         memory = shared.bytes(max(1, end))
         tensors = [place.view(memory) for place in order.places]
-        part = write_part(task, order.plan, CopiesPlanner(order.plan.plan, tensors, order.values))
+        part = write_part(task, order.plan, Copies(order.plan.plan, tensors, order.values))
         if task.rank != 0:
             leave_part(task, part)
             error = part.error
