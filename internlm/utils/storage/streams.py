@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import abstractmethod
 from typing import Any
 
 from internlm.utils.storage.failures import Explains, named_failures
@@ -22,17 +23,17 @@ class Sink(io.RawIOBase):
         self.url = url
         self.given_up = False
 
+    @abstractmethod
     def put(self, data: memoryview) -> int:
         """Take the next bytes; returns how many."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> None:
         """Make what was put last, and be seen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def discard(self) -> None:
         """Remove what was put, as well as can be."""
-        raise NotImplementedError
 
     def writable(self) -> bool:
         return True
@@ -102,9 +103,9 @@ class Source(io.RawIOBase):
         self.size = size
         self._position = 0
 
+    @abstractmethod
     def fetch(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer`, which is not longer than what follows `offset` in the file."""
-        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
