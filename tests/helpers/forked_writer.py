@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ class _ForkedPython:
     """Stands in for `subprocess` where a run starts the process that writes."""
 
     DEVNULL = subprocess.DEVNULL
+    TimeoutExpired = subprocess.TimeoutExpired
 
     class Popen:
         """`python -m internlm.checkpoint.writer_process ...`, with none of this process's files but `pass_fds`."""
@@ -52,7 +54,14 @@ class _ForkedPython:
                 self._code = os.waitstatus_to_exitcode(status) if pid else None
             return self._code
 
-        def wait(self) -> int:
-            if self._code is None:
-                self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        def wait(self, timeout: float | None = None) -> int:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            while (code := self.poll()) is None:
+                if timeout is not None and deadline is not None and time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired("the forked writer", timeout)
+                time.sleep(0.001)
+            return code
+
+        @property
+        def returncode(self) -> int | None:
             return self._code
