@@ -86,11 +86,16 @@ def choice(
         if attention_backend != "auto":
             return Choice(packed.implementation, reason)
         return Choice(f"rows: SDPA ({_sdpa_kernels(needs)}); packed or windowed: {packed.implementation}", reason)
+    # Not a mistake: a config made for a GPU also runs on a CPU.
+    ignored = "" if attention_backend == "auto" else f"; model.attention_backend = {attention_backend!r} is for GPUs"
     if device.type == "cpu" and _has_bf16_units():
         return Choice(
-            "SDPA, one call a document length; bf16: matrix products by blocks", "this CPU multiplies bf16 in hardware"
+            "SDPA, one call a document length; bf16: matrix products by blocks",
+            f"this CPU multiplies bf16 in hardware{ignored}",
         )
-    return Choice("SDPA, one call a document length", f"PyTorch has no variable-length kernel on {device.type}")
+    return Choice(
+        "SDPA, one call a document length", f"PyTorch has no variable-length kernel on {device.type}{ignored}"
+    )
 
 
 def _sdpa_kernels(needs: AttentionNeeds) -> str:
