@@ -59,7 +59,9 @@ def rms_norm(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last dimension; arguments and result as for `rms_norm`, and a bias `[h]`."""
-    if x.dtype == weight.dtype:
+    # PyTorch's kernel for 16 bits on CPU also sums the gradients of weight and bias over tokens in 16 bits.
+    sums_in_16_bits = x.device.type == "cpu" and x.dtype.itemsize == 2
+    if x.dtype == weight.dtype and not sums_in_16_bits:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     dtype = _compute_dtype(x, weight)
     wide_bias = None if bias is None else bias.to(dtype)
