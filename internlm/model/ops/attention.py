@@ -29,6 +29,7 @@ from internlm.model.ops.attention_backends import (
 )
 from internlm.model.ops.blocked_attention import blocked_attention
 from internlm.model.ops.choice import Choice
+from internlm.model.ops.compiling import constant_when_compiled
 
 _LENGTH_MULTIPLE = 64
 """bf16 kernels on CPU are compiled for each new shape; documents padded to a multiple of this have few shapes."""
@@ -181,7 +182,7 @@ def _on_cuda(
     return out.unflatten(0, (batch, length))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _cudnn_first(device: torch.device) -> bool:
     return _prefers_cudnn(capability_of(device))
 

@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import attention as torch_attention
-from torch.nn.attention import varlen
 
 from internlm.model.ops import reference
+from internlm.model.ops.compiling import constant_when_compiled
 from internlm.utils.errors import ConfigError
 from internlm.utils.optional_packages import why_unusable
-
-_HAS_GQA_FLAG = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
-"""PyTorch 2.12 began to refuse grouped heads without this flag; before, the flag did not exist."""
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -222,7 +220,7 @@ def reason_of(backend: AttentionBackend, needs: AttentionNeeds, *, wanted: str, 
     return f"the first that serves; {'; '.join(refused)}" if refused else "the first choice"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def backend_for(
     device: torch.device,
     dtype: torch.dtype,
@@ -285,15 +283,31 @@ def packed_attention(
             q, k, v, *bounds, softmax_scale=scale, causal=True, window_size=window_size
         )
         return result
+    # Imported here: it brings the whole compiler along.
+    from torch.nn.attention import varlen
+
     _use_flash_implementation(_FLASH_IMPLEMENTATIONS.get(name))
     grouped = q.shape[1] != k.shape[1]
-    options: dict[str, Any] = {"enable_gqa": True} if grouped and _HAS_GQA_FLAG else {}
+    options: dict[str, Any] = {"enable_gqa": True} if grouped and _varlen_has_gqa_flag() else {}
     out = varlen.varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **options)
     assert isinstance(out, Tensor)
     return out
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
+def _varlen_has_gqa_flag() -> bool:
+    """PyTorch 2.12 began to refuse grouped heads without this flag; before, the flag did not exist."""
+    from torch.nn.attention import varlen
+
+    return _has_parameter(varlen.varlen_attn, "enable_gqa")
+
+
+@functools.cache
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+@constant_when_compiled
 def _use_flash_implementation(name: str | None) -> bool:
     """Let PyTorch's flash attention operators run flash-attn 3 ("FA3"), 4 ("FA4") or its own kernels (None); returns
     whether that changed anything."""

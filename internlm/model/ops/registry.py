@@ -7,13 +7,16 @@ the same facts. Nothing falls back silently: what `describe` returns is for `doc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from internlm.config.schema import ModelConfig
 from internlm.model.ops import attention, cross_entropy, gated, norm, rotary
 from internlm.model.ops.attention_backends import AttentionNeeds, capability_of
 from internlm.model.ops.choice import Choice
+
+if TYPE_CHECKING:
+    from internlm.config.schema import ModelConfig
 
 
 @dataclass(frozen=True)
