@@ -280,6 +280,7 @@ def test_blocks_of_flex_attention(lengths: list[int], window: int | None, block:
             assert bool(whole[row, column]) == bool(tile.all()) or row == column
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kv_heads", [2, 6])
 @pytest.mark.parametrize("window", [None, 5])
 def test_flex_attention(monkeypatch: pytest.MonkeyPatch, window: int | None, kv_heads: int) -> None:
