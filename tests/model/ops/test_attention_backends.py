@@ -402,6 +402,41 @@ def test_a_kernel_in_a_compiled_block_gets_the_longest_document_of_each_batch(mo
     assert counter.frame_count <= 2
 
 
+def test_rows_in_a_compiled_block_keep_the_order_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order is set inside the graph's making, and nothing of it is left behind."""
+    monkeypatch.setattr(attention_module, "capability_of", lambda device: HOPPER)
+    torch._dynamo.reset()
+    before = torch._C._get_sdp_priority_order()
+    inputs = _rows()
+    block = torch.compile(lambda *x: _on_cuda(x, None, None), backend="aot_eager", fullgraph=True)
+    ours, theirs = block(*inputs), reference.attention(*inputs)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad))
+    assert torch._C._get_sdp_priority_order() == before
+
+
+def test_flex_attention_in_a_compiled_block() -> None:
+    """Its mask is part of the graph: other documents do not compile it again. Without gradients, as there are none on a
+    CPU."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def block(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        return _on_cuda((q, k, v), segments, 5, "flex")
+
+    q, k, v = (x.float()[None] for x in _inputs(head_dim=16))
+    with torch.no_grad():
+        for lengths in (LENGTHS, (3, 40), (20, 20, 3), (7, 7, 7, 22), (2, 41), (1, 1, 41)):
+            segments = Segments.of(lengths)
+            expected = reference.attention(q, k, v, segments.cu_seqlens, window=5)
+            torch.testing.assert_close(block(q, k, v, segments), expected)
+    assert counter.frame_count <= 2
+
+
 def test_every_refusal_of_another_name(installed: Any) -> None:
     installed()
     assert why_not(BACKENDS[0], _needs(), wanted="flex") == "model.attention_backend is 'flex'"
