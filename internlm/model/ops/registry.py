@@ -37,7 +37,7 @@ class OpSettings:
     compiled: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, *, compiled: bool = False) -> OpSettings:
+    def of(cls, config: ModelConfig) -> OpSettings:
         """The settings of a config's `model` section."""
         head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         return cls(
@@ -46,7 +46,7 @@ class OpSettings:
             config.attention_backend,
             config.use_flash_attn,
             config.fused_kernels,
-            compiled,
+            config.compile,
         )
 
     def attention_needs(self, device: torch.device) -> AttentionNeeds:
