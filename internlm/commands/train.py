@@ -28,7 +28,7 @@ from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_trainer, check_buildable, set_numerics
 from internlm.initialize.launch import LAUNCHERS, Launch, LaunchError, choose_device, connect, detect_launch, disconnect
 from internlm.initialize.stages import build_meta_model
-from internlm.model.ops.registry import describe
+from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError
 from internlm.utils.logging import configure_logging, get_logger
 
@@ -204,7 +204,7 @@ def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
         sys.version.split()[0],
         run_dir,
     )
-    for operation, choice in describe(context.device, use_flash_attn=config.model.use_flash_attn).items():
+    for operation, choice in describe(context.device, OpSettings.of(config.model)).items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
 
 
