@@ -37,6 +37,7 @@ from internlm.initialize.stages import (
     build_meta_model,
     build_pipeline_schedule,
     reduce_dtype,
+    state_form,
 )
 from internlm.model.architecture import Architecture
 from internlm.model.ops.cross_entropy import linear_cross_entropy
@@ -216,6 +217,8 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
 def build_engine(config: Config, context: ParallelContext, chunks: list[nn.Module], type_names: list[str]) -> Engine:
     """Optimizer, loss and schedule around this rank's chunks of a model."""
     zero, adam = config.hybrid_zero_optimizer, config.adam
+    if zero.offload_optimizer and context.device.type == "cpu":
+        logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")
     optimizer = HybridZeroOptimizer(
         chunks,
         context,
@@ -229,6 +232,7 @@ def build_engine(config: Config, context: ParallelContext, chunks: list[nn.Modul
         overlap_sync_param=zero.overlap_sync_param,
         reduce_bucket_size=zero.reduce_bucket_size,
         reduce_dtype=reduce_dtype(config),
+        form=state_form(config),
     )
     loss = partial(
         linear_cross_entropy,
