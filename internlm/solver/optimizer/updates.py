@@ -140,20 +140,17 @@ class OffloadedUpdater:
         return target, self._down.run(partial(target.copy_, source, non_blocking=True))
 
 
-def build_states(
-    buckets: Sequence[Bucket], form: StateForm, weight_decay: float, *, at_once: int | None = None
-) -> tuple[list[ShardState], Updater]:
+def build_states(buckets: Sequence[Bucket], form: StateForm, weight_decay: float) -> tuple[list[ShardState], Updater]:
     """The state of every bucket, and what updates them.
 
     Args:
         buckets: of the optimizer, made with the same form.
         form: how the state is kept.
         weight_decay: of the buckets that have any.
-        at_once: elements of a part where shards are updated in parts; None for a size that is fast.
     """
     device, state_device = buckets[0].grad_buffer.device, buckets[0].state_device
     numel = max(bucket.grad_shard.numel() for bucket in buckets)
-    at_once = min(numel, at_once or (OFFLOADED_AT_ONCE if form.is_offloaded else CONVERTED_AT_ONCE))
+    at_once = min(numel, OFFLOADED_AT_ONCE if form.is_offloaded else CONVERTED_AT_ONCE)
     scratch = Scratch(at_once, state_device)
     noise = None
     if form.moments != torch.float32:
