@@ -7,8 +7,9 @@ between 0 and the distance of the two neighbours added before the cut, it gets t
 
 The random numbers are a pure function of the number of updates and of an element's place in the global tensor: a
 resumed run rounds as the other one would have, every rank that holds a copy of an element rounds it alike, and so does
-every layout. An element at (i, j) gets `table0[i + a] xor table1[j + b]`, where a and b depend on the tensor's name:
-each such number is uniform, and two of them are independent, so that errors neither drift nor add up.
+every layout. An element at (i, j) gets `table0[i + a] xor table1[j + b]`, where a and b depend on the tensor's name.
+Each such number is uniform, and any two are independent, so that errors neither drift nor add up; four at the corners
+of a rectangle are not, which averages out from one update to the next, as each has other tables.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ class RoundingNoise:
     """Random numbers for one update at a time.
 
     Args:
-        shapes: of all global tensors, one at least.
+        shapes: of all global tensors, of at most 15 dimensions of less than 2**27 elements.
         device: where the numbers are needed.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
-        num_tables = max(1, *map(len, shapes))
-        longest = max(1, *(extent for shape in shapes for extent in shape))
-        indices = torch.arange(num_tables * (NUM_STARTS + longest), device=device)
-        self._keys = _mixed(indices).view(num_tables, NUM_STARTS + longest)
+        num_tables = max([1, *map(len, shapes)])
+        length = NUM_STARTS + max([1, *(extent for shape in shapes for extent in shape)])
+        # The keys of a table do not depend on its length: another rank may hold other tensors.
+        starts = torch.arange(num_tables, device=device)[:, None] << 28
+        self._keys = _mixed(starts + torch.arange(length, device=device))
         self._tables = torch.zeros_like(self._keys, dtype=torch.int32)
 
     def draw(self, num_updates: Tensor) -> None:
