@@ -96,7 +96,7 @@ def test_an_offloaded_state_trains_as_one_on_the_device(gradients: torch.dtype) 
 def test_an_update_in_parts_is_that_of_the_whole(gradients: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     form = StateForm(gradients, BF16)
     whole = weights_after(form, 3)
-    monkeypatch.setattr(updates, "CONVERTED_AT_ONCE", 2**16)
+    monkeypatch.setattr(updates, "part_size", lambda device: 2**16)
     for one, other in zip(whole, weights_after(form, 3), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 

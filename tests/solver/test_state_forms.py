@@ -39,11 +39,11 @@ FORMS = {
 @contextmanager
 def parts_of(size: int | None) -> Iterator[None]:
     """Inside, shards are updated in parts of that many elements."""
-    before = updates.CONVERTED_AT_ONCE, updates.OFFLOADED_AT_ONCE
+    before = updates.part_size
     if size is not None:
-        updates.CONVERTED_AT_ONCE = updates.OFFLOADED_AT_ONCE = size
+        updates.part_size = lambda device: size
     yield
-    updates.CONVERTED_AT_ONCE, updates.OFFLOADED_AT_ONCE = before
+    updates.part_size = before
 
 
 def run(

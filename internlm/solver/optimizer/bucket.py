@@ -24,8 +24,14 @@ NORM_ROW = 1024
 # Tensors start at multiples of this many elements: vector loads stay aligned whatever the tensor's size.
 ALIGNMENT = 32
 
-# Elements that are converted at once, so that no buffer ever exists in two dtypes. A multiple of NORM_ROW.
-CONVERTED_AT_ONCE = 2**24
+
+def part_size(device: torch.device) -> int:
+    """Elements of a flat tensor that are converted at once, so that no buffer ever exists in two dtypes.
+
+    A multiple of `NORM_ROW`. On a device, launches should not outweigh the work. On the host, more than 32 MiB
+    (M_MMAP_THRESHOLD of glibc) would be taken from the system anew each time.
+    """
+    return 2**22 if device.type == "cpu" else 2**24
 
 
 class Bucket(ABC):
@@ -185,7 +191,7 @@ class Bucket(ABC):
         """Sum of the squares of `grad_shard`, a scalar fp64 tensor."""
         rows = [
             torch.linalg.vector_norm(part.view(-1, NORM_ROW), dim=1, dtype=torch.float32)
-            for part in self.grad_shard.split(CONVERTED_AT_ONCE)
+            for part in self.grad_shard.split(part_size(self.grad_shard.device))
         ]
         return torch.cat(rows).double().square().sum()
 

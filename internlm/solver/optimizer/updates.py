@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from internlm.core.communication.collectives import Done, Work
-from internlm.solver.optimizer.bucket import CONVERTED_AT_ONCE, Bucket
+from internlm.solver.optimizer.bucket import Bucket, part_size
 from internlm.solver.optimizer.lane import Lane, lane_of
 from internlm.solver.optimizer.rounding_noise import RoundingNoise
 from internlm.solver.optimizer.shard_state import AdamStep, Scratch, ShardState
 from internlm.solver.optimizer.state_form import StateForm
-
-OFFLOADED_AT_ONCE = 2**22
-"""Elements of a part that is on its way between device and host, or is updated there."""
 
 Parts = Sequence[tuple[ShardState, Sequence[slice]]]
 """Of every bucket, the parts of its shard that take part in a step; see `ShardState.update`."""
@@ -150,7 +147,7 @@ def build_states(buckets: Sequence[Bucket], form: StateForm, weight_decay: float
     """
     device, state_device = buckets[0].grad_buffer.device, buckets[0].state_device
     numel = max(bucket.grad_shard.numel() for bucket in buckets)
-    at_once = min(numel, OFFLOADED_AT_ONCE if form.is_offloaded else CONVERTED_AT_ONCE)
+    at_once = min(numel, part_size(state_device))
     scratch = Scratch(at_once, state_device)
     noise = None
     if form.moments != torch.float32:

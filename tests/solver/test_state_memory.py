@@ -36,9 +36,8 @@ def test_nothing_exists_twice(
     is_offloaded: bool,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(updates, "CONVERTED_AT_ONCE", PART)
-    monkeypatch.setattr(updates, "OFFLOADED_AT_ONCE", PART)
-    monkeypatch.setattr(bucket, "CONVERTED_AT_ONCE", PART)
+    for module in (bucket, updates):
+        monkeypatch.setattr(module, "part_size", lambda device: PART)
     form = StateForm(gradients, moments, is_offloaded)
     weights = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
     for number, weight in enumerate(weights):
