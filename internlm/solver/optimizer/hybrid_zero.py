@@ -51,7 +51,7 @@ class HybridZeroOptimizer:
 
     A step is: `begin_step(num_backwards)`, so many backward passes, then `step(lr, beta2)`. Gradients are *summed* over
     data ranks: the loss must already be divided by the global number of valid tokens. Nothing in a step waits for the
-    device, but the first one, which finds out what is in use (see `unused`).
+    device, but the first one, which finds out what is in use (see `unused`), and all with an offloaded state.
 
     Args:
         model: after `parallelize`; or the chunks of a pipeline that this rank holds, in forward order. A parameter may
