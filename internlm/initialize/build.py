@@ -142,6 +142,8 @@ def build_trainer(
     Raises:
         ConfigError, DataError, CheckpointError: a mistake in what the user gave.
     """
+    if config.hybrid_zero_optimizer.offload_optimizer and context.device.type == "cpu":
+        logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")
     train_loader = build_loader(config, context)
     chunks = build_chunks(config, context)
     engine = build_engine(config, context, chunks, train_loader.type_names)
@@ -217,8 +219,6 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
 def build_engine(config: Config, context: ParallelContext, chunks: list[nn.Module], type_names: list[str]) -> Engine:
     """Optimizer, loss and schedule around this rank's chunks of a model."""
     zero, adam = config.hybrid_zero_optimizer, config.adam
-    if zero.offload_optimizer and context.device.type == "cpu":
-        logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")
     optimizer = HybridZeroOptimizer(
         chunks,
         context,
