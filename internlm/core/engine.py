@@ -274,7 +274,8 @@ class Engine:
         return torch.empty(shape, dtype=model.residual_dtype, device=self.context.device)
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float32, device=self.context.device)
+        # A fill on the device; `torch.tensor` copies from the host, and waits until it has.
+        return torch.full((), value, dtype=torch.float32, device=self.context.device)
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
         """Sum a tensor in place over all ranks that compute the loss of different tokens, so that all have it.
