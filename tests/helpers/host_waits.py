@@ -55,10 +55,18 @@ class _Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in READING_OPERATORS:
             self._found.append(_where(name))
-        elif name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple)):
-            if any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
-                self._found.append(_where("index by a mask"))
+        elif name.startswith("index") and any(_is_mask(index) for arg in args for index in _items(arg)):
+            self._found.append(_where("index by a mask"))
         return func(*args, **(kwargs or {}))
+
+
+def _items(arg: Any) -> list[Any]:
+    return list(arg) if isinstance(arg, (list, tuple)) else []
+
+
+def _is_mask(index: Any) -> bool:
+    """Whether an index selects by its values, so that the size of the result is not known without them."""
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def _where(what: str) -> str:
