@@ -3,9 +3,9 @@
     python benchmarks/loop_overhead.py --shape demo [--steps 30] [--threads 2] [--train DIR] [--set KEY=VALUE ...]
 
 Trains a shape of `throughput.py` in bf16 through `build_trainer`, with the console, metrics.jsonl and TensorBoard. On a
-CPU it counts the wall time of the loop that is neither forward and backward nor optimizer. A GPU computes while the host
-goes on: there the same number of steps is run once more by the engine alone, on batches in memory, and the difference
-counts. Then it reads the same data with the loader alone.
+CPU it counts the wall time of the loop that is neither forward and backward nor optimizer. A GPU computes while the
+host goes on: there the same number of steps is run once more by the engine alone, on batches in memory, and the
+difference counts. Then it reads the same data with the loader alone.
 """
 
 from __future__ import annotations
