@@ -70,15 +70,15 @@ fi
 if [ $mode = cpu ]; then
     quick=(--rounds 1 --steps 1)
     part tests 60 "$python" -m pytest -q tests/cuda
-    row tiny 60 --shape tiny "${quick[@]}" --variant short documents=short
+    row tiny 60 --shape tiny "${quick[@]}" --variant short documents=short --variant wrong model.no_such_key=1
     row broken 20 --shape tiny "${quick[@]}" --set model.no_such_key=1
 else
     few=(--rounds 3 --steps 4 --compile)
-    part tests 120 "$python" -m pytest -q tests/cuda
-    row 7b-layers 190 --shape 7b-layers "${few[@]}" --against hf \
+    part tests 100 "$python" -m pytest -q tests/cuda
+    row 7b-layers 230 --shape 7b-layers "${few[@]}" --against hf \
         --variant fp8 float8.enable_float8_linear=True --variant "short documents" documents=short
-    row 1.5b 110 --shape 1.5b "${few[@]}" --variant fp8 float8.enable_float8_linear=True
-    row 7b 90 --shape 7b --rounds 1 --steps 2 --no-ceiling --compile --checkpoint 1
+    row 1.5b 100 --shape 1.5b "${few[@]}" --variant fp8 float8.enable_float8_linear=True
+    row 7b 80 --shape 7b --rounds 1 --steps 2 --no-ceiling --compile --checkpoint 1
 fi
 
 if [ -n "${dry_run:-}" ]; then

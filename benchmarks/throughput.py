@@ -118,7 +118,9 @@ class Contender:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Build and warm up."""
+        """Build and warm up, unless there is an error already."""
+        if self.error is not None:
+            return
         folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
@@ -181,11 +183,11 @@ def serve(task: dict[str, Any]) -> None:
     config_file, kind = Path(task["config_file"]), task["kind"]
     if kind.startswith("hf"):
         import transformers  # noqa: F401  what the import alone takes is not the model's
-    pacer = Pacer(out, device, WARMUP_STEPS)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {task['threads']} thread(s)"
+    pacer = Pacer(out, device, WARMUP_STEPS, {"device": name, "torch": torch.__version__})
     try:
         if kind == CEILING:
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {task['threads']} threads"
-            pacer.serve(Ceiling(config_file, task["overrides"], device).measure, device=name, torch=torch.__version__)
+            pacer.serve(Ceiling(config_file, task["overrides"], device).measure)
         elif kind == OURS:
             train_ours(config_file, task["overrides"], pacer)
         else:
@@ -203,7 +205,7 @@ def make_contenders(options: argparse.Namespace, folder: Path) -> list[Contender
     """The processes to run, none started; the first is the ceiling, the second ours.
 
     Raises:
-        ConfigError: a config that they would train with is wrong.
+        ConfigError: the config of ours is wrong; that of a variant is the variant's error.
     """
     shape = SHAPES[options.shape]
     overrides = list(options.set)
@@ -240,7 +242,12 @@ def make_contenders(options: argparse.Namespace, folder: Path) -> list[Contender
         own = [*overrides, *(key for key in keys if not key.startswith("documents="))]
         contenders.append(Contender(f"{OURS}, {name}", OURS, config_file(documents[-1]), own, options))
     for contender in contenders:
-        load_config(contender.config_file, contender.overrides)
+        try:
+            load_config(contender.config_file, contender.overrides)
+        except ConfigError as error:
+            if contender is contenders[0]:
+                raise
+            contender.error = str(error)
     peers = [Contender(name, name, config_file(options.documents), overrides, options) for name in options.against]
     ceiling = Contender(CEILING, CEILING, config_file(options.documents), overrides, options)
     return [ceiling, *contenders, *peers]
@@ -302,8 +309,8 @@ def main() -> None:
         "title": options.title or f"{options.shape}, {options.precision}, {options.documents}",
         "command": shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]]),
         "commit": _commit(),
-        "device": ceiling.facts.get("device", "ceiling not measured"),
-        "torch": ceiling.facts.get("torch", ""),
+        "device": ours.facts.get("device", "unknown"),
+        "torch": ours.facts.get("torch", "unknown"),
         "rows": rows,
         "ceiling": ceiling.rounds,
     }

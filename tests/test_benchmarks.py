@@ -44,7 +44,8 @@ def test_the_script_for_a_gpu_machine_runs_to_its_end_though_a_part_fails(tmp_pa
     assert tests.startswith("tests: passed") and good.startswith("tiny: passed")
     assert bad.startswith("broken: failed") and "model.no_such_key" in bad
     (result,) = written["results"]
-    ours, short = result["rows"]
+    ours, short, wrong = result["rows"]
+    assert wrong["contender"] == "ours, wrong" and "model.no_such_key" in wrong["error"]
     assert ours["contender"] == "ours" and ours["tokens_per_second"] > 0 and ours["times_of_limit"] > 0
     assert short["contender"] == "ours, short" and short["ours_times_its_speed"] > 0
     assert printed.strip() == (tmp_path / "gpu_check.md").read_text().strip()
@@ -159,7 +160,7 @@ def test_a_pacer_counts_the_steps_of_a_round_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("speed.pacer.time.perf_counter", lambda: next(times))
     monkeypatch.setattr(sys, "stdin", io.StringIO("3\n"))
     out = io.StringIO()
-    pacer = Pacer(out, torch.device("cpu"), warmup=2)
+    pacer = Pacer(out, torch.device("cpu"), warmup=2, about={"torch": "2"})
     pacer.facts = {"tokens_per_step": 7}
     steps = 0
     with pytest.raises(Finished):
@@ -168,6 +169,6 @@ def test_a_pacer_counts_the_steps_of_a_round_alone(monkeypatch: pytest.MonkeyPat
             pacer.data_seconds += 0.5
             pacer.step_done()
     ready, measured = map(json.loads, out.getvalue().splitlines())
-    assert ready["tokens_per_step"] == 7 and ready["warmup_seconds"] == 5.0
+    assert ready == {"torch": "2", "tokens_per_step": 7, "warmup_seconds": 5.0}
     assert steps == 2 + 3
     assert measured["seconds"] == 2.0 and measured["data_share"] == 1.5 / 6

@@ -26,14 +26,16 @@ class Pacer:
         out: where results go, one JSON object a line.
         device: waited for at both ends of a round.
         warmup: steps before the first round.
+        about: told when the loop is ready.
 
     Attributes:
-        facts: what the loop wants told with each result.
+        facts: what the loop wants told when it is ready.
         data_seconds: the loop adds here what it waited for batches.
     """
 
-    def __init__(self, out: TextIO, device: torch.device, warmup: int) -> None:
+    def __init__(self, out: TextIO, device: torch.device, warmup: int, about: dict[str, Any]) -> None:
         self.device = device
+        self._about = about
         self.facts: dict[str, Any] = {}
         self.data_seconds = 0.0
         self._out = out
@@ -72,22 +74,24 @@ class Pacer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def serve(self, measure: Callable[[], dict[str, Any]], **facts: Any) -> None:
-        """In place of a loop: tell `facts`, then answer each request with what `measure` gives."""
-        self._answer(facts)
+    def serve(self, measure: Callable[[], dict[str, Any]]) -> None:
+        """In place of a loop: be ready, then answer each request with what `measure` gives."""
+        self._answer(self._about)
         while sys.stdin.readline():
             self._answer(measure())
 
     def _report(self, seconds: float) -> None:
-        answer: dict[str, Any] = {**self.facts, "peak_bytes": self._peak(), "warmup_seconds": seconds}
-        if not self.is_warming_up:
-            answer = {
+        if self.is_warming_up:
+            self._answer({**self._about, **self.facts, "warmup_seconds": seconds})
+            return
+        self._answer(
+            {
                 "seconds": seconds / self._steps,
                 "data_share": self.data_seconds / seconds,
                 "peak_bytes": self._peak(),
                 "reserved_bytes": torch.cuda.max_memory_reserved() if self.device.type == "cuda" else None,
             }
-        self._answer(answer)
+        )
 
     def _answer(self, answer: dict[str, Any]) -> None:
         self._out.write(json.dumps(answer) + "\n")
