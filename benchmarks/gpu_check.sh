@@ -76,7 +76,7 @@ else
     few=(--rounds 3 --steps 4 --compile)
     part tests 100 "$python" -m pytest -q tests/cuda
     row 7b-layers 230 --shape 7b-layers "${few[@]}" --against hf \
-        --variant fp8 float8.enable_float8_linear=True --variant "short documents" documents=short
+        --variant fp8 float8.enable_float8_linear=True --variant short documents=short
     row 1.5b 100 --shape 1.5b "${few[@]}" --variant fp8 float8.enable_float8_linear=True
     row 7b 80 --shape 7b --rounds 1 --steps 2 --no-ceiling --compile --checkpoint 1
 fi
