@@ -76,7 +76,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [f"{result['device']}, torch {result['torch']}, commit {result['commit']}.", ""]
     lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for row in result["rows"]:
-        cells = [row["contender"], row["error"]] if "error" in row else _cells(row)
+        cells = [row["contender"], _one_line(row["error"])] if "error" in row else _cells(row)
         lines.append("| " + " | ".join([*cells, *[""] * (len(HEADER) - len(cells))]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -97,6 +97,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _number(row.get("ours_times_its_speed")),
         _number(row.get("its_memory_times_ours")),
     ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200].replace("|", "\\|")
 
 
 def _percent(share: float | None) -> str:
