@@ -204,7 +204,12 @@ def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
         sys.version.split()[0],
         run_dir,
     )
-    for operation, choice in describe(context.device, use_flash_attn=config.model.use_flash_attn).items():
+    choices = describe(
+        context.device,
+        use_flash_attn=config.model.use_flash_attn,
+        use_float8=config.float8.enable_float8_linear,
+    )
+    for operation, choice in choices.items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
 
 

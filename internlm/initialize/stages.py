@@ -16,6 +16,7 @@ from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, spl
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
 from internlm.model.architecture import Architecture
+from internlm.model.ops.float8 import why_not_on_hardware
 from internlm.model.registry import build_model
 from internlm.monitor.flops import ModelShape, flops_per_token
 from internlm.utils.errors import ConfigError
@@ -78,6 +79,8 @@ def build_options(config: Config) -> ParallelOptions:
         postpone_weight_gradients=any(
             action.kind is ActionKind.BACKWARD_WEIGHT for actions in schedule.actions for action in actions
         ),
+        float8_layers=config.float8.layers(config.model.num_layers),
+        gather_float8=config.float8.gather_weights,
     )
 
 
@@ -91,8 +94,13 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
     """This rank's chunks of the model, one without a pipeline.
 
     Raises:
-        ConfigError: the model cannot be cut into these stages, or not be sharded as `parallel.fsdp` asks.
+        ConfigError: the model cannot be cut into these stages, or not be sharded as `parallel.fsdp` asks, or the device
+            cannot multiply in float8 as it should.
     """
+    if config.float8.enable_float8_linear and context.device.type == "cuda":
+        missing = why_not_on_hardware(context.device)
+        if missing is not None:
+            raise ConfigError(f"float8.enable_float8_linear = True: {missing}; set it to False")
     chunks = build_stages(
         partial(build_meta_model, config),
         context,

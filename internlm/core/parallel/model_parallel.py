@@ -6,25 +6,29 @@ This class is the trivial mode: weights and activations are whole on every rank,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear import InputExchange, LinearGroup, LocalWeights, ParallelLinear, WeightStore
 from internlm.core.parallel.placement import Part
-from internlm.core.parallel.shard_spec import ShardSpec
+from internlm.core.parallel.products import Float8Products, Products, refuse_odd_shape
+from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.model.ops import float8
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
 from internlm.model.roles import HeadShape, Role
 
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """How the layout's modes go about their work. No option changes a result beyond rounding.
+    """How the layout's modes go about their work. No option changes a result beyond rounding (to float8, if asked for).
 
     Attributes:
         split_embedding_hidden: split an untied embedding over its hidden dimension instead of its vocabulary.
@@ -35,6 +39,8 @@ class ParallelOptions:
         memory_pool: isp: keep gather buffers and use them again.
         reduce_dtype: isp: dtype in which weight gradients travel.
         postpone_weight_gradients: linear layers can leave weight gradients for later, as zero-bubble schedules ask.
+        float8_layers: numbers of the model's layers whose linear layers multiply in float8.
+        gather_float8: isp: gather weights that are multiplied in float8 as float8.
     """
 
     split_embedding_hidden: bool = True
@@ -45,6 +51,8 @@ class ParallelOptions:
     memory_pool: bool = False
     reduce_dtype: torch.dtype = torch.float32
     postpone_weight_gradients: bool = False
+    float8_layers: range = range(0)
+    gather_float8: bool = True
 
 
 class HeadOutput(NamedTuple):
@@ -119,7 +127,25 @@ class ModelParallel:
 
     def make_group(self, name: str, layers: list[ParallelLinear]) -> LinearGroup:
         """Join layers that share an input."""
-        return LinearGroup(name, layers, self.input_exchange(layers[0].role), self.weights(), self.weight_gradients)
+        role = layers[0].role
+        products = Products()
+        if self.is_float8(name):
+            weights = [part.weight for layer in layers for part in layer.parts()]
+            for weight in weights:
+                refuse_odd_shape(name, shard_spec_of(weight))
+            on_hardware = float8.runs_on_hardware(self.context.device)
+            products = Float8Products(self.scale_group, weights[0].dtype, on_hardware=on_hardware)
+        return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, products)
+
+    def is_float8(self, name: str) -> bool:
+        """Whether a linear layer of this name multiplies in float8."""
+        number = re.search(r"\.(\d+)\.", name)
+        return number is not None and int(number[1]) in self.options.float8_layers
+
+    @property
+    def scale_group(self) -> dist.ProcessGroup | None:
+        """The ranks over which inputs or weights of linear layers are split when they are multiplied."""
+        return None
 
     def input_exchange(self, role: Role) -> InputExchange:
         """How layers of this role get their input."""

@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.core.communication.collectives import Work, all_gather_async
+from internlm.core.communication.collectives import Work, all_gather_async, all_reduce
 from internlm.core.communication.exchange import start_reduce_scatter
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear import LinearGroup
 from internlm.core.parallel.parameter_events import deliver_gradient, wait_until_readable
+from internlm.core.parallel.products import Operand
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.model.ops.float8 import FORWARD_FORMAT, Scaled, amax_of, quantize, scale_of
 from internlm.model.roles import Role
 
 _TRIGGERS = {
@@ -56,9 +59,14 @@ class BufferPool:
 
 @dataclass
 class _Gather:
-    """Gathers of a group's parameters under way: flat buffers `[n * local rows * in]` and what to wait for."""
+    """Gathers of a group's parameters under way: flat buffers `[n * local rows * in]` and what to wait for.
+
+    Attributes:
+        scales: of those that travel as bytes of float8 numbers; None for the others.
+    """
 
     buffers: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor | None] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
 
 
@@ -89,6 +97,7 @@ class GatheredWeights:
         memory_pool: bool,
         release_gradients_early: bool,
         reduce_dtype: torch.dtype,
+        gather_float8: bool = True,
     ) -> None:
         self._context = context
         self._weight_gradients = weight_gradients
@@ -96,6 +105,8 @@ class GatheredWeights:
         self.pool = BufferPool(keeps=memory_pool)
         self._num_deliveries_kept = 1 if release_gradients_early else 1 << 30
         self._reduce_dtype = reduce_dtype
+        self._gathers_float8 = gather_float8
+        self._scales: dict[LinearGroup, tuple[tuple[int, ...], Sequence[Tensor]]] = {}
         self.groups: list[LinearGroup] = []
         self._place: dict[LinearGroup, int] = {}
         self._layers: list[list[LinearGroup]] = []
@@ -117,7 +128,7 @@ class GatheredWeights:
 
     # -- as a WeightStore -----------------------------------------------------------------------------------------
 
-    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> list[Tensor]:
+    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
         self._launch(group)
         if self._plan.overlap:
             for other in self._next(group, backward=backward):
@@ -127,13 +138,14 @@ class GatheredWeights:
         for work in gather.works:
             work.wait()
         self._taken[group] = gather.buffers
-        whole = []
-        for parameter, buffer in zip(parameters, gather.buffers, strict=True):
+        whole: list[Operand] = []
+        for parameter, buffer, scale in zip(parameters, gather.buffers, gather.scales, strict=True):
             shape = shard_spec_of(parameter).global_shape
-            whole.append(buffer.view(-1, *shape[1:])[: shape[0]])
+            rows = buffer.view(-1, *shape[1:])[: shape[0]]
+            whole.append(rows if scale is None else Scaled(rows.view(FORWARD_FORMAT), scale))
         return whole
 
-    def give_back(self, group: LinearGroup, whole: list[Tensor]) -> None:
+    def give_back(self, group: LinearGroup, whole: Sequence[Operand]) -> None:
         self._note("release", group)
         for buffer in self._taken.pop(group):
             self.pool.give_back(buffer)
@@ -188,7 +200,12 @@ class GatheredWeights:
         gather = self._in_flight[group] = _Gather()
         for parameter in self._parameters[group]:
             wait_until_readable(parameter)
+        gather.scales = self._scales_of(group)
+        for parameter, scale in zip(self._parameters[group], gather.scales, strict=True):
             shard = parameter.detach()
+            if scale is not None:
+                # As bytes, since not every backend knows float8.
+                shard = quantize(shard, scale, FORWARD_FORMAT).values.view(torch.uint8)
             buffer = self.pool.take(size * shard.numel(), shard)
             gather.buffers.append(buffer)
             if process_group is None:
@@ -196,13 +213,33 @@ class GatheredWeights:
             else:
                 gather.works.append(all_gather_async(buffer, shard.flatten(), process_group))
 
+    def _scales_of(self, group: LinearGroup) -> list[Tensor | None]:
+        """The scale of each whole weight that travels in float8; None for the group's other parameters.
+
+        One small all-reduce for the group, in the first gather after its weights changed: in each gather it would wait
+        for the gathers ahead of it.
+        """
+        parameters = self._parameters[group]
+        is_float8 = [self._gathers_float8 and group.products.is_float8 and p.dim() == 2 for p in parameters]
+        if not any(is_float8):
+            return [None] * len(parameters)
+        versions = tuple(parameter._version for parameter in parameters)
+        if group not in self._scales or self._scales[group][0] != versions:
+            shards = [p.detach() for p, chosen in zip(parameters, is_float8, strict=True) if chosen]
+            amaxes = torch.stack([amax_of(shard) for shard in shards])
+            all_reduce(amaxes, self._context.group("weight", "weight"), dist.ReduceOp.MAX)
+            self._scales[group] = versions, scale_of(amaxes, FORWARD_FORMAT).unbind()
+        scales = iter(self._scales[group][1])
+        return [next(scales) if chosen else None for chosen in is_float8]
+
     @property
     def num_in_flight(self) -> int:
         """Gathers launched and not yet taken."""
         return len(self._in_flight)
 
     def drop_unused(self) -> None:
-        """Forget gathers that nobody took: their weights are about to change."""
+        """Forget scales, and gathers that nobody took: their weights are about to change."""
+        self._scales.clear()
         for gather in self._in_flight.values():
             for work in gather.works:
                 work.wait()

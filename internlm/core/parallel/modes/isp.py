@@ -46,6 +46,7 @@ class Isp(ModelParallel):
             memory_pool=options.memory_pool,
             release_gradients_early=options.release_gradients_early,
             reduce_dtype=options.reduce_dtype,
+            gather_float8=options.gather_float8,
         )
 
     @property
@@ -93,6 +94,10 @@ class Isp(ModelParallel):
                 group, [p for layer in layers for part in layer.parts() for p in part if p is not None]
             )
         return group
+
+    @property
+    def scale_group(self) -> dist.ProcessGroup | None:
+        return self.group
 
     def prepare_input(self, role: Role, x: Tensor) -> Tensor:
         return exchange(x, self.group, split=SEQUENCE, join=_HEADS) if role is Role.ATTENTION_OUT else x

@@ -93,6 +93,10 @@ class Mtp(ModelParallel):
     def input_exchange(self, role: Role) -> InputExchange:
         return CopiedInput(self.context) if role in COLUMN_ROLES else InputExchange()
 
+    @property
+    def scale_group(self) -> dist.ProcessGroup | None:
+        return self.group
+
     def finish_output(self, role: Role, out: Tensor) -> Tensor:
         return self.reduce_output(out) if role in ROW_ROLES else out
 
