@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,10 +78,13 @@ class ModelParallel:
         has_tied_head: the output head is the embedding.
         token_axes: axes of the activation view whose ranks compute the loss of different tokens.
         adds_bias_after_reduction: the bias of ROW layers is added once, to the sum over ranks.
+        scale_axis: axis of the activation view over which inputs or weights of linear layers are split when they are
+            multiplied, if any.
     """
 
     token_axes: ClassVar[tuple[str, ...]] = ("data",)
     adds_bias_after_reduction: ClassVar[bool] = False
+    scale_axis: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -134,18 +136,13 @@ class ModelParallel:
             for weight in weights:
                 refuse_odd_shape(name, shard_spec_of(weight))
             on_hardware = float8.runs_on_hardware(self.context.device)
-            products = Float8Products(self.scale_group, weights[0].dtype, on_hardware=on_hardware)
+            products = Float8Products(self.context, self.scale_axis, weights[0].dtype, on_hardware=on_hardware)
         return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, products)
 
     def is_float8(self, name: str) -> bool:
         """Whether a linear layer of this name multiplies in float8."""
         number = re.search(r"\.(\d+)\.", name)
         return number is not None and int(number[1]) in self.options.float8_layers
-
-    @property
-    def scale_group(self) -> dist.ProcessGroup | None:
-        """The ranks over which inputs or weights of linear layers are split when they are multiplied."""
-        return None
 
     def input_exchange(self, role: Role) -> InputExchange:
         """How layers of this role get their input."""

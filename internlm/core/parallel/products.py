@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.core.communication.collectives import all_reduce
+from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.model.ops.float8 import (
     FORWARD_FORMAT,
@@ -100,15 +101,17 @@ class Float8Products(Products):
     element in the same way. Gradients do without: see `GRADIENT_FORMAT`.
 
     Args:
-        group: the ranks over which inputs or weights are split; None: they are whole here.
+        context: where this rank stands.
+        axis: of the activation view, over which inputs or weights are split; None: they are whole here.
         dtype: of weights and of what the products give.
         on_hardware: see `float8.runs_on_hardware`.
     """
 
     is_float8: ClassVar[bool] = True
 
-    def __init__(self, group: dist.ProcessGroup | None, dtype: torch.dtype, *, on_hardware: bool) -> None:
-        self._group = group
+    def __init__(self, context: ParallelContext, axis: str | None, dtype: torch.dtype, *, on_hardware: bool) -> None:
+        self._context = context
+        self._axis = axis
         self._dtype = dtype
         self._on_hardware = on_hardware
 
@@ -117,7 +120,8 @@ class Float8Products(Products):
         known = [own[0].scale for own in weights if isinstance(own[0], Scaled)]
         unknown = [[w for w in own if isinstance(w, Tensor)] for own in weights]
         amaxes = torch.stack([amax_of(*own) for own in ([x], *unknown) if own])
-        found = scale_of(all_reduce(amaxes, self._group, dist.ReduceOp.MAX), FORWARD_FORMAT)
+        group = None if self._axis is None else self._context.group(self._axis)
+        found = scale_of(all_reduce(amaxes, group, dist.ReduceOp.MAX), FORWARD_FORMAT)
         # The weights of a group come quantized all or none.
         return torch.stack([*found.unbind(), *known]) if known else found
 

@@ -13,18 +13,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.tiny import micro_batch, tiny_config
+from helpers.pipelines import Run, together, train
+from helpers.tiny import global_batch, micro_batch, tiny_config, tiny_engine
+from helpers.traffic import Traffic
 from torch import Tensor, nn
 
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.communication.exchange import own_part
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.model.modules.linear import Float8Linear
 from internlm.model.ops.attention import Segments
 from internlm.model.registry import build_model
+from internlm.utils.errors import ConfigError
 
 LENGTHS = (7, 1, 12, 12)
 """32 tokens."""
@@ -32,6 +37,7 @@ LENGTHS = (7, 1, 12, 12)
 LAYERS, FLOAT8_LAYERS = 3, range(1, 3)
 SIZES = {"hidden_size": 64, "num_layers": LAYERS, "intermediate_size": 96}
 MICRO_BATCHES = 2
+STEPS = 3
 
 # Rounding of float64 in some 200 operations one after the other, and of sums of 64 terms: 1e-16 * sqrt(200 * 64).
 # Norms, rotary angles and softmax are computed in fp32, but from the same fp32 numbers everywhere.
@@ -43,23 +49,30 @@ def build(
 ) -> tuple[nn.Module, ParallelContext]:
     context = ParallelContext.create(layout)
     with torch.device("meta"):
-        model = build_model(family, tiny_config(**SIZES, **changes)).double()
+        model = build_model(family, tiny_config(**SIZES, **changes))
+        # No config asks for float64.
+        model = model if "dtype" in changes else model.double()
     chosen = ParallelOptions(**{"float8_layers": FLOAT8_LAYERS, **options})
     return parallelize(model, context, seed=7, options=chosen), context
 
 
 def run(model: nn.Module, context: ParallelContext) -> Tensor:
     """Forward and backward of one micro batch a data rank; the last one's hidden states on this rank."""
-    parallel = parallel_of(model)
+    hidden = run_without_end(model, context)
+    parallel_of(model).end_backward()
+    return hidden
+
+
+def run_without_end(model: nn.Module, context: ParallelContext) -> Tensor:
+    """As `run`, with gradients that may be still to come."""
     hidden = torch.empty(0)
     for index in range(context.index("data"), MICRO_BATCHES, context.size("data")):
         micro = micro_batch(index, LENGTHS)
         assert micro.lengths is not None
         hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))
-        weights = torch.randn(1, sum(LENGTHS), 64, generator=torch.Generator().manual_seed(index)).double()
+        weights = torch.randn(1, sum(LENGTHS), 64, generator=torch.Generator().manual_seed(index)).to(hidden)
         group = context.group("tensor") if hidden.shape[1] < sum(LENGTHS) else None
         (hidden * own_part(weights, group)).sum().backward()
-    parallel.end_backward()
     return hidden.detach()
 
 
@@ -141,3 +154,101 @@ def test_float8_is_seen() -> None:
     differences = worst(with_float8, without)
     # e5m2 rounds by 2^-3 / sqrt(12) on average or so, e4m3 by half of that.
     assert all(1e-3 < amount < 0.3 for amount in differences.values())
+
+
+# -- gathers of weights in float8 -----------------------------------------------------------------------------------
+
+
+def gathering(in_float8: bool, overlap: bool) -> dict[str, Any]:
+    """Some steps of isp with weights split: what they computed, and the bytes they sent."""
+    options = {"gather_float8": in_float8, "weight_overlap": overlap, "memory_pool": overlap}
+    model, context = build(ParallelLayout(world_size=2, weight=2, mode="isp"), options, dtype="torch.bfloat16")
+    engine = tiny_engine(context, model=model, clip_grad_norm=0.5, reduce_bucket_size=3000)
+    # A rate that moves weights across powers of two: a scale of the step before would be wrong.
+    with Traffic() as traffic:
+        losses = [
+            float(engine.train_step(global_batch(step, 2 * MICRO_BATCHES, context.rank, 2), 0.3).loss)
+            for step in range(STEPS)
+        ]
+    engine.optimizer.finish_gathering()
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    context.close()
+    return {"losses": losses, "weights": weights, "bytes": dict(traffic.num_bytes)}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_isp_gathers_half_the_bytes_and_changes_no_bit(overlap: bool, ranks: Any) -> None:
+    for whole, float8 in zip(
+        ranks(2).run(gathering, False, overlap), ranks(2).run(gathering, True, overlap), strict=True
+    ):
+        assert float8["losses"] == whole["losses"]
+        assert all(torch.equal(float8["weights"][name], weight) for name, weight in whole["weights"].items())
+        # Per layer wqkv [128, 64], wo [64, 64] and the three of the MLP [96, 64]; gathered forward and backward.
+        gathers = STEPS * MICRO_BATCHES * 2
+        saved = gathers * len(FLOAT8_LAYERS) * (128 + 64 + 3 * 96) * 64
+        assert whole["bytes"]["all_gather", 2] - float8["bytes"]["all_gather", 2] == saved
+        # The maxima of five weights a layer, in fp32, once a step.
+        extra = STEPS * len(FLOAT8_LAYERS) * 5 * 4
+        assert float8["bytes"]["all_reduce", 2] - whole["bytes"]["all_reduce", 2] == extra
+
+
+# -- weight gradients that come later -------------------------------------------------------------------------------
+
+
+def test_postponed_weight_gradients_are_the_same_bits() -> None:
+    """And so are the groups of layers that can postpone them and single layers."""
+    single, grouped = (build(ParallelLayout(), {"postpone_weight_gradients": later}) for later in (False, True))
+    run(*single)
+    parallel = parallel_of(grouped[0])
+    with parallel.weight_gradients.postpone("all"):
+        run_without_end(*grouped)
+    float8_weights = [
+        layer.weight
+        for name, layer in grouped[0].named_modules()
+        if isinstance(layer, ParallelLinear) and parallel.is_float8(name)
+    ]
+    assert len(float8_weights) == 5 * len(FLOAT8_LAYERS) and all(weight.grad is None for weight in float8_weights)
+    with torch.no_grad():
+        parallel.weight_gradients.run("all")
+    parallel.end_backward()
+    found, wanted = (whole_gradients(*one) for one in (grouped, single))
+    # Sums over micro batches come in another order.
+    assert {n: d for n, d in worst(found, wanted).items() if not d <= TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("mode", ["1F1B", "ZBH1"])
+def test_a_pipeline_equals_one_process(mode: str, ranks: Any) -> None:
+    sizes = {"num_layers": 4, "intermediate_size": 64}
+    alone = together([train(Run(steps=2, model=sizes, float8_layers=range(1, 3)))])
+    found = together(ranks(2).run(train, Run(mode, pipeline=2, steps=2, model=sizes, float8_layers=range(1, 3))))
+    # The first step computes the same bits in every micro batch; their gradients are summed in another order, in fp32.
+    assert found.losses[0] == pytest.approx(alone.losses[0], rel=1e-7)
+    assert found.norms[0] == pytest.approx(alone.norms[0], rel=1e-6)
+    # The second starts from weights that differ by rounding, which may move single numbers across a border.
+    assert found.losses[1] == pytest.approx(alone.losses[1], rel=1e-3)
+
+
+# -- which layers ---------------------------------------------------------------------------------------------------
+
+
+def test_only_linear_layers_of_the_chosen_layers_are_exchanged() -> None:
+    for family, options in (("INTERNLM2", {}), ("LLAMA2", {"postpone_weight_gradients": True})):
+        model, _ = build(ParallelLayout(), options, family)
+        found = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, Float8Linear)
+            or (isinstance(module, ParallelLinear) and module.group is not None and module.group.products.is_float8)
+        }
+        projections = ("attention.wqkv",) if family == "INTERNLM2" else tuple(f"attention.w{x}" for x in "qkv")
+        names = (*projections, "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
+        assert found == {f"layers.{layer}.{name}" for layer in FLOAT8_LAYERS for name in names}
+
+
+@pytest.mark.parametrize("options", [{}, {"postpone_weight_gradients": True}])
+def test_a_width_without_whole_tiles_is_refused(options: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = build_model("INTERNLM2", tiny_config(num_layers=3))
+    context = ParallelContext.create(ParallelLayout())
+    with pytest.raises(ConfigError, match=r"float8.enable_float8_linear.*layers.1.feed_forward.w.* is \[56, 32\]"):
+        parallelize(model, context, options=ParallelOptions(float8_layers=range(1, 2), **options))

@@ -34,6 +34,7 @@ class Isp(ModelParallel):
     """See the module."""
 
     token_axes: ClassVar[tuple[str, ...]] = ("data", "tensor")
+    scale_axis: ClassVar[str | None] = "tensor"
 
     @cached_property
     def gathered_weights(self) -> GatheredWeights:
@@ -94,10 +95,6 @@ class Isp(ModelParallel):
                 group, [p for layer in layers for part in layer.parts() for p in part if p is not None]
             )
         return group
-
-    @property
-    def scale_group(self) -> dist.ProcessGroup | None:
-        return self.group
 
     def prepare_input(self, role: Role, x: Tensor) -> Tensor:
         return exchange(x, self.group, split=SEQUENCE, join=_HEADS) if role is Role.ATTENTION_OUT else x

@@ -49,6 +49,7 @@ class Mtp(ModelParallel):
 
     adds_bias_after_reduction: ClassVar[bool] = True
     residual_is_split: ClassVar[bool] = False
+    scale_axis: ClassVar[str | None] = "tensor"
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -92,10 +93,6 @@ class Mtp(ModelParallel):
 
     def input_exchange(self, role: Role) -> InputExchange:
         return CopiedInput(self.context) if role in COLUMN_ROLES else InputExchange()
-
-    @property
-    def scale_group(self) -> dist.ProcessGroup | None:
-        return self.group
 
     def finish_output(self, role: Role, out: Tensor) -> Tensor:
         return self.reduce_output(out) if role in ROW_ROLES else out
