@@ -11,7 +11,7 @@ from torch import nn
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp
-from internlm.core.parallel.model_parallel import ParallelOptions
+from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
@@ -111,5 +111,6 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
     )
     if config.parallel.uses_fsdp:
         for chunk in chunks:
-            apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config))
+            scales = parallel_of(chunk).whole_scales if config.float8.gather_weights else None
+            apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config), float8_scales=scales)
     return chunks

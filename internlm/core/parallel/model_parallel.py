@@ -20,6 +20,7 @@ from internlm.core.parallel.placement import Part
 from internlm.core.parallel.products import Float8Products, Products, refuse_odd_shape
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.core.parallel.whole_scales import WholeScales
 from internlm.model.ops import float8
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
 from internlm.model.roles import HeadShape, Role
@@ -39,7 +40,7 @@ class ParallelOptions:
         reduce_dtype: isp: dtype in which weight gradients travel.
         postpone_weight_gradients: linear layers can leave weight gradients for later, as zero-bubble schedules ask.
         float8_layers: numbers of the model's layers whose linear layers multiply in float8.
-        gather_float8: isp: gather weights that are multiplied in float8 as float8.
+        gather_float8: isp and FSDP: gather weights that are multiplied in float8 as float8.
     """
 
     split_embedding_hidden: bool = True
@@ -76,6 +77,7 @@ class ModelParallel:
         weight_gradients: where linear layers leave gradients that come later.
         heads: of the model's attention, or None.
         has_tied_head: the output head is the embedding.
+        whole_scales: of weights that are gathered in float8.
         token_axes: axes of the activation view whose ranks compute the loss of different tokens.
         adds_bias_after_reduction: the bias of ROW layers is added once, to the sum over ranks.
         scale_axis: axis of the activation view over which inputs or weights of linear layers are split when they are
@@ -99,6 +101,7 @@ class ModelParallel:
         self.weight_gradients = weight_gradients
         self.heads = heads
         self.has_tied_head = has_tied_head
+        self.whole_scales = WholeScales()
 
     # -- what each rank holds -------------------------------------------------------------------------------------
 
@@ -193,6 +196,7 @@ class ModelParallel:
     def end_backward(self) -> None:
         """Called after the last backward pass of a step: all weight gradients are delivered."""
         self.weight_gradients.finish()
+        self.whole_scales.forget()
 
 
 def parallel_of(model: nn.Module) -> ModelParallel:

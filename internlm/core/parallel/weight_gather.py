@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.core.communication.collectives import Work, all_gather_async, all_reduce
+from internlm.core.communication.collectives import Work, all_gather_async
 from internlm.core.communication.exchange import start_reduce_scatter
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear import LinearGroup
@@ -23,7 +22,8 @@ from internlm.core.parallel.parameter_events import deliver_gradient, wait_until
 from internlm.core.parallel.products import Operand
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.parallel.weight_gradients import WeightGradients
-from internlm.model.ops.float8 import FORWARD_FORMAT, Scaled, amax_of, quantize, scale_of
+from internlm.core.parallel.whole_scales import WholeScales
+from internlm.model.ops.float8 import FORWARD_FORMAT, Scaled, quantize
 from internlm.model.roles import Role
 
 _TRIGGERS = {
@@ -97,7 +97,8 @@ class GatheredWeights:
         memory_pool: bool,
         release_gradients_early: bool,
         reduce_dtype: torch.dtype,
-        gather_float8: bool = True,
+        gather_float8: bool,
+        scales: WholeScales,
     ) -> None:
         self._context = context
         self._weight_gradients = weight_gradients
@@ -106,7 +107,7 @@ class GatheredWeights:
         self._num_deliveries_kept = 1 if release_gradients_early else 1 << 30
         self._reduce_dtype = reduce_dtype
         self._gathers_float8 = gather_float8
-        self._scales: dict[LinearGroup, tuple[tuple[int, ...], Sequence[Tensor]]] = {}
+        self._scales = scales
         self.groups: list[LinearGroup] = []
         self._place: dict[LinearGroup, int] = {}
         self._layers: list[list[LinearGroup]] = []
@@ -214,22 +215,11 @@ class GatheredWeights:
                 gather.works.append(all_gather_async(buffer, shard.flatten(), process_group))
 
     def _scales_of(self, group: LinearGroup) -> list[Tensor | None]:
-        """The scale of each whole weight that travels in float8; None for the group's other parameters.
-
-        One small all-reduce for the group, in the first gather after its weights changed: in each gather it would wait
-        for the gathers ahead of it.
-        """
+        """The scale of each whole weight that travels in float8; None for the group's other parameters."""
         parameters = self._parameters[group]
         is_float8 = [self._gathers_float8 and group.products.is_float8 and p.dim() == 2 for p in parameters]
-        if not any(is_float8):
-            return [None] * len(parameters)
-        versions = tuple(parameter._version for parameter in parameters)
-        if group not in self._scales or self._scales[group][0] != versions:
-            shards = [p.detach() for p, chosen in zip(parameters, is_float8, strict=True) if chosen]
-            amaxes = torch.stack([amax_of(shard) for shard in shards])
-            all_reduce(amaxes, self._context.group("weight", "weight"), dist.ReduceOp.MAX)
-            self._scales[group] = versions, scale_of(amaxes, FORWARD_FORMAT).unbind()
-        scales = iter(self._scales[group][1])
+        shards = [parameter.detach() for parameter, chosen in zip(parameters, is_float8, strict=True) if chosen]
+        scales = iter(self._scales.of(group, shards, self._context.group("weight", "weight")) if shards else ())
         return [next(scales) if chosen else None for chosen in is_float8]
 
     @property
@@ -238,8 +228,7 @@ class GatheredWeights:
         return len(self._in_flight)
 
     def drop_unused(self) -> None:
-        """Forget scales, and gathers that nobody took: their weights are about to change."""
-        self._scales.clear()
+        """Forget gathers that nobody took: their weights are about to change."""
         for gather in self._in_flight.values():
             for work in gather.works:
                 work.wait()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from internlm.model.ops.choice import Choice
+from internlm.model.ops.float8_weight import Float8Weight
 
 FORWARD_FORMAT = torch.float8_e4m3fn
 """Of inputs and weights."""
@@ -149,7 +150,7 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, on_h
 
     Args:
         x: `[..., in]`. It is kept for backward in float8.
-        weight: `[out, in]` in the dtype of x.
+        weight: `[out, in]` in the dtype of x; also a `Float8Weight`, which is multiplied as it is.
         bias: `[out]`, added in the dtype of x.
         on_hardware: None asks `runs_on_hardware`.
 
@@ -161,11 +162,17 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, on_h
     return out if bias is None else out + bias
 
 
+def _weight(weight: Tensor, scale: Tensor | None) -> Scaled:
+    if isinstance(weight, Float8Weight):
+        return Scaled(weight.float8, weight.scale)
+    return quantize(weight, scale_of(amax_of(weight), FORWARD_FORMAT) if scale is None else scale, FORWARD_FORMAT)
+
+
 class _Float8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, on_hardware: bool) -> Tensor:
         x8 = quantize(x, scale_of(amax_of(x), FORWARD_FORMAT), FORWARD_FORMAT)
-        weight8 = quantize(weight, scale_of(amax_of(weight), FORWARD_FORMAT), FORWARD_FORMAT)
+        weight8 = _weight(weight, None)
         ctx.on_hardware = on_hardware
         ctx.save_for_backward(x8.values, x8.scale, weight, weight8.scale)
         out = scaled_product(x8.flat(), weight8.t(), x.dtype, on_hardware=on_hardware, fast=True)
@@ -177,8 +184,7 @@ class _Float8Linear(torch.autograd.Function):
         grad8 = quantize(grad, scale_of(amax_of(grad), GRADIENT_FORMAT), GRADIENT_FORMAT).flat()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            weight8 = quantize(weight, weight_scale, FORWARD_FORMAT)
-            grad_x = scaled_product(grad8, weight8, grad.dtype, on_hardware=ctx.on_hardware)
+            grad_x = scaled_product(grad8, _weight(weight, weight_scale), grad.dtype, on_hardware=ctx.on_hardware)
             grad_x = grad_x.unflatten(0, grad.shape[:-1])
         if ctx.needs_input_grad[1]:
             x8 = Scaled(x_values, x_scale).flat()

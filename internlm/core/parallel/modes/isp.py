@@ -48,6 +48,7 @@ class Isp(ModelParallel):
             release_gradients_early=options.release_gradients_early,
             reduce_dtype=options.reduce_dtype,
             gather_float8=options.gather_float8,
+            scales=self.whole_scales,
         )
 
     @property
