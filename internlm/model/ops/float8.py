@@ -100,7 +100,8 @@ def why_not_on_hardware(device: torch.device) -> str | None:
 
 def amax_of(*tensors: Tensor) -> Tensor:
     """The largest magnitude in some tensors, fp32 scalar; infinite when one has an element that is NaN or infinite."""
-    largest = torch.stack([tensor.detach().abs().amax() for tensor in tensors]).amax().float()
+    extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor.detach())]
+    largest = torch.stack(extremes).abs().amax().float()
     # A maximum over ranks may drop NaN, but never infinity.
     return largest.nan_to_num(nan=math.inf, posinf=math.inf)
 
