@@ -10,6 +10,7 @@ from torch import nn
 
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.compile import check_compiler, compile_layers
 from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
@@ -94,8 +95,8 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
     """This rank's chunks of the model, one without a pipeline.
 
     Raises:
-        ConfigError: the model cannot be cut into these stages, or not be sharded as `parallel.fsdp` asks, or the device
-            cannot multiply in float8 as it should.
+        ConfigError: the model cannot be cut into these stages, not be sharded as `parallel.fsdp` asks, or not be
+            compiled or multiply in float8 here.
     """
     if config.float8.enable_float8_linear and context.device.type == "cuda":
         missing = why_not_on_hardware(context.device)
@@ -109,6 +110,10 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         seed=config.seed,
         options=build_options(config),
     )
+    if config.model.compile:
+        check_compiler(context.device)
+        for chunk in chunks:
+            compile_layers(chunk)
     if config.parallel.uses_fsdp:
         for chunk in chunks:
             scales = parallel_of(chunk).whole_scales if config.float8.gather_weights else None

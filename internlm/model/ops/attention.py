@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections import defaultdict
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.model.ops.blocked_attention import blocked_attention
 from internlm.model.ops.choice import Choice
+from internlm.model.ops.cpu_attention import (
+    batches_of_documents,
+    cpu_attention,
+    stack_documents,
+    unstack_documents,
+)
 
-_LENGTH_MULTIPLE = 64
-"""bf16 kernels on CPU are compiled for each new shape; documents padded to a multiple of this have few shapes."""
+_BAND = 64
+"""Queries that are attended together under a smaller window."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, or AMX, which comes with it)."""
     # A private name: where a version of PyTorch lacks it, SDPA serves.
@@ -104,10 +109,18 @@ def attention(
     assert window is None or window > 0
     if segments is not None:
         assert q.shape[0] == 1 and q.shape[1] == k.shape[1], "packed attention takes one row and no cache"
-        assert sum(segments.lengths) == q.shape[1], "segment lengths do not add up to the packed length"
+        # Not under a compiler, which would compile anew for other lengths.
+        assert torch.compiler.is_compiling() or sum(segments.lengths) == q.shape[1], (
+            "segment lengths do not add up to the packed length"
+        )
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
             return _varlen(q, k, v, segments, window, scale, use_flash_attn)
-        return _by_document(q, k, v, segments, window, scale)
+        if q.device.type != "cpu":
+            return _by_document(q, k, v, segments, window, scale)
+    if q.device.type == "cpu" and q.shape[1] == k.shape[1]:
+        by_blocks = q.dtype == torch.bfloat16 and _has_bf16_units()
+        bounds = None if segments is None else segments.cu_seqlens
+        return cpu_attention(q, k, v, bounds, window=window, scale=scale, by_blocks=by_blocks)
     if window is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[1] == k.shape[1]:
         batch, length = q.shape[:2]
         cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
@@ -133,19 +146,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor 
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """Rows of equal length, perhaps with a cache and a window, by SDPA or by blocks."""
+    """Rows of equal length, perhaps with a cache and a window, by SDPA."""
     num_queries, num_keys = q.shape[1], k.shape[1]
     if window is not None and window >= num_keys:
         window = None
-    if num_queries == num_keys > 1 and q.device.type == "cpu" and q.dtype == torch.bfloat16 and _has_bf16_units():
-        return blocked_attention(q, k, v, window, scale)
     if window is None:
         if num_queries in (1, num_keys):
             return _sdpa(q, k, v, scale)
         return _sdpa(q, k, v, scale, mask=_band(num_queries, num_keys, None, q.device))
     # A band of queries needs only its own keys and the window before them: work and mask grow with S x window.
     offset = num_keys - num_queries
-    size = max(window, _LENGTH_MULTIPLE)
+    size = max(window, _BAND)
     bands = []
     for start in range(0, num_queries, size):
         stop = min(start + size, num_queries)
@@ -169,22 +180,12 @@ def _by_document(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, scale: float | None
 ) -> Tensor:
     """Packed attention as one SDPA call for each distinct document length."""
-    lengths = segments.lengths
-    # Padding goes to the right, where causal queries do not look, so it changes no result.
-    multiple = _LENGTH_MULTIPLE if q.dtype == torch.bfloat16 else 1
-    groups: dict[int, list[int]] = defaultdict(list)
-    for document, length in enumerate(lengths):
-        if length:
-            groups[-(-length // multiple) * multiple].append(document)
-    pieces = [tensor[0].split(lengths) for tensor in (q, k, v)]
-    outputs: list[Tensor] = list(pieces[0])
-    for padded, documents in groups.items():
-        batch_q, batch_k, batch_v = (
-            torch.stack([F.pad(piece[i], (0, 0, 0, 0, 0, padded - lengths[i])) for i in documents]) for piece in pieces
-        )
-        for i, out in zip(documents, _dense(batch_q, batch_k, batch_v, window, scale).unbind(0), strict=True):
-            outputs[i] = out[: lengths[i]]
-    return torch.cat(outputs).unsqueeze(0)
+    out = torch.empty_like(q)
+    bounds = list(itertools.accumulate(segments.lengths, initial=0))
+    for documents, length in batches_of_documents(bounds):
+        own_q, own_k, own_v = (stack_documents(x, documents, length) for x in (q, k, v))
+        unstack_documents(_dense(own_q, own_k, own_v, window, scale), documents, out)
+    return out
 
 
 @functools.cache

@@ -1,11 +1,11 @@
-"""Causal attention for 16-bit tensors on CPU, as batched matrix products over blocks of queries.
+"""Causal attention on CPU as batched matrix products over blocks of queries: for 16-bit tensors, and for windows.
 
 PyTorch's CPU flash kernel does its 16-bit backward pass in small tiles and takes about twice as long. Here a block of
 queries meets all its keys in one product, which the matrix units like; a block's scores are gone before those of the
 next are made, and the backward pass makes them again. Memory beyond the inputs: B x H x block x S scores.
 
-The scores are rounded to the 16-bit type before the softmax (itself fp32 inside), as in any attention that is written
-as two matrix products; the probabilities are rounded in either kernel.
+The scores are rounded to the type of the queries before the softmax (itself at least fp32 inside), as in any attention
+that is written as two matrix products; the probabilities are rounded in either kernel.
 
 Shapes: B sequences, S tokens, K key-value heads, g query heads for each of them, D head dimension.
 """
@@ -13,7 +13,7 @@ Shapes: B sequences, S tokens, K key-value heads, g query heads for each of them
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,90 +21,99 @@ from torch import Tensor
 _BLOCK = 128
 """Queries a block: smaller blocks waste less on masked keys, larger ones make better matrix products."""
 
+_SCORES = 1 << 20
+"""Scores that exist at once, but for one head's: they go through several operations, from and to a core's cache."""
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
+
+def blocked_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
     """Causal attention of equally long sequences.
 
     Args:
         q: `[B, S, K g, D]`.
         k, v: `[B, S, K, D]`.
         window: keys that a query sees at most, itself included; None: all before it.
-        scale: factor of the scores; None: 1 / sqrt(D).
+        scale: factor of the scores.
 
     Returns:
-        `[B, S, K g, D]`.
+        `[B, S, K g, D]`, contiguous.
     """
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    result: Tensor = _BlockedAttention.apply(q, k, v, window, scale)
-    return result
+    queries, keys, values = (_by_head(x, k.shape[2]) for x in (q, k, v))
+    out = torch.empty_like(queries)
+    for heads in _heads_at_once(queries):
+        key, value = keys[heads, 0], values[heads, 0]
+        for rows, seen in _blocks(q.shape[1], window):
+            block = queries[heads, :, rows]
+            probabilities = _probabilities(block.flatten(1, 2), key[:, seen], rows, seen, window, scale)
+            out[heads, :, rows] = torch.bmm(probabilities, value[:, seen]).view(block.shape)
+    return _from_heads(out, q)
+
+
+def blocked_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the queries, keys and values (contiguous), given that of the result."""
+    grads, queries, keys, values = (_by_head(x, k.shape[2]) for x in (grad, q, k, v))
+    grad_queries, grad_keys, grad_values = (torch.empty_like(x) for x in (queries, keys, values))
+    # Each block adds to the gradients of its keys: in fp32, so that nothing is lost over many blocks.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for heads in _heads_at_once(queries):
+        key, value = keys[heads, 0], values[heads, 0]
+        grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+        for rows, seen in _blocks(q.shape[1], window):
+            block, block_grad = (x[heads, :, rows].flatten(1, 2) for x in (queries, grads))
+            probabilities = _probabilities(block, key[:, seen], rows, seen, window, scale)
+            grad_value[:, seen] += torch.bmm(probabilities.transpose(1, 2), block_grad)
+            grad_scores = torch.bmm(block_grad, value[:, seen].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, q.dtype)
+            grad_block = _scaled_product(grad_scores, key[:, seen], scale)
+            grad_queries[heads, :, rows] = grad_block.view(grad_queries[heads, :, rows].shape)
+            grad_key[:, seen] += torch.bmm(grad_scores.transpose(1, 2), block)
+        grad_keys[heads, 0] = grad_key.mul_(scale).to(k.dtype)
+        grad_values[heads, 0] = grad_value.to(v.dtype)
+    return _from_heads(grad_queries, q), _from_heads(grad_keys, k), _from_heads(grad_values, v)
 
 
 def _by_head(x: Tensor, kv_heads: int) -> Tensor:
-    """`[B, S, K g, D]` -> view `[B, K, g, S, D]`."""
-    return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    """`[B, S, K g, D]` -> `[B K, g, S, D]`, contiguous."""
+    return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
 
-def _keys_of(start: int, stop: int, window: int | None) -> slice:
-    """The keys that some query of [start, stop) sees."""
-    return slice(0 if window is None else max(0, start - window + 1), stop)
+def _from_heads(by_head: Tensor, like: Tensor) -> Tensor:
+    """`[B K, g, S, D]` -> `[B, S, K g, D]`, contiguous, as `like` is but for its strides."""
+    batch, length, _, head_dim = like.shape
+    return by_head.view(batch, -1, length, head_dim).transpose(1, 2).contiguous()
 
 
-def _probabilities(q: Tensor, k: Tensor, rows: int, window: int | None, scale: float) -> Tensor:
-    """Softmax of a block's scores: `[B K, g rows, T]` for queries `[B K, g rows, D]` and keys `[B K, T, D]`. The last
-    key is level with the last row."""
-    num_keys = k.shape[1]
-    everywhere = torch.ones(rows, num_keys, dtype=torch.bool, device=q.device)
-    hidden = everywhere.triu(num_keys - rows + 1)
+def _heads_at_once(queries: Tensor) -> Iterator[slice]:
+    """Parts of the first dimension of `[B K, g, S, D]`."""
+    num_heads, group, length, _ = queries.shape
+    step = max(1, _SCORES // (group * min(_BLOCK, length) * length))
+    for start in range(0, num_heads, step):
+        yield slice(start, start + step)
+
+
+def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Rows of each block, and the keys that some of them see; the last key is level with the last row."""
+    for start in range(0, length, _BLOCK):
+        stop = min(start + _BLOCK, length)
+        yield slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
+
+
+def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """`scale x y` for batches of matrices, scaled before rounding."""
+    out = x.new_empty(x.shape[0], x.shape[1], y.shape[2])
+    return out.baddbmm_(x, y, beta=0, alpha=scale)
+
+
+def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, window: int | None, scale: float) -> Tensor:
+    """Softmax of a block's scores: `[n, g rows, T]` for queries `[n, g rows, D]` and keys `[n, T, D]` of n heads."""
+    scores = _scaled_product(q, k.transpose(1, 2), scale)
+    num_rows, num_keys = rows.stop - rows.start, seen.stop - seen.start
+    by_row = scores.view(q.shape[0], -1, num_rows, num_keys)
+    # Above the diagonal, and only there, a key is too late: that is in the last square.
+    square = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q.device)
+    by_row[..., num_keys - num_rows :].masked_fill_(square.triu(1), -math.inf)
     if window is not None:
-        hidden |= everywhere.tril(num_keys - rows - window)
-    bias = torch.zeros(rows, num_keys, dtype=q.dtype, device=q.device).masked_fill_(hidden, -math.inf)
-    bias = bias.repeat(q.shape[1] // rows, 1).expand(q.shape[0], -1, -1)
-    return torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale), dim=-1)
-
-
-class _BlockedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.window, ctx.scale = window, scale
-        kv_heads, head_dim = k.shape[2:]
-        queries = _by_head(q, kv_heads)
-        keys, values = (_by_head(x, kv_heads).flatten(0, 2) for x in (k, v))
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        by_head = _by_head(out, kv_heads)
-        for start in range(0, q.shape[1], _BLOCK):
-            stop = min(start + _BLOCK, q.shape[1])
-            seen = _keys_of(start, stop, window)
-            block = queries[:, :, :, start:stop]
-            probabilities = _probabilities(
-                block.reshape(keys.shape[0], -1, head_dim), keys[:, seen], stop - start, window, scale
-            )
-            by_head[:, :, :, start:stop] = torch.bmm(probabilities, values[:, seen]).view(block.shape)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v = ctx.saved_tensors
-        kv_heads, head_dim = k.shape[2:]
-        queries, grads = _by_head(q, kv_heads), _by_head(grad, kv_heads)
-        keys, values = (_by_head(x, kv_heads).flatten(0, 2) for x in (k, v))
-        grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        grad_queries = _by_head(grad_q, kv_heads)
-        # Each block adds to the gradients of its keys: in fp32, so that nothing is lost over many blocks.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        grad_keys, grad_values = (torch.zeros(keys.shape, dtype=wide, device=q.device) for _ in range(2))
-        for start in range(0, q.shape[1], _BLOCK):
-            stop = min(start + _BLOCK, q.shape[1])
-            seen = _keys_of(start, stop, ctx.window)
-            block = queries[:, :, :, start:stop].reshape(keys.shape[0], -1, head_dim)
-            block_grad = grads[:, :, :, start:stop].reshape(keys.shape[0], -1, head_dim)
-            probabilities = _probabilities(block, keys[:, seen], stop - start, ctx.window, ctx.scale)
-            grad_values[:, seen] += torch.bmm(probabilities.transpose(1, 2), block_grad)
-            grad_probabilities = torch.bmm(block_grad, values[:, seen].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, q.dtype).mul_(ctx.scale)
-            grad_block = torch.bmm(grad_scores, keys[:, seen])
-            grad_queries[:, :, :, start:stop] = grad_block.view(*queries.shape[:3], -1, head_dim)
-            grad_keys[:, seen] += torch.bmm(grad_scores.transpose(1, 2), block)
-        back = (k.shape[0], kv_heads, k.shape[1], head_dim)
-        grad_k, grad_v = (x.to(k.dtype).view(back).transpose(1, 2) for x in (grad_keys, grad_values))
-        return grad_q, grad_k, grad_v, None, None
+        everywhere = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device)
+        by_row.masked_fill_(everywhere.tril(num_keys - num_rows - window), -math.inf)
+    return torch.softmax(scores, dim=-1)

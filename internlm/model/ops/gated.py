@@ -30,12 +30,18 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor
         up: `[..., f]`, the output of w3.
         activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU with the tanh approximation, as Gemma has it).
     """
+    if torch.compiler.is_compiling():
+        # Written out, a compiler joins it with its neighbours, and decides what to compute again.
+        return _activate(gate, activation) * up
     result: Tensor = _Gated.apply(gate, up, activation)
     return result
 
 
 def fused_gated_activation(gate_up: Tensor, activation: Activation) -> Tensor:
     """The same for the fused projection: `gate_up` is `[..., 2 f]`, gate first."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gated_activation(gate, up, activation)
     result: Tensor = _FusedGated.apply(gate_up, activation)
     return result
 

@@ -35,10 +35,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     Returns:
         `[..., h]` in the dtype of x.
     """
+    dtype = _compute_dtype(x, weight)
+    if torch.compiler.is_compiling():
+        # Written out, a compiler joins it with its neighbours.
+        wide = x.to(dtype)
+        wide_weight = weight.to(dtype) + 1 if unit_offset else weight.to(dtype)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * wide_weight).to(x.dtype)
     if x.device.type == "cpu":
         result: Tensor = _RMSNorm.apply(x, weight, eps, unit_offset)
         return result
-    dtype = _compute_dtype(x, weight)
     scale = weight.to(dtype) + 1 if unit_offset else weight
     if x.dtype == scale.dtype:
         return F.rms_norm(x, (x.shape[-1],), scale, eps)

@@ -53,6 +53,10 @@ class RotaryTables:
 
 def apply_rotary(x: Tensor, tables: RotaryTables) -> Tensor:
     """Turn `x` `[B, S, N, D]`; the result has its dtype and is contiguous."""
+    if torch.compiler.is_compiling():
+        # Written out, a compiler joins it with its neighbours.
+        wide = x.to(torch.promote_types(tables.cos.dtype, x.dtype))
+        return (wide * tables.cos + _partners(wide, tables.interleaved) * tables.sin).to(x.dtype)
     result: Tensor = _Rotate.apply(x, tables.cos, tables.sin, tables.interleaved)
     return result
 
@@ -67,6 +71,9 @@ def split_rotary(qkv: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor, Ten
         q `[B, S, K g, D]`, k `[B, S, K, D]`, v `[B, S, K, D]`. As one function it spares the backward pass the three
         zero-filled buffers, and their sum, that slicing would cost.
     """
+    if torch.compiler.is_compiling():
+        q, k, v = qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2], qkv[:, :, :, -1]
+        return apply_rotary(q, tables), apply_rotary(k, tables), v
     q, k, v = _SplitRotate.apply(qkv, tables.cos, tables.sin, tables.interleaved)
     return q, k, v
 

@@ -13,7 +13,7 @@ from torch.nn.attention import varlen
 from internlm.model.ops import attention as attention_module
 from internlm.model.ops import blocked_attention as blocked_module
 from internlm.model.ops.attention import Segments, attention
-from internlm.model.ops.blocked_attention import blocked_attention
+from internlm.model.ops.cpu_attention import cpu_attention
 
 HEADS, HEAD_DIM = 6, 10
 
@@ -87,13 +87,14 @@ def test_scale() -> None:
 def test_blocks(monkeypatch: pytest.MonkeyPatch, length: int, window: int | None) -> None:
     monkeypatch.setattr(blocked_module, "_BLOCK", 8)
     inputs = _inputs(2, length, length, 2)
-    _assert_same_with_gradients(blocked_attention(*inputs, window, None), _reference(*inputs, None, window), inputs)
+    ours = cpu_attention(*inputs, None, window=window, scale=None, by_blocks=True)
+    _assert_same_with_gradients(ours, _reference(*inputs, None, window), inputs)
 
 
 def test_gradient_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked_module, "_BLOCK", 4)
     inputs = tuple(x[..., :4].detach().requires_grad_() for x in _inputs(1, 7, 7, 3))
-    assert torch.autograd.gradcheck(lambda *x: blocked_attention(*x, 5, 0.7), inputs)
+    assert torch.autograd.gradcheck(lambda *x: cpu_attention(*x, None, window=5, scale=0.7, by_blocks=True), inputs)
 
 
 @pytest.mark.parametrize("bf16_units", [False, True])
