@@ -82,6 +82,7 @@ def build_options(config: Config) -> ParallelOptions:
         ),
         float8_layers=config.float8.layers(config.model.num_layers),
         gather_float8=config.float8.gather_weights,
+        compile_casts=config.float8.compile,
     )
 
 
@@ -110,8 +111,10 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         seed=config.seed,
         options=build_options(config),
     )
+    if config.float8.enable_float8_linear and config.float8.compile:
+        check_compiler(context.device, key="float8.compile")
     if config.model.compile:
-        check_compiler(context.device)
+        check_compiler(context.device, key="model.compile")
         for chunk in chunks:
             compile_layers(chunk)
     if config.parallel.uses_fsdp:

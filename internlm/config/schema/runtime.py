@@ -94,7 +94,12 @@ class Float8Config(Section):
     scaling_type_grad_output: Literal["dynamic", "delayed"] = used_with(
         "dynamic", "Scaling of gradients; delayed is refused.", "float8.enable_float8_linear"
     )
-    compile: bool = no_effect(False, "Compile the casts.", "the casts are part of their layers and compiled with them")
+    compile: bool = used_with(
+        False,
+        "Compile the casts of layers that exchange (tensor, isp) or postpone weight gradients; those of other layers "
+        "are compiled with their layer by model.compile.",
+        "float8.enable_float8_linear",
+    )
     first_and_last_layer: bool = used_with(
         False, "The first and the last layer of the model too.", "float8.enable_float8_linear"
     )

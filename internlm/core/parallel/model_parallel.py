@@ -41,6 +41,7 @@ class ParallelOptions:
         postpone_weight_gradients: linear layers can leave weight gradients for later, as zero-bubble schedules ask.
         float8_layers: numbers of the model's layers whose linear layers multiply in float8.
         gather_float8: isp and FSDP: gather weights that are multiplied in float8 as float8.
+        compile_casts: to float8, in layers that exchange or that postpone weight gradients.
     """
 
     split_embedding_hidden: bool = True
@@ -53,6 +54,7 @@ class ParallelOptions:
     postpone_weight_gradients: bool = False
     float8_layers: range = range(0)
     gather_float8: bool = True
+    compile_casts: bool = False
 
 
 class HeadOutput(NamedTuple):
@@ -139,7 +141,13 @@ class ModelParallel:
             for weight in weights:
                 refuse_odd_shape(name, shard_spec_of(weight))
             on_hardware = float8.runs_on_hardware(self.context.device)
-            products = Float8Products(self.context, self.scale_axis, weights[0].dtype, on_hardware=on_hardware)
+            products = Float8Products(
+                self.context,
+                self.scale_axis,
+                weights[0].dtype,
+                compiles_casts=self.options.compile_casts,
+                on_hardware=on_hardware,
+            )
         return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, products)
 
     def is_float8(self, name: str) -> bool:

@@ -5,7 +5,8 @@ The layers of a group share an input. What is multiplied is called an operand: a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,9 @@ from internlm.model.ops.float8 import (
 from internlm.utils.errors import ConfigError
 
 Operand = Tensor | Scaled
+
+Casts = tuple[Callable[..., Tensor], Callable[..., Scaled]]
+"""`amax_of` and `quantize`, compiled for tensors of any shape or not."""
 
 
 class Products:
@@ -93,6 +97,23 @@ def refuse_odd_shape(name: str, spec: ShardSpec) -> None:
         )
 
 
+@cache
+def _compiled_casts() -> Casts:
+    # Not as whole graphs: with more kinds of tensors than PyTorch compiles for, the others are cast by plain operations.
+    compiled_amax = torch.compile(amax_of, dynamic=True)
+    compiled_quantize = torch.compile(quantize, dynamic=True)
+
+    # Lines of numbers without history: what is kept apart as another kind of tensor is compiled anew.
+    def amax_of_lines(*tensors: Tensor) -> Tensor:
+        return compiled_amax(*(tensor.detach().flatten() for tensor in tensors))
+
+    def quantize_line(tensor: Tensor, scale: Tensor, format: torch.dtype) -> Scaled:
+        line = compiled_quantize(tensor.detach().flatten(), scale, format)
+        return line._replace(values=line.values.view(tensor.shape))
+
+    return amax_of_lines, quantize_line
+
+
 class Float8Products(Products):
     """In float8; see `internlm.model.ops.float8`.
 
@@ -104,22 +125,33 @@ class Float8Products(Products):
         context: where this rank stands.
         axis: of the activation view, over which inputs or weights are split; None: they are whole here.
         dtype: of weights and of what the products give.
+        compiles_casts: find the largest magnitude, and divide and round, in one kernel each (torch.compile).
         on_hardware: see `float8.runs_on_hardware`.
     """
 
     is_float8: ClassVar[bool] = True
 
-    def __init__(self, context: ParallelContext, axis: str | None, dtype: torch.dtype, *, on_hardware: bool) -> None:
+    def __init__(
+        self,
+        context: ParallelContext,
+        axis: str | None,
+        dtype: torch.dtype,
+        *,
+        compiles_casts: bool = False,
+        on_hardware: bool,
+    ) -> None:
         self._context = context
         self._axis = axis
         self._dtype = dtype
+        casts: Casts = _compiled_casts() if compiles_casts else (amax_of, quantize)
+        self._amax_of, self._quantize = casts
         self._on_hardware = on_hardware
 
     def scales(self, x: Tensor, weights: Sequence[Sequence[Operand]]) -> Tensor:
         """Fp32 `[1 + layers]`."""
         known = [own[0].scale for own in weights if isinstance(own[0], Scaled)]
         unknown = [[w for w in own if isinstance(w, Tensor)] for own in weights]
-        amaxes = torch.stack([amax_of(*own) for own in ([x], *unknown) if own])
+        amaxes = torch.stack([self._amax_of(*own) for own in ([x], *unknown) if own])
         group = None if self._axis is None else self._context.group(self._axis)
         found = scale_of(all_reduce(amaxes, group, dist.ReduceOp.MAX), FORWARD_FORMAT)
         # The weights of a group come quantized all or none.
@@ -127,7 +159,7 @@ class Float8Products(Products):
 
     def input(self, x: Tensor, scales: Tensor | None) -> Scaled:
         assert scales is not None
-        return quantize(x, scales[0], FORWARD_FORMAT)
+        return self._quantize(x, scales[0], FORWARD_FORMAT)
 
     def kept(self, x: Operand) -> Tensor:
         return x.values if isinstance(x, Scaled) else x
@@ -140,12 +172,13 @@ class Float8Products(Products):
         if isinstance(weight, Scaled):
             return weight
         assert scales is not None
-        return quantize(weight, scales[1 + layer], FORWARD_FORMAT)
+        return self._quantize(weight, scales[1 + layer], FORWARD_FORMAT)
 
     def gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Operand]]:
-        scales = [scale_of(amax_of(*own), GRADIENT_FORMAT) for own in grads]
+        scales = [scale_of(self._amax_of(*own), GRADIENT_FORMAT) for own in grads]
         return [
-            [quantize(grad, scale, GRADIENT_FORMAT) for grad in own] for own, scale in zip(grads, scales, strict=True)
+            [self._quantize(grad, scale, GRADIENT_FORMAT) for grad in own]
+            for own, scale in zip(grads, scales, strict=True)
         ]
 
     def output(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
