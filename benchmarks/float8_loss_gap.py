@@ -1,6 +1,6 @@
 """How much further from its data float8 leaves a model: the loss of the same training in bf16 and in float8.
 
-    python benchmarks/float8_loss_gap.py [--steps 200] [--threads 2] [--device cpu] [--every-layer]
+    python benchmarks/float8_loss_gap.py [--steps 200] [--threads 2] [--device cpu] [--every-layer] [--seed 0]
 
 Both train the same model from the same weights on the same batches: bytes of the source of Python's standard library,
 which every machine with Python has. A loss is the mean of the last 20 steps; the gap is relative to bf16. On a device
@@ -42,9 +42,9 @@ def corpus() -> Tensor:
     return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8).long()
 
 
-def batches(text: Tensor, steps: int, device: torch.device) -> list[Batch]:
+def batches(text: Tensor, steps: int, seed: int, device: torch.device) -> list[Batch]:
     """One micro batch a step: rows from random places."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     positions = torch.arange(SEQ_LEN, device=device).expand(ROWS, -1)
     made = []
     for _ in range(steps):
@@ -55,7 +55,7 @@ def batches(text: Tensor, steps: int, device: torch.device) -> list[Batch]:
     return made
 
 
-def build(layers: range, context: ParallelContext) -> Engine:
+def build(layers: range, seed: int, context: ParallelContext) -> Engine:
     """An engine around the model, some of whose layers multiply in float8."""
     config = ModelConfig(
         vocab_size=256,
@@ -67,7 +67,7 @@ def build(layers: range, context: ParallelContext) -> Engine:
     )
     with torch.device("meta"):
         model = build_model("LLAMA2", config)
-    parallelize(model, context, options=ParallelOptions(float8_layers=layers))
+    parallelize(model, context, seed=seed, options=ParallelOptions(float8_layers=layers))
     optimizer = HybridZeroOptimizer(model, context, weight_decay=0.1, clip_grad_norm=1.0)
     return Engine(model, optimizer, context, linear_cross_entropy)
 
@@ -85,15 +85,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--every-layer", action="store_true", help="float8 in the first and the last layer too")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     context = ParallelContext.create(ParallelLayout(), options.device)
-    data = batches(corpus(), options.steps, options.device)
+    data = batches(corpus(), options.steps, options.seed, options.device)
     chosen = range(LAYERS) if options.every_layer else range(1, LAYERS - 1)
     print(f"float8 in layers {list(chosen)} of {LAYERS}: {float8.choice(options.device).implementation}")
     losses: dict[str, list[float]] = {}
     for name, layers in (("bf16", range(0)), ("float8", chosen)):
-        engine, started = build(layers, context), time.perf_counter()
+        engine, started = build(layers, options.seed, context), time.perf_counter()
         found = [engine.train_step(batch, rate(step, options.steps)).loss for step, batch in enumerate(data)]
         losses[name] = [float(loss) for loss in found]
         print(f"{name}: {(time.perf_counter() - started) / options.steps:.3f} s a step")

@@ -99,7 +99,7 @@ def refuse_odd_shape(name: str, spec: ShardSpec) -> None:
 
 @cache
 def _compiled_casts() -> Casts:
-    # Not as whole graphs: with more kinds of tensors than PyTorch compiles for, the others are cast by plain operations.
+    # Not as whole graphs: tensors of more kinds than PyTorch compiles for are then cast as if nothing was compiled.
     compiled_amax = torch.compile(amax_of, dynamic=True)
     compiled_quantize = torch.compile(quantize, dynamic=True)
 
