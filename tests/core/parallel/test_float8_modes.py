@@ -26,6 +26,7 @@ from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.core.parallel.whole_scales import WholeScales
 from internlm.model.modules.linear import Float8Linear
 from internlm.model.ops.attention import Segments
 from internlm.model.registry import build_model
@@ -273,3 +274,36 @@ def test_copies_of_key_value_heads_round_their_parts_of_the_gradient(mode: Any, 
             assert differences.pop(name) <= TOLERANCE
         assert differences["layers.2.attention.wqkv.weight"] > 1e-4
         assert max(differences.values()) < 1 / 9
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"postpone_weight_gradients": True}], ids=["single layers", "groups"])
+def test_inputs_are_kept_in_float8(options: dict[str, Any]) -> None:
+    """No tensor of the size of an input is kept in bf16 by the layers, and none of the size of a weight anew."""
+    model, context = build(ParallelLayout(), options, dtype="torch.bfloat16")
+    layer = model.layers["1"].feed_forward.w2  # type: ignore[union-attr,operator]
+    x = torch.randn(1, sum(LENGTHS), SIZES["intermediate_size"]).bfloat16().requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    new = [tensor for tensor in kept if tensor is not layer.weight and tensor.numel() > 8]
+    assert [(tensor.dtype, tensor.numel()) for tensor in new] == [(torch.float8_e4m3fn, x.numel())]
+    context.close()
+
+
+def test_a_rank_without_rows_has_no_say_in_a_scale() -> None:
+    weights = torch.full((4, 16), 3.0), torch.empty(0, 16)
+    scales = WholeScales()
+    first, second = scales.of("a", weights, None)
+    assert first == 2.0**-7 and 0 < second < 2.0**-100
+    weights[0].fill_(1000.0)
+    assert scales.of("a", weights, None)[0] == first, "kept until it is told that weights change"
+    scales.forget()
+    assert scales.of("a", weights, None)[0] == 4.0
