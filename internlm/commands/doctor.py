@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     settings = OpSettings()
     if options.config is not None:
         config = load_config(options.config, options.overrides, world_size=options.world_size).config
-        settings = OpSettings.of(config.model)
+        settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)
     elif options.overrides:
         raise ConfigError("--set changes a key of a config: give it with --config FILE.py")
     report = examine(settings)

@@ -204,7 +204,8 @@ def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
         sys.version.split()[0],
         run_dir,
     )
-    for operation, choice in describe(context.device, OpSettings.of(config.model)).items():
+    settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)
+    for operation, choice in describe(context.device, settings).items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
 
 

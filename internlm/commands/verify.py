@@ -89,6 +89,8 @@ def _case(options: argparse.Namespace, layout: Layout | None) -> Case:
     """The small copy of the user's run in a layout, or in its own."""
     values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
+    if loaded.config.float8.enable_float8_linear:
+        print("compared without float8, whose rounding would hide what is looked for")
     config = shrink(loaded.config, None if options.keep_dtype else "torch.float32")
     check_buildable(config, options.world_size)
     return Case(config, options.world_size, Documents(packed=config.data.use_packed_dataset))

@@ -12,11 +12,12 @@ from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.compile import check_compiler, compile_layers
 from internlm.core.parallel.fsdp import apply_fsdp
-from internlm.core.parallel.model_parallel import ParallelOptions
+from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
 from internlm.model.architecture import Architecture
+from internlm.model.ops.float8 import why_not_on_hardware
 from internlm.model.registry import build_model
 from internlm.monitor.flops import ModelShape, flops_per_token
 from internlm.solver.optimizer.state_form import StateForm
@@ -80,6 +81,9 @@ def build_options(config: Config) -> ParallelOptions:
         postpone_weight_gradients=any(
             action.kind is ActionKind.BACKWARD_WEIGHT for actions in schedule.actions for action in actions
         ),
+        float8_layers=config.float8.layers(config.model.num_layers),
+        gather_float8=config.float8.gather_weights,
+        compile_casts=config.float8.compile,
     )
 
 
@@ -107,8 +111,12 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
 
     Raises:
         ConfigError: the model cannot be cut into these stages, not be sharded as `parallel.fsdp` asks, or not be
-            compiled here.
+            compiled or multiply in float8 here.
     """
+    if config.float8.enable_float8_linear and context.device.type == "cuda":
+        missing = why_not_on_hardware(context.device)
+        if missing is not None:
+            raise ConfigError(f"float8.enable_float8_linear = True: {missing}; set it to False")
     chunks = build_stages(
         partial(build_meta_model, config),
         context,
@@ -117,11 +125,14 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         seed=config.seed,
         options=build_options(config),
     )
+    if config.float8.enable_float8_linear and config.float8.compile:
+        check_compiler(context.device, key="float8.compile")
     if config.model.compile:
-        check_compiler(context.device)
+        check_compiler(context.device, key="model.compile")
         for chunk in chunks:
             compile_layers(chunk)
     if config.parallel.uses_fsdp:
         for chunk in chunks:
-            apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config))
+            scales = parallel_of(chunk).whole_scales if config.float8.gather_weights else None
+            apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config), float8_scales=scales)
     return chunks

@@ -40,6 +40,7 @@ class Run:
         micro_num: samples of a step over all data ranks.
         model: changes to the tiny config.
         optimizer: arguments of the optimizer.
+        float8_layers: see `ParallelOptions`.
     """
 
     mode: str = "1F1B"
@@ -50,6 +51,7 @@ class Run:
     steps: int = 5
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    float8_layers: range = range(0)
 
 
 @dataclass
@@ -83,7 +85,7 @@ def build_engine(run: Run, context: ParallelContext) -> Engine:
         placement,
         split_layers(config.num_layers, placement.num_stages, sizes=run.sizes),
         seed=7,
-        options=ParallelOptions(postpone_weight_gradients=run.mode != "1F1B"),
+        options=ParallelOptions(postpone_weight_gradients=run.mode != "1F1B", float8_layers=run.float8_layers),
     )
     optimizer = HybridZeroOptimizer(
         chunks, context, **{"weight_decay": 0.1, "reduce_bucket_size": 20000, **run.optimizer}

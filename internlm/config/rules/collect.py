@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from internlm.config.mistakes import Mistake
-from internlm.config.rules import experts, model, pipeline, ranks, run, splits
+from internlm.config.rules import experts, float8, model, pipeline, ranks, run, splits
 from internlm.config.schema import Config
 
 Rule = Callable[[Config, int], Iterator[Mistake]]
@@ -32,6 +32,8 @@ RULES: tuple[Rule, ...] = (
     run.batches,
     model.shape,
     run.numerics,
+    float8.formats,
+    float8.dimensions,
 )
 
 

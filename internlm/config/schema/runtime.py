@@ -82,17 +82,38 @@ class CpuOffloadingConfig(Section):
 class Float8Config(Section):
     """Matrix products in 8-bit floating point."""
 
-    enable_float8_linear: bool = later(False, "Linear layers in float8.", "float8 training")
+    enable_float8_linear: bool = key(
+        False, "Linear layers of attention and MLP multiply in float8 (not head, embedding, norms); needs bfloat16."
+    )
     scaling_type_input: Literal["dynamic", "delayed"] = used_with(
-        "dynamic", "Scaling of inputs.", "float8.enable_float8_linear"
+        "dynamic", "Scaling of inputs; delayed is refused.", "float8.enable_float8_linear"
     )
     scaling_type_weight: Literal["dynamic", "delayed"] = used_with(
-        "dynamic", "Scaling of weights.", "float8.enable_float8_linear"
+        "dynamic", "Scaling of weights; delayed is refused.", "float8.enable_float8_linear"
     )
     scaling_type_grad_output: Literal["dynamic", "delayed"] = used_with(
-        "dynamic", "Scaling of gradients.", "float8.enable_float8_linear"
+        "dynamic", "Scaling of gradients; delayed is refused.", "float8.enable_float8_linear"
     )
-    compile: bool = used_with(False, "Compile the casts.", "float8.enable_float8_linear")
+    compile: bool = used_with(
+        False,
+        "Compile the casts of layers that exchange (tensor, isp) or postpone weight gradients; those of other layers "
+        "are compiled with their layer by model.compile.",
+        "float8.enable_float8_linear",
+    )
+    first_and_last_layer: bool = used_with(
+        False, "The first and the last layer of the model too.", "float8.enable_float8_linear"
+    )
+    gather_weights: bool = used_with(
+        True,
+        "isp, and FSDP without tensor ranks, gather these weights in float8: half the bytes.",
+        "float8.enable_float8_linear",
+    )
+
+    def layers(self, num_layers: int) -> range:
+        """The numbers of the layers of a model whose linear layers multiply in float8."""
+        if not self.enable_float8_linear:
+            return range(0)
+        return range(num_layers) if self.first_and_last_layer else range(1, num_layers - 1)
 
 
 _hf = partial(later, feature="training Hugging Face classes")

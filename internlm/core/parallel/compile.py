@@ -35,20 +35,20 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> nn.Module:
     return model
 
 
-def check_compiler(device: torch.device) -> None:
-    """Find out before the first step whether layers can be compiled.
+def check_compiler(device: torch.device, *, key: str) -> None:
+    """Find out before the first step whether what `key` of the config asks for can be compiled.
 
     Raises:
         ConfigError: what compiled code for this device needs is not installed.
     """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            "model.compile = True: the package triton, with which PyTorch compiles for GPUs, is not installed; install "
-            "it, or set model.compile = False"
+            f"{key} = True: the package triton, with which PyTorch compiles for GPUs, is not installed; install "
+            f"it, or set {key} = False"
         )
     names = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++")
     if device.type == "cpu" and not any(shutil.which(name) for name in names):
         raise ConfigError(
-            f"model.compile = True: no C++ compiler was found ({' or '.join(names)}), with which PyTorch compiles for "
-            "CPUs; install one, name it in the environment variable CXX, or set model.compile = False"
+            f"{key} = True: no C++ compiler was found ({' or '.join(names)}), with which PyTorch compiles for "
+            f"CPUs; install one, name it in the environment variable CXX, or set {key} = False"
         )

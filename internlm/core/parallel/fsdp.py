@@ -21,12 +21,20 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.fsdp_float8 import gather_in_float8
 from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
+from internlm.core.parallel.whole_scales import WholeScales
 from internlm.utils.errors import ConfigError
 
 
-def apply_fsdp(model: nn.Module, context: ParallelContext, *, reduce_dtype: torch.dtype = torch.float32) -> nn.Module:
+def apply_fsdp(
+    model: nn.Module,
+    context: ParallelContext,
+    *,
+    reduce_dtype: torch.dtype = torch.float32,
+    float8_scales: WholeScales | None = None,
+) -> nn.Module:
     """Split every weight by rows over the `zero` ranks, layer by layer. Changes and returns `model`.
 
     Over the replicas of `zero` (where `parallel.zero1.size` is less than the data ranks) weights are whole copies; the
@@ -40,6 +48,7 @@ def apply_fsdp(model: nn.Module, context: ParallelContext, *, reduce_dtype: torc
         model: after `parallelize`, before the optimizer is made.
         context: where this rank stands.
         reduce_dtype: dtype in which gradients travel and are summed.
+        float8_scales: gather weights that are multiplied in float8 as float8, with these scales; None: as they are.
 
     Raises:
         ConfigError: the layout has pipeline stages, or its weights are sharded already (isp).
@@ -70,6 +79,8 @@ def apply_fsdp(model: nn.Module, context: ParallelContext, *, reduce_dtype: torc
         module.set_gradient_divide_factor(1.0)
         # Otherwise torch divides by the factor of 1 with an operation that only NCCL has.
         module.set_force_sum_reduction_for_comms(True)
+    if float8_scales is not None:
+        gather_in_float8(model, float8_scales)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             spec = rows_of(specs[name], context.size("zero"), context.index("zero"))
@@ -105,10 +116,13 @@ def rows_of(spec: ShardSpec, size: int, index: int) -> ShardSpec:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights, so that `model.parameters()` are what this rank keeps; no-op without FSDP.
+    """Free gathered weights and what is known of them: `model.parameters()` are what this rank keeps, and may change.
 
     Not between a forward pass and its backward.
     """
+    parallel = getattr(model, "parallel", None)
+    if parallel is not None:
+        parallel.whole_scales.forget()
     for module in _fsdp_modules(model):
         module.reshard()
 

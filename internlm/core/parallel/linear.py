@@ -6,18 +6,21 @@ A mode gives each group of layers an `InputExchange` (how the input becomes whol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from itertools import chain, groupby
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from internlm.core.communication.exchange import Pending, Ready
 from internlm.core.parallel.parameter_events import deliver_gradient
+from internlm.core.parallel.products import Operand, Products
 from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.roles import Role
+
+T = TypeVar("T")
 
 
 class InputExchange:
@@ -42,10 +45,10 @@ class InputExchange:
 class WeightStore(Protocol):
     """Where whole weights come from, and where their gradients go."""
 
-    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> list[Tensor]:
+    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
         """The weights and biases as the layers multiply them, in the order of `parameters`."""
 
-    def give_back(self, group: LinearGroup, whole: list[Tensor]) -> None:
+    def give_back(self, group: LinearGroup, whole: Sequence[Operand]) -> None:
         """The whole weights are no longer needed."""
 
     def hand_over(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
@@ -55,10 +58,10 @@ class WeightStore(Protocol):
 class LocalWeights:
     """Every rank multiplies what it holds."""
 
-    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> list[Tensor]:
+    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
         return list(parameters)
 
-    def give_back(self, group: LinearGroup, whole: list[Tensor]) -> None:
+    def give_back(self, group: LinearGroup, whole: Sequence[Operand]) -> None:
         pass
 
     def hand_over(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
@@ -132,6 +135,7 @@ class LinearGroup:
         exchange: of their input.
         weights: see `WeightStore`.
         weight_gradients: where weight gradients wait that are asked for later.
+        products: how they multiply; None: in the dtype of the weights.
     """
 
     def __init__(
@@ -141,12 +145,14 @@ class LinearGroup:
         exchange: InputExchange,
         weights: WeightStore,
         weight_gradients: WeightGradients,
+        products: Products | None = None,
     ) -> None:
         self.name = name
         self.role = layers[0].role
         self.exchange = exchange
         self.weights = weights
         self.weight_gradients = weight_gradients
+        self.products = products or Products()
         self._layers = list(layers)
         self._x: Tensor | None = None
         self._outputs: dict[ParallelLinear, Tensor] = {}
@@ -164,12 +170,12 @@ class LinearGroup:
 
     def _compute(self, x: Tensor) -> dict[ParallelLinear, Tensor]:
         parts = [layer.parts() for layer in self._layers]
-        # The slots say which of the flat parameters are the weight and bias of each part.
         parameters: list[nn.Parameter] = []
-        slots: list[tuple[int, int | None]] = []
-        for part in (part for own in parts for part in own):
-            slots.append((len(parameters), None if part.bias is None else len(parameters) + 1))
-            parameters += [part.weight] if part.bias is None else [part.weight, part.bias]
+        slots: list[_Slot] = []
+        for number, own in enumerate(parts):
+            for part in own:
+                slots.append(_Slot(number, len(parameters), None if part.bias is None else len(parameters) + 1))
+                parameters += [part.weight] if part.bias is None else [part.weight, part.bias]
         outputs = iter(_LinearGroupFunction.apply(self, tuple(slots), x, *parameters))
         result = {}
         for layer, own in zip(self._layers, parts, strict=True):
@@ -178,64 +184,85 @@ class LinearGroup:
         return result
 
 
+class _Slot(NamedTuple):
+    """Which of the flat parameters of a group are the weight and the bias of a part, and of which layer it is one."""
+
+    layer: int
+    weight: int
+    bias: int | None
+
+
+def _by_layer(slots: Sequence[_Slot], values: Sequence[T]) -> list[list[T]]:
+    """One value a slot -> those of each layer."""
+    grouped = groupby(zip(slots, values, strict=True), key=lambda entry: entry[0].layer)
+    return [[value for _, value in own] for _, own in grouped]
+
+
 class _LinearGroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, group: LinearGroup, slots: tuple[tuple[int, int | None], ...], x: Tensor, *parameters: nn.Parameter
+        ctx: Any, group: LinearGroup, slots: tuple[_Slot, ...], x: Tensor, *parameters: nn.Parameter
     ) -> tuple[Tensor, ...]:
+        products = group.products
         gathered = group.exchange.gather(x)
         whole = group.weights.take(group, parameters, backward=False)
-        outputs = tuple(F.linear(gathered, whole[w], None if b is None else whole[b]) for w, b in slots)
+        scales = products.scales(gathered, _by_layer(slots, [whole[slot.weight] for slot in slots]))
+        operand = products.input(gathered, scales)
+        outputs = []
+        for slot in slots:
+            bias = None if slot.bias is None else whole[slot.bias]
+            assert bias is None or isinstance(bias, Tensor)
+            outputs.append(products.output(operand, products.weight(whole[slot.weight], scales, slot.layer), bias))
         group.weights.give_back(group, whole)
         # Parameters are leaves: they are kept as they are, as recomputation would give back bare copies of saved ones.
         ctx.group, ctx.slots, ctx.parameters = group, slots, parameters
-        ctx.save_for_backward(gathered if group.exchange.saves_gathered else x)
-        return outputs
+        ctx.save_for_backward(products.kept(operand) if group.exchange.saves_gathered else x, scales)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         group: LinearGroup = ctx.group
+        products, exchange = group.products, group.exchange
         parameters: tuple[nn.Parameter, ...] = ctx.parameters
-        (saved,) = ctx.saved_tensors
-        gathering = Ready(saved) if group.exchange.saves_gathered else group.exchange.start_gather(saved)
+        saved, scales = ctx.saved_tensors
+        gathering = Ready(saved) if exchange.saves_gathered else exchange.start_gather(saved)
+        used = [(slot, grad) for slot, grad in zip(ctx.slots, grads, strict=True) if grad is not None]
+        slots = [slot for slot, _ in used]
+        operands = list(chain(*products.gradients(_by_layer(slots, [grad for _, grad in used]))))
         grad_x = None
         reducing: Pending | None = None
         if ctx.needs_input_grad[2]:
             whole = group.weights.take(group, parameters, backward=True)
-            for (w, _), grad in zip(ctx.slots, grads, strict=True):
-                if grad is not None:
-                    contribution = grad @ whole[w]
-                    grad_x = contribution if grad_x is None else grad_x.add_(contribution)
+            for slot, operand in zip(slots, operands, strict=True):
+                weight = products.weight(whole[slot.weight], scales, slot.layer)
+                contribution = products.input_gradient(operand, weight)
+                grad_x = contribution if grad_x is None else grad_x.add_(contribution)
             group.weights.give_back(group, whole)
             assert grad_x is not None
-            reducing = group.exchange.start_reduce(grad_x)
+            reducing = exchange.start_reduce(grad_x)
         gathered = gathering.wait()
+        x = (products.kept_input if exchange.saves_gathered else products.input)(gathered, scales)
 
         results: list[Tensor | None] = [None] * len(parameters)
-        for (w, b), grad in zip(ctx.slots, grads, strict=True):
-            if grad is None:
-                continue
-            for slot, compute in ((w, _weight_gradient), (b, _bias_gradient)):
-                if slot is None or not parameters[slot].requires_grad:
+        for (slot, grad), operand in zip(used, operands, strict=True):
+            for place, compute in (
+                (slot.weight, partial(products.weight_gradient, operand, x)),
+                (slot.bias, partial(_bias_gradient, grad)),
+            ):
+                if place is None or not parameters[place].requires_grad:
                     continue
                 if group.weight_gradients.is_postponing:
-                    group.weight_gradients.compute(
-                        partial(_compute_later, group.weights, parameters[slot], compute, grad, gathered)
-                    )
+                    group.weight_gradients.compute(partial(_compute_later, group.weights, parameters[place], compute))
                 else:
-                    results[slot] = group.weights.hand_over(parameters[slot], compute(grad, gathered))
+                    results[place] = group.weights.hand_over(parameters[place], compute())
         return None, None, None if reducing is None else reducing.wait(), *results
 
 
-def _weight_gradient(grad: Tensor, gathered: Tensor) -> Tensor:
-    return grad.flatten(0, -2).t() @ gathered.flatten(0, -2)
-
-
-def _bias_gradient(grad: Tensor, gathered: Tensor) -> Tensor:
+def _bias_gradient(grad: Tensor) -> Tensor:
     return grad.flatten(0, -2).sum(0)
 
 
-def _compute_later(weights: WeightStore, parameter: nn.Parameter, compute: Any, grad: Tensor, gathered: Tensor) -> None:
-    gradient = weights.hand_over(parameter, compute(grad, gathered))
+def _compute_later(weights: WeightStore, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
+    gradient = weights.hand_over(parameter, compute())
     if gradient is not None:
         deliver_gradient(parameter, gradient)

@@ -6,6 +6,7 @@ This class is the trivial mode: weights and activations are whole on every rank,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -16,15 +17,18 @@ from torch.nn import functional as F
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear import InputExchange, LinearGroup, LocalWeights, ParallelLinear, WeightStore
 from internlm.core.parallel.placement import Part
-from internlm.core.parallel.shard_spec import ShardSpec
+from internlm.core.parallel.products import Float8Products, Products, refuse_odd_shape
+from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.core.parallel.whole_scales import WholeScales
+from internlm.model.ops import float8
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
 from internlm.model.roles import HeadShape, Role
 
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """How the layout's modes go about their work. No option changes a result beyond rounding.
+    """How the layout's modes go about their work. No option changes a result beyond rounding (to float8, if asked for).
 
     Attributes:
         split_embedding_hidden: split an untied embedding over its hidden dimension instead of its vocabulary.
@@ -35,6 +39,9 @@ class ParallelOptions:
         memory_pool: isp: keep gather buffers and use them again.
         reduce_dtype: isp: dtype in which weight gradients travel.
         postpone_weight_gradients: linear layers can leave weight gradients for later, as zero-bubble schedules ask.
+        float8_layers: numbers of the model's layers whose linear layers multiply in float8.
+        gather_float8: isp and FSDP: gather weights that are multiplied in float8 as float8.
+        compile_casts: to float8, in layers that exchange or that postpone weight gradients.
     """
 
     split_embedding_hidden: bool = True
@@ -45,6 +52,9 @@ class ParallelOptions:
     memory_pool: bool = False
     reduce_dtype: torch.dtype = torch.float32
     postpone_weight_gradients: bool = False
+    float8_layers: range = range(0)
+    gather_float8: bool = True
+    compile_casts: bool = False
 
 
 class HeadOutput(NamedTuple):
@@ -69,12 +79,16 @@ class ModelParallel:
         weight_gradients: where linear layers leave gradients that come later.
         heads: of the model's attention, or None.
         has_tied_head: the output head is the embedding.
+        whole_scales: of weights that are gathered in float8.
         token_axes: axes of the activation view whose ranks compute the loss of different tokens.
         adds_bias_after_reduction: the bias of ROW layers is added once, to the sum over ranks.
+        scale_axis: axis of the activation view over which inputs or weights of linear layers are split when they are
+            multiplied, if any.
     """
 
     token_axes: ClassVar[tuple[str, ...]] = ("data",)
     adds_bias_after_reduction: ClassVar[bool] = False
+    scale_axis: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -89,6 +103,7 @@ class ModelParallel:
         self.weight_gradients = weight_gradients
         self.heads = heads
         self.has_tied_head = has_tied_head
+        self.whole_scales = WholeScales()
 
     # -- what each rank holds -------------------------------------------------------------------------------------
 
@@ -119,7 +134,26 @@ class ModelParallel:
 
     def make_group(self, name: str, layers: list[ParallelLinear]) -> LinearGroup:
         """Join layers that share an input."""
-        return LinearGroup(name, layers, self.input_exchange(layers[0].role), self.weights(), self.weight_gradients)
+        role = layers[0].role
+        products = Products()
+        if self.is_float8(name):
+            weights = [part.weight for layer in layers for part in layer.parts()]
+            for weight in weights:
+                refuse_odd_shape(name, shard_spec_of(weight))
+            on_hardware = float8.runs_on_hardware(self.context.device)
+            products = Float8Products(
+                self.context,
+                self.scale_axis,
+                weights[0].dtype,
+                compiles_casts=self.options.compile_casts,
+                on_hardware=on_hardware,
+            )
+        return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, products)
+
+    def is_float8(self, name: str) -> bool:
+        """Whether a linear layer of this name multiplies in float8."""
+        number = re.search(r"\.(\d+)\.", name)
+        return number is not None and int(number[1]) in self.options.float8_layers
 
     def input_exchange(self, role: Role) -> InputExchange:
         """How layers of this role get their input."""
@@ -170,6 +204,7 @@ class ModelParallel:
     def end_backward(self) -> None:
         """Called after the last backward pass of a step: all weight gradients are delivered."""
         self.weight_gradients.finish()
+        self.whole_scales.forget()
 
 
 def parallel_of(model: nn.Module) -> ModelParallel:

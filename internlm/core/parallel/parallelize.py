@@ -20,9 +20,12 @@ from internlm.core.parallel.modes.fsp import Fsp
 from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.modes.msp import Msp
 from internlm.core.parallel.modes.mtp import COLUMN_ROLES, ROW_ROLES, Mtp
+from internlm.core.parallel.products import refuse_odd_shape
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
 from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.initialization import initializer_of
+from internlm.model.modules.linear import Float8Linear
+from internlm.model.ops import float8
 from internlm.model.roles import Role
 
 _MODES: dict[str, type[ModelParallel]] = {"mtp": Mtp, "msp": Msp, "fsp": Fsp, "isp": Isp}
@@ -195,6 +198,11 @@ def _install(
     elif parallel.replaces_linears and role is Role.EMBEDDING:
         _refuse_unless(module, nn.Embedding, name, role)
         _exchange_module(model, name, ParallelEmbedding(parameters["weight"], parallel))
+    elif role in (*COLUMN_ROLES, *ROW_ROLES) and parallel.is_float8(name):
+        _refuse_unless(module, nn.Linear, name, role)
+        refuse_odd_shape(name, shard_spec_of(parameters["weight"]))
+        on_hardware = float8.runs_on_hardware(parallel.context.device)
+        _exchange_module(model, name, Float8Linear(parameters["weight"], parameters.get("bias"), on_hardware))
     else:
         for attribute, parameter in parameters.items():
             setattr(module, attribute, parameter)

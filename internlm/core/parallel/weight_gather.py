@@ -19,8 +19,11 @@ from internlm.core.communication.exchange import start_reduce_scatter
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear import LinearGroup
 from internlm.core.parallel.parameter_events import deliver_gradient, wait_until_readable
+from internlm.core.parallel.products import Operand
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.core.parallel.whole_scales import WholeScales
+from internlm.model.ops.float8 import FORWARD_FORMAT, Scaled, quantize
 from internlm.model.roles import Role
 
 _TRIGGERS = {
@@ -56,9 +59,14 @@ class BufferPool:
 
 @dataclass
 class _Gather:
-    """Gathers of a group's parameters under way: flat buffers `[n * local rows * in]` and what to wait for."""
+    """Gathers of a group's parameters under way: flat buffers `[n * local rows * in]` and what to wait for.
+
+    Attributes:
+        scales: of those that travel as bytes of float8 numbers; None for the others.
+    """
 
     buffers: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor | None] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
 
 
@@ -89,6 +97,8 @@ class GatheredWeights:
         memory_pool: bool,
         release_gradients_early: bool,
         reduce_dtype: torch.dtype,
+        gather_float8: bool,
+        scales: WholeScales,
     ) -> None:
         self._context = context
         self._weight_gradients = weight_gradients
@@ -96,6 +106,8 @@ class GatheredWeights:
         self.pool = BufferPool(keeps=memory_pool)
         self._num_deliveries_kept = 1 if release_gradients_early else 1 << 30
         self._reduce_dtype = reduce_dtype
+        self._gathers_float8 = gather_float8
+        self._scales = scales
         self.groups: list[LinearGroup] = []
         self._place: dict[LinearGroup, int] = {}
         self._layers: list[list[LinearGroup]] = []
@@ -117,7 +129,7 @@ class GatheredWeights:
 
     # -- as a WeightStore -----------------------------------------------------------------------------------------
 
-    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> list[Tensor]:
+    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
         self._launch(group)
         if self._plan.overlap:
             for other in self._next(group, backward=backward):
@@ -127,13 +139,14 @@ class GatheredWeights:
         for work in gather.works:
             work.wait()
         self._taken[group] = gather.buffers
-        whole = []
-        for parameter, buffer in zip(parameters, gather.buffers, strict=True):
+        whole: list[Operand] = []
+        for parameter, buffer, scale in zip(parameters, gather.buffers, gather.scales, strict=True):
             shape = shard_spec_of(parameter).global_shape
-            whole.append(buffer.view(-1, *shape[1:])[: shape[0]])
+            rows = buffer.view(-1, *shape[1:])[: shape[0]]
+            whole.append(rows if scale is None else Scaled(rows.view(FORWARD_FORMAT), scale))
         return whole
 
-    def give_back(self, group: LinearGroup, whole: list[Tensor]) -> None:
+    def give_back(self, group: LinearGroup, whole: Sequence[Operand]) -> None:
         self._note("release", group)
         for buffer in self._taken.pop(group):
             self.pool.give_back(buffer)
@@ -188,13 +201,26 @@ class GatheredWeights:
         gather = self._in_flight[group] = _Gather()
         for parameter in self._parameters[group]:
             wait_until_readable(parameter)
+        gather.scales = self._scales_of(group)
+        for parameter, scale in zip(self._parameters[group], gather.scales, strict=True):
             shard = parameter.detach()
+            if scale is not None:
+                # As bytes, since not every backend knows float8.
+                shard = quantize(shard, scale, FORWARD_FORMAT).values.view(torch.uint8)
             buffer = self.pool.take(size * shard.numel(), shard)
             gather.buffers.append(buffer)
             if process_group is None:
                 buffer.copy_(shard.flatten())
             else:
                 gather.works.append(all_gather_async(buffer, shard.flatten(), process_group))
+
+    def _scales_of(self, group: LinearGroup) -> list[Tensor | None]:
+        """The scale of each whole weight that travels in float8; None for the group's other parameters."""
+        parameters = self._parameters[group]
+        is_float8 = [self._gathers_float8 and group.products.is_float8 and p.dim() == 2 for p in parameters]
+        shards = [parameter.detach() for parameter, chosen in zip(parameters, is_float8, strict=True) if chosen]
+        scales = iter(self._scales.of(group, shards, self._context.group("weight", "weight")) if shards else ())
+        return [next(scales) if chosen else None for chosen in is_float8]
 
     @property
     def num_in_flight(self) -> int:

@@ -1,13 +1,14 @@
-"""Linear layers with the initialisation of the model."""
+"""Linear layers with the initialisation of the model, and those that multiply in float8."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from internlm.model.initialization import Zeros, set_initializer
+from internlm.model.ops.float8 import float8_linear
 
 if TYPE_CHECKING:
     from internlm.model.architecture import Architecture
@@ -34,3 +35,26 @@ def make_linear(
     if bias:
         set_initializer(linear.bias, Zeros())
     return linear
+
+
+class Float8Linear(nn.Module):
+    """A linear layer that multiplies in float8; its parameters are those of nn.Linear.
+
+    Args:
+        weight: `[out, in]`.
+        bias: `[out]` or None.
+        on_hardware: see `internlm.model.ops.float8.runs_on_hardware`.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, on_hardware: bool) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.on_hardware = on_hardware
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        return float8_linear(x, self.weight, self.bias, on_hardware=self.on_hardware)

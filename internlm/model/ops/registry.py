@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from internlm.model.ops import attention, cross_entropy, gated, norm, rotary
+from internlm.model.ops import attention, cross_entropy, float8, gated, norm, rotary
 from internlm.model.ops.attention_backends import AttentionNeeds, capability_of
 from internlm.model.ops.choice import Choice
 
@@ -27,6 +27,7 @@ class OpSettings:
         dtype, head_dim: of queries and keys.
         attention_backend, use_flash_attn, fused_kernels: the keys of these names in the config's `model` section.
         compiled: the ops run inside compiled blocks.
+        use_float8: linear layers multiply in float8; without it, there is no such op.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -35,10 +36,11 @@ class OpSettings:
     use_flash_attn: bool = True
     fused_kernels: str = "auto"
     compiled: bool = False
+    use_float8: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig) -> OpSettings:
-        """The settings of a config's `model` section."""
+    def of(cls, config: ModelConfig, *, use_float8: bool = False) -> OpSettings:
+        """The settings of a config's `model` section, and of `float8.enable_float8_linear`."""
         head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         return cls(
             config.torch_dtype,
@@ -47,6 +49,7 @@ class OpSettings:
             config.use_flash_attn,
             config.fused_kernels,
             config.compile,
+            use_float8,
         )
 
     def attention_needs(self, device: torch.device) -> AttentionNeeds:
@@ -69,6 +72,7 @@ def describe(device: torch.device | str, settings: OpSettings | None = None) -> 
             attention_backend=settings.attention_backend,
             use_flash_attn=settings.use_flash_attn,
         ),
+        **({"float8_linear": float8.choice(device)} if settings.use_float8 else {}),
         "gated_activation": gated.choice(device, kernels, compiled=compiled),
         "layer_norm": norm.layer_norm_choice(device),
         "linear_cross_entropy": cross_entropy.choice(device),

@@ -34,6 +34,7 @@ class Isp(ModelParallel):
     """See the module."""
 
     token_axes: ClassVar[tuple[str, ...]] = ("data", "tensor")
+    scale_axis: ClassVar[str | None] = "tensor"
 
     @cached_property
     def gathered_weights(self) -> GatheredWeights:
@@ -46,6 +47,8 @@ class Isp(ModelParallel):
             memory_pool=options.memory_pool,
             release_gradients_early=options.release_gradients_early,
             reduce_dtype=options.reduce_dtype,
+            gather_float8=options.gather_float8,
+            scales=self.whole_scales,
         )
 
     @property

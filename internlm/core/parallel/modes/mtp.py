@@ -49,6 +49,7 @@ class Mtp(ModelParallel):
 
     adds_bias_after_reduction: ClassVar[bool] = True
     residual_is_split: ClassVar[bool] = False
+    scale_axis: ClassVar[str | None] = "tensor"
 
     @property
     def group(self) -> dist.ProcessGroup | None:

@@ -1,0 +1,96 @@
+"""FSDP's gathers in float8: half the bytes, and not a bit of difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import global_batch, tiny_config, tiny_engine
+from helpers.traffic import Traffic
+from torch import Tensor
+
+from internlm.core.context.layout import ParallelLayout
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.fsdp import apply_fsdp, local_tensor, reshard
+from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
+from internlm.core.parallel.parallelize import parallelize
+from internlm.model.ops.float8 import FORWARD_FORMAT, amax_of, float8_linear, quantize, scale_of
+from internlm.model.ops.float8_weight import Float8Weight
+from internlm.model.registry import build_model
+
+STEPS, MICRO_BATCHES = 3, 2
+FLOAT8_LAYERS = range(1, 3)
+
+PADDED_ELEMENTS = (128 + 64 + 3 * 96) * 64
+"""Of a layer: wqkv [128, 64], wo [64, 64] and the three of the MLP [96, 64], whose rows 2 ranks divide."""
+
+
+def train(in_float8: bool, changes: dict[str, Any]) -> dict[str, Any]:
+    """Some steps: what they computed, and what they sent."""
+    world = torch.distributed.get_world_size()
+    context = ParallelContext.create(ParallelLayout(world_size=world))
+    config = tiny_config(hidden_size=64, num_layers=4, intermediate_size=96, dtype="torch.bfloat16", **changes)
+    with torch.device("meta"):
+        model = build_model("INTERNLM2", config)
+    parallelize(model, context, seed=7, options=ParallelOptions(float8_layers=FLOAT8_LAYERS))
+    apply_fsdp(model, context, float8_scales=parallel_of(model).whole_scales if in_float8 else None)
+    engine = tiny_engine(context, model=model, clip_grad_norm=0.5, reduce_bucket_size=3000)
+    # A rate that moves weights across powers of two: a scale of the step before would be wrong.
+    with Traffic() as traffic:
+        losses = [
+            float(engine.train_step(global_batch(step, world * MICRO_BATCHES, context.rank, world), 0.3).loss)
+            for step in range(STEPS)
+        ]
+    reshard(model)
+    weights = {name: local_tensor(parameter).clone() for name, parameter in model.named_parameters()}
+    context.close()
+    return {"losses": losses, "weights": weights, "bytes": dict(traffic.num_bytes)}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("changes", [{}, {"checkpoint": 1.0, "qkv_bias": True}], ids=["plain", "checkpointed, bias"])
+def test_fsdp_gathers_half_the_bytes_and_changes_no_bit(world: int, changes: dict[str, Any], ranks: Any) -> None:
+    for whole, float8 in zip(
+        ranks(world).run(train, False, changes), ranks(world).run(train, True, changes), strict=True
+    ):
+        assert float8["losses"] == whole["losses"]
+        assert all(torch.equal(float8["weights"][name], weight) for name, weight in whole["weights"].items())
+        saved = whole["bytes"]["all_gather", world] - float8["bytes"]["all_gather", world]
+        gathered = STEPS * MICRO_BATCHES * 2 * len(FLOAT8_LAYERS) * PADDED_ELEMENTS
+        # Three ranks pad the 64 rows of wo and the 128 of wqkv.
+        assert saved == gathered if world == 2 else gathered < saved < 1.1 * gathered
+        # The maxima of all five weights of all layers, in fp32, once a step.
+        extra = STEPS * len(FLOAT8_LAYERS) * 5 * 4
+        assert float8["bytes"]["all_reduce", world] - whole["bytes"]["all_reduce", world] == extra
+
+
+def weight_pair() -> tuple[Tensor, Float8Weight]:
+    weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    values, scale = quantize(weight, scale_of(amax_of(weight), FORWARD_FORMAT), FORWARD_FORMAT)
+    return weight, Float8Weight(values, scale, torch.bfloat16)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gathered_weight_is_multiplied_as_it_is(compiled: bool) -> None:
+    function = torch.compile(float8_linear, fullgraph=True, backend="aot_eager") if compiled else float8_linear
+    x = torch.randn(16, 48, generator=torch.Generator().manual_seed(2)).bfloat16()
+    results = []
+    for weight in weight_pair():
+        leaves = x.clone().requires_grad_(), torch.nn.Parameter(weight)
+        out = function(*leaves)
+        out.square().sum().backward()
+        results.append((out.detach(), *(leaf.grad for leaf in leaves)))
+    for plain, gathered in zip(*results, strict=True):
+        assert gathered is not None and not isinstance(gathered, Float8Weight)
+        assert torch.equal(plain, gathered)
+
+
+def test_a_gathered_weight_can_be_read() -> None:
+    weight, gathered = weight_pair()
+    # Half a step of e4m3, and a half of the smallest number's.
+    bound = weight.abs().float() * 2.0**-4 + gathered.scale * 2.0**-10
+    assert ((gathered.float() - weight.float()).abs() <= bound).all()
+    assert isinstance(gathered.detach(), Float8Weight)
+    assert not isinstance(gathered[:4], Float8Weight) and torch.equal(gathered[:4], (gathered * 1)[:4])
+    assert repr(gathered) == "Float8Weight([32, 48], torch.bfloat16)"

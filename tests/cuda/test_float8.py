@@ -1,0 +1,72 @@
+"""Float8 on a GPU: its matrix units against the emulation, and a training step through them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.tiny import global_batch, tiny_config, tiny_engine
+from torch import Tensor
+
+from internlm.core.context.layout import ParallelLayout
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.compile import compile_layers
+from internlm.core.parallel.model_parallel import ParallelOptions
+from internlm.core.parallel.parallelize import parallelize
+from internlm.model.ops.float8 import choice, float8_linear, runs_on_hardware
+from internlm.model.registry import build_model
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or not runs_on_hardware(torch.device("cuda", 0)),
+    reason="needs a GPU with float8 matrix units",
+)
+
+
+def gradients(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, *, on_hardware: bool) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    out = float8_linear(*leaves, on_hardware=on_hardware)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(64, 128, 256), (16, 16, 16), (4096, 512, 1536)])
+def test_matrix_units_equal_the_emulation(tokens: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs) * 0.02
+    tensors = [t.cuda().bfloat16() for t in (x, weight, torch.randn(outputs), torch.randn(tokens, outputs) * 1e-5)]
+    found, wanted = (gradients(*tensors, on_hardware=on) for on in (True, False))
+    # Both round exact products to bf16 (2^-9, twice where a bias is added). Fast accumulation of outputs keeps about
+    # 13 bits between partial sums: 2^-13 of the sum of sizes, some 2^-13 * sqrt(K) of a sum of either sign.
+    for one, other in zip(found, wanted, strict=True):
+        error = float((one.float() - other.float()).norm() / other.float().norm())
+        assert error < 2.0**-8 + 2.0**-13 * max(tokens, inputs, outputs) ** 0.5
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    x = torch.randn(32, 64, device="cuda").bfloat16()
+    x[3, 5] = torch.inf
+    assert not float8_linear(x, torch.randn(48, 64, device="cuda").bfloat16()).isfinite().any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"postpone_weight_gradients": True, "compile_casts": True}])
+def test_training_steps(compiled: bool, options: dict[str, bool]) -> None:
+    """The loss falls as it does without float8, within what float8 rounds."""
+    assert choice(torch.device("cuda", 0)).implementation == "torch._scaled_mm"
+    losses = []
+    for layers in (range(0), range(1, 3)):
+        context = ParallelContext.create(ParallelLayout(), torch.device("cuda", 0))
+        config = tiny_config(hidden_size=128, num_layers=4, intermediate_size=256, dtype="torch.bfloat16")
+        with torch.device("meta"):
+            model = build_model("INTERNLM2", config)
+        parallelize(model, context, seed=7, options=ParallelOptions(float8_layers=layers, **options))
+        if compiled:
+            compile_layers(model)
+        engine = tiny_engine(context, model=model, clip_grad_norm=0.5)
+        # 32 tokens: the product of a weight's gradient needs a multiple of 16.
+        batch = global_batch(0, 4, lengths=(7, 1, 12, 12))
+        micros = [micro.to(context.device) for micro in batch.micro_batches]
+        batch = type(batch)(micros, batch.num_samples)
+        losses.append([float(engine.train_step(batch, 1e-2).loss) for _ in range(10)])
+        context.close()
+    plain, float8 = losses
+    assert float8[-1] < 0.9 * float8[0]
+    assert float8 == pytest.approx(plain, rel=0.05)
