@@ -1,10 +1,11 @@
 """What a step costs outside forward, backward and optimizer, with all hooks on; and how far the loader is ahead.
 
-    python benchmarks/loop_overhead.py --train DIR [--steps 30] [--threads 2]
+    python benchmarks/loop_overhead.py --shape demo [--steps 30] [--threads 2] [--train DIR] [--set KEY=VALUE ...]
 
-Trains the 16.9 M model (hidden 384, 6 layers, 6 heads, ffn 1024, vocab 8192; 8 x 512 tokens a step, bf16) through
-`build_trainer`, with the console, metrics.jsonl and TensorBoard, and counts the wall time of the loop that is neither
-forward and backward nor optimizer. Then reads the same data with the loader alone.
+Trains a shape of `throughput.py` in bf16 through `build_trainer`, with the console, metrics.jsonl and TensorBoard. On a
+CPU it counts the wall time of the loop that is neither forward and backward nor optimizer. A GPU computes while the
+host goes on: there the same number of steps is run once more by the engine alone, on batches in memory, and the
+difference counts. Then it reads the same data with the loader alone.
 """
 
 from __future__ import annotations
@@ -17,28 +18,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed.contenders import LEARNING_RATE, device_of_this_machine
+from speed.corpus import write_corpus
+from speed.shapes import SHAPES, keys_of, write_config
 
-from internlm.config.schema import CkptConfig, Config, DataConfig, ModelConfig
+from internlm.config.loader import load_config
+from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.engine import Engine
 from internlm.core.hooks import Hook
-from internlm.initialize.build import build_loader, build_trainer
+from internlm.data.batch import Batch
+from internlm.initialize.build import build_layout, build_loader, build_trainer, set_numerics
 from internlm.utils.logging import configure_logging
 
 WARMUP = 3
 
 
 class Clock(Hook):
-    """Wall time and computing time of all steps after the first few."""
+    """Wall time of all steps after the first few, and the host's time in forward, backward and optimizer."""
 
     name = "clock"
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.computing = 0.0
         self.started = self.ended = 0.0
         self.steps = 0
 
     def on_step_start(self, trainer: Any) -> None:
         # Up to the start of the next step: what the hooks of a step take counts.
+        if trainer.state.step in (WARMUP, trainer.total_steps - 1):
+            wait(self.device)
         self.ended = time.perf_counter()
         if trainer.state.step == WARMUP:
             self.started = self.ended
@@ -51,39 +61,66 @@ class Clock(Hook):
             self.computing += metrics.seconds["forward_backward"] + metrics.seconds["optimizer"]
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done what was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of_the_engine_alone(engine: Engine, batches: list[Batch], steps: int) -> float:
+    """Wall time of so many steps on batches in memory."""
+    wait(engine.context.device)
+    started = time.perf_counter()
+    for batch in itertools.islice(itertools.cycle(batches), steps):
+        engine.train_step(batch, LEARNING_RATE)
+    wait(engine.context.device)
+    return time.perf_counter() - started
+
+
+def config_of(options: argparse.Namespace, folder: Path) -> Config:
+    """The config of a shape, with data if none was given."""
+    shape = SHAPES[options.shape]
+    train = options.train or str(folder / "train")
+    keys = keys_of(shape, "bf16", layers=options.layers, folder=train)
+    keys["data"]["total_steps"] = options.steps
+    if not options.train:
+        rows = 8 * keys["data"]["micro_bsz"] * keys["data"]["micro_num"]
+        write_corpus(folder, "one", vocab=shape.vocab, seq=shape.seq, num_sequences=rows)
+    write_config(folder / "config.py", keys)
+    return load_config(folder / "config.py", options.set).config
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", required=True, help="tokenized folder with ids below 8192")
+    parser.add_argument("--shape", choices=SHAPES, default="cpu-384")
+    parser.add_argument("--layers", type=int, help="in place of the shape's")
+    parser.add_argument("--train", help="tokenized folder with ids of the shape's vocabulary; none: random tokens")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the config")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     configure_logging()
-    config = Config(
-        JOB_NAME="overhead",
-        model_type="LLAMA2",
-        model=ModelConfig(
-            vocab_size=8192, hidden_size=384, num_layers=6, num_attention_heads=6, intermediate_size=1024
-        ),
-        data=DataConfig(train_folder=options.train, seq_len=512, micro_bsz=8, total_steps=options.steps, num_worker=0),
-        ckpt=CkptConfig(enable_save_ckpt=False, auto_resume=False),
-    )
-    context = ParallelContext.create()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(config, context, Path(folder))
-        clock = Clock()
+    with tempfile.TemporaryDirectory() as name:
+        config = config_of(options, Path(name))
+        set_numerics(config)
+        context = ParallelContext.create(build_layout(config, 1), device_of_this_machine())
+        trainer = build_trainer(config, context, Path(name) / "run")
+        clock = Clock(context.device)
         trainer.hooks.append(clock)
         trainer.fit()
-    wall = clock.ended - clock.started
-    tokens = clock.steps * config.data.packed_length
-    print(f"{clock.steps} steps: {tokens / wall:.0f} tokens/s; {100 * (1 - clock.computing / wall):.2f} % outside")
-    loader = build_loader(config, context)
-    batches = iter(loader)
-    for _ in itertools.islice(batches, WARMUP):
-        pass
-    started = time.perf_counter()
-    read = sum(batch.num_tokens for batch in itertools.islice(batches, options.steps - WARMUP))
-    rate = read / (time.perf_counter() - started)
+        wall = clock.ended - clock.started
+        loader = build_loader(config, context)
+        batches = list(itertools.islice(loader, WARMUP))
+        started = time.perf_counter()
+        read = sum(batch.num_tokens for batch in itertools.islice(loader, options.steps - WARMUP))
+        rate = read / (time.perf_counter() - started)
+        loader.close()
+        computing = clock.computing
+        if context.device.type == "cuda":
+            computing = seconds_of_the_engine_alone(trainer.engine, batches, clock.steps)
+    tokens = clock.steps * config.data.packed_length * config.data.micro_num
+    print(f"{clock.steps} steps: {tokens / wall:.0f} tokens/s; {100 * (1 - computing / wall):.2f} % outside")
     print(f"loader alone: {rate:.0f} tokens/s, {rate * wall / tokens:.0f}x what training eats")
 
 

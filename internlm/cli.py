@@ -13,6 +13,7 @@ from internlm.utils.errors import UserError
 COMMANDS = {
     "train": "train a model from a config file",
     "layout": "show the groups of the ranks, the stages of the model and the timeline of a step",
+    "doctor": "show what this machine has, what would run and why, and whether it computes right",
     "generate": "continue prompts with a trained model",
     "verify": "compare a layout with one process",
     "ckpt": "list, show, compare and check checkpoints",

@@ -82,6 +82,9 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
             "overlap_grad": (False, True),
             "overlap_param": (False, True),
             "reduce_bf16": (False, False, True),
+            "grad_bf16": (False, False, True),
+            "moments_bf16": (False, False, True),
+            "offload": (False, False, True),
         },
     ),
 }

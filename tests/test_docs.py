@@ -186,6 +186,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
             patch.setattr(sys, "argv", [str(script), *arguments])
             patch.syspath_prepend(str(ROOT))
+            if script is not None:
+                patch.syspath_prepend(str(script.parent))  # as Python does for a script
             try:
                 main(arguments) if script is None else runpy.run_path(str(script), run_name="__main__")
             except Parsed as parsed:
@@ -237,6 +239,8 @@ def check_bash(arguments: list[str], parse: Any) -> None:
     elif script == "tools/test.sh":
         for word in rest:
             assert word.startswith("-") or (ROOT / word).exists(), word
+    elif script == "benchmarks/gpu_check.sh":
+        assert all(f"    {word})" in text_of(script) for word in rest), arguments
     else:
         assert not rest, arguments
 

@@ -46,9 +46,13 @@ def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
 
 def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
     """`optimizer/<kind>/<name>` -> this rank's boxes of masters and moments, under the parameter's global name."""
+
+    def dtype_of(key: str) -> torch.dtype:
+        return torch.float32 if key.startswith("master/") else optimizer.form.moments
+
     return dict(
         merge_by_key(
-            (f"optimizer/{key}", BoxedTensor(shard_spec_of(parameter).global_shape, torch.float32, pieces))
+            (f"optimizer/{key}", BoxedTensor(shard_spec_of(parameter).global_shape, dtype_of(key), pieces))
             for key, parameter, pieces in optimizer.sharded_state()
         )
     )

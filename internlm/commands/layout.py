@@ -94,12 +94,17 @@ def describe_stages(config: Config, layout: ParallelLayout, placement: Placement
     pipeline = layout.activation.group("pipeline", rank)
     places = _ends(range(placement.num_ranks))
     holdings = pipeline_holdings(config, layout, placement, [pipeline[place] for place in places])
-    head = ("", "ranks", "layers", "parameters", "weights", "gradients", "fp32 masters", "moments", "all")
-    rows: list[tuple[str, ...]] = [head]
+    head = ["", "ranks", "layers", "parameters", "weights", "gradients", "fp32 masters", "moments", "all"]
+    is_offloaded = config.hybrid_zero_optimizer.offload_optimizer
+    if is_offloaded:
+        head.append("on the host")
+    rows: list[tuple[str, ...]] = [tuple(head)]
     width = layout.world_size // placement.num_ranks
     for place, stage in zip(places, holdings, strict=True):
         held = stage.holding
-        sizes = (held.weights, held.gradients, held.masters, held.moments, held.all_bytes)
+        sizes = [held.weights, held.gradients, held.masters, held.moments, held.all_bytes]
+        if is_offloaded:
+            sizes.append(held.host)
         # The pipeline is the outermost axis: the ranks at one place of it are neighbours.
         ranks = format_ranks(range(place * width, (place + 1) * width))
         rows.append((str(place), ranks, _layers(stage), f"{held.parameters:,}", *map(_bytes, sizes)))
@@ -109,7 +114,7 @@ def describe_stages(config: Config, layout: ParallelLayout, placement: Placement
         f"pipeline: {placement.num_ranks} rank(s) of {placement.num_chunks} stage(s); "
         f"parameters and bytes of each rank {format_ranks(pipeline)}"
     )
-    return "\n".join([title, *text_table(rows, "><<>>>>>>"), ""])
+    return "\n".join([title, *text_table(rows, "><<" + ">" * (len(head) - 3)), ""])
 
 
 def _layers(stage: PipelineHolding) -> str:

@@ -28,7 +28,7 @@ from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_trainer, check_buildable, set_numerics
 from internlm.initialize.launch import LAUNCHERS, Launch, LaunchError, choose_device, connect, detect_launch, disconnect
 from internlm.initialize.stages import build_meta_model
-from internlm.model.ops.registry import describe
+from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError
 from internlm.utils.logging import configure_logging, get_logger
 
@@ -204,12 +204,8 @@ def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
         sys.version.split()[0],
         run_dir,
     )
-    choices = describe(
-        context.device,
-        use_flash_attn=config.model.use_flash_attn,
-        use_float8=config.float8.enable_float8_linear,
-    )
-    for operation, choice in choices.items():
+    settings = OpSettings.of(config.model, float8=config.float8.enable_float8_linear)
+    for operation, choice in describe(context.device, settings).items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
 
 

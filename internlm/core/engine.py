@@ -24,6 +24,7 @@ from internlm.core.scheduler.communication import channels_of, with_communicatio
 from internlm.core.scheduler.executor import Executor
 from internlm.core.scheduler.schedules import PipelineSchedule, forward_only, make_schedule
 from internlm.data.batch import Batch, MicroBatch
+from internlm.data.upload import Uploader
 from internlm.model.ops.attention import Segments
 from internlm.model.ops.cross_entropy import LossFunction
 
@@ -147,6 +148,7 @@ class Engine:
             )
         self._evaluation = with_communication(forward_only(self.placement))
         channels = PipelineChannels.create(context, channels_of(probe)) if num_ranks > 1 else None
+        self._uploader = Uploader(context.device)
         self._executor = Executor(context.index("pipeline"), self.parallel.weight_gradients, channels)
 
     @property
@@ -183,8 +185,10 @@ class Engine:
         factor = loss_scale / num_valid_tokens.clamp(min=1.0)
         loss_sum = self._scalar(0.0)
 
+        uploads = self._uploader.start(batch.micro_batches)
+
         def forward(number: int, chunk: int, received: Tensor | None) -> Tensor:
-            output = self._forward(batch.micro_batches[number], chunk, received, self.statistics)
+            output = self._forward(uploads[number].get(), chunk, received, self.statistics)
             if not self._is_last(chunk):
                 return output
             loss_sum.add_(output.detach())
@@ -231,10 +235,11 @@ class Engine:
         """
         for chunk in self.chunks:
             chunk.eval()
+        upload = self._uploader.start([micro_batch])[0]
         self._phase, self._activity = None, "evaluation, "
         self._executor.run(
             self._evaluation,
-            lambda _, chunk, received: self._forward(micro_batch, chunk, received, sink),
+            lambda _, chunk, received: self._forward(upload.get(), chunk, received, sink),
             lambda _: self._new_activation(micro_batch),
         )
         self._phase = "idle"
@@ -247,9 +252,8 @@ class Engine:
     def _is_last(self, chunk: int) -> bool:
         return self.placement.after(self._executor.rank, chunk) is None
 
-    def _forward(self, micro_batch: MicroBatch, chunk: int, received: Tensor | None, sink: TokenSink | None) -> Tensor:
-        """The residual stream after a chunk, or the sum of losses after the last one."""
-        micro = micro_batch.to(self.context.device)
+    def _forward(self, micro: MicroBatch, chunk: int, received: Tensor | None, sink: TokenSink | None) -> Tensor:
+        """The residual stream after a chunk, or the sum of losses after the last one. `micro` is on the device."""
         segments = None
         if micro.lengths is not None:
             assert micro.cu_seqlens is not None
@@ -274,7 +278,8 @@ class Engine:
         return torch.empty(shape, dtype=model.residual_dtype, device=self.context.device)
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float32, device=self.context.device)
+        # A fill on the device; `torch.tensor` copies from the host, and waits until it has.
+        return torch.full((), value, dtype=torch.float32, device=self.context.device)
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
         """Sum a tensor in place over all ranks that compute the loss of different tokens, so that all have it.

@@ -1,11 +1,13 @@
 """What one optimizer step tells the hooks.
 
 Values that live on the device stay there until somebody asks for numbers: `StepMetrics.numbers()` is the one place
-that waits for the device.
+that waits for the device. Who can wait a step longer calls `start_copy` first: by the end of the next step they have
+come, while the device was busy.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -58,20 +60,40 @@ class StepMetrics:
     inf_nan_skip_batches: Tensor
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    _names: list[str] = field(default_factory=list, init=False, repr=False)
+    _values: Tensor | None = field(default=None, init=False, repr=False)
+    _arrival: torch.cuda.Event | None = field(default=None, init=False, repr=False)
+
+    def start_copy(self) -> None:
+        """Begin to bring the values to the host, without waiting; again, it does nothing."""
+        if self._values is not None:
+            return
+        by_dtype: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in self._tensors().items():
+            by_dtype[tensor.dtype][name] = tensor.detach().reshape(())
+        self._names = [name for group in by_dtype.values() for name in group]
+        values = torch.cat([torch.stack(list(group.values())).double() for group in by_dtype.values()])
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record(torch.cuda.current_stream(values.device))
+        else:
+            self._values = values
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `numbers` would not wait: the values are on the host."""
+        return self._values is not None and (self._arrival is None or self._arrival.query())
 
     def numbers(self) -> dict[str, float]:
         """All values as Python numbers, with a single wait for the device. Names are those of the log line."""
-        tensors = {
-            "loss": self.loss,
-            "grad_norm": self.grad_norm,
-            "skipped": self.skipped,
-            "loss_scale": self.loss_scale,
-            "valid_tokens": self.num_valid_tokens,
-            "inf_nan_skip_batches": self.inf_nan_skip_batches,
-            **self.extra,
-        }
-        values = torch.stack([tensor.detach().double().reshape(()) for tensor in tensors.values()]).tolist()
-        numbers: dict[str, float] = {"step": self.step, **dict(zip(tensors, values, strict=True))}
+        self.start_copy()
+        assert self._values is not None
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        arrived = dict(zip(self._names, self._values.tolist(), strict=True))
+        numbers: dict[str, float] = {"step": self.step, **{name: arrived[name] for name in self._tensors()}}
         numbers.update(
             lr=self.lr,
             adam_beta2=self.adam_beta2,
@@ -86,3 +108,15 @@ class StepMetrics:
             **{f"{phase}_time": seconds for phase, seconds in self.seconds.items()},
         )
         return numbers
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The values that are on the device, in the order of the log line."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "skipped": self.skipped,
+            "loss_scale": self.loss_scale,
+            "valid_tokens": self.num_valid_tokens,
+            "inf_nan_skip_batches": self.inf_nan_skip_batches,
+            **self.extra,
+        }

@@ -37,6 +37,7 @@ from internlm.initialize.stages import (
     build_meta_model,
     build_pipeline_schedule,
     reduce_dtype,
+    state_form,
 )
 from internlm.model.architecture import Architecture
 from internlm.model.ops.cross_entropy import linear_cross_entropy
@@ -144,6 +145,8 @@ def build_trainer(
     Raises:
         ConfigError, DataError, CheckpointError: a mistake in what the user gave.
     """
+    if config.hybrid_zero_optimizer.offload_optimizer and context.device.type == "cpu":
+        logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")
     train_loader = build_loader(config, context)
     chunks = build_chunks(config, context)
     engine = build_engine(config, context, chunks, train_loader.type_names)
@@ -232,6 +235,7 @@ def build_engine(config: Config, context: ParallelContext, chunks: list[nn.Modul
         overlap_sync_param=zero.overlap_sync_param,
         reduce_bucket_size=zero.reduce_bucket_size,
         reduce_dtype=reduce_dtype(config),
+        form=state_form(config),
     )
     loss = partial(
         linear_cross_entropy,

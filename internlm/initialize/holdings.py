@@ -18,7 +18,8 @@ from internlm.core.parallel.parallelize import shard_specs
 from internlm.core.parallel.pipeline_stages import meta_stage
 from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.scheduler.placement import Placement
-from internlm.initialize.stages import build_layer_split, build_meta_model, build_options
+from internlm.initialize.stages import build_layer_split, build_meta_model, build_options, state_form
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Holding:
     Attributes:
         parameters: elements.
         weights: as the model computes with them.
-        gradients: fp32, accumulated over micro batches, and this rank's share of their sum over the data ranks.
+        gradients: accumulated over micro batches, and this rank's share of their sum over the data ranks.
         masters: fp32 weights of the optimizer; without FSDP, fp32 parameters are their own.
-        moments: the two of AdamW, fp32.
+        moments: the two of AdamW.
+        host: masters and moments that are offloaded; then they do not count above.
     """
 
     parameters: int = 0
@@ -38,21 +40,25 @@ class Holding:
     gradients: int = 0
     masters: int = 0
     moments: int = 0
+    host: int = 0
 
     @classmethod
-    def of(cls, spec: ShardSpec, dtype: torch.dtype, context: ParallelContext) -> Holding:
+    def of(cls, spec: ShardSpec, dtype: torch.dtype, context: ParallelContext, form: StateForm = FP32_STATE) -> Holding:
         """What a rank holds for one parameter."""
         numel = math.prod(spec.local_shape)
         zero = context.size("zero", spec.view)
         is_fsdp = "zero" in spec.sharded_over
         # Under FSDP the parameter itself is the share of this rank.
         share = numel if is_fsdp else -(-numel // zero)
+        masters = 4 * share if is_fsdp or form.has_master(dtype) else 0
+        moments = 2 * form.moments.itemsize * share
         return cls(
             parameters=numel,
             weights=numel * dtype.itemsize,
-            gradients=4 * (numel if is_fsdp or zero == 1 else numel + share),
-            masters=4 * share if is_fsdp or dtype is not torch.float32 else 0,
-            moments=2 * 4 * share,
+            gradients=form.gradient_dtype(dtype).itemsize * (numel if is_fsdp or zero == 1 else numel + share),
+            masters=0 if form.is_offloaded else masters,
+            moments=0 if form.is_offloaded else moments,
+            host=masters + moments if form.is_offloaded else 0,
         )
 
     @classmethod
@@ -63,7 +69,7 @@ class Holding:
 
     @property
     def all_bytes(self) -> int:
-        """Bytes of weights, gradients, masters and moments."""
+        """Bytes on the device: weights, gradients, masters and moments."""
         return self.weights + self.gradients + self.masters + self.moments
 
 
@@ -97,7 +103,7 @@ def pipeline_holdings(
     Raises:
         ConfigError: the model cannot be cut into these stages.
     """
-    layers, options = build_layer_split(config), build_options(config)
+    layers, options, form = build_layer_split(config), build_options(config), state_form(config)
     whole = build_meta_model(config)
 
     def copy_of_whole() -> nn.Module:
@@ -116,7 +122,7 @@ def pipeline_holdings(
             if config.parallel.uses_fsdp:
                 specs = _split_by_fsdp(model, specs, context)
             # A weight that two chunks of a rank share (a tied embedding) is there once.
-            parts += [Holding.of(spec, p.dtype, context) for name, spec, p in specs if name not in seen]
+            parts += [Holding.of(spec, p.dtype, context, form) for name, spec, p in specs if name not in seen]
             seen |= {name for name, _, _ in specs}
         holdings.append(
             PipelineHolding(

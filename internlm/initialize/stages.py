@@ -20,6 +20,7 @@ from internlm.model.architecture import Architecture
 from internlm.model.ops.float8 import why_not_on_hardware
 from internlm.model.registry import build_model
 from internlm.monitor.flops import ModelShape, flops_per_token
+from internlm.solver.optimizer.state_form import StateForm
 from internlm.utils.errors import ConfigError
 
 
@@ -89,7 +90,20 @@ def build_options(config: Config) -> ParallelOptions:
 def reduce_dtype(config: Config) -> torch.dtype:
     """The dtype in which gradients travel."""
     name = config.reduce_comm_dtype
-    return getattr(torch, name.removeprefix("torch.")) if name else torch.float32
+    return _dtype(name) if name else torch.float32
+
+
+def state_form(config: Config) -> StateForm:
+    """How gradients and the optimizer's state are kept."""
+    return StateForm(
+        gradients=_dtype(config.hybrid_zero_optimizer.grad_accumulation_dtype),
+        moments=_dtype(config.adam.moments_dtype),
+        is_offloaded=config.hybrid_zero_optimizer.offload_optimizer,
+    )
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:

@@ -106,8 +106,12 @@ class Architecture:
     embedding_multiplier: float
     embed_grad_scale: float
     """The gradient of the embedding is multiplied by this (GLM-130B, https://arxiv.org/abs/2210.02414)."""
+    attention_backend: str
+    """Kernel of attention on CUDA: "auto" or a name of `internlm/model/ops/attention_backends.py`."""
     use_flash_attn: bool
-    """Attention may use the flash-attn package."""
+    """Attention may use the flash-attn packages."""
+    fused_kernels: str
+    """Whose kernels run between matrix products where nothing is compiled: "auto", "none", "liger"."""
     residual_in_fp32: bool
     """The residual stream is kept in fp32 between the blocks."""
     checkpoint_fraction: float
@@ -181,7 +185,9 @@ class Architecture:
             is_reward=config.is_reward,
             embedding_multiplier=math.sqrt(config.hidden_size) if family.scale_embedding else 1.0,
             embed_grad_scale=config.embed_grad_scale,
+            attention_backend=config.attention_backend,
             use_flash_attn=config.use_flash_attn,
+            fused_kernels=config.fused_kernels,
             residual_in_fp32=config.residual_in_fp32,
             checkpoint_fraction=config.checkpoint,
             dtype=config.torch_dtype,

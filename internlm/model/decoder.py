@@ -195,7 +195,9 @@ def make_norm(architecture: Architecture) -> nn.Module:
     a = architecture
     if a.norm_type == "layernorm":
         return LayerNorm(a.hidden_size, a.norm_eps, a.norm_dtype)
-    return RMSNorm(a.hidden_size, a.norm_eps, a.norm_dtype, unit_offset=a.unit_offset_norm)
+    return RMSNorm(
+        a.hidden_size, a.norm_eps, a.norm_dtype, unit_offset=a.unit_offset_norm, fused_kernels=a.fused_kernels
+    )
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -17,7 +17,7 @@ from typing import IO
 
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.metrics import StepMetrics
-from internlm.monitor.step_numbers import StepNumbers
+from internlm.monitor.step_numbers import SECONDS_AFTER_AN_EXCEPTION, HeldStep, StepNumbers
 from internlm.utils.logging import get_logger
 
 FILE_NAME = "metrics.jsonl"
@@ -67,16 +67,17 @@ def _step_of(line: bytes) -> float:
 class MetricsFileHook(Hook):
     """Appends a line a step to `metrics.jsonl` in the run directory; only the main rank writes.
 
-    The line of a step is written when the next step starts, or sooner when a save begins or the loop ends, so
-    that an evaluation of that step is on the same line. It is flushed at once.
+    The line of a step is written when its numbers have come from the device and the next step has started, so that an
+    evaluation of that step is on the same line; at the latest at the end of the next step, when a save begins or when
+    the loop ends. It is flushed at once.
     """
 
     name = "metrics_file"
 
     def __init__(self, numbers: StepNumbers) -> None:
-        self.numbers = numbers
+        self._held = HeldStep(numbers)
         self._file: IO[str] | None = None
-        self._pending: dict[str, float | str] = {}
+        self._evaluation: dict[str, float | str] = {}
 
     def on_fit_start(self, trainer: RunningTrainer) -> None:
         if not trainer.is_main_rank:
@@ -89,37 +90,40 @@ class MetricsFileHook(Hook):
                 logger.info(
                     "%s: dropped %d lines after step %d, where this run starts", path, dropped, trainer.state.step
                 )
-        self._pending = {}
+        self._evaluation = {}
         self._file = path.open("a", encoding="utf-8")
 
     def on_step_start(self, trainer: RunningTrainer) -> None:
-        self._flush()
+        if self._held.has_arrived:
+            self._flush()
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         if self._file is not None:
             self._flush()
-            self._pending = self.numbers.of(metrics)
+            self._held.hold(metrics)
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
         if self._file is not None:
             # An evaluation whose step is already on file gets a line of its own.
-            self._pending = {"step": trainer.state.step, **self._pending, **results}
+            self._evaluation.update({"step": trainer.state.step, **results})
 
     def on_save_start(self, trainer: RunningTrainer) -> None:
         # A run killed later may go on after this step, so its line has to be on file.
         self._flush()
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
+        self._held.drop_unless_it_arrives(SECONDS_AFTER_AN_EXCEPTION)
         self._close()
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         self._close()
 
     def _flush(self) -> None:
-        if self._file is not None and self._pending:
-            self._file.write(to_json_line(self._pending) + "\n")
+        line = {**(self._held.take() or {}), **self._evaluation}
+        if self._file is not None and line:
+            self._file.write(to_json_line(line) + "\n")
             self._file.flush()
-            self._pending = {}
+        self._evaluation = {}
 
     def _close(self) -> None:
         self._flush()

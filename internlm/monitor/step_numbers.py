@@ -1,7 +1,8 @@
 """The numbers of a step as everything that shows or stores them names them.
 
 Owns the throughput (tokens per second, FLOP/s, MFU) and the one wait for the device a step: all sinks (console, file,
-TensorBoard) share one `StepNumbers`. Knows nothing of where the numbers go.
+TensorBoard) share one `StepNumbers`. Knows nothing of where the numbers go. A sink that is in no hurry has its numbers
+from a `HeldStep`, a step later and without holding up the device.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from internlm.monitor.flops import Convention
 
 AVERAGE_WINDOW = 50
 """Steps of the simple moving average and of the longest sliding window."""
+
+SECONDS_AFTER_AN_EXCEPTION = 2.0
+"""How long numbers are waited for when the run has failed; the step that they are of may never end."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class Throughput:
         self._seconds += seconds
         self._sum_of_rates += _rate(tokens, after) - _rate(tokens, before)
 
+    @property
+    def last_seconds(self) -> float:
+        """Wall time of the step counted last."""
+        return self._recent[-1][1]
+
     def seconds_per_step(self) -> float:
         """Mean wall time of the last steps (at most `AVERAGE_WINDOW`); NaN before the first one."""
         return sum(seconds for _, seconds in self._recent) / len(self._recent) if self._recent else math.nan
@@ -113,13 +122,24 @@ class Throughput:
         return numbers
 
 
+@dataclass
+class _CountedStep:
+    """A step, the rates as they were when it was the last one, and its numbers once somebody asked for them."""
+
+    metrics: StepMetrics
+    rates: dict[str, float | str] | None = None
+    seconds: float = math.nan
+    numbers: dict[str, float | str] | None = None
+
+
 class StepNumbers:
     """`StepMetrics` and `Throughput` as one flat mapping, made once a step however many sinks ask.
 
     A sink that does not show a step calls `count`, which costs nothing, so that the throughput misses no step.
 
-    The trainer's clock stops when the work of a step is queued; a GPU may still be at it. The wait for its numbers is
-    therefore added to the step's time, which is exact where every step is waited for, and on average elsewhere.
+    The trainer's clock stops when the work of a step is queued; a GPU may still be at it. A wait for numbers is
+    therefore added to the time of the step counted last, which is exact where every step is waited for, and on average
+    elsewhere.
 
     Args:
         throughput: counts the steps; without FLOPs and for one rank unless given.
@@ -129,43 +149,96 @@ class StepNumbers:
     def __init__(self, throughput: Throughput | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.throughput = throughput or Throughput()
         self._clock = clock
-        self._counted: StepMetrics | None = None
-        self._cached: StepMetrics | None = None
-        self._cache: dict[str, float | str] = {}
+        self._steps: deque[_CountedStep] = deque(maxlen=2)
 
     def count(self, metrics: StepMetrics) -> None:
         """Take note of a step without waiting for the device; a second call for the same step does nothing."""
-        if metrics is self._counted:
+        if self._steps and metrics is self._steps[-1].metrics:
             return
-        self._counted = metrics
+        if self._steps:
+            self._keep_rates(self._steps[-1])
+        self._steps.append(_CountedStep(metrics))
         self.throughput.add(metrics.num_tokens, metrics.seconds.get("total", math.nan))
 
     def of(self, metrics: StepMetrics) -> dict[str, float | str]:
-        """All numbers of a step; the first call waits for the device.
+        """All numbers of a step, the last one or the one before; the first call waits for the device.
 
         Those of `StepMetrics.numbers()` (with "fwd_bwd_time" for the phase "forward_backward") and of
         `Throughput.numbers()`, and real_tgs, the tokens per second and rank that contribute loss. The loss and accuracy
         of a data type of which the global batch had no token are left out.
         """
-        self.count(metrics)
-        if metrics is self._cached:
-            return dict(self._cache)
-        before = self._clock()
-        numbers: dict[str, float | str] = dict(metrics.numbers())
-        waited = self._clock() - before
-        self.throughput.extend(waited)
-        seconds = metrics.seconds.get("total", math.nan) + waited
-        numbers["total_time"] = seconds
+        step = next((step for step in self._steps if step.metrics is metrics), None)
+        if step is None:
+            self.count(metrics)
+            step = self._steps[-1]
+        if step.numbers is None:
+            before = self._clock()
+            numbers: dict[str, float | str] = dict(metrics.numbers())
+            self.throughput.extend(self._clock() - before)
+            self._keep_rates(step)
+            step.numbers = self._complete(numbers, step)
+        return dict(step.numbers)
+
+    def _keep_rates(self, step: _CountedStep) -> None:
+        if step.rates is None:
+            step.rates, step.seconds = self.throughput.numbers(), self.throughput.last_seconds
+
+    def _complete(self, numbers: dict[str, float | str], step: _CountedStep) -> dict[str, float | str]:
+        numbers["total_time"] = step.seconds
         if "forward_backward_time" in numbers:
             numbers["fwd_bwd_time"] = numbers.pop("forward_backward_time")
         for name in [name for name in numbers if name.startswith("tokens/") and numbers[name] == 0]:
             data_type = name.removeprefix("tokens/")
             numbers.pop(f"loss/{data_type}", None)
             numbers.pop(f"acc/{data_type}", None)
-        numbers["real_tgs"] = _rate(float(numbers["valid_tokens"]) / self.throughput.world_size, seconds)
-        numbers.update(self.throughput.numbers())
-        self._cached, self._cache = metrics, numbers
-        return dict(numbers)
+        numbers["real_tgs"] = _rate(float(numbers["valid_tokens"]) / self.throughput.world_size, step.seconds)
+        assert step.rates is not None
+        numbers.update(step.rates)
+        return numbers
+
+
+class HeldStep:
+    """At most one step, whose numbers are on their way to the host while the next step is at work.
+
+    Args:
+        numbers: shared with the other sinks.
+    """
+
+    def __init__(self, numbers: StepNumbers) -> None:
+        self.numbers = numbers
+        self._metrics: StepMetrics | None = None
+
+    def hold(self, metrics: StepMetrics) -> None:
+        """Count a step and let its numbers come; the one held before must have been taken."""
+        assert self._metrics is None
+        self.numbers.count(metrics)
+        metrics.start_copy()
+        self._metrics = metrics
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `take` would not wait."""
+        return self._metrics is None or self._metrics.has_arrived
+
+    def take(self) -> dict[str, float | str] | None:
+        """The numbers of the step held, which then is no more; None when there is none. Waits for them."""
+        if self._metrics is None:
+            return None
+        metrics, self._metrics = self._metrics, None
+        return self.numbers.of(metrics)
+
+    def drop_unless_it_arrives(self, seconds: float) -> None:
+        """Wait no longer than that, and forget the step if it has not come: for after an exception, when the device may
+        have failed or wait for others."""
+        end = time.monotonic() + seconds
+        try:
+            while not self.has_arrived:
+                if time.monotonic() >= end:
+                    self._metrics = None
+                else:
+                    time.sleep(0.01)
+        except RuntimeError:
+            self._metrics = None
 
 
 def _rate(tokens: float, seconds: float) -> float:

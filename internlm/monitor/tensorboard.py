@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.metrics import StepMetrics
-from internlm.monitor.step_numbers import StepNumbers
+from internlm.monitor.step_numbers import SECONDS_AFTER_AN_EXCEPTION, HeldStep, StepNumbers
 from internlm.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ logger = get_logger(__name__)
 
 
 class TensorBoardHook(Hook):
-    """Writes every number of every step; only the main rank writes.
+    """Writes every number of every step, as soon as the device has them and at the latest a step later; only the main
+    rank writes.
 
     When a run starts at a later step than 0, points that an earlier process wrote after that step are purged.
 
@@ -39,7 +40,7 @@ class TensorBoardHook(Hook):
         resume_folder: Path | None = None,
         queue_max_length: int = 1,
     ) -> None:
-        self.numbers = numbers
+        self._held = HeldStep(numbers)
         self.folder = resume_folder or folder
         self.queue_max_length = queue_max_length
         self._writer: SummaryWriter | None = None
@@ -63,18 +64,32 @@ class TensorBoardHook(Hook):
         )
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
-        if self._writer is not None:
-            self._write(self.numbers.of(metrics), metrics.step)
+        if self._writer is None:
+            return
+        self._write_held()
+        self._held.hold(metrics)
+        if self._held.has_arrived:
+            self._write_held()
+
+    def on_save_start(self, trainer: RunningTrainer) -> None:
+        # A run killed later may go on after this step, and would not write its numbers again.
+        self._write_held()
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
         if self._writer is not None:
             self._write(results, trainer.state.step)
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
+        self._held.drop_unless_it_arrives(SECONDS_AFTER_AN_EXCEPTION)
         self._close()
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         self._close()
+
+    def _write_held(self) -> None:
+        numbers = self._held.take()
+        if numbers is not None:
+            self._write(numbers, int(numbers["step"]))
 
     def _write(self, numbers: dict[str, float | str] | dict[str, float], step: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -93,5 +108,6 @@ class TensorBoardHook(Hook):
 
     def _close(self) -> None:
         if self._writer is not None:
+            self._write_held()
             self._writer.close()
             self._writer = None

@@ -47,8 +47,9 @@ class Case:
         return self.config.data.micro_num * build_layout(self.config, self.world_size).data_size
 
     def reference(self) -> Case:
-        """The same run in one process: same model, same global batches."""
-        alone = changed(self.config, {**Layout().keys(), **_micro_num(self.num_micro_batches)})
+        """The same run in one process: same model, same global batches, all on the device."""
+        keys = {"hybrid_zero_optimizer.offload_optimizer": False}
+        alone = changed(self.config, {**Layout().keys(), **_micro_num(self.num_micro_batches), **keys})
         return replace(self, config=alone, world_size=1)
 
     @property
@@ -128,6 +129,9 @@ class Combination:
             "hybrid_zero_optimizer.overlap_sync_grad": self.stepping.overlap_grad,
             "hybrid_zero_optimizer.overlap_sync_param": self.stepping.overlap_param,
             "reduce_comm_dtype": "torch.bfloat16" if self.stepping.reduce_bf16 else None,
+            "hybrid_zero_optimizer.grad_accumulation_dtype": _dtype(self.stepping.grad_bf16),
+            "hybrid_zero_optimizer.offload_optimizer": self.stepping.offload,
+            "adam.moments_dtype": _dtype(self.stepping.moments_bf16),
         }
         return Case(_config(keys), self.ranks, self.documents)
 
@@ -180,6 +184,10 @@ _BASE: dict[str, Any] = {
     "adam.adam_eps": ADAM_EPSILON,
     "adam.weight_decay": 0.1,
 }
+
+
+def _dtype(is_bf16: bool) -> str:
+    return "torch.bfloat16" if is_bf16 else "torch.float32"
 
 
 def _micro_num(number: int) -> dict[str, Any]:

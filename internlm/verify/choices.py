@@ -131,6 +131,9 @@ class Stepping:
         bucket: elements of a gradient bucket.
         overlap_grad, overlap_param: `hybrid_zero_optimizer.overlap_sync_grad` and `overlap_sync_param`.
         reduce_bf16: gradients travel in bf16.
+        grad_bf16: gradients are accumulated in bf16.
+        moments_bf16: moments are kept in bf16.
+        offload: masters and moments are kept on the host; not in the run in one process.
     """
 
     micro_batches: int = 0
@@ -139,6 +142,9 @@ class Stepping:
     overlap_grad: bool = False
     overlap_param: bool = False
     reduce_bf16: bool = False
+    grad_bf16: bool = False
+    moments_bf16: bool = False
+    offload: bool = False
 
 
 def to_text(choices: Any) -> str:

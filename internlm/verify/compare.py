@@ -79,6 +79,12 @@ def tolerance_of(case: Case) -> Tolerance:
     if config.reduce_comm_dtype not in (None, "torch.float32"):
         # Each gradient is rounded once more where it enters a sum over ranks, and after every addition.
         gradient += math.sqrt(2) * _unit(torch.bfloat16) * math.sqrt(case.world_size)
+    if config.hybrid_zero_optimizer.grad_accumulation_dtype == "torch.bfloat16":
+        # The same where it enters the sum over micro batches, and over ranks.
+        gradient += math.sqrt(2) * _unit(torch.bfloat16) * math.sqrt(case.num_micro_batches + case.world_size)
+    if config.adam.moments_dtype == "torch.bfloat16":
+        # Moments that are rounded up in one run and down in the other move weights as such gradients would.
+        gradient += 2 * _unit(torch.bfloat16)
     loss = FP32_LOSS if dtype == torch.float32 else gradient
     return Tolerance(
         loss, gradient, 2 * _unit(dtype), config.adam.lr / config.adam.adam_eps, config.model.num_layers + 1

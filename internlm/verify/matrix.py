@@ -50,6 +50,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
         "",
         "stepping:overlap_grad,overlap_param,bucket=1000",
         "stepping:clip=0,overlap_param",
+        "stepping:offload,overlap_grad",
     ),
     "documents": (
         "",

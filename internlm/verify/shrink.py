@@ -67,6 +67,8 @@ def shrink(config: Config, dtype: str | None = "torch.float32") -> Config:
         keys["model.dtype"] = dtype
         if dtype == "torch.float32":
             keys["reduce_comm_dtype"] = None
+            keys["hybrid_zero_optimizer.grad_accumulation_dtype"] = "torch.float32"
+            keys["adam.moments_dtype"] = "torch.float32"
     return changed(config, keys)
 
 

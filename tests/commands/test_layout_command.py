@@ -52,6 +52,17 @@ def test_thousands_of_ranks_on_a_screen(config: Path, capsys: pytest.CaptureFixt
     assert row(lines, "7")[1:5] == ["3584-4095", "35-39", "+", "head"]
 
 
+def test_an_offloaded_state_is_counted_on_the_host(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its columns are empty, and there is another one; fp32 weights then have masters, of half the bytes of moments."""
+    resident = row(layout(capsys, config, "--world-size", 64), "0")
+    offloaded = ("--set", "hybrid_zero_optimizer.offload_optimizer=True")
+    lines = layout(capsys, config, "--world-size", 64, *offloaded)
+    assert row(lines, "ranks")[-3:] == ["on", "the", "host"]
+    *_, masters, _, moments, _, _, _, host, _ = row(lines, "0")
+    assert (masters, moments) == ("0.00", "0.00")
+    assert float(host) == pytest.approx(1.5 * float(resident[-4]), abs=0.015)
+
+
 def test_a_rank_shows_its_own_groups(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = layout(capsys, config, "--world-size", 64, "--rank", 13)
     assert "activation view, outermost axis first; rank 13 is at pipeline 1, zero 2, tensor 1" in lines

@@ -21,6 +21,7 @@ from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
 from internlm.solver.grad_scaler import DynamicGradScaler, GradScaler
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 from internlm.utils.storage import storage_path
 
 from .tiny import global_batch, tiny_engine, tiny_model
@@ -72,6 +73,7 @@ def new_trainer(
     hooks: Sequence[Hook] = (),
     seed: int = 7,
     fsdp: bool = False,
+    form: StateForm = FP32_STATE,
     **changes: Any,
 ) -> Trainer:
     """A trainer of the tiny model on this process's ranks."""
@@ -96,6 +98,7 @@ def new_trainer(
         weight_decay=0.1,
         clip_grad_norm=0.5,
         reduce_bucket_size=3000,
+        form=form,
     )
     manager = CheckpointManager(save_folder) if save_folder else None
     return Trainer(

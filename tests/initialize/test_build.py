@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from internlm.data.batch import MicroBatch
 from internlm.data.tokenized_writer import TokenizedWriter
 from internlm.initialize.build import build_layout, build_trainer
 from internlm.model.ops.attention import Segments
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.solver.optimizer.state_form import StateForm
 
 STEPS = 6
 
@@ -288,3 +291,30 @@ def test_an_evaluation_is_the_mean_over_every_document(tmp_path: Path, valid_fol
         assert results[f"val/{name}_loss"] == pytest.approx(float(mean), rel=1e-6)
         assert results[f"val/{name}_plex"] == pytest.approx(float(mean.exp()), rel=1e-5)
         assert results[f"val/{name}_acc"] == pytest.approx(float(torch.cat(hits).double().mean()), abs=1e-12)
+
+
+# -- how the optimizer's state is kept ------------------------------------------------------------------------------
+
+
+def test_the_keys_of_the_optimizer_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reaches the optimizer; an offloaded state trains bit for bit as one that is not, and says what it saves."""
+    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    keys = {
+        "model__dtype": "torch.bfloat16",
+        "hybrid_zero_optimizer__grad_accumulation_dtype": "torch.bfloat16",
+        "adam__moments_dtype": "torch.bfloat16",
+    }
+    resident = run(tmp_path, "resident", **keys)
+    assert "saves no memory here" not in caplog.text
+    trainer = new(tmp_path, "offloaded", hybrid_zero_optimizer__offload_optimizer=True, **keys)
+    assert "hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host" in caplog.text
+    assert isinstance(trainer.engine.optimizer, HybridZeroOptimizer)
+    assert trainer.engine.optimizer.form == StateForm(torch.bfloat16, torch.bfloat16, is_offloaded=True)
+    trainer.fit()
+    assert column(metrics_of(tmp_path / "offloaded"), "loss") == column(resident, "loss")
+    plain = run(tmp_path, "plain", model__dtype="torch.bfloat16")
+    # The first loss is that of the same weights; later ones are not those of a run in fp32.
+    assert column(plain, "loss")[0] == column(resident, "loss")[0]
+    assert column(plain, "loss") != column(resident, "loss")

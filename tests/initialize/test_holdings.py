@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -10,14 +11,19 @@ from helpers.configs import small_config
 from helpers.ranks import RankPool
 from torch import Tensor
 
+from internlm.config.loader import load_config
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import local_tensor
 from internlm.initialize.build import build_layout
 from internlm.initialize.holdings import Holding, pipeline_holdings
-from internlm.initialize.stages import build_chunks, build_meta_model, build_pipeline_schedule
+from internlm.initialize.stages import build_chunks, build_meta_model, build_pipeline_schedule, state_form
 from internlm.solver.optimizer.bucket import ALIGNMENT, NORM_ROW
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.verify.case import changed
+from internlm.verify.choices import Layout
+
+ROOT = Path(__file__).parents[2]
 
 PIPELINES = {
     "none": {},
@@ -61,18 +67,21 @@ def real_bytes(config: Config, world_size: int) -> tuple[Holding, int]:
     """What this rank's optimizer allocates, and how many elements of each buffer may be padding."""
     context = ParallelContext.create(build_layout(config, world_size))
     chunks = build_chunks(config, context)
-    buckets = HybridZeroOptimizer(chunks, context).buckets
+    optimizer = HybridZeroOptimizer(chunks, context, form=state_form(config))
+    buckets, is_offloaded = optimizer.buckets, optimizer.form.is_offloaded
     parameters = {parameter for chunk in chunks for parameter in chunk.parameters()}
     local = [local_tensor(parameter) for parameter in parameters]
     gradients = {buffer for bucket in buckets for buffer in (bucket.grad_buffer, bucket.grad_shard)}
-    masters = sum(bucket.master.numel() for bucket in buckets)
+    # Where a master is the parameter itself, it takes no memory of its own.
+    masters = sum(b.master.nbytes for b in buckets if storage(b.master) not in map(storage, local))
+    moments = sum(moment.nbytes for state in optimizer.states for moment in state.moments.values())
     holding = Holding(
         parameters=sum(tensor.numel() for tensor in local),
         weights=sum(tensor.nbytes for tensor in local),
         gradients=sum(buffer.nbytes for buffer in gradients),
-        # Where a master is the parameter itself, it takes no memory of its own.
-        masters=sum(b.master.nbytes for b in buckets if storage(b.master) not in map(storage, local)),
-        moments=8 * masters,
+        masters=0 if is_offloaded else masters,
+        moments=0 if is_offloaded else moments,
+        host=masters + moments if is_offloaded else 0,
     )
     # Without a collective in between, a fast rank would close the groups while a slow one still opens them.
     dist.barrier()
@@ -102,7 +111,44 @@ def test_bytes_are_those_of_a_real_optimizer(
     for rank, expected in zip(pipeline, holdings(config, 4), strict=True):
         holding, padding = real[rank]
         assert (holding.parameters, holding.weights) == (expected.parameters, expected.weights)
-        for name, size in (("gradients", 8), ("masters", 4), ("moments", 8)):
-            assert 0 <= getattr(holding, name) - getattr(expected, name) <= size * padding, name
-        # The padding, at most 32 bytes a padded element, could not hide a kind of buffer that was forgotten.
-        assert 32 * padding < expected.moments
+        for name, size in (("gradients", 8), ("masters", 4), ("moments", 8), ("host", 12)):
+            found, wanted = getattr(holding, name), getattr(expected, name)
+            assert 0 <= found - wanted <= size * padding, name
+            # Padding could not hide a kind of buffer that was forgotten.
+            assert wanted == 0 or 2 * size * padding < wanted, name
+
+
+FORMS = {
+    "bf16 gradients": {"hybrid_zero_optimizer.grad_accumulation_dtype": "torch.bfloat16"},
+    "bf16 moments": {"adam.moments_dtype": "torch.bfloat16"},
+    "offloaded": {"hybrid_zero_optimizer.offload_optimizer": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("parallel", [{}, {"parallel.fsdp.enable": True}], ids=["zero", "fsdp"])
+def test_bytes_in_other_forms(ranks: Callable[[int], RankPool], form: str, parallel: dict[str, object]) -> None:
+    """bf16 weights with fp32 norms, whose gradients stay in fp32."""
+    test_bytes_are_those_of_a_real_optimizer(
+        ranks, "torch.bfloat16", {**parallel, **FORMS[form], "use_fp32_norm": True}
+    )
+
+
+def test_a_7b_model_takes_a_step_on_one_device() -> None:
+    """The bytes by part that doc/memory.md gives; the numbers of parameters are those of the model's card."""
+    config = load_config(ROOT / "configs" / "7B_internlm2.py", world_size=8).config
+    page = (ROOT / "doc" / "memory.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith(("| float32", "| bfloat16"))]
+    assert len(rows) == 8
+    for row in rows:
+        gradients, moments, offload, *sizes = (cell.strip() for cell in row.strip("|").split("|"))
+        keys = {
+            **Layout().keys(),
+            "hybrid_zero_optimizer.grad_accumulation_dtype": f"torch.{gradients}",
+            "adam.moments_dtype": f"torch.{moments}",
+            "hybrid_zero_optimizer.offload_optimizer": offload == "yes",
+        }
+        (held,) = holdings(changed(config, keys), 1)
+        assert held.parameters == 7_737_708_544
+        found = [held.weights, held.gradients, held.masters, held.moments, held.all_bytes, held.host]
+        assert sizes[:-1] == [f"{size / 2**30:.1f}" for size in found], row

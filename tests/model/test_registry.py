@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from internlm.model import registry
-from internlm.model.ops.registry import describe
+from internlm.model.ops.registry import OpSettings, describe
 from internlm.model.registry import build_model, known_models, register_model
 from internlm.utils.errors import ConfigError
 from tests.helpers.model import materialize, tiny_config
@@ -56,7 +56,7 @@ def test_every_op_says_what_it_runs_on() -> None:
         choices = describe(device)
         assert {"attention", "rms_norm", "rotary", "linear_cross_entropy"} <= choices.keys()
         assert all(choice.implementation and choice.reason for choice in choices.values())
-    assert "flash_attn_varlen" not in describe("cuda", use_flash_attn=False)["attention"].implementation
+    assert "flash_attn_varlen" not in describe("cuda", OpSettings(use_flash_attn=False))["attention"].implementation
 
 
 def test_the_documented_model_of_ones_own() -> None:

@@ -25,6 +25,7 @@ from internlm.data.batch import Batch
 from internlm.model.ops.attention import Segments
 from internlm.model.ops.cross_entropy import LossOutput, linear_cross_entropy
 from internlm.model.registry import build_model
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 
 LR = 3e-3
 
@@ -221,10 +222,12 @@ class WithOddParameters(nn.Module):
         return self.inner.head_weight()  # type: ignore[operator]
 
 
-def odd_parameters(zero: int, bucket_size: int) -> dict[str, Any]:
+def odd_parameters(zero: int, bucket_size: int, form: StateForm = FP32_STATE) -> dict[str, Any]:
     context = context_of(zero)
     model = WithOddParameters(tiny_model(context))
-    engine = tiny_engine(context, model=model, weight_decay=0.1, clip_grad_norm=0.5, reduce_bucket_size=bucket_size)
+    engine = tiny_engine(
+        context, model=model, weight_decay=0.1, clip_grad_norm=0.5, reduce_bucket_size=bucket_size, form=form
+    )
     results = [engine.train_step(share(step, context), LR) for step in range(4)]
     engine.optimizer.finish_gathering()
     weights = weights_of(model)
@@ -273,3 +276,16 @@ def test_frozen_unused_and_rarely_used_parameters(
                 assert torch.equal(weight, before[name]), name
             # AdamW moves a weight by up to lr a step however small its gradient: rounding shows as a share of that.
             torch.testing.assert_close(weight, model.get_parameter(name).detach(), rtol=0, atol=0.01 * LR * 4, msg=name)
+
+
+@pytest.mark.parametrize(("world", "zero", "bucket_size"), [(1, -1, 10**9), (2, -1, 3000), (4, 2, 1)])
+def test_the_same_with_an_offloaded_state(
+    ranks: Callable[[int], RankPool], world: int, zero: int, bucket_size: int
+) -> None:
+    """Bit for bit: unused parameters are left out of what goes up and down."""
+    run = ranks(world).run if world > 1 else lambda function, *args: [function(*args)]
+    expected = run(odd_parameters, zero, bucket_size)
+    found = run(odd_parameters, zero, bucket_size, StateForm(is_offloaded=True))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.pop("losses"), one.pop("norms")) == (other.pop("losses"), other.pop("norms"))
+        assert_same_bits(one, other)

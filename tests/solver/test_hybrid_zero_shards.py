@@ -84,8 +84,8 @@ def test_a_gradient_after_the_reduction_is_an_error_that_names_the_parameter() -
 def test_a_parameter_that_never_had_a_gradient_is_not_decayed() -> None:
     """But once it had one, a step without is a step with a zero gradient."""
     (used, unused), optimizer = small_optimizer()
-    for group in optimizer.adamw.param_groups:
-        group["weight_decay"] = 0.5
+    for state in optimizer.states:
+        state.weight_decay = 0.5
     for _ in range(2):
         optimizer.begin_step(1)
         deliver_gradient(used, torch.ones(3))

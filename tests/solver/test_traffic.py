@@ -25,16 +25,19 @@ from internlm.core.parallel.layers import layers_of
 from internlm.model.ops.attention import Segments
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 
 NORM = 8
 """Bytes of the all-reduce of the gradient norm over the world: one fp64 number."""
 
 
-def zero_step(layout: ParallelLayout, dtype: torch.dtype, reduce_dtype: torch.dtype) -> tuple[Any, Any]:
+def zero_step(
+    layout: ParallelLayout, dtype: torch.dtype, reduce_dtype: torch.dtype, form: StateForm = FP32_STATE
+) -> tuple[Any, Any]:
     """What the second step sent, and what it should have; the first also finds out which parameters are in use."""
     context = ParallelContext.create(layout)
     model = ShardedModel(context, dtype)
-    optimizer = HybridZeroOptimizer(model, context, reduce_dtype=reduce_dtype)
+    optimizer = HybridZeroOptimizer(model, context, reduce_dtype=reduce_dtype, form=form)
     for step in range(2):
         with Traffic() as traffic:
             optimizer.begin_step(1)
@@ -74,6 +77,19 @@ def test_zero_sends_the_least(
 ) -> None:
     for sent, expected in ranks(layout.world_size).run(zero_step, layout, dtype, reduce_dtype):
         assert sent == expected
+
+
+@pytest.mark.parametrize("is_offloaded", [False, True])
+def test_gradients_in_bf16_are_sent_as_they_are(ranks: Callable[[int], RankPool], is_offloaded: bool) -> None:
+    """Whatever they would travel in otherwise, a copy in which would be larger than what bf16 saves."""
+    form = StateForm(gradients=torch.bfloat16, is_offloaded=is_offloaded)
+    sent, expected = zip(
+        *ranks(4).run(zero_step, LAYOUTS["zero x replicas"], torch.bfloat16, torch.float32, form), strict=True
+    )
+    for one, other in zip(sent, expected, strict=True):
+        sums = {key: size / 2 if key[0] == "reduce_scatter" else size for key, size in other.items()}
+        sums["all_reduce", 2] /= 2
+        assert one == sums
 
 
 def fsdp_step(zero: int, num_micro_batches: int) -> tuple[Any, Any]:

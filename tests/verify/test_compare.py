@@ -179,7 +179,9 @@ def moments_are_lost() -> Callable[[], None]:
 
     def make(original: Any) -> Any:
         def begin_step(self: HybridZeroOptimizer, num_backwards: int) -> None:
-            self.adamw.state.clear()
+            for state in self.states:
+                for moment in state.moments.values():
+                    moment.zero_()
             original(self, num_backwards)
 
         return begin_step

@@ -20,6 +20,7 @@ RULES: tuple[Rule, ...] = (
     ranks.weight_parallel,
     pipeline.schedule,
     pipeline.layers,
+    model.attention_backend,
     model.selective_checkpoint,
     experts.experts,
     ranks.sequence_2d,

@@ -53,6 +53,17 @@ def shape(config: Config, world_size: int) -> Iterator[Mistake]:
                 )
 
 
+def attention_backend(config: Config, world_size: int) -> Iterator[Mistake]:
+    """A flash-attn package is asked for and ruled out."""
+    model = config.model
+    if model.attention_backend.startswith("flash-attn") and not model.use_flash_attn:
+        yield Mistake(
+            ("model.attention_backend", "model.use_flash_attn"),
+            f"model.attention_backend = {model.attention_backend!r} contradicts model.use_flash_attn = False; "
+            "leave one of them out",
+        )
+
+
 def selective_checkpoint(config: Config, world_size: int) -> Iterator[Mistake]:
     """19: selective recomputation is part of isp; offloading is part of it."""
     mode, before = config.parallel.tensor.mode, config.parallel.weight.launch_allgather_before

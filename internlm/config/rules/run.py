@@ -131,6 +131,18 @@ def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
             f"reduce_comm_dtype = {config.reduce_comm_dtype!r}: gradients of model.dtype = {config.model.dtype!r} are "
             "reduced in torch.float32; leave it out",
         )
+    accumulation = config.hybrid_zero_optimizer.grad_accumulation_dtype
+    if accumulation == "torch.bfloat16" and config.model.dtype != "torch.bfloat16":
+        why = (
+            "gradients in fp16 have three bits more"
+            if config.model.dtype == "torch.float16"
+            else "gradients in fp32 have sixteen bits more"
+        )
+        yield Mistake(
+            ("hybrid_zero_optimizer.grad_accumulation_dtype", "model.dtype"),
+            f"hybrid_zero_optimizer.grad_accumulation_dtype = {accumulation!r} is for model.dtype = 'torch.bfloat16': "
+            f"{why}, which it would cut off; leave it out",
+        )
     scaler = config.grad_scaler
     if not scaler.fp16.min_scale <= scaler.fp16.initial_scale <= scaler.max_scale:
         yield Mistake(

@@ -66,7 +66,16 @@ class ModelConfig(Section):
         "torch.bfloat16", "Number format of weights and computation (InternEvo's default is float16)."
     )
     residual_in_fp32: bool = key(False, "Keep the residual stream in float32.")
-    use_flash_attn: bool = key(True, "Use flash attention where it is installed; the log names what runs.")
+    use_flash_attn: bool = key(
+        True, "Use a flash-attn package where one is installed; the log and `internlm doctor` name what runs."
+    )
+    attention_backend: Literal[
+        "auto", "flash-attn-2", "flash-attn-3", "flash-attn-4", "torch-varlen", "sdpa", "flex", "reference"
+    ] = key("auto", "Kernel of attention on GPUs; auto: the best that is there (see kernels.md).")
+    fused_kernels: Literal["auto", "none", "liger"] = key(
+        "auto",
+        "Kernels of norms and activations on GPUs where blocks are not compiled; auto: Liger's where it is installed.",
+    )
     checkpoint: float = key(
         0.0, "Recompute activations of the first int(layers * fraction) layers; True is 1.", ge=0, le=1
     )

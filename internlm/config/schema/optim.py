@@ -32,6 +32,13 @@ class HybridZeroOptimizerConfig(Section):
     overlap_sync_param: bool = key(False, "Gather updated parameters while the next forward already runs.")
     reduce_bucket_size: int = key(512 * 1024 * 1024, "Largest bucket of reduced gradients, in elements.", ge=1)
     clip_grad_norm: float = key(0.0, "Clip gradients to this global norm; 0 turns clipping off.", ge=0)
+    grad_accumulation_dtype: Literal["torch.float32", "torch.bfloat16"] = key(
+        "torch.float32",
+        "Dtype in which gradients of half-precision weights are accumulated over micro batches, and kept.",
+    )
+    offload_optimizer: bool = key(
+        False, "Keep fp32 masters and moments in host memory, where the CPU updates them; see doc/memory.md."
+    )
     use_split_tensor_optim: bool = no_effect(
         False, "Split tensors evenly over ranks.", "ZeRO here always splits evenly"
     )
@@ -61,6 +68,10 @@ class AdamConfig(Section):
     adam_beta2_c: float = key(0.0, "Exponent of the beta2 schedule; 0 keeps beta2 constant.")
     adam_eps: float = key(1e-8, "Added to the denominator.", ge=0)
     weight_decay: float = key(0.01, "Decoupled weight decay.", ge=0)
+    moments_dtype: Literal["torch.float32", "torch.bfloat16"] = key(
+        "torch.float32",
+        "Dtype of both moments between steps; torch.bfloat16 is rounded to stochastically.",
+    )
     weight_decay_norms_and_biases: bool = key(
         False, "Decay norm weights and biases too, as InternEvo does; False leaves them undecayed."
     )

@@ -31,6 +31,7 @@ class Attention(nn.Module):
         self.head_dim = a.head_dim
         self.group_size = a.num_heads // a.num_kv_heads
         self.window = a.windows[layer]
+        self.attention_backend = a.attention_backend
         self.use_flash_attn = a.use_flash_attn
         q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         std = a.init.attention_wqkv
@@ -44,8 +45,8 @@ class Attention(nn.Module):
         self.fused = a.fused_qkv
         self.qk_norm = a.qk_norm
         if a.qk_norm:
-            self.q_norm = RMSNorm(a.head_dim, a.norm_eps, a.norm_dtype)
-            self.k_norm = RMSNorm(a.head_dim, a.norm_eps, a.norm_dtype)
+            self.q_norm = RMSNorm(a.head_dim, a.norm_eps, a.norm_dtype, fused_kernels=a.fused_kernels)
+            self.k_norm = RMSNorm(a.head_dim, a.norm_eps, a.norm_dtype, fused_kernels=a.fused_kernels)
 
     def use_local_heads(self, heads: HeadShape) -> None:
         """Expect projections that give these heads instead of all of the model's."""
@@ -58,7 +59,15 @@ class Attention(nn.Module):
         q, k, v = self._project(x, rotary)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        out = attention(q, k, v, segments, window=self.window, use_flash_attn=self.use_flash_attn)
+        out = attention(
+            q,
+            k,
+            v,
+            segments,
+            window=self.window,
+            attention_backend=self.attention_backend,
+            use_flash_attn=self.use_flash_attn,
+        )
         return self.wo(out.flatten(2))
 
     def _project(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:

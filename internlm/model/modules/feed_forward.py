@@ -28,9 +28,10 @@ class FeedForward(nn.Module):
         self.w2 = make_linear(a, a.intermediate_size, a.hidden_size, a.mlp_bias, a.init.ffn_other, into_residual=True)
         self.fused = a.fused_gate_up
         self.activation = a.activation
+        self.fused_kernels = a.fused_kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
         if self.fused:
             return self.w2(fused_gated_activation(self.w13(x), self.activation))
-        return self.w2(gated_activation(self.w1(x), self.w3(x), self.activation))
+        return self.w2(gated_activation(self.w1(x), self.w3(x), self.activation, fused_kernels=self.fused_kernels))

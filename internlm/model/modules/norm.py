@@ -15,15 +15,18 @@ class RMSNorm(nn.Module):
     `unit_offset` (Gemma): the scale is 1 + weight, and weight starts at 0.
     """
 
-    def __init__(self, dim: int, eps: float, dtype: torch.dtype, *, unit_offset: bool = False) -> None:
+    def __init__(
+        self, dim: int, eps: float, dtype: torch.dtype, *, unit_offset: bool = False, fused_kernels: str = "auto"
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.unit_offset = unit_offset
+        self.fused_kernels = fused_kernels
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
         set_initializer(self.weight, Zeros() if unit_offset else Ones())
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
+        return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset, fused_kernels=self.fused_kernels)
 
 
 class LayerNorm(nn.Module):

@@ -127,7 +127,7 @@ class RotaryEmbedding:
         lengths = (position_ids.shape[1],) if segments is None else segments.lengths
         pieces = [
             positions.unsqueeze(-1)
-            * inverse_frequencies(self.settings, own if segments else length).to(positions.device)
+            * inverse_frequencies(self.settings, own if segments else length).to(positions.device, non_blocking=True)
             for positions, own in zip(position_ids.split(lengths, dim=1), lengths, strict=True)
         ]
         return torch.cat(pieces, dim=1)

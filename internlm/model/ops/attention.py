@@ -3,23 +3,31 @@
 Shapes: B sequences, S tokens, H query heads, K key-value heads (H a multiple of K), D head dimension.
 
 Packed documents are never attended through a mask over the whole pack. On CUDA a variable-length kernel takes them in
-one call; elsewhere documents of equal length make one call of PyTorch's scaled dot product attention (SDPA).
+one call (`attention_backends.py` says which); elsewhere documents of equal length make one call of PyTorch's scaled dot
+product attention (SDPA).
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import inspect
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from internlm.model.ops.attention_backends import (
+    BACKEND_BY_NAME,
+    AttentionNeeds,
+    backend_for,
+    capability_of,
+    choose_attention,
+    packed_attention,
+    reason_of,
+)
 from internlm.model.ops.choice import Choice
+from internlm.model.ops.compiling import constant_when_compiled
 from internlm.model.ops.cpu_attention import (
     batches_of_documents,
     cpu_attention,
@@ -29,6 +37,14 @@ from internlm.model.ops.cpu_attention import (
 
 _BAND = 64
 """Queries that are attended together under a smaller window."""
+
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""The order in which SDPA tries its kernels where cuDNN's is the fastest."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +69,7 @@ class Segments:
         return cls(cu_seqlens, tuple(lengths), max(lengths, default=0))
 
 
-@functools.cache
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, or AMX, which comes with it)."""
     # A private name: where a version of PyTorch lacks it, SDPA serves.
@@ -66,20 +77,34 @@ def _has_bf16_units() -> bool:
     return supported is not None and bool(supported())
 
 
-def choice(device: torch.device, *, use_flash_attn: bool = True) -> Choice:
-    """What `attention` runs on."""
+def choice(
+    device: torch.device, needs: AttentionNeeds, *, attention_backend: str = "auto", use_flash_attn: bool = True
+) -> Choice:
+    """What `attention` runs on.
+
+    Raises:
+        ConfigError: the wanted backend cannot serve.
+    """
     if device.type == "cuda":
-        if use_flash_attn and _has_flash_attn():
-            kernel, reason = "flash_attn.flash_attn_varlen_func", "flash-attn is installed"
-        else:
-            absent = "flash-attn is not installed" if use_flash_attn else "model.use_flash_attn is off"
-            kernel, reason = "torch.nn.attention.varlen.varlen_attn", f"{absent}; PyTorch ships this kernel"
-        return Choice(f"SDPA; packed or windowed fp16 and bf16: {kernel}", f"{reason}; it has no fp32")
+        packed = BACKEND_BY_NAME[choose_attention(needs, attention_backend, use_flash_attn)]
+        reason = reason_of(packed, needs, wanted=attention_backend, use_flash_attn=use_flash_attn)
+        if attention_backend != "auto":
+            return Choice(packed.implementation, reason)
+        return Choice(f"rows: SDPA ({_sdpa_kernels(needs)}); packed or windowed: {packed.implementation}", reason)
+    # Not a mistake: a config made for a GPU also runs on a CPU.
+    ignored = "" if attention_backend == "auto" else f"; model.attention_backend = {attention_backend!r} is for GPUs"
     if device.type == "cpu" and _has_bf16_units():
         return Choice(
-            "SDPA, one call a document length; bf16: matrix products by blocks", "this CPU multiplies bf16 in hardware"
+            "SDPA, one call a document length; bf16: matrix products by blocks",
+            f"this CPU multiplies bf16 in hardware{ignored}",
         )
-    return Choice("SDPA, one call a document length", f"PyTorch has no variable-length kernel on {device.type}")
+    return Choice(
+        "SDPA, one call a document length", f"PyTorch has no variable-length kernel on {device.type}{ignored}"
+    )
+
+
+def _sdpa_kernels(needs: AttentionNeeds) -> str:
+    return "cuDNN's kernel first" if _prefers_cudnn(needs.capability) else "PyTorch's order of kernels"
 
 
 def attention(
@@ -90,6 +115,7 @@ def attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    attention_backend: str = "auto",
     use_flash_attn: bool = True,
 ) -> Tensor:
     """Causal softmax attention.
@@ -101,7 +127,8 @@ def attention(
         segments: the documents of a packed sequence (B = 1, T = S); None: every row is one sequence.
         window: a query sees at most this many keys, itself included; None: all before it.
         scale: factor of the scores; None: 1 / sqrt(D).
-        use_flash_attn: take the flash-attn package's kernel where it serves and is installed.
+        attention_backend: on CUDA, for rows without a cache: a name of `BACKENDS`, or "auto".
+        use_flash_attn: "auto" may take the flash-attn packages.
 
     Returns:
         `[B, S, H, D]` in the dtype of q.
@@ -113,21 +140,64 @@ def attention(
         assert torch.compiler.is_compiling() or sum(segments.lengths) == q.shape[1], (
             "segment lengths do not add up to the packed length"
         )
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            return _varlen(q, k, v, segments, window, scale, use_flash_attn)
-        if q.device.type != "cpu":
-            return _by_document(q, k, v, segments, window, scale)
+    if q.is_cuda and q.shape[1] == k.shape[1]:
+        return _on_cuda(q, k, v, segments, window, scale, attention_backend, use_flash_attn)
     if q.device.type == "cpu" and q.shape[1] == k.shape[1]:
         by_blocks = q.dtype == torch.bfloat16 and _has_bf16_units()
         bounds = None if segments is None else segments.cu_seqlens
         return cpu_attention(q, k, v, bounds, window=window, scale=scale, by_blocks=by_blocks)
-    if window is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[1] == k.shape[1]:
-        batch, length = q.shape[:2]
-        cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
-        rows = Segments(cu_seqlens, (length,) * batch, length)
-        flat_q, flat_k, flat_v = (tensor.reshape(1, batch * length, *tensor.shape[2:]) for tensor in (q, k, v))
-        return _varlen(flat_q, flat_k, flat_v, rows, window, scale, use_flash_attn).view(q.shape)
+    if segments is not None:
+        return _by_document(q, k, v, segments, window, scale)
     return _dense(q, k, v, window, scale)
+
+
+def _on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments | None,
+    window: int | None,
+    scale: float | None,
+    attention_backend: str,
+    use_flash_attn: bool,
+) -> Tensor:
+    """Rows without a cache by the kernel that was chosen for them."""
+    name = backend_for(
+        q.device,
+        q.dtype,
+        q.shape[-1],
+        packed=segments is not None or window is not None,
+        # Rows of equal length make the same calls of SDPA in every batch.
+        compiled=segments is not None and torch.compiler.is_compiling(),
+        wanted=attention_backend,
+        use_flash_attn=use_flash_attn,
+    )
+    if name == "sdpa":
+        if segments is not None:
+            return _by_document(q, k, v, segments, window, scale)
+        # cuDNN prepares a plan for each new shape: only training has few of them.
+        if window is None and torch.is_grad_enabled() and _cudnn_first(q.device):
+            with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+                return _dense(q, k, v, window, scale)
+        return _dense(q, k, v, window, scale)
+    batch, length = q.shape[:2]
+    if segments is None:
+        bounds, longest = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device), length
+    else:
+        bounds, longest = segments.cu_seqlens, segments.max_seqlen
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+    out = packed_attention(name, flat_q, flat_k, flat_v, bounds, longest, window, scale)
+    return out.unflatten(0, (batch, length))
+
+
+@constant_when_compiled
+def _cudnn_first(device: torch.device) -> bool:
+    return _prefers_cudnn(capability_of(device))
+
+
+def _prefers_cudnn(capability: tuple[int, int] | None) -> bool:
+    """Whether cuDNN's kernel is the fastest that SDPA has on a card: from Hopper on."""
+    return capability is not None and capability[0] >= 9
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor | None = None) -> Tensor:
@@ -186,39 +256,3 @@ def _by_document(
         own_q, own_k, own_v = (stack_documents(x, documents, length) for x in (q, k, v))
         unstack_documents(_dense(own_q, own_k, own_v, window, scale), documents, out)
     return out
-
-
-@functools.cache
-def _varlen_needs_gqa_flag() -> bool:
-    """PyTorch 2.12 began to refuse grouped heads without this flag; before, the flag did not exist."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Segments,
-    window: int | None,
-    scale: float | None,
-    use_flash_attn: bool,
-) -> Tensor:
-    """Packed attention by a CUDA variable-length kernel."""
-    bounds = (segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen, segments.max_seqlen)
-    # Both kernels count the keys on either side of the query, without itself; (-1, 0) is plain causal.
-    window_size = (-1 if window is None else window - 1, 0)
-    if use_flash_attn and _has_flash_attn():
-        from flash_attn import flash_attn_varlen_func
-
-        out = flash_attn_varlen_func(
-            q[0], k[0], v[0], *bounds, softmax_scale=scale, causal=True, window_size=window_size
-        )
-        return out.unsqueeze(0)
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {"enable_gqa": True} if _varlen_needs_gqa_flag() and q.shape[2] != k.shape[2] else {}
-    out = varlen_attn(q[0], k[0], v[0], *bounds, scale=scale, window_size=window_size, **options)
-    assert isinstance(out, Tensor)
-    return out.unsqueeze(0)

@@ -111,9 +111,12 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, window: int |
     num_rows, num_keys = rows.stop - rows.start, seen.stop - seen.start
     by_row = scores.view(q.shape[0], -1, num_rows, num_keys)
     # Above the diagonal, and only there, a key is too late: that is in the last square.
-    square = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q.device)
-    by_row[..., num_keys - num_rows :].masked_fill_(square.triu(1), -math.inf)
+    # A sum is vectorised, where filling by a mask is not.
+    by_row[..., num_keys - num_rows :].add_(_minus_infinity(q, num_rows, num_rows).triu(1))
     if window is not None:
-        everywhere = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device)
-        by_row.masked_fill_(everywhere.tril(num_keys - num_rows - window), -math.inf)
+        by_row.add_(_minus_infinity(q, num_rows, num_keys).tril(num_keys - num_rows - window))
     return torch.softmax(scores, dim=-1)
+
+
+def _minus_infinity(like: Tensor, *shape: int) -> Tensor:
+    return torch.full(shape, -math.inf, dtype=like.dtype, device=like.device)

@@ -145,7 +145,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, by_
     if by_blocks:
         return blocked_forward(q, k, v, window, scale), _attention_outputs(q, k, v, None, window, scale, by_blocks)[1]
     out, partition = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(x.transpose(1, 2) for x in (q, k, v)), 0.0, True, scale=scale
+        *(_by_head(x) for x in (q, k, v)), 0.0, True, scale=scale
     )
     return out.transpose(1, 2).contiguous(), partition.contiguous()
 
@@ -164,10 +164,16 @@ def _rows_backward(
     if by_blocks:
         return blocked_backward(grad, q, k, v, window, scale)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x.transpose(1, 2) for x in (grad, q, k, v, out)), partition, 0.0, True, scale=scale
+        *(_by_head(x) for x in (grad, q, k, v, out)), partition, 0.0, True, scale=scale
     )
     grad_q, grad_k, grad_v = (x.transpose(1, 2).contiguous() for x in grads)
     return grad_q, grad_k, grad_v
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """`[B, S, H, D]` -> `[B, H, S, D]`, as PyTorch's kernel reads it: with the numbers of a head side by side. It does
+    not look at their stride, which is 0 in the gradient of a sum."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
 def _batches(cu_seqlens: Tensor, dtype: torch.dtype) -> list[tuple[Documents, int]]:

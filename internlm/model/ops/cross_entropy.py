@@ -6,6 +6,7 @@ forward pass, while a chunk's probabilities are at hand, and the backward pass o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -133,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if grads_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if grads_weight else None
         compiled = compiled and hidden.is_cuda and vocab is None
-        rows_loss = _compiled_rows_loss if compiled else _rows_loss
+        rows_loss = _compiled_rows_loss() if compiled else _rows_loss
         # One buffer for all chunks: fresh memory would have to be mapped anew for each.
         buffer = hidden.new_empty(min(chunk_tokens, num_tokens), weight.shape[0])
 
@@ -248,8 +249,10 @@ def _rows_loss(
     return objective.masked_fill(~valid, 0.0), nll.masked_fill(~valid, 0.0)
 
 
-_compiled_rows_loss = torch.compile(_rows_loss)
-"""Three passes over the logits instead of ten. Nothing is compiled before the first call."""
+@functools.cache
+def _compiled_rows_loss() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Three passes over the logits instead of ten. To ask for it imports the compiler (two seconds)."""
+    return torch.compile(_rows_loss)
 
 
 def _row_max(scores: Tensor) -> Tensor:

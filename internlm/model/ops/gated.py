@@ -12,27 +12,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internlm.model.ops import liger
 from internlm.model.ops.choice import Choice
 
 Activation = Literal["silu", "gelu_tanh"]
 
 
-def choice(device: torch.device) -> Choice:
+def choice(device: torch.device, fused_kernels: str = "auto", *, compiled: bool = False) -> Choice:
     """What `gated_activation` runs on."""
-    return Choice("own autograd function", "recomputes the activation in backward, on every device")
+    own = Choice("own autograd function", "recomputes the activation in backward, on every device")
+    name = "LigerSiLUMulFunction, LigerGELUMulFunction"
+    return liger.choice(device, fused_kernels, compiled=compiled, name=name, otherwise=own)
 
 
-def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def gated_activation(gate: Tensor, up: Tensor, activation: Activation, *, fused_kernels: str = "auto") -> Tensor:
     """`activation(gate) * up`, elementwise.
 
     Args:
         gate: `[..., f]`, the output of w1.
         up: `[..., f]`, the output of w3.
         activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU with the tanh approximation, as Gemma has it).
+        fused_kernels: the config's `model.fused_kernels`.
     """
     if torch.compiler.is_compiling():
         # Written out, a compiler joins it with its neighbours, and decides what to compute again.
         return _activate(gate, activation) * up
+    if liger.serves(gate, fused_kernels):
+        return liger.gated_activation(gate, up, activation)
     result: Tensor = _Gated.apply(gate, up, activation)
     return result
 

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internlm.model.ops import liger
 from internlm.model.ops.choice import Choice
 
 
-def rms_norm_choice(device: torch.device) -> Choice:
+def rms_norm_choice(device: torch.device, fused_kernels: str = "auto", *, compiled: bool = False) -> Choice:
     """What `rms_norm` runs on."""
+    return liger.choice(
+        device, fused_kernels, compiled=compiled, name="LigerRMSNormFunction", otherwise=_own_rms_norm_choice(device)
+    )
+
+
+def _own_rms_norm_choice(device: torch.device) -> Choice:
     if device.type == "cpu":
         return Choice("own autograd function", "PyTorch's rms_norm is a chain of separate kernels on CPU")
     return Choice("torch.nn.functional.rms_norm", f"a fused kernel exists on {device.type}")
@@ -23,7 +30,9 @@ def layer_norm_choice(device: torch.device) -> Choice:
     return Choice("torch.nn.functional.layer_norm", "a fused kernel exists on every device")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, fused_kernels: str = "auto"
+) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
     Args:
@@ -31,6 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         weight: `[h]`.
         eps: added to the mean square.
         unit_offset: scale by `1 + weight` (Gemma).
+        fused_kernels: the config's `model.fused_kernels`.
 
     Returns:
         `[..., h]` in the dtype of x.
@@ -41,6 +51,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         wide = x.to(dtype)
         wide_weight = weight.to(dtype) + 1 if unit_offset else weight.to(dtype)
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * wide_weight).to(x.dtype)
+    if liger.serves(x, fused_kernels):
+        return liger.rms_norm(x, weight, eps, unit_offset=unit_offset)
     if x.device.type == "cpu":
         result: Tensor = _RMSNorm.apply(x, weight, eps, unit_offset)
         return result
@@ -52,7 +64,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last dimension; arguments and result as for `rms_norm`, and a bias `[h]`."""
-    if x.dtype == weight.dtype:
+    # PyTorch's kernel for 16 bits on CPU also sums the gradients of weight and bias over tokens in 16 bits.
+    sums_in_16_bits = x.device.type == "cpu" and x.dtype.itemsize == 2
+    if x.dtype == weight.dtype and not sums_in_16_bits:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     dtype = _compute_dtype(x, weight)
     wide_bias = None if bias is None else bias.to(dtype)

@@ -6,26 +6,76 @@ the same facts. Nothing falls back silently: what `describe` returns is for `doc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 
 from internlm.model.ops import attention, cross_entropy, float8, gated, norm, rotary
+from internlm.model.ops.attention_backends import AttentionNeeds, capability_of
 from internlm.model.ops.choice import Choice
 
+if TYPE_CHECKING:
+    from internlm.config.schema import ModelConfig
 
-def describe(device: torch.device | str, *, use_flash_attn: bool = True, use_float8: bool = False) -> dict[str, Choice]:
+
+@dataclass(frozen=True)
+class OpSettings:
+    """What of a model decides on implementations; the defaults are those of the config and of a common model.
+
+    Attributes:
+        dtype, head_dim: of queries and keys.
+        attention_backend, use_flash_attn, fused_kernels: the keys of these names in the config's `model` section.
+        compiled: the ops run inside compiled blocks.
+        float8: linear layers multiply in float8.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    head_dim: int = 128
+    attention_backend: str = "auto"
+    use_flash_attn: bool = True
+    fused_kernels: str = "auto"
+    compiled: bool = False
+    float8: bool = False
+
+    @classmethod
+    def of(cls, config: ModelConfig, *, float8: bool = False) -> OpSettings:
+        """The settings of a config's `model` section, and of its `float8.enable_float8_linear`."""
+        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        return cls(
+            config.torch_dtype,
+            head_dim,
+            config.attention_backend,
+            config.use_flash_attn,
+            config.fused_kernels,
+            config.compile,
+            float8,
+        )
+
+    def attention_needs(self, device: torch.device) -> AttentionNeeds:
+        """What packed attention needs on this device."""
+        return AttentionNeeds(capability_of(device), self.dtype, self.head_dim, compiled=self.compiled)
+
+
+def describe(device: torch.device | str, settings: OpSettings | None = None) -> dict[str, Choice]:
     """Op name -> `Choice` for every op, on `device`.
 
-    Args:
-        use_flash_attn: the config's `model.use_flash_attn`.
-        use_float8: the config's `float8.enable_float8_linear`; without it, there is no such op.
+    Raises:
+        ConfigError: a setting asks for what is not there or cannot serve.
     """
-    device = torch.device(device)
+    device, settings = torch.device(device), settings or OpSettings()
+    kernels, compiled = settings.fused_kernels, settings.compiled
     return {
-        "attention": attention.choice(device, use_flash_attn=use_flash_attn),
-        **({"float8_linear": float8.choice(device)} if use_float8 else {}),
-        "gated_activation": gated.choice(device),
+        "attention": attention.choice(
+            device,
+            settings.attention_needs(device),
+            attention_backend=settings.attention_backend,
+            use_flash_attn=settings.use_flash_attn,
+        ),
+        **({"float8_linear": float8.choice(device)} if settings.float8 else {}),
+        "gated_activation": gated.choice(device, kernels, compiled=compiled),
         "layer_norm": norm.layer_norm_choice(device),
         "linear_cross_entropy": cross_entropy.choice(device),
-        "rms_norm": norm.rms_norm_choice(device),
+        "rms_norm": norm.rms_norm_choice(device, kernels, compiled=compiled),
         "rotary": rotary.choice(device),
     }

@@ -1,4 +1,4 @@
-"""What all buckets share: flat fp32 gradients over some parameters, and an fp32 master shard of them.
+"""What all buckets share: flat gradients over some parameters, and an fp32 master shard of them.
 
 One collective and one kernel then serve many tensors. How parameters are kept in step with the masters is what the
 kinds of buckets differ in; see `flat_bucket` and `fsdp_bucket`.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from internlm.core.communication.collectives import Done, Work, all_reduce, all_reduce_async, reduce_scatter_async
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 
 # Rows over which a norm is summed in fp32; a single fp32 sum over millions of elements is wrong in the fourth digit.
 NORM_ROW = 1024
@@ -24,8 +25,17 @@ NORM_ROW = 1024
 ALIGNMENT = 32
 
 
+def part_size(device: torch.device) -> int:
+    """Elements of a flat tensor that are converted at once, so that no buffer ever exists in two dtypes.
+
+    A multiple of `NORM_ROW`. On a device, launches should not outweigh the work. On the host, more than 32 MiB
+    (M_MMAP_THRESHOLD of glibc) would be taken from the system anew each time.
+    """
+    return 2**22 if device.type == "cpu" else 2**24
+
+
 class Bucket(ABC):
-    """The gradients of a run of parameters in one flat fp32 buffer, and this rank's share of sums and masters.
+    """The gradients of a run of parameters in one flat buffer, and this rank's share of sums and masters.
 
     Rank z of the zero group owns the z-th equal slice of the buffer: its summed gradients are `grad_shard`, its fp32
     weights `master`. A subclass sets `master`.
@@ -34,12 +44,12 @@ class Bucket(ABC):
         parameters: of this bucket; each fills `shard_spec.local_shape` of the buffer.
         offsets: where each starts in the buffer.
         shard_start, shard_stop: this rank's slice of the buffer.
-        grad_shard: fp32 `[shard_stop - shard_start]`.
-        master: fp32, like `grad_shard`.
+        grad_shard: `[shard_stop - shard_start]` in the dtype that the form says.
+        master: fp32, of the shape of `grad_shard`, where the form says.
         has_grad: for each parameter, whether a gradient came in this step.
     """
 
-    master: nn.Parameter
+    master: Tensor
 
     def __init__(
         self,
@@ -47,11 +57,14 @@ class Bucket(ABC):
         kind: BucketKind,
         groups: BucketGroups,
         reduce_dtype: torch.dtype = torch.float32,
+        form: StateForm = FP32_STATE,
     ) -> None:
         self.parameters = parameters
         self.kind = kind
         self.groups = groups
-        self.reduce_dtype = reduce_dtype
+        grad_dtype = form.gradient_dtype(kind.dtype)
+        # Buffers in bf16 are there to save memory, which a copy in fp32 for the way would undo.
+        self.reduce_dtype = reduce_dtype if grad_dtype == torch.float32 else grad_dtype
         self.specs = [shard_spec_of(parameter) for parameter in parameters]
         self.offsets: list[int] = []
         end = 0
@@ -65,7 +78,8 @@ class Bucket(ABC):
         self.numel = slice_size * groups.zero_size
 
         device = parameters[0].device
-        self.grad_buffer = torch.zeros(self.numel, dtype=torch.float32, device=device)
+        self.state_device = form.state_device(device)
+        self.grad_buffer = torch.zeros(self.numel, dtype=grad_dtype, device=device)
         self.grad_views = self.views(self.grad_buffer)
         # Local elements outside of every box (padding of the vocabulary) are no part of the model.
         self._padding = [
@@ -76,7 +90,7 @@ class Bucket(ABC):
         if groups.zero is None:
             self.grad_shard = self.grad_buffer
         else:
-            self.grad_shard = torch.zeros(slice_size, dtype=torch.float32, device=device)
+            self.grad_shard = torch.zeros(slice_size, dtype=grad_dtype, device=device)
         self.has_grad = [False] * len(parameters)
         self._missing = [0] * len(parameters)
         self._num_incomplete = 0
@@ -110,7 +124,7 @@ class Bucket(ABC):
         return self._num_incomplete == 0
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
-        """Add a gradient of parameter `index`, of its local shape and any dtype, to the fp32 buffer.
+        """Add a gradient of parameter `index`, of its local shape and any dtype, to the buffer.
 
         Raises:
             RuntimeError: the bucket is being reduced already, as more gradients came than were expected.
@@ -136,7 +150,7 @@ class Bucket(ABC):
         """
         self._is_reducing = True
         self._fill_gaps()
-        is_sent_as_it_is = self.reduce_dtype == torch.float32 or self.groups.are_trivial
+        is_sent_as_it_is = self.reduce_dtype == self.grad_buffer.dtype or self.groups.are_trivial
         if self.groups.zero is None:
             self._reduced = self.grad_shard if is_sent_as_it_is else self.grad_shard.to(self.reduce_dtype)
             self._reduction = all_reduce_async(self._reduced, self.groups.replica)
@@ -175,8 +189,11 @@ class Bucket(ABC):
 
     def squared_grad_norm(self) -> Tensor:
         """Sum of the squares of `grad_shard`, a scalar fp64 tensor."""
-        rows = torch.linalg.vector_norm(self.grad_shard.view(-1, NORM_ROW), dim=1)
-        return rows.double().square().sum()
+        rows = [
+            torch.linalg.vector_norm(part.view(-1, NORM_ROW), dim=1, dtype=torch.float32)
+            for part in self.grad_shard.split(part_size(self.grad_shard.device))
+        ]
+        return torch.cat(rows).double().square().sum()
 
     # -- parameters -----------------------------------------------------------------------------------------------
 
@@ -186,8 +203,17 @@ class Bucket(ABC):
         return self.groups.zero is not None
 
     @abstractmethod
+    def write_back(self, part: slice, values: Tensor) -> None:
+        """Write updated weights into the parameters, without waiting for a copy between devices to end.
+
+        Args:
+            part: which elements of the shard.
+            values: of `master` there, in any dtype and on any device.
+        """
+
+    @abstractmethod
     def start_gathering(self) -> None:
-        """Write the masters back into the parameters and start collecting what other ranks updated."""
+        """Start collecting what other ranks have written back."""
 
     @abstractmethod
     def finish_gathering(self) -> None:
@@ -207,21 +233,26 @@ class Bucket(ABC):
             min(max(stop - self.shard_start, 0), size),
         )
 
-    def pieces(self, shard: Tensor) -> Iterator[tuple[nn.Parameter, list[tuple[Box, Tensor]]]]:
+    def pieces(self, shard: Tensor, start: int = 0) -> Iterator[tuple[nn.Parameter, list[tuple[Box, Tensor]]]]:
         """For each parameter of this bucket, the boxes of it that a flat tensor laid out like `master` holds.
 
         Args:
-            shard: fp32 `[shard_stop - shard_start]`, for example `master` or a moment of it.
+            shard: a flat tensor, for example `master` or a moment of it, or a part of one.
+            start: the element of `master` that is the first of `shard`.
 
         Yields:
-            (parameter, [(box, view of `shard` with the box's shape)]); the list is empty when this rank's slice holds
-            nothing of the parameter.
+            (parameter, [(box, view of `shard` with the box's shape)]); the list is empty when `shard` holds nothing of
+            the parameter.
         """
         for index, parameter in enumerate(self.parameters):
             spec, view = self.specs[index], self.grad_views[index]
-            own = self.range_in_shard(index)
-            # Where the shard begins, in elements of this parameter.
-            origin = self.shard_start - self.offsets[index]
+            held = self.range_in_shard(index)
+            own = slice(max(held.start - start, 0), min(held.stop - start, shard.numel()))
+            if own.start >= own.stop:
+                yield parameter, []
+                continue
+            # Where `shard` begins, in elements of this parameter.
+            origin = self.shard_start + start - self.offsets[index]
             # A virtual whole-tensor view of the flat shard: boxes address it in the parameter's own coordinates.
             strides = view.stride()
             pieces = []

@@ -18,6 +18,7 @@ from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketKind
 from internlm.solver.optimizer.flat_bucket import FlatBucket
 from internlm.solver.optimizer.fsdp_bucket import FsdpBucket
+from internlm.solver.optimizer.state_form import StateForm
 
 
 def build_buckets(
@@ -27,6 +28,7 @@ def build_buckets(
     decay_all: bool,
     bucket_size: int,
     reduce_dtype: torch.dtype,
+    form: StateForm,
 ) -> list[Bucket]:
     """Buckets in the order in which backward completes them.
 
@@ -36,6 +38,7 @@ def build_buckets(
         decay_all: weight decay applies to one-dimensional parameters too.
         bucket_size: elements a bucket holds at most, unless it is one parameter.
         reduce_dtype: dtype in which gradients travel.
+        form: how gradients and masters are kept.
     """
     open_buckets: dict[BucketKind, list[nn.Parameter]] = {}
     runs: list[tuple[BucketKind, list[nn.Parameter]]] = []
@@ -51,7 +54,7 @@ def build_buckets(
     position = {parameter: number for number, parameter in enumerate(parameters)}
     runs.sort(key=lambda item: min(position[parameter] for parameter in item[1]), reverse=True)
     return [
-        (FsdpBucket if kind.is_sharded_over_zero else FlatBucket)(run, kind, kind.groups(context), reduce_dtype)
+        (FsdpBucket if kind.is_sharded_over_zero else FlatBucket)(run, kind, kind.groups(context), reduce_dtype, form)
         for kind, run in runs
     ]
 

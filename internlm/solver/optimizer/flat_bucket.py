@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from internlm.core.communication.collectives import Done, Work, all_gather_async
 from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 
 
 class FlatBucket(Bucket):
@@ -22,22 +23,28 @@ class FlatBucket(Bucket):
         kind: BucketKind,
         groups: BucketGroups,
         reduce_dtype: torch.dtype = torch.float32,
+        form: StateForm = FP32_STATE,
     ) -> None:
-        super().__init__(parameters, kind, groups, reduce_dtype)
+        super().__init__(parameters, kind, groups, reduce_dtype, form)
         self.parameter_buffer = torch.zeros(self.numel, dtype=kind.dtype, device=self.grad_buffer.device)
         for parameter, view in zip(parameters, self.views(self.parameter_buffer), strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
         self.parameter_shard = self.parameter_buffer[self.shard_start : self.shard_stop]
-        # fp32 parameters are their own master copy.
-        self.master = nn.Parameter(self.parameter_shard.float() if kind.has_master else self.parameter_shard)
+        # Beside the state, fp32 parameters are their own master copy.
+        self.master = self.parameter_shard
+        if form.has_master(kind.dtype):
+            self.master = torch.empty_like(self.parameter_shard, dtype=torch.float32, device=self.state_device)
+            self.reset_master()
         self._gathering: Work = Done()
 
-    @torch.no_grad()
+    def write_back(self, part: slice, values: Tensor) -> None:
+        """Write updated weights into this rank's slice of the buffer."""
+        if self.master is not self.parameter_shard:
+            self.parameter_shard[part].copy_(values, non_blocking=True)
+
     def start_gathering(self) -> None:
-        """Write the masters back into the parameters and start collecting the other ranks' shares."""
-        if self.kind.has_master:
-            self.parameter_shard.copy_(self.master)
+        """Start collecting the other ranks' shares."""
         if self.groups.zero is not None:
             self._gathering = all_gather_async(self.parameter_buffer, self.parameter_shard.clone(), self.groups.zero)
 
@@ -46,8 +53,7 @@ class FlatBucket(Bucket):
         self._gathering.wait()
         self._gathering = Done()
 
-    @torch.no_grad()
     def reset_master(self) -> None:
         """Take the masters anew from the parameters, after somebody else wrote the parameters."""
-        if self.kind.has_master:
+        if self.master is not self.parameter_shard:
             self.master.copy_(self.parameter_shard)

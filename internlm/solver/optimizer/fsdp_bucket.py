@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from internlm.core.parallel.fsdp import local_tensor
 from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 
 
 class FsdpBucket(Bucket):
@@ -22,10 +23,11 @@ class FsdpBucket(Bucket):
         kind: BucketKind,
         groups: BucketGroups,
         reduce_dtype: torch.dtype = torch.float32,
+        form: StateForm = FP32_STATE,
     ) -> None:
-        super().__init__(parameters, kind, groups, reduce_dtype)
-        self.master = nn.Parameter(torch.zeros_like(self.grad_shard))
-        self._master_views = self.views(self.master.detach())
+        super().__init__(parameters, kind, groups, reduce_dtype, form)
+        self.master = torch.zeros_like(self.grad_shard, dtype=torch.float32, device=self.state_device)
+        self._master_views = self.views(self.master)
         self.reset_master()
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
@@ -44,14 +46,22 @@ class FsdpBucket(Bucket):
         super().start_reduction()
         super().finish_reduction()
 
+    def write_back(self, part: slice, values: Tensor) -> None:
+        """Write updated weights into this rank's rows."""
+        for index, parameter in enumerate(self.parameters):
+            held = self.range_in_shard(index)
+            start, stop = max(held.start, part.start), min(held.stop, part.stop)
+            if start < stop:
+                rows = local_tensor(parameter).view(-1)[start - held.start : stop - held.start]
+                rows.copy_(values[start - part.start : stop - part.start], non_blocking=True)
+
     def start_gathering(self) -> None:
-        """Write the masters back into this rank's rows; FSDP gathers rows when a layer is called."""
-        for parameter, view in zip(self.parameters, self._master_views, strict=True):
-            local_tensor(parameter).copy_(view)
+        """There is nothing to start: FSDP gathers rows when a layer is called."""
 
     def finish_gathering(self) -> None:
         """There is nothing to wait for."""
 
+    @torch.no_grad()
     def reset_master(self) -> None:
         """Take the masters anew from this rank's rows."""
         for parameter, view in zip(self.parameters, self._master_views, strict=True):

@@ -23,9 +23,11 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parameter_events import subscribe
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.grad_scaler import ConstantGradScaler, GradScaler
-from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucketing import build_buckets, wait_before_forward
+from internlm.solver.optimizer.shard_state import AdamStep
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 from internlm.solver.optimizer.unused import UnusedParameters
+from internlm.solver.optimizer.updates import build_states
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; the same constant gives the same updates.
 CLIP_EPSILON = 1e-6
@@ -49,7 +51,7 @@ class HybridZeroOptimizer:
 
     A step is: `begin_step(num_backwards)`, so many backward passes, then `step(lr, beta2)`. Gradients are *summed* over
     data ranks: the loss must already be divided by the global number of valid tokens. Nothing in a step waits for the
-    device, but the first one, which finds out what is in use (see `unused`).
+    device, but the first one, which finds out what is in use (see `unused`), and all with an offloaded state.
 
     Args:
         model: after `parallelize`; or the chunks of a pipeline that this rank holds, in forward order. A parameter may
@@ -63,7 +65,8 @@ class HybridZeroOptimizer:
         overlap_sync_param: gather parameters while the next forward runs; whoever reads them outside of a forward pass
             calls `finish_gathering` first.
         reduce_bucket_size: elements a bucket holds at most (a larger single parameter has a bucket of its own).
-        reduce_dtype: dtype in which gradients travel; they are accumulated over micro batches in fp32 in any case.
+        reduce_dtype: dtype in which gradients travel that are accumulated over micro batches in fp32.
+        form: how gradients and the optimizer's state are kept.
     """
 
     def __init__(
@@ -81,10 +84,12 @@ class HybridZeroOptimizer:
         overlap_sync_param: bool = False,
         reduce_bucket_size: int = 512 * 1024 * 1024,
         reduce_dtype: torch.dtype = torch.float32,
+        form: StateForm = FP32_STATE,
     ) -> None:
         self.context = context
         self.scaler = scaler or ConstantGradScaler(context.device)
         self.clip_grad_norm = clip_grad_norm
+        self.form = form
         self.overlap_sync_grad = overlap_sync_grad
         self.overlap_sync_param = overlap_sync_param
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
@@ -97,18 +102,13 @@ class HybridZeroOptimizer:
             decay_all=weight_decay_norms_and_biases,
             bucket_size=reduce_bucket_size,
             reduce_dtype=reduce_dtype,
+            form=form,
         )
         self._num_chunks = [[held[parameter] for parameter in bucket.parameters] for bucket in self.buckets]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [bucket.master], "weight_decay": weight_decay if bucket.kind.has_decay else 0.0}
-                for bucket in self.buckets
-            ],
-            betas=betas,
-            eps=eps,
-            fused=True,
-        )
-        self._unused = UnusedParameters(self.buckets, lambda bucket: self._adam_state(bucket)["exp_avg_sq"])
+        self._betas, self._eps = betas, eps
+        self.states, self._updater = build_states(self.buckets, form, weight_decay)
+        self._unused = UnusedParameters(self.states)
+        self._divisor = torch.ones((), device=context.device)
         self._next_reduction = 0
         self._install_hooks()
 
@@ -131,7 +131,7 @@ class HybridZeroOptimizer:
     @property
     def beta2(self) -> float:
         """Second AdamW coefficient of the last step."""
-        return self.adamw.param_groups[0]["betas"][1]
+        return self._betas[1]
 
     def begin_step(self, num_backwards: int) -> None:
         """Start a step with no gradients.
@@ -175,22 +175,15 @@ class HybridZeroOptimizer:
 
         grad_norm = self._global_grad_norm() / self.scaler.scale
         skipped = torch.where(torch.isfinite(grad_norm), 0.0, 1.0)
-        factor = 1.0 / self.scaler.scale
+        self._divisor = self.scaler.scale
         if self.clip_grad_norm > 0:
-            factor = factor * (self.clip_grad_norm / (grad_norm + CLIP_EPSILON)).clamp(max=1.0)
-        # A norm that is NaN must not reach the padding of the buffers, which no later gradient overwrites.
-        factor = torch.where(skipped > 0, 0.0, factor)
-        for bucket, group in zip(self.buckets, self.adamw.param_groups, strict=True):
-            bucket.grad_shard.mul_(factor)
-            bucket.master.grad = bucket.grad_shard
-            group["lr"] = lr
-            if beta2 is not None:
-                group["betas"] = (group["betas"][0], beta2)
-        # The fused kernel reads this flag on the device and leaves weights, moments and its step count as they are.
-        self.adamw.found_inf = skipped  # type: ignore[attr-defined]
+            self._divisor = self._divisor * ((grad_norm + CLIP_EPSILON) / self.clip_grad_norm).clamp(min=1.0)
+        if beta2 is not None:
+            self._betas = self._betas[0], beta2
         self._unused.update()
-        with self._unused.kept():
-            self.adamw.step()
+        self._updater.run(
+            self._unused.used_parts(), AdamStep(lr, *self._betas, self._eps, divisor=self._divisor, skipped=skipped)
+        )
         self.scaler.update(skipped)
         self.gather_parameters()
         return StepResult(grad_norm, skipped)
@@ -202,7 +195,7 @@ class HybridZeroOptimizer:
     # -- parameters -----------------------------------------------------------------------------------------------
 
     def gather_parameters(self) -> None:
-        """Write the masters into the parameters of all ranks."""
+        """Collect on all ranks what each has updated."""
         # Forward needs the first parameters first.
         for bucket in reversed(self.buckets):
             bucket.start_gathering()
@@ -230,17 +223,16 @@ class HybridZeroOptimizer:
         """Every tensor of the optimizer's state, as boxes of global tensors shaped like their parameters.
 
         Yields:
-            (key, parameter, pieces) with keys `master/<name>` (absent for fp32 parameters, their own masters),
-            `exp_avg/<name>` and `exp_avg_sq/<name>`, where the name is that of the ShardSpec; writing into the pieces
-            writes into the state. Several parameters may hold parts of one name.
+            (key, parameter, pieces) with keys `master/<name>` (fp32; absent for fp32 parameters, their own masters),
+            `exp_avg/<name>` and `exp_avg_sq/<name>` (of `form.moments`), where the name is that of the ShardSpec;
+            writing into the pieces writes into the state. Several parameters may hold parts of one name.
         """
-        for bucket in self.buckets:
-            state = self._adam_state(bucket)
-            shards = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            if bucket.kind.has_master:
-                shards["master"] = bucket.master.detach()
+        for state in self.states:
+            shards = state.moments
+            if state.bucket.kind.has_master:
+                shards["master"] = state.bucket.master
             for kind, shard in shards.items():
-                for parameter, pieces in bucket.pieces(shard):
+                for parameter, pieces in state.bucket.pieces(shard):
                     yield f"{kind}/{shard_spec_of(parameter).name}", parameter, pieces
 
     def sharded_gradients(self) -> Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]:
@@ -249,26 +241,22 @@ class HybridZeroOptimizer:
         Valid after `step` until the next `begin_step`.
 
         Yields:
-            (name of the ShardSpec, parameter, pieces), where the pieces are this rank's share.
+            (name of the ShardSpec, parameter, pieces), where the pieces are this rank's share; nothing may be written
+            into them.
         """
         for bucket in self.buckets:
+            is_divided = self._updater.divides(bucket.grad_shard.dtype)
             for parameter, pieces in bucket.pieces(bucket.grad_shard):
+                if not is_divided:
+                    pieces = [(box, piece.float() / self._divisor) for box, piece in pieces]
                 yield shard_spec_of(parameter).name, parameter, pieces
-
-    def _adam_state(self, bucket: Bucket) -> dict[str, Tensor]:
-        state = self.adamw.state[bucket.master]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=bucket.master.device)
-            state["exp_avg"] = torch.zeros_like(bucket.master)
-            state["exp_avg_sq"] = torch.zeros_like(bucket.master)
-        return state
 
     @property
     def num_updates(self) -> int:
         """Updates taken so far (skipped ones do not count); waits for the device."""
-        return int(self._adam_state(self.buckets[0])["step"].item())
+        return int(self.states[0].num_updates.item())
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
-        for bucket in self.buckets:
-            self._adam_state(bucket)["step"].fill_(value)
+        for state in self.states:
+            state.num_updates.fill_(value)

@@ -6,58 +6,61 @@ gradient is. Only one that had none since the start of the run, on no rank, is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from internlm.core.communication.collectives import all_reduce
-from internlm.solver.optimizer.bucket import Bucket
+from internlm.solver.optimizer.bucket import ALIGNMENT
+from internlm.solver.optimizer.shard_state import ShardState
 
 
 class UnusedParameters:
-    """Keeps the masters of unused parameters.
+    """Knows which parameters are unused.
 
-    All ranks that share a bucket agree on which parameters are unused. Usually none is after the first step, and no
-    message is sent any more; while there is one, a step waits for the device.
+    All ranks that share a bucket agree on them. Usually none is after the first step, and no message is sent any more;
+    while there is one, a step waits for the device.
 
     Args:
-        buckets: of the optimizer.
-        second_moment: of a bucket's masters; in a resumed run it shows which parameters were used before.
+        states: of all buckets; in a resumed run the second moments show which parameters were used before.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], second_moment: Callable[[Bucket], Tensor]) -> None:
-        self._buckets = buckets
-        self._second_moment = second_moment
-        self._unused = [list(range(len(bucket.parameters))) for bucket in buckets]
+    def __init__(self, states: Sequence[ShardState]) -> None:
+        self._states = states
+        self._unused = [list(range(len(state.bucket.parameters))) for state in states]
 
     def update(self) -> None:
         """Strike out parameters that got a gradient in this step; call it in every step, before the update."""
-        for number, bucket in enumerate(self._buckets):
+        for number, state in enumerate(self._states):
             unused = self._unused[number]
             if not unused:
                 continue
-            was_used = torch.stack([self._was_used(bucket, index) for index in unused])
-            for group in (bucket.groups.zero, bucket.groups.replica, *bucket.groups.partial):
+            was_used = torch.stack([_was_used(state, index) for index in unused])
+            groups = state.bucket.groups
+            for group in (groups.zero, groups.replica, *groups.partial):
                 all_reduce(was_used, group, dist.ReduceOp.MAX)
             self._unused[number] = [i for i, used in zip(unused, was_used.tolist(), strict=True) if not used]
 
-    def _was_used(self, bucket: Bucket, index: int) -> Tensor:
-        if bucket.has_grad[index]:
-            return torch.ones((), device=bucket.master.device)
-        return self._second_moment(bucket)[bucket.range_in_shard(index)].any().float()
+    def used_parts(self) -> list[tuple[ShardState, list[slice]]]:
+        """Of every shard, what lies between the unused parameters. Each part starts and ends aligned."""
+        return [(state, _between(state, unused)) for state, unused in zip(self._states, self._unused, strict=True)]
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Inside, masters may change; afterwards those of unused parameters are what they were."""
-        masters = [
-            bucket.master.detach()[bucket.range_in_shard(index)]
-            for bucket, unused in zip(self._buckets, self._unused, strict=True)
-            for index in unused
-        ]
-        copies = [master.clone() for master in masters]
-        yield
-        for master, copy in zip(masters, copies, strict=True):
-            master.copy_(copy)
+
+def _was_used(state: ShardState, index: int) -> Tensor:
+    bucket = state.bucket
+    if bucket.has_grad[index]:
+        return torch.ones((), device=bucket.grad_shard.device)
+    return state.exp_avg_sq[bucket.range_in_shard(index)].any().float().to(bucket.grad_shard.device)
+
+
+def _between(state: ShardState, unused: Sequence[int]) -> list[slice]:
+    bucket = state.bucket
+    parts, start, end = [], 0, bucket.shard_stop - bucket.shard_start
+    for hole in sorted((bucket.range_in_shard(index) for index in unused), key=lambda hole: hole.start):
+        if hole.start > start:
+            parts.append(slice(start, hole.start))
+        # Behind a parameter there is nothing until the next one starts.
+        start = max(start, min(end, -(-hole.stop // ALIGNMENT) * ALIGNMENT))
+    return [*parts, slice(start, end)] if start < end else parts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import RankPool
-from helpers.tiny import micro_batch, tiny_config
+from helpers.tiny import global_batch, micro_batch, tiny_config, tiny_engine, tiny_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,6 +17,7 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel import compile as compile_module
 from internlm.core.parallel.compile import check_compiler, compile_layers
+from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
@@ -124,6 +125,24 @@ def test_modes(name: str, ranks: Callable[[int], RankPool]) -> None:
     compiled = pool.run(_in_layout, layout, options, True)
     for found, expected in zip(compiled, plain, strict=True):
         assert_close(found, expected)
+
+
+def _sharded(compiled: bool) -> list[float]:
+    context = ParallelContext.create(ParallelLayout(world_size=2))
+    model = tiny_model(context)
+    if compiled:
+        compile_layers(model, backend="aot_eager")
+    engine = tiny_engine(context, model=apply_fsdp(model, context), clip_grad_norm=0.5)
+    batches = (global_batch(step, rank=context.rank, world_size=2) for step in range(3))
+    numbers = [engine.train_step(batch, 3e-3) for batch in batches]
+    context.close()
+    return [float(value) for result in numbers for value in (result.loss, result.grad_norm)]
+
+
+def test_fsdp(ranks: Callable[[int], RankPool]) -> None:
+    pool = ranks(2)
+    expected, found = pool.run(_sharded, False)[0], pool.run(_sharded, True)
+    assert found[0] == found[1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_communicates_is_left_as_it_is() -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import varlen
 
 from internlm.model.ops import attention as attention_module
 from internlm.model.ops import blocked_attention as blocked_module
@@ -131,45 +129,3 @@ def test_no_leak_between_documents(
     first, second = (attention(*x, Segments.of(lengths), window=window) for x in (inputs, others))
     assert torch.equal(first[:, 33:], second[:, 33:])
     assert not torch.equal(first[:, :33], second[:, :33])
-
-
-@pytest.mark.parametrize("grouped_flag", [False, True])
-@pytest.mark.parametrize("window", [None, 5])
-def test_cuda_kernel_gets_the_right_arguments(
-    monkeypatch: pytest.MonkeyPatch, grouped_flag: bool, window: int | None
-) -> None:
-    """A stand-in with the documented meaning of varlen_attn's arguments, in the two signatures it has had."""
-    lengths = (12, 1, 30)
-    inputs = _inputs(1, 43, 43, 2)
-
-    def kernel(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        scale: Any,
-        window_size: Any,
-    ) -> Tensor:
-        assert scale is None and max_q == max_k == 30
-        assert cu_q.tolist() == cu_k.tolist() == [0, 12, 13, 43] and cu_q.dtype == torch.int32
-        left, right = window_size
-        assert right == 0
-        return _reference(q[None], k[None], v[None], lengths, None if left == -1 else left + 1)[0]
-
-    def older(*args: Any, scale: Any = None, window_size: Any = (-1, -1)) -> Tensor:
-        return kernel(*args, scale, window_size)
-
-    def newer(*args: Any, scale: Any = None, window_size: Any = (-1, -1), enable_gqa: bool = False) -> Tensor:
-        assert enable_gqa
-        return kernel(*args, scale, window_size)
-
-    monkeypatch.setattr(varlen, "varlen_attn", newer if grouped_flag else older)
-    attention_module._varlen_needs_gqa_flag.cache_clear()
-    try:
-        ours = attention_module._varlen(*inputs, Segments.of(lengths), window, None, use_flash_attn=False)
-    finally:
-        attention_module._varlen_needs_gqa_flag.cache_clear()
-    torch.testing.assert_close(ours, _reference(*inputs, lengths, window))

@@ -21,7 +21,7 @@ from internlm.model.ops.float8 import (
     scale_of,
     scaled_product,
 )
-from internlm.model.ops.registry import describe
+from internlm.model.ops.registry import OpSettings, describe
 
 T, IN, OUT = 48, 64, 32
 
@@ -233,7 +233,7 @@ def test_torchs_own_float8_product_agrees() -> None:
 
 def test_what_runs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float8_linear" not in describe("cpu")
-    assert describe("cpu", use_float8=True)["float8_linear"].implementation == "emulation"
+    assert describe("cpu", OpSettings(float8=True))["float8_linear"].implementation == "emulation"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     for number, (capability, implementation, reason) in enumerate(

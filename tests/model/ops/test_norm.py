@@ -61,3 +61,19 @@ def test_layer_norm(weight_dtype: torch.dtype) -> None:
     assert ours.dtype == torch.bfloat16
     exact = F.layer_norm(x.double(), (16,), weight.double(), bias.double(), 1e-3)
     torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_layer_norm_are_summed_over_tokens_in_fp32(dtype: torch.dtype) -> None:
+    """Each is the exact sum, rounded once: by half a unit of its last place at most, in the mean over entries less."""
+    x, weight, bias = _draw(3000, 16).to(dtype), _draw(16, seed=1).to(dtype), _draw(16, seed=2).to(dtype)
+    grad = _draw(3000, 16, seed=3).to(dtype)
+
+    def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(layer_norm(*leaves, 1e-3), leaves, grad.to(inputs[0].dtype))
+
+    for mine, exact in zip(
+        gradients(x, weight, bias), gradients(x.double(), weight.double(), bias.double()), strict=True
+    ):
+        assert (mine.double() - exact).norm() < torch.finfo(dtype).eps / 2 * exact.norm()

@@ -1,0 +1,197 @@
+"""The training loops that are compared: this project's engine, and what a user would pick instead.
+
+Each trains a model of the same shape on the same tokens and calls `pacer.step_done` after every step. The peers are
+written as people write them and share no code with the project; they ignore where a packed row has documents.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from speed.corpus import ARRAY
+from speed.pacer import Pacer
+
+from internlm.config.loader import load_config
+from internlm.config.schema import Config
+
+LEARNING_RATE = 3e-4
+
+
+def device_of_this_machine() -> torch.device:
+    """Where all contenders compute."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def train_ours(config_file: Path, overrides: list[str], pacer: Pacer) -> None:
+    """What `internlm train` runs in a step: its loader and its engine, built from a config file."""
+    from internlm.core.context.parallel_context import ParallelContext
+    from internlm.initialize.build import (
+        build_chunks,
+        build_engine,
+        build_flops,
+        build_layout,
+        build_loader,
+        check_buildable,
+        set_numerics,
+    )
+
+    config = load_config(config_file, overrides).config
+    check_buildable(config, 1)
+    set_numerics(config)
+    context = ParallelContext.create(build_layout(config, 1), pacer.device)
+    loader = build_loader(config, context)
+    chunks = build_chunks(config, context)
+    engine = build_engine(config, context, chunks, loader.type_names)
+    lengths: list[int] = []
+    waited = 0.0
+    while True:
+        started = time.perf_counter()
+        batch = next(loader)
+        pacer.data_seconds += time.perf_counter() - started
+        if pacer.is_warming_up:
+            lengths += [length for micro in batch.segment_lengths for length in micro if length]
+            pacer.wait()
+            started = time.perf_counter()
+        engine.train_step(batch, LEARNING_RATE)
+        if pacer.is_warming_up:
+            queued = time.perf_counter() - started
+            pacer.wait()
+            waited = time.perf_counter() - started
+            is_cuda = pacer.device.type == "cuda"
+            flops = build_flops(_with_seq(config, lengths), pacer.device, chunks[0])
+            assert flops is not None
+            pacer.facts = {
+                "tokens_per_step": batch.num_tokens,
+                "flops_full": flops.full,
+                "flops_causal": flops.causal,
+                "recomputed_flops": _recomputed(config, flops.causal),
+                "peak_flops": flops.peak,
+                "host_share": queued / waited if is_cuda else None,
+                "parameters": sum(parameter.numel() for parameter in chunks[0].parameters()),
+            }
+        pacer.step_done()
+
+
+def _with_seq(config: Config, lengths: list[int]) -> Config:
+    """The config with the length that documents of these lengths attend over, on average of their tokens."""
+    seq = round(sum(length**2 for length in lengths) / sum(lengths))
+    return config.model_copy(update={"data": config.data.model_copy(update={"seq_len": max(seq, 1)})})
+
+
+def _recomputed(config: Config, flops: float) -> float:
+    """FLOPs a token of the forward passes that `model.checkpoint` runs again, causal."""
+    model = config.model
+    fraction = int(model.num_layers * model.checkpoint) / model.num_layers
+    head = 6.0 * model.hidden_size * model.vocab_size
+    return fraction * (flops - head) / 3
+
+
+def _rows(config_file: Path, config: Config) -> Iterator[torch.Tensor]:
+    """The same tokens for a peer: int64 `[micro_num * micro_bsz, seq]` a step, over and over."""
+    tokens = torch.from_numpy(np.load(config_file.parent / ARRAY))
+    return itertools.cycle(tokens.split(config.data.micro_num * config.data.micro_bsz))
+
+
+def _llama(config: Config, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    model = config.model
+    llama = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_kv_heads,
+            intermediate_size=model.ffn_size,
+            max_position_embeddings=config.data.seq_len,
+            use_cache=False,
+        ),
+        dtype=torch.float32,
+        attn_implementation=attention,
+    )
+    if model.checkpoint == 1.0:
+        llama.gradient_checkpointing_enable()
+    return llama
+
+
+def _plain(config: Config) -> Any:
+    from plain_pytorch import Llama
+
+    m = config.model
+    if m.num_kv_heads != m.num_attention_heads:
+        raise ValueError("plain_pytorch.py has no grouped heads: leave `plain` out for this shape")
+    return Llama(m.vocab_size, m.hidden_size, m.num_layers, m.num_attention_heads, m.ffn_size, config.data.seq_len)
+
+
+def train_peer(name: str, config_file: Path, overrides: list[str], attention: str, pacer: Pacer) -> None:
+    """Run one of the peers of `throughput.py`.
+
+    Args:
+        attention: transformers' `attn_implementation`.
+    """
+    config = load_config(config_file, overrides).config
+    if name == "hf-trainer":
+        _train_with_trainer(config_file, config, attention, pacer)
+    is_hf = name.startswith("hf")
+    is_compiled = name in ("hf", "hf-autocast", "plain-compile")
+    autocast = config.model.torch_dtype != torch.float32 and (not is_hf or "autocast" in name)
+    with pacer.device:
+        model = _llama(config, attention) if is_hf else _plain(config)
+    if not autocast:
+        model = model.to(config.model.torch_dtype)
+    model.train()
+    network = torch.compile(model) if is_compiled else model
+
+    def loss_of(tokens: torch.Tensor) -> torch.Tensor:
+        if is_hf:
+            return network(input_ids=tokens, labels=tokens).loss
+        logits = network(tokens)[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    data = config.data
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    pacer.facts = {"tokens_per_step": data.packed_length * data.micro_num}
+    for rows in _rows(config_file, config):
+        optimizer.zero_grad()
+        for micro in rows.to(pacer.device).split(data.micro_bsz):
+            with torch.autocast(pacer.device.type, torch.bfloat16, enabled=autocast):
+                loss = loss_of(micro) / data.micro_num
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        pacer.step_done()
+
+
+def _train_with_trainer(config_file: Path, config: Config, attention: str, pacer: Pacer) -> None:
+    """transformers' Trainer as its users start it, with a callback for the clock."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            pacer.step_done()
+
+    data = config.data
+    tokens = torch.from_numpy(np.load(config_file.parent / ARRAY))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    model = _llama(config, attention)
+    pacer.facts = {"tokens_per_step": data.packed_length * data.micro_num}
+    arguments = TrainingArguments(
+        output_dir=str(config_file.parent / "trainer"),
+        per_device_train_batch_size=data.micro_bsz,
+        gradient_accumulation_steps=data.micro_num,
+        max_steps=1_000_000,
+        learning_rate=LEARNING_RATE,
+        bf16=config.model.torch_dtype != torch.float32,
+        use_cpu=pacer.device.type == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()

@@ -1,0 +1,108 @@
+"""The named shapes that are measured, and the config file of a shape.
+
+A measurement runs through a config file and `load_config`, as a user's training does. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PRECISIONS = ("fp32", "bf16", "fp8")
+DOCUMENTS = ("one", "short", "mixed", "rows")
+"""How long documents are: `one` of seq tokens; `short` ones, seq / 32 on average; `mixed`, uniform up to seq; `rows`,
+one of seq tokens a row, unpacked."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the batch it is usually measured with.
+
+    Attributes:
+        heads: query heads, key-value heads.
+        seq, micro_bsz, micro_num: tokens of a sequence, sequences of a micro batch, micro batches of a step.
+        model: further keys of the `model` section.
+    """
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: tuple[int, int]
+    ffn: int
+    vocab: int
+    seq: int
+    micro_bsz: int = 1
+    micro_num: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+SHAPES: dict[str, Shape] = {
+    "tiny": Shape("LLAMA2", 64, 2, (2, 2), 128, 256, 64, micro_bsz=2),
+    "demo": Shape("INTERNLM2", 256, 4, (8, 4), 704, 4096, 256, micro_bsz=2, micro_num=4),
+    "cpu-384": Shape("LLAMA2", 384, 6, (6, 6), 1024, 8192, 512, micro_bsz=8),
+    "cpu-768": Shape("LLAMA2", 768, 6, (12, 12), 2048, 8192, 512, micro_bsz=8),
+    "cpu-1024": Shape("LLAMA2", 1024, 6, (16, 16), 2816, 8192, 512, micro_bsz=8),
+    "160m": Shape("LLAMA2", 768, 12, (12, 12), 2048, 50304, 2048, micro_bsz=16),
+    "1b": Shape("LLAMA2", 2048, 22, (32, 4), 5632, 32000, 2048, micro_bsz=8),
+    "1.5b": Shape("LLAMA2", 2048, 24, (16, 8), 6144, 65536, 4096, micro_bsz=4),
+    "7b-layers": Shape("INTERNLM2", 4096, 4, (32, 8), 14336, 92544, 4096, micro_bsz=2, model={"rope_base": 1000000}),
+    "7b": Shape("INTERNLM2", 4096, 32, (32, 8), 14336, 92544, 4096, model={"rope_base": 1000000}),
+    "8b": Shape("LLAMA2", 4096, 32, (32, 8), 14336, 128256, 4096, model={"rope_base": 500000}),
+}
+
+
+def keys_of(
+    shape: Shape,
+    precision: str,
+    *,
+    seq: int | None = None,
+    micro_bsz: int | None = None,
+    micro_num: int | None = None,
+    layers: int | None = None,
+    documents: str = "one",
+    folder: str,
+) -> dict[str, Any]:
+    """The sections of a config.
+
+    Args:
+        seq, micro_bsz, micro_num, layers: in place of the shape's own.
+        documents: one of `DOCUMENTS`.
+        folder: of the tokens to train on.
+    """
+    seq = seq or shape.seq
+    keys: dict[str, Any] = {
+        "JOB_NAME": "throughput",
+        "model_type": shape.model_type,
+        "model": {
+            "hidden_size": shape.hidden,
+            "num_layers": layers or shape.layers,
+            "num_attention_heads": shape.heads[0],
+            "num_kv_attention_heads": shape.heads[1],
+            "intermediate_size": shape.ffn,
+            "vocab_size": shape.vocab,
+            "max_position_embeddings": max(seq, 2048),
+            "dtype": "torch.float32" if precision == "fp32" else "torch.bfloat16",
+            **shape.model,
+        },
+        "data": {
+            "train_folder": folder,
+            "seq_len": seq,
+            "micro_bsz": micro_bsz or shape.micro_bsz,
+            "micro_num": micro_num or shape.micro_num,
+            "total_steps": 1_000_000,
+            "use_packed_dataset": documents != "rows",
+            # The machine's cores belong to the measurement; a thread of the process reads ahead.
+            "num_worker": 0,
+        },
+        "hybrid_zero_optimizer": {"clip_grad_norm": 1.0},
+        "ckpt": {"enable_save_ckpt": False, "auto_resume": False},
+    }
+    if precision == "fp8":
+        keys["float8"] = {"enable_float8_linear": True}
+    return keys
+
+
+def write_config(path: Path, keys: dict[str, Any]) -> None:
+    """A config file with these keys."""
+    path.write_text("".join(f"{name} = {value!r}\n" for name, value in keys.items()), encoding="utf-8")

@@ -1,0 +1,87 @@
+"""Every op as its formula in plain PyTorch: what the implementations are compared with, and a last resort.
+
+Differentiable by autograd alone, on any device, in any dtype; nothing is fused, padded or computed again. In float64
+these are the truth that tests, `internlm doctor` and the checks on a GPU measure errors against; in 16 bits they show
+what error plain code has. Shapes and meanings are those of the ops.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internlm.model.ops.cross_entropy import IGNORE_INDEX
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention through one mask over all scores; memory grows with S x T.
+
+    Args:
+        q: `[B, S, H, D]`.
+        k, v: `[B, T, K, D]`, T >= S; the queries are the last S positions.
+        cu_seqlens: `[n + 1]`, bounds of the documents of a packed row (T = S); None: each row is one document.
+        window: keys that a query sees at most, itself included.
+        scale: factor of the scores; None: 1 / sqrt(D).
+    """
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    keys = torch.arange(num_keys, device=q.device)
+    distance = keys[num_keys - num_queries :, None] - keys
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    if cu_seqlens is not None:
+        document = torch.bucketize(keys, cu_seqlens[1:], right=True)
+        visible = visible & (document[:, None] == document)
+    grouped = q.unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("bskgd,btkd->bkgst", grouped, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    return torch.einsum("bkgst,btkd->bskgd", probabilities, v).flatten(2, 3)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps)` times `weight`, or `1 + weight`."""
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return normed * (1 + weight if unit_offset else weight)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """`(x - mean) / sqrt(variance + eps) * weight + bias`."""
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight
+    return scaled if bias is None else scaled + bias
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`silu(gate) * up`, or with the tanh approximation of GELU."""
+    if activation == "silu":
+        return gate * torch.sigmoid(gate) * up
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate.pow(3))
+    return 0.5 * gate * (1 + torch.tanh(inner)) * up
+
+
+def rotary(x: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:
+    """`x` `[B, S, N, D]` with its pairs turned by `angles` `[B, S, D/2]`, as a two-by-two rotation."""
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    cos, sin = angles.cos().unsqueeze(2).to(x.dtype), angles.sin().unsqueeze(2).to(x.dtype)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, z_loss_coeff: float = 0.0
+) -> Tensor:
+    """The sum over valid tokens, from whole logits."""
+    logits = hidden @ weight.t()
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORE_INDEX)
+    return loss + z_loss_coeff * logits.logsumexp(-1)[labels != IGNORE_INDEX].square().sum()

@@ -1,0 +1,179 @@
+"""How the shards of all buckets are updated in a step: where they lie, part by part where something is converted.
+
+Parts change no bit of the result, and no buffer ever exists twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from internlm.core.communication.collectives import Done, Work
+from internlm.solver.optimizer.bucket import Bucket, part_size
+from internlm.solver.optimizer.lane import Lane, lane_of
+from internlm.solver.optimizer.rounding_noise import RoundingNoise
+from internlm.solver.optimizer.shard_state import AdamStep, Scratch, ShardState
+from internlm.solver.optimizer.state_form import StateForm
+
+Parts = Sequence[tuple[ShardState, Sequence[slice]]]
+"""Of every bucket, the parts of its shard that take part in a step; see `ShardState.update`."""
+
+
+class Updater(Protocol):
+    """Updates masters and moments from the gradients of a step, and the parameters from the masters."""
+
+    def run(self, parts: Parts, step: AdamStep) -> None:
+        """Update; afterwards parameters may be read by the device's current stream."""
+
+    def divides(self, gradients: torch.dtype) -> bool:
+        """Whether a step that is not skipped leaves gradients of a dtype divided by `AdamStep.divisor`."""
+
+
+class ResidentUpdater:
+    """Updates on the device of the parameters. Nothing waits for the device.
+
+    Args:
+        scratch: for gradients that are not in fp32.
+        noise: that of the states.
+        at_once: elements of a part; None for whole shards, where nothing is converted.
+    """
+
+    def __init__(self, scratch: Scratch, noise: RoundingNoise | None, at_once: int | None) -> None:
+        self._scratch = scratch
+        self._noise = noise
+        self._at_once = at_once
+
+    def run(self, parts: Parts, step: AdamStep) -> None:
+        """Update part by part."""
+        _draw(self._noise, parts)
+        for state, part in _cut(parts, self._at_once):
+            gradient = state.bucket.grad_shard[part]
+            if gradient.dtype != torch.float32:
+                gradient = self._scratch.of("gradient", gradient)
+            state.update(part, gradient, step)
+            state.bucket.write_back(part, state.bucket.master[part])
+        for state, _ in parts:
+            state.num_updates.add_(1.0 - step.skipped)
+
+    def divides(self, gradients: torch.dtype) -> bool:
+        """What is updated in place."""
+        return gradients == torch.float32
+
+
+class OffloadedUpdater:
+    """Updates on the host, where masters and moments are: gradients go down and parameters up, both in their own dtype.
+
+    While the CPU updates one part, the gradients of the next one and the parameters of the one before are on their way.
+    The host waits for the gradients, of which the first come when the global norm is known. Only what travels lies in
+    pinned memory: two parts each way.
+
+    Args:
+        scratch: on the host, for gradients that are not in fp32.
+        noise: that of the states.
+        down, up: carry copies from and to the device.
+        at_once: elements of a part.
+        pin_memory: for copies that do not wait.
+    """
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        noise: RoundingNoise | None,
+        down: Lane,
+        up: Lane,
+        at_once: int,
+        *,
+        pin_memory: bool,
+    ) -> None:
+        self._scratch = scratch
+        self._noise = noise
+        self._down, self._up = down, up
+        self._at_once = at_once
+        size = 2, at_once * torch.float32.itemsize
+        self._arrived = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
+        self._leaving = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
+
+    def run(self, parts: Parts, step: AdamStep) -> None:
+        """Update part by part."""
+        step = replace(step, divisor=step.divisor.cpu(), skipped=step.skipped.cpu())
+        if step.skipped:
+            return
+        _draw(self._noise, parts)
+        self._down.follow()
+        self._up.follow()
+        work = list(_cut(parts, self._at_once))
+        arriving = [self._fetch(*work[0], slot=0)] if work else []
+        left: list[Work] = [Done(), Done()]
+        for number, (state, part) in enumerate(work):
+            slot = number % 2
+            if number + 1 < len(work):
+                arriving.append(self._fetch(*work[number + 1], slot=1 - slot))
+            gradient, arrival = arriving[number]
+            arrival.wait()
+            if gradient.dtype != torch.float32:
+                gradient = self._scratch.of("gradient", gradient)
+            state.update(part, gradient, step)
+            # The part before the last one may still be leaving from there.
+            left[slot].wait()
+            leaving = _typed(self._leaving[slot], state.bucket.kind.dtype, part).copy_(state.bucket.master[part])
+            left[slot] = self._up.run(partial(state.bucket.write_back, part, leaving))
+        for state, _ in parts:
+            state.num_updates.add_(1.0)
+        self._up.join()
+
+    def divides(self, gradients: torch.dtype) -> bool:
+        """Those on the device stay as they are."""
+        return False
+
+    def _fetch(self, state: ShardState, part: slice, slot: int) -> tuple[Tensor, Work]:
+        """Where the gradients of a part will be on the host, and when."""
+        source = state.bucket.grad_shard[part]
+        target = _typed(self._arrived[slot], source.dtype, part)
+        return target, self._down.run(partial(target.copy_, source, non_blocking=True))
+
+
+def build_states(buckets: Sequence[Bucket], form: StateForm, weight_decay: float) -> tuple[list[ShardState], Updater]:
+    """The state of every bucket, and what updates them.
+
+    Args:
+        buckets: of the optimizer, made with the same form.
+        form: how the state is kept.
+        weight_decay: of the buckets that have any.
+    """
+    device, state_device = buckets[0].grad_buffer.device, buckets[0].state_device
+    numel = max(bucket.grad_shard.numel() for bucket in buckets)
+    at_once = min(numel, part_size(state_device))
+    scratch = Scratch(at_once, state_device)
+    noise = None
+    if form.moments != torch.float32:
+        noise = RoundingNoise([spec.global_shape for bucket in buckets for spec in bucket.specs], state_device)
+    states = [ShardState(bucket, weight_decay if bucket.kind.has_decay else 0.0, scratch, noise) for bucket in buckets]
+    if form.is_offloaded:
+        return states, OffloadedUpdater(
+            scratch, noise, lane_of(device), lane_of(device), at_once, pin_memory=device.type == "cuda"
+        )
+    is_converted = noise is not None or any(bucket.grad_buffer.dtype != torch.float32 for bucket in buckets)
+    return states, ResidentUpdater(scratch, noise, at_once if is_converted else None)
+
+
+def _draw(noise: RoundingNoise | None, parts: Parts) -> None:
+    if noise is not None:
+        state, _ = parts[0]
+        noise.draw(state.num_updates)
+
+
+def _cut(parts: Parts, at_once: int | None) -> Iterator[tuple[ShardState, slice]]:
+    for state, slices in parts:
+        for whole in slices:
+            size = at_once or whole.stop - whole.start
+            for start in range(whole.start, whole.stop, size):
+                yield state, slice(start, min(start + size, whole.stop))
+
+
+def _typed(memory: Tensor, dtype: torch.dtype, part: slice) -> Tensor:
+    return memory[: (part.stop - part.start) * dtype.itemsize].view(dtype)

@@ -1,0 +1,145 @@
+"""Nothing in a step waits for the device, but where numbers are shown. The same on a GPU: tests/cuda."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.configs import small_config
+from helpers.host_waits import host_waits
+
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.hooks import Hook
+from internlm.initialize.build import build_layout, build_trainer
+
+# What a step on the CPU does and one on a GPU does not, or what is on the host in either case.
+ALLOWED = {
+    "model/ops/cross_entropy.py: _first_largest: nonzero": "a CPU alone looks for the place of a maximum so",
+    "core/metrics.py: numbers: tolist": "of the copy on the host, which had a step's time to come",
+}
+
+
+class Watch(Hook):
+    """Collects the waits between two steps' starts; the first of the hooks, so that it sees all others."""
+
+    name = "watch"
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.found: list[str] = []
+        self._open = ExitStack()
+
+    def on_step_start(self, trainer: Any) -> None:
+        if trainer.state.step == self.first:
+            self.found = self._open.enter_context(host_waits())
+        if trainer.state.step == self.last:
+            self._open.close()
+
+
+def waits_of_steady_steps(
+    folder: Path, changes: dict[str, Any], plant: Callable[[Any], None] | None = None
+) -> set[str]:
+    """Where the third to fifth step of a run wait, with all hooks on and nothing shown on the console."""
+    values = {
+        "data.micro_num": 2,
+        "data.total_steps": 7,
+        "data.num_worker": 0,
+        "data.empty_cache_and_diag_interval": 50,
+        "model.dtype": "torch.float32",
+        "hybrid_zero_optimizer.clip_grad_norm": 1.0,
+        "monitor.log_every": 100,
+        **changes,
+    }
+    config = small_config(values)
+    trainer = build_trainer(config, ParallelContext.create(build_layout(config, 1)), folder)
+    trainer.hooks.insert(0, watch := Watch(2, 5))
+    if plant is not None:
+        plant(trainer)
+    trainer.fit()
+    return set(watch.found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data.use_packed_dataset": False},
+        {"data.fixed_random_dataset_seqlen": False},
+        {"model.dtype": "torch.bfloat16", "model.checkpoint": 1.0},
+        {"model.dtype": "torch.float16"},  # with its loss scale
+        {"parallel.tensor.mode": "isp", "loss.label_smoothing": 0.1},
+        {"model.rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}},
+    ],
+    ids=str,
+)
+def test_a_step_that_shows_nothing_waits_for_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert waits_of_steady_steps(tmp_path, changes) <= ALLOWED.keys()
+
+
+class Plant(Hook):
+    """Does something at the end of every step."""
+
+    def __init__(self, act: Callable[[torch.Tensor], Any]) -> None:
+        self.act = act
+
+    def on_step_end(self, trainer: Any, metrics: Any) -> None:
+        self.act(metrics.loss)
+
+
+@pytest.mark.parametrize(
+    ("act", "what"),
+    [
+        (lambda loss: loss.item(), "_local_scalar_dense"),
+        (lambda loss: float(loss), "_local_scalar_dense"),
+        (lambda loss: loss if loss > 0 else None, "_local_scalar_dense"),
+        (lambda loss: loss.tolist(), "tolist"),
+        (lambda loss: loss.cpu(), "cpu"),
+        (lambda loss: loss.numpy(), "numpy"),
+        (lambda loss: loss.to("cpu"), "to(device)"),
+        (lambda loss: loss.view(1)[loss.view(1) > 0], "index by a mask"),
+        (lambda loss: loss.view(1).nonzero(), "nonzero"),
+        (lambda loss: torch.equal(loss, loss), "equal"),
+        (lambda loss: torch.tensor(1.0, device=loss.device), "tensor"),
+    ],
+)
+def test_each_kind_of_wait_is_seen(tmp_path: Path, act: Callable[[torch.Tensor], Any], what: str) -> None:
+    def plant(trainer: Any) -> None:
+        trainer.hooks.append(Plant(act))
+
+    found = waits_of_steady_steps(tmp_path, {}, plant) - ALLOWED.keys()
+    assert [place.rpartition(": ")[2] for place in found] == [what]
+
+
+def test_a_wait_inside_of_the_backward_pass_is_seen_with_its_place(tmp_path: Path) -> None:
+    def plant(trainer: Any) -> None:
+        loss = trainer.engine.loss
+
+        class Reads(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+                return x.view_as(x)
+
+            @staticmethod
+            def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+                assert grad.item() is not None
+                return grad
+
+        def planted(*args: Any, **kwargs: Any) -> Any:
+            output = loss(*args, **kwargs)
+            return output._replace(loss_sum=Reads.apply(output.loss_sum))
+
+        trainer.engine.loss = planted
+
+    found = waits_of_steady_steps(tmp_path, {}, plant) - ALLOWED.keys()
+    assert len(found) == 1 and "_local_scalar_dense" in found.pop()
+
+
+def test_a_step_waits_for_its_numbers_when_somebody_wants_them(tmp_path: Path) -> None:
+    nobody = {"monitor.metrics_file": False, "enable_tb": False}
+    numbers = "core/metrics.py: numbers: tolist"
+    assert numbers not in waits_of_steady_steps(tmp_path / "silent", nobody)
+    assert numbers in waits_of_steady_steps(tmp_path / "shown", {**nobody, "monitor.log_every": 1})
