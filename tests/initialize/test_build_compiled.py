@@ -85,5 +85,5 @@ def test_what_cannot_be_compiled_here_is_told_before_the_first_step(
         raise ConfigError(f"{key} = True: no compiler")
 
     monkeypatch.setattr(stages, "check_compiler", refuse)
-    with pytest.raises(ConfigError, match="model.compile = True: no compiler"):
+    with pytest.raises(ConfigError, match=r"model.compile = True: no compiler"):
         new(tmp_path, compiled=True)
