@@ -81,9 +81,9 @@ def column(run_dir: Path, key: str) -> list[Any]:
 def test_what_cannot_be_compiled_here_is_told_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(device: torch.device) -> None:
-        raise ConfigError("model.compile = True: no compiler")
+    def refuse(device: torch.device, *, key: str) -> None:
+        raise ConfigError(f"{key} = True: no compiler")
 
     monkeypatch.setattr(stages, "check_compiler", refuse)
-    with pytest.raises(ConfigError, match="no compiler"):
+    with pytest.raises(ConfigError, match=r"model.compile = True: no compiler"):
         new(tmp_path, compiled=True)
