@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from internlm.model.architecture import Architecture
 from internlm.model.initialization import set_initializer
@@ -22,6 +21,7 @@ from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
 from internlm.model.ops.attention import Segments
 from internlm.model.ops.rotary import RotaryTables
+from internlm.model.recompute import recomputed
 from internlm.model.roles import HeadShape, Role
 
 DECODER_ROLES: Mapping[str, Role] = {
@@ -73,6 +73,7 @@ class Decoder(nn.Module):
         vocab_size: V.
         has_tied_head: the output head is the embedding.
         layers: by number, "0" to "L - 1".
+        kept_activations: what each of the L layers keeps for backward; may be exchanged before training.
         is_first: it embeds tokens; otherwise its input is the residual stream.
         is_last: it ends with the final norm; otherwise its output is the residual stream.
         residual_size, residual_dtype: of the residual stream, which goes from one stage to the next.
@@ -88,6 +89,7 @@ class Decoder(nn.Module):
         set_initializer(self.tok_embeddings.weight, a.init.initializer(a.init.embedding))
         self.heads = HeadShape(a.num_heads, a.num_kv_heads, a.head_dim)
         self.vocab_size, self.has_tied_head = a.vocab_size, a.tie_word_embeddings
+        self.kept_activations = a.kept_activations
         self.is_first = self.is_last = True
         self.residual_size = a.hidden_size
         self.residual_dtype = torch.float32 if a.residual_in_fp32 else a.dtype
@@ -155,14 +157,8 @@ class Decoder(nn.Module):
         a = self.architecture
         length = position_ids.shape[1] + (0 if cache is None else cache.length)
         rotary = self.rotary.tables(position_ids, a.dtype, segments, length)
-        num_checkpointed = int(a.num_layers * a.checkpoint_fraction) if torch.is_grad_enabled() else 0
         for number, layer in self.layers.items():
-            if int(number) < num_checkpointed:
-                hidden = checkpoint(
-                    layer, hidden, rotary, segments, cache, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden = layer(hidden, rotary, segments, cache)
+            hidden = recomputed(layer, self.kept_activations[int(number)])(hidden, rotary, segments, cache)
         if cache is not None:
             cache.advance(hidden.shape[1])
         return hidden

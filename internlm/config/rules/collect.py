@@ -20,7 +20,7 @@ RULES: tuple[Rule, ...] = (
     ranks.weight_parallel,
     pipeline.schedule,
     pipeline.layers,
-    model.selective_checkpoint,
+    model.recomputation,
     experts.experts,
     ranks.sequence_2d,
     ranks.zero,

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from internlm.core.communication.exchange import Pending, Ready
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.model.recompute import as_products
 from internlm.model.roles import Role
 
 
@@ -182,14 +183,20 @@ class _LinearGroupFunction(torch.autograd.Function):
     def forward(
         ctx: Any, group: LinearGroup, slots: tuple[tuple[int, int | None], ...], x: Tensor, *parameters: nn.Parameter
     ) -> tuple[Tensor, ...]:
-        gathered = group.exchange.gather(x)
-        whole = group.weights.take(group, parameters, backward=False)
-        outputs = tuple(F.linear(gathered, whole[w], None if b is None else whole[b]) for w, b in slots)
-        group.weights.give_back(group, whole)
+        exchange = group.exchange
+        kept = exchange.gather(x) if exchange.saves_gathered else x
+
+        def multiply() -> list[Tensor]:
+            gathered = kept if exchange.saves_gathered else exchange.gather(x)
+            whole = group.weights.take(group, parameters, backward=False)
+            outputs = [F.linear(gathered, whole[w], None if b is None else whole[b]) for w, b in slots]
+            group.weights.give_back(group, whole)
+            return outputs
+
         # Parameters are leaves: they are kept as they are, as recomputation would give back bare copies of saved ones.
         ctx.group, ctx.slots, ctx.parameters = group, slots, parameters
-        ctx.save_for_backward(gathered if group.exchange.saves_gathered else x)
-        return outputs
+        ctx.save_for_backward(kept)
+        return tuple(as_products(multiply, x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
