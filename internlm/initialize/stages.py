@@ -15,6 +15,7 @@ from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
+from internlm.initialize.activations import arrange_activations
 from internlm.model.architecture import Architecture
 from internlm.model.registry import build_model
 from internlm.monitor.flops import ModelShape, flops_per_token
@@ -104,4 +105,5 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
     if config.parallel.uses_fsdp:
         for chunk in chunks:
             apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config))
+    arrange_activations(config, chunks, context.layout, context.device)
     return chunks

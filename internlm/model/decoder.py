@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens, h hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from internlm.model.modules.cache import KeyValueCache
 from internlm.model.modules.feed_forward import FeedForward
 from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
+from internlm.model.offload import Offloading
 from internlm.model.ops.attention import Segments
 from internlm.model.ops.rotary import RotaryTables
 from internlm.model.recompute import recomputed
@@ -74,6 +76,7 @@ class Decoder(nn.Module):
         has_tied_head: the output head is the embedding.
         layers: by number, "0" to "L - 1".
         kept_activations: what each of the L layers keeps for backward; may be exchanged before training.
+        offloading: what moves activations to host memory, or None; may be set before training.
         is_first: it embeds tokens; otherwise its input is the residual stream.
         is_last: it ends with the final norm; otherwise its output is the residual stream.
         residual_size, residual_dtype: of the residual stream, which goes from one stage to the next.
@@ -90,6 +93,7 @@ class Decoder(nn.Module):
         self.heads = HeadShape(a.num_heads, a.num_kv_heads, a.head_dim)
         self.vocab_size, self.has_tied_head = a.vocab_size, a.tie_word_embeddings
         self.kept_activations = a.kept_activations
+        self.offloading: Offloading | None = None
         self.is_first = self.is_last = True
         self.residual_size = a.hidden_size
         self.residual_dtype = torch.float32 if a.residual_in_fp32 else a.dtype
@@ -157,8 +161,15 @@ class Decoder(nn.Module):
         a = self.architecture
         length = position_ids.shape[1] + (0 if cache is None else cache.length)
         rotary = self.rotary.tables(position_ids, a.dtype, segments, length)
-        for number, layer in self.layers.items():
-            hidden = recomputed(layer, self.kept_activations[int(number)])(hidden, rotary, segments, cache)
+        offloading = self.offloading
+        if offloading is not None:
+            offloading.begin_pass()
+        for name, layer in self.layers.items():
+            number = int(name)
+            store = offloading if offloading is not None and number in offloading.kept_of else None
+            run = recomputed(layer, self.kept_activations[number], store)
+            with nullcontext() if offloading is None else offloading.layer(number):
+                hidden = run(hidden, rotary, segments, cache)
         if cache is not None:
             cache.advance(hidden.shape[1])
         return hidden

@@ -9,14 +9,17 @@ Sources: Chen et al. 2016, arXiv:1604.06174 (recomputation by layers); Korthikan
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 R = TypeVar("R")
@@ -54,7 +57,17 @@ KEPT_OPS: Mapping[Keep, frozenset[str]] = {
 """Policy -> the operators whose results are kept, as "namespace::name"; those that are not installed do not occur."""
 
 
-def recomputed(function: Callable[..., R], keep: Keep) -> Callable[..., R]:
+class TensorStore(Protocol):
+    """Where kept results lie between forward and backward."""
+
+    def put(self, tensor: Tensor) -> Any:
+        """Take a tensor; returns what `get` wants."""
+
+    def get(self, stored: Any) -> Tensor:
+        """The tensor, once."""
+
+
+def recomputed(function: Callable[..., R], keep: Keep, store: TensorStore | None = None) -> Callable[..., R]:
     """`function`, with what it does not keep computed again in its backward pass.
 
     Without gradients it is called as it is. Results and gradients have the same bits as without recomputation, as long
@@ -65,12 +78,17 @@ def recomputed(function: Callable[..., R], keep: Keep) -> Callable[..., R]:
         function: of tensors and other values; what it saves for backward is what `keep` is about. All ranks that
             exchange something in it must use the same policy.
         keep: see `Keep`.
+        store: where the results lie that are kept; None: where they were made. Not for compiled graphs.
     """
     if keep == "everything":
         return function
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keep != "nothing":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_decide, KEPT_OPS[keep]))
+        options["context_fn"] = (
+            partial(create_selective_checkpoint_contexts, partial(_decide, KEPT_OPS[keep]))
+            if store is None
+            else partial(_stored_contexts, KEPT_OPS[keep], store)
+        )
 
     def run(*args: Any) -> R:
         if not torch.is_grad_enabled():
@@ -84,6 +102,48 @@ def recomputed(function: Callable[..., R], keep: Keep) -> Callable[..., R]:
 
 def _decide(kept: frozenset[str], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# -- kept somewhere else -----------------------------------------------------------------------------------------------
+
+
+def _stored_contexts(kept: frozenset[str], store: TensorStore) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """As torch's selective contexts, which have no place for what they keep but their own."""
+    results: dict[str, deque[Any]] = defaultdict(deque)
+    return _Store(kept, store, results), _Replay(kept, store, results)
+
+
+class _Stored:
+    """What a store gave for a tensor."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Store(TorchDispatchMode):
+    """Stores the results of some operators, by operator in order."""
+
+    def __init__(self, kept: frozenset[str], store: TensorStore, results: dict[str, deque[Any]]) -> None:
+        super().__init__()
+        self._kept, self._store, self._results = kept, store, results
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name() in self._kept:
+            # Detached: the caller's tensor will get a history, of which the stored one must be no part.
+            stored = tree_map_only(Tensor, lambda tensor: _Stored(self._store.put(tensor.detach())), result)
+            self._results[func.name()].append(stored)
+        return result
+
+
+class _Replay(_Store):
+    """Gives the stored results instead of running the operators."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() not in self._kept:
+            return func(*args, **(kwargs or {}))
+        result = self._results[func.name()].popleft()
+        return tree_map_only(_Stored, lambda stored: self._store.get(stored.value), result)
 
 
 # -- products with more around them than one operator ----------------------------------------------------------------
