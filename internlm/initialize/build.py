@@ -52,6 +52,7 @@ from internlm.solver.beta2_scheduler import Beta2Schedule
 from internlm.solver.grad_scaler import ConstantGradScaler, DynamicGradScaler, GradScaler
 from internlm.solver.lr_scheduler import LearningRateSchedule
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.utils.allocator import keep_freed_memory
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import storage_path
@@ -113,11 +114,13 @@ def build_schedules(config: Config) -> tuple[LearningRateSchedule, Beta2Schedule
 
 
 def set_numerics(config: Config) -> None:
-    """Set torch's process-wide switches for matrix products as the config says."""
+    """Set torch's process-wide switches for matrix products as the config says; on CPU also those of memory."""
     torch.backends.cuda.matmul.allow_tf32 = config.model.uses_tf32
     torch.backends.cudnn.allow_tf32 = config.model.uses_tf32
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
+    if not torch.cuda.is_available():
+        keep_freed_memory()
 
 
 def build_trainer(
@@ -236,6 +239,7 @@ def build_engine(config: Config, context: ParallelContext, chunks: list[nn.Modul
         label_smoothing=config.loss.label_smoothing,
         z_loss_coeff=config.loss.z_loss_coeff,
         with_accuracy=True,
+        compiled=config.model.compile,
     )
     statistics = TypeMetrics(type_names, context.device)
     return Engine(chunks, optimizer, context, loss, statistics, build_pipeline_schedule(config))

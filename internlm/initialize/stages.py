@@ -10,6 +10,7 @@ from torch import nn
 
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.compile import check_compiler, compile_layers
 from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
@@ -92,7 +93,8 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
     """This rank's chunks of the model, one without a pipeline.
 
     Raises:
-        ConfigError: the model cannot be cut into these stages, or not be sharded as `parallel.fsdp` asks.
+        ConfigError: the model cannot be cut into these stages, not be sharded as `parallel.fsdp` asks, or not be
+            compiled here.
     """
     chunks = build_stages(
         partial(build_meta_model, config),
@@ -102,6 +104,10 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         seed=config.seed,
         options=build_options(config),
     )
+    if config.model.compile:
+        check_compiler(context.device)
+        for chunk in chunks:
+            compile_layers(chunk)
     if config.parallel.uses_fsdp:
         for chunk in chunks:
             apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config))

@@ -82,6 +82,10 @@ class ModelConfig(Section):
         gt=0,
     )
 
+    compile: bool = key(
+        False, "Compile each layer with torch.compile: faster steps and less memory, after a minute of compiling."
+    )
+
     # Norms.
     norm_type: Literal["rmsnorm", "layernorm"] | None = key(None, "Kind of norm; None: the family's choice.")
     layer_norm_epsilon: float = key(1e-5, "Added to the variance in norms.", gt=0)

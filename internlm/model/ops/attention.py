@@ -58,7 +58,7 @@ def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, or AMX, which comes with it)."""
     # A private name: where a version of PyTorch lacks it, SDPA serves.
@@ -183,8 +183,8 @@ def _by_document(
     out = torch.empty_like(q)
     bounds = list(itertools.accumulate(segments.lengths, initial=0))
     for documents, length in batches_of_documents(bounds):
-        batch = [stack_documents(x, documents, length) for x in (q, k, v)]
-        unstack_documents(_dense(*batch, window, scale), documents, out)
+        own_q, own_k, own_v = (stack_documents(x, documents, length) for x in (q, k, v))
+        unstack_documents(_dense(own_q, own_k, own_v, window, scale), documents, out)
     return out
 
 

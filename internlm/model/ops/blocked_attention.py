@@ -21,6 +21,9 @@ from torch import Tensor
 _BLOCK = 128
 """Queries a block: smaller blocks waste less on masked keys, larger ones make better matrix products."""
 
+_SCORES = 1 << 20
+"""Scores that exist at once, but for one head's: they go through several operations, from and to a core's cache."""
+
 
 def blocked_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
     """Causal attention of equally long sequences.
@@ -34,55 +37,59 @@ def blocked_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: 
     Returns:
         `[B, S, K g, D]`, contiguous.
     """
-    kv_heads = k.shape[2]
-    queries = _by_head(q, kv_heads)
-    keys, values = (_by_head(x, kv_heads).flatten(0, 2) for x in (k, v))
-    out = q.new_empty(q.shape)
-    by_head = _by_head(out, kv_heads)
-    for rows, seen in _blocks(q.shape[1], window):
-        block = _flat(queries, rows)
-        probabilities = _probabilities(block, keys[:, seen], rows, seen, window, scale)
-        by_head[:, :, :, rows] = torch.bmm(probabilities, values[:, seen]).view(by_head[:, :, :, rows].shape)
-    return out
+    queries, keys, values = (_by_head(x, k.shape[2]) for x in (q, k, v))
+    out = torch.empty_like(queries)
+    for heads in _heads_at_once(queries):
+        key, value = keys[heads, 0], values[heads, 0]
+        for rows, seen in _blocks(q.shape[1], window):
+            block = queries[heads, :, rows]
+            probabilities = _probabilities(block.flatten(1, 2), key[:, seen], rows, seen, window, scale)
+            out[heads, :, rows] = torch.bmm(probabilities, value[:, seen]).view(block.shape)
+    return _from_heads(out, q)
 
 
 def blocked_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the queries, keys and values (contiguous), given that of the result."""
-    kv_heads = k.shape[2]
-    queries, grads = _by_head(q, kv_heads), _by_head(grad, kv_heads)
-    keys, values = (_by_head(x, kv_heads).flatten(0, 2) for x in (k, v))
-    grad_q = q.new_empty(q.shape)
-    grad_queries = _by_head(grad_q, kv_heads)
+    grads, queries, keys, values = (_by_head(x, k.shape[2]) for x in (grad, q, k, v))
+    grad_queries, grad_keys, grad_values = (torch.empty_like(x) for x in (queries, keys, values))
     # Each block adds to the gradients of its keys: in fp32, so that nothing is lost over many blocks.
     wide = torch.promote_types(q.dtype, torch.float32)
-    grad_keys, grad_values = (keys.new_zeros(keys.shape, dtype=wide) for _ in range(2))
-    for rows, seen in _blocks(q.shape[1], window):
-        block, block_grad = _flat(queries, rows), _flat(grads, rows)
-        probabilities = _probabilities(block, keys[:, seen], rows, seen, window, scale)
-        grad_values[:, seen] += torch.bmm(probabilities.transpose(1, 2), block_grad)
-        grad_scores = torch.bmm(block_grad, values[:, seen].transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, q.dtype)
-        grad_block = _scaled_product(grad_scores, keys[:, seen], scale)
-        grad_queries[:, :, :, rows] = grad_block.view(grad_queries[:, :, :, rows].shape)
-        grad_keys[:, seen] += torch.bmm(grad_scores.transpose(1, 2), block)
-    back = (k.shape[0], kv_heads, *k.shape[1:2], k.shape[3])
-    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
-    grad_k.copy_(grad_keys.mul_(scale).view(back).transpose(1, 2))
-    grad_v.copy_(grad_values.view(back).transpose(1, 2))
-    return grad_q, grad_k, grad_v
+    for heads in _heads_at_once(queries):
+        key, value = keys[heads, 0], values[heads, 0]
+        grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+        for rows, seen in _blocks(q.shape[1], window):
+            block, block_grad = (x[heads, :, rows].flatten(1, 2) for x in (queries, grads))
+            probabilities = _probabilities(block, key[:, seen], rows, seen, window, scale)
+            grad_value[:, seen] += torch.bmm(probabilities.transpose(1, 2), block_grad)
+            grad_scores = torch.bmm(block_grad, value[:, seen].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, q.dtype)
+            grad_block = _scaled_product(grad_scores, key[:, seen], scale)
+            grad_queries[heads, :, rows] = grad_block.view(grad_queries[heads, :, rows].shape)
+            grad_key[:, seen] += torch.bmm(grad_scores.transpose(1, 2), block)
+        grad_keys[heads, 0] = grad_key.mul_(scale).to(k.dtype)
+        grad_values[heads, 0] = grad_value.to(v.dtype)
+    return _from_heads(grad_queries, q), _from_heads(grad_keys, k), _from_heads(grad_values, v)
 
 
 def _by_head(x: Tensor, kv_heads: int) -> Tensor:
-    """`[B, S, K g, D]` -> view `[B, K, g, S, D]`."""
-    return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    """`[B, S, K g, D]` -> `[B K, g, S, D]`, contiguous."""
+    return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
 
-def _flat(by_head: Tensor, rows: slice) -> Tensor:
-    """Some rows of `[B, K, g, S, D]` -> `[B K, g rows, D]`."""
-    part = by_head[:, :, :, rows]
-    return part.reshape(part.shape[0] * part.shape[1], -1, part.shape[-1])
+def _from_heads(by_head: Tensor, like: Tensor) -> Tensor:
+    """`[B K, g, S, D]` -> `[B, S, K g, D]`, contiguous, as `like` is but for its strides."""
+    batch, length, _, head_dim = like.shape
+    return by_head.view(batch, -1, length, head_dim).transpose(1, 2).contiguous()
+
+
+def _heads_at_once(queries: Tensor) -> Iterator[slice]:
+    """Parts of the first dimension of `[B K, g, S, D]`."""
+    num_heads, group, length, _ = queries.shape
+    step = max(1, _SCORES // (group * min(_BLOCK, length) * length))
+    for start in range(0, num_heads, step):
+        yield slice(start, start + step)
 
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -99,7 +106,7 @@ def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, rows: slice, seen: slice, window: int | None, scale: float) -> Tensor:
-    """Softmax of a block's scores: `[B K, g rows, T]` for queries `[B K, g rows, D]` and keys `[B K, T, D]`."""
+    """Softmax of a block's scores: `[n, g rows, T]` for queries `[n, g rows, D]` and keys `[n, T, D]` of n heads."""
     scores = _scaled_product(q, k.transpose(1, 2), scale)
     num_rows, num_keys = rows.stop - rows.start, seen.stop - seen.start
     by_row = scores.view(q.shape[0], -1, num_rows, num_keys)

@@ -70,9 +70,8 @@ def _attention(
         return _rows(q, k, v, window, scale, by_blocks)
     out, partition = _attention_outputs(q, k, v, cu_seqlens, window, scale, by_blocks)
     for documents, length in _batches(cu_seqlens, q.dtype):
-        own_out, own_partition = _rows(
-            *(stack_documents(x, documents, length) for x in (q, k, v)), window, scale, by_blocks
-        )
+        own_q, own_k, own_v = (stack_documents(x, documents, length) for x in (q, k, v))
+        own_out, own_partition = _rows(own_q, own_k, own_v, window, scale, by_blocks)
         unstack_documents(own_out, documents, out)
         if not by_blocks:
             unstack_documents(own_partition.transpose(1, 2), documents, partition.transpose(1, 2))
@@ -112,12 +111,13 @@ def _attention_backward(
         return _rows_backward(grad, q, k, v, out, partition, window, scale, by_blocks)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for documents, length in _batches(cu_seqlens, q.dtype):
-        own = [stack_documents(x, documents, length) for x in (grad, q, k, v, out)]
-        own.append(
-            partition if by_blocks else stack_documents(partition.transpose(1, 2), documents, length).transpose(1, 2)
-        )
-        for own_grad, whole in zip(_rows_backward(*own, window, scale, by_blocks), grads, strict=True):
-            unstack_documents(own_grad, documents, whole)
+        own_grad, own_q, own_k, own_v, own_out = (stack_documents(x, documents, length) for x in (grad, q, k, v, out))
+        own_partition = partition
+        if not by_blocks:
+            own_partition = stack_documents(partition.transpose(1, 2), documents, length).transpose(1, 2)
+        own_grads = _rows_backward(own_grad, own_q, own_k, own_v, own_out, own_partition, window, scale, by_blocks)
+        for rows, whole in zip(own_grads, grads, strict=True):
+            unstack_documents(rows, documents, whole)
     return grads
 
 

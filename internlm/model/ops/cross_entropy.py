@@ -77,6 +77,7 @@ def linear_cross_entropy(
     z_loss_coeff: float = 0.0,
     chunk_tokens: int = _CHUNK_TOKENS,
     with_accuracy: bool = False,
+    compiled: bool = False,
     vocab: VocabShard | None = None,
 ) -> LossOutput:
     """Sum of the cross entropy of `softmax(hidden weight^T)` over the tokens whose label is not `IGNORE_INDEX`.
@@ -89,6 +90,8 @@ def linear_cross_entropy(
         z_loss_coeff: adds this times the squared log-partition of each valid token (PaLM, section 5).
         chunk_tokens: tokens whose logits exist at once.
         with_accuracy: also tell which tokens are predicted right.
+        compiled: compile what is done with a chunk's logits on GPUs. On CPU it is not worth it, as rows go through the
+            cache; and with `vocab` it is not done, as ranks communicate in between.
         vocab: the classes of which `weight` holds the rows, when other ranks hold the others; all of these ranks call
             with the same tokens. Two small reductions a chunk (Shoeybi et al. 2019, arXiv:1909.08053).
 
@@ -100,7 +103,7 @@ def linear_cross_entropy(
     wants_grad = torch.is_grad_enabled()
     correct = torch.empty(labels.shape, dtype=torch.bool, device=labels.device) if with_accuracy else None
     loss_sum, token_losses = _LinearCrossEntropy.apply(
-        hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad, correct, vocab
+        hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad, correct, compiled, vocab
     )
     return LossOutput(loss_sum, token_losses, correct)
 
@@ -117,6 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         wants_grad: bool,
         correct: Tensor | None,
+        compiled: bool,
         vocab: VocabShard | None,
     ) -> tuple[Tensor, Tensor]:
         """`correct`: written to when given; it takes no part in differentiation."""
@@ -128,17 +132,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         objectives = torch.empty_like(token_losses)
         grad_hidden = torch.empty_like(hidden) if grads_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if grads_weight else None
+        compiled = compiled and hidden.is_cuda and vocab is None
+        rows_loss = _compiled_rows_loss if compiled else _rows_loss
+        # One buffer for all chunks: fresh memory would have to be mapped anew for each.
+        buffer = hidden.new_empty(min(chunk_tokens, num_tokens), weight.shape[0])
 
         for start in range(0, num_tokens, chunk_tokens):
             tokens = slice(start, min(start + chunk_tokens, num_tokens))
-            logits = hidden[tokens] @ weight.t()
+            logits = torch.mm(hidden[tokens], weight.t(), out=buffer[: tokens.stop - start])
             # A block of rows is what a cache holds, or what one exchange between ranks serves.
             one_block = hidden.is_cuda or vocab is not None
             rows = logits.shape[0] if one_block else max(1, _CACHE_ELEMENTS // weight.shape[0])
             for first in range(0, logits.shape[0], rows):
                 block = slice(first, first + rows)
                 place = slice(start + first, min(start + first + rows, tokens.stop))
-                objectives[place], token_losses[place] = _rows_loss(
+                objectives[place], token_losses[place] = rows_loss(
                     logits[block],
                     labels[place],
                     label_smoothing,
@@ -167,7 +175,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None, None
 
 
 def _rows_loss(
@@ -226,14 +234,22 @@ def _rows_loss(
             gradient.mul_(2 * z_loss_coeff * log_partition + 1)
         if label_smoothing:
             gradient.sub_(label_smoothing / num_classes)
-        at_target = gradient.new_full(targets.shape, label_smoothing - 1.0)
-        gradient.scatter_add_(-1, targets, at_target if is_here is None else at_target.masked_fill_(~is_here, 0.0))
+        if torch.compiler.is_compiling():
+            # Written out, it is part of the same pass.
+            gradient.add_(torch.where(_places(scores) == targets.int(), label_smoothing - 1.0, 0.0))
+        else:
+            at_target = gradient.new_full(targets.shape, label_smoothing - 1.0)
+            gradient.scatter_add_(-1, targets, at_target if is_here is None else at_target.masked_fill_(~is_here, 0.0))
         # masked_fill and not a product: a row with infinite logits must give 0 as well, not NaN.
         gradient.masked_fill_(~valid.unsqueeze(-1), 0.0)
         if vocab is not None:
             gradient[:, vocab.size :] = 0.0
         logits.copy_(gradient)
     return objective.masked_fill(~valid, 0.0), nll.masked_fill(~valid, 0.0)
+
+
+_compiled_rows_loss = torch.compile(_rows_loss)
+"""Three passes over the logits instead of ten. Nothing is compiled before the first call."""
 
 
 def _row_max(scores: Tensor) -> Tensor:
@@ -253,8 +269,16 @@ def _is_first_largest_of_all(own: Tensor, labels: Tensor, largest: Tensor, vocab
     return vocab.min(first) == labels
 
 
+def _places(scores: Tensor) -> Tensor:
+    """The number of each class: int32 `[V]`."""
+    return torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
+
+
 def _first_largest(scores: Tensor, targets: Tensor, largest: Tensor) -> Tensor:
     """Whether the target `[t, 1]` is the first place of the largest score in its row: bool `[t]`."""
+    if torch.compiler.is_compiling():
+        is_before = (scores == largest) & (_places(scores) < targets.int())
+        return (scores.gather(-1, targets) == largest).squeeze(-1) & ~is_before.any(-1)
     if scores.is_cuda:
         return (scores.argmax(-1, keepdim=True) == targets).squeeze(-1)
     # On CPU a maximum is vectorised and its place is not: look for the place only where the target reaches it.

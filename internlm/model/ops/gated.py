@@ -40,7 +40,8 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor
 def fused_gated_activation(gate_up: Tensor, activation: Activation) -> Tensor:
     """The same for the fused projection: `gate_up` is `[..., 2 f]`, gate first."""
     if torch.compiler.is_compiling():
-        return gated_activation(*gate_up.chunk(2, dim=-1), activation)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gated_activation(gate, up, activation)
     result: Tensor = _FusedGated.apply(gate_up, activation)
     return result
 

@@ -153,3 +153,26 @@ def test_the_factor_of_the_loss_is_not_rounded_to_bf16() -> None:
     assert torch.equal(scaled[0], (unit[0].float() * factor).bfloat16())
     # The head's gradient is summed in fp32 and rounded once: at most one rounding apart from the rounded unit one.
     torch.testing.assert_close(scaled[1].float(), unit[1].float() * factor, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("z", [0.0, 0.3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_is_compiled_for_gpus_gives_the_same(smoothing: float, z: float) -> None:
+    """The written-out forms, on logits with many equal scores, of which the first counts as predicted."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randint(-3, 4, (TOKENS, VOCAB), generator=generator).double()
+    labels = logits.argmax(-1)
+    labels[::3] = torch.randint(VOCAB, labels[::3].shape, generator=generator)
+    labels[4] = IGNORE_INDEX
+    logits[7] = torch.inf
+    labels[7] = IGNORE_INDEX
+    results = []
+    for function in (
+        cross_entropy_module._rows_loss,
+        torch.compile(cross_entropy_module._rows_loss, backend="aot_eager", fullgraph=True),
+    ):
+        gradient, correct = logits.clone(), torch.empty(TOKENS, dtype=torch.bool)
+        losses = function(gradient, labels, smoothing, z, True, correct, None)
+        results.append((*losses, gradient, correct))
+    torch.testing.assert_close(results[1], results[0])
+    assert 0 < int(results[0][-1].sum()) < TOKENS - 2

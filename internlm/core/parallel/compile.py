@@ -1,0 +1,54 @@
+"""torch.compile, layer by layer: all layers of a kind share what is compiled for one, and hooks stay outside of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from internlm.core.parallel.layers import layers_of
+from internlm.core.parallel.model_parallel import parallel_of
+from internlm.utils.errors import ConfigError
+
+_RECOMPILE_LIMIT = 64
+"""Variants of a layer that may be compiled: train and evaluate, shapes, windows. PyTorch's 8 are soon used up."""
+
+
+def compile_layers(model: nn.Module, *, backend: str = "inductor") -> nn.Module:
+    """Let every layer of `model` be compiled when it is first called. Changes and returns `model`.
+
+    A layer of plain modules becomes one graph, forward and backward. Where linear layers communicate or leave weight
+    gradients for later, they stay as they are, and what lies between them is compiled.
+
+    Args:
+        model: after `parallelize`, before FSDP.
+        backend: of torch.compile.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    for layer in layers_of(model):
+        # The forward function and not the module: a hook that waits for weights cannot be compiled.
+        whole = not parallel_of(model).replaces_linears
+        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=whole)
+    return model
+
+
+def check_compiler(device: torch.device) -> None:
+    """Find out before the first step whether layers can be compiled.
+
+    Raises:
+        ConfigError: what compiled code for this device needs is not installed.
+    """
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "model.compile = True: the package triton, with which PyTorch compiles for GPUs, is not installed; install "
+            "it, or set model.compile = False"
+        )
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++")
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise ConfigError(
+            f"model.compile = True: no C++ compiler was found ({' or '.join(names)}), with which PyTorch compiles for "
+            "CPUs; install one, name it in the environment variable CXX, or set model.compile = False"
+        )
