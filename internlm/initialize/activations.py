@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.parallel.activation_costs import LayerSizes
 from internlm.core.scheduler.placement import Placement
 from internlm.initialize.activation_plan import ActivationPlan, plan_activations
-from internlm.model.decoder import Decoder
+from internlm.model.decoder import Decoder, DecoderLayer
 from internlm.model.offload import Offloading, host_copies
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
@@ -60,30 +61,26 @@ def arrange_activations(
 ) -> None:
     """Make the layers of a rank's chunks keep what the config asks for, where it asks for it."""
     decoders = [chunk for chunk in chunks if isinstance(chunk, Decoder)]
-    if config.model.checkpoint_budget is not None:
-        layers = sorted(int(name) for decoder in decoders for name in decoder.layers)
-        plan = _plan(config, decoders[0], layout, layers, config.model.checkpoint_budget)
-        for decoder in decoders:
-            decoder.kept_activations = tuple(
-                plan.keeps.get(layer, "everything") for layer in range(decoder.architecture.num_layers)
-            )
-        logger.info("activations: %s", plan)
-    saved_of = {
-        int(name)
-        for decoder in decoders
-        for name in list(decoder.layers)[: config.cpu_offloading.num_layers if config.cpu_offloading.enable else 0]
+    layers: dict[int, DecoderLayer] = {
+        int(name): cast(DecoderLayer, layer) for decoder in decoders for name, layer in decoder.layers.items()
     }
+    if config.model.checkpoint_budget is not None:
+        plan = _plan(config, decoders[0], layout, sorted(layers), config.model.checkpoint_budget)
+        for number, layer in layers.items():
+            layer.keep = plan.keeps[number]
+        logger.info("activations: %s", plan)
+    num_saved = config.cpu_offloading.num_layers if config.cpu_offloading.enable else 0
+    saved_of = {int(name) for decoder in decoders for name in list(decoder.layers)[:num_saved]}
     kept_of = {
-        int(name)
-        for decoder in decoders
-        for name in decoder.layers
-        if config.selective_checkpoint_offload and decoder.kept_activations[int(name)] == "attention"
+        number for number, layer in layers.items() if config.selective_checkpoint_offload and layer.keep == "attention"
     }
     if not saved_of and not kept_of:
         return
     offloading = Offloading(host_copies(device), saved_of=saved_of, kept_of=kept_of)
     for decoder in decoders:
         decoder.offloading = offloading
+    for number in kept_of:
+        layers[number].store = offloading
     logger.info(
         "activations to host memory: of %d layer(s) all that is saved, of %d attention's output",
         len(saved_of),

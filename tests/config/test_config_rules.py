@@ -67,6 +67,12 @@ CASES = [
         1,
         None,
     ),
+    (
+        {"selective_checkpoint": True, "selective_checkpoint_offload": True, "model.compile": True},
+        1,
+        "selective_checkpoint_offload",
+    ),
+    ({"selective_checkpoint": True, "model.compile": True}, 1, None),
     ({"model.checkpoint_budget": 1.5}, 1, None),
     ({"model.checkpoint_budget": 1.5, "model.checkpoint": True}, 1, "model.checkpoint_budget"),
     ({"model.checkpoint_budget": 1.5, "model.checkpoint_keep": "matmuls"}, 1, "model.checkpoint_budget"),

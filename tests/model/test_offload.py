@@ -262,6 +262,8 @@ def test_what_recomputation_keeps_may_move(dtype: str, copies: Any) -> None:
     plain = tiny_model("INTERNLM2", **keys)
     moved = tiny_model("INTERNLM2", checkpoint=0.75, checkpoint_keep="attention", **keys)
     moved.offloading = offloading_of(copies(), kept_of=range(3))
+    for layer in list(moved.layers.values())[:3]:
+        layer.store = moved.offloading
     for model in (plain, moved):
         losses = [forward(model, number) for number in range(2)]
         for loss in losses:
@@ -275,6 +277,8 @@ def test_what_is_saved_and_what_is_kept_may_both_move() -> None:
     plain = tiny_model("INTERNLM2", **KEYS)
     moved = tiny_model("INTERNLM2", checkpoint=1.0, checkpoint_keep="attention", **KEYS)
     moved.offloading = offloading_of(LazyCopies(), saved_of=range(LAYERS), kept_of=range(LAYERS))
+    for layer in moved.layers.values():
+        layer.store = moved.offloading
     for model in (plain, moved):
         forward(model).backward()
     assert_same_bits(gradients(moved), gradients(plain))

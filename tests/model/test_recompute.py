@@ -116,7 +116,8 @@ def test_some_layers_may_keep_more_than_others() -> None:
     keeps: tuple[Keep, ...] = ("nothing", "attention", "matmuls", "everything")
     expected = loss_and_gradients(tiny_model("INTERNLM2", num_layers=4), PACKED)
     model = tiny_model("INTERNLM2", num_layers=4)
-    model.kept_activations = keeps
+    for layer, keep in zip(model.layers.values(), keeps, strict=True):
+        layer.keep = keep
     with Operators() as operators:
         found = loss_and_gradients(model, PACKED)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

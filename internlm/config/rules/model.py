@@ -68,6 +68,12 @@ def recomputation(config: Config, world_size: int) -> Iterator[Mistake]:
             f"selective_checkpoint_offload = True moves attention's outputs, which {keep} does not keep alone; set "
             "model.checkpoint_keep = 'attention'",
         )
+    if config.selective_checkpoint_offload and model.compile:
+        yield Mistake(
+            ("selective_checkpoint_offload", "model.compile"),
+            "selective_checkpoint_offload = True does not go with model.compile = True: what a compiled layer keeps is "
+            "its graph's; set one of them to False, or use cpu_offloading",
+        )
     if model.checkpoint_budget is None:
         return
     budget = f"model.checkpoint_budget = {model.checkpoint_budget}"
