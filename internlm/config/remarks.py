@@ -24,8 +24,20 @@ def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
         )
     if given(_INTERLEAVED) and not config.parallel.sequence_2D.device_placement_strategy.interleaved:
         yield f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context"
+    yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)
+
+
+def _recomputation(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
+    model, offloading = config.model, config.cpu_offloading
+    keys = ("model.checkpoint_keep", "selective_checkpoint", "selective_checkpoint_offload")
+    asked = [f"{key} = {given(key)!r}" for key in keys if given(key)]
+    if asked and model.num_recomputed == 0:
+        share = f"model.checkpoint = {model.checkpoint}"
+        yield f"no effect: {', '.join(asked)} (no layer is recomputed: {share}; set it to 1 for all layers)"
+    if offloading.enable and offloading.num_layers == 0:
+        yield "no effect: cpu_offloading.enable = True (cpu_offloading.num_layers = 0: give the number of layers)"
 
 
 def _pipeline(config: Config, given: Callable[[str], Any]) -> Iterator[str]:

@@ -31,6 +31,7 @@ from internlm.data.packing import Packing
 from internlm.data.valid import ValidLoader, build_valid_loaders
 from internlm.eval.hook import EvaluationHook
 from internlm.eval.metrics import TypeMetrics
+from internlm.initialize.activations import check_activations
 from internlm.initialize.stages import (
     build_chunks,
     build_layer_split,
@@ -86,9 +87,9 @@ def check_buildable(config: Config, world_size: int) -> None:
     check_config(config, world_size)
     if config.model.is_reward:
         raise ConfigError("model.is_reward: this loop trains on the next token; a reward head needs a loop of your own")
-    build_layout(config, world_size)
-    build_meta_model(config)
-    build_layer_split(config)
+    layout = build_layout(config, world_size)
+    placement = build_pipeline_schedule(config)(config.data.micro_num).placement
+    check_activations(config, build_meta_model(config), layout, placement, build_layer_split(config))
     build_schedules(config)
     parse_skip_batches(config.data.skip_batches)
     if config.ckpt.enable_internevo2hf_ckpt:

@@ -16,6 +16,7 @@ from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
+from internlm.initialize.activations import arrange_activations
 from internlm.model.architecture import Architecture
 from internlm.model.ops.float8 import why_not_on_hardware
 from internlm.model.registry import build_model
@@ -135,4 +136,5 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         for chunk in chunks:
             scales = parallel_of(chunk).whole_scales if config.float8.gather_weights else None
             apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config), float8_scales=scales)
+    arrange_activations(config, chunks, context.layout, context.device)
     return chunks

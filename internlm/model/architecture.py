@@ -16,6 +16,7 @@ import torch
 from internlm.model.initialization import Initializer, Normal, Uniform
 from internlm.model.modules.rotary import RopeSettings
 from internlm.model.ops.gated import Activation
+from internlm.model.recompute import Keep
 from internlm.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ class Architecture:
     """Whose kernels run between matrix products where nothing is compiled: "auto", "none", "liger"."""
     residual_in_fp32: bool
     """The residual stream is kept in fp32 between the blocks."""
-    checkpoint_fraction: float
-    """Share of the layers, from the first on, whose activations are computed again in backward."""
+    kept_activations: tuple[Keep, ...]
+    """What each layer keeps for backward; the rest is computed again."""
     dtype: torch.dtype
     init: InitSettings
 
@@ -189,7 +190,7 @@ class Architecture:
             use_flash_attn=config.use_flash_attn,
             fused_kernels=config.fused_kernels,
             residual_in_fp32=config.residual_in_fp32,
-            checkpoint_fraction=config.checkpoint,
+            kept_activations=_kept_activations(config),
             dtype=config.torch_dtype,
             init=InitSettings(
                 distribution=config.init_type,
@@ -218,6 +219,11 @@ def _windows(config: ModelConfig, family: FamilyDefaults) -> tuple[int | None, .
     return tuple(
         config.sliding_window if layer >= config.max_window_layers else None for layer in range(config.num_layers)
     )
+
+
+def _kept_activations(config: ModelConfig) -> tuple[Keep, ...]:
+    everything: tuple[Keep, ...] = ("everything",)
+    return (config.checkpoint_keep,) * config.num_recomputed + everything * (config.num_layers - config.num_recomputed)
 
 
 def _rope_settings(config: ModelConfig, head_dim: int) -> RopeSettings:

@@ -6,12 +6,12 @@ Shapes: B sequences, S tokens, h hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from internlm.model.architecture import Architecture
 from internlm.model.initialization import set_initializer
@@ -20,8 +20,10 @@ from internlm.model.modules.cache import KeyValueCache
 from internlm.model.modules.feed_forward import FeedForward
 from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
+from internlm.model.offload import Offloading
 from internlm.model.ops.attention import Segments
 from internlm.model.ops.rotary import RotaryTables
+from internlm.model.recompute import Keep, TensorStore, recomputed
 from internlm.model.roles import HeadShape, Role
 
 DECODER_ROLES: Mapping[str, Role] = {
@@ -42,7 +44,12 @@ DECODER_ROLES: Mapping[str, Role] = {
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    Attributes:
+        keep: what it keeps for backward; the rest is computed again there.
+        store: where that lies which it keeps beside its input; None: on the device. Neither changes after compilation.
+    """
 
     def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__()
@@ -52,11 +59,19 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(architecture)
         # With an fp32 residual stream the blocks still compute in the dtype of the model.
         self.block_dtype = architecture.dtype if architecture.residual_in_fp32 else None
+        self.keep: Keep = architecture.kept_activations[layer]
+        self.store: TensorStore | None = None
 
     def forward(
         self, hidden: Tensor, rotary: RotaryTables, segments: Segments | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
+        return recomputed(self.compute, self.keep, self.store)(hidden, rotary, segments, cache)
+
+    def compute(
+        self, hidden: Tensor, rotary: RotaryTables, segments: Segments | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """As `forward`, without recomputation."""
         hidden = hidden + self.attention(self.attention_norm(hidden).to(self.block_dtype), rotary, segments, cache)
         return hidden + self.feed_forward(self.ffn_norm(hidden).to(self.block_dtype))
 
@@ -73,6 +88,7 @@ class Decoder(nn.Module):
         vocab_size: V.
         has_tied_head: the output head is the embedding.
         layers: by number, "0" to "L - 1".
+        offloading: what moves activations to host memory, or None; may be set before training.
         is_first: it embeds tokens; otherwise its input is the residual stream.
         is_last: it ends with the final norm; otherwise its output is the residual stream.
         residual_size, residual_dtype: of the residual stream, which goes from one stage to the next.
@@ -88,6 +104,7 @@ class Decoder(nn.Module):
         set_initializer(self.tok_embeddings.weight, a.init.initializer(a.init.embedding))
         self.heads = HeadShape(a.num_heads, a.num_kv_heads, a.head_dim)
         self.vocab_size, self.has_tied_head = a.vocab_size, a.tie_word_embeddings
+        self.offloading: Offloading | None = None
         self.is_first = self.is_last = True
         self.residual_size = a.hidden_size
         self.residual_dtype = torch.float32 if a.residual_in_fp32 else a.dtype
@@ -155,13 +172,11 @@ class Decoder(nn.Module):
         a = self.architecture
         length = position_ids.shape[1] + (0 if cache is None else cache.length)
         rotary = self.rotary.tables(position_ids, a.dtype, segments, length)
-        num_checkpointed = int(a.num_layers * a.checkpoint_fraction) if torch.is_grad_enabled() else 0
-        for number, layer in self.layers.items():
-            if int(number) < num_checkpointed:
-                hidden = checkpoint(
-                    layer, hidden, rotary, segments, cache, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
+        offloading = self.offloading
+        if offloading is not None:
+            offloading.begin_pass()
+        for name, layer in self.layers.items():
+            with nullcontext() if offloading is None else offloading.layer(int(name)):
                 hidden = layer(hidden, rotary, segments, cache)
         if cache is not None:
             cache.advance(hidden.shape[1])

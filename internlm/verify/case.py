@@ -165,6 +165,7 @@ def _model_keys(model: Model, layout: Layout) -> dict[str, Any]:
         "model.mlp_layer_fusion": model.fused,
         "model.embed_split_hidden": model.split_hidden,
         "model.checkpoint": model.checkpoint,
+        "model.checkpoint_keep": model.keep,
         "model.dtype": f"torch.{model.dtype}",
         "model.residual_in_fp32": model.fp32_residual,
     }

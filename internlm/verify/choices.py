@@ -84,6 +84,7 @@ class Model:
         fused: one weight for q, k and v, and one for both inputs of the MLP; None is the family's choice.
         split_hidden: `model.embed_split_hidden`.
         checkpoint: share of the layers that are computed again in backward.
+        keep: what these keep, `model.checkpoint_keep`.
         dtype: of weights and computation.
         fp32_norm, fp32_residual: `use_fp32_norm` and `model.residual_in_fp32`.
     """
@@ -100,6 +101,7 @@ class Model:
     fused: bool | None = None
     split_hidden: bool = True
     checkpoint: float = 0.0
+    keep: Literal["nothing", "attention", "matmuls"] = "nothing"
     dtype: Literal["float32", "bfloat16"] = "float32"
     fp32_norm: bool = False
     fp32_residual: bool = False

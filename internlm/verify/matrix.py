@@ -71,7 +71,13 @@ AXES: Mapping[str, tuple[str, ...]] = {
         "model:fused=true",
     ),
     "dtype": ("", "model:dtype=bfloat16", "model:dtype=bfloat16,fp32_norm,fp32_residual"),
-    "checkpoint": ("", "model:checkpoint=0.5", "model:checkpoint=1"),
+    "checkpoint": (
+        "",
+        "model:checkpoint=0.5",
+        "model:checkpoint=1",
+        "model:checkpoint=1,keep=attention",
+        "model:checkpoint=0.5,keep=matmuls",
+    ),
     "tied": ("", "model:tied=true"),
 }
 """Axis -> its options, in the words of `Combination`; `data=N` is the number of ranks with different data."""

@@ -28,7 +28,7 @@ def shrink(config: Config, dtype: str | None = "torch.float32") -> Config:
     The ratio of query to key-value heads stays up to 4, and key-value heads stay below the tensor size or a multiple of
     it, as they were. A vocabulary that the ranks do not divide stays one. The optimizer's learning rate and epsilon are
     those of `case.py`. Float8 is off: its rounding magnifies the differences that tell a defect from another order of
-    additions.
+    additions. A budget of activations, which such a model never fills, is left out.
 
     Args:
         config: a checked config.
@@ -52,6 +52,7 @@ def shrink(config: Config, dtype: str | None = "torch.float32") -> Config:
         "model.intermediate_size": 7 * HEAD_DIM * divisor,
         "model.vocab_size": _multiple(64, divisor) + model.vocab_size % divisor,
         "model.max_window_layers": min(model.max_window_layers, 1),
+        "model.checkpoint_budget": None,
         "data.seq_len": _multiple(SEQ_LEN, tensor),
         "data.micro_bsz": MICRO_BSZ,
         "data.micro_num": needed_micro_batches(layout),

@@ -384,6 +384,24 @@ def test_a_number_of_chunks_that_cannot_be_is_told(write, pipeline, chunks, noti
             "parallel.zero1.size = 1: FSDP splits weights over these ranks, thus not at all; set it to -1",
         ),
         (["parallel.fsdp.enable=True"], 2, None),
+        (
+            ["selective_checkpoint=True"],
+            1,
+            "no effect: selective_checkpoint = True (no layer is recomputed: model.checkpoint = 0.0; set it to 1 for "
+            "all layers)",
+        ),
+        (
+            ["model.checkpoint_keep=matmuls", "model.checkpoint=0.3"],
+            1,
+            "no effect: model.checkpoint_keep = 'matmuls' (no layer is recomputed: model.checkpoint = 0.3; set it to 1 "
+            "for all layers)",
+        ),
+        (["selective_checkpoint=True", "model.checkpoint=0.5"], 1, None),
+        (
+            ["cpu_offloading.enable=True"],
+            1,
+            "no effect: cpu_offloading.enable = True (cpu_offloading.num_layers = 0: give the number of layers)",
+        ),
         (["parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "data.micro_num=4", "model.num_layers=4"], 2, None),
     ],
 )
@@ -415,5 +433,5 @@ def test_a_config_built_in_python_is_checked_too():
     data = DataConfig(seq_len=16, micro_bsz=2, total_steps=10)
     check_config(Config(model=model, data=data, ckpt=CkptConfig(enable_save_ckpt=False)))
     with pytest.raises(ConfigError) as error:
-        check_config(Config(model=model, data=data, selective_checkpoint=True))
+        check_config(Config(model=model, data=data, int8_training=True, selective_checkpoint_offload=True))
     assert len(error.value.mistakes) == 4

@@ -50,10 +50,13 @@ CASES = [
     # 14.
     ({"parallel.weight.size": 2}, 2, "parallel.weight.size"),
     ({"parallel.weight.size": 2, "parallel.tensor.mode": "isp"}, 2, None),
-    # 19.
-    ({"selective_checkpoint": True}, 1, "selective_checkpoint"),
-    ({"selective_checkpoint": True, "parallel.tensor.mode": "isp"}, 1, None),
+    # 19, which asks for isp in InternEvo.
+    ({"selective_checkpoint": True}, 1, None),
+    ({"selective_checkpoint": True, "model.checkpoint": 1, "model.checkpoint_keep": "attention"}, 1, None),
+    ({"selective_checkpoint": True, "model.checkpoint_keep": "matmuls"}, 1, "selective_checkpoint"),
+    ({"selective_checkpoint": True, "model.checkpoint_keep": "nothing"}, 1, "selective_checkpoint"),
     ({"selective_checkpoint_offload": True}, 1, "selective_checkpoint_offload"),
+    ({"selective_checkpoint_offload": True, "model.checkpoint_keep": "attention"}, 1, None),
     (
         {
             "selective_checkpoint": True,
@@ -62,13 +65,19 @@ CASES = [
             "parallel.weight.launch_allgather_before": "wqkv",
         },
         1,
-        "selective_checkpoint_offload",
-    ),
-    (
-        {"selective_checkpoint": True, "selective_checkpoint_offload": True, "parallel.tensor.mode": "isp"},
-        1,
         None,
     ),
+    (
+        {"selective_checkpoint": True, "selective_checkpoint_offload": True, "model.compile": True},
+        1,
+        "selective_checkpoint_offload",
+    ),
+    ({"selective_checkpoint": True, "model.compile": True}, 1, None),
+    ({"model.checkpoint_budget": 1.5}, 1, None),
+    ({"model.checkpoint_budget": 1.5, "model.checkpoint": True}, 1, "model.checkpoint_budget"),
+    ({"model.checkpoint_budget": 1.5, "model.checkpoint_keep": "matmuls"}, 1, "model.checkpoint_budget"),
+    ({"model.checkpoint_budget": 1.5, "selective_checkpoint": True}, 1, "model.checkpoint_budget"),
+    ({"model.checkpoint_budget": 1.5, "cpu_offloading.enable": True}, 1, "model.checkpoint_budget"),
     # 20.
     ({"model.num_experts": 4, "parallel.fsdp.enable": True}, 4, "model.num_experts"),
     (
@@ -210,6 +219,7 @@ CASES = [
     ),
     ({"ckpt.load_ckpt_info": dict(path="x", content=("all",))}, 1, None),
     ({"cpu_offloading.num_layers": 3}, 1, "cpu_offloading.num_layers"),
+    ({"cpu_offloading.num_layers": 3, "cpu_offloading.enable": True}, 1, None),
     # Exactly on the border is good.
     ({"lr_scheduler.eta_min": 1e-4, "adam.lr": 1e-4}, 1, None),
     ({"lr_scheduler.type": "wsd", "lr_scheduler.decay_ratio": 0.5, "lr_scheduler.warmup_ratio": 0.5}, 1, None),

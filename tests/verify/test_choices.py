@@ -12,7 +12,7 @@ from internlm.verify.choices import Documents, Layout, Model, Stepping, from_tex
 CHOICES = [
     Layout(),
     Layout(tensor=2, mode="isp", weight=4, overlap=True, pipeline=2, schedule="ZBV", chunks=2, zero=2, fsdp=True),
-    Model(family="QWEN3", tied=False, checkpoint=0.5, dtype="bfloat16"),
+    Model(family="QWEN3", tied=False, checkpoint=0.5, keep="matmuls", dtype="bfloat16"),
     Documents(packed=False, masked="ends"),
     Stepping(clip=0.0, overlap_grad=True),
 ]

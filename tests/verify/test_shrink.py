@@ -57,6 +57,11 @@ def test_key_value_heads_stand_to_the_ranks_as_before(kv_heads: int, tensor: int
     assert model.num_attention_heads % tensor == 0
 
 
+def test_a_budget_of_activations_goes_and_what_is_kept_stays() -> None:
+    assert shrink(user_config(checkpoint_budget=12.0)).model.checkpoint_budget is None
+    assert shrink(user_config(checkpoint=1.0, checkpoint_keep="matmuls")).model.checkpoint_keep == "matmuls"
+
+
 def test_a_vocabulary_that_does_not_divide_stays_one() -> None:
     for vocab, tensor in ((92544, 4), (92545, 4), (50257, 8)):
         config = changed(user_config(vocab_size=vocab), Layout(tensor=tensor, mode="msp").keys())

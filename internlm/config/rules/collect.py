@@ -21,7 +21,7 @@ RULES: tuple[Rule, ...] = (
     pipeline.schedule,
     pipeline.layers,
     model.attention_backend,
-    model.selective_checkpoint,
+    model.recomputation,
     experts.experts,
     ranks.sequence_2d,
     ranks.zero,

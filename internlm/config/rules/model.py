@@ -64,21 +64,39 @@ def attention_backend(config: Config, world_size: int) -> Iterator[Mistake]:
         )
 
 
-def selective_checkpoint(config: Config, world_size: int) -> Iterator[Mistake]:
-    """19: selective recomputation is part of isp; offloading is part of it."""
-    mode, before = config.parallel.tensor.mode, config.parallel.weight.launch_allgather_before
-    if config.selective_checkpoint and mode != "isp":
+def recomputation(config: Config, world_size: int) -> Iterator[Mistake]:
+    """The keys that say what is recomputed, and what moves to host memory, do not contradict each other."""
+    model = config.model
+    keep = f"model.checkpoint_keep = {model.checkpoint_keep!r}"
+    if config.selective_checkpoint and model.checkpoint_keep != "attention":
         yield Mistake(
-            ("selective_checkpoint", "parallel.tensor.mode"),
-            f"selective_checkpoint = True needs parallel.tensor.mode = 'isp', which is {mode!r}",
+            ("selective_checkpoint", "model.checkpoint_keep"),
+            f"selective_checkpoint = True contradicts {keep}: it is the older spelling of 'attention'; keep one",
         )
-    if config.selective_checkpoint_offload and not (config.selective_checkpoint and before == "wo"):
+    elif config.selective_checkpoint_offload and model.checkpoint_keep != "attention":
         yield Mistake(
-            (
-                "selective_checkpoint_offload",
-                "selective_checkpoint",
-                "parallel.weight.launch_allgather_before",
-            ),
-            "selective_checkpoint_offload = True needs selective_checkpoint = True (is "
-            f"{config.selective_checkpoint}) and parallel.weight.launch_allgather_before = 'wo' (is {before!r})",
+            ("selective_checkpoint_offload", "model.checkpoint_keep"),
+            f"selective_checkpoint_offload = True moves attention's outputs, which {keep} does not keep alone; set "
+            "model.checkpoint_keep = 'attention'",
+        )
+    if config.selective_checkpoint_offload and model.compile:
+        yield Mistake(
+            ("selective_checkpoint_offload", "model.compile"),
+            "selective_checkpoint_offload = True does not go with model.compile = True: what a compiled layer keeps is "
+            "its graph's; set one of them to False, or use cpu_offloading",
+        )
+    if model.checkpoint_budget is None:
+        return
+    budget = f"model.checkpoint_budget = {model.checkpoint_budget}"
+    if model.checkpoint > 0 or model.checkpoint_keep != "nothing":
+        yield Mistake(
+            ("model.checkpoint_budget", "model.checkpoint", "model.checkpoint_keep"),
+            f"{budget} chooses what each layer recomputes, and so do model.checkpoint = {model.checkpoint} and {keep}"
+            f"{' (selective_checkpoint)' if config.selective_checkpoint else ''}; use the budget or the others",
+        )
+    if config.cpu_offloading.enable:
+        yield Mistake(
+            ("model.checkpoint_budget", "cpu_offloading.enable"),
+            f"{budget} plans for activations that stay on the device, but cpu_offloading.enable = True moves some; use "
+            "one of the two",
         )

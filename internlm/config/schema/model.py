@@ -79,6 +79,17 @@ class ModelConfig(Section):
     checkpoint: float = key(
         0.0, "Recompute activations of the first int(layers * fraction) layers; True is 1.", ge=0, le=1
     )
+    checkpoint_keep: Literal["nothing", "attention", "matmuls"] = used_with(
+        "nothing",
+        "What a recomputed layer keeps besides its input: attention's output, or the results of all matrix products.",
+        "model.checkpoint",
+    )
+    checkpoint_budget: float | None = key(
+        None,
+        "GiB of a micro-batch's layer activations that a rank may keep: each layer recomputes as little as fits. In "
+        "place of model.checkpoint.",
+        gt=0,
+    )
 
     compile: bool = key(
         False, "Compile each layer with torch.compile: faster steps and less memory, after a minute of compiling."
@@ -189,6 +200,11 @@ class ModelConfig(Section):
     def num_kv_heads(self) -> int:
         """Key and value heads: num_kv_attention_heads, or as many as query heads."""
         return self.num_kv_attention_heads or self.num_attention_heads
+
+    @property
+    def num_recomputed(self) -> int:
+        """Layers of the whole model, from the first on, that are computed again in backward."""
+        return int(self.num_layers * self.checkpoint)
 
     @property
     def ffn_size(self) -> int:

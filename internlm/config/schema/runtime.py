@@ -75,8 +75,10 @@ class GenerationConfig(Section):
 class CpuOffloadingConfig(Section):
     """Activations in host memory."""
 
-    enable: bool = later(False, "Move activations to host memory.", "activation offloading")
-    num_layers: int = later(0, "Layers whose activations move; 0 unless enabled.", "activation offloading", ge=0)
+    enable: bool = key(False, "Move activations to host memory while they wait for backward.")
+    num_layers: int = used_with(
+        0, "Layers whose activations move: the first ones of each chunk of a rank.", "cpu_offloading.enable", ge=0
+    )
 
 
 class Float8Config(Section):

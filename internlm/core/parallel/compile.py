@@ -11,6 +11,7 @@ from torch import nn
 
 from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.model_parallel import parallel_of
+from internlm.model.decoder import DecoderLayer
 from internlm.utils.errors import ConfigError
 
 _RECOMPILE_LIMIT = 64
@@ -30,8 +31,13 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> nn.Module:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for layer in layers_of(model):
         # The forward function and not the module: a hook that waits for weights cannot be compiled.
-        whole = not parallel_of(model).replaces_linears
-        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=whole)
+        if not parallel_of(model).replaces_linears:
+            layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+        elif isinstance(layer, DecoderLayer):
+            # Recomputation is around the parts, as it tells what happens between them from what is in them.
+            layer.compute = torch.compile(layer.compute, backend=backend)  # type: ignore[method-assign]
+        else:
+            layer.forward = torch.compile(layer.forward, backend=backend)
     return model
 
 

@@ -18,6 +18,7 @@ from internlm.core.communication.exchange import Pending, Ready
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.products import Operand, Products
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.model.recompute import as_products
 from internlm.model.roles import Role
 
 T = TypeVar("T")
@@ -203,20 +204,33 @@ class _LinearGroupFunction(torch.autograd.Function):
     def forward(
         ctx: Any, group: LinearGroup, slots: tuple[_Slot, ...], x: Tensor, *parameters: nn.Parameter
     ) -> tuple[Tensor, ...]:
-        products = group.products
-        gathered = group.exchange.gather(x)
-        whole = group.weights.take(group, parameters, backward=False)
-        scales = products.scales(gathered, _by_layer(slots, [whole[slot.weight] for slot in slots]))
-        operand = products.input(gathered, scales)
-        outputs = []
-        for slot in slots:
-            bias = None if slot.bias is None else whole[slot.bias]
-            assert bias is None or isinstance(bias, Tensor)
-            outputs.append(products.output(operand, products.weight(whole[slot.weight], scales, slot.layer), bias))
-        group.weights.give_back(group, whole)
+        exchange, products = group.exchange, group.products
+        gathered = exchange.gather(x) if exchange.saves_gathered else None
+        multiplied: list[Operand] = []
+
+        def multiply() -> list[Tensor]:
+            own = exchange.gather(x) if gathered is None else gathered
+            whole = group.weights.take(group, parameters, backward=False)
+            scales = products.scales(own, _by_layer(slots, [whole[slot.weight] for slot in slots]))
+            multiplied.append(products.input(own, scales))
+            outputs = []
+            for slot in slots:
+                bias = None if slot.bias is None else whole[slot.bias]
+                assert bias is None or isinstance(bias, Tensor)
+                weight = products.weight(whole[slot.weight], scales, slot.layer)
+                outputs.append(products.output(multiplied[0], weight, bias))
+            group.weights.give_back(group, whole)
+            return outputs if scales is None else [*outputs, scales]
+
+        outputs = as_products(multiply, x)
+        scales = outputs.pop() if products.is_float8 else None
+        kept = x
+        if gathered is not None:
+            # Recomputation that has the products at hand did not multiply: it only rounds the input again.
+            kept = products.kept(multiplied[0] if multiplied else products.input(gathered, scales))
         # Parameters are leaves: they are kept as they are, as recomputation would give back bare copies of saved ones.
         ctx.group, ctx.slots, ctx.parameters = group, slots, parameters
-        ctx.save_for_backward(products.kept(operand) if group.exchange.saves_gathered else x, scales)
+        ctx.save_for_backward(kept, scales)
         return tuple(outputs)
 
     @staticmethod

@@ -1,0 +1,187 @@
+"""Activation recomputation: what a layer keeps for backward, and what it computes again there.
+
+A policy is the names of the operators whose results are kept; everything else between them is computed again from the
+layer's input. "everything" keeps what autograd saves and recomputes nothing; "nothing" keeps the input alone.
+
+Sources: Chen et al. 2016, arXiv:1604.06174 (recomputation by layers); Korthikanti et al. 2022, arXiv:2205.05198
+(recomputing only what is large and cheap). The mechanism is torch's selective activation checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+R = TypeVar("R")
+
+Keep = Literal["everything", "matmuls", "attention", "nothing"]
+"""What a layer keeps for backward, from the most memory to the most recomputation."""
+
+KEEPS: tuple[Keep, ...] = get_args(Keep)
+
+ATTENTION_OPS = frozenset(
+    {
+        "internlm::cpu_attention",
+        "torch_attn::_varlen_attn",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::fwd",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+    }
+)
+"""Operators that give attention's output, and the statistics of its softmax that its backward pass needs."""
+
+PRODUCT_OPS = frozenset({"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::products"})
+"""Operators that multiply activations with weights. Batched products are not among them: they make attention's scores,
+which are much larger than its output."""
+
+KEPT_OPS: Mapping[Keep, frozenset[str]] = {
+    "nothing": frozenset(),
+    "attention": ATTENTION_OPS,
+    "matmuls": ATTENTION_OPS | PRODUCT_OPS,
+}
+"""Policy -> the operators whose results are kept, as "namespace::name"; those that are not installed do not occur."""
+
+
+class TensorStore(Protocol):
+    """Where kept results lie between forward and backward."""
+
+    def put(self, tensor: Tensor) -> Any:
+        """Take a tensor; returns what `get` wants."""
+
+    def get(self, stored: Any) -> Tensor:
+        """The tensor, once."""
+
+
+def recomputed(function: Callable[..., R], keep: Keep, store: TensorStore | None = None) -> Callable[..., R]:
+    """`function`, with what it does not keep computed again in its backward pass.
+
+    Without gradients it is called as it is. Results and gradients have the same bits as without recomputation, as long
+    as the function draws no random numbers. The result may be compiled, and so may `function`: where both are one
+    graph, the compiler follows the policy; around a compiled function, only what it keeps itself matters.
+
+    Args:
+        function: of tensors and other values; what it saves for backward is what `keep` is about. All ranks that
+            exchange something in it must use the same policy.
+        keep: see `Keep`.
+        store: where the results lie that are kept; None: where they were made. Not for compiled graphs.
+    """
+    if keep == "everything":
+        return function
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if keep != "nothing":
+        options["context_fn"] = (
+            partial(create_selective_checkpoint_contexts, partial(_decide, KEPT_OPS[keep]))
+            if store is None
+            else partial(_stored_contexts, KEPT_OPS[keep], store)
+        )
+
+    def run(*args: Any) -> R:
+        if not torch.is_grad_enabled():
+            return function(*args)
+        if keep == "nothing" or torch.compiler.is_compiling():
+            return checkpoint(function, *args, **options)
+        return checkpoint(_run_selectively, function, *args, **options)
+
+    return run
+
+
+def _decide(kept: frozenset[str], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# -- kept somewhere else -----------------------------------------------------------------------------------------------
+
+
+def _stored_contexts(kept: frozenset[str], store: TensorStore) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """As torch's selective contexts, which have no place for what they keep but their own."""
+    results: dict[str, deque[Any]] = defaultdict(deque)
+    return _Store(kept, store, results), _Replay(kept, store, results)
+
+
+class _Stored:
+    """What a store gave for a tensor."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Store(TorchDispatchMode):
+    """Stores the results of some operators, by operator in order."""
+
+    def __init__(self, kept: frozenset[str], store: TensorStore, results: dict[str, deque[Any]]) -> None:
+        super().__init__()
+        self._kept, self._store, self._results = kept, store, results
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name() in self._kept:
+            # Detached: the caller's tensor will get a history, of which the stored one must be no part.
+            stored = tree_map_only(Tensor, lambda tensor: _Stored(self._store.put(tensor.detach())), result)
+            self._results[func.name()].append(stored)
+        return result
+
+
+class _Replay(_Store):
+    """Gives the stored results instead of running the operators."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() not in self._kept:
+            return func(*args, **(kwargs or {}))
+        result = self._results[func.name()].popleft()
+        return tree_map_only(_Stored, lambda stored: self._store.get(stored.value), result)
+
+
+# -- products with more around them than one operator ----------------------------------------------------------------
+
+_is_selective: ContextVar[bool] = ContextVar("is_selective", default=False)
+_computation: ContextVar[Callable[[], list[Tensor]]] = ContextVar("computation")
+
+
+def as_products(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
+    """`compute()`, which is one operator where operators are told apart.
+
+    Where products are kept, recomputation leaves out all that it does; where not, what it does besides multiplying need
+    not be the same the second time (weights may have been gathered ahead).
+
+    Args:
+        compute: makes new tensors, without gradients; gathering weights for them is part of it.
+        like: any tensor of the same device.
+    """
+    if not _is_selective.get():
+        return compute()
+    with _set(_computation, compute):
+        return _products(like)
+
+
+@torch.library.custom_op("internlm::products", mutates_args=(), schema="(Tensor like) -> Tensor[]")
+def _products(like: Tensor) -> list[Tensor]:
+    return _computation.get()()
+
+
+def _run_selectively(function: Callable[..., R], *args: Any) -> R:
+    with _set(_is_selective, True):
+        return function(*args)
+
+
+@contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

@@ -1,0 +1,163 @@
+"""What the config's keys make of the layers of a rank, through `build_trainer`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.commands import metrics_of, write_config
+from helpers.configs import small_config
+from helpers.ranks import RankPool
+
+from internlm.config.loader import load_config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.trainer import Trainer
+from internlm.initialize.build import build_layout, build_trainer, check_buildable
+from internlm.model.decoder import Decoder
+from internlm.utils.errors import ConfigError
+
+LAYERS = 4
+
+
+def new(folder: Path, **changes: Any) -> Trainer:
+    """A trainer of the tiny config; `changes` are keys with `__` for a dot."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    values = {"data__total_steps": 2, "ckpt__enable_save_ckpt": False, "model__num_layers": LAYERS, **changes}
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in values.items()]
+    loaded = load_config(write_config(folder), overrides, world_size=world)
+    context = ParallelContext.create(build_layout(loaded.config, world))
+    return build_trainer(loaded.config, context, folder)
+
+
+def kept_by(trainer: Trainer) -> tuple[str, ...]:
+    return tuple(layer.keep for layer in decoder_of(trainer).layers.values())
+
+
+def decoder_of(trainer: Trainer) -> Decoder:
+    (chunk,) = trainer.engine.chunks
+    assert isinstance(chunk, Decoder)
+    return chunk
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, ("everything",) * 4),
+        ({"model__checkpoint": 0.5}, ("nothing",) * 2 + ("everything",) * 2),
+        ({"model__checkpoint": 1, "model__checkpoint_keep": "matmuls"}, ("matmuls",) * 4),
+        ({"model__checkpoint": 0.75, "selective_checkpoint": True}, ("attention",) * 3 + ("everything",)),
+        ({"selective_checkpoint": True}, ("everything",) * 4),
+    ],
+)
+def test_layers_keep_what_the_keys_say(tmp_path: Path, changes: dict[str, Any], kept: tuple[str, ...]) -> None:
+    assert kept_by(new(tmp_path, **changes)) == kept
+
+
+def test_a_budget_chooses_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 tokens of 32 channels in fp32: a recomputed layer keeps 4 KiB, a whole one 47.25 KiB."""
+    layer, least = (4 * 32 + (2 * 4 + 2 * 2) * 8 + 3 * 56 + 2 + 4) * 32 * 4, 32 * 32 * 4
+    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    with caplog.at_level("INFO", logger="internlm"):
+        budget = (2 * layer + 2 * least) / 2**30
+        kept = kept_by(new(tmp_path, model__checkpoint_budget=budget))
+    # Not two layers that recompute all, but as much less as their room allows.
+    assert kept == ("attention", "attention", "matmuls", "everything")
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("activations: ")]
+    assert line.startswith("activations: of 4 layers ")
+    everything = kept_by(new(tmp_path / "all", model__checkpoint_budget=4 * layer / 2**30))
+    assert everything == ("everything",) * 4
+
+
+def test_a_budget_that_is_too_small_is_refused_before_any_rank_starts() -> None:
+    check_buildable(small_config({"model.checkpoint_budget": 1.0}), 1)
+    with pytest.raises(ConfigError, match=r"model\.checkpoint_budget = 1e-06: a rank with 4 layers keeps"):
+        check_buildable(small_config({"model.checkpoint_budget": 1e-6}), 1)
+    # 4 layers of 32 tokens of 32 bf16 channels: 8 KiB; a stage of two has half of it.
+    tight = 1.01 * 2 * 32 * 32 * 2 / 2**30
+    with pytest.raises(ConfigError, match="a rank with 4 layers"):
+        check_buildable(small_config({"model.checkpoint_budget": tight}), 1)
+    check_buildable(small_config({"model.checkpoint_budget": tight, "parallel.pipeline.size": 2}), 2)
+    with pytest.raises(ConfigError, match="a rank with 3 layers"):
+        uneven = {"parallel.pipeline.layer_split": [1, 3], "parallel.pipeline.size": 2}
+        check_buildable(small_config({"model.checkpoint_budget": tight, **uneven}), 2)
+
+
+OFFLOADING = {"cpu_offloading__enable": True, "cpu_offloading__num_layers": 2}
+KEPT = {"model__checkpoint": 0.5, "selective_checkpoint": True, "selective_checkpoint_offload": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "saved_of", "kept_of"),
+    [(OFFLOADING, {0, 1}, set()), (KEPT, set(), {0, 1}), ({**OFFLOADING, **KEPT}, {0, 1}, {0, 1})],
+    ids=["saved", "kept", "both"],
+)
+def test_offloading_moves_the_first_layers_and_says_that_a_cpu_gains_nothing(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    saved_of: set[int],
+    kept_of: set[int],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    with caplog.at_level("INFO", logger="internlm"):
+        offloading = decoder_of(new(tmp_path, **changes)).offloading
+    assert offloading is not None
+    assert (offloading.saved_of, offloading.kept_of) == (saved_of, kept_of)
+    assert [record.levelname for record in caplog.records if "the device is the host" in record.getMessage()] == [
+        "WARNING"
+    ]
+
+
+def train_offloading(folder: Path, changes: dict[str, Any]) -> list[tuple[float, float]]:
+    """As `train`, with no tensor too small to move."""
+    import internlm.initialize.activations as module
+    from internlm.model.offload import Offloading
+
+    class Everything(Offloading):
+        def __init__(self, *args: Any, **choice: Any) -> None:
+            super().__init__(*args, smallest=1, **choice)
+
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    made, module.Offloading = module.Offloading, Everything  # type: ignore[misc]
+    try:
+        trainer = new(folder / f"rank{rank}", **changes)
+        logs = []
+        for chunk in trainer.engine.chunks:
+            if chunk.offloading is not None:
+                chunk.offloading.log = logs
+        trainer.fit()
+        assert bool(logs) == bool("cpu_offloading__enable" in changes or "selective_checkpoint_offload" in changes)
+        trainer.engine.context.close()
+    finally:
+        module.Offloading = made  # type: ignore[misc]
+    return [(line["loss"], line["grad_norm"]) for line in metrics_of(folder / f"rank{rank}")]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"parallel__pipeline__size": 2, "parallel__pipeline__mode": "ZBV"},
+        {"parallel__pipeline__size": 2, "model__num_chunks": 2},
+        {"parallel__tensor__size": 2, "parallel__tensor__mode": "msp"},
+        {"parallel__weight__size": 2, "parallel__tensor__mode": "isp", "parallel__weight__overlap": True},
+        {"parallel__fsdp__enable": True},
+    ],
+    ids=["alone", "ZBV", "interleaved", "msp", "isp", "FSDP"],
+)
+def test_offloading_changes_no_bit(layout: dict[str, Any], tmp_path: Path, ranks: Any) -> None:
+    """In training: several micro batches, some of them in flight at once, and every way to hold weights."""
+    pool: RankPool = ranks(2 if layout else 1)
+    data = {"data__micro_num": 4, "data__gradient_accumulation": 4}
+    # The main rank writes the metrics.
+    plain, *_ = pool.run(train_offloading, tmp_path / "plain", {**data, **layout})
+    assert len(plain) == 2
+    for name, changes in (("saved", OFFLOADING), ("kept", KEPT), ("both", {**OFFLOADING, **KEPT})):
+        moved, *_ = pool.run(train_offloading, tmp_path / name, {**data, **layout, **changes})
+        assert moved == plain, name
