@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ from internlm.initialize.stages import build_meta_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import throughput
 from speed.ceiling import Ceiling
+from speed.contenders import recomputed_flops
 from speed.corpus import ARRAY, write_corpus
 from speed.pacer import Finished, Pacer
 from speed.report import add_ratios, make_row, markdown
@@ -119,6 +122,26 @@ def test_the_limit_is_the_sum_of_the_products_times(tmp_path: Path, monkeypatch:
     assert measured["limit_seconds"] == pytest.approx(3 * (num_linears * 3e-3 + 2 * 3 * 2e-3 / 2))
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 128) + 256 * 64
     assert measured["ceiling_flops"] == pytest.approx(6 * 128 * weights / (num_linears * 3e-3))
+
+
+@pytest.mark.parametrize(("keep", "share"), [("nothing", 1.0), ("attention", 0.8), ("matmuls", 0.0)])
+def test_what_is_computed_twice(keep: str, share: float, tmp_path: Path) -> None:
+    path = config_of(tmp_path, "tiny")
+    config = load_config(path, ["model.checkpoint=0.5", f"model.checkpoint_keep={keep}"]).config
+    head = 6 * 64 * 256
+    # Layers' forward passes of 100, a fifth of it attention's two products, of one of two layers.
+    assert recomputed_flops(config, 360 + head, 300 + head) == pytest.approx(share * 100 / 2)
+    assert recomputed_flops(load_config(path).config, 360 + head, 300 + head) == 0
+
+
+def test_every_row_of_the_plan_is_a_config(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--dry-run"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for number, line in enumerate(lines[1:]):
+        options = throughput.parse_options(shlex.split(line.partition("throughput.py")[2]))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert [contender.error for contender in throughput.make_contenders(options, folder) if contender.error] == []
 
 
 def round_of(seconds: float, peak: int = 100) -> dict[str, Any]:

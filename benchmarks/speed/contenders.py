@@ -70,7 +70,7 @@ def train_ours(config_file: Path, overrides: list[str], pacer: Pacer) -> None:
                 "tokens_per_step": batch.num_tokens,
                 "flops_full": flops.full,
                 "flops_causal": flops.causal,
-                "recomputed_flops": _recomputed(config, flops.causal),
+                "recomputed_flops": recomputed_flops(config, flops.full, flops.causal),
                 "peak_flops": flops.peak,
                 "host_share": queued / waited if is_cuda else None,
                 "parameters": sum(parameter.numel() for parameter in chunks[0].parameters()),
@@ -84,12 +84,19 @@ def _with_seq(config: Config, lengths: list[int]) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"seq_len": max(seq, 1)})})
 
 
-def _recomputed(config: Config, flops: float) -> float:
-    """FLOPs a token of the forward passes that `model.checkpoint` runs again, causal."""
+def recomputed_flops(config: Config, full: float, causal: float) -> float | None:
+    """FLOPs a token, causal, that `model.checkpoint` computes a second time; None where that is planned layer by layer.
+
+    Args:
+        full, causal: FLOPs a token of training, without recomputation.
+    """
     model = config.model
-    fraction = int(model.num_layers * model.checkpoint) / model.num_layers
+    if model.checkpoint_budget is not None:
+        return None
     head = 6.0 * model.hidden_size * model.vocab_size
-    return fraction * (flops - head) / 3
+    layers, attention = (causal - head) / 3, (full - causal) / 3
+    again = {"nothing": layers, "attention": layers - attention, "matmuls": 0.0}[model.checkpoint_keep]
+    return again * model.num_recomputed / model.num_layers
 
 
 def _rows(config_file: Path, config: Config) -> Iterator[torch.Tensor]:

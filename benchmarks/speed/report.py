@@ -36,7 +36,8 @@ def make_row(
     peak = facts["peak_flops"]
     ceiling = statistics.median(each["ceiling_flops"] for each in ceilings) if ceilings else None
     limits = [one["seconds"] / two["limit_seconds"] for one, two in zip(rounds, ceilings, strict=False)]
-    recomputed = facts.get("recomputed_flops", 0.0) * rate
+    # A peer recomputes nothing, or does not tell.
+    again = facts.get("recomputed_flops", 0.0)
     return {
         "contender": name,
         "tokens_per_second": rate,
@@ -45,7 +46,7 @@ def make_row(
         "flops_causal": causal,
         "mfu_full": full / peak if peak else None,
         "mfu_causal": causal / peak if peak else None,
-        "hfu_causal": (causal + recomputed) / peak if peak else None,
+        "hfu_causal": (causal + again * rate) / peak if peak and again is not None else None,
         "ceiling_flops": ceiling,
         "of_ceiling_full": full / ceiling if ceiling else None,
         "of_ceiling_causal": causal / ceiling if ceiling else None,

@@ -71,6 +71,10 @@ def waits_of_steady_steps(
         {"data.fixed_random_dataset_seqlen": False},
         {"model.dtype": "torch.bfloat16", "model.checkpoint": 1.0},
         {"model.dtype": "torch.float16"},  # with its loss scale
+        {"model.dtype": "torch.bfloat16", "float8.enable_float8_linear": True},
+        {"model.dtype": "torch.bfloat16", "adam.moments_dtype": "torch.bfloat16"},
+        {"model.dtype": "torch.bfloat16", "hybrid_zero_optimizer.grad_accumulation_dtype": "torch.bfloat16"},
+        {"model.dtype": "torch.bfloat16", "model.checkpoint": 1.0, "model.checkpoint_keep": "attention"},
         {"parallel.tensor.mode": "isp", "loss.label_smoothing": 0.1},
         {"model.rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}},
     ],
