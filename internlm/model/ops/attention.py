@@ -95,7 +95,7 @@ def choice(
     ignored = "" if attention_backend == "auto" else f"; model.attention_backend = {attention_backend!r} is for GPUs"
     if device.type == "cpu" and _has_bf16_units():
         return Choice(
-            "SDPA, one call a document length; bf16: matrix products by blocks",
+            "SDPA, one call a document length; bf16: backward by blocks of queries",
             f"this CPU multiplies bf16 in hardware{ignored}",
         )
     return Choice(

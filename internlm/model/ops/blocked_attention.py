@@ -1,8 +1,8 @@
-"""Causal attention on CPU as batched matrix products over blocks of queries: for 16-bit tensors, and for windows.
+"""Causal attention on CPU as batched matrix products over blocks of queries: for 16-bit backward passes and windows.
 
-PyTorch's CPU flash kernel does its 16-bit backward pass in small tiles and takes about twice as long. Here a block of
-queries meets all its keys in one product, which the matrix units like; a block's scores are gone before those of the
-next are made, and the backward pass makes them again. Memory beyond the inputs: B x H x block x S scores.
+PyTorch's CPU flash kernel does its 16-bit backward pass in small tiles. Here a block of queries meets all its keys in
+one product, which the matrix units like; a block's scores are gone before those of the next are made, and the backward
+pass makes them again. Memory beyond the inputs: the scores of some heads in one block.
 
 The scores are rounded to the type of the queries before the softmax (itself at least fp32 inside), as in any attention
 that is written as two matrix products; the probabilities are rounded in either kernel.

@@ -2,7 +2,7 @@
 
 `internlm::cpu_attention` and its backward are each one node to torch.compile and to selective recomputation. Documents
 of equal length (16-bit ones: of equal length but for padding) make one call of a kernel: PyTorch's flash attention, or
-batched matrix products by blocks of queries where that is faster or there is a window.
+batched matrix products by blocks of queries: in 16-bit backward passes, where that is faster, and under a window.
 
 Shapes: B sequences, S tokens, H query heads, K key-value heads (H a multiple of K), D head dimension.
 """
@@ -44,7 +44,8 @@ def cpu_attention(
             one document.
         window: keys that a query sees at most, itself included; None: all before it.
         scale: factor of the scores; None: 1 / sqrt(D).
-        by_blocks: multiply by blocks of queries instead of PyTorch's flash kernel, which knows no windows.
+        by_blocks: go backward by blocks of queries instead of by PyTorch's flash kernel. With a window, which that
+            kernel does not know, both passes go by blocks.
 
     Returns:
         `[B, S, H, D]`, contiguous.
@@ -142,12 +143,13 @@ _attention.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, by_blocks: bool) -> tuple[Tensor, Tensor]:
     """Attention of equally long rows, as `_attention`."""
-    if by_blocks:
-        return blocked_forward(q, k, v, window, scale), _attention_outputs(q, k, v, None, window, scale, by_blocks)[1]
+    nothing = _attention_outputs(q, k, v, None, window, scale, True)[1]
+    if window is not None:
+        return blocked_forward(q, k, v, window, scale), nothing
     out, partition = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(_by_head(x) for x in (q, k, v)), 0.0, True, scale=scale
     )
-    return out.transpose(1, 2).contiguous(), partition.contiguous()
+    return out.transpose(1, 2).contiguous(), nothing if by_blocks else partition.contiguous()
 
 
 def _rows_backward(

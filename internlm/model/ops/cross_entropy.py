@@ -19,7 +19,10 @@ IGNORE_INDEX = -100
 """The label of a token that contributes no loss."""
 
 _CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once: enough for a full-speed matrix product."""
+"""Tokens whose logits exist at once, at least: enough for a full-speed matrix product."""
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits that exist at once, of small vocabularies: each chunk costs a pass over the gradient of the head."""
 
 _CACHE_ELEMENTS = 1 << 19
 """Logits widened to fp32 at once on CPU: 2 MiB, what a core's cache holds."""
@@ -76,7 +79,7 @@ def linear_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss_coeff: float = 0.0,
-    chunk_tokens: int = _CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     with_accuracy: bool = False,
     compiled: bool = False,
     vocab: VocabShard | None = None,
@@ -89,7 +92,7 @@ def linear_cross_entropy(
         labels: int64 `[T]` in [0, V), or `IGNORE_INDEX`.
         label_smoothing: as in `torch.nn.functional.cross_entropy`: this share of the target is spread over all V.
         z_loss_coeff: adds this times the squared log-partition of each valid token (PaLM, section 5).
-        chunk_tokens: tokens whose logits exist at once.
+        chunk_tokens: tokens whose logits exist at once; None: 1,024, or as many as have 16 million logits.
         with_accuracy: also tell which tokens are predicted right.
         compiled: compile what is done with a chunk's logits on GPUs. On CPU it is not worth it, as rows go through the
             cache; and with `vocab` it is not done, as ranks communicate in between.
@@ -102,6 +105,8 @@ def linear_cross_entropy(
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
     wants_grad = torch.is_grad_enabled()
+    if chunk_tokens is None:
+        chunk_tokens = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS // weight.shape[0])
     correct = torch.empty(labels.shape, dtype=torch.bool, device=labels.device) if with_accuracy else None
     loss_sum, token_losses = _LinearCrossEntropy.apply(
         hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad, correct, compiled, vocab
@@ -161,6 +166,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 if grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.t(), hidden[tokens])
+                elif start == 0:
+                    grad_weight.copy_(logits.t() @ hidden[tokens])
                 else:
                     grad_weight += logits.t() @ hidden[tokens]
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -241,8 +248,7 @@ def _rows_loss(
         else:
             at_target = gradient.new_full(targets.shape, label_smoothing - 1.0)
             gradient.scatter_add_(-1, targets, at_target if is_here is None else at_target.masked_fill_(~is_here, 0.0))
-        # masked_fill and not a product: a row with infinite logits must give 0 as well, not NaN.
-        gradient.masked_fill_(~valid.unsqueeze(-1), 0.0)
+        _clear_rows(gradient, ~valid)
         if vocab is not None:
             gradient[:, vocab.size :] = 0.0
         logits.copy_(gradient)
@@ -253,6 +259,15 @@ def _rows_loss(
 def _compiled_rows_loss() -> Callable[..., tuple[Tensor, Tensor]]:
     """Three passes over the logits instead of ten. To ask for it imports the compiler (two seconds)."""
     return torch.compile(_rows_loss)
+
+
+def _clear_rows(gradient: Tensor, rows: Tensor) -> None:
+    """Zeros where bool `[t]` says so. Not by a product: a row with infinite logits must give 0 as well, not NaN."""
+    if gradient.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Few rows, mostly none, are worth finding.
+        gradient.index_fill_(0, rows.nonzero().squeeze(-1), 0.0)
+    else:
+        gradient.masked_fill_(rows.unsqueeze(-1), 0.0)
 
 
 def _row_max(scores: Tensor) -> Tensor:
@@ -284,8 +299,10 @@ def _first_largest(scores: Tensor, targets: Tensor, largest: Tensor) -> Tensor:
         return (scores.gather(-1, targets) == largest).squeeze(-1) & ~is_before.any(-1)
     if scores.is_cuda:
         return (scores.argmax(-1, keepdim=True) == targets).squeeze(-1)
-    # On CPU a maximum is vectorised and its place is not: look for the place only where the target reaches it.
+    # On CPU a maximum is vectorised and its place is not: look for the place only where others reach it, too.
     hit = (scores.gather(-1, targets) == largest).squeeze(-1)
     rows = hit.nonzero().squeeze(-1)
-    hit[rows] = scores[rows].argmax(-1) == targets[rows, 0]
+    without_target = scores[rows].scatter_(-1, targets[rows], -torch.inf)
+    tied = rows[(without_target.amax(-1) == largest[rows, 0]).nonzero().squeeze(-1)]
+    hit[tied] = scores[tied].argmax(-1) == targets[tied, 0]
     return hit
