@@ -201,15 +201,31 @@ def batches_of_documents(bounds: Sequence[int], multiple: int = 1) -> list[tuple
 
 
 def stack_documents(x: Tensor, documents: Documents, length: int) -> Tensor:
-    """Parts of one row `[1, S, ...]` as rows `[n, length, ...]`, padded to the right with zeros.
+    """Parts of one row `[1, S, ...]` as rows `[n, length, ...]`, padded to the right with zeros; a view if possible.
 
     Causal queries do not look there, and the gradient of what lies there is zero, so it changes no result.
     """
+    together = _side_by_side(x, documents, length)
+    if together is not None:
+        return together
     after = (0, 0) * (x.dim() - 2)
     return torch.stack([F.pad(x[0, start:stop], (*after, 0, length - (stop - start))) for start, stop in documents])
 
 
 def unstack_documents(rows: Tensor, documents: Documents, x: Tensor) -> None:
     """Write rows `[n, length, ...]` back to their places in `[1, S, ...]`."""
+    together = _side_by_side(x, documents, rows.shape[1])
+    if together is not None:
+        together.copy_(rows)
+        return
     for row, (start, stop) in zip(rows, documents, strict=True):
         x[0, start:stop] = row[: stop - start]
+
+
+def _side_by_side(x: Tensor, documents: Documents, length: int) -> Tensor | None:
+    """The documents as a view `[n, length, ...]` of `[1, S, ...]`; None unless all fill `length` and leave no gap."""
+    first, last = documents[0][0], documents[-1][1]
+    starts = [start for start, _ in documents]
+    if starts != list(range(first, last, length)) or any(stop - start != length for start, stop in documents):
+        return None
+    return x[0, first:last].unflatten(0, (len(documents), length))

@@ -60,7 +60,7 @@ def test_rows(kv_heads: int, window: int | None) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3, 66])
-@pytest.mark.parametrize("lengths", [(1,), (140,), (7, 1, 90, 7, 0, 70, 7)])
+@pytest.mark.parametrize("lengths", [(1,), (140,), (7, 1, 90, 7, 0, 70, 7), (30, 30, 30), (9, 30, 30, 9, 30)])
 def test_packed_documents(lengths: tuple[int, ...], window: int | None) -> None:
     total = sum(lengths)
     inputs = _inputs(1, total, total, 2)
