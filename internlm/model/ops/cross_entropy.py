@@ -19,10 +19,7 @@ IGNORE_INDEX = -100
 """The label of a token that contributes no loss."""
 
 _CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once, at least: enough for a full-speed matrix product."""
-
-_CHUNK_ELEMENTS = 1 << 24
-"""Logits that exist at once, of small vocabularies: each chunk costs a pass over the gradient of the head."""
+"""Tokens whose logits exist at once: enough for a full-speed matrix product."""
 
 _CACHE_ELEMENTS = 1 << 19
 """Logits widened to fp32 at once on CPU: 2 MiB, what a core's cache holds."""
@@ -79,7 +76,7 @@ def linear_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss_coeff: float = 0.0,
-    chunk_tokens: int | None = None,
+    chunk_tokens: int = _CHUNK_TOKENS,
     with_accuracy: bool = False,
     compiled: bool = False,
     vocab: VocabShard | None = None,
@@ -92,7 +89,7 @@ def linear_cross_entropy(
         labels: int64 `[T]` in [0, V), or `IGNORE_INDEX`.
         label_smoothing: as in `torch.nn.functional.cross_entropy`: this share of the target is spread over all V.
         z_loss_coeff: adds this times the squared log-partition of each valid token (PaLM, section 5).
-        chunk_tokens: tokens whose logits exist at once; None: 1,024, or as many as have 16 million logits.
+        chunk_tokens: tokens whose logits exist at once.
         with_accuracy: also tell which tokens are predicted right.
         compiled: compile what is done with a chunk's logits on GPUs. On CPU it is not worth it, as rows go through the
             cache; and with `vocab` it is not done, as ranks communicate in between.
@@ -105,8 +102,6 @@ def linear_cross_entropy(
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
     wants_grad = torch.is_grad_enabled()
-    if chunk_tokens is None:
-        chunk_tokens = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS // weight.shape[0])
     correct = torch.empty(labels.shape, dtype=torch.bool, device=labels.device) if with_accuracy else None
     loss_sum, token_losses = _LinearCrossEntropy.apply(
         hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad, correct, compiled, vocab
