@@ -27,7 +27,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize(
     ("gradients", "moments", "is_offloaded"),
-    itertools.product((torch.float32, BF16), (torch.float32, BF16), (False, True)),
+    list(itertools.product((torch.float32, BF16), (torch.float32, BF16), (False, True))),
 )
 def test_nothing_exists_twice(
     monkeypatch: pytest.MonkeyPatch,

@@ -1,5 +1,5 @@
 """The choice of attention's kernels, and what each is called with. Kernels are stand-ins of the documented meaning; the
-kernels themselves are compared in tests/cuda/test_ops.py."""
+kernels themselves are compared in tests/cuda/test_cuda_ops.py."""
 
 from __future__ import annotations
 

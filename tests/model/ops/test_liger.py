@@ -1,7 +1,8 @@
-"""When Liger's kernels are taken, and with which arguments. The kernels need a GPU: tests/cuda/test_ops.py."""
+"""When Liger's kernels are taken, and with which arguments. The kernels need a GPU: tests/cuda/test_cuda_ops.py."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -75,7 +76,7 @@ def test_tensors_it_serves(installed: Callable[[bool], None], monkeypatch: pytes
 
 def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the names that the installed Liger gives them: all in fp32 and rounded once, nothing written over."""
-    operators = pytest.importorskip("liger_kernel.ops")
+    operators = importlib.import_module("liger_kernel.ops")
     calls: list[dict[str, Any]] = []
 
     def stand_in(name: str) -> Any:

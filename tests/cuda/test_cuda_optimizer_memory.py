@@ -46,7 +46,9 @@ def take_step(optimizer: HybridZeroOptimizer, step: int) -> None:
 
 
 @pytest.mark.parametrize("is_offloaded", [False, True])
-@pytest.mark.parametrize(("gradients", "moments"), itertools.product((torch.float32, BF16), (torch.float32, BF16)))
+@pytest.mark.parametrize(
+    ("gradients", "moments"), list(itertools.product((torch.float32, BF16), (torch.float32, BF16)))
+)
 def test_the_peak_of_a_step(gradients: torch.dtype, moments: torch.dtype, is_offloaded: bool) -> None:
     shape, count = (4096, 4096), 32
     before = torch.cuda.memory_allocated()
