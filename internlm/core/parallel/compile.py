@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from internlm.core.parallel.layers import layers_of
+from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.model.decoder import DecoderLayer
 from internlm.utils.errors import ConfigError
@@ -29,6 +30,10 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> nn.Module:
         backend: of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    for module in model.modules():
+        if isinstance(module, ParallelLinear):
+            # Not where the class is defined: it would bring the compiler, a second's import, to all who never compile.
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in layers_of(model):
         # The forward function and not the module: a hook that waits for weights cannot be compiled.
         if not parallel_of(model).replaces_linears:

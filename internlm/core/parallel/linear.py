@@ -119,7 +119,6 @@ class ParallelLinear(nn.Module):
             if name.endswith("weight")
         ]
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         assert self.group is not None
         out = self.group.output_of(self, self.parallel.prepare_input(self.role, x))
