@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,28 @@ def test_layers_keep_what_the_keys_say(tmp_path: Path, changes: dict[str, Any], 
     assert kept_by(new(tmp_path, **changes)) == kept
 
 
-def test_a_budget_chooses_and_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def told() -> Iterator[list[logging.LogRecord]]:
+    """What the project logs, each line once, whatever else listens."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("internlm")
+    handler.emit = records.append  # type: ignore[method-assign,assignment]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def test_a_budget_chooses_and_is_told(tmp_path: Path, told: list[logging.LogRecord]) -> None:
     """32 tokens of 32 channels in fp32: a recomputed layer keeps 4 KiB, a whole one 47.25 KiB."""
     layer, least = (4 * 32 + (2 * 4 + 2 * 2) * 8 + 3 * 56 + 2 + 4) * 32 * 4, 32 * 32 * 4
-    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
-    with caplog.at_level("INFO", logger="internlm"):
-        budget = (2 * layer + 2 * least) / 2**30
-        kept = kept_by(new(tmp_path, model__checkpoint_budget=budget))
+    budget = (2 * layer + 2 * least) / 2**30
+    kept = kept_by(new(tmp_path, model__checkpoint_budget=budget))
     # Not two layers that recompute all, but as much less as their room allows.
     assert kept == ("attention", "attention", "matmuls", "everything")
-    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("activations: ")]
+    (line,) = [record.getMessage() for record in told if record.getMessage().startswith("activations: ")]
     assert line.startswith("activations: of 4 layers ")
     everything = kept_by(new(tmp_path / "all", model__checkpoint_budget=4 * layer / 2**30))
     assert everything == ("everything",) * 4
@@ -101,17 +112,12 @@ def test_offloading_moves_the_first_layers_and_says_that_a_cpu_gains_nothing(
     changes: dict[str, Any],
     saved_of: set[int],
     kept_of: set[int],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    told: list[logging.LogRecord],
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
-    with caplog.at_level("INFO", logger="internlm"):
-        offloading = decoder_of(new(tmp_path, **changes)).offloading
+    offloading = decoder_of(new(tmp_path, **changes)).offloading
     assert offloading is not None
     assert (offloading.saved_of, offloading.kept_of) == (saved_of, kept_of)
-    assert [record.levelname for record in caplog.records if "the device is the host" in record.getMessage()] == [
-        "WARNING"
-    ]
+    assert [record.levelname for record in told if "the device is the host" in record.getMessage()] == ["WARNING"]
 
 
 def train_offloading(folder: Path, changes: dict[str, Any]) -> list[tuple[float, float]]:
