@@ -54,6 +54,9 @@ def test_mistakes_in_the_config(keys: dict[str, object], message: str) -> None:
 def test_every_op_says_what_it_runs_on() -> None:
     for device in ("cpu", "cuda"):
         choices = describe(device)
+        compiled = describe(device, OpSettings(compiled=True))
+        assert choices.keys() == compiled.keys()
+        assert "compiled" in compiled["rotary"].implementation and "compiled" not in choices["rotary"].implementation
         assert {"attention", "rms_norm", "rotary", "linear_cross_entropy"} <= choices.keys()
         assert all(choice.implementation and choice.reason for choice in choices.values())
     assert "flash_attn_varlen" not in describe("cuda", OpSettings(use_flash_attn=False))["attention"].implementation

@@ -65,7 +65,7 @@ def describe(device: torch.device | str, settings: OpSettings | None = None) -> 
     """
     device, settings = torch.device(device), settings or OpSettings()
     kernels, compiled = settings.fused_kernels, settings.compiled
-    return {
+    choices = {
         "attention": attention.choice(
             device,
             settings.attention_needs(device),
@@ -79,3 +79,7 @@ def describe(device: torch.device | str, settings: OpSettings | None = None) -> 
         "rms_norm": norm.rms_norm_choice(device, kernels, compiled=compiled),
         "rotary": rotary.choice(device),
     }
+    if compiled:
+        fused = Choice("its formula, compiled with the layer", "compiled code joins it with its neighbours")
+        choices |= dict.fromkeys(("gated_activation", "layer_norm", "rms_norm", "rotary"), fused)
+    return choices
