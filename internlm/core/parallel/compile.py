@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 
 import torch
 from torch import nn
@@ -13,6 +11,7 @@ from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.model.decoder import DecoderLayer
+from internlm.utils.cpp import cpp_compiler, cpp_compilers
 from internlm.utils.errors import ConfigError
 
 _RECOMPILE_LIMIT = 64
@@ -57,9 +56,8 @@ def check_compiler(device: torch.device, *, key: str) -> None:
             f"{key} = True: the package triton, with which PyTorch compiles for GPUs, is not installed; install "
             f"it, or set {key} = False"
         )
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++")
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+    if device.type == "cpu" and cpp_compiler() is None:
         raise ConfigError(
-            f"{key} = True: no C++ compiler was found ({' or '.join(names)}), with which PyTorch compiles for "
-            f"CPUs; install one, name it in the environment variable CXX, or set {key} = False"
+            f"{key} = True: no C++ compiler was found ({' or '.join(cpp_compilers())}), with which PyTorch compiles "
+            f"for CPUs; install one, name it in the environment variable CXX, or set {key} = False"
         )
