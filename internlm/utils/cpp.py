@@ -1,4 +1,4 @@
-"""Compiling C++ against PyTorch, once for each user, source and version of PyTorch.
+"""Compiling C++ against PyTorch, once for each user, sources and version of PyTorch.
 
 Not `torch.utils.cpp_extension`, which needs setuptools and ninja at run time, and whose lock outlives a process that is
 killed while it compiles: all later ones wait for ever.
@@ -23,7 +23,7 @@ _log = get_logger(__name__)
 
 
 class CompileError(Exception):
-    """The source was not compiled; the text says why."""
+    """The sources were not compiled; the text says why."""
 
 
 def cpp_compilers() -> tuple[str, ...]:
@@ -36,10 +36,11 @@ def cpp_compiler() -> str | None:
     return next((name for name in cpp_compilers() if shutil.which(name)), None)
 
 
-def compile_library(source: Path, flags: Sequence[str]) -> Path:
-    """A shared library of one source file, linked to PyTorch; processes that want the same one wait for the first.
+def compile_library(folder: Path, flags: Sequence[str]) -> Path:
+    """A shared library of a folder's sources, linked to PyTorch; processes that want the same one wait for the first.
 
     Args:
+        folder: with `*.cpp`, and the `*.h` that they include; has the library's name.
         flags: of the compiler, beside those that PyTorch's headers need.
 
     Raises:
@@ -48,6 +49,7 @@ def compile_library(source: Path, flags: Sequence[str]) -> Path:
     compiler = cpp_compiler()
     if compiler is None:
         raise CompileError(f"no C++ compiler was found ({' or '.join(cpp_compilers())})")
+    sources = sorted(folder.glob("*.cpp"))
     torch_folder = Path(torch.__file__).parent
     command = [
         *(compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", *flags),
@@ -55,17 +57,18 @@ def compile_library(source: Path, flags: Sequence[str]) -> Path:
         # PyTorch's headers, not ours, give cause for warnings.
         *("-w", "-isystem", str(torch_folder / "include")),
         *("-isystem", str(torch_folder / "include/torch/csrc/api/include")),
-        *(str(source), "-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"),
+        *(*map(str, sources), "-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"),
     ]
-    key = hashlib.sha256(repr((torch.__version__, command)).encode() + source.read_bytes()).hexdigest()[:16]
-    library = user_cache() / "native" / f"{source.stem}-{key}.so"
+    texts = [path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))]
+    key = hashlib.sha256(repr((torch.__version__, command, texts)).encode()).hexdigest()[:16]
+    library = user_cache() / "native" / f"{folder.name}-{key}.so"
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with library.with_suffix(".lock").open("w") as lock:
             # The system frees it when its holder ends, however that ends.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
-                _log.info("Compiling %s with %s, once for this machine", source.name, compiler)
+                _log.info("Compiling %s with %s, once for this machine", folder.name, compiler)
                 _compile(command, library)
     except OSError as error:
         raise CompileError(f"{library}: {error.strerror or error}; XDG_CACHE_HOME names another folder") from error

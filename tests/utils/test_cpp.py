@@ -21,9 +21,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def _source(folder: Path, text: str = 'extern "C" int answer() { return NUMBER; }') -> Path:
-    path = folder / "answer.cpp"
-    path.write_text(text, encoding="utf-8")
+def _source(folder: Path, text: str = 'extern "C" int answer() { return NUMBER + 0 * ZERO; }') -> Path:
+    path = folder / "answer"
+    path.mkdir(exist_ok=True)
+    (path / "answer.cpp").write_text('#include "zero.h"\n' + text, encoding="utf-8")
+    (path / "zero.h").write_text("#define ZERO 0", encoding="utf-8")
     return path
 
 
@@ -39,7 +41,7 @@ def test_compiled_once_for_source_and_flags(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_wrong_source_is_told_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(CompileError, match=r"ended with code 1: .*answer.cpp:1:\d+: error: .*answr"):
+    with pytest.raises(CompileError, match=r"ended with code 1: .*answer.cpp:2:\d+: error: .*answr"):
         compile_library(_source(tmp_path, "int x = answr;"), ())
     assert [path.suffix for path in (cache / "internlm" / "native").iterdir()] == [".lock"]
 

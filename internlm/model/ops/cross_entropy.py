@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from internlm.model.ops.choice import Choice
+from internlm.model.ops.linear import weight_gradient
 
 IGNORE_INDEX = -100
 """The label of a token that contributes no loss."""
@@ -162,9 +163,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.t(), hidden[tokens])
                 elif start == 0:
-                    grad_weight.copy_(logits.t() @ hidden[tokens])
+                    grad_weight.copy_(weight_gradient(logits, hidden[tokens]))
                 else:
-                    grad_weight += logits.t() @ hidden[tokens]
+                    grad_weight += weight_gradient(logits, hidden[tokens])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(token_losses)

@@ -10,12 +10,13 @@ import functools
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from internlm.model.ops.compiling import constant_when_compiled
 from internlm.utils.cpp import CompileError, compile_library
 from internlm.utils.logging import get_logger
 
-_SOURCE = Path(__file__).with_name("csrc") / "cpu_attention.cpp"
+_SOURCES = Path(__file__).with_name("native_ops")
 _FLAGS = tuple(f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma"))
 
 _log = get_logger(__name__)
@@ -41,12 +42,17 @@ def why_no_native_ops() -> str | None:
     if not has_bf16_units():
         return "this CPU does not multiply bf16 in hardware"
     try:
-        torch.ops.load_library(str(compile_library(_SOURCE, _FLAGS)))
+        torch.ops.load_library(str(compile_library(_SOURCES, _FLAGS)))
     except (CompileError, OSError) as error:
         reason = str(error)
     else:
         if torch.ops.internlm_native.is_supported():
+            torch.library.register_fake("internlm_native::transposed", _fake_transposed)
             return None
         reason = "this PyTorch has no bf16 products for it"
     _log.warning("bf16 attention is slower than it could be on this CPU: %s", reason)
     return reason
+
+
+def _fake_transposed(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], x.shape[0])

@@ -20,6 +20,7 @@ from internlm.model.ops.attention import Segments, attention
 from internlm.model.ops.attention_backends import BACKENDS, why_not
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from internlm.model.ops.gated import fused_gated_activation, gated_activation
+from internlm.model.ops.linear import linear
 from internlm.model.ops.norm import layer_norm, rms_norm
 from internlm.model.ops.registry import OpSettings
 from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
@@ -145,9 +146,17 @@ def other_cases(
             lambda x, formula=formula: formula(*x.chunk(2, dim=-1)),
             ((*tokens, 2 * width),),
         )
+    yield from _linear_cases(tokens, width)
     yield from _rotary_cases(device, settings.head_dim, tokens)
     # Logits grow with the width, and fp16 ends at 65,504.
     yield from _loss_cases(device, min(width, 64))
+
+
+def _linear_cases(tokens: tuple[int, int], width: int) -> Iterator[OpCase]:
+    # On a CPU the weight gradient of wide layers is computed in one of two ways, that of others in a third.
+    for name, shape in (("narrow", (width, 30)), ("wider than its input", (1030, width)), ("narrower", (width, 1030))):
+        formula = torch.nn.functional.linear
+        yield OpCase("linear", name, linear, formula, ((*tokens, shape[1]), shape, shape[:1]))
 
 
 def _rotary_cases(device: torch.device, head_dim: int, tokens: tuple[int, int]) -> Iterator[OpCase]:

@@ -12,8 +12,6 @@
 // Names: S queries and keys of a document, D head dimension (padded), R = kRows queries of a block, N keys of a block.
 // "Paired" is the layout in which matrix units read the right-hand factor [K, N]: [K / 2, N, 2].
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -27,6 +25,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
+
+#include "words.h"
 
 namespace {
 
@@ -73,39 +73,17 @@ __m512 from_bf16(__m256i x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 
-// A 16 x 16 square of 32-bit words, turned over its diagonal.
-void transpose_square(const uint32_t* from, int64_t ld_from, uint32_t* to, int64_t ld_to) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * ld_from);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  // Now r[4 g + c] has, in its 128-bit part p, column 4 p + c of rows 4 g to 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even_01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
-    const __m512i odd_01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-    const __m512i even_23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512i odd_23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-    _mm512_storeu_si512(to + (0 + c) * ld_to, _mm512_shuffle_i32x4(even_01, even_23, 0x88));
-    _mm512_storeu_si512(to + (4 + c) * ld_to, _mm512_shuffle_i32x4(odd_01, odd_23, 0x88));
-    _mm512_storeu_si512(to + (8 + c) * ld_to, _mm512_shuffle_i32x4(even_01, even_23, 0xdd));
-    _mm512_storeu_si512(to + (12 + c) * ld_to, _mm512_shuffle_i32x4(odd_01, odd_23, 0xdd));
-  }
-}
-
 // [rows, columns] words -> [columns, rows]; both multiples of 16.
 void transpose_words(const void* from, int64_t rows, int64_t columns, void* to, int64_t ld_to) {
+  const auto* source = static_cast<const uint32_t*>(from);
+  auto* target = static_cast<uint32_t*>(to);
+  __m512i square[16], turned[16];
   for (int64_t i = 0; i < rows; i += 16)
-    for (int64_t j = 0; j < columns; j += 16)
-      transpose_square(
-          static_cast<const uint32_t*>(from) + i * columns + j, columns, static_cast<uint32_t*>(to) + j * ld_to + i, ld_to);
+    for (int64_t j = 0; j < columns; j += 16) {
+      for (int64_t k = 0; k < 16; ++k) square[k] = _mm512_loadu_si512(source + (i + k) * columns + j);
+      internlm::transpose_square(square, turned);
+      for (int64_t k = 0; k < 16; ++k) _mm512_storeu_si512(target + (j + k) * ld_to + i, turned[k]);
+    }
 }
 
 // The right-hand factor X^T [D, rows] of X [rows, D], paired.
@@ -418,7 +396,7 @@ bool is_supported() {
 
 } // namespace
 
-TORCH_LIBRARY(internlm_native, library) {
+TORCH_LIBRARY_FRAGMENT(internlm_native, library) {
   library.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bounds, int? window, float scale) -> (Tensor, Tensor)");
   library.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor partition, Tensor? bounds,"
