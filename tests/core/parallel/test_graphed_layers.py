@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.configs import small_config
-from helpers.graphed_steps import DOCUMENTS, NUM_MICRO_BATCHES, STEPS, packed, rows, train
+from helpers.graphed_steps import DOCUMENTS, NUM_MICRO_BATCHES, STEPS, Found, packed, rows, train
+from helpers.ranks import RankPool
 from helpers.replays import Replays
 from helpers.tiny import micro_batch, tiny_config, tiny_engine, tiny_model
 from torch import Tensor, nn
@@ -27,11 +28,49 @@ from internlm.initialize import stages
 from internlm.model.ops.attention import Segments
 from internlm.model.registry import build_model
 
+CALLS = ([4] * NUM_MICRO_BATCHES + [2]) * STEPS
+"""Of compiled functions, pass by pass: two layers go forward and back with a micro batch, and forward to evaluate."""
 
-def compiled_engine(model: nn.Module, context: ParallelContext, backend: Any, cuda_graphs: bool) -> Engine:
+
+def compiled_engine(
+    model: nn.Module, context: ParallelContext, backend: Any, cuda_graphs: bool, **optimizer: Any
+) -> Engine:
     torch._dynamo.reset()
     compile_layers(model, backend=backend, cuda_graphs=cuda_graphs)
-    return tiny_engine(context, model=model, clip_grad_norm=0.5, reduce_bucket_size=3000)
+    return tiny_engine(context, model=model, clip_grad_norm=0.5, reduce_bucket_size=3000, **optimizer)
+
+
+def assert_same(found: Found, expected: Found) -> None:
+    for own, wanted in zip(found, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(own, wanted, strict=True))
+
+
+def _on_a_data_rank(cuda_graphs: bool) -> tuple[Found, list[int]]:
+    context = ParallelContext.create(ParallelLayout(world_size=2))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        replays = Replays(monkeypatch)
+        engine = compiled_engine(
+            tiny_model(context),
+            context,
+            replays.backend if cuda_graphs else "aot_eager",
+            cuda_graphs,
+            overlap_sync_grad=True,
+            overlap_sync_param=True,
+        )
+        replays.watch(engine.model)
+        found = train(engine, lambda step: packed(2 * step + context.rank), 1e-2)
+    context.close()
+    return found, replays.calls
+
+
+def test_data_parallel_ranks(ranks: Callable[[int], RankPool]) -> None:
+    """Gradients are reduced and weights gathered while layers run. The first test of this file: a process in which a
+    compiled backward pass has run cannot fork ranks with every build of torch."""
+    pool = ranks(2)
+    expected = pool.run(_on_a_data_rank, False)
+    for (found, calls), (wanted, _) in zip(pool.run(_on_a_data_rank, True), expected, strict=True):
+        assert_same(found, wanted)
+        assert calls == CALLS
 
 
 @pytest.mark.parametrize("batches", [packed, rows])
@@ -47,10 +86,8 @@ def test_nothing_is_read_that_a_replay_has_overwritten(
     engine = compiled_engine(tiny_model(context, **changes), context, replays.backend, True)
     replays.watch(engine.model)
     found = train(engine, batches, 1e-2)
-    for own, wanted in zip(found, expected, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(own, wanted, strict=True))
-    # Two layers: each micro batch goes forward and back, and the evaluation forward.
-    assert replays.calls == ([4] * NUM_MICRO_BATCHES + [2]) * STEPS
+    assert_same(found, expected)
+    assert replays.calls == CALLS
     assert set(replays.modes) == {MODE}
 
 
