@@ -23,6 +23,9 @@ from internlm.model.registry import build_model
 from internlm.monitor.flops import ModelShape, flops_per_token
 from internlm.solver.optimizer.state_form import StateForm
 from internlm.utils.errors import ConfigError
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 def build_meta_model(config: Config) -> nn.Module:
@@ -130,8 +133,11 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         check_compiler(context.device, key="float8.compile")
     if config.model.compile:
         check_compiler(context.device, key="model.compile")
+        has_graphs = config.model.cuda_graphs and context.device.type == "cuda"
+        if config.model.cuda_graphs and not has_graphs:
+            logger.warning("model.cuda_graphs changes nothing here: there is no GPU")
         for chunk in chunks:
-            compile_layers(chunk)
+            compile_layers(chunk, cuda_graphs=has_graphs)
     if config.parallel.uses_fsdp:
         for chunk in chunks:
             scales = parallel_of(chunk).whole_scales if config.float8.gather_weights else None

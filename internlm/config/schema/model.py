@@ -94,6 +94,12 @@ class ModelConfig(Section):
     compile: bool = key(
         False, "Compile each layer with torch.compile: faster steps and less memory, after a minute of compiling."
     )
+    cuda_graphs: bool = used_with(
+        False,
+        "Launch the kernels of each compiled layer as CUDA graphs, for small models on GPUs; takes more memory (see "
+        "performance.md). Not yet run on a GPU.",
+        "model.compile",
+    )
 
     # Norms.
     norm_type: Literal["rmsnorm", "layernorm"] | None = key(None, "Kind of norm; None: the family's choice.")

@@ -40,6 +40,9 @@ from internlm.model.ops.native import has_bf16_units, has_native_ops, why_no_nat
 _BAND = 64
 """Queries that are attended together under a smaller window."""
 
+_FEWEST_DOCUMENTS = 16
+"""Of `Segments.rounded`: empty ones cost a kernel next to nothing, another shape costs a recording."""
+
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -56,7 +59,7 @@ class Segments:
     Attributes:
         cu_seqlens: int32 `[n + 1]` on the device, from 0 to P.
         lengths: the n lengths, as host integers, so that nothing waits for the device. Zeros are allowed.
-        max_seqlen: the largest of them.
+        max_seqlen: the largest of them, or more.
     """
 
     cu_seqlens: Tensor
@@ -69,6 +72,22 @@ class Segments:
         if cu_seqlens is None:
             cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
         return cls(cu_seqlens, tuple(lengths), max(lengths, default=0))
+
+    def rounded(self) -> Segments:
+        """The same documents as few shapes can tell them: empty ones behind them make their number a power of two, of
+        `_FEWEST_DOCUMENTS` or more, and `max_seqlen` is one too, unless that is more than the row."""
+        num_tokens, num_documents = sum(self.lengths), len(self.lengths)
+        num_empty = _power_of_two(max(num_documents, _FEWEST_DOCUMENTS)) - num_documents
+        return Segments(
+            F.pad(self.cu_seqlens, (0, num_empty), value=num_tokens),
+            self.lengths + (0,) * num_empty,
+            min(_power_of_two(self.max_seqlen), num_tokens),
+        )
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is not below `number`."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 @constant_when_compiled
