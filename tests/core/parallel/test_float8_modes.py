@@ -119,6 +119,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "fused": ("INTERNLM2", {}),
     "separate, biases": ("LLAMA2", {"mlp_layer_fusion": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}),
     "checkpointed": ("INTERNLM2", {"checkpoint": 1.0}),
+    # The input is rounded again without being multiplied again.
+    "checkpointed, products kept": ("INTERNLM2", {"checkpoint": 1.0, "checkpoint_keep": "matmuls"}),
 }
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
