@@ -18,6 +18,7 @@ from internlm.core.communication.exchange import Pending, Ready
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.products import Operand, Products
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.model.ops.float8 import as_scaled
 from internlm.model.recompute import as_products, as_unkept
 from internlm.model.roles import Role
 
@@ -57,10 +58,10 @@ class WeightStore(Protocol):
 
 
 class LocalWeights:
-    """Every rank multiplies what it holds."""
+    """Every rank multiplies what it holds, or what FSDP has gathered for it."""
 
     def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
-        return list(parameters)
+        return [as_scaled(parameter) for parameter in parameters]
 
     def give_back(self, group: LinearGroup, whole: Sequence[Operand]) -> None:
         pass
