@@ -21,7 +21,7 @@ from internlm.model.architecture import Architecture
 from internlm.model.ops.float8 import why_not_on_hardware
 from internlm.model.registry import build_model
 from internlm.monitor.flops import ModelShape, flops_per_token
-from internlm.solver.optimizer.state_form import StateForm
+from internlm.solver.optimizer.state_form import StateForm, wide
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
 
@@ -94,7 +94,7 @@ def build_options(config: Config) -> ParallelOptions:
 def reduce_dtype(config: Config) -> torch.dtype:
     """The dtype in which gradients travel."""
     name = config.reduce_comm_dtype
-    return _dtype(name) if name else torch.float32
+    return _dtype(name) if name else wide(config.model.torch_dtype)
 
 
 def state_form(config: Config) -> StateForm:
@@ -115,8 +115,10 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
 
     Raises:
         ConfigError: the model cannot be cut into these stages, not be sharded as `parallel.fsdp` asks, or not be
-            compiled or multiply in float8 here.
+            compiled, multiply in float8 or compute in float64 here.
     """
+    if config.model.torch_dtype == torch.float64 and context.device.type == "cuda":
+        raise ConfigError("model.dtype = 'torch.float64' is for comparisons on a CPU; set 'torch.bfloat16'")
     if config.float8.enable_float8_linear and context.device.type == "cuda":
         missing = why_not_on_hardware(context.device)
         if missing is not None:

@@ -175,8 +175,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            # In fp32: a factor rounded to bf16 would scale all gradients but the head's by up to 0.4 %.
-            grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
+            # Not in bf16: a factor rounded to it would scale all gradients but the head's by up to 0.4 %.
+            grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None, None
