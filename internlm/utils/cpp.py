@@ -51,16 +51,17 @@ def compile_library(folder: Path, flags: Sequence[str]) -> Path:
         raise CompileError(f"no C++ compiler was found ({' or '.join(cpp_compilers())})")
     sources = sorted(folder.glob("*.cpp"))
     torch_folder = Path(torch.__file__).parent
+    options = ["-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", *flags]
+    options.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     command = [
-        *(compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", *flags),
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(compiler, *options),
         # PyTorch's headers, not ours, give cause for warnings.
         *("-w", "-isystem", str(torch_folder / "include")),
         *("-isystem", str(torch_folder / "include/torch/csrc/api/include")),
         *(*map(str, sources), "-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"),
     ]
     texts = [path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))]
-    key = hashlib.sha256(repr((torch.__version__, command, texts)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((torch.__version__, compiler, options, texts)).encode()).hexdigest()[:16]
     library = user_cache() / "native" / f"{folder.name}-{key}.so"
     try:
         library.parent.mkdir(parents=True, exist_ok=True)

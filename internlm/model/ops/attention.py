@@ -115,11 +115,11 @@ def choice(
     # Not a mistake: a config made for a GPU also runs on a CPU.
     ignored = "" if attention_backend == "auto" else f"; model.attention_backend = {attention_backend!r} is for GPUs"
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "native":
-        return Choice("our C++ kernel, all documents in one call", f"this CPU multiplies bf16 in hardware{ignored}")
+        return Choice("our C++ kernel, all documents in one call", f"this CPU has AMX{ignored}")
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "blocks":
         return Choice(
             "SDPA, one call a document length; backward by blocks of queries",
-            f"this CPU multiplies bf16 in hardware; no C++ kernel: {why_no_native_ops()}{ignored}",
+            f"this CPU multiplies bf16 in hardware; no C++ kernel, as {why_no_native_ops()}{ignored}",
         )
     return Choice(
         "SDPA, one call a document length", f"PyTorch has no variable-length kernel on {device.type}{ignored}"

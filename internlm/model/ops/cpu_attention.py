@@ -3,7 +3,7 @@
 `internlm::cpu_attention` and its backward are each one node to torch.compile and to selective recomputation. Behind
 them is one of these kernels:
 
-- "native": our own in C++, for bf16 on CPUs that multiply it in hardware; all documents in one call;
+- "native": our own in C++, for bf16 on CPUs with AMX; all documents in one call;
 - "flash": PyTorch's flash attention, one call for all documents of equal length;
 - "blocks": batched matrix products by blocks of queries, one call for all documents of equal length (16-bit ones: of
   equal length but for padding): for backward passes in bf16 where there is no native kernel, and under a window.

@@ -1,4 +1,4 @@
-"""Ops in C++ for CPUs that multiply bf16 in hardware (AVX512-BF16, or AMX, which comes with it).
+"""Ops in C++ for CPUs with AMX, the matrix units of Intel's servers.
 
 They are compiled for the machine at hand when they are first asked for, which takes some seconds once, and live in
 `torch.ops.internlm_native`. Nothing needs them: where they cannot be had, PyTorch's own operators serve, more slowly.
@@ -24,9 +24,19 @@ _log = get_logger(__name__)
 
 @constant_when_compiled
 def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 in hardware."""
+    """Whether this CPU multiplies bf16 in hardware: AVX512-BF16, or AMX, which comes with it."""
+    return _has("_is_avx512_bf16_supported")
+
+
+@constant_when_compiled
+def has_matrix_units() -> bool:
+    """Whether this CPU has AMX."""
+    return has_bf16_units() and _has("_is_amx_tile_supported")
+
+
+def _has(question: str) -> bool:
     # A private name: where a version of PyTorch lacks it, ops go without.
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    supported = getattr(torch.cpu, question, None)
     return supported is not None and bool(supported())
 
 
@@ -39,8 +49,8 @@ def has_native_ops() -> bool:
 @functools.cache
 def why_no_native_ops() -> str | None:
     """Why `torch.ops.internlm_native` is not there, in words; None when it is."""
-    if not has_bf16_units():
-        return "this CPU does not multiply bf16 in hardware"
+    if not has_matrix_units():
+        return "this CPU has no AMX, for which they are"
     try:
         torch.ops.load_library(str(compile_library(_SOURCES, _FLAGS)))
     except (CompileError, OSError) as error:
@@ -49,8 +59,8 @@ def why_no_native_ops() -> str | None:
         if torch.ops.internlm_native.is_supported():
             torch.library.register_fake("internlm_native::transposed", _fake_transposed)
             return None
-        reason = "this PyTorch has no bf16 products for it"
-    _log.warning("bf16 attention is slower than it could be on this CPU: %s", reason)
+        reason = "oneDNN does not use AMX here"
+    _log.warning("bf16 is slower than it could be on this CPU: %s", reason)
     return reason
 
 

@@ -239,7 +239,12 @@ def test_torchs_own_float8_product_agrees() -> None:
     x, weight, _, _ = case(torch.bfloat16)
     x8, weight8 = (quantize(t, scale_of(amax_of(t), FORWARD_FORMAT), FORWARD_FORMAT) for t in (x, weight))
     ours = scaled_product(x8.flat(), weight8.t(), torch.bfloat16, on_hardware=False)
-    theirs = scaled_product(x8.flat(), weight8.t(), torch.bfloat16, on_hardware=True)
+    try:
+        theirs = scaled_product(x8.flat(), weight8.t(), torch.bfloat16, on_hardware=True)
+    except RuntimeError as error:
+        if "could not create a primitive descriptor" not in str(error):
+            raise
+        pytest.skip("oneDNN has no float8 product for this CPU")
     # Each sums 64 exact terms in its own order in fp32, and then rounds to bf16: neighbours at most.
     torch.testing.assert_close(ours, theirs, rtol=2.0**-7, atol=1e-5)
     assert isinstance(x8, Scaled)

@@ -12,7 +12,7 @@ from internlm.model.ops.linear import linear, weight_gradient
 from internlm.model.ops.native import has_native_ops
 from internlm.model.ops.self_test import OpCase, judge
 
-needs_native_ops = pytest.mark.skipif(not has_native_ops(), reason="this CPU has no bf16 units, for which the ops are")
+needs_native_ops = pytest.mark.skipif(not has_native_ops(), reason="this CPU has no AMX, for which the ops are")
 
 SHAPES = [(1024, 64), (64, 1030), (1025, 1100), (70, 30)]
 

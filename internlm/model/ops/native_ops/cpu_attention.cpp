@@ -1,4 +1,5 @@
-// Causal attention in bf16 for CPUs that multiply bf16 in hardware (AVX512-BF16, AMX), over documents of any lengths.
+// Causal attention in bf16 over documents of any lengths. For CPUs with AMX: those with AVX512-BF16 alone compute the
+// same, and more slowly than by PyTorch's kernel.
 //
 // The method is that of FlashAttention-2 (Dao, 2023, arXiv:2307.08691): scores live by blocks, in fp32, in a core's cache;
 // the forward pass keeps the logarithm of each row's sum of exponentials, from which the backward pass makes the
@@ -389,7 +390,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return {grad_q, grad_k, grad_v};
 }
 
-// Whether PyTorch's matrix products of this kind run on this machine.
+// Whether PyTorch's tile products run on AMX here.
 bool is_supported() {
   return at::native::cpublas::could_pack(at::kBFloat16);
 }
