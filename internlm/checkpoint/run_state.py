@@ -47,12 +47,12 @@ def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
 def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
     """`optimizer/<kind>/<name>` -> this rank's boxes of masters and moments, under the parameter's global name."""
 
-    def dtype_of(key: str) -> torch.dtype:
-        return torch.float32 if key.startswith("master/") else optimizer.form.moments
+    def dtype_of(key: str, parameter: nn.Parameter) -> torch.dtype:
+        return torch.float32 if key.startswith("master/") else optimizer.form.moment_dtype(parameter.dtype)
 
     return dict(
         merge_by_key(
-            (f"optimizer/{key}", BoxedTensor(shard_spec_of(parameter).global_shape, dtype_of(key), pieces))
+            (f"optimizer/{key}", BoxedTensor(shard_spec_of(parameter).global_shape, dtype_of(key, parameter), pieces))
             for key, parameter, pieces in optimizer.sharded_state()
         )
     )

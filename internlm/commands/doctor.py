@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; returns the exit code: 1 when something that would run is wrong."""
-    settings = OpSettings()
+    # Without a config: all there is.
+    settings = OpSettings(use_float8=True)
     if options.config is not None:
         config = load_config(options.config, options.overrides, world_size=options.world_size).config
         settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)

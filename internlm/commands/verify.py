@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "may be given many times",
     )
     parser.add_argument(
-        "--keep-dtype", action="store_true", help="compute in model.dtype (default: float32, which shows small defects)"
+        "--keep-dtype",
+        action="store_true",
+        help="compute in model.dtype (default: float32, which shows small defects; float8: float64)",
     )
     parser.add_argument("--matrix", action="store_true", help="instead of a config, compare the project's own matrix")
     parser.add_argument("--full", action="store_true", help="with --matrix: every layout, not one of each pair")
@@ -68,14 +70,16 @@ def run(options: argparse.Namespace) -> int:
 def _compare_config(options: argparse.Namespace) -> int:
     layouts: list[Layout | None] = [from_text(Layout, text) for text in options.layout] or [None]
     # All are checked before any of them runs.
-    cases = [_case(options, layout) for layout in layouts]
+    cases = [case for layout in layouts for case in _cases(options, layout)]
     is_equal = True
     with (
         LocalRanks(options.world_size, options.config) as ranks,
         LocalRanks(1, options.config) as alone,
     ):
         for case in cases:
-            print(f"{case.world_size} rank(s), {to_text(Layout.of(case.config)) or 'data parallel'}", flush=True)
+            layout = to_text(Layout.of(case.config)) or "data parallel"
+            how = "; float8, in float64" if case.config.float8.enable_float8_linear else ""
+            print(f"{case.world_size} rank(s), {layout}{how}", flush=True)
             verdict = _verdict(case, options.steps, ranks, alone, {})
             if verdict.steps:
                 print(steps_table(verdict))
@@ -85,15 +89,16 @@ def _compare_config(options: argparse.Namespace) -> int:
     return 0 if is_equal else 1
 
 
-def _case(options: argparse.Namespace, layout: Layout | None) -> Case:
-    """The small copy of the user's run in a layout, or in its own."""
+def _cases(options: argparse.Namespace, layout: Layout | None) -> list[Case]:
+    """The small copy of the user's run in a layout, or in its own; if it has float8, without that and with it."""
     values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
+    configs = [shrink(loaded.config, None if options.keep_dtype else "torch.float32")]
     if loaded.config.float8.enable_float8_linear:
-        print("compared without float8, whose rounding would hide what is looked for")
-    config = shrink(loaded.config, None if options.keep_dtype else "torch.float32")
-    check_buildable(config, options.world_size)
-    return Case(config, options.world_size, Documents(packed=config.data.use_packed_dataset))
+        configs.append(shrink(loaded.config, float8=True))
+    for config in configs:
+        check_buildable(config, options.world_size)
+    return [Case(config, options.world_size, Documents(packed=config.data.use_packed_dataset)) for config in configs]
 
 
 def _compare_matrix(combinations: Iterable[Combination], steps: int, output: Path | None) -> int:

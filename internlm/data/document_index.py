@@ -24,6 +24,7 @@ from internlm.data.order import permute
 from internlm.data.tokenized_file import TokenizedFile
 from internlm.data.tokenized_writer import meta_path
 from internlm.utils.errors import DataError
+from internlm.utils.user_cache import user_cache
 
 CACHE_FOLDER = ".index_cache"
 DOCUMENT_SEED = 1024
@@ -133,9 +134,8 @@ def _cache_name(path: Path, kind: str, suffix: str) -> str:
 
 def _cache_folders(path: Path) -> list[Path]:
     """Where the cache may lie: beside the data, or else (data not writable) in the user's cache folder."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:16]
-    return [path.parent / CACHE_FOLDER, user_cache / "internlm" / "index" / place]
+    return [path.parent / CACHE_FOLDER, user_cache() / "index" / place]
 
 
 def _cached(path: Path, kind: str, suffix: str) -> Path | None:

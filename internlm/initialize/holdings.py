@@ -19,7 +19,7 @@ from internlm.core.parallel.pipeline_stages import meta_stage
 from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.scheduler.placement import Placement
 from internlm.initialize.stages import build_layer_split, build_meta_model, build_options, state_form
-from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Holding:
         is_fsdp = "zero" in spec.sharded_over
         # Under FSDP the parameter itself is the share of this rank.
         share = numel if is_fsdp else -(-numel // zero)
-        masters = 4 * share if is_fsdp or form.has_master(dtype) else 0
-        moments = 2 * form.moments.itemsize * share
+        masters = wide(dtype).itemsize * share if is_fsdp or form.has_master(dtype) else 0
+        moments = 2 * form.moment_dtype(dtype).itemsize * share
         return cls(
             parameters=numel,
             weights=numel * dtype.itemsize,

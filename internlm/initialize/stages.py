@@ -21,8 +21,11 @@ from internlm.model.architecture import Architecture
 from internlm.model.ops.float8 import why_not_on_hardware
 from internlm.model.registry import build_model
 from internlm.monitor.flops import ModelShape, flops_per_token
-from internlm.solver.optimizer.state_form import StateForm
+from internlm.solver.optimizer.state_form import StateForm, wide
 from internlm.utils.errors import ConfigError
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 def build_meta_model(config: Config) -> nn.Module:
@@ -91,7 +94,7 @@ def build_options(config: Config) -> ParallelOptions:
 def reduce_dtype(config: Config) -> torch.dtype:
     """The dtype in which gradients travel."""
     name = config.reduce_comm_dtype
-    return _dtype(name) if name else torch.float32
+    return _dtype(name) if name else wide(config.model.torch_dtype)
 
 
 def state_form(config: Config) -> StateForm:
@@ -112,8 +115,10 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
 
     Raises:
         ConfigError: the model cannot be cut into these stages, not be sharded as `parallel.fsdp` asks, or not be
-            compiled or multiply in float8 here.
+            compiled, multiply in float8 or compute in float64 here.
     """
+    if config.model.torch_dtype == torch.float64 and context.device.type == "cuda":
+        raise ConfigError("model.dtype = 'torch.float64' is for comparisons on a CPU; set 'torch.bfloat16'")
     if config.float8.enable_float8_linear and context.device.type == "cuda":
         missing = why_not_on_hardware(context.device)
         if missing is not None:
@@ -130,8 +135,11 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         check_compiler(context.device, key="float8.compile")
     if config.model.compile:
         check_compiler(context.device, key="model.compile")
+        has_graphs = config.model.cuda_graphs and context.device.type == "cuda"
+        if config.model.cuda_graphs and not has_graphs:
+            logger.warning("model.cuda_graphs changes nothing here: there is no GPU")
         for chunk in chunks:
-            compile_layers(chunk)
+            compile_layers(chunk, cuda_graphs=has_graphs)
     if config.parallel.uses_fsdp:
         for chunk in chunks:
             scales = parallel_of(chunk).whole_scales if config.float8.gather_weights else None

@@ -162,14 +162,35 @@ def as_products(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tenso
         compute: makes new tensors, without gradients; gathering weights for them is part of it.
         like: any tensor of the same device.
     """
+    return _as_operator(_products, compute, like)
+
+
+def as_unkept(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
+    """`compute()`, which is one operator that no policy keeps, so that it may do something else in recomputation.
+
+    torch tells operators by name and count, and refuses a recomputation with other ones than the first time.
+
+    Args:
+        compute, like: as of `as_products`.
+    """
+    return _as_operator(_unkept, compute, like)
+
+
+def _as_operator(operator: Any, compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
     if not _is_selective.get():
         return compute()
     with _set(_computation, compute):
-        return _products(like)
+        result: list[Tensor] = operator(like)
+    return result
 
 
 @torch.library.custom_op("internlm::products", mutates_args=(), schema="(Tensor like) -> Tensor[]")
 def _products(like: Tensor) -> list[Tensor]:
+    return _computation.get()()
+
+
+@torch.library.custom_op("internlm::unkept", mutates_args=(), schema="(Tensor like) -> Tensor[]")
+def _unkept(like: Tensor) -> list[Tensor]:
     return _computation.get()()
 
 

@@ -26,6 +26,19 @@ HEAD_DIM = 8
 SEQ_LEN = 16
 MICRO_BSZ = 2
 
+# Of float8, which multiplies in tiles of 16: channels of a head, and tokens of a sequence for each tensor rank.
+FLOAT8_HEAD_DIM = 16
+FLOAT8_SEQ_LEN = 16 // MICRO_BSZ
+
+FLOAT8_KEYS: Mapping[str, Any] = {
+    "float8.enable_float8_linear": True,
+    "float8.first_and_last_layer": True,
+    "model.dtype": "torch.float64",
+}
+"""Float8 in every layer, computed and kept in float64. Another order of additions moves a number across the border
+between two of float8 with a probability of about its rounding error: 1e-16, and not the 1e-7 of fp32, of which some of
+the 1e5 numbers that are rounded would show, each as a difference of 6 %."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -106,6 +119,8 @@ class Combination:
         found = [mistake.text for mistake in find_mistakes(case.config, self.ranks)]
         if self.layout.weight > 1 and self.layout.mode != "isp":
             found.append("weight parallelism is part of isp")
+        if self.model.float8 and self.model.dtype != "float64":
+            found.append("float8 is compared in float64")
         return found
 
     def case(self) -> Case:
@@ -145,15 +160,19 @@ def needed_micro_batches(layout: Layout) -> int:
 
 def _model_keys(model: Model, layout: Layout) -> dict[str, Any]:
     num_chunks = 2 if layout.schedule in ("ZBV", "DUALPIPEV") else layout.chunks
+    # With 8 ranks an odd multiple: halves and quarters of it do not fall on powers of two.
+    head_dim, intermediate_size, kv_heads, seq_len = HEAD_DIM, 56, model.kv_heads, SEQ_LEN
+    if model.float8:
+        head_dim, intermediate_size = FLOAT8_HEAD_DIM, 16 * layout.tensor * 3
+        kv_heads, seq_len = float8_kv_heads(kv_heads, layout), max(SEQ_LEN, FLOAT8_SEQ_LEN * layout.tensor)
     keys = {
         "model_type": model.family,
         "use_fp32_norm": model.fp32_norm,
-        "model.hidden_size": HEAD_DIM * model.heads,
+        "model.hidden_size": head_dim * model.heads,
         "model.num_attention_heads": model.heads,
-        "model.num_kv_attention_heads": model.kv_heads,
+        "model.num_kv_attention_heads": kv_heads,
         "model.num_layers": model.layers or max(2, layout.pipeline * (num_chunks if layout.pipeline > 1 else 1)),
-        # With 8 ranks an odd multiple: halves and quarters of it do not fall on powers of two.
-        "model.intermediate_size": 56,
+        "model.intermediate_size": intermediate_size,
         "model.vocab_size": model.vocab,
         "model.tie_word_embeddings": model.tied,
         "model.norm_head": model.norm_head,
@@ -168,8 +187,16 @@ def _model_keys(model: Model, layout: Layout) -> dict[str, Any]:
         "model.checkpoint_keep": model.keep,
         "model.dtype": f"torch.{model.dtype}",
         "model.residual_in_fp32": model.fp32_residual,
+        "data.seq_len": seq_len,
+        **(FLOAT8_KEYS if model.float8 else {}),
     }
     return {path: value for path, value in keys.items() if value is not None}
+
+
+def float8_kv_heads(kv_heads: int, layout: Layout) -> int:
+    """Key-value heads with which float8 can be compared: of a head that ranks share, each would round its own part of
+    the gradient, where one process rounds their sum."""
+    return kv_heads if layout.mode == "isp" else max(kv_heads, layout.tensor)
 
 
 _BASE: dict[str, Any] = {

@@ -87,6 +87,7 @@ class Model:
         keep: what these keep, `model.checkpoint_keep`.
         dtype: of weights and computation.
         fp32_norm, fp32_residual: `use_fp32_norm` and `model.residual_in_fp32`.
+        float8: `float8.enable_float8_linear`, in every layer; goes with float64.
     """
 
     family: str = "INTERNLM2"
@@ -102,9 +103,10 @@ class Model:
     split_hidden: bool = True
     checkpoint: float = 0.0
     keep: Literal["nothing", "attention", "matmuls"] = "nothing"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     fp32_norm: bool = False
     fp32_residual: bool = False
+    float8: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def rounding_of_gradients(dtype: torch.dtype, num_layers: int, num_terms: int) -
     A gradient passes `n = ROUNDINGS_PER_LAYER * layers + ROUNDINGS_OUTSIDE` roundings to `eps` of the model's dtype.
     They are as good as independent, so that they add up to sqrt(n) of one. It is summed in fp32 over N terms; the error
     of that is relative to the sum of the terms' sizes, which for terms of either sign is sqrt(N) times the size of the
-    sum. Both runs are off by as much. So the difference is below
+    sum. Both runs are off by as much. (In float64 sums are as good as exact; fp32 then stands for rounding what is
+    recorded.) So the difference is below
 
         sqrt(2) * (eps * sqrt(n) + eps32 * sqrt(N)).
 
@@ -85,10 +86,10 @@ def tolerance_of(case: Case) -> Tolerance:
     if config.adam.moments_dtype == "torch.bfloat16":
         # Moments that are rounded up in one run and down in the other move weights as such gradients would.
         gradient += 2 * _unit(torch.bfloat16)
-    loss = FP32_LOSS if dtype == torch.float32 else gradient
-    return Tolerance(
-        loss, gradient, 2 * _unit(dtype), config.adam.lr / config.adam.adam_eps, config.model.num_layers + 1
-    )
+    # Losses are summed, and all is recorded, in fp32 at best.
+    loss = FP32_LOSS if dtype in (torch.float32, torch.float64) else gradient
+    weight = 2 * max(_unit(dtype), _unit(torch.float32))
+    return Tolerance(loss, gradient, weight, config.adam.lr / config.adam.adam_eps, config.model.num_layers + 1)
 
 
 @dataclass(frozen=True)

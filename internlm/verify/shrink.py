@@ -8,11 +8,15 @@ from typing import Any
 from internlm.config.schema import Config
 from internlm.verify.case import (
     ADAM_EPSILON,
+    FLOAT8_HEAD_DIM,
+    FLOAT8_KEYS,
+    FLOAT8_SEQ_LEN,
     HEAD_DIM,
     LEARNING_RATE,
     MICRO_BSZ,
     SEQ_LEN,
     changed,
+    float8_kv_heads,
     needed_micro_batches,
 )
 from internlm.verify.choices import Layout
@@ -22,17 +26,20 @@ WINDOW = 6
 """Shorter than a sequence, so that a sliding window is seen at work."""
 
 
-def shrink(config: Config, dtype: str | None = "torch.float32") -> Config:
+def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool = False) -> Config:
     """The config with fewer and narrower layers and short sequences; same family, flags and layout.
 
-    The ratio of query to key-value heads stays up to 4, and key-value heads stay below the tensor size or a multiple of
-    it, as they were. A vocabulary that the ranks do not divide stays one. The optimizer's learning rate and epsilon are
-    those of `case.py`. Float8 is off: its rounding magnifies the differences that tell a defect from another order of
-    additions. A budget of activations, which such a model never fills, is left out.
+    The ratio of query to key-value heads stays up to 4, or to what gives each rank a query head, and key-value heads
+    stay below the tensor size or a multiple of it, as they were. A vocabulary that the ranks do not divide stays one.
+    The optimizer's learning rate and epsilon are those of `case.py`. A budget of activations, which such a model never
+    fills, is left out.
 
     Args:
         config: a checked config.
-        dtype: of weights and computation; None keeps the config's.
+        dtype: of weights and computation; None keeps the config's. Float8 is off: its rounding magnifies the
+            differences that tell a defect from another order of additions.
+        float8: instead, float8 is on, in float64 (see `case.FLOAT8_KEYS`); all that would be in another dtype or on the
+            host is not, and there is a key-value head for each tensor rank (see `case.float8_kv_heads`).
     """
     layout, model = Layout.of(config), config.model
     tensor = layout.tensor
@@ -40,20 +47,23 @@ def shrink(config: Config, dtype: str | None = "torch.float32") -> Config:
     group = min(heads // kv_heads, LARGEST_GROUP_OF_HEADS)
     # Two heads a rank show that heads are told apart; fewer heads than ranks stay as few.
     small_kv = kv_heads if kv_heads <= tensor else tensor * min(kv_heads // tensor, 2)
-    small_heads = small_kv * group
+    if float8:
+        small_kv = float8_kv_heads(small_kv, layout)
+    head_dim = FLOAT8_HEAD_DIM if float8 else HEAD_DIM
+    small_heads = small_kv * _multiple(group, max(1, tensor // small_kv))
     chunks = layout.pipeline * layout.chunks
     divisor = math.lcm(tensor, layout.weight)
     keys: dict[str, Any] = {
         "model.num_attention_heads": small_heads,
         "model.num_kv_attention_heads": small_kv if model.num_kv_attention_heads else None,
-        "model.hidden_size": _multiple(HEAD_DIM * small_heads, divisor),
-        "model.head_dim": HEAD_DIM,
+        "model.hidden_size": _multiple(head_dim * small_heads, math.lcm(head_dim, divisor)),
+        "model.head_dim": head_dim,
         "model.num_layers": min(model.num_layers, max(2, chunks)),
-        "model.intermediate_size": 7 * HEAD_DIM * divisor,
+        "model.intermediate_size": 7 * head_dim * divisor,
         "model.vocab_size": _multiple(64, divisor) + model.vocab_size % divisor,
         "model.max_window_layers": min(model.max_window_layers, 1),
         "model.checkpoint_budget": None,
-        "data.seq_len": _multiple(SEQ_LEN, tensor),
+        "data.seq_len": _multiple(SEQ_LEN, tensor * (FLOAT8_SEQ_LEN if float8 else 1)),
         "data.micro_bsz": MICRO_BSZ,
         "data.micro_num": needed_micro_batches(layout),
         "data.gradient_accumulation": needed_micro_batches(layout),
@@ -66,10 +76,14 @@ def shrink(config: Config, dtype: str | None = "torch.float32") -> Config:
         keys["model.sliding_window"] = WINDOW
     if dtype is not None:
         keys["model.dtype"] = dtype
-        if dtype == "torch.float32":
-            keys["reduce_comm_dtype"] = None
-            keys["hybrid_zero_optimizer.grad_accumulation_dtype"] = "torch.float32"
-            keys["adam.moments_dtype"] = "torch.float32"
+    if float8:
+        keys |= FLOAT8_KEYS
+        keys["use_fp32_norm"] = keys["model.residual_in_fp32"] = False
+        keys["hybrid_zero_optimizer.offload_optimizer"] = False
+    if keys.get("model.dtype") in ("torch.float32", "torch.float64"):
+        keys["reduce_comm_dtype"] = None
+        keys["hybrid_zero_optimizer.grad_accumulation_dtype"] = "torch.float32"
+        keys["adam.moments_dtype"] = "torch.float32"
     return changed(config, keys)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from internlm.cli import main
 from internlm.model.ops import registry, self_test
 from internlm.model.ops.attention_backends import BACKENDS, choose_attention
-from internlm.model.ops.registry import describe
+from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.optional_packages import why_unusable
 
 
@@ -53,7 +53,9 @@ def test_a_healthy_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["machine"]["cores"] >= 1 and found["machine"]["memory_gib"] > 0
     assert found["software"]["torch"] == torch.__version__
     assert found["communication"]["gloo"]
-    assert found["ops"] == {name: choice._asdict() for name, choice in describe("cpu").items()}
+    everything = describe("cpu", OpSettings(use_float8=True))
+    assert found["ops"] == {name: choice._asdict() for name, choice in everything.items()}
+    assert found["ops"]["float8_linear"]["implementation"] == "emulation"
     assert [one["name"] for one in found["attention_backends"]] == [backend.name for backend in BACKENDS]
     assert not any(one["usable"] for one in found["attention_backends"])
     assert {one["dtype"] for one in found["self_test"]} == {"bfloat16", "float32"}
@@ -62,9 +64,9 @@ def test_a_healthy_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str], small_heads: Path) -> None:
     code, text = doctor(capsys, "--config", small_heads)
-    assert code == 0
+    assert code == 0 and "float8_linear" not in text
     assert f"ops on cpu (float32, heads of 8, as of {small_heads})" in text
-    for name, choice in describe("cpu").items():
+    for name, choice in describe("cpu", OpSettings(torch.float32, head_dim=8)).items():
         assert name in text and choice.implementation in text
     assert text.splitlines()[-1] == "everything that would run is right"
 

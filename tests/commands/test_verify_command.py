@@ -45,6 +45,25 @@ def test_equal_layouts_end_with_0_and_a_table_each(tmp_path: Path, capsys: pytes
         assert [line.split()[0] for line in lines[2:4]] == ["1", "2"]
 
 
+FLOAT8 = """
+model.update(hidden_size=64, intermediate_size=96, dtype="torch.bfloat16")
+float8 = dict(enable_float8_linear=True, first_and_last_layer=True)
+"""
+
+
+def test_float8_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, FLOAT8)
+    code = verify("--config", config, "--world-size", 2, "--steps", 1, "--layout", "tensor=2,mode=isp", "--layout", "")
+    titles = [line for line in capsys.readouterr().out.splitlines() if "rank(s)" in line]
+    assert code == 0
+    assert titles == [
+        "2 rank(s), tensor=2,mode=isp",
+        "2 rank(s), tensor=2,mode=isp; float8, in float64",
+        "2 rank(s), data parallel",
+        "2 rank(s), data parallel; float8, in float64",
+    ]
+
+
 def test_a_difference_ends_with_1_and_names_the_parameter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = verify("--config", write_config(tmp_path, WRONG_MODEL), "--world-size", 2, "--steps", 1)
     output = capsys.readouterr().out

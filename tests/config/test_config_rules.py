@@ -208,9 +208,17 @@ CASES = [
             1,
             None if dtype == "torch.bfloat16" else "hybrid_zero_optimizer.grad_accumulation_dtype",
         )
-        for dtype in ("torch.bfloat16", "torch.float16", "torch.float32", "torch.tf32")
+        for dtype in ("torch.bfloat16", "torch.float16", "torch.float32", "torch.tf32", "torch.float64")
     ),
     ({"model.dtype": "torch.float32", "adam.moments_dtype": "torch.bfloat16"}, 1, None),
+    ({"model.dtype": "torch.float64"}, 1, None),
+    ({"model.dtype": "torch.float64", "adam.moments_dtype": "torch.bfloat16"}, 1, "adam.moments_dtype"),
+    ({"model.dtype": "torch.float64", "reduce_comm_dtype": "torch.float32"}, 1, "reduce_comm_dtype"),
+    (
+        {"model.dtype": "torch.float64", "hybrid_zero_optimizer.offload_optimizer": True},
+        1,
+        "hybrid_zero_optimizer.offload_optimizer",
+    ),
     ({"grad_scaler.fp16.initial_scale": 2.0**30}, 1, "grad_scaler.fp16.initial_scale"),
     (
         {"ckpt.load_ckpt_info": dict(path="x", content=("all",), ckpt_type="hf")},

@@ -35,6 +35,7 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
         1,
         "float8.enable_float8_linear = True needs model.dtype = 'torch.bfloat16', which is 'torch.float16'",
     ),
+    ({"model.dtype": "torch.float64"}, 1, None),
     (
         {"model.num_layers": 2},
         1,
@@ -126,3 +127,10 @@ def test_a_device_without_float8_is_refused_by_name(monkeypatch: pytest.MonkeyPa
     context = ParallelContext(build_layout(small_config(ON), 1), 0, torch.device("cuda", 0))
     with pytest.raises(ConfigError, match=r"enable_float8_linear = True: NVIDIA A100 has .* 8.0; set it to False"):
         build_chunks(small_config(ON), context)
+
+
+def test_float64_is_refused_on_a_gpu() -> None:
+    config = small_config({"model.dtype": "torch.float64"})
+    context = ParallelContext(build_layout(config, 1), 0, torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match=r"model.dtype = 'torch.float64' is for comparisons on a CPU"):
+        build_chunks(config, context)

@@ -13,12 +13,27 @@ from internlm.core.parallel.compile import compile_layers
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.ops.float8 import choice, float8_linear, runs_on_hardware
+from internlm.model.ops.registry import OpSettings
+from internlm.model.ops.self_test import float8_cases, judge, self_tests
 from internlm.model.registry import build_model
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not runs_on_hardware(torch.device("cuda", 0)),
     reason="needs a GPU with float8 matrix units",
 )
+
+
+def test_what_doctor_runs() -> None:
+    """Rounding is exact; products are as those of the rounded numbers in bf16."""
+    outcomes = [one for one in self_tests(torch.device("cuda", 0), OpSettings(use_float8=True)) if "float8" in one.op]
+    assert outcomes and [one for one in outcomes if one.problem is not None] == []
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(8, 48, 16), (64, 272, 1040)])
+def test_more_shapes_of_what_doctor_runs(tokens: int, inputs: int, outputs: int) -> None:
+    device = torch.device("cuda", 0)
+    for case in float8_cases(device, tokens, inputs, outputs):
+        assert judge(case, device, torch.bfloat16) is None, case.name
 
 
 def gradients(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, *, on_hardware: bool) -> list[Tensor]:

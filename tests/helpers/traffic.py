@@ -9,7 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NAMES = {"allreduce_": "all_reduce", "_reduce_scatter_base_": "reduce_scatter", "_allgather_base_": "all_gather"}
+NAMES = {
+    "allreduce_": "all_reduce",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "_allgather_base_": "all_gather",
+    "alltoall_base_": "all_to_all",
+}
 
 
 class Traffic(TorchDispatchMode):

@@ -89,7 +89,7 @@ def real_bytes(config: Config, world_size: int) -> tuple[Holding, int]:
     return holding, len(parameters) * ALIGNMENT + NORM_ROW * sum(bucket.groups.zero_size for bucket in buckets)
 
 
-@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32", "torch.float64"])
 @pytest.mark.parametrize(
     "parallel",
     [

@@ -68,11 +68,12 @@ def ours(
     return losses, norms, weights
 
 
-def test_the_update_of_one_process_is_bit_equal_to_torch_adamw() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_update_of_one_process_is_bit_equal_to_torch_adamw(dtype: torch.dtype) -> None:
     """Given the same gradients, 20 updates equal torch.optim.AdamW on the separate tensors bit for bit."""
     context = ParallelContext.create()
-    engine = tiny_engine(context, weight_decay=DECAY)
-    reference = copy.deepcopy(tiny_model(context))
+    engine = tiny_engine(context, model=tiny_model(context, dtype=str(dtype)), weight_decay=DECAY)
+    reference = copy.deepcopy(tiny_model(context, dtype=str(dtype)))
     parameters = dict(reference.named_parameters())
     groups = [
         {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": DECAY},
@@ -85,7 +86,7 @@ def test_the_update_of_one_process_is_bit_equal_to_torch_adamw() -> None:
         optimizer.begin_step(1)
         total = torch.zeros(())
         for name, parameter in engine.model.named_parameters():
-            gradient = torch.randn(parameter.shape, generator=generator)
+            gradient = torch.randn(parameter.shape, generator=generator, dtype=dtype)
             parameters[name].grad = gradient.clone()
             total = total + (parameter * gradient).sum()
         total.backward()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from internlm.config.loader import load_config
 from internlm.config.rules import find_mistakes
 from internlm.config.schema import Config
+from internlm.initialize.build import reduce_dtype
 from internlm.verify.case import changed
 from internlm.verify.choices import Layout
 from internlm.verify.shrink import shrink
@@ -57,6 +59,13 @@ def test_key_value_heads_stand_to_the_ranks_as_before(kv_heads: int, tensor: int
     assert model.num_attention_heads % tensor == 0
 
 
+def test_each_rank_has_a_query_head() -> None:
+    config = user_config(num_kv_attention_heads=1)
+    small = shrink(changed(config, Layout(tensor=8, mode="msp").keys()))
+    assert (small.model.num_attention_heads, small.model.num_kv_attention_heads) == (8, 1)
+    assert not list(find_mistakes(small, 8))
+
+
 def test_a_budget_of_activations_goes_and_what_is_kept_stays() -> None:
     assert shrink(user_config(checkpoint_budget=12.0)).model.checkpoint_budget is None
     assert shrink(user_config(checkpoint=1.0, checkpoint_keep="matmuls")).model.checkpoint_keep == "matmuls"
@@ -77,9 +86,32 @@ def test_windows_are_shorter_than_sequences_and_dtype_is_fp32_unless_kept() -> N
     assert shrink(config, dtype=None).model.dtype == "torch.bfloat16"
 
 
-def test_float8_is_off() -> None:
+def test_float8_is_off_unless_asked_for() -> None:
     """Its rounding turns another order of additions into larger differences than those of the defects looked for."""
     config = changed(user_config(), {"float8.enable_float8_linear": True})
     assert not list(find_mistakes(config, 1))
     small = shrink(config)
     assert not small.float8.enable_float8_linear and not list(find_mistakes(small, 1))
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [*((layout, 8) for layout in LAYOUTS), (Layout(tensor=8, mode="isp", weight=2), 8), (Layout(tensor=4), 8)],
+)
+@pytest.mark.parametrize("kv_heads", [32, 8, 1])
+def test_float8_is_compared_in_float64_and_fits_every_layout(kv_heads: int, layout: Layout, world_size: int) -> None:
+    keys = {
+        "float8.enable_float8_linear": True,
+        "use_fp32_norm": True,
+        "reduce_comm_dtype": "torch.bfloat16",
+        "adam.moments_dtype": "torch.bfloat16",
+        "hybrid_zero_optimizer.grad_accumulation_dtype": "torch.bfloat16",
+        "hybrid_zero_optimizer.offload_optimizer": True,
+        **layout.keys(),
+    }
+    config = shrink(changed(user_config(num_kv_attention_heads=kv_heads), keys), float8=True)
+    assert not list(find_mistakes(config, world_size))
+    assert config.model.torch_dtype == reduce_dtype(config) == torch.float64 and not config.use_fp32_norm
+    assert len(config.float8.layers(config.model.num_layers)) == config.model.num_layers
+    is_shared = layout.mode != "isp" and config.model.num_kv_heads < layout.tensor
+    assert not is_shared and config.model.num_attention_heads % config.model.num_kv_heads == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from internlm.config.mistakes import Mistake
-from internlm.config.rules import experts, float8, model, pipeline, ranks, run, splits
+from internlm.config.rules import cuda_graphs, experts, float8, model, pipeline, ranks, run, splits
 from internlm.config.schema import Config
 
 Rule = Callable[[Config, int], Iterator[Mistake]]
@@ -22,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     pipeline.layers,
     model.attention_backend,
     model.recomputation,
+    cuda_graphs.graphs,
     experts.experts,
     ranks.sequence_2d,
     ranks.zero,

@@ -1,4 +1,7 @@
-"""Rules on float8: the hardware multiplies in tiles of 16, in bfloat16 models, with scales of the tensors at hand."""
+"""Rules on float8: the hardware multiplies in tiles of 16, in bfloat16 models, with scales of the tensors at hand.
+
+Comparisons are in float64.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def formats(config: Config, world_size: int) -> Iterator[Mistake]:
                 f"float8.{name} = 'delayed': scales from earlier steps are not supported, as torchao has removed them; "
                 "use 'dynamic', which takes each scale from the tensor at hand",
             )
-    if config.model.dtype != "torch.bfloat16":
+    if config.model.dtype not in ("torch.bfloat16", "torch.float64"):
         yield Mistake(
             (ENABLE, "model.dtype"),
             f"{ENABLE} = True needs model.dtype = 'torch.bfloat16', which is {config.model.dtype!r}",

@@ -131,17 +131,27 @@ def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
             f"reduce_comm_dtype = {config.reduce_comm_dtype!r}: gradients of model.dtype = {config.model.dtype!r} are "
             "reduced in torch.float32; leave it out",
         )
+    if config.model.dtype == "torch.float64":
+        for key, value, wanted in (
+            ("reduce_comm_dtype", config.reduce_comm_dtype, None),
+            ("adam.moments_dtype", config.adam.moments_dtype, "torch.float32"),
+            ("hybrid_zero_optimizer.offload_optimizer", config.hybrid_zero_optimizer.offload_optimizer, False),
+        ):
+            if value != wanted:
+                yield Mistake(
+                    (key, "model.dtype"),
+                    f"{key} = {value!r}: with model.dtype = 'torch.float64', which is for comparisons, all is kept and "
+                    "summed in float64 where the weights are; leave it out",
+                )
     accumulation = config.hybrid_zero_optimizer.grad_accumulation_dtype
     if accumulation == "torch.bfloat16" and config.model.dtype != "torch.bfloat16":
-        why = (
-            "gradients in fp16 have three bits more"
-            if config.model.dtype == "torch.float16"
-            else "gradients in fp32 have sixteen bits more"
+        dtype, bits = {"torch.float16": ("fp16", "three"), "torch.float64": ("float64", "45")}.get(
+            config.model.dtype, ("fp32", "sixteen")
         )
         yield Mistake(
             ("hybrid_zero_optimizer.grad_accumulation_dtype", "model.dtype"),
             f"hybrid_zero_optimizer.grad_accumulation_dtype = {accumulation!r} is for model.dtype = 'torch.bfloat16': "
-            f"{why}, which it would cut off; leave it out",
+            f"gradients in {dtype} have {bits} bits more, which it would cut off; leave it out",
         )
     scaler = config.grad_scaler
     if not scaler.fp16.min_scale <= scaler.fp16.initial_scale <= scaler.max_scale:

@@ -14,7 +14,7 @@ from internlm.config.schema.base import Section, key, later, no_effect, section,
 if TYPE_CHECKING:
     import torch
 
-Dtype = Literal["torch.bfloat16", "torch.float16", "torch.half", "torch.float32", "torch.tf32"]
+Dtype = Literal["torch.bfloat16", "torch.float16", "torch.half", "torch.float32", "torch.tf32", "torch.float64"]
 
 
 class RopeScalingConfig(Section):
@@ -63,7 +63,9 @@ class ModelConfig(Section):
 
     # Numerics.
     dtype: Annotated[Dtype, BeforeValidator(str)] = key(
-        "torch.bfloat16", "Number format of weights and computation (InternEvo's default is float16)."
+        "torch.bfloat16",
+        "Number format of weights and computation (InternEvo's default is float16); torch.float64, on a CPU, is for "
+        "comparisons.",
     )
     residual_in_fp32: bool = key(False, "Keep the residual stream in float32.")
     use_flash_attn: bool = key(
@@ -93,6 +95,12 @@ class ModelConfig(Section):
 
     compile: bool = key(
         False, "Compile each layer with torch.compile: faster steps and less memory, after a minute of compiling."
+    )
+    cuda_graphs: bool = used_with(
+        False,
+        "Launch the kernels of each compiled layer as CUDA graphs, for small models on GPUs; takes more memory (see "
+        "performance.md). Not yet run on a GPU.",
+        "model.compile",
     )
 
     # Norms.
@@ -189,6 +197,7 @@ class ModelConfig(Section):
             "torch.half": torch.float16,
             "torch.float32": torch.float32,
             "torch.tf32": torch.float32,
+            "torch.float64": torch.float64,
         }[self.dtype]
 
     @property

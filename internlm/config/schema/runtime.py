@@ -106,9 +106,7 @@ class Float8Config(Section):
         False, "The first and the last layer of the model too.", "float8.enable_float8_linear"
     )
     gather_weights: bool = used_with(
-        True,
-        "isp, and FSDP without tensor ranks, gather these weights in float8: half the bytes.",
-        "float8.enable_float8_linear",
+        True, "isp and FSDP gather these weights in float8: half the bytes.", "float8.enable_float8_linear"
     )
 
     def layers(self, num_layers: int) -> range:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 
 import torch
 from torch import nn
 
+from internlm.core.parallel import cuda_graphs as graphs
 from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.model.decoder import DecoderLayer
+from internlm.utils.cpp import cpp_compiler, cpp_compilers
 from internlm.utils.errors import ConfigError
 
 _RECOMPILE_LIMIT = 64
 """Variants of a layer that may be compiled: train and evaluate, shapes, windows. PyTorch's 8 are soon used up."""
 
 
-def compile_layers(model: nn.Module, *, backend: str = "inductor") -> nn.Module:
+def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: bool = False) -> nn.Module:
     """Let every layer of `model` be compiled when it is first called. Changes and returns `model`.
 
     A layer of plain modules becomes one graph, forward and backward. Where linear layers communicate or leave weight
@@ -28,7 +28,14 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> nn.Module:
     Args:
         model: after `parallelize`, before FSDP.
         backend: of torch.compile.
+        cuda_graphs: replay each layer's passes as CUDA graphs; see `internlm.core.parallel.cuda_graphs` for what that
+            asks of the caller. Not for layers that FSDP or offloading is applied to.
+
+    Raises:
+        ValueError: there can be no CUDA graphs of this model.
     """
+    if cuda_graphs:
+        graphs.prepare_passes(model)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for module in model.modules():
         if isinstance(module, ParallelLinear):
@@ -37,7 +44,8 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> nn.Module:
     for layer in layers_of(model):
         # The forward function and not the module: a hook that waits for weights cannot be compiled.
         if not parallel_of(model).replaces_linears:
-            layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+            mode = graphs.MODE if cuda_graphs else None
+            layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, mode=mode)
         elif isinstance(layer, DecoderLayer):
             # Recomputation is around the parts, as it tells what happens between them from what is in them.
             layer.compute = torch.compile(layer.compute, backend=backend)  # type: ignore[method-assign]
@@ -57,9 +65,8 @@ def check_compiler(device: torch.device, *, key: str) -> None:
             f"{key} = True: the package triton, with which PyTorch compiles for GPUs, is not installed; install "
             f"it, or set {key} = False"
         )
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++")
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+    if device.type == "cpu" and cpp_compiler() is None:
         raise ConfigError(
-            f"{key} = True: no C++ compiler was found ({' or '.join(names)}), with which PyTorch compiles for "
-            f"CPUs; install one, name it in the environment variable CXX, or set {key} = False"
+            f"{key} = True: no C++ compiler was found ({' or '.join(cpp_compilers())}), with which PyTorch compiles "
+            f"for CPUs; install one, name it in the environment variable CXX, or set {key} = False"
         )

@@ -80,7 +80,7 @@ def apply_fsdp(
         # Otherwise torch divides by the factor of 1 with an operation that only NCCL has.
         module.set_force_sum_reduction_for_comms(True)
     if float8_scales is not None:
-        gather_in_float8(model, float8_scales)
+        gather_in_float8(model, float8_scales, context.group("tensor"))
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             spec = rows_of(specs[name], context.size("zero"), context.index("zero"))

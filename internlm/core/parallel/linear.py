@@ -18,7 +18,8 @@ from internlm.core.communication.exchange import Pending, Ready
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.products import Operand, Products
 from internlm.core.parallel.weight_gradients import WeightGradients
-from internlm.model.recompute import as_products
+from internlm.model.ops.float8 import as_scaled
+from internlm.model.recompute import as_products, as_unkept
 from internlm.model.roles import Role
 
 T = TypeVar("T")
@@ -57,10 +58,10 @@ class WeightStore(Protocol):
 
 
 class LocalWeights:
-    """Every rank multiplies what it holds."""
+    """Every rank multiplies what it holds, or what FSDP has gathered for it."""
 
     def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
-        return list(parameters)
+        return [as_scaled(parameter) for parameter in parameters]
 
     def give_back(self, group: LinearGroup, whole: Sequence[Operand]) -> None:
         pass
@@ -223,10 +224,14 @@ class _LinearGroupFunction(torch.autograd.Function):
 
         outputs = as_products(multiply, x)
         scales = outputs.pop() if products.is_float8 else None
-        kept = x
-        if gathered is not None:
-            # Recomputation that has the products at hand did not multiply: it only rounds the input again.
-            kept = products.kept(multiplied[0] if multiplied else products.input(gathered, scales))
+        kept = x if gathered is None else gathered
+        if gathered is not None and products.is_float8:
+
+            def keep() -> list[Tensor]:
+                # Recomputation that has the products at hand did not multiply: it only rounds the input again.
+                return [products.kept(multiplied[0] if multiplied else products.input(gathered, scales))]
+
+            (kept,) = as_unkept(keep, x)
         # Parameters are leaves: they are kept as they are, as recomputation would give back bare copies of saved ones.
         ctx.group, ctx.slots, ctx.parameters = group, slots, parameters
         ctx.save_for_backward(kept, scales)

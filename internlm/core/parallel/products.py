@@ -27,6 +27,7 @@ from internlm.model.ops.float8 import (
     scale_of,
     scaled_product,
 )
+from internlm.model.ops.linear import weight_gradient
 from internlm.utils.errors import ConfigError
 
 Operand = Tensor | Scaled
@@ -79,7 +80,7 @@ class Products:
     def weight_gradient(self, grad: Operand, x: Operand) -> Tensor:
         """`[out, in]`."""
         assert isinstance(grad, Tensor) and isinstance(x, Tensor)
-        return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        return weight_gradient(grad, x)
 
 
 def refuse_odd_shape(name: str, spec: ShardSpec) -> None:

@@ -218,8 +218,8 @@ class GatheredWeights:
         """The scale of each whole weight that travels in float8; None for the group's other parameters."""
         parameters = self._parameters[group]
         is_float8 = [self._gathers_float8 and group.products.is_float8 and p.dim() == 2 for p in parameters]
-        shards = [parameter.detach() for parameter, chosen in zip(parameters, is_float8, strict=True) if chosen]
-        scales = iter(self._scales.of(group, shards, self._context.group("weight", "weight")) if shards else ())
+        shards = [[parameter.detach()] for parameter, chosen in zip(parameters, is_float8, strict=True) if chosen]
+        scales = iter(self._scales.of(group, shards, [self._context.group("weight", "weight")]) if shards else ())
         return [next(scales) if chosen else None for chosen in is_float8]
 
     @property

@@ -1,4 +1,4 @@
-"""Scales of weights whose rows are split over ranks, for gathering them in float8."""
+"""Scales of weights that are split over ranks, for gathering them in float8."""
 
 from __future__ import annotations
 
@@ -22,20 +22,28 @@ class WholeScales:
     def __init__(self) -> None:
         self._scales: dict[Hashable, tuple[Tensor, ...]] = {}
 
-    def of(self, key: Hashable, shards: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    def of(
+        self, key: Hashable, weights: Sequence[Sequence[Tensor]], groups: Sequence[dist.ProcessGroup | None]
+    ) -> tuple[Tensor, ...]:
         """The scales of some weights.
 
         Args:
             key: of these weights.
-            shards: this rank's part of each; may be empty.
-            group: the ranks that hold the other parts.
+            weights: this rank's part of each, which may be empty, and may be held as several tensors.
+            groups: over whose ranks the wholes are split, one group after the other.
         """
         if key not in self._scales:
-            amaxes = [amax_of(shard) if shard.numel() else torch.zeros((), device=shard.device) for shard in shards]
-            joined = all_reduce(torch.stack(amaxes), group, dist.ReduceOp.MAX)
-            self._scales[key] = scale_of(joined, FORWARD_FORMAT).unbind()
+            amaxes = torch.stack([_amax_of(shards) for shards in weights])
+            for group in groups:
+                all_reduce(amaxes, group, dist.ReduceOp.MAX)
+            self._scales[key] = scale_of(amaxes, FORWARD_FORMAT).unbind()
         return self._scales[key]
 
     def forget(self) -> None:
         """The weights change; to be called on all ranks at the same point."""
         self._scales.clear()
+
+
+def _amax_of(shards: Sequence[Tensor]) -> Tensor:
+    filled = [shard for shard in shards if shard.numel()]
+    return amax_of(*filled) if filled else torch.zeros((), device=shards[0].device)

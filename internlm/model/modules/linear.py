@@ -9,9 +9,18 @@ from torch import Tensor, nn
 
 from internlm.model.initialization import Zeros, set_initializer
 from internlm.model.ops.float8 import float8_linear
+from internlm.model.ops.linear import linear
 
 if TYPE_CHECKING:
     from internlm.model.architecture import Architecture
+
+
+class Linear(nn.Linear):
+    """nn.Linear, multiplied by `internlm.model.ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        return linear(x, self.weight, self.bias)
 
 
 def make_linear(
@@ -28,13 +37,13 @@ def make_linear(
     `into_residual`: its output is added to the residual stream. With scaled initialisation its std is divided by
     sqrt(2 L), so that the sum over the 2 L blocks of an L-layer model has the variance of one (GPT-2, section 2.3).
     """
-    linear = nn.Linear(in_features, out_features, bias=bias, dtype=architecture.dtype)
+    layer = Linear(in_features, out_features, bias=bias, dtype=architecture.dtype)
     if into_residual and architecture.init.scaled:
         std = std / math.sqrt(2 * architecture.num_layers)
-    set_initializer(linear.weight, architecture.init.initializer(std))
+    set_initializer(layer.weight, architecture.init.initializer(std))
     if bias:
-        set_initializer(linear.bias, Zeros())
-    return linear
+        set_initializer(layer.bias, Zeros())
+    return layer
 
 
 class Float8Linear(nn.Module):

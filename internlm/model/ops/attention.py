@@ -3,8 +3,8 @@
 Shapes: B sequences, S tokens, H query heads, K key-value heads (H a multiple of K), D head dimension.
 
 Packed documents are never attended through a mask over the whole pack. On CUDA a variable-length kernel takes them in
-one call (`attention_backends.py` says which); elsewhere documents of equal length make one call of PyTorch's scaled dot
-product attention (SDPA).
+one call (`attention_backends.py` says which), on CPU one of the kernels of `cpu_attention.py`; elsewhere documents of
+equal length make one call of PyTorch's scaled dot product attention (SDPA).
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ from internlm.model.ops.attention_backends import (
 from internlm.model.ops.choice import Choice
 from internlm.model.ops.compiling import constant_when_compiled
 from internlm.model.ops.cpu_attention import (
+    CpuKernel,
     batches_of_documents,
     cpu_attention,
     stack_documents,
     unstack_documents,
 )
+from internlm.model.ops.native import has_bf16_units, has_native_ops, why_no_native_ops
 
 _BAND = 64
 """Queries that are attended together under a smaller window."""
+
+_FEWEST_DOCUMENTS = 16
+"""Of `Segments.rounded`: empty ones cost a kernel next to nothing, another shape costs a recording."""
 
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -54,7 +59,7 @@ class Segments:
     Attributes:
         cu_seqlens: int32 `[n + 1]` on the device, from 0 to P.
         lengths: the n lengths, as host integers, so that nothing waits for the device. Zeros are allowed.
-        max_seqlen: the largest of them.
+        max_seqlen: the largest of them, or more.
     """
 
     cu_seqlens: Tensor
@@ -68,13 +73,29 @@ class Segments:
             cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
         return cls(cu_seqlens, tuple(lengths), max(lengths, default=0))
 
+    def rounded(self) -> Segments:
+        """The same documents as few shapes can tell them: empty ones behind them make their number a power of two, of
+        `_FEWEST_DOCUMENTS` or more, and `max_seqlen` is one too, unless that is more than the row."""
+        num_tokens, num_documents = sum(self.lengths), len(self.lengths)
+        num_empty = _power_of_two(max(num_documents, _FEWEST_DOCUMENTS)) - num_documents
+        return Segments(
+            F.pad(self.cu_seqlens, (0, num_empty), value=num_tokens),
+            self.lengths + (0,) * num_empty,
+            min(_power_of_two(self.max_seqlen), num_tokens),
+        )
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is not below `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
 
 @constant_when_compiled
-def _has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, or AMX, which comes with it)."""
-    # A private name: where a version of PyTorch lacks it, SDPA serves.
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return supported is not None and bool(supported())
+def _cpu_kernel(dtype: torch.dtype) -> CpuKernel:
+    """The kernel for rows of this dtype on this CPU."""
+    if dtype != torch.bfloat16 or not has_bf16_units():
+        return "flash"
+    return "native" if has_native_ops() else "blocks"
 
 
 def choice(
@@ -93,10 +114,12 @@ def choice(
         return Choice(f"rows: SDPA ({_sdpa_kernels(needs)}); packed or windowed: {packed.implementation}", reason)
     # Not a mistake: a config made for a GPU also runs on a CPU.
     ignored = "" if attention_backend == "auto" else f"; model.attention_backend = {attention_backend!r} is for GPUs"
-    if device.type == "cpu" and _has_bf16_units():
+    if device.type == "cpu" and _cpu_kernel(needs.dtype) == "native":
+        return Choice("our C++ kernel, all documents in one call", f"this CPU multiplies bf16 in hardware{ignored}")
+    if device.type == "cpu" and _cpu_kernel(needs.dtype) == "blocks":
         return Choice(
-            "SDPA, one call a document length; bf16: backward by blocks of queries",
-            f"this CPU multiplies bf16 in hardware{ignored}",
+            "SDPA, one call a document length; backward by blocks of queries",
+            f"this CPU multiplies bf16 in hardware; no C++ kernel: {why_no_native_ops()}{ignored}",
         )
     return Choice(
         "SDPA, one call a document length", f"PyTorch has no variable-length kernel on {device.type}{ignored}"
@@ -143,9 +166,8 @@ def attention(
     if q.is_cuda and q.shape[1] == k.shape[1]:
         return _on_cuda(q, k, v, segments, window, scale, attention_backend, use_flash_attn)
     if q.device.type == "cpu" and q.shape[1] == k.shape[1]:
-        by_blocks = q.dtype == torch.bfloat16 and _has_bf16_units()
         bounds = None if segments is None else segments.cu_seqlens
-        return cpu_attention(q, k, v, bounds, window=window, scale=scale, by_blocks=by_blocks)
+        return cpu_attention(q, k, v, bounds, window=window, scale=scale, kernel=_cpu_kernel(q.dtype))
     if segments is not None:
         return _by_document(q, k, v, segments, window, scale)
     return _dense(q, k, v, window, scale)

@@ -1,8 +1,12 @@
 """Causal attention on CPU, dense or packed, as one operator with an explicit backward.
 
-`internlm::cpu_attention` and its backward are each one node to torch.compile and to selective recomputation. Documents
-of equal length (16-bit ones: of equal length but for padding) make one call of a kernel: PyTorch's flash attention, or
-batched matrix products by blocks of queries: in 16-bit backward passes, where that is faster, and under a window.
+`internlm::cpu_attention` and its backward are each one node to torch.compile and to selective recomputation. Behind
+them is one of these kernels:
+
+- "native": our own in C++, for bf16 on CPUs that multiply it in hardware; all documents in one call;
+- "flash": PyTorch's flash attention, one call for all documents of equal length;
+- "blocks": batched matrix products by blocks of queries, one call for all documents of equal length (16-bit ones: of
+  equal length but for padding): for backward passes in bf16 where there is no native kernel, and under a window.
 
 Shapes: B sequences, S tokens, H query heads, K key-value heads (H a multiple of K), D head dimension.
 """
@@ -13,13 +17,15 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.model.ops.blocked_attention import blocked_backward, blocked_forward
+
+CpuKernel = Literal["native", "flash", "blocks"]
 
 _LENGTH_MULTIPLE = 64
 """16-bit kernels are compiled for each new shape; documents padded to a multiple of this have few shapes."""
@@ -33,7 +39,7 @@ def cpu_attention(
     *,
     window: int | None,
     scale: float | None,
-    by_blocks: bool,
+    kernel: CpuKernel,
 ) -> Tensor:
     """Causal attention of rows, or of the documents in one row.
 
@@ -44,8 +50,8 @@ def cpu_attention(
             one document.
         window: keys that a query sees at most, itself included; None: all before it.
         scale: factor of the scores; None: 1 / sqrt(D).
-        by_blocks: go backward by blocks of queries instead of by PyTorch's flash kernel. With a window, which that
-            kernel does not know, both passes go by blocks.
+        kernel: see the head of this file. "blocks" goes forward by "flash" where it can; "flash" knows no window, so
+            that with one it means "blocks".
 
     Returns:
         `[B, S, H, D]`, contiguous.
@@ -53,39 +59,46 @@ def cpu_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if window is not None and window >= q.shape[1]:
         window = None
-    out, _ = _attention(q, k, v, cu_seqlens, window, scale, by_blocks or window is not None)
+    if window is not None and kernel == "flash":
+        kernel = "blocks"
+    out, _ = _attention(q, k, v, cu_seqlens, window, scale, kernel)
     return out
 
 
 @torch.library.custom_op(
     "internlm::cpu_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int? window, float scale, bool by_blocks)"
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int? window, float scale, str kernel)"
     " -> (Tensor, Tensor)",
 )
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float, by_blocks: bool
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """The result, and the logarithms of the scores' partitions `[B, H, S]` (none by blocks, which make them again)."""
+    if kernel == "native":
+        result: tuple[Tensor, Tensor] = torch.ops.internlm_native.attention(
+            *map(_numbers_side_by_side, (q, k, v)), cu_seqlens, window, scale
+        )
+        return result
     if cu_seqlens is None:
-        return _rows(q, k, v, window, scale, by_blocks)
-    out, partition = _attention_outputs(q, k, v, cu_seqlens, window, scale, by_blocks)
+        return _rows(q, k, v, window, scale, kernel)
+    out, partition = _attention_outputs(q, k, v, cu_seqlens, window, scale, kernel)
     for documents, length in _batches(cu_seqlens, q.dtype):
         own_q, own_k, own_v = (stack_documents(x, documents, length) for x in (q, k, v))
-        own_out, own_partition = _rows(own_q, own_k, own_v, window, scale, by_blocks)
+        own_out, own_partition = _rows(own_q, own_k, own_v, window, scale, kernel)
         unstack_documents(own_out, documents, out)
-        if not by_blocks:
+        if kernel == "flash":
             unstack_documents(own_partition.transpose(1, 2), documents, partition.transpose(1, 2))
     return out, partition
 
 
 @_attention.register_fake
 def _attention_outputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float, by_blocks: bool
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     partition = q.new_empty(
-        (batch, heads, 0 if by_blocks else length), dtype=torch.promote_types(q.dtype, torch.float32)
+        (batch, heads, 0 if kernel == "blocks" else length), dtype=torch.promote_types(q.dtype, torch.float32)
     )
     return q.new_empty(q.shape), partition
 
@@ -94,7 +107,7 @@ def _attention_outputs(
     "internlm::cpu_attention_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor partition, Tensor? cu_seqlens, int? window,"
-    " float scale, bool by_blocks) -> (Tensor, Tensor, Tensor)",
+    " float scale, str kernel) -> (Tensor, Tensor, Tensor)",
 )
 def _attention_backward(
     grad: Tensor,
@@ -106,17 +119,22 @@ def _attention_backward(
     cu_seqlens: Tensor | None,
     window: int | None,
     scale: float,
-    by_blocks: bool,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if kernel == "native":
+        results: tuple[Tensor, Tensor, Tensor] = torch.ops.internlm_native.attention_backward(
+            *map(_numbers_side_by_side, (grad, q, k, v, out)), partition, cu_seqlens, window, scale
+        )
+        return results
     if cu_seqlens is None:
-        return _rows_backward(grad, q, k, v, out, partition, window, scale, by_blocks)
+        return _rows_backward(grad, q, k, v, out, partition, window, scale, kernel)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for documents, length in _batches(cu_seqlens, q.dtype):
         own_grad, own_q, own_k, own_v, own_out = (stack_documents(x, documents, length) for x in (grad, q, k, v, out))
         own_partition = partition
-        if not by_blocks:
+        if kernel == "flash":
             own_partition = stack_documents(partition.transpose(1, 2), documents, length).transpose(1, 2)
-        own_grads = _rows_backward(own_grad, own_q, own_k, own_v, own_out, own_partition, window, scale, by_blocks)
+        own_grads = _rows_backward(own_grad, own_q, own_k, own_v, own_out, own_partition, window, scale, kernel)
         for rows, whole in zip(own_grads, grads, strict=True):
             unstack_documents(rows, documents, whole)
     return grads
@@ -128,28 +146,28 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.window, ctx.scale, ctx.by_blocks = inputs
+    q, k, v, cu_seqlens, ctx.window, ctx.scale, ctx.kernel = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, partition, cu_seqlens = ctx.saved_tensors
-    grads = _attention_backward(grad, q, k, v, out, partition, cu_seqlens, ctx.window, ctx.scale, ctx.by_blocks)
+    grads = _attention_backward(grad, q, k, v, out, partition, cu_seqlens, ctx.window, ctx.scale, ctx.kernel)
     return *grads, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, by_blocks: bool) -> tuple[Tensor, Tensor]:
+def _rows(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, kernel: str) -> tuple[Tensor, Tensor]:
     """Attention of equally long rows, as `_attention`."""
-    nothing = _attention_outputs(q, k, v, None, window, scale, True)[1]
+    nothing = _attention_outputs(q, k, v, None, window, scale, "blocks")[1]
     if window is not None:
         return blocked_forward(q, k, v, window, scale), nothing
     out, partition = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(_by_head(x) for x in (q, k, v)), 0.0, True, scale=scale
     )
-    return out.transpose(1, 2).contiguous(), nothing if by_blocks else partition.contiguous()
+    return out.transpose(1, 2).contiguous(), nothing if kernel == "blocks" else partition.contiguous()
 
 
 def _rows_backward(
@@ -161,9 +179,9 @@ def _rows_backward(
     partition: Tensor,
     window: int | None,
     scale: float,
-    by_blocks: bool,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if by_blocks:
+    if kernel == "blocks":
         return blocked_backward(grad, q, k, v, window, scale)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_by_head(x) for x in (grad, q, k, v, out)), partition, 0.0, True, scale=scale
@@ -173,9 +191,13 @@ def _rows_backward(
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """`[B, S, H, D]` -> `[B, H, S, D]`, as PyTorch's kernel reads it: with the numbers of a head side by side. It does
-    not look at their stride, which is 0 in the gradient of a sum."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
+    """`[B, S, H, D]` -> `[B, H, S, D]`, as PyTorch's kernel reads it."""
+    return _numbers_side_by_side(x).transpose(1, 2)
+
+
+def _numbers_side_by_side(x: Tensor) -> Tensor:
+    """The numbers of a head side by side: kernels do not look at their stride, which is 0 in the gradient of a sum."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _batches(cu_seqlens: Tensor, dtype: torch.dtype) -> list[tuple[Documents, int]]:

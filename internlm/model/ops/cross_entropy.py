@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from internlm.model.ops.choice import Choice
+from internlm.model.ops.linear import weight_gradient
 
 IGNORE_INDEX = -100
 """The label of a token that contributes no loss."""
@@ -162,9 +163,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.t(), hidden[tokens])
                 elif start == 0:
-                    grad_weight.copy_(logits.t() @ hidden[tokens])
+                    grad_weight.copy_(weight_gradient(logits, hidden[tokens]))
                 else:
-                    grad_weight += logits.t() @ hidden[tokens]
+                    grad_weight += weight_gradient(logits, hidden[tokens])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(token_losses)
@@ -174,8 +175,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            # In fp32: a factor rounded to bf16 would scale all gradients but the head's by up to 0.4 %.
-            grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
+            # Not in bf16: a factor rounded to it would scale all gradients but the head's by up to 0.4 %.
+            grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None, None

@@ -163,9 +163,15 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, on_h
     return out if bias is None else out + bias
 
 
+def as_scaled(weight: Tensor) -> Tensor | Scaled:
+    """What a `Float8Weight` stands for; any other weight as it is."""
+    return Scaled(weight.float8, weight.scale) if isinstance(weight, Float8Weight) else weight
+
+
 def _weight(weight: Tensor, scale: Tensor | None) -> Scaled:
-    if isinstance(weight, Float8Weight):
-        return Scaled(weight.float8, weight.scale)
+    known = as_scaled(weight)
+    if isinstance(known, Scaled):
+        return known
     return quantize(weight, scale_of(amax_of(weight), FORWARD_FORMAT) if scale is None else scale, FORWARD_FORMAT)
 
 

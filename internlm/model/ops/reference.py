@@ -1,19 +1,23 @@
 """Every op as its formula in plain PyTorch: what the implementations are compared with, and a last resort.
 
-Differentiable by autograd alone, on any device, in any dtype; nothing is fused, padded or computed again. In float64
-these are the truth that tests, `internlm doctor` and the checks on a GPU measure errors against; in 16 bits they show
-what error plain code has. Shapes and meanings are those of the ops.
+On any device, in any dtype; nothing is fused, padded or computed again, and all but the rounding to float8 is
+differentiable by autograd alone. In float64 these are the truth that tests, `internlm doctor` and the checks on a GPU
+measure errors against; in 16 bits they show what error plain code has. Shapes and meanings are those of the ops.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.model.ops.cross_entropy import IGNORE_INDEX
+from internlm.model.ops.float8 import FORWARD_FORMAT, GRADIENT_FORMAT
+
+_FRACTION_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
 
 def attention(
@@ -85,3 +89,41 @@ def linear_cross_entropy(
     logits = hidden @ weight.t()
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORE_INDEX)
     return loss + z_loss_coeff * logits.logsumexp(-1)[labels != IGNORE_INDEX].square().sum()
+
+
+def float8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight^T` of both rounded to e4m3; in the gradients the output's gradient is rounded to e5m2."""
+    result: Tensor = _Float8Linear.apply(x, weight)
+    return result
+
+
+def rounded_to_float8(x: Tensor, format: torch.dtype) -> Tensor:
+    """The nearest numbers of a float8 format, times the smallest power of two with which the largest of x fits.
+
+    In the dtype of x, which holds them exactly; computed in float64, in which each step is exact.
+
+    Args:
+        x: not all zero.
+    """
+    limits, wide = torch.finfo(format), x.double()
+    scale = 2.0 ** math.ceil(math.log2(wide.abs().max().item() / limits.max))
+    scaled = wide / scale
+    # Twice the power of two at or below the number.
+    above = torch.where(scaled == 0, 0.0, scaled / torch.frexp(scaled).mantissa)
+    # The smallest numbers are as far apart as those above the smallest power.
+    step = (above / 2).clamp(min=limits.smallest_normal) * 2.0 ** -_FRACTION_BITS[format]
+    return ((scaled / step).round() * step * scale).to(x.dtype)
+
+
+class _Float8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x8, weight8 = (rounded_to_float8(tensor, FORWARD_FORMAT) for tensor in (x, weight))
+        ctx.save_for_backward(x8, weight8)
+        return x8 @ weight8.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x8, weight8 = ctx.saved_tensors
+        grad8 = rounded_to_float8(grad, GRADIENT_FORMAT)
+        return grad8 @ weight8, grad8.flatten(0, -2).t() @ x8.flatten(0, -2)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from internlm.model.ops import attention, cross_entropy, float8, gated, norm, rotary
+from internlm.model.ops import attention, cross_entropy, float8, gated, linear, norm, rotary
 from internlm.model.ops.attention_backends import AttentionNeeds, capability_of
 from internlm.model.ops.choice import Choice
 
@@ -75,6 +75,7 @@ def describe(device: torch.device | str, settings: OpSettings | None = None) -> 
         **({"float8_linear": float8.choice(device)} if settings.use_float8 else {}),
         "gated_activation": gated.choice(device, kernels, compiled=compiled),
         "layer_norm": norm.layer_norm_choice(device),
+        "linear": linear.choice(device, settings.dtype),
         "linear_cross_entropy": cross_entropy.choice(device),
         "rms_norm": norm.rms_norm_choice(device, kernels, compiled=compiled),
         "rotary": rotary.choice(device),

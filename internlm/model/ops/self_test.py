@@ -2,7 +2,8 @@
 
 `internlm doctor` runs these cases on the machine at hand, `tests/cuda` with more shapes. The truth is the formula in
 float64 on the same, already rounded, inputs. What an implementation in a 16-bit type may be off by follows from what
-the plain formula in that type is off by: it rounds as often as any implementation, or more often.
+the plain formula in that type is off by: it rounds as often as any implementation, or more often. Where the result is a
+number of that type, as of rounding to float8, it must be that number.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from internlm.model.ops import reference
 from internlm.model.ops.attention import Segments, attention
 from internlm.model.ops.attention_backends import BACKENDS, why_not
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from internlm.model.ops.float8 import float8_linear
 from internlm.model.ops.gated import fused_gated_activation, gated_activation
+from internlm.model.ops.linear import linear
 from internlm.model.ops.norm import layer_norm, rms_norm
 from internlm.model.ops.registry import OpSettings
 from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
@@ -38,6 +41,7 @@ class OpCase:
         op, name: what is compared.
         run, formula: inputs -> result or results.
         shapes: of the inputs, which are normally distributed.
+        is_exact: no rounding to the dtype excuses a difference.
     """
 
     op: str
@@ -45,6 +49,7 @@ class OpCase:
     run: Callable[..., Tensor | tuple[Tensor, ...]]
     formula: Callable[..., Tensor | tuple[Tensor, ...]]
     shapes: tuple[tuple[int, ...], ...]
+    is_exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,17 @@ class Outcome:
 
 
 def self_tests(device: torch.device, settings: OpSettings | None = None) -> Iterator[Outcome]:
-    """Judge every op, and every backend of attention that can be used, on `device` in the model's dtype and in fp32."""
+    """Judge every op, and every backend of attention that can be used, on `device` in the model's dtype and in fp32.
+
+    Float8 goes with bf16 alone, and with settings that have it.
+    """
     settings = settings or OpSettings()
     for dtype in dict.fromkeys((settings.dtype, torch.float32)):
         for case in (*attention_cases(device, settings, dtype), *other_cases(device, settings)):
             yield Outcome(case.op, case.name, dtype, judge(case, device, dtype))
+    if settings.use_float8:
+        for case in float8_cases(device):
+            yield Outcome(case.op, case.name, torch.bfloat16, judge(case, device, torch.bfloat16))
 
 
 def attention_cases(
@@ -145,9 +156,45 @@ def other_cases(
             lambda x, formula=formula: formula(*x.chunk(2, dim=-1)),
             ((*tokens, 2 * width),),
         )
+    yield from _linear_cases(tokens, width)
     yield from _rotary_cases(device, settings.head_dim, tokens)
     # Logits grow with the width, and fp16 ends at 65,504.
     yield from _loss_cases(device, min(width, 64))
+
+
+def _linear_cases(tokens: tuple[int, int], width: int) -> Iterator[OpCase]:
+    # On a CPU the weight gradient of wide layers is computed in one of two ways, that of others in a third.
+    for name, shape in (("narrow", (width, 30)), ("wider than its input", (1030, width)), ("narrower", (width, 1030))):
+        formula = torch.nn.functional.linear
+        yield OpCase("linear", name, linear, formula, ((*tokens, shape[1]), shape, shape[:1]))
+
+
+def float8_cases(device: torch.device, tokens: int = 48, inputs: int = 64, outputs: int = 32) -> Iterator[OpCase]:
+    """The three products of a linear layer in float8, of numbers rounded by their definition; and the rounding alone.
+
+    Args:
+        tokens, inputs, outputs: multiples of `float8.MULTIPLE`.
+    """
+    yield OpCase(
+        "float8_linear", "products", float8_linear, reference.float8_linear, ((2, tokens, inputs), (outputs, inputs))
+    )
+    # A product with ones on the diagonal is the other operand, rounded; and so are the gradients.
+    ones = torch.eye(inputs, device=device)
+    # From the largest number of the formats, e4m3 with 18 powers of two and e5m2 with 32, to what is rounded to zero.
+    sizes = torch.exp2(-(torch.arange(inputs, device=device) % 36).float())
+
+    def both(linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        one, size = ones.to(x.dtype), sizes.to(x.dtype)
+        return linear(x * size, one) * size, linear(one, weight * size) * size.unsqueeze(-1)
+
+    yield OpCase(
+        "float8_linear",
+        "rounding of inputs, weights and gradients",
+        partial(both, float8_linear),
+        partial(both, reference.float8_linear),
+        ((2, tokens, inputs), (outputs, inputs)),
+        is_exact=True,
+    )
 
 
 def _rotary_cases(device: torch.device, head_dim: int, tokens: tuple[int, int]) -> Iterator[OpCase]:
@@ -210,7 +257,8 @@ def judge(case: OpCase, device: torch.device, dtype: torch.dtype, seed: int = 0)
         what = "the result" if number < num_results else f"the gradient of input {number - num_results + 1}"
         if mine.shape != truth.shape:
             return f"{what} is {list(mine.shape)} instead of {list(truth.shape)}"
-        distance, allowed = _relative_error(mine, truth), 4 * _relative_error(rough, truth) + torch.finfo(dtype).eps
+        distance = _relative_error(mine, truth)
+        allowed = 0.0 if case.is_exact else 4 * _relative_error(rough, truth) + torch.finfo(dtype).eps
         # Not `distance > allowed`: NaN is an error too.
         if not distance <= allowed:
             return f"{what} is off by {distance:.1e} of its size; rounding explains {allowed:.1e}"

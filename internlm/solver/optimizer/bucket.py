@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from internlm.core.communication.collectives import Done, Work, all_reduce, all_reduce_async, reduce_scatter_async
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
-from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
 
 # Rows over which a norm is summed in fp32; a single fp32 sum over millions of elements is wrong in the fourth digit.
 NORM_ROW = 1024
@@ -63,7 +63,7 @@ class Bucket(ABC):
         self.kind = kind
         self.groups = groups
         grad_dtype = form.gradient_dtype(kind.dtype)
-        # Buffers in bf16 are there to save memory, which a copy in fp32 for the way would undo.
+        # Buffers in bf16 are there to save memory, which a copy in fp32 for the way would undo; float64 to be exact.
         self.reduce_dtype = reduce_dtype if grad_dtype == torch.float32 else grad_dtype
         self.specs = [shard_spec_of(parameter) for parameter in parameters]
         self.offsets: list[int] = []
@@ -190,7 +190,7 @@ class Bucket(ABC):
     def squared_grad_norm(self) -> Tensor:
         """Sum of the squares of `grad_shard`, a scalar fp64 tensor."""
         rows = [
-            torch.linalg.vector_norm(part.view(-1, NORM_ROW), dim=1, dtype=torch.float32)
+            torch.linalg.vector_norm(part.view(-1, NORM_ROW), dim=1, dtype=wide(part.dtype))
             for part in self.grad_shard.split(part_size(self.grad_shard.device))
         ]
         return torch.cat(rows).double().square().sum()

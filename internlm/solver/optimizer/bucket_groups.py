@@ -13,6 +13,7 @@ from torch import nn
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.solver.optimizer.state_form import wide
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class BucketKind:
     @property
     def has_master(self) -> bool:
         """Whether the masters say more than the parameters."""
-        return self.dtype != torch.float32
+        return self.dtype != wide(self.dtype)
 
     @property
     def is_sharded_over_zero(self) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from internlm.core.communication.collectives import Done, Work, all_gather_async
 from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
-from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
 
 
 class FlatBucket(Bucket):
@@ -31,10 +31,10 @@ class FlatBucket(Bucket):
             view.copy_(parameter.detach())
             parameter.data = view
         self.parameter_shard = self.parameter_buffer[self.shard_start : self.shard_stop]
-        # Beside the state, fp32 parameters are their own master copy.
+        # Beside the state, fp32 and float64 parameters are their own master copy.
         self.master = self.parameter_shard
         if form.has_master(kind.dtype):
-            self.master = torch.empty_like(self.parameter_shard, dtype=torch.float32, device=self.state_device)
+            self.master = torch.empty_like(self.parameter_shard, dtype=wide(kind.dtype), device=self.state_device)
             self.reset_master()
         self._gathering: Work = Done()
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from internlm.core.parallel.fsdp import local_tensor
 from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
-from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
 
 
 class FsdpBucket(Bucket):
@@ -26,7 +26,7 @@ class FsdpBucket(Bucket):
         form: StateForm = FP32_STATE,
     ) -> None:
         super().__init__(parameters, kind, groups, reduce_dtype, form)
-        self.master = torch.zeros_like(self.grad_shard, dtype=torch.float32, device=self.state_device)
+        self.master = torch.zeros_like(self.grad_shard, dtype=wide(kind.dtype), device=self.state_device)
         self._master_views = self.views(self.master)
         self.reset_master()
 

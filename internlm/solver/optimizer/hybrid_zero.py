@@ -224,7 +224,7 @@ class HybridZeroOptimizer:
 
         Yields:
             (key, parameter, pieces) with keys `master/<name>` (fp32; absent for fp32 parameters, their own masters),
-            `exp_avg/<name>` and `exp_avg_sq/<name>` (of `form.moments`), where the name is that of the ShardSpec;
+            `exp_avg/<name>` and `exp_avg_sq/<name>` (of `form.moment_dtype`), where the name is that of the ShardSpec;
             writing into the pieces writes into the state. Several parameters may hold parts of one name.
         """
         for state in self.states:
@@ -236,7 +236,8 @@ class HybridZeroOptimizer:
                     yield f"{kind}/{shard_spec_of(parameter).name}", parameter, pieces
 
     def sharded_gradients(self) -> Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]:
-        """The gradient of the last step as it was applied: summed over all ranks, without loss scale, clipped, fp32.
+        """The gradient of the last step as it was applied: summed over all ranks, without loss scale, clipped; in fp32,
+        of float64 parameters in float64.
 
         Valid after `step` until the next `begin_step`.
 

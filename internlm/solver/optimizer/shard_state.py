@@ -57,7 +57,8 @@ class ShardState:
         bucket: its `master` is a part of the state.
         weight_decay: of AdamW.
         scratch: for moments in bf16.
-        noise: with which moments are rounded to bf16; whoever updates has drawn it for this update. None keeps fp32.
+        noise: with which moments are rounded to bf16; whoever updates has drawn it for this update. None keeps the
+            dtype of the master.
 
     Attributes:
         exp_avg, exp_avg_sq: first and second moment, flat, like `bucket.master`.
@@ -73,7 +74,7 @@ class ShardState:
     ) -> None:
         self.bucket = bucket
         self.weight_decay = weight_decay
-        dtype = torch.float32 if noise is None else torch.bfloat16
+        dtype = bucket.master.dtype if noise is None else torch.bfloat16
         self.exp_avg = torch.zeros_like(bucket.master, dtype=dtype)
         self.exp_avg_sq = torch.zeros_like(bucket.master, dtype=dtype)
         self.num_updates = torch.zeros((), dtype=torch.float32, device=bucket.master.device)
@@ -91,7 +92,8 @@ class ShardState:
         Args:
             part: elements of the shard, from a multiple of `ALIGNMENT` to another: the kernel's vector loops then begin
                 and end as they would over the whole shard, so that parts change no bit.
-            gradient: fp32, of the part; is divided by `step.divisor` in place, unless the step is skipped.
+            gradient: of the part, in the dtype of the master; is divided by `step.divisor` in place, unless the step is
+                skipped.
             step: the same for all parts.
         """
         kept = {name: moment[part] for name, moment in self.moments.items()}

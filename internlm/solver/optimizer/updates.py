@@ -18,7 +18,7 @@ from internlm.solver.optimizer.bucket import Bucket, part_size
 from internlm.solver.optimizer.lane import Lane, lane_of
 from internlm.solver.optimizer.rounding_noise import RoundingNoise
 from internlm.solver.optimizer.shard_state import AdamStep, Scratch, ShardState
-from internlm.solver.optimizer.state_form import StateForm
+from internlm.solver.optimizer.state_form import StateForm, wide
 
 Parts = Sequence[tuple[ShardState, Sequence[slice]]]
 """Of every bucket, the parts of its shard that take part in a step; see `ShardState.update`."""
@@ -38,7 +38,7 @@ class ResidentUpdater:
     """Updates on the device of the parameters. Nothing waits for the device.
 
     Args:
-        scratch: for gradients that are not in fp32.
+        scratch: for gradients that are not in the dtype of the masters.
         noise: that of the states.
         at_once: elements of a part; None for whole shards, where nothing is converted.
     """
@@ -53,7 +53,7 @@ class ResidentUpdater:
         _draw(self._noise, parts)
         for state, part in _cut(parts, self._at_once):
             gradient = state.bucket.grad_shard[part]
-            if gradient.dtype != torch.float32:
+            if gradient.dtype != state.bucket.master.dtype:
                 gradient = self._scratch.of("gradient", gradient)
             state.update(part, gradient, step)
             state.bucket.write_back(part, state.bucket.master[part])
@@ -62,7 +62,7 @@ class ResidentUpdater:
 
     def divides(self, gradients: torch.dtype) -> bool:
         """What is updated in place."""
-        return gradients == torch.float32
+        return gradients == wide(gradients)
 
 
 class OffloadedUpdater:
@@ -157,7 +157,7 @@ def build_states(buckets: Sequence[Bucket], form: StateForm, weight_decay: float
         return states, OffloadedUpdater(
             scratch, noise, lane_of(device), lane_of(device), at_once, pin_memory=device.type == "cuda"
         )
-    is_converted = noise is not None or any(bucket.grad_buffer.dtype != torch.float32 for bucket in buckets)
+    is_converted = noise is not None or any(bucket.grad_buffer.dtype != bucket.master.dtype for bucket in buckets)
     return states, ResidentUpdater(scratch, noise, at_once if is_converted else None)
 
 

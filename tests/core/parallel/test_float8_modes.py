@@ -119,6 +119,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "fused": ("INTERNLM2", {}),
     "separate, biases": ("LLAMA2", {"mlp_layer_fusion": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}),
     "checkpointed": ("INTERNLM2", {"checkpoint": 1.0}),
+    # The input is rounded again without being multiplied again.
+    "checkpointed, products kept": ("INTERNLM2", {"checkpoint": 1.0, "checkpoint_keep": "matmuls"}),
 }
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -299,11 +301,12 @@ def test_inputs_are_kept_in_float8(options: dict[str, Any]) -> None:
 
 
 def test_a_rank_without_rows_has_no_say_in_a_scale() -> None:
-    weights = torch.full((4, 16), 3.0), torch.empty(0, 16)
+    large, none, small = torch.full((4, 16), 3.0), torch.empty(0, 16), torch.full((2, 16), 1.0)
+    weights = [large], [none], [none, small, large], [small, none]
     scales = WholeScales()
-    first, second = scales.of("a", weights, None)
-    assert first == 2.0**-7 and 0 < second < 2.0**-100
-    weights[0].fill_(1000.0)
-    assert scales.of("a", weights, None)[0] == first, "kept until it is told that weights change"
+    first, second, third, fourth = scales.of("a", weights, ())
+    assert first == third == 2.0**-7 and fourth == 2.0**-8 and 0 < second < 2.0**-100
+    large.fill_(1000.0)
+    assert scales.of("a", weights, ())[0] == first, "kept until it is told that weights change"
     scales.forget()
-    assert scales.of("a", weights, None)[0] == 4.0
+    assert scales.of("a", weights, ())[0] == scales.of("a", weights, ())[2] == 4.0

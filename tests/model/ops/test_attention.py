@@ -11,9 +11,12 @@ from torch import Tensor
 from internlm.model.ops import attention as attention_module
 from internlm.model.ops import blocked_attention as blocked_module
 from internlm.model.ops.attention import Segments, attention
-from internlm.model.ops.cpu_attention import cpu_attention
+from internlm.model.ops.cpu_attention import CpuKernel, cpu_attention
+from internlm.model.ops.native import has_native_ops
 
 HEADS, HEAD_DIM = 6, 10
+KERNELS = ["flash", "blocks", *(["native"] if has_native_ops() else [])]
+"""Those of a CPU; tests/model/ops/test_native.py has more of the native one."""
 
 
 def _inputs(
@@ -85,22 +88,22 @@ def test_scale() -> None:
 def test_blocks(monkeypatch: pytest.MonkeyPatch, length: int, window: int | None) -> None:
     monkeypatch.setattr(blocked_module, "_BLOCK", 8)
     inputs = _inputs(2, length, length, 2)
-    ours = cpu_attention(*inputs, None, window=window, scale=None, by_blocks=True)
+    ours = cpu_attention(*inputs, None, window=window, scale=None, kernel="blocks")
     _assert_same_with_gradients(ours, _reference(*inputs, None, window), inputs)
 
 
 def test_gradient_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked_module, "_BLOCK", 4)
     inputs = tuple(x[..., :4].detach().requires_grad_() for x in _inputs(1, 7, 7, 3))
-    assert torch.autograd.gradcheck(lambda *x: cpu_attention(*x, None, window=5, scale=0.7, by_blocks=True), inputs)
+    assert torch.autograd.gradcheck(lambda *x: cpu_attention(*x, None, window=5, scale=0.7, kernel="blocks"), inputs)
 
 
-@pytest.mark.parametrize("bf16_units", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("window", [None, 30])
-def test_bf16_error(monkeypatch: pytest.MonkeyPatch, bf16_units: bool, window: int | None) -> None:
+def test_bf16_error(monkeypatch: pytest.MonkeyPatch, kernel: CpuKernel, window: int | None) -> None:
     """Every value is a rounding or a few away from the exact one: bf16 keeps 8 bits, so a rounding is up to 2^-9 of
     the value, and probabilities, scores and results are each rounded once on the way."""
-    monkeypatch.setattr(attention_module, "_has_bf16_units", lambda: bf16_units)
+    monkeypatch.setattr(attention_module, "_cpu_kernel", lambda _: kernel)
     lengths = (100, 37, 200)
     inputs = _inputs(1, sum(lengths), sum(lengths), 2, torch.bfloat16)
     exact = _reference(*inputs, lengths, window)
@@ -114,13 +117,14 @@ def test_bf16_error(monkeypatch: pytest.MonkeyPatch, bf16_units: bool, window: i
         assert (mine.double() - reference).norm() < 4 * 2**-9 * reference.norm()
 
 
-@pytest.mark.parametrize("bf16_units", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [("flash", torch.float32), *((kernel, torch.bfloat16) for kernel in KERNELS)]
+)
 @pytest.mark.parametrize("window", [None, 6])
 def test_no_leak_between_documents(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bf16_units: bool, window: int | None
+    monkeypatch: pytest.MonkeyPatch, kernel: CpuKernel, dtype: torch.dtype, window: int | None
 ) -> None:
-    monkeypatch.setattr(attention_module, "_has_bf16_units", lambda: bf16_units)
+    monkeypatch.setattr(attention_module, "_cpu_kernel", lambda _: kernel)
     lengths = (33, 20, 33)
     inputs = _inputs(1, 86, 86, 2, dtype)
     others = tuple(

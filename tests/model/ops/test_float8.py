@@ -21,6 +21,7 @@ from internlm.model.ops.float8 import (
     scale_of,
     scaled_product,
 )
+from internlm.model.ops.reference import rounded_to_float8
 from internlm.model.ops.registry import OpSettings, describe
 
 T, IN, OUT = 48, 64, 32
@@ -57,6 +58,19 @@ def rounded(tensor: Tensor, format: torch.dtype) -> Tensor:
     is_even = numbers.to(format).view(torch.uint8) % 2 == 0
     preferred = torch.where(distances == nearest, 1.0 + is_even, 0.0).argmax(-1)
     return numbers[preferred] * scale
+
+
+def test_the_formula_of_rounding_is_the_definition() -> None:
+    """What `internlm doctor` compares with: numbers of all sizes, and all that lie between two neighbours."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = 2.0 ** -torch.linspace(0, 40, 2000, dtype=torch.float64)
+    drawn = torch.randn(2000, generator=generator, dtype=torch.float64) * sizes
+    for format in (FORWARD_FORMAT, GRADIENT_FORMAT):
+        bits = torch.arange(256, dtype=torch.uint8).view(format).double()
+        numbers = bits[bits.isfinite()].unique()
+        between = (numbers[1:] + numbers[:-1]) / 2
+        for tensor in (drawn, drawn * 1e-30, torch.cat((numbers, between, between * (1 + 2.0**-40)))):
+            assert torch.equal(rounded_to_float8(tensor, format), rounded(tensor, format))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -8,18 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from internlm.model.ops import reference
+from internlm.model.ops import float8, reference
+from internlm.model.ops.float8 import Scaled
 from internlm.model.ops.registry import OpSettings, describe
-from internlm.model.ops.self_test import LENGTHS, OpCase, attention_cases, judge, other_cases, self_tests
+from internlm.model.ops.self_test import LENGTHS, OpCase, attention_cases, float8_cases, judge, other_cases, self_tests
 
 CPU = torch.device("cpu")
-SETTINGS = OpSettings(head_dim=16)
+SETTINGS = OpSettings(head_dim=16, use_float8=True)
 
 
 def test_every_op_is_tested_and_right() -> None:
     outcomes = list(self_tests(CPU, SETTINGS))
-    assert {outcome.op for outcome in outcomes} == set(describe(CPU))
+    assert {outcome.op for outcome in outcomes} == set(describe(CPU, SETTINGS))
     assert {outcome.dtype for outcome in outcomes} == {torch.bfloat16, torch.float32}
+    assert {outcome.dtype for outcome in outcomes if outcome.op == "float8_linear"} == {torch.bfloat16}
+    assert "float8_linear" not in {outcome.op for outcome in self_tests(CPU, OpSettings(head_dim=16))}
     assert [outcome for outcome in outcomes if outcome.problem is not None] == []
 
 
@@ -88,6 +91,42 @@ def test_wrong_masks_are_found(dtype: torch.dtype) -> None:
     assert wrong("packed documents, auto", lambda q, k, v: reference.attention(q, k, v, shifted)) is not None
 
 
+_QUANTIZE, _SCALE = float8.quantize, float8.scale_of
+
+
+def _cut_off(tensor: Tensor, scale: Tensor, format: torch.dtype) -> Scaled:
+    """Towards zero."""
+    nearest = _QUANTIZE(tensor, scale, format)
+    is_too_large = nearest.to_float().abs() > tensor.abs()
+    below = nearest.values.view(torch.uint8) - is_too_large.to(torch.uint8)
+    return Scaled(below.view(format), scale)
+
+
+def _ties_away(tensor: Tensor, scale: Tensor, format: torch.dtype) -> Scaled:
+    """The larger of two that are as near."""
+    return _QUANTIZE(tensor * (1 + 2.0**-7), scale, format)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("quantize", _cut_off),
+        ("quantize", _ties_away),
+        ("quantize", lambda tensor, scale, format: _QUANTIZE(tensor, scale, torch.float8_e5m2)),
+        ("quantize", lambda tensor, scale, format: _QUANTIZE(tensor, scale, torch.float8_e4m3fn)),
+        ("scale_of", lambda amax, format: _SCALE(amax, format) * 2),
+        ("scale_of", lambda amax, format: _SCALE(amax, format) / 2),
+        ("scaled_product", lambda a, b, dtype, **options: (a.to_float() @ b.to_float() * 1.03).to(dtype)),
+        ("scaled_product", lambda a, b, dtype, **options: a.values.to(dtype) @ b.values.to(dtype)),
+    ],
+)
+def test_wrong_float8_is_found(name: str, wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = list(float8_cases(CPU))
+    assert [judge(case, CPU, torch.bfloat16) for case in cases] == [None] * len(cases)
+    monkeypatch.setattr(float8, name, wrong)
+    assert any(judge(case, CPU, torch.bfloat16) is not None for case in cases)
+
+
 def test_formulas_agree_with_pytorch() -> None:
     """The formulas are written out; here they meet implementations that are not ours."""
     generator = torch.Generator().manual_seed(0)
@@ -115,5 +154,5 @@ def test_formulas_agree_with_pytorch() -> None:
 
 
 def test_all_cases_have_names_of_their_own() -> None:
-    cases = [*attention_cases(CPU, SETTINGS, torch.float32), *other_cases(CPU, SETTINGS)]
+    cases = [*attention_cases(CPU, SETTINGS, torch.float32), *other_cases(CPU, SETTINGS), *float8_cases(CPU)]
     assert len({(case.op, case.name) for case in cases}) == len(cases)

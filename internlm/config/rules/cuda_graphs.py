@@ -1,0 +1,58 @@
+"""What CUDA graphs go with: a replay reads and writes the addresses that were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from internlm.config.mistakes import Mistake
+from internlm.config.schema import Config
+
+KEY = "model.cuda_graphs"
+
+
+def graphs(config: Config, world_size: int) -> Iterator[Mistake]:
+    """Compiled layers that compute from what stays in place, one micro-batch after the other."""
+    model, parallel = config.model, config.parallel
+    if not model.cuda_graphs:
+        return
+    if not model.compile:
+        yield Mistake(
+            (KEY, "model.compile"), f"{KEY} = True records compiled layers: set model.compile = True, or {KEY} = False"
+        )
+    tensor = parallel.tensor
+    refusals = {
+        "parallel.pipeline.size": (
+            parallel.pipeline.size > 1,
+            parallel.pipeline.size,
+            "a stage begins the next micro-batch before the backward pass of the one before, whose activations the "
+            "replay would overwrite",
+        ),
+        "parallel.tensor.size": (
+            tensor.size > 1,
+            tensor.size,
+            "layers that exchange tensors with other ranks are not compiled whole",
+        ),
+        "parallel.tensor.mode": (
+            tensor.mode == "isp" and tensor.size == 1,
+            tensor.mode,
+            "its layers take their weights from buffers that move, and are not compiled whole",
+        ),
+        "parallel.zero1.fsdp" if parallel.zero1.fsdp else "parallel.fsdp.enable": (
+            parallel.uses_fsdp,
+            True,
+            "weights are gathered at other addresses each time",
+        ),
+        "cpu_offloading.enable": (
+            config.cpu_offloading.enable,
+            True,
+            "the next layer's replay may overwrite activations while they are copied to the host",
+        ),
+        "model.attention_backend": (
+            model.attention_backend == "sdpa" and config.data.use_packed_dataset,
+            model.attention_backend,
+            "its calls follow the lengths of the documents of each batch",
+        ),
+    }
+    for key, (is_refused, value, reason) in refusals.items():
+        if is_refused:
+            yield Mistake((KEY, key), f"{KEY} = True does not go with {key} = {value!r}: {reason}; set {KEY} = False")

@@ -1,0 +1,77 @@
+"""Linear layers, with their weight gradient in the layout that the CPU's matrix products are fast in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internlm.model.ops.choice import Choice
+from internlm.model.ops.native import has_native_ops
+
+_WORTHWHILE_WIDTH = 1024
+"""Of the wider side of a weight: below, transposing costs what it gains, or products are not split over threads."""
+
+
+def choice(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What `linear` and `weight_gradient` run on."""
+    if _transposes(device, dtype):
+        return Choice("PyTorch's products; our C++ transpose before wide weight gradients", "they are faster so")
+    return Choice("PyTorch's products", "they are the fastest")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weight^T + bias`.
+
+    Args:
+        x: `[..., in]`.
+        weight: `[out, in]`.
+        bias: `[out]` or None.
+
+    Returns:
+        `[..., out]`.
+    """
+    if _transposes(x.device, x.dtype) and max(weight.shape) >= _WORTHWHILE_WIDTH:
+        out: Tensor = _Linear.apply(x, weight, bias)
+        return out
+    return F.linear(x, weight, bias)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient `[out, in]` of the weight of a linear layer, given that of its output `[..., out]` and its input
+    `[..., in]`."""
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    if not _transposes(x.device, x.dtype) or max(grad.shape[1], x.shape[1]) < _WORTHWHILE_WIDTH:
+        return grad.t() @ x
+    # oneDNN multiplies at half its rate where the left factor is a transposed view. The narrower matrix is turned.
+    if grad.shape[1] <= x.shape[1]:
+        return _transposed(grad) @ x
+    return _transposed(_transposed(x) @ grad)
+
+
+def _transposes(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype == torch.bfloat16 and has_native_ops()
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """`[R, C]` -> `[C, R]`, contiguous."""
+    out: Tensor = torch.ops.internlm_native.transposed(x if x.stride(1) == 1 else x.contiguous())
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return (
+            grad @ weight if ctx.needs_input_grad[0] else None,
+            weight_gradient(grad, x) if ctx.needs_input_grad[1] else None,
+            grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None,
+        )

@@ -1,0 +1,58 @@
+"""Ops in C++ for CPUs that multiply bf16 in hardware (AVX512-BF16, or AMX, which comes with it).
+
+They are compiled for the machine at hand when they are first asked for, which takes some seconds once, and live in
+`torch.ops.internlm_native`. Nothing needs them: where they cannot be had, PyTorch's own operators serve, more slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from internlm.model.ops.compiling import constant_when_compiled
+from internlm.utils.cpp import CompileError, compile_library
+from internlm.utils.logging import get_logger
+
+_SOURCES = Path(__file__).with_name("native_ops")
+_FLAGS = tuple(f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma"))
+
+_log = get_logger(__name__)
+
+
+@constant_when_compiled
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 in hardware."""
+    # A private name: where a version of PyTorch lacks it, ops go without.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
+@constant_when_compiled
+def has_native_ops() -> bool:
+    """Whether `torch.ops.internlm_native` is there; the first call may compile it."""
+    return why_no_native_ops() is None
+
+
+@functools.cache
+def why_no_native_ops() -> str | None:
+    """Why `torch.ops.internlm_native` is not there, in words; None when it is."""
+    if not has_bf16_units():
+        return "this CPU does not multiply bf16 in hardware"
+    try:
+        torch.ops.load_library(str(compile_library(_SOURCES, _FLAGS)))
+    except (CompileError, OSError) as error:
+        reason = str(error)
+    else:
+        if torch.ops.internlm_native.is_supported():
+            torch.library.register_fake("internlm_native::transposed", _fake_transposed)
+            return None
+        reason = "this PyTorch has no bf16 products for it"
+    _log.warning("bf16 attention is slower than it could be on this CPU: %s", reason)
+    return reason
+
+
+def _fake_transposed(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], x.shape[0])

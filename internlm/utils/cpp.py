@@ -1,0 +1,87 @@
+"""Compiling C++ against PyTorch, once for each user, sources and version of PyTorch.
+
+Not `torch.utils.cpp_extension`, which needs setuptools and ninja at run time, and whose lock outlives a process that is
+killed while it compiles: all later ones wait for ever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from internlm.utils.logging import get_logger
+from internlm.utils.user_cache import user_cache
+
+_log = get_logger(__name__)
+
+
+class CompileError(Exception):
+    """The sources were not compiled; the text says why."""
+
+
+def cpp_compilers() -> tuple[str, ...]:
+    """The commands that may be C++ compilers, the preferred one first: that of the environment variable CXX alone."""
+    return (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++")
+
+
+def cpp_compiler() -> str | None:
+    """The first of `cpp_compilers` that is installed."""
+    return next((name for name in cpp_compilers() if shutil.which(name)), None)
+
+
+def compile_library(folder: Path, flags: Sequence[str]) -> Path:
+    """A shared library of a folder's sources, linked to PyTorch; processes that want the same one wait for the first.
+
+    Args:
+        folder: with `*.cpp`, and the `*.h` that they include; has the library's name.
+        flags: of the compiler, beside those that PyTorch's headers need.
+
+    Raises:
+        CompileError: there is no compiler, it refuses, or its result cannot be stored.
+    """
+    compiler = cpp_compiler()
+    if compiler is None:
+        raise CompileError(f"no C++ compiler was found ({' or '.join(cpp_compilers())})")
+    sources = sorted(folder.glob("*.cpp"))
+    torch_folder = Path(torch.__file__).parent
+    command = [
+        *(compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", *flags),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        # PyTorch's headers, not ours, give cause for warnings.
+        *("-w", "-isystem", str(torch_folder / "include")),
+        *("-isystem", str(torch_folder / "include/torch/csrc/api/include")),
+        *(*map(str, sources), "-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"),
+    ]
+    texts = [path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))]
+    key = hashlib.sha256(repr((torch.__version__, command, texts)).encode()).hexdigest()[:16]
+    library = user_cache() / "native" / f"{folder.name}-{key}.so"
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with library.with_suffix(".lock").open("w") as lock:
+            # The system frees it when its holder ends, however that ends.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                _log.info("Compiling %s with %s, once for this machine", folder.name, compiler)
+                _compile(command, library)
+    except OSError as error:
+        raise CompileError(f"{library}: {error.strerror or error}; XDG_CACHE_HOME names another folder") from error
+    return library
+
+
+def _compile(command: Sequence[str], library: Path) -> None:
+    unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+            raise CompileError(f"{command[0]} ended with code {done.returncode}: {reason}")
+        os.replace(unfinished, library)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""Linear layers against PyTorch's, and the transposed copies that weight gradients are made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internlm.model.ops import linear as linear_module
+from internlm.model.ops.linear import linear, weight_gradient
+from internlm.model.ops.native import has_native_ops
+from internlm.model.ops.self_test import OpCase, judge
+
+needs_native_ops = pytest.mark.skipif(not has_native_ops(), reason="this CPU has no bf16 units, for which the ops are")
+
+SHAPES = [(1024, 64), (64, 1030), (1025, 1100), (70, 30)]
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_as_pytorch_in_every_dtype(shape: tuple[int, int], has_bias: bool) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        inputs = [_random(2, 9, shape[1]), _random(*shape, seed=1), *([_random(shape[0], seed=2)] if has_bias else [])]
+        ours, theirs = ([x.to(dtype).requires_grad_() for x in inputs] for _ in range(2))
+        out, expected = linear(ours[0], ours[1], ours[2] if has_bias else None), F.linear(*theirs)
+        grad = _random(2, 9, shape[0], seed=3).to(dtype)
+        assert torch.equal(out, expected)
+        out.backward(grad)
+        expected.backward(grad)
+        for mine, its in zip(ours, theirs, strict=True):
+            if dtype == torch.bfloat16:
+                # Sums of 18 products in fp32, in whatever order, rounded to bf16: the same but for rare ties.
+                torch.testing.assert_close(mine.grad, its.grad, rtol=2**-7, atol=1e-5)
+            else:
+                assert torch.equal(mine.grad, its.grad)  # type: ignore[arg-type]
+
+
+@needs_native_ops
+@pytest.mark.parametrize(("out", "into"), [*SHAPES, (2048, 1), (1, 2048)])
+@pytest.mark.parametrize("tokens", [0, 1, 31, 64, 300])
+def test_weight_gradient(tokens: int, out: int, into: int) -> None:
+    grad, x = _random(tokens, out).bfloat16(), _random(tokens, into, seed=1).bfloat16()
+    exact = grad.double().t() @ x.double()
+    ours = weight_gradient(grad, x)
+    assert ours.shape == (out, into)
+    # A sum of `tokens` products in fp32, where it rounds by 2^-24 of sums below the square root of their number times
+    # a few, and then one rounding to bf16.
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@needs_native_ops
+@pytest.mark.parametrize("rows", [0, 1, 16, 31, 32, 65])
+@pytest.mark.parametrize("columns", [0, 1, 15, 32, 33, 100])
+def test_transposed(rows: int, columns: int) -> None:
+    wide = _random(rows, columns + 5).bfloat16()
+    for x in (wide[:, 3 : columns + 3], wide[:, :columns].contiguous().t().contiguous().t()):
+        assert torch.equal(linear_module._transposed(x), x.t())
+
+
+@needs_native_ops
+def test_strides_of_a_gradient() -> None:
+    """The gradient of a sum is one number with strides of zero."""
+    x = _random(20, 64).bfloat16()
+    grad = torch.ones((), dtype=torch.bfloat16).expand(20, 1024)
+    assert torch.equal(weight_gradient(grad, x), weight_gradient(grad.contiguous(), x))
+    case = OpCase(
+        "linear", "transposed", lambda a, b: linear(a.t(), b, None), lambda a, b: a.t() @ b.t(), ((64, 20), (1024, 64))
+    )
+    assert judge(case, torch.device("cpu"), torch.bfloat16) is None
+
+
+@needs_native_ops
+def test_one_graph_when_compiled() -> None:
+    x, weight = _random(40, 64).bfloat16().requires_grad_(), _random(1024, 64, seed=1).bfloat16().requires_grad_()
+    compiled = torch.compile(
+        lambda a, b: linear(a, b, None).float().square().sum(), fullgraph=True, backend="aot_eager"
+    )
+    grads = torch.autograd.grad(compiled(x, weight), (x, weight))
+    expected = torch.autograd.grad(linear(x, weight, None).float().square().sum(), (x, weight))
+    assert all(torch.equal(mine, its) for mine, its in zip(grads, expected, strict=True))
