@@ -47,7 +47,8 @@ def why_no_native_ops() -> str | None:
         reason = str(error)
     else:
         if torch.ops.internlm_native.is_supported():
-            torch.library.register_fake("internlm_native::transposed", _fake_transposed)
+            # Once more is no mistake, for PyTorch 2.11 neither: the cache may have been cleared.
+            torch.library.register_fake("internlm_native::transposed", _fake_transposed, allow_override=True)
             return None
         reason = "this PyTorch has no bf16 products for it"
     _log.warning("bf16 attention is slower than it could be on this CPU: %s", reason)
