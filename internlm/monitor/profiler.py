@@ -41,6 +41,8 @@ class ProfilerHook(Hook):
             schedule=schedule(wait=1, warmup=1, active=1, repeat=1),
             on_trace_ready=self._export,
             record_shapes=True,
+            # There is one cycle; some versions of PyTorch warn that it would drop those before it.
+            acc_events=True,
         )
         self._profiler.start()
 

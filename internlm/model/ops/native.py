@@ -57,7 +57,8 @@ def why_no_native_ops() -> str | None:
         reason = str(error)
     else:
         if torch.ops.internlm_native.is_supported():
-            torch.library.register_fake("internlm_native::transposed", _fake_transposed)
+            # Once more is no mistake, for PyTorch 2.11 neither: the cache may have been cleared.
+            torch.library.register_fake("internlm_native::transposed", _fake_transposed, allow_override=True)
             return None
         reason = "oneDNN does not use AMX here"
     _log.warning("bf16 is slower than it could be on this CPU: %s", reason)
