@@ -7,5 +7,14 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """The user's cache folder of this program; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internlm"
+    """The user's cache folder of this program; it need not exist.
+
+    Below the working directory for a user without a home, as some containers have.
+    """
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "internlm"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path.cwd()
+    return home / ".cache" / "internlm"
