@@ -63,6 +63,9 @@ def compile_library(folder: Path, flags: Sequence[str]) -> Path:
     texts = [path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))]
     key = hashlib.sha256(repr((torch.__version__, compiler, options, texts)).encode()).hexdigest()[:16]
     library = user_cache() / "native" / f"{folder.name}-{key}.so"
+    # It appears whole. A cache that somebody else has filled need not be writable.
+    if library.exists():
+        return library
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with library.with_suffix(".lock").open("w") as lock:

@@ -65,6 +65,15 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, cache: Path) -> None:
         compile_library(_source(tmp_path), ("-DNUMBER=1",))
 
 
+def test_a_library_that_is_there_needs_no_writable_cache(tmp_path: Path) -> None:
+    source = _source(tmp_path)
+    library = compile_library(source, ("-DNUMBER=1",))
+    # As good as read-only, also for root: the lock cannot be opened for writing.
+    library.with_suffix(".lock").unlink()
+    library.with_suffix(".lock").mkdir()
+    assert compile_library(source, ("-DNUMBER=1",)) == library
+
+
 def _hold(lock: Path, held: multiprocessing.synchronize.Event) -> None:
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
