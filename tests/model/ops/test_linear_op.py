@@ -83,3 +83,12 @@ def test_one_graph_when_compiled() -> None:
     grads = torch.autograd.grad(compiled(x, weight), (x, weight))
     expected = torch.autograd.grad(linear(x, weight, None).float().square().sum(), (x, weight))
     assert all(torch.equal(mine, its) for mine, its in zip(grads, expected, strict=True))
+
+
+@needs_native_ops
+def test_a_second_derivative_is_refused() -> None:
+    """The transposed copy has none: it would be left out without a word."""
+    x, weight = _random(40, 64).bfloat16().requires_grad_(), _random(1024, 64, seed=1).bfloat16().requires_grad_()
+    (gradient,) = torch.autograd.grad(linear(x, weight, None).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
