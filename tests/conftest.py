@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 from helpers.ranks import RankPool
 from helpers.s3 import bucket, s3_server  # noqa: F401
 
+from internlm.utils.logging import ROOT_LOGGER
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors are faster on one thread, and forked ranks inherit it."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_imported() -> Iterator[None]:
+    """A command that a test runs in this process configures the project's logger; the next test must not see that."""
+    yield
+    logger = logging.getLogger(ROOT_LOGGER)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,20 @@
 #!/usr/bin/env bash
-# All tests, in the environment .venv (made when it is not there). Arguments go to pytest.
+# Run the tests in the environment .venv, which is made when it is not there.
+#   bash tools/test.sh [ARGUMENTS OF PYTEST]    all tests, on two workers; `-n 0` runs them in one process
+#   bash tools/test.sh --full [SECONDS]         and then the campaigns, which take hours: every layout of the matrix,
+#                                               SECONDS (default 1800) of random layouts, 200 kills at random instants
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup_env.sh dev
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest "$@"
+test=(.venv/bin/python -m pytest -n 2 --dist worksteal)
+if [ "${1:-}" != "--full" ]; then
+    exec "${test[@]}" "$@"
+fi
+"${test[@]}"
+seed="$(date +%s)"
+echo "Campaigns with --seed $seed"
+.venv/bin/python tests/fuzz_layouts.py --seconds "${2:-1800}" --seed "$seed"
+.venv/bin/python tests/kill_and_resume.py --kills 100 --seed "$seed"
+.venv/bin/python tests/kill_and_resume.py --kills 100 --ranks 2 --async --seed "$seed"
+INTERNLM_FULL_MATRIX=1 "${test[@]}" tests/layouts/test_layout_matrix.py

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.model import tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from internlm.apis.generation import filter_logits, generate
 from internlm.utils.errors import ConfigError
-from tests.helpers.model import tiny_config, tiny_model
 
 PROMPT = 7
 NEW = 24

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.fake_trainer import FakeTrainer
 
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.core.hooks import Hook, SaveResult
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import storage_path
-from tests.helpers.fake_trainer import FakeTrainer
 
 
 class Saves(FakeTrainer):

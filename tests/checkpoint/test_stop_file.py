@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from helpers.fake_trainer import FakeTrainer
 
 from internlm.checkpoint.stop_file import StopFileHook
 from internlm.core.hooks import Hook
 from internlm.utils.errors import ConfigError
-from tests.helpers.fake_trainer import FakeTrainer
 
 
 class Write(Hook):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from helpers.fake_trainer import FakeTrainer
 
 from internlm.core.hooks import Hook
 from internlm.eval.hook import EvaluationHook
-from tests.helpers.fake_trainer import FakeTrainer
 
 
 @pytest.mark.parametrize("every, total, steps", [(0, 4, []), (2, 4, [2, 4]), (3, 7, [3, 6, 7]), (9, 4, [4])])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from helpers.fake_trainer import step_metrics
 from internlm.core.metrics import StepMetrics
-from tests.helpers.fake_trainer import step_metrics
 
 
 class SlowDevice:

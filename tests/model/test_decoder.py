@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.model import tiny_config, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +17,6 @@ from internlm.model.modules.cache import KeyValueCache
 from internlm.model.ops.attention import Segments
 from internlm.model.registry import build_model, known_models
 from internlm.model.roles import Role
-from tests.helpers.model import tiny_config, tiny_model
 
 GQA = {"num_kv_attention_heads": 2}
 

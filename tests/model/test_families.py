@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.model import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ from internlm.model.hf_config import hf_config
 from internlm.model.hf_names import from_hf, to_hf
 from internlm.model.ops.attention import Segments
 from internlm.model.ops.cross_entropy import linear_cross_entropy
-from tests.helpers.model import tiny_model
 
 GQA = {"num_kv_attention_heads": 2}
 LONG = {"max_position_embeddings": 16}

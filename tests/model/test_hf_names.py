@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.model import tiny_model
 
 from internlm.model.hf_config import hf_config
 from internlm.model.hf_names import Layout, from_hf, to_hf
 from internlm.utils.errors import CheckpointError, ConfigError
-from tests.helpers.model import tiny_model
 
 GQA = {"num_kv_attention_heads": 2}
 

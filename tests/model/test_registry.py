@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.model import materialize, tiny_config
 
 from internlm.model import registry
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.model.registry import build_model, known_models, register_model
 from internlm.utils.errors import ConfigError
-from tests.helpers.model import materialize, tiny_config
 
 DOC = Path(__file__).parents[2] / "doc" / "models.md"
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from helpers.fake_trainer import FakeTrainer, step_metrics
 from rich.console import Console
 
 from internlm.core.metrics import StepMetrics
@@ -16,7 +17,6 @@ from internlm.eval.hook import EvaluationHook
 from internlm.monitor.console import ConsoleHook, describe, describe_duration
 from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
 from internlm.utils.logging import ROOT_LOGGER, configure_logging, get_logger
-from tests.helpers.fake_trainer import FakeTrainer, step_metrics
 
 
 @pytest.fixture

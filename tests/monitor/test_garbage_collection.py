@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 
 import pytest
+from helpers.fake_trainer import FakeTrainer
 
 from internlm.core.hooks import Hook
 from internlm.monitor.garbage_collection import GarbageCollectionHook
-from tests.helpers.fake_trainer import FakeTrainer
 
 
 @pytest.fixture(autouse=True)

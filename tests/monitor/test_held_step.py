@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.fake_trainer import FakeTrainer
+from helpers.slow_device import SlowDevice
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import internlm.monitor.metrics_file as metrics_file
@@ -15,8 +17,6 @@ from internlm.eval.hook import EvaluationHook
 from internlm.monitor.metrics_file import MetricsFileHook
 from internlm.monitor.step_numbers import HeldStep, StepNumbers
 from internlm.monitor.tensorboard import TensorBoardHook
-from tests.helpers.fake_trainer import FakeTrainer
-from tests.helpers.slow_device import SlowDevice
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
+from helpers.fake_trainer import FakeTrainer, step_metrics
 
 from internlm.core.hooks import Hook
 from internlm.eval.hook import EvaluationHook
 from internlm.monitor.metrics_file import MetricsFileHook
 from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
-from tests.helpers.fake_trainer import FakeTrainer, step_metrics
 
 
 def strict_lines(run_dir) -> list[dict]:

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
+from helpers.fake_trainer import FakeTrainer
 
 from internlm.core.hooks import Hook
 from internlm.monitor.profiler import ProfilerHook
-from tests.helpers.fake_trainer import FakeTrainer
 
 
 class Work(Hook):

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from helpers.fake_trainer import step_metrics
 
 from internlm.core.metrics import StepMetrics
 from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
-from tests.helpers.fake_trainer import step_metrics
 
 
 def test_rates_over_sixty_uneven_steps():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 
+from helpers.fake_trainer import FakeTrainer, step_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from internlm.eval.hook import EvaluationHook
 from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
 from internlm.monitor.tensorboard import TensorBoardHook
 from internlm.utils.logging import ROOT_LOGGER
-from tests.helpers.fake_trainer import FakeTrainer, step_metrics
 
 
 def read(folder) -> EventAccumulator:
