@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers.ranks import RankPool
 from helpers.sharded import (
+    CLIP,
+    DECAY,
     GLOBAL_SHAPES,
     LAYOUTS,
     LR,
@@ -17,13 +19,16 @@ from helpers.sharded import (
     assemble,
     assert_trained_as_whole,
     new_optimizer,
+    normal,
     train_shards,
 )
 from torch import nn
 
+from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
+from internlm.solver.optimizer.bucket import NORM_ROW
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 
 
@@ -98,3 +103,35 @@ def test_a_parameter_that_never_had_a_gradient_is_not_decayed() -> None:
     optimizer.begin_step(1)
     optimizer.step(LR)
     assert (unused < after * (1 - 0.5 * LR)).all()
+
+
+def train_full_shards() -> tuple[list[float], torch.Tensor]:
+    """Norms and weights after two clipped steps of a weight that fills the shard of every rank to its end."""
+    context = ParallelContext.create(ParallelLayout(world_size=torch.distributed.get_world_size()))
+    weight = nn.Parameter(normal("full", (context.world_size * NORM_ROW,)))
+    attach_shard_spec(weight, ShardSpec.whole("full", weight.shape))
+    model = nn.Module()
+    model.register_parameter("full", weight)
+    optimizer = HybridZeroOptimizer(model, context, weight_decay=DECAY, clip_grad_norm=CLIP)
+    (bucket,) = optimizer.buckets
+    assert (bucket.range_in_shard(0), bucket.numel) == (slice(0, NORM_ROW), weight.numel())
+    norms = []
+    for step in range(2):
+        optimizer.begin_step(1)
+        deliver_gradient(weight, normal(f"full/{step}", tuple(weight.shape)) / context.world_size)
+        norms.append(float(optimizer.step(LR).grad_norm))
+    context.close()
+    return norms, weight.detach()
+
+
+def test_a_shard_without_padding_is_updated_to_its_last_element(ranks: Callable[[int], RankPool]) -> None:
+    weight = nn.Parameter(normal("full", (2 * NORM_ROW,)))
+    adamw = torch.optim.AdamW([weight], lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    expected = []
+    for step in range(2):
+        weight.grad = normal(f"full/{step}", (2 * NORM_ROW,))
+        expected.append(float(nn.utils.clip_grad_norm_([weight], CLIP)))
+        adamw.step()
+    for norms, found in ranks(2).run(train_full_shards):
+        assert norms == pytest.approx(expected, rel=1e-6)
+        torch.testing.assert_close(found, weight.detach(), rtol=0, atol=WEIGHT_TOLERANCE)
