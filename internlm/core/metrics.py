@@ -28,7 +28,7 @@ class StepMetrics:
         loss_scale: scalar fp32 tensor.
         num_valid_tokens: scalar tensor, tokens of the global batch that contribute loss.
         num_tokens: tokens of the global batch, padding included.
-        num_samples: samples of the global batch.
+        num_documents: documents in this rank's micro batches.
         micro_num: micro batches of this step on each data rank.
         largest_length: tokens of the longest document (attention segment) among this rank's micro batches.
         largest_batch, smallest_batch: most and fewest documents in one of this rank's micro batches.
@@ -50,7 +50,7 @@ class StepMetrics:
     loss_scale: Tensor
     num_valid_tokens: Tensor
     num_tokens: int
-    num_samples: int
+    num_documents: int
     micro_num: int
     largest_length: int
     largest_batch: int
@@ -98,7 +98,7 @@ class StepMetrics:
             lr=self.lr,
             adam_beta2=self.adam_beta2,
             num_tokens=self.num_tokens,
-            num_samples_in_batch=self.num_samples,
+            num_samples_in_batch=self.num_documents,
             micro_num=self.micro_num,
             largest_length=self.largest_length,
             largest_batch=self.largest_batch,

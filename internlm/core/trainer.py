@@ -166,7 +166,7 @@ class Trainer:
         result = self.engine.train_step(batch, lr, beta2)
         self.num_skipped_updates = self.num_skipped_updates + result.skipped
         num_tokens = self._count(batch)
-        segments = batch.segment_lengths
+        documents = batch.num_documents
         return StepMetrics(
             step=self.state.step,
             loss=result.loss,
@@ -177,11 +177,11 @@ class Trainer:
             loss_scale=result.loss_scale,
             num_valid_tokens=result.num_valid_tokens,
             num_tokens=num_tokens,
-            num_samples=batch.num_samples,
+            num_documents=sum(documents),
             micro_num=len(batch.micro_batches),
-            largest_length=max(max(lengths) for lengths in segments),
-            largest_batch=max(len(lengths) for lengths in segments),
-            smallest_batch=min(len(lengths) for lengths in segments),
+            largest_length=max(max(lengths) for lengths in batch.segment_lengths),
+            largest_batch=max(documents),
+            smallest_batch=min(documents),
             num_consumed_tokens=self.state.num_consumed_tokens,
             num_consumed_samples=self.state.num_consumed_samples,
             inf_nan_skip_batches=self.num_skipped_updates,

@@ -25,11 +25,12 @@ class MicroBatch:
     Attributes:
         input_ids: int64 token ids, never negative.
         labels: int64, the next token of the same document, or `IGNORE_INDEX`.
-        position_ids: int64, restart at 0 at each attention segment.
+        position_ids: int64, restart at 0 at each attention segment; 0 in the padding of an unpacked row.
         type_ids: int64, index into the dataset's `type_names`.
         cu_seqlens: int32 `[n + 1]`, cumulative segment lengths from 0 to P; None when unpacked.
         lengths: the same lengths as host integers, so that nothing waits for the device to learn them.
         num_valid_tokens: labels that are not `IGNORE_INDEX`, counted on the host.
+        num_documents: documents (or parts of them); None: as many as attention segments.
     """
 
     input_ids: Tensor
@@ -39,6 +40,7 @@ class MicroBatch:
     cu_seqlens: Tensor | None
     lengths: tuple[int, ...] | None
     num_valid_tokens: int
+    num_documents: int | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy on `device` (asynchronous from pinned memory)."""
@@ -54,6 +56,7 @@ class MicroBatch:
             cu_seqlens=move(self.cu_seqlens),
             lengths=self.lengths,
             num_valid_tokens=self.num_valid_tokens,
+            num_documents=self.num_documents,
         )
 
 
@@ -66,11 +69,15 @@ class Batch:
         num_samples: samples of the *global* batch (all data ranks); the data cursor advances by this.
         sample_indices: global sample indices of this rank's micro batches, in order (for tests and for tracing a
             loss spike back to its documents).
+        unreadable: one message for each document of this rank that could not be read and is padding here.
+        num_cut_answers: documents of this rank of which the cut at seq_len left no label.
     """
 
     micro_batches: list[MicroBatch]
     num_samples: int
     sample_indices: list[int] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    num_cut_answers: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +90,14 @@ class Batch:
         return [
             micro.lengths if micro.lengths is not None else (micro.input_ids.shape[1],) * micro.input_ids.shape[0]
             for micro in self.micro_batches
+        ]
+
+    @property
+    def num_documents(self) -> list[int]:
+        """Documents in each micro batch."""
+        return [
+            len(lengths) if micro.num_documents is None else micro.num_documents
+            for micro, lengths in zip(self.micro_batches, self.segment_lengths, strict=True)
         ]
 
     @property

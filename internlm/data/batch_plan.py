@@ -50,13 +50,16 @@ class RampUp:
 
 @dataclass(frozen=True)
 class SkipBatches:
-    """Steps whose batch is loaded but not trained on; inclusive ranges of steps counted from 0."""
+    """Steps whose batch is neither read nor trained on; inclusive ranges of steps counted from 0."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
     def contains(self, step: int) -> bool:
         """Whether the batch of `step` is skipped."""
         return any(first <= step <= last for first, last in self.ranges)
+
+
+NO_SKIPS = SkipBatches()
 
 
 def parse_skip_batches(text: str) -> SkipBatches:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from internlm.data.order import derive_key
-from internlm.data.packing import Packing, Piece, Sample, join_pieces, make_piece, stack_pieces
+from internlm.data.packing import Packing, Piece, Sample, join_pieces, make_piece, padding_sample, stack_pieces
 
 _NUM_SAMPLES = 100_000
 _LONGEST_RANGE = 32
@@ -47,6 +47,10 @@ class DummySamples:
             pieces.append(self._document(random, min(self.seq_len, total)))
             total -= len(pieces[-1].input_ids)
         return join_pieces(pieces, self.seq_len, self.micro_bsz * self.seq_len, self.packing, type_id)
+
+    def padding(self) -> Sample:
+        """A sample of padding alone."""
+        return padding_sample(self.seq_len, self.micro_bsz, self.packing)
 
     def _document(self, random: np.random.Generator, longest: int) -> Piece:
         length = longest if self.fixed_lengths else int(random.integers(1, longest + 1))

@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 
 from internlm.data.batch import Batch
-from internlm.data.batch_plan import RampUp
+from internlm.data.batch_plan import NO_SKIPS, RampUp, SkipBatches, parse_skip_batches
 from internlm.data.dummy import DummySamples
 from internlm.data.order import sample_order
 from internlm.data.packing import PACKINGS, Packing, Sample, pin, to_micro_batch
 from internlm.data.read_ahead import ReadAheadThread, WorkerProcesses
 from internlm.data.samples import FolderSamples, SampleSource
-from internlm.utils.errors import ConfigError
+from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def build_train_loader(
     min_length: int = 0,
     min_length_dict: Mapping[str, int] | None = None,
     rampup_batch_size: str = "",
+    skip_batches: str = "",
+    skip_bad_documents: bool = False,
     fixed_random_dataset_seqlen: bool = True,
     total_steps: int | None = None,
     pin_memory: bool = False,
@@ -67,6 +71,8 @@ def build_train_loader(
         micro_num: micro batches a step on each data rank, once the ramp-up is over.
         num_workers: processes that read ahead; 0 reads ahead in a thread of this process.
         rampup_batch_size: "start increment steps", see `RampUp`.
+        skip_batches: steps (counted from 0) whose batch is not read, see `parse_skip_batches`; it is padding.
+        skip_bad_documents: a document that cannot be read becomes padding in its place, and is named in the log.
         fixed_random_dataset_seqlen: lengths of dummy documents are fixed.
         total_steps: the loader ends before this step; None never ends.
         pin_memory: put tensors into page-locked memory (needs CUDA).
@@ -96,10 +102,12 @@ def build_train_loader(
             vocab_size=vocab_size,
             min_length=min_length,
             min_length_dict=min_length_dict,
+            skip_bad_documents=skip_bad_documents,
         )
     return TrainLoader(
         source,
         ramp_up=RampUp.parse(rampup_batch_size, micro_num),
+        skipped=parse_skip_batches(skip_batches),
         seed=seed,
         data_rank=data_rank,
         data_size=data_size,
@@ -126,6 +134,7 @@ class TrainLoader:
         source: SampleSource,
         *,
         ramp_up: RampUp,
+        skipped: SkipBatches = NO_SKIPS,
         seed: int,
         data_rank: int = 0,
         data_size: int = 1,
@@ -141,7 +150,8 @@ class TrainLoader:
         self.num_samples_per_epoch = len(source)
         self.step = 0
         self.consumed_samples = 0
-        self._fetch = _Fetch(source, seed)
+        self._fetch = _Fetch(source, seed, skipped)
+        self._num_unreadable = self._num_cut_answers = 0
         self._ramp_up = ramp_up
         self._data_rank, self._data_size = data_rank, data_size
         self._num_workers, self._prefetch = num_workers, prefetch
@@ -177,6 +187,7 @@ class TrainLoader:
             raise
         self.step += 1
         self.consumed_samples += batch.num_samples
+        self._tell(batch)
         return batch
 
     def seek(self, step: int, consumed_samples: int) -> None:
@@ -194,7 +205,7 @@ class TrainLoader:
             name: (state[name], value) for name, value in self._order_facts.items() if state.get(name, value) != value
         }
         if changed and self._data_rank == 0:
-            get_logger(__name__).warning(
+            logger.warning(
                 "The order of samples is not that of the checkpoint (%s): training goes on at sample %d of the new "
                 "order, so some documents may be seen twice and others not in this epoch",
                 ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items()),
@@ -205,9 +216,37 @@ class TrainLoader:
     def close(self) -> None:
         """Stop reading ahead. The cursor stays; asking for a batch starts again."""
         self._batches = None
+        if self._num_cut_answers > 1:
+            logger.warning(
+                "%d documents of data rank %d lost all their labels to data.seq_len",
+                self._num_cut_answers,
+                self._data_rank,
+            )
+        self._num_cut_answers = 0
         if self._stop is not None:
             self._stop()
             self._stop = None
+
+    def _tell(self, batch: Batch) -> None:
+        """Log what the batch just handed out lacks."""
+        for message in batch.unreadable:
+            self._num_unreadable += 1
+            logger.warning(
+                "step %d: document left out, as data.skip_bad_documents says (%d on data rank %d by now): %s",
+                self.step,
+                self._num_unreadable,
+                self._data_rank,
+                message,
+            )
+        if batch.num_cut_answers and not self._num_cut_answers:
+            logger.warning(
+                "step %d: %d document(s) have no label before data.seq_len = %s, where unpacked documents are cut off: "
+                "their answers are lost, and those of later ones are counted. Raise data.seq_len, or shorten the prompts",
+                self.step,
+                batch.num_cut_answers,
+                self._order_facts.get("seq_len"),
+            )
+        self._num_cut_answers += batch.num_cut_answers
 
     def _start(self) -> Iterator[Batch]:
         requests = functools.partial(
@@ -250,15 +289,24 @@ def _requests(
 
 
 class _Fetch:
-    """Makes the samples of a request."""
+    """Makes the samples of a request. Those of a skipped step are not read: skipping gets past what cannot be."""
 
-    def __init__(self, source: SampleSource, seed: int) -> None:
-        self.source, self.seed = source, seed
+    def __init__(self, source: SampleSource, seed: int, skipped: SkipBatches) -> None:
+        self.source, self.seed, self.skipped = source, seed, skipped
 
     def __call__(self, request: _Request) -> tuple[_Request, list[Sample]]:
+        if self.skipped.contains(request.step):
+            return request, [self.source.padding()] * request.count
         indices = np.arange(request.first, request.first + request.count, dtype=np.int64)
         order = sample_order(indices, len(self.source), self.seed)
-        return request, [self.source.sample(int(index)) for index in order]
+        try:
+            return request, [self.source.sample(int(index)) for index in order]
+        except DataError as error:
+            raise DataError(
+                f"{error}. This is for step {request.step + 1}. To train without it: data.skip_bad_documents = True "
+                f"leaves out every document that cannot be read, and {request.step} in data.skip_batches (which counts "
+                "from 0) passes over this batch"
+            ) from error
 
 
 def _to_batches(fetched: Iterator[tuple[_Request, list[Sample]]], pin_memory: bool) -> Iterator[Batch]:
@@ -266,5 +314,10 @@ def _to_batches(fetched: Iterator[tuple[_Request, list[Sample]]], pin_memory: bo
         micro_batches = [to_micro_batch(sample) for sample in samples]
         if pin_memory:
             micro_batches = [pin(micro) for micro in micro_batches]
-        indices = list(range(request.first, request.first + request.count))
-        yield Batch(micro_batches, request.num_samples, indices)
+        yield Batch(
+            micro_batches,
+            request.num_samples,
+            list(range(request.first, request.first + request.count)),
+            unreadable=[message for sample in samples for message in sample.unreadable],
+            num_cut_answers=sum(sample.num_cut_answers for sample in samples),
+        )

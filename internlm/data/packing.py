@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,20 +31,45 @@ class Sample:
         labels: int64 of the same shape.
         lengths: attention segments, adding up to P; None when unpacked.
         type_id: the type of all tokens.
+        num_documents: documents, or parts of them, that the tokens come from.
+        row_lengths: tokens of each row before its padding; None when packed.
+        unreadable: one message for each document that could not be read and is padding here.
+        num_cut_answers: documents of which the cut at seq_len left no label.
     """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     lengths: tuple[int, ...] | None
     type_id: int
+    num_documents: int
+    row_lengths: tuple[int, ...] | None = None
+    unreadable: tuple[str, ...] = ()
+    num_cut_answers: int = 0
 
 
 @dataclass
 class Piece:
-    """Consecutive tokens of one document with their labels: both int64 [n]."""
+    """Consecutive tokens of one document with their labels: both int64 [n].
+
+    Attributes:
+        unreadable: why the document could not be read, if it is one whose place holds padding.
+        is_cut_answer: the cut at seq_len left no label, though the document has some.
+    """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
+    unreadable: str | None = None
+    is_cut_answer: bool = False
+
+    @property
+    def is_document(self) -> bool:
+        """Whether there is text in it, and not padding alone."""
+        return len(self.input_ids) > 0 and self.unreadable is None
+
+
+def unreadable_piece(length: int, reason: str) -> Piece:
+    """`length` tokens of padding in the place of a document that cannot be read."""
+    return Piece(np.zeros(length, dtype=np.int64), np.full(length, IGNORE_INDEX, dtype=np.int64), unreadable=reason)
 
 
 def make_piece(ids: NDArray[np.int64], loss_mask: NDArray[np.bool_], length: int) -> Piece:
@@ -81,7 +106,7 @@ def join_pieces(pieces: Sequence[Piece], seq_len: int, total: int, packing: Pack
     lengths += split_length(total - filled, seq_len)
     if packing == "pack_sample_into_one":
         lengths = split_length(total, seq_len)
-    return Sample(input_ids, labels, tuple(lengths), type_id)
+    return Sample(input_ids, labels, tuple(lengths), type_id, **_facts(pieces))
 
 
 def stack_pieces(pieces: Sequence[Piece], seq_len: int, rows: int, type_id: int) -> Sample:
@@ -91,7 +116,24 @@ def stack_pieces(pieces: Sequence[Piece], seq_len: int, rows: int, type_id: int)
     for row, piece in enumerate(pieces):
         input_ids[row, : len(piece.input_ids)] = piece.input_ids
         labels[row, : len(piece.labels)] = piece.labels
-    return Sample(input_ids, labels, None, type_id)
+    row_lengths = tuple(len(piece.input_ids) for piece in pieces) + (0,) * (rows - len(pieces))
+    return Sample(input_ids, labels, None, type_id, row_lengths=row_lengths, **_facts(pieces))
+
+
+def padding_sample(seq_len: int, micro_bsz: int, packing: Packing) -> Sample:
+    """A sample of padding alone, of the same shape as all others."""
+    if packing == "unpacked":
+        return stack_pieces([], seq_len, micro_bsz, type_id=0)
+    return join_pieces([], seq_len, micro_bsz * seq_len, packing, type_id=0)
+
+
+def _facts(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """What a sample says of its pieces."""
+    return {
+        "num_documents": sum(piece.is_document for piece in pieces),
+        "unreadable": tuple(piece.unreadable for piece in pieces if piece.unreadable is not None),
+        "num_cut_answers": sum(piece.is_cut_answer for piece in pieces),
+    }
 
 
 def to_micro_batch(sample: Sample) -> MicroBatch:
@@ -99,7 +141,9 @@ def to_micro_batch(sample: Sample) -> MicroBatch:
     num_valid_tokens = int(np.count_nonzero(sample.labels != IGNORE_INDEX))
     if sample.lengths is None:
         input_ids, labels = torch.from_numpy(sample.input_ids), torch.from_numpy(sample.labels)
-        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids).contiguous()
+        positions = np.arange(input_ids.shape[1])
+        # 0 in the padding, so that the largest position of a row tells the length of its document on the device too.
+        position_ids = torch.from_numpy(positions * (positions < np.array(sample.row_lengths)[:, None]))
         cu_seqlens = None
     else:
         input_ids, labels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.labels)[None]
@@ -115,6 +159,7 @@ def to_micro_batch(sample: Sample) -> MicroBatch:
         cu_seqlens=cu_seqlens,
         lengths=sample.lengths,
         num_valid_tokens=num_valid_tokens,
+        num_documents=sample.num_documents,
     )
 
 
@@ -128,4 +173,5 @@ def pin(micro: MicroBatch) -> MicroBatch:
         cu_seqlens=None if micro.cu_seqlens is None else micro.cu_seqlens.pin_memory(),
         lengths=micro.lengths,
         num_valid_tokens=micro.num_valid_tokens,
+        num_documents=micro.num_documents,
     )

@@ -13,9 +13,19 @@ from typing import Protocol
 
 import numpy as np
 
+from internlm.data.batch import IGNORE_INDEX
 from internlm.data.document_index import DocumentIndex, summarize
 from internlm.data.folder import find_train_files
-from internlm.data.packing import Packing, Piece, Sample, join_pieces, make_piece, stack_pieces
+from internlm.data.packing import (
+    Packing,
+    Piece,
+    Sample,
+    join_pieces,
+    make_piece,
+    padding_sample,
+    stack_pieces,
+    unreadable_piece,
+)
 from internlm.data.tokenized_file import TokenizedFile
 from internlm.utils.errors import DataError, nearest
 from internlm.utils.logging import get_logger
@@ -34,6 +44,9 @@ class SampleSource(Protocol):
 
     def sample(self, index: int) -> Sample:
         """Sample `index` in [0, len): the same arrays every time, in every process."""
+
+    def padding(self) -> Sample:
+        """A sample of padding alone, for a step whose batch is not read."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,10 @@ class FolderSamples:
         min_length: documents with fewer tokens are left out.
         min_length_dict: the same by type name, where it differs.
         vocab_size: ids of this size and above are refused when they are read.
+        skip_bad_documents: a document that cannot be read is padding in its place, and named in `Sample.unreadable`.
     Raises:
-        DataError: see `find_train_files` and `TokenizedFile`; or no file is long enough for one sample.
+        DataError: see `find_train_files` and `TokenizedFile`; or no file is long enough for one sample, or no document
+            has two tokens.
     """
 
     def __init__(
@@ -72,6 +87,7 @@ class FolderSamples:
         vocab_size: int | None = None,
         min_length: int = 0,
         min_length_dict: Mapping[str, int] | None = None,
+        skip_bad_documents: bool = False,
     ) -> None:
         files, self.type_names = find_train_files(folder)
         limits = dict(min_length_dict or {})
@@ -82,10 +98,11 @@ class FolderSamples:
                     + nearest(name, self.type_names)
                 )
         self.seq_len, self.micro_bsz, self.packing, self.vocab_size = seq_len, micro_bsz, packing, vocab_size
+        self.skip_bad_documents = skip_bad_documents
         unpacked = packing == "unpacked"
         self.places_per_sample = micro_bsz if unpacked else micro_bsz * seq_len
         self._entries: list[_FileEntry] = []
-        counts, tokens, dropped = [], 0, 0
+        counts, tokens, dropped, num_documents = [], 0, 0, 0
         for file in files:
             limit = limits.get(self.type_names[file.type_id], min_length)
             summary = summarize(file.path, limit)
@@ -96,6 +113,7 @@ class FolderSamples:
                 count = places // self.places_per_sample
                 dropped += places % self.places_per_sample
             tokens += summary.kept_tokens
+            num_documents += summary.kept_documents
             self._entries.append(_FileEntry(file.path, file.type_id, limit, places))
             counts.append(count)
         self._ends = np.cumsum(counts)
@@ -107,6 +125,11 @@ class FolderSamples:
                 f"{folder}: {len(files)} .bin files with {tokens} tokens (min_length applied), but none holds "
                 f"one whole sample of {self.places_per_sample} {unit}. "
                 "Lower data.micro_bsz, data.seq_len or data.min_length, or join small files"
+            )
+        if tokens == num_documents:
+            raise DataError(
+                f"{folder}: each of the {num_documents} documents has one token alone, and the last token of a document "
+                "predicts nothing: there is nothing to learn. Tokenize longer documents"
             )
         if dropped * 100 > tokens:
             get_logger(__name__).info(
@@ -143,10 +166,23 @@ class FolderSamples:
         ]
         return join_pieces(pieces, self.seq_len, self.places_per_sample, self.packing, entry.type_id)
 
+    def padding(self) -> Sample:
+        """A sample of padding alone."""
+        return padding_sample(self.seq_len, self.micro_bsz, self.packing)
+
     def _piece(self, file: TokenizedFile, document: int, start: int, stop: int) -> Piece:
-        # One token more, if the document has it: the label at a cut is the real next token.
-        ids, loss_mask = file.read(document, start, stop + 1)
-        return make_piece(ids, loss_mask, min(stop - start, len(ids)))
+        count = int(file.counts(document, document + 1)[0])
+        stop = min(stop, count)
+        try:
+            # One token more, if the document has it: the label at a cut is the real next token.
+            piece = make_piece(*file.read(document, start, stop + 1), stop - start)
+            if self.packing == "unpacked" and stop < count and (piece.labels == IGNORE_INDEX).all():
+                piece.is_cut_answer = bool(file.read(document, stop + 1)[1].any())
+        except DataError as error:
+            if not self.skip_bad_documents:
+                raise
+            return unreadable_piece(0 if self.packing == "unpacked" else stop - start, str(error))
+        return piece
 
     def _opened(self, file_index: int) -> tuple[TokenizedFile, DocumentIndex]:
         if file_index in self._open:

@@ -190,6 +190,8 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         min_length=data.min_length,
         min_length_dict=data.min_length_dict,
         rampup_batch_size=data.rampup_batch_size,
+        skip_batches=data.skip_batches,
+        skip_bad_documents=data.skip_bad_documents,
         fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
         total_steps=data.total_steps,
         pin_memory=context.device.type == "cuda",

@@ -139,7 +139,7 @@ class Decoder(nn.Module):
 
         Args:
             inputs: token ids, int64 `[B, S]`; the residual stream `[B, S, h]` for a later stage of a pipeline.
-            position_ids: int64 `[B, S]`, position of each token in its document.
+            position_ids: int64 `[B, S]`, position of each token in its document; 0 in the padding of a row.
             segments: documents of a packed row (B = 1); None: each row is one document.
             cache: keys and values of the tokens before these; the new ones are appended. Not for packed rows.
 
@@ -170,8 +170,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The residual stream `[B, S, h]` through all of `self.layers`."""
         a = self.architecture
-        length = position_ids.shape[1] + (0 if cache is None else cache.length)
-        rotary = self.rotary.tables(position_ids, a.dtype, segments, length)
+        rotary = self.rotary.tables(position_ids, a.dtype, segments)
         offloading = self.offloading
         if offloading is not None:
             offloading.begin_pass()

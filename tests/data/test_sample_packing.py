@@ -87,7 +87,8 @@ def reference_unpacked(documents, min_length):
         for row, document in enumerate(kept[first : first + MICRO_BSZ]):
             for position in range(min(len(document), SEQ_LEN)):
                 ids[row, position], labels[row, position] = document[position][0], label(document, position)
-        samples.append((ids, labels))
+        lengths = [min(len(document), SEQ_LEN) for document in kept[first : first + MICRO_BSZ]]
+        samples.append((ids, labels, lengths + [0] * (MICRO_BSZ - len(lengths))))
     return samples
 
 
@@ -128,10 +129,12 @@ def test_unpacked(folder, min_length):
         sample for name in ("code/a", "en/c", "en/deep/b") for sample in reference_unpacked(files[name], min_length)
     ]
     assert len(samples) == len(expected) > 5
-    for index, (ids, labels) in enumerate(expected):
+    for index, (ids, labels, lengths) in enumerate(expected):
         micro = to_micro_batch(samples.sample(index))
         assert (micro.input_ids.numpy() == ids).all() and (micro.labels.numpy() == labels).all()
-        assert micro.position_ids.tolist() == [list(range(SEQ_LEN))] * MICRO_BSZ
+        # Positions of the documents, and 0 in the padding.
+        assert micro.position_ids.tolist() == [[*range(length)] + [0] * (SEQ_LEN - length) for length in lengths]
+        assert micro.num_documents == sum(length > 0 for length in lengths)
         assert micro.cu_seqlens is None and micro.lengths is None
         assert micro.num_valid_tokens == (labels != -100).sum()
 

@@ -1,11 +1,17 @@
 """The train loader: the same global batches for any number of ranks and workers, and a cursor that is exact."""
 
+import itertools
+import json
 import logging
+import os
+import re
+import shutil
 import threading
 
 import numpy as np
 import pytest
 
+from internlm.data.document_index import CACHE_FOLDER
 from internlm.data.loader import build_train_loader
 from internlm.data.order import sample_order
 from internlm.data.tokenized_writer import TokenizedWriter
@@ -178,6 +184,93 @@ def test_a_malformed_document_is_named_when_its_batch_is_due(folder, tmp_path, n
     assert "Traceback" not in str(caught.value)
     with pytest.raises(DataError, match="document 9"):
         next(loader)
+
+
+@pytest.fixture(scope="module", params=["not JSON", "id outside of the vocabulary"])
+def damaged(folder, request, tmp_path_factory):
+    """A copy of the folder in which one document cannot be read: (folder, its file, its number, its tokens)."""
+    root = tmp_path_factory.mktemp("damaged") / "data"
+    shutil.copytree(folder, root, ignore=shutil.ignore_patterns(CACHE_FOLDER))
+    path = root / "en" / "b.bin"
+    lines = path.read_bytes().splitlines(keepends=True)
+    number = next(index for index, line in enumerate(lines) if line.count(b",") > SEQ_LEN)
+    tokens = json.loads(lines[number])["tokens"]
+    bad = lines[number].replace(b"{", b"?") if request.param == "not JSON" else None
+    if bad is None:
+        large = [token if token < 100 else 5000 + token for token in tokens]
+        bad = json.dumps({"tokens": large}).encode() + b"\n"
+    lines[number] = bad
+    with TokenizedWriter(path.with_name("new.bin")) as writer:
+        for index, line in enumerate(lines):
+            writer.write_line(line, len(tokens) if index == number else line.count(b",") + 1)
+    os.replace(path.with_name("new.bin"), path)
+    os.replace(path.with_name("new.bin.meta"), path.with_name("b.bin.meta"))
+    return root, path, number, tokens
+
+
+@pytest.mark.parametrize("packing", ["cut", "unpacked"])
+def test_a_bad_document_can_be_left_out_and_all_else_stays(folder, damaged, caplog, packing):
+    root, path, number, tokens = damaged
+    expected = global_batches(folder, 6, 1, micro_num=12, packing=packing)
+    whole = global_batches(root, 6, 1, micro_num=12, packing=packing, skip_bad_documents=True)
+    lines = [line for line in caplog.messages if "left out" in line]
+    assert lines and all(f"{path}: document {number} at byte" in line for line in lines)
+    assert f"({len(lines)} on data rank 0 by now)" in lines[-1]
+    changed = 0
+    for micro, good in zip(itertools.chain(*whole), itertools.chain(*expected), strict=True):
+        ids, labels = np.array(micro[:2])
+        is_good = ids == np.array(good[0])
+        assert (labels[is_good] == np.array(good[1])[is_good]).all()
+        assert (ids[~is_good] == 0).all() and (labels[~is_good] == -100).all()
+        assert set(np.array(good[0])[~is_good]) <= set(tokens)
+        changed += (~is_good).sum()
+    assert changed > 0
+    for data_size, num_workers in ((2, 0), (3, 2)):
+        options = {"micro_num": 12 // data_size, "packing": packing, "num_workers": num_workers}
+        assert global_batches(root, 6, data_size, skip_bad_documents=True, **options) == whole
+    resumed = build(root, micro_num=12, packing=packing, skip_bad_documents=True)
+    resumed.seek(4, 48)
+    assert [content(micro) for micro in next(resumed).micro_batches] == whole[4]
+    resumed.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_skipped_batch_is_not_read(folder, damaged, num_workers):
+    root, path, number, _ = damaged
+    expected = global_batches(folder, 6, 1, micro_num=12)
+    with pytest.raises(DataError, match=rf"{path}: document {number} at byte") as caught:
+        global_batches(root, 6, 1, micro_num=12, num_workers=num_workers)
+    step = int(re.search(r"This is for step (\d+)\.", str(caught.value)).group(1)) - 1
+    assert f"{step} in data.skip_batches (which counts from 0)" in str(caught.value)
+    batches = global_batches(root, step + 1, 1, micro_num=12, num_workers=num_workers, skip_batches=f"99,{step}")
+    assert batches[:step] == expected[:step]
+    for micro, read in zip(batches[step], expected[step], strict=True):
+        assert len(micro[0]) == len(read[0]) and set(micro[1]) == {-100}
+
+
+def test_answers_behind_the_cut_are_counted(tmp_path, caplog):
+    with TokenizedWriter(tmp_path / "a.bin") as writer:
+        for prompt in (2, SEQ_LEN, 3 * SEQ_LEN):
+            writer.write([-5] * prompt + [7, 8])
+        writer.write([-5] * 30)  # has no answer
+        writer.write([-5] * SEQ_LEN + [-7, -8])
+    loader = build(tmp_path, packing="unpacked", micro_bsz=5, micro_num=1)
+    batch = next(loader)
+    # The label of the last place is the token behind the cut, so that a prompt of SEQ_LEN tokens has one.
+    assert (batch.num_cut_answers, batch.num_valid_tokens) == (1, 2 + 1)
+    assert "step 1: 1 document(s) have no label before data.seq_len = 8" in caplog.text
+    next(loader), next(loader)
+    loader.close()
+    assert "3 documents of data rank 0 lost all their labels to data.seq_len" in caplog.text
+
+
+@pytest.mark.parametrize("packing", ["cut", "unpacked"])
+def test_documents_of_one_token_are_nothing_to_learn_from(tmp_path, packing):
+    with TokenizedWriter(tmp_path / "a.bin") as writer:
+        for token in range(40):
+            writer.write([token])
+    with pytest.raises(DataError, match="each of the 40 documents has one token alone"):
+        build(tmp_path, packing=packing)
 
 
 def test_no_thread_is_left_behind(folder):

@@ -40,7 +40,10 @@ def expected_predictions(documents):
 def predictions_of(micro):
     segments = []
     if micro.lengths is None:
-        segments = [(row, 0, SEQ_LEN) for row in range(len(micro.input_ids))]
+        lengths = [int(positions.max()) + 1 for positions in micro.position_ids]
+        segments = [(row, 0, length) for row, length in enumerate(lengths)]
+        assert all((micro.position_ids[row, stop:] == 0).all() for row, _, stop in segments)
+        assert all((micro.labels[row, stop:] == -100).all() for row, _, stop in segments)
     else:
         bounds = micro.cu_seqlens.tolist()
         assert np.diff(bounds).tolist() == list(micro.lengths) and bounds[-1] == micro.input_ids.shape[1]

@@ -23,7 +23,7 @@ def step_metrics(step: int, **fields) -> StepMetrics:
         "loss_scale": torch.tensor(1.0),
         "num_valid_tokens": torch.tensor(900),
         "num_tokens": 1000,
-        "num_samples": 4,
+        "num_documents": 4,
         "micro_num": 2,
         "largest_length": 250,
         "largest_batch": 3,

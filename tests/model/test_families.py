@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ from helpers.model import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internlm.data.packing import join_pieces, make_piece, stack_pieces, to_micro_batch
 from internlm.model.hf_config import hf_config
 from internlm.model.hf_names import from_hf, to_hf
 from internlm.model.ops.attention import Segments
@@ -154,6 +156,25 @@ def test_packed(pair: tuple[Any, Any]) -> None:
         _loss_of_peer(theirs, document).backward()
     linear_cross_entropy(hidden[0], model.head_weight(), torch.cat(labels, 1)[0]).loss_sum.backward()
     _assert_same_gradients(model, peer)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_dynamic_scaling_goes_by_the_length_of_each_document(factor: float) -> None:
+    """Packed, padded or alone: the same loss. The padded rows are longer than the pretrained context."""
+    model: Any = tiny_model("LLAMA2", **LONG, rope_scaling={"type": "dynamic", "factor": factor})
+    _randomize(model)
+    lengths, seq_len = (5, 16, 30, 2), 40
+    documents = [_tokens(model, 1, length) for length in lengths]
+    # A new one for each: transformers remembers the longest sequence.
+    theirs = sum(_loss_of_peer(_peer(model)(ids).logits, ids) for ids in documents)
+    pieces = [make_piece(ids[0].numpy(), np.ones(ids.shape[1], dtype=bool), ids.shape[1]) for ids in documents]
+    packed = join_pieces(pieces, seq_len, sum(lengths), "cut", type_id=0)
+    for sample in (packed, stack_pieces(pieces, seq_len, rows=5, type_id=0)):
+        micro = to_micro_batch(sample)
+        segments = None if micro.lengths is None else Segments.of(micro.lengths)
+        hidden = model(micro.input_ids, micro.position_ids, segments)
+        loss = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight(), micro.labels.flatten()).loss_sum
+        torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
 
 
 def test_baichuan2() -> None:

@@ -37,7 +37,12 @@ class DataConfig(Section):
     )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
-    skip_batches: str = key("", 'Steps whose batches are read but not trained on, such as "2-5,7".')
+    skip_batches: str = key(
+        "", 'Steps (from 0) whose batches are neither read nor trained on, though counted, such as "2-5,7".'
+    )
+    skip_bad_documents: bool = key(
+        False, "Leave out documents that cannot be read, with a line in the log for each; False ends the run."
+    )
     rampup_batch_size: str = key(
         "", 'Ramp of micro_num as "start increment steps": from start, by increment every so many steps.'
     )

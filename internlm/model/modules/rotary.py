@@ -29,7 +29,7 @@ class RopeSettings:
         rope_type: how angles are stretched beyond the trained context:
             "default": not at all;
             "linear": positions divided by factor;
-            "dynamic": a base that grows once a sequence is longer than `max_positions` (dynamic NTK);
+            "dynamic": a base that grows once a document is longer than `max_positions` (dynamic NTK);
             "llama3": long wavelengths divided by factor, short ones kept, a ramp between;
             "yarn": the same by number of turns, and warmer attention (https://arxiv.org/abs/2309.00071).
         factor: by how much the context is stretched.
@@ -55,20 +55,26 @@ class RopeSettings:
     fp32: bool = True
 
 
-def inverse_frequencies(settings: RopeSettings, length: int) -> Tensor:
-    """Radians a position for each pair of channels: fp32 `[D/2]` on CPU.
+def dynamic_frequencies(settings: RopeSettings, lengths: Tensor) -> Tensor:
+    """Radians a position for each pair of channels under dynamic NTK: fp32 `[..., D/2]` on the device of `lengths`.
 
     Args:
-        length: positions of the sequence at hand; only "dynamic" looks at it.
+        lengths: tokens of each document, `[...]`; up to `max_positions` it does not matter.
     """
     dim = settings.head_dim
+    ratio = lengths.to(torch.float64).clamp(min=settings.max_positions) / settings.max_positions
+    base = settings.base * (settings.factor * ratio - (settings.factor - 1)) ** (dim / (dim - 2))
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=lengths.device) / dim
+    return (1.0 / base.unsqueeze(-1) ** exponents).float()
+
+
+def inverse_frequencies(settings: RopeSettings) -> Tensor:
+    """Radians a position for each pair of channels: fp32 `[D/2]` on CPU. For all types but "dynamic"."""
+    dim = settings.head_dim
     base = settings.base
-    if settings.rope_type == "dynamic" and length > settings.max_positions:
-        stretch = settings.factor * length / settings.max_positions - (settings.factor - 1)
-        base = base * stretch ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     plain = 1.0 / base**exponents
-    if settings.rope_type in ("default", "dynamic"):
+    if settings.rope_type == "default":
         return plain
     stretched = plain / settings.factor
     if settings.rope_type == "linear":
@@ -98,36 +104,43 @@ class RotaryEmbedding:
         self.settings = settings
         self._frequencies: dict[torch.device, Tensor] = {}
 
-    def tables(
-        self, position_ids: Tensor, dtype: torch.dtype, segments: Segments | None = None, length: int | None = None
-    ) -> RotaryTables:
+    def tables(self, position_ids: Tensor, dtype: torch.dtype, segments: Segments | None = None) -> RotaryTables:
         """Cosines and sines of the positions.
+
+        "dynamic" stretches each document by its own length, whatever it is packed or padded with: that of a segment,
+        or, where a row is one document, its largest position plus 1 (padding has position 0).
 
         Args:
             position_ids: `[B, S]`.
             dtype: dtype of the model; that of the arithmetic unless the settings ask for fp32.
-            segments: documents of a packed row. "dynamic" stretches each by its own length.
-            length: positions of a row, cached ones included (S when None); only "dynamic" uses it.
+            segments: documents of a packed row.
         """
         settings = self.settings
         # A float64 model (a reference in tests) keeps its precision.
         dtype = torch.promote_types(dtype, torch.float32) if settings.fp32 else dtype
         if settings.rope_type == "dynamic":
-            angles = self._dynamic_angles(position_ids, segments, length or position_ids.shape[1])
+            angles = self._dynamic_angles(position_ids, segments)
         else:
             angles = position_ids.unsqueeze(-1) * self._static_frequencies(position_ids.device)
         return RotaryTables.of(angles, settings.interleaved, dtype, settings.attention_factor)
 
     def _static_frequencies(self, device: torch.device) -> Tensor:
         if device not in self._frequencies:
-            self._frequencies[device] = inverse_frequencies(self.settings, 0).to(device)
+            self._frequencies[device] = inverse_frequencies(self.settings).to(device)
         return self._frequencies[device]
 
-    def _dynamic_angles(self, position_ids: Tensor, segments: Segments | None, length: int) -> Tensor:
-        lengths = (position_ids.shape[1],) if segments is None else segments.lengths
+    def _dynamic_angles(self, position_ids: Tensor, segments: Segments | None) -> Tensor:
+        if segments is None:
+            frequencies = dynamic_frequencies(self.settings, position_ids.amax(dim=1, keepdim=True) + 1)
+            return position_ids.unsqueeze(-1) * frequencies
+        # On the host, which knows the lengths; one copy for all of them.
+        frequencies = dynamic_frequencies(self.settings, torch.tensor(segments.lengths, device="cpu"))
         pieces = [
-            positions.unsqueeze(-1)
-            * inverse_frequencies(self.settings, own if segments else length).to(positions.device, non_blocking=True)
-            for positions, own in zip(position_ids.split(lengths, dim=1), lengths, strict=True)
+            positions.unsqueeze(-1) * own
+            for positions, own in zip(
+                position_ids.split(segments.lengths, dim=1),
+                frequencies.to(position_ids.device, non_blocking=True),
+                strict=True,
+            )
         ]
         return torch.cat(pieces, dim=1)
