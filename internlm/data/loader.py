@@ -240,8 +240,8 @@ class TrainLoader:
             )
         if batch.num_cut_answers and not self._num_cut_answers:
             logger.warning(
-                "step %d: %d document(s) have no label before data.seq_len = %s, where unpacked documents are cut off: "
-                "their answers are lost, and those of later ones are counted. Raise data.seq_len, or shorten the prompts",
+                "step %d: %d document(s) have no label before data.seq_len = %s, where unpacked documents are cut "
+                "off: their answers are lost (later ones are only counted). Raise data.seq_len or shorten the prompts",
                 self.step,
                 batch.num_cut_answers,
                 self._order_facts.get("seq_len"),

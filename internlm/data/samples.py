@@ -128,8 +128,8 @@ class FolderSamples:
             )
         if tokens == num_documents:
             raise DataError(
-                f"{folder}: each of the {num_documents} documents has one token alone, and the last token of a document "
-                "predicts nothing: there is nothing to learn. Tokenize longer documents"
+                f"{folder}: each of the {num_documents} documents has one token alone, and the last token of a "
+                "document predicts nothing: there is nothing to learn. Tokenize longer documents"
             )
         if dropped * 100 > tokens:
             get_logger(__name__).info(

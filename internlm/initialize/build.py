@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.monitor.console import ConsoleHook
 from internlm.monitor.flops import ModelShape, flops_per_token, peak_flops
 from internlm.monitor.garbage_collection import GarbageCollectionHook
+from internlm.monitor.health import HealthHook
 from internlm.monitor.metrics_file import MetricsFileHook
 from internlm.monitor.profiler import ProfilerHook
 from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
@@ -53,10 +55,11 @@ from internlm.solver.beta2_scheduler import Beta2Schedule
 from internlm.solver.grad_scaler import ConstantGradScaler, DynamicGradScaler, GradScaler
 from internlm.solver.lr_scheduler import LearningRateSchedule
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.solver.optimizer.nonfinite import describe_failed_update, nonfinite_states, nonfinite_weights
 from internlm.utils.allocator import keep_freed_memory
-from internlm.utils.errors import ConfigError
+from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.logging import get_logger
-from internlm.utils.storage import storage_path
+from internlm.utils.storage import StoragePath, storage_path
 
 logger = get_logger(__name__)
 
@@ -159,7 +162,7 @@ def build_trainer(
         total_steps=config.data.total_steps,
         lr=lr.lr,
         beta2=beta2.beta2,
-        hooks=build_hooks(config, context, run_dir, chunks[0], profiling=profiling),
+        hooks=build_hooks(config, context, run_dir, engine, train_loader, profiling=profiling),
         run_dir=run_dir,
         valid_sets=build_valid_sets(config, context),
         checkpointer=manager if config.ckpt.enable_save_ckpt else None,
@@ -269,10 +272,16 @@ def build_scaler(config: Config, device: torch.device) -> GradScaler:
 
 
 def build_hooks(
-    config: Config, context: ParallelContext, run_dir: Path, model: nn.Module, *, profiling: bool = False
+    config: Config,
+    context: ParallelContext,
+    run_dir: Path,
+    engine: Engine,
+    train_loader: TrainLoader,
+    *,
+    profiling: bool = False,
 ) -> list[Hook]:
     """What hangs on the loop, in the order in which it is called."""
-    numbers = StepNumbers(Throughput(context.world_size, build_flops(config, context.device, model)))
+    numbers = StepNumbers(Throughput(context.world_size, build_flops(config, context.device, engine.chunks[0])))
     hooks: list[Hook] = [GarbageCollectionHook(config.data.empty_cache_and_diag_interval)]
     hooks.append(ConsoleHook(numbers, config.monitor.log_every))
     if config.monitor.metrics_file:
@@ -298,7 +307,27 @@ def build_hooks(
         hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
+    hooks.append(build_health(config, numbers, engine, train_loader))
     return hooks
+
+
+def build_health(config: Config, numbers: StepNumbers, engine: Engine, train_loader: TrainLoader) -> HealthHook:
+    """What ends a run that no longer learns."""
+    optimizer = engine.optimizer
+    assert isinstance(optimizer, HybridZeroOptimizer)
+    data, scaler = config.data, config.grad_scaler
+    can_fall = config.model.torch_dtype == torch.float16 and scaler.backoff_factor < 1
+    reasons = "every token is masked (negative in the .bin)"
+    if not data.use_packed_dataset:
+        reasons += f", or every prompt is longer than data.seq_len = {data.seq_len}, where documents are cut off"
+    return HealthHook(
+        numbers,
+        max_skipped=config.monitor.max_skipped_updates,
+        smallest_scale=scaler.fp16.min_scale if can_fall else math.inf,
+        find_cause=partial(describe_failed_update, optimizer),
+        samples_per_epoch=train_loader.num_samples_per_epoch,
+        why_no_label=f"The likely reason: {reasons}; see doc/data.md",
+    )
 
 
 def build_flops(config: Config, device: torch.device, model: nn.Module) -> FlopsModel | None:
@@ -342,6 +371,7 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
     if found is not None:
         trainer.resumed_from = str(found.path)
         logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, found.path)
+        check_finite(trainer, found.path)
     elif info is not None and info.path is not None:
         path = storage_path(info.path)
         if info.ckpt_type == "internevo":
@@ -351,6 +381,24 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
             load_weights(trainer, weights, f"'{path}'", strict=info.strict)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
+        check_finite(trainer, path)
     else:
         why = f"no complete checkpoint in {manager.save_folder}" if config.ckpt.auto_resume else "auto_resume is off"
         logger.info("starting from scratch (%s)", why)
+
+
+def check_finite(trainer: Trainer, path: StoragePath) -> None:
+    """Refuse what was loaded if it holds an inf or a NaN, which training would only spread; collective.
+
+    Raises:
+        CheckpointError: it does; names the first tensor, its layer and rank.
+    """
+    optimizer = trainer.engine.optimizer
+    assert isinstance(optimizer, HybridZeroOptimizer)
+    found = nonfinite_weights(optimizer) or nonfinite_states(optimizer)
+    if found:
+        raise CheckpointError(
+            f"the checkpoint '{path}' has an inf or NaN in {found[0]}"
+            + (f" and in {len(found) - 1} more tensors" if len(found) > 1 else "")
+            + ": training cannot go on from there. Name an earlier one in ckpt.load_ckpt_info, or remove this one"
+        )

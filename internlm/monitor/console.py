@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 def describe(numbers: Mapping[str, float | str]) -> str:
     """The numbers that tell whether a run is well, in one line: loss, learning rate, gradient norm, throughput."""
-    parts = []
+    parts = ["no label"] if numbers.get("valid_tokens") == 0 else []
     for name, text in (("loss", "{:.4f}"), ("lr", "{:.3e}"), ("grad_norm", "{:.3f}"), ("acc", "{:.4f}")):
         if name in numbers:
             parts.append(f"{name} {text.format(numbers[name])}")

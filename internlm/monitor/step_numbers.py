@@ -165,7 +165,7 @@ class StepNumbers:
 
         Those of `StepMetrics.numbers()` (with "fwd_bwd_time" for the phase "forward_backward") and of
         `Throughput.numbers()`, and real_tgs, the tokens per second and rank that contribute loss. The loss and accuracy
-        of a data type of which the global batch had no token are left out.
+        of a data type of which the global batch had no token are left out, and all of them where no token had a label.
         """
         step = next((step for step in self._steps if step.metrics is metrics), None)
         if step is None:
@@ -187,6 +187,9 @@ class StepNumbers:
         numbers["total_time"] = step.seconds
         if "forward_backward_time" in numbers:
             numbers["fwd_bwd_time"] = numbers.pop("forward_backward_time")
+        if numbers["valid_tokens"] == 0:
+            for name in ("loss", "acc", "perplexity", "loss_from_metric"):
+                numbers.pop(name, None)
         for name in [name for name in numbers if name.startswith("tokens/") and numbers[name] == 0]:
             data_type = name.removeprefix("tokens/")
             numbers.pop(f"loss/{data_type}", None)

@@ -26,6 +26,10 @@ class DataError(UserError):
     """Training or evaluation data is missing, truncated or malformed."""
 
 
+class TrainingError(UserError):
+    """A run that learns nothing: every update is skipped, or no token has a label."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, or does not fit the model."""
 

@@ -144,7 +144,10 @@ def test_a_wait_inside_of_the_backward_pass_is_seen_with_its_place(tmp_path: Pat
 
 
 def test_a_step_waits_for_its_numbers_when_somebody_wants_them(tmp_path: Path) -> None:
+    def without_health(trainer: Any) -> None:
+        trainer.hooks = [hook for hook in trainer.hooks if hook.name != "health"]
+
     nobody = {"monitor.metrics_file": False, "enable_tb": False}
     numbers = "core/metrics.py: numbers: tolist"
-    assert numbers not in waits_of_steady_steps(tmp_path / "silent", nobody)
-    assert numbers in waits_of_steady_steps(tmp_path / "shown", {**nobody, "monitor.log_every": 1})
+    assert numbers not in waits_of_steady_steps(tmp_path / "silent", nobody, without_health)
+    assert numbers in waits_of_steady_steps(tmp_path / "shown", {**nobody, "monitor.log_every": 1}, without_health)

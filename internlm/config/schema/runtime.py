@@ -29,6 +29,12 @@ class MonitorConfig(Section):
     peak_tflops: float | None = key(
         None, "Peak of one device in TFLOP/s, for mfu; None: the known peak of the device, else no mfu.", gt=0
     )
+    max_skipped_updates: int = key(
+        20,
+        "Updates skipped in a row for an inf or NaN gradient that end the run; 0: any number. Those of fp16 that "
+        "lower the loss scale do not count.",
+        ge=0,
+    )
     metrics_file: bool = key(True, "Write metrics.jsonl into the run directory.")
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,7 +135,7 @@ class RotaryEmbedding:
             frequencies = dynamic_frequencies(self.settings, position_ids.amax(dim=1, keepdim=True) + 1)
             return position_ids.unsqueeze(-1) * frequencies
         # On the host, which knows the lengths; one copy for all of them.
-        frequencies = dynamic_frequencies(self.settings, torch.tensor(segments.lengths, device="cpu"))
+        frequencies = dynamic_frequencies(self.settings, torch.from_numpy(np.asarray(segments.lengths)))
         pieces = [
             positions.unsqueeze(-1) * own
             for positions, own in zip(

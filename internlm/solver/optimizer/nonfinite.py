@@ -1,0 +1,103 @@
+"""Finds the weights, gradients and optimizer states that hold an inf or a NaN, by name, layer and rank.
+
+For the moment in which a run fails, and for the start: everything here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from internlm.core.communication.objects import of_all_ranks
+from internlm.core.parallel.fsdp import local_tensor, reshard
+from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclass(frozen=True, order=True)
+class NonFinite:
+    """A tensor with an inf or a NaN; sorted as the model's forward pass goes.
+
+    Attributes:
+        layer: number of its layer; -1 before the layers, infinite behind them.
+        name: global name.
+        rank: the first rank whose part of it is not finite.
+    """
+
+    layer: float
+    name: str
+    rank: int
+
+    def __str__(self) -> str:
+        where = f"layer {self.layer:.0f}, " if 0 <= self.layer < math.inf else ""
+        return f"'{self.name}' ({where}on rank {self.rank})"
+
+
+def nonfinite_weights(optimizer: HybridZeroOptimizer) -> list[NonFinite]:
+    """Those of the whole model, in forward order; collective."""
+    return _of_all_ranks(optimizer, _weights(optimizer))
+
+
+def nonfinite_gradients(optimizer: HybridZeroOptimizer) -> list[NonFinite]:
+    """Those of the last step, in forward order; collective. Valid until the next step begins."""
+    return _of_all_ranks(
+        optimizer,
+        ((name, piece) for name, _, pieces in optimizer.sharded_gradients() for _, piece in pieces),
+    )
+
+
+def nonfinite_states(optimizer: HybridZeroOptimizer) -> list[NonFinite]:
+    """fp32 masters and moments (`master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`); collective."""
+    return _of_all_ranks(
+        optimizer, ((key, piece) for key, _, pieces in optimizer.sharded_state() for _, piece in pieces)
+    )
+
+
+def describe_failed_update(optimizer: HybridZeroOptimizer) -> str:
+    """What is not finite after a step whose update was skipped, in one line; collective."""
+    weights = nonfinite_weights(optimizer)
+    if weights:
+        return f"the weights themselves are not finite, {len(weights)} of them, the first one is {weights[0]}"
+    gradients = nonfinite_gradients(optimizer)
+    if not gradients:
+        return "all weights are finite, and so are the gradients of the last step"
+    # Backward runs from the last layer to the first, and all that follows an inf or a NaN has some too.
+    return (
+        f"all weights are finite, the gradients of {len(gradients)} are not, and the first one that backward reaches "
+        f"is that of {gradients[-1]}"
+    )
+
+
+def _weights(optimizer: HybridZeroOptimizer) -> Iterator[tuple[str, Tensor]]:
+    optimizer.finish_gathering()
+    for chunk in optimizer.chunks:
+        reshard(chunk)
+        for parameter in chunk.parameters():
+            spec = shard_spec_of(parameter)
+            for box in spec.boxes:
+                yield spec.name, local_tensor(parameter)[box.local_slices()]
+
+
+@torch.no_grad()
+def _of_all_ranks(optimizer: HybridZeroOptimizer, tensors: Iterable[tuple[str, Tensor]]) -> list[NonFinite]:
+    context = optimizer.context
+    names = [shard_spec_of(parameter).name for chunk in optimizer.chunks for parameter in chunk.parameters()]
+    first_layer = next((place for place, name in enumerate(names) if _LAYER.search(name)), 0)
+    leading = set(names[:first_layer])
+    found: set[NonFinite] = set()
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            number = _LAYER.search(name)
+            layer = float(number[1]) if number else -1.0 if name.split("/")[-1] in leading else math.inf
+            found.add(NonFinite(layer, name, context.rank))
+    merged: dict[str, NonFinite] = {}
+    for each in sorted(each for on_rank in of_all_ranks(context, found) for each in on_rank):
+        merged.setdefault(each.name, each)
+    return list(merged.values())
