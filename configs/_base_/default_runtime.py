@@ -5,7 +5,7 @@ A config changes single keys with `data.update(seq_len=4096)`, or replaces a sec
 
 data = dict(
     total_steps=50000,
-    valid_every=500,
+    valid_every=0,  # steps between evaluations, once there is a valid_folder
     pack_sample_into_one=False,
     min_length=50,
 )

@@ -24,6 +24,22 @@ def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
         )
     if given(_INTERLEAVED) and not config.parallel.sequence_2D.device_placement_strategy.interleaved:
         yield f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context"
+    if config.data.valid_every > 0 and config.data.valid_folder is None:
+        yield (
+            f"no effect: data.valid_every = {config.data.valid_every} (data.valid_folder is None: there is nothing to "
+            "evaluate, where InternEvo takes random tokens)"
+        )
+    if config.data.valid_every == 0 and config.data.valid_folder is not None:
+        yield (
+            f"no effect: data.valid_folder = {config.data.valid_folder!r} (data.valid_every = 0 turns evaluation off: "
+            "give the steps between evaluations)"
+        )
+    if config.reduce_comm_dtype == "torch.float16" and config.model.dtype == "torch.bfloat16":
+        yield (
+            "reduce_comm_dtype = 'torch.float16' with model.dtype = 'torch.bfloat16': there is no loss scale, so "
+            "elements of gradients below 3e-8 become 0 on their way, those below 6e-5 lose digits, and a sum above 65,504 skips "
+            "the update; 'torch.bfloat16' takes as many bytes and has the range of fp32"
+        )
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)

@@ -283,7 +283,7 @@ def build_hooks(
     """What hangs on the loop, in the order in which it is called."""
     numbers = StepNumbers(Throughput(context.world_size, build_flops(config, context.device, engine.chunks[0])))
     hooks: list[Hook] = [GarbageCollectionHook(config.data.empty_cache_and_diag_interval)]
-    hooks.append(ConsoleHook(numbers, config.monitor.log_every))
+    hooks.append(ConsoleHook(numbers, config.monitor.log_every, config.monitor.log_format))
     if config.monitor.metrics_file:
         hooks.append(MetricsFileHook(numbers))
     if config.enable_tb:

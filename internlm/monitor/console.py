@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.metrics import StepMetrics
+from internlm.monitor.internevo_line import internevo_line
 from internlm.monitor.step_numbers import StepNumbers
 from internlm.utils.logging import ROOT_LOGGER, get_logger
 
@@ -55,13 +56,21 @@ class ConsoleHook(Hook):
         numbers: shared with the other sinks.
         log_every: steps between two lines (or two refreshes of the numbers beside the bar); the first and the last step
             always show.
+        log_format: "internevo" writes the lines of InternEvo: none for a skipped update, and never a bar.
         console: where the bar goes, stderr unless told; a bar is shown if it is a terminal.
     """
 
     name = "console"
 
-    def __init__(self, numbers: StepNumbers, log_every: int = 1, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        numbers: StepNumbers,
+        log_every: int = 1,
+        log_format: Literal["default", "internevo"] = "default",
+        console: Console | None = None,
+    ) -> None:
         self.numbers = numbers
+        self.log_format = log_format
         self.log_every = max(1, log_every)
         self._console = console
         self._progress: Progress | None = None
@@ -76,7 +85,7 @@ class ConsoleHook(Hook):
         self._first_step = trainer.state.step + 1
         self._known_skips = None
         console = self._console or Console(stderr=True)
-        if not console.is_terminal:
+        if not console.is_terminal or self.log_format == "internevo":
             return
         self._progress = Progress(
             BarColumn(bar_width=16),
@@ -106,6 +115,9 @@ class ConsoleHook(Hook):
         self._tell_skips(step, numbers)
         if self._progress is not None:
             self._progress.update(self._task, numbers=escape(describe(numbers)))
+        elif self.log_format == "internevo":
+            if not numbers["skipped"]:
+                logger.info("%s", internevo_line(numbers))
         else:
             logger.info("step %d/%d  %s  eta %s", step, trainer.total_steps, describe(numbers), eta)
 
@@ -114,6 +126,9 @@ class ConsoleHook(Hook):
             logger.info(
                 "step %d  %s", trainer.state.step, "  ".join(f"{name} {value:.4f}" for name, value in results.items())
             )
+            infinite = [name for name, value in results.items() if not math.isfinite(value)]
+            if infinite:
+                logger.warning("step %d: %s: not finite", trainer.state.step, ", ".join(infinite))
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
         self._stop()

@@ -107,6 +107,6 @@ class HealthHook(Hook):
         if self._skipped == self.max_skipped:
             raise TrainingError(
                 f"step {numbers['step']}: {self._skipped} updates in a row were skipped for inf or NaN gradients "
-                f"(monitor.max_skipped_updates): {self.find_cause()}. Go on from a checkpoint before that, with a lower "
-                "adam.lr or without the batches that cause it (data.skip_batches)"
+                f"(monitor.max_skipped_updates): {self.find_cause()}. Go on from a checkpoint before that, with a "
+                "lower adam.lr or without the batches that cause it (data.skip_batches)"
             )

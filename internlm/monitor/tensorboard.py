@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ class TensorBoardHook(Hook):
 
     Args:
         numbers: shared with the other sinks.
-        folder: where a new run writes; None is `tensorboards` in the run directory.
+        folder: where to write. None: where the run wrote that this one resumes, else `tensorboards` in the run
+            directory.
         resume_folder: a folder of an earlier run to continue; it wins over `folder`.
         queue_max_length: steps kept in memory before they are written; 1 shows each at once.
     """
@@ -45,6 +47,7 @@ class TensorBoardHook(Hook):
         self.queue_max_length = queue_max_length
         self._writer: SummaryWriter | None = None
         self._texts: dict[str, str] = {}
+        self._known_folder: str | None = None
 
     def on_fit_start(self, trainer: RunningTrainer) -> None:
         if not trainer.is_main_rank:
@@ -54,7 +57,7 @@ class TensorBoardHook(Hook):
         except ImportError as error:
             logger.warning("TensorBoard is off: %s (pip install tensorboard, or set enable_tb = False)", error)
             return
-        folder = self.folder or trainer.run_dir / DEFAULT_FOLDER
+        folder = self._choose_folder(trainer)
         written_before = folder.is_dir() and any(folder.glob("*tfevents*"))
         self._texts = {}
         self._writer = SummaryWriter(
@@ -62,6 +65,27 @@ class TensorBoardHook(Hook):
             purge_step=trainer.state.step + 1 if written_before else None,
             max_queue=self.queue_max_length,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"folder": self._known_folder}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._known_folder = state.get("folder")
+
+    def _choose_folder(self, trainer: RunningTrainer) -> Path:
+        """Where to write, remembered for the checkpoints of this run."""
+        own = self.folder or trainer.run_dir / DEFAULT_FOLDER
+        before = Path(self._known_folder) if self._known_folder else None
+        # Only a run that resumes: one that branches off from a checkpoint would write into the curves of another.
+        is_resumed = trainer.resumed_from is not None and self.folder is None
+        if is_resumed and before is not None and before != own.resolve():
+            if before.is_dir() and os.access(before, os.W_OK):
+                logger.info("TensorBoard: going on in %s, as the run before (tensorboard_folder changes that)", before)
+                own = before
+            else:
+                logger.warning("TensorBoard: %s of the run before cannot be written; beginning anew in %s", before, own)
+        self._known_folder = str(own.resolve())
+        return own
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         if self._writer is None:

@@ -398,6 +398,27 @@ def test_a_number_of_chunks_that_cannot_be_is_told(write, pipeline, chunks, noti
         ),
         (["selective_checkpoint=True", "model.checkpoint=0.5"], 1, None),
         (
+            ["data.valid_every=5"],
+            1,
+            "no effect: data.valid_every = 5 (data.valid_folder is None: there is nothing to evaluate, where InternEvo "
+            "takes random tokens)",
+        ),
+        (
+            ["data.valid_folder=/data/valid"],
+            1,
+            "no effect: data.valid_folder = '/data/valid' (data.valid_every = 0 turns evaluation off: give the steps "
+            "between evaluations)",
+        ),
+        (["data.valid_folder=/data/valid", "data.valid_every=5"], 1, None),
+        (
+            ["model.dtype=torch.bfloat16", "reduce_comm_dtype=torch.float16"],
+            1,
+            "reduce_comm_dtype = 'torch.float16' with model.dtype = 'torch.bfloat16': there is no loss scale, so "
+            "elements of gradients below 3e-8 become 0 on their way, those below 6e-5 lose digits, and a sum above "
+            "65,504 skips the update; 'torch.bfloat16' takes as many bytes and has the range of fp32",
+        ),
+        (["model.dtype=torch.float16", "reduce_comm_dtype=torch.float16"], 1, None),
+        (
             ["cpu_offloading.enable=True"],
             1,
             "no effect: cpu_offloading.enable = True (cpu_offloading.num_layers = 0: give the number of layers)",

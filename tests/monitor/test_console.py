@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import logging
+import math
 import re
 import sys
 
@@ -114,3 +116,59 @@ def test_description():
     assert "loss_scale 65536" in text and "tflops 2" in text and "mfu 20.0%" in text
     assert describe_duration(3723.4) == "1:02:03"
     assert describe_duration(float("nan")) == "-"
+
+
+# Lines of InternEvo's documentation and logs, numbers changed: two types, of which one has no token.
+INTERNEVO_LINE = (
+    "record_current_batch_training_metrics -- tflops=252.4 step=199 loss=0.0004 real_tgs=2055.59 "
+    "tgs (tokens/gpu/second)=2511.37 tgs/last_tgs_1=2511.37 tgs/tgs_all=2481.83 tgs/tgs_avg=2508.74 "
+    "tgs/tgs_SMA=2510.99 tgs/last_tgs_10=2510.67 tgs/last_tgs_50=2510.99 lr=1e-05 loss_scale=65536.0 "
+    "grad_norm={'0_default': 0.00021934305195273646, '1_fp32': 0.0} micro_num=8 num_consumed_tokens=209715200 "
+    "inf_nan_skip_batches=0 num_samples_in_batch=8 largest_length=32768 largest_batch=1 smallest_batch=1 "
+    "adam_beta2=0.95 fwd_bwd_time=12.87 bwd_time=8.69 acc=1.0 perplexity=1.0006 acc/en=1.0 acc/cn=0.0 tokens/en=858249 "
+    "tokens/cn=0 loss_from_metric=0.0006 loss/en=0.0006 loss/cn=nan "
+)
+
+
+def parse_as_users_do(line):
+    """Name -> text, in order; a value is a dict or has no space."""
+    return dict(re.findall(r"((?:tgs \()?[\w/.]+(?:/second\))?)=(\{[^}]*\}|\S+) ", line))
+
+
+def test_internevo_lines_have_its_names_in_its_order(tmp_path, log_lines):
+    def metrics(step):
+        types = {"en": 900.0, "cn": 0.0}
+        extra = {"acc": 0.51239, "perplexity": 22026.46579, "loss_from_metric": 10.00001}
+        for name, tokens in types.items():
+            extra |= {f"loss/{name}": 3.14159 if tokens else math.nan, f"acc/{name}": 0.51239 if tokens else math.nan}
+            extra[f"tokens/{name}"] = tokens
+        skipped = torch.tensor(float(step == 2))
+        values = {name: torch.tensor(value, dtype=torch.float64) for name, value in extra.items()}
+        return step_metrics(step, extra=values, skipped=skipped, inf_nan_skip_batches=torch.tensor(float(step >= 2)))
+
+    numbers = StepNumbers(Throughput(flops=FlopsModel(full=2e9, causal=1e9)), clock=lambda: 0.0)
+    hook = ConsoleHook(numbers, 1, "internevo", console=Console(file=io.StringIO(), force_terminal=True))
+    FakeTrainer(tmp_path, [hook], total_steps=3, metrics=metrics).fit()
+    lines = [line for line in log_lines if "record_current_batch_training_metrics -- " in line]
+    assert len(lines) == 2 and "1 update(s) skipped" in log_lines[1]
+    known, found = parse_as_users_do(INTERNEVO_LINE), parse_as_users_do(lines[1])
+    assert list(found) == [name for name in known if name != "bwd_time"]
+    for name, text in found.items():  # a whole number where theirs is one, rounded as theirs
+        assert text.isdigit() == known[name].isdigit(), name
+    assert (found["step"], found["inf_nan_skip_batches"], found["num_samples_in_batch"]) == ("2", "1", "4")
+    assert found["tgs (tokens/gpu/second)"] == found["tgs/last_tgs_1"] == "2000.0"
+    assert ast.literal_eval(found["grad_norm"]) == {"0_default": 1.25}
+    assert (found["tflops"], found["real_tgs"], found["fwd_bwd_time"]) == ("4.0", "1800.0", "0.4")
+    assert (found["acc"], found["perplexity"], found["acc/en"], found["acc/cn"]) == (
+        "0.5124",
+        "22026.4658",
+        "0.5124",
+        "0.0",
+    )
+    assert (found["tokens/cn"], found["loss/en"], found["loss/cn"]) == ("0", "3.1416", "nan")
+
+
+def test_an_evaluation_that_is_not_finite_is_a_warning(tmp_path, log_lines):
+    hook = plain(1)
+    hook.on_evaluation_end(FakeTrainer(tmp_path, [hook]), {"val/books_loss": math.nan, "val/books_acc": 0.5})
+    assert log_lines[-1] == "step 0: val/books_loss: not finite"

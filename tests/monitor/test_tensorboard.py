@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+from pathlib import Path
 
 from helpers.fake_trainer import FakeTrainer, step_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,6 +55,33 @@ def test_folders(tmp_path):
     FakeTrainer(tmp_path / "run", [hook], total_steps=6, start=4).fit()
     assert [step for step, _ in points(read(tmp_path / "chosen"), "loss")] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "unused").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_goes_on_in_the_folder_of_the_run_before(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(ROOT_LOGGER), "propagate", True)
+    caplog.set_level(logging.INFO, ROOT_LOGGER)
+    first = TensorBoardHook(StepNumbers())
+    FakeTrainer(tmp_path / "first", [first], total_steps=2).fit()
+    state = first.state_dict()
+
+    def resume(run: str, resumed_from: str | None = "ckpt/2", folder: Path | None = None) -> dict:
+        hook = TensorBoardHook(StepNumbers(), folder)
+        hook.load_state_dict(state)
+        trainer = FakeTrainer(tmp_path / run, [hook], total_steps=4, start=2)
+        trainer.resumed_from = resumed_from
+        trainer.fit()
+        return hook.state_dict()
+
+    assert resume("second") == state
+    assert [step for step, _ in points(read(tmp_path / "first" / "tensorboards"), "loss")] == [1, 2, 3, 4]
+    assert not (tmp_path / "second").exists()
+    assert f"TensorBoard: going on in {tmp_path}/first/tensorboards, as the run before" in caplog.text
+    # Who chooses a folder gets it, who branches off gets one of his own, and what is gone is told.
+    assert resume("third", folder=tmp_path / "chosen") == {"folder": str(tmp_path / "chosen")}
+    assert resume("fourth", resumed_from=None) == {"folder": str(tmp_path / "fourth" / "tensorboards")}
+    shutil.rmtree(tmp_path / "first")
+    assert resume("fifth") == {"folder": str(tmp_path / "fifth" / "tensorboards")}
+    assert "first/tensorboards of the run before cannot be written" in caplog.text
 
 
 def test_a_missing_package_is_one_named_line(tmp_path, monkeypatch):

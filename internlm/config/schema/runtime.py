@@ -26,6 +26,9 @@ class MonitorConfig(Section):
 
     alert: AlertConfig = section(AlertConfig, "Messages to people.")
     log_every: int = key(1, "Steps between two lines on the console.", ge=1)
+    log_format: Literal["default", "internevo"] = key(
+        "default", "internevo: the console and the log have InternEvo's line of numbers, and no progress bar."
+    )
     peak_tflops: float | None = key(
         None, "Peak of one device in TFLOP/s, for mfu; None: the known peak of the device, else no mfu.", gt=0
     )
