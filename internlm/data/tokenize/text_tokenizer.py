@@ -5,7 +5,6 @@ Owns loading, and which ids begin and end a document. Imports no torch: tokenizi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,19 +24,22 @@ class TextTokenizer(Protocol):
     Attributes:
         vocab_size: all ids are below it.
         bos_id, eos_id: the ids that begin and end a document; None if the tokenizer names none.
-        fingerprint: changes whenever the files of the tokenizer do.
+        special_ids: ids that no ordinary text gets: control tokens, unknown, and tokens added to the vocabulary.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
-    fingerprint: str
+    special_ids: frozenset[int]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; adds no bos or eos."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens included."""
+
+    def pieces(self) -> list[str]:
+        """The vocabulary as the tokenizer spells it, by id; "" for an id without a piece. As long as `vocab_size`."""
 
 
 def load_tokenizer(path: str | Path) -> TextTokenizer:
@@ -77,7 +79,7 @@ class _JsonTokenizer:
         config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
         self.bos_id = self._special(config, "bos_token", _KNOWN_BOS)
         self.eos_id = self._special(config, "eos_token", _KNOWN_EOS)
-        self.fingerprint = _fingerprint([path, config_path])
+        self.special_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
         self._memo: MemoEncoder | None = None
         self._characters = 0
 
@@ -107,6 +109,10 @@ class _JsonTokenizer:
         """See `TextTokenizer`."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def pieces(self) -> list[str]:
+        """See `TextTokenizer`."""
+        return _by_id(self._tokenizer.get_vocab(with_added_tokens=True), self.vocab_size)
+
 
 class _SentencePieceTokenizer:
     """The `sentencepiece` library."""
@@ -118,7 +124,8 @@ class _SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
         self.eos_id = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
-        self.fingerprint = _fingerprint([path])
+        model = self._processor
+        self.special_ids = frozenset(id for id in range(self.vocab_size) if model.IsControl(id) or model.IsUnknown(id))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `TextTokenizer`."""
@@ -127,6 +134,10 @@ class _SentencePieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """See `TextTokenizer`."""
         return self._processor.decode(ids)
+
+    def pieces(self) -> list[str]:
+        """See `TextTokenizer`."""
+        return self._processor.id_to_piece(list(range(self.vocab_size)))
 
 
 class _FolderTokenizer:
@@ -139,7 +150,7 @@ class _FolderTokenizer:
         self.vocab_size = len(self._tokenizer)
         self.bos_id = self._tokenizer.bos_token_id
         self.eos_id = self._tokenizer.eos_token_id
-        self.fingerprint = _fingerprint(sorted(path.glob("*token*")))
+        self.special_ids = frozenset(self._tokenizer.added_tokens_decoder) | frozenset(self._tokenizer.all_special_ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `TextTokenizer`."""
@@ -149,10 +160,14 @@ class _FolderTokenizer:
         """See `TextTokenizer`."""
         return str(self._tokenizer.decode(ids))
 
+    def pieces(self) -> list[str]:
+        """See `TextTokenizer`."""
+        return _by_id(self._tokenizer.get_vocab(), self.vocab_size)
 
-def _fingerprint(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+
+def _by_id(vocabulary: dict[Any, int], size: int) -> list[str]:
+    pieces = [""] * size
+    for piece, id in vocabulary.items():
+        if id < size:
+            pieces[id] = str(piece)
+    return pieces
