@@ -24,6 +24,9 @@ def main() -> int:
     parser.add_argument("--type", default="en", help="name of the type folder (default: en)")
     parser.add_argument("--chat-template", action="store_true", help="use the tokenizer's chat template for the prompt")
     parser.add_argument("--bos", action="store_true", help="begin every document with the bos token")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of a tokenizer folder that is nothing else"
+    )
     args = parser.parse_args()
     try:
         result = tokenize_alpaca(
@@ -35,6 +38,7 @@ def main() -> int:
             type_name=args.type,
             chat_template=args.chat_template,
             add_bos=args.bos,
+            trust_remote_code=args.trust_remote_code,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

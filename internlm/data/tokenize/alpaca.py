@@ -16,7 +16,7 @@ import numpy as np
 
 from internlm.data.order import permute
 from internlm.data.tokenize.text_inputs import iterate_json_array, iterate_json_lines
-from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
+from internlm.data.tokenize.text_tokenizer import TextTokenizer, check_code, load_tokenizer
 from internlm.data.tokenized_writer import TokenizedWriter, encode_masked_line
 from internlm.utils.errors import DataError
 
@@ -57,6 +57,7 @@ def tokenize_alpaca(
     type_name: str = "en",
     chat_template: bool = False,
     add_bos: bool = False,
+    trust_remote_code: bool = False,
 ) -> AlpacaResult:
     """Write `<output>/train/<type>/<name>.bin` and `<output>/valid/<type>/<name>.bin`.
 
@@ -64,15 +65,19 @@ def tokenize_alpaca(
         dataset: a JSON array or JSON lines.
         valid_fraction: this share of the records, drawn without replacement, goes to valid.
         chat_template: build the prompt by the chat template of the tokenizer's folder; it then owns all special
-            tokens. Otherwise the Alpaca prompt is used, and the response ends with the tokenizer's eos.
+            tokens: those before the response (a bos, for example) are masked, and all that the template puts behind
+            it (end of turn, newline) is learned. Otherwise the Alpaca prompt is used, and the response ends with the
+            tokenizer's eos.
         add_bos: begin with the tokenizer's bos (Alpaca prompt only).
+        trust_remote_code: run the code of a tokenizer that is nothing else.
+
     Raises:
         DataError: a file is missing, malformed or already there.
     """
     if not 0 <= valid_fraction < 1:
         raise DataError(f"--valid-fraction {valid_fraction} is not in [0, 1)")
-    tokenizer = load_tokenizer(tokenizer_path)
-    render = _chat_render(tokenizer_path) if chat_template else _alpaca_render
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
+    render = _chat_render(tokenizer_path, trust_remote_code) if chat_template else _alpaca_render
     before, after = ([], []) if chat_template else _ends(tokenizer_path, tokenizer, add_bos)
     count = sum(1 for _ in read_records(dataset))
     num_valid = round(count * valid_fraction)
@@ -128,13 +133,16 @@ def _alpaca_render(record: dict[str, str]) -> tuple[str, str]:
     return template.format(instruction=record["instruction"], input=record["input"]), record["output"]
 
 
-def _chat_render(tokenizer_path: Path) -> Render:
+def _chat_render(tokenizer_path: Path, trust_remote_code: bool) -> Render:
     """Prompt and response by the tokenizer's own chat template."""
     from transformers import AutoTokenizer
 
     folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+    check_code(folder, trust_remote_code)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (ValueError, OSError) as error:
         raise DataError(f"{folder}: --chat-template needs a Hugging Face tokenizer folder: {error}") from error
     if not tokenizer.chat_template:

@@ -62,6 +62,7 @@ def _run(args: argparse.Namespace) -> None:
             valid_fraction=args.valid_fraction,
             valid_output=args.valid_output,
             restart=args.restart,
+            trust_remote_code=args.trust_remote_code,
         )
         result = tokenize(options)
         ratio = f", {result.num_bytes / result.tokens:.2f} bytes of input a token" if result.tokens else ""
@@ -101,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="share of documents for --valid-output")
     parser.add_argument("--valid-output", type=Path, help="the .bin file of the held-out documents")
     parser.add_argument("--restart", action="store_true", help="forget the parts of an interrupted run")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of a tokenizer folder that is nothing else"
+    )
     parser.add_argument(
         "--train", type=int, metavar="VOCAB", help="train a byte-level BPE tokenizer of this size first"
     )

@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class TokenizeOptions:
         add_bos, add_eos: begin / end every document with the tokenizer's bos / eos; None adds eos if there is one.
         valid_fraction: this share of the documents, chosen by a hash of their text, goes to `valid_output`.
         restart: forget the parts of an interrupted run with other options.
+        trust_remote_code: run the code of a tokenizer that is nothing else.
     """
 
     inputs: tuple[str, ...]
@@ -64,6 +66,7 @@ class TokenizeOptions:
     valid_fraction: float = 0.0
     valid_output: Path | None = None
     restart: bool = False
+    trust_remote_code: bool = False
 
     @property
     def outputs(self) -> list[Path]:
@@ -94,7 +97,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
         DataError: an output exists and `append` is False, an input is missing or malformed, the tokenizer lacks a
             token that was asked for, or an interrupted run with other options left its parts.
     """
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     ends = _ends(options, tokenizer)
     _check_options(options)
     parts = _parts_folder(options.output)
@@ -114,7 +117,8 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     }
     manifest = _begin_or_continue(options, parts, manifest, shard_bytes)
     shards = plan_shards(files, options.text, manifest["shard_bytes"])
-    make = _ShardTokenizer(options.tokenizer, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
+    load = partial(load_tokenizer, options.tokenizer, trust_remote_code=options.trust_remote_code)
+    make = _ShardTokenizer(load, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
     with TokenizeProgress(total) as progress:
         for shard, (_, tokens, fresh) in zip(shards, _run(make, shards, options.processes), strict=True):
             progress.advance(sum(extent.num_bytes for extent in shard), tokens, resumed=not fresh)
@@ -235,7 +239,7 @@ class _ShardTokenizer:
 
     def __init__(
         self,
-        tokenizer: Path,
+        load: Callable[[], TextTokenizer],
         text: TextOptions,
         before: list[int],
         after: list[int],
@@ -243,7 +247,7 @@ class _ShardTokenizer:
         parts: Path,
         num_outputs: int,
     ) -> None:
-        self._path, self._text, self._parts = tokenizer, text, parts
+        self._load, self._text, self._parts = load, text, parts
         self._before, self._after = before, after
         self._valid_threshold = int(valid_fraction * 2**64)
         self._num_outputs = num_outputs
@@ -259,7 +263,7 @@ class _ShardTokenizer:
         if self._tokenizer is None:
             # Parallelism comes from the processes; threads of the library below them would only compete.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            self._tokenizer = load_tokenizer(self._path)
+            self._tokenizer = self._load()
         for number in range(self._num_outputs):
             _part(self._parts, index, number).unlink(missing_ok=True)
         writers = [TokenizedWriter(_part(self._parts, index, number)) for number in range(self._num_outputs)]

@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
+_SPECIAL_TEXTS = 16
+
+
+class Encoder(Protocol):
+    """What comparing needs of a tokenizer."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text; adds no bos or eos."""
+
+
+class Vocabulary(Protocol):
+    """What making texts with special tokens needs of a tokenizer."""
+
+    special_ids: frozenset[int]
+
+    def pieces(self) -> list[str]:
+        """The vocabulary by id."""
+
+
 PROBE_TEXTS = (
     "Hello world",
     " leading space",
@@ -25,3 +47,20 @@ PROBE_TEXTS = (
     "\x00 \x07 \x7f",
 )
 """Runs of spaces, line ends, tabs, code, numbers, composed and compatible characters, scripts, joiners, controls."""
+
+
+def first_difference(one: Encoder, other: Encoder, texts: Iterable[str] = PROBE_TEXTS) -> str | None:
+    """The first text for which two tokenizers give different ids, with both, in words; None if there is none."""
+    probes = list(texts)
+    for text, ids, other_ids in zip(probes, one.encode_batch(probes), other.encode_batch(probes), strict=True):
+        if ids != other_ids:
+            return f"{text!r} is {ids} by the former and {other_ids} by the latter"
+    return None
+
+
+def special_texts(tokenizer: Vocabulary) -> list[str]:
+    """Texts that spell some of a tokenizer's special tokens, at the start, in a word, before and after a space."""
+    pieces = tokenizer.pieces()
+    special = [pieces[id] for id in sorted(tokenizer.special_ids) if pieces[id]]
+    sampled = special[:: max(1, len(special) // _SPECIAL_TEXTS)]
+    return [f"{piece}one{piece} two {piece}\n" for piece in sampled]
