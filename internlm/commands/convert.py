@@ -49,6 +49,7 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
         help="tokenizer to put beside the weights (default: that of the folder it was imported from, else "
         "data.tokenizer_path of the run)",
     )
+    parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
     parser.set_defaults(convert=_to_hf)
 
 
@@ -59,7 +60,7 @@ def _to_hf(options: argparse.Namespace) -> int:
         layout=options.layout,
         dtype=DTYPES.get(options.dtype),
         max_shard_bytes=parse_size(options.max_shard_size),
-        tokenizer=storage_path(options.tokenizer) if options.tokenizer else None,
+        tokenizer=False if options.no_tokenizer else storage_path(options.tokenizer) if options.tokenizer else None,
     )
     print(options.out)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
 from internlm.data.tokenized_file import TokenizedFile
 from internlm.utils.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _log_to_caplog(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,13 @@ AS_LLAMA: dict[str, Any] = {
     "byte_fallback": True,
     "vocab_size": 340,
 }
-AS_T5: dict[str, Any] = {"model_type": "unigram", "vocab_size": 60}
+AS_T5: dict[str, Any] = {
+    "model_type": "unigram",
+    "normalization_rule_name": "nmt_nfkc",
+    "remove_extra_whitespaces": True,
+    "byte_fallback": False,
+    "vocab_size": 80,
+}
 
 
 def train_sentencepiece(path: Path, **options: Any) -> Path:

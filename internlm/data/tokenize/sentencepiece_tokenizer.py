@@ -17,6 +17,9 @@ from internlm.data.tokenize.special_tokens import AddedToken, SpecialTokens, war
 class SentencePieceTokenizer:
     """The `sentencepiece` library as a `TextTokenizer`.
 
+    Attributes:
+        added: id -> token, of those that are found in the text as they are spelt.
+
     Args:
         path: the .model file.
         special: what the folder's files say; without any, no text is taken for a special token.
@@ -34,20 +37,20 @@ class SentencePieceTokenizer:
         self._pieces = [*model.id_to_piece(list(range(size)))]
         ids = {piece: id for id, piece in enumerate(self._pieces)}
         control = {id for id in range(size) if model.IsControl(id) or model.IsUnknown(id)}
-        self._added = self._find_added(special, ids, control, path)
-        self._pieces += [""] * (max(self._added, default=-1) + 1 - size)
-        for id, token in self._added.items():
+        self.added = self._find_added(special, ids, control, path)
+        self._pieces += [""] * (max(self.added, default=-1) + 1 - size)
+        for id, token in self.added.items():
             self._pieces[id] = token.content
             ids[token.content] = id
         self.vocab_size = len(self._pieces)
-        self.special_ids = frozenset(control | set(self._added))
+        self.special_ids = frozenset(control | set(self.added))
         ends = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
         self.bos_id, self.eos_id = (
             special.end_id(key, ids, str(path)) if key in special.named else id if id >= 0 else None
             for key, id in ends.items()
         )
-        self._ids = {token.content: id for id, token in self._added.items()}
-        self._special = re.compile("|".join(map(_pattern, _longest_first(self._added)))) if self._added else None
+        self._ids = {token.content: id for id, token in self.added.items()}
+        self._special = re.compile("|".join(map(_pattern, _longest_first(self.added)))) if self.added else None
 
     @staticmethod
     def _find_added(
@@ -87,9 +90,9 @@ class SentencePieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """See `TextTokenizer`."""
         parts = []
-        for is_added, run in groupby(ids, key=self._added.__contains__):
+        for is_added, run in groupby(ids, key=self.added.__contains__):
             if is_added:
-                parts += [self._added[id].content for id in run]
+                parts += [self.added[id].content for id in run]
             else:
                 parts.append(self._processor.decode(list(run)))
         return "".join(parts)

@@ -33,12 +33,14 @@ class AddedToken:
         content: its spelling.
         lstrip, rstrip: it takes the white space before / after it along.
         single_word: it is not found inside of a word.
+        special: decoders may leave it out.
     """
 
     content: str
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
+    special: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,12 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
                 warn(f"{folder}: {key} is '{content}' in {file} and '{other}' in {other_file}; '{content}' is used")
     added: dict[int, AddedToken] = {}
     for id, value in _mapping(folder / CONFIG, "added_tokens_decoder", config.get("added_tokens_decoder")).items():
-        added[int(id)] = _token(folder / CONFIG, "added_tokens_decoder", value)
+        added[int(id)] = _token(folder / CONFIG, "added_tokens_decoder", value, special=False)
     if "added_tokens_decoder" not in config:
         for content, id in _read(folder / ADDED).items():
             if not isinstance(id, int):
                 raise DataError(f"{folder / ADDED}: '{content}' must have a number, got {id!r}")
-            added[id] = AddedToken(content)
+            added[id] = AddedToken(content, special=content in named.values())
     others = [
         _token(folder / file, key, value)
         for file, values in (first, second)
@@ -177,12 +179,12 @@ def _content(path: Path, key: str, value: Any) -> str | None:
     return None if value is None else _token(path, key, value).content
 
 
-def _token(path: Path, key: str, value: Any) -> AddedToken:
+def _token(path: Path, key: str, value: Any, special: bool = True) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value)
     if isinstance(value, dict) and isinstance(value.get("content"), str):
         flags = {name: bool(value.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
-        return AddedToken(value["content"], **flags)
+        return AddedToken(value["content"], **flags, special=bool(value.get("special", special)))
     raise DataError(f"{path}: {key} must be a token, got {value!r}")
 
 

@@ -94,7 +94,7 @@ def _load_folder(path: Path, trust_remote_code: bool) -> TextTokenizer:
         return tokenizer
     if has_model:
         return SentencePieceTokenizer(model_file, special)
-    return _FolderTokenizer(path, trust_remote_code)
+    return TransformersTokenizer(path, trust_remote_code)
 
 
 def check_code(folder: Path, trust_remote_code: bool) -> None:
@@ -170,7 +170,7 @@ class _JsonTokenizer:
         return _by_id(self._tokenizer.get_vocab(with_added_tokens=True), self.vocab_size)
 
 
-class _FolderTokenizer:
+class TransformersTokenizer:
     """The `transformers` library, for a folder with neither a tokenizer.json nor a SentencePiece model."""
 
     def __init__(self, path: Path, trust_remote_code: bool) -> None:
