@@ -70,11 +70,17 @@ def _add_from_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", required=True, metavar="DIR", help="folder with config.json and weights")
     parser.add_argument("--out", required=True, metavar="DIR", help="save folder in which checkpoint 0/ is made")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights (default: as stored)")
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="give the model a head of its own where config.json says that it is the embedding",
+    )
     parser.set_defaults(convert=_from_hf)
 
 
 def _from_hf(options: argparse.Namespace) -> int:
-    print(convert_from_hf(storage_path(options.hf), storage_path(options.out), dtype=DTYPES.get(options.dtype)))
+    source, out = storage_path(options.hf), storage_path(options.out)
+    print(convert_from_hf(source, out, dtype=DTYPES.get(options.dtype), untie=options.untie))
     return 0
 
 

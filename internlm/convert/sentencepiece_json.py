@@ -32,7 +32,7 @@ def sentencepiece_json(path: Path, added: Mapping[int, AddedToken], ends: tuple[
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(path.read_bytes())
     rules, trained = proto.normalizer_spec, proto.trainer_spec
     tokens = {

@@ -14,7 +14,7 @@ from internlm.checkpoint.folder import find_damage, read_mark, resolve
 from internlm.checkpoint.reading import read_config
 from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import TensorReader
-from internlm.checkpoint.weight_source import LazyTensor
+from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
 from internlm.convert.from_hf import HF_FILES, architecture_of
 from internlm.convert.hf_folder import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, meta_weights
@@ -173,7 +173,8 @@ def hf_tensors(
 
     def read_group(number: int) -> Mapping[str, Tensor]:
         ours = {name: reader.read(name) for name in groups[number].ours}
-        return {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_hf(ours, architecture, layout).items()}
+        theirs = to_hf(ours, architecture, layout)
+        return {name: finite(tensor, name, f"'{reader.path}'", dtype) for name, tensor in theirs.items()}
 
     readers = grouped_readers(read_group, [group.theirs for group in groups])
     return {
