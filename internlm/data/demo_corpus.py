@@ -13,7 +13,7 @@ import re
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from internlm.data.statistics import token_counts, unigram_entropy
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
 from internlm.data.tokenize.text_inputs import TextOptions, find_inputs
 from internlm.data.tokenize.train_bpe import sample_texts, train_bpe
+from internlm.data.tokenizer_record import read_record, write_record
 from internlm.utils.errors import DataError
 
 _HELD_OUT_EVERY = 80
@@ -82,6 +83,9 @@ def prepare_demo_corpus(folder: Path, settings: DemoSettings, processes: int) ->
         output = work / path.parent.name / path.stem / f"{path.stem}.bin"
         output.parent.mkdir(parents=True)
         tokenize(TokenizeOptions((str(path),), output, tokenizer, processes=processes))
+        # The folder is renamed at the end, and the tokenizer with it.
+        if record := read_record(output):
+            write_record(output, replace(record, tokenizer=str((folder / tokenizer.name).resolve())))
     facts = _facts(work, settings)
     (work / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(work / "text")

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -23,17 +22,11 @@ from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
 from internlm.data.tokenize.text_inputs import TextOptions, find_inputs, plan_shards, read_documents
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
-from internlm.data.tokenized_file import TokenizedFile
 from internlm.data.tokenized_writer import TokenizedWriter, meta_path
 from internlm.utils.errors import DataError
+from tests.helpers.texts import documents_of, make_texts, write_jsonl
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "tokenizer.py"
-WORDS = ["the", "model", "reads", "tokens", "and", "predicts", "one,", "café", "你好", "x1", "2024", "don't\t—", "end."]
-
-
-def make_texts(count, seed=0):
-    chooser = random.Random(seed)
-    return [" ".join(chooser.choices(WORDS, k=chooser.randint(1, 60))) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +39,6 @@ def tokenizer_path(tmp_path_factory):
 def reference(tokenizer_path, texts):
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     return [[*tokenizer.encode(text, add_special_tokens=False).ids, 1] for text in texts]
-
-
-def documents_of(path):
-    file = TokenizedFile(path)
-    return [file.read(index)[0].tolist() for index in range(len(file))]
-
-
-def write_jsonl(path, texts, key="text"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def run_tool(*arguments, **options):

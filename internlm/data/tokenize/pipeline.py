@@ -26,6 +26,7 @@ from internlm.data.tokenize.progress import TokenizeProgress
 from internlm.data.tokenize.text_inputs import Extent, TextOptions, find_inputs, plan_shards, read_documents
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.data.tokenized_writer import TokenizedWriter, meta_path
+from internlm.data.tokenizer_record import TokenizerRecord, read_record, write_record
 from internlm.utils.errors import DataError
 
 _VERSION = 1
@@ -100,6 +101,8 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     ends = _ends(options, tokenizer)
     _check_options(options)
+    record = TokenizerRecord.of(tokenizer, options.tokenizer, add_bos=bool(ends[0]), add_eos=bool(ends[1]))
+    _check_appended(options, record)
     parts = _parts_folder(options.output)
     inputs = [name for name in options.inputs if name != "-"]
     files = find_inputs(inputs, options.format) if inputs else []
@@ -125,7 +128,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
         speed = progress.megabytes_per_second
     documents = tokens = 0
     for number, (output, before) in enumerate(zip(options.outputs, manifest["documents_before"], strict=True)):
-        added = _join(parts, len(shards), number, output, before)
+        added = _join(parts, len(shards), number, output, before, record)
         documents, tokens = documents + added[0], tokens + added[1]
     shutil.rmtree(parts)
     if documents == 0:
@@ -154,6 +157,25 @@ def _check_options(options: TokenizeOptions) -> None:
     for output in options.outputs:
         if output.suffix != ".bin":
             raise DataError(f"{output}: the output must be named *.bin")
+
+
+def _check_appended(options: TokenizeOptions, record: TokenizerRecord) -> None:
+    """Refuse to put documents of two tokenizers into one file."""
+    if not options.append:
+        return
+    for output in filter(Path.exists, options.outputs):
+        known = read_record(output)
+        if known is None:
+            print(
+                f"warning: {output} has no record of its tokenizer, so nothing tells whether --append goes on with "
+                "the same one",
+                file=sys.stderr,
+            )
+        elif differences := known.differences(record):
+            raise DataError(
+                f"{output} was made otherwise than this --append would go on: {'; '.join(differences)}. "
+                "Repeat it with the options of the first run, or write another file"
+            )
 
 
 def _parts_folder(output: Path) -> Path:
@@ -217,11 +239,15 @@ def _run(make: _ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int
         workers.stop()
 
 
-def _join(parts: Path, num_parts: int, number: int, output: Path, before: int) -> tuple[int, int]:
+def _join(
+    parts: Path, num_parts: int, number: int, output: Path, before: int, record: TokenizerRecord
+) -> tuple[int, int]:
     """Write one output from its parts; returns the documents and tokens added."""
     paths = [_part(parts, index, number) for index in range(num_parts)]
     # After a crash behind the join, the output already has the new documents: they must not be added twice.
     joined = output.exists() and len(np.load(meta_path(output), mmap_mode="r")) > before
+    if not output.exists():
+        write_record(output, record)
     if not joined and (paths or not output.exists()):
         with TokenizedWriter(output, append=output.exists()) as writer:
             for path in paths:
