@@ -1,7 +1,7 @@
 """Which tokenizer made a tokenized file: `NAME.bin.tokenizer.json`, beside `NAME.bin` and `NAME.bin.meta`.
 
 Owns the record, and the comparison of two records. The .bin and the .meta are InternEvo's and stay as they are; its
-reader takes files by the suffix .bin and does not see the record. Imports no tokenizer library.
+reader takes files by the suffix .bin and does not see the record. Imports no library of tokenizers.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from internlm import __version__
 from internlm.data.folder import find_valid_sets
+from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
+from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.utils.errors import DataError
-
-if TYPE_CHECKING:
-    from internlm.data.tokenize.text_tokenizer import TextTokenizer
 
 _SUFFIX = ".tokenizer.json"
 
@@ -29,7 +27,7 @@ class TokenizerRecord:
     """The tokenizer of one tokenized file.
 
     Attributes:
-        fingerprint: changes whenever the tokenizer gives other ids (`internlm.data.tokenize.fingerprint`).
+        fingerprint: changes when the tokenizer gives other ids or names other special tokens (`internlm.data.tokenize.fingerprint`).
         tokenizer: its file or folder, as an absolute path.
         vocab_size: all ids are below it.
         bos_id, eos_id: the ids that begin and end a text; None if the tokenizer names none.
@@ -56,7 +54,7 @@ class TokenizerRecord:
     ) -> TokenizerRecord:
         """The record of files that `tokenizer`, loaded from `path`, makes now."""
         return cls(
-            fingerprint=tokenizer.fingerprint,
+            fingerprint=tokenizer_fingerprint(tokenizer),
             tokenizer=str(path.resolve()),
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,

@@ -12,6 +12,7 @@ import pytest
 from internlm.data.demo_corpus import DemoSettings, prepare_demo_corpus
 from internlm.data.loader import build_train_loader
 from internlm.data.statistics import token_counts, unigram_entropy
+from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_file import TokenizedFile
 from internlm.data.tokenized_writer import TokenizedWriter
@@ -44,7 +45,7 @@ def test_corpus_is_prepared_once(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "demo" / "tokenizer.json")
     made_with = common_record(tokenizer_records(tmp_path / "demo"))
     assert made_with.tokenizer == str(tmp_path / "demo" / "tokenizer.json")
-    assert made_with.fingerprint == tokenizer.fingerprint
+    assert made_with.fingerprint == tokenizer_fingerprint(tokenizer)
     size = tokens = documents = 0
     for path in (tmp_path / "demo").rglob("*.bin"):
         file = TokenizedFile(path, 600)

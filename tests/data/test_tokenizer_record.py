@@ -5,6 +5,7 @@ import json
 import pytest
 
 from internlm.data.tokenize.command import main
+from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
 from internlm.data.tokenized_writer import TokenizedWriter
@@ -34,7 +35,7 @@ def test_a_file_is_recorded_and_appended_to_by_its_own_tokenizer_only(tmp_path, 
     assert run(text, "--tokenizer", first, "--output", output) == 0
     record = read_record(output)
     tokenizer = load_tokenizer(first)
-    assert record.fingerprint == tokenizer.fingerprint and record.tokenizer == str(first)
+    assert record.fingerprint == tokenizer_fingerprint(tokenizer) and record.tokenizer == str(first)
     assert (record.vocab_size, record.eos_id, record.add_bos, record.add_eos) == (290, 1, False, True)
     assert record.version and record.created.startswith("20")
     # What InternEvo's scanner takes, by suffix, is the .bin alone.

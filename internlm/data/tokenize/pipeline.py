@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from internlm.data.read_ahead import WorkerProcesses
-from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.progress import TokenizeProgress
 from internlm.data.tokenize.text_inputs import Extent, TextOptions, find_inputs, plan_shards, read_documents
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
@@ -114,7 +113,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
         "version": _VERSION,
         "inputs": [[str(path.resolve()), format, *_stamp(path)] for path, format in files],
         "text": asdict(options.text),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": record.fingerprint,
         "ends": ends,
         "valid": [options.valid_fraction, str(options.valid_output)],
     }
