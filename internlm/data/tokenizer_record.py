@@ -27,7 +27,7 @@ class TokenizerRecord:
     """The tokenizer of one tokenized file.
 
     Attributes:
-        fingerprint: changes when the tokenizer gives other ids or names other special tokens (`internlm.data.tokenize.fingerprint`).
+        fingerprint: changes when the tokenizer gives other ids; see `tokenizer_fingerprint`.
         tokenizer: its file or folder, as an absolute path.
         vocab_size: all ids are below it.
         bos_id, eos_id: the ids that begin and end a text; None if the tokenizer names none.

@@ -16,10 +16,11 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from internlm.data.tokenize import pipeline, text_inputs, text_tokenizer
+from internlm.data.tokenize import json_values, pipeline, text_tokenizer
 from internlm.data.tokenize.command import main
+from internlm.data.tokenize.input_files import find_inputs
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
-from internlm.data.tokenize.text_inputs import TextOptions, find_inputs, plan_shards, read_documents
+from internlm.data.tokenize.text_inputs import TextOptions, plan_shards, read_documents
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
 from internlm.data.tokenized_writer import TokenizedWriter, meta_path
@@ -263,7 +264,7 @@ def test_every_line_is_read_once_whatever_the_shards(tmp_path, shard_bytes):
     texts = ["one", "two zwei", "", "  ", "三", "four"] * 5
     (tmp_path / "a.txt").write_text("\n".join(texts), encoding="utf-8")
     write_jsonl(tmp_path / "b.jsonl", texts)
-    shards = plan_shards(find_inputs([tmp_path]), TextOptions(), shard_bytes)
+    shards = plan_shards(find_inputs([tmp_path]).files, TextOptions(), shard_bytes)
     found = [text for shard in shards for extent in shard for text in read_documents(extent, TextOptions())]
     assert found == [text for text in texts if text.strip()] * 2
     assert sum(extent.num_bytes for shard in shards for extent in shard) == sum(
@@ -273,7 +274,7 @@ def test_every_line_is_read_once_whatever_the_shards(tmp_path, shard_bytes):
 
 def read_all(path, **options):
     text = TextOptions(**options)
-    shards = plan_shards(find_inputs([path]), text, 1000)
+    shards = plan_shards(find_inputs([path]).files, text, 1000)
     return [text_ for shard in shards for extent in shard for text_ in read_documents(extent, text)]
 
 
@@ -285,7 +286,7 @@ def test_whole_files_and_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 5, 1 << 20])
 def test_json_arrays_are_read_in_blocks(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(text_inputs, "_JSON_BLOCK", block)
+    monkeypatch.setattr(json_values, "_BLOCK", block)
     texts = ["a", 'quote " and ] and [', "你好", "\n"]
     (tmp_path / "a.json").write_text(
         "\n " + json.dumps([{"text": text} for text in texts], indent=2, ensure_ascii=False)
@@ -313,7 +314,7 @@ def test_json_arrays_are_read_in_blocks(tmp_path, monkeypatch, block):
         ("a.jsonl", b'{"txt": "a"}\n', r"record at byte 0 has no text 'text', its fields are \['txt'\].*mean 'txt'"),
         ("a.jsonl", b"5\n", r"record at byte 0 has no text 'text', it is int"),
         ("a.jsonl", b'{"text": 5}\n', r"'text' is int, not text"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "lone surrogate at character 0"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"lone surrogate \(\\ud800\) at character 0"),
         ("a.parquet", b"junk", r"a\.parquet: not a readable parquet file"),
     ],
 )

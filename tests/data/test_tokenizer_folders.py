@@ -155,7 +155,7 @@ def test_code_of_a_tokenizer_is_not_run_unasked(tmp_path, json_file, monkeypatch
     shutil.copy(json_file, folder)
     load_tokenizer(folder)
     with pytest.raises(DataError, match="--trust-remote-code"):
-        tokenize_alpaca(tmp_path / "data.json", tmp_path / "out", folder, chat_template=True)
+        tokenize_alpaca(tmp_path / "data.json", tmp_path / "out", folder, format_name="chat-template")
 
 
 def test_stop_ids(tmp_path, json_file):
@@ -188,7 +188,7 @@ def test_what_a_chat_template_puts_around_the_response(tmp_path, model_file):
         },
     )
     (tmp_path / "data.json").write_text('[{"instruction": "a text", "output": "the code"}]')
-    tokenize_alpaca(tmp_path / "data.json", tmp_path / "out", folder, valid_fraction=0, chat_template=True)
+    tokenize_alpaca(tmp_path / "data.json", tmp_path / "out", folder, valid_fraction=0, format_name="chat-template")
     ids, learned = TokenizedFile(tmp_path / "out" / "train" / "en" / "data.bin").read(0)
     encode = sentencepiece.SentencePieceProcessor(model_file=str(model_file)).encode
     masked = [1, size, *encode("a text"), size + 2, *encode("\n"), size + 1]

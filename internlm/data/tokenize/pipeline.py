@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,19 +22,21 @@ from typing import Any
 import numpy as np
 
 from internlm.data.read_ahead import WorkerProcesses
+from internlm.data.tokenize.input_files import InputFiles, find_inputs, name_some
 from internlm.data.tokenize.progress import TokenizeProgress
-from internlm.data.tokenize.text_inputs import Extent, TextOptions, find_inputs, plan_shards, read_documents
+from internlm.data.tokenize.text_inputs import WITH_NUL, Extent, TextOptions, plan_shards, read_documents
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.data.tokenized_writer import TokenizedWriter, meta_path
 from internlm.data.tokenizer_record import TokenizerRecord, read_record, write_record
 from internlm.utils.errors import DataError
 
-_VERSION = 1
+_VERSION = 2
 _SHARD_BYTES = (2 << 20, 256 << 20)
 _SHARDS_A_PROCESS = 32
 _BATCH_CHARACTERS = 1 << 18
 """Texts are encoded in batches of about this size: enough to amortise a call, small enough to stay in the caches."""
 _STDIN_NAME = "stdin"
+_NO_TOKEN = "texts that give no token"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class TokenizeOptions:
         format: of inputs whose suffix does not say it.
         processes: worker processes; 1 works in this process.
         append: add to an existing output.
-        add_bos, add_eos: begin / end every document with the tokenizer's bos / eos; None adds eos if there is one.
+        add_bos, add_eos: begin / end every document with the tokenizer's bos / eos; None adds it if there is one.
         valid_fraction: this share of the documents, chosen by a hash of their text, goes to `valid_output`.
         restart: forget the parts of an interrupted run with other options.
         trust_remote_code: run the code of a tokenizer that is nothing else.
@@ -61,7 +64,7 @@ class TokenizeOptions:
     format: str | None = None
     processes: int = 1
     append: bool = False
-    add_bos: bool = False
+    add_bos: bool | None = False
     add_eos: bool | None = None
     valid_fraction: float = 0.0
     valid_output: Path | None = None
@@ -82,20 +85,41 @@ class TokenizeResult:
         documents, tokens: over all outputs, without what an append found there.
         num_bytes: size of the input.
         megabytes_per_second: speed of this call, parts found done left out.
+        notices: what was left out or is odd, a line each.
     """
 
     documents: int
     tokens: int
     num_bytes: int
     megabytes_per_second: float
+    notices: list[str]
+
+
+@dataclass
+class _Part:
+    """What a shard gave.
+
+    Attributes:
+        documents, tokens: over all outputs.
+        counts: what was left out or is odd, by name.
+        by_file: documents by input file.
+        fresh: made now rather than found.
+    """
+
+    documents: int
+    tokens: int
+    counts: dict[str, int]
+    by_file: dict[str, int]
+    fresh: bool = True
 
 
 def tokenize(options: TokenizeOptions) -> TokenizeResult:
     """Make the outputs; see the module.
 
     Raises:
-        DataError: an output exists and `append` is False, an input is missing or malformed, the tokenizer lacks a
-            token that was asked for, or an interrupted run with other options left its parts.
+        DataError: an output exists and `append` is False or its documents were made otherwise, an input is missing or
+            malformed, no text is found, the tokenizer lacks a token that was asked for, or an interrupted run with
+            other options left its parts.
     """
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     ends = _ends(options, tokenizer)
@@ -104,7 +128,8 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     _check_appended(options, record)
     parts = _parts_folder(options.output)
     inputs = [name for name in options.inputs if name != "-"]
-    files = find_inputs(inputs, options.format) if inputs else []
+    found = find_inputs(inputs, options.format) if inputs else InputFiles([], [])
+    files = found.files
     if "-" in options.inputs:
         files.append(_spool_stdin(parts, options.format))
     total = sum(path.stat().st_size for path, _ in files)
@@ -121,18 +146,45 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     shards = plan_shards(files, options.text, manifest["shard_bytes"])
     load = partial(load_tokenizer, options.tokenizer, trust_remote_code=options.trust_remote_code)
     make = _ShardTokenizer(load, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
+    made: list[_Part] = []
     with TokenizeProgress(total) as progress:
-        for shard, (_, tokens, fresh) in zip(shards, _run(make, shards, options.processes), strict=True):
-            progress.advance(sum(extent.num_bytes for extent in shard), tokens, resumed=not fresh)
+        for shard, part in zip(shards, _run(make, shards, options.processes), strict=True):
+            progress.advance(sum(extent.num_bytes for extent in shard), part.tokens, resumed=not part.fresh)
+            made.append(part)
         speed = progress.megabytes_per_second
+    notices = _notices(found, made)
+    if not any(part.documents for part in made):
+        shutil.rmtree(parts)
+        raise DataError("; ".join(["the input has no text, so nothing is written", *notices]))
     documents = tokens = 0
     for number, (output, before) in enumerate(zip(options.outputs, manifest["documents_before"], strict=True)):
         added = _join(parts, len(shards), number, output, before, record)
         documents, tokens = documents + added[0], tokens + added[1]
+        if not added[0]:
+            notices.append(f"{output}: no document fell to it; give more text, or another --valid-fraction")
     shutil.rmtree(parts)
-    if documents == 0:
-        print("warning: the input has no text: the output has no document", file=sys.stderr)
-    return TokenizeResult(documents, tokens, total, speed)
+    return TokenizeResult(documents, tokens, total, speed, notices)
+
+
+def _notices(found: InputFiles, made: list[_Part]) -> list[str]:
+    """What was left out or is odd, a line each."""
+    counts: Counter[str] = Counter()
+    by_file: Counter[str] = Counter()
+    for part in made:
+        counts.update(part.counts)
+        by_file.update(part.by_file)
+    left_out = [f"{counts[name]:,} {name}" for name in sorted(counts) if counts[name] and name != WITH_NUL]
+    empty = [path for path, _ in found.files if not by_file[str(path)]]
+    times = Counter(path.resolve() for path, _ in found.files)
+    twice = [path for path, number in times.items() if number > 1]
+    lines = [
+        (found.left_out, f"left out {len(found.left_out):,} file(s) of no known format: {name_some(found.left_out)}"),
+        (empty, f"{len(empty):,} file(s) without any text: {name_some(empty)}"),
+        (twice, f"{len(twice):,} file(s) found more than once, and read each time: {name_some(twice)}"),
+        (left_out, f"left out {', '.join(left_out)}"),
+        (counts[WITH_NUL], f"{counts[WITH_NUL]:,} {WITH_NUL}, kept as they are"),
+    ]
+    return [line for condition, line in lines if condition]
 
 
 def _ends(options: TokenizeOptions, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
@@ -141,7 +193,7 @@ def _ends(options: TokenizeOptions, tokenizer: TextTokenizer) -> tuple[list[int]
         raise DataError(f"{options.tokenizer}: the tokenizer names no bos token; leave out --bos")
     if options.add_eos and tokenizer.eos_id is None:
         raise DataError(f"{options.tokenizer}: the tokenizer names no eos token; use --no-eos")
-    before = [tokenizer.bos_id] if options.add_bos and tokenizer.bos_id is not None else []
+    before = [tokenizer.bos_id] if options.add_bos is not False and tokenizer.bos_id is not None else []
     after = [tokenizer.eos_id] if options.add_eos is not False and tokenizer.eos_id is not None else []
     return before, after
 
@@ -227,7 +279,7 @@ def _begin_or_continue(
     return manifest
 
 
-def _run(make: _ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[tuple[int, int, bool]]:
+def _run(make: _ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[_Part]:
     if processes == 1:
         yield from map(make, enumerate(shards))
         return
@@ -278,13 +330,11 @@ class _ShardTokenizer:
         self._num_outputs = num_outputs
         self._tokenizer: TextTokenizer | None = None
 
-    def __call__(self, numbered: tuple[int, tuple[Extent, ...]]) -> tuple[int, int, bool]:
-        """Returns (documents, tokens, made now rather than found)."""
+    def __call__(self, numbered: tuple[int, tuple[Extent, ...]]) -> _Part:
         index, shard = numbered
         done = self._parts / f"{index:06d}.done"
         if done.is_file():
-            documents, tokens = json.loads(done.read_text())
-            return documents, tokens, False
+            return _Part(**json.loads(done.read_text()) | {"fresh": False})
         if self._tokenizer is None:
             # Parallelism comes from the processes; threads of the library below them would only compete.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -292,17 +342,29 @@ class _ShardTokenizer:
         for number in range(self._num_outputs):
             _part(self._parts, index, number).unlink(missing_ok=True)
         writers = [TokenizedWriter(_part(self._parts, index, number)) for number in range(self._num_outputs)]
-        for texts in _batches(document for extent in shard for document in read_documents(extent, self._text)):
+        counts: Counter[str] = Counter()
+        by_file: Counter[str] = Counter()
+        for texts in _batches(self._documents(shard, counts, by_file)):
             for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True):
-                writers[self._output_of(text)].write(self._before + ids + self._after)
+                if ids:
+                    writers[self._output_of(text)].write(self._before + ids + self._after)
+                else:
+                    counts[_NO_TOKEN] += 1
         for writer in writers:
             writer.close()
         documents = sum(writer.num_documents for writer in writers)
         tokens = sum(writer.num_tokens for writer in writers)
+        part = _Part(documents, tokens, dict(counts), dict(by_file))
         temporary = done.with_suffix(".tmp")
-        temporary.write_text(json.dumps([documents, tokens]))
+        temporary.write_text(json.dumps(asdict(part)))
         os.replace(temporary, done)
-        return documents, tokens, True
+        return part
+
+    def _documents(self, shard: tuple[Extent, ...], counts: Counter[str], by_file: Counter[str]) -> Iterator[str]:
+        for extent in shard:
+            for text in read_documents(extent, self._text, counts):
+                by_file[extent.path] += 1
+                yield text
 
     def _output_of(self, text: str) -> int:
         if not self._valid_threshold:
