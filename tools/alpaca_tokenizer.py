@@ -15,12 +15,17 @@ def main() -> int:
     from internlm.data.tokenize.alpaca import tokenize_alpaca
     from internlm.data.tokenize.prompts import PROMPT_FORMATS
     from internlm.utils.errors import UserError
+    from internlm.utils.paths import local_path
 
     parser = argparse.ArgumentParser(description="Tokenize Alpaca-style instruction data, prompts masked.")
-    parser.add_argument("dataset", type=Path, help="JSON array or JSON lines of {instruction, input, output}")
-    parser.add_argument("output", type=Path, help="folder for train/<type>/ and valid/<type>/")
-    parser.add_argument("tokenizer", type=Path, help="tokenizer.json, Hugging Face folder or SentencePiece .model")
-    parser.add_argument("--valid-fraction", "--split_ratio", type=float, default=0.1, help="default: 0.1")
+    parser.add_argument("dataset", type=local_path, help="JSON array or JSON lines of {instruction, input, output}")
+    parser.add_argument("output", type=local_path, help="folder for train/<type>/ and valid/<type>/")
+    parser.add_argument(
+        "tokenizer", type=local_path, help="tokenizer.json, Hugging Face folder or SentencePiece .model"
+    )
+    parser.add_argument(
+        "--valid-fraction", "--split_ratio", "--split-ratio", type=float, default=0.1, help="default: 0.1"
+    )
     parser.add_argument("--seed", type=int, help="of the split (default: 1024; InternEvo's 0)")
     parser.add_argument("--type", default="en", help="name of the type folder (default: en)")
     parser.add_argument(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from internlm.convert.from_internevo import import_internevo
 from internlm.convert.to_hf import convert_to_hf
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
+from internlm.utils.paths import local_path
 from internlm.utils.storage import storage_path
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -89,7 +89,7 @@ def _add_from_internevo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="save folder in which checkpoint <step>/ is made")
     parser.add_argument(
         "--config",
-        type=Path,
+        type=local_path,
         metavar="FILE.py",
         help="config of the run (default: the one in the checkpoint, which is Python and is run)",
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from internlm.config.schema import Config
+from internlm.config.schema.base import is_path, walk_values
 
 _INTERLEAVED = "parallel.sequence_2D.device_placement_strategy.interleaved"
 
@@ -24,6 +25,9 @@ def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
         )
     if given(_INTERLEAVED) and not config.parallel.sequence_2D.device_placement_strategy.interleaved:
         yield f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context"
+    for key, field, value in walk_values(config):
+        if is_path(field) and value is not None and "$" in value:
+            yield f"{key} = {value!r}: '$' is part of the name; for a variable write os.environ[...] in the config"
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)

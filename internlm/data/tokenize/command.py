@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from internlm.data.tokenize.input_files import FORMATS, find_inputs, name_some
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
@@ -14,6 +13,7 @@ from internlm.data.tokenize.text_inputs import TextOptions
 from internlm.data.tokenize.train_bpe import sample_texts, train_bpe
 from internlm.data.tokenized_writer import rebuild_meta
 from internlm.utils.errors import DataError, UserError
+from internlm.utils.paths import local_path, path_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,22 +105,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "inputs",
         nargs="*",
+        type=path_text,
         help="txt, json, jsonl (ndjson) and parquet files, plain or compressed (gz, bz2, xz, zst), folders of them, or "
         "- for stdin",
     )
     parser.add_argument(
-        "--text_input_path", "--text-input-path", nargs="+", help="inputs, and ids as InternEvo gives them"
+        "--text_input_path",
+        "--text-input-path",
+        nargs="+",
+        type=path_text,
+        help="inputs, and ids as InternEvo gives them",
     )
     parser.add_argument(
         "--tokenizer",
         "--tokenizer_path",
         "--tokenizer-path",
-        type=Path,
+        type=local_path,
         help="a tokenizer.json, a Hugging Face tokenizer folder, or a SentencePiece .model; with --train, where to "
         "write the tokenizer.json",
     )
-    parser.add_argument("--output", type=Path, help="the .bin file to make")
-    parser.add_argument("--bin_output_path", "--bin-output-path", type=Path, help="--output, and ids as InternEvo's")
+    parser.add_argument("--output", type=local_path, help="the .bin file to make")
+    parser.add_argument(
+        "--bin_output_path", "--bin-output-path", type=local_path, help="--output, and ids as InternEvo's"
+    )
     parser.add_argument("--append", action="store_true", help="add to an existing output")
     parser.add_argument("--text-key", default="text", help="field or column that holds the text (default: text)")
     parser.add_argument(
@@ -142,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         help="end every document with the eos token (default: if the tokenizer has one)",
     )
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="share of documents for --valid-output")
-    parser.add_argument("--valid-output", type=Path, help="the .bin file of the held-out documents")
+    parser.add_argument("--valid-output", type=local_path, help="the .bin file of the held-out documents")
     parser.add_argument("--restart", action="store_true", help="forget the parts of an interrupted run")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code of a tokenizer folder that is nothing else"
@@ -156,5 +163,5 @@ def _parser() -> argparse.ArgumentParser:
         default=1e8,
         help="bytes of text to train it on (default: 1e8, about 2 GB of memory)",
     )
-    parser.add_argument("--rebuild-meta", type=Path, metavar="BIN", help="write the .meta of a .bin file anew")
+    parser.add_argument("--rebuild-meta", type=local_path, metavar="BIN", help="write the .meta of a .bin file anew")
     return parser
