@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from internlm.data.tokenize import json_values, pipeline, text_tokenizer
+from internlm.data.tokenize import json_values, pipeline, shard_tokenizer, text_tokenizer
 from internlm.data.tokenize.command import main
 from internlm.data.tokenize.input_files import find_inputs
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
@@ -110,7 +110,7 @@ def _tokenize_slowly(options):
 
 
 @pytest.mark.parametrize("append", [False, True])
-def test_continues_after_being_killed(tmp_path, tokenizer_path, small_shards, append, capfd):
+def test_continues_after_being_killed(tmp_path, tokenizer_path, small_shards, append, monkeypatch, capfd):
     texts = make_texts(200)
     write_jsonl(tmp_path / "a.jsonl", texts)
     output = tmp_path / "x.bin"
@@ -132,12 +132,9 @@ def test_continues_after_being_killed(tmp_path, tokenizer_path, small_shards, ap
     done = {path: path.stat().st_mtime_ns for path in parts.glob("*.bin")}
     assert len(done) >= 3
     made = []
-    original = pipeline.TokenizedWriter
-    pipeline.TokenizedWriter = lambda path, **options: made.append(path) or original(path, **options)
-    try:
-        tokenize(options)
-    finally:
-        pipeline.TokenizedWriter = original
+    writer = shard_tokenizer.TokenizedWriter
+    monkeypatch.setattr(shard_tokenizer, "TokenizedWriter", lambda path: made.append(path) or writer(path))
+    tokenize(options)
     assert "continuing the interrupted run" in capfd.readouterr().err
     assert made and not set(made) & {path for path in done if path.with_suffix("").with_suffix(".done") in done}
     assert documents_of(output) == expected

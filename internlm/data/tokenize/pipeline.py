@@ -7,13 +7,12 @@ processes. A run that was interrupted finds the parts that are done and makes th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,8 @@ import numpy as np
 from internlm.data.read_ahead import WorkerProcesses
 from internlm.data.tokenize.input_files import InputFiles, find_inputs, name_some
 from internlm.data.tokenize.progress import TokenizeProgress
-from internlm.data.tokenize.text_inputs import WITH_NUL, Extent, TextOptions, plan_shards, read_documents
+from internlm.data.tokenize.shard_tokenizer import Part, ShardTokenizer, part_path
+from internlm.data.tokenize.text_inputs import WITH_NUL, Extent, TextOptions, plan_shards
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.data.tokenized_writer import TokenizedWriter, meta_path
 from internlm.data.tokenizer_record import TokenizerRecord, read_record, write_record
@@ -33,10 +33,7 @@ from internlm.utils.errors import DataError
 _VERSION = 2
 _SHARD_BYTES = (2 << 20, 256 << 20)
 _SHARDS_A_PROCESS = 32
-_BATCH_CHARACTERS = 1 << 18
-"""Texts are encoded in batches of about this size: enough to amortise a call, small enough to stay in the caches."""
 _STDIN_NAME = "stdin"
-_NO_TOKEN = "texts that give no token"
 
 
 @dataclass(frozen=True)
@@ -95,24 +92,6 @@ class TokenizeResult:
     notices: list[str]
 
 
-@dataclass
-class _Part:
-    """What a shard gave.
-
-    Attributes:
-        documents, tokens: over all outputs.
-        counts: what was left out or is odd, by name.
-        by_file: documents by input file.
-        fresh: made now rather than found.
-    """
-
-    documents: int
-    tokens: int
-    counts: dict[str, int]
-    by_file: dict[str, int]
-    fresh: bool = True
-
-
 def tokenize(options: TokenizeOptions) -> TokenizeResult:
     """Make the outputs; see the module.
 
@@ -145,8 +124,8 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     manifest = _begin_or_continue(options, parts, manifest, shard_bytes)
     shards = plan_shards(files, options.text, manifest["shard_bytes"])
     load = partial(load_tokenizer, options.tokenizer, trust_remote_code=options.trust_remote_code)
-    make = _ShardTokenizer(load, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
-    made: list[_Part] = []
+    make = ShardTokenizer(load, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
+    made: list[Part] = []
     with TokenizeProgress(total) as progress:
         for shard, part in zip(shards, _run(make, shards, options.processes), strict=True):
             progress.advance(sum(extent.num_bytes for extent in shard), part.tokens, resumed=not part.fresh)
@@ -166,7 +145,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     return TokenizeResult(documents, tokens, total, speed, notices)
 
 
-def _notices(found: InputFiles, made: list[_Part]) -> list[str]:
+def _notices(found: InputFiles, made: list[Part]) -> list[str]:
     """What was left out or is odd, a line each."""
     counts: Counter[str] = Counter()
     by_file: Counter[str] = Counter()
@@ -279,7 +258,7 @@ def _begin_or_continue(
     return manifest
 
 
-def _run(make: _ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[_Part]:
+def _run(make: ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[Part]:
     if processes == 1:
         yield from map(make, enumerate(shards))
         return
@@ -294,7 +273,7 @@ def _join(
     parts: Path, num_parts: int, number: int, output: Path, before: int, record: TokenizerRecord
 ) -> tuple[int, int]:
     """Write one output from its parts; returns the documents and tokens added."""
-    paths = [_part(parts, index, number) for index in range(num_parts)]
+    paths = [part_path(parts, index, number) for index in range(num_parts)]
     # After a crash behind the join, the output already has the new documents: they must not be added twice.
     joined = output.exists() and len(np.load(meta_path(output), mmap_mode="r")) > before
     if not output.exists():
@@ -305,82 +284,3 @@ def _join(
                 writer.write_file(path)
     meta = np.load(meta_path(output), mmap_mode="r")
     return len(meta) - before, int(meta[before:, -1].sum())
-
-
-def _part(parts: Path, index: int, number: int) -> Path:
-    return parts / f"{index:06d}.{number}.bin"
-
-
-class _ShardTokenizer:
-    """Makes the part of a shard; runs in a worker."""
-
-    def __init__(
-        self,
-        load: Callable[[], TextTokenizer],
-        text: TextOptions,
-        before: list[int],
-        after: list[int],
-        valid_fraction: float,
-        parts: Path,
-        num_outputs: int,
-    ) -> None:
-        self._load, self._text, self._parts = load, text, parts
-        self._before, self._after = before, after
-        self._valid_threshold = int(valid_fraction * 2**64)
-        self._num_outputs = num_outputs
-        self._tokenizer: TextTokenizer | None = None
-
-    def __call__(self, numbered: tuple[int, tuple[Extent, ...]]) -> _Part:
-        index, shard = numbered
-        done = self._parts / f"{index:06d}.done"
-        if done.is_file():
-            return _Part(**json.loads(done.read_text()) | {"fresh": False})
-        if self._tokenizer is None:
-            # Parallelism comes from the processes; threads of the library below them would only compete.
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            self._tokenizer = self._load()
-        for number in range(self._num_outputs):
-            _part(self._parts, index, number).unlink(missing_ok=True)
-        writers = [TokenizedWriter(_part(self._parts, index, number)) for number in range(self._num_outputs)]
-        counts: Counter[str] = Counter()
-        by_file: Counter[str] = Counter()
-        for texts in _batches(self._documents(shard, counts, by_file)):
-            for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True):
-                if ids:
-                    writers[self._output_of(text)].write(self._before + ids + self._after)
-                else:
-                    counts[_NO_TOKEN] += 1
-        for writer in writers:
-            writer.close()
-        documents = sum(writer.num_documents for writer in writers)
-        tokens = sum(writer.num_tokens for writer in writers)
-        part = _Part(documents, tokens, dict(counts), dict(by_file))
-        temporary = done.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(part)))
-        os.replace(temporary, done)
-        return part
-
-    def _documents(self, shard: tuple[Extent, ...], counts: Counter[str], by_file: Counter[str]) -> Iterator[str]:
-        for extent in shard:
-            for text in read_documents(extent, self._text, counts):
-                by_file[extent.path] += 1
-                yield text
-
-    def _output_of(self, text: str) -> int:
-        if not self._valid_threshold:
-            return 0
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return int(int.from_bytes(digest, "big") < self._valid_threshold)
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
