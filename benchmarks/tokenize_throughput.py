@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from internlm.data.tokenize.input_files import find_inputs
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
-from internlm.data.tokenize.text_inputs import TextOptions, find_inputs
+from internlm.data.tokenize.text_inputs import TextOptions
 from internlm.data.tokenize.train_bpe import EOS_TOKEN, sample_texts, train_bpe
 
 
@@ -77,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text, tokenizer = Path(folder) / "text.jsonl", Path(folder) / "tokenizer.json"
         size = write_text(text, args.megabytes * 1e6)
-        train_bpe(sample_texts(find_inputs([text]), TextOptions(), 5_000_000), args.vocab, tokenizer)
+        train_bpe(sample_texts(find_inputs([text]).files, TextOptions(), 5_000_000), args.vocab, tokenizer)
         dataset = datasets.load_dataset("json", data_files=str(text), split="train", cache_dir=folder)
         fast = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), eos_token=EOS_TOKEN)
         times: dict[str, list[float]] = {"datasets.map": [], "ours": []}

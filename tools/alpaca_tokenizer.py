@@ -1,6 +1,6 @@
 """Tokenize Alpaca-style instruction data for fine-tuning, prompts masked. See doc/data.md.
 
-python tools/alpaca_tokenizer.py alpaca.json data/sft tokenizer.model --valid-fraction 0.1
+python tools/alpaca_tokenizer.py alpaca.json data/sft tokenizer.model --valid-fraction 0.1 --seq-len 2048
 """
 
 from __future__ import annotations
@@ -13,17 +13,42 @@ from pathlib import Path
 def main() -> int:
     """Run the command; returns the exit code."""
     from internlm.data.tokenize.alpaca import tokenize_alpaca
+    from internlm.data.tokenize.prompts import PROMPT_FORMATS
     from internlm.utils.errors import UserError
+    from internlm.utils.paths import local_path
 
     parser = argparse.ArgumentParser(description="Tokenize Alpaca-style instruction data, prompts masked.")
-    parser.add_argument("dataset", type=Path, help="JSON array or .jsonl of {instruction, input, output}")
-    parser.add_argument("output", type=Path, help="folder for train/<type>/ and valid/<type>/")
-    parser.add_argument("tokenizer", type=Path, help="tokenizer.json, Hugging Face folder or SentencePiece .model")
-    parser.add_argument("--valid-fraction", "--split_ratio", type=float, default=0.1, help="default: 0.1")
-    parser.add_argument("--seed", type=int, default=1024, help="of the split (default: 1024)")
+    parser.add_argument("dataset", type=local_path, help="JSON array or JSON lines of {instruction, input, output}")
+    parser.add_argument("output", type=local_path, help="folder for train/<type>/ and valid/<type>/")
+    parser.add_argument(
+        "tokenizer", type=local_path, help="tokenizer.json, Hugging Face folder or SentencePiece .model"
+    )
+    parser.add_argument(
+        "--valid-fraction", "--split_ratio", "--split-ratio", type=float, default=0.1, help="default: 0.1"
+    )
+    parser.add_argument("--seed", type=int, help="of the split (default: 1024; InternEvo's 0)")
     parser.add_argument("--type", default="en", help="name of the type folder (default: en)")
-    parser.add_argument("--chat-template", action="store_true", help="use the tokenizer's chat template for the prompt")
-    parser.add_argument("--bos", action="store_true", help="begin every document with the bos token")
+    parser.add_argument(
+        "--prompt-format",
+        choices=PROMPT_FORMATS,
+        default="alpaca",
+        help="alpaca (default), that of the tokenizer's chat template, or that of InternEvo's tool: its "
+        "<|User|>:...<eoh><|Bot|>:...<eoa>, its split and its names of files",
+    )
+    parser.add_argument(
+        "--chat-template",
+        action="store_const",
+        const="chat-template",
+        dest="prompt_format",
+        help="the same as --prompt-format chat-template",
+    )
+    parser.add_argument("--bos", action="store_true", help="begin every document with the bos token (alpaca only)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of a tokenizer folder that is nothing else"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="data.seq_len of the training: count what goes beyond it"
+    )
     args = parser.parse_args()
     try:
         result = tokenize_alpaca(
@@ -33,15 +58,20 @@ def main() -> int:
             valid_fraction=args.valid_fraction,
             seed=args.seed,
             type_name=args.type,
-            chat_template=args.chat_template,
+            format_name=args.prompt_format,
             add_bos=args.bos,
+            trust_remote_code=args.trust_remote_code,
+            seq_len=args.seq_len,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for notice in result.notices:
+        print(f"notice: {notice}", file=sys.stderr)
     print(
         f"{args.output}: {result.train_documents:,} train and {result.valid_documents:,} valid documents, "
-        f"{result.tokens:,} tokens, {result.target_tokens:,} of them contribute loss"
+        f"{result.tokens:,} tokens, {result.target_tokens:,} of them contribute loss; the longest document has "
+        f"{result.longest:,}"
     )
     return 0
 

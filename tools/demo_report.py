@@ -10,9 +10,11 @@ from pathlib import Path
 
 def main() -> int:
     """Print the comparison; with matplotlib, draw `loss.png` into the run directory."""
+    from internlm.utils.paths import local_path
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--corpus", type=Path, required=True, help="corpus.json of tools/prepare_demo_data.py")
+    parser.add_argument("--run-dir", type=local_path, required=True)
+    parser.add_argument("--corpus", type=local_path, required=True, help="corpus.json of tools/prepare_demo_data.py")
     options = parser.parse_args()
     entropy = json.loads(options.corpus.read_text(encoding="utf-8"))["unigram_entropy"]
     with (options.run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
@@ -59,4 +61,5 @@ def _draw(
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.exit(main())

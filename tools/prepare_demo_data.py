@@ -15,10 +15,11 @@ def main() -> int:
     """Run the command; returns the exit code."""
     from internlm.data.demo_corpus import DemoSettings, prepare_demo_corpus
     from internlm.utils.errors import UserError
+    from internlm.utils.paths import local_path
 
     defaults = DemoSettings()
     parser = argparse.ArgumentParser(description="Make the demo's corpus from text that is on this machine.")
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to make (default: data/demo)")
+    parser.add_argument("--out", type=local_path, default=Path("data/demo"), help="folder to make (default: data/demo)")
     parser.add_argument("--max-bytes", type=float, default=defaults.max_bytes, help="bytes of text")
     parser.add_argument("--vocab", type=int, default=defaults.vocab_size, help="ids of the tokenizer")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: all cores")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from internlm.checkpoint.boxed_tensor import BoxedTensor, merge_by_key
 from internlm.checkpoint.folder import WHOLE_RUN
 from internlm.checkpoint.reading import listed, load_tensors, read_context, saved_shapes
-from internlm.checkpoint.weight_source import WeightSource
+from internlm.checkpoint.weight_source import WeightSource, finite
 from internlm.core.communication.objects import of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import set_random_state
@@ -143,9 +143,9 @@ def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: b
     if mistakes:
         raise CheckpointError(f"{what} does not fit this model:{listed(mistakes)}")
     for name, boxed in wanted.items():
-        whole: Tensor = source.read(name)
+        whole: Tensor = finite(source.read(name), name, what)
         for box, piece in boxed.pieces:
-            piece.copy_(whole[box.global_slices()])
+            piece.copy_(finite(whole[box.global_slices()], name, what, piece.dtype))
     optimizer.reset_masters()
 
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from internlm.utils.errors import CheckpointError
+
 
 class WeightSource(Protocol):
     """Whole tensors by global name, read one at a time."""
@@ -21,6 +23,35 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One of them, whole, on the CPU."""
+
+
+def finite(tensor: Tensor, name: str, what: str, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor in another dtype, if all its values are finite and stay so.
+
+    Args:
+        name, what: the tensor and where it comes from, for messages.
+        dtype: None: as it is.
+
+    Raises:
+        CheckpointError: a value is not finite, or too large for the dtype.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        number = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"{what}: '{name}' has {number:,} of {tensor.numel():,} values that are not finite (NaN or inf): the file "
+            "is damaged, or the model had diverged"
+        )
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if not bool(torch.isfinite(cast).all()):
+        largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
+        fits = "bf16 or fp32" if largest <= torch.finfo(torch.bfloat16).max else "fp32"
+        raise CheckpointError(
+            f"{what}: '{name}' has values up to {largest:.4g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{limit:.4g}: they would become inf; {fits} holds them"
+        )
+    return cast
 
 
 @dataclass(frozen=True)

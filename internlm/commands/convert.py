@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from internlm.convert.from_internevo import import_internevo
 from internlm.convert.to_hf import convert_to_hf
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
+from internlm.utils.paths import local_path
 from internlm.utils.storage import storage_path
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,6 +49,7 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
         help="tokenizer to put beside the weights (default: that of the folder it was imported from, else "
         "data.tokenizer_path of the run)",
     )
+    parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
     parser.set_defaults(convert=_to_hf)
 
 
@@ -59,7 +60,7 @@ def _to_hf(options: argparse.Namespace) -> int:
         layout=options.layout,
         dtype=DTYPES.get(options.dtype),
         max_shard_bytes=parse_size(options.max_shard_size),
-        tokenizer=storage_path(options.tokenizer) if options.tokenizer else None,
+        tokenizer=False if options.no_tokenizer else storage_path(options.tokenizer) if options.tokenizer else None,
     )
     print(options.out)
     return 0
@@ -69,11 +70,17 @@ def _add_from_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", required=True, metavar="DIR", help="folder with config.json and weights")
     parser.add_argument("--out", required=True, metavar="DIR", help="save folder in which checkpoint 0/ is made")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights (default: as stored)")
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="give the model a head of its own where config.json says that it is the embedding",
+    )
     parser.set_defaults(convert=_from_hf)
 
 
 def _from_hf(options: argparse.Namespace) -> int:
-    print(convert_from_hf(storage_path(options.hf), storage_path(options.out), dtype=DTYPES.get(options.dtype)))
+    source, out = storage_path(options.hf), storage_path(options.out)
+    print(convert_from_hf(source, out, dtype=DTYPES.get(options.dtype), untie=options.untie))
     return 0
 
 
@@ -82,7 +89,7 @@ def _add_from_internevo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="save folder in which checkpoint <step>/ is made")
     parser.add_argument(
         "--config",
-        type=Path,
+        type=local_path,
         metavar="FILE.py",
         help="config of the run (default: the one in the checkpoint, which is Python and is run)",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -14,6 +13,7 @@ from internlm.checkpoint.inference import load_model_for_inference
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging, get_logger
+from internlm.utils.paths import local_path, path_text
 
 logger = get_logger(__name__)
 
@@ -23,7 +23,7 @@ DEFAULT_SEED = 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--ckpt", required=True, type=str, metavar="DIR", help="checkpoint, or a folder of them (newest)"
+        "--ckpt", required=True, type=path_text, metavar="DIR", help="checkpoint, or a folder of them (newest)"
     )
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given many times")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to append (default: 100)")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=local_path,
         metavar="PATH",
         help="tokenizer.json, SentencePiece .model or Hugging Face folder (default: data.tokenizer_path of the run)",
     )

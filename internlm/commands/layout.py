@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from internlm.commands.config_options import add_config_options
 from internlm.config.loader import load_config
@@ -23,6 +22,7 @@ from internlm.initialize.build import build_layout, check_buildable
 from internlm.initialize.holdings import PipelineHolding, pipeline_holdings
 from internlm.initialize.stages import build_pipeline_schedule
 from internlm.utils.errors import UserError
+from internlm.utils.paths import local_path
 from internlm.utils.text_table import text_table
 
 MAX_ROWS = 16
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     parser.add_argument("--world-size", required=True, type=int, metavar="N", help="number of ranks")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank whose groups are shown (default: 0)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the timeline of a step into this file")
+    parser.add_argument(
+        "--png", type=local_path, metavar="FILE", help="also draw the timeline of a step into this file"
+    )
     parser.add_argument("--width", type=int, metavar="N", help="characters of a line (default: those of the terminal)")
 
 

@@ -31,6 +31,7 @@ from internlm.initialize.stages import build_meta_model
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError
 from internlm.utils.logging import configure_logging, get_logger
+from internlm.utils.paths import local_path
 
 logger = get_logger(__name__)
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="collectives' backend (default: nccl on GPUs, gloo on CPUs)")
     parser.add_argument("--profiling", action="store_true", help="write a torch profile of an early step")
     parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="where logs and metrics go (default: RUN/<job>/<time>)"
+        "--run-dir", type=local_path, metavar="DIR", help="where logs and metrics go (default: RUN/<job>/<time>)"
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print every key, its value and its origin, and exit"

@@ -11,6 +11,7 @@ from internlm.config.loader import load_config
 from internlm.initialize.build import check_buildable
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
+from internlm.utils.paths import local_path
 from internlm.verify.case import Case, Combination
 from internlm.verify.choices import Documents, Layout, from_text, to_text
 from internlm.verify.matrix import full_matrix, pairwise_matrix
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--matrix", action="store_true", help="instead of a config, compare the project's own matrix")
     parser.add_argument("--full", action="store_true", help="with --matrix: every layout, not one of each pair")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="with --matrix: where the table goes")
+    parser.add_argument("--output", type=local_path, metavar="FILE", help="with --matrix: where the table goes")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from internlm.config.schema import Config
+from internlm.config.schema.base import is_path, walk_values
 
 _INTERLEAVED = "parallel.sequence_2D.device_placement_strategy.interleaved"
 
@@ -37,9 +38,12 @@ def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
     if config.reduce_comm_dtype == "torch.float16" and config.model.dtype == "torch.bfloat16":
         yield (
             "reduce_comm_dtype = 'torch.float16' with model.dtype = 'torch.bfloat16': there is no loss scale, so "
-            "elements of gradients below 3e-8 become 0 on their way, those below 6e-5 lose digits, and a sum above 65,504 skips "
-            "the update; 'torch.bfloat16' takes as many bytes and has the range of fp32"
+            "elements of gradients below 3e-8 become 0 on their way, those below 6e-5 lose digits, and a sum above "
+            "65,504 skips the update; 'torch.bfloat16' takes as many bytes and has the range of fp32"
         )
+    for key, field, value in walk_values(config):
+        if is_path(field) and value is not None and "$" in value:
+            yield f"{key} = {value!r}: '$' is part of the name; for a variable write os.environ[...] in the config"
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)

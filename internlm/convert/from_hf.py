@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.tensor_files import write_weights
-from internlm.checkpoint.weight_source import LazyTensor
+from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
 from internlm.convert.hf_folder import HfFolder, HfWeights, side_files
 from internlm.model.architecture import Architecture
@@ -25,22 +26,28 @@ logger = get_logger(__name__)
 HF_FILES = "hf"
 """Folder in a checkpoint with the files that lay beside the weights it was imported from."""
 
+_WEIGHTS = ("weight", "bias", "weight_packed", "weight_scale", "qzeros", "scales")
+"""Ends of names of weights, quantized ones included."""
 _TRAINABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def convert_from_hf(source: StoragePath, out: StoragePath, *, dtype: torch.dtype | None = None) -> StoragePath:
+def convert_from_hf(
+    source: StoragePath, out: StoragePath, *, dtype: torch.dtype | None = None, untie: bool = False
+) -> StoragePath:
     """Write the checkpoint `<out>/0/` with the weights of a Hugging Face folder.
 
     Args:
         source: folder with config.json and weights.
         out: save folder; must not have a checkpoint 0.
         dtype: of the weights; None: each as stored.
+        untie: give the model a head of its own where config.json says that it is the embedding.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: the folder is incomplete or damaged, or has weights that its config.json does not explain.
+        CheckpointError: the folder is incomplete or damaged, has weights that its config.json does not explain or that
+            contradict it, or values that are not finite or too large for `dtype`.
         ConfigError: a family or feature that this package does not have.
     """
     target = out / "0"
@@ -52,7 +59,10 @@ def convert_from_hf(source: StoragePath, out: StoragePath, *, dtype: torch.dtype
     # Tokenizers are read from disks only.
     has_tokenizer = target.is_local and _has_tokenizer(hf_files)
     tokenizer_path = str((target / HF_FILES).local.absolute()) if has_tokenizer else None
-    config = imported_config(folder.model, dtype or stored, tokenizer_path)
+    model = folder.model
+    if untie:
+        model = dataclasses.replace(model, keys={**model.keys, "tie_word_embeddings": False})
+    config = imported_config(model, dtype or stored, tokenizer_path)
     weights = HfWeights(folder, architecture_of(config))
     problems = [f"'{name}' is missing" for name in weights.missing]
     problems += [f"'{name}' is not explained by config.json" for name in weights.unexpected]
@@ -106,8 +116,7 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def _read(weights: HfWeights, name: str, dtype: torch.dtype | None) -> Tensor:
-    tensor = weights.read(name)
-    return tensor if dtype is None else tensor.to(dtype)
+    return finite(weights.read(name), name, f"'{weights.folder.path}'", dtype)
 
 
 def _main_dtype(folder: HfFolder) -> torch.dtype:
@@ -119,11 +128,15 @@ def _main_dtype(folder: HfFolder) -> torch.dtype:
     sizes: Counter[torch.dtype] = Counter()
     for name, entry in folder.entries.items():
         if entry.dtype not in _TRAINABLE:
+            if not name.endswith(_WEIGHTS):
+                continue  # a buffer; what no weight of the model comes from is named later
             raise CheckpointError(
                 f"'{folder.path}': '{name}' is stored as {entry.dtype}; known: bfloat16, float16, float32. A quantized "
                 f"model must be written in one of them first"
             )
         sizes[entry.dtype] += torch.Size(entry.shape).numel() * entry.dtype.itemsize
+    if not sizes:
+        raise CheckpointError(f"'{folder.path}': no tensor is stored as bfloat16, float16 or float32")
     return sizes.most_common(1)[0][0]
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from internlm.checkpoint.tensor_files import write_weights
-from internlm.checkpoint.weight_source import LazyTensor
+from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.assemble import assemble
 from internlm.config.legacy import modernise
 from internlm.config.loader import check_config, read_tree
@@ -83,7 +85,7 @@ def import_internevo(
         notices.append(f"the weights are kept as they are stored ({formats}); model.dtype = {config.model.dtype}")
     counters = _read_counters(folder, notices)
     tensors = {
-        name: LazyTensor(source.shape(name), source.dtype(name), lambda name=name: source.read(name))  # type: ignore[misc]
+        name: LazyTensor(source.shape(name), source.dtype(name), partial(_read, source, name, folder))
         for name in source.names()
     }
     extra = {} if text is None else {"config_file.py": text.encode()}
@@ -93,6 +95,10 @@ def import_internevo(
     kind = {"tp": "tensor", "wp": "weight"}[files.split]
     layout = f"{files.num_ranks} {kind} parallel rank(s), {files.num_stages} pipeline stage(s)"
     return Imported(path, layout, counters, notices)
+
+
+def _read(source: InternEvoFolder, name: str, folder: Path) -> Tensor:
+    return finite(source.read(name), name, f"'{folder}'")
 
 
 def _read_config(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from internlm.config.schema import ModelConfig
 from internlm.convert.lazy import grouped_readers
+from internlm.convert.redundant import buffer_difference, is_buffer, tied_difference
 from internlm.convert.safetensors_file import Place, read_header, read_tensor
 from internlm.convert.torch_files import TorchFile
 from internlm.model.architecture import Architecture
@@ -26,7 +27,10 @@ from internlm.model.hf_names import Layout, from_hf, weight_groups
 from internlm.model.modules.rotary import RopeSettings
 from internlm.model.registry import build_model
 from internlm.utils.errors import CheckpointError
+from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
+
+logger = get_logger(__name__)
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -38,9 +42,6 @@ _KEPT_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 _KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md")
 _LARGEST_KEPT = 64 << 20
 _NOT_KEPT = (SAFETENSORS_INDEX, _BIN_INDEX)
-
-_BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
-"""Ends of names that older versions of the library saved, and that follow from the config."""
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,16 @@ class HfWeights:
         unexpected: names of the folder that the model has no place for.
 
     Raises:
-        CheckpointError: a tensor has a shape that does not fit the model.
+        CheckpointError: a tensor has a shape that does not fit the model, or one that follows from config.json, or from
+            another tensor, differs from what follows.
     """
 
     def __init__(self, folder: HfFolder, architecture: Architecture) -> None:
         self.folder = folder
         self._layout = folder.layout
         self._architecture = architecture
-        entries = {name: entry for name, entry in folder.entries.items() if not name.endswith(_BUFFERS)}
+        entries = {name: entry for name, entry in folder.entries.items() if not is_buffer(name)}
+        self._check_buffers([name for name in folder.entries if is_buffer(name)])
         groups = weight_groups(meta_weights(architecture), architecture, self._layout)
         needed = {name: tensor for group in groups for name, tensor in group.theirs.items()}
         self._stands_for = self._settle_tied_head(entries, needed)
@@ -205,6 +208,23 @@ class HfWeights:
         theirs = {name: self.folder.read(self._stands_for.get(name, name)) for name in names}
         return from_hf(theirs, self._architecture, self._layout)
 
+    def _check_buffers(self, names: Sequence[str]) -> None:
+        """Buffers say how the folder's weights were trained, whatever this model has."""
+        if not names:
+            return
+        with torch.device("meta"):
+            theirs = build_model(self.folder.model.model_type, ModelConfig.model_validate(self.folder.model.keys))
+        assert isinstance(theirs, Decoder)
+        found = [buffer_difference(name, self.folder.read(name), theirs.architecture.rope) for name in names]
+        differing = [difference for difference in found if difference is not None]
+        if differing:
+            raise CheckpointError(
+                f"'{self.folder.path}' holds another model than its {CONFIG} says:\n  "
+                + "\n  ".join(differing[:5])
+                + f"\n  Correct {CONFIG}, or remove the buffers from the weights"
+            )
+        logger.info("%s: %d buffers are as %s says, and not kept", self.folder.path, len(names), CONFIG)
+
     def _settle_tied_head(self, entries: dict[str, HfEntry], needed: Mapping[str, Tensor]) -> dict[str, str]:
         """A tied head that was saved beside its embedding is dropped; a model with a head of its own starts from the
         embedding of a tied one. Returns which name stands for a name that is missing."""
@@ -216,7 +236,15 @@ class HfWeights:
             else ("lm_head.weight", "model.embed_tokens.weight")
         )
         if self._architecture.tie_word_embeddings:
-            entries.pop(head, None)
+            if head in entries and embedding in entries:
+                difference = tied_difference(self.folder.read(head), self.folder.read(embedding))
+                if difference is not None:
+                    raise CheckpointError(
+                        f"'{self.folder.path}': {CONFIG} says that the head is the embedding (tie_word_embeddings), "
+                        f"but '{head}' {difference}. To keep both, import with --untie, or load into a model with "
+                        "model.tie_word_embeddings = False"
+                    )
+                del entries[head]
         elif head not in entries and embedding in entries:
             return {head: embedding}
         return {}

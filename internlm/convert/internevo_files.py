@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.internevo import EXPERT_FILE, RANK_FILE
+from internlm.convert.redundant import is_buffer
 from internlm.utils.errors import CheckpointError
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
@@ -61,6 +62,7 @@ class InternEvoFiles:
     Attributes:
         split: "tp": files of tensor parallel ranks; "wp": of weight parallel ranks (isp).
         num_ranks, num_stages: tensor or weight parallel ranks, and pipeline stages.
+        buffers: name -> values of what follows from the config; the same in all files.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the folder is of a kind that cannot be read.
@@ -70,6 +72,7 @@ class InternEvoFiles:
         self.folder = folder
         self.split, self.num_ranks, self.num_stages = _grid(folder)
         self._pieces: dict[str, list[Piece | None]] = {}
+        self.buffers: dict[str, Tensor] = {}
         states = [
             [_load(folder / self.file(rank, stage), mapped=True) for rank in range(self.num_ranks)]
             for stage in range(self.num_stages)
@@ -107,6 +110,9 @@ class InternEvoFiles:
         merged: dict[tuple[int, str], list[Piece | None]] = {}
         for rank, state in enumerate(states):
             for key, tensor in _weights(state, self.folder / self.file(rank, stage)):
+                if is_buffer(key[1]):
+                    self.buffers[f"{self.file(rank, stage)}: {key[1]}"] = tensor
+                    continue
                 pieces = merged.setdefault(key, [None] * self.num_ranks)
                 if pieces[rank] is not None:
                     path = self.folder / self.file(rank, stage)
@@ -213,14 +219,12 @@ def _load(path: Path, *, mapped: bool) -> Any:
 
 
 def _weights(state: object, path: Path) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    """((chunk, name within the chunk), tensor) of one file; buffers that are computed anew are left out."""
+    """((chunk, name within the chunk), tensor) of one file."""
     if not isinstance(state, dict):
         raise CheckpointError(f"'{path}' holds no weights but a {type(state).__name__}")
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"'{path}': '{key}' is no tensor but a {type(tensor).__name__}")
-        if key.endswith("inv_freq"):
-            continue
         chunk, name = 0, str(key)
         match = re.fullmatch(r"(\d+)\.(.+)", name)
         if match:  # The chunks of an interleaved pipeline as a list of modules.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from internlm.convert.internevo_files import InternEvoFiles, Piece
+from internlm.convert.redundant import buffer_difference
 from internlm.model.decoder import Decoder
 from internlm.utils.errors import CheckpointError
 
@@ -90,7 +91,9 @@ class InternEvoFolder:
         """Assemble every weight without its values."""
         used: set[str] = set()
         known = self._files.names()
-        mistakes: list[str] = []
+        rope = self._architecture.rope
+        differences = [buffer_difference(name, tensor, rope) for name, tensor in self._files.buffers.items()]
+        mistakes = [difference for difference in differences if difference is not None]
 
         def fetch(name: str) -> list[Piece]:
             if name not in known:

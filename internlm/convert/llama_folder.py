@@ -15,9 +15,11 @@ from torch import Tensor
 
 from internlm.convert.hf_folder import meta_weights
 from internlm.convert.lazy import grouped_readers
+from internlm.convert.redundant import buffer_difference, is_buffer
 from internlm.convert.torch_files import TorchFile
 from internlm.model.architecture import Architecture
 from internlm.model.hf_names import from_plain, group_of, plain_shapes
+from internlm.model.modules.rotary import RopeSettings
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
@@ -27,7 +29,6 @@ logger = get_logger(__name__)
 _FILE = re.compile(r"consolidated\.\d\d\.pth")
 _ROWS_SPLIT = (".wo.weight", ".w2.weight")
 """Ends of names of matrices that are cut over their columns (inputs); others are cut over their rows."""
-_NOT_WEIGHTS = ("rope.freqs",)
 
 
 class MetaLlamaWeights:
@@ -41,7 +42,8 @@ class MetaLlamaWeights:
     missing are not.
 
     Raises:
-        CheckpointError: the folder does not exist or has no weights, or params.json or a shape does not fit the model.
+        CheckpointError: the folder does not exist or has no weights, params.json or a shape does not fit the model, or
+            the frequencies in the files are not those of params.json.
     """
 
     def __init__(self, path: StoragePath, architecture: Architecture) -> None:
@@ -52,12 +54,17 @@ class MetaLlamaWeights:
             raise CheckpointError(f"'{path}' has no weights: no file consolidated.00.pth is there")
         self.path = path
         self._architecture = architecture
-        _check_params(path, architecture)
+        base = _check_params(path, architecture)
         self._files = [TorchFile(path / name) for name in names]
         shards = [file.entries() for file in self._files]
+        rope = RopeSettings(head_dim=architecture.head_dim, base=base)
+        for name in filter(is_buffer, shards[0]):
+            difference = buffer_difference(name, self._files[0].read(name), rope)
+            if difference is not None:
+                raise CheckpointError(f"'{path}' holds another model than its params.json says: {difference}")
         for file in self._files:
             file.close()
-        found = {name: entry for name, entry in shards[0].items() if name not in _NOT_WEIGHTS}
+        found = {name: entry for name, entry in shards[0].items() if not is_buffer(name)}
         for file, shard in zip(self._files, shards, strict=True):
             absent = [name for name in found if name not in shard]
             if absent:
@@ -128,7 +135,8 @@ def _split_dim(
     )
 
 
-def _check_params(path: StoragePath, architecture: Architecture) -> None:
+def _check_params(path: StoragePath, architecture: Architecture) -> float:
+    """Compare with the model; returns the rotary base."""
     file = path / "params.json"
     if not file.is_file():
         raise CheckpointError(f"'{path}' has no params.json: it is no folder of llama weights")
@@ -153,6 +161,7 @@ def _check_params(path: StoragePath, architecture: Architecture) -> None:
     function = {"norm_eps": a.norm_eps, "rope_theta": a.rope.base, "use_scaled_rope": scaled}
     for line in _differences({"use_scaled_rope": False, **values}, function):
         logger.warning("%s: %s", file, line)
+    return float(values["rope_theta"])
 
 
 def _differences(values: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

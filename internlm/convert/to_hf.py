@@ -14,13 +14,14 @@ from internlm.checkpoint.folder import find_damage, read_mark, resolve
 from internlm.checkpoint.reading import read_config
 from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import TensorReader
-from internlm.checkpoint.weight_source import LazyTensor
+from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
 from internlm.convert.from_hf import HF_FILES, architecture_of
 from internlm.convert.hf_folder import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, meta_weights
 from internlm.convert.lazy import grouped_readers
 from internlm.convert.safetensors_file import shard, write_safetensors
-from internlm.convert.tokenizer_files import TokenizerFiles, imported_files, tokenizer_files
+from internlm.convert.tokenizer_files import TokenizerFiles, imported_files, served_alike, tokenizer_files
+from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.model.architecture import Architecture
 from internlm.model.hf_config import PUBLISHED_LAYOUTS, published_config_json, transformers_config_json
 from internlm.model.hf_names import Layout, to_hf, weight_groups
@@ -43,7 +44,7 @@ def convert_to_hf(
     layout: LayoutChoice = "transformers",
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
-    tokenizer: StoragePath | None = None,
+    tokenizer: StoragePath | Literal[False] | None = None,
 ) -> None:
     """Write a Hugging Face folder.
 
@@ -57,10 +58,12 @@ def convert_to_hf(
             published checkpoints, which may need code of theirs.
         dtype: of the weights; None: each as stored.
         max_shard_bytes: of one weight file, as far as single tensors allow.
-        tokenizer: None: the files that the checkpoint was imported with, else the run's data.tokenizer_path.
+        tokenizer: None: the files that the checkpoint was imported with, else the run's data.tokenizer_path. False:
+            none.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete or damaged, or `out` is not empty.
+        CheckpointError: the checkpoint is incomplete or damaged, `out` is not empty, or transformers gives other ids
+            than the tokenizer did in training, in every form of its files.
         ConfigError: no class of transformers (no published code) computes this model.
     """
     if out.is_file() or out.names():
@@ -109,7 +112,8 @@ def check_exportable(config: Config, layout: LayoutChoice = "transformers") -> N
     Raises:
         CheckpointError, ConfigError: they cannot; says why.
     """
-    _config_json(config, architecture_of(config), layout)
+    values = _config_json(config, architecture_of(config), layout)
+    served_alike(_tokenizer_of_run(config), values, with_code=layout == "published")
 
 
 def _write(
@@ -118,12 +122,14 @@ def _write(
     layout: LayoutChoice,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
-    tokenizer: StoragePath | None,
+    tokenizer: StoragePath | Literal[False] | None,
 ) -> None:
     config = read_config(checkpoint)
     architecture = architecture_of(config)
     values = _config_json(config, architecture, layout)
-    beside = _files_beside(checkpoint, config, layout, tokenizer)
+    beside = _files_beside(checkpoint, config, layout, tokenizer) if tokenizer is not False else TokenizerFiles()
+    values |= beside.ids
+    files = served_alike(beside, values, with_code=layout == "published")
     names = PUBLISHED_LAYOUTS.get(config.model_type, "transformers") if layout == "published" else "transformers"
     tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype)
     if dtype is not None:
@@ -132,11 +138,11 @@ def _write(
                 values[key] = str(dtype).removeprefix("torch.")
     out.make_folder()
     _write_weights(out, tensors, max_shard_bytes)
-    for name, data in beside.files.items():
+    for name, data in files.items():
         (out / name).write_bytes(data)
-    if beside.ids and "generation_config.json" not in beside.files:
-        _write_json(out / "generation_config.json", {"_from_model_config": True, **beside.ids})
-    _write_json(out / CONFIG, {**values, **beside.ids})
+    if beside.ids and GENERATION not in files:
+        _write_json(out / GENERATION, {"_from_model_config": True, **beside.ids})
+    _write_json(out / CONFIG, values)
 
 
 def hf_tensors(
@@ -167,7 +173,8 @@ def hf_tensors(
 
     def read_group(number: int) -> Mapping[str, Tensor]:
         ours = {name: reader.read(name) for name in groups[number].ours}
-        return {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_hf(ours, architecture, layout).items()}
+        theirs = to_hf(ours, architecture, layout)
+        return {name: finite(tensor, name, f"'{reader.path}'", dtype) for name, tensor in theirs.items()}
 
     readers = grouped_readers(read_group, [group.theirs for group in groups])
     return {
@@ -190,6 +197,10 @@ def _files_beside(
     imported = imported_files(checkpoint / HF_FILES, with_code=layout == "published")
     if imported.files:
         return imported
+    return _tokenizer_of_run(config)
+
+
+def _tokenizer_of_run(config: Config) -> TokenizerFiles:
     path = config.data.tokenizer_path
     if path is None:
         return TokenizerFiles()

@@ -1,19 +1,43 @@
-"""The files of a tokenizer that are put beside exported weights, and the token ids that go into their configs."""
+"""The files of a tokenizer that are put beside exported weights, and the token ids that go into their configs.
+
+A served model must be given the ids it was trained on. So what transformers makes of the files is compared with the
+tokenizer that made the training data; where it differs, the same tokenizer is written in a form that does not.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internlm.convert.hf_folder import side_files
-from internlm.data.tokenize.text_tokenizer import load_tokenizer
-from internlm.utils.errors import CheckpointError
+from internlm.convert.hf_folder import CONFIG, side_files
+from internlm.convert.sentencepiece_json import sentencepiece_json
+from internlm.data.tokenize.probes import first_difference, special_texts
+from internlm.data.tokenize.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm.data.tokenize.special_tokens import ADDED, GENERATION, MAP, own_code
+from internlm.data.tokenize.special_tokens import CONFIG as TOKENIZER_CONFIG
+from internlm.data.tokenize.text_tokenizer import (
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    TextTokenizer,
+    TransformersTokenizer,
+    load_tokenizer,
+)
+from internlm.utils.errors import CheckpointError, DataError
+from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
 
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+logger = get_logger(__name__)
+
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_GENERIC_CLASS = "PreTrainedTokenizerFast"
+"""transformers' name of the class that takes a tokenizer.json as it is; others build it anew by rules of their own."""
+_ADDING_BOS = ("Llama", "CodeLlama", "Gemma")
+"""Starts of the names of classes that put bos before a text unless their config says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +47,14 @@ class TokenizerFiles:
     Attributes:
         files: name -> content.
         ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, as far as they are known.
+        tokenizer: what the files are to be read as; None without a tokenizer.
+        where: the files, for messages.
     """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     ids: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: TextTokenizer | None = None
+    where: str = ""
 
 
 def imported_files(folder: StoragePath, *, with_code: bool) -> TokenizerFiles:
@@ -37,13 +65,21 @@ def imported_files(folder: StoragePath, *, with_code: bool) -> TokenizerFiles:
         with_code: keep the code of the model; that of a tokenizer always stays.
     """
     files = side_files(folder)
-    config = json.loads(files.pop("config.json", b"{}"))
+    config = json.loads(files.pop(CONFIG, b"{}"))
     kept = {
         name: data
         for name, data in files.items()
         if with_code or not name.endswith(".py") or name.startswith("tokenization")
     }
-    return TokenizerFiles(kept, {name: config[name] for name in _IDS if config.get(name) is not None})
+    ids = {name: config[name] for name in IDS if config.get(name) is not None}
+    tokenizer = None
+    if any(name in kept for name in (TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG)):
+        try:
+            with tempfile.TemporaryDirectory() as copy:
+                tokenizer = load_tokenizer(_write(kept, Path(copy)))
+        except DataError as error:
+            logger.warning("%s: the tokenizer is copied, but its ids are not compared: %s", folder, error)
+    return TokenizerFiles(kept, ids, tokenizer, str(folder))
 
 
 def tokenizer_files(path: StoragePath) -> TokenizerFiles:
@@ -59,7 +95,7 @@ def tokenizer_files(path: StoragePath) -> TokenizerFiles:
         files = {
             name: data
             for name, data in side_files(path).items()
-            if name not in ("config.json", "generation_config.json") and (not name.endswith(".py") or "tokeniz" in name)
+            if name != CONFIG and (not name.endswith(".py") or "tokeniz" in name)
         }
     elif path.is_file():
         files = _single_file(path.local)
@@ -67,24 +103,147 @@ def tokenizer_files(path: StoragePath) -> TokenizerFiles:
         raise CheckpointError(f"{path}: no such tokenizer; expected a folder, a tokenizer.json or a .model file")
     tokenizer = load_tokenizer(path.local)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return TokenizerFiles(files, {name: value for name, value in ids.items() if value is not None})
+    known = {name: value for name, value in ids.items() if value is not None}
+    return TokenizerFiles(files, known, tokenizer, str(path))
+
+
+def served_alike(beside: TokenizerFiles, config: Mapping[str, Any], *, with_code: bool) -> Mapping[str, bytes]:
+    """The files, or others of the same tokenizer, that transformers reads as `beside.tokenizer` does.
+
+    Args:
+        config: the config.json that will lie beside them.
+        with_code: code of the tokenizer's own may stay; what it does is not compared, as it is not run.
+
+    Raises:
+        CheckpointError: it has more tokens than the model, or transformers gives other ids for every form of it.
+    """
+    tokenizer, where = beside.tokenizer, beside.where
+    if tokenizer is None:
+        return beside.files
+    if tokenizer.vocab_size > config["vocab_size"]:
+        raise CheckpointError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only {config['vocab_size']:,}: it "
+            "is not the one that made the training data"
+        )
+    key = _key(beside, config, with_code)
+    if key not in _SERVED_ALIKE:
+        _SERVED_ALIKE.clear()
+        _SERVED_ALIKE[key] = _find_alike(beside, tokenizer, config, with_code)
+    return _SERVED_ALIKE[key]
+
+
+_SERVED_ALIKE: dict[str, Mapping[str, bytes]] = {}
+"""The last answer: a run exports again and again, with the same tokenizer."""
+
+
+def _key(beside: TokenizerFiles, config: Mapping[str, Any], with_code: bool) -> str:
+    digest = hashlib.sha256(json.dumps([with_code, config], sort_keys=True, default=str).encode())
+    for name, data in sorted(beside.files.items()):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
+    return digest.hexdigest()
+
+
+def _find_alike(
+    beside: TokenizerFiles, tokenizer: TextTokenizer, config: Mapping[str, Any], with_code: bool
+) -> Mapping[str, bytes]:
+    files, where = beside.files, beside.where
+    with tempfile.TemporaryDirectory() as folder:
+        copy = _write(files, Path(folder))
+        code = own_code(copy)
+        if code is not None and with_code:
+            logger.warning("%s: the tokenizer is code of its own (%s): its ids are not compared", where, code)
+            return files
+        difference = _difference(files, config, tokenizer)
+        if difference is None:
+            return files
+        other = _as_generic(files, tokenizer, copy)
+    if other is None:
+        raise CheckpointError(_refusal(where, difference))
+    remaining = _difference(other, config, tokenizer)
+    if remaining is not None:
+        raise CheckpointError(_refusal(where, remaining))
+    logger.warning(
+        "%s: transformers would give other ids than the training data has: %s. Written as a %s of class %s, which "
+        "gives the same ids",
+        *(where, difference, TOKENIZER_JSON, _GENERIC_CLASS),
+    )
+    return other
+
+
+def _refusal(where: str, difference: str) -> str:
+    return (
+        f"{where}: a model that is served by transformers would get other ids than it was trained on: {difference}. "
+        "Give --tokenizer PATH with one that agrees, or --no-tokenizer for weights without one"
+    )
+
+
+def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: TextTokenizer) -> str | None:
+    """How transformers reads the files otherwise than `trained`, in words; None if it does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = _write({**files, CONFIG: json.dumps(config, default=str).encode()}, Path(folder))
+        try:
+            theirs = TransformersTokenizer(copy, trust_remote_code=False)
+        except DataError as error:
+            return str(error).replace(folder, "it")
+        except Exception as error:  # whatever the class that the files name raises
+            return f"transformers cannot read it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        if theirs.eos_id != trained.eos_id:
+            return f"a text ends with token {trained.eos_id} by the former and with {theirs.eos_id} by the latter"
+        difference = first_difference(trained, theirs)
+        if difference is not None:
+            return difference
+        special = first_difference(trained, theirs, special_texts(trained))
+    if special is None:
+        return None
+    if isinstance(trained, SentencePieceTokenizer) and not trained.added:
+        # No file beside the model names any; transformers always finds them.
+        logger.info("special tokens that are spelt in a text are tokens for transformers, and letters in training")
+        return None
+    return special
+
+
+def _as_generic(files: Mapping[str, bytes], tokenizer: TextTokenizer, folder: Path) -> dict[str, bytes] | None:
+    """The same tokenizer as a tokenizer.json that transformers takes as it is; None if it cannot be written so."""
+    config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+    pieces = tokenizer.pieces()
+    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    named = {key: None if id is None else pieces[id] for key, id in ends.items()}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        adds_bos = config.get("add_bos_token", str(config.get("tokenizer_class", "")).startswith(_ADDING_BOS))
+        adds = (adds_bos, config.get("add_eos_token", False))
+        before, after = (content if added else None for content, added in zip(named.values(), adds, strict=True))
+        content = sentencepiece_json(folder / TOKENIZER_MODEL, tokenizer.added, (before, after))
+    elif TOKENIZER_JSON in files:
+        content = files[TOKENIZER_JSON]
+    else:
+        return None
+    config |= {"tokenizer_class": _GENERIC_CLASS, **named}
+    for key in ("auto_map", "added_tokens_decoder", "legacy"):
+        config.pop(key, None)
+    left_out = (MAP, ADDED, TOKENIZER_CONFIG)  # tokenizer.json and the config say it all
+    kept = {name: data for name, data in files.items() if name not in left_out and not name.startswith("tokenization")}
+    return {**kept, TOKENIZER_JSON: content, TOKENIZER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> Path:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
 
 
 def _single_file(path: Path) -> dict[str, bytes]:
-    """The file under the name that transformers looks for, and which of its classes reads it."""
-    config_path = path.with_name("tokenizer_config.json")
+    """The file under the name that transformers looks for, what lies beside it, and which of its classes reads it."""
     is_json = path.suffix == ".json"
-    files = {"tokenizer.json" if is_json else "tokenizer.model": path.read_bytes()}
-    if config_path.is_file():
-        files["tokenizer_config.json"] = config_path.read_bytes()
-        return files
-    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast" if is_json else "LlamaTokenizer"}
-    if is_json:
-        from tokenizers import Tokenizer
-
-        library, ours = Tokenizer.from_file(str(path)), load_tokenizer(path)
+    files = {TOKENIZER_JSON if is_json else TOKENIZER_MODEL: path.read_bytes()}
+    for name in (TOKENIZER_CONFIG, MAP, ADDED, GENERATION):
+        if path.with_name(name).is_file():
+            files[name] = path.with_name(name).read_bytes()
+    if TOKENIZER_CONFIG not in files:
+        ours = load_tokenizer(path)
+        pieces = ours.pieces()
+        values: dict[str, Any] = {"tokenizer_class": _GENERIC_CLASS if is_json else "LlamaTokenizer"}
         for key, token in (("bos_token", ours.bos_id), ("eos_token", ours.eos_id)):
             if token is not None:
-                values[key] = library.id_to_token(token)
-    files["tokenizer_config.json"] = json.dumps(values, indent=2).encode()
+                values[key] = pieces[token]
+        files[TOKENIZER_CONFIG] = json.dumps(values, indent=2).encode()
     return files

@@ -13,14 +13,16 @@ import re
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from internlm.data.statistics import token_counts, unigram_entropy
+from internlm.data.tokenize.input_files import find_inputs
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
-from internlm.data.tokenize.text_inputs import TextOptions, find_inputs
+from internlm.data.tokenize.text_inputs import TextOptions
 from internlm.data.tokenize.train_bpe import sample_texts, train_bpe
+from internlm.data.tokenizer_record import read_record, write_record
 from internlm.utils.errors import DataError
 
 _HELD_OUT_EVERY = 80
@@ -76,12 +78,15 @@ def prepare_demo_corpus(folder: Path, settings: DemoSettings, processes: int) ->
     written = _write_text(work / "text", "python", _standard_library(), settings.max_bytes // 2)
     _write_text(work / "text", "packages", _packages(), settings.max_bytes - written)
     tokenizer = work / "tokenizer.json"
-    files = find_inputs([work / "text" / "train"])
+    files = find_inputs([work / "text" / "train"]).files
     train_bpe(sample_texts(files, TextOptions(), _TRAIN_BYTES), settings.vocab_size, tokenizer)
-    for path, _ in find_inputs([work / "text"]):
+    for path, _ in find_inputs([work / "text"]).files:
         output = work / path.parent.name / path.stem / f"{path.stem}.bin"
         output.parent.mkdir(parents=True)
         tokenize(TokenizeOptions((str(path),), output, tokenizer, processes=processes))
+        # The folder is renamed at the end, and the tokenizer with it.
+        if record := read_record(output):
+            write_record(output, replace(record, tokenizer=str((folder / tokenizer.name).resolve())))
     facts = _facts(work, settings)
     (work / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(work / "text")
@@ -93,7 +98,7 @@ def prepare_demo_corpus(folder: Path, settings: DemoSettings, processes: int) ->
 
 def _facts(work: Path, settings: DemoSettings) -> dict[str, Any]:
     documents = size = 0
-    for path, _ in find_inputs([work / "text"]):
+    for path, _ in find_inputs([work / "text"]).files:
         with open(path, encoding="utf-8") as lines:
             for line in lines:
                 documents += 1

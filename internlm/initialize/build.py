@@ -59,6 +59,7 @@ from internlm.solver.optimizer.nonfinite import describe_failed_update, nonfinit
 from internlm.utils.allocator import keep_freed_memory
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.logging import get_logger
+from internlm.utils.paths import expand_home
 from internlm.utils.storage import StoragePath, storage_path
 
 logger = get_logger(__name__)
@@ -288,8 +289,8 @@ def build_hooks(
         hooks.append(MetricsFileHook(numbers))
     if config.enable_tb:
         # The variables' names are InternEvo's.
-        folder = config.tensorboard_folder or os.environ.get("tensorboard_folder")  # noqa: SIM112
-        resumed = config.resume_tb_folder or os.environ.get("resume_tb_folder")  # noqa: SIM112
+        folder = config.tensorboard_folder or expand_home(os.environ.get("tensorboard_folder", ""))  # noqa: SIM112
+        resumed = config.resume_tb_folder or expand_home(os.environ.get("resume_tb_folder", ""))  # noqa: SIM112
         hooks.append(
             TensorBoardHook(
                 numbers,

@@ -85,7 +85,7 @@ def from_hf(
     """Translate a Hugging Face state dict to our names; the inverse of `to_hf` (but for a head that it normalised).
 
     Raises:
-        CheckpointError: a name that the layout does not have.
+        CheckpointError: a name that the layout does not have, or a head that differs from the embedding it is tied to.
     """
     if layout == "internlm2":
         ours = {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -96,6 +96,9 @@ def from_hf(
     sizes = [n * architecture.head_dim for n in (architecture.num_heads,) + (architecture.num_kv_heads,) * 2]
     for name, tensor in state.items():
         if architecture.tie_word_embeddings and name == "lm_head.weight":
+            embedding = state.get("model.embed_tokens.weight")
+            if embedding is not None and not torch.equal(tensor, embedding.to(tensor.dtype)):
+                raise CheckpointError(f"'{name}' is not the embedding, but this model has no head of its own")
             continue
         if layout == "baichuan2" and _PACKED in name:
             for part, rows in zip(("q_proj", "k_proj", "v_proj"), tensor.split(sizes), strict=True):

@@ -107,7 +107,7 @@ def meta_folder(folder: Path, num_files: int, generation: int, **params: Any) ->
     meta["norm.weight"] = model.model.norm.weight
     meta["tok_embeddings.weight"] = model.model.embed_tokens.weight
     meta["output.weight"] = model.lm_head.weight
-    meta["rope.freqs"] = torch.ones(4)
+    meta["rope.freqs"] = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
     columns = (".wo.weight", ".w2.weight", *(["tok_embeddings.weight"] if generation < 3 else []))
     for number in range(num_files):
         shard = {
@@ -162,6 +162,12 @@ def test_mistakes_with_metas_files(tmp_path: Path) -> None:
     torch.save(shard, tmp_path / "consolidated.01.pth")
     with pytest.raises(CheckpointError, match=r"consolidated.01.pth' lacks 'norm.weight'"):
         open_weights("llama", path, model)
+
+
+def test_frequencies_in_metas_files_that_contradict_params(tmp_path: Path) -> None:
+    meta_folder(tmp_path, 1, 2, rope_theta=5e5)
+    with pytest.raises(CheckpointError, match=r"another model than its params\.json says: .*about 10000, .* 500000"):
+        open_weights("llama", storage_path(tmp_path), tiny_model("LLAMA2", **LLAMA, rope_base=5e5))
 
 
 def test_what_metas_files_lack_is_left_out_and_what_is_more_is_named(tmp_path: Path) -> None:

@@ -329,13 +329,26 @@ def test_parts_of_a_head_that_ranks_share_are_compared(tmp_path: Path) -> None:
     assert "model_wp1_pp0.pt and model_wp3_pp0.pt differ" in refused(tmp_path / "old", tmp_path / "new")
 
 
-def test_replicas_with_nan_are_equal(tmp_path: Path) -> None:
+def test_replicas_with_nan_are_equal_and_not_imported(tmp_path: Path) -> None:
     model = model_of("LLAMA2", section_of("LLAMA2"))
     with torch.no_grad():
         model.norm.weight[0] = float("nan")
     save(tmp_path / "old", "LLAMA2", Split(tp=2), model)
-    weights = read_back(import_internevo(tmp_path / "old", storage_path(tmp_path / "new")))
-    assert weights["norm.weight"][0].isnan()
+    message = refused(tmp_path / "old", tmp_path / "new")
+    assert "'norm.weight' has 1 of 32 values that are not finite" in message
+
+
+def test_frequencies_that_contradict_the_config_are_named(tmp_path: Path) -> None:
+    save(tmp_path / "old", "LLAMA2", Split())
+    path = tmp_path / "old" / "model_tp0_pp0.pt"
+    state = torch.load(path)
+    width = section_of("LLAMA2")["hidden_size"] // section_of("LLAMA2")["num_attention_heads"]
+    name = "model.layers.0.attention.rotary_emb.inv_freq"
+    torch.save({**state, name: 10000.0 ** -(torch.arange(0, width, 2) / width)}, path)
+    import_internevo(tmp_path / "old", storage_path(tmp_path / "new"))
+    torch.save({**state, name: 1e6 ** -(torch.arange(0, width, 2) / width)}, path)
+    message = refused(tmp_path / "old", tmp_path / "newer")
+    assert "a rotary base of about 1e+06, the config says 10000" in message
 
 
 @pytest.mark.parametrize(

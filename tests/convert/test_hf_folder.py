@@ -13,8 +13,12 @@ from helpers.model import tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from internlm.checkpoint.inference import load_model_for_inference
+from internlm.cli import main
 from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.hf_folder import HfFolder, HfWeights, differences
+from internlm.convert.to_hf import convert_to_hf
+from internlm.model.hf_names import from_hf
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.storage import storage_path
 
@@ -77,7 +81,13 @@ def test_bin_files(tmp_path: Path, sharded: bool, zipped: bool) -> None:
     theirs = native_model("llama")
     theirs.config.save_pretrained(tmp_path)
     state = {name: tensor.detach().clone() for name, tensor in theirs.state_dict().items()}
-    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as old versions did
+    # As old versions did.
+    frequencies = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    angles = torch.outer(torch.arange(64.0), frequencies).repeat(1, 2)
+    before = "model.layers.0.self_attn.rotary_emb"
+    state[f"{before}.inv_freq"] = frequencies.half() if sharded else frequencies
+    state[f"{before}.cos_cached"], state[f"{before}.sin_cached"] = angles.cos()[None, None], angles.sin()[None, None]
+    state["model.position_ids"] = torch.arange(64)[None]
     if sharded:
         names = list(state)
         parts = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
@@ -126,6 +136,83 @@ def test_a_tied_head_that_was_saved_all_the_same_is_left_out(tmp_path: Path) -> 
     fill(tied, weights)
     assert "output.weight" not in weights.names()
     assert torch.equal(tied.head_weight(), tensors["model.embed_tokens.weight"])
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """config.json says tied, the file has another head: neither is thrown away."""
+    theirs = save_native("llama", tmp_path / "hf")
+    edit_config(tmp_path / "hf", tie_word_embeddings=True)
+    folder = HfFolder(storage_path(tmp_path / "hf"))
+    message = (
+        r"'lm_head.weight' differs from the embedding in [\d,]+ of 4,656 values.*--untie.*tie_word_embeddings = False"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        HfWeights(folder, tiny_model("LLAMA2", **GQA, tie_word_embeddings=True).architecture)
+    assert main(["convert", "from-hf", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "ours")]) == 2
+    assert "'lm_head.weight' differs from the embedding" in capsys.readouterr().err
+    untied = tiny_model("LLAMA2", **GQA)
+    fill(untied, HfWeights(folder, untied.architecture))
+    convert_from_hf(folder.path, storage_path(tmp_path / "ours"), untie=True)
+    imported, config = load_model_for_inference(tmp_path / "ours")
+    assert config.model.tie_word_embeddings is False
+    tokens = random_tokens(2, 21)
+    with torch.no_grad():
+        for model in (untied, imported):
+            assert_same_logits(logits(model, tokens), theirs(tokens).logits)
+    with pytest.raises(CheckpointError, match="is not the embedding"):
+        from_hf(theirs.state_dict(), tiny_model("LLAMA2", **GQA, tie_word_embeddings=True).architecture)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("inv_freq", 5e5 ** -(torch.arange(0, 8, 2) / 8), "a rotary base of about 500000, the config says 10000"),
+        ("inv_freq", torch.ones(4), "'model.layers.1.self_attn.rotary_emb.inv_freq' has the frequencies"),
+        ("inv_freq", torch.ones(5), "is not what follows from the config"),
+        ("cos_cached", torch.ones(64, 8), "cos_cached' is not what follows from the config"),
+    ],
+)
+def test_a_buffer_that_contradicts_the_config(tmp_path: Path, name: str, values: Tensor, message: str) -> None:
+    save_native("llama", tmp_path)
+    save_one_file(tmp_path, {**tensors_of(tmp_path), f"model.layers.1.self_attn.rotary_emb.{name}": values})
+    with pytest.raises(CheckpointError, match=message):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+
+
+def test_a_buffer_of_integers_is_no_quantized_weight(tmp_path: Path) -> None:
+    save_native("llama", tmp_path)
+    save_one_file(tmp_path, {**tensors_of(tmp_path), "model.counts": torch.ones(3, dtype=torch.int64)})
+    with pytest.raises(CheckpointError, match=r"'model\.counts' is not explained by config\.json"):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    save_native("llama", tmp_path)
+    tensors = tensors_of(tmp_path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_one_file(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=r"'layers\.1\..*' has 1 of .* values that are not finite"):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+    assert not (tmp_path / "ours" / "0").exists()
+
+
+def test_values_that_the_dtype_cannot_hold_are_named(tmp_path: Path) -> None:
+    save_native("llama", tmp_path / "hf")
+    tensors = tensors_of(tmp_path / "hf")
+    tensors["model.norm.weight"][3] = -1e5
+    save_one_file(tmp_path / "hf", tensors)
+    source, message = (
+        storage_path(tmp_path / "hf"),
+        "'{}' has values up to 1e\\+05, and float16 ends at 6.55e\\+04.*bf16 or",
+    )
+    with pytest.raises(CheckpointError, match=message.format("norm.weight")):
+        convert_from_hf(source, storage_path(tmp_path / "half"), dtype=torch.float16)
+    checkpoint = convert_from_hf(source, storage_path(tmp_path / "ours"))
+    with pytest.raises(CheckpointError, match=message.format("model.norm.weight")):
+        convert_to_hf(checkpoint, storage_path(tmp_path / "out"), dtype=torch.float16)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "half" / "0").exists()
+    convert_to_hf(checkpoint, storage_path(tmp_path / "out"), dtype=torch.bfloat16)
 
 
 def test_a_head_of_its_own_starts_from_a_tied_one(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import pytest
 from internlm.data.demo_corpus import DemoSettings, prepare_demo_corpus
 from internlm.data.loader import build_train_loader
 from internlm.data.statistics import token_counts, unigram_entropy
+from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_file import TokenizedFile
 from internlm.data.tokenized_writer import TokenizedWriter
+from internlm.data.tokenizer_record import common_record, tokenizer_records
 from internlm.data.valid import build_valid_loaders
 from internlm.utils.errors import DataError
 
@@ -41,6 +43,9 @@ def test_corpus_is_prepared_once(tmp_path):
         "corpus.json", "tokenizer.json", "tokenizer_config.json", "train", "valid",
     ]  # fmt: skip
     tokenizer = load_tokenizer(tmp_path / "demo" / "tokenizer.json")
+    made_with = common_record(tokenizer_records(tmp_path / "demo"))
+    assert made_with.tokenizer == str(tmp_path / "demo" / "tokenizer.json")
+    assert made_with.fingerprint == tokenizer_fingerprint(tokenizer)
     size = tokens = documents = 0
     for path in (tmp_path / "demo").rglob("*.bin"):
         file = TokenizedFile(path, 600)

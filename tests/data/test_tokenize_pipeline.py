@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -17,23 +16,18 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from internlm.data.tokenize import pipeline, text_inputs, text_tokenizer
+from internlm.data.tokenize import json_values, pipeline, shard_tokenizer, text_tokenizer
 from internlm.data.tokenize.command import main
+from internlm.data.tokenize.input_files import find_inputs
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
-from internlm.data.tokenize.text_inputs import TextOptions, find_inputs, plan_shards, read_documents
+from internlm.data.tokenize.text_inputs import TextOptions, plan_shards, read_documents
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
-from internlm.data.tokenized_file import TokenizedFile
 from internlm.data.tokenized_writer import TokenizedWriter, meta_path
 from internlm.utils.errors import DataError
+from tests.helpers.texts import documents_of, make_texts, write_jsonl
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "tokenizer.py"
-WORDS = ["the", "model", "reads", "tokens", "and", "predicts", "one,", "café", "你好", "x1", "2024", "don't\t—", "end."]
-
-
-def make_texts(count, seed=0):
-    chooser = random.Random(seed)
-    return [" ".join(chooser.choices(WORDS, k=chooser.randint(1, 60))) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +40,6 @@ def tokenizer_path(tmp_path_factory):
 def reference(tokenizer_path, texts):
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     return [[*tokenizer.encode(text, add_special_tokens=False).ids, 1] for text in texts]
-
-
-def documents_of(path):
-    file = TokenizedFile(path)
-    return [file.read(index)[0].tolist() for index in range(len(file))]
-
-
-def write_jsonl(path, texts, key="text"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def run_tool(*arguments, **options):
@@ -127,7 +110,7 @@ def _tokenize_slowly(options):
 
 
 @pytest.mark.parametrize("append", [False, True])
-def test_continues_after_being_killed(tmp_path, tokenizer_path, small_shards, append, capfd):
+def test_continues_after_being_killed(tmp_path, tokenizer_path, small_shards, append, monkeypatch, capfd):
     texts = make_texts(200)
     write_jsonl(tmp_path / "a.jsonl", texts)
     output = tmp_path / "x.bin"
@@ -149,12 +132,9 @@ def test_continues_after_being_killed(tmp_path, tokenizer_path, small_shards, ap
     done = {path: path.stat().st_mtime_ns for path in parts.glob("*.bin")}
     assert len(done) >= 3
     made = []
-    original = pipeline.TokenizedWriter
-    pipeline.TokenizedWriter = lambda path, **options: made.append(path) or original(path, **options)
-    try:
-        tokenize(options)
-    finally:
-        pipeline.TokenizedWriter = original
+    writer = shard_tokenizer.TokenizedWriter
+    monkeypatch.setattr(shard_tokenizer, "TokenizedWriter", lambda path: made.append(path) or writer(path))
+    tokenize(options)
     assert "continuing the interrupted run" in capfd.readouterr().err
     assert made and not set(made) & {path for path in done if path.with_suffix("").with_suffix(".done") in done}
     assert documents_of(output) == expected
@@ -281,7 +261,7 @@ def test_every_line_is_read_once_whatever_the_shards(tmp_path, shard_bytes):
     texts = ["one", "two zwei", "", "  ", "三", "four"] * 5
     (tmp_path / "a.txt").write_text("\n".join(texts), encoding="utf-8")
     write_jsonl(tmp_path / "b.jsonl", texts)
-    shards = plan_shards(find_inputs([tmp_path]), TextOptions(), shard_bytes)
+    shards = plan_shards(find_inputs([tmp_path]).files, TextOptions(), shard_bytes)
     found = [text for shard in shards for extent in shard for text in read_documents(extent, TextOptions())]
     assert found == [text for text in texts if text.strip()] * 2
     assert sum(extent.num_bytes for shard in shards for extent in shard) == sum(
@@ -291,7 +271,7 @@ def test_every_line_is_read_once_whatever_the_shards(tmp_path, shard_bytes):
 
 def read_all(path, **options):
     text = TextOptions(**options)
-    shards = plan_shards(find_inputs([path]), text, 1000)
+    shards = plan_shards(find_inputs([path]).files, text, 1000)
     return [text_ for shard in shards for extent in shard for text_ in read_documents(extent, text)]
 
 
@@ -303,7 +283,7 @@ def test_whole_files_and_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 5, 1 << 20])
 def test_json_arrays_are_read_in_blocks(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(text_inputs, "_JSON_BLOCK", block)
+    monkeypatch.setattr(json_values, "_BLOCK", block)
     texts = ["a", 'quote " and ] and [', "你好", "\n"]
     (tmp_path / "a.json").write_text(
         "\n " + json.dumps([{"text": text} for text in texts], indent=2, ensure_ascii=False)
@@ -331,7 +311,7 @@ def test_json_arrays_are_read_in_blocks(tmp_path, monkeypatch, block):
         ("a.jsonl", b'{"txt": "a"}\n', r"record at byte 0 has no text 'text', its fields are \['txt'\].*mean 'txt'"),
         ("a.jsonl", b"5\n", r"record at byte 0 has no text 'text', it is int"),
         ("a.jsonl", b'{"text": 5}\n', r"'text' is int, not text"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "lone surrogate at character 0"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"lone surrogate \(\\ud800\) at character 0"),
         ("a.parquet", b"junk", r"a\.parquet: not a readable parquet file"),
     ],
 )

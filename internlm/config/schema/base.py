@@ -10,11 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+from internlm.utils.errors import ConfigError
+from internlm.utils.paths import expand_home
+
+
+def _expand(value: Any) -> Any:
+    try:
+        return expand_home(value) if isinstance(value, str) else value
+    except ConfigError as error:
+        raise ValueError(f"a path that can be found: {error}") from error
+
+
+_EXPAND = BeforeValidator(_expand)
+PathText = Annotated[str | None, _EXPAND]
+"""A path or URL; a leading `~` is the home folder."""
 
 
 class Status(Enum):
@@ -104,6 +119,11 @@ def key_info(field: FieldInfo) -> KeyInfo | None:
     extra = field.json_schema_extra
     written: Any = extra.get(_EXTRA) if isinstance(extra, dict) else None
     return None if written is None else KeyInfo(**{**written, "status": Status(written["status"])})
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Whether a key is a path or URL."""
+    return _EXPAND in field.metadata
 
 
 def is_derived(field: FieldInfo) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from internlm.config.schema.base import Section, key, no_effect, section, used_with
+from internlm.config.schema.base import PathText, Section, key, no_effect, section, used_with
 from internlm.utils.storage import storage_path
 
 
@@ -25,7 +25,7 @@ Content = Literal["model", "sampler", "optimizer", "scheduler", "all"]
 class LoadCkptInfo(Section):
     """What to load when there is nothing to resume."""
 
-    path: str | None = key(None, "Checkpoint folder; None loads nothing.")
+    path: PathText = key(None, "Checkpoint folder; None loads nothing.")
     content: Annotated[tuple[Content, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = key(
         ("model",), "Parts to load: model, sampler, optimizer, scheduler, or all."
     )
@@ -52,7 +52,7 @@ class CkptConfig(Section):
     """Where and when to save, and what to start from."""
 
     enable_save_ckpt: bool = key(True, "Save checkpoints.")
-    save_ckpt_folder: str | None = key(
+    save_ckpt_folder: PathText = key(
         None,
         "Folder of the checkpoints, one subfolder a step: a path, with or without `local:`, or a place in an object "
         "store (doc/checkpoints.md).",
@@ -64,14 +64,14 @@ class CkptConfig(Section):
     oss_snapshot_freq: Interval = key(
         None, "Steps between two snapshots: whole checkpoints that replace each other, in two places in turn."
     )
-    snapshot_ckpt_folder: str | None = used_with(
+    snapshot_ckpt_folder: PathText = used_with(
         None, "Folder of the snapshots; None: <save_ckpt_folder>/snapshot.", "ckpt.oss_snapshot_freq"
     )
     async_save: bool = key(
         False, "Training goes on while a checkpoint is written; it waits only for a copy to the host's memory."
     )
     async_upload: bool = key(False, "async_save, if the folder is in an object store.")
-    async_upload_tmp_folder: str | None = no_effect(
+    async_upload_tmp_folder: PathText = no_effect(
         None, "Local folder that uploads start from.", "uploads start from memory"
     )
     load_ckpt_info: LoadCkptInfo | None = key(
@@ -82,7 +82,7 @@ class CkptConfig(Section):
         "Resume if a complete checkpoint is in save_ckpt_folder, else load load_ckpt_info, else start from scratch. "
         "False: never resume.",
     )
-    stop_file_path: str | None = key(
+    stop_file_path: PathText = key(
         None,
         "Local file with a number N: save and stop at step N; with -N: save at step N. The start writes 0.",
     )

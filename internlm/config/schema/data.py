@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from internlm.config.schema.base import Section, key, later, no_effect, used_with
+from internlm.config.schema.base import PathText, Section, key, later, no_effect, used_with
 
 
 class DataConfig(Section):
@@ -31,8 +31,8 @@ class DataConfig(Section):
     min_length_dict: dict[str, int] | None = key(
         None, "min_length of single type folders, by the folder's name; wins over min_length."
     )
-    train_folder: str | None = key(None, "Folder of <type>/**/*.bin for training; None trains on dummy data.")
-    valid_folder: str | None = key(
+    train_folder: PathText = key(None, "Folder of <type>/**/*.bin for training; None trains on dummy data.")
+    valid_folder: PathText = key(
         None, "Folder in which each directory with .bin files is a validation set; None: no evaluation."
     )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
@@ -63,13 +63,13 @@ class DataConfig(Section):
     shm_path: str = used_with("/dev/shm/metacache", "Folder of the shared indices.", "data.use_shm")
     num_worker: int = key(4, "Loader processes of training; 0 loads in the training process.", ge=0)
     seed: int = key(1024, "Seed of the data order.", ge=0)
-    tokenizer_path: str | None = key(
+    tokenizer_path: PathText = key(
         None, "tokenizer.json, tokenizer folder or SentencePiece .model that made the tokens; used to generate text."
     )
     content_name: str = later("text", "Column with the text.", "data.type='streaming'")
     subset_name: str | None = later(None, "Subset of a Hugging Face data set.", "data.type='streaming'")
     is_multimodal: bool = later(False, "Samples carry images.", "multimodal data")
-    image_folder: str | None = used_with(None, "Folder that image paths are relative to.", "data.is_multimodal")
+    image_folder: PathText = used_with(None, "Folder that image paths are relative to.", "data.is_multimodal")
     image_size: int | None = used_with(None, "Side of an image in pixels.", "data.is_multimodal", ge=1)
     patch_size: int | None = used_with(None, "Side of an image patch in pixels.", "data.is_multimodal", ge=1)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import model_validator
 
-from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
+from internlm.config.schema.base import PathText, Section, key, later, no_effect, section, used_with
 from internlm.config.schema.ckpt import CkptConfig
 from internlm.config.schema.data import DataConfig
 from internlm.config.schema.model import ModelConfig
@@ -61,10 +61,10 @@ class Config(Section):
 
     use_fp32_norm: bool = key(False, "Weights and computation of norms in float32.")
     enable_tb: bool = key(True, "Write TensorBoard events.")
-    tensorboard_folder: str | None = key(
+    tensorboard_folder: PathText = key(
         None, "Folder of the events; None: the environment's tensorboard_folder, else <run directory>/tensorboards."
     )
-    resume_tb_folder: str | None = key(
+    resume_tb_folder: PathText = key(
         None, "Folder of an earlier run's events to continue; None: the environment's resume_tb_folder."
     )
     cudnn_benchmark: bool = key(False, "Let cuDNN search for its fastest kernels.")

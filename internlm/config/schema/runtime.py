@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
-from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
+from internlm.config.schema.base import PathText, Section, key, later, no_effect, section, used_with
 
 
 class AlertConfig(Section):
@@ -18,7 +18,7 @@ class AlertConfig(Section):
     light_monitor_address: str | None = no_effect(
         None, "Address of a heartbeat service.", "the service no longer exists"
     )
-    alert_file_path: str | None = used_with(None, "File that lists sent alerts.", "monitor.alert.enable_feishu_alert")
+    alert_file_path: PathText = used_with(None, "File that lists sent alerts.", "monitor.alert.enable_feishu_alert")
 
 
 class MonitorConfig(Section):
@@ -63,9 +63,9 @@ _generation = partial(no_effect, reason="`internlm generate` takes its settings 
 class GenerationConfig(Section):
     """InternEvo's batch generation."""
 
-    ckpt_folder: str | None = _generation(None, "Checkpoint to generate from.")
-    output_folder: str | None = _generation(None, "Folder of the generated text.")
-    data_folder: str | None = _generation(None, "Folder of the prompts.")
+    ckpt_folder: PathText = _generation(None, "Checkpoint to generate from.")
+    output_folder: PathText = _generation(None, "Folder of the generated text.")
+    data_folder: PathText = _generation(None, "Folder of the prompts.")
     batch_size: int | None = _generation(None, "Prompts at a time.")
     eos_id: int | tuple[int, ...] = _generation(2, "Tokens that end a text.")
     bos_id: int = _generation(1, "Token that begins a text.")

@@ -7,30 +7,32 @@ processes. A run that was interrupted finds the parts that are done and makes th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from internlm.data.read_ahead import WorkerProcesses
+from internlm.data.tokenize.input_files import InputFiles, find_inputs, name_some
 from internlm.data.tokenize.progress import TokenizeProgress
-from internlm.data.tokenize.text_inputs import Extent, TextOptions, find_inputs, plan_shards, read_documents
+from internlm.data.tokenize.shard_tokenizer import Part, ShardTokenizer, part_path
+from internlm.data.tokenize.text_inputs import WITH_NUL, Extent, TextOptions, plan_shards
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.data.tokenized_writer import TokenizedWriter, meta_path
+from internlm.data.tokenizer_record import TokenizerRecord, read_record, write_record
 from internlm.utils.errors import DataError
 
-_VERSION = 1
+_VERSION = 2
 _SHARD_BYTES = (2 << 20, 256 << 20)
 _SHARDS_A_PROCESS = 32
-_BATCH_CHARACTERS = 1 << 18
-"""Texts are encoded in batches of about this size: enough to amortise a call, small enough to stay in the caches."""
 _STDIN_NAME = "stdin"
 
 
@@ -46,9 +48,10 @@ class TokenizeOptions:
         format: of inputs whose suffix does not say it.
         processes: worker processes; 1 works in this process.
         append: add to an existing output.
-        add_bos, add_eos: begin / end every document with the tokenizer's bos / eos; None adds eos if there is one.
+        add_bos, add_eos: begin / end every document with the tokenizer's bos / eos; None adds it if there is one.
         valid_fraction: this share of the documents, chosen by a hash of their text, goes to `valid_output`.
         restart: forget the parts of an interrupted run with other options.
+        trust_remote_code: run the code of a tokenizer that is nothing else.
     """
 
     inputs: tuple[str, ...]
@@ -58,11 +61,12 @@ class TokenizeOptions:
     format: str | None = None
     processes: int = 1
     append: bool = False
-    add_bos: bool = False
+    add_bos: bool | None = False
     add_eos: bool | None = None
     valid_fraction: float = 0.0
     valid_output: Path | None = None
     restart: bool = False
+    trust_remote_code: bool = False
 
     @property
     def outputs(self) -> list[Path]:
@@ -78,27 +82,33 @@ class TokenizeResult:
         documents, tokens: over all outputs, without what an append found there.
         num_bytes: size of the input.
         megabytes_per_second: speed of this call, parts found done left out.
+        notices: what was left out or is odd, a line each.
     """
 
     documents: int
     tokens: int
     num_bytes: int
     megabytes_per_second: float
+    notices: list[str]
 
 
 def tokenize(options: TokenizeOptions) -> TokenizeResult:
     """Make the outputs; see the module.
 
     Raises:
-        DataError: an output exists and `append` is False, an input is missing or malformed, the tokenizer lacks a
-            token that was asked for, or an interrupted run with other options left its parts.
+        DataError: an output exists and `append` is False or its documents were made otherwise, an input is missing or
+            malformed, no text is found, the tokenizer lacks a token that was asked for, or an interrupted run with
+            other options left its parts.
     """
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     ends = _ends(options, tokenizer)
     _check_options(options)
+    record = TokenizerRecord.of(tokenizer, options.tokenizer, add_bos=bool(ends[0]), add_eos=bool(ends[1]))
+    _check_appended(options, record)
     parts = _parts_folder(options.output)
     inputs = [name for name in options.inputs if name != "-"]
-    files = find_inputs(inputs, options.format) if inputs else []
+    found = find_inputs(inputs, options.format) if inputs else InputFiles([], [])
+    files = found.files
     if "-" in options.inputs:
         files.append(_spool_stdin(parts, options.format))
     total = sum(path.stat().st_size for path, _ in files)
@@ -107,25 +117,53 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
         "version": _VERSION,
         "inputs": [[str(path.resolve()), format, *_stamp(path)] for path, format in files],
         "text": asdict(options.text),
-        "tokenizer": tokenizer.fingerprint,
+        "tokenizer": record.fingerprint,
         "ends": ends,
         "valid": [options.valid_fraction, str(options.valid_output)],
     }
     manifest = _begin_or_continue(options, parts, manifest, shard_bytes)
     shards = plan_shards(files, options.text, manifest["shard_bytes"])
-    make = _ShardTokenizer(options.tokenizer, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
+    load = partial(load_tokenizer, options.tokenizer, trust_remote_code=options.trust_remote_code)
+    make = ShardTokenizer(load, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
+    made: list[Part] = []
     with TokenizeProgress(total) as progress:
-        for shard, (_, tokens, fresh) in zip(shards, _run(make, shards, options.processes), strict=True):
-            progress.advance(sum(extent.num_bytes for extent in shard), tokens, resumed=not fresh)
+        for shard, part in zip(shards, _run(make, shards, options.processes), strict=True):
+            progress.advance(sum(extent.num_bytes for extent in shard), part.tokens, resumed=not part.fresh)
+            made.append(part)
         speed = progress.megabytes_per_second
+    notices = _notices(found, made)
+    if not any(part.documents for part in made):
+        shutil.rmtree(parts)
+        raise DataError("; ".join(["the input has no text, so nothing is written", *notices]))
     documents = tokens = 0
     for number, (output, before) in enumerate(zip(options.outputs, manifest["documents_before"], strict=True)):
-        added = _join(parts, len(shards), number, output, before)
+        added = _join(parts, len(shards), number, output, before, record)
         documents, tokens = documents + added[0], tokens + added[1]
+        if not added[0]:
+            notices.append(f"{output}: no document fell to it; give more text, or another --valid-fraction")
     shutil.rmtree(parts)
-    if documents == 0:
-        print("warning: the input has no text: the output has no document", file=sys.stderr)
-    return TokenizeResult(documents, tokens, total, speed)
+    return TokenizeResult(documents, tokens, total, speed, notices)
+
+
+def _notices(found: InputFiles, made: list[Part]) -> list[str]:
+    """What was left out or is odd, a line each."""
+    counts: Counter[str] = Counter()
+    by_file: Counter[str] = Counter()
+    for part in made:
+        counts.update(part.counts)
+        by_file.update(part.by_file)
+    left_out = [f"{counts[name]:,} {name}" for name in sorted(counts) if counts[name] and name != WITH_NUL]
+    empty = [path for path, _ in found.files if not by_file[str(path)]]
+    times = Counter(path.resolve() for path, _ in found.files)
+    twice = [path for path, number in times.items() if number > 1]
+    lines = [
+        (found.left_out, f"left out {len(found.left_out):,} file(s) of no known format: {name_some(found.left_out)}"),
+        (empty, f"{len(empty):,} file(s) without any text: {name_some(empty)}"),
+        (twice, f"{len(twice):,} file(s) found more than once, and read each time: {name_some(twice)}"),
+        (left_out, f"left out {', '.join(left_out)}"),
+        (counts[WITH_NUL], f"{counts[WITH_NUL]:,} {WITH_NUL}, kept as they are"),
+    ]
+    return [line for condition, line in lines if condition]
 
 
 def _ends(options: TokenizeOptions, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
@@ -134,7 +172,7 @@ def _ends(options: TokenizeOptions, tokenizer: TextTokenizer) -> tuple[list[int]
         raise DataError(f"{options.tokenizer}: the tokenizer names no bos token; leave out --bos")
     if options.add_eos and tokenizer.eos_id is None:
         raise DataError(f"{options.tokenizer}: the tokenizer names no eos token; use --no-eos")
-    before = [tokenizer.bos_id] if options.add_bos and tokenizer.bos_id is not None else []
+    before = [tokenizer.bos_id] if options.add_bos is not False and tokenizer.bos_id is not None else []
     after = [tokenizer.eos_id] if options.add_eos is not False and tokenizer.eos_id is not None else []
     return before, after
 
@@ -149,6 +187,25 @@ def _check_options(options: TokenizeOptions) -> None:
     for output in options.outputs:
         if output.suffix != ".bin":
             raise DataError(f"{output}: the output must be named *.bin")
+
+
+def _check_appended(options: TokenizeOptions, record: TokenizerRecord) -> None:
+    """Refuse to put documents of two tokenizers into one file."""
+    if not options.append:
+        return
+    for output in filter(Path.exists, options.outputs):
+        known = read_record(output)
+        if known is None:
+            print(
+                f"warning: {output} has no record of its tokenizer, so nothing tells whether --append goes on with "
+                "the same one",
+                file=sys.stderr,
+            )
+        elif differences := known.differences(record):
+            raise DataError(
+                f"{output} was made otherwise than this --append would go on: {'; '.join(differences)}. "
+                "Repeat it with the options of the first run, or write another file"
+            )
 
 
 def _parts_folder(output: Path) -> Path:
@@ -201,7 +258,7 @@ def _begin_or_continue(
     return manifest
 
 
-def _run(make: _ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[tuple[int, int, bool]]:
+def _run(make: ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[Part]:
     if processes == 1:
         yield from map(make, enumerate(shards))
         return
@@ -212,83 +269,18 @@ def _run(make: _ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int
         workers.stop()
 
 
-def _join(parts: Path, num_parts: int, number: int, output: Path, before: int) -> tuple[int, int]:
+def _join(
+    parts: Path, num_parts: int, number: int, output: Path, before: int, record: TokenizerRecord
+) -> tuple[int, int]:
     """Write one output from its parts; returns the documents and tokens added."""
-    paths = [_part(parts, index, number) for index in range(num_parts)]
+    paths = [part_path(parts, index, number) for index in range(num_parts)]
     # After a crash behind the join, the output already has the new documents: they must not be added twice.
     joined = output.exists() and len(np.load(meta_path(output), mmap_mode="r")) > before
+    if not output.exists():
+        write_record(output, record)
     if not joined and (paths or not output.exists()):
         with TokenizedWriter(output, append=output.exists()) as writer:
             for path in paths:
                 writer.write_file(path)
     meta = np.load(meta_path(output), mmap_mode="r")
     return len(meta) - before, int(meta[before:, -1].sum())
-
-
-def _part(parts: Path, index: int, number: int) -> Path:
-    return parts / f"{index:06d}.{number}.bin"
-
-
-class _ShardTokenizer:
-    """Makes the part of a shard; runs in a worker."""
-
-    def __init__(
-        self,
-        tokenizer: Path,
-        text: TextOptions,
-        before: list[int],
-        after: list[int],
-        valid_fraction: float,
-        parts: Path,
-        num_outputs: int,
-    ) -> None:
-        self._path, self._text, self._parts = tokenizer, text, parts
-        self._before, self._after = before, after
-        self._valid_threshold = int(valid_fraction * 2**64)
-        self._num_outputs = num_outputs
-        self._tokenizer: TextTokenizer | None = None
-
-    def __call__(self, numbered: tuple[int, tuple[Extent, ...]]) -> tuple[int, int, bool]:
-        """Returns (documents, tokens, made now rather than found)."""
-        index, shard = numbered
-        done = self._parts / f"{index:06d}.done"
-        if done.is_file():
-            documents, tokens = json.loads(done.read_text())
-            return documents, tokens, False
-        if self._tokenizer is None:
-            # Parallelism comes from the processes; threads of the library below them would only compete.
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            self._tokenizer = load_tokenizer(self._path)
-        for number in range(self._num_outputs):
-            _part(self._parts, index, number).unlink(missing_ok=True)
-        writers = [TokenizedWriter(_part(self._parts, index, number)) for number in range(self._num_outputs)]
-        for texts in _batches(document for extent in shard for document in read_documents(extent, self._text)):
-            for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True):
-                writers[self._output_of(text)].write(self._before + ids + self._after)
-        for writer in writers:
-            writer.close()
-        documents = sum(writer.num_documents for writer in writers)
-        tokens = sum(writer.num_tokens for writer in writers)
-        temporary = done.with_suffix(".tmp")
-        temporary.write_text(json.dumps([documents, tokens]))
-        os.replace(temporary, done)
-        return documents, tokens, True
-
-    def _output_of(self, text: str) -> int:
-        if not self._valid_threshold:
-            return 0
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return int(int.from_bytes(digest, "big") < self._valid_threshold)
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

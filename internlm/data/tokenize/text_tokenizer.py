@@ -5,13 +5,17 @@ Owns loading, and which ids begin and end a document. Imports no torch: tokenizi
 
 from __future__ import annotations
 
-import hashlib
-import json
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Protocol
 
 from internlm.data.tokenize.memo_encoder import MemoEncoder, build_memo_encoder
+from internlm.data.tokenize.probes import PROBE_TEXTS, first_difference, special_texts
+from internlm.data.tokenize.sentencepiece_tokenizer import SentencePieceTokenizer
+from internlm.data.tokenize.special_tokens import SpecialTokens, own_code, read_special_tokens, warn
 from internlm.utils.errors import DataError
+
+TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 
 _MEMO_PAYS_AT = 1 << 19
 """Characters after which building the memo encoder (a quarter of a second) is worth it."""
@@ -25,13 +29,13 @@ class TextTokenizer(Protocol):
     Attributes:
         vocab_size: all ids are below it.
         bos_id, eos_id: the ids that begin and end a document; None if the tokenizer names none.
-        fingerprint: changes whenever the files of the tokenizer do.
+        special_ids: ids that no ordinary text gets: control tokens, unknown, and tokens added to the vocabulary.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
-    fingerprint: str
+    special_ids: frozenset[int]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; adds no bos or eos."""
@@ -39,55 +43,109 @@ class TextTokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens included."""
 
+    def pieces(self) -> list[str]:
+        """The vocabulary as the tokenizer spells it, by id; "" for an id without a piece. As long as `vocab_size`."""
 
-def load_tokenizer(path: str | Path) -> TextTokenizer:
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> TextTokenizer:
     """The tokenizer at `path`: a tokenizer.json, a Hugging Face folder, or a SentencePiece .model.
 
+    Of a folder tokenizer.json counts, else tokenizer.model, if it is one of SentencePiece's, else what the transformers
+    library makes of the folder. Where the first two give different ids, a warning names a text and says which is used.
+
+    Args:
+        trust_remote_code: run the tokenizer's own code, where a folder has no tokenizer but that.
+
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: there is none, it cannot be read, or bos or eos are named but not in its vocabulary.
     """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such tokenizer; expected a tokenizer.json, a Hugging Face folder or a .model file")
     try:
         if path.is_dir():
-            if (path / "tokenizer.json").is_file():
-                return _JsonTokenizer(path / "tokenizer.json")
-            return _FolderTokenizer(path)
+            return _load_folder(path, trust_remote_code)
         if path.suffix == ".json":
-            return _JsonTokenizer(path)
+            return _JsonTokenizer(path, read_special_tokens(path.parent))
         if path.suffix == ".model":
-            return _SentencePieceTokenizer(path)
+            if not _is_sentencepiece(path):
+                raise DataError(
+                    f"{path}: not a SentencePiece model; give the tokenizer.json or the folder of this tokenizer"
+                )
+            return SentencePieceTokenizer(path, read_special_tokens(path.parent))
+    except DataError:
+        raise
     except Exception as error:  # each library raises its own kinds
         raise DataError(f"{path}: the tokenizer cannot be read: {error}") from error
     raise DataError(f"{path}: not a tokenizer.json, a Hugging Face folder or a SentencePiece .model file")
 
 
-class _JsonTokenizer:
-    """The `tokenizers` library; bos and eos come from tokenizer_config.json beside it, or from well-known names."""
+def _load_folder(path: Path, trust_remote_code: bool) -> TextTokenizer:
+    json_file, model_file = path / TOKENIZER_JSON, path / TOKENIZER_MODEL
+    special = read_special_tokens(path)
+    has_model = model_file.is_file() and _is_sentencepiece(model_file)
+    if json_file.is_file():
+        tokenizer = _JsonTokenizer(json_file, special)
+        if has_model and parent_process() is None:
+            probes = [*PROBE_TEXTS, *special_texts(tokenizer)]
+            difference = first_difference(tokenizer, SentencePieceTokenizer(model_file, special), probes)
+            if difference is not None:
+                warn(f"{path}: {TOKENIZER_JSON} is used; {TOKENIZER_MODEL} is another tokenizer: {difference}")
+        return tokenizer
+    if has_model:
+        return SentencePieceTokenizer(model_file, special)
+    return TransformersTokenizer(path, trust_remote_code)
 
-    def __init__(self, path: Path) -> None:
+
+def check_code(folder: Path, trust_remote_code: bool) -> None:
+    """Refuse a folder whose tokenizer, for transformers, is code of its own, unless that is trusted.
+
+    Raises:
+        DataError: it is, and is not.
+    """
+    code = own_code(folder)
+    if code is not None and not trust_remote_code:
+        raise DataError(
+            f"{folder}: this tokenizer is code of its own ({code}), which is not run unasked: read it, then give "
+            "--trust-remote-code, or save the tokenizer as a tokenizer.json"
+        )
+
+
+def _is_sentencepiece(path: Path) -> bool:
+    """Whether it is one of SentencePiece's files: some tokenizer.model are lists of base64 pieces."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor().LoadFromFile(str(path))
+    except RuntimeError:
+        return False
+
+
+class _JsonTokenizer:
+    """The `tokenizers` library; bos and eos come from the files beside it, or from well-known names."""
+
+    def __init__(self, path: Path, special: SpecialTokens) -> None:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(str(path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        config_path = path.with_name("tokenizer_config.json")
-        config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
-        self.bos_id = self._special(config, "bos_token", _KNOWN_BOS)
-        self.eos_id = self._special(config, "eos_token", _KNOWN_EOS)
-        self.fingerprint = _fingerprint([path, config_path])
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        added = {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
+        lacking = [token.content for id, token in special.added.items() if added.get(token.content) != id]
+        if lacking:
+            warn(f"{path.parent}: {', '.join(lacking)} added by its other files, but not in {path.name}: ordinary text")
+        ends = {"bos_token": _KNOWN_BOS, "eos_token": _KNOWN_EOS}
+        self.bos_id, self.eos_id = (
+            special.end_id(key, ids, str(path))
+            if key in special.named
+            else next((added[name] for name in known if name in added), None)
+            for key, known in ends.items()
+        )
+        self.special_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
         self._memo: MemoEncoder | None = None
         self._characters = 0
-
-    def _special(self, config: dict[str, Any], key: str, known: tuple[str, ...]) -> int | None:
-        if key in config:
-            token = config[key]
-            content = token["content"] if isinstance(token, dict) else token
-            return None if content is None else self._tokenizer.token_to_id(content)
-        specials = {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
-        return next((specials[name] for name in known if name in specials), None)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `TextTokenizer`."""
@@ -107,39 +165,25 @@ class _JsonTokenizer:
         """See `TextTokenizer`."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-
-class _SentencePieceTokenizer:
-    """The `sentencepiece` library."""
-
-    def __init__(self, path: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._processor = SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = self._processor.vocab_size()
-        self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
-        self.eos_id = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
-        self.fingerprint = _fingerprint([path])
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def pieces(self) -> list[str]:
         """See `TextTokenizer`."""
-        return self._processor.encode(texts, out_type=int, num_threads=1)
-
-    def decode(self, ids: list[int]) -> str:
-        """See `TextTokenizer`."""
-        return self._processor.decode(ids)
+        return _by_id(self._tokenizer.get_vocab(with_added_tokens=True), self.vocab_size)
 
 
-class _FolderTokenizer:
-    """The `transformers` library, for a folder without a tokenizer.json."""
+class TransformersTokenizer:
+    """The `transformers` library, for a folder with neither a tokenizer.json nor a SentencePiece model."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trust_remote_code: bool) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        check_code(path, trust_remote_code)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         self.vocab_size = len(self._tokenizer)
         self.bos_id = self._tokenizer.bos_token_id
         self.eos_id = self._tokenizer.eos_token_id
-        self.fingerprint = _fingerprint(sorted(path.glob("*token*")))
+        self.special_ids = frozenset(self._tokenizer.added_tokens_decoder) | frozenset(self._tokenizer.all_special_ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `TextTokenizer`."""
@@ -149,10 +193,14 @@ class _FolderTokenizer:
         """See `TextTokenizer`."""
         return str(self._tokenizer.decode(ids))
 
+    def pieces(self) -> list[str]:
+        """See `TextTokenizer`."""
+        return _by_id(self._tokenizer.get_vocab(), self.vocab_size)
 
-def _fingerprint(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+
+def _by_id(vocabulary: dict[Any, int], size: int) -> list[str]:
+    pieces = [""] * size
+    for piece, id in vocabulary.items():
+        if id < size:
+            pieces[id] = str(piece)
+    return pieces

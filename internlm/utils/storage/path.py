@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from internlm.utils.paths import expand_home
 from internlm.utils.storage import local
 from internlm.utils.storage.failures import named_failures
 from internlm.utils.storage.store import Store
@@ -148,10 +149,11 @@ def storage_path(url: str | os.PathLike[str] | StoragePath) -> StoragePath:
     """The file or folder that a user means by `url`; doc/storage.md lists the spellings.
 
     Raises:
-        ConfigError: the URL cannot be read, its prefix is unknown, or the package for it is not installed.
+        ConfigError: the URL cannot be read, its prefix is unknown, the package for it is not installed, or it begins
+            with `~` and there is no home.
     """
     if isinstance(url, StoragePath):
         return url
-    location = locate(os.fspath(url))
+    location = locate(expand_home(os.fspath(url)))
     location.open_store()
     return StoragePath(location.url_of(location.key))

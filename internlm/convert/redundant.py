@@ -1,0 +1,74 @@
+"""Tensors of other programs' files that follow from the config or from other tensors: they are compared before they are
+dropped, for where they differ the file holds another model than its config says."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from internlm.model.modules.rotary import RopeSettings, inverse_frequencies
+
+_FREQUENCIES = re.compile(r"(^|\.)(inv_freq|rope\.freqs)$")
+_TABLES = re.compile(r"\.rotary_emb\.(cos|sin)_cached$")
+_POSITIONS = re.compile(r"(^|\.)position_ids$")
+_ROUNDINGS = 8
+"""Roundings of its dtype by which a buffer may be off: some were computed in that dtype."""
+_COMPARED_POSITIONS = 16
+
+
+def is_buffer(name: str) -> bool:
+    """Whether it is a tensor that old versions of the libraries saved although it follows from the config."""
+    return any(pattern.search(name) for pattern in (_FREQUENCIES, _TABLES, _POSITIONS))
+
+
+def buffer_difference(name: str, tensor: Tensor, rope: RopeSettings) -> str | None:
+    """How such a buffer differs from what the config gives, in words; None if it does not.
+
+    Args:
+        tensor: its values; on meta, only the size is compared.
+        rope: of the config. Buffers may hold the frequencies before or after they were stretched.
+    """
+    if _POSITIONS.search(name):
+        expected = [torch.arange(tensor.shape[-1])]
+    else:
+        plain = RopeSettings(head_dim=rope.head_dim, base=rope.base)
+        expected = [inverse_frequencies(settings, 0) for settings in (plain, rope)]
+    if _TABLES.search(name):
+        positions = torch.arange(min(_COMPARED_POSITIONS, tensor.numel() // rope.head_dim), dtype=torch.float32)
+        angles = [torch.outer(positions, frequencies).repeat(1, 2) for frequencies in expected]
+        expected = [angle.cos() if name.endswith("cos_cached") else angle.sin() for angle in angles]
+        tensor = tensor.reshape(-1, rope.head_dim)[: len(positions)] if tensor.numel() % rope.head_dim == 0 else tensor
+    if any(_is_close(tensor, values) for values in expected):
+        return None
+    if _FREQUENCIES.search(name) and tensor.numel() == rope.head_dim // 2 > 1 and float(tensor.flatten()[1]) > 0:
+        base = float(tensor.flatten()[1]) ** (-rope.head_dim / 2)
+        return f"'{name}' has the frequencies of a rotary base of about {base:.6g}, the config says {rope.base:.6g}"
+    return f"'{name}' is not what follows from the config (rotary base {rope.base:.6g}, head_dim {rope.head_dim})"
+
+
+def tied_difference(head: Tensor, embedding: Tensor) -> str | None:
+    """How a head that should be the embedding differs from it, in words; None if it does not."""
+    if head.shape != embedding.shape:
+        return f"has shape {list(head.shape)}, the embedding {list(embedding.shape)}"
+    embedding = embedding.to(head.dtype)
+    if torch.equal(head, embedding):
+        return None
+    different = int((head != embedding).sum())
+    largest = float((head.float() - embedding.float()).abs().max())
+    return f"differs from the embedding in {different:,} of {head.numel():,} values, by up to {largest:.3g}"
+
+
+def _is_close(tensor: Tensor, expected: Tensor) -> bool:
+    if tensor.numel() != expected.numel():
+        return False
+    if not tensor.dtype.is_floating_point:
+        return torch.equal(tensor.flatten(), expected.flatten().to(tensor.dtype))
+    info = torch.finfo(tensor.dtype)
+    return torch.allclose(
+        tensor.flatten().float(),
+        expected.flatten().to(tensor.dtype).float(),
+        rtol=_ROUNDINGS * info.eps,
+        atol=_ROUNDINGS * (info.eps if bool((expected < 0).any() or (expected == 0).any()) else info.smallest_normal),
+    )

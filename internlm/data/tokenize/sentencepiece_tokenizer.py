@@ -1,0 +1,112 @@
+"""A SentencePiece model, read by its own library, with the special tokens of the folder it lies in.
+
+Libraries that convert such a model to another format give other ids for some texts (runs of spaces, line ends, tabs),
+so the model file is the truth here. Special tokens that the folder's files name are found in the text first; each piece
+of text between them is encoded by SentencePiece on its own, with the space that it puts before a text.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+from pathlib import Path
+
+from internlm.data.tokenize.special_tokens import AddedToken, SpecialTokens, warn
+
+
+class SentencePieceTokenizer:
+    """The `sentencepiece` library as a `TextTokenizer`.
+
+    Attributes:
+        added: id -> token, of those that are found in the text as they are spelt.
+
+    Args:
+        path: the .model file.
+        special: what the folder's files say; without any, no text is taken for a special token.
+
+    Raises:
+        DataError: bos or eos are named, but not in the vocabulary.
+        RuntimeError: it is no SentencePiece model.
+    """
+
+    def __init__(self, path: Path, special: SpecialTokens) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor = model = SentencePieceProcessor(model_file=str(path))
+        size = model.vocab_size()
+        self._pieces = [*model.id_to_piece(list(range(size)))]
+        ids = {piece: id for id, piece in enumerate(self._pieces)}
+        control = {id for id in range(size) if model.IsControl(id) or model.IsUnknown(id)}
+        self.added = self._find_added(special, ids, control, path)
+        self._pieces += [""] * (max(self.added, default=-1) + 1 - size)
+        for id, token in self.added.items():
+            self._pieces[id] = token.content
+            ids[token.content] = id
+        self.vocab_size = len(self._pieces)
+        self.special_ids = frozenset(control | set(self.added))
+        ends = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
+        self.bos_id, self.eos_id = (
+            special.end_id(key, ids, str(path)) if key in special.named else id if id >= 0 else None
+            for key, id in ends.items()
+        )
+        self._ids = {token.content: id for id, token in self.added.items()}
+        self._special = re.compile("|".join(map(_pattern, _longest_first(self.added)))) if self.added else None
+
+    @staticmethod
+    def _find_added(
+        special: SpecialTokens, ids: dict[str, int], control: set[int], path: Path
+    ) -> dict[int, AddedToken]:
+        """Id -> token, of all that are found in text; none if the folder's files name none."""
+        if not (special.named or special.added or special.others):
+            return {}
+        contents = {id: piece for piece, id in ids.items()}
+        named = [AddedToken(content) for content in special.named.values() if content is not None]
+        found = {id: AddedToken(contents[id]) for id in sorted(control)}
+        known = {token.content for token in special.added.values()}
+        for token in [*named, *special.others]:
+            if token.content in ids:
+                found[ids[token.content]] = token
+            elif token.content not in known:
+                warn(
+                    f"{path.parent}: '{token.content}' is named as a special token, but has no id; it is ordinary text"
+                )
+        return found | dict(special.added)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """See `TextTokenizer`."""
+        if self._special is None:
+            return self._processor.encode(texts, out_type=int, num_threads=1)
+        return [self._encode(text, self._special) for text in texts]
+
+    def _encode(self, text: str, special: re.Pattern[str]) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for match in special.finditer(text):
+            ids += self._processor.encode(text[start : match.start()])
+            ids.append(self._ids.get(match[0]) or self._ids[match[0].strip()])
+            start = match.end()
+        return ids + self._processor.encode(text[start:])
+
+    def decode(self, ids: list[int]) -> str:
+        """See `TextTokenizer`."""
+        parts = []
+        for is_added, run in groupby(ids, key=self.added.__contains__):
+            if is_added:
+                parts += [self.added[id].content for id in run]
+            else:
+                parts.append(self._processor.decode(list(run)))
+        return "".join(parts)
+
+    def pieces(self) -> list[str]:
+        """See `TextTokenizer`."""
+        return list(self._pieces)
+
+
+def _longest_first(added: dict[int, AddedToken]) -> list[AddedToken]:
+    return sorted(added.values(), key=lambda token: -len(token.content))
+
+
+def _pattern(token: AddedToken) -> str:
+    before, after = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+    content = re.escape(token.content)
+    return f"{before}(?<!\\w){content}(?!\\w){after}" if token.single_word else f"{before}{content}{after}"

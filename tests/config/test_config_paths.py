@@ -1,0 +1,70 @@
+"""Paths in a config: `~` is expanded in every key that is one, and `$` is said to be part of the name."""
+
+import re
+
+import pytest
+
+from internlm.config.loader import load_config
+from internlm.config.schema import CkptConfig, Config
+from internlm.config.schema.base import is_path, walk_schema
+from internlm.utils.errors import ConfigError
+
+NO_PATHS = {
+    "data.shm_path",  # of a key without effect
+    "monitor.metrics_file",  # yes or no
+}
+MINIMAL = """
+model = dict(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=8, dtype="torch.float32")
+ckpt = dict(enable_save_ckpt=False)
+data = dict(seq_len=8, micro_bsz=1, total_steps=1)
+"""
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "config.py").write_text(MINIMAL)
+    return lambda *overrides: load_config(tmp_path / "config.py", overrides)
+
+
+def value_of(config, path):
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def test_every_key_that_names_a_path_is_one():
+    named = {
+        path
+        for path, field in walk_schema(Config)
+        if re.search(r"(folder|_path|_file|\.path)$", path) and "str" in str(field.annotation)
+    }
+    paths = {path for path, field in walk_schema(Config) if is_path(field)}
+    assert named - NO_PATHS == paths
+    assert len(paths) > 10
+
+
+def test_home_folders_are_expanded_in_every_path(load, tmp_path):
+    paths = [path for path, field in walk_schema(Config) if is_path(field) and not path.startswith("ckpt.load")]
+    loaded = load(*(f"{path}=~/{path}" for path in paths), "ckpt.load_ckpt_info={'path': 'local:~/w'}")
+    for path in paths:
+        assert value_of(loaded.config, path) == f"{tmp_path}/home/{path}"
+    assert loaded.config.ckpt.load_ckpt_info.path == f"local:{tmp_path}/home/w"
+    assert CkptConfig(save_ckpt_folder="~/a").save_ckpt_folder == f"{tmp_path}/home/a"
+
+
+def test_environment_variables_that_fill_a_path_are_expanded(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("tensorboard_folder", "~/tb")
+    assert load().config.tensorboard_folder == f"{tmp_path}/home/tb"
+
+
+def test_a_home_that_is_not_there_names_the_key(load):
+    with pytest.raises(ConfigError, match=r"data\.train_folder = '~no_such_user/x': .*there is no user 'no_such_user'"):
+        load("data.train_folder=~no_such_user/x")
+
+
+def test_a_dollar_sign_is_said_to_be_part_of_the_name(load):
+    notices = load("data.tokenizer_path=$DATA/tok").notices
+    assert [n for n in notices if "$" in n] == [
+        "data.tokenizer_path = '$DATA/tok': '$' is part of the name; for a variable write os.environ[...] in the config"
+    ]
