@@ -24,9 +24,20 @@ from internlm.config.schema import CkptConfig, Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.failure import ECHO, FailureWatch
+from internlm.core.progress.record import Progress
+from internlm.core.progress.stall_watch import BACKSTOP_SECONDS, StallWatch
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_trainer, check_buildable, set_numerics
-from internlm.initialize.launch import LAUNCHERS, Launch, LaunchError, choose_device, connect, detect_launch, disconnect
+from internlm.initialize.launch import (
+    LAUNCHERS,
+    Launch,
+    LaunchError,
+    choose_device,
+    collective_timeout,
+    connect,
+    detect_launch,
+    disconnect,
+)
 from internlm.initialize.stages import build_meta_model
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError
@@ -98,18 +109,33 @@ def _dry_run(loaded: LoadedConfig, launch: Launch) -> str:
 def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) -> int:
     config = loaded.config
     device = choose_device(launch)
-    connect(launch, device, options.backend)
-    # The trainer's phase is wanted after it failed, also when it never came to be.
-    trainer: Trainer | None = None
-    with _signals_outside_of_the_loop(), FailureWatch(launch.rank, launch.world_size) as watch:
+    timeout, timeout_notice = collective_timeout(config.monitor.collective_timeout_seconds)
+    connect(launch, device, options.backend, timeout + BACKSTOP_SECONDS)
+    progress = Progress()
+    with (
+        _signals_outside_of_the_loop(),
+        FailureWatch(launch.rank, launch.world_size) as watch,
+        StallWatch(
+            launch.rank,
+            launch.world_size,
+            progress,
+            watch,
+            slow_seconds=config.monitor.slow_step_seconds,
+            stuck_seconds=timeout,
+            store_holder=None if launch.launcher == "torch" else 0,
+        ) as stall_watch,
+    ):
         try:
             run_dir = _agree_on_run_dir(options.run_dir, config.JOB_NAME)
             _open_log(run_dir, launch.rank)
-            for notice in loaded.notices:
+            stall_watch.start(run_dir / "logs" / f"rank{launch.rank}.stacks")
+            for notice in (*loaded.notices, *([timeout_notice] if timeout_notice else [])):
                 logger.info("%s", notice)
             seed_everything(config.seed)
             set_numerics(config)
-            context = ParallelContext.create(build_layout(config, launch.world_size), device)
+            layout = build_layout(config, launch.world_size)
+            context = ParallelContext.create(layout, device, timeout + BACKSTOP_SECONDS)
+            progress.num_collectives = context.num_collectives
             _announce(config, context, run_dir)
             trainer = build_trainer(
                 config,
@@ -117,18 +143,19 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
                 run_dir,
                 config_text=options.config.read_text(encoding="utf-8"),
                 profiling=options.profiling,
+                progress=progress,
             )
             if trainer.state.step >= trainer.total_steps:
                 logger.info("nothing to do: the run already has its %d steps (data.total_steps)", trainer.total_steps)
             else:
                 trainer.fit()
                 _say_goodbye(trainer, config.ckpt)
-            disconnect(context)
+            with progress.announce("end of the run"):
+                disconnect(context)
         except BaseException as error:
             # When one rank has failed a launcher terminates the others; that must not keep the cause out of their logs.
             _ignore_sigterm()
-            phase = "start" if trainer is None else trainer.current_phase
-            cause = watch.report(error, phase)
+            cause = watch.report(error, str(progress))
             # The echo of another rank's failure needs no details of this rank, and a mistake of the user no traceback.
             if not cause.startswith(ECHO):
                 _log_details(error, launch.rank)

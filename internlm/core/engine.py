@@ -20,6 +20,7 @@ from internlm.core.communication.p2p import PipelineChannels
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.pipeline_stages import PipelineModel
+from internlm.core.progress.record import Progress
 from internlm.core.scheduler.communication import channels_of, with_communication
 from internlm.core.scheduler.executor import Executor
 from internlm.core.scheduler.schedules import PipelineSchedule, forward_only, make_schedule
@@ -114,6 +115,7 @@ class Engine:
         statistics: collects metrics, or None.
         schedule: number of micro batches -> what the ranks of the pipeline do; must know as many micro batches as there
             are ranks. By default 1F1B, interleaved where there are several chunks.
+        progress: where the engine marks what it is doing.
 
     Raises:
         ValueError: the chunks are not those of the schedule.
@@ -127,14 +129,14 @@ class Engine:
         loss: LossFunction,
         statistics: TokenStatistics | None = None,
         schedule: Callable[[int], PipelineSchedule] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         self.optimizer = optimizer
         self.context = context
         self.loss = loss
         self.statistics = statistics
-        self._phase: str | None = "idle"
-        self._activity = ""
+        self.progress = progress or Progress()
         self.parallel = parallel_of(self.chunks[0])
         num_ranks, num_chunks = context.size("pipeline"), len(self.chunks)
         self._make_schedule = schedule or partial(make_schedule, "1F1B", num_ranks, num_chunks=num_chunks)
@@ -149,12 +151,7 @@ class Engine:
         self._evaluation = with_communication(forward_only(self.placement))
         channels = PipelineChannels.create(context, channels_of(probe)) if num_ranks > 1 else None
         self._uploader = Uploader(context.device)
-        self._executor = Executor(context.index("pipeline"), self.parallel.weight_gradients, channels)
-
-    @property
-    def phase(self) -> str:
-        """What the engine is doing, for the message when it fails."""
-        return self._phase or self._activity + self._executor.phase
+        self._executor = Executor(context.index("pipeline"), self.parallel.weight_gradients, channels, self.progress)
 
     @property
     def model(self) -> nn.Module:
@@ -180,6 +177,7 @@ class Engine:
             chunk.train()
         self.optimizer.begin_step(len(batch.micro_batches))
         loss_scale = self.optimizer.loss_scale.clone()
+        self.progress.mark("counting the valid tokens of all ranks")
         # Ranks that share the tokens of a sample, and the stages of a pipeline, all count the same ones.
         num_valid_tokens = all_reduce(self._scalar(batch.num_valid_tokens), self.context.group("data"))
         factor = loss_scale / num_valid_tokens.clamp(min=1.0)
@@ -194,25 +192,23 @@ class Engine:
             loss_sum.add_(output.detach())
             return output * factor
 
-        self._phase, self._activity = None, ""
         self._executor.run(
             self._schedule(len(batch.micro_batches)),
             forward,
             lambda number: self._new_activation(batch.micro_batches[number]),
         )
-        self._phase = "last weight gradients"
+        self.progress.mark("last weight gradients")
         with torch.no_grad():
             for chunk in self.chunks:
                 parallel_of(chunk).end_backward()
         self.parallel.weight_gradients.check_empty()
         backward_done = time.perf_counter()
 
-        self._phase = "optimizer step"
+        self.progress.mark("optimizer step")
         result = self.optimizer.step(lr, beta2)
-        self._phase = "metrics"
+        self.progress.mark("metrics")
         loss = self.sum_over_tokens(loss_sum) / num_valid_tokens.clamp(min=1.0)
         statistics = self.statistics.result(self.sum_over_tokens) if self.statistics else {}
-        self._phase = "idle"
         return EngineResult(
             loss=loss,
             grad_norm=result.grad_norm,
@@ -236,13 +232,11 @@ class Engine:
         for chunk in self.chunks:
             chunk.eval()
         upload = self._uploader.start([micro_batch])[0]
-        self._phase, self._activity = None, "evaluation, "
         self._executor.run(
             self._evaluation,
             lambda _, chunk, received: self._forward(upload.get(), chunk, received, sink),
             lambda _: self._new_activation(micro_batch),
         )
-        self._phase = "idle"
 
     def _schedule(self, num_micro_batches: int) -> PipelineSchedule:
         if num_micro_batches not in self._schedules:

@@ -8,10 +8,12 @@ takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -36,10 +38,14 @@ class FailureWatch:
     """Shares the cause of a failure between the ranks of a job. With one process it only logs.
 
     Use as a context manager around the work; call `report` when an exception leaves it.
+
+    Attributes:
+        before_exit: called before the process is ended from outside of its main thread, which hangs.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
+        self.before_exit: Callable[[], None] = lambda: None
         self._store: Any = None
         if world_size > 1:
             # A connection of its own: the watching thread must not wait behind a collective's use of the store.
@@ -80,6 +86,26 @@ class FailureWatch:
             return f"{cause} (the rank that held the job's store is gone: look at its log for the first cause)"
         return cause if first == cause else ECHO + first
 
+    def declare(self, cause: str) -> None:
+        """End the job, this rank included, for a cause that a thread beside the main one has found."""
+
+        def tell() -> None:
+            with contextlib.suppress(Exception):  # the rank that holds the store is gone
+                self._store.clone().compare_set(KEY, "", cause)
+
+        # Where the rank that holds the store is stopped, it takes the cause and never answers.
+        telling = threading.Thread(target=tell, name="failure-declare", daemon=True)
+        telling.start()
+        telling.join(GRACE_SECONDS)
+        self._stopped.wait(GRACE_SECONDS)
+        self._end(cause)
+
+    def _end(self, message: str) -> None:
+        self.before_exit()
+        get_logger(__name__).error("%s", message)
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)
+
     def _watch(self) -> None:
         assert self._store is not None
         while not self._stopped.wait(POLL_SECONDS):
@@ -91,6 +117,4 @@ class FailureWatch:
                 cause = "the rank that held the job's store is gone"
             if self._stopped.wait(GRACE_SECONDS):
                 return
-            get_logger(__name__).error("%s%s", ECHO, cause)
-            sys.stderr.flush()
-            os._exit(EXIT_CODE)
+            self._end(ECHO + cause)

@@ -94,8 +94,7 @@ class Trainer:
         self.is_main_rank = self.context.is_main_rank
         self.resumed_from: str | None = None
         self.num_skipped_updates = torch.zeros((), dtype=torch.float32, device=self.context.device)
-        self.phase = "start"
-        self._step_at_work = 0
+        self.progress = engine.progress
         self.requests = Requests(self.context.world_group)
 
     # -- the loop -------------------------------------------------------------------------------------------------
@@ -136,9 +135,9 @@ class Trainer:
         batches = iter(self.train_loader)
         while self.state.step < self.total_steps and self.requests.stop_reason is None:
             started = time.perf_counter()
-            self._step_at_work = self.state.step + 1
+            self.progress.begin_step(self.state.step + 1)
             self._call("on_step_start")
-            self.phase = "loading a batch"
+            self.progress.mark("loading a batch")
             loading = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
@@ -153,13 +152,14 @@ class Trainer:
                 metrics = self._train_step(batch)
                 metrics.seconds.update(data=data_seconds, total=time.perf_counter() - started)
                 self._call("on_step_end", metrics)
+            self.progress.mark("agreeing on saves and stops")
             self.requests.agree(self.state.step)
             if self.save_reason is not None and self.checkpointer is None and self.is_main_rank:
                 logger.warning("step %d: %s, but this run saves nothing", self.state.step, self.save_reason)
             self._call("on_step_counted")
 
     def _train_step(self, batch: Batch) -> StepMetrics:
-        self.phase = "training step"
+        self.progress.mark("training step")
         step = self.state.step
         lr = self.lr(step)
         beta2 = self.beta2(step) if self.beta2 else None
@@ -199,7 +199,7 @@ class Trainer:
 
     def _call(self, event: str, *args: Any) -> None:
         for hook in self.hooks:
-            self.phase = f"{hook.name}: {event}"
+            self.progress.mark(f"{hook.name}: {event}")
             getattr(hook, event)(self, *args)
 
     # -- what hooks may ask for -----------------------------------------------------------------------------------
@@ -212,12 +212,12 @@ class Trainer:
         """
         results: dict[str, float] = {}
         for name, batches in self.valid_sets.items():
-            self.phase = f"evaluation of '{name}'"
-            sums = TokenSums(num_types=1, device=self.context.device)
-            for batch in batches:
-                for micro_batch in batch.micro_batches:
-                    self.engine.evaluate(micro_batch, sums)
-            results.update(evaluation_results(name, sums, self.engine.sum_over_tokens))
+            with self.progress.announce(f"evaluation of '{name}'"):
+                sums = TokenSums(num_types=1, device=self.context.device)
+                for batch in batches:
+                    for micro_batch in batch.micro_batches:
+                        self.engine.evaluate(micro_batch, sums)
+                results.update(evaluation_results(name, sums, self.engine.sum_over_tokens))
         self._call("on_evaluation_end", results)
         return results
 
@@ -231,8 +231,8 @@ class Trainer:
         """
         checkpointer = self._needed_checkpointer()
         self._call("on_save_start")
-        self.phase = "saving a checkpoint"
-        checkpointer.save(self, snapshot=snapshot)
+        with self.progress.announce("saving a checkpoint"):
+            checkpointer.save(self, snapshot=snapshot)
 
     def poll_saves(self) -> list[SaveResult]:
         """The saves that ended since the last call, well or not; never waits. Only the main rank gets any.
@@ -252,8 +252,8 @@ class Trainer:
             CheckpointError: the newest one failed.
         """
         checkpointer = self._needed_checkpointer()
-        self.phase = "waiting for a checkpoint to be written"
-        checkpointer.finish()
+        with self.progress.announce("waiting for a checkpoint to be written"):
+            checkpointer.finish()
 
     def drain_saves(self, seconds: float) -> None:
         """Wait, no longer than that, for this rank's saves under way. Not collective, for after an exception."""
@@ -285,12 +285,6 @@ class Trainer:
     def save_reason(self) -> str | None:
         """Why someone wants the step just counted saved; None when nobody does. The same on all ranks."""
         return self.requests.save_reason
-
-    @property
-    def current_phase(self) -> str:
-        """What this rank is doing, for people."""
-        phase = self.phase if self.engine.phase == "idle" else self.engine.phase
-        return f"{phase}, step {self._step_at_work}" if self._step_at_work else phase
 
     def _wait_for_the_end_of_all_data(self) -> None:
         """A rank that leaves the loop alone would let the others wait in their next step, for the time of a collective

@@ -25,6 +25,7 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook
+from internlm.core.progress.record import Progress
 from internlm.core.trainer import Trainer
 from internlm.data.batch_plan import parse_skip_batches
 from internlm.data.loader import TrainLoader, build_train_loader
@@ -136,6 +137,7 @@ def build_trainer(
     config_text: str = "",
     profiling: bool = False,
     resume: bool = True,
+    progress: Progress | None = None,
 ) -> Trainer:
     """Everything that a run needs, ready for `fit()`, with a checkpoint loaded as `ckpt` asks.
 
@@ -146,6 +148,7 @@ def build_trainer(
         config_text: source of the config file, kept with every checkpoint.
         profiling: record a profile of an early step.
         resume: False builds the trainer without loading anything.
+        progress: where the loop marks what it is doing.
 
     Raises:
         ConfigError, DataError, CheckpointError: a mistake in what the user gave.
@@ -154,7 +157,7 @@ def build_trainer(
         logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")
     train_loader = build_loader(config, context)
     chunks = build_chunks(config, context)
-    engine = build_engine(config, context, chunks, train_loader.type_names)
+    engine = build_engine(config, context, chunks, train_loader.type_names, progress)
     manager = build_manager(config, config_text)
     lr, beta2 = build_schedules(config)
     trainer = Trainer(
@@ -226,7 +229,13 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
     )
 
 
-def build_engine(config: Config, context: ParallelContext, chunks: list[nn.Module], type_names: list[str]) -> Engine:
+def build_engine(
+    config: Config,
+    context: ParallelContext,
+    chunks: list[nn.Module],
+    type_names: list[str],
+    progress: Progress | None = None,
+) -> Engine:
     """Optimizer, loss and schedule around this rank's chunks of a model."""
     zero, adam = config.hybrid_zero_optimizer, config.adam
     optimizer = HybridZeroOptimizer(
@@ -252,7 +261,7 @@ def build_engine(config: Config, context: ParallelContext, chunks: list[nn.Modul
         compiled=config.model.compile,
     )
     statistics = TypeMetrics(type_names, context.device)
-    return Engine(chunks, optimizer, context, loss, statistics, build_pipeline_schedule(config))
+    return Engine(chunks, optimizer, context, loss, statistics, build_pipeline_schedule(config), progress)
 
 
 def build_scaler(config: Config, device: torch.device) -> GradScaler:

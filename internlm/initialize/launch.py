@@ -195,6 +195,30 @@ def connect(launch: Launch, device: torch.device, backend: str | None = None, ti
         ) from error
 
 
+def collective_timeout(
+    configured: float | None, environment: Mapping[str, str] = os.environ
+) -> tuple[float, str | None]:
+    """Seconds that a rank waits for another one, and what is to be said of it.
+
+    Args:
+        configured: `monitor.collective_timeout_seconds`; None takes InternEvo's, which depends on the environment.
+        environment: INTERNLM_ENABLE_TIMEOUT, with any value, asks for a minute, or for NCCL_TIMEOUT seconds.
+
+    Raises:
+        LaunchError: NCCL_TIMEOUT is not a number above 0.
+    """
+    variable, key = "INTERNLM_ENABLE_TIMEOUT", "monitor.collective_timeout_seconds"
+    if variable not in environment:
+        return configured or 1800.0, None
+    if configured is not None:
+        return configured, f"{variable} is ignored: {key} = {configured:g} is given"
+    text = environment.get("NCCL_TIMEOUT", "60")
+    if not text.isdecimal() or int(text) == 0:
+        raise LaunchError(f"{variable} is set, and NCCL_TIMEOUT = '{text}' is not a whole number of seconds above 0")
+    notice = f"{variable} is set: {key} = {text}; InternEvo's further time limits, function by function, do not exist"
+    return float(text), notice
+
+
 def disconnect(context: ParallelContext | None = None) -> None:
     """Leave the process group, if this process is in one, together with all others; not for use after a failure.
 

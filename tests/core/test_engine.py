@@ -34,15 +34,15 @@ def fail_at(engine: Engine, number: int) -> None:
 
 def test_the_phase_of_a_failure() -> None:
     engine = tiny_engine(ParallelContext.create())
-    assert engine.phase == "idle"
+    assert str(engine.progress) == "start"
     fail_at(engine, 2)
     with pytest.raises(ArithmeticError):
         engine.train_step(global_batch(0), lr=1e-3)
-    assert engine.phase == "forward of micro batch 2"
+    assert engine.progress.phase == "forward of micro batch 2"
     fail_at(engine, 0)
     with pytest.raises(ArithmeticError):
         engine.evaluate(global_batch(0).micro_batches[0], TokenSums(1))
-    assert engine.phase == "evaluation, forward of micro batch 0"
+    assert engine.progress.phase == "forward of micro batch 0"
 
 
 def phases_of_a_failure() -> tuple[str, str]:
@@ -56,7 +56,7 @@ def phases_of_a_failure() -> tuple[str, str]:
     except (ArithmeticError, RuntimeError) as failure:
         error = str(failure)
     context.close()
-    return engine.phase, error
+    return engine.progress.phase, error
 
 
 def test_a_failed_stage_fails_the_others(ranks: Callable[[int], RankPool]) -> None:

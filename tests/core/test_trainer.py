@@ -186,7 +186,7 @@ def test_an_exception_reaches_hooks_and_the_caller() -> None:
     with pytest.raises(RuntimeError, match="broken hook"):
         trainer.fit()
     assert events.log == ["start", "step", "end 1", "error broken hook"]
-    assert trainer.current_phase == "breaks: on_step_end, step 1"
+    assert str(trainer.progress) == "breaks: on_step_end, step 1"
 
 
 def test_two_runs_in_one_process_do_not_touch_each_other() -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from internlm.initialize.launch import Launch, LaunchError, choose_device, detect_launch, first_host_of
+from internlm.initialize.launch import (
+    Launch,
+    LaunchError,
+    choose_device,
+    collective_timeout,
+    detect_launch,
+    first_host_of,
+)
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29400"}
 SLURM = {
@@ -95,6 +102,19 @@ def test_the_first_host_of_a_node_list(node_list: str, host: str) -> None:
 def test_a_node_list_without_a_host_is_refused(node_list: str) -> None:
     with pytest.raises(LaunchError, match="names no host; set MASTER_ADDR"):
         first_host_of(node_list)
+
+
+def test_the_time_that_a_rank_waits_for_another_one() -> None:
+    assert collective_timeout(None, {}) == (1800.0, None)
+    assert collective_timeout(12.5, {}) == (12.5, None)
+    seconds, notice = collective_timeout(None, {"INTERNLM_ENABLE_TIMEOUT": "1"})
+    assert seconds == 60.0 and notice is not None and "monitor.collective_timeout_seconds = 60;" in notice
+    assert collective_timeout(None, {"INTERNLM_ENABLE_TIMEOUT": "0", "NCCL_TIMEOUT": "90"})[0] == 90.0
+    assert collective_timeout(None, {"NCCL_TIMEOUT": "90"}) == (1800.0, None)
+    given = collective_timeout(7.0, {"INTERNLM_ENABLE_TIMEOUT": "1"})
+    assert given == (7.0, "INTERNLM_ENABLE_TIMEOUT is ignored: monitor.collective_timeout_seconds = 7 is given")
+    with pytest.raises(LaunchError, match="NCCL_TIMEOUT = 'soon' is not a whole number of seconds"):
+        collective_timeout(None, {"INTERNLM_ENABLE_TIMEOUT": "1", "NCCL_TIMEOUT": "soon"})
 
 
 def test_more_ranks_than_gpus_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,18 @@ class MonitorConfig(Section):
         ge=0,
     )
     metrics_file: bool = key(True, "Write metrics.jsonl into the run directory.")
+    slow_step_seconds: float = key(
+        60.0,
+        "A step that takes longer is told, with the rank that the others wait for, unless the usual step takes more "
+        "than half as long. Saving, evaluating and building are told after ten times as long.",
+        gt=0,
+    )
+    collective_timeout_seconds: float | None = key(
+        None,
+        "Seconds that a rank waits for another one before the run ends with the stacks of all ranks; None: 1800, or 60 "
+        "where INTERNLM_ENABLE_TIMEOUT is set.",
+        gt=0,
+    )
 
 
 class TensorboardConfig(Section):

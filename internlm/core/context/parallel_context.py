@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,22 +25,30 @@ class ParallelContext:
         layout: the degrees of parallelism and the three views.
         rank: this process.
         device: where this rank computes.
+        timeout: of one collective, in all groups made here; None takes PyTorch's.
     """
 
     layout: ParallelLayout
     rank: int
     device: torch.device
+    timeout: datetime.timedelta | None = None
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
     _named_groups: dict[Hashable, tuple[tuple[int, ...], dist.ProcessGroup]] = field(default_factory=dict, repr=False)
     _own: dict[tuple[str, str], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def create(cls, layout: ParallelLayout | None = None, device: torch.device | str = "cpu") -> ParallelContext:
+    def create(
+        cls,
+        layout: ParallelLayout | None = None,
+        device: torch.device | str = "cpu",
+        timeout_seconds: float | None = None,
+    ) -> ParallelContext:
         """The context of this process; collective: every rank of the job must call it with the same layout.
 
         Args:
             layout: defaults to pure data parallelism over all ranks of the default process group.
             device: where this rank computes.
+            timeout_seconds: of one collective; None takes PyTorch's. That of the default group is its maker's matter.
 
         Raises:
             ConfigError: sizes that do not fit the world size.
@@ -48,7 +58,8 @@ class ParallelContext:
         layout = layout or ParallelLayout(world_size=started)
         if layout.world_size != started:
             raise ValueError(f"the layout is for {layout.world_size} ranks, but {started} were started")
-        context = cls(layout, dist.get_rank() if dist.is_initialized() else 0, torch.device(device))
+        timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
+        context = cls(layout, dist.get_rank() if dist.is_initialized() else 0, torch.device(device), timeout)
         for view in layout.views:
             for axis in (*view.axes, *view.merged, "pipeline_ends"):
                 context._make_groups(view, axis)
@@ -60,7 +71,7 @@ class ParallelContext:
         for ranks in view.groups(axis):
             # The same set of ranks may be a group of several views or axes: one process group serves them all.
             if ranks not in self._groups:
-                self._groups[ranks] = dist.new_group(list(ranks))
+                self._groups[ranks] = dist.new_group(list(ranks), timeout=self.timeout)
 
     def view(self, name: str) -> RankView:
         """The view called "activation", "weight" or "expert"."""
@@ -77,7 +88,7 @@ class ParallelContext:
     def make_named_group(self, name: Hashable, ranks: Sequence[int]) -> None:
         """Make a process group for one purpose alone, unless there is one of that name; collective over all ranks."""
         if name not in self._named_groups:
-            self._named_groups[name] = tuple(ranks), dist.new_group(list(ranks))
+            self._named_groups[name] = tuple(ranks), dist.new_group(list(ranks), timeout=self.timeout)
 
     def named_group(self, name: Hashable) -> dist.ProcessGroup:
         """A process group of this rank that `make_named_group` made.
@@ -96,6 +107,17 @@ class ParallelContext:
     def index(self, axis: str, view: str = "activation") -> int:
         """Position of this rank along an axis."""
         return self.view(view).index(axis, self.rank)
+
+    def num_collectives(self) -> dict[str, int]:
+        """How many collectives this rank has begun in each of its groups, by the group's name, equal on all its ranks.
+
+        Asks no device, and may be called from any thread.
+        """
+        groups = [*self._groups.items(), *self._named_groups.values()]
+        own: list[Any] = [group for ranks, group in groups if self.rank in ranks]
+        if self.world_group is not None:
+            own.append(self.world_group)
+        return {group.group_name: group._get_sequence_number_for_group() for group in own}
 
     @property
     def world_size(self) -> int:

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from internlm.core.communication.p2p import Incoming, PipelineChannels
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.core.progress.record import Progress
 from internlm.core.scheduler.actions import Action, ActionKind
 from internlm.core.scheduler.placement import Place
 from internlm.core.scheduler.schedules import PipelineSchedule
@@ -30,14 +31,20 @@ class Executor:
         rank: of the pipeline.
         weight_gradients: where the chunks leave weight gradients for later.
         channels: to the other ranks; None when there is one.
+        progress: where each action is marked.
     """
 
-    def __init__(self, rank: int, weight_gradients: WeightGradients, channels: PipelineChannels | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        weight_gradients: WeightGradients,
+        channels: PipelineChannels | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.rank = rank
         self.weight_gradients = weight_gradients
         self.channels = channels
-        self.phase = "start"
-        """What it is doing, for the message of a failure."""
+        self.progress = progress or Progress()
 
     def run(self, schedule: PipelineSchedule, forward: Forward, new_activation: Callable[[int], Tensor]) -> None:
         """Carry out this rank's actions in order. Without gradients (`torch.no_grad`) there must be no backward.
@@ -51,7 +58,7 @@ class Executor:
         for action in schedule.actions[self.rank]:
             step.do(action)
         if self.channels is not None:
-            self.phase = "waiting until all is sent"
+            self.progress.mark("waiting until all is sent")
             self.channels.wait_for_sends()
 
 
@@ -172,4 +179,4 @@ class _Step:
 
     def _announce(self, what: str, action: Action) -> None:
         chunk = f", chunk {action.chunk}" if self.placement.num_chunks > 1 else ""
-        self.executor.phase = f"{what} of micro batch {action.micro_batch}{chunk}"
+        self.executor.progress.mark(f"{what} of micro batch {action.micro_batch}{chunk}")

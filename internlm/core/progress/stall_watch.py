@@ -1,0 +1,249 @@
+"""A step that does not end is told, and a job in which one rank is stuck is ended before its collectives' timeout.
+
+A thread beside the loop looks at this rank's `Progress`. The first rank of those that are heard speaks for the job: it
+reads the other ranks' reports and names the rank that they wait for. Every rank writes its own stacks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import statistics
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO, Any
+
+import torch.distributed as dist
+
+from internlm.core.failure import FailureWatch
+from internlm.core.progress.record import Progress
+from internlm.core.progress.reports import Report, ReportExchange, ranks_behind, state_of_process, this_machine
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+ACTIVITY_FACTOR = 10
+"""An announced activity, such as saving, may take as many times longer than a step before it is told."""
+
+USUAL_FACTOR = 2
+"""A step is slow when it takes as many times longer than the median of the last ones."""
+
+MIN_USUAL = 3
+"""Steps after which their median is known; the first one compiles and chooses kernels."""
+
+BACKSTOP_SECONDS = 30.0
+"""How much longer than `stuck_seconds` a collective should wait before it fails by itself: the cause is told first."""
+
+MAX_NAMED = 8
+"""Ranks that one line names."""
+
+
+class StallWatch:
+    """Tells steps that take long, and ends a job that is stuck. With one process it only tells.
+
+    Use as a context manager; `start` when the run's folder is known.
+
+    Args:
+        rank: this one.
+        world_size: ranks of the job; with several, the default process group must be there.
+        progress: of this rank.
+        failure: by which a job that is stuck is ended.
+        slow_seconds: a step that takes longer is told, unless the usual one takes more than half as long.
+        stuck_seconds: a rank that waits longer than this for another one in one phase ends the job.
+        store_holder: the rank whose process holds the job's store; None when the launcher does.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        progress: Progress,
+        failure: FailureWatch,
+        *,
+        slow_seconds: float,
+        stuck_seconds: float,
+        store_holder: int | None = 0,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.progress = progress
+        self.slow_seconds = slow_seconds
+        self.stuck_seconds = stuck_seconds
+        self.store_holder = store_holder
+        self._failure = failure
+        self._poll = min(1.0, slow_seconds / 5, stuck_seconds / 5)
+        self._exchange: ReportExchange | None = None
+        if world_size > 1:
+            store: Any = dist.distributed_c10d._get_default_store()
+            interval = min(5.0, slow_seconds / 12, stuck_seconds / 12)
+            self._exchange = ReportExchange(store.clone(), rank, progress, interval)
+        self._usual: deque[float] = deque(maxlen=20)
+        self._began = progress.began
+        self._told = 0
+        self._stacks: IO[str] | None = None
+        self._stacks_of: float | None = None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> StallWatch:
+        return self
+
+    def start(self, stacks_file: Path) -> None:
+        """Begin to watch.
+
+        Args:
+            stacks_file: where this rank's stacks are written when it is stuck. Removed at the end when empty.
+        """
+        # Open from the start: once the interpreter is held up nothing can be opened.
+        self._stacks = stacks_file.open("a", encoding="utf-8")
+        self._failure.before_exit = self.write_stacks
+        if self._exchange is not None:
+            self._exchange.start()
+        self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is None:
+            return
+        self._stopped.set()
+        self._thread.join()
+        if self.progress.began != self._began:
+            self._end_of_a_step(self.progress.began)
+        faulthandler.cancel_dump_traceback_later()
+        if self._exchange is not None:
+            self._exchange.stop()
+        assert self._stacks is not None
+        self._failure.before_exit = lambda: None
+        is_empty = self._stacks.tell() == 0 and Path(self._stacks.name).stat().st_size == 0
+        self._stacks.close()
+        if is_empty:
+            Path(self._stacks.name).unlink()
+
+    def write_stacks(self) -> None:
+        """Write the Python stacks of all threads of this process, once for a phase."""
+        if self._stacks is None or self._stacks_of == self.progress.changed:
+            return
+        self._stacks_of = self.progress.changed
+        seconds = time.monotonic() - self.progress.changed
+        clock = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._stacks.write(f"{clock} rank {self.rank}, for {seconds:.0f} s in {self.progress}\n")
+        self._stacks.flush()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        assert self._stacks is not None
+        last = time.monotonic()
+        while not self._stopped.wait(self._poll):
+            # Whoever holds the interpreter's lock for long holds up this thread, too; that timer is not Python's.
+            faulthandler.dump_traceback_later(max(self.slow_seconds, 2 * self._poll), file=self._stacks)
+            now = time.monotonic()
+            if now - last > 3 * self._poll + 1 and self._exchange is not None:
+                self._exchange.restart()
+            last = now
+            self._look()
+
+    def _look(self) -> None:
+        progress, now = self.progress, time.monotonic()
+        if progress.began != self._began:
+            self._end_of_a_step(progress.began)
+        seconds, limit = now - self._began, self._limit()
+        if self._exchange is not None:
+            is_near = seconds > limit / 2 or now - progress.changed > self.stuck_seconds / 2
+            self._exchange.wanted = self._to_read() if is_near else ()
+            if not is_near:
+                self._exchange.heard.clear()
+        if seconds >= limit * 2**self._told:
+            self._told += 1
+            if self._speaks():
+                logger.warning("%s has taken %.0f s; %s", self._what(), seconds, self._explain()[1])
+        if now - progress.changed >= self.stuck_seconds:
+            self._stuck(now - progress.changed)
+
+    def _end_of_a_step(self, began: float) -> None:
+        seconds = began - self._began
+        if self._told and self._speaks():
+            logger.warning("what took long has ended after %.0f s", seconds)
+        self._usual.append(seconds)
+        self._began, self._told = began, 0
+
+    def _limit(self) -> float:
+        if self.progress.activity:
+            return ACTIVITY_FACTOR * self.slow_seconds
+        usual = statistics.median(self._usual) if len(self._usual) >= MIN_USUAL else 0.0
+        return max(self.slow_seconds, USUAL_FACTOR * usual)
+
+    def _what(self) -> str:
+        progress = self.progress
+        return str(progress) if progress.activity or not progress.step else f"step {progress.step}"
+
+    def _stuck(self, seconds: float) -> None:
+        self.write_stacks()
+        if self._exchange is None or not self._speaks():
+            return
+        ranks, text = self._explain()
+        # Where no rank is behind, all may be at work, and the collectives' own timeout decides.
+        if ranks:
+            assert self._stacks is not None
+            self._failure.declare(
+                f"rank {self.rank} made no progress for {seconds:.0f} s in {self.progress} "
+                f"(monitor.collective_timeout_seconds): {text}; stacks: {Path(self._stacks.name).parent}/rank*.stacks"
+            )
+
+    # -- the other ranks ------------------------------------------------------------------------------------------
+
+    def _speaks(self) -> bool:
+        """Whether it is this rank that tells what there is to tell: no rank before it can."""
+        exchange = self._exchange
+        if exchange is None or self.rank == 0:
+            return True
+        return exchange.store_is_silent or all(exchange.is_silent(rank) for rank in range(self.rank))
+
+    def _to_read(self) -> tuple[int, ...]:
+        """The ranks to read: those before this one until one is heard, and if there is none, all."""
+        assert self._exchange is not None
+        for rank in range(self.rank):
+            if not self._exchange.is_silent(rank):
+                return tuple(range(rank + 1))
+        return tuple(range(self.world_size))
+
+    def _explain(self) -> tuple[list[int], str]:
+        """The ranks that the job waits for, and what is known of them, in words."""
+        exchange = self._exchange
+        if exchange is None:
+            return [], self._doing(str(self.progress), time.monotonic() - self.progress.changed)
+        if exchange.store_is_silent:
+            holder = [] if self.store_holder in (None, self.rank) else [self.store_holder]
+            whose = f"rank {self.store_holder}" if holder else "the launcher"
+            return holder or [self.rank], f"waiting for {whose}, which holds the job's store and does not answer"
+        all_heard = dict(exchange.heard)
+        reports = {rank: heard.report for rank, heard in all_heard.items() if heard.report is not None}
+        reports[self.rank] = exchange.own()
+        silent = [rank for rank in sorted(all_heard) if rank != self.rank and exchange.is_silent(rank)]
+        if silent:
+            return silent, self._name(silent, [self._lost(rank, reports.get(rank)) for rank in silent[:MAX_NAMED]])
+        behind = ranks_behind({rank: report.collectives for rank, report in reports.items()})
+        shown = behind or sorted(reports)
+        doing = [
+            f"rank {rank}, {self._doing(reports[rank].phase, reports[rank].seconds)}" for rank in shown[:MAX_NAMED]
+        ]
+        if behind:
+            return behind, self._name(behind, doing)
+        return [], "; ".join(["no rank is behind the others", *doing]) + (" ..." if len(shown) > MAX_NAMED else "")
+
+    @staticmethod
+    def _doing(phase: str, seconds: float) -> str:
+        return f"in {phase} for {seconds:.0f} s"
+
+    @staticmethod
+    def _lost(rank: int, report: Report | None) -> str:
+        if report is None:
+            return f"rank {rank}, which has not been heard of"
+        return f"rank {rank}, last seen in {report.phase}: {state_of_process(report, this_machine())}"
+
+    @staticmethod
+    def _name(ranks: list[int], texts: list[str]) -> str:
+        more = f" and {len(ranks) - MAX_NAMED} more" if len(ranks) > MAX_NAMED else ""
+        return f"waiting for {'; '.join(texts)}{more}"

@@ -1,0 +1,71 @@
+"""Whom the others wait for, and what is known of a rank that is not heard of."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from internlm.core.progress.record import Progress
+from internlm.core.progress.reports import Report, ReportExchange, ranks_behind, state_of_process, this_machine
+
+
+@pytest.mark.parametrize(
+    ("collectives", "behind"),
+    [
+        ({0: {"world": 7}, 1: {"world": 6}, 2: {"world": 7}}, [1]),
+        ({0: {"world": 7}, 1: {"world": 7}}, []),
+        # Rank 1 waits for rank 2, and rank 0 waits for rank 1.
+        ({0: {"a": 3}, 1: {"a": 2, "b": 5}, 2: {"b": 4}}, [2]),
+        # Two independent pairs.
+        ({0: {"a": 3}, 1: {"a": 2}, 2: {"b": 3}, 3: {"b": 4}}, [1, 2]),
+        # Each has begun one that the other has not: the counts do not tell.
+        ({0: {"a": 3, "b": 1}, 1: {"a": 2, "b": 2}}, []),
+        ({0: {}}, []),
+    ],
+)
+def test_the_rank_behind_is_the_one_that_waits_for_nobody(
+    collectives: dict[int, dict[str, int]], behind: list[int]
+) -> None:
+    assert ranks_behind(collectives) == behind
+
+
+def test_the_state_of_a_process_of_this_machine() -> None:
+    machine = this_machine()
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    report = Report(1, "forward, step 3", 2.0, {}, machine, process.pid)
+    try:
+        assert state_of_process(report, machine).endswith("is alive, but all its Python threads are held up")
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert "is stopped, by a signal" in state_of_process(report, machine)
+    finally:
+        process.kill()
+        process.wait()
+    assert state_of_process(report, machine) == f"its process {process.pid} is gone"
+    elsewhere = replace(report, machine="another")
+    assert state_of_process(elsewhere, machine) == "its process is stopped, or its machine out of reach"
+
+
+def test_a_rank_that_sends_nothing_is_silent_once_it_was_looked_for() -> None:
+    store = dist.HashStore()
+    there, reader = (ReportExchange(store, rank, Progress(), 0.02) for rank in (1, 0))
+    reader.wanted = (1, 2)
+    there.start()
+    reader.start()
+    time.sleep(0.5)
+    assert not reader.is_silent(1)
+    assert reader.is_silent(2)
+    assert not reader.is_silent(3)  # nobody looked
+    heard = reader.heard[1].report
+    assert heard is not None and heard.phase == "start" and heard.pid == os.getpid()
+    there.stop()
+    time.sleep(0.3)
+    assert reader.is_silent(1)
+    reader.stop()
