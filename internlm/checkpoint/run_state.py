@@ -27,7 +27,8 @@ from internlm.utils.storage import StoragePath
 logger = get_logger(__name__)
 
 MODEL_PREFIX = "model/"
-MASTER_PREFIX = "optimizer/master/"
+OPTIMIZER_PREFIX = "optimizer/"
+MASTER_PREFIX = f"{OPTIMIZER_PREFIX}master/"
 
 
 def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
@@ -52,7 +53,10 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
 
     return dict(
         merge_by_key(
-            (f"optimizer/{key}", BoxedTensor(shard_spec_of(parameter).global_shape, dtype_of(key, parameter), pieces))
+            (
+                f"{OPTIMIZER_PREFIX}{key}",
+                BoxedTensor(shard_spec_of(parameter).global_shape, dtype_of(key, parameter), pieces),
+            )
             for key, parameter, pieces in optimizer.sharded_state()
         )
     )

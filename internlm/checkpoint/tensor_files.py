@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner
 from internlm.checkpoint.dcp_storage import StorageReader
-from internlm.checkpoint.reading import CONFIG_FILE, read_metadata, without_single_process_warning
-from internlm.checkpoint.run_state import MODEL_PREFIX
+from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_metadata, without_single_process_warning
+from internlm.checkpoint.run_state import MODEL_PREFIX, OPTIMIZER_PREFIX
 from internlm.checkpoint.saving import SaveTask, complete, make_plan, write_part
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
@@ -119,10 +119,23 @@ class _LazyPlanner(BoxSavePlanner):
 
     def resolve_data(self, write_item: Any) -> Tensor | io.BytesIO:
         key = write_item.index.fqn
-        wanted = self._tensors[key.removeprefix(MODEL_PREFIX)]
+        wanted = self._tensors[key]
         tensor = wanted.read()
         assert (tuple(tensor.shape), tensor.dtype) == (wanted.shape, wanted.dtype), key
         return tensor.contiguous()
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What a run goes on from, besides weights.
+
+    Attributes:
+        tensors: `<kind>/<global name>` -> masters (of weights that are not fp32 themselves) and moments, in fp32.
+        context: what `context.json` is to say: state, inf_nan_skip_batches, num_updates, scaler.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    context: Mapping[str, Any]
 
 
 def write_weights(
@@ -132,8 +145,9 @@ def write_weights(
     config: Config,
     step: int = 0,
     files: Mapping[str, bytes] | None = None,
+    optimizer: OptimizerState | None = None,
 ) -> StoragePath:
-    """Write a checkpoint of weights alone, one tensor at a time; returns `<save_folder>/<step>`.
+    """Write a checkpoint without a trainer, one tensor at a time; returns `<save_folder>/<step>`.
 
     Args:
         save_folder: where checkpoints lie.
@@ -141,6 +155,7 @@ def write_weights(
         config: what the model is built from.
         step: number of the checkpoint.
         files: name (with folders) -> content, put beside the tensors.
+        optimizer: None: the checkpoint holds weights alone.
 
     Raises:
         StorageError: it cannot be written.
@@ -149,17 +164,23 @@ def write_weights(
     final = save_folder / str(step)
     writing = folders.begin_writing(final, uuid.uuid4().hex[:8])
     small = {CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1).encode(), **(files or {})}
-    task = SaveTask(step, final, writing, contents=("model",), files=small)
+    contents: tuple[str, ...] = ("model",)
+    by_key = {f"{MODEL_PREFIX}{name}": lazy for name, lazy in tensors.items()}
+    if optimizer is not None:
+        contents = ("model", "optimizer", "scheduler")
+        by_key |= {f"{OPTIMIZER_PREFIX}{name}": lazy for name, lazy in optimizer.tensors.items()}
+        small[CONTEXT_FILE] = json.dumps(optimizer.context, indent=1).encode()
+    task = SaveTask(step, final, writing, contents=contents, files=small)
     # The plan knows shapes alone: tensors on meta take no memory.
     boxed = {
-        f"{MODEL_PREFIX}{name}": BoxedTensor(
+        key: BoxedTensor(
             lazy.shape, lazy.dtype, [(_whole_box(lazy.shape), torch.empty(lazy.shape, dtype=lazy.dtype, device="meta"))]
         )
-        for name, lazy in tensors.items()
+        for key, lazy in by_key.items()
     }
     plan = make_plan(boxed)
     assert plan.metadata is not None
-    complete(task, plan.metadata, [write_part(task, plan, _LazyPlanner(tensors))])
+    complete(task, plan.metadata, [write_part(task, plan, _LazyPlanner(by_key))])
     return final
 
 

@@ -9,7 +9,9 @@ import torch
 
 from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.from_internevo import import_internevo
+from internlm.convert.internevo_run import schedule_differences
 from internlm.convert.to_hf import convert_to_hf
+from internlm.initialize.build import build_schedules
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
 from internlm.utils.paths import local_path
@@ -94,6 +96,7 @@ def _add_from_internevo(parser: argparse.ArgumentParser) -> None:
         help="config of the run (default: the one in the checkpoint, which is Python and is run)",
     )
     parser.add_argument("--model-type", metavar="NAME", help="family of the model, where no config names it")
+    parser.add_argument("--weights-only", action="store_true", help="leave masters, moments and counters behind")
     parser.set_defaults(convert=_from_internevo)
 
 
@@ -101,12 +104,20 @@ def _from_internevo(options: argparse.Namespace) -> int:
     ckpt, out = storage_path(options.ckpt), storage_path(options.out)
     if not ckpt.is_local:
         raise ConfigError(f"--ckpt {ckpt}: the files are mapped, so copy the folder to a local disk first")
-    imported = import_internevo(ckpt.local, out, config_file=options.config, model_type=options.model_type)
+    imported = import_internevo(
+        ckpt.local,
+        out,
+        config_file=options.config,
+        model_type=options.model_type,
+        weights_only=options.weights_only,
+    )
     print(f"InternEvo checkpoint of {imported.layout}")
     for name in ("step_count", "batch_count", "num_consumed_tokens", "inf_nan_skip_batches"):
         if name in imported.counters:
             print(f"  {name}: {int(imported.counters[name]):,}")
-    for notice in imported.notices:
+    lr, beta2 = build_schedules(imported.config)
+    notices = [*imported.notices, *schedule_differences(imported.options, imported.step, lr.lr, beta2.beta2)]
+    for notice in notices:
         print(f"notice: {notice}")
     print(imported.path)
     return 0

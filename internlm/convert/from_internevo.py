@@ -1,8 +1,9 @@
-"""An InternEvo checkpoint as a checkpoint of this package: weights, and the config of the model."""
+"""An InternEvo checkpoint as one of this package: weights, the optimizer's state, and the config of the model."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,9 @@ from internlm.config.loader import check_config, read_tree
 from internlm.config.schema import Config
 from internlm.convert.internevo_files import InternEvoFiles, read_value
 from internlm.convert.internevo_folder import ROWS_BY_PROJECTION, InternEvoFolder, RowOrder
+from internlm.convert.internevo_optimizer import InternEvoOptimizer
+from internlm.convert.internevo_run import RUN_SECTIONS, differences, not_taken, run_state
+from internlm.convert.internevo_shards import has_optimizer
 from internlm.model.decoder import Decoder
 from internlm.model.registry import build_model
 from internlm.utils.errors import CheckpointError, ConfigError
@@ -39,41 +43,55 @@ class Imported:
         layout: the files it came from, in words.
         counters: InternEvo's (step_count, batch_count, num_consumed_tokens ...); empty when it has none.
         notices: one line each on what was chosen, changed or left out.
+        config: of the new checkpoint.
+        step: number of the new checkpoint.
+        options: lr, betas, eps and weight_decay of the optimizer; empty when it was not imported.
     """
 
     path: StoragePath
     layout: str
     counters: dict[str, Any]
     notices: list[str]
+    config: Config
+    step: int
+    options: dict[str, Any]
 
 
 def import_internevo(
-    folder: Path, out: StoragePath, *, config_file: Path | None = None, model_type: str | None = None
+    folder: Path,
+    out: StoragePath,
+    *,
+    config_file: Path | None = None,
+    model_type: str | None = None,
+    weights_only: bool = False,
 ) -> Imported:
-    """Write the weights of an InternEvo checkpoint as `<out>/<step>/`; no more than one weight is in memory.
+    """Write an InternEvo checkpoint as `<out>/<step>/`; no more than one tensor is in memory.
 
     Args:
         folder: the checkpoint, on a local disk.
         out: save folder of the new one.
         config_file: the run's config; None: the one in the checkpoint, which is Python and is run.
         model_type: the family, where no config says it.
+        weights_only: leave the optimizer's state behind.
 
     Raises:
         CheckpointError: a file is missing or damaged, weights do not fit the config, or the kind cannot be imported.
         ConfigError: there is no config, or it makes no model.
     """
     InternEvoFiles.check(folder)
-    tree, text, notices = _read_config(folder, config_file, model_type)
+    with_optimizer = not weights_only and has_optimizer(folder)
+    tree, text, notices = _read_config(folder, config_file, model_type, with_optimizer)
     section = tree["model"]
     files = InternEvoFiles(folder, _num_chunks(tree))
     _refuse_unknown_rows(tree["model_type"], section, files)
     _add_defaults(tree["model_type"], section, notices)
-    config, model = _build(tree)
+    kept = _KEPT + (RUN_SECTIONS if with_optimizer else ())
+    config, model = _build(tree, kept)
     changes = _told_by_files(model, files)
     if changes:
         section.update(changes)
         section.pop("no_bias", None)
-        config, model = _build(tree)
+        config, model = _build(tree, kept)
         notices += [f"model.{name} = {value}: so are the weights in the files" for name, value in changes.items()]
     order = RowOrder(
         by_projection=config.model_type in ROWS_BY_PROJECTION, fused_gate_up=section.get("mlp_layer_fusion") is True
@@ -89,12 +107,29 @@ def import_internevo(
         for name in source.names()
     }
     extra = {} if text is None else {"config_file.py": text.encode()}
-    path = write_weights(out, tensors, config=config, step=_step(folder, counters, notices), files=extra)
-    if any(path.name.startswith("optimizer_") for path in folder.iterdir()):
-        notices.append("the optimizer state is not imported: moments start anew, and masters from the weights")
+    step = _step(folder, counters, notices)
     kind = {"tp": "tensor", "wp": "weight"}[files.split]
     layout = f"{files.num_ranks} {kind} parallel rank(s), {files.num_stages} pipeline stage(s)"
-    return Imported(path, layout, counters, notices)
+    if not with_optimizer:
+        notices.append(f"{_why_without(folder)}: moments start anew, and masters from the weights")
+        path = write_weights(out, tensors, config=config, step=step, files=extra)
+        return Imported(path, layout, counters, notices, config, step, {})
+    optimizer = InternEvoOptimizer(files)
+    notices += [*not_taken(counters), *differences(optimizer, config, counters, step)]
+    state = run_state(optimizer, source, counters, step)
+    path = write_weights(out, tensors, config=config, step=step, files=extra, optimizer=state)
+    if optimizer.differences:
+        worst = max(optimizer.differences, key=optimizer.differences.__getitem__)
+        notices.append(
+            f"{len(optimizer.differences)} tensor(s) of the optimizer differ between ranks that should hold the same, "
+            f"most {worst}, by {optimizer.differences[worst]:.2g}: those of the first rank are taken"
+        )
+    layout += f", {optimizer.num_zero} ZeRO rank(s)"
+    return Imported(path, layout, counters, notices, config, step, optimizer.options)
+
+
+def _why_without(folder: Path) -> str:
+    return "the optimizer state is left behind" if has_optimizer(folder) else "there are no optimizer files"
 
 
 def _read(source: InternEvoFolder, name: str, folder: Path) -> Tensor:
@@ -102,7 +137,7 @@ def _read(source: InternEvoFolder, name: str, folder: Path) -> Tensor:
 
 
 def _read_config(
-    folder: Path, config_file: Path | None, model_type: str | None
+    folder: Path, config_file: Path | None, model_type: str | None, with_optimizer: bool
 ) -> tuple[dict[str, Any], str | None, list[str]]:
     """The keys that a model needs, unchecked, in today's spelling; the text of the whole config; notices."""
     tree: dict[str, Any] = {}
@@ -124,7 +159,10 @@ def _read_config(
             raise ConfigError(
                 f"'{folder}' has no {CONFIG_TEXT} that names the family: give --model-type or --config FILE"
             )
-    notices = [notice for notice in modernise(tree, {}) if notice.startswith("model")]
+    told = ("model", *(RUN_SECTIONS if with_optimizer else ()))
+    notices = [notice for notice in modernise(tree, {}) if notice.startswith(told)]
+    if with_optimizer and isinstance(tree.setdefault("adam", {}), dict):
+        tree["adam"].setdefault("weight_decay_norms_and_biases", True)
     if model_type is not None:
         tree["model_type"] = model_type
     tree.setdefault("model_type", Config.model_fields["model_type"].default)
@@ -189,12 +227,12 @@ def _add_defaults(model_type: str, section: dict[str, Any], notices: list[str]) 
         )
 
 
-def _build(tree: dict[str, Any]) -> tuple[Config, Decoder]:
+def _build(tree: dict[str, Any], names: Sequence[str]) -> tuple[Config, Decoder]:
     """The config of the new checkpoint and its model, without storage."""
     data = tree.get("data", {})
     length = tree["model"].get("max_position_embeddings", 2048)
     needed = {"seq_len": length, "micro_bsz": 1, "total_steps": 1}
-    kept = {name: tree[name] for name in _KEPT if name in tree}
+    kept = {name: tree[name] for name in names if name in tree}
     # The layout and the data of the old run are not those of the next one; the whole text is kept beside the weights.
     data = {**needed, **{name: data[name] for name in _KEPT_OF_DATA if name in data}}
     config, mistakes = assemble({**kept, "data": data, "ckpt": {"enable_save_ckpt": False}})

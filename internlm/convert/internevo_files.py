@@ -74,9 +74,10 @@ class InternEvoFiles:
         self._pieces: dict[str, list[Piece | None]] = {}
         self.buffers: dict[str, Tensor] = {}
         states = [
-            [_load(folder / self.file(rank, stage), mapped=True) for rank in range(self.num_ranks)]
+            [load_file(folder / self.file(rank, stage), mapped=True) for rank in range(self.num_ranks)]
             for stage in range(self.num_stages)
         ]
+        self._by_stage: list[list[str]] = [[] for _ in range(self.num_stages)]
         stages = [self._merge_ranks(stage, by_rank) for stage, by_rank in enumerate(states)]
         for stage, numbers in enumerate(_global_layers(stages, num_chunks, folder)):
             for (chunk, name), pieces in stages[stage].items():
@@ -85,6 +86,8 @@ class InternEvoFiles:
                 if whole in self._pieces:
                     raise CheckpointError(f"'{folder}': two pipeline stages hold the weight '{whole}'")
                 self._pieces[whole] = pieces
+                self._by_stage[stage].append(whole)
+        self._stage_of = {name: stage for stage, names in enumerate(self._by_stage) for name in names}
 
     @staticmethod
     def check(folder: Path) -> None:
@@ -102,6 +105,31 @@ class InternEvoFiles:
     def pieces(self, name: str) -> list[Piece]:
         """The parts of a weight in the order of the ranks, without the ranks that have none."""
         return [piece for piece in self._pieces[name] if piece is not None]
+
+    def agreed(self, name: str, replicas: Sequence[Piece]) -> Tensor:
+        """The tensor that all these ranks hold.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        first = replicas[0]
+        for other in replicas[1:]:
+            if not same_bits(first.tensor, other.tensor):
+                raise CheckpointError(
+                    f"'{name}' should be the same on all ranks, but {first.file} and {other.file} differ: the ranks of "
+                    "that run had drifted apart, or a file is damaged"
+                )
+        return first.tensor
+
+    def weights_of(self, rank: int, stage: int) -> dict[str, Tensor]:
+        """What the file of one rank holds, in its order."""
+        pieces = {name: self._pieces[name][rank] for name in self._by_stage[stage]}
+        return {name: piece.tensor for name, piece in pieces.items() if piece is not None}
+
+    def ranks_of(self, name: str) -> list[tuple[int, int]]:
+        """(rank, stage) of each of the `pieces` of a weight."""
+        stage = self._stage_of[name]
+        return [(rank, stage) for rank, piece in enumerate(self._pieces[name]) if piece is not None]
 
     def _merge_ranks(
         self, stage: int, states: Sequence[Mapping[str, Any]]
@@ -133,7 +161,12 @@ def read_value(path: Path) -> Any:
     Raises:
         CheckpointError: the file is damaged, or holds more than plain values.
     """
-    return _plain(_load(path, mapped=False))
+    return _plain(load_file(path, mapped=False))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal in every bit, NaN included."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def _plain(value: Any) -> Any:
@@ -198,9 +231,22 @@ def _hint(folder: Path) -> str:
     return ""
 
 
-def _load(path: Path, *, mapped: bool) -> Any:
-    # InternEvo's class of config sections is a dict.
-    allowed: list[Any] = [(OrderedDict, "internlm.core.context.parallel_context.Config")]
+class _ParallelMode(str):
+    """Stands for a member of InternEvo's enum of this name in its optimizer files; nothing here reads it."""
+
+
+def load_file(path: Path, *, mapped: bool) -> Any:
+    """What InternEvo saved with torch: tensors (mapped from the disk if asked, else read) and plain values.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds something else.
+    """
+    # InternEvo's class of config sections is a dict; its enum of parallel modes is made from a text.
+    allowed: list[Any] = [
+        (OrderedDict, "internlm.core.context.parallel_context.Config"),
+        (_ParallelMode, "internlm.core.context.process_group_initializer.ParallelMode"),
+        (_ParallelMode, "internlm.core.context.parallel_context.ParallelMode"),
+    ]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)

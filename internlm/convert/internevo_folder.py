@@ -12,8 +12,9 @@ the whole along the one dimension in which they are smaller. What no shape tells
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +29,15 @@ ROWS_BY_PROJECTION = ("INTERNLM", "BAICHUAN2")
 
 _MAX_SHOWN = 20
 
-Fetch = Callable[[str], list[Piece]]
-"""The pieces of a weight: as they are, or without storage when only shapes are asked."""
+
+class Pieces(Protocol):
+    """What the ranks hold of tensors that are named and cut as the weights in the files are."""
+
+    def pieces(self, name: str) -> list[Piece]:
+        """Each rank's part, in the order of the ranks."""
+
+    def agreed(self, name: str, replicas: Sequence[Piece]) -> Tensor:
+        """The one tensor of ranks that should all hold the same."""
 
 
 @dataclass(frozen=True)
@@ -79,33 +87,27 @@ class InternEvoFolder:
         """Number format that the weight was saved in."""
         return self._dtypes[name]
 
-    def read(self, name: str) -> Tensor:
-        """The whole weight on the CPU.
+    def read(self, name: str, of: Pieces | None = None) -> Tensor:
+        """The whole weight on the CPU, or what belongs to it.
+
+        Args:
+            name: of the weight.
+            of: where the parts come from: the weights (None), or masters or moments that are cut as the weights are.
 
         Raises:
             CheckpointError: ranks that hold the same part have different values.
         """
-        return self._assemble(name, self._files.pieces)
+        return self._assemble(name, of or self._files)
 
     def _check(self) -> None:
         """Assemble every weight without its values."""
-        used: set[str] = set()
-        known = self._files.names()
+        shapes = _Shapes(self._files)
         rope = self._architecture.rope
         differences = [buffer_difference(name, tensor, rope) for name, tensor in self._files.buffers.items()]
         mistakes = [difference for difference in differences if difference is not None]
-
-        def fetch(name: str) -> list[Piece]:
-            if name not in known:
-                raise CheckpointError(f"'{name}' is missing in the files")
-            used.add(name)
-            return [
-                Piece(piece.file, torch.empty_like(piece.tensor, device="meta")) for piece in self._files.pieces(name)
-            ]
-
         for name, shape in self._shapes.items():
             try:
-                whole = self._assemble(name, fetch)
+                whole = self._assemble(name, shapes)
             except CheckpointError as error:
                 mistakes.append(str(error))
                 continue
@@ -113,31 +115,31 @@ class InternEvoFolder:
             if tuple(whole.shape) != shape:
                 mistakes.append(f"'{name}' has shape {list(whole.shape)}, the config's model wants {list(shape)}")
         if not mistakes:
-            left_over = sorted(known - used)
+            left_over = sorted(self._files.names() - shapes.used)
             mistakes = [f"'{name}' is in the files, but the config's model has no such weight" for name in left_over]
         if mistakes:
             shown = "\n  ".join(mistakes[:_MAX_SHOWN])
             more = f"\n  and {len(mistakes) - _MAX_SHOWN} more" if len(mistakes) > _MAX_SHOWN else ""
             raise CheckpointError(f"'{self._files.folder}' does not fit its config:\n  {shown}{more}")
 
-    def _assemble(self, name: str, fetch: Fetch) -> Tensor:
+    def _assemble(self, name: str, of: Pieces) -> Tensor:
         """One weight of ours from the files' pieces."""
         if ".attention.wqkv." in name:
             if self._has(name) and not self._order.by_projection:
-                return self._join(name, self._shapes[name], fetch)
+                return self._join(name, self._shapes[name], of)
             a = self._architecture
-            parts = [self._projection(name.replace("wqkv", part), fetch) for part in ("wq", "wk", "wv")]
+            parts = [self._projection(name.replace("wqkv", part), of) for part in ("wq", "wk", "wv")]
             groups = [part.unflatten(0, (a.num_kv_heads, -1, a.head_dim)) for part in parts]
             return torch.cat(groups, dim=1).flatten(0, 2)
         if ".feed_forward.w13." in name:
-            return torch.cat([self._gate_or_up(name.replace("w13", part), fetch) for part in ("w1", "w3")])
+            return torch.cat([self._gate_or_up(name.replace("w13", part), of) for part in ("w1", "w3")])
         if ".attention.w" in name and ".wo." not in name:
-            return self._projection(name, fetch)
+            return self._projection(name, of)
         if ".feed_forward.w1." in name or ".feed_forward.w3." in name:
-            return self._gate_or_up(name, fetch)
-        return self._join(self._file_name(name), self._shapes[name], fetch)
+            return self._gate_or_up(name, of)
+        return self._join(self._file_name(name), self._shapes[name], of)
 
-    def _projection(self, name: str, fetch: Fetch) -> Tensor:
+    def _projection(self, name: str, of: Pieces) -> Tensor:
         """`wq`, `wk` or `wv`, from a file's own or out of its `wqkv`."""
         a = self._architecture
         heads = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
@@ -145,15 +147,15 @@ class InternEvoFolder:
         inner = (a.hidden_size,) if name.endswith("weight") else ()
         fused = name.replace(("wq", "wk", "wv")[number] + ".", "wqkv.")
         if not self._has(fused):
-            return self._join(name, (heads[number] * a.head_dim, *inner), fetch)
+            return self._join(name, (heads[number] * a.head_dim, *inner), of)
         shape = (sum(heads) * a.head_dim, *inner)
         if self._order.by_projection:
-            return self._rows(fused, shape, heads, number, fetch)
-        groups = self._join(fused, shape, fetch).unflatten(0, (a.num_kv_heads, -1, a.head_dim))
+            return self._rows(fused, shape, heads, number, of)
+        groups = self._join(fused, shape, of).unflatten(0, (a.num_kv_heads, -1, a.head_dim))
         rows = groups[:, :-2] if number == 0 else groups[:, number - 3]
         return rows.reshape(-1, *inner)
 
-    def _gate_or_up(self, name: str, fetch: Fetch) -> Tensor:
+    def _gate_or_up(self, name: str, of: Pieces) -> Tensor:
         """`w1` or `w3`, from a file's own or out of its fused weight."""
         a = self._architecture
         inner = (a.hidden_size,) if name.endswith("weight") else ()
@@ -162,26 +164,28 @@ class InternEvoFolder:
         fused = first.replace(".w1.", ".w13.")
         shape = (2 * a.intermediate_size, *inner)
         if self._has(fused):
-            return self._rows(fused, shape, (1, 1), number, fetch)
+            return self._rows(fused, shape, (1, 1), number, of)
         if self._order.fused_gate_up and self._files.split == "wp":
-            ranks = zip(fetch(first), fetch(second), strict=True)
+            ranks = zip(of.pieces(first), of.pieces(second), strict=True)
             pieces = [Piece(one.file, torch.cat([one.tensor, two.tensor])) for one, two in ranks]
-            return _join(fused, shape, pieces, self._files.split).chunk(2)[number]
-        return self._join(self._file_name(name), (a.intermediate_size, *inner), fetch)
+            return _join(fused, shape, pieces, self._files.split, of).chunk(2)[number]
+        return self._join(self._file_name(name), (a.intermediate_size, *inner), of)
 
-    def _rows(self, name: str, shape: tuple[int, ...], ratio: Sequence[int], number: int, fetch: Fetch) -> Tensor:
+    def _rows(self, name: str, shape: tuple[int, ...], ratio: Sequence[int], number: int, of: Pieces) -> Tensor:
         """Part `number` of a fused weight whose parts stand one after the other, with rows in this ratio."""
-        pieces = fetch(name)
-        whole = _join(name, shape, pieces, self._files.split) if self._files.split == "wp" or len(pieces) == 1 else None
-        tensors = [piece.tensor for piece in pieces] if whole is None else [whole]
+        pieces = of.pieces(name)
+        if self._files.split == "wp" or len(pieces) == 1:
+            tensors = [_join(name, shape, pieces, self._files.split, of)]
+        else:
+            tensors = [piece.tensor for piece in pieces]
         if any(tensor.shape[0] % sum(ratio) for tensor in tensors) or sum(t.shape[0] for t in tensors) != shape[0]:
             raise CheckpointError(_misfit(name, shape, pieces))
         return torch.cat(
             [tensor.split([tensor.shape[0] * share // sum(ratio) for share in ratio])[number] for tensor in tensors]
         )
 
-    def _join(self, name: str, shape: tuple[int, ...], fetch: Fetch) -> Tensor:
-        return _join(name, shape, fetch(name), self._files.split)
+    def _join(self, name: str, shape: tuple[int, ...], of: Pieces) -> Tensor:
+        return _join(name, shape, of.pieces(name), self._files.split, of)
 
     def _has(self, name: str) -> bool:
         return name in self._files.names()
@@ -205,7 +209,25 @@ class InternEvoFolder:
         return all(piece.tensor.shape[1] == a.hidden_size for piece in pieces) and rows == a.intermediate_size
 
 
-def _join(name: str, shape: tuple[int, ...], pieces: Sequence[Piece], split: str) -> Tensor:
+class _Shapes:
+    """The pieces without storage, for a look at shapes alone; notes which were asked for."""
+
+    def __init__(self, files: InternEvoFiles) -> None:
+        self.used: set[str] = set()
+        self._files = files
+        self._known = files.names()
+
+    def pieces(self, name: str) -> list[Piece]:
+        if name not in self._known:
+            raise CheckpointError(f"'{name}' is missing in the files")
+        self.used.add(name)
+        return [Piece(piece.file, torch.empty_like(piece.tensor, device="meta")) for piece in self._files.pieces(name)]
+
+    def agreed(self, name: str, replicas: Sequence[Piece]) -> Tensor:
+        return replicas[0].tensor
+
+
+def _join(name: str, shape: tuple[int, ...], pieces: Sequence[Piece], split: str, of: Pieces) -> Tensor:
     """The whole tensor of this shape.
 
     Raises:
@@ -215,7 +237,7 @@ def _join(name: str, shape: tuple[int, ...], pieces: Sequence[Piece], split: str
     if len({tensor.dtype for tensor in tensors}) > 1:
         raise CheckpointError(f"'{name}' has different number formats in {', '.join(piece.file for piece in pieces)}")
     if all(tuple(tensor.shape) == shape for tensor in tensors):
-        return _agreed(name, pieces)
+        return of.agreed(name, pieces)
     for dim in range(len(shape)):
         others = [tensor.shape[:dim] + tensor.shape[dim + 1 :] for tensor in tensors]
         if any(tuple(other) != shape[:dim] + shape[dim + 1 :] for other in others):
@@ -226,26 +248,8 @@ def _join(name: str, shape: tuple[int, ...], pieces: Sequence[Piece], split: str
         # Versions of InternEvo split the head of isp over the sequence's ranks, of which there may be fewer.
         if name == "output.weight" and split == "wp" and dim == 0 and size % shape[0] == 0:
             distinct = len(tensors) * shape[0] // size
-            return torch.cat([_agreed(name, pieces[rank::distinct]) for rank in range(distinct)])
+            return torch.cat([of.agreed(name, pieces[rank::distinct]) for rank in range(distinct)])
     raise CheckpointError(_misfit(name, shape, pieces))
-
-
-def _agreed(name: str, replicas: Sequence[Piece]) -> Tensor:
-    first = replicas[0]
-    for other in replicas[1:]:
-        if not _same_bits(first.tensor, other.tensor):
-            raise CheckpointError(
-                f"'{name}' should be the same on all ranks, but {first.file} and {other.file} differ: the ranks of "
-                "that run had drifted apart, or a file is damaged"
-            )
-    return first.tensor
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal values, NaN included; True without storage."""
-    if one.is_meta:
-        return True
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def _misfit(name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> str:

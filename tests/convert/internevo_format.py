@@ -75,7 +75,7 @@ class Split:
 
 @dataclass
 class Checkpoint:
-    """Everything that goes into the folder but the weights."""
+    """Everything that goes into the folder but weights and the optimizer's state."""
 
     model_type: str
     section: dict[str, Any]
@@ -83,7 +83,6 @@ class Checkpoint:
     step: int = 40
     with_config: bool = True
     with_section: bool = True
-    with_optimizer: bool = True
 
 
 def write(folder: Path, model: nn.Module, checkpoint: Checkpoint, split: Split) -> dict[str, Tensor]:
@@ -97,15 +96,14 @@ def write(folder: Path, model: nn.Module, checkpoint: Checkpoint, split: Split) 
             kind = "wp" if split.wp else "tp"
             torch.save(tensors, folder / f"model_{kind}{rank}_pp{stage}.pt")
             (folder / f"topo_{kind}{rank}_pp{stage}.json").write_text("{}")
-            if checkpoint.with_optimizer:
-                torch.save({"base_optim_states": {}}, folder / f"optimizer_{kind}{rank}_pp{stage}_zo0.pt")
     if checkpoint.with_section:
         with internevo_sections() as section_class:
             torch.save(section_class(checkpoint.section), folder / "model_config.pt")
     if checkpoint.with_config:
         torch.save(config_text(checkpoint), folder / "config_file.pt")
     counters = {
-        "batch_count": checkpoint.step,
+        # Of the last batch, from zero.
+        "batch_count": checkpoint.step - 1,
         "num_consumed_samples_in_epoch": 8 * checkpoint.step,
         "num_consumed_tokens": 4096 * checkpoint.step,
         "inf_nan_skip_batches": 0,

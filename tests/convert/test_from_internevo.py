@@ -246,7 +246,7 @@ def test_the_command_shows_counters_and_what_was_left(tmp_path: Path, capsys: py
     out = capsys.readouterr().out
     assert "2 tensor parallel rank(s), 2 pipeline stage(s)" in out
     assert "step_count: 40" in out and "num_consumed_tokens: 163,840" in out
-    assert "the optimizer state is not imported" in out
+    assert "notice: there are no optimizer files: moments start anew, and masters from the weights" in out
     assert out.splitlines()[-1] == str(tmp_path / "new" / "40")
 
 
