@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm.utils.errors import DataError
+from internlm.utils.logging import get_logger
 
 _HOW_TO_MAKE = "Make tokenized files with tools/tokenizer.py"
+_BESIDE = (".meta", ".tokenizer.json")
+"""What belongs to a .bin file, by what is behind its name."""
+_NAMED_FILES = 5
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,28 @@ def find_valid_sets(folder: str | Path) -> dict[str, list[Path]]:
     if not sets:
         raise DataError(f"{root}: no .bin file in this folder; expected {root}/<set>/NAME.bin. {_HOW_TO_MAKE}")
     return dict(sorted(sets.items()))
+
+
+def unread_files(folder: str | Path) -> list[Path]:
+    """Files at or below `folder` that no reader looks at, such as text, or a .meta without its .bin; sorted.
+
+    Hidden files and folders do not count.
+    """
+    unread = []
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        bins = {name for name in names if name.endswith(".bin")}
+        known = bins | {name + beside for name in bins for beside in _BESIDE}
+        unread += [Path(place, name) for name in names if name not in known and not name.startswith(".")]
+    return sorted(unread)
+
+
+def log_unread_files(folder: str | Path) -> None:
+    """One line of the log that names the files of `folder` that are left out, if there are any."""
+    if unread := unread_files(folder):
+        names = ", ".join(str(path.relative_to(folder)) for path in unread[:_NAMED_FILES])
+        more = f" and {len(unread) - _NAMED_FILES:,} more" if len(unread) > _NAMED_FILES else ""
+        logger.info("%s: files that are no .bin are left out: %s%s", folder, names, more)
 
 
 def _existing(folder: str | Path) -> Path:

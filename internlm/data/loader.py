@@ -21,6 +21,7 @@ import numpy as np
 from internlm.data.batch import Batch
 from internlm.data.batch_plan import NO_SKIPS, RampUp, SkipBatches, parse_skip_batches
 from internlm.data.dummy import DummySamples
+from internlm.data.folder import log_unread_files
 from internlm.data.order import sample_order
 from internlm.data.packing import PACKINGS, Packing, Sample, pin, to_micro_batch
 from internlm.data.read_ahead import ReadAheadThread, WorkerProcesses
@@ -94,6 +95,7 @@ def build_train_loader(
             fixed_lengths=fixed_random_dataset_seqlen,
         )
     else:
+        log_unread_files(folder)
         source = FolderSamples(
             folder,
             seq_len=seq_len,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from internlm.data.batch import Batch, MicroBatch
 from internlm.data.document_index import summarize
-from internlm.data.folder import find_valid_sets
+from internlm.data.folder import find_valid_sets, log_unread_files
 from internlm.data.packing import Piece, join_pieces, make_piece, stack_pieces, to_micro_batch
 from internlm.data.tokenized_file import TokenizedFile
 from internlm.utils.errors import ConfigError, DataError
@@ -43,6 +43,7 @@ def build_valid_loaders(
     """
     if folder is None:
         return {}
+    log_unread_files(folder)
     return {
         name: ValidLoader(
             name,

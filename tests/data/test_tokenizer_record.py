@@ -1,15 +1,19 @@
 """Which tokenizer made a file is kept beside it, and files of two are not mixed."""
 
 import json
+import logging
 
 import pytest
 
+from internlm.data.folder import unread_files
+from internlm.data.loader import build_train_loader
 from internlm.data.tokenize.command import main
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
 from internlm.data.tokenized_writer import TokenizedWriter
 from internlm.data.tokenizer_record import common_record, read_record, record_path, tokenizer_records
+from internlm.data.valid import build_valid_loaders
 from internlm.utils.errors import DataError
 from tests.helpers.texts import documents_of, make_texts, write_jsonl
 
@@ -94,3 +98,37 @@ def test_a_newer_record_is_read(tmp_path, tokenizers):
     path = record_path(tmp_path / "x.bin")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"later": 1}))
     assert read_record(tmp_path / "x.bin").vocab_size == 290
+
+
+def test_files_that_no_reader_looks_at_are_named(tmp_path, tokenizers, caplog, monkeypatch):
+    text = write_jsonl(tmp_path / "t.jsonl", make_texts(30))
+    folder = tmp_path / "train"
+    for name in ("x.bin", "y.bin"):
+        assert run(text, "--tokenizer", tokenizers / "a" / "tokenizer.json", "--output", folder / "en" / name) == 0
+    (folder / ".index_cache").mkdir()
+    (folder / ".index_cache" / "hidden").touch()
+    assert unread_files(folder) == []
+    (folder / "en" / "y.bin").unlink()
+    (folder / "en" / "raw.jsonl").touch()
+    (folder / "en" / "z.BIN").touch()
+    caplog.set_level(logging.INFO, logger="internlm")
+    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    build_train_loader(folder, seq_len=8, micro_bsz=1, micro_num=1, packing="cut", seed=1, vocab_size=290)
+    build_valid_loaders(folder, seq_len=8, micro_bsz=1, vocab_size=290)
+    line = "files that are no .bin are left out: en/raw.jsonl, en/y.bin.meta, en/y.bin.tokenizer.json, en/z.BIN"
+    assert caplog.text.count(line) == 2
+
+
+def test_what_an_append_finds_broken_is_named(tmp_path, tokenizers, capsys):
+    text = write_jsonl(tmp_path / "t.jsonl", make_texts(3))
+    options = ("--tokenizer", tokenizers / "a" / "tokenizer.json", "--output", tmp_path / "x.bin", "--append")
+    (tmp_path / "x.bin").write_text('{"tokens": [1]}\n')
+    assert run(text, *options) == 2
+    assert "x.bin.meta is missing; if the .bin is right" in capsys.readouterr().err
+    (tmp_path / "x.bin.meta").write_text("junk")
+    assert run(text, *options) == 2
+    assert "x.bin.meta is not a .npy array" in capsys.readouterr().err
+    (tmp_path / "x.bin.parts").mkdir()
+    (tmp_path / "x.bin.parts" / "manifest.json").write_text("{")
+    assert run(text, *options) == 2
+    assert "manifest.json: damaged" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from internlm.data.tokenize.progress import TokenizeProgress
 from internlm.data.tokenize.shard_tokenizer import Part, ShardTokenizer, part_path
 from internlm.data.tokenize.text_inputs import WITH_NUL, Extent, TextOptions, plan_shards
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
+from internlm.data.tokenized_file import TokenizedFile
 from internlm.data.tokenized_writer import TokenizedWriter, meta_path
 from internlm.data.tokenizer_record import TokenizerRecord, read_record, write_record
 from internlm.utils.errors import DataError
@@ -234,7 +235,10 @@ def _begin_or_continue(
     """The manifest of the interrupted run, or that of a new one, written."""
     path = parts / "manifest.json"
     if path.is_file() and not options.restart:
-        old = json.loads(path.read_text())
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise DataError(f"{path}: damaged ({error}); forget the interrupted run with --restart") from error
         changed = [key for key in manifest if old.get(key) != json.loads(json.dumps(manifest[key]))]
         if changed:
             raise DataError(
@@ -246,7 +250,7 @@ def _begin_or_continue(
     for output in options.outputs:
         if output.exists() and not options.append:
             raise DataError(f"{output} exists: choose another name, remove it, or add to it with --append")
-    before = [len(np.load(meta_path(output), mmap_mode="r")) if output.exists() else 0 for output in options.outputs]
+    before = [len(TokenizedFile(output)) if output.exists() else 0 for output in options.outputs]
     manifest = manifest | {"shard_bytes": shard_bytes, "documents_before": before}
     if parts.is_dir():
         for old_part in parts.glob("[0-9]*"):
