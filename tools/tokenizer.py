@@ -2,7 +2,7 @@
 
 python tools/tokenizer.py corpus.jsonl --tokenizer tokenizer.json --output data/train/en/corpus.bin
 python tools/tokenizer.py texts/ --train 8192 --tokenizer tokenizer.json
-zcat big.txt.gz | python tools/tokenizer.py - --format txt --tokenizer llama.model --output data/train/en/big.bin
+python tools/tokenizer.py big.jsonl.zst --tokenizer llama.model --output data/train/en/big.bin
 """
 
 from __future__ import annotations

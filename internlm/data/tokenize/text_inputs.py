@@ -7,6 +7,7 @@ no tokenizer.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def read_documents(extent: Extent, options: TextOptions, counts: Counter[str] | 
         elif not text or text.isspace():
             counts[EMPTY] += 1
         else:
-            counts[WITH_NUL] += "\0" in text
+            if "\0" in text:
+                counts[WITH_NUL] += 1
             yield text
 
 
@@ -124,13 +126,14 @@ def _extents(path: Path, format: str, options: TextOptions, shard_bytes: int) ->
 
 def _lines(path: Path, extent: Extent) -> Iterator[tuple[int, bytes]]:
     """(byte offset, line) of the lines that begin in [start, stop); all of a compressed file."""
+    stop = sys.maxsize if is_compressed(path) else extent.stop
     with open_input(path) as file:
         offset = 0
         if extent.start:
             file.seek(extent.start - 1)
             file.readline()
             offset = file.tell()
-        while (is_compressed(path) or offset < extent.stop) and (line := file.readline()):
+        while offset < stop and (line := file.readline()):
             yield offset, line
             offset += len(line)
 
