@@ -204,6 +204,13 @@ def test_json_values_are_those_of_the_library(tmp_path, monkeypatch, block):
     assert [record["text"] for record in iterate_json_array(path)] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("block", range(1, 12))
+def test_numbers_may_be_cut_anywhere(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("internlm.data.tokenize.json_values._BLOCK", block)
+    (tmp_path / "a.json").write_text("[ 12500.0,-1.5e+10, 7]")
+    assert list(iterate_json_array(tmp_path / "a.json")) == [12500.0, -1.5e10, 7]
+
+
 def test_lines_nested_too_deeply_are_named(tmp_path, tokenizer_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
     assert tokenize(tmp_path, tokenizer_path, tmp_path / "a.jsonl") == 2

@@ -140,8 +140,9 @@ class _Values:
                     self._position = at
                     raise self._mistake(message) from error
             else:
-                # So may a number that ends with the block.
-                if self._at_end or end < len(self._buffer) or isinstance(value, str | list | dict):
+                # So may a number at its end, such as 1. or 1e+, of which the decoder takes the 1.
+                ends_here = end + _LONGEST_LITERAL <= len(self._buffer) or isinstance(value, str | list | dict)
+                if self._at_end or ends_here:
                     self._position = end
                     return value
             self._read()
