@@ -108,6 +108,7 @@ def _put_back(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None
         trainer.num_skipped_updates.fill_(state["inf_nan_skip_batches"])
     if "scheduler" in wanted:
         trainer.state.step = TrainState(**state["state"]).step
+        trainer.num_known_updates = state["num_updates"]
     if "sampler" in wanted:
         saved = TrainState(**state["state"])
         trainer.state.num_consumed_samples = saved.num_consumed_samples

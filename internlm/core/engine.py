@@ -164,13 +164,16 @@ class Engine:
             raise ValueError(f"this rank has {len(self.chunks)} chunks of the model: see Engine.chunks")
         return self.chunks[0]
 
-    def train_step(self, batch: Batch, lr: float, beta2: float | None = None) -> EngineResult:
+    def train_step(
+        self, batch: Batch, lr: float | Callable[[], float], beta2: float | Callable[[], float] | None = None
+    ) -> EngineResult:
         """One optimizer step on this rank's share of a global batch. Collective over all ranks.
 
         Args:
             batch: this data rank's micro batches, as many as on every other data rank.
-            lr: learning rate of this step.
-            beta2: second AdamW coefficient of this step; None keeps the one before.
+            lr: learning rate of this step. A function is called when forward and backward are queued: what it waits for
+                has had that time to come.
+            beta2: second AdamW coefficient of this step, likewise; None keeps the one before.
         """
         started = time.perf_counter()
         for chunk in self.chunks:
@@ -205,7 +208,7 @@ class Engine:
         backward_done = time.perf_counter()
 
         self.progress.mark("optimizer step")
-        result = self.optimizer.step(lr, beta2)
+        result = self.optimizer.step(lr() if callable(lr) else lr, beta2() if callable(beta2) else beta2)
         self.progress.mark("metrics")
         loss = self.sum_over_tokens(loss_sum) / num_valid_tokens.clamp(min=1.0)
         statistics = self.statistics.result(self.sum_over_tokens) if self.statistics else {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -55,8 +56,10 @@ class Trainer:
             `load_state_dict(state)` (plain numbers and strings) to compare the data of a resumed run with those of
             the checkpoint.
         total_steps: steps of the whole run; steps of a resumed run count.
-        lr: step (0 for the first) -> learning rate.
-        beta2: step -> second AdamW coefficient; None keeps the optimizer's.
+        lr: position (0 for the first step) -> learning rate.
+        beta2: position -> second AdamW coefficient; None keeps the optimizer's.
+        advance: what the position counts: every step, or the updates taken, so that neither a skipped update nor a
+            skipped batch moves it.
         hooks: called in this order.
         run_dir: where the run writes.
         valid_sets: name -> batches of this data rank, as many micro batches as on every other one.
@@ -73,6 +76,7 @@ class Trainer:
         total_steps: int,
         lr: Callable[[int], float],
         beta2: Callable[[int], float] | None = None,
+        advance: Literal["step", "update"] = "step",
         hooks: Sequence[Hook] = (),
         run_dir: Path | str = "runs/anonymous",
         valid_sets: Mapping[str, Iterable[Batch]] | None = None,
@@ -85,6 +89,10 @@ class Trainer:
         self.total_steps = total_steps
         self.lr = lr
         self.beta2 = beta2
+        self.advance = advance
+        self.num_known_updates = 0
+        """Updates taken until the step before the last one: of that, the device has not told yet."""
+        self._last_step: StepMetrics | None = None
         self.hooks = list(hooks)
         self.run_dir = Path(run_dir)
         self.valid_sets = dict(valid_sets or {})
@@ -160,20 +168,21 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> StepMetrics:
         self.progress.mark("training step")
-        step = self.state.step
-        lr = self.lr(step)
-        beta2 = self.beta2(step) if self.beta2 else None
-        result = self.engine.train_step(batch, lr, beta2)
+        position = functools.cache(self._schedule_position)
+        beta2_at = self.beta2
+        result = self.engine.train_step(
+            batch, lambda: self.lr(position()), (lambda: beta2_at(position())) if beta2_at else None
+        )
         self.num_skipped_updates = self.num_skipped_updates + result.skipped
         num_tokens = self._count(batch)
         documents = batch.num_documents
-        return StepMetrics(
+        metrics = StepMetrics(
             step=self.state.step,
             loss=result.loss,
             grad_norm=result.grad_norm,
             skipped=result.skipped,
-            lr=lr,
-            adam_beta2=beta2 if beta2 is not None else self.engine.optimizer.beta2,
+            lr=self.lr(position()),
+            adam_beta2=self.engine.optimizer.beta2,
             loss_scale=result.loss_scale,
             num_valid_tokens=result.num_valid_tokens,
             num_tokens=num_tokens,
@@ -188,6 +197,19 @@ class Trainer:
             seconds=dict(result.seconds),
             extra=dict(result.statistics),
         )
+        if self.advance == "update":
+            metrics.start_copy()
+            self._last_step = metrics
+        return metrics
+
+    def _schedule_position(self) -> int:
+        """Where the schedules are in the step at work."""
+        if self.advance == "step":
+            return self.state.step
+        if self._last_step is not None:
+            self.num_known_updates += 0 if self._last_step.numbers()["skipped"] else 1
+            self._last_step = None
+        return self.num_known_updates
 
     def _count(self, batch: Batch) -> int:
         """Advance the counters by one batch; returns its tokens over all data ranks."""

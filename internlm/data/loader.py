@@ -220,9 +220,9 @@ class TrainLoader:
         self._batches = None
         if self._num_cut_answers > 1:
             logger.warning(
-                "%d documents of data rank %d lost all their labels to data.seq_len",
-                self._num_cut_answers,
+                "data rank %d: %d of the documents read have all their labels behind data.seq_len",
                 self._data_rank,
+                self._num_cut_answers,
             )
         self._num_cut_answers = 0
         if self._stop is not None:

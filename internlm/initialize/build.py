@@ -166,6 +166,7 @@ def build_trainer(
         total_steps=config.data.total_steps,
         lr=lr.lr,
         beta2=beta2.beta2,
+        advance=config.lr_scheduler.advance,
         hooks=build_hooks(config, context, run_dir, engine, train_loader, profiling=profiling),
         run_dir=run_dir,
         valid_sets=build_valid_sets(config, context),

@@ -17,9 +17,14 @@ from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+_WAYS_OUT = (
+    "Go on from a checkpoint before that, with a lower adam.lr or without the batches that cause it (data.skip_batches)"
+)
+
 
 class HealthHook(Hook):
-    """Raises TrainingError on all ranks after too many skipped updates in a row, and when an epoch has no label.
+    """Raises TrainingError on all ranks after too many skipped updates in a row, when an epoch has no label, and at the
+    end of a run that had no update or no label at all.
 
     A step that overflows while its loss scale can still fall is no failure: dynamic scaling begins so. It neither
     counts nor ends a row, unless its loss itself is not finite.
@@ -56,6 +61,7 @@ class HealthHook(Hook):
 
     def on_fit_start(self, trainer: RunningTrainer) -> None:
         self._skipped = 0
+        self._has_updated = False
         self._is_told = False
         self._has_labels: bool | None = None
         self._labels_until = trainer.state.num_consumed_samples
@@ -66,9 +72,18 @@ class HealthHook(Hook):
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         self._look(trainer)
-        if self._has_labels is False and trainer.stop_reason is None:
+        if trainer.stop_reason is not None:
+            return
+        if self._has_labels is False:
             raise TrainingError(
                 f"no step of this run had a token with a label: it learned nothing. {self.why_no_label}"
+            )
+        if self._skipped and self.max_skipped and not self._has_updated:
+            raise TrainingError(f"every update of this run was skipped: {self.find_cause()}. {_WAYS_OUT}")
+        if self._skipped > 1 and trainer.is_main_rank:
+            logger.warning(
+                "the last %d updates of the run were skipped for inf or NaN gradients: the weights are older than that",
+                self._skipped,
             )
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
@@ -99,6 +114,7 @@ class HealthHook(Hook):
     def _look_at_update(self, numbers: Mapping[str, float | str]) -> None:
         if not numbers["skipped"]:
             self._skipped = 0
+            self._has_updated = True
             return
         may_recover = float(numbers["loss_scale"]) > self.smallest_scale
         if may_recover and math.isfinite(float(numbers.get("loss", 0.0))):
@@ -107,6 +123,5 @@ class HealthHook(Hook):
         if self._skipped == self.max_skipped:
             raise TrainingError(
                 f"step {numbers['step']}: {self._skipped} updates in a row were skipped for inf or NaN gradients "
-                f"(monitor.max_skipped_updates): {self.find_cause()}. Go on from a checkpoint before that, with a "
-                "lower adam.lr or without the batches that cause it (data.skip_batches)"
+                f"(monitor.max_skipped_updates): {self.find_cause()}. {_WAYS_OUT}"
             )

@@ -76,6 +76,7 @@ def waits_of_steady_steps(
         {"model.dtype": "torch.bfloat16", "adam.moments_dtype": "torch.bfloat16"},
         {"model.dtype": "torch.bfloat16", "hybrid_zero_optimizer.grad_accumulation_dtype": "torch.bfloat16"},
         {"model.dtype": "torch.bfloat16", "model.checkpoint": 1.0, "model.checkpoint_keep": "attention"},
+        {"model.dtype": "torch.float16", "lr_scheduler.advance": "update"},
         {"parallel.tensor.mode": "isp", "loss.label_smoothing": 0.1},
         {"model.rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}},
     ],

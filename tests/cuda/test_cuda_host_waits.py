@@ -63,6 +63,7 @@ def train(folder: Path, changes: dict[str, Any], *more: Hook) -> int:
         {"data.fixed_random_dataset_seqlen": False},
         {"model.checkpoint": 1.0},
         {"model.dtype": "torch.float16"},
+        {"model.dtype": "torch.float16", "lr_scheduler.advance": "update"},
         {"model.dtype": "torch.float32"},
         {"model.dtype": "torch.bfloat16", "float8.enable_float8_linear": True},
         {"model.dtype": "torch.bfloat16", "adam.moments_dtype": "torch.bfloat16"},

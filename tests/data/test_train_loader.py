@@ -261,7 +261,7 @@ def test_answers_behind_the_cut_are_counted(tmp_path, caplog):
     assert "step 1: 1 document(s) have no label before data.seq_len = 8" in caplog.text
     next(loader), next(loader)
     loader.close()
-    assert "3 documents of data rank 0 lost all their labels to data.seq_len" in caplog.text
+    assert "data rank 0: 3 of the documents read have all their labels behind data.seq_len" in caplog.text
 
 
 @pytest.mark.parametrize("packing", ["cut", "unpacked"])

@@ -190,7 +190,7 @@ def same_run(ranks: Run, single: Run) -> None:
     for ours, theirs in zip(ranks.metrics, single.metrics, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=SAME_LOSS)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-        for key in ("lr", "valid_tokens", "num_tokens", "num_samples_in_batch", "num_consumed_tokens", "acc"):
+        for key in ("lr", "valid_tokens", "num_tokens", "num_consumed_samples", "num_consumed_tokens", "acc"):
             assert ours[key] == theirs[key], key
         assert (ours["micro_num"], theirs["micro_num"]) == (1, 2)
 

@@ -85,6 +85,35 @@ def test_skipped_batches_leave_no_trace_but_their_place(tmp_path: Path) -> None:
         assert line["lr"] == by_hand.lr(index)
 
 
+@pytest.mark.parametrize("advance", ["step", "update"])
+def test_skipped_updates_and_batches_move_the_schedules_on_only_if_asked(tmp_path: Path, advance: str) -> None:
+    """The first updates overflow, and the seventh batch is skipped; a run in two parts does the same."""
+    changes = {
+        "model__dtype": "torch.float16",
+        "grad_scaler__fp16__initial_scale": 2.0**21,
+        "grad_scaler__hysteresis": 1,
+        "adam__adam_beta2_c": 0.8,
+        "data__skip_batches": "6",
+        "data__total_steps": 10,
+        "lr_scheduler__advance": advance,
+    }
+    lines = run(tmp_path, "straight", **changes)
+    skipped = column(lines, "skipped")
+    assert skipped[:3] == [1, 1, 1] and skipped[-4:] == [0, 0, 0, 0] and len(lines) == 9
+    updates = [0, *itertools.accumulate(1 - int(each) for each in skipped)][:-1]
+    positions = updates if advance == "update" else [line["step"] - 1 for line in lines]
+    schedules = new(tmp_path, "schedules", **changes)
+    assert schedules.beta2 is not None
+    assert column(lines, "lr") == [schedules.lr(position) for position in positions]
+    assert column(lines, "adam_beta2") == [schedules.beta2(position) for position in positions]
+    assert len(set(positions)) > 4
+    saving = {"ckpt__enable_save_ckpt": True, "ckpt__checkpoint_every": 100}
+    for total_steps in (3, 8, 10):
+        resumed = run(tmp_path, "parts", **(changes | saving | {"data__total_steps": total_steps}))
+    for key in ("step", "lr", "adam_beta2", "loss", "loss_scale"):
+        assert column(resumed, key) == column(lines, key)
+
+
 def test_unpacked_rows_are_the_same_documents(tmp_path: Path) -> None:
     """Documents of full length: packed one after the other, or a row each, they are the same batch."""
     same = {"data__fixed_random_dataset_seqlen": True}

@@ -35,6 +35,14 @@ def new(folder: Path, **changes: Any) -> Trainer:
     return build_trainer(loaded.config, context, folder / "run")
 
 
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the project logs."""
+    monkeypatch.setattr(logging.getLogger(ROOT_LOGGER), "propagate", True)
+    caplog.set_level(logging.INFO, ROOT_LOGGER)
+    return caplog
+
+
 def failure_of(trainer: Trainer) -> str:
     with pytest.raises(TrainingError) as caught:
         trainer.fit()
@@ -82,6 +90,20 @@ def test_skips_that_are_not_in_a_row_do_not_end_a_run(tmp_path: Path) -> None:
     trainer.engine.loss = spoiled  # type: ignore[assignment]
     assert trainer.fit().step == 10
     assert float(trainer.num_skipped_updates) == 6
+
+
+def test_a_short_run_without_any_update_fails(tmp_path: Path) -> None:
+    trainer = new(tmp_path, ckpt__enable_save_ckpt=False, data__total_steps=4)
+    spoil_backward_of_layer(trainer, 1)
+    message = failure_of(trainer)
+    assert message.startswith("every update of this run was skipped: all weights are finite, the gradients of ")
+
+
+def test_a_run_that_ends_with_skipped_updates_says_so(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    trainer = new(tmp_path, ckpt__enable_save_ckpt=False, data__total_steps=4)
+    spoil_backward_of_layer(trainer, 1, first_step=2)
+    trainer.fit()
+    assert "the last 2 updates of the run were skipped for inf or NaN gradients" in log.text
 
 
 @pytest.mark.parametrize(("limit", "last"), [(3, 3), (0, 10)])
@@ -186,21 +208,17 @@ def masked_folder(folder: Path, prompt: int, answer: int) -> Path:
     return folder / "data"
 
 
-def test_an_epoch_without_a_label_ends_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_epoch_without_a_label_ends_the_run(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     folder = masked_folder(tmp_path, prompt=32, answer=0)
     trainer = new(tmp_path, data__train_folder=folder, ckpt__enable_save_ckpt=False)
-    monkeypatch.setattr(logging.getLogger(ROOT_LOGGER), "propagate", True)
-    caplog.set_level(logging.INFO, ROOT_LOGGER)
     message = failure_of(trainer)
     assert message.startswith("step 8: no token of the last 16 samples had a label, which is an epoch (16 samples)")
     assert "every token is masked (negative in the .bin); see doc/data.md" in message
-    assert [line for line in caplog.messages if "has a label" in line] == [
+    assert [line for line in log.messages if "has a label" in line] == [
         "step 1: no token of the global batch has a label. The likely reason: every token is masked (negative in the "
         ".bin); see doc/data.md"
     ]
-    shown = next(line for line in caplog.messages if line.startswith("step 1/10"))
+    shown = next(line for line in log.messages if line.startswith("step 1/10"))
     assert "no label" in shown and "loss" not in shown and "nan" not in shown
     assert not {"loss", "acc", "perplexity"} & metrics_of(tmp_path / "run")[0].keys()
 

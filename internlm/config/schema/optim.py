@@ -87,6 +87,11 @@ class LrSchedulerConfig(Section):
     init_steps: int = key(0, "First steps, with learning rate 0.", ge=0)
     warmup_ratio: float = key(0.01, "Share of total_steps in which the rate rises linearly.", ge=0, le=1)
     eta_min: float = key(0.0, "Final learning rate.", ge=0)
+    advance: Literal["step", "update"] = key(
+        "step",
+        "What moves learning rate and beta2 on. step: every step. update: those that updated the weights, not an "
+        "overflow or a batch of data.skip_batches, as in InternEvo.",
+    )
     last_epoch: int = key(-1, "Steps already done when the schedule starts, less one.", ge=-1)
     decay_ratio: float = key(0.1, "wsd: share of total_steps spent in the final decay.", ge=0, le=1)
 

@@ -33,7 +33,7 @@ class MonitorConfig(Section):
         None, "Peak of one device in TFLOP/s, for mfu; None: the known peak of the device, else no mfu.", gt=0
     )
     max_skipped_updates: int = key(
-        20,
+        10,
         "Updates skipped in a row for an inf or NaN gradient that end the run; 0: any number. Those of fp16 that "
         "lower the loss scale do not count.",
         ge=0,
