@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from internlm import __version__
-from internlm.utils.errors import UserError
+from internlm.utils.entry_point import run_command
 
 COMMANDS = {
     "train": "train a model from a config file",
@@ -23,7 +23,11 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0 done, 1 failed, 2 a mistake that the user can mend."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command(lambda: _run(words))
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="internlm", description="Pretrain language models.")
     parser.add_argument("--version", action="version", version=f"internlm {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -36,14 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
-    try:
-        return options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return options.run(options)
 
 
 if __name__ == "__main__":

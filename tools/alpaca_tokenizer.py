@@ -12,9 +12,15 @@ from pathlib import Path
 
 def main() -> int:
     """Run the command; returns the exit code."""
+    from internlm.utils.entry_point import run_command
+
+    return run_command(run)
+
+
+def run() -> int:
+    """Do the work; raises UserError."""
     from internlm.data.tokenize.alpaca import tokenize_alpaca
     from internlm.data.tokenize.prompts import PROMPT_FORMATS
-    from internlm.utils.errors import UserError
     from internlm.utils.paths import local_path
 
     parser = argparse.ArgumentParser(description="Tokenize Alpaca-style instruction data, prompts masked.")
@@ -50,22 +56,18 @@ def main() -> int:
         "--seq-len", type=int, metavar="N", help="data.seq_len of the training: count what goes beyond it"
     )
     args = parser.parse_args()
-    try:
-        result = tokenize_alpaca(
-            args.dataset,
-            args.output,
-            args.tokenizer,
-            valid_fraction=args.valid_fraction,
-            seed=args.seed,
-            type_name=args.type,
-            format_name=args.prompt_format,
-            add_bos=args.bos,
-            trust_remote_code=args.trust_remote_code,
-            seq_len=args.seq_len,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = tokenize_alpaca(
+        args.dataset,
+        args.output,
+        args.tokenizer,
+        valid_fraction=args.valid_fraction,
+        seed=args.seed,
+        type_name=args.type,
+        format_name=args.prompt_format,
+        add_bos=args.bos,
+        trust_remote_code=args.trust_remote_code,
+        seq_len=args.seq_len,
+    )
     for notice in result.notices:
         print(f"notice: {notice}", file=sys.stderr)
     print(

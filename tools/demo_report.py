@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
+    """Run the command; returns the exit code."""
+    from internlm.utils.entry_point import run_command
+
+    return run_command(run)
+
+
+def run() -> int:
     """Print the comparison; with matplotlib, draw `loss.png` into the run directory."""
     from internlm.utils.paths import local_path
 
@@ -16,9 +23,8 @@ def main() -> int:
     parser.add_argument("--run-dir", type=local_path, required=True)
     parser.add_argument("--corpus", type=local_path, required=True, help="corpus.json of tools/prepare_demo_data.py")
     options = parser.parse_args()
-    entropy = json.loads(options.corpus.read_text(encoding="utf-8"))["unigram_entropy"]
-    with (options.run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
+    entropy = _read_entropy(options.corpus)
+    lines = _read_metrics(options.run_dir / "metrics.jsonl")
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     valid: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
@@ -36,6 +42,34 @@ def main() -> int:
         print(f"error: the loss {best:.3f} is not below the unigram entropy {entropy:.3f}", file=sys.stderr)
         return 1
     return 0
+
+
+def _read_entropy(path: Path) -> float:
+    from internlm.utils.errors import DataError
+    from internlm.utils.json_text import json_object
+    from internlm.utils.storage import storage_path
+
+    try:
+        return float(json_object(storage_path(path).read_bytes())["unigram_entropy"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: is not what tools/prepare_demo_data.py writes: {error!r}") from None
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file, at least one of them with a loss."""
+    from internlm.utils.errors import DataError
+    from internlm.utils.json_text import json_object
+    from internlm.utils.storage import storage_path
+
+    lines = []
+    for number, text in enumerate(storage_path(path).read_bytes().splitlines(), start=1):
+        try:
+            lines.append(json_object(text))
+        except ValueError as error:
+            raise DataError(f"{path}: line {number} is damaged: {error}") from None
+    if not any("loss" in line for line in lines):
+        raise DataError(f"{path}: no step with a loss; has the run trained?")
+    return lines
 
 
 def _draw(

@@ -6,6 +6,7 @@ python tools/prepare_demo_data.py --out data/demo
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,8 +14,16 @@ from pathlib import Path
 
 def main() -> int:
     """Run the command; returns the exit code."""
+    from internlm.utils.entry_point import run_command
+
+    return run_command(run)
+
+
+def run() -> int:
+    """Do the work; raises UserError."""
     from internlm.data.demo_corpus import DemoSettings, prepare_demo_corpus
-    from internlm.utils.errors import UserError
+    from internlm.data.tokenize.train_bpe import MIN_VOCAB
+    from internlm.utils.errors import DataError
     from internlm.utils.paths import local_path
 
     defaults = DemoSettings()
@@ -24,11 +33,13 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=defaults.vocab_size, help="ids of the tokenizer")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: all cores")
     args = parser.parse_args()
-    try:
-        facts, made = prepare_demo_corpus(args.out, DemoSettings(int(args.max_bytes), args.vocab), args.processes)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 0 < args.max_bytes < math.inf:
+        raise DataError(f"--max-bytes {args.max_bytes}: give a number above 0")
+    if args.processes < 1:
+        raise DataError(f"--processes {args.processes}: give 1 or more")
+    if args.vocab < MIN_VOCAB:
+        raise DataError(f"--vocab {args.vocab}: at least {MIN_VOCAB}, for the bytes and the special tokens")
+    facts, made = prepare_demo_corpus(args.out, DemoSettings(int(args.max_bytes), args.vocab), args.processes)
     print(
         f"{args.out}: {'prepared' if made else 'already prepared'}; {facts['documents']:,} documents, "
         f"{facts['bytes']:,} bytes, {facts['tokens']:,} tokens ({facts['valid_tokens']:,} held out), "

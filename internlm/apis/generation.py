@@ -7,13 +7,21 @@ Shapes: B prompts, S prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from internlm.utils.errors import ConfigError
+from internlm.utils.errors import ConfigError, UserError
+
+MIN_TEMPERATURE = 1e-6
+"""Logits divided by less leave the range of float32."""
+
+
+class NonFiniteError(UserError):
+    """The weights have inf or NaN, or give them."""
 
 
 class Cache(Protocol):
@@ -46,6 +54,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
+    num_tokens: int | None = None,
     generator: torch.Generator | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -58,6 +67,7 @@ def generate(
         do_sample: draw the next token; otherwise take the likeliest, and the three keys below must be left alone.
         temperature, top_k, top_p: see `filter_logits`.
         eos_token_id: tokens that end a text. A text that has ended is filled up with the first of them until all have.
+        num_tokens: ids from this one on are never chosen, as those by which a vocabulary was padded; None: all may be.
         generator: the source of randomness, on the model's device; None is torch's default one.
         on_token: called with the int64 `[B]` tokens of each step as soon as they are known.
 
@@ -66,6 +76,7 @@ def generate(
 
     Raises:
         ConfigError: when an argument makes no sense.
+        NonFiniteError: the model gives a number that is not finite.
     """
     check_choices(max_new_tokens, do_sample, temperature, top_k, top_p)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
@@ -89,6 +100,11 @@ def generate(
             hidden = model(new, position_ids, cache=cache)
             position += length
             logits = model.logits(hidden[:, -1]).float()
+            # The largest is NaN where one is; minus infinity alone, in a padded vocabulary, is in order.
+            if not bool(logits.amax(dim=-1).isfinite().all()):
+                raise NonFiniteError(f"token {position}: the model's logits have inf or NaN")
+            if num_tokens is not None:
+                logits[:, num_tokens:] = -torch.inf
             if do_sample:
                 probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
                 chosen = torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1)
@@ -113,7 +129,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
     Args:
         logits: float `[B, V]`.
-        temperature: above 0; below 1 sharpens, above 1 flattens.
+        temperature: at least `MIN_TEMPERATURE`; below 1 sharpens, above 1 flattens.
         top_k: keep the k likeliest tokens, and those that tie with the last of them; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose probability reaches p, at least one token
             (nucleus sampling, https://arxiv.org/abs/1904.09751); 1 keeps all.
@@ -146,8 +162,10 @@ def check_choices(
     mistakes = []
     if max_new_tokens < 1:
         mistakes.append(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-    if not temperature > 0:
-        mistakes.append(f"temperature = {temperature}: must be above 0; for the likeliest token decode greedily")
+    if not MIN_TEMPERATURE <= temperature < math.inf:
+        mistakes.append(
+            f"temperature = {temperature}: must be at least {MIN_TEMPERATURE}; for the likeliest token decode greedily"
+        )
     if top_k < 0:
         mistakes.append(f"top_k = {top_k}: must be at least 0 (0 keeps all tokens)")
     if not 0 < top_p <= 1:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from internlm.checkpoint.dcp_storage import FileSum, sum_of_file
 from internlm.checkpoint.internevo import refuse_internevo
 from internlm.utils.errors import CheckpointError, StorageError
+from internlm.utils.json_text import json_object
 from internlm.utils.storage import StoragePath
 
 FORMAT = 1
@@ -76,7 +77,7 @@ def read_mark(path: StoragePath) -> Mark | None:
     if name is None:
         return None
     try:
-        values = json.loads((path / name).read_text())
+        values = json_object((path / name).read_text())
         if values["format"] != FORMAT:
             raise CheckpointError(
                 f"'{path}' has checkpoint format {values['format']}, and this version reads {FORMAT}: use the version "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,11 @@ from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_context
 from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import Entry, TensorReader
 from internlm.utils.errors import CheckpointError
+from internlm.utils.json_text import json_object
 from internlm.utils.storage import StoragePath
+
+_SECTIONS = ("model", "data", "adam", "state", "scaler", "hooks")
+"""Keys of a config or of the counters whose values are objects."""
 
 COMPARED_AT_ONCE = 2**24
 """Elements whose differences are in memory at a time."""
@@ -131,21 +134,31 @@ def context_of(path: StoragePath, mark: Mark) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged.
     """
-    return read_context(path) if CONTEXT_FILE in mark.files else {}
+    if CONTEXT_FILE not in mark.files:
+        return {}
+    return _with_sections(read_context(path), path / CONTEXT_FILE)
 
 
-def config_of(path: StoragePath) -> dict[str, Any]:
+def config_of(path: StoragePath, mark: Mark) -> dict[str, Any]:
     """The config as `config.json` has it, also one of another version; empty when there is none.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    if not (path / CONFIG_FILE).exists():
+    if CONFIG_FILE not in mark.files and not (path / CONFIG_FILE).exists():
         return {}
     try:
-        return json.loads((path / CONFIG_FILE).read_text())
-    except ValueError as error:
+        values = json_object((path / CONFIG_FILE).read_text())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
+    return _with_sections(values, path / CONFIG_FILE)
+
+
+def _with_sections(values: dict[str, Any], file: StoragePath) -> dict[str, Any]:
+    for name in _SECTIONS:
+        if not isinstance(values.get(name, {}), dict):
+            raise CheckpointError(f"'{file}' is damaged: '{name}' is {values[name]!r}, where a section belongs")
+    return values
 
 
 def short_layout(context: Mapping[str, Any]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +11,14 @@ import torch.distributed.checkpoint as dcp
 
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner
-from internlm.checkpoint.dcp_storage import StorageReader
+from internlm.checkpoint.dcp_storage import METADATA_FILE, StorageReader
 from internlm.checkpoint.folder import Mark
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank, of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.failure import describe_error
 from internlm.utils.errors import CheckpointError
+from internlm.utils.json_text import json_object
 from internlm.utils.storage import StoragePath
 
 CONTEXT_FILE = "context.json"
@@ -28,8 +28,12 @@ CONFIG_FILE = "config.json"
 def read_metadata(path: StoragePath) -> Any:
     try:
         return StorageReader(path).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+    except OSError as error:
         raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}") from error
+    except Exception as error:  # unpickling bytes that are no pickle raises nearly anything
+        raise CheckpointError(
+            f"the checkpoint '{path}' cannot be read: its {METADATA_FILE} is damaged ({describe_error(error)})"
+        ) from error
 
 
 def saved_shapes(path: StoragePath) -> dict[str, tuple[int, ...] | None]:
@@ -74,7 +78,7 @@ def read_context(path: StoragePath) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        return json.loads((path / CONTEXT_FILE).read_text())
+        return json_object((path / CONTEXT_FILE).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONTEXT_FILE}' cannot be read: {error}") from error
 
@@ -86,7 +90,7 @@ def read_config(path: StoragePath) -> Config:
         CheckpointError: it is missing or damaged.
     """
     try:
-        return Config.model_validate(json.loads((path / CONFIG_FILE).read_text()))
+        return Config.model_validate(json_object((path / CONFIG_FILE).read_text()))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import os
-import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -84,12 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do one of the actions; returns the exit code."""
-    try:
-        return options.act(options)
-    except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has had enough; nothing is to be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    return options.act(options)
 
 
 # -- ls ----------------------------------------------------------------------------------------------------------------
@@ -142,7 +134,7 @@ def _show(options: argparse.Namespace) -> int:
     path = resolve(storage_path(options.folder))
     mark = read_mark(path)
     assert mark is not None
-    context, config = context_of(path, mark), config_of(path)
+    context, config = context_of(path, mark), config_of(path, mark)
     entries = TensorReader(path).entries
     state = context.get("state", {})
     weights = [kind for kind in kinds_of(entries) if kind.kind == "model"]
@@ -224,7 +216,7 @@ def _diff(options: argparse.Namespace) -> int:
         entries = [weights_only(found) for found in entries]
     else:
         is_equal &= _print_changes("counters", changed_values(*[_counters(path) for path in paths]))
-        is_equal &= _print_changes("config", changed_values(*[config_of(path) for path in paths]))
+        is_equal &= _print_changes("config", changed_values(*[_config(path) for path in paths]))
     changes = changed_entries(*entries)
     is_equal &= _print_changes(
         "tensors", [Changed(one.name, _describe(one.first), _describe(one.second)) for one in changes]
@@ -250,6 +242,12 @@ def _print_different(differences: Iterator[TensorDifference], keys: Sequence[str
     if count:
         print(f"values: {count:,} of {len(keys):,} tensors differ")
     return not count
+
+
+def _config(path: StoragePath) -> dict[str, Any]:
+    mark = read_mark(path)
+    assert mark is not None
+    return config_of(path, mark)
 
 
 def _counters(path: StoragePath) -> dict[str, Any]:

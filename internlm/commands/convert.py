@@ -132,5 +132,5 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".find(match[2].upper() or " ")) if match else 0
     if size < 1:
-        raise ConfigError(f"'{text}' is no size; write it as 5GB, 500MB or 2GiB")
+        raise ConfigError(f"--max-shard-size: '{text}' is no size; write it as 5GB, 500MB or 2GiB")
     return size

@@ -69,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the report; returns the exit code: 1 when something that would run is wrong."""
     # Without a config: all there is.
     settings = OpSettings(use_float8=True)
+    if options.world_size < 1:
+        raise ConfigError(f"--world-size {options.world_size}: give 1 or more")
     if options.config is not None:
         config = load_config(options.config, options.overrides, world_size=options.world_size).config
         settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)

@@ -6,18 +6,20 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from internlm.apis.generation import GenerativeModel, check_choices, generate
+from internlm.apis.generation import GenerativeModel, NonFiniteError, check_choices, generate
 from internlm.apis.text_stream import TextStream
 from internlm.checkpoint.inference import load_model_for_inference
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
-from internlm.utils.errors import ConfigError
+from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.paths import local_path, path_text
 
 logger = get_logger(__name__)
 
 DEFAULT_SEED = 1024
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
     """Print each prompt and its continuation; returns the exit code."""
     configure_logging()
     check_choices(args.max_new_tokens, not args.greedy, args.temperature, args.top_k, args.top_p)
+    for prompt in args.prompt:
+        check_text(prompt, "--prompt")
+    if not MIN_SEED <= args.seed <= MAX_SEED - len(args.prompt):
+        raise ConfigError(f"--seed {args.seed}: must be from {MIN_SEED} to {MAX_SEED - len(args.prompt)}")
     device = choose_device(args.device)
     model, config = load_model_for_inference(args.ckpt, device)
     if config.model.is_reward:
@@ -75,23 +81,56 @@ def run(args: argparse.Namespace) -> int:
         if number:
             print()
         print(prompt, end="", flush=True)
-        continue_prompt(
-            model,
-            tokenizer,
-            prompt,
-            lambda piece: print(piece, end="", flush=True),
-            with_bos=args.bos,
-            max_new_tokens=args.max_new_tokens,
-            do_sample=not args.greedy,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            # Draws of its own for each prompt: its text does not hang on those before, and a prompt can be given twice.
-            seed=args.seed + number,
-            device=device,
-        )
+        try:
+            continue_prompt(
+                model,
+                tokenizer,
+                prompt,
+                lambda piece: print(piece, end="", flush=True),
+                with_bos=args.bos,
+                max_new_tokens=args.max_new_tokens,
+                do_sample=not args.greedy,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                # Draws of its own for each prompt: its text does not hang on those before, and a prompt can be given
+                # twice.
+                seed=args.seed + number,
+                device=device,
+            )
+        except NonFiniteError as error:
+            print(flush=True)
+            raise CheckpointError(f"{args.ckpt}: {error}; {where_not_finite(model)}") from error
         print(flush=True)
     return 0
+
+
+def check_text(text: str, option: str) -> None:
+    """Refuse text of the command line that is not UTF-8.
+
+    Raises:
+        ConfigError: naming the first byte that is not.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # Python reads such a byte as a lone surrogate.
+        byte = ord(text[error.start]) & 0xFF
+        raise ConfigError(
+            f"{option}: not UTF-8: byte 0x{byte:02x} behind {text[: error.start][-20:]!r}; convert the text, "
+            f"for example with iconv -t UTF-8"
+        ) from None
+
+
+def where_not_finite(model: GenerativeModel) -> str:
+    """The first weight that is not finite, in words."""
+    assert isinstance(model, nn.Module)
+    for name, parameter in model.named_parameters():
+        bad = int((~parameter.isfinite()).sum())
+        if bad:
+            return f"{bad:,} of the {parameter.numel():,} numbers of {name} are inf or NaN"
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"all weights are finite, so the activations leave the range of {dtype}"
 
 
 def continue_prompt(
@@ -151,6 +190,7 @@ def continue_prompt(
         top_k=top_k,
         top_p=top_p,
         eos_token_id=eos_id,
+        num_tokens=tokenizer.vocab_size,
         generator=torch.Generator(device).manual_seed(seed),
         on_token=on_token,
     )
@@ -171,4 +211,6 @@ def choose_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+    if device.type == "meta":
+        raise ConfigError("--device meta: it has no numbers to compute with")
     return device

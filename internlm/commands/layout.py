@@ -25,6 +25,8 @@ from internlm.utils.errors import UserError
 from internlm.utils.paths import local_path
 from internlm.utils.text_table import text_table
 
+MIN_WIDTH = 20
+
 MAX_ROWS = 16
 """Rows of a table; of a longer one the middle is left out."""
 
@@ -46,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--world-size {options.world_size}: give 1 or more")
     if not 0 <= options.rank < options.world_size:
         raise UserError(f"--rank {options.rank}: the ranks are 0 to {options.world_size - 1}")
+    if options.width is not None and options.width < MIN_WIDTH:
+        raise UserError(f"--width {options.width}: give {MIN_WIDTH} or more")
     config = load_config(options.config, options.overrides, world_size=options.world_size).config
     check_buildable(config, options.world_size)
     layout = build_layout(config, options.world_size)

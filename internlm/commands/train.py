@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +41,7 @@ from internlm.initialize.launch import (
 )
 from internlm.initialize.stages import build_meta_model
 from internlm.model.ops.registry import OpSettings, describe
-from internlm.utils.errors import ConfigError, UserError
+from internlm.utils.errors import ConfigError, user_message
 from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.paths import local_path
 
@@ -141,7 +142,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
                 config,
                 context,
                 run_dir,
-                config_text=options.config.read_text(encoding="utf-8"),
+                config_text=_source_of(options.config),
                 profiling=options.profiling,
                 progress=progress,
             )
@@ -162,8 +163,14 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             logger.error("%s", cause)
             if isinstance(error, KeyboardInterrupt):
                 return 143 if isinstance(error, Terminated) else 130
-            return 2 if isinstance(error, UserError) else 1
+            return 2 if user_message(error) is not None else 1
     return 0
+
+
+def _source_of(config_file: Path) -> str:
+    """The text of a config file, in the encoding that it declares, as Python reads it."""
+    with tokenize.open(config_file) as file:
+        return file.read()
 
 
 class Terminated(KeyboardInterrupt):
@@ -201,7 +208,7 @@ def _ignore_sigterm() -> None:
 
 def _log_details(error: BaseException, rank: int) -> None:
     """What the one line of the cause leaves out."""
-    if not isinstance(error, UserError | KeyboardInterrupt):
+    if user_message(error) is None and not isinstance(error, KeyboardInterrupt):
         logger.error("rank %d failed", rank, exc_info=error)
     elif "\n" in str(error):
         logger.error("%s", error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,10 +40,11 @@ def run_config_file(path: Path) -> PythonFile:
 
 
 def _run(path: Path, including: tuple[Path, ...]) -> PythonFile:
-    if path.resolve() in including:
-        chain = " -> ".join(str(p) for p in (*including, path.resolve()))
+    real = Path(os.path.realpath(path))  # of a link to itself, too, which Path.resolve refuses
+    if real in including:
+        chain = " -> ".join(str(p) for p in (*including, real))
         raise ConfigError(f"{path}: the config inherits from itself: {chain}")
-    including = (*including, path.resolve())
+    including = (*including, real)
     tree = _parse(path)
     tree = ast.fix_missing_locations(_Inheritance(path).visit(tree))
 
@@ -61,7 +63,7 @@ def _run(path: Path, including: tuple[Path, ...]) -> PythonFile:
         exec(compile(tree, str(path), "exec"), namespace)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{_line_of(error, path)}: {type(error).__name__}: {error}") from None
 
     result = PythonFile({name: value for name, value in namespace.items() if not name.startswith("_")})
@@ -87,7 +89,7 @@ def _parse(path: Path) -> ast.Module:
         return ast.parse(source, str(path))
     except SyntaxError as error:
         raise ConfigError(f"{path}:{error.lineno or 1}: {type(error).__name__}: {error.msg}") from None
-    except ValueError as error:  # A null byte, on some versions of Python.
+    except (ValueError, RecursionError) as error:  # A null byte, on some versions of Python; brackets without end.
         raise ConfigError(f"{path}: not a Python file: {error}") from None
 
 

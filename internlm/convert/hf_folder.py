@@ -297,7 +297,7 @@ def _meta(entry: HfEntry) -> Tensor:
 def _read_json(path: StoragePath) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds no JSON object")

@@ -7,6 +7,8 @@ Every entry point prints these without a traceback and exits with code 2. The me
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -40,6 +42,24 @@ class StorageError(UserError, OSError):
 
 class MissingFileError(StorageError, FileNotFoundError):
     """A file, folder or bucket that is to be read does not exist."""
+
+
+def user_message(error: BaseException) -> str | None:
+    """What to tell the user of an error; None for a defect of ours, which keeps its traceback.
+
+    Besides `UserError` these are a file or folder, named in the error, that the operating system refuses, and a model
+    or a batch for which the host has too little memory.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        return f"{name}: {error.strerror}"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        amount = f" for another {int(asked[1]):,} bytes" if asked else ""
+        return f"this machine lacks memory{amount}: take a smaller model or batch, or spread it over more ranks"
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

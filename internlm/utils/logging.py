@@ -32,6 +32,6 @@ def configure_logging(rank: int = 0, log_file: Path | None = None, level: int = 
     logger.addHandler(console)
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        file_handler = logging.FileHandler(log_file, encoding="utf-8")
+        file_handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
         file_handler.setFormatter(formatter)
         logger.addHandler(file_handler)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from helpers.runs import new_trainer
 from helpers.tiny import tiny_config
@@ -41,7 +44,13 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def save(folder: Path, tokenizer_path: Path | None, seed: int = 7, **model: object) -> Path:
+def save(
+    folder: Path,
+    tokenizer_path: Path | None,
+    seed: int = 7,
+    spoil: Callable[[Any], object] = lambda model: None,
+    **model: object,
+) -> Path:
     """A checkpoint of the tiny model, untrained, as a run saves it."""
     keys = {"vocab_size": VOCAB, **model}
     trainer = new_trainer(folder, 1, seed=seed, **keys)
@@ -55,6 +64,7 @@ def save(folder: Path, tokenizer_path: Path | None, seed: int = 7, **model: obje
         for parameter in trainer.engine.model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(6)  # clear choices instead of an even distribution
+        spoil(trainer.engine.model)
     assert trainer.checkpointer is not None
     trainer.checkpointer.files[CONFIG_FILE] = json.dumps(config.model_dump(mode="json"))  # type: ignore[attr-defined]
     trainer.save_checkpoint()
@@ -71,7 +81,14 @@ def expected_text(checkpoint: Path, tokenizer_path: Path, with_bos: bool = False
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     eos = tokenizer.token_to_id("</s>")
     ids = tokenizer.encode("<s>" * with_bos + PROMPT).ids
-    result = generate(model, torch.tensor([ids]), max_new_tokens=NEW, eos_token_id=eos, **choices)
+    result = generate(
+        model,
+        torch.tensor([ids]),
+        max_new_tokens=NEW,
+        eos_token_id=eos,
+        num_tokens=tokenizer.get_vocab_size(),
+        **choices,
+    )
     new = result[0, len(ids) :].tolist()
     return tokenizer.decode(new[: new.index(eos)] if eos in new else new, skip_special_tokens=False)
 
@@ -168,3 +185,30 @@ def test_an_empty_prompt_needs_the_beginning_of_text(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None}))
     assert main([*arguments, "--bos", "--tokenizer", str(tmp_path)]) == 2
     assert "names no beginning-of-text" in capsys.readouterr().err
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A vocabulary padded to a round number, as training likes it; SentencePiece has no text for the rest."""
+    text = "some text to learn pieces from, and then some more text"
+    with (tmp_path / "small.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([text] * 20), model_writer=file, vocab_size=30, model_type="bpe", minloglevel=2
+        )
+    save(tmp_path / "run", None)
+    words = ["generate", "--ckpt", str(tmp_path / "run"), "--tokenizer", str(tmp_path / "small.model")]
+    assert main([*words, "--prompt", "some text", "--max-new-tokens", "40"]) == 0
+    assert capsys.readouterr().out.startswith("some text")
+
+
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(model: Any) -> None:
+        model.get_parameter("layers.1.attention.wo.weight").view(-1)[3:5] = torch.nan
+
+    save(tmp_path, tokenizer_path, spoil=spoil)
+    for choice in ([], ["--greedy"]):
+        assert main(["generate", "--ckpt", str(tmp_path), "--prompt", PROMPT, *choice]) == 2
+        error = capsys.readouterr().err
+        assert "the model's logits have inf or NaN; 2 of the 1,024 numbers of layers.1.attention.wo.weight are" in error
+        assert "Traceback" not in error

@@ -12,19 +12,20 @@ from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
 from internlm.data.tokenize.text_inputs import TextOptions
 from internlm.data.tokenize.train_bpe import sample_texts, train_bpe
 from internlm.data.tokenized_writer import rebuild_meta
-from internlm.utils.errors import DataError, UserError
+from internlm.utils.entry_point import run_command
+from internlm.utils.errors import DataError
 from internlm.utils.paths import local_path, path_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    return run_command(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    args = _parser().parse_args(arguments)
     try:
         _run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         return 130

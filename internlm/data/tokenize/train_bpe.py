@@ -18,6 +18,7 @@ from internlm.utils.errors import DataError
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|endoftext|>"
 _ALPHABET = 256
+MIN_VOCAB = _ALPHABET + 2
 _SAMPLE_SHARD_BYTES = 1 << 18
 
 
@@ -34,8 +35,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
         raise DataError(f"{output}: a trained tokenizer must be named *.json, for example tokenizer.json")
     if output.exists():
         raise DataError(f"{output} exists: remove it, or leave out --train to use it")
-    if vocab_size < _ALPHABET + 2:
-        raise DataError(f"--train {vocab_size}: at least {_ALPHABET + 2} (256 bytes and 2 special tokens)")
+    if vocab_size < MIN_VOCAB:
+        raise DataError(f"--train {vocab_size}: at least {MIN_VOCAB} (256 bytes and 2 special tokens)")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
