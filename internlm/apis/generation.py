@@ -47,7 +47,7 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    on_token: Callable[[Tensor], None] | None = None,
+    on_token: Callable[[Tensor], bool | None] | None = None,
 ) -> Tensor:
     """Continue prompts of one common length.
 
@@ -59,7 +59,7 @@ def generate(
         temperature, top_k, top_p: see `filter_logits`.
         eos_token_id: tokens that end a text. A text that has ended is filled up with the first of them until all have.
         generator: the source of randomness, on the model's device; None is torch's default one.
-        on_token: called with the int64 `[B]` tokens of each step as soon as they are known.
+        on_token: called with the int64 `[B]` tokens of each step as soon as they are known; True ends all texts.
 
     Returns:
         int64 `[B, S + n]`, prompts and continuations, n <= max_new_tokens.
@@ -99,8 +99,8 @@ def generate(
                 finished |= torch.isin(chosen, ends)
             new = chosen.unsqueeze(1)
             tokens.append(new)
-            if on_token is not None:
-                on_token(chosen)
+            if on_token is not None and on_token(chosen):
+                break
             if eos and bool(finished.all()):
                 break
     finally:
