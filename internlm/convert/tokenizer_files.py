@@ -6,19 +6,21 @@ tokenizer that made the training data; where it differs, the same tokenizer is w
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internlm.convert.hf_folder import CONFIG, side_files
+from internlm.convert.hf_folder import CONFIG, HF_FILES, parse_json, read_json, side_files
 from internlm.convert.sentencepiece_json import sentencepiece_json
 from internlm.data.tokenize.probes import first_difference, special_texts
 from internlm.data.tokenize.sentencepiece_tokenizer import SentencePieceTokenizer
-from internlm.data.tokenize.special_tokens import ADDED, GENERATION, MAP, own_code
+from internlm.data.tokenize.special_tokens import ADDED, GENERATION, MAP, eos_ids, own_code
 from internlm.data.tokenize.special_tokens import CONFIG as TOKENIZER_CONFIG
 from internlm.data.tokenize.text_tokenizer import (
     TOKENIZER_JSON,
@@ -36,6 +38,7 @@ logger = get_logger(__name__)
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
 """transformers' name of the class that takes a tokenizer.json as it is; others build it anew by rules of their own."""
+_SIDES = ("the tokenizer of training", "transformers")
 _ADDING_BOS = ("Llama", "CodeLlama", "Gemma")
 """Starts of the names of classes that put bos before a text unless their config says otherwise."""
 
@@ -105,6 +108,46 @@ def tokenizer_files(path: StoragePath) -> TokenizerFiles:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     known = {name: value for name, value in ids.items() if value is not None}
     return TokenizerFiles(files, known, tokenizer, str(path))
+
+
+def generation_config(checkpoint: StoragePath) -> dict[str, Any]:
+    """The generation config that came with imported weights, or with those that the checkpoint was trained on from;
+    empty if there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = checkpoint / HF_FILES / GENERATION
+    return read_json(path) if path.is_file() else {}
+
+
+def generation_eos_ids(checkpoint: StoragePath) -> tuple[int, ...]:
+    """The ids at which generation stops by `generation_config`.
+
+    Raises:
+        CheckpointError, DataError: the file is not of this form.
+    """
+    return eos_ids(generation_config(checkpoint), str(checkpoint / HF_FILES / GENERATION))
+
+
+def with_generation_config(beside: TokenizerFiles, imported: Mapping[str, Any]) -> TokenizerFiles:
+    """With the generation config that came with the weights; the tokenizer's own eos ends a text, too.
+
+    Raises:
+        DataError: one of the generation configs names no ids.
+        CheckpointError: one is no JSON object.
+    """
+    values = dict(imported)
+    if not values and GENERATION in beside.files:
+        values = parse_json(beside.files[GENERATION], f"{beside.where}: {GENERATION}")
+    if not values:
+        return beside
+    own = () if beside.tokenizer is None or beside.tokenizer.eos_id is None else (beside.tokenizer.eos_id,)
+    ends = list(dict.fromkeys((*own, *eos_ids(values, GENERATION))))
+    if ends:
+        values["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    content = (json.dumps(values, indent=2) + "\n").encode()
+    return dataclasses.replace(beside, files={**beside.files, GENERATION: content})
 
 
 def served_alike(beside: TokenizerFiles, config: Mapping[str, Any], *, with_code: bool) -> Mapping[str, bytes]:
@@ -179,7 +222,7 @@ def _refusal(where: str, difference: str) -> str:
 
 def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: TextTokenizer) -> str | None:
     """How transformers reads the files otherwise than `trained`, in words; None if it does not."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet_transformers():
         copy = _write({**files, CONFIG: json.dumps(config, default=str).encode()}, Path(folder))
         try:
             theirs = TransformersTokenizer(copy, trust_remote_code=False)
@@ -188,11 +231,11 @@ def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: 
         except Exception as error:  # whatever the class that the files name raises
             return f"transformers cannot read it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         if theirs.eos_id != trained.eos_id:
-            return f"a text ends with token {trained.eos_id} by the former and with {theirs.eos_id} by the latter"
-        difference = first_difference(trained, theirs)
+            return f"a text ends with token {trained.eos_id} by {_SIDES[0]} and with {theirs.eos_id} by {_SIDES[1]}"
+        difference = first_difference(trained, theirs, _SIDES)
         if difference is not None:
             return difference
-        special = first_difference(trained, theirs, special_texts(trained))
+        special = first_difference(trained, theirs, _SIDES, special_texts(trained))
     if special is None:
         return None
     if isinstance(trained, SentencePieceTokenizer) and not trained.added:
@@ -200,6 +243,19 @@ def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: 
         logger.info("special tokens that are spelt in a text are tokens for transformers, and letters in training")
         return None
     return special
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its warnings about files that are only compared."""
+    from transformers.utils import logging as library
+
+    before = library.get_verbosity()
+    library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library.set_verbosity(before)
 
 
 def _as_generic(files: Mapping[str, bytes], tokenizer: TextTokenizer, folder: Path) -> dict[str, bytes] | None:

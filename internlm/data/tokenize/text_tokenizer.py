@@ -76,6 +76,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Text
     except DataError:
         raise
     except Exception as error:  # each library raises its own kinds
+        if "trust_remote_code" in str(error):
+            raise DataError(_needs_code(path, "its config.json names some")) from error
         raise DataError(f"{path}: the tokenizer cannot be read: {error}") from error
     raise DataError(f"{path}: not a tokenizer.json, a Hugging Face folder or a SentencePiece .model file")
 
@@ -88,7 +90,8 @@ def _load_folder(path: Path, trust_remote_code: bool) -> TextTokenizer:
         tokenizer = _JsonTokenizer(json_file, special)
         if has_model and parent_process() is None:
             probes = [*PROBE_TEXTS, *special_texts(tokenizer)]
-            difference = first_difference(tokenizer, SentencePieceTokenizer(model_file, special), probes)
+            other = SentencePieceTokenizer(model_file, special)
+            difference = first_difference(tokenizer, other, (TOKENIZER_JSON, TOKENIZER_MODEL), probes)
             if difference is not None:
                 warn(f"{path}: {TOKENIZER_JSON} is used; {TOKENIZER_MODEL} is another tokenizer: {difference}")
         return tokenizer
@@ -105,10 +108,14 @@ def check_code(folder: Path, trust_remote_code: bool) -> None:
     """
     code = own_code(folder)
     if code is not None and not trust_remote_code:
-        raise DataError(
-            f"{folder}: this tokenizer is code of its own ({code}), which is not run unasked: read it, then give "
-            "--trust-remote-code, or save the tokenizer as a tokenizer.json"
-        )
+        raise DataError(_needs_code(folder, code))
+
+
+def _needs_code(folder: Path, code: str) -> str:
+    return (
+        f"{folder}: this tokenizer is code of its own ({code}), which is not run unasked: read it, then give "
+        "--trust-remote-code, or save the tokenizer as a tokenizer.json"
+    )
 
 
 def _is_sentencepiece(path: Path) -> bool:
