@@ -206,9 +206,7 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.data": {
         "build_train_loader_with_data_type": _TRAIN_DATA,
         "build_valid_loader_with_data_type": _VALID_DATA,
-        "build_generation_loader_with_data_type": _gone(
-            "`internlm generate` reads prompts from its command line or a file"
-        ),
+        "build_generation_loader_with_data_type": _gone("`internlm generate` takes prompts from its command line"),
     },
     "internlm.data.build_dataloader": {
         "build_train_loader_with_data_type": _TRAIN_DATA,
@@ -341,8 +339,8 @@ NAMES: dict[str, dict[str, Former]] = {
         "set_random_seed": _SEED,
         "move_to_device": _now("data.batch.MicroBatch", "micro.to(device)"),
         "SingletonMeta": _gone("nothing is global"),
-        "enable_pytorch_expandable_segments": _now(
-            "commands.train.run", "done at start; the environment can say otherwise"
+        "enable_pytorch_expandable_segments": _gone(
+            "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment of the run"
         ),
         "check_cuda_env": _now("commands.doctor.run", "`internlm doctor`"),
     },
@@ -393,7 +391,9 @@ NAMES: dict[str, dict[str, Former]] = {
         ),
         _STORAGE,
     ),
-    "internlm.utils.timeout": {"llm_timeout": _gone("functions have no time limits of their own")},
+    "internlm.utils.timeout": {
+        "llm_timeout": _gone("functions have no time limits; monitor.collective_timeout_seconds is that of collectives")
+    },
     "internlm.utils.utils": {
         "DataType": _gone("words: data.type in the config"),
         "ModelType": _REGISTRY,
