@@ -237,7 +237,10 @@ def _build(tree: dict[str, Any], names: Sequence[str]) -> tuple[Config, Decoder]
     data = {**needed, **{name: data[name] for name in _KEPT_OF_DATA if name in data}}
     config, mistakes = assemble({**kept, "data": data, "ckpt": {"enable_save_ckpt": False}})
     if mistakes:
-        raise ConfigError(mistake.text for mistake in mistakes)
+        advice = ["give the config that belongs to the checkpoint, corrected, with --config FILE"]
+        if any(mistake.keys[0].startswith(RUN_SECTIONS) for mistake in mistakes):
+            advice = [f"{advice[0]}; --weights-only imports the weights without the optimizer and its sections"]
+        raise ConfigError([mistake.text for mistake in mistakes] + advice)
     check_config(config)
     with torch.device("meta"):
         model = build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)

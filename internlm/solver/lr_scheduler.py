@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from internlm.utils.errors import ConfigError, nearest
+from internlm.utils.former_names import explain_former_names
+
+explain_former_names(__name__)
 
 
 def _cosine(progress: float) -> float:

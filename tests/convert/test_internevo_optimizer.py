@@ -296,6 +296,14 @@ def test_state_that_ranks_should_share_and_do_not_is_told(tmp_path: Path) -> Non
     assert_state(imported, state)
 
 
+def test_a_mistake_in_the_sections_of_the_optimizer_names_both_ways_out(tmp_path: Path) -> None:
+    save(tmp_path / "old", Split(), Zero())
+    text = torch.load(tmp_path / "old" / "config_file.pt")
+    torch.save(f"{text}adam = dict(lr=-1.0)\n", tmp_path / "old" / "config_file.pt")
+    message = refused(tmp_path)
+    assert "adam.lr = -1.0" in message and "--config FILE" in message
+
+
 # -- what is said ------------------------------------------------------------------------------------------------------
 
 
