@@ -108,6 +108,9 @@ def import_internevo(
     }
     extra = {} if text is None else {"config_file.py": text.encode()}
     step = _step(folder, counters, notices)
+    target = out / str(step)
+    if target.exists():
+        raise CheckpointError(f"'{target}' exists already, and would be replaced; give another --out")
     kind = {"tp": "tensor", "wp": "weight"}[files.split]
     layout = f"{files.num_ranks} {kind} parallel rank(s), {files.num_stages} pipeline stage(s)"
     if not with_optimizer:

@@ -165,7 +165,8 @@ def refused(folder: Path) -> str:
     new = folder / "new"
     assert not new.exists() or not [path for path in new.iterdir() if path.name.isdigit()], "something was written"
     assert "--weights-only" in str(caught.value)
-    import_internevo(folder / "old", storage_path(folder / "without"), weights_only=True)
+    number = len(list(folder.glob("without*")))
+    import_internevo(folder / "old", storage_path(folder / f"without{number}"), weights_only=True)
     return str(caught.value)
 
 
