@@ -79,7 +79,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         ("model.embed_grad_scale",),
         "1.0",
         "0.1",
-        "factor on the gradient of the embedding, with InternEvo of the head, too",
+        "factor on the gradient of the embedding",
     ),
     Difference(
         ("model.use_scaled_init",),
@@ -162,6 +162,12 @@ def find_differences(config: Config, given: Callable[[str], Any]) -> Iterator[st
         lines.append(
             f"ckpt.load_ckpt_info: {info.path!r} is loaded when there is nothing to resume; InternEvo ignores it with "
             "ckpt.auto_resume = True"
+        )
+    scale = given("model.embed_grad_scale")
+    if is_theirs and scale not in (None, 1):
+        lines.append(
+            f"model.embed_grad_scale = {scale} scales the gradient of the embedding; with InternEvo that of the head, "
+            "too"
         )
     yield from lines
     if is_theirs and lines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -104,6 +104,8 @@ def _type_of(path: str, schema: type[Section]) -> Any:
         if field is None:
             return None
         wanted, cls = field.annotation, section_class(field)
+        for validator in field.metadata:
+            wanted = Annotated[wanted, validator]
     return wanted
 
 
