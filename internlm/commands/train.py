@@ -173,7 +173,9 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             for notice in (*loaded.notices, *([timeout_notice] if timeout_notice else [])):
                 logger.info("%s", notice)
             if launch.rank == 0:
-                check_surroundings(config, ParallelContext(build_layout(config, launch.world_size), 0, device))
+                here = ParallelContext(build_layout(config, launch.world_size), launch.rank, device)
+                for notice in check_surroundings(config, here):
+                    logger.info("%s", notice)
             seed_everything(config.seed)
             set_numerics(config)
             layout = build_layout(config, launch.world_size)

@@ -12,7 +12,7 @@ from pathlib import Path
 from internlm.config.differences import DIFFERENCES
 from internlm.config.schema import Config
 from internlm.config.schema.base import Status, key_info, walk_schema
-from internlm.config.unsupported import LATER_FAMILIES
+from internlm.config.unsupported import LATER_FAMILIES, LATER_KEYS
 
 
 def update(text: str) -> str:
@@ -48,6 +48,8 @@ def _refused() -> str:
             by_feature.setdefault(info.detail, []).append(f"`{path}`")
         elif info is not None and info.status is Status.LIBRARY_ONLY:
             by_feature.setdefault(f"in training: {info.detail}", []).append(f"`{path}`")
+    for pattern, feature in LATER_KEYS.items():
+        by_feature.setdefault(feature, []).append(f"`{pattern}`")
     for family, feature in LATER_FAMILIES.items():
         by_feature.setdefault(feature, []).append(f"`model_type = '{family}'`")
     return _table(("feature", "keys"), [(feature, ", ".join(keys)) for feature, keys in by_feature.items()])

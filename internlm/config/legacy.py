@@ -271,6 +271,8 @@ LEGACY: tuple[Legacy, ...] = (
     Legacy("parallel.pipeline.zero_bubble", "`parallel.pipeline.mode = 'ZBH1'`", _zero_bubble),
     _read_as("data.empty_cache_and_diag_interval", "<= 0", 50, _not_positive),
     _read_as("model.sliding_window", "= 0", None, lambda value: value == 0),
+    _read_as("model.head_dim", "= 0", None, lambda value: value == 0),
+    *(_read_as(f"parallel.{name}.size", "<= 0", 1, _not_positive) for name in ("pipeline", "expert_weight")),
     *(_empty(path) for path in _OPTIONAL_PATHS),
     *(_unset(path) for path in _WITH_DEFAULTS),
 )

@@ -5,6 +5,7 @@ Nothing is ever silently ignored: the schema declares the status of each key, th
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,13 @@ LATER_FAMILIES = {
     "hf": _HF_CLASSES,
 }
 """Model types that InternEvo registers and this version does not."""
+
+LATER_KEYS = {
+    "model.moe_*": "mixture of experts",
+    "model.num_self_decoder_layers": "models of self- and cross-decoder layers",
+    "model.num_cross_decoder_layers": "models of self- and cross-decoder layers",
+}
+"""Patterns of keys that InternEvo has for a feature of which this version has none."""
 
 _ONLY_WHILE_SAVING = (
     "oss_snapshot_freq",
@@ -62,6 +70,11 @@ def find_unsupported(config: Config) -> Iterator[Mistake]:
     elif config.model_type in LATER_FAMILIES:
         feature = LATER_FAMILIES[config.model_type]
         yield Mistake(("model_type",), f"model_type = {config.model_type!r}: {feature} is not yet supported")
+
+
+def feature_of(path: str) -> str | None:
+    """The missing feature that a key without a place in the schema belongs to."""
+    return next((feature for pattern, feature in LATER_KEYS.items() if fnmatch.fnmatchcase(path, pattern)), None)
 
 
 def drop_what_hf_replaces(mistakes: list[Mistake]) -> list[Mistake]:
