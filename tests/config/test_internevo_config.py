@@ -1,6 +1,7 @@
 """A config as InternEvo's users have it, with all its habits, loads as it is."""
 
 import pytest
+from helpers.internevo_configs import is_difference
 
 from internlm.config.loader import load_config
 from internlm.utils.errors import ConfigError
@@ -182,10 +183,6 @@ def test_each_habit_gets_one_notice(path):
     )
     assert any(notice.startswith("no effect: data.valid_every = 50 (data.valid_folder is None") for notice in notices)
     assert sum(not is_difference(notice) for notice in notices) == 7
-
-
-def is_difference(notice):
-    return any(words in notice for words in ("with InternEvo", "InternEvo ignores", "differs from InternEvo"))
 
 
 def test_defaults_that_make_it_another_run_are_told(path):
