@@ -39,7 +39,7 @@ from internlm.initialize.launch import (
     detect_launch,
     disconnect,
 )
-from internlm.initialize.preflight import check_data, check_surroundings, why_not_writable
+from internlm.initialize.preflight import check_loaders, check_surroundings, why_not_writable
 from internlm.initialize.stages import build_meta_model
 from internlm.initialize.tokenizers import data_tokenizer
 from internlm.model.ops.registry import OpSettings, describe
@@ -129,7 +129,7 @@ def _dry_run(loaded: LoadedConfig, launch: Launch, run_dir: Path | None) -> str:
     layout = build_layout(config, launch.world_size)
     context = ParallelContext(layout, launch.rank, choose_device(launch))
     _check_run_dir(run_dir)
-    notices = [*loaded.notices, *check_surroundings(config, context), *check_data(config, context)]
+    notices = [*loaded.notices, *check_surroundings(config, context), *check_loaders(config, context)]
     sizes: dict[str, int] = {}
     for name, parameter in build_meta_model(config).named_parameters():
         part = name.split(".")[0]

@@ -40,7 +40,7 @@ def check_surroundings(config: Config, context: ParallelContext) -> list[str]:
     return _run_all(CHECKS, config, context)
 
 
-def check_data(config: Config, context: ParallelContext) -> list[str]:
+def check_loaders(config: Config, context: ParallelContext) -> list[str]:
     """Build the loaders of a rank as the start of a run does, and load the tokenizer; nothing of it is kept.
 
     Returns:

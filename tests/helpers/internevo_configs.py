@@ -299,6 +299,33 @@ DENSE: dict[str, tuple[int, dict[str, Any]]] = {
             "parallel.sequence_2D": _2D,
         },
     ),
+    "demo": (
+        32,
+        {
+            **_20B,
+            "enable_tb": True,
+            "model.checkpoint": 1.0,
+            "model.adapt_hf": True,
+            "model.rope_base": 1000000,
+            "model.use_flash_attn": _ABSENT,
+            "ckpt.load_ckpt_info": {"path": None, "content": ("model",), "ckpt_type": "internevo"},
+            "data.micro_bsz": 2,
+            "data.valid_every": 50,
+            "grad_profiling": {
+                "grad_norm_profiling": False,
+                "zero_grad_profiling": False,
+                "layers": ["ScaleColumnParallelLinear"],
+                "vocab_grad_norm_profiling": False,
+                "interval_steps": 5,
+            },
+            "parallel": {
+                "zero1": {"size": 16, "fsdp": False},
+                "tensor": 2,
+                "pipeline": {"size": 1, "interleaved_overlap": True},
+                "sequence_parallel": True,
+            },
+        },
+    ),
     "20B_internlm2": (
         128,
         {
