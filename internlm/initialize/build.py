@@ -342,7 +342,7 @@ def build_health(config: Config, numbers: StepNumbers, engine: Engine, train_loa
     return HealthHook(
         numbers,
         max_skipped=config.monitor.max_skipped_updates,
-        smallest_scale=scaler.fp16.min_scale if can_fall else math.inf,
+        smallest_scale=scaler.scale_bounds[0] if can_fall else math.inf,
         find_cause=partial(describe_failed_update, optimizer),
         samples_per_epoch=train_loader.num_samples_per_epoch,
         why_no_label=f"The likely reason: {reasons}; see doc/data.md",
