@@ -172,13 +172,12 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             stall_watch.start(run_dir / "logs" / f"rank{launch.rank}.stacks")
             for notice in (*loaded.notices, *([timeout_notice] if timeout_notice else [])):
                 logger.info("%s", notice)
+            layout = build_layout(config, launch.world_size)
             if launch.rank == 0:
-                here = ParallelContext(build_layout(config, launch.world_size), launch.rank, device)
-                for notice in check_surroundings(config, here):
+                for notice in check_surroundings(config, ParallelContext(layout, launch.rank, device)):
                     logger.info("%s", notice)
             seed_everything(config.seed)
             set_numerics(config)
-            layout = build_layout(config, launch.world_size)
             context = ParallelContext.create(layout, device, timeout + BACKSTOP_SECONDS)
             progress.num_collectives = context.num_collectives
             _announce(config, context, run_dir)
