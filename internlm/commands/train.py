@@ -173,9 +173,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             for notice in (*loaded.notices, *([timeout_notice] if timeout_notice else [])):
                 logger.info("%s", notice)
             layout = build_layout(config, launch.world_size)
-            if launch.rank == 0:
-                for notice in check_surroundings(config, ParallelContext(layout, launch.rank, device)):
-                    logger.info("%s", notice)
+            _check_surroundings(config, ParallelContext(layout, launch.rank, device))
             seed_everything(config.seed)
             set_numerics(config)
             context = ParallelContext.create(layout, device, timeout + BACKSTOP_SECONDS)
@@ -263,6 +261,21 @@ def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
     if dist.is_initialized():
         dist.broadcast_object_list(run_dir, src=0)
     return Path(run_dir[0])
+
+
+def _check_surroundings(config: Config, context: ParallelContext) -> None:
+    """What the main rank finds missing ends every rank, with the same words; collective."""
+    found: list[UserError | None] = [None]
+    if context.is_main_rank:
+        try:
+            for notice in check_surroundings(config, context):
+                logger.info("%s", notice)
+        except UserError as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise found[0]
 
 
 def _check_run_dir(chosen: Path | None) -> None:
