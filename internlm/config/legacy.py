@@ -219,7 +219,6 @@ def _zero_bubble(edit: Edit) -> str | None:
 
 
 _OPTIONAL_PATHS = (
-    "data.train_folder",
     "data.valid_folder",
     "data.tokenizer_path",
     "ckpt.load_ckpt_info.path",
@@ -236,6 +235,7 @@ _WITH_DEFAULTS = (
     "parallel.weight.overlap",
     "parallel.expert_weight.overlap",
     "parallel.expert.no_tp",
+    "ckpt.auto_resume",
 )
 
 _OLD_EXPERT_KEYS = (
@@ -273,6 +273,7 @@ LEGACY: tuple[Legacy, ...] = (
     _read_as("model.sliding_window", "= 0", None, lambda value: value == 0),
     _read_as("model.head_dim", "= 0", None, lambda value: value == 0),
     *(_read_as(f"parallel.{name}.size", "<= 0", 1, _not_positive) for name in ("pipeline", "expert_weight")),
+    _read_as("ckpt.load_ckpt_info", "= False or ''", None, lambda value: value is False or value == ""),
     *(_empty(path) for path in _OPTIONAL_PATHS),
     *(_unset(path) for path in _WITH_DEFAULTS),
 )

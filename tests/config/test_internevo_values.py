@@ -66,7 +66,9 @@ def at(config, path):
         ("loss.op_type=None", "py_vocab_parallel", "loss.op_type = None is read as its default"),
         ("parallel.pipeline.zero_bubble=False", None, "parallel.pipeline.zero_bubble = False is ignored"),
         ("gradient_handler=[{'type': 'PipelineSharedModuleGradientHandler'}]", ..., None),
-        ("data.train_folder=''", None, "data.train_folder = '' is read as None"),
+        ("data.valid_folder=''", None, "data.valid_folder = '' is read as None"),
+        ("ckpt.load_ckpt_info=False", None, "ckpt.load_ckpt_info = False is read as None"),
+        ("ckpt.auto_resume=None", True, "ckpt.auto_resume = None is read as its default"),
         ("ckpt.stop_file_path=''", None, "ckpt.stop_file_path = '' is read as None"),
         ("tensorboard_folder=''", None, "tensorboard_folder = '' is read as None"),
         ("moe=dict()", {}, None),
@@ -148,6 +150,11 @@ def test_a_feature_that_is_not_there_is_named(load, text, feature):
         load(text)
     (mistake,) = error.value.mistakes
     assert f": {feature} is not yet supported; " in mistake
+
+
+def test_an_empty_train_folder_is_not_random_data(load):
+    with pytest.raises(ConfigError, match=r"data\.train_folder = '': give a folder, or None for random data"):
+        load("data.train_folder=''")
 
 
 def test_a_reward_head_is_for_the_library(load):

@@ -76,8 +76,10 @@ def places(config: Config, world_size: int) -> Iterator[Mistake]:
 
 
 def batches(config: Config, world_size: int) -> Iterator[Mistake]:
-    """The little languages of the data section, and packing."""
+    """The little languages of the data section, and data that is named."""
     data = config.data
+    if data.train_folder == "":
+        yield Mistake(("data.train_folder",), "data.train_folder = '': give a folder, or None for random data")
     skip = data.skip_batches.replace(" ", "")
     ranges = [part.split("-") for part in skip.split(",")] if skip and _SKIP.fullmatch(skip) else []
     if skip and (not ranges or any(int(r[0]) > int(r[-1]) for r in ranges)):

@@ -77,6 +77,7 @@ class DataConfig(Section):
     content_name: str = later("text", "Column with the text.", "data.type='streaming'")
     subset_name: str | None = later(None, "Subset of a Hugging Face data set.", "data.type='streaming'")
     is_multimodal: bool = later(False, "Samples carry images.", "multimodal data")
+    data_impl: str | None = used_with(None, "Kind of index of data.type='megatron'.", "data.type")
     data_yaml: str | None = used_with(None, "List of the files of data.type='lumina_pickle'.", "data.type")
     base_path: PathText = used_with(None, "Folder of the files of data.type='lumina_pickle'.", "data.type")
     unit_schedule_size: int | None = used_with(
