@@ -117,10 +117,6 @@ class ModelConfig(Section):
     norm_head: bool | None = key(None, "Normalise the rows of the head weight; None: the family's choice.")
     apply_post_layer_norm: bool = later(False, "Norms after, not before, the blocks.", "post-norm")
 
-    # Dropout.
-    attn_drop_rate: float = later(0.0, "Dropout rate of attention weights.", "dropout", ge=0, le=1)
-    drop_rate: float = later(0.0, "Dropout rate of the residual stream.", "dropout", ge=0, le=1)
-
     # Biases and fused weights.
     no_bias: bool | None = key(None, "True: no linear layer has a bias; None: the family's choice.")
     qkv_bias: bool | None = key(None, "Bias of query, key and value; None: the family's choice.")
@@ -129,7 +125,6 @@ class ModelConfig(Section):
     use_swiglu: bool | None = key(
         None, "Gated SiLU (True) or the family's other gate; None: the family's choice, from which it must not differ."
     )
-    use_glu: bool = later(True, "A gated MLP.", "an MLP without a gate")
     enable_qkv_fusion: bool | None = key(None, "One weight for q, k and v; None: the family's choice.")
     mlp_layer_fusion: bool | None = key(None, "One weight for both MLP inputs; None: the family's choice.")
 
@@ -139,18 +134,6 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig | None = key(None, "dict(type, factor, ...): scaling of rotary positions.")
     use_dynamic_ntk_rope: bool = key(False, "Dynamic NTK scaling beyond max_position_embeddings.")
     use_fp32_rope: bool = key(True, "Compute rotary angles in float32.")
-    rope_type: str = later(
-        "normal", "InternEvo's QWEN2: kind of rotary embedding.", "rope_type (use model.rope_scaling instead)"
-    )
-    rope_scaling_factor: float = later(
-        1.0, "InternEvo's QWEN2: ratio of lengths.", "rope_scaling_factor (use model.rope_scaling instead)"
-    )
-    scale_attn_weights: bool = no_effect(
-        False,
-        "InternEvo's QWEN2: leave the scale of attention to its kernel.",
-        "both are 1 / sqrt(head_dim)",
-    )
-    use_logn_attn: bool = later(False, "InternEvo's QWEN2: scale queries by log n.", "log-n attention (Qwen 1)")
     rotary_type: str = later("native", "Kind of rotary embedding.", "rotary_type (use model.rope_scaling instead)")
     qk_interleaved: bool = key(
         None,
@@ -186,7 +169,6 @@ class ModelConfig(Section):
     parallel_output: bool = no_effect(
         True, "Leave logits split over the vocabulary.", "the loss of split logits equals that of whole ones"
     )
-    extra_pred_tokens: int = later(0, "Further heads, each for a later token.", "multi-token prediction", ge=0)
     dropout_selective_checkpoint: bool = no_effect(True, "Leave dropout out of recomputation.", "there is no dropout")
     device: Literal["cuda", "cpu", "meta"] = no_effect(
         "cuda", "Device to build the model on.", "models are built on the meta device and filled where they train"
@@ -200,15 +182,30 @@ class ModelConfig(Section):
         "GShard", "Kind of expert layer.", "model.num_experts"
     )
     moe_layer_kwargs: dict[str, Any] = used_with({}, "Arguments of the expert layer.", "model.num_experts")
+    inject_info: InjectInfoConfig = section(InjectInfoConfig, "Exchange of layers of a foreign model.")
 
-    # Images.
+    # What InternEvo's models have besides.
+    attn_drop_rate: float = later(0.0, "Dropout rate of attention weights.", "dropout", ge=0, le=1)
+    drop_rate: float = later(0.0, "Dropout rate of the residual stream.", "dropout", ge=0, le=1)
+    use_glu: bool = later(True, "A gated MLP.", "an MLP without a gate")
+    rope_type: str = later(
+        "normal", "InternEvo's QWEN2: kind of rotary embedding.", "rope_type (use model.rope_scaling instead)"
+    )
+    rope_scaling_factor: float = later(
+        1.0, "InternEvo's QWEN2: ratio of lengths.", "rope_scaling_factor (use model.rope_scaling instead)"
+    )
+    scale_attn_weights: bool = no_effect(
+        False,
+        "InternEvo's QWEN2: leave the scale of attention to its kernel.",
+        "both are 1 / sqrt(head_dim)",
+    )
+    use_logn_attn: bool = later(False, "InternEvo's QWEN2: scale queries by log n.", "log-n attention (Qwen 1)")
+    extra_pred_tokens: int = later(0, "Further heads, each for a later token.", "multi-token prediction", ge=0)
     image_token_id: int | None = later(None, "Token that stands for an image.", "multimodal models")
     vit_cfg: dict[str, Any] | None = later(None, "The vision tower.", "multimodal models", accepts=({},))
     vision_proj_cfg: dict[str, Any] | None = later(
         None, "From the vision tower to the language model.", "multimodal models", accepts=({},)
     )
-
-    inject_info: InjectInfoConfig = section(InjectInfoConfig, "Exchange of layers of a foreign model.")
 
     @model_validator(mode="after")
     def _fill(self) -> ModelConfig:
