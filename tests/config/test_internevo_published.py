@@ -68,3 +68,19 @@ def test_another_one_is_refused_by_feature(name, tmp_path):
     assert len(found) == len(reasons), found
     for mistake, reason in zip(found, sorted(reasons), strict=True):
         assert mistake.startswith(f"{reason} is not yet supported")
+
+
+@pytest.mark.parametrize("name", ["7B_sft", "usage.md"])
+def test_a_quickstart_trains(name, tmp_path):
+    """As it is, but for sizes that a test has time for and the weights that it does not bring along."""
+    out = run_forked(tmp_path, train_small, str(write(tmp_path, DENSE[name][1])))
+    assert "done: 2 steps" in out
+
+
+def train_small(path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "multiple_of": 16}
+    small = {f"model.{key}": value for key, value in sizes.items()}
+    small |= {"data.seq_len": 32, "data.total_steps": 2, "lr_scheduler.total_steps": 2, "data.num_worker": 0}
+    small |= {"parallel.zero1.size": 1, "enable_tb": False, "ckpt.load_ckpt_info": None, "ckpt.load_ckpt_folder": None}
+    overrides = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+    assert main(["train", "--config", path, "--run-dir", "run", *overrides]) == 0
