@@ -43,7 +43,7 @@ from internlm.initialize.preflight import check_loaders, check_surroundings, why
 from internlm.initialize.stages import build_meta_model
 from internlm.initialize.tokenizers import data_tokenizer
 from internlm.model.ops.registry import OpSettings, describe
-from internlm.utils.errors import ConfigError, user_message
+from internlm.utils.errors import ConfigError, UserError, user_message
 from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.paths import local_path
 
