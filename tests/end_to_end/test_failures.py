@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,6 +157,37 @@ def test_bad_data_in_the_middle_of_a_run_names_document_and_rank(tmp_path: Path,
     assert "a.bin" in cause and "200" in cause
     assert f"stopped because rank {guilty} failed" in last_log_line(tmp_path / "run", 1 - guilty)
     assert "Traceback" not in ranks[guilty].output
+
+
+def spoil_losses(rank: int) -> None:
+    """From the second rank's third step on, its losses are not finite."""
+    original = Engine.train_step
+    steps: list[int] = []
+
+    def train_step(self: Engine, *args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3 and rank == 1:
+            loss = self.loss
+            self.loss = lambda *args, **kwargs: spoiled(loss(*args, **kwargs))  # type: ignore[assignment]
+        return original(self, *args)
+
+    def spoiled(output: Any) -> Any:
+        return output._replace(loss_sum=output.loss_sum * np.nan)
+
+    Engine.train_step = train_step  # type: ignore[method-assign]
+
+
+def test_updates_that_are_all_skipped_end_the_run_on_all_ranks(tmp_path: Path) -> None:
+    ranks = train_on_two_ranks(tmp_path, quicker_watch, spoil_losses, more="monitor = dict(max_skipped_updates=3)")
+    assert wait_for_all(ranks, LIMIT_SECONDS) == [2, 2], ranks[0].output
+    lines = [last_log_line(tmp_path / "run", rank) for rank in (0, 1)]
+    for line in lines:
+        assert "in phase 'health: on_step_end, step 6': TrainingError: step 5: 3 updates in a row were skipped" in line
+        assert re.search(
+            r"the gradients of \d+ are not, and the first one .* is that of 'output.weight' \(on rank", line
+        )
+    assert [line["skipped"] for line in metrics_of(tmp_path / "run")][:5] == [0, 0, 1, 1, 1]
+    assert "Traceback" not in ranks[0].output + ranks[1].output
 
 
 @pytest.mark.parametrize("victim", [0, 1])
