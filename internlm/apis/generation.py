@@ -56,7 +56,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     num_tokens: int | None = None,
     generator: torch.Generator | None = None,
-    on_token: Callable[[Tensor], None] | None = None,
+    on_token: Callable[[Tensor], bool | None] | None = None,
 ) -> Tensor:
     """Continue prompts of one common length.
 
@@ -69,7 +69,7 @@ def generate(
         eos_token_id: tokens that end a text. A text that has ended is filled up with the first of them until all have.
         num_tokens: ids from this one on are never chosen, as those by which a vocabulary was padded; None: all may be.
         generator: the source of randomness, on the model's device; None is torch's default one.
-        on_token: called with the int64 `[B]` tokens of each step as soon as they are known.
+        on_token: called with the int64 `[B]` tokens of each step as soon as they are known; True ends all texts.
 
     Returns:
         int64 `[B, S + n]`, prompts and continuations, n <= max_new_tokens.
@@ -115,8 +115,8 @@ def generate(
                 finished |= torch.isin(chosen, ends)
             new = chosen.unsqueeze(1)
             tokens.append(new)
-            if on_token is not None:
-                on_token(chosen)
+            if on_token is not None and on_token(chosen):
+                break
             if eos and bool(finished.all()):
                 break
     finally:

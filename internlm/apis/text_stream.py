@@ -41,3 +41,38 @@ class TextStream:
         shown = self._decode(self._tokens[self._context : self._shown])
         self._context, self._shown = self._shown, len(self._tokens)
         return text[len(shown) :]
+
+
+class StopTexts:
+    """Shows text up to the first of some stop texts. What may be the beginning of one is held back.
+
+    Args:
+        stops: texts; none of them empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+        """Whether a stop text has come; nothing is shown from then on."""
+
+    def push(self, piece: str) -> str:
+        """What can be shown now that this piece has come."""
+        if self.found:
+            return ""
+        self._held += piece
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            return self._take(min(places))
+        # The longest end of the text with which a stop text begins.
+        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        return self._take(len(self._held) - keep)
+
+    def finish(self) -> str:
+        """What was held back, when no more text comes."""
+        return "" if self.found else self._take(len(self._held))
+
+    def _take(self, length: int) -> str:
+        shown, self._held = self._held[:length], self._held[length:]
+        return shown

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from internlm.apis.generation import GenerativeModel, NonFiniteError, check_choices, generate
-from internlm.apis.text_stream import TextStream
+from internlm.apis.text_stream import StopTexts, TextStream
+from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
+from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.inference import load_model_for_inference
+from internlm.convert.tokenizer_files import generation_eos_ids
+from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
+from internlm.data.tokenize.special_tokens import stop_ids
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
-from internlm.utils.errors import CheckpointError, ConfigError
+from internlm.utils.errors import CheckpointError, ConfigError, nearest
 from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.paths import local_path, path_text
+from internlm.utils.storage import StoragePath, storage_path
 
 logger = get_logger(__name__)
 
@@ -45,9 +52,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenizer.json, SentencePiece .model or Hugging Face folder (default: data.tokenizer_path of the run)",
     )
     parser.add_argument(
+        "--other-tokenizer",
+        action="store_true",
+        help="use this tokenizer although another one made the training data",
+    )
+    parser.add_argument(
         "--bos",
         action="store_true",
         help="put the beginning-of-text token first, for models whose training documents begin with it",
+    )
+    parser.add_argument(
+        "--eos",
+        action="append",
+        default=[],
+        metavar="ID|TOKEN",
+        help="token that ends a text, by id or spelling; may be given many times (default: the tokenizer's, and those "
+        "of generation_config.json)",
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given many times"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of a tokenizer folder that is nothing else"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
 
@@ -60,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         check_text(prompt, "--prompt")
     if not MIN_SEED <= args.seed <= MAX_SEED - len(args.prompt):
         raise ConfigError(f"--seed {args.seed}: must be from {MIN_SEED} to {MAX_SEED - len(args.prompt)}")
+    if "" in args.stop:
+        raise ConfigError("--stop: an empty text ends nothing")
     device = choose_device(args.device)
     model, config = load_model_for_inference(args.ckpt, device)
     if config.model.is_reward:
@@ -71,12 +99,16 @@ def run(args: argparse.Namespace) -> int:
     tokenizer_path = args.tokenizer or config.data.tokenizer_path
     if tokenizer_path is None:
         raise ConfigError("the run's config has no data.tokenizer_path; give --tokenizer PATH")
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=args.trust_remote_code)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
             f"{config.model.vocab_size}; give the --tokenizer that made the training data"
         )
+    checkpoint = resolve(storage_path(args.ckpt))
+    if not args.other_tokenizer:
+        check_tokenizer(checkpoint, tokenizer, str(tokenizer_path))
+    eos_ids = end_ids(args.eos, tokenizer, checkpoint, Path(tokenizer_path))
     for number, prompt in enumerate(args.prompt):
         if number:
             print()
@@ -88,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
                 prompt,
                 lambda piece: print(piece, end="", flush=True),
                 with_bos=args.bos,
+                eos_ids=eos_ids,
+                stops=args.stop,
                 max_new_tokens=args.max_new_tokens,
                 do_sample=not args.greedy,
                 temperature=args.temperature,
@@ -140,6 +174,8 @@ def continue_prompt(
     show: Callable[[str], None],
     *,
     with_bos: bool,
+    eos_ids: Sequence[int],
+    stops: Sequence[str],
     max_new_tokens: int,
     do_sample: bool,
     temperature: float,
@@ -148,11 +184,13 @@ def continue_prompt(
     seed: int,
     device: torch.device,
 ) -> str:
-    """Continue one prompt until its end-of-text token or `max_new_tokens`; the other arguments are those of `generate`.
+    """Continue one prompt until a token or text ends it, or `max_new_tokens`; the rest are arguments of `generate`.
 
     Args:
         show: called with each piece of new text; pieces never break a character.
         with_bos: put the tokenizer's beginning-of-text token before the prompt.
+        eos_ids: tokens that end the text; they are not shown.
+        stops: texts that end the text; neither they nor what follows is shown.
 
     Returns:
         The new text, without the prompt.
@@ -167,8 +205,7 @@ def continue_prompt(
         prompt_ids = [tokenizer.bos_id, *prompt_ids]
     if not prompt_ids:
         raise ConfigError("the prompt is empty; a text can start from nothing only with --bos")
-    eos_id = tokenizer.eos_id
-    stream = TextStream(tokenizer.decode, prompt_ids)
+    stream, until = TextStream(tokenizer.decode, prompt_ids), StopTexts(stops)
     pieces: list[str] = []
 
     def take(piece: str) -> None:
@@ -176,10 +213,11 @@ def continue_prompt(
             pieces.append(piece)
             show(piece)
 
-    def on_token(tokens: torch.Tensor) -> None:
+    def on_token(tokens: torch.Tensor) -> bool:
         token = int(tokens[0])
-        if token != eos_id:
-            take(stream.push(token))
+        if token not in eos_ids:
+            take(until.push(stream.push(token)))
+        return until.found
 
     generate(
         model,
@@ -189,13 +227,63 @@ def continue_prompt(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        eos_token_id=eos_id,
+        eos_token_id=eos_ids,
         num_tokens=tokenizer.vocab_size,
         generator=torch.Generator(device).manual_seed(seed),
         on_token=on_token,
     )
-    take(stream.finish())
+    take(until.push(stream.finish()))
+    take(until.finish())
     return "".join(pieces)
+
+
+def check_tokenizer(checkpoint: StoragePath, tokenizer: TextTokenizer, where: str) -> None:
+    """Refuse a tokenizer that gives other ids than the one that made the training data.
+
+    Raises:
+        ConfigError: it does.
+    """
+    known = trained_with(checkpoint)
+    if known is None:
+        return
+    given = KnownTokenizer(tokenizer_fingerprint(tokenizer), where, tokenizer.vocab_size)
+    if not same_ids(known.fingerprint, given.fingerprint):
+        raise ConfigError(
+            f"'{checkpoint}' was trained on the ids of another tokenizer: {known.against(given)}. Give that one with "
+            "--tokenizer, or --other-tokenizer to use this one all the same"
+        )
+
+
+def end_ids(
+    given: Sequence[str], tokenizer: TextTokenizer, checkpoint: StoragePath, tokenizer_path: Path
+) -> tuple[int, ...]:
+    """The tokens that end a text: those given by id or spelling, else the tokenizer's and those of a generation config.
+
+    Args:
+        checkpoint: one that was imported, or trained from such a one, has the generation config of that folder.
+        tokenizer_path: beside it there may be one, too.
+
+    Raises:
+        ConfigError: a given token does not exist.
+    """
+    if given:
+        pieces = tokenizer.pieces()
+        ids = []
+        for name in given:
+            if name in pieces and name:
+                ids.append(pieces.index(name))
+            elif name.isdecimal() and int(name) < tokenizer.vocab_size:
+                ids.append(int(name))
+            else:
+                raise ConfigError(
+                    f"--eos {name}: the tokenizer has no such token, and ids end at {tokenizer.vocab_size - 1}"
+                    f"{nearest(name, [pieces[id] for id in tokenizer.special_ids])}"
+                )
+        return tuple(dict.fromkeys(ids))
+    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+    configured = generation_eos_ids(checkpoint) or stop_ids(folder)
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    return tuple(dict.fromkeys((*own, *configured)))
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -12,7 +12,7 @@ from torch import Tensor
 from internlm.checkpoint.tensor_files import write_weights
 from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
-from internlm.convert.hf_folder import HfFolder, HfWeights, side_files
+from internlm.convert.hf_folder import HF_FILES, HfFolder, HfWeights, side_files
 from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
 from internlm.model.from_hf_config import HfModel
@@ -22,9 +22,6 @@ from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
 
 logger = get_logger(__name__)
-
-HF_FILES = "hf"
-"""Folder in a checkpoint with the files that lay beside the weights it was imported from."""
 
 _WEIGHTS = ("weight", "bias", "weight_packed", "weight_scale", "qzeros", "scales")
 """Ends of names of weights, quantized ones included."""

@@ -32,6 +32,9 @@ from internlm.utils.storage import StoragePath
 
 logger = get_logger(__name__)
 
+HF_FILES = "hf"
+"""Folder in a checkpoint with the files that lay beside the weights it was imported from, or trained on from."""
+
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -80,7 +83,7 @@ class HfFolder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        return _read_json(self.path / CONFIG)
+        return read_json(self.path / CONFIG)
 
     @cached_property
     def model(self) -> HfModel:
@@ -117,7 +120,7 @@ class HfFolder:
         for index, single in ((SAFETENSORS_INDEX, SAFETENSORS), (_BIN_INDEX, _BIN)):
             if index in names:
                 files: dict[str, list[str]] = {}
-                for name, file in _read_json(self.path / index).get("weight_map", {}).items():
+                for name, file in read_json(self.path / index).get("weight_map", {}).items():
                     files.setdefault(str(file), []).append(name)
                 absent = [file for file in files if file not in names]
                 if absent:
@@ -294,7 +297,12 @@ def _meta(entry: HfEntry) -> Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
 
-def _read_json(path: StoragePath) -> dict[str, Any]:
+def read_json(path: StoragePath) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
     try:
         values = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:

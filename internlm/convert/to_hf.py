@@ -10,17 +10,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
 from internlm.checkpoint.folder import find_damage, read_mark, resolve
 from internlm.checkpoint.reading import read_config
 from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
-from internlm.convert.from_hf import HF_FILES, architecture_of
-from internlm.convert.hf_folder import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, meta_weights
+from internlm.convert.from_hf import architecture_of
+from internlm.convert.hf_folder import CONFIG, HF_FILES, SAFETENSORS, SAFETENSORS_INDEX, meta_weights
 from internlm.convert.lazy import grouped_readers
 from internlm.convert.safetensors_file import shard, write_safetensors
-from internlm.convert.tokenizer_files import TokenizerFiles, imported_files, served_alike, tokenizer_files
+from internlm.convert.tokenizer_files import (
+    TokenizerFiles,
+    generation_config,
+    imported_files,
+    served_alike,
+    tokenizer_files,
+    with_generation_config,
+)
+from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.model.architecture import Architecture
 from internlm.model.hf_config import PUBLISHED_LAYOUTS, published_config_json, transformers_config_json
@@ -128,6 +137,7 @@ def _write(
     architecture = architecture_of(config)
     values = _config_json(config, architecture, layout)
     beside = _files_beside(checkpoint, config, layout, tokenizer) if tokenizer is not False else TokenizerFiles()
+    _check_trained_with(checkpoint, beside)
     values |= beside.ids
     files = served_alike(beside, values, with_code=layout == "published")
     names = PUBLISHED_LAYOUTS.get(config.model_type, "transformers") if layout == "published" else "transformers"
@@ -193,11 +203,23 @@ def _files_beside(
     checkpoint: StoragePath, config: Config, layout: LayoutChoice, tokenizer: StoragePath | None
 ) -> TokenizerFiles:
     if tokenizer is not None:
-        return tokenizer_files(tokenizer)
+        return with_generation_config(tokenizer_files(tokenizer), generation_config(checkpoint))
     imported = imported_files(checkpoint / HF_FILES, with_code=layout == "published")
-    if imported.files:
+    if set(imported.files) - {GENERATION}:
         return imported
-    return _tokenizer_of_run(config)
+    return with_generation_config(_tokenizer_of_run(config), generation_config(checkpoint))
+
+
+def _check_trained_with(checkpoint: StoragePath, beside: TokenizerFiles) -> None:
+    known = trained_with(checkpoint)
+    if known is None or beside.tokenizer is None:
+        return
+    found = KnownTokenizer(tokenizer_fingerprint(beside.tokenizer), beside.where, beside.tokenizer.vocab_size)
+    if not same_ids(known.fingerprint, found.fingerprint):
+        raise CheckpointError(
+            f"'{checkpoint}' was trained on the ids of another tokenizer: {known.against(found)}. Give that one with "
+            "--tokenizer, or --no-tokenizer"
+        )
 
 
 def _tokenizer_of_run(config: Config) -> TokenizerFiles:

@@ -6,6 +6,7 @@ tokenizer that made the training data; where it differs, the same tokenizer is w
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tempfile
@@ -14,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internlm.convert.hf_folder import CONFIG, side_files
+from internlm.convert.hf_folder import CONFIG, HF_FILES, read_json, side_files
 from internlm.convert.sentencepiece_json import sentencepiece_json
 from internlm.data.tokenize.probes import first_difference, special_texts
 from internlm.data.tokenize.sentencepiece_tokenizer import SentencePieceTokenizer
-from internlm.data.tokenize.special_tokens import ADDED, GENERATION, MAP, own_code
+from internlm.data.tokenize.special_tokens import ADDED, GENERATION, MAP, eos_ids, own_code
 from internlm.data.tokenize.special_tokens import CONFIG as TOKENIZER_CONFIG
 from internlm.data.tokenize.text_tokenizer import (
     TOKENIZER_JSON,
@@ -105,6 +106,43 @@ def tokenizer_files(path: StoragePath) -> TokenizerFiles:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     known = {name: value for name, value in ids.items() if value is not None}
     return TokenizerFiles(files, known, tokenizer, str(path))
+
+
+def generation_config(checkpoint: StoragePath) -> dict[str, Any]:
+    """The generation config that came with imported weights, or with those that the checkpoint was trained on from;
+    empty if there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = checkpoint / HF_FILES / GENERATION
+    return read_json(path) if path.is_file() else {}
+
+
+def generation_eos_ids(checkpoint: StoragePath) -> tuple[int, ...]:
+    """The ids at which generation stops by `generation_config`.
+
+    Raises:
+        CheckpointError, DataError: the file is not of this form.
+    """
+    return eos_ids(generation_config(checkpoint), str(checkpoint / HF_FILES / GENERATION))
+
+
+def with_generation_config(beside: TokenizerFiles, imported: Mapping[str, Any]) -> TokenizerFiles:
+    """With the generation config that came with the weights; the tokenizer's own eos ends a text, too.
+
+    Raises:
+        DataError: one of the generation configs names no ids.
+    """
+    values = dict(imported) or json.loads(beside.files.get(GENERATION, b"{}"))
+    if not values:
+        return beside
+    own = () if beside.tokenizer is None or beside.tokenizer.eos_id is None else (beside.tokenizer.eos_id,)
+    ends = list(dict.fromkeys((*own, *eos_ids(values, GENERATION))))
+    if ends:
+        values["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    content = (json.dumps(values, indent=2) + "\n").encode()
+    return dataclasses.replace(beside, files={**beside.files, GENERATION: content})
 
 
 def served_alike(beside: TokenizerFiles, config: Mapping[str, Any], *, with_code: bool) -> Mapping[str, bytes]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer
 from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CheckpointManager
@@ -42,6 +43,7 @@ from internlm.initialize.stages import (
     reduce_dtype,
     state_form,
 )
+from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.model.architecture import Architecture
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.monitor.console import ConsoleHook
@@ -97,6 +99,7 @@ def check_buildable(config: Config, world_size: int) -> None:
     check_activations(config, build_meta_model(config), layout, placement, build_layer_split(config))
     build_schedules(config)
     parse_skip_batches(config.data.skip_batches)
+    data_tokenizer(config)
     if config.ckpt.enable_internevo2hf_ckpt:
         check_exportable(config)
 
@@ -155,10 +158,13 @@ def build_trainer(
     """
     if config.hybrid_zero_optimizer.offload_optimizer and context.device.type == "cpu":
         logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")
+    known = data_tokenizer(config)
     train_loader = build_loader(config, context)
     chunks = build_chunks(config, context)
     engine = build_engine(config, context, chunks, train_loader.type_names, progress)
     manager = build_manager(config, config_text)
+    if known is not None:
+        manager.files[DATA_TOKENIZER] = known.to_json()
     lr, beta2 = build_schedules(config)
     trainer = Trainer(
         engine,
@@ -369,6 +375,13 @@ def build_manager(config: Config, config_text: str) -> CheckpointManager:
     )
 
 
+def _keep_files(config: Config, manager: CheckpointManager, path: StoragePath) -> None:
+    """Files of the checkpoint at `path` that those of this run are to have, too."""
+    content = manager.files.get(DATA_TOKENIZER)
+    known = None if content is None else KnownTokenizer.from_json(content)
+    manager.files |= compare_with_checkpoint(config, path, known)
+
+
 def _saves_in_background(ckpt: CkptConfig) -> bool:
     if ckpt.async_save or not ckpt.async_upload or not ckpt.save_ckpt_folder:
         return ckpt.async_save
@@ -381,12 +394,15 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
     found = manager.resume(trainer) if config.ckpt.auto_resume else None
     if found is not None:
         trainer.resumed_from = str(found.path)
+        _keep_files(config, manager, found.path)
         logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, found.path)
         check_finite(trainer, found.path)
     elif info is not None and info.path is not None:
         path = storage_path(info.path)
         if info.ckpt_type == "internevo":
             path = resolve(path)
+        _keep_files(config, manager, path)
+        if info.ckpt_type == "internevo":
             manager.load(trainer, path, info.content, strict=info.strict)
         else:
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])

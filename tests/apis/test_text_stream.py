@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-from internlm.apis.text_stream import TextStream
+from internlm.apis.text_stream import StopTexts, TextStream
 
 TEXT = "naïve 日本語 text, emoji 👩‍🚀🎉 and\n\ttabs — done"
 
@@ -64,3 +64,24 @@ def test_byte_level_bpe(split):
     prompt, rest = tokenizer.encode(TEXT[:split]).ids, tokenizer.encode(TEXT[split:]).ids
     stream = TextStream(tokenizer.decode, prompt)
     assert tokenizer.decode(prompt) + "".join(map(stream.push, rest)) + stream.finish() == TEXT
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown", "found"),
+    [
+        (["ab", "cd"], ["ab", "cd", ""], False),
+        (["a", "b<", "en", "d>c", "d"], ["a", "b", "", "", "", ""], True),
+        (["a<en", "x", "<end"], ["a", "<enx", "", "<end"], False),
+        (["a\n", "\n", "b"], ["a", "", "", ""], True),
+        (["<<end><end>"], ["<", ""], True),
+        (["\nb\n\n"], ["\nb", ""], True),
+    ],
+)
+def test_a_stop_text_and_what_follows_is_not_shown(pieces: list[str], shown: list[str], found: bool) -> None:
+    until = StopTexts(["<end>", "\n\n"])
+    assert [*map(until.push, pieces), until.finish()] == shown and until.found == found
+
+
+def test_without_stop_texts_all_is_shown_at_once() -> None:
+    until = StopTexts([])
+    assert [until.push("a"), until.push(""), until.finish()] == ["a", "", ""]

@@ -212,3 +212,61 @@ def test_weights_that_are_not_finite_are_named(
         error = capsys.readouterr().err
         assert "the model's logits have inf or NaN; 2 of the 1,024 numbers of layers.1.attention.wo.weight are" in error
         assert "Traceback" not in error
+
+
+def greedy_ids(checkpoint: Path, tokenizer_path: Path) -> tuple[Tokenizer, list[int]]:
+    """The tokens that greedy decoding makes when nothing ends it."""
+    model, _ = load_model_for_inference(checkpoint)
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    ids = tokenizer.encode(PROMPT).ids
+    return tokenizer, generate(model, torch.tensor([ids]), max_new_tokens=NEW)[0, len(ids) :].tolist()
+
+
+def text_before(tokenizer: Tokenizer, ids: list[int], *ends: int) -> str:
+    return tokenizer.decode(ids[: min(ids.index(end) for end in ends)], skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "beside the tokenizer", "options"])
+def test_every_token_that_ends_a_text(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    """Instruct models end a turn with one token and a text with another: generation_config.json lists both."""
+    (tmp_path / "tokenizer").mkdir()
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.write_text(tokenizer_path.read_text())
+    checkpoint = save(tmp_path / "run", path)
+    tokenizer, new = greedy_ids(checkpoint, path)
+    end = new[3]
+    command = ["generate", "--ckpt", str(checkpoint), "--prompt", PROMPT, "--max-new-tokens", str(NEW), "--greedy"]
+    options = []
+    if where == "options":
+        options = ["--eos", tokenizer.id_to_token(290), "--eos", str(end)]
+    else:
+        folder = path.parent if where == "beside the tokenizer" else next(checkpoint.glob("[0-9]*")) / "hf"
+        folder.mkdir(exist_ok=True)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, end]}))
+    assert main([*command, "--device", "cpu", *options]) == 0
+    assert capsys.readouterr().out == f"{PROMPT}{text_before(tokenizer, new, end)}\n"
+
+
+def test_stop_texts(checkpoint: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--ckpt", str(checkpoint), "--prompt", PROMPT, "--max-new-tokens", str(NEW), "--greedy"]
+    whole = expected_text(checkpoint, tokenizer_path)
+    stop = whole[4:7]
+    assert main([*command, "--device", "cpu", "--stop", "never there", "--stop", stop]) == 0
+    assert capsys.readouterr().out == f"{PROMPT}{whole[: whole.index(stop)]}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eos", "</sss>"], "--eos </sss>: the tokenizer has no such token, and ids end at 290 Did you mean '</s>'?"),
+        (["--eos", "300"], "--eos 300: the tokenizer has no such token"),
+        (["--stop", ""], "--stop: an empty text ends nothing"),
+    ],
+)
+def test_mistakes_in_what_ends_a_text(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["generate", "--ckpt", str(checkpoint), "--prompt", PROMPT, *options]) == 2
+    assert message in capsys.readouterr().err

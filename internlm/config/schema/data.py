@@ -66,6 +66,11 @@ class DataConfig(Section):
     tokenizer_path: PathText = key(
         None, "tokenizer.json, tokenizer folder or SentencePiece .model that made the tokens; used to generate text."
     )
+    check_tokenizer: bool = key(
+        True,
+        "Refuse data that several tokenizers made, or another one than tokenizer_path or the checkpoint the run starts "
+        "from; False logs it.",
+    )
     content_name: str = later("text", "Column with the text.", "data.type='streaming'")
     subset_name: str | None = later(None, "Subset of a Hugging Face data set.", "data.type='streaming'")
     is_multimodal: bool = later(False, "Samples carry images.", "multimodal data")

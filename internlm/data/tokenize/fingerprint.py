@@ -21,10 +21,10 @@ _WORD_STARTS = "\u2581\u0120"
 
 
 def tokenizer_fingerprint(tokenizer: TextTokenizer) -> str:
-    """A fingerprint such as "1-5f0c...", of which the part before the dash is the version of this function.
+    """A fingerprint such as "1-5f0c...-03ab...": version of this function, hash of the ids, hash of the ends.
 
-    It covers the vocabulary with all ids, the special tokens, the choice of bos and eos, and the ids of texts that show
-    normalisation, splitting and merges: fixed ones, and runs of pieces from all over the vocabulary.
+    The ids are the vocabulary, the special tokens, and the ids of texts that show normalisation, splitting and merges:
+    fixed ones, and runs of pieces from all over the vocabulary. The ends are the choice of bos and eos.
     """
     pieces = tokenizer.pieces()
     ordinary = [piece for id, piece in enumerate(pieces) if piece and id not in tokenizer.special_ids]
@@ -37,7 +37,16 @@ def tokenizer_fingerprint(tokenizer: TextTokenizer) -> str:
     content = {
         "pieces": pieces,
         "special": sorted(tokenizer.special_ids),
-        "ends": [tokenizer.bos_id, tokenizer.eos_id],
         "ids": tokenizer.encode_batch([*PROBE_TEXTS, *runs]),
     }
-    return f"{_VERSION}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}"
+    ends = [tokenizer.bos_id, tokenizer.eos_id]
+    return f"{_VERSION}-{_hash(content)[:32]}-{_hash(ends)[:8]}"
+
+
+def same_ids(fingerprint: str, other: str) -> bool:
+    """Whether two tokenizers give equal texts the same ids; they may end documents with different tokens."""
+    return fingerprint.rpartition("-")[0] == other.rpartition("-")[0]
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

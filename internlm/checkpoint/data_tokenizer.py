@@ -1,0 +1,54 @@
+"""Which tokenizer made the data that a checkpoint was trained on: a file in the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from internlm.utils.errors import CheckpointError
+from internlm.utils.storage import StoragePath
+
+DATA_TOKENIZER = "data_tokenizer.json"
+
+
+class KnownTokenizer(NamedTuple):
+    """A tokenizer that need not be there any more."""
+
+    fingerprint: str
+    """See `tokenizer_fingerprint`."""
+    where: str
+    """Its file or folder, for messages."""
+    vocab_size: int
+
+    def to_json(self) -> str:
+        """The content of the file."""
+        return json.dumps(self._asdict(), indent=1)
+
+    @classmethod
+    def from_json(cls, content: str) -> KnownTokenizer:
+        """The inverse.
+
+        Raises:
+            ValueError, TypeError: it is something else.
+        """
+        return cls(**json.loads(content))
+
+    def against(self, other: KnownTokenizer) -> str:
+        """Both, in words."""
+        one, two = (f"{it.where} ({it.vocab_size:,} ids, fingerprint {it.fingerprint})" for it in (self, other))
+        return f"{one} against {two}"
+
+
+def trained_with(checkpoint: StoragePath) -> KnownTokenizer | None:
+    """The tokenizer of a checkpoint's training data; None if the checkpoint does not say.
+
+    Raises:
+        CheckpointError: the file is malformed.
+    """
+    path = checkpoint / DATA_TOKENIZER
+    if not path.is_file():
+        return None
+    try:
+        return KnownTokenizer.from_json(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: is not what a run writes: {error}") from error

@@ -1,0 +1,118 @@
+"""The tokenizer of a run's data, compared with that of its config and of the checkpoint it starts from.
+
+Owns what checkpoints keep of it: which tokenizer made the training data, and the generation config of imported weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer, trained_with
+from internlm.config.schema import Config
+from internlm.convert.hf_folder import HF_FILES
+from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
+from internlm.data.tokenize.special_tokens import GENERATION
+from internlm.data.tokenize.text_tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, load_tokenizer
+from internlm.data.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
+from internlm.utils.errors import ConfigError, DataError
+from internlm.utils.logging import get_logger
+from internlm.utils.storage import StoragePath, storage_path
+
+logger = get_logger(__name__)
+
+
+def data_tokenizer(config: Config) -> KnownTokenizer | None:
+    """The tokenizer that made the training data; that of `data.tokenizer_path` where the data does not say.
+
+    Raises:
+        ConfigError: files of the data were made by different tokenizers, or by another than `data.tokenizer_path`, or
+            with more ids than the model has. With `data.check_tokenizer = False` the first two are logged instead.
+        DataError: a folder of data is missing, or a record in it is malformed.
+    """
+    data = config.data
+    evaluates = data.valid_every > 0 and data.valid_folder is not None
+    folders = [folder for folder in (data.train_folder, data.valid_folder if evaluates else None) if folder is not None]
+    record = _of_folders(tuple(folders), data.check_tokenizer)
+    named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))
+    found = (
+        None
+        if record is None
+        else KnownTokenizer(record.fingerprint, f"{record.tokenizer} (of the data)", record.vocab_size)
+    )
+    for known in (found, named):
+        if known is not None and known.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"{known.where}: the tokenizer has {known.vocab_size:,} ids, model.vocab_size is only "
+                f"{config.model.vocab_size:,}"
+            )
+    if found is not None and named is not None:
+        _compare(found, named, "data.tokenizer_path", config)
+    return found or named
+
+
+def compare_with_checkpoint(config: Config, path: StoragePath, known: KnownTokenizer | None) -> dict[str, str]:
+    """Compare the tokenizer of a run's data with that of the weights it starts from.
+
+    Args:
+        path: a checkpoint of ours, or a folder of `ckpt_type` "hf".
+        known: from `data_tokenizer`.
+
+    Returns:
+        Files that every checkpoint of the run is to have: name -> content.
+
+    Raises:
+        ConfigError: they give different ids, unless `data.check_tokenizer = False`.
+    """
+    theirs = _of_checkpoint(path)
+    if theirs is not None and known is not None:
+        _compare(known, theirs, f"the checkpoint '{path}'", config)
+    kept = known or theirs
+    files = {} if kept is None else {DATA_TOKENIZER: kept.to_json()}
+    for place in (path / HF_FILES / GENERATION, path / GENERATION):
+        if place.is_file():
+            return files | {f"{HF_FILES}/{GENERATION}": place.read_text()}
+    return files
+
+
+def _of_checkpoint(path: StoragePath) -> KnownTokenizer | None:
+    own = trained_with(path)
+    if own is not None:
+        return own
+    for folder in (path / HF_FILES, path):
+        if any((folder / name).is_file() for name in (TOKENIZER_JSON, TOKENIZER_MODEL)):
+            return _at(folder)
+    return None
+
+
+def _compare(known: KnownTokenizer, other: KnownTokenizer, what: str, config: Config) -> None:
+    if same_ids(known.fingerprint, other.fingerprint):
+        return
+    message = f"the tokenizer of {what} is not that of the data: {known.against(other)}"
+    if config.data.check_tokenizer:
+        raise ConfigError(f"{message}. If the ids mean the same, set data.check_tokenizer = False")
+    logger.warning("%s", message)
+
+
+def _of_folders(folders: Sequence[str], checked: bool) -> TokenizerRecord | None:
+    records = {path: record for folder in folders for path, record in tokenizer_records(folder).items()}
+    try:
+        return common_record(records)
+    except DataError as error:
+        if checked:
+            raise DataError(f"{error}. If the ids mean the same, set data.check_tokenizer = False") from error
+        logger.warning("%s", error)
+        return None
+
+
+def _at(path: StoragePath) -> KnownTokenizer | None:
+    """The tokenizer that lies there; None, and a warning, where it cannot be read."""
+    if not path.is_local:
+        logger.warning("%s: a tokenizer is read from a local disk only: it is not compared with the data's", path)
+        return None
+    try:
+        tokenizer = load_tokenizer(Path(path.local))
+    except DataError as error:
+        logger.warning("the tokenizer is not compared with the data's: %s", error)
+        return None
+    return KnownTokenizer(tokenizer_fingerprint(tokenizer), str(path), tokenizer.vocab_size)
