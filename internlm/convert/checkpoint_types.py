@@ -59,7 +59,7 @@ def open_weights(ckpt_type: str, path: StoragePath, model: nn.Module) -> WeightS
 @register_checkpoint_type("hf")
 def _open_hf(path: StoragePath, model: nn.Module) -> WeightSource:
     folder, architecture = HfFolder(path), _architecture(model, "hf")
-    for line in differences(folder.model, architecture):
+    for line in (*folder.model.notices, *differences(folder.model, architecture)):
         logger.warning("%s: %s", path, line)
     return HfWeights(folder, architecture)
 

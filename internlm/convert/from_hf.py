@@ -57,6 +57,8 @@ def convert_from_hf(
     has_tokenizer = target.is_local and _has_tokenizer(hf_files)
     tokenizer_path = str((target / HF_FILES).local.absolute()) if has_tokenizer else None
     model = folder.model
+    for notice in model.notices:
+        logger.warning("%s: config.json: %s", source, notice)
     if untie:
         model = dataclasses.replace(model, keys={**model.keys, "tie_word_embeddings": False})
     config = imported_config(model, dtype or stored, tokenizer_path)

@@ -10,6 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from internlm.config.schema import ModelConfig
+from internlm.model.hf_config_checks import mistakes, unread
 from internlm.utils.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -23,6 +27,25 @@ _NEEDED = (
     "num_attention_heads",
     "rms_norm_eps",
 )
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(_THEIR_NAMES.get(str(part), str(part)) for part in location) or "the model"
+
+
+_THEIR_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_kv_attention_heads": "num_key_value_heads",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "rope_base": "rope_theta",
+}
+_OWN_KEYS = {
+    "internlm": ("bias", "rotary"),
+    "internlm2": ("bias",),
+    "internlm3": ("bias", "qkv_bias"),
+    "baichuan": ("z_loss_weight",),
+}
+"""Keys of a family's published code that its reader looks at, or that are of training."""
 _KNOWN = (
     "num_key_value_heads",
     "head_dim",
@@ -45,11 +68,13 @@ class HfModel:
         model_type: our family.
         keys: of the `model` section, but for `dtype`.
         dtype: "torch.bfloat16", ...: what the config.json names; None if it names none.
+        notices: one line each on keys that nothing reads.
     """
 
     model_type: str
     keys: dict[str, Any]
     dtype: str | None
+    notices: tuple[str, ...] = ()
 
 
 def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
@@ -60,12 +85,15 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
         where: the file, for messages.
 
     Raises:
-        ConfigError: a family or feature that this package does not have; names every one.
+        ConfigError: a family or feature that this package does not have, or a value of the wrong kind; names every one.
     """
     kind = str(values.get("model_type", ""))
     if kind not in _READERS:
         known = ", ".join(_READERS)
         raise ConfigError(f"{where}: model_type '{kind}' cannot be imported; known: {known}.{nearest(kind, _READERS)}")
+    wrong = mistakes(values)
+    if wrong:
+        raise ConfigError([f"{where}: {mistake}" for mistake in wrong])
     refused: list[str] = []
     architectures = values.get("architectures") or []
     if any("CausalLM" not in name for name in architectures):
@@ -73,23 +101,49 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
     for key in ("quantization_config", "compression_config", "use_bidirectional_attention"):
         if values.get(key):
             refused.append(key)
-    if values.get("is_decoder") is False and values.get("is_encoder_decoder"):
+    if values.get("is_encoder_decoder"):
         refused.append("is_encoder_decoder")
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         model_type, config = _READERS[kind](dict(values), refused)
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ConfigError(f"{where}: transformers cannot read it: {error}") from error
-    keys = _common(config, "gelu_pytorch_tanh" if kind == "gemma" else "silu", refused)
-    keys |= _biases(kind, values, config)
-    keys |= _windows(kind, config, refused)
+        keys = _common(config, "gelu_pytorch_tanh" if kind == "gemma" else "silu", refused)
+        keys |= _biases(kind, values, config)
+        keys |= _windows(kind, config, refused)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise ConfigError(f"{where}: transformers cannot read it: {error!r}") from error
+    other_functions, others = unread(values, {*type(config)().to_dict(), *_NEEDED, *_KNOWN, *_OWN_KEYS.get(kind, ())})
+    refused += [f"{key}: this family's class does not read it" for key in other_functions]
     if refused:
         raise ConfigError([f"{where}: not supported: {reason}" for reason in refused])
+    _check(keys, where)
     dtype = values.get("dtype", values.get("torch_dtype"))
     if model_type == "LLAMA2" and keys.get("rope_scaling", {}).get("type") == "llama3":
         model_type = "LLAMA3"
-    return HfModel(model_type, keys, None if dtype is None else f"torch.{str(dtype).removeprefix('torch.')}")
+    notices = [
+        f"{key} = {values[key]!r}: models are trained without dropout here" for key in values if _drops(key, values)
+    ]
+    notices += [
+        f"{key}: nothing reads it, neither here nor in transformers' class" for key in others if "drop" not in key
+    ]
+    return HfModel(
+        model_type, keys, None if dtype is None else f"torch.{str(dtype).removeprefix('torch.')}", tuple(notices)
+    )
+
+
+def _drops(key: str, values: Mapping[str, Any]) -> bool:
+    return key.endswith(("dropout", "pdrop", "dropout_prob")) and values[key] not in (None, 0, False)
+
+
+def _check(keys: Mapping[str, Any], where: str) -> None:
+    """Refuse values that make no model, by the names of config.json where they differ."""
+    try:
+        ModelConfig.model_validate(keys)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{where}: {_place(problem['loc'])}: {problem['msg']}, got {problem['input']!r}"
+            for problem in error.errors()
+        ) from error
 
 
 def _common(config: PretrainedConfig, activation: str, refused: list[str]) -> dict[str, Any]:

@@ -139,12 +139,73 @@ def test_published_configs_come_back_as_they_were(model_type: str, keys: dict[st
         ),
         ({"model_type": "baichuan", "rms_norm_eps": 1e-6}, "ALiBi"),
         ({"model_type": "internlm2"}, "it lacks rms_norm_eps"),
-        ({"hidden_size": "many"}, "transformers cannot read it"),
+        ({"hidden_size": "many"}, "hidden_size must be a whole number from 1 to 16,777,216, got 'many'"),
+        ({"num_attention_heads": 7}, "transformers cannot read it"),
+        ({"sliding_window": 0}, "sliding_window must be a whole number from 1, or null for no window; got 0"),
+        ({"model_type": "mistral", "sliding_window": -1}, "or null for no window; got -1"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: this family's class does not read it"),
+        ({"num_local_experts": 8}, "num_local_experts = 8"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -2.0}}, "rope_scaling.*factor"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
     ],
 )
 def test_what_is_another_function_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         from_hf_config({**LLAMA, **changes}, "folder/config.json")
+
+
+ODD: tuple[Any, ...] = (None, 0, -1, -0.5, 1.5, "x", "", [], [1], {}, {"a": 1}, True, False, float("nan"), 10**30)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "gemma", "internlm", "internlm2", "internlm3", "baichuan"]
+)
+def test_odd_values_give_a_model_or_an_error_for_people(kind: str) -> None:
+    """Every key of every family with values of other kinds."""
+    own = {"internlm": {"rotary": {"base": 10000, "type": "dynamic"}, "bias": True}, "internlm2": {"bias": False}}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 32
+    window = {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1}
+    values = {
+        **LLAMA,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+        "rope_scaling": scaling,
+        "rope_theta": 1e4,
+        **window,
+        "model_type": kind,
+    }
+    values |= {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "num_key_value_heads": 2,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    values |= {"hidden_act": "gelu_pytorch_tanh"} if kind == "gemma" else {}
+    values |= own.get(kind, {})
+    from_hf_config(values, "config.json")
+    variants = [{**values, key: odd} for key in values for odd in ODD]
+    variants += [{**values, "rope_scaling": {**scaling, key: odd}} for key in scaling for odd in ODD]
+    variants += [{**values, "rotary": {"base": base, "type": "dynamic", "scaling_factor": base}} for base in ODD]
+    accepted = 0
+    for variant in variants:
+        try:
+            keys = from_hf_config(variant, "config.json").keys
+        except ConfigError as error:
+            assert all(mistake.startswith("config.json: ") for mistake in error.mistakes)
+        else:
+            ModelConfig.model_validate(keys)
+            accepted += 1
+    assert 0 < accepted < len(variants)
+
+
+def test_keys_that_nothing_reads_are_named() -> None:
+    changes = {"attention_dropout": 0.1, "use_cache": True, "my_switch": 3, "off": None, "logit_scale": 1.0}
+    assert from_hf_config({**LLAMA, **changes}, "config.json").notices == (
+        "attention_dropout = 0.1: models are trained without dropout here",
+        "my_switch = 3: nothing reads it, neither here nor in transformers' class",
+    )
 
 
 def test_all_reasons_are_told_at_once() -> None:
