@@ -41,6 +41,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 _BIN = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _KEPT_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 _KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md")
 _LARGEST_KEPT = 64 << 20
@@ -78,7 +79,15 @@ class HfFolder:
             missing = [name for name in expected if name not in found]
             if missing:
                 raise CheckpointError(f"{path / file}: the index says that it holds {_some(missing)}; it does not")
+            twice = [name for name in found if name in self.entries]
+            if twice:
+                first = self.entries[twice[0]].file
+                raise CheckpointError(f"'{path}': both {first} and {file} hold {_some(twice)}; remove one of them")
             self.entries.update(found)
+        read = {entry.file for entry in self.entries.values()}
+        left = [name for name in path.names() if name.endswith(_WEIGHT_SUFFIXES) and name not in read]
+        if left:
+            logger.info("%s: not read, as %s is there: %s", path, ", ".join(sorted(read)[:3]), ", ".join(left))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -120,8 +129,11 @@ class HfFolder:
         for index, single in ((SAFETENSORS_INDEX, SAFETENSORS), (_BIN_INDEX, _BIN)):
             if index in names:
                 files: dict[str, list[str]] = {}
-                for name, file in read_json(self.path / index).get("weight_map", {}).items():
-                    files.setdefault(str(file), []).append(name)
+                places = read_json(self.path / index).get("weight_map")
+                if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+                    raise CheckpointError(f"{self.path / index}: 'weight_map' must map names of tensors to files")
+                for name, file in places.items():
+                    files.setdefault(file, []).append(name)
                 absent = [file for file in files if file not in names]
                 if absent:
                     raise CheckpointError(f"'{self.path}' lacks {_some(absent)}, which its {index} names")
@@ -303,12 +315,21 @@ def read_json(path: StoragePath) -> dict[str, Any]:
     Raises:
         CheckpointError: it holds something else.
     """
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in the content of a file.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+        raise CheckpointError(f"{where}: is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
+        raise CheckpointError(f"{where}: holds no JSON object")
     return values
 
 

@@ -5,7 +5,6 @@ The names are ours but for the prefix; rotary pairs are adjacent rows; a tensor 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.convert.hf_folder import meta_weights
+from internlm.convert.hf_folder import meta_weights, read_json
 from internlm.convert.lazy import grouped_readers
 from internlm.convert.redundant import buffer_difference, is_buffer
 from internlm.convert.torch_files import TorchFile
@@ -140,10 +139,7 @@ def _check_params(path: StoragePath, architecture: Architecture) -> float:
     file = path / "params.json"
     if not file.is_file():
         raise CheckpointError(f"'{path}' has no params.json: it is no folder of llama weights")
-    try:
-        values: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is not JSON: {error}") from error
+    values = read_json(file)
     a = architecture
     sizes = {
         "dim": a.hidden_size,
@@ -156,12 +152,14 @@ def _check_params(path: StoragePath, architecture: Architecture) -> float:
     if mistakes:
         raise CheckpointError(f"{file}: does not fit this model: {'; '.join(mistakes)}")
     # A longer context is often wanted, so these are not refused.
-    values.setdefault("rope_theta", 10000.0)
+    base = values.setdefault("rope_theta", 10000.0)
+    if not isinstance(base, int | float) or not base > 0:
+        raise CheckpointError(f"{file}: rope_theta must be a number above 0, got {base!r}")
     scaled = a.rope.rope_type == "llama3"
     function = {"norm_eps": a.norm_eps, "rope_theta": a.rope.base, "use_scaled_rope": scaled}
     for line in _differences({"use_scaled_rope": False, **values}, function):
         logger.warning("%s: %s", file, line)
-    return float(values["rope_theta"])
+    return float(base)
 
 
 def _differences(values: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

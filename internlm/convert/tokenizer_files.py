@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internlm.convert.hf_folder import CONFIG, HF_FILES, read_json, side_files
+from internlm.convert.hf_folder import CONFIG, HF_FILES, parse_json, read_json, side_files
 from internlm.convert.sentencepiece_json import sentencepiece_json
 from internlm.data.tokenize.probes import first_difference, special_texts
 from internlm.data.tokenize.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -133,8 +133,11 @@ def with_generation_config(beside: TokenizerFiles, imported: Mapping[str, Any]) 
 
     Raises:
         DataError: one of the generation configs names no ids.
+        CheckpointError: one is no JSON object.
     """
-    values = dict(imported) or json.loads(beside.files.get(GENERATION, b"{}"))
+    values = dict(imported)
+    if not values and GENERATION in beside.files:
+        values = parse_json(beside.files[GENERATION], f"{beside.where}: {GENERATION}")
     if not values:
         return beside
     own = () if beside.tokenizer is None or beside.tokenizer.eos_id is None else (beside.tokenizer.eos_id,)

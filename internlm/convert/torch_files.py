@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from internlm.utils.errors import CheckpointError
+from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
+
+logger = get_logger(__name__)
 
 _OPEN_AGAIN = 1 << 30
 """Bytes read from a mapped file after which it is opened anew: its pages count as memory until it is closed."""
@@ -61,5 +64,14 @@ class TorchFile:
                 raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
             if not isinstance(loaded, dict):
                 raise CheckpointError(f"{self.path}: holds no dict of tensors, but {type(loaded).__name__}")
+            nested = [name for name, value in loaded.items() if not isinstance(name, str) or isinstance(value, dict)]
+            if nested:
+                raise CheckpointError(
+                    f"{self.path}: must hold tensors by name, but '{nested[0]}' is {type(loaded[nested[0]]).__name__}: "
+                    "save the state dict alone"
+                )
+            others = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
+            if others:
+                logger.info("%s: no tensors, and not read: %s", self.path, ", ".join(others))
             self._tensors = loaded
         return self._tensors

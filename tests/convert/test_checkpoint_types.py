@@ -164,6 +164,14 @@ def test_mistakes_with_metas_files(tmp_path: Path) -> None:
         open_weights("llama", path, model)
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"rope_theta": "x"}', '{"rope_theta": 0}'])
+def test_params_of_another_form(tmp_path: Path, content: str) -> None:
+    meta_folder(tmp_path, 1, 2)
+    (tmp_path / "params.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"params\.json: "):
+        open_weights("llama", storage_path(tmp_path), tiny_model("LLAMA2", **LLAMA))
+
+
 def test_frequencies_in_metas_files_that_contradict_params(tmp_path: Path) -> None:
     meta_folder(tmp_path, 1, 2, rope_theta=5e5)
     with pytest.raises(CheckpointError, match=r"another model than its params\.json says: .*about 10000, .* 500000"):

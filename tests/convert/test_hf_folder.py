@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from helpers.hf_folders import assert_same_logits, native_model, random_tokens, save_native, tensors_of
 from helpers.model import tiny_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from internlm.checkpoint.inference import load_model_for_inference
@@ -295,6 +296,43 @@ def test_an_index_that_does_not_fit_its_files(tmp_path: Path) -> None:
     index["weight_map"]["model.norm.weight"] = files[0]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"the index says that it holds 'model.norm.weight'"):
+        HfFolder(storage_path(tmp_path))
+
+
+@pytest.mark.parametrize("places", [[1], {"model.norm.weight": 3}, None])
+def test_an_index_of_another_form(tmp_path: Path, places: Any) -> None:
+    save_native("llama", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(CheckpointError, match="'weight_map' must map names of tensors to files"):
+        HfFolder(storage_path(tmp_path))
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    save_native("llama", tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    first, last = (sorted(set(index["weight_map"].values()))[place] for place in (0, -1))
+    save_file({**load_file(tmp_path / last), "model.embed_tokens.weight": torch.ones(97, 48)}, tmp_path / last)
+    with pytest.raises(CheckpointError, match=f"both {first} and {last} hold 'model.embed_tokens.weight'"):
+        HfFolder(storage_path(tmp_path))
+
+
+def test_weight_files_that_are_not_read_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    save_native("llama-tied", tmp_path)
+    save_one_file(tmp_path, tensors_of(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"older")
+    with caplog.at_level(logging.INFO, "internlm"):
+        HfFolder(storage_path(tmp_path))
+    assert "not read, as model.safetensors is there: pytorch_model.bin" in caplog.text
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"a": torch.ones(1)}}, {1: torch.ones(1)}])
+def test_a_bin_file_of_another_form(tmp_path: Path, content: Any) -> None:
+    native_model("llama").config.save_pretrained(tmp_path)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="must hold tensors by name, but"):
         HfFolder(storage_path(tmp_path))
 
 
