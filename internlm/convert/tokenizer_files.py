@@ -37,6 +37,7 @@ logger = get_logger(__name__)
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
 """transformers' name of the class that takes a tokenizer.json as it is; others build it anew by rules of their own."""
+_SIDES = ("the tokenizer of training", "transformers")
 _ADDING_BOS = ("Llama", "CodeLlama", "Gemma")
 """Starts of the names of classes that put bos before a text unless their config says otherwise."""
 
@@ -229,11 +230,11 @@ def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: 
         except Exception as error:  # whatever the class that the files name raises
             return f"transformers cannot read it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         if theirs.eos_id != trained.eos_id:
-            return f"a text ends with token {trained.eos_id} by the former and with {theirs.eos_id} by the latter"
-        difference = first_difference(trained, theirs)
+            return f"a text ends with token {trained.eos_id} by {_SIDES[0]} and with {theirs.eos_id} by {_SIDES[1]}"
+        difference = first_difference(trained, theirs, _SIDES)
         if difference is not None:
             return difference
-        special = first_difference(trained, theirs, special_texts(trained))
+        special = first_difference(trained, theirs, _SIDES, special_texts(trained))
     if special is None:
         return None
     if isinstance(trained, SentencePieceTokenizer) and not trained.added:

@@ -87,7 +87,7 @@ def test_two_tokenizers_in_a_folder_that_differ_are_told(tmp_path, model_file, j
     assert tokenizer.encode_batch(["text"]) == load_tokenizer(json_file).encode_batch(["text"])
     ours, theirs = (load_tokenizer(path).encode_batch(["Hello world"])[0] for path in (json_file, model_file))
     assert f"{folder}: tokenizer.json is used; tokenizer.model is another tokenizer" in caplog.text
-    assert f"'Hello world' is {ours} by the former and {theirs} by the latter" in caplog.text
+    assert f"'Hello world' is {ours} by tokenizer.json and {theirs} by tokenizer.model" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["json_file", "model_file"])

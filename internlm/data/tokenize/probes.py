@@ -49,12 +49,18 @@ PROBE_TEXTS = (
 """Runs of spaces, line ends, tabs, code, numbers, composed and compatible characters, scripts, joiners, controls."""
 
 
-def first_difference(one: Encoder, other: Encoder, texts: Iterable[str] = PROBE_TEXTS) -> str | None:
-    """The first text for which two tokenizers give different ids, with both, in words; None if there is none."""
+def first_difference(
+    one: Encoder, other: Encoder, names: tuple[str, str], texts: Iterable[str] = PROBE_TEXTS
+) -> str | None:
+    """The first text for which two tokenizers give different ids, with both, in words; None if there is none.
+
+    Args:
+        names: what the two are called.
+    """
     probes = list(texts)
     for text, ids, other_ids in zip(probes, one.encode_batch(probes), other.encode_batch(probes), strict=True):
         if ids != other_ids:
-            return f"{text!r} is {ids} by the former and {other_ids} by the latter"
+            return f"{text!r} is {ids} by {names[0]} and {other_ids} by {names[1]}"
     return None
 
 

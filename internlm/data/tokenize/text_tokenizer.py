@@ -88,7 +88,8 @@ def _load_folder(path: Path, trust_remote_code: bool) -> TextTokenizer:
         tokenizer = _JsonTokenizer(json_file, special)
         if has_model and parent_process() is None:
             probes = [*PROBE_TEXTS, *special_texts(tokenizer)]
-            difference = first_difference(tokenizer, SentencePieceTokenizer(model_file, special), probes)
+            other = SentencePieceTokenizer(model_file, special)
+            difference = first_difference(tokenizer, other, (TOKENIZER_JSON, TOKENIZER_MODEL), probes)
             if difference is not None:
                 warn(f"{path}: {TOKENIZER_JSON} is used; {TOKENIZER_MODEL} is another tokenizer: {difference}")
         return tokenizer
