@@ -91,7 +91,7 @@ def _compare(known: KnownTokenizer, other: KnownTokenizer, what: str, config: Co
     message = f"the tokenizer of {what} is not that of the data: {known.against(other)}"
     if config.data.check_tokenizer:
         raise ConfigError(f"{message}. If the ids mean the same, set data.check_tokenizer = False")
-    logger.warning("%s", message)
+    logger.info("%s", message)
 
 
 def _of_folders(folders: Sequence[str], checked: bool) -> TokenizerRecord | None:
@@ -101,18 +101,18 @@ def _of_folders(folders: Sequence[str], checked: bool) -> TokenizerRecord | None
     except DataError as error:
         if checked:
             raise DataError(f"{error}. If the ids mean the same, set data.check_tokenizer = False") from error
-        logger.warning("%s", error)
+        logger.info("%s", error)
         return None
 
 
 def _at(path: StoragePath) -> KnownTokenizer | None:
-    """The tokenizer that lies there; None, and a warning, where it cannot be read."""
+    """The tokenizer that lies there; None, and a line in the log, where it cannot be read."""
     if not path.is_local:
-        logger.warning("%s: a tokenizer is read from a local disk only: it is not compared with the data's", path)
+        logger.info("%s: a tokenizer is read from a local disk only: it is not compared with the data's", path)
         return None
     try:
         tokenizer = load_tokenizer(Path(path.local))
     except DataError as error:
-        logger.warning("the tokenizer is not compared with the data's: %s", error)
+        logger.info("the tokenizer is not compared with the data's: %s", error)
         return None
     return KnownTokenizer(tokenizer_fingerprint(tokenizer), str(path), tokenizer.vocab_size)

@@ -67,6 +67,7 @@ def test_another_tokenizer_than_the_datas(
     places: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    caplog.set_level(logging.INFO, "internlm")
     path = str(places / "b")
     with pytest.raises(ConfigError, match=r"data\.tokenizer_path is not that of the data: .*data\.check_tokenizer"):
         data_tokenizer(config_of(places, data__tokenizer_path=path))
@@ -96,6 +97,7 @@ def test_a_tokenizer_that_cannot_be_read_is_told(
     places: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    caplog.set_level(logging.INFO, "internlm")
     data_tokenizer(config_of(places, data__tokenizer_path=str(places / "gone")))
     assert "is not compared with the data's" in caplog.text
 
