@@ -40,6 +40,7 @@ from internlm.initialize.launch import (
     disconnect,
 )
 from internlm.initialize.stages import build_meta_model
+from internlm.initialize.tokenizers import data_tokenizer
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, user_message
 from internlm.utils.logging import configure_logging, get_logger
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     check_buildable(loaded.config, launch.world_size)
     if options.dry_run:
+        data_tokenizer(loaded.config)
         if launch.rank == 0:
             print(_dry_run(loaded, launch))
         return 0

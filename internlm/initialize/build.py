@@ -99,7 +99,6 @@ def check_buildable(config: Config, world_size: int) -> None:
     check_activations(config, build_meta_model(config), layout, placement, build_layer_split(config))
     build_schedules(config)
     parse_skip_batches(config.data.skip_batches)
-    data_tokenizer(config)
     if config.ckpt.enable_internevo2hf_ckpt:
         check_exportable(config)
 

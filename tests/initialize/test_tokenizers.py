@@ -184,3 +184,16 @@ _KEPT = (
     "max_position_embeddings",
     "dtype",
 )
+
+
+def test_a_dry_run_compares_them_too(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.py").write_text(
+        "JOB_NAME = 'dry'\nmodel = dict(vocab_size=64, hidden_size=32, num_layers=1, num_attention_heads=4)\n"
+        f"data = dict(seq_len=16, micro_bsz=1, total_steps=1, train_folder={str(places / 'data_a')!r})\n"
+        "ckpt = dict(enable_save_ckpt=False)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", "config.py", "--dry-run"]) == 2
+    assert "the tokenizer has 280 ids, model.vocab_size is only 64" in capsys.readouterr().err
