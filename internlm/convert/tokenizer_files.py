@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,7 @@ def _refusal(where: str, difference: str) -> str:
 
 def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: TextTokenizer) -> str | None:
     """How transformers reads the files otherwise than `trained`, in words; None if it does not."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet_transformers():
         copy = _write({**files, CONFIG: json.dumps(config, default=str).encode()}, Path(folder))
         try:
             theirs = TransformersTokenizer(copy, trust_remote_code=False)
@@ -242,6 +243,19 @@ def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: 
         logger.info("special tokens that are spelt in a text are tokens for transformers, and letters in training")
         return None
     return special
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its warnings about files that are only compared."""
+    from transformers.utils import logging as library
+
+    before = library.get_verbosity()
+    library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library.set_verbosity(before)
 
 
 def _as_generic(files: Mapping[str, bytes], tokenizer: TextTokenizer, folder: Path) -> dict[str, bytes] | None:

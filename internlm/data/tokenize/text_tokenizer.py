@@ -76,6 +76,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Text
     except DataError:
         raise
     except Exception as error:  # each library raises its own kinds
+        if "trust_remote_code" in str(error):
+            raise DataError(_needs_code(path, "its config.json names some")) from error
         raise DataError(f"{path}: the tokenizer cannot be read: {error}") from error
     raise DataError(f"{path}: not a tokenizer.json, a Hugging Face folder or a SentencePiece .model file")
 
@@ -106,10 +108,14 @@ def check_code(folder: Path, trust_remote_code: bool) -> None:
     """
     code = own_code(folder)
     if code is not None and not trust_remote_code:
-        raise DataError(
-            f"{folder}: this tokenizer is code of its own ({code}), which is not run unasked: read it, then give "
-            "--trust-remote-code, or save the tokenizer as a tokenizer.json"
-        )
+        raise DataError(_needs_code(folder, code))
+
+
+def _needs_code(folder: Path, code: str) -> str:
+    return (
+        f"{folder}: this tokenizer is code of its own ({code}), which is not run unasked: read it, then give "
+        "--trust-remote-code, or save the tokenizer as a tokenizer.json"
+    )
 
 
 def _is_sentencepiece(path: Path) -> bool:
