@@ -5,6 +5,8 @@ Importing this package needs torch and numpy only; everything else is imported w
 
 from pathlib import Path as _Path
 
+from internlm.utils.former_names import install as _install
+
 __all__ = ["__version__"]
 
 
@@ -18,3 +20,5 @@ def _read_version() -> str:
 
 
 __version__ = _read_version()
+
+_install()

@@ -23,7 +23,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0 done, 1 failed, 2 a mistake that the user can mend."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [_with_dashes(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     return run_command(lambda: _run(words))
 
 
@@ -41,6 +41,12 @@ def _run(arguments: list[str]) -> int:
             subparser.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
     return options.run(options)
+
+
+def _with_dashes(word: str) -> str:
+    """An option with dashes in its name, also where it was written with underscores, as InternEvo's options are."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ sys.meta_path.insert(0, Refuse())
 import internlm
 import internlm.cli
 import internlm.model.ops.self_test
+assert "internlm.utils.internevo_names" not in sys.modules
 """
 
 

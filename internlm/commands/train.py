@@ -39,14 +39,19 @@ from internlm.initialize.launch import (
     detect_launch,
     disconnect,
 )
+from internlm.initialize.preflight import check_loaders, check_surroundings, why_not_writable
 from internlm.initialize.stages import build_meta_model
 from internlm.initialize.tokenizers import data_tokenizer
 from internlm.model.ops.registry import OpSettings, describe
-from internlm.utils.errors import ConfigError, user_message
+from internlm.utils.errors import ConfigError, UserError, user_message
 from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.paths import local_path
 
 logger = get_logger(__name__)
+
+
+_OPTIONS_OF_LAUNCHERS: dict[str, type] = {"--host": str, "--rank": int, "--local-rank": int}
+_OPTIONS_OF_SITES = ("--enable-ali-topology", "--disable-volc-topology")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,20 +68,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="print every key, its value and its origin, and exit"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check the config, print layout and sizes, and exit")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: as if N ranks had been started")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the config and what it names, print layout and sizes, and exit"
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="with --dry-run or --print-config: as if N ranks had been started"
+    )
+    for name, kind in _OPTIONS_OF_LAUNCHERS.items():
+        # InternEvo has them, and torch.distributed.launch adds the last one.
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    for name in _OPTIONS_OF_SITES:
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     launch = detect_launch(options.launcher, options.port)
     configure_logging(launch.rank)
-    if options.world_size is not None:
-        if not options.dry_run or options.world_size < 1:
-            raise LaunchError("--world-size N (1 or more) goes with --dry-run; a run's ranks come from its launcher")
+    if options.world_size is not None and (options.dry_run or options.print_config):
+        if options.world_size < 1:
+            raise LaunchError(f"--world-size {options.world_size}: give the number of ranks, 1 or more")
         launch = replace(launch, world_size=options.world_size)
     values = {"--seed": {"seed": options.seed}} if options.seed is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=launch.world_size, options=values)
+    loaded = replace(loaded, notices=[*loaded.notices, *_idle_options(options, launch)])
     if options.print_config:
         if launch.rank == 0:
             print(format_config(loaded))
@@ -85,14 +100,36 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         data_tokenizer(loaded.config)
         if launch.rank == 0:
-            print(_dry_run(loaded, launch))
+            print(_dry_run(loaded, launch, options.run_dir))
         return 0
     return _train(loaded, launch, options)
 
 
-def _dry_run(loaded: LoadedConfig, launch: Launch) -> str:
+def _idle_options(options: argparse.Namespace, launch: Launch) -> Iterator[str]:
+    """One notice for each option that was given and changes nothing."""
+    launcher = {"none": "", "torch": "torchrun", "slurm": "srun"}[launch.launcher]
+    told = {name: getattr(options, name[2:].replace("-", "_")) for name in _OPTIONS_OF_LAUNCHERS}
+    if launch.launcher != "slurm":
+        told["--port"] = options.port
+    if not (options.dry_run or options.print_config):
+        told["--world-size"] = options.world_size
+    here = f"rank {launch.rank} of {launch.world_size} at {launch.host}:{launch.port}, which {launcher} chose"
+    reason = here if launch.launcher != "none" else "one process without a launcher; torchrun and srun start more"
+    for name, value in told.items():
+        if value is not None:
+            yield f"no effect: {name} {value} (this is {reason})"
+    for name in _OPTIONS_OF_SITES:
+        if getattr(options, name[2:].replace("-", "_")):
+            yield f"no effect: {name} (ranks keep the order in which the launcher numbers them)"
+
+
+def _dry_run(loaded: LoadedConfig, launch: Launch, run_dir: Path | None) -> str:
+    """The layout and sizes of a run, and all that its user should know; raises what the start would."""
     config = loaded.config
     layout = build_layout(config, launch.world_size)
+    context = ParallelContext(layout, launch.rank, choose_device(launch))
+    _check_run_dir(run_dir)
+    notices = [*loaded.notices, *check_surroundings(config, context), *check_loaders(config, context)]
     sizes: dict[str, int] = {}
     for name, parameter in build_meta_model(config).named_parameters():
         part = name.split(".")[0]
@@ -104,6 +141,7 @@ def _dry_run(loaded: LoadedConfig, launch: Launch) -> str:
         *(f"{part:<16} {size:>16,} parameters" for part, size in sizes.items()),
         f"{'all':<16} {sum(sizes.values()):>16,} parameters",
         f"{tokens:,} tokens a step, {tokens * config.data.total_steps:,} in {config.data.total_steps:,} steps",
+        *(f"notice: {notice}" for notice in notices),
         "the config is valid",
     ]
     return "\n".join(lines)
@@ -134,9 +172,10 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             stall_watch.start(run_dir / "logs" / f"rank{launch.rank}.stacks")
             for notice in (*loaded.notices, *([timeout_notice] if timeout_notice else [])):
                 logger.info("%s", notice)
+            layout = build_layout(config, launch.world_size)
+            _check_surroundings(config, ParallelContext(layout, launch.rank, device))
             seed_everything(config.seed)
             set_numerics(config)
-            layout = build_layout(config, launch.world_size)
             context = ParallelContext.create(layout, device, timeout + BACKSTOP_SECONDS)
             progress.num_collectives = context.num_collectives
             _announce(config, context, run_dir)
@@ -222,6 +261,28 @@ def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
     if dist.is_initialized():
         dist.broadcast_object_list(run_dir, src=0)
     return Path(run_dir[0])
+
+
+def _check_surroundings(config: Config, context: ParallelContext) -> None:
+    """What the main rank finds missing ends every rank, with the same words; collective."""
+    found: list[UserError | None] = [None]
+    if context.is_main_rank:
+        try:
+            for notice in check_surroundings(config, context):
+                logger.info("%s", notice)
+        except UserError as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise found[0]
+
+
+def _check_run_dir(chosen: Path | None) -> None:
+    run_dir = chosen or Path("RUN")
+    reason = why_not_writable(run_dir)
+    if reason is not None:
+        raise ConfigError(f"the run directory '{run_dir}' cannot be written: {reason}; give another --run-dir")
 
 
 def _open_log(run_dir: Path, rank: int) -> None:

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from internlm.config.mistakes import Mistake
 from internlm.config.schema import Config
 from internlm.config.schema.base import Section, is_required, section_class, walk_schema
+from internlm.config.unsupported import feature_of
 from internlm.utils.errors import ConfigError, nearest
 
 _DEPTH = 8
@@ -44,7 +45,9 @@ def _translate(error: ValidationError) -> list[Mistake]:
         path = _key_path(part["loc"])
         kind, value = part["type"], part["input"]
         if kind == "extra_forbidden":
-            texts[path] = [f"{path} is not a known key.{_suggest(path)}"]
+            feature = feature_of(path)
+            named = f"{path} = {_short(value)}: {feature} is not yet supported; leave it out"
+            texts[path] = [named if feature else f"{path} is not a known key.{_suggest(path)}"]
         elif kind == "missing":
             texts[path] = [_missing(path)]
         else:

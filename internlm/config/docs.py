@@ -39,6 +39,7 @@ What this version does with a key:
 | works | does what is said |
 | refused | any value but the default (or those listed) is an error: the feature is not there yet |
 | no effect | accepted so that existing configs load; setting it prints a notice with the reason |
+| refused in training | works for users of the library; training is an error, for the reason given |
 | with `key` | refines another key, and means nothing while that one has its default |
 """
 
@@ -115,6 +116,8 @@ def _status(info: KeyInfo) -> str:
         return f"refused: {info.detail}{also}"
     if info.status is Status.NO_EFFECT:
         return f"no effect: {info.detail}"
+    if info.status is Status.LIBRARY_ONLY:
+        return f"refused in training: {info.detail}"
     return f"with `{info.detail}`" if info.status is Status.DEPENDENT else "works"
 
 

@@ -159,6 +159,85 @@ def _load_given(edit: Edit) -> str | None:
     return None
 
 
+def _read_as(path: str, old: str, new: object, is_old: Callable[[Any], bool]) -> Legacy:
+    """A value that InternEvo takes for another one; `old` says which, in words of a config."""
+
+    def apply(edit: Edit) -> str | None:
+        value = edit.get(path)
+        if value is _ABSENT or not is_old(value):
+            return None
+        edit.put(path, new)
+        return f"{path} = {value!r} is read as {new!r}"
+
+    return Legacy(f"{path} {old}", f"{new!r}", apply)
+
+
+def _empty(path: str) -> Legacy:
+    return _read_as(path, "= ''", None, lambda value: isinstance(value, str) and value == "")
+
+
+def _unset(path: str) -> Legacy:
+    """None for a key that has a default."""
+
+    def apply(edit: Edit) -> str | None:
+        if edit.get(path) is not None:
+            return None
+        edit.drop(path)
+        return f"{path} = None is read as its default"
+
+    return Legacy(f"{path} = None", "its default", apply)
+
+
+def _not_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value <= 0
+
+
+def _universal(old: str) -> Legacy:
+    """InternEvo writes universal checkpoints in the background where it writes them at all."""
+    section, new = "ckpt.universal_ckpt", "ckpt.async_save"
+
+    def apply(edit: Edit) -> str | None:
+        if edit.has(f"{section}.{old}") and edit.get(f"{section}.enable") is False:
+            edit.drop(f"{section}.{old}")
+            return f"{section}.{old} is ignored, because {section}.enable = False"
+        return edit.rename(f"{section}.{old}", new)
+
+    return Legacy(f"{section}.{old}", f"`{new}`, unless `{section}.enable` is False", apply)
+
+
+def _zero_bubble(edit: Edit) -> str | None:
+    old, new = "parallel.pipeline.zero_bubble", "parallel.pipeline.mode"
+    if not edit.has(old):
+        return None
+    value = edit.drop(old)
+    if not value:
+        return f"{old} = {value} is ignored: {new} names the schedule"
+    if edit.has(new):
+        return f"{old} = {value} is ignored, because {new} is given"
+    edit.put(new, "ZBH1")
+    return f"{old} = {value} is read as {new} = 'ZBH1'"
+
+
+_OPTIONAL_PATHS = (
+    "data.valid_folder",
+    "data.tokenizer_path",
+    "ckpt.load_ckpt_info.path",
+    "ckpt.save_ckpt_folder",
+    "ckpt.snapshot_ckpt_folder",
+    "ckpt.stop_file_path",
+    "tensorboard_folder",
+    "resume_tb_folder",
+)
+
+_WITH_DEFAULTS = (
+    "loss.op_type",
+    "parallel.tensor.mode",
+    "parallel.weight.overlap",
+    "parallel.expert_weight.overlap",
+    "parallel.expert.no_tp",
+    "ckpt.auto_resume",
+)
+
 _OLD_EXPERT_KEYS = (
     "capacity_factor",
     "eval_capacity_factor",
@@ -177,8 +256,8 @@ LEGACY: tuple[Legacy, ...] = (
     _renamed("hybrid_zero_optimizer.zero_overlap_communication", "hybrid_zero_optimizer.overlap_sync_grad"),
     _renamed("monitor.tensorboard", "tensorboard"),
     _renamed("alert_address", "monitor.alert.feishu_alert_address"),
-    _renamed("ckpt.universal_ckpt.aysnc_save", "ckpt.async_save"),
-    _renamed("ckpt.universal_ckpt.async_save", "ckpt.async_save"),
+    _universal("aysnc_save"),
+    _universal("async_save"),
     Legacy("ckpt.load_model_only_folder", "`ckpt.load_ckpt_info` with content ('model',)", _load_weights_only),
     Legacy("ckpt.load_ckpt_folder, ckpt.load_optimizer", "`ckpt.load_ckpt_info`", _load_folder),
     Legacy("ckpt.load_given_ckpt", "the opposite of `ckpt.auto_resume`", _load_given),
@@ -189,4 +268,12 @@ LEGACY: tuple[Legacy, ...] = (
     _renamed("model.moe_gate_k", "model.top_k"),
     *(_renamed(f"model.moe_{name}", f"model.moe_layer_kwargs.{name}") for name in _OLD_EXPERT_KEYS),
     _renamed("model.rope_scaling.rope_type", "model.rope_scaling.type"),
+    Legacy("parallel.pipeline.zero_bubble", "`parallel.pipeline.mode = 'ZBH1'`", _zero_bubble),
+    _read_as("data.empty_cache_and_diag_interval", "<= 0", 50, _not_positive),
+    _read_as("model.sliding_window", "= 0", None, lambda value: value == 0),
+    _read_as("model.head_dim", "= 0", None, lambda value: value == 0),
+    *(_read_as(f"parallel.{name}.size", "<= 0", 1, _not_positive) for name in ("pipeline", "expert_weight")),
+    _read_as("ckpt.load_ckpt_info", "= False or ''", None, lambda value: value is False or value == ""),
+    *(_empty(path) for path in _OPTIONAL_PATHS),
+    *(_unset(path) for path in _WITH_DEFAULTS),
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm.config.assemble import assemble
+from internlm.config.differences import find_differences
 from internlm.config.legacy import Edit, modernise
 from internlm.config.mistakes import Mistake
 from internlm.config.origins import DEFAULT, DERIVED, ENVIRONMENT, SET, Origin, locate
@@ -22,7 +23,7 @@ from internlm.config.remarks import find_remarks
 from internlm.config.rules import find_mistakes
 from internlm.config.schema import Config
 from internlm.config.schema.base import Section, default_of, key_info, walk_values
-from internlm.config.unsupported import find_ineffective, find_unsupported
+from internlm.config.unsupported import drop_what_hf_replaces, find_ineffective, find_unsupported
 from internlm.utils.errors import ConfigError
 
 _FROM_ENVIRONMENT = ("tensorboard_folder", "resume_tb_folder")
@@ -79,6 +80,7 @@ def load_config(
         for mistake in (*find_mistakes(config, world_size), *find_unsupported(config))
         if not any(_touches(key, bad) for key in mistake.keys for bad in broken)
     ]
+    mistakes = drop_what_hf_replaces(mistakes)
     if mistakes:
         raise ConfigError(_describe(mistake, origins, path) for mistake in mistakes)
 
@@ -88,6 +90,7 @@ def load_config(
 
     notices += find_ineffective(config, given)
     notices += find_remarks(config, given)
+    notices += find_differences(config, given)
     return LoadedConfig(config, _origins_of(config, tree, origins), notices)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -12,25 +12,46 @@ from internlm.config.origins import Origin, forget
 from internlm.config.schema.base import Section, section_class
 from internlm.utils.errors import ConfigError
 
+_OTHER_NULLS = ("null", "nil", "undefined")
+
 
 def parse_override(text: str, schema: type[Section]) -> tuple[str, Any]:
     """`key.path=value` as (path, value).
 
-    The value is a Python literal where it is one, otherwise the text itself. Where the schema wants a string, the text
-    itself is taken even if it is a literal (JOB_NAME=7). Raises ConfigError without an equals sign or a key.
+    The value is a Python literal, or `dict(...)` of literals, where it is one, otherwise the text itself. Where the
+    schema wants a string, the text itself is taken even if it is a literal (JOB_NAME=7). Raises ConfigError without an
+    equals sign or a key, and for the null of other languages, which is None here.
     """
     path, equals, raw = text.partition("=")
     path, raw = path.strip(), raw.strip()
     if not equals or not path or not all(part for part in path.split(".")):
         raise ConfigError(f"--set {text}: expected key.path=value, such as --set data.total_steps=100")
+    wanted = _type_of(path, schema)
+    if raw.lower() in _OTHER_NULLS and wanted is not None and _fits(None, wanted):
+        raise ConfigError(f"--set {text}: values are written as in Python; say --set {path}=None")
     try:
-        value = ast.literal_eval(raw)
+        value = _literal(raw)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return path, raw
-    wanted = _type_of(path, schema)
     if wanted is not None and not _fits(value, wanted) and _fits(raw, wanted):
         return path, raw
     return path, value
+
+
+def _literal(text: str) -> Any:
+    """The value of a Python literal, in which dicts may be written as `dict(key=value)`, as configs do."""
+    return ast.literal_eval(_DictCalls().visit(ast.parse(text, mode="eval")))
+
+
+class _DictCalls(ast.NodeTransformer):
+    """Turns `dict(key=value)` into `{"key": value}`."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        names = [keyword.arg for keyword in node.keywords]
+        if not isinstance(node.func, ast.Name) or node.func.id != "dict" or node.args or None in names:
+            return node
+        return ast.Dict([ast.Constant(name) for name in names], [keyword.value for keyword in node.keywords])
 
 
 def apply_override(
@@ -83,6 +104,8 @@ def _type_of(path: str, schema: type[Section]) -> Any:
         if field is None:
             return None
         wanted, cls = field.annotation, section_class(field)
+        for validator in field.metadata:
+            wanted = Annotated[wanted, validator]
     return wanted
 
 

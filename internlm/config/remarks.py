@@ -13,8 +13,6 @@ _INTERLEAVED = "parallel.sequence_2D.device_placement_strategy.interleaved"
 
 def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
     """One line each. `given(path)` is the value that the user gave for a path, or None."""
-    if given("model.dtype") is None:
-        yield f"model.dtype is not set: {config.model.dtype} is used (InternEvo would use torch.float16)"
     if isinstance(given("ckpt.load_ckpt_info"), dict) and config.ckpt.load_ckpt_info is None:
         yield "ckpt.load_ckpt_info has no path: nothing is loaded from it"
     ckpt = config.ckpt
@@ -44,9 +42,21 @@ def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
     for key, field, value in walk_values(config):
         if is_path(field) and value is not None and "$" in value:
             yield f"{key} = {value!r}: '$' is part of the name; for a variable write os.environ[...] in the config"
+    yield from _values(config)
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)
+
+
+def _values(config: Config) -> Iterator[str]:
+    schedule, data = config.lr_scheduler, config.data
+    if schedule.eta_min > config.adam.lr and schedule.type != "constant":
+        yield (
+            f"lr_scheduler.eta_min = {schedule.eta_min} is above adam.lr = {config.adam.lr}: after the warm-up the "
+            "learning rate grows"
+        )
+    if data.pack_sample_into_one and not data.use_packed_dataset:
+        yield "no effect: data.pack_sample_into_one = True (data.use_packed_dataset = False: nothing is packed)"
 
 
 def _recomputation(config: Config, given: Callable[[str], Any]) -> Iterator[str]:

@@ -5,6 +5,7 @@ Nothing is ever silently ignored: the schema declares the status of each key, th
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,15 +13,29 @@ from internlm.config.mistakes import Mistake
 from internlm.config.schema import Config
 from internlm.config.schema.base import Status, default_of, key_info, walk_values
 
+_HF_CLASSES = "training Hugging Face classes"
+
 LATER_FAMILIES = {
     "INTERNLM_MoE": "mixture of experts",
     "QWEN2MOE": "mixture of experts",
     "QWEN3MOE": "mixture of experts",
     "MIXTRALMOE": "mixture of experts",
     "LLAVA": "multimodal models",
-    "hf": "training Hugging Face classes",
+    "CHAMELEON": "multimodal models",
+    "LUMINA": "image generation",
+    "DIT": "image generation",
+    "InternLM3_M": "models of self- and cross-decoder layers",
+    "INTERNLM_FROM_HF": _HF_CLASSES,
+    "hf": _HF_CLASSES,
 }
 """Model types that InternEvo registers and this version does not."""
+
+LATER_KEYS = {
+    "model.moe_*": "mixture of experts",
+    "model.num_self_decoder_layers": "models of self- and cross-decoder layers",
+    "model.num_cross_decoder_layers": "models of self- and cross-decoder layers",
+}
+"""Patterns of keys that InternEvo has for a feature of which this version has none."""
 
 _ONLY_WHILE_SAVING = (
     "oss_snapshot_freq",
@@ -34,16 +49,48 @@ _ONLY_WHILE_SAVING = (
 
 def find_unsupported(config: Config) -> Iterator[Mistake]:
     """One mistake for each value that asks for a feature that is not there yet."""
+    wants_hf_class = False
     for path, field, value in walk_values(config):
         info = key_info(field)
         assert info is not None, path
         default = default_of(field)
         if info.status is not Status.LATER or value == default or value in info.accepts:
             continue
+        if path.startswith("hf."):
+            wants_hf_class = True
+            continue
         yield Mistake((path,), f"{path} = {value!r}: {info.detail} is not yet supported; set it to {default!r}")
-    if config.model_type in LATER_FAMILIES:
+    if wants_hf_class or LATER_FAMILIES.get(config.model_type) == _HF_CLASSES:
+        yield Mistake(
+            ("hf",) if wants_hf_class else ("model_type",),
+            f"hf, model_type = {config.model_type!r}: {_HF_CLASSES} is not yet supported. Leave hf out, name the "
+            "family in model_type and give its sizes in model, as the files in configs/ do; `internlm convert from-hf` "
+            "reads its weights",
+        )
+    elif config.model_type in LATER_FAMILIES:
         feature = LATER_FAMILIES[config.model_type]
         yield Mistake(("model_type",), f"model_type = {config.model_type!r}: {feature} is not yet supported")
+
+
+def feature_of(path: str) -> str | None:
+    """The missing feature that a key without a place in the schema belongs to."""
+    return next((feature for pattern, feature in LATER_KEYS.items() if fnmatch.fnmatchcase(path, pattern)), None)
+
+
+def drop_what_hf_replaces(mistakes: list[Mistake]) -> list[Mistake]:
+    """Mistakes without those of the model section, if a Hugging Face class is asked for, which would fill it."""
+    if not any(_HF_CLASSES in mistake.text for mistake in mistakes):
+        return mistakes
+    return [mistake for mistake in mistakes if mistake.keys[0].partition(".")[0] != "model"]
+
+
+def find_refused_in_training(config: Config) -> Iterator[Mistake]:
+    """One mistake for each value that only users of the library may give."""
+    for path, field, value in walk_values(config):
+        info = key_info(field)
+        assert info is not None, path
+        if info.status is Status.LIBRARY_ONLY and value != default_of(field):
+            yield Mistake((path,), f"{path} = {value!r}: {info.detail}")
 
 
 def find_ineffective(config: Config, given: Callable[[str], Any]) -> Iterator[str]:

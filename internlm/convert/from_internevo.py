@@ -108,6 +108,9 @@ def import_internevo(
     }
     extra = {} if text is None else {"config_file.py": text.encode()}
     step = _step(folder, counters, notices)
+    target = out / str(step)
+    if target.exists():
+        raise CheckpointError(f"'{target}' exists already, and would be replaced; give another --out")
     kind = {"tp": "tensor", "wp": "weight"}[files.split]
     layout = f"{files.num_ranks} {kind} parallel rank(s), {files.num_stages} pipeline stage(s)"
     if not with_optimizer:
@@ -237,7 +240,10 @@ def _build(tree: dict[str, Any], names: Sequence[str]) -> tuple[Config, Decoder]
     data = {**needed, **{name: data[name] for name in _KEPT_OF_DATA if name in data}}
     config, mistakes = assemble({**kept, "data": data, "ckpt": {"enable_save_ckpt": False}})
     if mistakes:
-        raise ConfigError(mistake.text for mistake in mistakes)
+        advice = ["give the config that belongs to the checkpoint, corrected, with --config FILE"]
+        if any(mistake.keys[0].startswith(RUN_SECTIONS) for mistake in mistakes):
+            advice = [f"{advice[0]}; --weights-only imports the weights without the optimizer and its sections"]
+        raise ConfigError([mistake.text for mistake in mistakes] + advice)
     check_config(config)
     with torch.device("meta"):
         model = build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)

@@ -25,8 +25,8 @@ WITHOUT_IT = "; --weights-only imports the weights without the optimizer"
 Plan = list[list[list[str]]]
 """For each group, for each ZeRO rank: its parameters as `<number by size>_<dimensions>`."""
 
-_SHARD = re.compile(r"optimizer_(?P<split>tp|wp)(?P<rank>\d+)_pp(?P<stage>\d+)_zo(?P<zero>\d+)\.pt")
-_PLAN = re.compile(r"gpus-\d+((?:_[a-z]+-\d+)+)\.pt")
+SHARD_FILE = re.compile(r"optimizer_(?P<split>tp|wp)(?P<rank>\d+)_pp(?P<stage>\d+)_zo(?P<zero>\d+)\.pt")
+PLAN_FILE = re.compile(r"gpus-\d+((?:_[a-z]+-\d+)+)\.pt")
 
 
 def has_optimizer(folder: Path) -> bool:
@@ -59,7 +59,7 @@ class Shard:
 def count_shards(files: InternEvoFiles) -> int:
     """ZeRO ranks, all of whose files are there."""
     names = sorted(path.name for path in files.folder.iterdir() if path.name.startswith("optimizer_"))
-    found = [match for name in names if (match := _SHARD.fullmatch(name)) and match["split"] == files.split]
+    found = [match for name in names if (match := SHARD_FILE.fullmatch(name)) and match["split"] == files.split]
     others = sorted(set(names) - {match[0] for match in found})
     if others:
         raise CheckpointError(
@@ -146,7 +146,7 @@ def read_plans(files: InternEvoFiles) -> dict[tuple[int, int], Plan]:
     """(rank, stage) -> the plan in the `gpus-*.pt` files; every GPU wrote one, and those of a rank are the same."""
     plans: dict[tuple[int, int], tuple[Path, Plan]] = {}
     for path in sorted(files.folder.glob("gpus-*.pt")):
-        match = _PLAN.fullmatch(path.name)
+        match = PLAN_FILE.fullmatch(path.name)
         axes = dict(re.findall(r"_([a-z]+)-(\d+)", match[1])) if match else {}
         if files.split not in axes or "pp" not in axes:
             continue

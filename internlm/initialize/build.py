@@ -20,6 +20,7 @@ from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
 from internlm.config.schema import CkptConfig, Config
+from internlm.config.unsupported import find_refused_in_training
 from internlm.convert.checkpoint_types import open_weights
 from internlm.convert.to_hf import check_exportable, export_beside
 from internlm.core.context.layout import ParallelLayout
@@ -92,8 +93,9 @@ def check_buildable(config: Config, world_size: int) -> None:
         ConfigError: there is one.
     """
     check_config(config, world_size)
-    if config.model.is_reward:
-        raise ConfigError("model.is_reward: this loop trains on the next token; a reward head needs a loop of your own")
+    refused = [mistake.text for mistake in find_refused_in_training(config)]
+    if refused:
+        raise ConfigError(refused)
     layout = build_layout(config, world_size)
     placement = build_pipeline_schedule(config)(config.data.micro_num).placement
     check_activations(config, build_meta_model(config), layout, placement, build_layer_split(config))
@@ -275,10 +277,11 @@ def build_scaler(config: Config, device: torch.device) -> GradScaler:
     if config.model.torch_dtype != torch.float16:
         return ConstantGradScaler(device)
     scaler = config.grad_scaler
+    min_scale, max_scale = scaler.scale_bounds
     return DynamicGradScaler(
         initial_scale=scaler.fp16.initial_scale,
-        min_scale=scaler.fp16.min_scale,
-        max_scale=scaler.max_scale,
+        min_scale=min_scale,
+        max_scale=max_scale,
         growth_factor=scaler.growth_factor,
         backoff_factor=scaler.backoff_factor,
         growth_interval=scaler.fp16.growth_interval,
@@ -339,7 +342,7 @@ def build_health(config: Config, numbers: StepNumbers, engine: Engine, train_loa
     return HealthHook(
         numbers,
         max_skipped=config.monitor.max_skipped_updates,
-        smallest_scale=scaler.fp16.min_scale if can_fall else math.inf,
+        smallest_scale=scaler.scale_bounds[0] if can_fall else math.inf,
         find_cause=partial(describe_failed_update, optimizer),
         samples_per_epoch=train_loader.num_samples_per_epoch,
         why_no_label=f"The likely reason: {reasons}; see doc/data.md",

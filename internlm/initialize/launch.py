@@ -22,7 +22,10 @@ import torch.distributed.nn
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.utils.errors import UserError
+from internlm.utils.former_names import explain_former_names
 from internlm.utils.logging import get_logger
+
+explain_former_names(__name__)
 
 logger = get_logger(__name__)
 

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from internlm.utils.errors import ConfigError, nearest
+from internlm.utils.former_names import explain_former_names
+
+explain_former_names(__name__)
 
 if TYPE_CHECKING:
     from internlm.config.schema import ModelConfig

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from internlm.utils.errors import ConfigError
+from internlm.utils.former_names import explain_former_names
+
+explain_former_names(__name__)
 
 
 @dataclass(frozen=True)

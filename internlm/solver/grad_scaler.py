@@ -87,8 +87,8 @@ class DynamicGradScaler:
             mistakes.append(f"grad_scaler.backoff_factor = {backoff_factor}: must be above 0 and at most 1")
         if growth_interval < 1:
             mistakes.append(f"grad_scaler.fp16.growth_interval = {growth_interval}: must be at least 1")
-        if hysteresis < 1:
-            mistakes.append(f"grad_scaler.hysteresis = {hysteresis}: must be at least 1")
+        if hysteresis < 0:
+            mistakes.append(f"grad_scaler.hysteresis = {hysteresis}: must be at least 0")
         if mistakes:
             raise ConfigError(mistakes)
         self.min_scale = min_scale

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from internlm.utils.errors import ConfigError, nearest
+from internlm.utils.former_names import explain_former_names
+
+explain_former_names(__name__)
 
 
 def _cosine(progress: float) -> float:
@@ -55,11 +58,11 @@ class LearningRateSchedule:
 
     Attributes:
         shape: "cosine", "wsd" (warm-up, stable, decay), "linear" or "constant".
-        base_lr: the highest learning rate.
+        base_lr: the learning rate at the end of the warm-up.
         total_steps: optimizer steps over which the schedule runs.
         init_steps: steps at learning rate 0 before the warm-up.
         warmup_ratio: length of the warm-up as a fraction of `total_steps`.
-        eta_min: the learning rate at which the decay ends.
+        eta_min: the learning rate at which the decay ends; above base_lr, the rate grows to it.
         decay_ratio: length of the decay of "wsd" as a fraction of `total_steps`.
         last_epoch: steps of the schedule already used up, minus one: -1 starts at its beginning.
 
@@ -94,11 +97,8 @@ class LearningRateSchedule:
         for name, ratio in (("warmup_ratio", self.warmup_ratio), ("decay_ratio", self.decay_ratio)):
             if not 0.0 <= ratio <= 1.0:
                 mistakes.append(f"lr_scheduler.{name} = {ratio}: must be between 0 and 1, a fraction of total_steps")
-        if not (0.0 <= self.eta_min <= self.base_lr or self.shape == "constant"):
-            mistakes.append(
-                f"lr_scheduler.eta_min = {self.eta_min}: must be between 0 and adam.lr = {self.base_lr}, "
-                "the rate from which it decays"
-            )
+        if not (self.eta_min >= 0 and math.isfinite(self.eta_min)):
+            mistakes.append(f"lr_scheduler.eta_min = {self.eta_min}: must be a finite number >= 0")
         if not mistakes:
             decay_steps = self.total_steps - self._decay_begin if self.shape == "wsd" else 0
             used = self.init_steps + self.warmup_steps + decay_steps

@@ -43,6 +43,9 @@ def path(tmp_path):
         ("data.rampup_batch_size=1 1 5", "1 1 5"),
         ("tensorboard.queue_max_length=9", 9),
         ("data.min_length_dict={'cn': 5}", {"cn": 5}),
+        ("data.min_length_dict=dict(cn=5, en=6)", {"cn": 5, "en": 6}),
+        ("JOB_NAME=null", "null"),
+        ("JOB_NAME=dict", "dict"),
         ("data.min_length_dict.cn=5", {"en": 3, "cn": 5}),
         ("model.num_kv_attention_heads=2", 2),
     ],
@@ -62,6 +65,12 @@ def test_a_section_keeps_what_is_not_set(path):
     assert loaded.config.parallel.tensor.mode == "isp"
     assert loaded.config.parallel.zero1.size == 1
     assert loaded.notices == ["parallel.tensor = 1 is read as parallel.tensor = dict(size=1)"]
+
+
+def test_a_section_may_be_written_as_in_a_config(path):
+    loaded = load_config(path, ["ckpt.load_ckpt_info=dict(path='x', content=('model',))", "parallel=dict(zero1=1)"])
+    assert loaded.config.ckpt.load_ckpt_info.path == "x" and loaded.config.parallel.zero1.size == 1
+    assert loaded.config.parallel.tensor.mode == "isp"
 
 
 def test_the_last_one_wins(path):
@@ -89,6 +98,11 @@ def test_nothing_to_load(path):
         ("adam.lr=-1", "--set: adam.lr = -1: it must be greater than or equal to 0"),
         ("model.num_experts=8", "--set: model.num_experts = 8: mixture of experts is not yet supported; set it to 1"),
         ("data.total_steps", "--set data.total_steps: expected key.path=value"),
+        ("data.train_folder=null", "--set data.train_folder=null: values are written as in Python; say --set data."),
+        ("data.skip_batches=NULL", "--set data.skip_batches=NULL: values are written as in Python; say --set data."),
+        ("data.total_steps=null", "--set: data.total_steps = 'null': it must be a valid integer"),
+        ("x=null", "--set: x is not a known key."),
+        ("parallel.tensor=dict(os.getcwd())", "--set: parallel.tensor = 'dict(os.getcwd())': it must be a dict"),
         ("=5", "--set =5: expected key.path=value"),
         ("data..x=5", "--set data..x=5: expected key.path=value"),
     ],

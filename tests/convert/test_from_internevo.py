@@ -257,6 +257,16 @@ def refused(folder: Path, new: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("out", ["runs", "new"], ids=["the folder that is read", "an earlier import"])
+def test_nothing_is_replaced(tmp_path: Path, out: str) -> None:
+    save(tmp_path / "runs" / "40", "LLAMA2", Split())
+    import_internevo(tmp_path / "runs" / "40", storage_path(tmp_path / "new"))
+    before = {path: path.read_bytes() for path in (tmp_path / out / "40").iterdir()}
+    with pytest.raises(CheckpointError, match=r"/40' exists already, and would be replaced; give another --out"):
+        import_internevo(tmp_path / "runs" / "40", storage_path(tmp_path / out))
+    assert {path: path.read_bytes() for path in (tmp_path / out / "40").iterdir()} == before
+
+
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     save(tmp_path / "old", "LLAMA2", Split(tp=2, pp=2))
     (tmp_path / "old" / "model_tp0_pp1.pt").unlink()

@@ -165,7 +165,8 @@ def refused(folder: Path) -> str:
     new = folder / "new"
     assert not new.exists() or not [path for path in new.iterdir() if path.name.isdigit()], "something was written"
     assert "--weights-only" in str(caught.value)
-    import_internevo(folder / "old", storage_path(folder / "without"), weights_only=True)
+    number = len(list(folder.glob("without*")))
+    import_internevo(folder / "old", storage_path(folder / f"without{number}"), weights_only=True)
     return str(caught.value)
 
 
@@ -294,6 +295,14 @@ def test_state_that_ranks_should_share_and_do_not_is_told(tmp_path: Path) -> Non
     (notice,) = [one for one in imported.notices if "differ between ranks" in one]
     assert notice.startswith("1 tensor(s)") and "exp_avg of " in notice and "norm.weight, by 0.25" in notice
     assert_state(imported, state)
+
+
+def test_a_mistake_in_the_sections_of_the_optimizer_names_both_ways_out(tmp_path: Path) -> None:
+    save(tmp_path / "old", Split(), Zero())
+    text = torch.load(tmp_path / "old" / "config_file.pt")
+    torch.save(f"{text}adam = dict(lr=-1.0)\n", tmp_path / "old" / "config_file.pt")
+    message = refused(tmp_path)
+    assert "adam.lr = -1.0" in message and "--config FILE" in message
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

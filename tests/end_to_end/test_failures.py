@@ -130,6 +130,14 @@ def test_a_mistake_of_the_user_on_one_rank_ends_both(tmp_path: Path) -> None:
     assert "Traceback" not in ranks[0].output + ranks[1].output
 
 
+def test_what_the_main_rank_finds_missing_ends_all(tmp_path: Path) -> None:
+    ranks = train_on_two_ranks(tmp_path, quicker_watch, more="data['train_folder'] = '/nowhere'")
+    assert wait_for_all(ranks, LIMIT_SECONDS) == [2, 2], ranks[0].output
+    assert "DataError: /nowhere: no such folder" in last_log_line(tmp_path / "run", 0)
+    assert "DataError: /nowhere: no such folder" in last_log_line(tmp_path / "run", 1)
+    assert "Traceback" not in ranks[0].output + ranks[1].output
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_data_in_the_middle_of_a_run_names_document_and_rank(tmp_path: Path, num_workers: int) -> None:
     """A token id beyond the vocabulary, which one of the ranks meets on its way."""

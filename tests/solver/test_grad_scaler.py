@@ -35,7 +35,7 @@ class PlainScale:
 
 
 @pytest.mark.parametrize("overflow_rate", [0.02, 0.2, 0.6])
-@pytest.mark.parametrize("interval, hysteresis", [(1, 1), (3, 2), (5, 3)])
+@pytest.mark.parametrize("interval, hysteresis", [(1, 1), (3, 2), (5, 3), (4, 0)])
 def test_equals_the_plain_rule(overflow_rate, interval, hysteresis):
     arguments = (2.0**6, 1.0, 2.0**10, 2.0, 0.5, interval, hysteresis)
     ours, plain = DynamicGradScaler(*arguments), PlainScale(*arguments)
@@ -95,7 +95,7 @@ def test_constant_scale_never_moves_and_saves_nothing():
 
 def test_mistakes_are_told_at_once():
     with pytest.raises(ConfigError) as error:
-        DynamicGradScaler(0.5, 1.0, 2.0, 0.5, 1.5, 0, 0)
+        DynamicGradScaler(0.5, 1.0, 2.0, 0.5, 1.5, 0, -1)
     assert len(error.value.mistakes) == 5
     with pytest.raises(CheckpointError, match="clean_steps"):
         DynamicGradScaler().load_state_dict({"scale": 1.0, "overflows": 0})

@@ -110,8 +110,13 @@ def test_phases_that_do_not_fit_are_refused(fields):
         make(**{"shape": "cosine", **fields})
 
 
-def test_eta_min_above_the_base_rate_is_refused():
+def test_eta_min_above_the_base_rate_lets_it_grow():
+    schedule = make("linear", total_steps=10, eta_min=3 * BASE)
+    assert [schedule.lr(step) for step in (0, 5, 10, 11)] == pytest.approx([BASE, 2 * BASE, 3 * BASE, 3 * BASE])
+
+
+def test_rates_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="eta_min"):
-        make("cosine", eta_min=2 * BASE)
+        make("cosine", eta_min=-BASE)
     with pytest.raises(ConfigError, match=r"adam\.lr"):
         make("cosine", base_lr=float("nan"))

@@ -39,6 +39,7 @@ class Status(Enum):
     LATER = "refused unless default"
     NO_EFFECT = "no effect"
     DEPENDENT = "dependent"
+    LIBRARY_ONLY = "library only"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class KeyInfo:
 
     status: Status
     detail: str = ""
-    """LATER: the missing feature; NO_EFFECT: why; DEPENDENT: the key without which this one means nothing."""
+    """LATER: the missing feature; NO_EFFECT: why; DEPENDENT: the key without which this one means nothing;
+    LIBRARY_ONLY: why training refuses it."""
     accepts: tuple[Any, ...] = ()
     """LATER: values besides the default that ask for nothing new."""
     derived: str = ""
@@ -86,6 +88,11 @@ def used_with(default: Any, doc: str, other: str, **constraints: Any) -> Any:
     return _field(default, doc, KeyInfo(Status.DEPENDENT, other), constraints)
 
 
+def library_only(default: Any, doc: str, reason: str, **constraints: Any) -> Any:
+    """A key that works for users of the library; training refuses any value but the default, for `reason`."""
+    return _field(default, doc, KeyInfo(Status.LIBRARY_ONLY, reason), constraints)
+
+
 def section(cls: type[Section] | None, doc: str) -> Any:
     """A nested section, present with its defaults when the config does not mention it; None makes it required."""
     return Field(..., description=doc) if cls is None else Field(default_factory=cls, description=doc)
@@ -99,13 +106,13 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _absent_when_none(cls, values: Any) -> Any:
-        """A derived key that is given as None counts as not given."""
+        """A derived key or a section that is given as None counts as not given."""
         if not isinstance(values, Mapping):
             return values
         return {
             name: value
             for name, value in values.items()
-            if not (value is None and name in cls.model_fields and is_derived(cls.model_fields[name]))
+            if not (value is None and name in cls.model_fields and _has_default_for_none(cls.model_fields[name]))
         }
 
     def _derive(self, **values: Any) -> None:
@@ -129,6 +136,11 @@ def is_path(field: FieldInfo) -> bool:
 def is_derived(field: FieldInfo) -> bool:
     info = key_info(field)
     return info is not None and bool(info.derived)
+
+
+def _has_default_for_none(field: FieldInfo) -> bool:
+    """Whether None is no value of a field, but asks for its default."""
+    return is_derived(field) or (section_class(field) is not None and key_info(field) is None)
 
 
 def section_class(field: FieldInfo) -> type[Section] | None:

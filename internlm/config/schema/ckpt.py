@@ -19,6 +19,9 @@ def _never(value: Any) -> Any:
 Interval = Annotated[int | None, BeforeValidator(_never)]
 """Steps between two events; None (or inf) is never."""
 
+SnapshotInterval = Annotated[int | None, BeforeValidator(lambda value: None if value == 0 else _never(value))]
+"""An `Interval` for which 0 is never, too: InternEvo's configs halve checkpoint_every."""
+
 Content = Literal["model", "sampler", "optimizer", "scheduler", "all"]
 
 
@@ -61,8 +64,10 @@ class CkptConfig(Section):
     keep_latest: int | None = key(
         None, "Checkpoints to keep; older ones are deleted after a save is complete. None: all.", ge=1
     )
-    oss_snapshot_freq: Interval = key(
-        None, "Steps between two snapshots: whole checkpoints that replace each other, in two places in turn."
+    oss_snapshot_freq: SnapshotInterval = key(
+        None,
+        "Steps between two snapshots: whole checkpoints that replace each other, in two places in turn. 0, as None: "
+        "no snapshots.",
     )
     snapshot_ckpt_folder: PathText = used_with(
         None, "Folder of the snapshots; None: <save_ckpt_folder>/snapshot.", "ckpt.oss_snapshot_freq"

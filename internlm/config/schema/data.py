@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from internlm.config.schema.base import PathText, Section, key, later, no_effect, used_with
+
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+"""A string that is empty for None."""
 
 
 class DataConfig(Section):
     """Sizes of a batch, the token folders, packing and evaluation."""
 
-    type: Literal["tokenized", "streaming", "megatron", "mocked"] = later(
+    type: Literal["tokenized", "streaming", "megatron", "mocked", "hf", "lumina_pickle"] = later(
         "tokenized", "Kind of source: `tokenized` reads .bin/.meta folders (None as folder: dummy data).", "this source"
     )
     seq_len: int = key(..., "Longest piece of one document, in tokens.", ge=1)
@@ -37,13 +40,13 @@ class DataConfig(Section):
     )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
-    skip_batches: str = key(
+    skip_batches: Text = key(
         "", 'Steps (from 0) whose batches are neither read nor trained on, though counted, such as "2-5,7".'
     )
     skip_bad_documents: bool = key(
         False, "Leave out documents that cannot be read, with a line in the log for each; False ends the run."
     )
-    rampup_batch_size: str = key(
+    rampup_batch_size: Text = key(
         "", 'Ramp of micro_num as "start increment steps": from start, by increment every so many steps.'
     )
     pack_sample_into_one: bool = key(
@@ -74,6 +77,12 @@ class DataConfig(Section):
     content_name: str = later("text", "Column with the text.", "data.type='streaming'")
     subset_name: str | None = later(None, "Subset of a Hugging Face data set.", "data.type='streaming'")
     is_multimodal: bool = later(False, "Samples carry images.", "multimodal data")
+    data_impl: str | None = used_with(None, "Kind of index of data.type='megatron'.", "data.type")
+    data_yaml: str | None = used_with(None, "List of the files of data.type='lumina_pickle'.", "data.type")
+    base_path: PathText = used_with(None, "Folder of the files of data.type='lumina_pickle'.", "data.type")
+    unit_schedule_size: int | None = used_with(
+        None, "Micro-batches of one unit of the ZeroPP schedule.", "parallel.pipeline.use_zeropp", ge=1
+    )
     image_folder: PathText = used_with(None, "Folder that image paths are relative to.", "data.is_multimodal")
     image_size: int | None = used_with(None, "Side of an image in pixels.", "data.is_multimodal", ge=1)
     patch_size: int | None = used_with(None, "Side of an image patch in pixels.", "data.is_multimodal", ge=1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
+from internlm.config.schema.base import Section, key, later, library_only, no_effect, section, used_with
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,11 @@ class ModelConfig(Section):
     multiple_of: int = key(256, "The MLP's width is rounded up to a multiple of this.", ge=1)
     intermediate_size: int | None = key(None, "Width of the MLP as it is; wins over mlp_ratio and multiple_of.", ge=1)
     tie_word_embeddings: bool | None = key(None, "Use the embedding as head weight; None: the family's choice.")
-    is_reward: bool = key(False, "One scalar a token instead of logits.")
+    is_reward: bool = library_only(
+        False,
+        "One scalar a token instead of logits; the library builds, loads and imports such a model.",
+        "the loop trains on the next token; a reward head needs a loop of your own",
+    )
 
     # Numerics.
     dtype: Annotated[Dtype, BeforeValidator(str)] = key(
@@ -179,6 +183,29 @@ class ModelConfig(Section):
     )
     moe_layer_kwargs: dict[str, Any] = used_with({}, "Arguments of the expert layer.", "model.num_experts")
     inject_info: InjectInfoConfig = section(InjectInfoConfig, "Exchange of layers of a foreign model.")
+
+    # What InternEvo's models have besides.
+    attn_drop_rate: float = later(0.0, "Dropout rate of attention weights.", "dropout", ge=0, le=1)
+    drop_rate: float = later(0.0, "Dropout rate of the residual stream.", "dropout", ge=0, le=1)
+    use_glu: bool = later(True, "A gated MLP.", "an MLP without a gate")
+    rope_type: str = later(
+        "normal", "InternEvo's QWEN2: kind of rotary embedding.", "rope_type (use model.rope_scaling instead)"
+    )
+    rope_scaling_factor: float = later(
+        1.0, "InternEvo's QWEN2: ratio of lengths.", "rope_scaling_factor (use model.rope_scaling instead)"
+    )
+    scale_attn_weights: bool = no_effect(
+        False,
+        "InternEvo's QWEN2: leave the scale of attention to its kernel.",
+        "both are 1 / sqrt(head_dim)",
+    )
+    use_logn_attn: bool = later(False, "InternEvo's QWEN2: scale queries by log n.", "log-n attention (Qwen 1)")
+    extra_pred_tokens: int = later(0, "Further heads, each for a later token.", "multi-token prediction", ge=0)
+    image_token_id: int | None = later(None, "Token that stands for an image.", "multimodal models")
+    vit_cfg: dict[str, Any] | None = later(None, "The vision tower.", "multimodal models", accepts=({},))
+    vision_proj_cfg: dict[str, Any] | None = later(
+        None, "From the vision tower to the language model.", "multimodal models", accepts=({},)
+    )
 
     @model_validator(mode="after")
     def _fill(self) -> ModelConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
 
@@ -11,7 +13,7 @@ class Fp16ScalerConfig(Section):
     """Bounds and growth of the dynamic loss scale."""
 
     initial_scale: float = key(2.0**16, "Loss scale of the first step.", gt=0)
-    min_scale: float = key(1.0, "The scale never falls below this.", gt=0)
+    min_scale: float | None = key(1.0, "The scale never falls below this; None: no bound but float32's.", gt=0)
     growth_interval: int = key(1000, "Steps without overflow after which the scale grows.", ge=1)
 
 
@@ -21,8 +23,16 @@ class GradScalerConfig(Section):
     fp16: Fp16ScalerConfig = section(Fp16ScalerConfig, "Bounds and growth of the dynamic loss scale.")
     growth_factor: float = key(2.0, "Factor by which the scale grows.", ge=1)
     backoff_factor: float = key(0.5, "Factor by which the scale shrinks on overflow.", gt=0, le=1)
-    max_scale: float = key(2.0**24, "The scale never grows above this.", gt=0)
-    hysteresis: int = key(2, "Overflows that are tolerated before the scale shrinks.", ge=1)
+    max_scale: float | None = key(2.0**24, "The scale never grows above this; None: no bound but float32's.", gt=0)
+    hysteresis: int = key(
+        2, "The scale shrinks at this overflow since it last grew, and at each one after it; 0 is 1.", ge=0
+    )
+
+    @property
+    def scale_bounds(self) -> tuple[float, float]:
+        """The smallest and the largest scale; those of normal float32 numbers where a bound is None."""
+        low, high = self.fp16.min_scale, self.max_scale
+        return 2.0**-126 if low is None else low, 2.0**127 if high is None else high
 
 
 class HybridZeroOptimizerConfig(Section):
@@ -47,10 +57,14 @@ class HybridZeroOptimizerConfig(Section):
     )
 
 
+Share = Annotated[float, BeforeValidator(lambda value: 0.0 if value is None else value)]
+"""A number that is 0 for None."""
+
+
 class LossConfig(Section):
     """Cross entropy and what is added to it."""
 
-    label_smoothing: float = key(0.0, "Share of the target probability that is spread over the vocabulary.", ge=0, lt=1)
+    label_smoothing: Share = key(0.0, "Share of the target probability that is spread over the vocabulary.", ge=0, lt=1)
     op_type: Literal["py_vocab_parallel", "torch_naive", "apex_naive", "py_naive", "flash_vocab_parallel"] = no_effect(
         "py_vocab_parallel", "InternEvo's cross entropy kernel.", "one fused cross entropy serves every kind"
     )
@@ -68,6 +82,9 @@ class AdamConfig(Section):
     adam_beta2_c: float = key(0.0, "Exponent of the beta2 schedule; 0 keeps beta2 constant.")
     adam_eps: float = key(1e-8, "Added to the denominator.", ge=0)
     weight_decay: float = key(0.01, "Decoupled weight decay.", ge=0)
+    clip_grad: float | None = no_effect(
+        None, "Clipping, as some configs of InternEvo have it.", "hybrid_zero_optimizer.clip_grad_norm decides"
+    )
     moments_dtype: Literal["torch.float32", "torch.bfloat16"] = key(
         "torch.float32",
         "Dtype of both moments between steps; torch.bfloat16 is rounded to stochastically.",

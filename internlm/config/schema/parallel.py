@@ -46,6 +46,10 @@ class PipelineConfig(Section):
         "each chunk of each stage in the order of the layers.",
         "parallel.pipeline.size",
     )
+    use_zeropp: bool = later(False, "InternEvo's ZeroPP.", "the ZeroPP schedule")
+    decouple_grad: bool = used_with(
+        False, "ZeroPP: compute gradients of weights apart.", "parallel.pipeline.use_zeropp"
+    )
     interleaved_overlap: bool = no_effect(
         False, "Overlap messages with computation, when interleaved.", "messages always travel while stages compute"
     )

@@ -88,10 +88,24 @@ class Config(Section):
         False, "Move what model.checkpoint_keep = 'attention' keeps to host memory.", "selective_checkpoint"
     )
     only_load_lr: bool = later(False, "Resume only the learning rate of the optimizer.", "partial optimizer state")
-    gradient_handler: list[Any] | None = later(None, "Further gradient handlers.", "gradient handlers", accepts=([],))
+    gradient_handler: list[Any] | None = later(
+        None,
+        "Further gradient handlers; a tied embedding needs none.",
+        "gradient handlers",
+        accepts=([], [{"type": "PipelineSharedModuleGradientHandler"}]),
+    )
     TENSOR_SHAPE: Any = no_effect(None, "Shape of pipeline messages.", "every stage knows the shapes without it")
     fsdp_wrap_cls: list[dict[str, str]] | None = no_effect(
         None, "Classes that FSDP wraps, as dict(mod, mod_cls).", "FSDP wraps each layer, and the rest of the model"
+    )
+    moe: dict[str, Any] | None = later(
+        None, "Arguments of MegaBlocks, as some configs of InternEvo have them.", "mixture of experts", accepts=({},)
+    )
+    fp8: dict[str, Any] | None = later(
+        None, "InternEvo's Transformer Engine.", "fp8 by Transformer Engine (use float8 instead)", accepts=({},)
+    )
+    full_kv_zigzag_with_full_dkv: bool = used_with(
+        False, "Ring attention sums whole gradients of keys and values.", "parallel.sequence_2D.enable"
     )
     int8_training: bool = later(False, "Matrix products in int8.", "int8 training")
     int8_mode: str | None = used_with(None, "Granularity of int8 scales.", "int8_training")

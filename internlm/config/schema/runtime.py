@@ -100,6 +100,9 @@ class CpuOffloadingConfig(Section):
     num_layers: int = used_with(
         0, "Layers whose activations move: the first ones of each chunk of a rank.", "cpu_offloading.enable", ge=0
     )
+    offloading_activations: bool = no_effect(
+        True, "Move activations.", "activations are all that moves; cpu_offloading.enable decides"
+    )
 
 
 class Float8Config(Section):

@@ -12,6 +12,9 @@ import torch.distributed as dist
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.rank_view import RankView
+from internlm.utils.former_names import explain_former_names
+
+explain_former_names(__name__)
 
 
 @dataclass

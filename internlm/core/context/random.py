@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from internlm.utils.former_names import explain_former_names
+
+explain_former_names(__name__)
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices). Weights do not depend on it: they are keyed by their names."""

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from internlm.model.initialization import Zeros, set_initializer
 from internlm.model.ops.float8 import float8_linear
 from internlm.model.ops.linear import linear
+from internlm.utils.former_names import explain_former_names
+
+explain_former_names(__name__)
 
 if TYPE_CHECKING:
     from internlm.model.architecture import Architecture

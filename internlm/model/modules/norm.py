@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from internlm.model.initialization import Ones, Zeros, set_initializer
 from internlm.model.ops.norm import layer_norm, rms_norm
+from internlm.utils.former_names import explain_former_names
+
+explain_former_names(__name__)
 
 
 class RMSNorm(nn.Module):

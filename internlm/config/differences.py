@@ -1,0 +1,179 @@
+"""Where a config of InternEvo's means another run here: defaults that differ, for keys that it does not give.
+
+One description with three readers: the notices at load, the page doc/from_internevo.md, and its test. Sections and keys
+that one of the two programs lacks are the schema's business (their status), older spellings that of `legacy.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from internlm.config.schema import Config
+from internlm.config.schema.base import Status, key_info, walk_values
+
+PAGE = "doc/from_internevo.md"
+
+_STDS = (
+    "model.embedding_init_std",
+    "model.attn_wqkv_init_std",
+    "model.attn_other_init_std",
+    "model.ffn_uplayer_init_std",
+    "model.ffn_other_init_std",
+    "model.out_head_init_std",
+)
+
+_HALF = ("torch.bfloat16", "torch.float16", "torch.half")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One default that differs.
+
+    Attributes:
+        keys: the keys that the difference is about; those that the user gave are settled.
+        here, theirs: what a run gets without them, here and from InternEvo, in words of a config.
+        effect: what it changes.
+        families: model types that it concerns; empty: all.
+        counts: whether it changes the numbers of a given config.
+        is_always_told: for configs that were not written for InternEvo, too.
+    """
+
+    keys: tuple[str, ...]
+    here: str
+    theirs: str
+    effect: str
+    families: tuple[str, ...] = ()
+    counts: Callable[[Config], bool] = lambda config: True
+    is_always_told: bool = False
+
+
+def _from_scratch(config: Config) -> bool:
+    return config.ckpt.load_ckpt_info is None
+
+
+DIFFERENCES: tuple[Difference, ...] = (
+    Difference(
+        ("model.dtype",),
+        "torch.bfloat16",
+        "torch.float16",
+        "number format; bfloat16 needs no loss scale",
+        is_always_told=True,
+    ),
+    Difference(
+        ("reduce_comm_dtype",),
+        "torch.float32",
+        "model.dtype",
+        "number format in which gradients are summed over ranks",
+        counts=lambda config: config.model.dtype in _HALF,
+    ),
+    Difference(
+        ("adam.weight_decay_norms_and_biases",),
+        "False",
+        "True, without such a key",
+        "weight decay of norms and biases",
+        counts=lambda config: config.adam.weight_decay > 0,
+    ),
+    Difference(
+        ("model.embed_grad_scale",),
+        "1.0",
+        "0.1",
+        "factor on the gradient of the embedding",
+    ),
+    Difference(
+        ("model.use_scaled_init",),
+        "by the number of layers",
+        "by the number of the layer",
+        "deviation of the initial wo and w2, divided by sqrt(2 * that number)",
+        counts=_from_scratch,
+    ),
+    Difference(
+        _STDS,
+        "0.02",
+        "0.0052 for embedding and head, 0.006 for all others",
+        "deviations of the initial weights",
+        families=("INTERNLM",),
+        counts=_from_scratch,
+    ),
+    Difference(
+        _STDS,
+        "0.02",
+        "0.0052 for embedding and head, 0.006 for wqkv, w1 and w3, 0.0015 for wo and w2",
+        "deviations of the initial weights",
+        families=("BAICHUAN2",),
+        counts=_from_scratch,
+    ),
+    Difference(
+        ("model.no_bias",),
+        "True",
+        "False",
+        "biases in attention",
+        families=("INTERNLM2", "INTERNLM3", "LLAMA2", "BAICHUAN2", "GEMMA"),
+        counts=lambda config: config.model.qkv_bias is None,
+    ),
+    Difference(
+        ("model.norm_head",),
+        "True",
+        "False",
+        "rows of the head are normalised",
+        families=("BAICHUAN2",),
+    ),
+    Difference(
+        ("model.tie_word_embeddings",),
+        "True",
+        "False, without such a key",
+        "Gemma's head is its embedding",
+        families=("GEMMA",),
+    ),
+    Difference(
+        ("model.add_unit_offset",),
+        "True, nothing else",
+        "False",
+        "Gemma's norms multiply by 1 + weight",
+        families=("GEMMA",),
+    ),
+)
+
+
+def comes_from_internevo(config: Config, given: Callable[[str], Any]) -> bool:
+    """Whether a config was written for InternEvo: it has a key that exists here for InternEvo's sake alone.
+
+    `given(path)` is the value that the user gave for a path, or None.
+    """
+    for path, field, _ in walk_values(config):
+        info = key_info(field)
+        if info is not None and info.status is Status.NO_EFFECT and given(path) is not None:
+            return True
+    return False
+
+
+def find_differences(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
+    """One line for each default that makes this another run than InternEvo's, if the config was written for it."""
+    is_theirs = comes_from_internevo(config, given)
+    lines = []
+    for difference in DIFFERENCES:
+        keys = [key for key in difference.keys if given(key) is None]
+        if keys and (is_theirs or difference.is_always_told) and _concerns(difference, config):
+            name = keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
+            lines.append(f"{name} not set: {difference.here}, with InternEvo {difference.theirs} ({difference.effect})")
+    info = config.ckpt.load_ckpt_info
+    if is_theirs and info is not None and config.ckpt.auto_resume:
+        lines.append(
+            f"ckpt.load_ckpt_info: {info.path!r} is loaded when there is nothing to resume; InternEvo ignores it with "
+            "ckpt.auto_resume = True"
+        )
+    scale = given("model.embed_grad_scale")
+    if is_theirs and scale not in (None, 1):
+        lines.append(
+            f"model.embed_grad_scale = {scale} scales the gradient of the embedding; with InternEvo that of the head, "
+            "too"
+        )
+    yield from lines
+    if is_theirs and lines:
+        yield f"all that differs from InternEvo is in {PAGE}"
+
+
+def _concerns(difference: Difference, config: Config) -> bool:
+    """Whether a default that differs makes a config another run."""
+    return (not difference.families or config.model_type in difference.families) and difference.counts(config)
