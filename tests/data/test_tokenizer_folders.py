@@ -80,6 +80,25 @@ def test_special_tokens_of_the_folder_are_found_in_the_text(tmp_path, model_file
     assert 2 not in load_tokenizer(model_file).encode_batch(["a</s>"])[0]
 
 
+def test_special_tokens_that_take_white_space_along_or_stand_alone(tmp_path, model_file):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    size = processor.vocab_size()
+    added = [
+        {"content": "<mask>", "lstrip": True},
+        {"content": "<cut>", "rstrip": True},
+        {"content": "code", "single_word": True},
+        {"content": "<cut><mask>"},
+    ]
+    decoder = {str(size + number): token for number, token in enumerate(added)}
+    folder = folder_of(tmp_path, model_file, tokenizer_config={"added_tokens_decoder": decoder})
+    text = "the  <mask> text<cut> \n a<cut><mask> codes code"
+    expected = [
+        *(*processor.encode("the"), size, *processor.encode(" text"), size + 1, *processor.encode("a"), size + 3),
+        *(*processor.encode(" codes "), size + 2),
+    ]
+    assert load_tokenizer(folder).encode_batch([text]) == [expected]
+
+
 def test_two_tokenizers_in_a_folder_that_differ_are_told(tmp_path, model_file, json_file, caplog):
     folder = folder_of(tmp_path, model_file)
     shutil.copy(json_file, folder)

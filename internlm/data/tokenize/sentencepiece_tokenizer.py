@@ -49,8 +49,11 @@ class SentencePieceTokenizer:
             special.end_id(key, ids, str(path)) if key in special.named else id if id >= 0 else None
             for key, id in ends.items()
         )
-        self._ids = {token.content: id for id, token in self.added.items()}
-        self._special = re.compile("|".join(map(_pattern, _longest_first(self.added)))) if self.added else None
+        # The longest is tried first; group n of the pattern is the n-th of these.
+        self._by_length = sorted(self.added, key=lambda id: -len(self.added[id].content))
+        self._special = (
+            re.compile("|".join(f"({_pattern(self.added[id])})" for id in self._by_length)) if self.added else None
+        )
 
     @staticmethod
     def _find_added(
@@ -83,7 +86,8 @@ class SentencePieceTokenizer:
         start = 0
         for match in special.finditer(text):
             ids += self._processor.encode(text[start : match.start()])
-            ids.append(self._ids.get(match[0]) or self._ids[match[0].strip()])
+            assert match.lastindex is not None
+            ids.append(self._by_length[match.lastindex - 1])
             start = match.end()
         return ids + self._processor.encode(text[start:])
 
@@ -100,10 +104,6 @@ class SentencePieceTokenizer:
     def pieces(self) -> list[str]:
         """See `TextTokenizer`."""
         return list(self._pieces)
-
-
-def _longest_first(added: dict[int, AddedToken]) -> list[AddedToken]:
-    return sorted(added.values(), key=lambda token: -len(token.content))
 
 
 def _pattern(token: AddedToken) -> str:

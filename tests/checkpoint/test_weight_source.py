@@ -1,0 +1,63 @@
+"""Weights of another origin are finite, in the number format that they are trained in, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import new_trainer
+from torch import Tensor
+
+from internlm.checkpoint.run_state import load_weights
+from internlm.checkpoint.weight_source import finite
+from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.utils.errors import CheckpointError
+
+
+class InMemory:
+    """A weight source of tensors that are there."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (
+            "torch.float16",
+            -7e4,
+            r"'norm\.weight' has values up to 7e\+04, and float16 ends at 6\.55e\+04: .*bf16 or fp32",
+        ),
+        ("torch.float32", float("nan"), r"'norm\.weight' has 1 of 32 values that are not finite"),
+        ("torch.float32", float("inf"), r"'norm\.weight' has 1 of 32 values that are not finite"),
+    ],
+)
+def test_training_does_not_start_from_values_that_are_not_finite(
+    tmp_path: Path, dtype: str, value: float, message: str
+) -> None:
+    trainer = new_trainer(None, 1, dtype=dtype)
+    weights = {
+        shard_spec_of(parameter).name: parameter.detach().float().clone()
+        for parameter in trainer.engine.chunks[0].parameters()
+    }
+    load_weights(trainer, InMemory(weights), "the source")
+    weights["norm.weight"][3] = value
+    with pytest.raises(CheckpointError, match="the source: " + message):
+        load_weights(trainer, InMemory(weights), "the source")
+
+
+def test_a_value_that_only_fp32_holds() -> None:
+    with pytest.raises(CheckpointError, match="they would become inf; fp32 holds them"):
+        finite(torch.tensor([3.4e38]), "a", "the source", torch.bfloat16)
+    assert finite(torch.tensor([6e4]), "a", "the source", torch.float16).dtype == torch.float16
