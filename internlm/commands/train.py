@@ -41,7 +41,6 @@ from internlm.initialize.launch import (
 )
 from internlm.initialize.preflight import check_loaders, check_surroundings, why_not_writable
 from internlm.initialize.stages import build_meta_model
-from internlm.initialize.tokenizers import data_tokenizer
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError, user_message
 from internlm.utils.logging import configure_logging, get_logger
@@ -98,7 +97,6 @@ def run(options: argparse.Namespace) -> int:
         return 0
     check_buildable(loaded.config, launch.world_size)
     if options.dry_run:
-        data_tokenizer(loaded.config)
         if launch.rank == 0:
             print(_dry_run(loaded, launch, options.run_dir))
         return 0

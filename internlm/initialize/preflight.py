@@ -16,9 +16,9 @@ from internlm.config.schema import Config
 from internlm.convert.checkpoint_types import open_weights
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.folder import find_train_files, find_valid_sets
-from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.initialize.build import build_loader, build_valid_sets
 from internlm.initialize.stages import build_meta_model
+from internlm.initialize.tokenizers import data_tokenizer
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import CheckpointError, ConfigError, DataError, UserError
 from internlm.utils.optional_packages import why_unusable
@@ -41,7 +41,7 @@ def check_surroundings(config: Config, context: ParallelContext) -> list[str]:
 
 
 def check_loaders(config: Config, context: ParallelContext) -> list[str]:
-    """Build the loaders of a rank as the start of a run does, and load the tokenizer; nothing of it is kept.
+    """Build the loaders of a rank as the start of a run does, and compare tokenizers; nothing of it is kept.
 
     Returns:
         One line on each thing that is not as asked, but without which the run goes on.
@@ -49,7 +49,7 @@ def check_loaders(config: Config, context: ParallelContext) -> list[str]:
     Raises:
         UserError: data is missing or malformed.
     """
-    return _run_all((_train_loader, _valid_loaders, _readable_tokenizer), config, context)
+    return _run_all((_train_loader, _valid_loaders, _data_tokenizer), config, context)
 
 
 def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext) -> list[str]:
@@ -112,17 +112,9 @@ def _tokenizer(config: Config, context: ParallelContext) -> list[str]:
     return [f"data.tokenizer_path = {path!r}: no such tokenizer; training does without, `internlm generate` does not"]
 
 
-def _readable_tokenizer(config: Config, context: ParallelContext) -> list[str]:
-    path = config.data.tokenizer_path
-    if path is None or not Path(path).exists():
-        return []
-    size = load_tokenizer(path).vocab_size
-    if size <= config.model.vocab_size:
-        return []
-    return [
-        f"data.tokenizer_path = {path!r} has {size} tokens, model.vocab_size = {config.model.vocab_size}: a document "
-        "with a token beyond it is an error when it is read"
-    ]
+def _data_tokenizer(config: Config, context: ParallelContext) -> list[str]:
+    data_tokenizer(config)
+    return []
 
 
 def _weights(config: Config, context: ParallelContext) -> list[str]:

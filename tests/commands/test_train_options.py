@@ -111,9 +111,8 @@ def test_a_dry_run_looks_for_the_tokenizer(train, tmp_path):
     text = train("--dry-run", "--set", "data.tokenizer_path=none.json")
     assert "notice: data.tokenizer_path = 'none.json': no such tokenizer; training does without" in text
     (tmp_path / "broken.json").write_text("{")
-    assert "broken.json: the tokenizer cannot be read" in train(
-        "--dry-run", "--set", "data.tokenizer_path=broken.json", code=2
-    )
+    text = train("--dry-run", "--set", "data.tokenizer_path=broken.json")
+    assert "broken.json: the tokenizer cannot be read" in text
 
 
 def test_a_dry_run_reads_the_index_of_the_data(train, tmp_path):
