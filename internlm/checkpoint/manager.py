@@ -23,7 +23,8 @@ from internlm.checkpoint import folder as folders
 from internlm.checkpoint.background import BackgroundWriter, Outcome
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
 from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint
-from internlm.checkpoint.reading import CONTEXT_FILE, check_files
+from internlm.checkpoint.reading import CONTEXT_FILE, check_files, listed
+from internlm.checkpoint.room import in_the_way
 from internlm.checkpoint.run_state import load_run, model_tensors, optimizer_tensors
 from internlm.checkpoint.saving import (
     Part,
@@ -115,6 +116,34 @@ class CheckpointManager:
             if found is not None:
                 raise CheckpointError(found)
 
+    def check_room(self, context: ParallelContext, first: int, last: int, *, snapshots: bool = False) -> None:
+        """Find what lies where a run will save and was not written by one of ours; collective.
+
+        Args:
+            context: of the run.
+            first, last: steps of the run, any of which may be saved.
+            snapshots: whether it takes snapshots.
+
+        Raises:
+            CheckpointError: there is such a folder, of a checkpoint, a snapshot, or an export beside a checkpoint.
+        """
+        assert self.save_folder is not None and self.snapshot_folder is not None
+        save_folder, slots = self.save_folder, self.snapshot_folder if snapshots else None
+
+        def look() -> list[str]:
+            try:
+                return in_the_way(save_folder, slots, first, last, exports=self.after_save is not None)
+            except OSError as error:
+                return [str(error)]
+
+        found = from_main_rank(context, look)
+        if found:
+            raise CheckpointError(
+                f"this run saves its steps {first} to {last} in '{save_folder}', and would destroy what it has not "
+                f"written:{listed(found)}\nmove that away, or set ckpt.save_ckpt_folder to another folder; to start "
+                f"from it, name it in ckpt.load_ckpt_info (doc/checkpoints.md)"
+            )
+
     def save(self, trainer: Trainer, *, snapshot: bool = False) -> None:
         """Save this instant, or begin to; collective. What came of it is told by `poll` and `finish`.
 
@@ -145,6 +174,7 @@ class CheckpointManager:
             step=step,
             final=final,
             writing=writing,
+            is_snapshot=snapshot,
             rank=context.rank,
             world_size=context.world_size,
             files=self._files(trainer) if context.is_main_rank else None,
@@ -166,7 +196,9 @@ class CheckpointManager:
         try:
             if snapshot:
                 final = self.snapshot_folder / self._oldest_slot()
-            return final, folders.begin_writing(final, uuid.uuid4().hex[:8]), None
+            return final, folders.begin_writing(final, uuid.uuid4().hex[:8], None if snapshot else step), None
+        except CheckpointError as error:
+            return final, final, str(error)
         except OSError as error:
             return final, final, f"cannot prepare '{final}': {error}"
 

@@ -181,6 +181,8 @@ def build_trainer(
     if resume:
         load_checkpoint(config, manager, trainer)
     if config.ckpt.enable_save_ckpt:
+        first, last = trainer.state.step + 1, trainer.total_steps
+        manager.check_room(context, first, last, snapshots=config.ckpt.oss_snapshot_freq is not None)
         # After the mistakes that loading finds: they leave no folders behind.
         manager.check_writable(context)
     return trainer
