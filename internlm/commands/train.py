@@ -29,6 +29,7 @@ from internlm.core.progress.record import Progress
 from internlm.core.progress.stall_watch import BACKSTOP_SECONDS, StallWatch
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_trainer, check_buildable, set_numerics
+from internlm.initialize.data_checks import check_data
 from internlm.initialize.launch import (
     LAUNCHERS,
     Launch,
@@ -104,6 +105,7 @@ def _dry_run(loaded: LoadedConfig, launch: Launch) -> str:
         *(f"{part:<16} {size:>16,} parameters" for part, size in sizes.items()),
         f"{'all':<16} {sum(sizes.values()):>16,} parameters",
         f"{tokens:,} tokens a step, {tokens * config.data.total_steps:,} in {config.data.total_steps:,} steps",
+        *check_data(config),
         "the config is valid",
     ]
     return "\n".join(lines)

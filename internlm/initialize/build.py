@@ -35,6 +35,7 @@ from internlm.data.valid import ValidLoader, build_valid_loaders
 from internlm.eval.hook import EvaluationHook
 from internlm.eval.metrics import TypeMetrics
 from internlm.initialize.activations import check_activations
+from internlm.initialize.data_checks import check_valid_sets
 from internlm.initialize.stages import (
     build_chunks,
     build_layer_split,
@@ -159,6 +160,7 @@ def build_trainer(
         logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")
     known = data_tokenizer(config)
     train_loader = build_loader(config, context)
+    check_valid_sets(config, context)
     chunks = build_chunks(config, context)
     engine = build_engine(config, context, chunks, train_loader.type_names, progress)
     manager = build_manager(config, config_text)
@@ -318,11 +320,12 @@ def build_hooks(
         )
     if profiling:
         hooks.append(ProfilerHook())
-    if config.data.valid_every > 0 and config.data.valid_folder is not None:
-        hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.enable_save_ckpt:
         assert config.ckpt.checkpoint_every is not None
         hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
+    # Behind the checkpoint: what an evaluation meets must not cost the steps before it.
+    if config.data.valid_every > 0 and config.data.valid_folder is not None:
+        hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
     hooks.append(build_health(config, numbers, engine, train_loader))
