@@ -4,8 +4,8 @@ Owns the file and its format. The file is a function of the run, however often t
 the lines after the resumed step are dropped before new ones are appended.
 
 A line holds the names of `StepNumbers.of`, and `val/...` where that step was evaluated; these have a line of their own
-where the step was saved before. It is strict JSON, which has no NaN or infinity: such a value is null, and the line gets
-"nonfinite", a mapping of its name to "nan", "inf" or "-inf".
+where the step was saved before. It is strict JSON, which has no NaN or infinity: such a value is null, and the line
+gets "nonfinite", a mapping of its name to "nan", "inf" or "-inf".
 """
 
 from __future__ import annotations
