@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.background import BackgroundWriter, Outcome
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
-from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint
+from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint, Mark
 from internlm.checkpoint.reading import CONTEXT_FILE, check_files, listed
 from internlm.checkpoint.room import in_the_way
 from internlm.checkpoint.run_state import load_run, model_tensors, optimizer_tensors
@@ -48,6 +48,9 @@ from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
 
 logger = get_logger(__name__)
+
+CheckBeforeLoading = Callable[[StoragePath, Mark, Collection[str]], None]
+"""(checkpoint, its mark, what of it is to be loaded)"""
 
 
 class CheckpointManager:
@@ -341,8 +344,12 @@ class CheckpointManager:
             raise CheckpointError(found)
         return found
 
-    def resume(self, trainer: Trainer) -> FoundCheckpoint | None:
+    def resume(self, trainer: Trainer, check: CheckBeforeLoading | None = None) -> FoundCheckpoint | None:
         """Load the newest checkpoint that is whole; collective. Returns it, or None when there is none.
+
+        Args:
+            trainer: freshly built, before its first step.
+            check: called on all ranks when the files of a checkpoint are known to be whole; may raise.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged, or one does not fit.
@@ -354,6 +361,8 @@ class CheckpointManager:
             except CheckpointError as error:
                 logger.error("checkpoint refused, the one before is tried: %s", error)
                 continue
+            if check is not None:
+                check(checkpoint.path, mark, mark.contents)
             load_run(trainer, checkpoint.path, set(mark.contents))
             return checkpoint
         if found:
@@ -370,6 +379,7 @@ class CheckpointManager:
         content: Iterable[str] = WHOLE_RUN,
         *,
         strict: bool = True,
+        check: CheckBeforeLoading | None = None,
     ) -> None:
         """Put a checkpoint into a trainer; collective.
 
@@ -381,6 +391,7 @@ class CheckpointManager:
                 token counter), or "all".
             strict: refuse a checkpoint that lacks a tensor of the model or has one more; otherwise say which these
                 are, and leave those that are missing as they are.
+            check: as in `resume`.
 
         Raises:
             CheckpointError: the checkpoint does not fit, is damaged, or `content` is unknown.
@@ -397,6 +408,8 @@ class CheckpointManager:
                 f"the checkpoint '{folder}' holds only {', '.join(mark.contents)}, not {', '.join(sorted(absent))}: "
                 f"set the content of what you load to {mark.contents}"
             )
+        if check is not None:
+            check(folder, mark, wanted)
         load_run(trainer, folder, wanted, strict=strict)
 
 

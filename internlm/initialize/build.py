@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer
-from internlm.checkpoint.folder import resolve
+from internlm.checkpoint.folder import Mark, resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.checkpoint.reading import CONFIG_FILE
@@ -20,7 +21,7 @@ from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
 from internlm.config.schema import CkptConfig, Config
-from internlm.convert.checkpoint_types import open_weights
+from internlm.convert.checkpoint_types import open_weights, trained_as
 from internlm.convert.to_hf import check_exportable, export_beside
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
@@ -36,6 +37,7 @@ from internlm.eval.hook import EvaluationHook
 from internlm.eval.metrics import TypeMetrics
 from internlm.initialize.activations import check_activations
 from internlm.initialize.data_checks import check_valid_sets
+from internlm.initialize.model_changes import check_same_function, compare_configs, saved_config
 from internlm.initialize.stages import (
     build_chunks,
     build_layer_split,
@@ -393,9 +395,20 @@ def _saves_in_background(ckpt: CkptConfig) -> bool:
 
 
 def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
-    """Resume, or load `load_ckpt_info`, or start from scratch, and say which."""
+    """Resume, or load `load_ckpt_info`, or start from scratch, and say which.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, damaged, or does not fit; or its model is another function.
+    """
     info = config.ckpt.load_ckpt_info
-    found = manager.resume(trainer) if config.ckpt.auto_resume else None
+
+    def check(path: StoragePath, mark: Mark, contents: Collection[str]) -> None:
+        saved = saved_config(path)
+        if saved is not None:
+            next_rate = (lambda one: build_schedules(one)[0].lr(mark.step)) if "scheduler" in contents else None
+            compare_configs(saved, config, f"the checkpoint '{path}'", contents, next_rate)
+
+    found = manager.resume(trainer, check) if config.ckpt.auto_resume else None
     if found is not None:
         trainer.resumed_from = str(found.path)
         _keep_files(config, manager, found.path)
@@ -407,9 +420,12 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
             path = resolve(path)
         _keep_files(config, manager, path)
         if info.ckpt_type == "internevo":
-            manager.load(trainer, path, info.content, strict=info.strict)
+            manager.load(trainer, path, info.content, strict=info.strict, check=check)
         else:
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
+            trained = trained_as(info.ckpt_type, path, config)
+            if trained is not None:
+                check_same_function(trained, config, f"'{path}'", translated=True)
             load_weights(trainer, weights, f"'{path}'", strict=info.strict)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
         check_finite(trainer, path)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from internlm.config.changes import keys_that_change_outputs
 from internlm.config.mistakes import Mistake
 from internlm.config.schema import Config
-from internlm.utils.errors import ConfigError
+from internlm.utils.errors import ConfigError, nearest
 from internlm.utils.storage import storage_path
 
 _SKIP = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -73,6 +74,19 @@ def places(config: Config, world_size: int) -> Iterator[Mistake]:
             continue
         if key == "ckpt.stop_file_path" and not is_local:
             yield Mistake((key,), f"{key} = {folder!r}: the stop file is read at every step; give a local path")
+
+
+def model_changes(config: Config, world_size: int) -> Iterator[Mistake]:
+    """What may differ from a checkpoint is a key whose difference would be refused."""
+    allowed = config.ckpt.allow_model_changes
+    known = keys_that_change_outputs()
+    for name in () if isinstance(allowed, bool) else allowed:
+        if name not in known:
+            yield Mistake(
+                ("ckpt.allow_model_changes",),
+                f"ckpt.allow_model_changes names '{name}', which is no key that makes a model another function; one is "
+                f"'model.rope_base'.{nearest(name, known)}",
+            )
 
 
 def batches(config: Config, world_size: int) -> Iterator[Mistake]:

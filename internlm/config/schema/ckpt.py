@@ -82,6 +82,11 @@ class CkptConfig(Section):
         "Resume if a complete checkpoint is in save_ckpt_folder, else load load_ckpt_info, else start from scratch. "
         "False: never resume.",
     )
+    allow_model_changes: bool | tuple[str, ...] = key(
+        False,
+        "Keys of the model, such as ('model.rope_base',), that may differ from those of the checkpoint that is resumed "
+        "or loaded, although the same weights give other outputs then; True: any.",
+    )
     stop_file_path: PathText = key(
         None,
         "Local file with a number N: save and stop at step N; with -N: save at step N. The start writes 0.",
