@@ -28,7 +28,7 @@ from internlm.checkpoint.dcp_storage import METADATA_FILE, FileSum, Resolver, Su
 from internlm.checkpoint.folder import Mark
 from internlm.core.failure import describe_error
 from internlm.utils.errors import CheckpointError, UserError
-from internlm.utils.storage import StoragePath
+from internlm.utils.storage import StoragePath, storage_failure
 
 PARTS = ".parts"
 """Folder in which ranks that write in the background leave word that they are done."""
@@ -157,7 +157,8 @@ def write_part(task: SaveTask, plan: RankPlan, resolver: Resolver) -> Part:
         results, total = write_tensors(path, plan.plan, resolver)
         return Part(task.rank, results, {path.name: total})
     except Exception as error:
-        return Part(task.rank, [], {}, _cause(error, task))
+        who = f"rank {task.rank}: " if task.world_size > 1 else ""
+        return Part(task.rank, [], {}, f"{who}{describe_failure(error)}")
 
 
 def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
@@ -286,8 +287,11 @@ def collect_parts(
     return [parts[rank] for rank in sorted(parts)]
 
 
-def _cause(error: Exception, task: SaveTask) -> str:
-    who = f"rank {task.rank}: " if task.world_size > 1 else ""
+def describe_failure(error: Exception) -> str:
+    """Why a save failed: for a user, what the disk or the store says; for us, with the traceback, a defect."""
+    hidden = storage_failure(error)
+    if hidden is not None:
+        return str(hidden)
     if isinstance(error, OSError | UserError):
-        return f"{who}{error}"
-    return f"{who}{describe_error(error)}\n{''.join(traceback.format_exception(error))}"
+        return str(error)
+    return f"{describe_error(error)}\n{''.join(traceback.format_exception(error))}"
