@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internlm.config.schema import ModelConfig
 from internlm.convert.lazy import grouped_readers
 from internlm.convert.redundant import buffer_difference, is_buffer, tied_difference
 from internlm.convert.safetensors_file import Place, read_header, read_tensor
@@ -22,6 +23,7 @@ from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
 from internlm.model.from_hf_config import HfModel, from_hf_config
 from internlm.model.hf_names import Layout, from_hf, weight_groups
+from internlm.model.registry import build_model
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath

@@ -20,10 +20,7 @@ from internlm.model.architecture import Architecture
 from internlm.model.hf_names import from_plain, group_of, plain_shapes
 from internlm.model.modules.rotary import RopeSettings
 from internlm.utils.errors import CheckpointError
-from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
-
-logger = get_logger(__name__)
 
 _FILE = re.compile(r"consolidated\.\d\d\.pth")
 _ROWS_SPLIT = (".wo.weight", ".w2.weight")

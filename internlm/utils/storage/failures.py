@@ -79,7 +79,5 @@ def _behind(error: BaseException) -> Iterator[BaseException]:
 
 def _told(error: OSError) -> str:
     where = f"'{error.filename}'" if error.filename else "a file"
-    return (
-        f"cannot write {where}: {(error.strerror or str(error)).lower()}; free space on that disk (or in your quota), or "
-        "choose another folder"
-    )
+    why = (error.strerror or str(error)).lower()
+    return f"cannot write {where}: {why}; free space on that disk (or in your quota), or choose another folder"
