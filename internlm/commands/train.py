@@ -46,6 +46,7 @@ from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, user_message
 from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.paths import local_path
+from internlm.utils.storage import full_disk
 
 logger = get_logger(__name__)
 
@@ -157,7 +158,8 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
                 _say_goodbye(trainer, config.ckpt)
             with progress.announce("end of the run"):
                 disconnect(context)
-        except BaseException as error:
+        except BaseException as failure:
+            error = full_disk(failure) or failure
             # When one rank has failed a launcher terminates the others; that must not keep the cause out of their logs.
             _ignore_sigterm()
             cause = watch.report(error, str(progress))
