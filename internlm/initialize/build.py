@@ -21,6 +21,7 @@ from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
 from internlm.config.schema import CkptConfig, Config
+from internlm.config.schema.ckpt import LoadCkptInfo
 from internlm.convert.checkpoint_types import open_weights, trained_as
 from internlm.convert.to_hf import check_exportable, export_beside
 from internlm.core.context.layout import ParallelLayout
@@ -394,6 +395,13 @@ def _saves_in_background(ckpt: CkptConfig) -> bool:
     return not storage_path(ckpt.save_ckpt_folder).is_local
 
 
+def _is_left_open(info: LoadCkptInfo) -> bool:
+    """Whether its path is a placeholder of an example. A folder of such a name counts; a store is not asked for one."""
+    assert info.path is not None
+    path = storage_path(info.path)
+    return info.is_placeholder and not (path.is_local and path.exists())
+
+
 def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
     """Resume, or load `load_ckpt_info`, or start from scratch, and say which.
 
@@ -408,13 +416,15 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
             next_rate = (lambda one: build_schedules(one)[0].lr(mark.step)) if "scheduler" in contents else None
             compare_configs(saved, config, f"the checkpoint '{path}'", contents, next_rate)
 
-    found = manager.resume(trainer, check) if config.ckpt.auto_resume else None
+    # A run does not go on from a folder that it would not save to.
+    resumes = config.ckpt.auto_resume and config.ckpt.enable_save_ckpt
+    found = manager.resume(trainer, check) if resumes else None
     if found is not None:
         trainer.resumed_from = str(found.path)
         _keep_files(config, manager, found.path)
         logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, found.path)
         check_finite(trainer, found.path)
-    elif info is not None and info.path is not None:
+    elif info is not None and info.path is not None and not _is_left_open(info):
         path = storage_path(info.path)
         if info.ckpt_type == "internevo":
             path = resolve(path)
@@ -430,7 +440,8 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
         check_finite(trainer, path)
     else:
-        why = f"no complete checkpoint in {manager.save_folder}" if config.ckpt.auto_resume else "auto_resume is off"
+        off = "enable_save_ckpt" if config.ckpt.auto_resume else "auto_resume"
+        why = f"no complete checkpoint in {manager.save_folder}" if resumes else f"{off} is off"
         logger.info("starting from scratch (%s)", why)
 
 

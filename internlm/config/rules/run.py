@@ -175,7 +175,14 @@ def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
             f"{scaler.fp16.min_scale} and max_scale = {scaler.max_scale}",
         )
     info = config.ckpt.load_ckpt_info
-    if info is not None and info.ckpt_type != "internevo" and info.content != ("model",):
+    if info is not None and info.ckpt_type in ("internlm_test", "internlm2_test"):
+        yield Mistake(
+            ("ckpt.load_ckpt_info.ckpt_type",),
+            f"ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}: a checkpoint of InternEvo is converted first, of "
+            "whatever layout: internlm convert from-internevo --ckpt DIR --out NEW; then path = NEW and ckpt_type = "
+            "'internevo'",
+        )
+    elif info is not None and info.ckpt_type != "internevo" and info.content != ("model",):
         yield Mistake(
             ("ckpt.load_ckpt_info.content", "ckpt.load_ckpt_info.ckpt_type"),
             f"ckpt.load_ckpt_info.content = {info.content}: a checkpoint of type {info.ckpt_type!r} holds weights "
