@@ -205,8 +205,8 @@ def test_a_failed_save_leaves_no_trace_and_the_older_ones(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
         manager.save(trainer)
-    full = "cannot write a file: no space left on device; free space on that disk (or in your quota), or choose another folder"
-    assert [result.error for result in manager.poll()] == [None, full]
+    fix = "free space on that disk (or in your quota), or choose another folder"
+    assert [result.error for result in manager.poll()] == [None, f"cannot write a file: no space left on device; {fix}"]
     assert os.listdir(tmp_path) == ["2"]
     with pytest.raises(CheckpointError, match=r"the last checkpoint could not be saved: .*no space left"):
         manager.finish()
