@@ -5,8 +5,12 @@
 <snapshots>/0/<step>.step           the same for a snapshot, whose folder is one of two that alternate
 <save>/.writing-<name>-<id>         a save in progress, or what is left of one that was killed
 
+<save>/<step>/.unfinished           the same in an object store, which cannot rename
+
 The mark comes last. On a local disk a folder also gets its name only when all that is in it is on disk; an object store
 knows no folders, and what has no mark there does not count.
+
+A save replaces only what a save of ours has left: a checkpoint with a readable mark, or an unfinished one.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from internlm.checkpoint.dcp_storage import FileSum, sum_of_file
-from internlm.checkpoint.internevo import refuse_internevo
+from internlm.checkpoint.internevo import is_internevo, refuse_internevo
 from internlm.utils.errors import CheckpointError, StorageError
 from internlm.utils.json_text import json_object
 from internlm.utils.storage import StoragePath
@@ -28,6 +32,7 @@ MARK_SUFFIX = ".step"
 WRITING_PREFIX = ".writing-"
 REPLACED_PREFIX = ".replaced-"
 REMOVING_PREFIX = ".removing-"
+UNFINISHED = ".unfinished"
 SNAPSHOT_SLOTS = ("0", "1")
 
 
@@ -173,10 +178,50 @@ def _damage(path: StoragePath, mark: Mark, share: int, num_shares: int) -> Itera
             yield f"{name} is not what was written: its checksum is {found.xxh3}, and was {expected.xxh3}"
 
 
+# -- what a save may replace ------------------------------------------------------------------------------------------
+
+
+def why_not_ours(path: StoragePath, step: int | None) -> str | None:
+    """Why a save must not replace what is at `path`; None where nothing is, or what a save of ours has left.
+
+    Args:
+        path: where a checkpoint is to be.
+        step: its step; None for a snapshot, whose folder may hold any.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    if path.is_local and path.is_file():
+        return "is a file"
+    names = path.names()
+    if not names or (UNFINISHED in names and not path.is_local):
+        return None
+    if is_internevo(path):
+        return f"is a checkpoint of InternEvo (`internlm convert from-internevo --ckpt {path} --out DIR` converts it)"
+    try:
+        mark = read_mark(path)
+    except CheckpointError:
+        return "has the mark of a checkpoint, and it cannot be read"
+    if mark is None:
+        return "has no mark of a complete checkpoint"
+    if step is not None and mark.step != step:
+        return f"holds the checkpoint of step {mark.step}"
+    return None
+
+
+def check_replaceable(path: StoragePath, step: int | None) -> None:
+    """Raise CheckpointError if a save to `path` would destroy what this program has not written; see `why_not_ours`."""
+    reason = why_not_ours(path, step)
+    if reason is not None:
+        raise CheckpointError(
+            f"'{path}' {reason}: it is not replaced; move it away, or save to another folder (ckpt.save_ckpt_folder)"
+        )
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def begin_writing(final: StoragePath, save_id: str) -> StoragePath:
+def begin_writing(final: StoragePath, save_id: str, step: int | None) -> StoragePath:
     """Make room for the checkpoint `final`, and return the folder to write it into.
 
     Leftovers of killed saves are removed. In an object store a checkpoint that is replaced stops to count here.
@@ -184,16 +229,23 @@ def begin_writing(final: StoragePath, save_id: str) -> StoragePath:
     Args:
         final: where the checkpoint will be found.
         save_id: different for every save.
+        step: of the checkpoint; None for a snapshot.
 
     Raises:
+        CheckpointError: something is there that no save of ours has left.
         StorageError: the storage cannot be written.
     """
+    check_replaceable(final, step)
     parent = final.parent
     if not final.is_local:
+        # First of all: were this killed, the rest would have no mark, and yet be ours.
+        (final / UNFINISHED).write_text(save_id)
         name = _mark_name(final)
         if name is not None:
             (final / name).remove()
-        final.remove()
+        for other in final.names():
+            if other != UNFINISHED:
+                (final / other).remove()
         return final
     put_back_replaced(parent)
     for name in parent.names():
@@ -204,20 +256,28 @@ def begin_writing(final: StoragePath, save_id: str) -> StoragePath:
     return writing
 
 
-def finish_writing(writing: StoragePath, final: StoragePath, mark: Mark) -> None:
+def finish_writing(writing: StoragePath, final: StoragePath, mark: Mark, *, is_snapshot: bool = False) -> None:
     """Make what was written the checkpoint `final`, replacing what was there.
 
     Raises:
+        CheckpointError: something has appeared there that no save of ours has left.
         StorageError: the storage cannot be written.
     """
     (writing / mark.name).write_text(mark.text())
     if not final.is_local:
+        (final / UNFINISHED).remove()
         return
-    parent = final.parent
-    replaced = parent / f"{REPLACED_PREFIX}{final.name}"
+    step = None if is_snapshot else mark.step
+    replaced = final.parent / f"{REPLACED_PREFIX}{final.name}"
     if final.exists():
+        check_replaceable(final, step)
         # Two folders cannot change their names in one instant: `put_back_replaced` mends what a kill leaves between.
         final.rename_to(replaced)
+        if why_not_ours(replaced, step) is not None:
+            # Another program was faster than this line.
+            replaced.rename_to(final)
+            check_replaceable(final, step)
+    # Fails if a folder that is not empty has appeared meanwhile.
     writing.rename_to(final)
     replaced.remove()
 

@@ -13,9 +13,11 @@ DRAIN_SECONDS = 600.0
 
 
 class CheckpointHook(Hook):
-    """Saves every `every` steps, when someone asks for it, and at the end of the loop a step not saved yet.
+    """Saves every `every` steps, when someone asks for it, and the last step of the run.
 
     A save that fails is told and the run goes on; only after the last step it must succeed.
+    Place it before hooks that may fail or take long in `on_step_counted`, such as an evaluation: what was trained is
+    saved by then, the last step too.
 
     Args:
         every: steps between two checkpoints.
@@ -41,14 +43,16 @@ class CheckpointHook(Hook):
         step = trainer.state.step
         if trainer.save_reason is not None:
             logger.info("step %d: saving a checkpoint: %s", step, trainer.save_reason)
-        if step % self.every == 0 or trainer.save_reason is not None:
-            self._save(trainer)
-        elif self._snapshot_is_due(step) and step < trainer.total_steps and trainer.stop_reason is None:
+        is_last = step == trainer.total_steps or trainer.stop_reason is not None
+        if step % self.every == 0 or trainer.save_reason is not None or is_last:
+            self._save(trainer, goes_on=not is_last)
+        elif self._snapshot_is_due(step):
             trainer.save_checkpoint(snapshot=True)
             self._report(trainer)
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         if trainer.state.step != self._saved_step:
+            # The data ended before the steps did.
             trainer.save_checkpoint()
         try:
             trainer.finish_saving()
@@ -73,10 +77,10 @@ class CheckpointHook(Hook):
     def _snapshot_is_due(self, step: int) -> bool:
         return self.snapshot_every is not None and step % self.snapshot_every == 0
 
-    def _save(self, trainer: RunningTrainer) -> None:
+    def _save(self, trainer: RunningTrainer, *, goes_on: bool) -> None:
         trainer.save_checkpoint()
         self._saved_step = trainer.state.step
-        self._report(trainer)
+        self._report(trainer, goes_on=goes_on)
 
     def _finish_or_fail(self, trainer: RunningTrainer) -> None:
         try:

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ import torch.distributed as dist
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.background import BackgroundWriter, Outcome
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
-from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint
-from internlm.checkpoint.reading import CONTEXT_FILE, check_files
+from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint, Mark
+from internlm.checkpoint.reading import CONTEXT_FILE, check_files, listed
+from internlm.checkpoint.room import in_the_way
 from internlm.checkpoint.run_state import load_run, model_tensors, optimizer_tensors
 from internlm.checkpoint.saving import (
     Part,
@@ -47,6 +48,9 @@ from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
 
 logger = get_logger(__name__)
+
+CheckBeforeLoading = Callable[[StoragePath, Mark, Collection[str]], None]
+"""(checkpoint, its mark, what of it is to be loaded)"""
 
 
 class CheckpointManager:
@@ -115,6 +119,34 @@ class CheckpointManager:
             if found is not None:
                 raise CheckpointError(found)
 
+    def check_room(self, context: ParallelContext, first: int, last: int, *, snapshots: bool = False) -> None:
+        """Find what lies where a run will save and was not written by one of ours; collective.
+
+        Args:
+            context: of the run.
+            first, last: steps of the run, any of which may be saved.
+            snapshots: whether it takes snapshots.
+
+        Raises:
+            CheckpointError: there is such a folder, of a checkpoint, a snapshot, or an export beside a checkpoint.
+        """
+        assert self.save_folder is not None and self.snapshot_folder is not None
+        save_folder, slots = self.save_folder, self.snapshot_folder if snapshots else None
+
+        def look() -> list[str]:
+            try:
+                return in_the_way(save_folder, slots, first, last, exports=self.after_save is not None)
+            except OSError as error:
+                return [str(error)]
+
+        found = from_main_rank(context, look)
+        if found:
+            raise CheckpointError(
+                f"this run saves its steps {first} to {last} in '{save_folder}', and would destroy what it has not "
+                f"written:{listed(found)}\nmove that away, or set ckpt.save_ckpt_folder to another folder; to start "
+                f"from it, name it in ckpt.load_ckpt_info (doc/checkpoints.md)"
+            )
+
     def save(self, trainer: Trainer, *, snapshot: bool = False) -> None:
         """Save this instant, or begin to; collective. What came of it is told by `poll` and `finish`.
 
@@ -145,6 +177,7 @@ class CheckpointManager:
             step=step,
             final=final,
             writing=writing,
+            is_snapshot=snapshot,
             rank=context.rank,
             world_size=context.world_size,
             files=self._files(trainer) if context.is_main_rank else None,
@@ -166,7 +199,9 @@ class CheckpointManager:
         try:
             if snapshot:
                 final = self.snapshot_folder / self._oldest_slot()
-            return final, folders.begin_writing(final, uuid.uuid4().hex[:8]), None
+            return final, folders.begin_writing(final, uuid.uuid4().hex[:8], None if snapshot else step), None
+        except CheckpointError as error:
+            return final, final, str(error)
         except OSError as error:
             return final, final, f"cannot prepare '{final}': {error}"
 
@@ -309,8 +344,12 @@ class CheckpointManager:
             raise CheckpointError(found)
         return found
 
-    def resume(self, trainer: Trainer) -> FoundCheckpoint | None:
+    def resume(self, trainer: Trainer, check: CheckBeforeLoading | None = None) -> FoundCheckpoint | None:
         """Load the newest checkpoint that is whole; collective. Returns it, or None when there is none.
+
+        Args:
+            trainer: freshly built, before its first step.
+            check: called on all ranks when the files of a checkpoint are known to be whole; may raise.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged, or one does not fit.
@@ -322,6 +361,8 @@ class CheckpointManager:
             except CheckpointError as error:
                 logger.error("checkpoint refused, the one before is tried: %s", error)
                 continue
+            if check is not None:
+                check(checkpoint.path, mark, mark.contents)
             load_run(trainer, checkpoint.path, set(mark.contents))
             return checkpoint
         if found:
@@ -338,6 +379,7 @@ class CheckpointManager:
         content: Iterable[str] = WHOLE_RUN,
         *,
         strict: bool = True,
+        check: CheckBeforeLoading | None = None,
     ) -> None:
         """Put a checkpoint into a trainer; collective.
 
@@ -349,6 +391,7 @@ class CheckpointManager:
                 token counter), or "all".
             strict: refuse a checkpoint that lacks a tensor of the model or has one more; otherwise say which these
                 are, and leave those that are missing as they are.
+            check: as in `resume`.
 
         Raises:
             CheckpointError: the checkpoint does not fit, is damaged, or `content` is unknown.
@@ -365,6 +408,8 @@ class CheckpointManager:
                 f"the checkpoint '{folder}' holds only {', '.join(mark.contents)}, not {', '.join(sorted(absent))}: "
                 f"set the content of what you load to {mark.contents}"
             )
+        if check is not None:
+            check(folder, mark, wanted)
         load_run(trainer, folder, wanted, strict=strict)
 
 

@@ -28,7 +28,7 @@ from internlm.checkpoint.dcp_storage import METADATA_FILE, FileSum, Resolver, Su
 from internlm.checkpoint.folder import Mark
 from internlm.core.failure import describe_error
 from internlm.utils.errors import CheckpointError, UserError
-from internlm.utils.storage import StoragePath
+from internlm.utils.storage import StoragePath, storage_failure
 
 PARTS = ".parts"
 """Folder in which ranks that write in the background leave word that they are done."""
@@ -61,6 +61,7 @@ class SaveTask:
         step: of the run.
         final: where the checkpoint will be.
         writing: the folder to write into.
+        is_snapshot: whether `final` is one of the places that snapshots take in turn.
         rank, world_size: this one, and how many write.
         contents: what the checkpoint holds.
         files: name -> content of small files, written by the main rank.
@@ -72,6 +73,7 @@ class SaveTask:
     step: int
     final: StoragePath
     writing: StoragePath
+    is_snapshot: bool = False
     rank: int = 0
     world_size: int = 1
     contents: tuple[str, ...] = folders.WHOLE_RUN
@@ -155,14 +157,15 @@ def write_part(task: SaveTask, plan: RankPlan, resolver: Resolver) -> Part:
         results, total = write_tensors(path, plan.plan, resolver)
         return Part(task.rank, results, {path.name: total})
     except Exception as error:
-        return Part(task.rank, [], {}, _cause(error, task))
+        who = f"rank {task.rank}: " if task.world_size > 1 else ""
+        return Part(task.rank, [], {}, f"{who}{describe_failure(error)}")
 
 
 def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
     """Make a checkpoint of all parts; on the main rank. After a failure nothing of the save is left.
 
     Raises:
-        CheckpointError: a rank could not write its part.
+        CheckpointError: a rank could not write its part, or what is not ours stands where the checkpoint is to be.
         StorageError: the storage cannot be written.
     """
     try:
@@ -175,7 +178,8 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
         for name, content in (task.files or {}).items():
             sums[name] = _write_file(task.writing, name, content)
         (task.writing / PARTS).remove()
-        folders.finish_writing(task.writing, task.final, Mark(task.step, task.contents, sums))
+        mark = Mark(task.step, task.contents, sums)
+        folders.finish_writing(task.writing, task.final, mark, is_snapshot=task.is_snapshot)
     except BaseException:
         discard(task)
         raise
@@ -228,7 +232,11 @@ def discard(task: SaveTask) -> None:
 def _remove_old(task: SaveTask) -> None:
     if task.keep_latest is None or task.save_folder is None:
         return
-    kept = [found for found in folders.find_checkpoints(task.save_folder) if not found.is_snapshot]
+    kept = [
+        found
+        for found in folders.find_checkpoints(task.save_folder)
+        if not found.is_snapshot and folders.why_not_ours(found.path, found.step) is None
+    ]
     for found in kept[: -task.keep_latest]:
         folders.remove_checkpoint(found.path)
 
@@ -279,8 +287,11 @@ def collect_parts(
     return [parts[rank] for rank in sorted(parts)]
 
 
-def _cause(error: Exception, task: SaveTask) -> str:
-    who = f"rank {task.rank}: " if task.world_size > 1 else ""
+def describe_failure(error: Exception) -> str:
+    """Why a save failed: for a user, what the disk or the store says; for us, with the traceback, a defect."""
+    hidden = storage_failure(error)
+    if hidden is not None:
+        return str(hidden)
     if isinstance(error, OSError | UserError):
-        return f"{who}{error}"
-    return f"{who}{describe_error(error)}\n{''.join(traceback.format_exception(error))}"
+        return str(error)
+    return f"{describe_error(error)}\n{''.join(traceback.format_exception(error))}"

@@ -162,7 +162,7 @@ def write_weights(
         CheckpointError: a tensor could not be made or written.
     """
     final = save_folder / str(step)
-    writing = folders.begin_writing(final, uuid.uuid4().hex[:8])
+    writing = folders.begin_writing(final, uuid.uuid4().hex[:8], step)
     small = {CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1).encode(), **(files or {})}
     contents: tuple[str, ...] = ("model",)
     by_key = {f"{MODEL_PREFIX}{name}": lazy for name, lazy in tensors.items()}

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -18,13 +17,12 @@ from internlm.checkpoint.saving import (
     Copies,
     collect_parts,
     complete,
+    describe_failure,
     discard,
     follow_up,
     leave_part,
     write_part,
 )
-from internlm.core.failure import describe_error
-from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import configure_logging
 
 NICENESS = 10
@@ -77,10 +75,8 @@ def carry_out(order: Order, shared: SharedMemory, run_has_ended: Callable[[], bo
             if not run_has_ended():
                 # Another run may be there by now, and read an older checkpoint.
                 notice = follow_up(task)
-    except (OSError, CheckpointError) as failure:
-        error = str(failure)
     except Exception as failure:
-        error = f"{describe_error(failure)}\n{traceback.format_exc()}"
+        error = describe_failure(failure)
     return Outcome(task.step, error, notice, time.monotonic())
 
 

@@ -29,6 +29,7 @@ from internlm.core.progress.record import Progress
 from internlm.core.progress.stall_watch import BACKSTOP_SECONDS, StallWatch
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_trainer, check_buildable, set_numerics
+from internlm.initialize.data_checks import check_data
 from internlm.initialize.launch import (
     LAUNCHERS,
     Launch,
@@ -45,6 +46,7 @@ from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError, user_message
 from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.paths import local_path
+from internlm.utils.storage import full_disk
 
 logger = get_logger(__name__)
 
@@ -139,6 +141,7 @@ def _dry_run(loaded: LoadedConfig, launch: Launch, run_dir: Path | None) -> str:
         *(f"{part:<16} {size:>16,} parameters" for part, size in sizes.items()),
         f"{'all':<16} {sum(sizes.values()):>16,} parameters",
         f"{tokens:,} tokens a step, {tokens * config.data.total_steps:,} in {config.data.total_steps:,} steps",
+        *check_data(config),
         *(f"notice: {notice}" for notice in notices),
         "the config is valid",
     ]
@@ -192,7 +195,8 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
                 _say_goodbye(trainer, config.ckpt)
             with progress.announce("end of the run"):
                 disconnect(context)
-        except BaseException as error:
+        except BaseException as failure:
+            error = full_disk(failure) or failure
             # When one rank has failed a launcher terminates the others; that must not keep the cause out of their logs.
             _ignore_sigterm()
             cause = watch.report(error, str(progress))

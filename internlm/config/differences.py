@@ -158,7 +158,7 @@ def find_differences(config: Config, given: Callable[[str], Any]) -> Iterator[st
             name = keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
             lines.append(f"{name} not set: {difference.here}, with InternEvo {difference.theirs} ({difference.effect})")
     info = config.ckpt.load_ckpt_info
-    if is_theirs and info is not None and config.ckpt.auto_resume:
+    if is_theirs and info is not None and config.ckpt.auto_resume and not info.is_placeholder:
         lines.append(
             f"ckpt.load_ckpt_info: {info.path!r} is loaded when there is nothing to resume; InternEvo ignores it with "
             "ckpt.auto_resume = True"

@@ -159,6 +159,23 @@ def _load_given(edit: Edit) -> str | None:
     return None
 
 
+_CHECKPOINT_TYPES = {"normal": "internevo", "internlm": "internevo", "hf_llama": "hf"}
+"""Names that InternEvo gave, now or once, to what has another one here; in lower case."""
+
+
+def _checkpoint_type(edit: Edit) -> str | None:
+    path = "ckpt.load_ckpt_info.ckpt_type"
+    old = edit.get(path)
+    if not isinstance(old, str):
+        return None
+    new = _CHECKPOINT_TYPES.get(old.lower(), old.lower())
+    # In capitals only what is known: other names may be those of types that a user has registered.
+    if new == old or new not in ("internevo", "hf", "llama"):
+        return None
+    edit.put(path, new)
+    return f"{path} = '{old}' is read as '{new}'"
+
+
 def _read_as(path: str, old: str, new: object, is_old: Callable[[Any], bool]) -> Legacy:
     """A value that InternEvo takes for another one; `old` says which, in words of a config."""
 
@@ -261,7 +278,11 @@ LEGACY: tuple[Legacy, ...] = (
     Legacy("ckpt.load_model_only_folder", "`ckpt.load_ckpt_info` with content ('model',)", _load_weights_only),
     Legacy("ckpt.load_ckpt_folder, ckpt.load_optimizer", "`ckpt.load_ckpt_info`", _load_folder),
     Legacy("ckpt.load_given_ckpt", "the opposite of `ckpt.auto_resume`", _load_given),
-    _value("ckpt.load_ckpt_info.ckpt_type", "normal", "internevo"),
+    Legacy(
+        "ckpt.load_ckpt_info.ckpt_type = 'normal', 'internlm', 'hf_llama', or a type in capitals",
+        "`'internevo'`, `'internevo'`, `'hf'`, the type in small letters",
+        _checkpoint_type,
+    ),
     _value("model_type", "LLAMA", "LLAMA2"),
     _value("model_type", "INTERNLM2_PUBLIC", "INTERNLM2"),
     Legacy("model.moe_use_residual", "`model.num_shared_experts` 1 or 0", _shared_experts),

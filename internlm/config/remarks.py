@@ -16,6 +16,14 @@ def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
     if isinstance(given("ckpt.load_ckpt_info"), dict) and config.ckpt.load_ckpt_info is None:
         yield "ckpt.load_ckpt_info has no path: nothing is loaded from it"
     ckpt = config.ckpt
+    if ckpt.load_ckpt_info is not None and ckpt.load_ckpt_info.is_placeholder:
+        path = ckpt.load_ckpt_info.path
+        yield f"ckpt.load_ckpt_info.path = {path!r} is a placeholder: nothing is loaded, unless the folder exists"
+    if not ckpt.enable_save_ckpt and ckpt.save_ckpt_folder and given("ckpt.auto_resume"):
+        yield (
+            f"no effect: ckpt.auto_resume = True (ckpt.enable_save_ckpt = False: {ckpt.save_ckpt_folder!r} is neither "
+            "saved to nor resumed from; load from it by ckpt.load_ckpt_info)"
+        )
     if ckpt.enable_save_ckpt and ckpt.async_upload and not ckpt.saves_in_background:
         yield (
             f"no effect: ckpt.async_upload = True (ckpt.save_ckpt_folder = {ckpt.save_ckpt_folder!r} is local; set "

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import nn
 
 from internlm.checkpoint.weight_source import WeightSource
-from internlm.convert.hf_folder import HfFolder, HfWeights, differences
-from internlm.convert.llama_folder import MetaLlamaWeights
+from internlm.config.schema import Config
+from internlm.convert.hf_folder import HfFolder, HfWeights
+from internlm.convert.llama_folder import MetaLlamaWeights, trained_keys
 from internlm.model.architecture import Architecture
 from internlm.utils.errors import ConfigError, nearest
 from internlm.utils.logging import get_logger
@@ -56,12 +57,30 @@ def open_weights(ckpt_type: str, path: StoragePath, model: nn.Module) -> WeightS
     return _OPENERS[ckpt_type](path, model)
 
 
+def trained_as(ckpt_type: str, path: StoragePath, config: Config) -> Config | None:
+    """`config` with the model that the weights at `path` were trained as; None where their format does not tell.
+
+    Raises:
+        ConfigError: a family or feature that this package does not have.
+        CheckpointError: the folder's description of the model is missing or damaged.
+    """
+    values = config.model_dump(mode="json")
+    if ckpt_type == "hf":
+        found = HfFolder(path).model
+        values |= {"model_type": found.model_type, "model": {**found.keys, "dtype": config.model.dtype}}
+    elif ckpt_type == "llama":
+        values["model"] |= trained_keys(path, values["model"])
+    else:
+        return None
+    return Config.model_validate(values)
+
+
 @register_checkpoint_type("hf")
 def _open_hf(path: StoragePath, model: nn.Module) -> WeightSource:
-    folder, architecture = HfFolder(path), _architecture(model, "hf")
-    for line in (*folder.model.notices, *differences(folder.model, architecture)):
+    folder = HfFolder(path)
+    for line in folder.model.notices:
         logger.warning("%s: %s", path, line)
-    return HfWeights(folder, architecture)
+    return HfWeights(folder, _architecture(model, "hf"))
 
 
 @register_checkpoint_type("llama")

@@ -5,7 +5,6 @@ Tensors are found by name and read one at a time. `HfWeights` gives them by our 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
 from internlm.model.from_hf_config import HfModel, from_hf_config
 from internlm.model.hf_names import Layout, from_hf, weight_groups
-from internlm.model.modules.rotary import RopeSettings
 from internlm.model.registry import build_model
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
@@ -274,29 +272,6 @@ def side_files(folder: StoragePath) -> dict[str, bytes]:
         if wanted and path.is_file() and path.size() <= _LARGEST_KEPT:
             files[name] = path.read_bytes()
     return files
-
-
-def differences(model: HfModel, architecture: Architecture) -> list[str]:
-    """What makes a model another function than the one whose weights it is to get, one line each.
-
-    Shapes are compared with the weights. A longer context is often wanted, so this is for a warning.
-    """
-    config = ModelConfig.model_validate(model.keys)
-    with torch.device("meta"):
-        theirs = build_model(model.model_type, config).architecture
-    assert isinstance(theirs, Architecture)
-    names = ("norm_type", "norm_eps", "unit_offset_norm", "activation", "embedding_multiplier", "norm_head", "windows")
-    pairs = {name: (getattr(theirs, name), getattr(architecture, name)) for name in names}
-    pairs |= {
-        f"rope {field.name}": (getattr(theirs.rope, field.name), getattr(architecture.rope, field.name))
-        for field in dataclasses.fields(RopeSettings)
-        if field.name not in ("interleaved", "fp32", "max_positions")
-    }
-    return [
-        f"the weights were trained with {name} {was}, this model has {now}"
-        for name, (was, now) in pairs.items()
-        if was != now
-    ]
 
 
 def meta_weights(architecture: Architecture) -> dict[str, Tensor]:

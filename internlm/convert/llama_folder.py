@@ -20,10 +20,7 @@ from internlm.model.architecture import Architecture
 from internlm.model.hf_names import from_plain, group_of, plain_shapes
 from internlm.model.modules.rotary import RopeSettings
 from internlm.utils.errors import CheckpointError
-from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
-
-logger = get_logger(__name__)
 
 _FILE = re.compile(r"consolidated\.\d\d\.pth")
 _ROWS_SPLIT = (".wo.weight", ".w2.weight")
@@ -134,12 +131,48 @@ def _split_dim(
     )
 
 
-def _check_params(path: StoragePath, architecture: Architecture) -> float:
-    """Compare with the model; returns the rotary base."""
+def trained_keys(path: StoragePath, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """What params.json says of the function of the model, as keys of the `model` section.
+
+    Args:
+        path: the folder.
+        ours: the `model` section of the run, from which comes what params.json leaves open: by how much scaled rotary
+            frequencies are scaled.
+
+    Raises:
+        CheckpointError: there is no params.json, or it is damaged.
+    """
+    values = _read_params(path)
+    keys: dict[str, Any] = {"rope_base": _rope_base(path, values), "use_dynamic_ntk_rope": False}
+    if values.get("norm_eps") is not None:
+        keys["layer_norm_epsilon"] = values["norm_eps"]
+    scaling = ours.get("rope_scaling")
+    if not values.get("use_scaled_rope"):
+        keys["rope_scaling"] = None
+    elif scaling is None or scaling["type"] != "llama3":
+        keys["rope_scaling"] = _SCALING_OF_LLAMA_3_1
+    return keys
+
+
+_SCALING_OF_LLAMA_3_1 = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _read_params(path: StoragePath) -> dict[str, Any]:
     file = path / "params.json"
     if not file.is_file():
         raise CheckpointError(f"'{path}' has no params.json: it is no folder of llama weights")
-    values = read_json(file)
+    return read_json(file)
+
+
+def _check_params(path: StoragePath, architecture: Architecture) -> float:
+    """Compare the sizes with those of the model; returns the rotary base."""
+    values = _read_params(path)
     a = architecture
     sizes = {
         "dim": a.hidden_size,
@@ -148,23 +181,18 @@ def _check_params(path: StoragePath, architecture: Architecture) -> float:
         "n_kv_heads": a.num_kv_heads,
     }
     values.setdefault("n_kv_heads", values.get("n_heads"))
-    mistakes = _differences(values, sizes)
-    if mistakes:
-        raise CheckpointError(f"{file}: does not fit this model: {'; '.join(mistakes)}")
-    # A longer context is often wanted, so these are not refused.
-    base = values.setdefault("rope_theta", 10000.0)
-    if not isinstance(base, int | float) or not base > 0:
-        raise CheckpointError(f"{file}: rope_theta must be a number above 0, got {base!r}")
-    scaled = a.rope.rope_type == "llama3"
-    function = {"norm_eps": a.norm_eps, "rope_theta": a.rope.base, "use_scaled_rope": scaled}
-    for line in _differences({"use_scaled_rope": False, **values}, function):
-        logger.warning("%s: %s", file, line)
-    return float(base)
-
-
-def _differences(values: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    return [
+    mistakes = [
         f"{name} is {values[name]}, the model has {value}"
-        for name, value in ours.items()
+        for name, value in sizes.items()
         if values.get(name) is not None and values[name] != value
     ]
+    if mistakes:
+        raise CheckpointError(f"{path / 'params.json'}: does not fit this model: {'; '.join(mistakes)}")
+    return _rope_base(path, values)
+
+
+def _rope_base(path: StoragePath, params: Mapping[str, Any]) -> float:
+    base = params.get("rope_theta", 10000.0)
+    if not isinstance(base, int | float) or not base > 0:
+        raise CheckpointError(f"{path / 'params.json'}: rope_theta must be a number above 0, got {base!r}")
+    return float(base)

@@ -72,7 +72,8 @@ class RunningTrainer(Protocol):
         """Why someone wants the step just counted saved; None when nobody does. The same on all ranks."""
 
     def evaluate(self) -> dict[str, float]:
-        """Run every valid set on all its tokens; all ranks must call it. Returns `val/<set>_loss`, `_acc`, `_plex`."""
+        """Run every valid set on all its tokens; all ranks must call it. Returns `val/<set>_loss`, `_acc`, `_plex`. A
+        set that cannot be read is told as an error and left out."""
 
     def save_checkpoint(self, *, snapshot: bool = False) -> None:
         """Save this instant, or begin to; all ranks must call it. What becomes of it comes from `poll_saves`."""

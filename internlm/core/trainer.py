@@ -16,6 +16,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook, SaveResult, TrainState
 from internlm.core.metrics import StepMetrics
+from internlm.core.reading import read_together
 from internlm.core.requests import Requests, RequestSignals
 from internlm.data.batch import Batch
 from internlm.eval.metrics import TokenSums, evaluation_results
@@ -229,19 +230,31 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Every valid set on all its tokens; all ranks must call it.
 
+        A set whose data some rank cannot read, or that has no label, is told as an error and left out, on all ranks
+        alike. An exception of the model's passes is not caught: other ranks may be waiting in them.
+
         Returns:
             `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` for each set.
         """
         results: dict[str, float] = {}
         for name, batches in self.valid_sets.items():
-            with self.progress.announce(f"evaluation of '{name}'"):
-                sums = TokenSums(num_types=1, device=self.context.device)
-                for batch in batches:
-                    for micro_batch in batch.micro_batches:
-                        self.engine.evaluate(micro_batch, sums)
-                results.update(evaluation_results(name, sums, self.engine.sum_over_tokens))
-        self._call("on_evaluation_end", results)
+            try:
+                with self.progress.announce(f"evaluation of '{name}'"):
+                    sums = self._evaluate_set(batches)
+                    results.update(evaluation_results(name, sums, self.engine.sum_over_tokens))
+            except DataError as error:
+                logger.error("step %d: '%s' was not evaluated: %s; the run goes on", self.state.step, name, error)
+        if results:
+            self._call("on_evaluation_end", results)
         return results
+
+    def _evaluate_set(self, batches: Iterable[Batch]) -> TokenSums:
+        """Raises DataError, on all ranks or none."""
+        sums = TokenSums(num_types=1, device=self.context.device)
+        for batch in read_together(batches, self.context):
+            for micro_batch in batch.micro_batches:
+                self.engine.evaluate(micro_batch, sums)
+        return sums
 
     def save_checkpoint(self, *, snapshot: bool = False) -> None:
         """Save this instant, or begin to; all ranks must call it.

@@ -9,7 +9,7 @@ class EvaluationHook(Hook):
     """Evaluates every `every` steps and after the last step of the run; 0 never evaluates.
 
     A run that is asked to stop earlier is not evaluated: it may be about to be killed, and goes on later.
-    Place it before the checkpoint hook, so that a checkpoint's step has its evaluation on record.
+    Place it behind the checkpoint hook: an evaluation that fails, hangs or is killed then costs no training.
     """
 
     name = "evaluation"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer
-from internlm.checkpoint.folder import resolve
+from internlm.checkpoint.folder import Mark, resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.checkpoint.reading import CONFIG_FILE
@@ -20,8 +21,9 @@ from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
 from internlm.config.schema import CkptConfig, Config
+from internlm.config.schema.ckpt import LoadCkptInfo
 from internlm.config.unsupported import find_refused_in_training
-from internlm.convert.checkpoint_types import open_weights
+from internlm.convert.checkpoint_types import open_weights, trained_as
 from internlm.convert.to_hf import check_exportable, export_beside
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
@@ -36,6 +38,8 @@ from internlm.data.valid import ValidLoader, build_valid_loaders
 from internlm.eval.hook import EvaluationHook
 from internlm.eval.metrics import TypeMetrics
 from internlm.initialize.activations import check_activations
+from internlm.initialize.data_checks import check_valid_sets
+from internlm.initialize.model_changes import check_same_function, compare_configs, saved_config
 from internlm.initialize.stages import (
     build_chunks,
     build_layer_split,
@@ -161,6 +165,7 @@ def build_trainer(
         logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")
     known = data_tokenizer(config)
     train_loader = build_loader(config, context)
+    check_valid_sets(config, context)
     chunks = build_chunks(config, context)
     engine = build_engine(config, context, chunks, train_loader.type_names, progress)
     manager = build_manager(config, config_text)
@@ -183,6 +188,8 @@ def build_trainer(
     if resume:
         load_checkpoint(config, manager, trainer)
     if config.ckpt.enable_save_ckpt:
+        first, last = trainer.state.step + 1, trainer.total_steps
+        manager.check_room(context, first, last, snapshots=config.ckpt.oss_snapshot_freq is not None)
         # After the mistakes that loading finds: they leave no folders behind.
         manager.check_writable(context)
     return trainer
@@ -319,11 +326,12 @@ def build_hooks(
         )
     if profiling:
         hooks.append(ProfilerHook())
-    if config.data.valid_every > 0 and config.data.valid_folder is not None:
-        hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.enable_save_ckpt:
         assert config.ckpt.checkpoint_every is not None
         hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
+    # Behind the checkpoint: what an evaluation meets must not cost the steps before it.
+    if config.data.valid_every > 0 and config.data.valid_folder is not None:
+        hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
     hooks.append(build_health(config, numbers, engine, train_loader))
@@ -372,7 +380,7 @@ def build_manager(config: Config, config_text: str) -> CheckpointManager:
         files={CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1), "config_file.py": config_text},
         snapshot_folder=ckpt.snapshot_ckpt_folder or None,
         keep_latest=ckpt.keep_latest,
-        async_save=ckpt.enable_save_ckpt and _saves_in_background(ckpt),
+        async_save=ckpt.enable_save_ckpt and ckpt.saves_in_background,
         after_save=export_beside if ckpt.enable_internevo2hf_ckpt else None,
     )
 
@@ -384,35 +392,53 @@ def _keep_files(config: Config, manager: CheckpointManager, path: StoragePath) -
     manager.files |= compare_with_checkpoint(config, path, known)
 
 
-def _saves_in_background(ckpt: CkptConfig) -> bool:
-    if ckpt.async_save or not ckpt.async_upload or not ckpt.save_ckpt_folder:
-        return ckpt.async_save
-    return not storage_path(ckpt.save_ckpt_folder).is_local
+def is_left_open(info: LoadCkptInfo) -> bool:
+    """Whether its path is a placeholder of an example. A folder of such a name counts; a store is not asked for one."""
+    assert info.path is not None
+    path = storage_path(info.path)
+    return info.is_placeholder and not (path.is_local and path.exists())
 
 
 def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
-    """Resume, or load `load_ckpt_info`, or start from scratch, and say which."""
+    """Resume, or load `load_ckpt_info`, or start from scratch, and say which.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, damaged, or does not fit; or its model is another function.
+    """
     info = config.ckpt.load_ckpt_info
-    found = manager.resume(trainer) if config.ckpt.auto_resume else None
+
+    def check(path: StoragePath, mark: Mark, contents: Collection[str]) -> None:
+        saved = saved_config(path)
+        if saved is not None:
+            next_rate = (lambda one: build_schedules(one)[0].lr(mark.step)) if "scheduler" in contents else None
+            compare_configs(saved, config, f"the checkpoint '{path}'", contents, next_rate)
+
+    # A run does not go on from a folder that it would not save to.
+    resumes = config.ckpt.auto_resume and config.ckpt.enable_save_ckpt
+    found = manager.resume(trainer, check) if resumes else None
     if found is not None:
         trainer.resumed_from = str(found.path)
         _keep_files(config, manager, found.path)
         logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, found.path)
         check_finite(trainer, found.path)
-    elif info is not None and info.path is not None:
+    elif info is not None and info.path is not None and not is_left_open(info):
         path = storage_path(info.path)
         if info.ckpt_type == "internevo":
             path = resolve(path)
         _keep_files(config, manager, path)
         if info.ckpt_type == "internevo":
-            manager.load(trainer, path, info.content, strict=info.strict)
+            manager.load(trainer, path, info.content, strict=info.strict, check=check)
         else:
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
+            trained = trained_as(info.ckpt_type, path, config)
+            if trained is not None:
+                check_same_function(trained, config, f"'{path}'", translated=True)
             load_weights(trainer, weights, f"'{path}'", strict=info.strict)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
         check_finite(trainer, path)
     else:
-        why = f"no complete checkpoint in {manager.save_folder}" if config.ckpt.auto_resume else "auto_resume is off"
+        off = "enable_save_ckpt" if config.ckpt.auto_resume else "auto_resume"
+        why = f"no complete checkpoint in {manager.save_folder}" if resumes else f"{off} is off"
         logger.info("starting from scratch (%s)", why)
 
 

@@ -16,7 +16,7 @@ from internlm.config.schema import Config
 from internlm.convert.checkpoint_types import open_weights
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.folder import find_train_files, find_valid_sets
-from internlm.initialize.build import build_loader, build_valid_sets
+from internlm.initialize.build import build_loader, build_valid_sets, is_left_open
 from internlm.initialize.stages import build_meta_model
 from internlm.initialize.tokenizers import data_tokenizer
 from internlm.model.ops.registry import OpSettings, describe
@@ -120,7 +120,7 @@ def _data_tokenizer(config: Config, context: ParallelContext) -> list[str]:
 def _weights(config: Config, context: ParallelContext) -> list[str]:
     """What `ckpt.load_ckpt_info` names is there, unless there is a checkpoint to resume."""
     info = config.ckpt.load_ckpt_info
-    if info is None or info.path is None or _resumes(config):
+    if info is None or info.path is None or is_left_open(info) or _resumes(config):
         return []
     path = storage_path(info.path)
     if info.ckpt_type == "internevo":
@@ -132,7 +132,7 @@ def _weights(config: Config, context: ParallelContext) -> list[str]:
 
 def _resumes(config: Config) -> bool:
     ckpt = config.ckpt
-    if not (ckpt.auto_resume and ckpt.save_ckpt_folder):
+    if not (ckpt.auto_resume and ckpt.enable_save_ckpt and ckpt.save_ckpt_folder):
         return False
     snapshots = storage_path(ckpt.snapshot_ckpt_folder) if ckpt.snapshot_ckpt_folder else None
     return bool(find_checkpoints(storage_path(ckpt.save_ckpt_folder), snapshots))

@@ -120,6 +120,14 @@ class Architecture:
     dtype: torch.dtype
     init: InitSettings
 
+    @property
+    def function(self) -> dict[str, object]:
+        """What the outputs follow from, besides the weights, by name; number formats, kernels and the layout of fused
+        weights aside."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rope = {f"rope {name}": value for name, value in self.rope.function.items()}
+        return {name: value for name, value in values.items() if name not in _NOT_OF_THE_FUNCTION} | rope
+
     @classmethod
     def resolve(
         cls, config: ModelConfig, defaults: FamilyDefaults | None = None, *, norm_dtype: torch.dtype | None = None
@@ -203,6 +211,16 @@ class Architecture:
                 head=config.out_head_init_std,
             ),
         )
+
+
+_NOT_OF_THE_FUNCTION = {
+    *("fused_qkv", "fused_gate_up"),
+    # Only what the angles read of it counts.
+    *("rope", "max_position_embeddings"),
+    *("norm_dtype", "dtype", "residual_in_fp32", "attention_backend", "use_flash_attn", "fused_kernels"),
+    *("kept_activations", "embed_grad_scale", "init"),
+}
+"""Fields of `Architecture`: any other, a new one too, makes a model another function."""
 
 
 def _pick(*choices: T | None) -> T:

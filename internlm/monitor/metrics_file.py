@@ -3,8 +3,9 @@
 Owns the file and its format. The file is a function of the run, however often the run was interrupted: on a resume
 the lines after the resumed step are dropped before new ones are appended.
 
-A line holds the names of `StepNumbers.of`, and `val/...` where that step was evaluated. It is strict JSON, which has no
-NaN or infinity: such a value is null, and the line gets "nonfinite", a mapping of its name to "nan", "inf" or "-inf".
+A line holds the names of `StepNumbers.of`, and `val/...` where that step was evaluated; these have a line of their own
+where the step was saved before. It is strict JSON, which has no NaN or infinity: such a value is null, and the line
+gets "nonfinite", a mapping of its name to "nan", "inf" or "-inf".
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import IO
 
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.metrics import StepMetrics
+from internlm.monitor.appended_lines import AppendedLines
 from internlm.monitor.step_numbers import SECONDS_AFTER_AN_EXCEPTION, HeldStep, StepNumbers
 from internlm.utils.logging import get_logger
 
@@ -76,7 +77,7 @@ class MetricsFileHook(Hook):
 
     def __init__(self, numbers: StepNumbers) -> None:
         self._held = HeldStep(numbers)
-        self._file: IO[str] | None = None
+        self._file: AppendedLines | None = None
         self._evaluation: dict[str, float | str] = {}
 
     def on_fit_start(self, trainer: RunningTrainer) -> None:
@@ -91,7 +92,7 @@ class MetricsFileHook(Hook):
                     "%s: dropped %d lines after step %d, where this run starts", path, dropped, trainer.state.step
                 )
         self._evaluation = {}
-        self._file = path.open("a", encoding="utf-8")
+        self._file = AppendedLines(path)
 
     def on_step_start(self, trainer: RunningTrainer) -> None:
         if self._held.has_arrived:
@@ -121,8 +122,7 @@ class MetricsFileHook(Hook):
     def _flush(self) -> None:
         line = {**(self._held.take() or {}), **self._evaluation}
         if self._file is not None and line:
-            self._file.write(to_json_line(line) + "\n")
-            self._file.flush()
+            self._file.write(to_json_line(line))
         self._evaluation = {}
 
     def _close(self) -> None:

@@ -10,6 +10,7 @@ from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.metrics import StepMetrics
 from internlm.monitor.step_numbers import SECONDS_AFTER_AN_EXCEPTION, HeldStep, StepNumbers
 from internlm.utils.logging import get_logger
+from internlm.utils.storage import full_disk
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -118,20 +119,35 @@ class TensorBoardHook(Hook):
     def _write(self, numbers: dict[str, float | str] | dict[str, float], step: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        assert self._writer is not None
+        if self._writer is None:
+            return
         scalars = []
-        for name, value in numbers.items():
-            if not isinstance(value, str):
-                scalars.append(Summary.Value(tag=name, simple_value=value))
-            elif self._texts.get(name) != value:
-                self._writer.add_text(name, value, step)
-                self._texts[name] = value
-        # One event a step: an event a number (`add_scalar`) takes milliseconds for the few dozen of them.
-        file_writer: Any = self._writer.file_writer
-        file_writer.add_summary(Summary(value=scalars), step)
+        try:
+            for name, value in numbers.items():
+                if not isinstance(value, str):
+                    scalars.append(Summary.Value(tag=name, simple_value=value))
+                elif self._texts.get(name) != value:
+                    self._writer.add_text(name, value, step)
+                    self._texts[name] = value
+            # One event a step: an event a number (`add_scalar`) takes milliseconds for the few dozen of them.
+            file_writer: Any = self._writer.file_writer
+            file_writer.add_summary(Summary(value=scalars), step)
+        except OSError as error:
+            # That of its thread, which does the writing and has ended.
+            self._give_up(error)
 
     def _close(self) -> None:
         if self._writer is not None:
             self._write_held()
-            self._writer.close()
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._give_up(error)
             self._writer = None
+
+    def _give_up(self, error: OSError) -> None:
+        assert self._writer is not None
+        error.filename = error.filename or self._writer.get_logdir()
+        logger.error("TensorBoard is off from here on, and the run goes on: %s", full_disk(error) or error)
+        self._writer = None

@@ -82,6 +82,26 @@ CASES = [
         {"ckpt": {"load_ckpt_info": {"ckpt_type": "internevo"}}},
         "'normal' is read as 'internevo'",
     ),
+    *(
+        (
+            {"ckpt": {"load_ckpt_info": {"ckpt_type": old}}},
+            {"ckpt": {"load_ckpt_info": {"ckpt_type": new}}},
+            None if old == new else f"'{old}' is read as '{new}'",
+        )
+        for old, new in (
+            ("internlm", "internevo"),
+            ("InternLM", "internevo"),
+            ("INTERNEVO", "internevo"),
+            ("LLAMA", "llama"),
+            ("hf_llama", "hf"),
+            ("HF", "hf"),
+            # Nothing to translate: what is there, what is refused by name, and what a user may have registered.
+            ("internevo", "internevo"),
+            ("llama", "llama"),
+            ("internlm_test", "internlm_test"),
+            ("MyFormat", "MyFormat"),
+        )
+    ),
     ({"model_type": "LLAMA"}, {"model_type": "LLAMA2"}, "model_type = 'LLAMA'"),
     ({"model_type": "INTERNLM2_PUBLIC"}, {"model_type": "INTERNLM2"}, "model_type = 'INTERNLM2_PUBLIC'"),
     ({"model": {"moe_use_residual": True}}, {"model": {"num_shared_experts": 1}}, "moe_use_residual is read as"),

@@ -86,6 +86,14 @@ def test_every_key_is_documented_and_classified():
         assert info.detail or info.status is Status.SUPPORTED, f"{path} gives no reason"
 
 
+def test_every_key_of_the_model_says_whether_it_changes_outputs():
+    for path, field in walk_schema(Config):
+        if path.startswith("model.") or path == "model_type":
+            assert key_info(field).changes_outputs is not None, f"{path}: say changes_outputs=True or False"
+        else:
+            assert not key_info(field).changes_outputs, path
+
+
 def test_dependent_keys_name_a_key_that_is_there():
     known = {path for path, _ in walk_schema(Config)}
     for path, field in walk_schema(Config):

@@ -250,4 +250,12 @@ def test_weights_that_do_not_fit_stop_the_run_by_name(tmp_path: Path) -> None:
     config = write_config(tmp_path, FROM_HF.replace("{folder}", str(tmp_path)) + "model.update(num_layers=3)\n")
     run = start_training(["--config", config, "--run-dir", tmp_path / "run"], tmp_path / "output.txt")
     assert run.wait() == 2
+    assert "model.num_layers: 2 -> 3" in (tmp_path / "output.txt").read_text()
+    config = write_config(
+        tmp_path,
+        FROM_HF.replace("{folder}", str(tmp_path))
+        + "model.update(num_layers=3)\nckpt['allow_model_changes'] = ('model.num_layers',)\n",
+    )
+    run = start_training(["--config", config, "--run-dir", tmp_path / "run"], tmp_path / "output.txt")
+    assert run.wait() == 2
     assert "layers.2.attention_norm.weight' is missing" in (tmp_path / "output.txt").read_text()

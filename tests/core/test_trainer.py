@@ -56,7 +56,7 @@ def test_hooks_are_called_in_order_and_counters_count(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, 3, every=2, hooks=[events])
     state = trainer.fit()
     assert events.log == [
-        "start", "step", "end 1", "step", "end 2", "saved 2", "step", "end 3", "done", "saved 3",
+        "start", "step", "end 1", "step", "end 2", "saved 2", "step", "end 3", "saved 3", "done",
     ]  # fmt: skip
     assert (state.step, state.num_consumed_samples, state.num_consumed_tokens) == (3, 12, 3 * 4 * 20)
 

@@ -105,12 +105,13 @@ def part_of_run(folder: str, layout: str, save_folder: str | None, until: int) -
     """Train in a layout until a step, on each rank: from the newest checkpoint of `save_folder`, where there is one."""
     case = case_of(folder, layout)
     config = case.config
-    ckpt = config.ckpt.model_copy(update={"save_ckpt_folder": save_folder, "enable_save_ckpt": until < LAST_STEP})
+    ckpt = config.ckpt.model_copy(update={"save_ckpt_folder": save_folder, "enable_save_ckpt": save_folder is not None})
     context = ParallelContext.create(build_layout(config, case.world_size))
     run_dir = Path(folder) / "runs" / layout / str(until)
     trainer = build_trainer(config.model_copy(update={"ckpt": ckpt}), context, run_dir)
     recorder, rates = Recorder(trainer), Rates()
-    trainer.hooks.append(rates)
+    # The last steps are compared, not saved.
+    trainer.hooks = [hook for hook in trainer.hooks if until < LAST_STEP or hook.name != "checkpoint"] + [rates]
     trainer.total_steps = until
     batches = watch_batches(trainer)
     state = trainer.fit()

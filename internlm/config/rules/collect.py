@@ -16,6 +16,7 @@ RULES: tuple[Rule, ...] = (
     run.accumulation,
     run.saving,
     run.places,
+    run.model_changes,
     model.interleaving_of_heads,
     ranks.weight_parallel,
     pipeline.schedule,

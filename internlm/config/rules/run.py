@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from internlm.config.changes import keys_that_change_outputs
 from internlm.config.mistakes import Mistake
 from internlm.config.schema import Config
-from internlm.utils.errors import ConfigError
+from internlm.utils.errors import ConfigError, nearest
 from internlm.utils.storage import storage_path
 
 _SKIP = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -73,6 +74,19 @@ def places(config: Config, world_size: int) -> Iterator[Mistake]:
             continue
         if key == "ckpt.stop_file_path" and not is_local:
             yield Mistake((key,), f"{key} = {folder!r}: the stop file is read at every step; give a local path")
+
+
+def model_changes(config: Config, world_size: int) -> Iterator[Mistake]:
+    """What may differ from a checkpoint is a key whose difference would be refused."""
+    allowed = config.ckpt.allow_model_changes
+    known = keys_that_change_outputs()
+    for name in () if isinstance(allowed, bool) else allowed:
+        if name not in known:
+            yield Mistake(
+                ("ckpt.allow_model_changes",),
+                f"ckpt.allow_model_changes names '{name}', which is no key that makes a model another function; one is "
+                f"'model.rope_base'.{nearest(name, known)}",
+            )
 
 
 def batches(config: Config, world_size: int) -> Iterator[Mistake]:
@@ -154,7 +168,14 @@ def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
             f"{scaler.fp16.min_scale} and max_scale = {scaler.max_scale}",
         )
     info = config.ckpt.load_ckpt_info
-    if info is not None and info.ckpt_type != "internevo" and info.content != ("model",):
+    if info is not None and info.ckpt_type in ("internlm_test", "internlm2_test"):
+        yield Mistake(
+            ("ckpt.load_ckpt_info.ckpt_type",),
+            f"ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}: a checkpoint of InternEvo is converted first, of "
+            "whatever layout: internlm convert from-internevo --ckpt DIR --out NEW; then path = NEW and ckpt_type = "
+            "'internevo'",
+        )
+    elif info is not None and info.ckpt_type != "internevo" and info.content != ("model",):
         yield Mistake(
             ("ckpt.load_ckpt_info.content", "ckpt.load_ckpt_info.ckpt_type"),
             f"ckpt.load_ckpt_info.content = {info.content}: a checkpoint of type {info.ckpt_type!r} holds weights "

@@ -56,6 +56,9 @@ class KeyInfo:
     """In words, what the value is when the key is absent; empty for a plain default."""
     forced: bool = False
     """The derived value stands even when the user gives another one."""
+    changes_outputs: bool | None = None
+    """Keys of the model: whether the same weights give other outputs under another value, number formats and kernels
+    aside. A run may then not go on from a checkpoint of another value, unless `ckpt.allow_model_changes` says so."""
 
 
 _EXTRA = "internlm"
@@ -66,31 +69,51 @@ def _field(default: Any, doc: str, info: KeyInfo, constraints: dict[str, Any]) -
     return Field(default, description=doc, json_schema_extra=extra, **constraints)
 
 
-def key(default: Any, doc: str, *, derived: str = "", forced: bool = False, **constraints: Any) -> Any:
+def key(
+    default: Any,
+    doc: str,
+    *,
+    derived: str = "",
+    forced: bool = False,
+    changes_outputs: bool | None = None,
+    **constraints: Any,
+) -> Any:
     """A key that works; `...` as default makes it required."""
-    return _field(default, doc, KeyInfo(Status.SUPPORTED, derived=derived, forced=forced), constraints)
+    info = KeyInfo(Status.SUPPORTED, derived=derived, forced=forced, changes_outputs=changes_outputs)
+    return _field(default, doc, info, constraints)
 
 
-def later(default: Any, doc: str, feature: str, *, accepts: tuple[Any, ...] = (), **constraints: Any) -> Any:
+def later(
+    default: Any,
+    doc: str,
+    feature: str,
+    *,
+    accepts: tuple[Any, ...] = (),
+    changes_outputs: bool | None = None,
+    **constraints: Any,
+) -> Any:
     """A key whose feature is not there yet: any value but the default (or `accepts`) is refused by name."""
-    return _field(default, doc, KeyInfo(Status.LATER, feature, accepts), constraints)
+    return _field(default, doc, KeyInfo(Status.LATER, feature, accepts, changes_outputs=changes_outputs), constraints)
 
 
 def no_effect(
     default: Any, doc: str, reason: str, *, derived: str = "", forced: bool = False, **constraints: Any
 ) -> Any:
     """A key that is accepted for the sake of existing configs and changes nothing; `reason` says why."""
-    return _field(default, doc, KeyInfo(Status.NO_EFFECT, reason, derived=derived, forced=forced), constraints)
+    info = KeyInfo(Status.NO_EFFECT, reason, derived=derived, forced=forced, changes_outputs=False)
+    return _field(default, doc, info, constraints)
 
 
-def used_with(default: Any, doc: str, other: str, **constraints: Any) -> Any:
+def used_with(default: Any, doc: str, other: str, *, changes_outputs: bool | None = None, **constraints: Any) -> Any:
     """A key that refines key `other`, and means nothing while that one has its default."""
-    return _field(default, doc, KeyInfo(Status.DEPENDENT, other), constraints)
+    return _field(default, doc, KeyInfo(Status.DEPENDENT, other, changes_outputs=changes_outputs), constraints)
 
 
-def library_only(default: Any, doc: str, reason: str, **constraints: Any) -> Any:
+def library_only(
+    default: Any, doc: str, reason: str, *, changes_outputs: bool | None = None, **constraints: Any
+) -> Any:
     """A key that works for users of the library; training refuses any value but the default, for `reason`."""
-    return _field(default, doc, KeyInfo(Status.LIBRARY_ONLY, reason), constraints)
+    return _field(default, doc, KeyInfo(Status.LIBRARY_ONLY, reason, changes_outputs=changes_outputs), constraints)
 
 
 def section(cls: type[Section] | None, doc: str) -> Any:

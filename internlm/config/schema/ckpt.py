@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
@@ -40,6 +41,11 @@ class LoadCkptInfo(Section):
     strict: bool = key(
         True, "Refuse when weights are missing or left over; False loads what fits and logs the names of the rest."
     )
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether the path is one of those that examples leave to be filled in, such as `local:llm_ckpts/xxxx`."""
+        return self.path is not None and any(re.fullmatch("[xX]{3,}", part) for part in re.split("[/:]", self.path))
 
 
 class UniversalCkptConfig(Section):
@@ -85,7 +91,12 @@ class CkptConfig(Section):
     auto_resume: bool = key(
         True,
         "Resume if a complete checkpoint is in save_ckpt_folder, else load load_ckpt_info, else start from scratch. "
-        "False: never resume.",
+        "False, and without enable_save_ckpt: never resume.",
+    )
+    allow_model_changes: bool | tuple[str, ...] = key(
+        False,
+        "Keys of the model, such as ('model.rope_base',), that may differ from those of the checkpoint that is resumed "
+        "or loaded, although the same weights give other outputs then; True: any.",
     )
     stop_file_path: PathText = key(
         None,

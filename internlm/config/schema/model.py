@@ -20,49 +20,72 @@ Dtype = Literal["torch.bfloat16", "torch.float16", "torch.half", "torch.float32"
 class RopeScalingConfig(Section):
     """Rotary positions beyond the length of pretraining."""
 
-    type: Literal["linear", "dynamic", "llama3", "yarn"] = key(..., "Kind of scaling.")
-    factor: float = key(1.0, "Ratio of the new length to the original one.", ge=1)
+    type: Literal["linear", "dynamic", "llama3", "yarn"] = key(..., "Kind of scaling.", changes_outputs=True)
+    factor: float = key(1.0, "Ratio of the new length to the original one.", ge=1, changes_outputs=True)
     original_max_position_embeddings: int | None = key(
-        None, "Length of pretraining; None: model.max_position_embeddings.", ge=1
+        None, "Length of pretraining; None: model.max_position_embeddings.", ge=1, changes_outputs=True
     )
-    low_freq_factor: float = key(1.0, "llama3: wavelengths above original length / this are scaled fully.", gt=0)
-    high_freq_factor: float = key(4.0, "llama3: wavelengths below original length / this stay.", gt=0)
-    beta_fast: float = key(32.0, "yarn: rotations above which a dimension stays.", gt=0)
-    beta_slow: float = key(1.0, "yarn: rotations below which a dimension is scaled fully.", gt=0)
-    attention_factor: float | None = key(None, "yarn: factor on cos and sin; None: 0.1 ln(factor) + 1.", gt=0)
+    low_freq_factor: float = key(
+        1.0, "llama3: wavelengths above original length / this are scaled fully.", gt=0, changes_outputs=True
+    )
+    high_freq_factor: float = key(
+        4.0, "llama3: wavelengths below original length / this stay.", gt=0, changes_outputs=True
+    )
+    beta_fast: float = key(32.0, "yarn: rotations above which a dimension stays.", gt=0, changes_outputs=True)
+    beta_slow: float = key(1.0, "yarn: rotations below which a dimension is scaled fully.", gt=0, changes_outputs=True)
+    attention_factor: float | None = key(
+        None, "yarn: factor on cos and sin; None: 0.1 ln(factor) + 1.", gt=0, changes_outputs=True
+    )
 
 
 class InjectInfoConfig(Section):
     """Exchange of layers of a foreign model for parallel ones."""
 
-    inject: bool = later(False, "Exchange the layers.", "changing foreign models")
-    interactive: bool = used_with(False, "Ask before each exchange.", "model.inject_info.inject")
-    modules: tuple[str, ...] = used_with((), "Kinds to exchange: embed, linear, norm.", "model.inject_info.inject")
-    reset_params: bool = used_with(False, "Initialise the exchanged layers anew.", "model.inject_info.inject")
-    extra_linear2newlinear: dict[str, Any] | None = used_with(
-        None, "Further linear classes to exchange.", "model.inject_info.inject"
+    inject: bool = later(False, "Exchange the layers.", "changing foreign models", changes_outputs=False)
+    interactive: bool = used_with(False, "Ask before each exchange.", "model.inject_info.inject", changes_outputs=False)
+    modules: tuple[str, ...] = used_with(
+        (), "Kinds to exchange: embed, linear, norm.", "model.inject_info.inject", changes_outputs=False
     )
-    data_helper: bool = used_with(False, "Adapt batches to the model's arguments.", "model.inject_info.inject")
+    reset_params: bool = used_with(
+        False, "Initialise the exchanged layers anew.", "model.inject_info.inject", changes_outputs=False
+    )
+    extra_linear2newlinear: dict[str, Any] | None = used_with(
+        None, "Further linear classes to exchange.", "model.inject_info.inject", changes_outputs=False
+    )
+    data_helper: bool = used_with(
+        False, "Adapt batches to the model's arguments.", "model.inject_info.inject", changes_outputs=False
+    )
 
 
 class ModelConfig(Section):
     """Shape and numerics of the model; `model_type` of the root names the family."""
 
     # Shape.
-    vocab_size: int = key(..., "Size of the vocabulary.", ge=1)
-    hidden_size: int = key(..., "Width of the residual stream.", ge=1)
-    num_layers: int = key(..., "Transformer layers.", ge=1)
-    num_attention_heads: int = key(..., "Query heads.", ge=1)
-    num_kv_attention_heads: int | None = key(None, "Key and value heads (GQA); None: the family's choice.", ge=1)
-    head_dim: int | None = key(None, "Size of a head; None: the family's choice, mostly hidden / heads.", ge=1)
-    mlp_ratio: float = key(4.0, "Width of the MLP / hidden_size, before rounding up to multiple_of.", gt=0)
-    multiple_of: int = key(256, "The MLP's width is rounded up to a multiple of this.", ge=1)
-    intermediate_size: int | None = key(None, "Width of the MLP as it is; wins over mlp_ratio and multiple_of.", ge=1)
-    tie_word_embeddings: bool | None = key(None, "Use the embedding as head weight; None: the family's choice.")
+    vocab_size: int = key(..., "Size of the vocabulary.", ge=1, changes_outputs=True)
+    hidden_size: int = key(..., "Width of the residual stream.", ge=1, changes_outputs=True)
+    num_layers: int = key(..., "Transformer layers.", ge=1, changes_outputs=True)
+    num_attention_heads: int = key(..., "Query heads.", ge=1, changes_outputs=True)
+    num_kv_attention_heads: int | None = key(
+        None, "Key and value heads (GQA); None: the family's choice.", ge=1, changes_outputs=True
+    )
+    head_dim: int | None = key(
+        None, "Size of a head; None: the family's choice, mostly hidden / heads.", ge=1, changes_outputs=True
+    )
+    mlp_ratio: float = key(
+        4.0, "Width of the MLP / hidden_size, before rounding up to multiple_of.", gt=0, changes_outputs=True
+    )
+    multiple_of: int = key(256, "The MLP's width is rounded up to a multiple of this.", ge=1, changes_outputs=True)
+    intermediate_size: int | None = key(
+        None, "Width of the MLP as it is; wins over mlp_ratio and multiple_of.", ge=1, changes_outputs=True
+    )
+    tie_word_embeddings: bool | None = key(
+        None, "Use the embedding as head weight; None: the family's choice.", changes_outputs=True
+    )
     is_reward: bool = library_only(
         False,
         "One scalar a token instead of logits; the library builds, loads and imports such a model.",
         "the loop trains on the next token; a reward head needs a loop of your own",
+        changes_outputs=True,
     )
 
     # Numerics.
@@ -70,101 +93,153 @@ class ModelConfig(Section):
         "torch.bfloat16",
         "Number format of weights and computation (InternEvo's default is float16); torch.float64, on a CPU, is for "
         "comparisons.",
+        changes_outputs=False,
     )
-    residual_in_fp32: bool = key(False, "Keep the residual stream in float32.")
+    residual_in_fp32: bool = key(False, "Keep the residual stream in float32.", changes_outputs=False)
     use_flash_attn: bool = key(
-        True, "Use a flash-attn package where one is installed; the log and `internlm doctor` name what runs."
+        True,
+        "Use a flash-attn package where one is installed; the log and `internlm doctor` name what runs.",
+        changes_outputs=False,
     )
     attention_backend: Literal[
         "auto", "flash-attn-2", "flash-attn-3", "flash-attn-4", "torch-varlen", "sdpa", "flex", "reference"
-    ] = key("auto", "Kernel of attention on GPUs; auto: the best that is there (see kernels.md).")
+    ] = key(
+        "auto", "Kernel of attention on GPUs; auto: the best that is there (see kernels.md).", changes_outputs=False
+    )
     fused_kernels: Literal["auto", "none", "liger"] = key(
         "auto",
         "Kernels of norms and activations on GPUs where blocks are not compiled; auto: Liger's where it is installed.",
+        changes_outputs=False,
     )
     checkpoint: float = key(
-        0.0, "Recompute activations of the first int(layers * fraction) layers; True is 1.", ge=0, le=1
+        0.0,
+        "Recompute activations of the first int(layers * fraction) layers; True is 1.",
+        ge=0,
+        le=1,
+        changes_outputs=False,
     )
     checkpoint_keep: Literal["nothing", "attention", "matmuls"] = used_with(
         "nothing",
         "What a recomputed layer keeps besides its input: attention's output, or the results of all matrix products.",
         "model.checkpoint",
+        changes_outputs=False,
     )
     checkpoint_budget: float | None = key(
         None,
         "GiB of a micro-batch's layer activations that a rank may keep: each layer recomputes as little as fits. In "
         "place of model.checkpoint.",
         gt=0,
+        changes_outputs=False,
     )
 
     compile: bool = key(
-        False, "Compile each layer with torch.compile: faster steps and less memory, after a minute of compiling."
+        False,
+        "Compile each layer with torch.compile: faster steps and less memory, after a minute of compiling.",
+        changes_outputs=False,
     )
     cuda_graphs: bool = used_with(
         False,
         "Launch the kernels of each compiled layer as CUDA graphs, for small models on GPUs; takes more memory (see "
         "performance.md). Not yet run on a GPU.",
         "model.compile",
+        changes_outputs=False,
     )
 
     # Norms.
-    norm_type: Literal["rmsnorm", "layernorm"] | None = key(None, "Kind of norm; None: the family's choice.")
-    layer_norm_epsilon: float = key(1e-5, "Added to the variance in norms.", gt=0)
-    add_unit_offset: bool | None = key(
-        None, "Norms multiply by 1 + weight; None: the family's choice, from which it must not differ."
+    norm_type: Literal["rmsnorm", "layernorm"] | None = key(
+        None, "Kind of norm; None: the family's choice.", changes_outputs=True
     )
-    qk_norm: bool | None = key(None, "Norm on each query and key head; None: the family's choice.")
-    norm_head: bool | None = key(None, "Normalise the rows of the head weight; None: the family's choice.")
-    apply_post_layer_norm: bool = later(False, "Norms after, not before, the blocks.", "post-norm")
+    layer_norm_epsilon: float = key(1e-5, "Added to the variance in norms.", gt=0, changes_outputs=True)
+    add_unit_offset: bool | None = key(
+        None,
+        "Norms multiply by 1 + weight; None: the family's choice, from which it must not differ.",
+        changes_outputs=True,
+    )
+    qk_norm: bool | None = key(
+        None, "Norm on each query and key head; None: the family's choice.", changes_outputs=True
+    )
+    norm_head: bool | None = key(
+        None, "Normalise the rows of the head weight; None: the family's choice.", changes_outputs=True
+    )
+    apply_post_layer_norm: bool = later(
+        False, "Norms after, not before, the blocks.", "post-norm", changes_outputs=True
+    )
 
     # Biases and fused weights.
-    no_bias: bool | None = key(None, "True: no linear layer has a bias; None: the family's choice.")
-    qkv_bias: bool | None = key(None, "Bias of query, key and value; None: the family's choice.")
-    o_bias: bool | None = key(None, "Bias of the attention's output; None: the family's choice.")
-    mlp_bias: bool | None = key(None, "Bias of the MLP; None: the family's choice.")
-    use_swiglu: bool | None = key(
-        None, "Gated SiLU (True) or the family's other gate; None: the family's choice, from which it must not differ."
+    no_bias: bool | None = key(
+        None, "True: no linear layer has a bias; None: the family's choice.", changes_outputs=True
     )
-    enable_qkv_fusion: bool | None = key(None, "One weight for q, k and v; None: the family's choice.")
-    mlp_layer_fusion: bool | None = key(None, "One weight for both MLP inputs; None: the family's choice.")
+    qkv_bias: bool | None = key(None, "Bias of query, key and value; None: the family's choice.", changes_outputs=True)
+    o_bias: bool | None = key(None, "Bias of the attention's output; None: the family's choice.", changes_outputs=True)
+    mlp_bias: bool | None = key(None, "Bias of the MLP; None: the family's choice.", changes_outputs=True)
+    use_swiglu: bool | None = key(
+        None,
+        "Gated SiLU (True) or the family's other gate; None: the family's choice, from which it must not differ.",
+        changes_outputs=True,
+    )
+    enable_qkv_fusion: bool | None = key(
+        None, "One weight for q, k and v; None: the family's choice.", changes_outputs=False
+    )
+    mlp_layer_fusion: bool | None = key(
+        None, "One weight for both MLP inputs; None: the family's choice.", changes_outputs=False
+    )
 
     # Positions and attention.
-    max_position_embeddings: int = key(2048, "Longest sequence that positions were meant for.", ge=1)
-    rope_base: float = key(10000.0, "Base of the rotary frequencies.", gt=0)
-    rope_scaling: RopeScalingConfig | None = key(None, "dict(type, factor, ...): scaling of rotary positions.")
-    use_dynamic_ntk_rope: bool = key(False, "Dynamic NTK scaling beyond max_position_embeddings.")
-    use_fp32_rope: bool = key(True, "Compute rotary angles in float32.")
-    rotary_type: str = later("native", "Kind of rotary embedding.", "rotary_type (use model.rope_scaling instead)")
+    max_position_embeddings: int = key(
+        2048, "Longest sequence that positions were meant for.", ge=1, changes_outputs=True
+    )
+    rope_base: float = key(10000.0, "Base of the rotary frequencies.", gt=0, changes_outputs=True)
+    rope_scaling: RopeScalingConfig | None = key(
+        None, "dict(type, factor, ...): scaling of rotary positions.", changes_outputs=True
+    )
+    use_dynamic_ntk_rope: bool = key(False, "Dynamic NTK scaling beyond max_position_embeddings.", changes_outputs=True)
+    use_fp32_rope: bool = key(True, "Compute rotary angles in float32.", changes_outputs=False)
+    rotary_type: str = later(
+        "native", "Kind of rotary embedding.", "rotary_type (use model.rope_scaling instead)", changes_outputs=True
+    )
     qk_interleaved: bool = key(
         None,
         "Rotate neighbouring pairs (True) or the two halves of a head (False, as Hugging Face).",
         derived="not adapt_hf if that is given, else False",
+        changes_outputs=True,
     )
-    adapt_hf: bool | None = key(None, "Older spelling of `not qk_interleaved`; must agree with it.")
-    use_sliding_window: bool = key(False, "Attend to the last sliding_window tokens only.")
-    sliding_window: int | None = key(None, "Tokens of the window.", ge=1)
-    max_window_layers: int = key(0, "First layer with a window; the layers before attend to everything.", ge=0)
+    adapt_hf: bool | None = key(
+        None, "Older spelling of `not qk_interleaved`; must agree with it.", changes_outputs=True
+    )
+    use_sliding_window: bool = key(False, "Attend to the last sliding_window tokens only.", changes_outputs=True)
+    sliding_window: int | None = key(None, "Tokens of the window.", ge=1, changes_outputs=True)
+    max_window_layers: int = key(
+        0, "First layer with a window; the layers before attend to everything.", ge=0, changes_outputs=True
+    )
 
     # Initialisation.
-    init_type: Literal["normal", "uniform"] = key("normal", "Distribution of the initial weights.")
-    use_scaled_init: bool = key(True, "Divide the deviation of output projections by sqrt(2 * num_layers).")
-    embedding_init_std: float = key(0.02, "Deviation of the embedding.", ge=0)
-    attn_wqkv_init_std: float = key(0.02, "Deviation of query, key and value weights.", ge=0)
-    attn_other_init_std: float = key(0.02, "Deviation of the attention's output weight.", ge=0)
-    ffn_uplayer_init_std: float = key(0.02, "Deviation of the MLP's input weights.", ge=0)
-    ffn_other_init_std: float = key(0.02, "Deviation of the MLP's output weight.", ge=0)
-    out_head_init_std: float = key(0.02, "Deviation of the head.", ge=0)
-    embed_grad_scale: float = key(1.0, "Factor on the gradient of the embedding.", ge=0)
+    init_type: Literal["normal", "uniform"] = key(
+        "normal", "Distribution of the initial weights.", changes_outputs=False
+    )
+    use_scaled_init: bool = key(
+        True, "Divide the deviation of output projections by sqrt(2 * num_layers).", changes_outputs=False
+    )
+    embedding_init_std: float = key(0.02, "Deviation of the embedding.", ge=0, changes_outputs=False)
+    attn_wqkv_init_std: float = key(0.02, "Deviation of query, key and value weights.", ge=0, changes_outputs=False)
+    attn_other_init_std: float = key(0.02, "Deviation of the attention's output weight.", ge=0, changes_outputs=False)
+    ffn_uplayer_init_std: float = key(0.02, "Deviation of the MLP's input weights.", ge=0, changes_outputs=False)
+    ffn_other_init_std: float = key(0.02, "Deviation of the MLP's output weight.", ge=0, changes_outputs=False)
+    out_head_init_std: float = key(0.02, "Deviation of the head.", ge=0, changes_outputs=False)
+    embed_grad_scale: float = key(1.0, "Factor on the gradient of the embedding.", ge=0, changes_outputs=False)
 
     # Layout of the model over ranks.
     num_chunks: int = key(
-        1, "Model chunks of a pipeline stage; always 1 without a pipeline, 2 with the modes ZBV and DUALPIPEV.", ge=1
+        1,
+        "Model chunks of a pipeline stage; always 1 without a pipeline, 2 with the modes ZBV and DUALPIPEV.",
+        ge=1,
+        changes_outputs=False,
     )
     embed_split_hidden: bool = used_with(
         True,
         "Tensor ranks (not of isp) split the embedding over hidden (True) or vocabulary (False); a tied one is split "
         "over the vocabulary, as its head.",
         "parallel.tensor.size",
+        changes_outputs=False,
     )
     parallel_output: bool = no_effect(
         True, "Leave logits split over the vocabulary.", "the loss of split logits equals that of whole ones"
@@ -175,36 +250,56 @@ class ModelConfig(Section):
     )
 
     # Mixture of experts.
-    num_experts: int = later(1, "Experts of a layer.", "mixture of experts", ge=1)
-    top_k: int = used_with(1, "Experts that a token visits.", "model.num_experts", ge=1)
-    num_shared_experts: int = used_with(0, "Experts that every token visits.", "model.num_experts", ge=0)
-    moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-Dropless", "MegaBlock-D"] = used_with(
-        "GShard", "Kind of expert layer.", "model.num_experts"
+    num_experts: int = later(1, "Experts of a layer.", "mixture of experts", ge=1, changes_outputs=True)
+    top_k: int = used_with(1, "Experts that a token visits.", "model.num_experts", ge=1, changes_outputs=True)
+    num_shared_experts: int = used_with(
+        0, "Experts that every token visits.", "model.num_experts", ge=0, changes_outputs=True
     )
-    moe_layer_kwargs: dict[str, Any] = used_with({}, "Arguments of the expert layer.", "model.num_experts")
+    moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-Dropless", "MegaBlock-D"] = used_with(
+        "GShard", "Kind of expert layer.", "model.num_experts", changes_outputs=True
+    )
+    moe_layer_kwargs: dict[str, Any] = used_with(
+        {}, "Arguments of the expert layer.", "model.num_experts", changes_outputs=True
+    )
     inject_info: InjectInfoConfig = section(InjectInfoConfig, "Exchange of layers of a foreign model.")
 
     # What InternEvo's models have besides.
-    attn_drop_rate: float = later(0.0, "Dropout rate of attention weights.", "dropout", ge=0, le=1)
-    drop_rate: float = later(0.0, "Dropout rate of the residual stream.", "dropout", ge=0, le=1)
-    use_glu: bool = later(True, "A gated MLP.", "an MLP without a gate")
+    attn_drop_rate: float = later(
+        0.0, "Dropout rate of attention weights.", "dropout", ge=0, le=1, changes_outputs=True
+    )
+    drop_rate: float = later(0.0, "Dropout rate of the residual stream.", "dropout", ge=0, le=1, changes_outputs=True)
+    use_glu: bool = later(True, "A gated MLP.", "an MLP without a gate", changes_outputs=True)
     rope_type: str = later(
-        "normal", "InternEvo's QWEN2: kind of rotary embedding.", "rope_type (use model.rope_scaling instead)"
+        "normal",
+        "InternEvo's QWEN2: kind of rotary embedding.",
+        "rope_type (use model.rope_scaling instead)",
+        changes_outputs=True,
     )
     rope_scaling_factor: float = later(
-        1.0, "InternEvo's QWEN2: ratio of lengths.", "rope_scaling_factor (use model.rope_scaling instead)"
+        1.0,
+        "InternEvo's QWEN2: ratio of lengths.",
+        "rope_scaling_factor (use model.rope_scaling instead)",
+        changes_outputs=True,
     )
     scale_attn_weights: bool = no_effect(
         False,
         "InternEvo's QWEN2: leave the scale of attention to its kernel.",
         "both are 1 / sqrt(head_dim)",
     )
-    use_logn_attn: bool = later(False, "InternEvo's QWEN2: scale queries by log n.", "log-n attention (Qwen 1)")
-    extra_pred_tokens: int = later(0, "Further heads, each for a later token.", "multi-token prediction", ge=0)
-    image_token_id: int | None = later(None, "Token that stands for an image.", "multimodal models")
-    vit_cfg: dict[str, Any] | None = later(None, "The vision tower.", "multimodal models", accepts=({},))
+    use_logn_attn: bool = later(
+        False, "InternEvo's QWEN2: scale queries by log n.", "log-n attention (Qwen 1)", changes_outputs=True
+    )
+    extra_pred_tokens: int = later(
+        0, "Further heads, each for a later token.", "multi-token prediction", ge=0, changes_outputs=True
+    )
+    image_token_id: int | None = later(
+        None, "Token that stands for an image.", "multimodal models", changes_outputs=True
+    )
+    vit_cfg: dict[str, Any] | None = later(
+        None, "The vision tower.", "multimodal models", accepts=({},), changes_outputs=True
+    )
     vision_proj_cfg: dict[str, Any] | None = later(
-        None, "From the vision tower to the language model.", "multimodal models", accepts=({},)
+        None, "From the vision tower to the language model.", "multimodal models", accepts=({},), changes_outputs=True
     )
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ class Config(Section):
     """One run. Built from a config file by `load_config`, or directly in Python."""
 
     JOB_NAME: str = key("AnonymousJob", "Name of the run; logs go to RUN/<JOB_NAME>/<time>/.", min_length=1)
-    model_type: str = key("INTERNLM", "Model family, as registered.", min_length=1)
+    model_type: str = key("INTERNLM", "Model family, as registered.", min_length=1, changes_outputs=True)
     seed: int = key(1024, "Seed of weights and everything random but the data order (data.seed).", ge=0)
 
     data: DataConfig = section(None, "Where tokens come from and how they become batches.")

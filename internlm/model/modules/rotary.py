@@ -55,6 +55,19 @@ class RopeSettings:
     interleaved: bool = False
     fp32: bool = True
 
+    @property
+    def function(self) -> dict[str, object]:
+        """What the angles follow from, by name: of the settings those that this `rope_type` reads, rounding aside."""
+        names = ["head_dim", "base", "rope_type", "attention_factor", "interleaved"]
+        names += {
+            "default": [],
+            "linear": ["factor"],
+            "dynamic": ["factor", "max_positions"],
+            "llama3": ["factor", "max_positions", "low_freq_factor", "high_freq_factor"],
+            "yarn": ["factor", "max_positions", "beta_slow", "beta_fast"],
+        }[self.rope_type]
+        return {name: getattr(self, name) for name in names}
+
 
 def dynamic_frequencies(settings: RopeSettings, lengths: Tensor) -> Tensor:
     """Radians a position for each pair of channels under dynamic NTK: fp32 `[..., D/2]` on the device of `lengths`.

@@ -1,5 +1,6 @@
 """Files and folders on local disks and in object stores, by URL."""
 
+from internlm.utils.storage.failures import full_disk, storage_failure
 from internlm.utils.storage.path import StoragePath, storage_path
 
-__all__ = ["StoragePath", "storage_path"]
+__all__ = ["StoragePath", "full_disk", "storage_failure", "storage_path"]

@@ -74,6 +74,7 @@ FIXES = {
     errno.EIO: "the disk fails; choose another one",
     errno.ESTALE: "the network file system lost it; mount it anew",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOTEMPTY: "move away what is there, or choose another folder",
     errno.EXDEV: "the two are on different disks; choose folders on the same one",
 }
 LOCAL_STORE = LocalStore()

@@ -1,0 +1,53 @@
+"""What differs between two configs, key by key, and which of it makes a model another function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from internlm.config.schema import Config
+from internlm.config.schema.base import Section, key_info, walk_schema
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of another value.
+
+    Attributes:
+        path: dotted.
+        old, new: its values; of a section, those that are no default.
+        changes_outputs: whether the same weights give other outputs.
+    """
+
+    path: str
+    old: Any
+    new: Any
+    changes_outputs: bool
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.old!r} -> {self.new!r}"
+
+
+def changes_between(old: Config, new: Config) -> list[Change]:
+    """Every key of another value, in the order of the schema. A section that came or went is one key."""
+    return list(_changes(old, new, keys_that_change_outputs(), ""))
+
+
+def keys_that_change_outputs() -> frozenset[str]:
+    """Dotted paths of the keys that say so in the schema."""
+    infos = {path: key_info(field) for path, field in walk_schema(Config)}
+    return frozenset(path for path, info in infos.items() if info is not None and info.changes_outputs)
+
+
+def _changes(old: Section, new: Section, marked: frozenset[str], prefix: str) -> Iterator[Change]:
+    for name in type(new).model_fields:
+        before, after, path = getattr(old, name), getattr(new, name), prefix + name
+        if isinstance(before, Section) and isinstance(after, Section):
+            yield from _changes(before, after, marked, f"{path}.")
+        elif before != after:
+            yield Change(path, _plain(before), _plain(after), path in marked)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, Section) else value

@@ -1,0 +1,74 @@
+"""Lines at the end of a file that a run survives: a disk that takes none for a while costs no step and no line."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from pathlib import Path
+
+from internlm.utils.logging import get_logger
+from internlm.utils.storage import full_disk
+
+MAX_WAITING = 100_000
+"""Lines that wait in memory; older ones are lost, and their number is told."""
+
+logger = get_logger(__name__)
+
+
+class AppendedLines:
+    """Whole lines, written at once. Those that cannot be written wait, and are tried again with the next one.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._end = os.fstat(self._file.fileno()).st_size
+        self._waiting: deque[bytes] = deque()
+        self._num_lost = 0
+        self._failed = False
+
+    def write(self, line: str) -> None:
+        """Append a line (without its end)."""
+        self._waiting.append(line.encode("utf-8") + b"\n")
+        if len(self._waiting) > MAX_WAITING:
+            self._waiting.popleft()
+            self._num_lost += 1
+        self._try()
+
+    def close(self) -> None:
+        """Try once more what waits, and say what is lost."""
+        self._try()
+        self._file.close()
+        num_lost = self._num_lost + len(self._waiting)
+        if num_lost:
+            logger.error("%s: %d lines could not be written, and are lost", self._path, num_lost)
+        self._waiting.clear()
+
+    def _try(self) -> None:
+        try:
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._failed:
+                error.filename = error.filename or str(self._path)
+                logger.error("%s; lines wait in memory, and the run goes on", full_disk(error) or error)
+            self._failed = True
+            return
+        if self._failed:
+            logger.info("%s can be written again; the lines that waited are in it", self._path)
+        self._failed = False
+
+    def _append(self, line: bytes) -> None:
+        written = 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            # The disk took a part: a line is there whole or not at all.
+            os.ftruncate(self._file.fileno(), self._end)
+            raise
+        self._end += len(line)
