@@ -20,7 +20,7 @@ from internlm.checkpoint.reading import CONFIG_FILE
 from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
-from internlm.config.schema import CkptConfig, Config
+from internlm.config.schema import Config
 from internlm.config.schema.ckpt import LoadCkptInfo
 from internlm.config.unsupported import find_refused_in_training
 from internlm.convert.checkpoint_types import open_weights, trained_as
