@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.core.progress.record import Progress
 from internlm.core.scheduler.actions import Action, ActionKind
 from internlm.core.scheduler.executor import Executor
 from internlm.core.scheduler.placement import Placement
@@ -58,14 +59,12 @@ def phases_of(schedule: PipelineSchedule, chunks: Chunks) -> list[str]:
     """All phases of a run, in order."""
     phases: list[str] = []
 
-    class Recorder(Executor):
-        def __setattr__(self, name: str, value: object) -> None:
-            if name == "phase":
-                phases.append(str(value))
-            super().__setattr__(name, value)
+    class Recorder(Progress):
+        def mark(self, phase: str) -> None:
+            phases.append(phase)
 
-    Recorder(0, WeightGradients()).run(schedule, chunks.forward, no_buffer)
-    return phases[1:]
+    Executor(0, WeightGradients(), progress=Recorder()).run(schedule, chunks.forward, no_buffer)
+    return phases
 
 
 def test_phases_name_what_was_being_done() -> None:
