@@ -29,6 +29,7 @@ from internlm.core.progress.record import Progress
 from internlm.core.progress.stall_watch import BACKSTOP_SECONDS, StallWatch
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_trainer, check_buildable, set_numerics
+from internlm.initialize.cpu_products import agree_on_cpu_products
 from internlm.initialize.launch import (
     LAUNCHERS,
     Launch,
@@ -176,6 +177,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             set_numerics(config)
             context = ParallelContext.create(layout, device, timeout + BACKSTOP_SECONDS)
             progress.num_collectives = context.num_collectives
+            agree_on_cpu_products(config.model.torch_dtype, context)
             _announce(config, context, run_dir)
             trainer = build_trainer(
                 config,

@@ -71,6 +71,11 @@ class ModelConfig(Section):
         "Number format of weights and computation (InternEvo's default is float16); torch.float64, on a CPU, is for "
         "comparisons.",
     )
+    cpu_products: Literal["auto", "dtype", "fp32"] = key(
+        "auto",
+        "How a CPU multiplies matrices of a 16-bit dtype: in that dtype, or widened to fp32 and rounded once; auto: as "
+        "measurements on CPUs of its kind favour.",
+    )
     residual_in_fp32: bool = key(False, "Keep the residual stream in float32.")
     use_flash_attn: bool = key(
         True, "Use a flash-attn package where one is installed; the log and `internlm doctor` name what runs."
