@@ -45,6 +45,7 @@ from internlm.initialize.stages import build_meta_model
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError, user_message
 from internlm.utils.logging import configure_logging, get_logger
+from internlm.utils.openmp import waiting_of_threads
 from internlm.utils.paths import local_path
 
 logger = get_logger(__name__)
@@ -302,6 +303,8 @@ def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
         sys.version.split()[0],
         run_dir,
     )
+    if context.device.type == "cpu":
+        logger.info("%d thread(s) a rank; %s", torch.get_num_threads(), waiting_of_threads())
     settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)
     for operation, choice in describe(context.device, settings).items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
