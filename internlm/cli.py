@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from internlm import __version__
 from internlm.utils.entry_point import run_command
+from internlm.utils.openmp import set_spin_count
 
 COMMANDS = {
     "train": "train a model from a config file",
@@ -36,6 +37,7 @@ def _run(arguments: list[str]) -> int:
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         # Only the chosen command is imported: `internlm --help` must not wait for torch.
         if name == chosen:
+            set_spin_count()
             command = importlib.import_module(f"internlm.commands.{name}")
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)

@@ -23,9 +23,11 @@ import internlm
 from internlm.commands.config_options import add_config_options
 from internlm.config.loader import load_config
 from internlm.model.ops.attention_backends import BACKENDS, why_not
+from internlm.model.ops.cpu_products import choose_cpu_products
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.model.ops.self_test import self_tests
 from internlm.utils.errors import ConfigError
+from internlm.utils.openmp import waiting_of_threads
 from internlm.utils.optional_packages import version_of, why_unusable
 from internlm.utils.text_table import text_table
 
@@ -73,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--world-size {options.world_size}: give 1 or more")
     if options.config is not None:
         config = load_config(options.config, options.overrides, world_size=options.world_size).config
+        choose_cpu_products(config.model.cpu_products)
         settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)
     elif options.overrides:
         raise ConfigError("--set changes a key of a config: give it with --config FILE.py")
@@ -116,6 +119,7 @@ def _machine() -> dict[str, Any]:
         "processor": _processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "waiting": waiting_of_threads(),
         "memory_gib": _memory_gib(),
         "vector_units": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": bool(found[units[0]] and found[units[0]]()),  # type: ignore[misc]
@@ -238,6 +242,7 @@ def _as_text(report: dict[str, Any], config: Path | None, settings: OpSettings) 
     facts = [
         ("system", machine["system"]),
         ("processor", f"{machine['processor']}, {machine['cores']} core(s), {machine['threads']} thread(s)"),
+        ("", machine["waiting"]),
         ("", f"{machine['vector_units']}; units for {', '.join(units) if units else 'neither bf16 nor AMX'}"),
         ("memory", f"{machine['memory_gib']} GiB"),
         *((f"GPU {index}", text) for index, text in enumerate(gpus)),

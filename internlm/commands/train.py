@@ -29,6 +29,7 @@ from internlm.core.progress.record import Progress
 from internlm.core.progress.stall_watch import BACKSTOP_SECONDS, StallWatch
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_trainer, check_buildable, set_numerics
+from internlm.initialize.cpu_products import agree_on_cpu_products
 from internlm.initialize.data_checks import check_data
 from internlm.initialize.launch import (
     LAUNCHERS,
@@ -45,6 +46,7 @@ from internlm.initialize.stages import build_meta_model
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError, user_message
 from internlm.utils.logging import configure_logging, get_logger
+from internlm.utils.openmp import waiting_of_threads
 from internlm.utils.paths import local_path
 from internlm.utils.storage import full_disk
 
@@ -179,6 +181,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             set_numerics(config)
             context = ParallelContext.create(layout, device, timeout + BACKSTOP_SECONDS)
             progress.num_collectives = context.num_collectives
+            agree_on_cpu_products(config.model.torch_dtype, context)
             _announce(config, context, run_dir)
             trainer = build_trainer(
                 config,
@@ -304,6 +307,8 @@ def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
         sys.version.split()[0],
         run_dir,
     )
+    if context.device.type == "cpu":
+        logger.info("%d thread(s) a rank; %s", torch.get_num_threads(), waiting_of_threads())
     settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)
     for operation, choice in describe(context.device, settings).items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)

@@ -50,6 +50,7 @@ from internlm.initialize.stages import (
 )
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.model.architecture import Architecture
+from internlm.model.ops.cpu_products import choose_cpu_products
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.monitor.console import ConsoleHook
 from internlm.monitor.flops import ModelShape, flops_per_token, peak_flops
@@ -133,6 +134,7 @@ def set_numerics(config: Config) -> None:
     torch.backends.cudnn.allow_tf32 = config.model.uses_tf32
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
+    choose_cpu_products(config.model.cpu_products)
     if not torch.cuda.is_available():
         keep_freed_memory()
 

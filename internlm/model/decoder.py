@@ -22,6 +22,7 @@ from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
 from internlm.model.offload import Offloading
 from internlm.model.ops.attention import Segments
+from internlm.model.ops.linear import linear
 from internlm.model.ops.rotary import RotaryTables
 from internlm.model.recompute import Keep, TensorStore, recomputed
 from internlm.model.roles import HeadShape, Role
@@ -193,7 +194,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., h]` -> `[..., V]` (`[..., 1]` of a reward model)."""
-        return F.linear(hidden, self.head_weight())
+        return linear(hidden, self.head_weight(), None)
 
     def make_cache(self, batch_size: int, max_length: int) -> KeyValueCache:
         """An empty key-value cache for this model, on its device."""

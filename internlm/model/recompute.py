@@ -45,7 +45,9 @@ ATTENTION_OPS = frozenset(
 )
 """Operators that give attention's output, and the statistics of its softmax that its backward pass needs."""
 
-PRODUCT_OPS = frozenset({"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::products"})
+PRODUCT_OPS = frozenset(
+    {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::products", "internlm::wide_product"}
+)
 """Operators that multiply activations with weights. Batched products are not among them: they make attention's scores,
 which are much larger than its output."""
 

@@ -71,6 +71,19 @@ def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str], small_heads:
     assert text.splitlines()[-1] == "everything that would run is right"
 
 
+def test_how_the_cpu_multiplies_is_a_key_of_the_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    arguments = ("--config", config, "--set", "model.dtype='torch.float16'", "--set", "model.cpu_products='fp32'")
+    code, found = report(capsys, *arguments)
+    assert code == 0 and found["ok"]
+    assert found["ops"]["linear"] == {
+        "implementation": "PyTorch's products in fp32, block by block, rounded once",
+        "reason": "model.cpu_products = 'fp32'",
+    }
+    assert found["ops"]["attention"]["implementation"] == "SDPA in fp32, one call a document length"
+    assert report(capsys, "--config", config)[1]["ops"]["linear"]["implementation"] == "PyTorch's products"
+
+
 def test_a_wrong_op_is_named(
     capsys: pytest.CaptureFixture[str], small_heads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,12 @@ class ModelConfig(Section):
         "comparisons.",
         changes_outputs=False,
     )
+    cpu_products: Literal["auto", "dtype", "fp32"] = key(
+        "auto",
+        "How a CPU multiplies matrices of a 16-bit dtype: in that dtype, or widened to fp32 and rounded once; auto: as "
+        "measurements on CPUs of its kind favour.",
+        changes_outputs=False,
+    )
     residual_in_fp32: bool = key(False, "Keep the residual stream in float32.", changes_outputs=False)
     use_flash_attn: bool = key(
         True,

@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import ShardSpec
+from internlm.model.ops.cpu_products import linear_product
 from internlm.model.ops.float8 import (
     FORWARD_FORMAT,
     GRADIENT_FORMAT,
@@ -27,7 +27,7 @@ from internlm.model.ops.float8 import (
     scale_of,
     scaled_product,
 )
-from internlm.model.ops.linear import weight_gradient
+from internlm.model.ops.linear import input_gradient, weight_gradient
 from internlm.utils.errors import ConfigError
 
 Operand = Tensor | Scaled
@@ -70,12 +70,12 @@ class Products:
     def output(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
         """`[..., out]`."""
         assert isinstance(x, Tensor) and isinstance(weight, Tensor)
-        return F.linear(x, weight, bias)
+        return linear_product(x, weight, bias)
 
     def input_gradient(self, grad: Operand, weight: Operand) -> Tensor:
         """`[..., in]`."""
         assert isinstance(grad, Tensor) and isinstance(weight, Tensor)
-        return grad @ weight
+        return input_gradient(grad, weight)
 
     def weight_gradient(self, grad: Operand, x: Operand) -> Tensor:
         """`[out, in]`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from internlm.model.ops import cpu_products
 from internlm.model.ops.attention_backends import (
     BACKEND_BY_NAME,
     AttentionNeeds,
@@ -35,6 +36,7 @@ from internlm.model.ops.cpu_attention import (
     stack_documents,
     unstack_documents,
 )
+from internlm.model.ops.cpu_products import widens
 from internlm.model.ops.native import has_bf16_units, has_native_ops, why_no_native_ops
 
 _BAND = 64
@@ -93,9 +95,11 @@ def _power_of_two(number: int) -> int:
 @constant_when_compiled
 def _cpu_kernel(dtype: torch.dtype) -> CpuKernel:
     """The kernel for rows of this dtype on this CPU."""
-    if dtype != torch.bfloat16 or not has_bf16_units():
-        return "flash"
-    return "native" if has_native_ops() else "blocks"
+    if dtype == torch.bfloat16 and has_bf16_units() and has_native_ops():
+        return "native"
+    if widens(torch.device("cpu"), dtype):
+        return "wide"
+    return "blocks" if dtype == torch.bfloat16 and has_bf16_units() else "flash"
 
 
 def choice(
@@ -115,7 +119,9 @@ def choice(
     # Not a mistake: a config made for a GPU also runs on a CPU.
     ignored = "" if attention_backend == "auto" else f"; model.attention_backend = {attention_backend!r} is for GPUs"
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "native":
-        return Choice("our C++ kernel, all documents in one call", f"this CPU has AMX{ignored}")
+        return Choice("our C++ kernel, all documents in one call", f"this CPU multiplies bf16 in hardware{ignored}")
+    if device.type == "cpu" and _cpu_kernel(needs.dtype) == "wide":
+        return Choice("SDPA in fp32, one call a document length", f"{cpu_products.choice(needs.dtype).reason}{ignored}")
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "blocks":
         return Choice(
             "SDPA, one call a document length; backward by blocks of queries",

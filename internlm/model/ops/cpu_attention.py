@@ -3,8 +3,9 @@
 `internlm::cpu_attention` and its backward are each one node to torch.compile and to selective recomputation. Behind
 them is one of these kernels:
 
-- "native": our own in C++, for bf16 on CPUs with AMX; all documents in one call;
+- "native": our own in C++, for bf16 on CPUs with AMX or AVX512-BF16; all documents in one call;
 - "flash": PyTorch's flash attention, one call for all documents of equal length;
+- "wide": the same in fp32, rounded once, for 16-bit numbers that the CPU has no units for;
 - "blocks": batched matrix products by blocks of queries, one call for all documents of equal length (16-bit ones: of
   equal length but for padding): for backward passes in bf16 where there is no native kernel, and under a window.
 
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from internlm.model.ops.blocked_attention import blocked_backward, blocked_forward
 
-CpuKernel = Literal["native", "flash", "blocks"]
+CpuKernel = Literal["native", "flash", "wide", "blocks"]
 
 _LENGTH_MULTIPLE = 64
 """16-bit kernels are compiled for each new shape; documents padded to a multiple of this have few shapes."""
@@ -80,6 +81,9 @@ def _attention(
             *map(_numbers_side_by_side, (q, k, v)), cu_seqlens, window, scale
         )
         return result
+    if kernel == "wide":
+        out, partition = _attention(q.float(), k.float(), v.float(), cu_seqlens, window, scale, _wide_kernel(window))
+        return out.to(q.dtype), partition
     if cu_seqlens is None:
         return _rows(q, k, v, window, scale, kernel)
     out, partition = _attention_outputs(q, k, v, cu_seqlens, window, scale, kernel)
@@ -97,9 +101,8 @@ def _attention_outputs(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
-    partition = q.new_empty(
-        (batch, heads, 0 if kernel == "blocks" else length), dtype=torch.promote_types(q.dtype, torch.float32)
-    )
+    kept = 0 if _has_no_partition(kernel, window) else length
+    partition = q.new_empty((batch, heads, kept), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), partition
 
 
@@ -126,6 +129,10 @@ def _attention_backward(
             *map(_numbers_side_by_side, (grad, q, k, v, out)), partition, cu_seqlens, window, scale
         )
         return results
+    if kernel == "wide":
+        wide = (x.float() for x in (grad, q, k, v, out))
+        grads = _attention_backward(*wide, partition, cu_seqlens, window, scale, _wide_kernel(window))
+        return tuple(x.to(q.dtype) for x in grads)
     if cu_seqlens is None:
         return _rows_backward(grad, q, k, v, out, partition, window, scale, kernel)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -143,6 +150,14 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _wide_kernel(window: int | None) -> CpuKernel:
+    return "flash" if window is None else "blocks"
+
+
+def _has_no_partition(kernel: str, window: int | None) -> bool:
+    return kernel == "blocks" or (kernel == "wide" and window is not None)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from internlm.model.ops.choice import Choice
+from internlm.model.ops.cpu_products import product, widens
 from internlm.model.ops.linear import weight_gradient
 
 IGNORE_INDEX = -100
@@ -141,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         for start in range(0, num_tokens, chunk_tokens):
             tokens = slice(start, min(start + chunk_tokens, num_tokens))
-            logits = torch.mm(hidden[tokens], weight.t(), out=buffer[: tokens.stop - start])
+            logits = _product_into(buffer[: tokens.stop - start], hidden[tokens], weight.t())
             # A block of rows is what a cache holds, or what one exchange between ranks serves.
             one_block = hidden.is_cuda or vocab is not None
             rows = logits.shape[0] if one_block else max(1, _CACHE_ELEMENTS // weight.shape[0])
@@ -158,7 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     vocab,
                 )
             if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[tokens])
+                _product_into(grad_hidden[tokens], logits, weight)
             if grad_weight is not None:
                 if grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.t(), hidden[tokens])
@@ -180,6 +181,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None, None
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`a b`, written to `out`."""
+    return out.copy_(product(a, b)) if widens(a.device, a.dtype) else torch.mm(a, b, out=out)
 
 
 def _rows_loss(

@@ -1,4 +1,4 @@
-"""Linear layers, with their weight gradient in the layout that the CPU's matrix products are fast in."""
+"""Linear layers, multiplied in the number format and the layout that the CPU's matrix products are fast in."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from internlm.model.ops import cpu_products
 from internlm.model.ops.choice import Choice
-from internlm.model.ops.native import has_native_ops
+from internlm.model.ops.cpu_products import linear_product, product, widens
+from internlm.model.ops.native import has_matrix_units, has_native_ops
 
 _WORTHWHILE_WIDTH = 1024
 """Of the wider side of a weight: below, transposing costs what it gains, or products are not split over threads."""
@@ -18,9 +20,14 @@ _WORTHWHILE_WIDTH = 1024
 
 def choice(device: torch.device, dtype: torch.dtype) -> Choice:
     """What `linear` and `weight_gradient` run on."""
+    if device.type != "cpu":
+        return Choice("PyTorch's products", "they are the fastest")
+    format = cpu_products.choice(dtype)
+    if format.implementation == "fp32":
+        return Choice("PyTorch's products in fp32, block by block, rounded once", format.reason)
     if _transposes(device, dtype):
         return Choice("PyTorch's products; our C++ transpose before wide weight gradients", "they are faster so")
-    return Choice("PyTorch's products", "they are the fastest")
+    return Choice("PyTorch's products", format.reason)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,10 +41,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `[..., out]`.
     """
-    if _transposes(x.device, x.dtype) and max(weight.shape) >= _WORTHWHILE_WIDTH:
+    if widens(x.device, x.dtype) or (_transposes(x.device, x.dtype) and max(weight.shape) >= _WORTHWHILE_WIDTH):
         out: Tensor = _Linear.apply(x, weight, bias)
         return out
     return F.linear(x, weight, bias)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient `[..., in]` of the input of a linear layer, given that of its output `[..., out]` and its weight
+    `[out, in]`."""
+    if widens(grad.device, grad.dtype):
+        return product(grad.flatten(0, -2), weight).unflatten(0, grad.shape[:-1])
+    return grad @ weight
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -45,7 +60,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     `[..., in]`."""
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     if not _transposes(x.device, x.dtype) or max(grad.shape[1], x.shape[1]) < _WORTHWHILE_WIDTH:
-        return grad.t() @ x
+        return product(grad.t(), x)
     # oneDNN multiplies at half its rate where the left factor is a transposed view. The narrower matrix is turned.
     if grad.shape[1] <= x.shape[1]:
         return _transposed(grad) @ x
@@ -53,7 +68,14 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _transposes(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype == torch.bfloat16 and has_native_ops()
+    # Where there is no AMX, a transposed view costs nothing.
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and has_matrix_units()
+        and not widens(device, dtype)
+        and has_native_ops()
+    )
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -66,14 +88,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+        return linear_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         return (
-            grad @ weight if ctx.needs_input_grad[0] else None,
+            input_gradient(grad, weight) if ctx.needs_input_grad[0] else None,
             weight_gradient(grad, x) if ctx.needs_input_grad[1] else None,
             grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None,
         )

@@ -1,4 +1,4 @@
-"""Ops in C++ for CPUs with AMX, the matrix units of Intel's servers.
+"""Ops in C++ for CPUs that multiply bf16 in hardware: by AMX, the matrix units of Intel's servers, or AVX512-BF16.
 
 They are compiled for the machine at hand when they are first asked for, which takes some seconds once, and live in
 `torch.ops.internlm_native`. Nothing needs them: where they cannot be had, PyTorch's own operators serve, more slowly.
@@ -49,18 +49,16 @@ def has_native_ops() -> bool:
 @functools.cache
 def why_no_native_ops() -> str | None:
     """Why `torch.ops.internlm_native` is not there, in words; None when it is."""
-    if not has_matrix_units():
-        return "this CPU has no AMX, for which they are"
+    if not has_bf16_units():
+        return "this CPU does not multiply bf16 in hardware, for which they are"
     try:
         torch.ops.load_library(str(compile_library(_SOURCES, _FLAGS)))
     except (CompileError, OSError) as error:
         reason = str(error)
     else:
-        if torch.ops.internlm_native.is_supported():
-            # Once more is no mistake, for PyTorch 2.11 neither: the cache may have been cleared.
-            torch.library.register_fake("internlm_native::transposed", _fake_transposed, allow_override=True)
-            return None
-        reason = "oneDNN does not use AMX here"
+        # Once more is no mistake, for PyTorch 2.11 neither: the cache may have been cleared.
+        torch.library.register_fake("internlm_native::transposed", _fake_transposed, allow_override=True)
+        return None
     _log.warning("bf16 is slower than it could be on this CPU: %s", reason)
     return reason
 

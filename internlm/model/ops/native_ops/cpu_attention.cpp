@@ -1,10 +1,9 @@
-// Causal attention in bf16 over documents of any lengths. For CPUs with AMX: those with AVX512-BF16 alone compute the
-// same, and more slowly than by PyTorch's kernel.
+// Causal attention in bf16 over documents of any lengths.
 //
 // The method is that of FlashAttention-2 (Dao, 2023, arXiv:2307.08691): scores live by blocks, in fp32, in a core's cache;
 // the forward pass keeps the logarithm of each row's sum of exponentials, from which the backward pass makes the
-// probabilities again. Matrix products are oneDNN's, as PyTorch offers them to its own kernels
-// (at::native::cpublas::brgemm).
+// probabilities again. Matrix products are oneDNN's where there is AMX, as PyTorch offers them to its own kernels
+// (at::native::cpublas::brgemm), and those of tiles.h elsewhere, where oneDNN's are slow for small tiles.
 //
 // A document and a key-value head, with all query heads that share it, are one piece of work for one thread, so results
 // do not depend on the number of threads. Lengths are padded to whole blocks of queries and head dimensions to whole
@@ -27,13 +26,13 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
+#include "tiles.h"
 #include "words.h"
 
 namespace {
 
 using at::BFloat16;
 using at::Tensor;
-using at::native::cpublas::brgemm;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kRows = 64;     // queries of a block
@@ -49,6 +48,23 @@ __mmask16 lanes(int64_t first, int64_t last) {
   if (first <= 0 && last >= kLanes) return 0xffff; // nearly always
   const auto below = [](int64_t i) { return (1u << std::clamp<int64_t>(i, 0, kLanes)) - 1; };
   return static_cast<__mmask16>(below(last) & ~below(first));
+}
+
+// Whether oneDNN's tile products run on AMX here.
+bool has_matrix_units() {
+  static const bool found = at::native::cpublas::could_pack(at::kBFloat16);
+  return found;
+}
+
+// c [m, n] (= or +=) a [m, k] b [k, n], b paired.
+void multiply(
+    int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const BFloat16* a,
+    const BFloat16* b, float* c) {
+  if (has_matrix_units())
+    at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add, a, b, c);
+  else
+    internlm::multiply(
+        m, n, k, ld_a, ld_b, ld_c, add, reinterpret_cast<const uint16_t*>(a), reinterpret_cast<const uint32_t*>(b), c);
 }
 
 // e^x for x <= 0, to a relative error of 1e-6 where the result is not tiny: 2^n 2^f, and a polynomial for 2^f.
@@ -204,7 +220,7 @@ struct Call {
       // Not dealt beforehand: pieces are of different sizes.
       for (int64_t piece = next++; piece < pieces; piece = next++)
         work(documents[piece / num_kv_heads], piece % num_kv_heads, own_floats, own_halves);
-      at::native::cpublas::brgemm_release();
+      if (has_matrix_units()) at::native::cpublas::brgemm_release();
     });
   }
 };
@@ -280,9 +296,9 @@ std::tuple<Tensor, Tensor> forward(
         std::memset(total, 0, kRows * dim * sizeof(float));
         for (int64_t begin = first; begin < last; begin += kColumns) {
           const int64_t width = std::min(kColumns, last - begin);
-          brgemm(kRows, width, dim, dim, padded, kColumns, false, queries, keys + 2 * begin, scores);
+          multiply(kRows, width, dim, dim, padded, kColumns, false, queries, keys + 2 * begin, scores);
           soften(call, start, begin, width, scores, weights, largest, sum, total);
-          brgemm(kRows, dim, width, kColumns, dim, dim, true, weights, values + begin * dim, total);
+          multiply(kRows, dim, width, kColumns, dim, dim, true, weights, values + begin * dim, total);
         }
         const int64_t known = std::min(kRows, length - start);
         float* logarithms = partition.data_ptr<float>() + (document.row * call.num_heads + head) * call.length;
@@ -372,14 +388,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(
         const int64_t first = call.first_key(start), last = start + kRows;
         for (int64_t begin = first; begin < last; begin += kColumns) {
           const int64_t width = std::min(kColumns, last - begin), at = begin * dim;
-          brgemm(width, kRows, dim, dim, kRows, kRows, false, keys + at, turned_queries, scores);
-          brgemm(width, kRows, dim, dim, kRows, kRows, false, values + at, turned_outer, gradients);
+          multiply(width, kRows, dim, dim, kRows, kRows, false, keys + at, turned_queries, scores);
+          multiply(width, kRows, dim, dim, kRows, kRows, false, values + at, turned_outer, gradients);
           differentiate(
               call, start, begin, width, scores, gradients, logarithms, delta, probabilities, score_gradients,
               paired_gradients);
-          brgemm(width, dim, kRows, kRows, dim, dim, true, probabilities, paired_outer, value_sums + at);
-          brgemm(width, dim, kRows, kRows, dim, dim, true, score_gradients, paired_queries, key_sums + at);
-          brgemm(dim, kRows, width, padded, kRows, kRows, begin > first, turned_keys + begin, paired_gradients, query_sums);
+          multiply(width, dim, kRows, kRows, dim, dim, true, probabilities, paired_outer, value_sums + at);
+          multiply(width, dim, kRows, kRows, dim, dim, true, score_gradients, paired_queries, key_sums + at);
+          multiply(dim, kRows, width, padded, kRows, kRows, begin > first, turned_keys + begin, paired_gradients, query_sums);
         }
         transpose_words(query_sums, dim, kRows, turned, dim);
         call.head(grad_q, document, head).write(start, known, turned, dim, call.scale);
@@ -390,11 +406,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return {grad_q, grad_k, grad_v};
 }
 
-// Whether PyTorch's tile products run on AMX here.
-bool is_supported() {
-  return at::native::cpublas::could_pack(at::kBFloat16);
-}
-
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(internlm_native, library) {
@@ -402,7 +413,6 @@ TORCH_LIBRARY_FRAGMENT(internlm_native, library) {
   library.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor partition, Tensor? bounds,"
       " int? window, float scale) -> (Tensor, Tensor, Tensor)");
-  library.def("is_supported() -> bool", &is_supported);
 }
 
 TORCH_LIBRARY_IMPL(internlm_native, CPU, library) {

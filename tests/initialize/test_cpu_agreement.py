@@ -1,0 +1,59 @@
+"""Ranks whose CPUs are of different kinds multiply alike, and the log says so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.ranks import RankPool
+
+from internlm.core.context.layout import ParallelLayout
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.initialize import cpu_products as agreement
+from internlm.model.ops import cpu_products
+from internlm.model.ops.cpu_products import CpuFeatures, CpuProducts, choice, choose_cpu_products
+
+KINDS = (
+    CpuFeatures("x86_64", "GenuineIntel", frozenset({"avx512_bf16", "amx_bf16"})),
+    CpuFeatures("x86_64", "GenuineIntel", frozenset({"avx512_bf16"})),
+)
+
+
+def agree(setting: CpuProducts, kinds: tuple[CpuFeatures, ...]) -> tuple[str, list[str]]:
+    """What this rank then does, and its warnings."""
+    context = ParallelContext.create(ParallelLayout(world_size=2))
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    agreement.logger.addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_products, "this_cpu", lambda: kinds[context.rank])
+        try:
+            choose_cpu_products(setting)
+            agreement.agree_on_cpu_products(torch.bfloat16, context)
+            return choice(torch.bfloat16).implementation, warnings
+        finally:
+            agreement.logger.removeHandler(handler)
+            choose_cpu_products("auto")
+            context.close()
+
+
+def test_unlike_cpus_take_fp32(ranks: Callable[[int], RankPool]) -> None:
+    for chosen, warnings in ranks(2).run(agree, "auto", KINDS):
+        assert chosen == "fp32"
+        assert warnings == [
+            "the ranks' CPUs are of different kinds: rank 1 multiplies faster in fp32, rank 0 in bfloat16; all "
+            "multiply in fp32, unless model.cpu_products is 'dtype'"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind", "expected"), [("dtype", 1, "dtype"), ("auto", 0, "dtype"), ("auto", 1, "fp32")]
+)
+def test_equal_cpus_and_a_key_need_no_agreement(
+    ranks: Callable[[int], RankPool], setting: str, kind: int, expected: str
+) -> None:
+    kinds = KINDS if setting == "dtype" else (KINDS[kind], KINDS[kind])
+    assert ranks(2).run(agree, setting, kinds) == [(expected, []), (expected, [])]
