@@ -58,6 +58,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "model.dtype": {"model.dtype": "torch.float32"},
     "model.attention_backend": {"model.attention_backend": "sdpa"},
     "model.fused_kernels": {"model.fused_kernels": "none"},
+    "model.cpu_products": {"model.cpu_products": "fp32"},
     "model.checkpoint": {"model.checkpoint": 1.0},
     "model.checkpoint_keep": {"model.checkpoint_keep": "matmuls"},
     "model.checkpoint_budget": {"model.checkpoint_budget": 1.0},
