@@ -162,7 +162,7 @@ def why_not_writable(folder: Path) -> str | None:
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
-        return f"'{there}' is not a folder"
+        return f"'{there}' is a file where a folder should be"
     if not os.access(there, os.W_OK | os.X_OK):
         return f"no permission to write to '{there}'"
     return None

@@ -86,7 +86,10 @@ def test_a_dry_run_tells_what_a_log_would(train):
             ["ckpt.load_ckpt_info=dict(path='nowhere', content=('model',), ckpt_type='hff')"],
             "unknown type 'hff', known: .* Did you mean 'hf'",
         ),
-        (["ckpt.save_ckpt_folder=config.py/x"], r"checkpoints cannot be saved to 'config\.py/x': .* is not a folder"),
+        (
+            ["ckpt.save_ckpt_folder=config.py/x"],
+            r"checkpoints cannot be saved to 'config\.py/x': .* is a file where a folder should be",
+        ),
         (["ckpt.stop_file_path=config.py/stop"], "ckpt.stop_file_path = 'config.py/stop' cannot be written"),
     ],
 )
@@ -124,4 +127,7 @@ def test_a_dry_run_reads_the_index_of_the_data(train, tmp_path):
 
 def test_a_dry_run_needs_a_run_directory_that_can_be_made(train):
     text = train("--dry-run", "--run-dir", "config.py/run", code=2)
-    assert re.search(r"the run directory 'config\.py/run' cannot be written: .* is not a folder; give another", text)
+    assert re.search(
+        r"the run directory 'config\.py/run' cannot be written: .* is a file where a folder should be; give another",
+        text,
+    )
