@@ -7,13 +7,21 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.fake_trainer import FakeTrainer, step_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from internlm.eval.hook import EvaluationHook
 from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
 from internlm.monitor.tensorboard import TensorBoardHook
 from internlm.utils.logging import ROOT_LOGGER
+
+
+@pytest.fixture(autouse=True)
+def _files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one second and one process are read in the order of their numbers as text, in which 10 is before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def read(folder) -> EventAccumulator:
