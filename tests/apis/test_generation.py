@@ -103,6 +103,14 @@ def test_end_of_text_equals_transformers(pair):
     assert torch.equal(alone, free[:1, : PROMPT + first + 1])  # stops at once, with the end in place
 
 
+def test_the_last_token_of_the_tokenizer_may_be_chosen_and_none_behind_it(pair):
+    model, _ = pair
+    free = generate(model, prompts(4), max_new_tokens=NEW)
+    last = int(free[:, PROMPT:].max())
+    assert torch.equal(generate(model, prompts(4), max_new_tokens=NEW, num_tokens=last + 1), free)
+    assert int(generate(model, prompts(4), max_new_tokens=NEW, num_tokens=last)[:, PROMPT:].max()) < last
+
+
 def test_sampling_equals_transformers_with_the_same_seed(pair):
     model, theirs = pair
     input_ids = prompts(4)

@@ -12,7 +12,7 @@ from helpers.commands import metrics_of, start_training, write_config
 from helpers.runs import new_trainer, steps_in
 
 from internlm.checkpoint import folder as folders
-from internlm.checkpoint.folder import Mark, begin_writing, finish_writing, why_not_ours
+from internlm.checkpoint.folder import SNAPSHOT_SLOTS, Mark, begin_writing, finish_writing, why_not_ours
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.utils.errors import CheckpointError, StorageError
 from internlm.utils.storage import StoragePath, storage_path
@@ -96,8 +96,11 @@ def test_what_lies_there_is_named(tmp_path: Path, trainer: Any, kind: str) -> No
     fill(tmp_path / "saved" / "5", kind, trainer)
     with pytest.raises(CheckpointError, match=f"'{tmp_path}/saved/5' {REASONS[kind]}"):
         manager.check_room(trainer.context, 1, 10)
-    # Only the steps of this run count.
+    # Only the steps of this run count, the first and the last of them too.
     manager.check_room(trainer.context, 6, 10)
+    manager.check_room(trainer.context, 1, 4)
+    with pytest.raises(CheckpointError, match="saved/5' "):
+        manager.check_room(trainer.context, 5, 5)
     trainer.state.step = 5
     manager.save(trainer)
     with pytest.raises(CheckpointError, match=f"saved/5' {REASONS[kind]}: it is not replaced; move it away"):
@@ -117,15 +120,16 @@ def test_what_a_run_has_left_itself_is_replaced(tmp_path: Path, trainer: Any) ->
     assert steps_in(tmp_path / "saved") == [2, 2, 2]
 
 
-def test_places_of_snapshots_and_exports_count_too(tmp_path: Path, trainer: Any) -> None:
-    files = internevo(tmp_path / "saved" / "snapshot" / "0", 7)
+@pytest.mark.parametrize("slot", SNAPSHOT_SLOTS)
+def test_places_of_snapshots_and_exports_count_too(tmp_path: Path, trainer: Any, slot: str) -> None:
+    files = internevo(tmp_path / "saved" / "snapshot" / slot, 7)
     manager: CheckpointManager = trainer.checkpointer
     manager.check_room(trainer.context, 1, 10)
-    with pytest.raises(CheckpointError, match="snapshot/0' is a checkpoint of InternEvo"):
+    with pytest.raises(CheckpointError, match=f"snapshot/{slot}' is a checkpoint of InternEvo"):
         manager.check_room(trainer.context, 1, 10, snapshots=True)
     manager.save(trainer, snapshot=True)
     manager.save(trainer, snapshot=True)
-    assert content_of(tmp_path / "saved" / "snapshot" / "0") == files
+    assert content_of(tmp_path / "saved" / "snapshot" / slot) == files
     (tmp_path / "saved" / "4_hf").mkdir()
     manager.check_room(trainer.context, 1, 10)
     manager.after_save = print

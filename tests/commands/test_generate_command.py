@@ -20,6 +20,7 @@ from internlm.checkpoint.inference import load_model_for_inference
 from internlm.checkpoint.reading import CONFIG_FILE
 from internlm.cli import main
 from internlm.config.schema import Config
+from internlm.model.decoder import Decoder
 
 VOCAB = 300
 PROMPT = "naïve text"
@@ -198,6 +199,22 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(tmp_path: Path, capsys: pytes
     words = ["generate", "--ckpt", str(tmp_path / "run"), "--tokenizer", str(tmp_path / "small.model")]
     assert main([*words, "--prompt", "some text", "--max-new-tokens", "40"]) == 0
     assert capsys.readouterr().out.startswith("some text")
+
+
+def test_the_last_token_of_the_tokenizer_may_be_chosen(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        """More, the later the token is in the vocabulary."""
+        return torch.arange(float(self.architecture.vocab_size)).expand(len(hidden), -1)
+
+    checkpoint = save(tmp_path, tokenizer_path)
+    monkeypatch.setattr(Decoder, "logits", logits)
+    words = ["generate", "--ckpt", str(checkpoint), "--prompt", PROMPT, "--max-new-tokens", "3", "--greedy"]
+    assert main([*words, "--device", "cpu"]) == 0
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    last = tokenizer.get_vocab_size() - 1
+    assert capsys.readouterr().out == f"{PROMPT}{tokenizer.decode([last] * 3)}\n"
 
 
 def test_weights_that_are_not_finite_are_named(

@@ -8,6 +8,8 @@ from helpers.commands import LAUNCHER_VARIABLES, write_config
 from helpers.forked import run_forked
 
 from internlm.cli import main
+from internlm.commands import train as command
+from internlm.core.context.parallel_context import ParallelContext
 
 
 @pytest.fixture
@@ -43,6 +45,28 @@ def test_a_run_is_no_other_for_them(train):
     text = train("--world_size", "8", "--rank", "5", "--set", "data.total_steps=1", "--set", "ckpt.checkpoint_every=5")
     assert "no effect: --rank 5" in text and "no effect: --world-size 8 (this is one process" in text
     assert "done: 1 steps" in text
+
+
+def train_and_show_limits():
+    connect, create = command.connect, ParallelContext.create
+
+    def connect_and_show(launch, device, backend, timeout_seconds=None):
+        print(f"limit of the job's group: {timeout_seconds}")
+        connect(launch, device, backend, timeout_seconds)
+
+    def create_and_show(layout, device, timeout_seconds=None):
+        print(f"limit of the others: {timeout_seconds}")
+        return create(layout, device, timeout_seconds)
+
+    command.connect, ParallelContext.create = connect_and_show, create_and_show
+    run(["--set", "data.total_steps=1", "--set", "monitor.collective_timeout_seconds=77"], 0, {})
+
+
+def test_every_group_of_a_run_gets_the_time_limit(tmp_path):
+    write_config(tmp_path)
+    text = run_forked(tmp_path, train_and_show_limits)
+    limit = 77 + command.BACKSTOP_SECONDS
+    assert f"limit of the job's group: {limit}" in text and f"limit of the others: {limit}" in text
 
 
 def test_the_launcher_is_named(train):

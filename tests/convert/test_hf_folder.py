@@ -164,6 +164,17 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to(tmp_path: Path, capsys: 
         from_hf(theirs.state_dict(), tiny_model("LLAMA2", **GQA, tie_word_embeddings=True).architecture)
 
 
+@pytest.mark.parametrize("position", [(0, 0), (-1, -1)])
+def test_a_head_that_is_the_embedding_but_for_one_value(tmp_path: Path, position: tuple[int, int]) -> None:
+    save_native("llama-tied", tmp_path)
+    tensors = tensors_of(tmp_path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[position] += torch.finfo(head.dtype).eps * head[position]
+    save_one_file(tmp_path, {**tensors, "lm_head.weight": head})
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs from the embedding in 1 of 4,656 values"):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+
+
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [

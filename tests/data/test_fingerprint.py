@@ -46,9 +46,10 @@ def test_equal_for_the_same_tokenizer_in_another_form(bpe, tmp_path):
         lambda values: values.update(normalizer={"type": "NFKC"}),
         lambda values: values["pre_tokenizer"].update(add_prefix_space=True),
         lambda values: values["added_tokens"].append({**values["added_tokens"][0], "id": 290, "content": "<|user|>"}),
+        lambda values: values["added_tokens"].pop(),  # the vocabulary keeps it as an ordinary piece
         lambda values: values["model"]["vocab"].update({"zzz": 290}),
     ],
-    ids=["merges", "normalizer", "pre-tokenizer", "special token", "vocabulary"],
+    ids=["merges", "normalizer", "pre-tokenizer", "special token", "no longer special", "vocabulary"],
 )
 def test_another_function_has_another_fingerprint(bpe, tmp_path, change):
     assert fingerprint(changed(bpe, tmp_path / "other", change)) != fingerprint(bpe)

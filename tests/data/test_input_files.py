@@ -12,7 +12,7 @@ import pytest
 
 from internlm.data.tokenize.command import main
 from internlm.data.tokenize.input_files import find_inputs, open_input
-from internlm.data.tokenize.json_values import iterate_json_array
+from internlm.data.tokenize.json_values import iterate_json_array, iterate_json_lines
 from internlm.data.tokenize.text_inputs import TextOptions, plan_shards, read_documents
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
@@ -202,6 +202,9 @@ def test_json_values_are_those_of_the_library(tmp_path, monkeypatch, block):
         assert list(iterate_json_array(path)) == json.loads(content)
     path.write_text('{"text": "a"}\n{"text": "b"} {"text": "c"}\n')  # records without an array
     assert [record["text"] for record in iterate_json_array(path)] == ["a", "b", "c"]
+    for values in (["a", "b"], [1, 22], [{"text": "a"}, {"text": "b"}]):
+        path.write_text("\n".join(map(json.dumps, values)))  # the last line has no end
+        assert list(iterate_json_array(path)) == list(iterate_json_lines(path)) == values
 
 
 @pytest.mark.parametrize("block", range(1, 12))

@@ -268,6 +268,14 @@ def valid_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_what_may_end_a_run_comes_after_the_save(tmp_path: Path, valid_folder: Path) -> None:
+    """The hooks are called in this order, and what the first ones have done is done."""
+    trainer = new(tmp_path, ckpt__enable_save_ckpt=True, data__valid_folder=valid_folder, data__valid_every=2)
+    names = [hook.name for hook in trainer.hooks]
+    assert names.index("metrics_file") < names.index("checkpoint") < names.index("evaluation") < names.index("health")
+    assert names[-1] == "health"
+
+
 def evaluations(folder: Path, valid_folder: Path, run: str, packed: bool) -> list[dict[str, float]]:
     """The val/ numbers of every evaluation of a run of five steps, evaluated every two."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -214,6 +214,12 @@ def test_a_change_that_is_meant_is_allowed_and_told(saved: Path, told: pytest.Lo
             new(saved, ckpt__allow_model_changes=allowed, model__layer_norm_epsilon=1e-6, **changes)
 
 
+def test_a_key_that_the_config_no_longer_has_is_compared_by_its_default(tmp_path: Path) -> None:
+    new(tmp_path, model__rope_base=5e5).fit()
+    with pytest.raises(CheckpointError, match=r"outputs:\n  model\.rope_base: 500000\.0 -> 10000\.0\n"):
+        new(tmp_path)
+
+
 def test_a_name_that_is_no_such_key_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"names 'model.rope_bas', .* Did you mean 'model.rope_base'\?"):
         new(tmp_path, ckpt__allow_model_changes="('model.rope_bas',)")

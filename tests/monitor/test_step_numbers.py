@@ -9,6 +9,7 @@ import torch
 from helpers.fake_trainer import step_metrics
 
 from internlm.core.metrics import StepMetrics
+from internlm.monitor.internevo_line import internevo_line
 from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
 
 
@@ -27,6 +28,12 @@ def test_rates_over_sixty_uneven_steps():
     assert numbers["tgs/tgs_all"] == pytest.approx(sum(tokens) / 4 / sum(seconds))
     assert numbers["tgs/tgs_avg"] == pytest.approx(sum(rates) / 60)
     assert throughput.seconds_per_step() == pytest.approx(sum(seconds[-50:]) / 50)
+
+
+def test_all_rates_are_those_of_one_rank():
+    numbers = StepNumbers(Throughput(world_size=4), clock=lambda: 0.0).of(step_metrics(1))
+    assert (numbers["tgs"], numbers["real_tgs"]) == (500.0, 450.0)
+    assert " real_tgs=450.0 tgs (tokens/gpu/second)=500.0 tgs/last_tgs_1=500.0 " in internevo_line(numbers)
 
 
 def test_tflops_and_mfu_name_their_convention():
