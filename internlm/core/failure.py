@@ -30,7 +30,7 @@ ECHO = "stopped because "
 
 def describe_error(error: BaseException) -> str:
     """Class and message of an error in one line."""
-    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()).replace(":; ", ": ")
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

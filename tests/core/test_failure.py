@@ -136,6 +136,7 @@ def test_one_process_has_nobody_to_tell() -> None:
     [
         (RuntimeError("a\n\n  b\nc"), "RuntimeError: a; b; c"),
         (ConfigError(["first", "second"]), "ConfigError: first; second"),
+        (ConfigError("differs:\n  first\n  second"), "ConfigError: differs: first; second"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),
     ],
 )
