@@ -173,6 +173,17 @@ def test_other_options_do_not_continue_an_interrupted_run(tmp_path, tokenizer_pa
     assert all(document[-1] != 1 for document in documents_of(tmp_path / "x.bin"))
 
 
+def test_a_mended_input_begins_anew_where_no_part_was_done(tmp_path, tokenizer_path):
+    path = tmp_path / "a.json"
+    options = TokenizeOptions((str(path),), tmp_path / "x.bin", tokenizer_path)
+    path.write_text('[{"text": "one"}] [{"text": "two"}]')
+    with pytest.raises(DataError, match="behind the ']'"):
+        tokenize(options)
+    path.write_text('[{"text": "one"}, {"text": "two"}]')
+    assert tokenize(options).documents == 2
+    assert not (tmp_path / "x.bin.parts").exists()
+
+
 def test_append(tmp_path, tokenizer_path):
     first, second = make_texts(10, seed=1), make_texts(10, seed=2)
     for texts, append in ((first, False), (second, True)):

@@ -240,13 +240,16 @@ def _begin_or_continue(
         except ValueError as error:
             raise DataError(f"{path}: damaged ({error}); forget the interrupted run with --restart") from error
         changed = [key for key in manifest if old.get(key) != json.loads(json.dumps(manifest[key]))]
-        if changed:
+        # Where no part is done, as after a mistake in the first file, there is nothing to lose.
+        begins_anew = bool(changed) and not any(parts.glob("*.done"))
+        if changed and not begins_anew:
             raise DataError(
                 f"{parts} holds the parts of an interrupted run with other {', '.join(changed)}: repeat that run to "
                 "finish it, or forget it with --restart"
             )
-        print(f"continuing the interrupted run in {parts}", file=sys.stderr)
-        return old
+        if not begins_anew:
+            print(f"continuing the interrupted run in {parts}", file=sys.stderr)
+            return old
     for output in options.outputs:
         if output.exists() and not options.append:
             raise DataError(f"{output} exists: choose another name, remove it, or add to it with --append")
