@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 
 from internlm.checkpoint.dcp_storage import FileSum, sum_of_file
@@ -144,6 +144,16 @@ def resolve(path: StoragePath) -> StoragePath:
     raise CheckpointError(
         f"there is no complete checkpoint in '{path}'; expected a folder named by its step, such as 100/"
     )
+
+
+def check_contents(path: StoragePath, mark: Mark, wanted: Collection[str]) -> None:
+    """Raise CheckpointError if the checkpoint lacks a part of what is to be loaded from it."""
+    absent = set(wanted) - set(mark.contents)
+    if absent:
+        raise CheckpointError(
+            f"the checkpoint '{path}' holds only {', '.join(mark.contents)}, not {', '.join(sorted(absent))}: "
+            f"set the content of what you load to {mark.contents}"
+        )
 
 
 def find_damage(path: StoragePath, mark: Mark, share: int = 0, num_shares: int = 1) -> list[str]:

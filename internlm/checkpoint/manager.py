@@ -144,7 +144,7 @@ class CheckpointManager:
             raise CheckpointError(
                 f"this run saves its steps {first} to {last} in '{save_folder}', and would destroy what it has not "
                 f"written:{listed(found)}\nmove that away, or set ckpt.save_ckpt_folder to another folder; to start "
-                f"from it, name it in ckpt.load_ckpt_info (doc/checkpoints.md)"
+                f"from a checkpoint, name it in ckpt.load_ckpt_info (doc/checkpoints.md)"
             )
 
     def save(self, trainer: Trainer, *, snapshot: bool = False) -> None:
@@ -402,12 +402,7 @@ class CheckpointManager:
             raise CheckpointError(f"unknown checkpoint content {sorted(unknown)}; allowed: {list(WHOLE_RUN)} or 'all'")
         folder = storage_path(path) if not isinstance(path, StoragePath) else path
         mark = check_files(folder, trainer.context)
-        absent = wanted - set(mark.contents)
-        if absent:
-            raise CheckpointError(
-                f"the checkpoint '{folder}' holds only {', '.join(mark.contents)}, not {', '.join(sorted(absent))}: "
-                f"set the content of what you load to {mark.contents}"
-            )
+        folders.check_contents(folder, mark, wanted)
         if check is not None:
             check(folder, mark, wanted)
         load_run(trainer, folder, wanted, strict=strict)

@@ -41,7 +41,7 @@ from internlm.initialize.launch import (
     detect_launch,
     disconnect,
 )
-from internlm.initialize.preflight import check_loaders, check_surroundings, why_not_writable
+from internlm.initialize.preflight import check_surroundings, rehearse_start, why_not_writable
 from internlm.initialize.stages import build_meta_model
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError, user_message
@@ -131,7 +131,7 @@ def _dry_run(loaded: LoadedConfig, launch: Launch, run_dir: Path | None) -> str:
     layout = build_layout(config, launch.world_size)
     context = ParallelContext(layout, launch.rank, choose_device(launch))
     _check_run_dir(run_dir)
-    notices = [*loaded.notices, *check_surroundings(config, context), *check_loaders(config, context)]
+    notices = [*loaded.notices, *check_surroundings(config, context), *rehearse_start(config, context)]
     sizes: dict[str, int] = {}
     for name, parameter in build_meta_model(config).named_parameters():
         part = name.split(".")[0]

@@ -401,6 +401,29 @@ def is_left_open(info: LoadCkptInfo) -> bool:
     return info.is_placeholder and not (path.is_local and path.exists())
 
 
+def check_checkpoint(config: Config, path: StoragePath, mark: Mark, contents: Collection[str]) -> None:
+    """Compare the config with that of a checkpoint of ours from which `contents` are to be loaded.
+
+    Raises:
+        CheckpointError: the model is another function.
+    """
+    saved = saved_config(path)
+    if saved is not None:
+        next_rate = (lambda one: build_schedules(one)[0].lr(mark.step)) if "scheduler" in contents else None
+        compare_configs(saved, config, f"the checkpoint '{path}'", contents, next_rate)
+
+
+def check_foreign_weights(config: Config, info: LoadCkptInfo, path: StoragePath) -> None:
+    """The same for weights of others, as far as their config is known.
+
+    Raises:
+        CheckpointError: the model is another function.
+    """
+    trained = trained_as(info.ckpt_type, path, config)
+    if trained is not None:
+        check_same_function(trained, config, f"'{path}'", translated=True)
+
+
 def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
     """Resume, or load `load_ckpt_info`, or start from scratch, and say which.
 
@@ -408,13 +431,7 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
         CheckpointError: a checkpoint is missing, damaged, or does not fit; or its model is another function.
     """
     info = config.ckpt.load_ckpt_info
-
-    def check(path: StoragePath, mark: Mark, contents: Collection[str]) -> None:
-        saved = saved_config(path)
-        if saved is not None:
-            next_rate = (lambda one: build_schedules(one)[0].lr(mark.step)) if "scheduler" in contents else None
-            compare_configs(saved, config, f"the checkpoint '{path}'", contents, next_rate)
-
+    check = partial(check_checkpoint, config)
     # A run does not go on from a folder that it would not save to.
     resumes = config.ckpt.auto_resume and config.ckpt.enable_save_ckpt
     found = manager.resume(trainer, check) if resumes else None
@@ -432,9 +449,7 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
             manager.load(trainer, path, info.content, strict=info.strict, check=check)
         else:
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
-            trained = trained_as(info.ckpt_type, path, config)
-            if trained is not None:
-                check_same_function(trained, config, f"'{path}'", translated=True)
+            check_foreign_weights(config, info, path)
             load_weights(trainer, weights, f"'{path}'", strict=info.strict)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
         check_finite(trainer, path)

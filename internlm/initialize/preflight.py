@@ -1,8 +1,8 @@
 """What a run needs of its surroundings, checked before it begins: data, weights to start from, folders, packages.
 
 One list of checks with two readers, the start of a run (on its main rank) and `--dry-run`. They look and write nothing,
-and are quick enough for every start. `--dry-run` also builds the loaders as the start does, which reads the index of
-every file.
+and are quick enough for every start. `--dry-run` also does what the start does itself, later: it builds the loaders,
+which reads the index of every file, and compares the config with the checkpoint that it would begin from.
 """
 
 from __future__ import annotations
@@ -11,18 +11,33 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from internlm.checkpoint.folder import find_checkpoints, resolve
+from internlm.checkpoint.folder import (
+    WHOLE_RUN,
+    FoundCheckpoint,
+    Mark,
+    check_contents,
+    find_checkpoints,
+    read_mark,
+    resolve,
+)
+from internlm.checkpoint.manager import CheckpointManager
 from internlm.config.schema import Config
 from internlm.convert.checkpoint_types import open_weights
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.folder import find_train_files, find_valid_sets
-from internlm.initialize.build import build_loader, build_valid_sets, is_left_open
+from internlm.initialize.build import (
+    build_loader,
+    build_valid_sets,
+    check_checkpoint,
+    check_foreign_weights,
+    is_left_open,
+)
 from internlm.initialize.stages import build_meta_model
-from internlm.initialize.tokenizers import data_tokenizer
+from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import CheckpointError, ConfigError, DataError, UserError
 from internlm.utils.optional_packages import why_unusable
-from internlm.utils.storage import storage_path
+from internlm.utils.storage import StoragePath, storage_path
 
 Check = Callable[[Config, ParallelContext], list[str]]
 """Returns what the user should know, and raises a UserError for what the run would fail with."""
@@ -40,16 +55,18 @@ def check_surroundings(config: Config, context: ParallelContext) -> list[str]:
     return _run_all(CHECKS, config, context)
 
 
-def check_loaders(config: Config, context: ParallelContext) -> list[str]:
-    """Build the loaders of a rank as the start of a run does, and compare tokenizers; nothing of it is kept.
+def rehearse_start(config: Config, context: ParallelContext) -> list[str]:
+    """What the start of a run checks itself: loaders, tokenizers, the checkpoint it begins from, where it saves.
+
+    Checksums and tensors are not read. Nothing of it is kept.
 
     Returns:
         One line on each thing that is not as asked, but without which the run goes on.
 
     Raises:
-        UserError: data is missing or malformed.
+        UserError: data is missing or malformed, a checkpoint does not fit, or saving would destroy what is not ours.
     """
-    return _run_all((_train_loader, _valid_loaders, _data_tokenizer), config, context)
+    return _run_all((_train_loader, _valid_loaders, _data_tokenizer, _checkpoint, _room), config, context)
 
 
 def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext) -> list[str]:
@@ -62,7 +79,8 @@ def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext
             errors.append(error)
     if len(errors) > 1:
         texts = (error.mistakes if isinstance(error, ConfigError) else [str(error)] for error in errors)
-        raise ConfigError(text for found in texts for text in found)
+        # One cause may stop several checks.
+        raise ConfigError(dict.fromkeys(text for found in texts for text in found))
     if errors:
         raise errors[0]
     return notices
@@ -113,8 +131,74 @@ def _tokenizer(config: Config, context: ParallelContext) -> list[str]:
 
 
 def _data_tokenizer(config: Config, context: ParallelContext) -> list[str]:
-    data_tokenizer(config)
+    known = data_tokenizer(config)
+    begins_from = _begins_from(config)
+    if begins_from is not None:
+        compare_with_checkpoint(config, begins_from[0], known)
     return []
+
+
+def _checkpoint(config: Config, context: ParallelContext) -> list[str]:
+    """The config is that of the checkpoint, or differs from it as it may."""
+    begins_from, info = _begins_from(config), config.ckpt.load_ckpt_info
+    if begins_from is None:
+        return []
+    path, mark, contents = begins_from
+    if mark is not None:
+        check_contents(path, mark, contents)
+        check_checkpoint(config, path, mark, contents)
+        return [f"the run would go on from '{path}'" if _resumes(config) else f"the run would begin from '{path}'"]
+    assert info is not None
+    check_foreign_weights(config, info, path)
+    return [f"the run would begin with the weights of '{path}'"]
+
+
+def _room(config: Config, context: ParallelContext) -> list[str]:
+    """Nothing of others lies where the run saves."""
+    ckpt = config.ckpt
+    if not (ckpt.enable_save_ckpt and ckpt.save_ckpt_folder):
+        return []
+    begins_from = _begins_from(config)
+    # As many steps are behind the run as the counters say that it takes over.
+    mark = begins_from[1] if begins_from is not None and "scheduler" in begins_from[2] else None
+    manager = CheckpointManager(
+        ckpt.save_ckpt_folder,
+        snapshot_folder=ckpt.snapshot_ckpt_folder or None,
+        after_save=(lambda _: None) if ckpt.enable_internevo2hf_ckpt else None,
+    )
+    first, last = (mark.step if mark is not None else 0) + 1, config.data.total_steps
+    manager.check_room(context, first, last, snapshots=ckpt.oss_snapshot_freq is not None)
+    return []
+
+
+def _begins_from(config: Config) -> tuple[StoragePath, Mark | None, tuple[str, ...]] | None:
+    """The checkpoint or weights that the run begins from, the mark of one of ours, and what is loaded of it.
+
+    Raises:
+        CheckpointError: there is none where the config says, or only such as cannot be read.
+    """
+    refused: list[str] = []
+    found = _to_resume(config)
+    for checkpoint in reversed(found):
+        try:
+            mark = read_mark(checkpoint.path)
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        if mark is not None:
+            return checkpoint.path, mark, mark.contents
+    if found:
+        raise CheckpointError(
+            f"ckpt.auto_resume: no checkpoint in '{config.ckpt.save_ckpt_folder}' can be read: {'; '.join(refused)}"
+        )
+    info = config.ckpt.load_ckpt_info
+    if info is None or info.path is None or is_left_open(info):
+        return None
+    path = storage_path(info.path)
+    if info.ckpt_type != "internevo":
+        return path, None, tuple(info.content)
+    path = resolve(path)
+    return path, read_mark(path), WHOLE_RUN if "all" in info.content else tuple(info.content)
 
 
 def _weights(config: Config, context: ParallelContext) -> list[str]:
@@ -131,11 +215,15 @@ def _weights(config: Config, context: ParallelContext) -> list[str]:
 
 
 def _resumes(config: Config) -> bool:
+    return bool(_to_resume(config))
+
+
+def _to_resume(config: Config) -> list[FoundCheckpoint]:
     ckpt = config.ckpt
     if not (ckpt.auto_resume and ckpt.enable_save_ckpt and ckpt.save_ckpt_folder):
-        return False
+        return []
     snapshots = storage_path(ckpt.snapshot_ckpt_folder) if ckpt.snapshot_ckpt_folder else None
-    return bool(find_checkpoints(storage_path(ckpt.save_ckpt_folder), snapshots))
+    return find_checkpoints(storage_path(ckpt.save_ckpt_folder), snapshots)
 
 
 def _folders(config: Config, context: ParallelContext) -> list[str]:
