@@ -78,3 +78,7 @@ def test_content_that_the_checkpoint_lacks(tmp_path: Path, dry_run) -> None:
     saved_by_this_config(tmp_path / "config.py", tmp_path / "old", ("model",))
     refused = dry_run(2, f"ckpt.load_ckpt_info.path={tmp_path}/old", "ckpt.load_ckpt_info.content=all")
     assert "holds only model, not optimizer, sampler, scheduler" in refused
+
+
+def test_random_data_is_told(tmp_path: Path, dry_run) -> None:
+    assert "notice: the run trains on random tokens, for trials of speed: data.train_folder is None" in dry_run(0)
