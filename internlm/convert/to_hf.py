@@ -244,7 +244,7 @@ def _write_weights(out: StoragePath, tensors: Mapping[str, LazyTensor], max_shar
     for file, names in zip(files, shards, strict=True):
         with (out / file).open_write() as stream:
             write_safetensors(stream, {name: tensors[name] for name in names})
-        logger.info("wrote %s, %d tensors", out / file, len(names))
+        logger.info("wrote %s, %d tensors", file, len(names))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},

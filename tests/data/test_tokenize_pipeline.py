@@ -320,6 +320,7 @@ def test_json_arrays_are_read_in_blocks(tmp_path, monkeypatch, block):
         ("a.json", b'[{"text": "abc\xe9"}]', r"a\.json: byte 14 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\nnot json\n', r"a\.jsonl: the line at byte 14 is not JSON"),
         ("a.jsonl", b'{"txt": "a"}\n', r"record at byte 0 has no text 'text', its fields are \['txt'\].*mean 'txt'"),
+        ("a.jsonl", b'[{"text": "a"}]\n', r"record at byte 0 is an array, not a record; .* name it \.json"),
         ("a.jsonl", b"5\n", r"record at byte 0 has no text 'text', it is int"),
         ("a.jsonl", b'{"text": 5}\n', r"'text' is int, not text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"lone surrogate \(\\ud800\) at character 0"),

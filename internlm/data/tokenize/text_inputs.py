@@ -203,6 +203,10 @@ def _text_of(record: Any, text_key: str, place: str) -> str | None:
         return check_unicode(record, place)
     if isinstance(record, dict) and text_key in record:
         return _as_text(record[text_key], place, text_key)
+    if isinstance(record, list):
+        raise DataError(
+            f"{place} is an array, not a record; where one array is the whole of a .jsonl file, name it .json"
+        )
     keys = sorted(record) if isinstance(record, dict) else []
     found = f"its fields are {keys}" if keys else f"it is {type(record).__name__}"
     raise DataError(f"{place} has no text '{text_key}', {found}; choose with --text-key.{nearest(text_key, keys)}")
