@@ -164,8 +164,12 @@ class _Values:
 
 
 def _not_utf8(path: Path, offset: int, reason: str) -> DataError:
+    with open_input(path) as file:
+        begins_as_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = "utf-16" if begins_as_utf16 else "latin1"
     return DataError(
-        f"{path}: byte {offset} is not UTF-8 ({reason}). Convert the file first, for example: iconv -f latin1 -t utf-8"
+        f"{path}: byte {offset} is not UTF-8 ({reason}). Convert the file first, for example: "
+        f"iconv -f {encoding} -t utf-8"
     )
 
 

@@ -51,7 +51,7 @@ class CpuFeatures:
 def rule(features: CpuFeatures, dtype: torch.dtype) -> Choice:
     """How a CPU multiplies matrices of this dtype best: "dtype" or "fp32", and why."""
     if dtype not in (torch.bfloat16, torch.float16):
-        return Choice("dtype", "they are the fastest")
+        return Choice("dtype", "fastest here")
     flags = features.flags
     if features.machine not in ("x86_64", "AMD64") or not flags:
         return Choice("dtype", "nothing is known against them on this CPU")

@@ -21,7 +21,7 @@ _WORTHWHILE_WIDTH = 1024
 def choice(device: torch.device, dtype: torch.dtype) -> Choice:
     """What `linear` and `weight_gradient` run on."""
     if device.type != "cpu":
-        return Choice("PyTorch's products", "they are the fastest")
+        return Choice("PyTorch's products", "fastest here")
     format = cpu_products.choice(dtype)
     if format.implementation == "fp32":
         return Choice("PyTorch's products in fp32, block by block, rounded once", format.reason)
