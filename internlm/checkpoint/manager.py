@@ -198,19 +198,20 @@ class CheckpointManager:
         final = self.save_folder / str(step)
         try:
             if snapshot:
-                final = self.snapshot_folder / self._oldest_slot()
+                final = self.snapshot_folder / self._oldest_slot(step)
             return final, folders.begin_writing(final, uuid.uuid4().hex[:8], None if snapshot else step), None
         except CheckpointError as error:
             return final, final, str(error)
         except OSError as error:
             return final, final, f"cannot prepare '{final}': {error}"
 
-    def _oldest_slot(self) -> str:
+    def _oldest_slot(self, step: int) -> str:
         assert self.save_folder is not None
+        # A snapshot of a later step is of another run, or was passed over: it goes first.
         snapshots = {
             found.path.name: found.step
             for found in folders.find_checkpoints(self.save_folder, self.snapshot_folder)
-            if found.is_snapshot
+            if found.is_snapshot and found.step <= step
         }
         return min(folders.SNAPSHOT_SLOTS, key=lambda slot: (snapshots.get(slot, -1), slot))
 
@@ -343,6 +344,18 @@ class CheckpointManager:
         if isinstance(found, str):
             raise CheckpointError(found)
         return found
+
+    def warn_of_later(self, context: ParallelContext, step: int) -> None:
+        """Name the checkpoints of steps after `step`, where a run starts, among which its own will lie; collective."""
+        later = [str(found.path) for found in self.candidates(context) if found.step > step]
+        if later:
+            logger.warning(
+                "this run starts at step %d, and its folder has checkpoints of later steps:%s\nthey stay until this "
+                "run saves the same step (snapshots: any), and a start with ckpt.auto_resume = True takes the newest "
+                "of all; to keep runs apart, set another ckpt.save_ckpt_folder",
+                step,
+                listed(later),
+            )
 
     def resume(self, trainer: Trainer, check: CheckBeforeLoading | None = None) -> FoundCheckpoint | None:
         """Load the newest checkpoint that is whole; collective. Returns it, or None when there is none.

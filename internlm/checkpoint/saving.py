@@ -66,7 +66,7 @@ class SaveTask:
         contents: what the checkpoint holds.
         files: name -> content of small files, written by the main rank.
         save_folder: where `keep_latest` counts.
-        keep_latest: complete checkpoints to keep; older ones are removed. None keeps all.
+        keep_latest: complete checkpoints to keep up to this step; older ones are removed. None keeps all.
         after_save: called with `final` when the checkpoint is complete, by the main rank.
     """
 
@@ -235,7 +235,8 @@ def _remove_old(task: SaveTask) -> None:
     kept = [
         found
         for found in folders.find_checkpoints(task.save_folder)
-        if not found.is_snapshot and folders.why_not_ours(found.path, found.step) is None
+        # Later steps are of another run, or damaged and passed over: beside them the newest of this run would go.
+        if found.step <= task.step and not found.is_snapshot and folders.why_not_ours(found.path, found.step) is None
     ]
     for found in kept[: -task.keep_latest]:
         folders.remove_checkpoint(found.path)

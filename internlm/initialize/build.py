@@ -457,6 +457,8 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
         off = "enable_save_ckpt" if config.ckpt.auto_resume else "auto_resume"
         why = f"no complete checkpoint in {manager.save_folder}" if resumes else f"{off} is off"
         logger.info("starting from scratch (%s)", why)
+    if config.ckpt.enable_save_ckpt:
+        manager.warn_of_later(trainer.context, trainer.state.step)
 
 
 def check_finite(trainer: Trainer, path: StoragePath) -> None:

@@ -193,6 +193,29 @@ def test_only_the_latest_are_kept(tmp_path: Path, trainer: Any) -> None:
     assert sorted(os.listdir(tmp_path / "snapshot")) == ["0", "1"]
 
 
+def test_a_run_that_starts_anew_keeps_its_own_checkpoints_beside_later_ones(
+    tmp_path: Path, trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counted by step alone, those of the older run would be the latest, and all of the new run be removed."""
+    manager = CheckpointManager(tmp_path, keep_latest=1)
+    for step in (8, 9):
+        trainer.state.step = step
+        manager.save(trainer)
+        manager.save(trainer, snapshot=True)
+    with caplog.at_level(logging.WARNING, "internlm"):
+        manager.warn_of_later(trainer.context, 9)
+        assert caplog.text == ""
+        manager.warn_of_later(trainer.context, 2)
+    assert f"starts at step 2, and its folder has checkpoints of later steps:\n  {tmp_path}/snapshot/0" in caplog.text
+    assert f"{tmp_path}/9\n" in caplog.text
+    for step in (2, 4):
+        trainer.state.step = step
+        manager.save(trainer)
+        manager.save(trainer, snapshot=True)
+    assert sorted(os.listdir(tmp_path)) == ["4", "9", "snapshot"]
+    assert [found.step for found in find_checkpoints(storage_path(tmp_path)) if found.is_snapshot] == [2, 4]
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
