@@ -1,7 +1,7 @@
 """`metrics.jsonl`: all numbers of a run, one JSON object a step.
 
 Owns the file and its format. The file is a function of the run, however often the run was interrupted: on a resume
-the lines after the resumed step are dropped before new ones are appended.
+the lines after the resumed step are moved to `metrics.replaced.jsonl` before new ones are appended.
 
 A line holds the names of `StepNumbers.of`, and `val/...` where that step was evaluated; these have a line of their own
 where the step was saved before. It is strict JSON, which has no NaN or infinity: such a value is null, and the line
@@ -22,6 +22,8 @@ from internlm.monitor.step_numbers import SECONDS_AFTER_AN_EXCEPTION, HeldStep, 
 from internlm.utils.logging import get_logger
 
 FILE_NAME = "metrics.jsonl"
+REPLACED_NAME = "metrics.replaced.jsonl"
+"""Lines of steps that are trained anew, or that another run wrote into the same run directory."""
 
 logger = get_logger(__name__)
 
@@ -44,18 +46,24 @@ def to_json_line(numbers: dict[str, float | str]) -> str:
     return json.dumps(line, allow_nan=False)
 
 
-def drop_lines_after(path: Path, step: int) -> int:
-    """Keep only the whole lines of steps up to `step`; returns how many lines went. The file is replaced in one go.
+def move_lines_after(path: Path, step: int) -> int:
+    """Keep only the whole lines of steps up to `step`, and append the others to `REPLACED_NAME` beside the file.
 
-    A line cut short by a kill is no whole line and goes too.
+    A line cut short by a kill is no whole line, and goes too. The file is replaced in one go.
+
+    Returns:
+        How many lines went.
     """
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
-    if len(kept) < len(lines):
+    moved = [line for line in lines if _step_of(line) > step]
+    if moved:
+        with path.with_name(REPLACED_NAME).open("ab") as replaced:
+            replaced.writelines(line if line.endswith(b"\n") else line + b"\n" for line in moved)
         replacement = path.with_suffix(".tmp")
         replacement.write_bytes(b"".join(kept))
         os.replace(replacement, path)
-    return len(lines) - len(kept)
+    return len(moved)
 
 
 def _step_of(line: bytes) -> float:
@@ -86,10 +94,11 @@ class MetricsFileHook(Hook):
         path = trainer.run_dir / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            dropped = drop_lines_after(path, trainer.state.step)
-            if dropped:
+            step = trainer.state.step
+            moved = move_lines_after(path, step)
+            if moved:
                 logger.info(
-                    "%s: dropped %d lines after step %d, where this run starts", path, dropped, trainer.state.step
+                    "%s: %d lines after step %d, where this run starts, are in %s", path, moved, step, REPLACED_NAME
                 )
         self._evaluation = {}
         self._file = AppendedLines(path)

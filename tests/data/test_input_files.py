@@ -9,6 +9,7 @@ import os
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.texts import documents_of, make_texts
 
 from internlm.data.tokenize.command import main
 from internlm.data.tokenize.input_files import find_inputs, open_input
@@ -17,7 +18,6 @@ from internlm.data.tokenize.text_inputs import TextOptions, plan_shards, read_do
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
 from internlm.utils.errors import DataError
-from tests.helpers.texts import documents_of, make_texts
 
 
 def zstd(data):

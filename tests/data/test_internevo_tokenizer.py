@@ -4,10 +4,10 @@ import json
 
 import pytest
 import sentencepiece
+from helpers.texts import documents_of, make_texts
 
 from internlm.data.tokenize.command import main
 from internlm.data.tokenizer_record import read_record
-from tests.helpers.texts import documents_of, make_texts
 
 
 @pytest.fixture(scope="module")

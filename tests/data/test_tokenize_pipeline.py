@@ -1,5 +1,6 @@
 """Tokenizing: the same ids as the libraries give, from every format, with any number of processes, after any crash."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
+from helpers.texts import documents_of, make_texts, write_jsonl
 from tokenizers import Tokenizer
 
 from internlm.data.tokenize import json_values, pipeline, shard_tokenizer, text_tokenizer
@@ -25,7 +27,6 @@ from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
 from internlm.data.tokenized_writer import TokenizedWriter, meta_path
 from internlm.utils.errors import DataError
-from tests.helpers.texts import documents_of, make_texts, write_jsonl
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "tokenizer.py"
 
@@ -316,6 +317,7 @@ def test_json_arrays_are_read_in_blocks(tmp_path, monkeypatch, block):
     ("name", "content", "message"),
     [
         ("a.txt", b"good\nbad \xff\n", r"a\.txt: byte 9 is not UTF-8.*iconv -f latin1"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}'), r"a\.jsonl: is compressed by gzip; give its name the ending \.gz"),
         ("a.txt", "text".encode("utf-16"), r"a\.txt: byte 0 is not UTF-8.*iconv -f utf-16"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl: byte 24 is not UTF-8"),
         ("a.json", b'[{"text": "abc\xe9"}]', r"a\.json: byte 14 is not UTF-8"),

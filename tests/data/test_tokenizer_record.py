@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+from helpers.texts import documents_of, make_texts, write_jsonl
 
 from internlm.data.folder import unread_files
 from internlm.data.loader import build_train_loader
@@ -15,7 +16,6 @@ from internlm.data.tokenized_writer import TokenizedWriter
 from internlm.data.tokenizer_record import common_record, read_record, record_path, tokenizer_records
 from internlm.data.valid import build_valid_loaders
 from internlm.utils.errors import DataError
-from tests.helpers.texts import documents_of, make_texts, write_jsonl
 
 
 @pytest.fixture(scope="module")

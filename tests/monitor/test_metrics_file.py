@@ -101,6 +101,16 @@ def test_a_resumed_run_leaves_the_file_of_a_whole_run(tmp_path):
     ]
 
 
+def test_what_is_trained_anew_is_replaced_and_not_lost(tmp_path):
+    """Also the lines of another run that was started in the same run directory."""
+    run(tmp_path, 4)
+    run(tmp_path, 4, start=2)
+    run(tmp_path, 1)
+    assert [line["step"] for line in strict_lines(tmp_path)] == [1]
+    replaced = (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in replaced] == [3, 4, 1, 2, 3, 4]
+
+
 def test_only_the_main_rank_writes(tmp_path):
     FakeTrainer(tmp_path, [MetricsFileHook(StepNumbers())], is_main_rank=False).fit()
     assert list(tmp_path.iterdir()) == []

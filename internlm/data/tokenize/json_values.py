@@ -18,6 +18,7 @@ from internlm.utils.errors import DataError
 _BLOCK = 1 << 20
 _SPACE = " \t\r\n"
 _LONGEST_LITERAL = 16
+_GZIP = b"\x1f\x8b"
 
 
 def decode_utf8(data: bytes, path: Path, offset: int) -> str:
@@ -165,8 +166,10 @@ class _Values:
 
 def _not_utf8(path: Path, offset: int, reason: str) -> DataError:
     with open_input(path) as file:
-        begins_as_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    encoding = "utf-16" if begins_as_utf16 else "latin1"
+        beginning = file.read(2)
+    if beginning == _GZIP:
+        return DataError(f"{path}: is compressed by gzip; give its name the ending .gz")
+    encoding = "utf-16" if beginning in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
     return DataError(
         f"{path}: byte {offset} is not UTF-8 ({reason}). Convert the file first, for example: "
         f"iconv -f {encoding} -t utf-8"
