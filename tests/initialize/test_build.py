@@ -251,6 +251,16 @@ def test_beta2_rises_on_its_schedule(tmp_path: Path) -> None:
     assert column(lines, "loss") != column(run(tmp_path, "constant"), "loss")
 
 
+# -- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_rates_are_those_of_one_rank(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    lines, _ = ranks(2).run(run, tmp_path)
+    for line in lines:
+        assert line["tgs"] * line["total_time"] == pytest.approx(line["num_tokens"] / 2)
+        assert line["real_tgs"] * line["total_time"] == pytest.approx(line["valid_tokens"] / 2)
+
+
 # -- evaluation -----------------------------------------------------------------------------------------------------
 
 
