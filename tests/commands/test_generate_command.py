@@ -248,7 +248,8 @@ def text_before(tokenizer: Tokenizer, ids: list[int], *ends: int) -> str:
 def test_every_token_that_ends_a_text(
     tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str], where: str
 ) -> None:
-    """Instruct models end a turn with one token and a text with another: generation_config.json lists both."""
+    """Instruct models end a turn with one token and a text with another: generation_config.json lists both. The
+    tokenizer's own end of text is one of them, even if the list lacks it."""
     (tmp_path / "tokenizer").mkdir()
     path = tmp_path / "tokenizer" / "tokenizer.json"
     path.write_text(tokenizer_path.read_text())
@@ -265,6 +266,11 @@ def test_every_token_that_ends_a_text(
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [290, end]}))
     assert main([*command, "--device", "cpu", *options]) == 0
     assert capsys.readouterr().out == f"{PROMPT}{text_before(tokenizer, new, end, 290)}\n"
+    if where == "beside the tokenizer":
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [290]}))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer.id_to_token(end)}))
+        assert main([*command, "--device", "cpu"]) == 0
+        assert capsys.readouterr().out == f"{PROMPT}{text_before(tokenizer, new, end)}\n"
 
 
 def test_stop_texts(checkpoint: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

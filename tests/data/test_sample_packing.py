@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 
+from internlm.data.batch import Batch
 from internlm.data.dummy import DummySamples
 from internlm.data.folder import find_valid_sets
 from internlm.data.order import permute
@@ -135,6 +136,7 @@ def test_unpacked(folder, min_length):
         # Positions of the documents, and 0 in the padding.
         assert micro.position_ids.tolist() == [[*range(length)] + [0] * (SEQ_LEN - length) for length in lengths]
         assert micro.num_documents == sum(length > 0 for length in lengths)
+        assert Batch([micro, micro], num_samples=2).num_documents == [micro.num_documents] * 2
         assert micro.cu_seqlens is None and micro.lengths is None
         assert micro.num_valid_tokens == (labels != -100).sum()
 

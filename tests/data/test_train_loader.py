@@ -211,8 +211,10 @@ def damaged(folder, request, tmp_path_factory):
 @pytest.mark.parametrize("packing", ["cut", "unpacked"])
 def test_a_bad_document_can_be_left_out_and_all_else_stays(folder, damaged, caplog, packing):
     root, path, number, tokens = damaged
-    expected = global_batches(folder, 6, 1, micro_num=12, packing=packing)
-    whole = global_batches(root, 6, 1, micro_num=12, packing=packing, skip_bad_documents=True)
+    # With three documents a sample, the bad one is followed by others.
+    micro_bsz = 3 if packing == "unpacked" else MICRO_BSZ
+    expected = global_batches(folder, 6, 1, micro_num=12, packing=packing, micro_bsz=micro_bsz)
+    whole = global_batches(root, 6, 1, micro_num=12, packing=packing, micro_bsz=micro_bsz, skip_bad_documents=True)
     lines = [line for line in caplog.messages if "left out" in line]
     assert lines and all(f"{path}: document {number} at byte" in line for line in lines)
     assert f"({len(lines)} on data rank 0 by now)" in lines[-1]
@@ -226,9 +228,10 @@ def test_a_bad_document_can_be_left_out_and_all_else_stays(folder, damaged, capl
         changed += (~is_good).sum()
     assert changed > 0
     for data_size, num_workers in ((2, 0), (3, 2)):
-        options = {"micro_num": 12 // data_size, "packing": packing, "num_workers": num_workers}
+        options = {"micro_num": 12 // data_size, "packing": packing, "micro_bsz": micro_bsz}
+        options["num_workers"] = num_workers
         assert global_batches(root, 6, data_size, skip_bad_documents=True, **options) == whole
-    resumed = build(root, micro_num=12, packing=packing, skip_bad_documents=True)
+    resumed = build(root, micro_num=12, packing=packing, micro_bsz=micro_bsz, skip_bad_documents=True)
     resumed.seek(4, 48)
     assert [content(micro) for micro in next(resumed).micro_batches] == whole[4]
     resumed.close()

@@ -92,6 +92,7 @@ def test_skipped_updates_and_batches_move_the_schedules_on_only_if_asked(tmp_pat
         "model__dtype": "torch.float16",
         "grad_scaler__fp16__initial_scale": 2.0**21,
         "grad_scaler__hysteresis": 1,
+        "adam__adam_beta2": 0.4,
         "adam__adam_beta2_c": 0.8,
         "data__skip_batches": "6",
         "data__total_steps": 10,
@@ -106,7 +107,7 @@ def test_skipped_updates_and_batches_move_the_schedules_on_only_if_asked(tmp_pat
     assert schedules.beta2 is not None
     assert column(lines, "lr") == [schedules.lr(position) for position in positions]
     assert column(lines, "adam_beta2") == [schedules.beta2(position) for position in positions]
-    assert len(set(positions)) > 4
+    assert len(set(positions)) > 4 and len(set(column(lines, "adam_beta2"))) > 4
     saving = {"ckpt__enable_save_ckpt": True, "ckpt__checkpoint_every": 100}
     for total_steps in (3, 8, 10):
         resumed = run(tmp_path, "parts", **(changes | saving | {"data__total_steps": total_steps}))
@@ -249,6 +250,16 @@ def test_beta2_rises_on_its_schedule(tmp_path: Path) -> None:
     lines = run(tmp_path, beta2_scheduler__init_beta2=0.6, beta2_scheduler__c=0.8)
     assert column(lines, "adam_beta2") == pytest.approx([max(0.6, 1 - t**-0.8) for t in range(1, STEPS + 1)], rel=1e-12)
     assert column(lines, "loss") != column(run(tmp_path, "constant"), "loss")
+
+
+# -- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_rates_are_those_of_one_rank(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    lines, _ = ranks(2).run(run, tmp_path)
+    for line in lines:
+        assert line["tgs"] * line["total_time"] == pytest.approx(line["num_tokens"] / 2)
+        assert line["real_tgs"] * line["total_time"] == pytest.approx(line["valid_tokens"] / 2)
 
 
 # -- evaluation -----------------------------------------------------------------------------------------------------
