@@ -175,10 +175,10 @@ def ranks_behind(collectives: Mapping[int, Mapping[str, int]]) -> list[int]:
     return sorted(rank for rank, counts in collectives.items() if is_behind(counts) and not is_ahead(counts))
 
 
-def state_of_process(report: Report, machine: str) -> str:
-    """Why a rank may be silent, as far as it can be seen from here."""
+def end_of_process(report: Report, machine: str) -> str | None:
+    """Why a rank can do nothing any more, as far as it can be seen from here; None where its process may run."""
     if report.machine != machine:
-        return "its process is stopped, or its machine out of reach"
+        return None
     try:
         # The command's name, in parentheses, may hold anything.
         state = Path(f"/proc/{report.pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -188,4 +188,12 @@ def state_of_process(report: Report, machine: str) -> str:
         return f"its process {report.pid} is stopped, by a signal or a debugger"
     if state in "ZX":
         return f"its process {report.pid} is dead"
-    return f"its process {report.pid} is alive, but all its Python threads are held up"
+    return None
+
+
+def state_of_process(report: Report, machine: str) -> str:
+    """Why a rank may be silent."""
+    if report.machine != machine:
+        return "its process is stopped, or its machine out of reach"
+    held_up = f"its process {report.pid} is alive, but all its Python threads are held up"
+    return end_of_process(report, machine) or held_up

@@ -18,7 +18,14 @@ import torch.distributed as dist
 
 from internlm.core.failure import FailureWatch
 from internlm.core.progress.record import Progress
-from internlm.core.progress.reports import Report, ReportExchange, ranks_behind, state_of_process, this_machine
+from internlm.core.progress.reports import (
+    Report,
+    ReportExchange,
+    end_of_process,
+    ranks_behind,
+    state_of_process,
+    this_machine,
+)
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -226,9 +233,7 @@ class StallWatch:
             return silent, self._name(silent, [self._lost(rank, reports.get(rank)) for rank in silent[:MAX_NAMED]])
         behind = ranks_behind({rank: report.collectives for rank, report in reports.items()})
         shown = behind or sorted(reports)
-        doing = [
-            f"rank {rank}, {self._doing(reports[rank].phase, reports[rank].seconds)}" for rank in shown[:MAX_NAMED]
-        ]
+        doing = [self._told_of(rank, reports[rank]) for rank in shown[:MAX_NAMED]]
         if behind:
             return behind, self._name(behind, doing)
         return [], "; ".join(["no rank is behind the others", *doing]) + (" ..." if len(shown) > MAX_NAMED else "")
@@ -236,6 +241,13 @@ class StallWatch:
     @staticmethod
     def _doing(phase: str, seconds: float) -> str:
         return f"in {phase} for {seconds:.0f} s"
+
+    def _told_of(self, rank: int, report: Report) -> str:
+        # A rank that was stopped or killed a moment ago is not silent yet.
+        trouble = end_of_process(report, this_machine())
+        if trouble is None:
+            return f"rank {rank}, {self._doing(report.phase, report.seconds)}"
+        return f"rank {rank}, last seen in {report.phase}: {trouble}"
 
     @staticmethod
     def _lost(rank: int, report: Report | None) -> str:

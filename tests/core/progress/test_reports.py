@@ -14,7 +14,14 @@ import pytest
 import torch.distributed as dist
 
 from internlm.core.progress.record import Progress
-from internlm.core.progress.reports import Report, ReportExchange, ranks_behind, state_of_process, this_machine
+from internlm.core.progress.reports import (
+    Report,
+    ReportExchange,
+    end_of_process,
+    ranks_behind,
+    state_of_process,
+    this_machine,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,15 +50,18 @@ def test_the_state_of_a_process_of_this_machine() -> None:
     report = Report(1, "forward, step 3", 2.0, {}, machine, process.pid)
     try:
         assert state_of_process(report, machine).endswith("is alive, but all its Python threads are held up")
+        assert end_of_process(report, machine) is None
         process.send_signal(signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)
         assert "is stopped, by a signal" in state_of_process(report, machine)
+        assert end_of_process(report, machine) == state_of_process(report, machine)
     finally:
         process.kill()
         process.wait()
     assert state_of_process(report, machine) == f"its process {process.pid} is gone"
     elsewhere = replace(report, machine="another")
     assert state_of_process(elsewhere, machine) == "its process is stopped, or its machine out of reach"
+    assert end_of_process(elsewhere, machine) is None
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
