@@ -317,7 +317,11 @@ def test_json_arrays_are_read_in_blocks(tmp_path, monkeypatch, block):
     ("name", "content", "message"),
     [
         ("a.txt", b"good\nbad \xff\n", r"a\.txt: byte 9 is not UTF-8.*iconv -f latin1"),
-        ("a.jsonl", gzip.compress(b'{"text": "a"}'), r"a\.jsonl: is compressed by gzip; give its name the ending \.gz"),
+        (
+            "a.jsonl",
+            gzip.compress(b'{"text": "a"}', mtime=0),
+            r"a\.jsonl: is compressed by gzip; give its name the ending \.gz",
+        ),
         ("a.txt", "text".encode("utf-16"), r"a\.txt: byte 0 is not UTF-8.*iconv -f utf-16"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl: byte 24 is not UTF-8"),
         ("a.json", b'[{"text": "abc\xe9"}]', r"a\.json: byte 14 is not UTF-8"),
