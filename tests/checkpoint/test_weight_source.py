@@ -7,28 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import new_trainer
-from torch import Tensor
+from helpers.weights import InMemory
 
 from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.weight_source import finite
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.utils.errors import CheckpointError
-
-
-class InMemory:
-    """A weight source of tensors that are there."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
 
 
 @pytest.mark.parametrize(

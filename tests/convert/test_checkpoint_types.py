@@ -12,6 +12,7 @@ import transformers
 from helpers.commands import start_ranks, start_training, write_config
 from helpers.hf_folders import assert_same_tensors, load_native, random_tokens, tensors_of
 from helpers.model import tiny_model
+from helpers.weights import InMemory
 from torch import Tensor, nn
 
 from internlm.convert import checkpoint_types
@@ -22,30 +23,14 @@ from internlm.utils.storage import StoragePath, storage_path
 GQA = {"num_kv_attention_heads": 2}
 
 
-class Named:
-    """A source of weights in memory."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
 def test_a_format_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_types, "_OPENERS", dict(checkpoint_types._OPENERS))
     model = tiny_model("LLAMA2")
 
     @register_checkpoint_type("ours_doubled")
-    def doubled(path: StoragePath, model: nn.Module) -> Named:
+    def doubled(path: StoragePath, model: nn.Module) -> InMemory:
         assert path == storage_path("/anywhere")
-        return Named({name: 2 * tensor for name, tensor in model.state_dict().items()})
+        return InMemory({name: 2 * tensor for name, tensor in model.state_dict().items()})
 
     source = open_weights("ours_doubled", storage_path("/anywhere"), model)
     assert torch.equal(source.read("output.weight"), 2 * model.output.weight)

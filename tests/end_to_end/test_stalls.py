@@ -152,8 +152,9 @@ def test_a_slow_step_is_told_and_the_run_goes_on(runs: dict[str, Run]) -> None:
     assert re.search(rf"step 3 has taken \d s; waiting for rank 1, {IN_FORWARD}", run.log(0))
     assert "what took long has ended after" in run.log(0)
     assert len(metrics_of(run.folder)) == 5
-    # On a busy machine a rank may get no time for as long as a rank that stands still: it then writes stacks.
-    assert all(file.stat().st_size > 0 for file in (run.folder / "logs").glob("*.stacks"))
+    # Where a busy machine gives a rank no time, the interpreter's timer may have written stacks; the watch never does.
+    written = [file.read_text() for file in (run.folder / "logs").glob("*.stacks")]
+    assert all(text and not re.search(r"rank \d, for \d+ s in", text) for text in written)
 
 
 def test_one_process_tells_a_slow_step_and_is_never_ended(tmp_path: Path) -> None:
