@@ -27,8 +27,8 @@ from internlm.core.engine import Engine
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
 from internlm.data.batch import Batch, MicroBatch
-from internlm.model.ops import float8
 from internlm.model.ops.cross_entropy import linear_cross_entropy
+from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 

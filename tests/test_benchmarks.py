@@ -127,7 +127,7 @@ def test_the_limit_is_the_sum_of_the_products_times(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(("keep", "share"), [("nothing", 1.0), ("attention", 0.8), ("matmuls", 0.0)])
 def test_what_is_computed_twice(keep: str, share: float, tmp_path: Path) -> None:
     path = config_of(tmp_path, "tiny")
-    config = load_config(path, ["model.checkpoint=0.5", f"model.checkpoint_keep={keep}"]).config
+    config = load_config(path, ["model.checkpoint=0.5", f"model.checkpoint_save_policy={keep}"]).config
     head = 6 * 64 * 256
     # Layers' forward passes of 100, a fifth of it attention's two products, of one of two layers.
     assert recomputed_flops(config, 360 + head, 300 + head) == pytest.approx(share * 100 / 2)

@@ -95,7 +95,7 @@ def recomputed_flops(config: Config, full: float, causal: float) -> float | None
         return None
     head = 6.0 * model.hidden_size * model.vocab_size
     layers, attention = (causal - head) / 3, (full - causal) / 3
-    again = {"nothing": layers, "attention": layers - attention, "matmuls": 0.0}[model.checkpoint_keep]
+    again = {"nothing": layers, "attention": layers - attention, "matmuls": 0.0}[model.checkpoint_save_policy]
     return again * model.num_recomputed / model.num_layers
 
 

@@ -37,7 +37,7 @@ SNAPSHOT_SLOTS = ("0", "1")
 
 
 @dataclass(frozen=True)
-class Mark:
+class Manifest:
     """What the mark of a complete checkpoint says.
 
     Attributes:
@@ -71,7 +71,7 @@ class FoundCheckpoint:
     is_snapshot: bool = False
 
 
-def read_mark(path: StoragePath) -> Mark | None:
+def read_mark(path: StoragePath) -> Manifest | None:
     """The mark of a checkpoint; None when it has none, as the save did not finish.
 
     Raises:
@@ -89,7 +89,7 @@ def read_mark(path: StoragePath) -> Mark | None:
                 f"of internlm that wrote it"
             )
         files = {name: FileSum(**values) for name, values in values["files"].items()}
-        return Mark(int(values["step"]), tuple(values["contents"]), files, float(values["saved_at"]))
+        return Manifest(int(values["step"]), tuple(values["contents"]), files, float(values["saved_at"]))
     except StorageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -146,7 +146,7 @@ def resolve(path: StoragePath) -> StoragePath:
     )
 
 
-def check_contents(path: StoragePath, mark: Mark, wanted: Collection[str]) -> None:
+def check_contents(path: StoragePath, mark: Manifest, wanted: Collection[str]) -> None:
     """Raise CheckpointError if the checkpoint lacks a part of what is to be loaded from it."""
     absent = set(wanted) - set(mark.contents)
     if absent:
@@ -156,7 +156,7 @@ def check_contents(path: StoragePath, mark: Mark, wanted: Collection[str]) -> No
         )
 
 
-def find_damage(path: StoragePath, mark: Mark, share: int = 0, num_shares: int = 1) -> list[str]:
+def find_damage(path: StoragePath, mark: Manifest, share: int = 0, num_shares: int = 1) -> list[str]:
     """Compare the files of a checkpoint with its mark.
 
     Args:
@@ -170,7 +170,7 @@ def find_damage(path: StoragePath, mark: Mark, share: int = 0, num_shares: int =
     return list(_damage(path, mark, share, num_shares))
 
 
-def _damage(path: StoragePath, mark: Mark, share: int, num_shares: int) -> Iterator[str]:
+def _damage(path: StoragePath, mark: Manifest, share: int, num_shares: int) -> Iterator[str]:
     # Large files first, so that the shares are alike.
     by_size = sorted(mark.files.items(), key=lambda item: (-item[1].size, item[0]))
     for name, expected in by_size[share::num_shares]:
@@ -266,7 +266,7 @@ def begin_writing(final: StoragePath, save_id: str, step: int | None) -> Storage
     return writing
 
 
-def finish_writing(writing: StoragePath, final: StoragePath, mark: Mark, *, is_snapshot: bool = False) -> None:
+def finish_writing(writing: StoragePath, final: StoragePath, mark: Manifest, *, is_snapshot: bool = False) -> None:
     """Make what was written the checkpoint `final`, replacing what was there.
 
     Raises:

@@ -17,7 +17,7 @@ from internlm.checkpoint.folder import (
     REPLACED_PREFIX,
     SNAPSHOT_SLOTS,
     WRITING_PREFIX,
-    Mark,
+    Manifest,
     read_mark,
 )
 from internlm.checkpoint.internevo import is_internevo
@@ -52,7 +52,7 @@ class Listed:
     name: str
     path: StoragePath
     kind: str
-    mark: Mark | None = None
+    mark: Manifest | None = None
     num_bytes: int = 0
     context: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
@@ -128,7 +128,7 @@ def tree_size(path: StoragePath) -> int:
     return sum(tree_size(path / name) for name in path.names())
 
 
-def context_of(path: StoragePath, mark: Mark) -> dict[str, Any]:
+def context_of(path: StoragePath, mark: Manifest) -> dict[str, Any]:
     """What `context.json` says; empty for weights alone, which have none.
 
     Raises:
@@ -139,7 +139,7 @@ def context_of(path: StoragePath, mark: Mark) -> dict[str, Any]:
     return _with_sections(read_context(path), path / CONTEXT_FILE)
 
 
-def config_of(path: StoragePath, mark: Mark) -> dict[str, Any]:
+def config_of(path: StoragePath, mark: Manifest) -> dict[str, Any]:
     """The config as `config.json` has it, also one of another version; empty when there is none.
 
     Raises:

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.background import BackgroundWriter, Outcome
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
-from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint, Mark
+from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint, Manifest
+from internlm.checkpoint.foreign_folders import in_the_way
 from internlm.checkpoint.reading import CONTEXT_FILE, check_files, listed
-from internlm.checkpoint.room import in_the_way
 from internlm.checkpoint.run_state import load_run, model_tensors, optimizer_tensors
 from internlm.checkpoint.saving import (
     Part,
@@ -49,7 +49,7 @@ from internlm.utils.storage import StoragePath, storage_path
 
 logger = get_logger(__name__)
 
-CheckBeforeLoading = Callable[[StoragePath, Mark, Collection[str]], None]
+CheckBeforeLoading = Callable[[StoragePath, Manifest, Collection[str]], None]
 """(checkpoint, its mark, what of it is to be loaded)"""
 
 

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner
 from internlm.checkpoint.dcp_storage import METADATA_FILE, StorageReader
-from internlm.checkpoint.folder import Mark
+from internlm.checkpoint.folder import Manifest
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank, of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
@@ -95,14 +95,14 @@ def read_config(path: StoragePath) -> Config:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
 
 
-def check_files(path: StoragePath, context: ParallelContext) -> Mark:
+def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
     """Compare a checkpoint with the checksums of its mark, each rank a share of the files; collective.
 
     Raises:
         CheckpointError: it has no mark, or a file is not what was written.
     """
 
-    def read() -> Mark | str:
+    def read() -> Manifest | str:
         try:
             mark = folders.read_mark(path)
         except (CheckpointError, OSError) as error:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
 from internlm.checkpoint.dcp_storage import METADATA_FILE, FileSum, Resolver, SummingFile, write_tensors
-from internlm.checkpoint.folder import Mark
+from internlm.checkpoint.folder import Manifest
 from internlm.core.failure import describe_error
 from internlm.utils.errors import CheckpointError, UserError
 from internlm.utils.storage import StoragePath, storage_failure
@@ -178,7 +178,7 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
         for name, content in (task.files or {}).items():
             sums[name] = _write_file(task.writing, name, content)
         (task.writing / PARTS).remove()
-        mark = Mark(task.step, task.contents, sums)
+        mark = Manifest(task.step, task.contents, sums)
         folders.finish_writing(task.writing, task.final, mark, is_snapshot=task.is_snapshot)
     except BaseException:
         discard(task)

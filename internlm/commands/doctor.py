@@ -22,9 +22,9 @@ import torch.distributed as dist
 import internlm
 from internlm.commands.config_options import add_config_options
 from internlm.config.loader import load_config
-from internlm.model.ops.attention_backends import BACKENDS, why_not
-from internlm.model.ops.cpu_products import choose_cpu_products
-from internlm.model.ops.registry import OpSettings, describe
+from internlm.model.ops.attention.cuda_backends import BACKENDS, why_not
+from internlm.model.ops.cpu.gemm import choose_cpu_gemm
+from internlm.model.ops.implementations import OpSettings, describe
 from internlm.model.ops.self_test import self_tests
 from internlm.utils.errors import ConfigError
 from internlm.utils.openmp import waiting_of_threads
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--world-size {options.world_size}: give 1 or more")
     if options.config is not None:
         config = load_config(options.config, options.overrides, world_size=options.world_size).config
-        choose_cpu_products(config.model.cpu_products)
+        choose_cpu_gemm(config.model.cpu_gemm)
         settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)
     elif options.overrides:
         raise ConfigError("--set changes a key of a config: give it with --config FILE.py")

@@ -14,12 +14,12 @@ from internlm.config.loader import load_config
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.rank_view import RankView
-from internlm.core.scheduler.drawing import draw_png, draw_text
-from internlm.core.scheduler.placement import Placement
 from internlm.core.scheduler.simulator import simulate
+from internlm.core.scheduler.stage_placement import Placement
 from internlm.core.scheduler.timeline import Timeline
+from internlm.core.scheduler.timeline_drawing import draw_png, draw_text
 from internlm.initialize.build import build_layout, check_buildable
-from internlm.initialize.holdings import PipelineHolding, pipeline_holdings
+from internlm.initialize.memory_per_rank import PipelineHolding, pipeline_holdings
 from internlm.initialize.stages import build_pipeline_schedule
 from internlm.utils.errors import UserError
 from internlm.utils.paths import local_path

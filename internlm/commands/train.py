@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from internlm.commands.config_options import add_config_options
 from internlm.config.loader import LoadedConfig, load_config
-from internlm.config.render import format_config
+from internlm.config.print_config import format_config
 from internlm.config.schema import CkptConfig, Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
@@ -29,7 +29,7 @@ from internlm.core.progress.record import Progress
 from internlm.core.progress.stall_watch import BACKSTOP_SECONDS, StallWatch
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_layout, build_trainer, check_buildable, set_numerics
-from internlm.initialize.cpu_products import agree_on_cpu_products
+from internlm.initialize.cpu_gemm import agree_on_cpu_gemm
 from internlm.initialize.data_checks import check_data
 from internlm.initialize.launch import (
     LAUNCHERS,
@@ -43,7 +43,7 @@ from internlm.initialize.launch import (
 )
 from internlm.initialize.preflight import check_surroundings, rehearse_start, why_not_writable
 from internlm.initialize.stages import build_meta_model
-from internlm.model.ops.registry import OpSettings, describe
+from internlm.model.ops.implementations import OpSettings, describe
 from internlm.utils.errors import ConfigError, UserError, user_message
 from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.openmp import waiting_of_threads
@@ -181,7 +181,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             set_numerics(config)
             context = ParallelContext.create(layout, device, timeout + BACKSTOP_SECONDS)
             progress.num_collectives = context.num_collectives
-            agree_on_cpu_products(config.model.torch_dtype, context)
+            agree_on_cpu_gemm(config.model.torch_dtype, context)
             _announce(config, context, run_dir)
             trainer = build_trainer(
                 config,

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from internlm.config.differences import DIFFERENCES
+from internlm.config.internevo_differences import DIFFERENCES
 from internlm.config.schema import Config
 from internlm.config.schema.base import Status, key_info, walk_schema
 from internlm.config.unsupported import LATER_FAMILIES, LATER_KEYS

@@ -289,6 +289,8 @@ LEGACY: tuple[Legacy, ...] = (
     _renamed("model.moe_gate_k", "model.top_k"),
     *(_renamed(f"model.moe_{name}", f"model.moe_layer_kwargs.{name}") for name in _OLD_EXPERT_KEYS),
     _renamed("model.rope_scaling.rope_type", "model.rope_scaling.type"),
+    _renamed("model.checkpoint_keep", "model.checkpoint_save_policy"),
+    _renamed("model.cpu_products", "model.cpu_gemm"),
     Legacy("parallel.pipeline.zero_bubble", "`parallel.pipeline.mode = 'ZBH1'`", _zero_bubble),
     _read_as("data.empty_cache_and_diag_interval", "<= 0", 50, _not_positive),
     _read_as("model.sliding_window", "= 0", None, lambda value: value == 0),

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internlm.config.assemble import assemble
-from internlm.config.differences import find_differences
+from internlm.config.internevo_differences import find_differences
 from internlm.config.legacy import Edit, modernise
 from internlm.config.mistakes import Mistake
+from internlm.config.notices import find_remarks
 from internlm.config.origins import DEFAULT, DERIVED, ENVIRONMENT, SET, Origin, locate
 from internlm.config.overrides import apply_override, parse_override
 from internlm.config.python_file import run_config_file
-from internlm.config.remarks import find_remarks
 from internlm.config.rules import find_mistakes
 from internlm.config.schema import Config
 from internlm.config.schema.base import Section, default_of, key_info, walk_values
 from internlm.config.unsupported import drop_what_hf_replaces, find_ineffective, find_unsupported
+from internlm.config.validation import assemble
 from internlm.utils.errors import ConfigError
 
 _FROM_ENVIRONMENT = ("tensorboard_folder", "resume_tb_folder")

@@ -15,7 +15,7 @@ from internlm.config.schema import Config
 from internlm.convert.hf_folder import HF_FILES, HfFolder, HfWeights, side_files
 from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
-from internlm.model.from_hf_config import HfModel
+from internlm.model.huggingface.from_config import HfModel
 from internlm.model.registry import build_model
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger

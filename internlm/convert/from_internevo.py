@@ -14,10 +14,10 @@ from torch import Tensor
 
 from internlm.checkpoint.tensor_files import write_weights
 from internlm.checkpoint.weight_source import LazyTensor, finite
-from internlm.config.assemble import assemble
 from internlm.config.legacy import modernise
 from internlm.config.loader import check_config, read_tree
 from internlm.config.schema import Config
+from internlm.config.validation import assemble
 from internlm.convert.internevo_files import InternEvoFiles, read_value
 from internlm.convert.internevo_folder import ROWS_BY_PROJECTION, InternEvoFolder, RowOrder
 from internlm.convert.internevo_optimizer import InternEvoOptimizer

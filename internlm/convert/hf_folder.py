@@ -21,8 +21,8 @@ from internlm.convert.safetensors_file import Place, read_header, read_tensor
 from internlm.convert.torch_files import TorchFile
 from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
-from internlm.model.from_hf_config import HfModel, from_hf_config
-from internlm.model.hf_names import Layout, from_hf, weight_groups
+from internlm.model.huggingface.from_config import HfModel, from_hf_config
+from internlm.model.huggingface.weight_names import Layout, from_hf, weight_groups
 from internlm.model.registry import build_model
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger

@@ -17,7 +17,7 @@ from internlm.convert.lazy import grouped_readers
 from internlm.convert.redundant import buffer_difference, is_buffer
 from internlm.convert.torch_files import TorchFile
 from internlm.model.architecture import Architecture
-from internlm.model.hf_names import from_plain, group_of, plain_shapes
+from internlm.model.huggingface.weight_names import from_plain, group_of, plain_shapes
 from internlm.model.modules.rotary import RopeSettings
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath

@@ -32,8 +32,8 @@ from internlm.convert.tokenizer_files import (
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.model.architecture import Architecture
-from internlm.model.hf_config import PUBLISHED_LAYOUTS, published_config_json, transformers_config_json
-from internlm.model.hf_names import Layout, to_hf, weight_groups
+from internlm.model.huggingface.to_config import PUBLISHED_LAYOUTS, published_config_json, transformers_config_json
+from internlm.model.huggingface.weight_names import Layout, to_hf, weight_groups
 from internlm.utils.errors import CheckpointError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path

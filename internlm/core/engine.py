@@ -26,7 +26,7 @@ from internlm.core.scheduler.executor import Executor
 from internlm.core.scheduler.schedules import PipelineSchedule, forward_only, make_schedule
 from internlm.data.batch import Batch, MicroBatch
 from internlm.data.upload import Uploader
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import LossFunction
 
 
@@ -64,7 +64,7 @@ class Optimizer(Protocol):
 
 
 class TokenSink(Protocol):
-    """Takes in what is known of each token, for metrics; see `internlm.eval.metrics`."""
+    """Takes in what is known of each token, for metrics; see `internlm.core.token_statistics`."""
 
     def update(self, token_losses: Tensor, correct: Tensor, labels: Tensor, type_ids: Tensor) -> None:
         """Add the tokens of one micro batch."""
@@ -107,7 +107,7 @@ class Engine:
     and micro batches; a batch without a valid token gives loss 0 and zero gradients.
 
     Args:
-        model: after `parallelize`; `model(input_ids, position_ids, segments)` gives hidden states `[B, S, h]`, and
+        model: after `parallelize`; `model(input_ids, position_ids, varlen)` gives hidden states `[B, S, h]`, and
             `model.head_weight()` the output head `[V, h]`. In a pipeline, this rank's chunks from `build_stages`.
         optimizer: see `Optimizer`.
         context: where this rank stands.
@@ -251,12 +251,12 @@ class Engine:
 
     def _forward(self, micro: MicroBatch, chunk: int, received: Tensor | None, sink: TokenSink | None) -> Tensor:
         """The residual stream after a chunk, or the sum of losses after the last one. `micro` is on the device."""
-        segments = None
+        varlen = None
         if micro.lengths is not None:
             assert micro.cu_seqlens is not None
-            segments = Segments(micro.cu_seqlens, micro.lengths, max(micro.lengths))
+            varlen = VarlenMetadata(micro.cu_seqlens, micro.lengths, max(micro.lengths))
         model = self.chunks[chunk]
-        hidden = model(micro.input_ids if received is None else received, micro.position_ids, segments)
+        hidden = model(micro.input_ids if received is None else received, micro.position_ids, varlen)
         if not self._is_last(chunk):
             return hidden
         # The head is read here and not called, so no hook of its own waits for its weights.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 from internlm.utils.storage import StoragePath
 
 

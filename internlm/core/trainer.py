@@ -15,11 +15,11 @@ from internlm.core.communication.collectives import all_reduce_async
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook, SaveResult, TrainState
-from internlm.core.metrics import StepMetrics
-from internlm.core.reading import read_together
-from internlm.core.requests import Requests, RequestSignals
+from internlm.core.run_control import RequestSignals, RunControl
+from internlm.core.step_metrics import StepMetrics
+from internlm.core.synchronized_reading import read_together
+from internlm.core.token_statistics import TokenSums, evaluation_results
 from internlm.data.batch import Batch
-from internlm.eval.metrics import TokenSums, evaluation_results
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -104,7 +104,7 @@ class Trainer:
         self.resumed_from: str | None = None
         self.num_skipped_updates = torch.zeros((), dtype=torch.float32, device=self.context.device)
         self.progress = engine.progress
-        self.requests = Requests(self.context.world_group)
+        self.requests = RunControl(self.context.world_group)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 

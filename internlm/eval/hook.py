@@ -1,4 +1,4 @@
-"""When to evaluate. What an evaluation is belongs to the trainer and `internlm.eval.metrics`."""
+"""When to evaluate. What an evaluation is belongs to the trainer and `internlm.core.token_statistics`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer
-from internlm.checkpoint.folder import Mark, resolve
+from internlm.checkpoint.folder import Manifest, resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.checkpoint.reading import CONFIG_FILE
@@ -30,14 +30,15 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook
 from internlm.core.progress.record import Progress
+from internlm.core.token_statistics import TypeMetrics
 from internlm.core.trainer import Trainer
 from internlm.data.batch_plan import parse_skip_batches
 from internlm.data.loader import TrainLoader, build_train_loader
 from internlm.data.packing import Packing
 from internlm.data.valid import ValidLoader, build_valid_loaders
+from internlm.estimate.flops import ModelShape, flops_per_token, peak_flops
 from internlm.eval.hook import EvaluationHook
-from internlm.eval.metrics import TypeMetrics
-from internlm.initialize.activations import check_activations
+from internlm.initialize.activation_memory import check_activations
 from internlm.initialize.data_checks import check_valid_sets
 from internlm.initialize.model_changes import check_same_function, compare_configs, saved_config
 from internlm.initialize.stages import (
@@ -50,10 +51,9 @@ from internlm.initialize.stages import (
 )
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.model.architecture import Architecture
-from internlm.model.ops.cpu_products import choose_cpu_products
+from internlm.model.ops.cpu.gemm import choose_cpu_gemm
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.monitor.console import ConsoleHook
-from internlm.monitor.flops import ModelShape, flops_per_token, peak_flops
 from internlm.monitor.garbage_collection import GarbageCollectionHook
 from internlm.monitor.health import HealthHook
 from internlm.monitor.metrics_file import MetricsFileHook
@@ -134,7 +134,7 @@ def set_numerics(config: Config) -> None:
     torch.backends.cudnn.allow_tf32 = config.model.uses_tf32
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
-    choose_cpu_products(config.model.cpu_products)
+    choose_cpu_gemm(config.model.cpu_gemm)
     if not torch.cuda.is_available():
         keep_freed_memory()
 
@@ -401,7 +401,7 @@ def is_left_open(info: LoadCkptInfo) -> bool:
     return info.is_placeholder and not (path.is_local and path.exists())
 
 
-def check_checkpoint(config: Config, path: StoragePath, mark: Mark, contents: Collection[str]) -> None:
+def check_checkpoint(config: Config, path: StoragePath, mark: Manifest, contents: Collection[str]) -> None:
     """Compare the config with that of a checkpoint of ours from which `contents` are to be loaded.
 
     Raises:

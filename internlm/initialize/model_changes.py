@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from internlm.checkpoint.reading import CONFIG_FILE, listed
-from internlm.config.changes import Change, changes_between
+from internlm.config.compare import Change, changes_between
 from internlm.config.schema import Config
 from internlm.initialize.stages import build_meta_model
 from internlm.model.architecture import Architecture

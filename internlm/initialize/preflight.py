@@ -14,7 +14,7 @@ from pathlib import Path
 from internlm.checkpoint.folder import (
     WHOLE_RUN,
     FoundCheckpoint,
-    Mark,
+    Manifest,
     check_contents,
     find_checkpoints,
     read_mark,
@@ -34,7 +34,7 @@ from internlm.initialize.build import (
 )
 from internlm.initialize.stages import build_meta_model
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
-from internlm.model.ops.registry import OpSettings, describe
+from internlm.model.ops.implementations import OpSettings, describe
 from internlm.utils.errors import CheckpointError, ConfigError, DataError, UserError
 from internlm.utils.optional_packages import why_unusable
 from internlm.utils.storage import StoragePath, storage_path
@@ -172,7 +172,7 @@ def _room(config: Config, context: ParallelContext) -> list[str]:
     return []
 
 
-def _begins_from(config: Config) -> tuple[StoragePath, Mark | None, tuple[str, ...]] | None:
+def _begins_from(config: Config) -> tuple[StoragePath, Manifest | None, tuple[str, ...]] | None:
     """The checkpoint or weights that the run begins from, the mark of one of ours, and what is loaded of it.
 
     Raises:

@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from internlm.config.schema import Config
+from internlm.core.compilation.compile_layers import check_compiler, compile_layers
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.compile import check_compiler, compile_layers
 from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
-from internlm.initialize.activations import arrange_activations
+from internlm.estimate.flops import ModelShape, flops_per_token
+from internlm.initialize.activation_memory import arrange_activations
 from internlm.model.architecture import Architecture
-from internlm.model.ops.float8 import why_not_on_hardware
+from internlm.model.ops.float8.scaled_gemm import why_not_on_hardware
 from internlm.model.registry import build_model
-from internlm.monitor.flops import ModelShape, flops_per_token
 from internlm.solver.optimizer.state_form import StateForm, wide
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger

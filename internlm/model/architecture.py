@@ -15,8 +15,8 @@ import torch
 
 from internlm.model.initialization import Initializer, Normal, Uniform
 from internlm.model.modules.rotary import RopeSettings
-from internlm.model.ops.gated import Activation
-from internlm.model.recompute import Keep
+from internlm.model.ops.gated_activation import Activation
+from internlm.model.recompute import SavePolicy
 from internlm.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,14 +108,14 @@ class Architecture:
     embed_grad_scale: float
     """The gradient of the embedding is multiplied by this (GLM-130B, https://arxiv.org/abs/2210.02414)."""
     attention_backend: str
-    """Kernel of attention on CUDA: "auto" or a name of `internlm/model/ops/attention_backends.py`."""
+    """Kernel of attention on CUDA: "auto" or a name of `internlm/model/ops/attention/cuda_backends.py`."""
     use_flash_attn: bool
     """Attention may use the flash-attn packages."""
     fused_kernels: str
     """Whose kernels run between matrix products where nothing is compiled: "auto", "none", "liger"."""
     residual_in_fp32: bool
     """The residual stream is kept in fp32 between the blocks."""
-    kept_activations: tuple[Keep, ...]
+    kept_activations: tuple[SavePolicy, ...]
     """What each layer keeps for backward; the rest is computed again."""
     dtype: torch.dtype
     init: InitSettings
@@ -239,9 +239,11 @@ def _windows(config: ModelConfig, family: FamilyDefaults) -> tuple[int | None, .
     )
 
 
-def _kept_activations(config: ModelConfig) -> tuple[Keep, ...]:
-    everything: tuple[Keep, ...] = ("everything",)
-    return (config.checkpoint_keep,) * config.num_recomputed + everything * (config.num_layers - config.num_recomputed)
+def _kept_activations(config: ModelConfig) -> tuple[SavePolicy, ...]:
+    everything: tuple[SavePolicy, ...] = ("everything",)
+    return (config.checkpoint_save_policy,) * config.num_recomputed + everything * (
+        config.num_layers - config.num_recomputed
+    )
 
 
 def _rope_settings(config: ModelConfig, head_dim: int) -> RopeSettings:

@@ -21,10 +21,10 @@ from internlm.model.modules.feed_forward import FeedForward
 from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
 from internlm.model.offload import Offloading
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.linear import linear
 from internlm.model.ops.rotary import RotaryTables
-from internlm.model.recompute import Keep, TensorStore, recomputed
+from internlm.model.recompute import SavePolicy, TensorStore, recomputed
 from internlm.model.roles import HeadShape, Role
 
 DECODER_ROLES: Mapping[str, Role] = {
@@ -60,20 +60,24 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(architecture)
         # With an fp32 residual stream the blocks still compute in the dtype of the model.
         self.block_dtype = architecture.dtype if architecture.residual_in_fp32 else None
-        self.keep: Keep = architecture.kept_activations[layer]
+        self.keep: SavePolicy = architecture.kept_activations[layer]
         self.store: TensorStore | None = None
 
     def forward(
-        self, hidden: Tensor, rotary: RotaryTables, segments: Segments | None = None, cache: KeyValueCache | None = None
+        self,
+        hidden: Tensor,
+        rotary: RotaryTables,
+        varlen: VarlenMetadata | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
-        return recomputed(self.compute, self.keep, self.store)(hidden, rotary, segments, cache)
+        return recomputed(self.compute, self.keep, self.store)(hidden, rotary, varlen, cache)
 
     def compute(
-        self, hidden: Tensor, rotary: RotaryTables, segments: Segments | None, cache: KeyValueCache | None
+        self, hidden: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None, cache: KeyValueCache | None
     ) -> Tensor:
         """As `forward`, without recomputation."""
-        hidden = hidden + self.attention(self.attention_norm(hidden).to(self.block_dtype), rotary, segments, cache)
+        hidden = hidden + self.attention(self.attention_norm(hidden).to(self.block_dtype), rotary, varlen, cache)
         return hidden + self.feed_forward(self.ffn_norm(hidden).to(self.block_dtype))
 
 
@@ -133,7 +137,7 @@ class Decoder(nn.Module):
         self,
         inputs: Tensor,
         position_ids: Tensor,
-        segments: Segments | None = None,
+        varlen: VarlenMetadata | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
@@ -141,14 +145,14 @@ class Decoder(nn.Module):
         Args:
             inputs: token ids, int64 `[B, S]`; the residual stream `[B, S, h]` for a later stage of a pipeline.
             position_ids: int64 `[B, S]`, position of each token in its document; 0 in the padding of a row.
-            segments: documents of a packed row (B = 1); None: each row is one document.
+            varlen: documents of a packed row (B = 1); None: each row is one document.
             cache: keys and values of the tokens before these; the new ones are appended. Not for packed rows.
 
         Returns:
             `[B, S, h]` in the dtype of the model; the residual stream for an earlier stage of a pipeline.
         """
         hidden = self.embed(inputs) if self.is_first else inputs
-        hidden = self.run_layers(hidden, position_ids, segments, cache)
+        hidden = self.run_layers(hidden, position_ids, varlen, cache)
         return self.finish(hidden) if self.is_last else hidden
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -166,18 +170,18 @@ class Decoder(nn.Module):
         self,
         hidden: Tensor,
         position_ids: Tensor,
-        segments: Segments | None = None,
+        varlen: VarlenMetadata | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """The residual stream `[B, S, h]` through all of `self.layers`."""
         a = self.architecture
-        rotary = self.rotary.tables(position_ids, a.dtype, segments)
+        rotary = self.rotary.tables(position_ids, a.dtype, varlen)
         offloading = self.offloading
         if offloading is not None:
             offloading.begin_pass()
         for name, layer in self.layers.items():
             with nullcontext() if offloading is None else offloading.layer(int(name)):
-                hidden = layer(hidden, rotary, segments, cache)
+                hidden = layer(hidden, rotary, varlen, cache)
         if cache is not None:
             cache.advance(hidden.shape[1])
         return hidden

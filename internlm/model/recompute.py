@@ -24,10 +24,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 R = TypeVar("R")
 
-Keep = Literal["everything", "matmuls", "attention", "nothing"]
+SavePolicy = Literal["everything", "matmuls", "attention", "nothing"]
 """What a layer keeps for backward, from the most memory to the most recomputation."""
 
-KEEPS: tuple[Keep, ...] = get_args(Keep)
+KEEPS: tuple[SavePolicy, ...] = get_args(SavePolicy)
 
 ATTENTION_OPS = frozenset(
     {
@@ -51,7 +51,7 @@ PRODUCT_OPS = frozenset(
 """Operators that multiply activations with weights. Batched products are not among them: they make attention's scores,
 which are much larger than its output."""
 
-KEPT_OPS: Mapping[Keep, frozenset[str]] = {
+KEPT_OPS: Mapping[SavePolicy, frozenset[str]] = {
     "nothing": frozenset(),
     "attention": ATTENTION_OPS,
     "matmuls": ATTENTION_OPS | PRODUCT_OPS,
@@ -69,7 +69,7 @@ class TensorStore(Protocol):
         """The tensor, once."""
 
 
-def recomputed(function: Callable[..., R], keep: Keep, store: TensorStore | None = None) -> Callable[..., R]:
+def recomputed(function: Callable[..., R], keep: SavePolicy, store: TensorStore | None = None) -> Callable[..., R]:
     """`function`, with what it does not keep computed again in its backward pass.
 
     Without gradients it is called as it is. Results and gradients have the same bits as without recomputation, as long
@@ -79,7 +79,7 @@ def recomputed(function: Callable[..., R], keep: Keep, store: TensorStore | None
     Args:
         function: of tensors and other values; what it saves for backward is what `keep` is about. All ranks that
             exchange something in it must use the same policy.
-        keep: see `Keep`.
+        keep: see `SavePolicy`.
         store: where the results lie that are kept; None: where they were made. Not for compiled graphs.
     """
     if keep == "everything":

@@ -49,7 +49,7 @@ def register_model(name: str) -> Callable[[ModelBuilder], ModelBuilder]:
 def known_models() -> tuple[str, ...]:
     """All registered model types."""
     for module in _FAMILY_MODULES:
-        importlib.import_module(f"internlm.model.{module}")
+        importlib.import_module(f"internlm.model.families.{module}")
     return tuple(sorted(_BUILDERS))
 
 

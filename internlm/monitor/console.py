@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 from internlm.monitor.internevo_line import internevo_line
 from internlm.monitor.step_numbers import StepNumbers
 from internlm.utils.logging import ROOT_LOGGER, get_logger

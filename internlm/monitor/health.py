@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 from internlm.monitor.step_numbers import HeldStep, StepNumbers
 from internlm.utils.errors import TrainingError
 from internlm.utils.logging import get_logger

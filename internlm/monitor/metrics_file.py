@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 from internlm.monitor.appended_lines import AppendedLines
 from internlm.monitor.step_numbers import SECONDS_AFTER_AN_EXCEPTION, HeldStep, StepNumbers
 from internlm.utils.logging import get_logger

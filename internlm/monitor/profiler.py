@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 from internlm.utils.logging import get_logger
 
 FOLDER = "traces"

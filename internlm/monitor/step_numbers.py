@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from internlm.core.metrics import StepMetrics
-from internlm.monitor.flops import Convention
+from internlm.core.step_metrics import StepMetrics
+from internlm.estimate.flops import Convention
 
 AVERAGE_WINDOW = 50
 """Steps of the simple moving average and of the longest sliding window."""

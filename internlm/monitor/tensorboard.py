@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 from internlm.monitor.step_numbers import SECONDS_AFTER_AN_EXCEPTION, HeldStep, StepNumbers
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import full_disk

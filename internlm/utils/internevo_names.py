@@ -62,7 +62,7 @@ _STATE = _now("core.hooks.TrainState", "trainer.state: step, num_consumed_sample
 _LOSS = _now(
     "model.ops.cross_entropy.linear_cross_entropy", "takes hidden states and the head; returns a sum over tokens"
 )
-_ACCURACY = _now("eval.metrics.TypeMetrics", "loss and accuracy by data type; perplexity is exp of the loss")
+_ACCURACY = _now("core.token_statistics.TypeMetrics", "loss and accuracy by data type; perplexity is exp of the loss")
 _STEP = _now("core.engine.Engine", "engine.train_step(batch, lr) runs forward, backward and the update of one batch")
 _HOOK = _now("core.hooks.Hook", "the surface for what hangs on the loop; Trainer(..., hooks=[...])")
 _NUMBERS = _now(
@@ -80,7 +80,7 @@ _STORAGE = _now(
 _ALERT = _gone("alerts are not supported yet; a failed run ends non-zero, with the cause on every rank")
 _EVALUATE = _now("eval.hook.EvaluationHook", "data.valid_every and valid_folder switch it on")
 _SKIP = _now("data.batch_plan.parse_skip_batches", "data.skip_batches in the config")
-_FLOPS = _now("monitor.flops.flops_per_token", "tflops and mfu count what a model needs; hfu adds what is recomputed")
+_FLOPS = _now("estimate.flops.flops_per_token", "tflops and mfu count what a model needs; hfu adds what is recomputed")
 _DEVICE = _now("initialize.launch.choose_device", "a torch.device, which the context holds: context.device")
 _SEED = _now("core.context.random.seed_everything", "one seed a process; dropout and its states by mode are not here")
 _COLLECT = _now("monitor.garbage_collection.GarbageCollectionHook", "data.empty_cache_and_diag_interval in the config")
@@ -260,9 +260,11 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.model.losses": {"FlashGPTLMLoss": _LOSS, "InternLoss": _LOSS},
     "internlm.model.losses.ce_loss": {"FlashGPTLMLoss": _LOSS, "InternLoss": _LOSS},
     "internlm.model.metrics": {"AccPerplex": _ACCURACY, "SchedulerMetricHook": _ACCURACY, "LossWithTypeId": _ACCURACY},
-    "internlm.model.modeling_internlm": {"PackedFlashInternLm1D": _now("model.internlm", "model_type = 'INTERNLM'")},
-    "internlm.model.modeling_internlm2": {"InternLM2": _now("model.internlm2", "model_type = 'INTERNLM2'")},
-    "internlm.model.modeling_llama": {"Llama2": _now("model.llama", "model_type = 'LLAMA2'")},
+    "internlm.model.modeling_internlm": {
+        "PackedFlashInternLm1D": _now("model.families.internlm", "model_type = 'INTERNLM'")
+    },
+    "internlm.model.modeling_internlm2": {"InternLM2": _now("model.families.internlm2", "model_type = 'INTERNLM2'")},
+    "internlm.model.modeling_llama": {"Llama2": _now("model.families.llama", "model_type = 'LLAMA2'")},
     "internlm.model.modules.embedding": {
         "Embedding1D": _PARALLELIZE,
         "RotaryEmbedding": _now("model.modules.rotary.RotaryEmbedding", "tables, made once a batch"),

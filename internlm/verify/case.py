@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from internlm.config.assemble import assemble
 from internlm.config.rules import find_mistakes
 from internlm.config.schema import Config
+from internlm.config.validation import assemble
 from internlm.initialize.build import build_layout
 from internlm.utils.errors import ConfigError
 from internlm.verify.choices import Documents, Layout, Model, Stepping, from_text, to_text
@@ -184,7 +184,7 @@ def _model_keys(model: Model, layout: Layout) -> dict[str, Any]:
         "model.mlp_layer_fusion": model.fused,
         "model.embed_split_hidden": model.split_hidden,
         "model.checkpoint": model.checkpoint,
-        "model.checkpoint_keep": model.keep,
+        "model.checkpoint_save_policy": model.keep,
         "model.dtype": f"torch.{model.dtype}",
         "model.residual_in_fp32": model.fp32_residual,
         "data.seq_len": seq_len,

@@ -84,7 +84,7 @@ class Model:
         fused: one weight for q, k and v, and one for both inputs of the MLP; None is the family's choice.
         split_hidden: `model.embed_split_hidden`.
         checkpoint: share of the layers that are computed again in backward.
-        keep: what these keep, `model.checkpoint_keep`.
+        keep: what these keep, `model.checkpoint_save_policy`.
         dtype: of weights and computation.
         fp32_norm, fp32_residual: `use_fp32_norm` and `model.residual_in_fp32`.
         float8: `float8.enable_float8_linear`, in every layer; goes with float64.

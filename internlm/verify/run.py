@@ -10,9 +10,9 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.metrics import StepMetrics
 from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.core.step_metrics import StepMetrics
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_chunks, build_engine, build_layout, set_numerics
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer

@@ -12,7 +12,7 @@ from helpers.commands import metrics_of, start_training, write_config
 from helpers.runs import new_trainer, steps_in
 
 from internlm.checkpoint import folder as folders
-from internlm.checkpoint.folder import SNAPSHOT_SLOTS, Mark, begin_writing, finish_writing, why_not_ours
+from internlm.checkpoint.folder import SNAPSHOT_SLOTS, Manifest, begin_writing, finish_writing, why_not_ours
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.utils.errors import CheckpointError, StorageError
 from internlm.utils.storage import StoragePath, storage_path
@@ -172,7 +172,7 @@ def test_a_folder_that_appears_in_mid_run_makes_the_save_fail(
 def test_nothing_is_overwritten_however_late_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, has_older: bool
 ) -> None:
-    final, mark = storage_path(tmp_path / "5"), Mark(5, ("model",), {})
+    final, mark = storage_path(tmp_path / "5"), Manifest(5, ("model",), {})
     if has_older:
         finish_writing(begin_writing(final, "older", 5), final, mark)
     writing = begin_writing(final, "newer", 5)
@@ -231,7 +231,7 @@ def test_a_replacement_that_is_killed_at_any_instant_leaves_what_the_next_save_m
     for killed_at in range(4):
         writing = begin_writing(final, "older", 5)
         (writing / "__0_0.distcp").write_text("a part")
-        finish_writing(writing, final, Mark(5, ("model",), {}))
+        finish_writing(writing, final, Manifest(5, ("model",), {}))
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(StoragePath, "remove", killed_after(killed_at, StoragePath.remove))
             begin_writing(final, "newer", 5)

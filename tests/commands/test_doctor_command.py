@@ -14,9 +14,10 @@ from helpers.commands import write_config
 from torch import Tensor
 
 from internlm.cli import main
-from internlm.model.ops import registry, self_test
-from internlm.model.ops.attention_backends import BACKENDS, choose_attention
-from internlm.model.ops.registry import OpSettings, describe
+from internlm.model.ops import implementations as registry
+from internlm.model.ops import self_test
+from internlm.model.ops.attention.cuda_backends import BACKENDS, choose_attention
+from internlm.model.ops.implementations import OpSettings, describe
 from internlm.utils.optional_packages import why_unusable
 
 
@@ -73,12 +74,12 @@ def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str], small_heads:
 
 def test_how_the_cpu_multiplies_is_a_key_of_the_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    arguments = ("--config", config, "--set", "model.dtype='torch.float16'", "--set", "model.cpu_products='fp32'")
+    arguments = ("--config", config, "--set", "model.dtype='torch.float16'", "--set", "model.cpu_gemm='fp32'")
     code, found = report(capsys, *arguments)
     assert code == 0 and found["ok"]
     assert found["ops"]["linear"] == {
         "implementation": "PyTorch's products in fp32, block by block, rounded once",
-        "reason": "model.cpu_products = 'fp32'",
+        "reason": "model.cpu_gemm = 'fp32'",
     }
     assert found["ops"]["attention"]["implementation"] == "SDPA in fp32, one call a document length"
     assert report(capsys, "--config", config)[1]["ops"]["linear"]["implementation"] == "PyTorch's products"

@@ -10,9 +10,9 @@ from helpers.commands import write_config
 
 from internlm.cli import main
 from internlm.commands.layout import format_ranks
-from internlm.core.scheduler.drawing import draw_text
 from internlm.core.scheduler.schedules import make_schedule
 from internlm.core.scheduler.simulator import simulate
+from internlm.core.scheduler.timeline_drawing import draw_text
 
 PIPELINE = """
 model["num_layers"] = 40

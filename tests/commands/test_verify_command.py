@@ -14,7 +14,7 @@ from internlm.verify.case import Combination
 # A layer norm that is a little off on every rank but the first.
 WRONG_MODEL = """
 import torch.distributed as _dist
-from internlm.model.internlm2 import internlm2 as _internlm2
+from internlm.model.families.internlm2 import internlm2 as _internlm2
 from internlm.model.registry import register_model as _register_model
 
 @_register_model("WRONG")

@@ -6,7 +6,7 @@ import pytest
 
 from internlm.config import read_base
 from internlm.config.loader import check_config, load_config
-from internlm.config.render import format_config
+from internlm.config.print_config import format_config
 from internlm.config.schema import CkptConfig, Config, DataConfig, ModelConfig
 from internlm.utils.errors import ConfigError
 
@@ -396,10 +396,10 @@ def test_a_number_of_chunks_that_cannot_be_is_told(write, pipeline, chunks, noti
             "all layers)",
         ),
         (
-            ["model.checkpoint_keep=matmuls", "model.checkpoint=0.3"],
+            ["model.checkpoint_save_policy=matmuls", "model.checkpoint=0.3"],
             1,
-            "no effect: model.checkpoint_keep = 'matmuls' (no layer is recomputed: model.checkpoint = 0.3; set it to 1 "
-            "for all layers)",
+            "no effect: model.checkpoint_save_policy = 'matmuls' (no layer is recomputed: model.checkpoint = 0.3; set "
+            "it to 1 for all layers)",
         ),
         (["selective_checkpoint=True", "model.checkpoint=0.5"], 1, None),
         (

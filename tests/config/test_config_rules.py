@@ -58,11 +58,11 @@ CASES = [
     ({"parallel.weight.size": 2, "parallel.tensor.mode": "isp"}, 2, None),
     # 19, which asks for isp in InternEvo.
     ({"selective_checkpoint": True}, 1, None),
-    ({"selective_checkpoint": True, "model.checkpoint": 1, "model.checkpoint_keep": "attention"}, 1, None),
-    ({"selective_checkpoint": True, "model.checkpoint_keep": "matmuls"}, 1, "selective_checkpoint"),
-    ({"selective_checkpoint": True, "model.checkpoint_keep": "nothing"}, 1, "selective_checkpoint"),
+    ({"selective_checkpoint": True, "model.checkpoint": 1, "model.checkpoint_save_policy": "attention"}, 1, None),
+    ({"selective_checkpoint": True, "model.checkpoint_save_policy": "matmuls"}, 1, "selective_checkpoint"),
+    ({"selective_checkpoint": True, "model.checkpoint_save_policy": "nothing"}, 1, "selective_checkpoint"),
     ({"selective_checkpoint_offload": True}, 1, "selective_checkpoint_offload"),
-    ({"selective_checkpoint_offload": True, "model.checkpoint_keep": "attention"}, 1, None),
+    ({"selective_checkpoint_offload": True, "model.checkpoint_save_policy": "attention"}, 1, None),
     (
         {
             "selective_checkpoint": True,
@@ -81,7 +81,7 @@ CASES = [
     ({"selective_checkpoint": True, "model.compile": True}, 1, None),
     ({"model.checkpoint_budget": 1.5}, 1, None),
     ({"model.checkpoint_budget": 1.5, "model.checkpoint": True}, 1, "model.checkpoint_budget"),
-    ({"model.checkpoint_budget": 1.5, "model.checkpoint_keep": "matmuls"}, 1, "model.checkpoint_budget"),
+    ({"model.checkpoint_budget": 1.5, "model.checkpoint_save_policy": "matmuls"}, 1, "model.checkpoint_budget"),
     ({"model.checkpoint_budget": 1.5, "selective_checkpoint": True}, 1, "model.checkpoint_budget"),
     ({"model.checkpoint_budget": 1.5, "cpu_offloading.enable": True}, 1, "model.checkpoint_budget"),
     # 20.

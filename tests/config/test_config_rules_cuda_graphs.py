@@ -17,7 +17,7 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ({}, 1, None),
     ({}, 4, None),
     ({"parallel.zero1.size": 2, "hybrid_zero_optimizer.overlap_sync_grad": True}, 4, None),
-    ({"model.dtype": "torch.float16", "model.checkpoint": 1.0, "model.checkpoint_keep": "attention"}, 1, None),
+    ({"model.dtype": "torch.float16", "model.checkpoint": 1.0, "model.checkpoint_save_policy": "attention"}, 1, None),
     ({"hybrid_zero_optimizer.offload_optimizer": True}, 1, None),
     (
         {"model.compile": False},

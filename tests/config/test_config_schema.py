@@ -225,11 +225,11 @@ def test_checkpoint_is_a_share(given, share):
 
 def test_selective_checkpoint_is_an_older_spelling():
     tree = {"model": SHAPE, "data": dict(seq_len=16, micro_bsz=2, total_steps=10)}
-    assert Config.model_validate(tree).model.checkpoint_keep == "nothing"
+    assert Config.model_validate(tree).model.checkpoint_save_policy == "nothing"
     config = Config.model_validate({**tree, "selective_checkpoint": True})
-    assert config.model.checkpoint_keep == "attention"
-    assert Config.model_validate(config.model_dump()).model.checkpoint_keep == "attention"
-    assert SHAPE.get("checkpoint_keep") is None and "checkpoint_keep" not in config.model.model_fields_set
+    assert config.model.checkpoint_save_policy == "attention"
+    assert Config.model_validate(config.model_dump()).model.checkpoint_save_policy == "attention"
+    assert SHAPE.get("checkpoint_save_policy") is None and "checkpoint_save_policy" not in config.model.model_fields_set
 
 
 def test_qk_interleaved_follows_adapt_hf():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from internlm.commands import train
-from internlm.config.differences import DIFFERENCES, PAGE
+from internlm.config.internevo_differences import DIFFERENCES, PAGE
 from internlm.config.internevo_page import update
 from internlm.config.schema import Config
 from internlm.config.schema.base import walk_schema

@@ -19,7 +19,7 @@ from internlm.cli import main
 from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.hf_folder import HfFolder, HfWeights
 from internlm.convert.to_hf import convert_to_hf
-from internlm.model.hf_names import from_hf
+from internlm.model.huggingface.weight_names import from_hf
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.storage import storage_path
 

@@ -19,7 +19,7 @@ from internlm.checkpoint.tensor_files import write_weights
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
 from internlm.convert.to_hf import check_exportable, convert_to_hf, export_beside
-from internlm.model.hf_names import to_hf
+from internlm.model.huggingface.weight_names import to_hf
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.storage import StoragePath, storage_path
 

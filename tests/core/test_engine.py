@@ -16,7 +16,7 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.scheduler.schedules import make_schedule
-from internlm.eval.metrics import TokenSums
+from internlm.core.token_statistics import TokenSums
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 
 

@@ -20,7 +20,7 @@ from internlm.initialize.build import build_layout, build_trainer
 ALLOWED = {
     "model/ops/cross_entropy.py: _first_largest: nonzero": "a CPU alone looks for the place of a maximum so",
     "model/ops/cross_entropy.py: _clear_rows: nonzero": "a CPU alone looks for the rows without a label so",
-    "core/metrics.py: numbers: tolist": "of the copy on the host, which had a step's time to come",
+    "core/step_metrics.py: numbers: tolist": "of the copy on the host, which had a step's time to come",
 }
 
 
@@ -75,7 +75,7 @@ def waits_of_steady_steps(
         {"model.dtype": "torch.bfloat16", "float8.enable_float8_linear": True},
         {"model.dtype": "torch.bfloat16", "adam.moments_dtype": "torch.bfloat16"},
         {"model.dtype": "torch.bfloat16", "hybrid_zero_optimizer.grad_accumulation_dtype": "torch.bfloat16"},
-        {"model.dtype": "torch.bfloat16", "model.checkpoint": 1.0, "model.checkpoint_keep": "attention"},
+        {"model.dtype": "torch.bfloat16", "model.checkpoint": 1.0, "model.checkpoint_save_policy": "attention"},
         {"model.dtype": "torch.float16", "lr_scheduler.advance": "update"},
         {"parallel.tensor.mode": "isp", "loss.label_smoothing": 0.1},
         {"model.rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}},
@@ -149,6 +149,6 @@ def test_a_step_waits_for_its_numbers_when_somebody_wants_them(tmp_path: Path) -
         trainer.hooks = [hook for hook in trainer.hooks if hook.name != "health"]
 
     nobody = {"monitor.metrics_file": False, "enable_tb": False}
-    numbers = "core/metrics.py: numbers: tolist"
+    numbers = "core/step_metrics.py: numbers: tolist"
     assert numbers not in waits_of_steady_steps(tmp_path / "silent", nobody, without_health)
     assert numbers in waits_of_steady_steps(tmp_path / "shown", {**nobody, "monitor.log_every": 1}, without_health)

@@ -18,7 +18,7 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.parallel.pipeline_stages import build_stages, split_layers
-from internlm.core.scheduler.placement import Placement
+from internlm.core.scheduler.stage_placement import Placement
 from internlm.data.batch import Batch, MicroBatch
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model

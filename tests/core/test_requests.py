@@ -1,4 +1,4 @@
-"""Requests to stop and to save: what is decided, at which step, and that all ranks decide the same."""
+"""RunControl to stop and to save: what is decided, at which step, and that all ranks decide the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from helpers.ranks import RankPool
 
-from internlm.core.requests import ELSEWHERE, Requests
+from internlm.core.run_control import ELSEWHERE, RunControl
 
 Asked = dict[int, list[tuple[int, str, object]]]
 """step -> (rank, method, argument): asked of that rank during that step."""
@@ -17,7 +17,7 @@ Asked = dict[int, list[tuple[int, str, object]]]
 def decisions(asked: Asked, steps: int = 8, world: int = 1) -> list[tuple[int, str | None, str | None]]:
     """(step, stop reason, save reason) of every step at which there is one, until a stop."""
     rank = dist.get_rank() if world > 1 else 0
-    requests = Requests(dist.group.WORLD if world > 1 else None)
+    requests = RunControl(dist.group.WORLD if world > 1 else None)
     found = []
     for step in range(1, steps + 1):
         for who, method, argument in asked.get(step, []):

@@ -21,7 +21,7 @@ from internlm.core.communication.collectives import Done
 from internlm.core.hooks import Hook
 from internlm.data.batch import Batch
 from internlm.eval.hook import EvaluationHook
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 
 
 class Events(Hook):
@@ -206,7 +206,7 @@ def test_evaluation_is_the_mean_over_all_tokens_of_a_set() -> None:
     losses, hits = [], []
     with torch.no_grad():
         for micro in micros:
-            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+            hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))  # type: ignore[arg-type]
             logits = model.logits(hidden)[0]  # type: ignore[operator]
             valid = micro.labels[0] >= 0
             losses.append(torch.nn.functional.cross_entropy(logits, micro.labels[0], reduction="none")[valid])

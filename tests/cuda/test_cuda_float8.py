@@ -7,13 +7,13 @@ import torch
 from helpers.tiny import global_batch, tiny_config, tiny_engine
 from torch import Tensor
 
+from internlm.core.compilation.compile_layers import compile_layers
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.compile import compile_layers
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.ops.float8 import choice, float8_linear, runs_on_hardware
-from internlm.model.ops.registry import OpSettings
+from internlm.model.ops.float8.scaled_gemm import choice, float8_linear, runs_on_hardware
+from internlm.model.ops.implementations import OpSettings
 from internlm.model.ops.self_test import float8_cases, judge, self_tests
 from internlm.model.registry import build_model
 

@@ -12,9 +12,9 @@ from helpers.graphed_steps import NUM_MICRO_BATCHES, STEPS, packed, rows, train
 from helpers.tiny import tiny_engine, tiny_model
 from torch._dynamo.utils import counters
 
+from internlm.core.compilation.compile_layers import compile_layers
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
-from internlm.core.parallel.compile import compile_layers
 from internlm.data.batch import Batch
 from internlm.solver.grad_scaler import ConstantGradScaler
 

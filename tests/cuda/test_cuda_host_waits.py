@@ -68,7 +68,7 @@ def train(folder: Path, changes: dict[str, Any], *more: Hook) -> int:
         {"model.dtype": "torch.bfloat16", "float8.enable_float8_linear": True},
         {"model.dtype": "torch.bfloat16", "adam.moments_dtype": "torch.bfloat16"},
         {"model.dtype": "torch.bfloat16", "hybrid_zero_optimizer.grad_accumulation_dtype": "torch.bfloat16"},
-        {"model.dtype": "torch.bfloat16", "model.checkpoint": 1.0, "model.checkpoint_keep": "attention"},
+        {"model.dtype": "torch.bfloat16", "model.checkpoint": 1.0, "model.checkpoint_save_policy": "attention"},
         {"parallel.tensor.mode": "isp"},
     ],
     ids=str,

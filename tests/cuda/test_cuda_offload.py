@@ -10,7 +10,7 @@ from helpers.model import tiny_model
 from torch import Tensor, nn
 
 from internlm.model.offload import CudaCopies, Offloading
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -31,7 +31,7 @@ def forward(model: nn.Module, seed: int = 0) -> Tensor:
     lengths = (TOKENS // 2, TOKENS // 4, TOKENS // 4)
     positions = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32).cuda()
-    hidden = model(ids, positions, Segments.of(lengths, cu_seqlens))
+    hidden = model(ids, positions, VarlenMetadata.of(lengths, cu_seqlens))
     return hidden.float().square().mean()
 
 
@@ -69,7 +69,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], again: di
         assert (found[name].float() - gradient.float()).norm() <= 4 * noise, name
 
 
-@pytest.mark.parametrize("recomputing", [{}, {"checkpoint": 0.5}, {"checkpoint": 1.0, "checkpoint_keep": "matmuls"}])
+@pytest.mark.parametrize(
+    "recomputing", [{}, {"checkpoint": 0.5}, {"checkpoint": 1.0, "checkpoint_save_policy": "matmuls"}]
+)
 def test_offload_changes_no_bit(recomputing: dict[str, Any]) -> None:
     expected, again = gradients(build()), gradients(build())
     model = build(**recomputing)
@@ -79,7 +81,7 @@ def test_offload_changes_no_bit(recomputing: dict[str, Any]) -> None:
 
 def test_kept_outputs_may_move() -> None:
     expected, again = gradients(build()), gradients(build())
-    model = build(checkpoint=1.0, checkpoint_keep="attention")
+    model = build(checkpoint=1.0, checkpoint_save_policy="attention")
     model.offloading = Offloading(CudaCopies(torch.device("cuda")), kept_of=range(LAYERS))
     for layer in model.layers.values():
         layer.store = model.offloading
@@ -88,7 +90,10 @@ def test_kept_outputs_may_move() -> None:
 
 def test_memory_falls_with_what_is_not_kept() -> None:
     plain = bytes_after_forward(build())
-    kept = [bytes_after_forward(build(checkpoint=1.0, checkpoint_keep=k)) for k in ("matmuls", "attention", "nothing")]
+    kept = [
+        bytes_after_forward(build(checkpoint=1.0, checkpoint_save_policy=k))
+        for k in ("matmuls", "attention", "nothing")
+    ]
     assert plain > kept[0] > kept[1] > kept[2]
     offloaded = build()
     offloaded.offloading = Offloading(CudaCopies(torch.device("cuda")), saved_of=range(LAYERS))

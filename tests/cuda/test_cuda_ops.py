@@ -11,10 +11,10 @@ import random
 import pytest
 import torch
 
-from internlm.model.ops import liger
-from internlm.model.ops.attention import Segments, attention
-from internlm.model.ops.attention_backends import BACKENDS, AttentionNeeds, capability_of, why_not
-from internlm.model.ops.registry import OpSettings, describe
+from internlm.model.ops import liger_kernels as liger
+from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
+from internlm.model.ops.attention.cuda_backends import BACKENDS, AttentionNeeds, capability_of, why_not
+from internlm.model.ops.implementations import OpSettings, describe
 from internlm.model.ops.self_test import attention_cases, judge, other_cases, self_tests
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -112,9 +112,9 @@ def test_a_compiled_block_serves_other_documents_without_compiling_again(name: s
         for heads in (8, 2, 2)
     )
     for lengths in ((512,), (100, 0, 412), (1, 200, 311), (128, 128, 128, 128), (511, 1), (5, 7, 500)):
-        segments = Segments.of(lengths)
-        segments = Segments(segments.cu_seqlens.to(CUDA), segments.lengths, segments.max_seqlen)
-        ours, theirs = (function(q, k, v, segments, attention_backend=name) for function in (compiled, attention))
+        varlen = VarlenMetadata.of(lengths)
+        varlen = VarlenMetadata(varlen.cu_seqlens.to(CUDA), varlen.lengths, varlen.max_seqlen)
+        ours, theirs = (function(q, k, v, varlen, attention_backend=name) for function in (compiled, attention))
         grad = torch.randn_like(theirs)
         # The same kernel with the same tiles; sums over tiles may come in another order in the backward pass.
         torch.testing.assert_close(ours, theirs)
@@ -127,14 +127,14 @@ def test_a_compiled_block_serves_other_documents_without_compiling_again(name: s
 def test_documents_do_not_leak() -> None:
     """Changing one document leaves the others bit-equal, in every backend."""
     lengths = (65, 0, 40, 151)
-    segments = Segments.of(lengths)
-    segments = Segments(segments.cu_seqlens.to(CUDA), segments.lengths, segments.max_seqlen)
+    varlen = VarlenMetadata.of(lengths)
+    varlen = VarlenMetadata(varlen.cu_seqlens.to(CUDA), varlen.lengths, varlen.max_seqlen)
     needs = AttentionNeeds(capability_of(CUDA), torch.bfloat16, 64)
     generator = torch.Generator().manual_seed(0)
     first = [torch.randn(1, 256, heads, 64, generator=generator).to(CUDA, torch.bfloat16) for heads in (8, 2, 2)]
     second = [torch.cat((torch.randn_like(x[:, :65]), x[:, 65:]), 1) for x in first]
     for backend in BACKENDS:
         if why_not(backend, needs) is None:
-            outs = [attention(*inputs, segments, attention_backend=backend.name) for inputs in (first, second)]
+            outs = [attention(*inputs, varlen, attention_backend=backend.name) for inputs in (first, second)]
             assert torch.equal(outs[0][:, 65:], outs[1][:, 65:]), backend.name
             assert not torch.equal(outs[0][:, :65], outs[1][:, :65]), backend.name

@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parents[2]
 # As a user would register a model, with a trap in it.
 RAISING_MODEL = """
 import os as _os
-from internlm.model.internlm2 import internlm2 as _internlm2
+from internlm.model.families.internlm2 import internlm2 as _internlm2
 from internlm.model.registry import register_model as _register_model
 
 @_register_model("TRAPPED")

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from internlm.core.token_statistics import TokenSums, TypeMetrics, evaluation_results
 from internlm.data.batch import IGNORE_INDEX
-from internlm.eval.metrics import TokenSums, TypeMetrics, evaluation_results
 from internlm.utils.errors import DataError
 
 TYPES = ("cn", "code", "en", "ja")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from internlm.core.hooks import Hook, SaveResult, TrainState
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 
 
 def step_metrics(step: int, **fields) -> StepMetrics:

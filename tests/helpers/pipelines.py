@@ -16,8 +16,8 @@ from internlm.core.engine import Engine
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.pipeline_stages import build_stages, split_layers
 from internlm.core.scheduler.schedules import make_schedule
+from internlm.core.token_statistics import TokenSums, TypeMetrics, evaluation_results
 from internlm.data.batch import Batch
-from internlm.eval.metrics import TokenSums, TypeMetrics, evaluation_results
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer

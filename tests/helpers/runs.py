@@ -15,9 +15,9 @@ from internlm.checkpoint.manager import CheckpointManager
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import Hook
-from internlm.core.metrics import StepMetrics
 from internlm.core.parallel.fsdp import apply_fsdp, local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.core.step_metrics import StepMetrics
 from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
 from internlm.solver.grad_scaler import DynamicGradScaler, GradScaler

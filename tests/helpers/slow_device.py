@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from helpers.fake_trainer import step_metrics
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 
 
 class SlowDevice:

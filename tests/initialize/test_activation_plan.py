@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from internlm.config.schema import ModelConfig
 from internlm.core.context.layout import ParallelLayout
-from internlm.core.parallel.activation_costs import LayerSizes
-from internlm.initialize.activation_plan import plan_activations
+from internlm.estimate.activations import LayerSizes
+from internlm.initialize.recomputation_plan import plan_activations
 from internlm.model.architecture import Architecture
 from internlm.model.recompute import KEEPS
 from internlm.utils.errors import ConfigError

@@ -122,7 +122,7 @@ def test_offloading_moves_the_first_layers_and_says_that_a_cpu_gains_nothing(
 
 def train_offloading(folder: Path, changes: dict[str, Any]) -> list[tuple[float, float]]:
     """As `train`, with no tensor too small to move."""
-    import internlm.initialize.activations as module
+    import internlm.initialize.activation_memory as module
     from internlm.model.offload import Offloading
 
     class Everything(Offloading):

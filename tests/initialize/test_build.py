@@ -23,7 +23,7 @@ from internlm.core.trainer import Trainer
 from internlm.data.batch import MicroBatch
 from internlm.data.tokenized_writer import TokenizedWriter
 from internlm.initialize.build import build_layout, build_trainer
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.solver.optimizer.state_form import StateForm
 
@@ -230,7 +230,7 @@ def test_label_smoothing_and_z_loss_are_in_the_loss_but_not_in_the_perplexity(
     batch = next(iter(new(tmp_path, "data").train_loader))
     total, plain = torch.zeros(()), torch.zeros(())
     for micro in batch.micro_batches:
-        hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+        hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))  # type: ignore[arg-type]
         logits = model.logits(hidden)[0][micro.labels[0] >= 0]  # type: ignore[operator]
         labels = micro.labels[0][micro.labels[0] >= 0]
         total += F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")

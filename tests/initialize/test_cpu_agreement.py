@@ -11,9 +11,9 @@ from helpers.ranks import RankPool
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.initialize import cpu_products as agreement
-from internlm.model.ops import cpu_products
-from internlm.model.ops.cpu_products import CpuFeatures, CpuProducts, choice, choose_cpu_products
+from internlm.initialize import cpu_gemm as agreement
+from internlm.model.ops.cpu import gemm as cpu_gemm
+from internlm.model.ops.cpu.gemm import CpuFeatures, CpuGemm, choice, choose_cpu_gemm
 
 KINDS = (
     CpuFeatures("x86_64", "GenuineIntel", frozenset({"avx512_bf16", "amx_bf16"})),
@@ -21,7 +21,7 @@ KINDS = (
 )
 
 
-def agree(setting: CpuProducts, kinds: tuple[CpuFeatures, ...]) -> tuple[str, list[str]]:
+def agree(setting: CpuGemm, kinds: tuple[CpuFeatures, ...]) -> tuple[str, list[str]]:
     """What this rank then does, and its warnings."""
     context = ParallelContext.create(ParallelLayout(world_size=2))
     warnings: list[str] = []
@@ -29,14 +29,14 @@ def agree(setting: CpuProducts, kinds: tuple[CpuFeatures, ...]) -> tuple[str, li
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     agreement.logger.addHandler(handler)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_products, "this_cpu", lambda: kinds[context.rank])
+        patch.setattr(cpu_gemm, "this_cpu", lambda: kinds[context.rank])
         try:
-            choose_cpu_products(setting)
-            agreement.agree_on_cpu_products(torch.bfloat16, context)
+            choose_cpu_gemm(setting)
+            agreement.agree_on_cpu_gemm(torch.bfloat16, context)
             return choice(torch.bfloat16).implementation, warnings
         finally:
             agreement.logger.removeHandler(handler)
-            choose_cpu_products("auto")
+            choose_cpu_gemm("auto")
             context.close()
 
 
@@ -45,7 +45,7 @@ def test_unlike_cpus_take_fp32(ranks: Callable[[int], RankPool]) -> None:
         assert chosen == "fp32"
         assert warnings == [
             "the ranks' CPUs are of different kinds: rank 1 multiplies faster in fp32, rank 0 in bfloat16; all "
-            "multiply in fp32, unless model.cpu_products is 'dtype'"
+            "multiply in fp32, unless model.cpu_gemm is 'dtype'"
         ]
 
 

@@ -16,7 +16,7 @@ from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import local_tensor
 from internlm.initialize.build import build_layout
-from internlm.initialize.holdings import Holding, pipeline_holdings
+from internlm.initialize.memory_per_rank import Holding, pipeline_holdings
 from internlm.initialize.stages import build_chunks, build_meta_model, build_pipeline_schedule, state_form
 from internlm.solver.optimizer.bucket import ALIGNMENT, NORM_ROW
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer

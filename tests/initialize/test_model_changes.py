@@ -14,7 +14,7 @@ from helpers.commands import write_config
 from helpers.configs import small_config
 from helpers.hf_folders import save_native
 
-from internlm.config.changes import keys_that_change_outputs
+from internlm.config.compare import keys_that_change_outputs
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
 from internlm.config.schema.base import Status, key_info, walk_schema
@@ -58,9 +58,9 @@ OTHER: dict[str, dict[str, Any]] = {
     "model.dtype": {"model.dtype": "torch.float32"},
     "model.attention_backend": {"model.attention_backend": "sdpa"},
     "model.fused_kernels": {"model.fused_kernels": "none"},
-    "model.cpu_products": {"model.cpu_products": "fp32"},
+    "model.cpu_gemm": {"model.cpu_gemm": "fp32"},
     "model.checkpoint": {"model.checkpoint": 1.0},
-    "model.checkpoint_keep": {"model.checkpoint_keep": "matmuls"},
+    "model.checkpoint_save_policy": {"model.checkpoint_save_policy": "matmuls"},
     "model.checkpoint_budget": {"model.checkpoint_budget": 1.0},
     "model.cuda_graphs": {"model.cuda_graphs": True},
     "model.init_type": {"model.init_type": "uniform"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import write_config
 
-from internlm.checkpoint.folder import Mark, begin_writing, finish_writing
+from internlm.checkpoint.folder import Manifest, begin_writing, finish_writing
 from internlm.cli import main
 from internlm.config.loader import load_config
 from internlm.utils.storage import storage_path
@@ -20,7 +20,7 @@ def saved_by_this_config(config: Path, folder: Path, contents: tuple[str, ...] =
     writing = begin_writing(final, "test", 5)
     values = load_config(config).config.model_dump(mode="json")
     (writing / "config.json").write_text(json.dumps(values))
-    finish_writing(writing, final, Mark(5, contents, {}, 0.0))
+    finish_writing(writing, final, Manifest(5, contents, {}, 0.0))
 
 
 def internevo(folder: Path) -> None:

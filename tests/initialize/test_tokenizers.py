@@ -138,7 +138,7 @@ def test_from_import_to_export(places: Path, tmp_path: Path, capsys: pytest.Capt
     model = tiny_model("LLAMA2", vocab_size=VOCAB, num_kv_attention_heads=2)
     from safetensors.torch import save_file
 
-    from internlm.model.hf_names import to_hf
+    from internlm.model.huggingface.weight_names import to_hf
 
     for path in (tmp_path / "theirs").glob("model*"):
         path.unlink()

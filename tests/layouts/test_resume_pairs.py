@@ -18,7 +18,7 @@ from helpers.resume import Ranks
 from internlm.config.loader import load_config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import Hook, TrainState
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
 from internlm.data.tokenized_writer import TokenizedWriter

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from internlm.model.initialization import Uniform, initializer_of
 from internlm.model.modules.cache import KeyValueCache
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.registry import build_model, known_models
 from internlm.model.roles import Role
 
@@ -42,7 +42,7 @@ def test_no_leak_between_documents(model_type: str, dtype: str) -> None:
     lengths = (30, 17, 30)
     ids = _ids(1, 77)
     others = torch.cat((_ids(1, 30, seed=1), ids[:, 30:]), dim=1)
-    first, second = (model.logits(model(x, _positions(*lengths), Segments.of(lengths))) for x in (ids, others))
+    first, second = (model.logits(model(x, _positions(*lengths), VarlenMetadata.of(lengths))) for x in (ids, others))
     assert torch.equal(first[:, 30:], second[:, 30:])
     assert not torch.equal(first[:, :30], second[:, :30])
 
@@ -81,7 +81,7 @@ def test_cache_reorders_truncates_and_refuses_what_has_no_room() -> None:
 def test_checkpointing_changes_no_bit(fraction: float, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {**GQA, "num_layers": 4}
     plain, sparing = tiny_model("INTERNLM2", **keys), tiny_model("INTERNLM2", checkpoint=fraction, **keys)
-    inputs = {"inputs": _ids(1, 25), "position_ids": _positions(15, 10), "segments": Segments.of((15, 10))}
+    inputs = {"inputs": _ids(1, 25), "position_ids": _positions(15, 10), "varlen": VarlenMetadata.of((15, 10))}
     calls = []
     for i, layer in enumerate(sparing.layers.values()):
         layer.ffn_norm.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
@@ -96,7 +96,7 @@ def test_checkpointing_changes_no_bit(fraction: float, layers: int, monkeypatch:
 
 @pytest.mark.parametrize("model_type", known_models())
 def test_fused_and_separate_weights_are_one_function(model_type: str) -> None:
-    from internlm.model.hf_names import from_hf, to_hf
+    from internlm.model.huggingface.weight_names import from_hf, to_hf
 
     keys = {**GQA, "num_layers": 1}
     separate = tiny_model(model_type, enable_qkv_fusion=False, mlp_layer_fusion=False, norm_head=False, **keys)
@@ -251,7 +251,7 @@ def test_dynamic_rope_stretches_each_document_by_its_own_length() -> None:
     model = tiny_model("LLAMA2", use_dynamic_ntk_rope=True, max_position_embeddings=10)
     lengths = (8, 25)
     ids = _ids(1, 33)
-    packed = model(ids, _positions(*lengths), Segments.of(lengths))
+    packed = model(ids, _positions(*lengths), VarlenMetadata.of(lengths))
     for document, hidden in zip(ids.split(lengths, 1), packed.split(lengths, 1), strict=True):
         torch.testing.assert_close(model(document, _positions(document.shape[1])), hidden)
 
@@ -261,7 +261,7 @@ def test_packed_loss_equals_padded_rows() -> None:
     model = tiny_model("INTERNLM2", **GQA)
     lengths = (5, 12)
     ids = _ids(1, 17)
-    packed = model(ids, _positions(*lengths), Segments.of(lengths))[0].split(lengths)
+    packed = model(ids, _positions(*lengths), VarlenMetadata.of(lengths))[0].split(lengths)
     rows = torch.stack([F.pad(x, (0, 12 - x.shape[0])) for x in ids[0].split(lengths)])
     padded = model(rows, torch.arange(12).expand(2, -1))
     for hidden, row, length in zip(packed, padded, lengths, strict=True):

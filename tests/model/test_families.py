@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.data.packing import join_pieces, make_piece, stack_pieces, to_micro_batch
-from internlm.model.hf_config import hf_config
-from internlm.model.hf_names import from_hf, to_hf
-from internlm.model.ops.attention import Segments
+from internlm.model.huggingface.to_config import hf_config
+from internlm.model.huggingface.weight_names import from_hf, to_hf
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 
 GQA = {"num_kv_attention_heads": 2}
@@ -147,7 +147,7 @@ def test_packed(pair: tuple[Any, Any]) -> None:
     ids = _tokens(model, 1, sum(LENGTHS))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     model.zero_grad(), peer.zero_grad()
-    hidden = model(ids, positions, Segments.of(LENGTHS))
+    hidden = model(ids, positions, VarlenMetadata.of(LENGTHS))
     labels = []
     for document, ours in zip(ids.split(LENGTHS, 1), model.logits(hidden).split(LENGTHS, 1), strict=True):
         theirs = peer(document).logits
@@ -171,8 +171,8 @@ def test_dynamic_scaling_goes_by_the_length_of_each_document(factor: float) -> N
     packed = join_pieces(pieces, seq_len, sum(lengths), "cut", type_id=0)
     for sample in (packed, stack_pieces(pieces, seq_len, rows=5, type_id=0)):
         micro = to_micro_batch(sample)
-        segments = None if micro.lengths is None else Segments.of(micro.lengths)
-        hidden = model(micro.input_ids, micro.position_ids, segments)
+        varlen = None if micro.lengths is None else VarlenMetadata.of(micro.lengths)
+        hidden = model(micro.input_ids, micro.position_ids, varlen)
         loss = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight(), micro.labels.flatten()).loss_sum
         torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
 

@@ -12,8 +12,8 @@ from helpers.model import tiny_config
 
 from internlm.config.schema import ModelConfig
 from internlm.model.architecture import Architecture
-from internlm.model.from_hf_config import from_hf_config
-from internlm.model.hf_config import published_config_json, transformers_config_json
+from internlm.model.huggingface.from_config import from_hf_config
+from internlm.model.huggingface.to_config import published_config_json, transformers_config_json
 from internlm.model.registry import build_model
 from internlm.utils.errors import ConfigError
 

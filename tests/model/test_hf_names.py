@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers.model import tiny_model
 
-from internlm.model.hf_config import hf_config
-from internlm.model.hf_names import Layout, from_hf, to_hf
+from internlm.model.huggingface.to_config import hf_config
+from internlm.model.huggingface.weight_names import Layout, from_hf, to_hf
 from internlm.utils.errors import CheckpointError, ConfigError
 
 GQA = {"num_kv_attention_heads": 2}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from internlm.model import offload
 from internlm.model.offload import HostCopies, Offloading, PlainCopies
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 
 LAYERS = 4
 LENGTHS = (15, 10)
@@ -74,7 +74,7 @@ def offloading_of(copies: HostCopies | None = None, **choice: Any) -> Offloading
 def forward(model: nn.Module, seed: int = 0) -> Tensor:
     ids = torch.randint(97, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(seed))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    logits = model.logits(model(ids, positions, Segments.of(LENGTHS)))  # type: ignore[operator]
+    logits = model.logits(model(ids, positions, VarlenMetadata.of(LENGTHS)))  # type: ignore[operator]
     return logits.float().square().mean()
 
 
@@ -89,7 +89,9 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 @pytest.mark.parametrize("copies", [PlainCopies, LazyCopies])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
-@pytest.mark.parametrize("recomputing", [{}, {"checkpoint": 0.5}, {"checkpoint": 1.0, "checkpoint_keep": "matmuls"}])
+@pytest.mark.parametrize(
+    "recomputing", [{}, {"checkpoint": 0.5}, {"checkpoint": 1.0, "checkpoint_save_policy": "matmuls"}]
+)
 @pytest.mark.parametrize(
     ("model_type", "layers"),
     [("INTERNLM2", range(LAYERS)), ("LLAMA2", range(2)), ("QWEN3", (1, 3)), ("GEMMA", range(LAYERS))],
@@ -260,7 +262,7 @@ def test_a_graph_may_be_dropped_half_used() -> None:
 def test_what_recomputation_keeps_may_move(dtype: str, copies: Any) -> None:
     keys = {**KEYS, "dtype": dtype}
     plain = tiny_model("INTERNLM2", **keys)
-    moved = tiny_model("INTERNLM2", checkpoint=0.75, checkpoint_keep="attention", **keys)
+    moved = tiny_model("INTERNLM2", checkpoint=0.75, checkpoint_save_policy="attention", **keys)
     moved.offloading = offloading_of(copies(), kept_of=range(3))
     for layer in list(moved.layers.values())[:3]:
         layer.store = moved.offloading
@@ -275,7 +277,7 @@ def test_what_recomputation_keeps_may_move(dtype: str, copies: Any) -> None:
 def test_what_is_saved_and_what_is_kept_may_both_move() -> None:
     """Then a recomputed layer leaves nothing but small tensors on the device."""
     plain = tiny_model("INTERNLM2", **KEYS)
-    moved = tiny_model("INTERNLM2", checkpoint=1.0, checkpoint_keep="attention", **KEYS)
+    moved = tiny_model("INTERNLM2", checkpoint=1.0, checkpoint_save_policy="attention", **KEYS)
     moved.offloading = offloading_of(LazyCopies(), saved_of=range(LAYERS), kept_of=range(LAYERS))
     for layer in moved.layers.values():
         layer.store = moved.offloading

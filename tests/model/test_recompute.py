@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm.model.ops.attention import Segments
-from internlm.model.recompute import ATTENTION_OPS, KEEPS, PRODUCT_OPS, Keep, recomputed
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
+from internlm.model.recompute import ATTENTION_OPS, KEEPS, PRODUCT_OPS, SavePolicy, recomputed
 from internlm.model.registry import known_models
 
 GQA = {"num_kv_attention_heads": 2}
@@ -45,7 +45,7 @@ def inputs_of(lengths: tuple[int, ...] | None) -> dict[str, Any]:
     return {
         "inputs": torch.randint(97, (1, sum(lengths)), generator=generator),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "segments": Segments.of(lengths),
+        "varlen": VarlenMetadata.of(lengths),
     }
 
 
@@ -61,30 +61,32 @@ def loss_and_gradients(model: nn.Module, lengths: tuple[int, ...] | None) -> dic
 @pytest.mark.parametrize("lengths", [PACKED, DENSE], ids=["packed", "dense"])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 @pytest.mark.parametrize("model_type", known_models())
-def test_no_policy_changes_a_bit(model_type: str, dtype: str, lengths: tuple[int, ...] | None, keep: Keep) -> None:
+def test_no_policy_changes_a_bit(
+    model_type: str, dtype: str, lengths: tuple[int, ...] | None, keep: SavePolicy
+) -> None:
     """The same operators on the same values: equal, not close."""
     keys = {**GQA, "dtype": dtype, "sliding_window": 5}
     expected = loss_and_gradients(tiny_model(model_type, **keys), lengths)
-    found = loss_and_gradients(tiny_model(model_type, checkpoint=1.0, checkpoint_keep=keep, **keys), lengths)
+    found = loss_and_gradients(tiny_model(model_type, checkpoint=1.0, checkpoint_save_policy=keep, **keys), lengths)
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("changes", [{"qk_norm": True}, {"residual_in_fp32": True}, {"norm_type": "layernorm"}])
 @pytest.mark.parametrize("keep", ["matmuls", "attention"])
-def test_no_policy_changes_a_bit_of_other_layers(keep: Keep, changes: dict[str, Any]) -> None:
+def test_no_policy_changes_a_bit_of_other_layers(keep: SavePolicy, changes: dict[str, Any]) -> None:
     keys = {**GQA, "dtype": "torch.bfloat16", **changes}
     expected = loss_and_gradients(tiny_model("INTERNLM2", **keys), PACKED)
-    found = loss_and_gradients(tiny_model("INTERNLM2", checkpoint=0.5, checkpoint_keep=keep, **keys), PACKED)
+    found = loss_and_gradients(tiny_model("INTERNLM2", checkpoint=0.5, checkpoint_save_policy=keep, **keys), PACKED)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_backward_runs_again_what_is_not_kept_and_nothing_else(keep: Keep) -> None:
+def test_backward_runs_again_what_is_not_kept_and_nothing_else(keep: SavePolicy) -> None:
     layers = 3
     with Operators() as plain:
         loss_and_gradients(tiny_model("LLAMA2", num_layers=layers, **GQA), PACKED)
-    share = {} if keep == "everything" else {"checkpoint": 1.0, "checkpoint_keep": keep}
+    share = {} if keep == "everything" else {"checkpoint": 1.0, "checkpoint_save_policy": keep}
     with Operators() as run:
         loss_and_gradients(tiny_model("LLAMA2", num_layers=layers, **GQA, **share), PACKED)
     again = {name: count - plain.counts[name] for name, count in run.counts.items() if count > plain.counts[name]}
@@ -97,7 +99,7 @@ def test_backward_runs_again_what_is_not_kept_and_nothing_else(keep: Keep) -> No
 
 
 def test_without_gradients_nothing_is_kept() -> None:
-    model = tiny_model("INTERNLM2", checkpoint=1.0, checkpoint_keep="matmuls", num_layers=2)
+    model = tiny_model("INTERNLM2", checkpoint=1.0, checkpoint_save_policy="matmuls", num_layers=2)
     model(**inputs_of(DENSE))
     with torch.no_grad(), PeakMemory() as memory:
         hidden = model(**inputs_of(DENSE))
@@ -105,7 +107,7 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 
 def test_keeping_ends_with_the_backward_pass() -> None:
-    model = tiny_model("INTERNLM2", checkpoint=1.0, checkpoint_keep="matmuls")
+    model = tiny_model("INTERNLM2", checkpoint=1.0, checkpoint_save_policy="matmuls")
     loss_and_gradients(model, PACKED)
     with PeakMemory() as memory:
         loss_and_gradients(model, PACKED)
@@ -113,7 +115,7 @@ def test_keeping_ends_with_the_backward_pass() -> None:
 
 
 def test_some_layers_may_keep_more_than_others() -> None:
-    keeps: tuple[Keep, ...] = ("nothing", "attention", "matmuls", "everything")
+    keeps: tuple[SavePolicy, ...] = ("nothing", "attention", "matmuls", "everything")
     expected = loss_and_gradients(tiny_model("INTERNLM2", num_layers=4), PACKED)
     model = tiny_model("INTERNLM2", num_layers=4)
     for layer, keep in zip(model.layers.values(), keeps, strict=True):
@@ -136,7 +138,7 @@ def gradients_of(call: Callable[..., Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("keep", "again"), [("everything", 0), ("matmuls", 0), ("attention", 2), ("nothing", 2)])
-def test_a_compiler_follows_the_policy(keep: Keep, again: int) -> None:
+def test_a_compiler_follows_the_policy(keep: SavePolicy, again: int) -> None:
     products = []
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -152,7 +154,7 @@ def test_a_compiler_follows_the_policy(keep: Keep, again: int) -> None:
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_a_compiled_function_may_be_recomputed(keep: Keep) -> None:
+def test_a_compiled_function_may_be_recomputed(keep: SavePolicy) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(two_products, backend="aot_eager", fullgraph=True)
     found = gradients_of(recomputed(compiled, keep))

@@ -10,7 +10,7 @@ import torch
 from helpers.model import materialize, tiny_config
 
 from internlm.model import registry
-from internlm.model.ops.registry import OpSettings, describe
+from internlm.model.ops.implementations import OpSettings, describe
 from internlm.model.registry import build_model, known_models, register_model
 from internlm.utils.errors import ConfigError
 

@@ -14,7 +14,7 @@ import torch
 from helpers.fake_trainer import FakeTrainer, step_metrics
 from rich.console import Console
 
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 from internlm.eval.hook import EvaluationHook
 from internlm.monitor.console import ConsoleHook, describe, describe_duration
 from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
@@ -26,11 +26,11 @@ def log_lines():
     """What the project logs while the test runs."""
     lines: list[str] = []
 
-    class Keep(logging.Handler):
+    class SavePolicy(logging.Handler):
         def emit(self, record):
             lines.append(record.getMessage())
 
-    logger, handler = logging.getLogger(ROOT_LOGGER), Keep()
+    logger, handler = logging.getLogger(ROOT_LOGGER), SavePolicy()
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -8,7 +8,7 @@ from helpers.model import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from internlm.monitor.flops import ModelShape, flops_per_token, peak_flops
+from internlm.estimate.flops import ModelShape, flops_per_token, peak_flops
 
 LLAMA_3_1_8B = ModelShape(
     num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=14336, vocab_size=128256

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.fake_trainer import step_metrics
 
-from internlm.core.metrics import StepMetrics
+from internlm.core.step_metrics import StepMetrics
 from internlm.monitor.internevo_line import internevo_line
 from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
 

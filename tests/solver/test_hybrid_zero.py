@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.solver.grad_scaler import DynamicGradScaler
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
 from internlm.solver.optimizer.flat_bucket import FlatBucket
@@ -40,7 +40,7 @@ def oracle(
         valid = max(batch.num_valid_tokens, 1)
         total = 0.0
         for micro in batch.micro_batches:
-            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+            hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))  # type: ignore[arg-type]
             loss = F.cross_entropy(model.logits(hidden)[0], micro.labels[0], reduction="sum") / valid  # type: ignore[operator]
             loss.backward()
             total += loss.item()

@@ -22,7 +22,7 @@ from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
 from internlm.data.batch import Batch
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import LossOutput, linear_cross_entropy
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
@@ -180,7 +180,7 @@ def test_masters_of_mixed_dtypes_equal_adamw_on_fp32_copies() -> None:
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         for micro in batch.micro_batches:
-            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+            hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))  # type: ignore[arg-type]
             loss = linear_cross_entropy(hidden[0], model.head_weight(), micro.labels[0]).loss_sum  # type: ignore[operator]
             total += loss.item()
             (loss * (torch.tensor(1.0) / batch.num_valid_tokens)).backward()
@@ -214,8 +214,8 @@ class WithOddParameters(nn.Module):
             parameter = getattr(self, name)
             attach_shard_spec(parameter, ShardSpec.whole(name, parameter.shape))
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, segments: Segments | None = None) -> Tensor:
-        hidden = self.inner(input_ids, position_ids, segments)
+    def forward(self, input_ids: Tensor, position_ids: Tensor, varlen: VarlenMetadata | None = None) -> Tensor:
+        hidden = self.inner(input_ids, position_ids, varlen)
         return hidden * self.sometimes if int(input_ids.sum()) % 2 else hidden
 
     def head_weight(self) -> Tensor:
@@ -257,7 +257,7 @@ def test_frozen_unused_and_rarely_used_parameters(
         total = 0.0
         for number, micro in enumerate(batch.micro_batches):
             users.add((step, number, int(micro.input_ids.sum()) % 2))
-            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+            hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))  # type: ignore[arg-type]
             logits = hidden[0] @ model.head_weight().t()
             loss = nn.functional.cross_entropy(logits, micro.labels[0], reduction="sum") / batch.num_valid_tokens
             loss.backward()

@@ -22,7 +22,7 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.shard_spec import Box
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import LossOutput, linear_cross_entropy
 from internlm.solver.grad_scaler import DynamicGradScaler
 from internlm.solver.optimizer.bucket import ALIGNMENT
@@ -201,7 +201,7 @@ def test_gradients_in_bf16_are_those_summed_by_hand() -> None:
         batch = global_batch(step)
         result = engine.train_step(batch, LR)
         for micro in batch.micro_batches:
-            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+            hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))  # type: ignore[arg-type]
             loss = linear_cross_entropy(hidden[0], model.head_weight(), micro.labels[0]).loss_sum  # type: ignore[operator]
             # torch adds gradients in the dtype of the parameter.
             (loss * (torch.tensor(1.0) / batch.num_valid_tokens)).backward()

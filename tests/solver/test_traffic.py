@@ -22,7 +22,7 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.layers import layers_of
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
@@ -110,7 +110,7 @@ def fsdp_step(zero: int, num_micro_batches: int) -> tuple[Any, Any]:
         with Traffic() as traffic:
             optimizer.begin_step(num_micro_batches)
             for micro in global_batch(step, num_micro_batches).micro_batches:
-                hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+                hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))  # type: ignore[arg-type]
                 linear_cross_entropy(hidden[0], model.head_weight(), micro.labels[0]).loss_sum.backward()  # type: ignore[operator]
             optimizer.step(1e-3)
     expected = Counter(

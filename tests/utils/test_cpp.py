@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from internlm.utils import cpp
-from internlm.utils.cpp import CompileError, compile_library, cpp_compiler
+from internlm.utils import cpp_extension as cpp
+from internlm.utils.cpp_extension import CompileError, compile_library, cpp_compiler
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ LIMIT_SECONDS = 30.0
 MODEL = """
 import os as _os, signal as _signal
 import torch.distributed as _dist
-from internlm.model.internlm2 import internlm2 as _internlm2
+from internlm.model.families.internlm2 import internlm2 as _internlm2
 from internlm.model.registry import register_model as _register_model
 from internlm.utils.errors import DataError as _DataError
 

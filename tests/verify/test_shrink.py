@@ -68,7 +68,9 @@ def test_each_rank_has_a_query_head() -> None:
 
 def test_a_budget_of_activations_goes_and_what_is_kept_stays() -> None:
     assert shrink(user_config(checkpoint_budget=12.0)).model.checkpoint_budget is None
-    assert shrink(user_config(checkpoint=1.0, checkpoint_keep="matmuls")).model.checkpoint_keep == "matmuls"
+    assert (
+        shrink(user_config(checkpoint=1.0, checkpoint_save_policy="matmuls")).model.checkpoint_save_policy == "matmuls"
+    )
 
 
 def test_a_vocabulary_that_does_not_divide_stays_one() -> None:

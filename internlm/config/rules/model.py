@@ -67,17 +67,17 @@ def attention_backend(config: Config, world_size: int) -> Iterator[Mistake]:
 def recomputation(config: Config, world_size: int) -> Iterator[Mistake]:
     """The keys that say what is recomputed, and what moves to host memory, do not contradict each other."""
     model = config.model
-    keep = f"model.checkpoint_keep = {model.checkpoint_keep!r}"
-    if config.selective_checkpoint and model.checkpoint_keep != "attention":
+    keep = f"model.checkpoint_save_policy = {model.checkpoint_save_policy!r}"
+    if config.selective_checkpoint and model.checkpoint_save_policy != "attention":
         yield Mistake(
-            ("selective_checkpoint", "model.checkpoint_keep"),
+            ("selective_checkpoint", "model.checkpoint_save_policy"),
             f"selective_checkpoint = True contradicts {keep}: it is the older spelling of 'attention'; keep one",
         )
-    elif config.selective_checkpoint_offload and model.checkpoint_keep != "attention":
+    elif config.selective_checkpoint_offload and model.checkpoint_save_policy != "attention":
         yield Mistake(
-            ("selective_checkpoint_offload", "model.checkpoint_keep"),
+            ("selective_checkpoint_offload", "model.checkpoint_save_policy"),
             f"selective_checkpoint_offload = True moves attention's outputs, which {keep} does not keep alone; set "
-            "model.checkpoint_keep = 'attention'",
+            "model.checkpoint_save_policy = 'attention'",
         )
     if config.selective_checkpoint_offload and model.compile:
         yield Mistake(
@@ -88,9 +88,9 @@ def recomputation(config: Config, world_size: int) -> Iterator[Mistake]:
     if model.checkpoint_budget is None:
         return
     budget = f"model.checkpoint_budget = {model.checkpoint_budget}"
-    if model.checkpoint > 0 or model.checkpoint_keep != "nothing":
+    if model.checkpoint > 0 or model.checkpoint_save_policy != "nothing":
         yield Mistake(
-            ("model.checkpoint_budget", "model.checkpoint", "model.checkpoint_keep"),
+            ("model.checkpoint_budget", "model.checkpoint", "model.checkpoint_save_policy"),
             f"{budget} chooses what each layer recomputes, and so do model.checkpoint = {model.checkpoint} and {keep}"
             f"{' (selective_checkpoint)' if config.selective_checkpoint else ''}; use the budget or the others",
         )

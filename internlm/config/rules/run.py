@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from internlm.config.changes import keys_that_change_outputs
+from internlm.config.compare import keys_that_change_outputs
 from internlm.config.mistakes import Mistake
 from internlm.config.schema import Config
 from internlm.utils.errors import ConfigError, nearest

@@ -95,7 +95,7 @@ class ModelConfig(Section):
         "comparisons.",
         changes_outputs=False,
     )
-    cpu_products: Literal["auto", "dtype", "fp32"] = key(
+    cpu_gemm: Literal["auto", "dtype", "fp32"] = key(
         "auto",
         "How a CPU multiplies matrices of a 16-bit dtype: in that dtype, or widened to fp32 and rounded once; auto: as "
         "measurements on CPUs of its kind favour.",
@@ -124,7 +124,7 @@ class ModelConfig(Section):
         le=1,
         changes_outputs=False,
     )
-    checkpoint_keep: Literal["nothing", "attention", "matmuls"] = used_with(
+    checkpoint_save_policy: Literal["nothing", "attention", "matmuls"] = used_with(
         "nothing",
         "What a recomputed layer keeps besides its input: attention's output, or the results of all matrix products.",
         "model.checkpoint",

@@ -82,10 +82,10 @@ class Config(Section):
 
     output_tf32: bool = later(False, "TensorFloat-32 in the output head.", "tf32 for the head alone")
     selective_checkpoint: bool = used_with(
-        False, "Older spelling of model.checkpoint_keep = 'attention', in every tensor mode.", "model.checkpoint"
+        False, "Older spelling of model.checkpoint_save_policy = 'attention', in every tensor mode.", "model.checkpoint"
     )
     selective_checkpoint_offload: bool = used_with(
-        False, "Move what model.checkpoint_keep = 'attention' keeps to host memory.", "selective_checkpoint"
+        False, "Move what model.checkpoint_save_policy = 'attention' keeps to host memory.", "selective_checkpoint"
     )
     only_load_lr: bool = later(False, "Resume only the learning rate of the optimizer.", "partial optimizer state")
     gradient_handler: list[Any] | None = later(
@@ -125,8 +125,8 @@ class Config(Section):
         num_chunks = self.parallel.pipeline.forced_num_chunks
         if num_chunks is not None:
             self._derive(model=_derived(self.model, num_chunks=num_chunks))
-        if self.selective_checkpoint and "checkpoint_keep" not in self.model.model_fields_set:
-            self._derive(model=_derived(self.model, checkpoint_keep="attention"))
+        if self.selective_checkpoint and "checkpoint_save_policy" not in self.model.model_fields_set:
+            self._derive(model=_derived(self.model, checkpoint_save_policy="attention"))
         return self
 
 

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp_float8 import gather_in_float8
 from internlm.core.parallel.layers import layers_of
+from internlm.core.parallel.linear.weight_scales import WholeScales
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
-from internlm.core.parallel.whole_scales import WholeScales
 from internlm.utils.errors import ConfigError
 
 

@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from internlm.core.parallel.linear import ParallelLinear
-from internlm.core.parallel.whole_scales import WholeScales
+from internlm.core.parallel.linear.parallel_linear import ParallelLinear
+from internlm.core.parallel.linear.weight_scales import WholeScales
 from internlm.model.modules.linear import Float8Linear
-from internlm.model.ops.float8 import FORWARD_FORMAT, quantize
-from internlm.model.ops.float8_weight import Float8Weight
+from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, quantize
+from internlm.model.ops.float8.weight_tensor import Float8Weight
 
 
 def gather_in_float8(model: nn.Module, scales: WholeScales, tensor_group: dist.ProcessGroup | None) -> None:

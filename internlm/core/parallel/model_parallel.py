@@ -15,14 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear import InputExchange, LinearGroup, LocalWeights, ParallelLinear, WeightStore
-from internlm.core.parallel.placement import Part
-from internlm.core.parallel.products import Float8Products, Products, refuse_odd_shape
+from internlm.core.parallel.linear.kernels import Float8Products, Products, refuse_odd_shape
+from internlm.core.parallel.linear.parallel_linear import (
+    InputExchange,
+    LinearGroup,
+    LocalWeights,
+    ParallelLinear,
+    WeightStore,
+)
+from internlm.core.parallel.linear.weight_gradients import WeightGradients
+from internlm.core.parallel.linear.weight_scales import WholeScales
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
-from internlm.core.parallel.weight_gradients import WeightGradients
-from internlm.core.parallel.whole_scales import WholeScales
-from internlm.model.ops import float8
+from internlm.core.parallel.weight_splits import Part
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
+from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.roles import HeadShape, Role
 
 

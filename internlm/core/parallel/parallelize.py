@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear import ParallelLinear
+from internlm.core.parallel.linear.kernels import refuse_odd_shape
+from internlm.core.parallel.linear.parallel_linear import ParallelLinear
+from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.model_parallel import ModelParallel, ParallelOptions
 from internlm.core.parallel.modes.fsp import Fsp
 from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.modes.msp import Msp
 from internlm.core.parallel.modes.mtp import COLUMN_ROLES, ROW_ROLES, Mtp
-from internlm.core.parallel.products import refuse_odd_shape
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
-from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.initialization import initializer_of
 from internlm.model.modules.linear import Float8Linear
-from internlm.model.ops import float8
+from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.roles import Role
 
 _MODES: dict[str, type[ModelParallel]] = {"mtp": Mtp, "msp": Msp, "fsp": Fsp, "isp": Isp}

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import attach_shard_spec, shard_spec_of
-from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.utils.errors import ConfigError
 
 LAYER_SPLIT, PIPELINE_SIZE = "parallel.pipeline.layer_split", "parallel.pipeline.size"
@@ -40,7 +40,7 @@ class PipelineModel(Protocol):
 
 
 class StagePlaces(Protocol):
-    """Where the stages are; see `internlm.core.scheduler.placement.Placement`."""
+    """Where the stages are; see `internlm.core.scheduler.stage_placement.Placement`."""
 
     @property
     def num_stages(self) -> int:

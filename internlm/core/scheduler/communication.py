@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from internlm.core.scheduler.actions import Action, ActionKind
-from internlm.core.scheduler.placement import Placement
 from internlm.core.scheduler.schedules import PipelineSchedule
+from internlm.core.scheduler.stage_placement import Placement
 
 AHEAD = 1
 """A receive is posted while this many actions still come before the one that uses it: the tensor travels meanwhile."""

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from internlm.core.communication.p2p import Incoming, PipelineChannels
-from internlm.core.parallel.weight_gradients import WeightGradients
+from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.progress.record import Progress
 from internlm.core.scheduler.actions import Action, ActionKind
-from internlm.core.scheduler.placement import Place
 from internlm.core.scheduler.schedules import PipelineSchedule
+from internlm.core.scheduler.stage_placement import Place
 
 ACTIVATION, GRADIENT = "activation", "gradient"
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Literal
 
 from internlm.core.scheduler.actions import Action, ActionKind
-from internlm.core.scheduler.placement import Placement
+from internlm.core.scheduler.stage_placement import Placement
 from internlm.utils.errors import ConfigError
 
 

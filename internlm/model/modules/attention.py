@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from internlm.model.modules.cache import KeyValueCache
 from internlm.model.modules.linear import make_linear
 from internlm.model.modules.norm import RMSNorm
-from internlm.model.ops.attention import Segments, attention
+from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
 from internlm.model.roles import HeadShape
 
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.group_size = heads.num_heads // heads.num_kv_heads
 
     def forward(
-        self, x: Tensor, rotary: RotaryTables, segments: Segments | None = None, cache: KeyValueCache | None = None
+        self, x: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
         q, k, v = self._project(x, rotary)
@@ -63,7 +63,7 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            segments,
+            varlen,
             window=self.window,
             attention_backend=self.attention_backend,
             use_flash_attn=self.use_flash_attn,

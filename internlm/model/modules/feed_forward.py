@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from internlm.model.modules.linear import make_linear
-from internlm.model.ops.gated import fused_gated_activation, gated_activation
+from internlm.model.ops.gated_activation import fused_gated_activation, gated_activation
 
 if TYPE_CHECKING:
     from internlm.model.architecture import Architecture

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from internlm.model.initialization import Zeros, set_initializer
-from internlm.model.ops.float8 import float8_linear
+from internlm.model.ops.float8.scaled_gemm import float8_linear
 from internlm.model.ops.linear import linear
 from internlm.utils.former_names import explain_former_names
 
@@ -55,7 +55,7 @@ class Float8Linear(nn.Module):
     Args:
         weight: `[out, in]`.
         bias: `[out]` or None.
-        on_hardware: see `internlm.model.ops.float8.runs_on_hardware`.
+        on_hardware: see `internlm.model.ops.float8.scaled_gemm.runs_on_hardware`.
     """
 
     weight: nn.Parameter

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.rotary import RotaryTables
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -118,7 +118,7 @@ class RotaryEmbedding:
         self.settings = settings
         self._frequencies: dict[torch.device, Tensor] = {}
 
-    def tables(self, position_ids: Tensor, dtype: torch.dtype, segments: Segments | None = None) -> RotaryTables:
+    def tables(self, position_ids: Tensor, dtype: torch.dtype, varlen: VarlenMetadata | None = None) -> RotaryTables:
         """Cosines and sines of the positions.
 
         "dynamic" stretches each document by its own length, whatever it is packed or padded with: that of a segment,
@@ -127,13 +127,13 @@ class RotaryEmbedding:
         Args:
             position_ids: `[B, S]`.
             dtype: dtype of the model; that of the arithmetic unless the settings ask for fp32.
-            segments: documents of a packed row.
+            varlen: documents of a packed row.
         """
         settings = self.settings
         # A float64 model (a reference in tests) keeps its precision.
         dtype = torch.promote_types(dtype, torch.float32) if settings.fp32 else dtype
         if settings.rope_type == "dynamic":
-            angles = self._dynamic_angles(position_ids, segments)
+            angles = self._dynamic_angles(position_ids, varlen)
         else:
             angles = position_ids.unsqueeze(-1) * self._static_frequencies(position_ids.device)
         return RotaryTables.of(angles, settings.interleaved, dtype, settings.attention_factor)
@@ -143,16 +143,16 @@ class RotaryEmbedding:
             self._frequencies[device] = inverse_frequencies(self.settings).to(device)
         return self._frequencies[device]
 
-    def _dynamic_angles(self, position_ids: Tensor, segments: Segments | None) -> Tensor:
-        if segments is None:
+    def _dynamic_angles(self, position_ids: Tensor, varlen: VarlenMetadata | None) -> Tensor:
+        if varlen is None:
             frequencies = dynamic_frequencies(self.settings, position_ids.amax(dim=1, keepdim=True) + 1)
             return position_ids.unsqueeze(-1) * frequencies
         # On the host, which knows the lengths; one copy for all of them.
-        frequencies = dynamic_frequencies(self.settings, torch.from_numpy(np.asarray(segments.lengths)))
+        frequencies = dynamic_frequencies(self.settings, torch.from_numpy(np.asarray(varlen.lengths)))
         pieces = [
             positions.unsqueeze(-1) * own
             for positions, own in zip(
-                position_ids.split(segments.lengths, dim=1),
+                position_ids.split(varlen.lengths, dim=1),
                 frequencies.to(position_ids.device, non_blocking=True),
                 strict=True,
             )

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from internlm.model.ops.choice import Choice
-from internlm.model.ops.cpu_products import product, widens
+from internlm.model.ops.cpu.gemm import product, widens
+from internlm.model.ops.implementation_choice import Choice
 from internlm.model.ops.linear import weight_gradient
 
 IGNORE_INDEX = -100

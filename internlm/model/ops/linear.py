@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from internlm.model.ops import cpu_products
-from internlm.model.ops.choice import Choice
-from internlm.model.ops.cpu_products import linear_product, product, widens
-from internlm.model.ops.native import has_matrix_units, has_native_ops
+from internlm.model.ops.cpu import gemm as cpu_gemm
+from internlm.model.ops.cpu.gemm import linear_product, product, widens
+from internlm.model.ops.cpu.native import has_matrix_units, has_native_ops
+from internlm.model.ops.implementation_choice import Choice
 
 _WORTHWHILE_WIDTH = 1024
 """Of the wider side of a weight: below, transposing costs what it gains, or products are not split over threads."""
@@ -22,7 +22,7 @@ def choice(device: torch.device, dtype: torch.dtype) -> Choice:
     """What `linear` and `weight_gradient` run on."""
     if device.type != "cpu":
         return Choice("PyTorch's products", "fastest here")
-    format = cpu_products.choice(dtype)
+    format = cpu_gemm.choice(dtype)
     if format.implementation == "fp32":
         return Choice("PyTorch's products in fp32, block by block, rounded once", format.reason)
     if _transposes(device, dtype):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.model.ops import liger
-from internlm.model.ops.choice import Choice
+from internlm.model.ops import liger_kernels as liger
+from internlm.model.ops.implementation_choice import Choice
 
 
 def rms_norm_choice(device: torch.device, fused_kernels: str = "auto", *, compiled: bool = False) -> Choice:

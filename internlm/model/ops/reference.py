@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.model.ops.cross_entropy import IGNORE_INDEX
-from internlm.model.ops.float8 import FORWARD_FORMAT, GRADIENT_FORMAT
+from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, GRADIENT_FORMAT
 
 _FRACTION_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.model.ops.choice import Choice
+from internlm.model.ops.implementation_choice import Choice
 
 
 def choice(device: torch.device) -> Choice:

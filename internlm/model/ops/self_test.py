@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from internlm.model.ops import reference
-from internlm.model.ops.attention import Segments, attention
-from internlm.model.ops.attention_backends import BACKENDS, why_not
+from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
+from internlm.model.ops.attention.cuda_backends import BACKENDS, why_not
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from internlm.model.ops.float8 import float8_linear
-from internlm.model.ops.gated import fused_gated_activation, gated_activation
+from internlm.model.ops.float8.scaled_gemm import float8_linear
+from internlm.model.ops.gated_activation import fused_gated_activation, gated_activation
+from internlm.model.ops.implementations import OpSettings
 from internlm.model.ops.linear import linear
 from internlm.model.ops.norm import layer_norm, rms_norm
-from internlm.model.ops.registry import OpSettings
 from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
 
 LENGTHS = (37, 0, 1, 90)
@@ -93,8 +93,8 @@ def attention_cases(
     if device.type == "cuda":
         needs = OpSettings(dtype, settings.head_dim).attention_needs(device)
         backends += [backend.name for backend in BACKENDS if why_not(backend, needs) is None]
-    segments = Segments.of(tuple(lengths))
-    segments = Segments(segments.cu_seqlens.to(device), segments.lengths, segments.max_seqlen)
+    varlen = VarlenMetadata.of(tuple(lengths))
+    varlen = VarlenMetadata(varlen.cu_seqlens.to(device), varlen.lengths, varlen.max_seqlen)
     length = max(lengths)
     for backend in backends:
         for window in windows:
@@ -113,8 +113,8 @@ def attention_cases(
             yield OpCase(
                 "attention",
                 f"packed documents{suffix}",
-                partial(run, segments=segments),
-                partial(formula, cu_seqlens=segments.cu_seqlens),
+                partial(run, varlen=varlen),
+                partial(formula, cu_seqlens=varlen.cu_seqlens),
                 packed,
             )
             yield OpCase("attention", f"rows{suffix}", run, formula, rows)

@@ -1,4 +1,4 @@
-"""Requests to one bucket, and what their failures mean."""
+"""RunControl to one bucket, and what their failures mean."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from helpers.tiny import micro_batch, tiny_config
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.activation_costs import LayerSizes
 from internlm.core.parallel.parallelize import parallelize
+from internlm.estimate.activations import LayerSizes
 from internlm.model.architecture import Architecture
-from internlm.model.ops.attention import Segments
-from internlm.model.recompute import KEEPS, Keep
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
+from internlm.model.recompute import KEEPS, SavePolicy
 from internlm.model.registry import build_model
 
 TOKENS = 64
@@ -31,22 +31,24 @@ def layout_of(mode: str | None, kv_heads: int) -> ParallelLayout:
     return ParallelLayout(world_size=2, tensor=2, mode=mode, kv_replicas=2 if kv_heads < 2 and mode != "isp" else 1)  # type: ignore[arg-type]
 
 
-def model_of(family: str, num_layers: int, keep: Keep, changes: dict[str, Any]) -> Any:
-    recomputing = {} if keep == "everything" else {"checkpoint": 1.0, "checkpoint_keep": keep}
+def model_of(family: str, num_layers: int, keep: SavePolicy, changes: dict[str, Any]) -> Any:
+    recomputing = {} if keep == "everything" else {"checkpoint": 1.0, "checkpoint_save_policy": keep}
     sizes = {"hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_attention_heads": HEADS}
     with torch.device("meta"):
         return build_model(family, tiny_config(num_layers=num_layers, **sizes, **recomputing, **changes))
 
 
-def kept_by_a_model(layout: ParallelLayout, family: str, num_layers: int, keep: Keep, changes: dict[str, Any]) -> int:
+def kept_by_a_model(
+    layout: ParallelLayout, family: str, num_layers: int, keep: SavePolicy, changes: dict[str, Any]
+) -> int:
     """Bytes of all tensors that are alive on this rank after a forward pass, but for those from before it."""
     context = ParallelContext.create(layout)
     model = parallelize(model_of(family, num_layers, keep, changes), context)
     micro = micro_batch(0, (TOKENS,))
     assert micro.lengths is not None
-    segments = Segments.of(micro.lengths)
+    varlen = VarlenMetadata.of(micro.lengths)
     with PeakMemory() as memory:
-        hidden = model(micro.input_ids, micro.position_ids, segments)
+        hidden = model(micro.input_ids, micro.position_ids, varlen)
         if layout.world_size > 1:
             # The threads of a process group let go of a collective's tensors a moment after it is done.
             time.sleep(0.005)
@@ -56,13 +58,13 @@ def kept_by_a_model(layout: ParallelLayout, family: str, num_layers: int, keep: 
     return live
 
 
-def kept_by_a_layer(layout: ParallelLayout, family: str, keep: Keep, changes: dict[str, Any]) -> float:
+def kept_by_a_layer(layout: ParallelLayout, family: str, keep: SavePolicy, changes: dict[str, Any]) -> float:
     """Bytes a token that one layer more keeps: rotary tables and the ends of the model fall out."""
     three, two = (kept_by_a_model(layout, family, layers, keep, changes) for layers in (3, 2))
     return (three - two) / TOKENS
 
 
-def formula(layout: ParallelLayout, family: str, keep: Keep, changes: dict[str, Any]) -> float:
+def formula(layout: ParallelLayout, family: str, keep: SavePolicy, changes: dict[str, Any]) -> float:
     """What the planner thinks."""
     architecture: Architecture = model_of(family, 2, "everything", changes).architecture
     return LayerSizes(architecture, layout, TOKENS, TOKENS).kept_bytes(keep) / TOKENS
@@ -88,7 +90,7 @@ def test_a_layer_keeps_what_the_formulas_say(mode: str | None, kv_heads: int, fa
     stream = HIDDEN if mode in (None, "mtp") else HIDDEN / t
     attention = HEADS * (HEAD_DIM + 1) / t
     projections = (HEADS + 2 * (kv_heads if mode == "isp" else kv)) * HEAD_DIM + 2 * WIDTH
-    expected: dict[Keep, float] = {
+    expected: dict[SavePolicy, float] = {
         "everything": residual + inner / t + statistics + HEADS / t,
         "matmuls": stream + attention + projections / t + 2 * HIDDEN / (t if mode == "isp" else 1),
         "attention": stream + attention,
@@ -116,13 +118,13 @@ def test_a_layer_keeps_what_the_formulas_say(mode: str | None, kv_heads: int, fa
     ids=str,
 )
 @pytest.mark.parametrize("keep", KEEPS)
-def test_the_planner_knows_other_layers(family: str, changes: dict[str, Any], keep: Keep) -> None:
+def test_the_planner_knows_other_layers(family: str, changes: dict[str, Any], keep: SavePolicy) -> None:
     assert kept_by_a_layer(ParallelLayout(), family, keep, changes) == formula(ParallelLayout(), family, keep, changes)
 
 
 @pytest.mark.parametrize("fp32_residual", [False, True])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_the_planner_knows_bf16(fp32_residual: bool, keep: Keep) -> None:
+def test_the_planner_knows_bf16(fp32_residual: bool, keep: SavePolicy) -> None:
     """But for the softmax's statistics, which CPU attention by blocks keeps none of."""
     changes = {"dtype": "torch.bfloat16", "residual_in_fp32": fp32_residual}
     planned = formula(ParallelLayout(), "INTERNLM2", keep, changes)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from internlm.core.communication.collectives import all_reduce
+from internlm.core.compilation import compile_layers as compile_module
+from internlm.core.compilation.compile_layers import check_compiler, compile_layers
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel import compile as compile_module
-from internlm.core.parallel.compile import check_compiler, compile_layers
 from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model
 from internlm.utils.errors import ConfigError
@@ -65,7 +65,7 @@ def build(model_type: str, changes: dict[str, Any], layout: ParallelLayout | Non
 def loss_and_gradients(model: nn.Module, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, dict[str, Tensor]]:
     micro = micro_batch(0, lengths)
     parallel = parallel_of(model)
-    hidden = model(micro.input_ids, micro.position_ids, Segments.of(lengths))
+    hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(lengths))
     output = parallel.head_loss(model, hidden, micro.labels, micro.type_ids, linear_cross_entropy)
     output.loss.loss_sum.backward()
     parallel.end_backward()

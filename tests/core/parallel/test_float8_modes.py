@@ -22,13 +22,13 @@ from internlm.core.communication.collectives import all_reduce
 from internlm.core.communication.exchange import own_part
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear import ParallelLinear
+from internlm.core.parallel.linear.parallel_linear import ParallelLinear
+from internlm.core.parallel.linear.weight_scales import WholeScales
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import shard_spec_of
-from internlm.core.parallel.whole_scales import WholeScales
 from internlm.model.modules.linear import Float8Linear
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.registry import build_model
 from internlm.utils.errors import ConfigError
 
@@ -70,7 +70,7 @@ def run_without_end(model: nn.Module, context: ParallelContext) -> Tensor:
     for index in range(context.index("data"), MICRO_BATCHES, context.size("data")):
         micro = micro_batch(index, LENGTHS)
         assert micro.lengths is not None
-        hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))
+        hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))
         weights = torch.randn(1, sum(LENGTHS), 64, generator=torch.Generator().manual_seed(index)).to(hidden)
         group = context.group("tensor") if hidden.shape[1] < sum(LENGTHS) else None
         (hidden * own_part(weights, group)).sum().backward()
@@ -120,7 +120,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "separate, biases": ("LLAMA2", {"mlp_layer_fusion": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}),
     "checkpointed": ("INTERNLM2", {"checkpoint": 1.0}),
     # The input is rounded again without being multiplied again.
-    "checkpointed, products kept": ("INTERNLM2", {"checkpoint": 1.0, "checkpoint_keep": "matmuls"}),
+    "checkpointed, products kept": ("INTERNLM2", {"checkpoint": 1.0, "checkpoint_save_policy": "matmuls"}),
 }
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -24,7 +24,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp, rows_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import Box, ShardSpec, attach_shard_spec, shard_spec_of
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.fsdp_bucket import FsdpBucket
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
@@ -142,7 +142,7 @@ def torch_fsdp(steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]
         valid = global_batch(step, 8).num_valid_tokens
         loss_sum = torch.zeros(())
         for micro in global_batch(step, 8, rank, world).micro_batches:
-            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+            hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))  # type: ignore[arg-type]
             logits = hidden[0] @ model.head_weight().t()  # type: ignore[operator]
             loss = F.cross_entropy(logits, micro.labels[0], reduction="sum") / valid
             (loss * world).backward()

@@ -18,7 +18,7 @@ from internlm.core.parallel.fsdp import apply_fsdp, local_tensor, reshard
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import shard_spec_of
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.fsdp_bucket import FsdpBucket
@@ -45,7 +45,7 @@ def train(layout: ParallelLayout, fsdp: bool, by_vocabulary: bool, changes: dict
         optimizer.begin_step(len(micros))
         loss_sum = torch.zeros(())
         for micro in micros:
-            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))  # type: ignore[arg-type]
+            hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))  # type: ignore[arg-type]
             output = parallel.head_loss(model, hidden, micro.labels, micro.type_ids, linear_cross_entropy)
             loss = output.loss.loss_sum / valid
             loss.backward()

@@ -16,16 +16,16 @@ from helpers.tiny import micro_batch, tiny_config, tiny_engine, tiny_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from internlm.core.compilation.compile_layers import compile_layers
+from internlm.core.compilation.cuda_graphs import MODE
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
-from internlm.core.parallel.compile import compile_layers
-from internlm.core.parallel.cuda_graphs import MODE
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
 from internlm.data.batch import Batch
 from internlm.initialize import stages
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.registry import build_model
 
 CALLS = ([4] * NUM_MICRO_BATCHES + [2]) * STEPS
@@ -75,7 +75,7 @@ def test_data_parallel_ranks(ranks: Callable[[int], RankPool]) -> None:
 
 @pytest.mark.parametrize("batches", [packed, rows])
 @pytest.mark.parametrize(
-    "changes", [{}, {"checkpoint": 1.0}, {"checkpoint": 1.0, "checkpoint_keep": "attention"}], ids=str
+    "changes", [{}, {"checkpoint": 1.0}, {"checkpoint": 1.0, "checkpoint_save_policy": "attention"}], ids=str
 )
 def test_nothing_is_read_that_a_replay_has_overwritten(
     batches: Callable[[int], Batch], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -98,7 +98,7 @@ def test_the_stand_in_sees_what_is_read_too_late(monkeypatch: pytest.MonkeyPatch
         hidden = []
         for index in range(2):
             micro = micro_batch(index)
-            hidden.append(model(micro.input_ids, micro.position_ids, Segments.of((7, 1, 12))))
+            hidden.append(model(micro.input_ids, micro.position_ids, VarlenMetadata.of((7, 1, 12))))
             if in_turns:
                 hidden.pop().sum().backward()
         for output in hidden:
@@ -131,7 +131,7 @@ def test_batches_of_any_documents_have_few_shapes(monkeypatch: pytest.MonkeyPatc
     )
     for lengths in DOCUMENTS:
         micro = micro_batch(0, lengths)
-        model(micro.input_ids, micro.position_ids, Segments.of(lengths)).sum().backward()
+        model(micro.input_ids, micro.position_ids, VarlenMetadata.of(lengths)).sum().backward()
     # The longest of them has 20, 19, 12, 10, 4 or 1 of the row's 20 tokens; the last has 20 of them.
     assert shapes == {(17, 20), (17, 16), (17, 4), (33, 1)}
     # A graph is compiled for the first shape, and perhaps for any bounds, any numbers, and both.
@@ -141,9 +141,9 @@ def test_batches_of_any_documents_have_few_shapes(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("number", range(1, 70))
 def test_rounded_segments_are_the_same_documents(number: int) -> None:
     lengths = tuple(1 + index * index % 7 for index in range(number))
-    found = Segments.of(lengths).rounded()
+    found = VarlenMetadata.of(lengths).rounded()
     assert found.lengths[:number] == lengths and not any(found.lengths[number:])
-    expected = Segments.of(found.lengths)
+    expected = VarlenMetadata.of(found.lengths)
     assert torch.equal(found.cu_seqlens, expected.cu_seqlens) and found.cu_seqlens.dtype == torch.int32
     assert len(found.lengths) == next(size for size in (16, 32, 64, 128) if size >= number)
     assert max(lengths) <= found.max_seqlen <= min(2 * max(lengths) - 1, sum(lengths))

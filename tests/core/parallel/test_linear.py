@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from internlm.core.communication.exchange import Pending
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear import InputExchange, LinearGroup, LocalWeights, ParallelLinear
+from internlm.core.parallel.linear.parallel_linear import InputExchange, LinearGroup, LocalWeights, ParallelLinear
+from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.model_parallel import ModelParallel, ParallelOptions
-from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.model.roles import Role
 
 

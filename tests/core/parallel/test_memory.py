@@ -19,7 +19,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model
 
@@ -64,15 +64,15 @@ def _held_and_peaks(layout: dict[str, Any], options: dict[str, Any]) -> tuple[in
     parallel = parallel_of(model)
     micro = micro_batch(0, (3, 5))
     assert micro.lengths is not None
-    segments = Segments.of(micro.lengths)
+    varlen = VarlenMetadata.of(micro.lengths)
     log = GatherLog()
     if isinstance(parallel, Isp):
         parallel.gathered_weights.log = log
     with torch.no_grad(), PeakMemory() as forward:
-        model(micro.input_ids, micro.position_ids, segments)
+        model(micro.input_ids, micro.position_ids, varlen)
     gathered = log.peak
     with PeakMemory() as both:
-        hidden = model(micro.input_ids, micro.position_ids, segments)
+        hidden = model(micro.input_ids, micro.position_ids, varlen)
         output = parallel.head_loss(model, hidden, micro.labels, micro.type_ids, linear_cross_entropy)
         output.loss.loss_sum.backward()
         parallel.end_backward()

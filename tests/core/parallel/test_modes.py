@@ -17,7 +17,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import shard_spec_of
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model
 from internlm.verify.compare import gradient_differences, rounding_of_gradients
@@ -50,7 +50,7 @@ def loss_and_gradients(
     for index in range(context.index("data"), MICRO_BATCHES, context.size("data")):
         micro = micro_batch(index, LENGTHS)
         assert micro.lengths is not None
-        hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))
+        hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))
         output = parallel.head_loss(
             model, hidden, micro.labels, micro.type_ids, partial(linear_cross_entropy, with_accuracy=True)
         )
@@ -180,7 +180,7 @@ def dtensor_gradients(model: str) -> dict[str, Tensor]:
     for index in range(MICRO_BATCHES):
         micro = micro_batch(index, LENGTHS)
         assert micro.lengths is not None
-        hidden = plain(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))
+        hidden = plain(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))
         parallel_of(plain).head_loss(
             plain, hidden, micro.labels, micro.type_ids, linear_cross_entropy
         ).loss.loss_sum.backward()

@@ -18,7 +18,7 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
 from internlm.core.parallel.shard_spec import shard_spec_of
-from internlm.core.scheduler.placement import Placement
+from internlm.core.scheduler.stage_placement import Placement
 from internlm.model.modules.norm import RMSNorm
 from internlm.model.registry import build_model
 from internlm.utils.errors import ConfigError

@@ -14,15 +14,15 @@ from helpers.tiny import micro_batch, tiny_config
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
+from internlm.core.compilation.compile_layers import compile_layers
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.compile import compile_layers
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.offload import Offloading, PlainCopies
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
-from internlm.model.recompute import KEEPS, Keep
+from internlm.model.recompute import KEEPS, SavePolicy
 from internlm.model.registry import build_model
 
 LENGTHS = (7, 1, 12, 4)
@@ -35,8 +35,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def build(keep: Keep, layout: dict[str, Any], **options: Any) -> nn.Module:
-    recomputing = {} if keep == "everything" else {"checkpoint": 1.0, "checkpoint_keep": keep}
+def build(keep: SavePolicy, layout: dict[str, Any], **options: Any) -> nn.Module:
+    recomputing = {} if keep == "everything" else {"checkpoint": 1.0, "checkpoint_save_policy": keep}
     with torch.device("meta"):
         model = build_model("LLAMA2", tiny_config(**recomputing))
     return parallelize(
@@ -47,7 +47,7 @@ def build(keep: Keep, layout: dict[str, Any], **options: Any) -> nn.Module:
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     micro = micro_batch(0, LENGTHS)
     parallel = parallel_of(model)
-    hidden = model(micro.input_ids, micro.position_ids, Segments.of(LENGTHS))
+    hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(LENGTHS))
     output = parallel.head_loss(model, hidden, micro.labels, micro.type_ids, linear_cross_entropy)
     output.loss.loss_sum.backward()
     parallel.end_backward()
@@ -62,7 +62,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_the_compiler_recomputes_what_is_not_kept(keep: Keep) -> None:
+def test_the_compiler_recomputes_what_is_not_kept(keep: SavePolicy) -> None:
     graphs: list[Counter[str]] = []
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -83,7 +83,7 @@ def test_the_compiler_recomputes_what_is_not_kept(keep: Keep) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"postpone_weight_gradients": True}], ids=["whole", "parts"])
 @pytest.mark.parametrize("keep", ["everything", "matmuls"])
-def test_what_compiled_layers_save_may_move_to_the_host(keep: Keep, options: dict[str, Any]) -> None:
+def test_what_compiled_layers_save_may_move_to_the_host(keep: SavePolicy, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     plain, moved = build(keep, {}, **options), build(keep, {}, **options)
     for model in (plain, moved):
@@ -95,7 +95,7 @@ def test_what_compiled_layers_save_may_move_to_the_host(keep: Keep, options: dic
     assert log == [("copy", 0), ("copy", 1), ("release", 0), ("load", 0)]
 
 
-def in_layout(layout: str, keep: Keep, compiled: bool) -> dict[str, Tensor]:
+def in_layout(layout: str, keep: SavePolicy, compiled: bool) -> dict[str, Tensor]:
     torch._dynamo.reset()
     sizes, options = LAYOUTS[layout]
     model = build(keep, sizes, **options)

@@ -18,9 +18,9 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp, local_tensor
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
-from internlm.model.recompute import Keep
+from internlm.model.recompute import SavePolicy
 from internlm.model.registry import build_model
 
 LAYERS = 3
@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fsdp": ({}, {}),
 }
 
-RECOMPUTING: tuple[Keep, ...] = ("matmuls", "attention", "nothing")
+RECOMPUTING: tuple[SavePolicy, ...] = ("matmuls", "attention", "nothing")
 
 
 class Collectives:
@@ -86,7 +86,7 @@ def train(layout: str, model_type: str, changes: dict[str, Any]) -> tuple[dict[s
         for index in range(2):
             micro = micro_batch(2 * index + context.index("data"), (7, 1, 12, 4))
             assert micro.lengths is not None
-            hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))
+            hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))
             output = parallel.head_loss(model, hidden, micro.labels, micro.type_ids, linear_cross_entropy)
             output.loss.loss_sum.backward()
             results[f"loss {index}"] = output.loss.loss_sum.detach()
@@ -104,7 +104,7 @@ def test_no_policy_changes_a_bit_and_all_ranks_exchange_the_same(layout: str, ra
     for model_type, changes in (("INTERNLM2", {}), ("LLAMA2", {"qk_norm": True, "mlp_bias": True})):
         expected = [result for result, _ in ranks(2).run(train, layout, model_type, changes)]
         for keep in RECOMPUTING:
-            recomputing = {**changes, "checkpoint": 1.0, "checkpoint_keep": keep}
+            recomputing = {**changes, "checkpoint": 1.0, "checkpoint_save_policy": keep}
             trained = ranks(2).run(train, layout, model_type, recomputing)
             assert trained[0][1] == trained[1][1], "every rank must exchange the same in the same order"
             found = [result for result, _ in trained]
@@ -116,7 +116,7 @@ def test_no_policy_changes_a_bit_and_all_ranks_exchange_the_same(layout: str, ra
 
 # Collectives that a layer repeats in recomputation. The sum behind wo is needed for the norm behind it; that behind w2
 # never is, as nothing of the layer follows it.
-AGAIN: dict[str, dict[Keep, dict[str, int]]] = {
+AGAIN: dict[str, dict[SavePolicy, dict[str, int]]] = {
     "mtp": {keep: {"all_reduce": 1} for keep in RECOMPUTING},
     # The gathered inputs are for the gradients of weights.
     "msp": {keep: {"_all_gather": 2, "_reduce_scatter": 1} for keep in RECOMPUTING},
@@ -138,6 +138,6 @@ MICRO_BATCHES = 2
 def test_recomputation_repeats_the_exchanges_of_what_it_repeats(layout: str, ranks: Any) -> None:
     plain, _ = (Counter(names) for _, names in ranks(2).run(train, layout, "INTERNLM2", {}))
     for keep, again in AGAIN[layout].items():
-        recomputing = {"checkpoint": 1.0, "checkpoint_keep": keep}
+        recomputing = {"checkpoint": 1.0, "checkpoint_save_policy": keep}
         _, names = ranks(2).run(train, layout, "INTERNLM2", recomputing)[0]
         assert Counter(names) - plain == Counter({n: k * LAYERS * MICRO_BATCHES for n, k in again.items()}), keep

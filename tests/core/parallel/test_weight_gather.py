@@ -12,11 +12,11 @@ from helpers.tiny import micro_batch, tiny_config
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear import LinearGroup
+from internlm.core.parallel.linear.parallel_linear import LinearGroup
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model
 
@@ -40,7 +40,7 @@ def events(options: dict[str, Any], checkpoint: float = 0.0, passes: int = 1) ->
     assert micro.lengths is not None
     for _ in range(passes):
         parallel.gathered_weights.log = log = []
-        hidden = model(micro.input_ids, micro.position_ids, Segments.of(micro.lengths))
+        hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(micro.lengths))
         log.append(("backward", ""))
         loss = parallel.head_loss(model, hidden, micro.labels, micro.type_ids, partial(linear_cross_entropy))
         loss.loss.loss_sum.backward()

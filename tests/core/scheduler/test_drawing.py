@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from internlm.core.scheduler.drawing import draw_png, draw_text
 from internlm.core.scheduler.schedules import make_schedule
 from internlm.core.scheduler.simulator import simulate
+from internlm.core.scheduler.timeline_drawing import draw_png, draw_text
 from internlm.utils.errors import UserError
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.parameter_events import deliver_gradient
-from internlm.core.parallel.weight_gradients import WeightGradients
 from internlm.core.progress.record import Progress
 from internlm.core.scheduler.actions import Action, ActionKind
 from internlm.core.scheduler.executor import Executor
-from internlm.core.scheduler.placement import Placement
 from internlm.core.scheduler.schedules import PipelineSchedule, forward_only, make_schedule
+from internlm.core.scheduler.stage_placement import Placement
 
 
 class Chunks:

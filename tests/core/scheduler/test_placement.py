@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from internlm.core.scheduler.placement import Placement
+from internlm.core.scheduler.stage_placement import Placement
 
 PLACEMENTS = [Placement(1), Placement(4), Placement(4, 3), Placement(1, 2, "v"), Placement(4, 2, "v")]
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from internlm.core.scheduler.actions import Action, ActionKind
-from internlm.core.scheduler.placement import Placement
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
 from internlm.core.scheduler.simulator import Costs, simulate
+from internlm.core.scheduler.stage_placement import Placement
 from internlm.utils.errors import ConfigError
 
 RANKS = range(2, 9)

@@ -8,9 +8,9 @@ import pytest
 
 from internlm.core.scheduler.actions import Action, ActionKind
 from internlm.core.scheduler.communication import with_communication
-from internlm.core.scheduler.placement import Placement
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
 from internlm.core.scheduler.simulator import Costs, ScheduleError, simulate
+from internlm.core.scheduler.stage_placement import Placement
 
 
 def changed(schedule: PipelineSchedule, rank: int, order: str) -> PipelineSchedule:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from internlm.model.ops import attention as attention_module
-from internlm.model.ops import blocked_attention as blocked_module
-from internlm.model.ops.attention import Segments, attention
-from internlm.model.ops.cpu_attention import CpuKernel, cpu_attention
-from internlm.model.ops.native import has_native_ops
+from internlm.model.ops.attention import causal_attention as attention_module
+from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
+from internlm.model.ops.cpu import blocked_attention as blocked_module
+from internlm.model.ops.cpu.attention import CpuKernel, cpu_attention
+from internlm.model.ops.cpu.native import has_native_ops
 
 HEADS, HEAD_DIM = 6, 10
 KERNELS = ["flash", "blocks", *(["native"] if has_native_ops() else [])]
@@ -67,7 +67,7 @@ def test_rows(kv_heads: int, window: int | None) -> None:
 def test_packed_documents(lengths: tuple[int, ...], window: int | None) -> None:
     total = sum(lengths)
     inputs = _inputs(1, total, total, 2)
-    ours = attention(*inputs, Segments.of(lengths), window=window)
+    ours = attention(*inputs, VarlenMetadata.of(lengths), window=window)
     _assert_same_with_gradients(ours, _reference(*inputs, lengths, window), inputs)
 
 
@@ -108,7 +108,7 @@ def test_bf16_error(monkeypatch: pytest.MonkeyPatch, kernel: CpuKernel, window: 
     inputs = _inputs(1, sum(lengths), sum(lengths), 2, torch.bfloat16)
     exact = _reference(*inputs, lengths, window)
     grad = torch.randn_like(exact)
-    ours = attention(*inputs, Segments.of(lengths), window=window)
+    ours = attention(*inputs, VarlenMetadata.of(lengths), window=window)
     pairs = [(ours, exact)]
     pairs += zip(
         torch.autograd.grad(ours, inputs, grad.bfloat16()), torch.autograd.grad(exact, inputs, grad), strict=True
@@ -130,6 +130,6 @@ def test_no_leak_between_documents(
     others = tuple(
         torch.cat((y[:, :33], x[:, 33:]), 1) for x, y in zip(inputs, _inputs(1, 86, 86, 2, dtype, 9), strict=True)
     )
-    first, second = (attention(*x, Segments.of(lengths), window=window) for x in (inputs, others))
+    first, second = (attention(*x, VarlenMetadata.of(lengths), window=window) for x in (inputs, others))
     assert torch.equal(first[:, 33:], second[:, 33:])
     assert not torch.equal(first[:, :33], second[:, :33])

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.nn import functional as F
-from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import flex_attention
 
 from internlm.config.schema import ModelConfig
-from internlm.model.ops import attention as attention_module
-from internlm.model.ops import attention_backends, flex, reference
-from internlm.model.ops.attention import Segments
-from internlm.model.ops.attention_backends import (
+from internlm.model.ops import reference
+from internlm.model.ops.attention import causal_attention as attention_module
+from internlm.model.ops.attention import cuda_backends as attention_backends
+from internlm.model.ops.attention import flex_attention as flex
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
+from internlm.model.ops.attention.cuda_backends import (
     BACKENDS,
     AttentionNeeds,
     choose_attention,
@@ -154,9 +155,9 @@ def _inputs(kv_heads: int = 2, head_dim: int = 10, seed: int = 0) -> tuple[Tenso
 
 
 def _run(name: str, inputs: tuple[Tensor, ...], window: int | None, scale: float | None = None) -> Tensor:
-    segments = Segments.of(LENGTHS)
+    varlen = VarlenMetadata.of(LENGTHS)
     q, k, v = inputs
-    return packed_attention(name, q, k, v, segments.cu_seqlens, segments.max_seqlen, window, scale)
+    return packed_attention(name, q, k, v, varlen.cu_seqlens, varlen.max_seqlen, window, scale)
 
 
 def _expected(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None = None) -> Tensor:
@@ -210,7 +211,7 @@ def test_varlen_in_both_its_signatures(
         assert enable_gqa == (kv_heads == 2)
         return older(*arguments, **options)
 
-    monkeypatch.setattr(varlen, "varlen_attn", newer if has_gqa_flag else older)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", newer if has_gqa_flag else older)
     inputs = _inputs(kv_heads)
     torch.testing.assert_close(_run("torch-varlen", inputs, window), _expected(*inputs, window))
 
@@ -232,7 +233,7 @@ def test_flash_attn_3_and_4_take_the_place_of_pytorchs_kernels(monkeypatch: pyte
         seen.append(active[0])
         return q
 
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     for name in ("flash-attn-3", "flash-attn-3", "flash-attn-4", "torch-varlen", "torch-varlen"):
         _run(name, _inputs(), None)
     assert seen == ["FA3", "FA3", "FA4", None, None]
@@ -249,10 +250,10 @@ def test_blocks_of_flex_attention(lengths: list[int], window: int | None, block:
     """A block is visited when it has a visible pair, and without a mask when all its pairs are visible: neither more
     work than needed nor a pair too few."""
     total = sum(lengths)
-    segments = Segments.of(tuple(lengths))
+    varlen = VarlenMetadata.of(tuple(lengths))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "_BLOCK", block)
-        mask = flex.document_mask(segments.cu_seqlens, total, window)
+        mask = flex.document_mask(varlen.cu_seqlens, total, window)
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     place = torch.arange(total)
     distance = place[:, None] - place
@@ -291,10 +292,10 @@ def test_flex_attention(monkeypatch: pytest.MonkeyPatch, window: int | None, kv_
 
 
 def _on_cuda(
-    inputs: tuple[Tensor, ...], segments: Segments | None, window: int | None, backend: str = "auto"
+    inputs: tuple[Tensor, ...], varlen: VarlenMetadata | None, window: int | None, backend: str = "auto"
 ) -> Tensor:
     q, k, v = inputs
-    return attention_module._on_cuda(q, k, v, segments, window, None, backend, True)
+    return attention_module._on_cuda(q, k, v, varlen, window, None, backend, True)
 
 
 def _rows(batch: int = 2, length: int = 20) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,9 +316,9 @@ def test_rows_of_equal_length(backend: str, window: int | None) -> None:
 def test_packed_rows(backend: str) -> None:
     inputs = tuple(x[None] for x in _inputs())
     q, k, v = inputs
-    segments = Segments.of(LENGTHS)
-    expected = reference.attention(q, k, v, segments.cu_seqlens, window=5)
-    torch.testing.assert_close(_on_cuda(inputs, segments, 5, backend), expected)
+    varlen = VarlenMetadata.of(LENGTHS)
+    expected = reference.attention(q, k, v, varlen.cu_seqlens, window=5)
+    torch.testing.assert_close(_on_cuda(inputs, varlen, 5, backend), expected)
 
 
 @pytest.mark.parametrize(
@@ -352,16 +353,16 @@ def test_other_documents_do_not_compile_a_block_again() -> None:
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True)
-    def block(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    def block(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata) -> Tensor:
         # Float64 with heads of 10: nothing but the reference serves.
-        return _on_cuda((q, k, v), segments, 5) * 2
+        return _on_cuda((q, k, v), varlen, 5) * 2
 
     inputs = tuple(x[None].requires_grad_() for x in _inputs())
     for lengths in (LENGTHS, (3, 40), (20, 20, 3), (1,) * TOTAL, (7, 7, 7, 22), (43,), (2, 41), (1, 1, 41)):
-        segments = Segments.of(lengths)
+        varlen = VarlenMetadata.of(lengths)
         q, k, v = inputs
-        ours = block(q, k, v, segments)
-        theirs = 2 * reference.attention(q, k, v, segments.cu_seqlens, window=5)
+        ours = block(q, k, v, varlen)
+        theirs = 2 * reference.attention(q, k, v, varlen.cu_seqlens, window=5)
         torch.testing.assert_close(ours, theirs)
         grad = torch.randn_like(ours)
         torch.testing.assert_close(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad))
@@ -389,16 +390,16 @@ def test_a_kernel_in_a_compiled_block_gets_the_longest_document_of_each_batch(mo
     def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **_: Any) -> Tensor:
         return _varlen_operator(q, k, v, cu_q, max_q)
 
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
 
     @torch.compile(backend=counter, fullgraph=True)
-    def block(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        return _on_cuda((q, k, v), segments, None, "torch-varlen")
+    def block(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata) -> Tensor:
+        return _on_cuda((q, k, v), varlen, None, "torch-varlen")
 
     q, k, v = (x.bfloat16()[None] for x in _inputs(head_dim=16))
     for lengths in (LENGTHS, (3, 40), (20, 20, 3), (7, 7, 7, 22), (2, 41), (1, 1, 41)):
-        segments = Segments.of(lengths)
-        torch.testing.assert_close(block(q, k, v, segments), reference.attention(q, k, v, segments.cu_seqlens))
+        varlen = VarlenMetadata.of(lengths)
+        torch.testing.assert_close(block(q, k, v, varlen), reference.attention(q, k, v, varlen.cu_seqlens))
     assert counter.frame_count <= 2
 
 
@@ -425,15 +426,15 @@ def test_flex_attention_in_a_compiled_block() -> None:
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True)
-    def block(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        return _on_cuda((q, k, v), segments, 5, "flex")
+    def block(q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata) -> Tensor:
+        return _on_cuda((q, k, v), varlen, 5, "flex")
 
     q, k, v = (x.float()[None] for x in _inputs(head_dim=16))
     with torch.no_grad():
         for lengths in (LENGTHS, (3, 40), (20, 20, 3), (7, 7, 7, 22), (2, 41), (1, 1, 41)):
-            segments = Segments.of(lengths)
-            expected = reference.attention(q, k, v, segments.cu_seqlens, window=5)
-            torch.testing.assert_close(block(q, k, v, segments), expected)
+            varlen = VarlenMetadata.of(lengths)
+            expected = reference.attention(q, k, v, varlen.cu_seqlens, window=5)
+            torch.testing.assert_close(block(q, k, v, varlen), expected)
     assert counter.frame_count <= 2
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm.model.ops import attention as attention_module
 from internlm.model.ops import linear
-from internlm.model.ops.cpu_attention import cpu_attention
-from internlm.model.ops.cpu_products import CpuFeatures, choose_cpu_products, features_in, product, rule
+from internlm.model.ops.attention import causal_attention as attention_module
+from internlm.model.ops.cpu.attention import cpu_attention
+from internlm.model.ops.cpu.gemm import CpuFeatures, choose_cpu_gemm, features_in, product, rule
 from internlm.model.ops.cross_entropy import linear_cross_entropy
-from internlm.model.ops.registry import describe
+from internlm.model.ops.implementations import describe
 from internlm.model.ops.self_test import self_tests
-from internlm.model.recompute import Keep, recomputed
+from internlm.model.recompute import SavePolicy, recomputed
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -25,9 +25,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def in_fp32() -> Iterator[None]:
-    choose_cpu_products("fp32")
+    choose_cpu_gemm("fp32")
     yield
-    choose_cpu_products("auto")
+    choose_cpu_gemm("auto")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_every_op_is_right(in_fp32: None, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(attention_module, "has_native_ops", lambda: False)
     choices = describe(CPU)
     assert choices["linear"].implementation == "PyTorch's products in fp32, block by block, rounded once"
-    assert choices["linear"].reason == "model.cpu_products = 'fp32'"
+    assert choices["linear"].reason == "model.cpu_gemm = 'fp32'"
     assert choices["attention"].implementation == "SDPA in fp32, one call a document length"
     outcomes = [one for one in self_tests(CPU) if one.dtype == torch.bfloat16]
     assert len(outcomes) > 10
@@ -145,11 +145,11 @@ def _loss_and_gradients(dtype: torch.dtype) -> list[Tensor]:
 def test_the_loss() -> None:
     """It is as near to float64 as with products of bf16, which round logits and gradients at the same places."""
     exact, plain = _loss_and_gradients(torch.float64), _loss_and_gradients(torch.bfloat16)
-    choose_cpu_products("fp32")
+    choose_cpu_gemm("fp32")
     try:
         ours = _loss_and_gradients(torch.bfloat16)
     finally:
-        choose_cpu_products("auto")
+        choose_cpu_gemm("auto")
     for mine, its, truth in zip(ours, plain, exact, strict=True):
         assert (mine - truth).norm() <= 1.05 * (its - truth).norm() + 1e-6 * truth.norm()
 
@@ -164,7 +164,7 @@ def test_recomputation_keeps_the_rounded_product(in_fp32: None) -> None:
             counts[keep] += func.name() == "internlm::wide_product"
             return func(*args, **(kwargs or {}))
 
-    for keep in get_args(Keep):
+    for keep in get_args(SavePolicy):
         counts[keep] = 0
         with Counter():
             recomputed(lambda x: linear.linear(x, weight, None).sin(), keep)(x).sum().backward()

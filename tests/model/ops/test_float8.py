@@ -10,8 +10,8 @@ from torch import Tensor
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
 
-from internlm.model.ops import float8
-from internlm.model.ops.float8 import (
+from internlm.model.ops.float8 import scaled_gemm as float8
+from internlm.model.ops.float8.scaled_gemm import (
     FORWARD_FORMAT,
     GRADIENT_FORMAT,
     Scaled,
@@ -21,8 +21,8 @@ from internlm.model.ops.float8 import (
     scale_of,
     scaled_product,
 )
+from internlm.model.ops.implementations import OpSettings, describe
 from internlm.model.ops.reference import rounded_to_float8
-from internlm.model.ops.registry import OpSettings, describe
 
 T, IN, OUT = 48, 64, 32
 

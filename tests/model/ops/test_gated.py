@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from internlm.model.ops.gated import Activation, fused_gated_activation, gated_activation
+from internlm.model.ops.gated_activation import Activation, fused_gated_activation, gated_activation
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from internlm.model.ops import liger
-from internlm.model.ops.gated import fused_gated_activation, gated_activation
+from internlm.model.ops import liger_kernels as liger
+from internlm.model.ops.gated_activation import fused_gated_activation, gated_activation
+from internlm.model.ops.implementations import OpSettings, describe
 from internlm.model.ops.norm import rms_norm
-from internlm.model.ops.registry import OpSettings, describe
 from internlm.utils.errors import ConfigError
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.model.ops import linear as linear_module
+from internlm.model.ops.cpu.native import has_matrix_units, has_native_ops
 from internlm.model.ops.linear import linear, weight_gradient
-from internlm.model.ops.native import has_matrix_units, has_native_ops
 from internlm.model.ops.self_test import OpCase, judge
 
 needs_native_ops = pytest.mark.skipif(not has_native_ops(), reason="this CPU does not multiply bf16 in hardware")

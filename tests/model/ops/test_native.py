@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from internlm.model.ops import attention as attention_module
-from internlm.model.ops import native, reference
-from internlm.model.ops.attention_backends import AttentionNeeds
-from internlm.model.ops.cpu_attention import cpu_attention
+from internlm.model.ops import reference
+from internlm.model.ops.attention import causal_attention as attention_module
+from internlm.model.ops.attention.cuda_backends import AttentionNeeds
+from internlm.model.ops.cpu import native
+from internlm.model.ops.cpu.attention import cpu_attention
 from internlm.model.ops.self_test import OpCase, judge
-from internlm.utils.cpp import CompileError
+from internlm.utils.cpp_extension import CompileError
 
 CPU = torch.device("cpu")
 

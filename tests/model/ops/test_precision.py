@@ -15,9 +15,9 @@ from torch import Tensor
 
 from internlm.model.ops import cross_entropy as cross_entropy_module
 from internlm.model.ops import reference
-from internlm.model.ops.attention import Segments, attention
+from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from internlm.model.ops.gated import Activation, fused_gated_activation, gated_activation
+from internlm.model.ops.gated_activation import Activation, fused_gated_activation, gated_activation
 from internlm.model.ops.norm import layer_norm, rms_norm
 from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
 
@@ -170,12 +170,12 @@ def test_packed_attention(
     scale: float | None,
     layout: str,
 ) -> None:
-    segments = Segments.of(tuple(lengths))
+    varlen = VarlenMetadata.of(tuple(lengths))
     total = sum(lengths)
     shapes = tuple((1, total, heads, head_dim) for heads in (kv_heads * group, kv_heads, kv_heads))
     _compare(
-        partial(attention, segments=segments, window=window, scale=scale),
-        partial(reference.attention, cu_seqlens=segments.cu_seqlens, window=window, scale=scale),
+        partial(attention, varlen=varlen, window=window, scale=scale),
+        partial(reference.attention, cu_seqlens=varlen.cu_seqlens, window=window, scale=scale),
         shapes,
         layout,
     )

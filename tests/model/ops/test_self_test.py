@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from internlm.model.ops import float8, reference
-from internlm.model.ops.float8 import Scaled
-from internlm.model.ops.registry import OpSettings, describe
+from internlm.model.ops import reference
+from internlm.model.ops.float8 import scaled_gemm as float8
+from internlm.model.ops.float8.scaled_gemm import Scaled
+from internlm.model.ops.implementations import OpSettings, describe
 from internlm.model.ops.self_test import LENGTHS, OpCase, attention_cases, float8_cases, judge, other_cases, self_tests
 
 CPU = torch.device("cpu")

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.communication.exchange import SEQUENCE, exchange, own_part, start_gather, start_reduce_scatter
-from internlm.core.parallel.linear import LinearGroup, ParallelLinear, WeightStore
+from internlm.core.parallel.linear.parallel_linear import LinearGroup, ParallelLinear, WeightStore
+from internlm.core.parallel.linear.weight_gathering import GatheredWeights, GatherPlan
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
-from internlm.core.parallel.placement import Part, kv_replicas, padded_rows, ranges_spec
 from internlm.core.parallel.shard_spec import ShardSpec
-from internlm.core.parallel.weight_gather import GatheredWeights, GatherPlan
+from internlm.core.parallel.weight_splits import Part, kv_replicas, padded_rows, ranges_spec
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
 

@@ -20,7 +20,7 @@ from internlm.core.communication.exchange import (
     start_reduce_scatter,
 )
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear import InputExchange
+from internlm.core.parallel.linear.parallel_linear import InputExchange
 from internlm.core.parallel.modes.mtp import COLUMN_ROLES, Mtp
 from internlm.model.roles import Role
 

@@ -22,11 +22,11 @@ from internlm.core.communication.exchange import (
     sum_over_ranks,
 )
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear import InputExchange
+from internlm.core.parallel.linear.parallel_linear import InputExchange
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
-from internlm.core.parallel.placement import Part, kv_replicas, padded_rows, ranges_spec, tensor_parts
 from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.parallel.vocab import VocabRanks
+from internlm.core.parallel.weight_splits import Part, kv_replicas, padded_rows, ranges_spec, tensor_parts
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
 

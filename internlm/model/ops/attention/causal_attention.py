@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from internlm.model.ops import cpu_products
-from internlm.model.ops.attention_backends import (
+from internlm.model.ops.attention.cuda_backends import (
     BACKEND_BY_NAME,
     AttentionNeeds,
     backend_for,
@@ -27,23 +26,24 @@ from internlm.model.ops.attention_backends import (
     packed_attention,
     reason_of,
 )
-from internlm.model.ops.choice import Choice
 from internlm.model.ops.compiling import constant_when_compiled
-from internlm.model.ops.cpu_attention import (
+from internlm.model.ops.cpu import gemm as cpu_gemm
+from internlm.model.ops.cpu.attention import (
     CpuKernel,
     batches_of_documents,
     cpu_attention,
     stack_documents,
     unstack_documents,
 )
-from internlm.model.ops.cpu_products import widens
-from internlm.model.ops.native import has_bf16_units, has_native_ops, why_no_native_ops
+from internlm.model.ops.cpu.gemm import widens
+from internlm.model.ops.cpu.native import has_bf16_units, has_native_ops, why_no_native_ops
+from internlm.model.ops.implementation_choice import Choice
 
 _BAND = 64
 """Queries that are attended together under a smaller window."""
 
 _FEWEST_DOCUMENTS = 16
-"""Of `Segments.rounded`: empty ones cost a kernel next to nothing, another shape costs a recording."""
+"""Of `VarlenMetadata.rounded`: empty ones cost a kernel next to nothing, another shape costs a recording."""
 
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -55,7 +55,7 @@ _CUDNN_FIRST = [
 
 
 @dataclass(frozen=True)
-class Segments:
+class VarlenMetadata:
     """The documents of a packed sequence `[1, P]`, in order.
 
     Attributes:
@@ -69,18 +69,18 @@ class Segments:
     max_seqlen: int
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], cu_seqlens: Tensor | None = None) -> Segments:
-        """Segments of these lengths; `cu_seqlens` is made (on CPU) when it is not given."""
+    def of(cls, lengths: tuple[int, ...], cu_seqlens: Tensor | None = None) -> VarlenMetadata:
+        """VarlenMetadata of these lengths; `cu_seqlens` is made (on CPU) when it is not given."""
         if cu_seqlens is None:
             cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
         return cls(cu_seqlens, tuple(lengths), max(lengths, default=0))
 
-    def rounded(self) -> Segments:
+    def rounded(self) -> VarlenMetadata:
         """The same documents as few shapes can tell them: empty ones behind them make their number a power of two, of
         `_FEWEST_DOCUMENTS` or more, and `max_seqlen` is one too, unless that is more than the row."""
         num_tokens, num_documents = sum(self.lengths), len(self.lengths)
         num_empty = _power_of_two(max(num_documents, _FEWEST_DOCUMENTS)) - num_documents
-        return Segments(
+        return VarlenMetadata(
             F.pad(self.cu_seqlens, (0, num_empty), value=num_tokens),
             self.lengths + (0,) * num_empty,
             min(_power_of_two(self.max_seqlen), num_tokens),
@@ -121,7 +121,7 @@ def choice(
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "native":
         return Choice("our C++ kernel, all documents in one call", f"this CPU multiplies bf16 in hardware{ignored}")
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "wide":
-        return Choice("SDPA in fp32, one call a document length", f"{cpu_products.choice(needs.dtype).reason}{ignored}")
+        return Choice("SDPA in fp32, one call a document length", f"{cpu_gemm.choice(needs.dtype).reason}{ignored}")
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "blocks":
         return Choice(
             "SDPA, one call a document length; backward by blocks of queries",
@@ -140,7 +140,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Segments | None = None,
+    varlen: VarlenMetadata | None = None,
     *,
     window: int | None = None,
     scale: float | None = None,
@@ -153,7 +153,7 @@ def attention(
         q: `[B, S, H, D]`.
         k, v: `[B, T, K, D]` with T >= S. When T > S (cached keys), the queries are the last S positions. Query head i
             uses key-value head i // (H / K).
-        segments: the documents of a packed sequence (B = 1, T = S); None: every row is one sequence.
+        varlen: the documents of a packed sequence (B = 1, T = S); None: every row is one sequence.
         window: a query sees at most this many keys, itself included; None: all before it.
         scale: factor of the scores; None: 1 / sqrt(D).
         attention_backend: on CUDA, for rows without a cache: a name of `BACKENDS`, or "auto".
@@ -163,19 +163,19 @@ def attention(
         `[B, S, H, D]` in the dtype of q.
     """
     assert window is None or window > 0
-    if segments is not None:
+    if varlen is not None:
         assert q.shape[0] == 1 and q.shape[1] == k.shape[1], "packed attention takes one row and no cache"
         # Not under a compiler, which would compile anew for other lengths.
-        assert torch.compiler.is_compiling() or sum(segments.lengths) == q.shape[1], (
+        assert torch.compiler.is_compiling() or sum(varlen.lengths) == q.shape[1], (
             "segment lengths do not add up to the packed length"
         )
     if q.is_cuda and q.shape[1] == k.shape[1]:
-        return _on_cuda(q, k, v, segments, window, scale, attention_backend, use_flash_attn)
+        return _on_cuda(q, k, v, varlen, window, scale, attention_backend, use_flash_attn)
     if q.device.type == "cpu" and q.shape[1] == k.shape[1]:
-        bounds = None if segments is None else segments.cu_seqlens
+        bounds = None if varlen is None else varlen.cu_seqlens
         return cpu_attention(q, k, v, bounds, window=window, scale=scale, kernel=_cpu_kernel(q.dtype))
-    if segments is not None:
-        return _by_document(q, k, v, segments, window, scale)
+    if varlen is not None:
+        return _by_document(q, k, v, varlen, window, scale)
     return _dense(q, k, v, window, scale)
 
 
@@ -183,7 +183,7 @@ def _on_cuda(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Segments | None,
+    varlen: VarlenMetadata | None,
     window: int | None,
     scale: float | None,
     attention_backend: str,
@@ -194,25 +194,25 @@ def _on_cuda(
         q.device,
         q.dtype,
         q.shape[-1],
-        packed=segments is not None or window is not None,
+        packed=varlen is not None or window is not None,
         # Rows of equal length make the same calls of SDPA in every batch.
-        compiled=segments is not None and torch.compiler.is_compiling(),
+        compiled=varlen is not None and torch.compiler.is_compiling(),
         wanted=attention_backend,
         use_flash_attn=use_flash_attn,
     )
     if name == "sdpa":
-        if segments is not None:
-            return _by_document(q, k, v, segments, window, scale)
+        if varlen is not None:
+            return _by_document(q, k, v, varlen, window, scale)
         # cuDNN prepares a plan for each new shape: only training has few of them.
         if window is None and torch.is_grad_enabled() and _cudnn_first(q.device):
             with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
                 return _dense(q, k, v, window, scale)
         return _dense(q, k, v, window, scale)
     batch, length = q.shape[:2]
-    if segments is None:
+    if varlen is None:
         bounds, longest = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device), length
     else:
-        bounds, longest = segments.cu_seqlens, segments.max_seqlen
+        bounds, longest = varlen.cu_seqlens, varlen.max_seqlen
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
     out = packed_attention(name, flat_q, flat_k, flat_v, bounds, longest, window, scale)
     return out.unflatten(0, (batch, length))
@@ -275,11 +275,11 @@ def _band(num_queries: int, num_keys: int, window: int | None, device: torch.dev
 
 
 def _by_document(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata, window: int | None, scale: float | None
 ) -> Tensor:
     """Packed attention as one SDPA call for each distinct document length."""
     out = torch.empty_like(q)
-    bounds = list(itertools.accumulate(segments.lengths, initial=0))
+    bounds = list(itertools.accumulate(varlen.lengths, initial=0))
     for documents, length in batches_of_documents(bounds):
         own_q, own_k, own_v = (stack_documents(x, documents, length) for x in (q, k, v))
         unstack_documents(_dense(own_q, own_k, own_v, window, scale), documents, out)

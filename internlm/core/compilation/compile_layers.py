@@ -7,12 +7,12 @@ import importlib.util
 import torch
 from torch import nn
 
-from internlm.core.parallel import cuda_graphs as graphs
+from internlm.core.compilation import cuda_graphs as graphs
 from internlm.core.parallel.layers import layers_of
-from internlm.core.parallel.linear import ParallelLinear
+from internlm.core.parallel.linear.parallel_linear import ParallelLinear
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.model.decoder import DecoderLayer
-from internlm.utils.cpp import cpp_compiler, cpp_compilers
+from internlm.utils.cpp_extension import cpp_compiler, cpp_compilers
 from internlm.utils.errors import ConfigError
 
 _RECOMPILE_LIMIT = 64
@@ -28,8 +28,8 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
     Args:
         model: after `parallelize`, before FSDP.
         backend: of torch.compile.
-        cuda_graphs: replay each layer's passes as CUDA graphs; see `internlm.core.parallel.cuda_graphs` for what that
-            asks of the caller. Not for layers that FSDP or offloading is applied to.
+        cuda_graphs: replay each layer's passes as CUDA graphs; see `internlm.core.compilation.cuda_graphs` for
+            what that asks of the caller. Not for layers that FSDP or offloading is applied to.
 
     Raises:
         ValueError: there can be no CUDA graphs of this model.

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from internlm.model.architecture import Architecture
-from internlm.model.hf_names import Layout
+from internlm.model.huggingface.weight_names import Layout
 from internlm.utils.errors import ConfigError
 
 if TYPE_CHECKING:

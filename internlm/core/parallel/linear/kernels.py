@@ -16,8 +16,8 @@ from torch import Tensor
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import ShardSpec
-from internlm.model.ops.cpu_products import linear_product
-from internlm.model.ops.float8 import (
+from internlm.model.ops.cpu.gemm import linear_product
+from internlm.model.ops.float8.scaled_gemm import (
     FORWARD_FORMAT,
     GRADIENT_FORMAT,
     MULTIPLE,
@@ -116,7 +116,7 @@ def _compiled_casts() -> Casts:
 
 
 class Float8Products(Products):
-    """In float8; see `internlm.model.ops.float8`.
+    """In float8; see `internlm.model.ops.float8.scaled_gemm`.
 
     The scale of an input or weight is that of the whole tensor, also where it is split over ranks: then the largest
     magnitudes are joined, in one all-reduce of a few numbers for a group of layers. So every layout rounds every

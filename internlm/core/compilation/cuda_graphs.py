@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from internlm.core.parallel.model_parallel import parallel_of
-from internlm.model.ops.attention import Segments
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
 
 MODE = "reduce-overhead"
 """Of torch.compile: "default" and CUDA graphs."""
@@ -47,4 +47,4 @@ def prepare_passes(model: nn.Module) -> None:
 def _begin_pass(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     torch.compiler.cudagraph_mark_step_begin()
     # A graph is for one number of documents and one upper bound of their lengths.
-    return tuple(arg.rounded() if isinstance(arg, Segments) else arg for arg in args)
+    return tuple(arg.rounded() if isinstance(arg, VarlenMetadata) else arg for arg in args)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.model.ops.blocked_attention import blocked_backward, blocked_forward
+from internlm.model.ops.cpu.blocked_attention import blocked_backward, blocked_forward
 
 CpuKernel = Literal["native", "flash", "wide", "blocks"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.model.ops import liger
-from internlm.model.ops.choice import Choice
+from internlm.model.ops import liger_kernels as liger
+from internlm.model.ops.implementation_choice import Choice
 
 Activation = Literal["silu", "gelu_tanh"]
 

@@ -19,7 +19,7 @@ from internlm.core.communication.collectives import Done, Work, all_reduce_async
 ELSEWHERE = "another rank asked for it"
 
 
-class Requests:
+class RunControl:
     """What was asked of this rank, and what all ranks agreed on.
 
     Attributes:
@@ -106,7 +106,7 @@ class RequestSignals:
     save and go on. A second SIGINT interrupts at once.
     """
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: RunControl) -> None:
         self._requests = requests
         self._previous: dict[signal.Signals, Any] = {}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from internlm.config.schema import ModelConfig
-from internlm.model.hf_config_checks import mistakes, unread
+from internlm.model.huggingface.config_checks import mistakes, unread
 from internlm.utils.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

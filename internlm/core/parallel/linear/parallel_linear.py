@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.communication.exchange import Pending, Ready
+from internlm.core.parallel.linear.kernels import Operand, Products
+from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.parameter_events import deliver_gradient
-from internlm.core.parallel.products import Operand, Products
-from internlm.core.parallel.weight_gradients import WeightGradients
-from internlm.model.ops.float8 import as_scaled
+from internlm.model.ops.float8.scaled_gemm import as_scaled
 from internlm.model.recompute import as_products, as_unkept
 from internlm.model.roles import Role
 

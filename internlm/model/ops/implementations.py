@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from internlm.model.ops import attention, cross_entropy, float8, gated, linear, norm, rotary
-from internlm.model.ops.attention_backends import AttentionNeeds, capability_of
-from internlm.model.ops.choice import Choice
+from internlm.model.ops import cross_entropy, linear, norm, rotary
+from internlm.model.ops import gated_activation as gated
+from internlm.model.ops.attention import causal_attention as attention
+from internlm.model.ops.attention.cuda_backends import AttentionNeeds, capability_of
+from internlm.model.ops.float8 import scaled_gemm as float8
+from internlm.model.ops.implementation_choice import Choice
 
 if TYPE_CHECKING:
     from internlm.config.schema import ModelConfig

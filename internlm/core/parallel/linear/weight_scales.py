@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.core.communication.collectives import all_reduce
-from internlm.model.ops.float8 import FORWARD_FORMAT, amax_of, scale_of
+from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, amax_of, scale_of
 
 
 class WholeScales:

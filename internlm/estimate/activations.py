@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.model.architecture import Architecture
-from internlm.model.recompute import Keep
+from internlm.model.recompute import SavePolicy
 
 _FLOAT32 = 4
 
@@ -31,7 +31,7 @@ class LayerSizes:
     tokens: int
     row_length: int
 
-    def kept_bytes(self, keep: Keep) -> float:
+    def kept_bytes(self, keep: SavePolicy) -> float:
         """Bytes that a layer keeps of one micro batch, under a policy.
 
         As kernels that keep the softmax's statistics do; those by blocks on the CPU keep none.
@@ -63,7 +63,7 @@ class LayerSizes:
             inner += a.num_heads / t * a.head_dim * size if a.fused_qkv else 0
         return self.tokens * (2 * residual + inputs + 2 * statistics / self._residual_split + inner + attention)
 
-    def flops_again(self, keep: Keep, window: int | None) -> float:
+    def flops_again(self, keep: SavePolicy, window: int | None) -> float:
         """Floating-point operations of matrix products that backward runs a second time.
 
         Args:

@@ -10,9 +10,9 @@ from torch import nn
 
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
-from internlm.core.parallel.activation_costs import LayerSizes
-from internlm.core.scheduler.placement import Placement
-from internlm.initialize.activation_plan import ActivationPlan, plan_activations
+from internlm.core.scheduler.stage_placement import Placement
+from internlm.estimate.activations import LayerSizes
+from internlm.initialize.recomputation_plan import ActivationPlan, plan_activations
 from internlm.model.decoder import Decoder, DecoderLayer
 from internlm.model.offload import Offloading, host_copies
 from internlm.utils.errors import ConfigError

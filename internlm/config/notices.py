@@ -69,7 +69,7 @@ def _values(config: Config) -> Iterator[str]:
 
 def _recomputation(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
     model, offloading = config.model, config.cpu_offloading
-    keys = ("model.checkpoint_keep", "selective_checkpoint", "selective_checkpoint_offload")
+    keys = ("model.checkpoint_save_policy", "selective_checkpoint", "selective_checkpoint_offload")
     asked = [f"{key} = {given(key)!r}" for key in keys if given(key)]
     if asked and model.num_recomputed == 0:
         share = f"model.checkpoint = {model.checkpoint}"

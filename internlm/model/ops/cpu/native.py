@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from internlm.model.ops.compiling import constant_when_compiled
-from internlm.utils.cpp import CompileError, compile_library
+from internlm.utils.cpp_extension import CompileError, compile_library
 from internlm.utils.logging import get_logger
 
 _SOURCES = Path(__file__).with_name("native_ops")

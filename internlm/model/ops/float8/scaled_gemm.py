@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from internlm.model.ops.choice import Choice
-from internlm.model.ops.float8_weight import Float8Weight
+from internlm.model.ops.float8.weight_tensor import Float8Weight
+from internlm.model.ops.implementation_choice import Choice
 
 FORWARD_FORMAT = torch.float8_e4m3fn
 """Of inputs and weights."""

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from internlm.core.parallel.activation_costs import LayerSizes
-from internlm.model.recompute import KEEPS, Keep
+from internlm.estimate.activations import LayerSizes
+from internlm.model.recompute import KEEPS, SavePolicy
 from internlm.utils.errors import ConfigError
 
 _GIB = 2**30
-_NAMES: dict[Keep, str] = {
+_NAMES: dict[SavePolicy, str] = {
     "nothing": "recompute all",
     "attention": "keep attention",
     "matmuls": "keep products",
@@ -30,7 +30,7 @@ class ActivationPlan:
         flops_again: floating-point operations of matrix products that run a second time, of one micro batch.
     """
 
-    keeps: dict[int, Keep]
+    keeps: dict[int, SavePolicy]
     kept_bytes: float
     budget: float
     flops_again: float

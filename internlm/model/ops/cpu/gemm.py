@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from internlm.model.ops.choice import Choice
 from internlm.model.ops.compiling import constant_when_compiled
+from internlm.model.ops.implementation_choice import Choice
 
-CpuProducts = Literal["auto", "dtype", "fp32"]
-"""The key `model.cpu_products`: by the rule, in the factors' own format, or in fp32."""
+CpuGemm = Literal["auto", "dtype", "fp32"]
+"""The key `model.cpu_gemm`: by the rule, in the factors' own format, or in fp32."""
 
 _FEWEST_ROWS = 32
 """Of a product that is widened: with fewer, as in generation, to read the weights is the work."""
@@ -30,7 +30,7 @@ _FEWEST_ROWS = 32
 _BLOCK = 1 << 20
 """Numbers of the right factor that are widened at once: 4 MiB, what a cache holds and all products amortise."""
 
-_chosen: CpuProducts = "auto"
+_chosen: CpuGemm = "auto"
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def features_in(cpuinfo: str, machine: str) -> CpuFeatures:
     return CpuFeatures(machine, facts.get("vendor_id", ""), frozenset(facts.get("flags", "").split()))
 
 
-def choose_cpu_products(products: CpuProducts) -> None:
-    """Set how this process multiplies on its CPU, as `model.cpu_products` says. Before anything is compiled."""
+def choose_cpu_gemm(products: CpuGemm) -> None:
+    """Set how this process multiplies on its CPU, as `model.cpu_gemm` says. Before anything is compiled."""
     global _chosen
     _chosen = products
 
@@ -99,7 +99,7 @@ def choice(dtype: torch.dtype) -> Choice:
         return rule(this_cpu(), dtype)
     if _chosen == "fp32" and dtype not in (torch.bfloat16, torch.float16):
         return Choice("dtype", "they are no narrower than fp32")
-    return Choice(_chosen, f"model.cpu_products = {_chosen!r}")
+    return Choice(_chosen, f"model.cpu_gemm = {_chosen!r}")
 
 
 @constant_when_compiled

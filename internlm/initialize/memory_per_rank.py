@@ -17,7 +17,7 @@ from internlm.core.parallel.fsdp import kept_whole, rows_of
 from internlm.core.parallel.parallelize import shard_specs
 from internlm.core.parallel.pipeline_stages import meta_stage
 from internlm.core.parallel.shard_spec import ShardSpec
-from internlm.core.scheduler.placement import Placement
+from internlm.core.scheduler.stage_placement import Placement
 from internlm.initialize.stages import build_layer_split, build_meta_model, build_options, state_form
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
 

@@ -270,7 +270,7 @@ def packed_attention(
     if name == "reference":
         return reference.attention(q[None], k[None], v[None], cu_seqlens, window=window, scale=scale)[0]
     if name == "flex":
-        from internlm.model.ops.flex import flex_document_attention
+        from internlm.model.ops.attention.flex_attention import flex_document_attention
 
         return flex_document_attention(q, k, v, cu_seqlens, window, scale)
     bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
@@ -284,12 +284,12 @@ def packed_attention(
         )
         return result
     # Imported here: it brings the whole compiler along.
-    from torch.nn.attention import varlen
+    from torch.nn.attention import varlen as torch_varlen
 
     _use_flash_implementation(_FLASH_IMPLEMENTATIONS.get(name))
     grouped = q.shape[1] != k.shape[1]
     options: dict[str, Any] = {"enable_gqa": True} if grouped and _varlen_has_gqa_flag() else {}
-    out = varlen.varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **options)
+    out = torch_varlen.varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **options)
     assert isinstance(out, Tensor)
     return out
 
@@ -297,9 +297,10 @@ def packed_attention(
 @constant_when_compiled
 def _varlen_has_gqa_flag() -> bool:
     """PyTorch 2.12 began to refuse grouped heads without this flag; before, the flag did not exist."""
-    from torch.nn.attention import varlen
 
-    return _has_parameter(varlen.varlen_attn, "enable_gqa")
+    from torch.nn.attention import varlen as torch_varlen
+
+    return _has_parameter(torch_varlen.varlen_attn, "enable_gqa")
 
 
 @functools.cache
