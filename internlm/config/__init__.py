@@ -1,5 +1,5 @@
 """Configuration. `read_base` is exported here because config files name it."""
 
-from internlm.config.inherit import read_base
+from internlm.config.inheritance import read_base
 
 __all__ = ["read_base"]

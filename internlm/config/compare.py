@@ -1,4 +1,4 @@
-"""What differs between two configs, key by key, and which of it makes a model another function."""
+"""Compares two configs key by key, and tells which differences change the function that the model computes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from internlm.config.schema.base import Section, key_info, walk_schema
 
 @dataclass(frozen=True)
 class Change:
-    """A key of another value.
+    """One key whose value differs.
 
     Attributes:
         path: dotted.
-        old, new: its values; of a section, those that are no default.
+        old, new: its values; of a section, those that differ from its defaults.
         changes_outputs: whether the same weights give other outputs.
     """
 
@@ -30,7 +30,7 @@ class Change:
 
 
 def changes_between(old: Config, new: Config) -> list[Change]:
-    """Every key of another value, in the order of the schema. A section that came or went is one key."""
+    """Every key whose value differs, in schema order. A section that was added or removed counts as one key."""
     return list(_changes(old, new, keys_that_change_outputs(), ""))
 
 

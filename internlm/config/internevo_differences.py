@@ -1,4 +1,4 @@
-"""Where a config of InternEvo's means another run here: defaults that differ, for keys that it does not give.
+"""Defaults that differ from InternEvo's for keys that a config leaves out, so that the same file means another run.
 
 One description with three readers: the notices at load, the page doc/from_internevo.md, and its test. Sections and keys
 that one of the two programs lacks are the schema's business (their status), older spellings that of `legacy.py`.

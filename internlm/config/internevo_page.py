@@ -1,4 +1,4 @@
-"""Keeps the tables of doc/from_internevo.md as the schema has them: `python -m internlm.config.internevo_page FILE`.
+"""Regenerates the tables of doc/from_internevo.md from the schema: `python -m internlm.config.internevo_page FILE`.
 
 A table stands between two comments that name it; what lies outside of them is written by hand.
 """
@@ -16,7 +16,7 @@ from internlm.config.unsupported import LATER_FAMILIES, LATER_KEYS
 
 
 def update(text: str) -> str:
-    """The page with each of its tables made anew.
+    """The page with each of its tables regenerated.
 
     Raises:
         ValueError: a table has no place in it.

@@ -1,6 +1,6 @@
-"""Older spellings of InternEvo's configs, translated into the schema's before it sees them.
+"""Translates older spellings of keys and values, InternEvo's and this project's, before the schema sees them.
 
-Each translation gives one line of notice. Works on the plain dict of a config file; knows nothing of defaults or rules.
+Each translation yields one notice. Works on the plain dict of a config file; knows nothing of defaults or rules.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Edit:
         return f"{old} is read as {new}"
 
 
-def modernise(tree: Tree, origins: dict[str, Origin]) -> list[str]:
+def translate_legacy(tree: Tree, origins: dict[str, Origin]) -> list[str]:
     """Translate all older spellings in place. Returns one notice for each that was there."""
     edit = Edit(tree, origins)
     return [notice for spelling in LEGACY if (notice := spelling.apply(edit)) is not None]

@@ -1,7 +1,7 @@
 """From a config file to a checked `Config`.
 
 Order: run the file, translate older spellings, apply `--set` and other options, build the schema's objects, check the
-rules and what is not supported yet. Every mistake of all these is collected into one ConfigError.
+rules and what is not supported yet. Every problem of all these is collected into one ConfigError.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from internlm.config.internevo_differences import find_differences
-from internlm.config.legacy import Edit, modernise
-from internlm.config.mistakes import Mistake
-from internlm.config.notices import find_remarks
+from internlm.config.legacy import Edit, translate_legacy
+from internlm.config.notices import find_notices
 from internlm.config.origins import DEFAULT, DERIVED, ENVIRONMENT, SET, Origin, locate
 from internlm.config.overrides import apply_override, parse_override
+from internlm.config.problem import Problem
 from internlm.config.python_file import run_config_file
-from internlm.config.rules import find_mistakes
+from internlm.config.rules import find_problems
 from internlm.config.schema import Config
 from internlm.config.schema.base import Section, default_of, key_info, walk_values
 from internlm.config.unsupported import drop_what_hf_replaces, find_ineffective, find_unsupported
-from internlm.config.validation import assemble
+from internlm.config.validation import build_config
 from internlm.utils.errors import ConfigError
 
 _FROM_ENVIRONMENT = ("tensorboard_folder", "resume_tb_folder")
@@ -31,7 +31,7 @@ _FROM_ENVIRONMENT = ("tensorboard_folder", "resume_tb_folder")
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A checked configuration, and how it came to be."""
+    """A checked configuration, with the origin of every value."""
 
     config: Config
     origins: dict[str, Origin] = field(default_factory=dict)
@@ -55,14 +55,14 @@ def load_config(
         overrides: `key.path=value` texts that win over the file.
         world_size: number of ranks the run will have; sizes of groups are checked against it.
         options: option of the command line, as its user wrote it -> values by dotted path that it stands for; they win
-            over `overrides`, and mistakes in them name the option.
+            over `overrides`, and problems in them name the option.
 
     Raises:
-        ConfigError: with every mistake, each with its key, its value and (where it can be known) its file and line.
+        ConfigError: with every problem, each with its key, its value and (where it can be known) its file and line.
     """
     path = Path(path)
     tree, origins = read_tree(path)
-    notices = modernise(tree, origins)
+    notices = translate_legacy(tree, origins)
     for text in overrides:
         notices += apply_override(*parse_override(text, Config), SET, tree, origins, Config)
     for option, values in (options or {}).items():
@@ -73,23 +73,23 @@ def load_config(
             tree[name] = os.environ[name]
             origins[name] = ENVIRONMENT
 
-    config, mistakes = assemble(tree)
-    broken = [key for mistake in mistakes for key in mistake.keys[:1]]
-    mistakes += [
-        mistake
-        for mistake in (*find_mistakes(config, world_size), *find_unsupported(config))
-        if not any(_touches(key, bad) for key in mistake.keys for bad in broken)
+    config, problems = build_config(tree)
+    broken = [key for problem in problems for key in problem.keys[:1]]
+    problems += [
+        problem
+        for problem in (*find_problems(config, world_size), *find_unsupported(config))
+        if not any(_touches(key, bad) for key in problem.keys for bad in broken)
     ]
-    mistakes = drop_what_hf_replaces(mistakes)
-    if mistakes:
-        raise ConfigError(_describe(mistake, origins, path) for mistake in mistakes)
+    problems = drop_what_hf_replaces(problems)
+    if problems:
+        raise ConfigError(_describe(problem, origins, path) for problem in problems)
 
     def given(key: str) -> Any:
         edit = Edit(tree, {})
         return edit.get(key) if edit.has(key) else None
 
     notices += find_ineffective(config, given)
-    notices += find_remarks(config, given)
+    notices += find_notices(config, given)
     notices += find_differences(config, given)
     return LoadedConfig(config, _origins_of(config, tree, origins), notices)
 
@@ -108,10 +108,10 @@ def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
 
 
 def check_config(config: Config, world_size: int = 1) -> None:
-    """Check a Config that was built in Python. Raises ConfigError with every mistake."""
-    mistakes = [mistake.text for mistake in (*find_mistakes(config, world_size), *find_unsupported(config))]
-    if mistakes:
-        raise ConfigError(mistakes)
+    """Check a Config that was built in Python. Raises ConfigError with every problem."""
+    problems = [problem.text for problem in (*find_problems(config, world_size), *find_unsupported(config))]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _plain(value: Any) -> Any:
@@ -128,11 +128,11 @@ def _touches(key: str, bad: str) -> bool:
     return key == bad or key.startswith(bad + ".") or bad.startswith(key + ".")
 
 
-def _describe(mistake: Mistake, origins: Mapping[str, Origin], path: Path) -> str:
+def _describe(problem: Problem, origins: Mapping[str, Origin], path: Path) -> str:
     """The text, led by the place of the first key that has one."""
-    places: Iterable[Origin | None] = (locate(key, origins) for key in mistake.keys)
+    places: Iterable[Origin | None] = (locate(key, origins) for key in problem.keys)
     place = next((str(origin) for origin in places if origin is not None), str(path))
-    return f"{place}: {mistake.text}"
+    return f"{place}: {problem.text}"
 
 
 def _origins_of(config: Config, tree: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str, Origin]:

@@ -1,4 +1,4 @@
-"""Notices that need more than one key's declaration: what a loaded config does that its user may not expect."""
+"""Notices that depend on several keys: effects of a loaded config that its user may not expect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from internlm.config.schema.base import is_path, walk_values
 _INTERLEAVED = "parallel.sequence_2D.device_placement_strategy.interleaved"
 
 
-def find_remarks(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
+def find_notices(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
     """One line each. `given(path)` is the value that the user gave for a path, or None."""
     if isinstance(given("ckpt.load_ckpt_info"), dict) and config.ckpt.load_ckpt_info is None:
         yield "ckpt.load_ckpt_info has no path: nothing is loaded from it"

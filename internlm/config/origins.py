@@ -21,7 +21,7 @@ class Origin:
     file: str = ""
     line: int = 0
     option: str = ""
-    """Of an override: what the user wrote on the command line."""
+    """Of an override: the option as written on the command line."""
 
     def __str__(self) -> str:
         if self.kind == "file":
@@ -58,7 +58,7 @@ def move(old: str, new: str, origins: dict[str, Origin]) -> None:
 
 
 def record_statement(node: ast.stmt, file: str, origins: dict[str, Origin]) -> None:
-    """Note the lines of the keys that one statement sets."""
+    """Record the lines of the keys that one statement sets."""
     if isinstance(node, ast.Assign):
         for target in node.targets:
             _record_assignment(target, node.value, file, origins)

@@ -1,4 +1,4 @@
-"""Values from the command line: those of `--set key.path=value`, typed by the schema, and those of other options."""
+"""Values from the command line: `--set key.path=value`, typed by the schema, and other options that stand for keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from internlm.config.legacy import modernise
+from internlm.config.legacy import translate_legacy
 from internlm.config.origins import Origin, forget
 from internlm.config.schema.base import Section, section_class
 from internlm.utils.errors import ConfigError
@@ -64,7 +64,7 @@ def apply_override(
     for part in outer:
         place = place.setdefault(part, {})
     place[name] = value
-    notices = modernise(single, {})
+    notices = translate_legacy(single, {})
     _merge(single, origin, tree, origins, schema, path, "")
     return notices
 

@@ -7,7 +7,7 @@ from internlm.config.schema.base import walk_values
 
 
 def format_config(loaded: LoadedConfig) -> str:
-    """One line a key: `path = value  # origin`, in the order of the schema; then the notices."""
+    """One line per key: `path = value  # origin`, in the order of the schema; then the notices."""
     values = {path: repr(value) for path, _, value in walk_values(loaded.config)}
     keys = max(len(path) for path in values)
     column = max(len(text) for text in values.values() if len(text) <= 40)

@@ -1,4 +1,4 @@
-"""Refuses, by name, what the schema knows and this version cannot do yet; and says what has no effect.
+"""Refuses keys and values whose feature this version lacks, by the feature's name, and reports those without effect.
 
 Nothing is ever silently ignored: the schema declares the status of each key, this module acts on it.
 """
@@ -9,7 +9,7 @@ import fnmatch
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from internlm.config.mistakes import Mistake
+from internlm.config.problem import Problem
 from internlm.config.schema import Config
 from internlm.config.schema.base import Status, default_of, key_info, walk_values
 
@@ -35,7 +35,7 @@ LATER_KEYS = {
     "model.num_self_decoder_layers": "models of self- and cross-decoder layers",
     "model.num_cross_decoder_layers": "models of self- and cross-decoder layers",
 }
-"""Patterns of keys that InternEvo has for a feature of which this version has none."""
+"""Patterns of InternEvo's keys for features that this version lacks altogether."""
 
 _ONLY_WHILE_SAVING = (
     "oss_snapshot_freq",
@@ -44,11 +44,11 @@ _ONLY_WHILE_SAVING = (
     "async_upload",
     "enable_internevo2hf_ckpt",
 )
-"""Keys of `ckpt` that mean nothing while saving is off."""
+"""Keys of `ckpt` without effect while saving is off."""
 
 
-def find_unsupported(config: Config) -> Iterator[Mistake]:
-    """One mistake for each value that asks for a feature that is not there yet."""
+def find_unsupported(config: Config) -> Iterator[Problem]:
+    """One problem for each value that asks for a missing feature."""
     wants_hf_class = False
     for path, field, value in walk_values(config):
         info = key_info(field)
@@ -59,9 +59,9 @@ def find_unsupported(config: Config) -> Iterator[Mistake]:
         if path.startswith("hf."):
             wants_hf_class = True
             continue
-        yield Mistake((path,), f"{path} = {value!r}: {info.detail} is not yet supported; set it to {default!r}")
+        yield Problem((path,), f"{path} = {value!r}: {info.detail} is not yet supported; set it to {default!r}")
     if wants_hf_class or LATER_FAMILIES.get(config.model_type) == _HF_CLASSES:
-        yield Mistake(
+        yield Problem(
             ("hf",) if wants_hf_class else ("model_type",),
             f"hf, model_type = {config.model_type!r}: {_HF_CLASSES} is not yet supported. Leave hf out, name the "
             "family in model_type and give its sizes in model, as the files in configs/ do; `internlm convert from-hf` "
@@ -69,28 +69,28 @@ def find_unsupported(config: Config) -> Iterator[Mistake]:
         )
     elif config.model_type in LATER_FAMILIES:
         feature = LATER_FAMILIES[config.model_type]
-        yield Mistake(("model_type",), f"model_type = {config.model_type!r}: {feature} is not yet supported")
+        yield Problem(("model_type",), f"model_type = {config.model_type!r}: {feature} is not yet supported")
 
 
 def feature_of(path: str) -> str | None:
-    """The missing feature that a key without a place in the schema belongs to."""
+    """The missing feature that an unknown key belongs to."""
     return next((feature for pattern, feature in LATER_KEYS.items() if fnmatch.fnmatchcase(path, pattern)), None)
 
 
-def drop_what_hf_replaces(mistakes: list[Mistake]) -> list[Mistake]:
-    """Mistakes without those of the model section, if a Hugging Face class is asked for, which would fill it."""
-    if not any(_HF_CLASSES in mistake.text for mistake in mistakes):
-        return mistakes
-    return [mistake for mistake in mistakes if mistake.keys[0].partition(".")[0] != "model"]
+def drop_what_hf_replaces(problems: list[Problem]) -> list[Problem]:
+    """Without the problems of the model section if a Hugging Face class is requested, which would fill that section."""
+    if not any(_HF_CLASSES in problem.text for problem in problems):
+        return problems
+    return [problem for problem in problems if problem.keys[0].partition(".")[0] != "model"]
 
 
-def find_refused_in_training(config: Config) -> Iterator[Mistake]:
-    """One mistake for each value that only users of the library may give."""
+def find_refused_in_training(config: Config) -> Iterator[Problem]:
+    """One problem for each value that is reserved to users of the library."""
     for path, field, value in walk_values(config):
         info = key_info(field)
         assert info is not None, path
         if info.status is Status.LIBRARY_ONLY and value != default_of(field):
-            yield Mistake((path,), f"{path} = {value!r}: {info.detail}")
+            yield Problem((path,), f"{path} = {value!r}: {info.detail}")
 
 
 def find_ineffective(config: Config, given: Callable[[str], Any]) -> Iterator[str]:

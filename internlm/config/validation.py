@@ -1,4 +1,4 @@
-"""Builds the schema's objects from a plain dict, and puts every type error into a user's words."""
+"""Validates a plain dict against the schema; words each type error for the user."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from internlm.config.mistakes import Mistake
+from internlm.config.problem import Problem
 from internlm.config.schema import Config
 from internlm.config.schema.base import Section, is_required, section_class, walk_schema
 from internlm.config.unsupported import feature_of
 from internlm.utils.errors import ConfigError, nearest
 
 _DEPTH = 8
-"""More rounds than sections nest: each round takes out the mistakes that the one before uncovered."""
+"""More rounds than sections nest: each round removes the problems that the previous one uncovered."""
 
 
-def assemble(tree: dict[str, Any]) -> tuple[Config, list[Mistake]]:
-    """The Config of a tree, and its mistakes.
+def build_config(tree: dict[str, Any]) -> tuple[Config, list[Problem]]:
+    """Build the Config of a tree of sections; return it with the problems found.
 
-    With mistakes, the Config holds defaults (or 1, where there is no default) in place of the wrong values, so that the
-    rest can still be checked; it is good for nothing else.
+    Where there are problems, the Config holds defaults (1 where a key has none) in place of the invalid values, so that
+    rules between the other keys can still run. Use it for nothing else.
     """
     tree = copy.deepcopy(tree)
-    mistakes: list[Mistake] = []
+    problems: list[Problem] = []
     for _ in range(_DEPTH):
         try:
-            return Config.model_validate(tree), mistakes
+            return Config.model_validate(tree), problems
         except ValidationError as error:
             found = _translate(error)
-            mistakes = mistakes or found
-            for mistake in found:
-                _neutralise(mistake.keys[0], tree)
-    raise ConfigError(mistake.text for mistake in mistakes)
+            problems = problems or found
+            for problem in found:
+                _remove_invalid(problem.keys[0], tree)
+    raise ConfigError(problem.text for problem in problems)
 
 
-def _translate(error: ValidationError) -> list[Mistake]:
-    """One mistake a key; the branches of a union are joined."""
+def _translate(error: ValidationError) -> list[Problem]:
+    """One problem per key; the branches of a union are joined."""
     texts: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     for part in error.errors(include_url=False):
@@ -59,7 +59,7 @@ def _translate(error: ValidationError) -> list[Mistake]:
             text = f"{path} = {_short(values[path])}: it must be {' or '.join(dict.fromkeys(wishes))}"
         else:
             text = wishes[0]
-        result.append(Mistake((path,), text))
+        result.append(Problem((path,), text))
     return result
 
 
@@ -115,7 +115,7 @@ def _field(path: str) -> FieldInfo | None:
 
 
 def _key_path(location: tuple[int | str, ...]) -> str:
-    """pydantic's location without the branches of unions and the places inside a value."""
+    """pydantic's location as a key path: without the branches of unions and the positions inside a value."""
     parts: list[str] = []
     cls: type[Section] | None = Config
     for part in location:
@@ -127,8 +127,8 @@ def _key_path(location: tuple[int | str, ...]) -> str:
     return ".".join(parts)
 
 
-def _neutralise(path: str, tree: dict[str, Any]) -> None:
-    """Take a wrong value out; where a value is required, put in one that builds."""
+def _remove_invalid(path: str, tree: dict[str, Any]) -> None:
+    """Remove an invalid value; where the key is required, insert one that validates."""
     *outer, name = path.split(".")
     place = tree
     for part in outer:
@@ -145,7 +145,7 @@ def _neutralise(path: str, tree: dict[str, Any]) -> None:
     elif field.annotation is int:
         place[name] = 1
     else:
-        _neutralise(".".join(outer), tree)
+        _remove_invalid(".".join(outer), tree)
 
 
 def _short(value: Any) -> str:

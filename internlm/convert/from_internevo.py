@@ -14,10 +14,10 @@ from torch import Tensor
 
 from internlm.checkpoint.tensor_files import write_weights
 from internlm.checkpoint.weight_source import LazyTensor, finite
-from internlm.config.legacy import modernise
+from internlm.config.legacy import translate_legacy
 from internlm.config.loader import check_config, read_tree
 from internlm.config.schema import Config
-from internlm.config.validation import assemble
+from internlm.config.validation import build_config
 from internlm.convert.internevo_files import InternEvoFiles, read_value
 from internlm.convert.internevo_folder import ROWS_BY_PROJECTION, InternEvoFolder, RowOrder
 from internlm.convert.internevo_optimizer import InternEvoOptimizer
@@ -163,7 +163,7 @@ def _read_config(
                 f"'{folder}' has no {CONFIG_TEXT} that names the family: give --model-type or --config FILE"
             )
     told = ("model", *(RUN_SECTIONS if with_optimizer else ()))
-    notices = [notice for notice in modernise(tree, {}) if notice.startswith(told)]
+    notices = [notice for notice in translate_legacy(tree, {}) if notice.startswith(told)]
     if with_optimizer and isinstance(tree.setdefault("adam", {}), dict):
         tree["adam"].setdefault("weight_decay_norms_and_biases", True)
     if model_type is not None:
@@ -238,7 +238,7 @@ def _build(tree: dict[str, Any], names: Sequence[str]) -> tuple[Config, Decoder]
     kept = {name: tree[name] for name in names if name in tree}
     # The layout and the data of the old run are not those of the next one; the whole text is kept beside the weights.
     data = {**needed, **{name: data[name] for name in _KEPT_OF_DATA if name in data}}
-    config, mistakes = assemble({**kept, "data": data, "ckpt": {"enable_save_ckpt": False}})
+    config, mistakes = build_config({**kept, "data": data, "ckpt": {"enable_save_ckpt": False}})
     if mistakes:
         advice = ["give the config that belongs to the checkpoint, corrected, with --config FILE"]
         if any(mistake.keys[0].startswith(RUN_SECTIONS) for mistake in mistakes):

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from internlm.config.rules import find_mistakes
+from internlm.config.rules import find_problems
 from internlm.config.schema import Config
-from internlm.config.validation import assemble
+from internlm.config.validation import build_config
 from internlm.initialize.build import build_layout
 from internlm.utils.errors import ConfigError
 from internlm.verify.choices import Documents, Layout, Model, Stepping, from_text, to_text
@@ -116,7 +116,7 @@ class Combination:
             build_layout(case.config, self.ranks)
         except ConfigError as error:
             return error.mistakes
-        found = [mistake.text for mistake in find_mistakes(case.config, self.ranks)]
+        found = [mistake.text for mistake in find_problems(case.config, self.ranks)]
         if self.layout.weight > 1 and self.layout.mode != "isp":
             found.append("weight parallelism is part of isp")
         if self.model.float8 and self.model.dtype != "float64":
@@ -236,7 +236,7 @@ def _config(keys: Mapping[str, Any]) -> Config:
 
 
 def _built(tree: dict[str, Any]) -> Config:
-    config, mistakes = assemble(tree)
+    config, mistakes = build_config(tree)
     if mistakes:
         raise ConfigError(mistake.text for mistake in mistakes)
     return config

@@ -2,7 +2,7 @@
 
 import pytest
 
-from internlm.config.legacy import LEGACY, modernise
+from internlm.config.legacy import LEGACY, translate_legacy
 from internlm.config.origins import Origin
 
 INFO = "ckpt.load_ckpt_info"
@@ -125,7 +125,7 @@ CASES = [
 
 @pytest.mark.parametrize("old, new, notice", CASES)
 def test_translation(old, new, notice):
-    notices = modernise(old, {})
+    notices = translate_legacy(old, {})
     assert old == new
     if notice is None:
         assert notices == []
@@ -136,7 +136,7 @@ def test_translation(old, new, notice):
 def test_lines_move_with_the_values():
     here = Origin("file", "c.py", 7)
     origins = {"parallel.zero1": here, "monitor.tensorboard": here, "monitor.tensorboard.queue_max_length": here}
-    modernise({"parallel": {"zero1": 8}, "monitor": {"tensorboard": {"queue_max_length": 1}}}, origins)
+    translate_legacy({"parallel": {"zero1": 8}, "monitor": {"tensorboard": {"queue_max_length": 1}}}, origins)
     assert origins == {"parallel.zero1.size": here, "tensorboard": here, "tensorboard.queue_max_length": here}
 
 
@@ -144,4 +144,4 @@ def test_modern_configs_are_left_alone():
     for spelling in LEGACY:
         assert spelling.path and spelling.meaning
     tree = {"parallel": {"zero1": {"size": 1}}, "ckpt": {"load_ckpt_info": None, "auto_resume": True}}
-    assert modernise(tree, {}) == []
+    assert translate_legacy(tree, {}) == []

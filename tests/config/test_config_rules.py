@@ -3,7 +3,7 @@
 import pytest
 from helpers.configs import small_config
 
-from internlm.config.rules import data_ranks, find_mistakes, weight_data_ranks
+from internlm.config.rules import data_ranks, find_problems, weight_data_ranks
 from internlm.config.schema import Config
 from internlm.config.schema.base import walk_schema
 
@@ -274,7 +274,7 @@ CASES = [
 
 @pytest.mark.parametrize("changes, world_size, key", CASES)
 def test_rule(changes, world_size, key):
-    found = list(find_mistakes(small_config(changes), world_size))
+    found = list(find_problems(small_config(changes), world_size))
     assert [mistake.keys[0] for mistake in found] == ([] if key is None else [key]), [m.text for m in found]
     known = {path for path, _ in walk_schema(Config)}
     for mistake in found:
@@ -284,7 +284,7 @@ def test_rule(changes, world_size, key):
 
 
 def test_the_divisors_are_offered():
-    (mistake,) = find_mistakes(small_config({"parallel.zero1.size": 5}), 12)
+    (mistake,) = find_problems(small_config({"parallel.zero1.size": 5}), 12)
     assert mistake.text.endswith("use -1 (all of them) or one of 1, 2, 3, 4, 6, 12")
 
 

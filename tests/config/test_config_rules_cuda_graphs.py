@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers.configs import small_config
 
-from internlm.config.rules import find_mistakes
+from internlm.config.rules import find_problems
 
 GRAPHS = "model.cuda_graphs = True"
 ON = {"model.compile": True, "model.cuda_graphs": True}
@@ -73,8 +73,8 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
 @pytest.mark.parametrize(("changes", "world_size", "mistake"), CASES, ids=str)
 def test_graphs(changes: dict[str, Any], world_size: int, mistake: str | None) -> None:
     config = small_config({**ON, **changes})
-    found = list(find_mistakes(config, world_size))
+    found = list(find_problems(config, world_size))
     assert [one.text for one in found] == ([] if mistake is None else [mistake])
     assert all(one.keys[0] == "model.cuda_graphs" and one.keys[1] in one.text for one in found)
     # Without graphs it is a good config.
-    assert not list(find_mistakes(small_config({**ON, **changes, "model.cuda_graphs": False}), world_size))
+    assert not list(find_problems(small_config({**ON, **changes, "model.cuda_graphs": False}), world_size))

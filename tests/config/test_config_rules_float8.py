@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.configs import small_config
 
-from internlm.config.rules import find_mistakes
+from internlm.config.rules import find_problems
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.initialize import stages
 from internlm.initialize.build import build_layout, check_buildable
@@ -85,10 +85,10 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
 
 @pytest.mark.parametrize(("changes", "world_size", "mistake"), CASES)
 def test_rule(changes: dict[str, Any], world_size: int, mistake: str | None) -> None:
-    found = [found.text for found in find_mistakes(small_config({**ON, **changes}), world_size)]
+    found = [found.text for found in find_problems(small_config({**ON, **changes}), world_size)]
     assert found == ([] if mistake is None else [mistake])
     off = {**ON, **changes, "float8.enable_float8_linear": False}
-    assert not list(find_mistakes(small_config(off), world_size)), "without float8 there is nothing to refuse"
+    assert not list(find_problems(small_config(off), world_size)), "without float8 there is nothing to refuse"
     if mistake is None:
         check_buildable(small_config({**ON, **changes}), world_size)
 

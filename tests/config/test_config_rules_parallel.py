@@ -6,7 +6,7 @@ import pytest
 from helpers.configs import small_config
 
 from internlm.config.loader import check_config
-from internlm.config.rules import find_mistakes
+from internlm.config.rules import find_problems
 from internlm.config.schema import Config
 from internlm.config.schema.base import walk_schema
 from internlm.utils.errors import ConfigError
@@ -151,7 +151,7 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
 
 @pytest.mark.parametrize("changes, world_size, message", CASES)
 def test_rule(changes: dict[str, Any], world_size: int, message: str | None) -> None:
-    found = list(find_mistakes(small_config(changes), world_size))
+    found = list(find_problems(small_config(changes), world_size))
     assert [mistake.text for mistake in found] == ([] if message is None else [message])
     known = {path for path, _ in walk_schema(Config)}
     for mistake in found:

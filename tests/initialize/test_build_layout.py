@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.configs import small_config
 
-from internlm.config.rules import find_mistakes
+from internlm.config.rules import find_problems
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
@@ -76,7 +76,7 @@ def test_the_rules_refuse_what_cannot_be_split_and_nothing_else(mode: str) -> No
                 "parallel.weight.size": tensor if mode == "isp" else 1,
             }
         )
-        mistakes = [mistake.text for mistake in find_mistakes(config, tensor)]
+        mistakes = [mistake.text for mistake in find_problems(config, tensor)]
         assert can_be_split(config, tensor) == (not mistakes), (heads, kv_heads, width, tensor, family, mistakes)
         refused += bool(mistakes)
     assert refused > 10

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from internlm.config.loader import load_config
-from internlm.config.rules import find_mistakes
+from internlm.config.rules import find_problems
 from internlm.config.schema import Config
 from internlm.initialize.build import reduce_dtype
 from internlm.verify.case import changed
@@ -41,7 +41,7 @@ def test_every_example_config_becomes_small_and_stays_valid(path: Path) -> None:
     original = load_config(path, ["parallel.zero1.size=-1"], world_size=64).config
     for layout in LAYOUTS:
         config = shrink(changed(original, layout.keys()))
-        assert not list(find_mistakes(config, 8))
+        assert not list(find_problems(config, 8))
         assert (config.model_type, Layout.of(config)) == (original.model_type, layout)
         assert config.model.hidden_size <= 256 and config.model.num_layers <= 4 and config.model.vocab_size <= 128
         for flag in ("qkv_bias", "qk_norm", "norm_head", "tie_word_embeddings", "checkpoint", "rope_scaling"):
@@ -63,7 +63,7 @@ def test_each_rank_has_a_query_head() -> None:
     config = user_config(num_kv_attention_heads=1)
     small = shrink(changed(config, Layout(tensor=8, mode="msp").keys()))
     assert (small.model.num_attention_heads, small.model.num_kv_attention_heads) == (8, 1)
-    assert not list(find_mistakes(small, 8))
+    assert not list(find_problems(small, 8))
 
 
 def test_a_budget_of_activations_goes_and_what_is_kept_stays() -> None:
@@ -91,9 +91,9 @@ def test_windows_are_shorter_than_sequences_and_dtype_is_fp32_unless_kept() -> N
 def test_float8_is_off_unless_asked_for() -> None:
     """Its rounding turns another order of additions into larger differences than those of the defects looked for."""
     config = changed(user_config(), {"float8.enable_float8_linear": True})
-    assert not list(find_mistakes(config, 1))
+    assert not list(find_problems(config, 1))
     small = shrink(config)
-    assert not small.float8.enable_float8_linear and not list(find_mistakes(small, 1))
+    assert not small.float8.enable_float8_linear and not list(find_problems(small, 1))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_float8_is_compared_in_float64_and_fits_every_layout(kv_heads: int, layo
         **layout.keys(),
     }
     config = shrink(changed(user_config(num_kv_attention_heads=kv_heads), keys), float8=True)
-    assert not list(find_mistakes(config, world_size))
+    assert not list(find_problems(config, world_size))
     assert config.model.torch_dtype == reduce_dtype(config) == torch.float64 and not config.use_fp32_norm
     assert len(config.float8.layers(config.model.num_layers)) == config.model.num_layers
     is_shared = layout.mode != "isp" and config.model.num_kv_heads < layout.tensor

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from internlm.config.mistakes import Mistake
+from internlm.config.problem import Problem
 from internlm.config.schema import Config
 
 KEY = "model.cuda_graphs"
 
 
-def graphs(config: Config, world_size: int) -> Iterator[Mistake]:
+def graphs(config: Config, world_size: int) -> Iterator[Problem]:
     """Compiled layers that compute from what stays in place, one micro-batch after the other."""
     model, parallel = config.model, config.parallel
     if not model.cuda_graphs:
         return
     if not model.compile:
-        yield Mistake(
+        yield Problem(
             (KEY, "model.compile"), f"{KEY} = True records compiled layers: set model.compile = True, or {KEY} = False"
         )
     tensor = parallel.tensor
@@ -55,4 +55,4 @@ def graphs(config: Config, world_size: int) -> Iterator[Mistake]:
     }
     for key, (is_refused, value, reason) in refusals.items():
         if is_refused:
-            yield Mistake((KEY, key), f"{KEY} = True does not go with {key} = {value!r}: {reason}; set {KEY} = False")
+            yield Problem((KEY, key), f"{KEY} = True does not go with {key} = {value!r}: {reason}; set {KEY} = False")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from internlm.config.mistakes import Mistake
+from internlm.config.problem import Problem
 from internlm.config.schema import Config
 
 ENABLE, SIZE = "float8.enable_float8_linear", "parallel.tensor.size"
@@ -17,39 +17,39 @@ MULTIPLE = 16
 """What tokens, and input and output features of a layer as a rank multiplies them, must be multiples of."""
 
 
-def formats(config: Config, world_size: int) -> Iterator[Mistake]:
+def formats(config: Config, world_size: int) -> Iterator[Problem]:
     """What float8 goes with: dynamic scales, bfloat16, and a layer to be used in."""
     if not config.float8.enable_float8_linear:
         return
     for name in ("scaling_type_input", "scaling_type_weight", "scaling_type_grad_output"):
         if getattr(config.float8, name) != "dynamic":
-            yield Mistake(
+            yield Problem(
                 (f"float8.{name}",),
                 f"float8.{name} = 'delayed': scales from earlier steps are not supported, as torchao has removed them; "
                 "use 'dynamic', which takes each scale from the tensor at hand",
             )
     if config.model.dtype not in ("torch.bfloat16", "torch.float64"):
-        yield Mistake(
+        yield Problem(
             (ENABLE, "model.dtype"),
             f"{ENABLE} = True needs model.dtype = 'torch.bfloat16', which is {config.model.dtype!r}",
         )
     num_layers = config.model.num_layers
     if not config.float8.layers(num_layers):
-        yield Mistake(
+        yield Problem(
             (ENABLE, "float8.first_and_last_layer", "model.num_layers"),
             f"{ENABLE} = True changes nothing: the first and the last layer stay in {config.model.dtype!r}, and "
             f"model.num_layers = {num_layers}; set float8.first_and_last_layer = True, or turn float8 off",
         )
 
 
-def dimensions(config: Config, world_size: int) -> Iterator[Mistake]:
+def dimensions(config: Config, world_size: int) -> Iterator[Problem]:
     """Whole tiles in every product of a layer, as a rank computes it."""
     if not config.float8.enable_float8_linear:
         return
     model, tensor = config.model, config.parallel.tensor
     of_weights = 1 if tensor.mode == "isp" else tensor.size
     if model.hidden_size % MULTIPLE:
-        yield Mistake(
+        yield Problem(
             ("model.hidden_size", ENABLE),
             f"model.hidden_size = {model.hidden_size} {_must(MULTIPLE)}; set {_next(model.hidden_size, MULTIPLE)}",
         )
@@ -60,7 +60,7 @@ def dimensions(config: Config, world_size: int) -> Iterator[Mistake]:
     ):
         width = max(1, heads // of_weights) * head_dim
         if width % MULTIPLE:
-            yield Mistake(
+            yield Problem(
                 (key, "model.head_dim", SIZE, ENABLE),
                 f"{key} = {heads} heads of {head_dim} channels, dealt to {of_weights} tensor rank(s), are {width} "
                 f"channels a rank, which {_must(MULTIPLE)}; set model.head_dim = {_next(head_dim, MULTIPLE)}, or "
@@ -69,7 +69,7 @@ def dimensions(config: Config, world_size: int) -> Iterator[Mistake]:
     multiple = MULTIPLE * of_weights
     if model.ffn_size % multiple:
         key = "intermediate_size" if model.intermediate_size is not None else "mlp_ratio"
-        yield Mistake(
+        yield Problem(
             (f"model.{key}", SIZE, ENABLE),
             f"model.{key} = {getattr(model, key)} makes the MLP {model.ffn_size} wide on {of_weights} tensor rank(s), "
             f"which {_must(multiple)}; set model.intermediate_size = {_next(model.ffn_size, multiple)}",
@@ -78,7 +78,7 @@ def dimensions(config: Config, world_size: int) -> Iterator[Mistake]:
     tokens, multiple = config.data.packed_length, MULTIPLE * of_tokens
     if tokens % multiple:
         length = _next(config.data.seq_len, multiple // math.gcd(multiple, config.data.micro_bsz))
-        yield Mistake(
+        yield Problem(
             ("data.seq_len", "data.micro_bsz", SIZE, ENABLE),
             f"data.seq_len = {config.data.seq_len} times data.micro_bsz = {config.data.micro_bsz} are {tokens} tokens "
             f"on {of_tokens} sequence rank(s), which {_must(multiple)}; set data.seq_len = {length}",

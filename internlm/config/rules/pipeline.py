@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from internlm.config.mistakes import Mistake
+from internlm.config.problem import Problem
 from internlm.config.rules.run import parse_ramp
 from internlm.config.schema import Config
 
 SIZE = "parallel.pipeline.size"
 
 
-def schedule(config: Config, world_size: int) -> Iterator[Mistake]:
-    """17, 18: chunks and micro-batches that a schedule works with."""
+def schedule(config: Config, world_size: int) -> Iterator[Problem]:
+    """Chunks and micro-batches that a schedule works with."""
     pipeline, data, chunks = config.parallel.pipeline, config.data, config.model.num_chunks
     if pipeline.size == 1:
         return
     if pipeline.mode == "ZBH1" and chunks > 1:
-        yield Mistake(
+        yield Problem(
             ("model.num_chunks", "parallel.pipeline.mode"),
             f"model.num_chunks = {chunks} does not go with parallel.pipeline.mode = 'ZBH1'; set it to 1",
         )
@@ -25,14 +25,14 @@ def schedule(config: Config, world_size: int) -> Iterator[Mistake]:
         return
     needs = f"the interleaved schedule (model.num_chunks = {chunks}) needs a multiple of {SIZE} = {pipeline.size}"
     if data.micro_num % pipeline.size:
-        yield Mistake(
+        yield Problem(
             ("data.micro_num", SIZE, "model.num_chunks"),
             f"data.micro_num = {data.micro_num}: {needs}",
         )
         return
     odd = [number for number in _micro_nums_of_ramp(config) if number % pipeline.size]
     if odd:
-        yield Mistake(
+        yield Problem(
             ("data.rampup_batch_size", SIZE, "model.num_chunks"),
             f"data.rampup_batch_size = {data.rampup_batch_size!r} gives steps of {odd[0]} micro-batches: {needs}",
         )
@@ -48,14 +48,14 @@ def _micro_nums_of_ramp(config: Config) -> list[int]:
     return list(range(start, config.data.micro_num, increment))[:reached]
 
 
-def layers(config: Config, world_size: int) -> Iterator[Mistake]:
+def layers(config: Config, world_size: int) -> Iterator[Problem]:
     """Every chunk of every stage has a layer; a list of layers says how many each has."""
     pipeline, model = config.parallel.pipeline, config.model
     if pipeline.size == 1:
         return
     parts = pipeline.size * model.num_chunks
     if parts > model.num_layers:
-        yield Mistake(
+        yield Problem(
             (SIZE, "model.num_chunks", "model.num_layers"),
             f"{SIZE} = {pipeline.size} times model.num_chunks = {model.num_chunks} is more than model.num_layers = "
             f"{model.num_layers}, and each chunk of a stage needs a layer; use fewer stages",
@@ -66,15 +66,15 @@ def layers(config: Config, world_size: int) -> Iterator[Mistake]:
         return
     text = f"{key} = {list(split)}"
     if len(split) != parts:
-        yield Mistake(
+        yield Problem(
             (key, SIZE, "model.num_chunks"),
             f"{text} must have {parts} numbers, one for each of {SIZE} = {pipeline.size} times model.num_chunks = "
             f"{model.num_chunks}",
         )
     elif min(split) < 1:
-        yield Mistake((key,), f"{text}: each chunk of a stage needs a layer")
+        yield Problem((key,), f"{text}: each chunk of a stage needs a layer")
     elif sum(split) != model.num_layers:
-        yield Mistake(
+        yield Problem(
             (key, "model.num_layers"),
             f"{text} are {sum(split)} layers, and must be model.num_layers = {model.num_layers}",
         )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from internlm.config.compare import keys_that_change_outputs
-from internlm.config.mistakes import Mistake
+from internlm.config.problem import Problem
 from internlm.config.schema import Config
 from internlm.utils.errors import ConfigError, nearest
 from internlm.utils.storage import storage_path
@@ -15,47 +15,47 @@ _SKIP = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _RAMP = re.compile(r"\d+ +\d+ +\d+")
 
 
-def accumulation(config: Config, world_size: int) -> Iterator[Mistake]:
-    """5: without a pipeline, accumulation is the number of micro-batches."""
+def accumulation(config: Config, world_size: int) -> Iterator[Problem]:
+    """Without a pipeline, accumulation is the number of micro-batches."""
     data = config.data
     if config.parallel.pipeline.size == 1 and data.gradient_accumulation != data.micro_num:
-        yield Mistake(
+        yield Problem(
             ("data.gradient_accumulation", "data.micro_num"),
             f"data.gradient_accumulation = {data.gradient_accumulation} must equal data.micro_num = {data.micro_num}; "
             "leave it out",
         )
 
 
-def saving(config: Config, world_size: int) -> Iterator[Mistake]:
-    """6: saving needs a folder and an interval."""
+def saving(config: Config, world_size: int) -> Iterator[Problem]:
+    """Saving needs a folder and an interval."""
     ckpt = config.ckpt
     if not ckpt.enable_save_ckpt:
         return
     fix = "or set ckpt.enable_save_ckpt = False"
     if not ckpt.save_ckpt_folder:
-        yield Mistake(
+        yield Problem(
             ("ckpt.save_ckpt_folder", "ckpt.enable_save_ckpt"),
             f"ckpt.save_ckpt_folder = {ckpt.save_ckpt_folder!r}: saving is on, so give a folder, {fix}",
         )
     if ckpt.checkpoint_every is None or ckpt.checkpoint_every <= 0:
-        yield Mistake(
+        yield Problem(
             ("ckpt.checkpoint_every", "ckpt.enable_save_ckpt"),
             f"ckpt.checkpoint_every = {ckpt.checkpoint_every!r}: saving is on, so give a number above 0, {fix}",
         )
     if ckpt.oss_snapshot_freq is not None and ckpt.oss_snapshot_freq <= 0:
-        yield Mistake(
+        yield Problem(
             ("ckpt.oss_snapshot_freq",),
             f"ckpt.oss_snapshot_freq = {ckpt.oss_snapshot_freq}: give a number above 0, or None for no snapshots",
         )
     if ckpt.snapshot_ckpt_folder is not None and ckpt.snapshot_ckpt_folder == ckpt.save_ckpt_folder:
-        yield Mistake(
+        yield Problem(
             ("ckpt.snapshot_ckpt_folder", "ckpt.save_ckpt_folder"),
             f"ckpt.snapshot_ckpt_folder = {ckpt.snapshot_ckpt_folder!r} is also ckpt.save_ckpt_folder: the snapshots "
             "0 and 1 would be taken for steps; give another folder, or leave it out",
         )
 
 
-def places(config: Config, world_size: int) -> Iterator[Mistake]:
+def places(config: Config, world_size: int) -> Iterator[Problem]:
     """Folders of checkpoints in a storage that is known, and the stop file on a local disk."""
     ckpt = config.ckpt
     folders = {
@@ -70,41 +70,41 @@ def places(config: Config, world_size: int) -> Iterator[Mistake]:
         try:
             is_local = storage_path(folder).is_local
         except ConfigError as error:
-            yield Mistake((key,), f"{key} = {folder!r}: {error}")
+            yield Problem((key,), f"{key} = {folder!r}: {error}")
             continue
         if key == "ckpt.stop_file_path" and not is_local:
-            yield Mistake((key,), f"{key} = {folder!r}: the stop file is read at every step; give a local path")
+            yield Problem((key,), f"{key} = {folder!r}: the stop file is read at every step; give a local path")
 
 
-def model_changes(config: Config, world_size: int) -> Iterator[Mistake]:
+def model_changes(config: Config, world_size: int) -> Iterator[Problem]:
     """What may differ from a checkpoint is a key whose difference would be refused."""
     allowed = config.ckpt.allow_model_changes
     known = keys_that_change_outputs()
     for name in () if isinstance(allowed, bool) else allowed:
         if name not in known:
-            yield Mistake(
+            yield Problem(
                 ("ckpt.allow_model_changes",),
                 f"ckpt.allow_model_changes names '{name}', which is no key that makes a model another function; one is "
                 f"'model.rope_base'.{nearest(name, known)}",
             )
 
 
-def batches(config: Config, world_size: int) -> Iterator[Mistake]:
+def batches(config: Config, world_size: int) -> Iterator[Problem]:
     """The little languages of the data section, and data that is named."""
     data = config.data
     if data.train_folder == "":
-        yield Mistake(("data.train_folder",), "data.train_folder = '': give a folder, or None for random data")
+        yield Problem(("data.train_folder",), "data.train_folder = '': give a folder, or None for random data")
     skip = data.skip_batches.replace(" ", "")
     ranges = [part.split("-") for part in skip.split(",")] if skip and _SKIP.fullmatch(skip) else []
     if skip and (not ranges or any(int(r[0]) > int(r[-1]) for r in ranges)):
-        yield Mistake(
+        yield Problem(
             ("data.skip_batches",),
             f'data.skip_batches = {data.skip_batches!r}: expected steps and ranges of steps, such as "2-5,7"',
         )
     if data.rampup_batch_size.strip():
         ramp = parse_ramp(data.rampup_batch_size)
         if ramp is None or ramp[0] > data.micro_num:
-            yield Mistake(
+            yield Problem(
                 ("data.rampup_batch_size", "data.micro_num"),
                 f'data.rampup_batch_size = {data.rampup_batch_size!r}: expected "start increment steps", three numbers '
                 f"above 0, with start at most data.micro_num = {data.micro_num}",
@@ -119,11 +119,11 @@ def parse_ramp(text: str) -> tuple[int, int, int] | None:
     return (start, increment, steps) if min(start, increment, steps) > 0 else None
 
 
-def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
+def numerics(config: Config, world_size: int) -> Iterator[Problem]:
     """Schedules, gradient format and what may be loaded."""
     schedule = config.lr_scheduler
     if schedule.type == "wsd" and schedule.warmup_ratio + schedule.decay_ratio > 1:
-        yield Mistake(
+        yield Problem(
             ("lr_scheduler.decay_ratio", "lr_scheduler.warmup_ratio"),
             f"lr_scheduler.decay_ratio = {schedule.decay_ratio} and warmup_ratio = {schedule.warmup_ratio} "
             "are together more than 1; lower one",
@@ -132,7 +132,7 @@ def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
         None,
         "torch.float32",
     ):
-        yield Mistake(
+        yield Problem(
             ("reduce_comm_dtype", "model.dtype"),
             f"reduce_comm_dtype = {config.reduce_comm_dtype!r}: gradients of model.dtype = {config.model.dtype!r} are "
             "reduced in torch.float32; leave it out",
@@ -144,7 +144,7 @@ def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
             ("hybrid_zero_optimizer.offload_optimizer", config.hybrid_zero_optimizer.offload_optimizer, False),
         ):
             if value != wanted:
-                yield Mistake(
+                yield Problem(
                     (key, "model.dtype"),
                     f"{key} = {value!r}: with model.dtype = 'torch.float64', which is for comparisons, all is kept and "
                     "summed in float64 where the weights are; leave it out",
@@ -154,7 +154,7 @@ def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
         dtype, bits = {"torch.float16": ("fp16", "three"), "torch.float64": ("float64", "45")}.get(
             config.model.dtype, ("fp32", "sixteen")
         )
-        yield Mistake(
+        yield Problem(
             ("hybrid_zero_optimizer.grad_accumulation_dtype", "model.dtype"),
             f"hybrid_zero_optimizer.grad_accumulation_dtype = {accumulation!r} is for model.dtype = 'torch.bfloat16': "
             f"gradients in {dtype} have {bits} bits more, which it would cut off; leave it out",
@@ -162,27 +162,27 @@ def numerics(config: Config, world_size: int) -> Iterator[Mistake]:
     scaler = config.grad_scaler
     low, high = scaler.scale_bounds
     if not low <= scaler.fp16.initial_scale <= high:
-        yield Mistake(
+        yield Problem(
             ("grad_scaler.fp16.initial_scale", "grad_scaler.fp16.min_scale", "grad_scaler.max_scale"),
             f"grad_scaler.fp16.initial_scale = {scaler.fp16.initial_scale} must lie between min_scale = "
             f"{scaler.fp16.min_scale} and max_scale = {scaler.max_scale}",
         )
     info = config.ckpt.load_ckpt_info
     if info is not None and info.ckpt_type in ("internlm_test", "internlm2_test"):
-        yield Mistake(
+        yield Problem(
             ("ckpt.load_ckpt_info.ckpt_type",),
             f"ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}: a checkpoint of InternEvo is converted first, of "
             "whatever layout: internlm convert from-internevo --ckpt DIR --out NEW; then path = NEW and ckpt_type = "
             "'internevo'",
         )
     elif info is not None and info.ckpt_type != "internevo" and info.content != ("model",):
-        yield Mistake(
+        yield Problem(
             ("ckpt.load_ckpt_info.content", "ckpt.load_ckpt_info.ckpt_type"),
             f"ckpt.load_ckpt_info.content = {info.content}: a checkpoint of type {info.ckpt_type!r} holds weights "
             "only; use ('model',)",
         )
     if config.cpu_offloading.num_layers > 0 and not config.cpu_offloading.enable:
-        yield Mistake(
+        yield Problem(
             ("cpu_offloading.num_layers", "cpu_offloading.enable"),
             f"cpu_offloading.num_layers = {config.cpu_offloading.num_layers} needs cpu_offloading.enable = True",
         )

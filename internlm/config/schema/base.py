@@ -55,7 +55,7 @@ class KeyInfo:
     derived: str = ""
     """In words, what the value is when the key is absent; empty for a plain default."""
     forced: bool = False
-    """The derived value stands even when the user gives another one."""
+    """The derived value wins even when the user gives another one."""
     changes_outputs: bool | None = None
     """Keys of the model: whether the same weights give other outputs under another value, number formats and kernels
     aside. A run may then not go on from a checkpoint of another value, unless `ckpt.allow_model_changes` says so."""
@@ -92,20 +92,20 @@ def later(
     changes_outputs: bool | None = None,
     **constraints: Any,
 ) -> Any:
-    """A key whose feature is not there yet: any value but the default (or `accepts`) is refused by name."""
+    """A key whose feature is missing: any value but the default (or `accepts`) is refused by name."""
     return _field(default, doc, KeyInfo(Status.LATER, feature, accepts, changes_outputs=changes_outputs), constraints)
 
 
 def no_effect(
     default: Any, doc: str, reason: str, *, derived: str = "", forced: bool = False, **constraints: Any
 ) -> Any:
-    """A key that is accepted for the sake of existing configs and changes nothing; `reason` says why."""
+    """A key accepted for compatibility with existing configs, without effect; `reason` says why."""
     info = KeyInfo(Status.NO_EFFECT, reason, derived=derived, forced=forced, changes_outputs=False)
     return _field(default, doc, info, constraints)
 
 
 def used_with(default: Any, doc: str, other: str, *, changes_outputs: bool | None = None, **constraints: Any) -> Any:
-    """A key that refines key `other`, and means nothing while that one has its default."""
+    """A key that refines key `other`; without effect while that one has its default."""
     return _field(default, doc, KeyInfo(Status.DEPENDENT, other, changes_outputs=changes_outputs), constraints)
 
 
@@ -162,7 +162,7 @@ def is_derived(field: FieldInfo) -> bool:
 
 
 def _has_default_for_none(field: FieldInfo) -> bool:
-    """Whether None is no value of a field, but asks for its default."""
+    """Whether None is not a value of the field but a request for its default."""
     return is_derived(field) or (section_class(field) is not None and key_info(field) is None)
 
 

@@ -97,8 +97,8 @@ class ModelConfig(Section):
     )
     cpu_gemm: Literal["auto", "dtype", "fp32"] = key(
         "auto",
-        "How a CPU multiplies matrices of a 16-bit dtype: in that dtype, or widened to fp32 and rounded once; auto: as "
-        "measurements on CPUs of its kind favour.",
+        "Number format of a CPU's GEMMs of a 16-bit dtype: that dtype, or fp32 (operands widened, the result rounded "
+        "once); auto: whichever was faster on CPUs of its kind.",
         changes_outputs=False,
     )
     residual_in_fp32: bool = key(False, "Keep the residual stream in float32.", changes_outputs=False)
@@ -109,9 +109,7 @@ class ModelConfig(Section):
     )
     attention_backend: Literal[
         "auto", "flash-attn-2", "flash-attn-3", "flash-attn-4", "torch-varlen", "sdpa", "flex", "reference"
-    ] = key(
-        "auto", "Kernel of attention on GPUs; auto: the best that is there (see kernels.md).", changes_outputs=False
-    )
+    ] = key("auto", "Attention kernel on GPUs; auto: the best one available (see kernels.md).", changes_outputs=False)
     fused_kernels: Literal["auto", "none", "liger"] = key(
         "auto",
         "Kernels of norms and activations on GPUs where blocks are not compiled; auto: Liger's where it is installed.",
@@ -126,13 +124,13 @@ class ModelConfig(Section):
     )
     checkpoint_save_policy: Literal["nothing", "attention", "matmuls"] = used_with(
         "nothing",
-        "What a recomputed layer keeps besides its input: attention's output, or the results of all matrix products.",
+        "What a recomputed layer saves besides its input: attention's output, or the results of all GEMMs.",
         "model.checkpoint",
         changes_outputs=False,
     )
     checkpoint_budget: float | None = key(
         None,
-        "GiB of a micro-batch's layer activations that a rank may keep: each layer recomputes as little as fits. In "
+        "GiB of a micro-batch's layer activations that a rank may hold: each layer recomputes as little as fits. In "
         "place of model.checkpoint.",
         gt=0,
         changes_outputs=False,
@@ -192,7 +190,7 @@ class ModelConfig(Section):
 
     # Positions and attention.
     max_position_embeddings: int = key(
-        2048, "Longest sequence that positions were meant for.", ge=1, changes_outputs=True
+        2048, "Longest sequence that the positions were trained for.", ge=1, changes_outputs=True
     )
     rope_base: float = key(10000.0, "Base of the rotary frequencies.", gt=0, changes_outputs=True)
     rope_scaling: RopeScalingConfig | None = key(
@@ -340,7 +338,7 @@ class ModelConfig(Section):
 
     @property
     def num_recomputed(self) -> int:
-        """Layers of the whole model, from the first on, that are computed again in backward."""
+        """Number of recomputed layers of the whole model, counted from the first."""
         return int(self.num_layers * self.checkpoint)
 
     @property

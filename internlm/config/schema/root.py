@@ -85,7 +85,7 @@ class Config(Section):
         False, "Older spelling of model.checkpoint_save_policy = 'attention', in every tensor mode.", "model.checkpoint"
     )
     selective_checkpoint_offload: bool = used_with(
-        False, "Move what model.checkpoint_save_policy = 'attention' keeps to host memory.", "selective_checkpoint"
+        False, "Move what model.checkpoint_save_policy = 'attention' saves to host memory.", "selective_checkpoint"
     )
     only_load_lr: bool = later(False, "Resume only the learning rate of the optimizer.", "partial optimizer state")
     gradient_handler: list[Any] | None = later(

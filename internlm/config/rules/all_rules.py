@@ -1,15 +1,15 @@
-"""All rules, in the order in which their mistakes are reported."""
+"""All rules between keys, in the order in which their problems are reported."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from internlm.config.mistakes import Mistake
+from internlm.config.problem import Problem
 from internlm.config.rules import cuda_graphs, experts, float8, model, pipeline, ranks, run, splits
 from internlm.config.schema import Config
 
-Rule = Callable[[Config, int], Iterator[Mistake]]
-"""(config, world size) -> the mistakes found."""
+Rule = Callable[[Config, int], Iterator[Problem]]
+"""(config, world size) -> the problems found."""
 
 RULES: tuple[Rule, ...] = (
     ranks.fsdp,
@@ -39,7 +39,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def find_mistakes(config: Config, world_size: int) -> Iterator[Mistake]:
-    """Every mistake between the keys of a config that is to run on `world_size` ranks."""
+def find_problems(config: Config, world_size: int) -> Iterator[Problem]:
+    """Every problem between the keys of a config that is to run on `world_size` ranks."""
     for rule in RULES:
         yield from rule(config, world_size)
