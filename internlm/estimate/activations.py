@@ -1,7 +1,7 @@
 """What a decoder layer keeps for backward, in bytes, and computes again there, in floating-point operations.
 
 Arithmetic over dimensions and layout, without storage or processes; the formulas are those of doc/memory.md, and
-tests/core/parallel/test_activation_memory.py holds them against what is kept.
+tests/estimate/test_activation_memory.py holds them against what is kept.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.internevo_format import Checkpoint, Split, write
+from helpers.internevo_models import FAMILIES, model_of, section_of
 from helpers.model import tiny_model
-from internevo_format import Checkpoint, Split, write
 
 from internlm.checkpoint.inference import load_model_for_inference
 from internlm.checkpoint.internevo import is_internevo
@@ -18,29 +19,6 @@ from internlm.convert.from_internevo import Imported, import_internevo
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.storage import storage_path
 
-SECTION: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_layers": 4,
-    "num_attention_heads": 8,
-    "intermediate_size": 48,
-    "dtype": torch.bfloat16,
-    "qk_interleaved": False,
-    "checkpoint": False,
-    "parallel_output": True,
-    "apply_post_layer_norm": False,
-}
-GQA = {"num_kv_attention_heads": 4}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "INTERNLM": {},
-    "INTERNLM2": GQA,
-    "INTERNLM3": GQA,
-    "LLAMA2": GQA,
-    "QWEN2": GQA,
-    "BAICHUAN2": {"norm_head": True},
-    "GEMMA": {**GQA, "head_dim": 8, "add_unit_offset": True, "tie_word_embeddings": False},
-    "MISTRAL": {**GQA, "sliding_window": 16},
-}
 SPLITS: dict[str, Split] = {
     "one file": Split(),
     "two tensor ranks": Split(tp=2),
@@ -55,21 +33,6 @@ SPLITS: dict[str, Split] = {
     "head over fewer ranks": Split(wp=4, head_ranks=2),
     "no prefix, biases on every rank": Split(tp=2, model_prefix=False, row_bias_everywhere=True),
 }
-
-
-def model_of(model_type: str, section: dict[str, Any]) -> Any:
-    """The model, with values that no other weight of it has: biases and norms are not all zero or one."""
-    values = {name: value for name, value in section.items() if name != "num_chunks"}
-    model = tiny_model(model_type, **values)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def section_of(model_type: str, **changes: Any) -> dict[str, Any]:
-    return {**SECTION, **FAMILIES[model_type], **changes}
 
 
 def save(folder: Path, model_type: str, split: Split, model: Any = None, **changes: Any) -> dict[str, torch.Tensor]:

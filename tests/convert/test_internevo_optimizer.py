@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.commands import metrics_of, write_config
-from internevo_format import Checkpoint, Split, write
-from internevo_optimizer_format import KINDS, State, Zero, parallel_modes, write_optimizer
-from test_from_internevo import model_of, section_of
+from helpers.internevo_format import Checkpoint, Split, write
+from helpers.internevo_models import model_of, section_of
+from helpers.internevo_optimizer_format import KINDS, State, Zero, parallel_modes, write_optimizer
 from torch import Tensor
 from torch.nn import functional as F
 

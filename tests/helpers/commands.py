@@ -15,9 +15,8 @@ import torch
 
 # Before any fork, what the command would import on its way.
 import internlm.commands.train  # noqa: F401
+from helpers.processes import Forked, free_port
 from internlm.cli import main
-
-from .processes import Forked, free_port
 
 with torch.device("meta"):
     torch.nn.Embedding(1, 1)  # PyTorch imports a lot for the first random tensor without storage

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 # Before any fork.
 import internlm.verify.warm_up  # noqa: F401
+from helpers.ranks import RankPool
 from internlm.verify.case import Case, Combination
 from internlm.verify.record import Record, assemble
 from internlm.verify.report import Verdict, judge
 from internlm.verify.run import run_case
-
-from .ranks import RankPool
 
 STEPS = 2
 """The second shows that gradients were forgotten, moments kept and weights gathered."""

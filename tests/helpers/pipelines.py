@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.tiny import micro_batch, tiny_config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
@@ -21,8 +22,6 @@ from internlm.data.batch import Batch
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
-
-from .tiny import micro_batch, tiny_config
 
 LENGTHS = ((7, 1, 12), (5, 9), (16,), (3, 3, 8, 2))
 """Documents of a sample by its number: micro batches of one step differ in length."""

@@ -13,6 +13,7 @@ import torch
 
 # Before any fork.
 import internlm.verify.warm_up  # noqa: F401
+from helpers.ranks import RankPool
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import seed_everything
@@ -25,8 +26,6 @@ from internlm.verify.case import Case, Combination, changed
 from internlm.verify.record import Piece, RankRecord, Record, assemble, join, pieces_of
 from internlm.verify.report import Verdict, judge
 from internlm.verify.run import CaseRun, start_case
-
-from .ranks import RankPool
 
 SAVED_STEP, LAST_STEP = 1, 2
 """The step after the resume takes weights, masters, moments, counters and the place in the data as they were saved."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from helpers.tiny import global_batch, tiny_engine, tiny_model
 from internlm.checkpoint.folder import find_checkpoints
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CheckpointManager
@@ -23,8 +24,6 @@ from internlm.data.batch import Batch
 from internlm.solver.grad_scaler import DynamicGradScaler, GradScaler
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 from internlm.utils.storage import storage_path
-
-from .tiny import global_batch, tiny_engine, tiny_model
 
 
 class Source:

@@ -11,7 +11,7 @@ from helpers.layouts import STEPS, record_of, reference_of, verdict_of
 from helpers.resume import Ranks, run_row
 from torch import Tensor
 
-from internlm.core.parallel.linear.parallel_linear import kernels as products
+from internlm.core.parallel.linear import kernels as products
 from internlm.initialize.build import build_chunks
 from internlm.model.modules.linear import Float8Linear
 from internlm.model.ops.float8 import scaled_gemm as float8

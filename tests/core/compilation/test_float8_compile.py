@@ -15,7 +15,7 @@ from internlm.core.compilation.compile_layers import compile_layers
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp, local_tensor, reshard
-from internlm.core.parallel.linear.parallel_linear import kernels as products
+from internlm.core.parallel.linear import kernels as products
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.registry import build_model

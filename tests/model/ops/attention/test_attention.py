@@ -16,7 +16,7 @@ from internlm.model.ops.cpu.native import has_native_ops
 
 HEADS, HEAD_DIM = 6, 10
 KERNELS = ["flash", "blocks", *(["native"] if has_native_ops() else [])]
-"""Those of a CPU; tests/model/ops/test_native.py has more of the native one."""
+"""Those of a CPU; tests/model/ops/cpu/test_native.py has more of the native one."""
 
 
 def _inputs(

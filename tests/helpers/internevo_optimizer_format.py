@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from internevo_format import Checkpoint, Split, rank_tensors, split_layers
 from torch import Tensor
+
+from helpers.internevo_format import Checkpoint, Split, rank_tensors, split_layers
 
 
 @dataclass
