@@ -377,6 +377,8 @@ class CheckpointManager:
             if check is not None:
                 check(checkpoint.path, mark, mark.contents)
             load_run(trainer, checkpoint.path, set(mark.contents))
+            trainer.resumed_from = str(checkpoint.path)
+            trainer.tell_loaded(checkpoint.path)
             return checkpoint
         if found:
             raise CheckpointError(
@@ -419,6 +421,7 @@ class CheckpointManager:
         if check is not None:
             check(folder, mark, wanted)
         load_run(trainer, folder, wanted, strict=strict)
+        trainer.tell_loaded(folder)
 
 
 def _as_storage_path(path: StoragePath | Path | str | None) -> StoragePath | None:

@@ -117,9 +117,13 @@ def _put_back(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None
         if take_back is not None and state.get("data"):
             take_back(state["data"])
     if wanted == set(WHOLE_RUN):
+        saved_hooks: dict[str, Any] = dict(state["hooks"])
         for hook in trainer.hooks:
-            if hook.name in state["hooks"]:
-                hook.load_state_dict(state["hooks"][hook.name])
+            if hook.name in saved_hooks:
+                hook.load_state_dict(saved_hooks.pop(hook.name))
+        unused = sorted(name for name, saved_state in saved_hooks.items() if saved_state)
+        if unused:
+            logger.warning("the checkpoint has the state of hooks that this run lacks: %s", ", ".join(unused))
 
 
 def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: bool = True) -> None:

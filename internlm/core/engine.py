@@ -56,6 +56,9 @@ class Optimizer(Protocol):
     def begin_step(self, num_backwards: int) -> None:
         """Start with no gradients; each chunk will run this many backward passes."""
 
+    def reduce_gradients(self) -> None:
+        """Finish summing gradients over ranks; collective. `step` calls it where nobody has."""
+
     def step(self, lr: float, beta2: float | None) -> StepResult:
         """Reduce, clip, update."""
 
@@ -75,6 +78,23 @@ class TokenStatistics(TokenSink, Protocol):
 
     def result(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Scalar metrics over all tokens since the last call, on all ranks."""
+
+
+@dataclass
+class ForwardBackwardResult:
+    """What the passes of one step computed; `Engine.optimizer_step` takes it.
+
+    Attributes:
+        loss_sum: scalar fp32, sum of the losses of this rank's tokens (not yet summed over ranks).
+        loss_scale: scalar fp32, the factor on the loss in backward.
+        num_valid_tokens: scalar fp32, of the global batch.
+        seconds: host time.
+    """
+
+    loss_sum: Tensor
+    loss_scale: Tensor
+    num_valid_tokens: Tensor
+    seconds: float
 
 
 @dataclass
@@ -165,15 +185,35 @@ class Engine:
         return self.chunks[0]
 
     def train_step(
-        self, batch: Batch, lr: float | Callable[[], float], beta2: float | Callable[[], float] | None = None
+        self,
+        batch: Batch,
+        lr: float | Callable[[], float],
+        beta2: float | Callable[[], float] | None = None,
+        *,
+        before_optimizer_step: Callable[[], None] | None = None,
     ) -> EngineResult:
-        """One optimizer step on this rank's share of a global batch. Collective over all ranks.
+        """One optimizer step on this rank's share of a global batch: `forward_backward`, then `optimizer_step`.
+
+        Collective over all ranks.
 
         Args:
             batch: this data rank's micro batches, as many as on every other data rank.
-            lr: learning rate of this step. A function is called when forward and backward are queued: what it waits for
-                has had that time to come.
-            beta2: second AdamW coefficient of this step, likewise; None keeps the one before.
+            lr: learning rate of this step. A function is called when forward and backward are queued, so that a device
+                value it reads has had that time to arrive.
+            beta2: second AdamW coefficient of this step, likewise; None keeps the previous one.
+            before_optimizer_step: called between the two, on reduced gradients.
+        """
+        passes = self.forward_backward(batch)
+        if before_optimizer_step is not None:
+            self.optimizer.reduce_gradients()
+            before_optimizer_step()
+        return self.optimizer_step(passes, lr, beta2)
+
+    def forward_backward(self, batch: Batch) -> ForwardBackwardResult:
+        """Forward and backward passes over all micro batches; gradients accumulate in the optimizer. Collective.
+
+        Args:
+            batch: this data rank's micro batches, as many as on every other data rank.
         """
         started = time.perf_counter()
         for chunk in self.chunks:
@@ -205,24 +245,34 @@ class Engine:
             for chunk in self.chunks:
                 parallel_of(chunk).end_backward()
         self.parallel.weight_gradients.check_empty()
-        backward_done = time.perf_counter()
+        return ForwardBackwardResult(loss_sum, loss_scale, num_valid_tokens, time.perf_counter() - started)
 
+    def optimizer_step(
+        self,
+        passes: ForwardBackwardResult,
+        lr: float | Callable[[], float],
+        beta2: float | Callable[[], float] | None = None,
+    ) -> EngineResult:
+        """Reduce and clip the gradients of `passes`, update the weights, and sum up the metrics. Collective.
+
+        Args:
+            passes: from `forward_backward`, of the same step.
+            lr, beta2: see `train_step`.
+        """
+        started = time.perf_counter()
         self.progress.mark("optimizer step")
         result = self.optimizer.step(lr() if callable(lr) else lr, beta2() if callable(beta2) else beta2)
         self.progress.mark("metrics")
-        loss = self.sum_over_tokens(loss_sum) / num_valid_tokens.clamp(min=1.0)
+        loss = self.sum_over_tokens(passes.loss_sum) / passes.num_valid_tokens.clamp(min=1.0)
         statistics = self.statistics.result(self.sum_over_tokens) if self.statistics else {}
         return EngineResult(
             loss=loss,
             grad_norm=result.grad_norm,
             skipped=result.skipped,
-            loss_scale=loss_scale,
-            num_valid_tokens=num_valid_tokens,
+            loss_scale=passes.loss_scale,
+            num_valid_tokens=passes.num_valid_tokens,
             statistics=statistics,
-            seconds={
-                "forward_backward": backward_done - started,
-                "optimizer": time.perf_counter() - backward_done,
-            },
+            seconds={"forward_backward": passes.seconds, "optimizer": time.perf_counter() - started},
         )
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
-"""The surface on which everything that is not the loop hangs: logging, evaluation, checkpoints, garbage collection.
+"""The protocol between the training loop and its hooks: logging, evaluation, checkpoints, and hooks of a user.
 
-The trainer calls each hook in the order given and knows none of them by name. A hook may keep state of its own, which
-is saved with every checkpoint under its `name`.
+The trainer calls each hook in the order given and knows none by name. Every checkpoint holds the state of each hook,
+under its `name`. doc/hooks.md has complete examples, and shows how a config adds a hook.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.engine import Engine
 from internlm.core.step_metrics import StepMetrics
 from internlm.utils.storage import StoragePath
 
@@ -19,8 +21,8 @@ class TrainState:
     """The counters of a run; saved with every checkpoint.
 
     Attributes:
-        step: optimizer steps taken or skipped so far (the `batch_count` of InternEvo).
-        num_consumed_samples: samples of all data ranks, the data cursor.
+        step: optimizer steps taken or skipped so far (`batch_count` in InternEvo).
+        num_consumed_samples: samples of all data ranks; the data cursor.
         num_consumed_tokens: tokens of all data ranks, padding included.
     """
 
@@ -31,16 +33,16 @@ class TrainState:
 
 @dataclass(frozen=True)
 class SaveResult:
-    """What became of a save.
+    """The outcome of a save.
 
     Attributes:
-        step: what was saved.
-        path: its folder.
+        step: the step that was saved.
+        path: folder of the checkpoint.
         snapshot: whether it is one of the rotating snapshots.
-        seconds_stalled: how long training stood still for it.
-        seconds_written: from its beginning until it was complete.
+        seconds_stalled: how long training waited for it.
+        seconds_written: from its start until it was complete.
         error: why it failed, in one line; None when it is complete.
-        notice: what else went wrong, after it was complete.
+        notice: a problem that occurred after it was complete.
     """
 
     step: int
@@ -53,7 +55,7 @@ class SaveResult:
 
 
 class RunningTrainer(Protocol):
-    """What a hook may use of the trainer."""
+    """The part of the trainer that hooks may use."""
 
     state: TrainState
     total_steps: int
@@ -61,78 +63,105 @@ class RunningTrainer(Protocol):
     is_main_rank: bool
     """True on the one rank that writes to the console, metrics files and TensorBoard."""
     resumed_from: str | None
-    """The checkpoint that this run goes on from, for people; None when there is none."""
+    """The checkpoint that this run continues, for display; None when there is none."""
+    engine: Engine
+    """Holds the model (`engine.chunks`, this rank's parts of it) and the optimizer (`engine.optimizer`)."""
+    context: ParallelContext
+    """Where this rank stands."""
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the loop is left before its end; None when it goes on or has reached it."""
+        """Why the loop ends early; None when it does not."""
 
     @property
     def save_reason(self) -> str | None:
-        """Why someone wants the step just counted saved; None when nobody does. The same on all ranks."""
+        """Why a save of the step just counted was requested; None when it was not. The same on all ranks."""
 
     def evaluate(self) -> dict[str, float]:
-        """Run every valid set on all its tokens; all ranks must call it. Returns `val/<set>_loss`, `_acc`, `_plex`. A
-        set that cannot be read is told as an error and left out."""
+        """Evaluate every valid set on all its tokens; collective. Returns `val/<set>_loss`, `_acc`, `_plex`. A set that
+        cannot be read is logged as an error and left out."""
 
     def save_checkpoint(self, *, snapshot: bool = False) -> None:
-        """Save this instant, or begin to; all ranks must call it. What becomes of it comes from `poll_saves`."""
+        """Save the current state, or start to; collective. `poll_saves` returns the outcome."""
 
     def poll_saves(self) -> list[SaveResult]:
-        """The saves that ended since the last call, well or not; never waits. Only the main rank gets any."""
+        """The saves that ended since the last call, successful or not; never waits. Empty but on the main rank."""
 
     def finish_saving(self) -> None:
-        """Wait for the saves under way; all ranks must call it. Raises CheckpointError when the newest one failed."""
+        """Wait for all saves in progress; collective. Raises CheckpointError when the newest one failed."""
 
     def drain_saves(self, seconds: float) -> None:
-        """Wait, no longer than that, for this rank's saves under way. Not collective, for after an exception."""
+        """Wait at most `seconds` for this rank's saves in progress. Not collective; for use after an exception."""
 
     def request_stop(self, reason: str) -> None:
-        """Leave the loop soon, on all ranks at the same step; a final checkpoint is saved. Any rank may call it."""
+        """Leave the loop soon, on all ranks at the same step, with a final checkpoint. Any rank may call it."""
 
     def request_save(self, reason: str) -> None:
         """Save a checkpoint soon, on all ranks at the same step. Any rank may call it."""
 
     def request_at(self, step: int) -> None:
-        """Save and stop at `step`; below 0, save at step -`step`; 0 takes it back. Only the main rank may call it."""
+        """Save and stop at `step`; below 0, save at step -`step`; 0 cancels. For the main rank only."""
 
 
 class Hook:
-    """Base of all hooks; every method does nothing. All ranks call all methods at the same points."""
+    """Base of all hooks; every method does nothing. All ranks call all methods at the same points.
+
+    Attributes:
+        name: unique among the hooks of a run; key of the hook's state in checkpoints.
+    """
 
     name = "hook"
 
+    def on_checkpoint_loaded(self, trainer: RunningTrainer, path: StoragePath) -> None:
+        """Called before `on_fit_start`, after weights (or a whole run, see `trainer.resumed_from`) were loaded from
+        `path`, and after `load_state_dict`."""
+
     def on_fit_start(self, trainer: RunningTrainer) -> None:
-        """Called once, after a checkpoint was (or was not) loaded and before the first step."""
+        """Called once before the first step, whether or not a checkpoint was loaded."""
 
     def on_step_start(self, trainer: RunningTrainer) -> None:
         """Called before the batch of a step is loaded."""
 
+    def on_before_optimizer_step(self, trainer: RunningTrainer) -> None:
+        """Called after the last backward pass of a step, on gradients that are summed over all ranks and micro batches
+        and not clipped yet: `trainer.engine.optimizer.sharded_gradients()` yields this rank's share of them. Not called
+        for a skipped batch. `trainer.state.step` does not count this step yet."""
+
+    def on_after_optimizer_step(self, trainer: RunningTrainer) -> None:
+        """Called when weights and optimizer state are updated (or the update was skipped for a non-finite gradient).
+        Call `trainer.engine.optimizer.finish_gathering()` before reading weights. `trainer.state.step` does not count
+        this step yet."""
+
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
-        """Called after the optimizer step, so not where a batch was skipped. `trainer.state.step` counts this step."""
+        """Called after the optimizer step; not for a skipped batch. `trainer.state.step` counts this step."""
 
     def on_step_counted(self, trainer: RunningTrainer) -> None:
-        """Called at the end of every step, trained or skipped, after all `on_step_end`: for what is due by number."""
+        """Called at the end of every step, trained or skipped, after all `on_step_end`: for what is due at a step
+        number."""
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
         """Called after an evaluation; `results` maps `val/<set>_loss`, `_acc`, `_plex` to numbers."""
 
     def on_save_start(self, trainer: RunningTrainer) -> None:
-        """Called before a checkpoint of this instant is taken. A run killed later may go on from here: write now what
-        must not be lost."""
+        """Called before a checkpoint of the current state: write now whatever must survive a resume from it."""
 
     def on_checkpoint_saved(self, trainer: RunningTrainer, path: StoragePath) -> None:
-        """Called when a checkpoint is complete, on the main rank only; with saves in the background, steps later."""
+        """Called when a checkpoint is complete, on the main rank only; for a background save, steps later."""
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
         """Called when an exception leaves the loop, before the process ends; must not raise."""
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
-        """Called once when the loop is left, also on a stop request; not after an exception."""
+        """Called once when the loop ends, also after a stop request; not after an exception."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State to save with a checkpoint (picklable without torch objects)."""
+        """State to save with every checkpoint, as JSON values; the main rank's is saved."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore what `state_dict` returned, on every rank."""
+
+
+def overrides(hook: Hook, event: str) -> bool:
+    """Whether a hook defines a method of `Hook` itself."""
+    return getattr(type(hook), event) is not getattr(Hook, event)

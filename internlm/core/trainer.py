@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,7 +15,7 @@ import torch
 from internlm.core.communication.collectives import all_reduce_async
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
-from internlm.core.hooks import Hook, SaveResult, TrainState
+from internlm.core.hooks import Hook, SaveResult, TrainState, overrides
 from internlm.core.run_control import RequestSignals, RunControl
 from internlm.core.step_metrics import StepMetrics
 from internlm.core.synchronized_reading import read_together
@@ -22,6 +23,7 @@ from internlm.core.token_statistics import TokenSums, evaluation_results
 from internlm.data.batch import Batch
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
+from internlm.utils.storage import StoragePath
 
 logger = get_logger(__name__)
 
@@ -95,6 +97,9 @@ class Trainer:
         """Updates taken until the step before the last one: of that, the device has not told yet."""
         self._last_step: StepMetrics | None = None
         self.hooks = list(hooks)
+        repeated = [name for name, count in Counter(hook.name for hook in self.hooks).items() if count > 1]
+        if repeated:
+            raise ValueError(f"two hooks are named '{repeated[0]}': the state of a hook is saved under its name")
         self.run_dir = Path(run_dir)
         self.valid_sets = dict(valid_sets or {})
         self.checkpointer = checkpointer
@@ -171,9 +176,14 @@ class Trainer:
         self.progress.mark("training step")
         position = functools.cache(self._schedule_position)
         beta2_at = self.beta2
-        result = self.engine.train_step(
-            batch, lambda: self.lr(position()), (lambda: beta2_at(position())) if beta2_at else None
-        )
+        lr, beta2 = (lambda: self.lr(position())), (lambda: beta2_at(position())) if beta2_at else None
+        if self._listens("on_before_optimizer_step"):
+            before = functools.partial(self._call, "on_before_optimizer_step")
+            result = self.engine.train_step(batch, lr, beta2, before_optimizer_step=before)
+        else:
+            result = self.engine.train_step(batch, lr, beta2)
+        if self._listens("on_after_optimizer_step"):
+            self._call("on_after_optimizer_step")
         self.num_skipped_updates = self.num_skipped_updates + result.skipped
         num_tokens = self._count(batch)
         documents = batch.num_documents
@@ -219,6 +229,13 @@ class Trainer:
         self.state.num_consumed_samples += batch.num_samples
         self.state.num_consumed_tokens += num_tokens
         return num_tokens
+
+    def _listens(self, event: str) -> bool:
+        return any(overrides(hook, event) for hook in self.hooks)
+
+    def tell_loaded(self, path: StoragePath) -> None:
+        """Tell the hooks that a checkpoint was loaded; for whoever loads one into this trainer."""
+        self._call("on_checkpoint_loaded", path)
 
     def _call(self, event: str, *args: Any) -> None:
         for hook in self.hooks:

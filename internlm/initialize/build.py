@@ -50,6 +50,7 @@ from internlm.initialize.stages import (
     state_form,
 )
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
+from internlm.initialize.user_hooks import build_user_hooks, check_names
 from internlm.model.architecture import Architecture
 from internlm.model.ops.cpu.gemm import choose_cpu_gemm
 from internlm.model.ops.cross_entropy import linear_cross_entropy
@@ -308,7 +309,7 @@ def build_hooks(
     *,
     profiling: bool = False,
 ) -> list[Hook]:
-    """What hangs on the loop, in the order in which it is called."""
+    """The hooks of the loop, in the order in which they are called; those of the config come last."""
     numbers = StepNumbers(Throughput(context.world_size, build_flops(config, context.device, engine.chunks[0])))
     hooks: list[Hook] = [GarbageCollectionHook(config.data.empty_cache_and_diag_interval)]
     hooks.append(ConsoleHook(numbers, config.monitor.log_every, config.monitor.log_format))
@@ -337,7 +338,9 @@ def build_hooks(
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
     hooks.append(build_health(config, numbers, engine, train_loader))
-    return hooks
+    own = build_user_hooks(config.hooks)
+    check_names(hooks, own)
+    return [*hooks, *own]
 
 
 def build_health(config: Config, numbers: StepNumbers, engine: Engine, train_loader: TrainLoader) -> HealthHook:
@@ -436,7 +439,6 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
     resumes = config.ckpt.auto_resume and config.ckpt.enable_save_ckpt
     found = manager.resume(trainer, check) if resumes else None
     if found is not None:
-        trainer.resumed_from = str(found.path)
         _keep_files(config, manager, found.path)
         logger.info("resuming at step %d of %d from %s", trainer.state.step, trainer.total_steps, found.path)
         check_finite(trainer, found.path)
@@ -451,6 +453,7 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
             check_foreign_weights(config, info, path)
             load_weights(trainer, weights, f"'{path}'", strict=info.strict)
+            trainer.tell_loaded(path)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
         check_finite(trainer, path)
     else:

@@ -34,6 +34,7 @@ from internlm.initialize.build import (
 )
 from internlm.initialize.stages import build_meta_model
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
+from internlm.initialize.user_hooks import build_user_hooks
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.utils.errors import CheckpointError, ConfigError, DataError, UserError
 from internlm.utils.optional_packages import why_unusable
@@ -263,4 +264,9 @@ def _packages(config: Config, context: ParallelContext) -> list[str]:
     return [f"TensorBoard is off: {reason} (pip install tensorboard, or set enable_tb = False)"] if reason else []
 
 
-CHECKS: tuple[Check, ...] = (_train_folder, _valid_folder, _tokenizer, _weights, _folders, _packages)
+def _hooks(config: Config, context: ParallelContext) -> list[str]:
+    build_user_hooks(config.hooks)
+    return []
+
+
+CHECKS: tuple[Check, ...] = (_train_folder, _valid_folder, _tokenizer, _weights, _folders, _packages, _hooks)

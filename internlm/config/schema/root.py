@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar
 
-from pydantic import model_validator
+from pydantic import field_serializer, model_validator
 
 from internlm.config.schema.base import PathText, Section, key, later, no_effect, section, used_with
 from internlm.config.schema.ckpt import CkptConfig
@@ -58,6 +58,11 @@ class Config(Section):
     cpu_offloading: CpuOffloadingConfig = section(CpuOffloadingConfig, "Activations in host memory.")
     float8: Float8Config = section(Float8Config, "Matrix products in float8.")
     hf: HfConfig = section(HfConfig, "A Hugging Face model class by import path.")
+    hooks: list[Any] = key(
+        [],
+        "Your own hooks, called in this order after the built-in ones: import paths such as 'package.module.Class', "
+        "dict(type=<import path>, <argument>=...), or subclasses and instances of Hook (see hooks.md).",
+    )
 
     use_fp32_norm: bool = key(False, "Weights and computation of norms in float32.")
     enable_tb: bool = key(True, "Write TensorBoard events.")
@@ -110,6 +115,11 @@ class Config(Section):
     int8_training: bool = later(False, "Matrix products in int8.", "int8 training")
     int8_mode: str | None = used_with(None, "Granularity of int8 scales.", "int8_training")
 
+    @field_serializer("hooks", when_used="json")
+    def _hooks_as_text(self, hooks: list[Any]) -> list[Any]:
+        """Classes and instances as their import paths: a checkpoint's copy of the config is JSON."""
+        return [_as_text(entry) for entry in hooks]
+
     @model_validator(mode="after")
     def _fill(self) -> Config:
         schedule, beta2 = self.lr_scheduler, self.beta2_scheduler
@@ -128,6 +138,17 @@ class Config(Section):
         if self.selective_checkpoint and "checkpoint_save_policy" not in self.model.model_fields_set:
             self._derive(model=_derived(self.model, checkpoint_save_policy="attention"))
         return self
+
+
+def _as_text(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        return {name: _as_text(value) for name, value in entry.items()}
+    if isinstance(entry, list | tuple):
+        return [_as_text(value) for value in entry]
+    if entry is None or isinstance(entry, str | int | float):
+        return entry
+    cls = entry if isinstance(entry, type) else type(entry)
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _derived(part: _S, **values: Any) -> _S:

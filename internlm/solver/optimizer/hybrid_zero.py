@@ -109,6 +109,7 @@ class HybridZeroOptimizer:
         self.states, self._updater = build_states(self.buckets, form, weight_decay)
         self._unused = UnusedParameters(self.states)
         self._divisor = torch.ones((), device=context.device)
+        self._is_reduced = self._is_updated = False
         self._next_reduction = 0
         self._install_hooks()
 
@@ -143,6 +144,7 @@ class HybridZeroOptimizer:
         for bucket, num_chunks in zip(self.buckets, self._num_chunks, strict=True):
             bucket.begin_step([num_backwards * count for count in num_chunks])
         self._next_reduction = 0
+        self._is_reduced = self._is_updated = False
 
     def _on_gradient(self, number: int, index: int, gradient: Tensor) -> None:
         self.buckets[number].accumulate(index, gradient)
@@ -167,12 +169,7 @@ class HybridZeroOptimizer:
             lr: learning rate of this step.
             beta2: second AdamW coefficient of this step; None keeps the one before.
         """
-        while self._next_reduction < len(self.buckets):
-            self._start_next_reduction()
-        self.buckets[-1].continue_reduction()
-        for bucket in self.buckets:
-            bucket.finish_reduction()
-
+        self.reduce_gradients()
         grad_norm = self._global_grad_norm() / self.scaler.scale
         skipped = torch.where(torch.isfinite(grad_norm), 0.0, 1.0)
         self._divisor = self.scaler.scale
@@ -184,9 +181,23 @@ class HybridZeroOptimizer:
         self._updater.run(
             self._unused.used_parts(), AdamStep(lr, *self._betas, self._eps, divisor=self._divisor, skipped=skipped)
         )
+        self._is_updated = True
         self.scaler.update(skipped)
         self.gather_parameters()
         return StepResult(grad_norm, skipped)
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Finish summing the gradients over ranks; collective. Afterwards `sharded_gradients` can be read."""
+        if self._is_reduced:
+            return
+        while self._next_reduction < len(self.buckets):
+            self._start_next_reduction()
+        self.buckets[-1].continue_reduction()
+        for bucket in self.buckets:
+            bucket.finish_reduction()
+        self._divisor = self.scaler.scale
+        self._is_reduced = True
 
     def _global_grad_norm(self) -> Tensor:
         squares = [bucket.squared_grad_norm() / bucket.kind.num_holders(self.context) for bucket in self.buckets]
@@ -236,17 +247,17 @@ class HybridZeroOptimizer:
                     yield f"{kind}/{shard_spec_of(parameter).name}", parameter, pieces
 
     def sharded_gradients(self) -> Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]:
-        """The gradient of the last step as it was applied: summed over all ranks, without loss scale, clipped; in fp32,
-        of float64 parameters in float64.
+        """The gradient of the last step, summed over all ranks, without loss scale; in fp32, of float64 parameters in
+        float64. Clipped, as it was applied, after `step`; not clipped between `reduce_gradients` and `step`.
 
-        Valid after `step` until the next `begin_step`.
+        Valid after `reduce_gradients` or `step` until the next `begin_step`.
 
         Yields:
             (name of the ShardSpec, parameter, pieces), where the pieces are this rank's share; nothing may be written
             into them.
         """
         for bucket in self.buckets:
-            is_divided = self._updater.divides(bucket.grad_shard.dtype)
+            is_divided = self._is_updated and self._updater.divides(bucket.grad_shard.dtype)
             for parameter, pieces in bucket.pieces(bucket.grad_shard):
                 if not is_divided:
                     pieces = [(box, piece.float() / self._divisor) for box, piece in pieces]

@@ -1,0 +1,95 @@
+"""Builds the hooks that a config names under `hooks`: import paths, with arguments, or objects."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from internlm.core.hooks import Hook
+from internlm.utils.errors import ConfigError, nearest
+
+
+def build_user_hooks(entries: Sequence[Any]) -> list[Hook]:
+    """The hooks of `hooks = [...]`, in order.
+
+    Args:
+        entries: each an import path "package.module.Class"; a dict(type=<import path or class>, <argument>=...); a
+            subclass of `Hook`; or an instance of one.
+
+    Raises:
+        ConfigError: an entry cannot be imported, is not a hook, or does not take its arguments; or two hooks share a
+            name. Names the entry.
+    """
+    hooks = [_build(f"hooks[{number}]", entry) for number, entry in enumerate(entries)]
+    names: dict[str, int] = {}
+    for number, hook in enumerate(hooks):
+        if hook.name in names:
+            raise ConfigError(
+                f"hooks[{number}]: {type(hook).__name__}.name = {hook.name!r} is also that of "
+                f"hooks[{names[hook.name]}]; checkpoints store the state of a hook under its name: change `name` in "
+                "one of the classes"
+            )
+        names[hook.name] = number
+    return hooks
+
+
+def check_names(builtin: Sequence[Hook], own: Sequence[Hook]) -> None:
+    """Refuse a user's hook with the name of a built-in one.
+
+    Raises:
+        ConfigError: names both.
+    """
+    taken = {hook.name: type(hook).__name__ for hook in builtin}
+    for number, hook in enumerate(own):
+        if hook.name in taken:
+            raise ConfigError(
+                f"hooks[{number}]: {type(hook).__name__}.name = {hook.name!r} is that of the built-in "
+                f"{taken[hook.name]}; set `name` to another text in the class"
+            )
+
+
+def _build(key: str, entry: Any) -> Hook:
+    if isinstance(entry, Hook):
+        return entry
+    arguments: dict[str, Any] = {}
+    if isinstance(entry, dict):
+        arguments = {name: value for name, value in entry.items() if name != "type"}
+        if "type" not in entry:
+            raise ConfigError(f'{key} = {entry!r}: give dict(type="package.module.Class", argument=...)')
+        entry = entry["type"]
+    cls = _import(key, entry) if isinstance(entry, str) else entry
+    if not (inspect.isclass(cls) and issubclass(cls, Hook)):
+        raise ConfigError(f"{key} = {entry!r} is not a subclass of internlm.core.hooks.Hook, nor an instance of one")
+    try:
+        inspect.signature(cls).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{key}: {cls.__name__}{inspect.signature(cls)}: {error}") from None
+    try:
+        return cls(**arguments)
+    except Exception as error:
+        raise ConfigError(f"{key}: {cls.__name__} could not be built: {type(error).__name__}: {error}") from error
+
+
+def _import(key: str, path: str) -> Any:
+    """The object at an import path; modules are also searched in the current directory, as `python -m` does."""
+    module_name, _, name = path.rpartition(".")
+    if not module_name or not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(f'{key} = {path!r}: expected "package.module.Class"')
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        searched = f"; modules are searched in {os.getcwd()} and where Python finds packages"
+        raise ConfigError(f"{key} = {path!r}: {error}{searched}") from None
+    except Exception as error:
+        raise ConfigError(
+            f"{key} = {path!r}: importing '{module_name}' raised {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{key} = {path!r}: '{module_name}' has no '{name}'.{nearest(name, list(vars(module)))}")
+    return getattr(module, name)
