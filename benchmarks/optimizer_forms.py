@@ -27,8 +27,9 @@ from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.shard_spec import Box, ShardSpec, attach_shard_spec
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
-from internlm.solver.optimizer.rounding_noise import RoundingNoise
+from internlm.solver.optimizer.rules.adamw import AdamW
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
+from internlm.solver.optimizer.stochastic_rounding import StochasticRounding
 
 DTYPES = (torch.float32, torch.bfloat16)
 FORMS = [StateForm(*form) for form in itertools.product(DTYPES, DTYPES, (False, True))]
@@ -60,7 +61,7 @@ def step_times(megabytes: int, rounds: int) -> None:
         print(f"{form}: {1000 * median:.1f} ms, {median / base:.2f}x")
 
 
-def nearest(self: RoundingNoise, bits: Tensor, box: Box, key: str) -> None:
+def nearest(self: StochasticRounding, bits: Tensor, box: Box, key: str) -> None:
     """In place of random numbers: half of the distance, and ties to even."""
     bits.add_(((bits >> 16) & 1) + 0x7FFF)
 
@@ -74,7 +75,7 @@ def train(form: StateForm, beta2: float, num_steps: int) -> tuple[float, float]:
     with torch.device("meta"):
         model = build_model("INTERNLM2", config)
     model = parallelize(model, context, seed=7)
-    optimizer = HybridZeroOptimizer(model, context, betas=(0.9, beta2), clip_grad_norm=1.0, form=form)
+    optimizer = HybridZeroOptimizer(model, context, rule=AdamW((0.9, beta2)), clip_grad_norm=1.0, form=form)
     losses = []
     for step in range(num_steps):
         tokens = torch.randint(0, 61, (4, 21), generator=torch.Generator().manual_seed(step % 20))
@@ -85,7 +86,7 @@ def train(form: StateForm, beta2: float, num_steps: int) -> tuple[float, float]:
         # The second half of the steps with a falling rate.
         optimizer.step(1e-3 * min(1.0, 2 * (1 - step / num_steps)))
         losses.append(float(loss.detach()))
-    roots = sum(float(state.exp_avg_sq.float().sqrt().sum()) for state in optimizer.states)
+    roots = sum(float(state.tensors["exp_avg_sq"].float().sqrt().sum()) for state in optimizer.states)
     return statistics.mean(losses[-num_steps // 10 :]), roots
 
 
@@ -96,7 +97,7 @@ def rounding(num_steps: int) -> None:
         print(f"beta2 {beta2}: fp32 {loss:.4f}", end="")
         form = StateForm(moments=torch.bfloat16)
         stochastic = train(form, beta2, num_steps)
-        with patch.object(RoundingNoise, "add", nearest):
+        with patch.object(StochasticRounding, "add", nearest):
             to_nearest = train(form, beta2, num_steps)
         for name, found in (("stochastic", stochastic), ("nearest", to_nearest)):
             print(f"; {name} {found[0]:.4f}, moment {found[1] / roots:.3f}", end="")

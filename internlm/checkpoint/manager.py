@@ -41,8 +41,8 @@ from internlm.core.communication.objects import from_main_rank, of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import random_state
 from internlm.core.hooks import SaveResult
+from internlm.core.optimizer_protocol import Optimizer
 from internlm.core.trainer import Trainer
-from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -85,7 +85,7 @@ class CheckpointManager:
         self.keep_latest = keep_latest
         self.async_save = async_save
         self.after_save = after_save
-        self._plan: tuple[HybridZeroOptimizer, RankPlan] | None = None
+        self._plan: tuple[Optimizer, RankPlan] | None = None
         # Started now: it is ready when the first save comes.
         self._background = BackgroundWriter() if async_save else None
         self._under_way: tuple[SaveTask, bool, float, float] | None = None
@@ -159,7 +159,6 @@ class CheckpointManager:
         self.drain()
         context = self._context = trainer.context
         optimizer = trainer.engine.optimizer
-        assert isinstance(optimizer, HybridZeroOptimizer)
         step = trainer.state.step
         tensors: dict[str, Any] = {
             **model_tensors(*optimizer.chunks),
@@ -217,7 +216,6 @@ class CheckpointManager:
 
     def _files(self, trainer: Trainer) -> dict[str, bytes]:
         optimizer = trainer.engine.optimizer
-        assert isinstance(optimizer, HybridZeroOptimizer)
         state = {
             "state": asdict(trainer.state),
             "inf_nan_skip_batches": float(trainer.num_skipped_updates),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from internlm.core.communication.objects import of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import set_random_state
 from internlm.core.hooks import TrainState
+from internlm.core.optimizer_protocol import Optimizer
 from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
-from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
@@ -45,7 +45,7 @@ def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
     )
 
 
-def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Any]:
     """`optimizer/<kind>/<name>` -> this rank's boxes of masters and moments, under the parameter's global name."""
 
     def dtype_of(key: str, parameter: nn.Parameter) -> torch.dtype:
@@ -69,7 +69,6 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
         CheckpointError: the checkpoint does not fit.
     """
     optimizer = trainer.engine.optimizer
-    assert isinstance(optimizer, HybridZeroOptimizer)
     context = trainer.context
     tensors: dict[str, Any] = {}
     if "model" in wanted:
@@ -83,8 +82,10 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     if "model" in wanted:
         names = {key.removeprefix(MODEL_PREFIX) for key in saved if key.startswith(MODEL_PREFIX)}
         _compare_names(optimizer.chunks, names, f"the checkpoint '{path}'", context, strict=strict)
-    if not strict:
-        tensors = {key: value for key, value in tensors.items() if key in saved}
+    stateless = _compare_states(context, tensors, saved) if "optimizer" in wanted else set()
+    if not strict or "optimizer" in wanted:
+        required = () if not strict else (MODEL_PREFIX,)
+        tensors = {key: value for key, value in tensors.items() if key in saved or key.startswith(required)}
     rng_key = f"rng/{context.rank}"
     whole_run = wanted == set(WHOLE_RUN)
     state = read_context(path) if wanted != {"model"} else {}
@@ -93,15 +94,61 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     load_tensors(path, tensors, no_dist=context.world_group is None)
     if "model" in wanted:
         optimizer.reset_masters(keep_loaded="optimizer" in wanted)
+        _reset_masters_of(optimizer, stateless)
     _put_back(trainer, state, wanted)
     if tensors.get(rng_key) is not None:
         set_random_state(tensors[rng_key])
 
 
+def _compare_states(context: ParallelContext, tensors: dict[str, Any], saved: Collection[str]) -> set[str]:
+    """Report parameters that were frozen in the checkpoint and are trained now, and the other way round; collective.
+
+    Returns:
+        Names of the parameters whose state the checkpoint lacks.
+
+    Raises:
+        CheckpointError: the checkpoint has only a part of the state of a parameter, or nothing of any: it is that of
+            another optimizer.
+    """
+    own = {key for key in tensors if key.startswith(OPTIMIZER_PREFIX)}
+    own = set().union(*of_all_ranks(context, own))
+    missing = sorted({_parameter_of(key) for key in own - set(saved)})
+    kept = {_parameter_of(key) for key in own & set(saved)}
+    if missing and (not kept or not kept.isdisjoint(missing)):
+        lines = [f"'{key}' is missing" for key in sorted(own - set(saved))]
+        raise CheckpointError(f"the optimizer state of the checkpoint does not fit this optimizer:{listed(lines)}")
+    trained = {_parameter_of(key) for key in own}
+    saved_states = {_parameter_of(key) for key in saved if key.startswith(OPTIMIZER_PREFIX)}
+    dropped = sorted(saved_states - trained)
+    if missing:
+        logger.warning(
+            "%d parameters start with an empty optimizer state, as the checkpoint has none of them: %s",
+            len(missing),
+            ", ".join(missing),
+        )
+    if dropped:
+        logger.warning(
+            "%d parameters are frozen now, so their optimizer state is not loaded: %s", len(dropped), ", ".join(dropped)
+        )
+    return set(missing)
+
+
+@torch.no_grad()
+def _reset_masters_of(optimizer: Optimizer, names: Collection[str]) -> None:
+    for key, parameter, pieces in optimizer.sharded_state():
+        kind, _, name = key.partition("/")
+        if kind == "master" and name in names:
+            for box, piece in pieces:
+                piece.copy_(local_tensor(parameter)[box.local_slices()])
+
+
+def _parameter_of(key: str) -> str:
+    return key.removeprefix(OPTIMIZER_PREFIX).partition("/")[2]
+
+
 def _put_back(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None:
     """Counters, scaler, data cursor and hooks."""
     optimizer = trainer.engine.optimizer
-    assert isinstance(optimizer, HybridZeroOptimizer)
     if "optimizer" in wanted:
         optimizer.num_updates = state["num_updates"]
         optimizer.scaler.load_state_dict(state["scaler"])
@@ -139,7 +186,6 @@ def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: b
         CheckpointError: the weights do not fit.
     """
     optimizer = trainer.engine.optimizer
-    assert isinstance(optimizer, HybridZeroOptimizer)
     names = set(source.names())
     _compare_names(optimizer.chunks, names, what, trainer.context, strict=strict)
     tensors = {key.removeprefix(MODEL_PREFIX): boxed for key, boxed in model_tensors(*optimizer.chunks).items()}

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from internlm.config.problem import Problem
 from internlm.config.schema import Config
-from internlm.config.schema.base import Section, is_required, section_class, walk_schema
+from internlm.config.schema.base import Section, is_required, item_class, section_class, walk_schema
 from internlm.config.unsupported import feature_of
 from internlm.utils.errors import ConfigError, nearest
 
@@ -43,8 +43,17 @@ def _translate(error: ValidationError) -> list[Problem]:
     values: dict[str, Any] = {}
     for part in error.errors(include_url=False):
         path = _key_path(part["loc"])
+        item, known = _item_key(path, part["loc"])
         kind, value = part["type"], part["input"]
-        if kind == "extra_forbidden":
+        if known and kind == "extra_forbidden":
+            texts[path] = [
+                f"{item} is not a known key.{nearest(item.rpartition('.')[2], known) or f' Known: {known}.'}"
+            ]
+        elif known and kind == "missing":
+            texts[path] = [f"{item} is missing"]
+        elif known:
+            texts[path] = [f"{item} = {_short(value)}: it must be {_wish(kind, part.get('ctx', {}), part['msg'])}"]
+        elif kind == "extra_forbidden":
             feature = feature_of(path)
             named = f"{path} = {_short(value)}: {feature} is not yet supported; leave it out"
             texts[path] = [named if feature else f"{path} is not a known key.{_suggest(path)}"]
@@ -125,6 +134,16 @@ def _key_path(location: tuple[int | str, ...]) -> str:
         field = cls.model_fields.get(str(part))
         cls = section_class(field) if field is not None else None
     return ".".join(parts)
+
+
+def _item_key(path: str, location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """Of an error inside a list of sections: the key, as `list[number].key`, and the keys that items have."""
+    field = _field(path)
+    cls = item_class(field) if field is not None else None
+    inside = location[path.count(".") + 1 :]
+    if cls is None or len(inside) < 2:
+        return path, []
+    return f"{path}[{inside[0]}].{inside[1]}", list(cls.model_fields)
 
 
 def _remove_invalid(path: str, tree: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.communication.p2p import PipelineChannels
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.optimizer_protocol import HyperParameters, Optimizer
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.pipeline_stages import PipelineModel
 from internlm.core.progress.record import Progress
@@ -28,42 +29,6 @@ from internlm.data.batch import Batch, MicroBatch
 from internlm.data.upload import Uploader
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import LossFunction
-
-
-class StepResult(Protocol):
-    """What an optimizer says of one step: scalar fp32 tensors."""
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """Global norm before clipping, loss scale removed."""
-
-    @property
-    def skipped(self) -> Tensor:
-        """1.0 when the update was skipped."""
-
-
-class Optimizer(Protocol):
-    """What the engine needs of an optimizer; see `HybridZeroOptimizer`."""
-
-    @property
-    def loss_scale(self) -> Tensor:
-        """Scalar fp32 by which the loss is multiplied before backward."""
-
-    @property
-    def beta2(self) -> float:
-        """Second AdamW coefficient of the last step."""
-
-    def begin_step(self, num_backwards: int) -> None:
-        """Start with no gradients; each chunk will run this many backward passes."""
-
-    def reduce_gradients(self) -> None:
-        """Finish summing gradients over ranks; collective. `step` calls it where nobody has."""
-
-    def step(self, lr: float, beta2: float | None) -> StepResult:
-        """Reduce, clip, update."""
-
-    def finish_gathering(self) -> None:
-        """Wait until all parameters may be read."""
 
 
 class TokenSink(Protocol):
@@ -187,8 +152,7 @@ class Engine:
     def train_step(
         self,
         batch: Batch,
-        lr: float | Callable[[], float],
-        beta2: float | Callable[[], float] | None = None,
+        hyper_parameters: HyperParameters | float | Callable[[], HyperParameters | float],
         *,
         before_optimizer_step: Callable[[], None] | None = None,
     ) -> EngineResult:
@@ -198,16 +162,15 @@ class Engine:
 
         Args:
             batch: this data rank's micro batches, as many as on every other data rank.
-            lr: learning rate of this step. A function is called when forward and backward are queued, so that a device
-                value it reads has had that time to arrive.
-            beta2: second AdamW coefficient of this step, likewise; None keeps the previous one.
+            hyper_parameters: "lr" and others of this step; a number is the learning rate. A function is called when
+                forward and backward are queued, so that a device value it reads has had that time to arrive.
             before_optimizer_step: called between the two, on reduced gradients.
         """
         passes = self.forward_backward(batch)
         if before_optimizer_step is not None:
             self.optimizer.reduce_gradients()
             before_optimizer_step()
-        return self.optimizer_step(passes, lr, beta2)
+        return self.optimizer_step(passes, hyper_parameters)
 
     def forward_backward(self, batch: Batch) -> ForwardBackwardResult:
         """Forward and backward passes over all micro batches; gradients accumulate in the optimizer. Collective.
@@ -250,18 +213,17 @@ class Engine:
     def optimizer_step(
         self,
         passes: ForwardBackwardResult,
-        lr: float | Callable[[], float],
-        beta2: float | Callable[[], float] | None = None,
+        hyper_parameters: HyperParameters | float | Callable[[], HyperParameters | float],
     ) -> EngineResult:
         """Reduce and clip the gradients of `passes`, update the weights, and sum up the metrics. Collective.
 
         Args:
             passes: from `forward_backward`, of the same step.
-            lr, beta2: see `train_step`.
+            hyper_parameters: see `train_step`.
         """
         started = time.perf_counter()
         self.progress.mark("optimizer step")
-        result = self.optimizer.step(lr() if callable(lr) else lr, beta2() if callable(beta2) else beta2)
+        result = self.optimizer.step(hyper_parameters() if callable(hyper_parameters) else hyper_parameters)
         self.progress.mark("metrics")
         loss = self.sum_over_tokens(passes.loss_sum) / passes.num_valid_tokens.clamp(min=1.0)
         statistics = self.statistics.result(self.sum_over_tokens) if self.statistics else {}

@@ -8,10 +8,14 @@ come, while the device was busy.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+_LOGGED = {"lr": "lr", "beta2": "adam_beta2"}
+"""Hyper-parameters that are logged, and their names in the log, which are InternEvo's."""
 
 
 @dataclass
@@ -23,8 +27,7 @@ class StepMetrics:
         loss: scalar fp32 tensor, mean over all valid tokens of the global batch.
         grad_norm: scalar fp32 tensor, global L2 norm before clipping (of the mean loss's gradient, loss scale removed).
         skipped: scalar fp32 tensor, 1.0 when the update was skipped for an inf or NaN gradient.
-        lr: learning rate of this step.
-        adam_beta2: second AdamW coefficient of this step.
+        hyper_parameters: of this step, by name: "lr", and others of the update rule.
         loss_scale: scalar fp32 tensor.
         num_valid_tokens: scalar tensor, tokens of the global batch that contribute loss.
         num_tokens: tokens of the global batch, padding included.
@@ -45,8 +48,7 @@ class StepMetrics:
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
-    lr: float
-    adam_beta2: float
+    hyper_parameters: Mapping[str, float]
     loss_scale: Tensor
     num_valid_tokens: Tensor
     num_tokens: int
@@ -95,8 +97,7 @@ class StepMetrics:
         arrived = dict(zip(self._names, self._values.tolist(), strict=True))
         numbers: dict[str, float] = {"step": self.step, **{name: arrived[name] for name in self._tensors()}}
         numbers.update(
-            lr=self.lr,
-            adam_beta2=self.adam_beta2,
+            **{_LOGGED[name]: value for name, value in self.hyper_parameters.items() if name in _LOGGED},
             num_tokens=self.num_tokens,
             num_samples_in_batch=self.num_documents,
             micro_num=self.micro_num,

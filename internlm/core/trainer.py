@@ -60,7 +60,7 @@ class Trainer:
             the checkpoint.
         total_steps: steps of the whole run; steps of a resumed run count.
         lr: position (0 for the first step) -> learning rate.
-        beta2: position -> second AdamW coefficient; None keeps the optimizer's.
+        schedules: name of another hyper-parameter of the optimizer -> its value by position; the rest stay constant.
         advance: what the position counts: every step, or the updates taken, so that neither a skipped update nor a
             skipped batch moves it.
         hooks: called in this order.
@@ -78,7 +78,7 @@ class Trainer:
         *,
         total_steps: int,
         lr: Callable[[int], float],
-        beta2: Callable[[int], float] | None = None,
+        schedules: Mapping[str, Callable[[int], float]] | None = None,
         advance: Literal["step", "update"] = "step",
         hooks: Sequence[Hook] = (),
         run_dir: Path | str = "runs/anonymous",
@@ -90,8 +90,7 @@ class Trainer:
         self.context: ParallelContext = engine.context
         self.train_loader = train_loader
         self.total_steps = total_steps
-        self.lr = lr
-        self.beta2 = beta2
+        self.schedules = {"lr": lr, **(schedules or {})}
         self.advance = advance
         self.num_known_updates = 0
         """Updates taken until the step before the last one: of that, the device has not told yet."""
@@ -175,13 +174,15 @@ class Trainer:
     def _train_step(self, batch: Batch) -> StepMetrics:
         self.progress.mark("training step")
         position = functools.cache(self._schedule_position)
-        beta2_at = self.beta2
-        lr, beta2 = (lambda: self.lr(position())), (lambda: beta2_at(position())) if beta2_at else None
+
+        def hyper_parameters() -> dict[str, float]:
+            return {name: schedule(position()) for name, schedule in self.schedules.items()}
+
         if self._listens("on_before_optimizer_step"):
             before = functools.partial(self._call, "on_before_optimizer_step")
-            result = self.engine.train_step(batch, lr, beta2, before_optimizer_step=before)
+            result = self.engine.train_step(batch, hyper_parameters, before_optimizer_step=before)
         else:
-            result = self.engine.train_step(batch, lr, beta2)
+            result = self.engine.train_step(batch, hyper_parameters)
         if self._listens("on_after_optimizer_step"):
             self._call("on_after_optimizer_step")
         self.num_skipped_updates = self.num_skipped_updates + result.skipped
@@ -192,8 +193,7 @@ class Trainer:
             loss=result.loss,
             grad_norm=result.grad_norm,
             skipped=result.skipped,
-            lr=self.lr(position()),
-            adam_beta2=self.engine.optimizer.beta2,
+            hyper_parameters=self.engine.optimizer.hyper_parameters,
             loss_scale=result.loss_scale,
             num_valid_tokens=result.num_valid_tokens,
             num_tokens=num_tokens,

@@ -46,6 +46,7 @@ from internlm.initialize.stages import (
     build_layer_split,
     build_meta_model,
     build_pipeline_schedule,
+    parameter_groups,
     reduce_dtype,
     state_form,
 )
@@ -66,6 +67,7 @@ from internlm.solver.grad_scaler import ConstantGradScaler, DynamicGradScaler, G
 from internlm.solver.lr_scheduler import LearningRateSchedule
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.solver.optimizer.nonfinite import describe_failed_update, nonfinite_states, nonfinite_weights
+from internlm.solver.optimizer.rules.adamw import AdamW
 from internlm.utils.allocator import keep_freed_memory
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.logging import get_logger
@@ -180,7 +182,7 @@ def build_trainer(
         train_loader,
         total_steps=config.data.total_steps,
         lr=lr.lr,
-        beta2=beta2.beta2,
+        schedules={"beta2": beta2.beta2},
         advance=config.lr_scheduler.advance,
         hooks=build_hooks(config, context, run_dir, engine, train_loader, profiling=profiling),
         run_dir=run_dir,
@@ -260,10 +262,10 @@ def build_engine(
         chunks,
         context,
         build_scaler(config, context.device),
-        betas=(adam.adam_beta1, adam.adam_beta2),
-        eps=adam.adam_eps,
+        rule=AdamW((adam.adam_beta1, adam.adam_beta2), adam.adam_eps),
         weight_decay=adam.weight_decay,
         weight_decay_norms_and_biases=adam.weight_decay_norms_and_biases,
+        groups=parameter_groups(config),
         clip_grad_norm=zero.clip_grad_norm,
         overlap_sync_grad=zero.overlap_sync_grad,
         overlap_sync_param=zero.overlap_sync_param,
@@ -346,7 +348,6 @@ def build_hooks(
 def build_health(config: Config, numbers: StepNumbers, engine: Engine, train_loader: TrainLoader) -> HealthHook:
     """What ends a run that no longer learns."""
     optimizer = engine.optimizer
-    assert isinstance(optimizer, HybridZeroOptimizer)
     data, scaler = config.data, config.grad_scaler
     can_fall = config.model.torch_dtype == torch.float16 and scaler.backoff_factor < 1
     reasons = "every token is masked (negative in the .bin)"
@@ -471,7 +472,6 @@ def check_finite(trainer: Trainer, path: StoragePath) -> None:
         CheckpointError: it does; names the first tensor, its layer and rank.
     """
     optimizer = trainer.engine.optimizer
-    assert isinstance(optimizer, HybridZeroOptimizer)
     found = nonfinite_weights(optimizer) or nonfinite_states(optimizer)
     if found:
         raise CheckpointError(

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from internlm.config.schema import Config
+from internlm.core.communication.objects import of_all_ranks
 from internlm.core.compilation.compile_layers import check_compiler, compile_layers
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
+from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
 from internlm.estimate.flops import ModelShape, flops_per_token
@@ -21,6 +23,7 @@ from internlm.initialize.activation_memory import arrange_activations
 from internlm.model.architecture import Architecture
 from internlm.model.ops.float8.scaled_gemm import why_not_on_hardware
 from internlm.model.registry import build_model
+from internlm.solver.optimizer.parameter_groups import ParameterGroup, check_groups, freeze_parameters
 from internlm.solver.optimizer.state_form import StateForm, wide
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
@@ -106,6 +109,11 @@ def state_form(config: Config) -> StateForm:
     )
 
 
+def parameter_groups(config: Config) -> list[ParameterGroup]:
+    """The parameter groups of the optimizer."""
+    return [ParameterGroup(**group.model_dump()) for group in config.optimizer.groups]
+
+
 def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name.removeprefix("torch."))
 
@@ -131,6 +139,11 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         seed=config.seed,
         options=build_options(config),
     )
+    groups = parameter_groups(config)
+    if groups:
+        names = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
+        check_groups(groups, set().union(*of_all_ranks(context, names)))
+        freeze_parameters(chunks, groups)
     if config.float8.enable_float8_linear and config.float8.compile:
         check_compiler(context.device, key="float8.compile")
     if config.model.compile:

@@ -373,7 +373,7 @@ def test_missing_and_unexpected_weights_are_named(
     expected = {**weights_of(trainer.engine.model), "norm.weight": before["norm.weight"]}
     assert_same_bits(weights_of(other.engine.model), expected)
     # An update with learning rate 0 writes the masters back.
-    other.lr, other.total_steps, other.hooks = (lambda step: 0.0), 1, []
+    other.schedules, other.total_steps, other.hooks = {"lr": lambda step: 0.0}, 1, []
     other.fit()
     assert_same_bits(weights_of(other.engine.model), expected)
 

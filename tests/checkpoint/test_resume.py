@@ -83,7 +83,7 @@ def test_weights_alone_can_be_loaded_and_masters_follow(tmp_path: Path) -> None:
     before = {name: p.detach().clone() for name, p in trainer.engine.model.named_parameters()}
     assert_same_bits(before, done["weights"])
     # An update with learning rate 0 writes the masters back: they must be the loaded weights.
-    trainer.lr = lambda step: 0.0
+    trainer.schedules["lr"] = lambda step: 0.0
     trainer.total_steps = 1
     trainer.hooks = []
     trainer.fit()
@@ -152,7 +152,7 @@ def test_optimizer_state_alone_leaves_the_weights_alone(tmp_path: Path, dtype: s
     for kind in ("exp_avg", "exp_avg_sq"):
         assert_same_bits(moments(trainer, kind), moments(done, kind))
     # An update with learning rate 0 writes the masters into the parameters.
-    trainer.lr = lambda step: 0.0
+    trainer.schedules["lr"] = lambda step: 0.0
     trainer.total_steps, trainer.hooks = 1, []
     trainer.fit()
     assert_same_bits({name: p.detach() for name, p in trainer.engine.model.named_parameters()}, before)

@@ -43,6 +43,7 @@ def trainer_of(engine: Any, context: ParallelContext) -> Any:
         context=context,
         train_loader=None,
         hooks=[],
+        tell_loaded=lambda path: None,
         num_skipped_updates=torch.zeros(()),
     )
 
@@ -133,7 +134,7 @@ def pipeline_steps(run: Run, folder: str, start: int, stop: int) -> tuple[list[f
     manager = CheckpointManager(folder)
     if start:
         manager.load(trainer, Path(folder) / str(start))
-    losses = [float(engine.train_step(batch_of(step, context, 4), lr=LR).loss) for step in range(start, stop)]
+    losses = [float(engine.train_step(batch_of(step, context, 4), LR).loss) for step in range(start, stop)]
     trainer.state.step = stop
     manager.save(trainer)
     weights = {name: p.detach().clone() for chunk in engine.chunks for name, p in chunk.named_parameters()}

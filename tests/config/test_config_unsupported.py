@@ -36,7 +36,21 @@ def other_value(path, field) -> Any:
     """Some value that the key takes and that is not its default."""
     kinds = (field.annotation, *get_args(field.annotation))
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-    for value in (*words, 7, True, False, 0.5, 0.25, "other", ["a"], [1], {"a": "b"}, [{"a": "b"}], {"a": 1}):
+    for value in (
+        *words,
+        7,
+        True,
+        False,
+        0.5,
+        0.25,
+        "other",
+        ["a"],
+        [1],
+        {"a": "b"},
+        [{"a": "b"}],
+        {"a": 1},
+        [{"match": "*"}],
+    ):
         try:
             config = build(path, value)
         except ValidationError:

@@ -388,7 +388,7 @@ class Reference:
         self.working = dict(self.model.named_parameters())
         self.masters = {name: weight.detach().float().clone() for name, weight in self.working.items()}
         self.adamw = torch.optim.AdamW(self.masters.values(), LR, BETAS, EPS, DECAY, foreach=False)
-        self.lr = trainer.lr
+        self.lr = trainer.schedules["lr"]
 
     def step(self, batch: Any, number: int) -> float:
         (micro,) = batch.micro_batches

@@ -37,7 +37,7 @@ def test_the_phase_of_a_failure() -> None:
     assert str(engine.progress) == "start"
     fail_at(engine, 2)
     with pytest.raises(ArithmeticError):
-        engine.train_step(global_batch(0), lr=1e-3)
+        engine.train_step(global_batch(0), 1e-3)
     assert engine.progress.phase == "forward of micro batch 2"
     fail_at(engine, 0)
     with pytest.raises(ArithmeticError):
@@ -52,7 +52,7 @@ def phases_of_a_failure() -> tuple[str, str]:
     fail_at(engine, 1)
     error = ""
     try:
-        engine.train_step(batch_of(0, context, 4), lr=1e-3)
+        engine.train_step(batch_of(0, context, 4), 1e-3)
     except (ArithmeticError, RuntimeError) as failure:
         error = str(failure)
     context.close()
@@ -90,6 +90,6 @@ def test_chunks_on_one_rank_are_the_model() -> None:
     context = ParallelContext.create()
     whole, cut = (build_engine(Run("1F1B", 1, chunks, model={"num_layers": 4}), context) for chunks in (1, 2))
     for step in range(3):
-        expected, found = (engine.train_step(batch_of(step, context, 4), lr=1e-2) for engine in (whole, cut))
+        expected, found = (engine.train_step(batch_of(step, context, 4), 1e-2) for engine in (whole, cut))
         assert float(found.loss) == float(expected.loss)
         assert found.statistics == expected.statistics

@@ -17,6 +17,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.data.batch import Batch
 from internlm.solver.grad_scaler import ConstantGradScaler
+from internlm.solver.optimizer.rules.adamw import AdamW
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -41,7 +42,7 @@ def new_engine(dtype: str, changes: dict[str, Any], cuda_graphs: bool) -> Engine
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_layers": LAYERS}
     model = compile_layers(tiny_model(context, dtype=dtype, **shape, **changes), cuda_graphs=cuda_graphs)
     # With so large an epsilon an update is in proportion to its gradient: AdamW would make noise of small ones.
-    return tiny_engine(context, ConstantGradScaler(device), model, clip_grad_norm=0.5, eps=1.0)
+    return tiny_engine(context, ConstantGradScaler(device), model, clip_grad_norm=0.5, rule=AdamW(eps=1.0))
 
 
 @pytest.mark.parametrize(

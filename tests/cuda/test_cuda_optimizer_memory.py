@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import internlm.solver.optimizer.updates as updates
+import internlm.solver.optimizer.shard_updaters as updates
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec

@@ -28,7 +28,7 @@ def test_all_copies_are_queued_before_the_first_pass(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(MicroBatch, "to", logged_copy)
     monkeypatch.setattr(engine, "_forward", logged_forward)
-    engine.train_step(global_batch(0, size=3), lr=1e-3)
+    engine.train_step(global_batch(0, size=3), 1e-3)
     assert order == ["copy"] * 3 + ["pass"] * 3
 
 

@@ -98,7 +98,7 @@ def train(run: Run) -> dict[str, Any]:
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     context = ParallelContext.create(ParallelLayout(world_size=world, pipeline=run.pipeline))
     engine = build_engine(run, context)
-    results = [engine.train_step(batch_of(step, context, run.micro_num), lr=1e-2) for step in range(run.steps)]
+    results = [engine.train_step(batch_of(step, context, run.micro_num), 1e-2) for step in range(run.steps)]
     engine.optimizer.finish_gathering()
     gradients = [
         (name, tuple(parameter.shape), box.global_slices(), piece.clone())

@@ -22,6 +22,8 @@ from internlm.core.step_metrics import StepMetrics
 from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
 from internlm.solver.grad_scaler import DynamicGradScaler, GradScaler
+from internlm.solver.optimizer.rules.adamw import AdamW
+from internlm.solver.optimizer.rules.update_rule import UpdateRule
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 from internlm.utils.storage import storage_path
 
@@ -73,6 +75,7 @@ def new_trainer(
     seed: int = 7,
     fsdp: bool = False,
     form: StateForm = FP32_STATE,
+    rule: UpdateRule | None = None,
     **changes: Any,
 ) -> Trainer:
     """A trainer of the tiny model on this process's ranks."""
@@ -98,6 +101,7 @@ def new_trainer(
         clip_grad_norm=0.5,
         reduce_bucket_size=3000,
         form=form,
+        rule=rule or AdamW(),
     )
     manager = CheckpointManager(save_folder) if save_folder else None
     return Trainer(
@@ -105,7 +109,7 @@ def new_trainer(
         Source(context),
         total_steps=total_steps,
         lr=lambda step: 3e-3 / (1 + step),
-        beta2=lambda step: max(0.9, 1 - (step + 1) ** -0.8),
+        schedules=None if rule else {"beta2": lambda step: max(0.9, 1 - (step + 1) ** -0.8)},
         hooks=[*hooks, *([CheckpointHook(every)] if manager else [])],
         run_dir="unused",
         checkpointer=manager,

@@ -80,9 +80,9 @@ def test_skipped_batches_leave_no_trace_but_their_place(tmp_path: Path) -> None:
     by_hand = new(tmp_path, "by_hand")
     batches = list(itertools.islice(iter(by_hand.train_loader), STEPS))
     for line, index in zip(lines, (0, 3, 5), strict=True):
-        result = by_hand.engine.train_step(batches[index], by_hand.lr(index))
+        result = by_hand.engine.train_step(batches[index], by_hand.schedules["lr"](index))
         assert line["loss"] == float(result.loss)
-        assert line["lr"] == by_hand.lr(index)
+        assert line["lr"] == by_hand.schedules["lr"](index)
 
 
 @pytest.mark.parametrize("advance", ["step", "update"])
@@ -103,10 +103,9 @@ def test_skipped_updates_and_batches_move_the_schedules_on_only_if_asked(tmp_pat
     assert skipped[:3] == [1, 1, 1] and skipped[-4:] == [0, 0, 0, 0] and len(lines) == 9
     updates = [0, *itertools.accumulate(1 - int(each) for each in skipped)][:-1]
     positions = updates if advance == "update" else [line["step"] - 1 for line in lines]
-    schedules = new(tmp_path, "schedules", **changes)
-    assert schedules.beta2 is not None
-    assert column(lines, "lr") == [schedules.lr(position) for position in positions]
-    assert column(lines, "adam_beta2") == [schedules.beta2(position) for position in positions]
+    schedules = new(tmp_path, "schedules", **changes).schedules
+    assert column(lines, "lr") == [schedules["lr"](position) for position in positions]
+    assert column(lines, "adam_beta2") == [schedules["beta2"](position) for position in positions]
     assert len(set(positions)) > 4 and len(set(column(lines, "adam_beta2"))) > 4
     saving = {"ckpt__enable_save_ckpt": True, "ckpt__checkpoint_every": 100}
     for total_steps in (3, 8, 10):

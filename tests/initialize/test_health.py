@@ -188,7 +188,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path: Path, part: str) -
         trainer.save_checkpoint()
         name = "'output.weight' (on rank 0)"
     else:
-        trainer.engine.optimizer.states[0].moments["exp_avg_sq"].fill_(torch.inf)  # type: ignore[attr-defined]
+        trainer.engine.optimizer.states[0].tensors["exp_avg_sq"].fill_(torch.inf)  # type: ignore[attr-defined]
         trainer.state.step = 1
         trainer.save_checkpoint()
         name = "'exp_avg_sq/"

@@ -74,7 +74,7 @@ def real_bytes(config: Config, world_size: int) -> tuple[Holding, int]:
     gradients = {buffer for bucket in buckets for buffer in (bucket.grad_buffer, bucket.grad_shard)}
     # Where a master is the parameter itself, it takes no memory of its own.
     masters = sum(b.master.nbytes for b in buckets if storage(b.master) not in map(storage, local))
-    moments = sum(moment.nbytes for state in optimizer.states for moment in state.moments.values())
+    moments = sum(moment.nbytes for state in optimizer.states for moment in state.tensors.values())
     holding = Holding(
         parameters=sum(tensor.numel() for tensor in local),
         weights=sum(tensor.nbytes for tensor in local),

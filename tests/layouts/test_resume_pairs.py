@@ -77,7 +77,7 @@ class Rates(Hook):
         self.rates: list[tuple[float, float]] = []
 
     def on_step_end(self, trainer: Any, metrics: StepMetrics) -> None:
-        self.rates.append((metrics.lr, metrics.adam_beta2))
+        self.rates.append((metrics.hyper_parameters["lr"], metrics.hyper_parameters["beta2"]))
 
 
 def case_of(folder: str, layout: str) -> Case:

@@ -20,6 +20,7 @@ from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.solver.grad_scaler import DynamicGradScaler
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
 from internlm.solver.optimizer.flat_bucket import FlatBucket
+from internlm.solver.optimizer.parameter_groups import GroupOptions
 
 LR, DECAY, STEPS = 3e-3, 0.1, 20
 EPSILON = torch.finfo(torch.float32).eps
@@ -212,7 +213,7 @@ def test_the_norm_of_millions_of_elements_is_exact_to_fp32() -> None:
     """A plain fp32 sum of 8 million squares is off by 1e-4; the norm must not depend on how state is sharded."""
     parameter = nn.Parameter(torch.zeros(2048, 4096))
     attach_shard_spec(parameter, ShardSpec.whole("weight", parameter.shape))
-    kind = BucketKind(torch.float32, True, "activation", "data", (), ())
+    kind = BucketKind(torch.float32, GroupOptions(0.1), "activation", "data", (), ())
     bucket = FlatBucket([parameter], kind, BucketGroups(None, None))
     bucket.grad_shard.copy_(torch.randn(bucket.grad_shard.shape, generator=torch.Generator().manual_seed(0)))
     expected = bucket.grad_shard.double().square().sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
 from internlm.solver.optimizer.bucket import NORM_ROW
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.solver.optimizer.parameter_groups import GroupOptions
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 
 
@@ -91,7 +93,7 @@ def test_a_parameter_that_never_had_a_gradient_is_not_decayed() -> None:
     """But once it had one, a step without is a step with a zero gradient."""
     (used, unused), optimizer = small_optimizer()
     for state in optimizer.states:
-        state.weight_decay = 0.5
+        state.bucket.kind = replace(state.bucket.kind, options=GroupOptions(0.5))
     for _ in range(2):
         optimizer.begin_step(1)
         deliver_gradient(used, torch.ones(3))

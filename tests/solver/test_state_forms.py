@@ -17,7 +17,7 @@ from helpers.sharded import LAYOUTS, ShardedModel, assemble, state_pieces
 from helpers.tiny import global_batch, tiny_engine, tiny_model
 from torch import Tensor, nn
 
-import internlm.solver.optimizer.updates as updates
+import internlm.solver.optimizer.shard_updaters as updates
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp
@@ -26,7 +26,8 @@ from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import LossOutput, linear_cross_entropy
 from internlm.solver.grad_scaler import DynamicGradScaler
 from internlm.solver.optimizer.bucket import ALIGNMENT
-from internlm.solver.optimizer.hybrid_zero import CLIP_EPSILON, HybridZeroOptimizer
+from internlm.solver.optimizer.gradient_clipping import CLIP_EPSILON
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 
 LR, DECAY, STEPS = 3e-3, 0.1, 4

@@ -10,14 +10,14 @@ from helpers.memory import PeakMemory
 from torch import nn
 
 import internlm.solver.optimizer.bucket as bucket
-import internlm.solver.optimizer.updates as updates
+import internlm.solver.optimizer.shard_updaters as updates
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec
 from internlm.solver.optimizer.bucket import ALIGNMENT, NORM_ROW
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
-from internlm.solver.optimizer.rounding_noise import NUM_STARTS
 from internlm.solver.optimizer.state_form import StateForm
+from internlm.solver.optimizer.stochastic_rounding import NUM_STARTS
 
 PART = 2**16
 SHAPES = [(640, 1024)] * 12 + [(1024,)] * 4

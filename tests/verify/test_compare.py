@@ -13,6 +13,7 @@ from helpers.layouts import reference_of, verdict_of
 from helpers.ranks import RankPool
 
 from internlm.core.engine import Engine
+from internlm.solver.optimizer import hybrid_zero
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.verify.case import Case, Combination
 from internlm.verify.compare import Tolerance, compare, summarize, tolerance_of
@@ -136,11 +137,11 @@ def mean_of_ranks() -> Callable[[], None]:
     """Each rank divides by its own count of tokens, and gradients are averaged."""
 
     def make(original: Any) -> Any:
-        def train_step(self: Engine, batch: Any, lr: float, beta2: float | None = None) -> Any:
+        def train_step(self: Engine, batch: Any, hyper_parameters: Any) -> Any:
             group = self.context.group
             self.context.group = lambda axis, view="activation": None if axis == "data" else group(axis, view)  # type: ignore[method-assign]
             try:
-                return original(self, batch, lr, beta2)
+                return original(self, batch, hyper_parameters)
             finally:
                 self.context.group = group  # type: ignore[method-assign]
 
@@ -153,9 +154,9 @@ def norm_counts_copies() -> Callable[[], None]:
     """The norm takes every rank's gradients for different ones."""
 
     def make(original: Any) -> Any:
-        return lambda self: original(self) * self.context.world_size**0.5
+        return lambda buckets, context: original(buckets, context) * context.world_size**0.5
 
-    return patch(HybridZeroOptimizer, "_global_grad_norm", make)
+    return patch(hybrid_zero, "global_grad_norm", make)
 
 
 def weights_drift() -> Callable[[], None]:
@@ -180,7 +181,7 @@ def moments_are_lost() -> Callable[[], None]:
     def make(original: Any) -> Any:
         def begin_step(self: HybridZeroOptimizer, num_backwards: int) -> None:
             for state in self.states:
-                for moment in state.moments.values():
+                for moment in state.tensors.values():
                     moment.zero_()
             original(self, num_backwards)
 

@@ -12,6 +12,8 @@ from internlm.config.schema.optim import (
     HybridZeroOptimizerConfig,
     LossConfig,
     LrSchedulerConfig,
+    OptimizerConfig,
+    ParameterGroupConfig,
 )
 from internlm.config.schema.parallel import (
     ExpertConfig,
@@ -62,7 +64,9 @@ __all__ = [
     "LrSchedulerConfig",
     "ModelConfig",
     "MonitorConfig",
+    "OptimizerConfig",
     "ParallelConfig",
+    "ParameterGroupConfig",
     "PipelineConfig",
     "RopeScalingConfig",
     "Section",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -168,10 +168,19 @@ def _has_default_for_none(field: FieldInfo) -> bool:
 
 def section_class(field: FieldInfo) -> type[Section] | None:
     """The Section class of a field, also when it is optional; None for a plain key."""
+    if get_origin(field.annotation) is list:
+        return None
     for candidate in (field.annotation, *get_args(field.annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
+
+
+def item_class(field: FieldInfo) -> type[Section] | None:
+    """The Section class of the items of a list; None for any other key."""
+    (item, *_) = get_args(field.annotation) or (None,)
+    is_list = get_origin(field.annotation) is list and isinstance(item, type) and issubclass(item, Section)
+    return item if is_list else None
 
 
 def default_of(field: FieldInfo) -> Any:

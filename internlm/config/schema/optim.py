@@ -94,6 +94,25 @@ class AdamConfig(Section):
     )
 
 
+class ParameterGroupConfig(Section):
+    """Parameters by name, which are updated in another way."""
+
+    match: str = key(..., "Glob pattern over the names of parameters, such as '*.attention_norm.*'.", min_length=1)
+    weight_decay: float | None = key(None, "Their weight decay; None: as without the group.", ge=0)
+    lr_factor: float = key(1.0, "Factor on their learning rate.", ge=0)
+    freeze: bool = key(False, "Do not train them: no gradient, no optimizer state.")
+
+
+class OptimizerConfig(Section):
+    """Parameter groups of the optimizer."""
+
+    groups: list[ParameterGroupConfig] = key(
+        [],
+        "Parameters that are updated in another way, as dict(match, weight_decay, lr_factor, freeze). Of several "
+        "groups that match a parameter the last one applies; a group that matches none is an error.",
+    )
+
+
 class LrSchedulerConfig(Section):
     """Learning rate over the steps: zeros, linear warm-up, then the shape down to eta_min."""
 

@@ -17,6 +17,7 @@ from internlm.config.schema.optim import (
     HybridZeroOptimizerConfig,
     LossConfig,
     LrSchedulerConfig,
+    OptimizerConfig,
 )
 from internlm.config.schema.parallel import ParallelConfig
 from internlm.config.schema.runtime import (
@@ -45,6 +46,7 @@ class Config(Section):
     ckpt: CkptConfig = section(CkptConfig, "Saving, resuming and loading.")
     loss: LossConfig = section(LossConfig, "Cross entropy and what is added to it.")
     adam: AdamConfig = section(AdamConfig, "AdamW.")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "Parameter groups.")
     lr_scheduler: LrSchedulerConfig = section(LrSchedulerConfig, "Learning rate over the steps.")
     beta2_scheduler: Beta2SchedulerConfig = section(Beta2SchedulerConfig, "beta2 over the steps.")
     grad_scaler: GradScalerConfig = section(GradScalerConfig, "Dynamic loss scaling, for float16.")

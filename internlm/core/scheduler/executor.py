@@ -74,7 +74,8 @@ class _Alive(NamedTuple):
     """What a backward pass needs. The output itself is not among it: its memory is free once it was handed over."""
 
     received: Tensor | None
-    output: GradientEdge
+    output: GradientEdge | None
+    """None where nothing before it is trained: the weights of a first stage may all be frozen."""
 
 
 class _Step:
@@ -134,7 +135,7 @@ class _Step:
         if torch.is_grad_enabled():
             # The edge of an autograd function written in Python does not keep its graph alive in every version of
             # torch; that of a view does, and of the output only the shape is kept.
-            edge = get_gradient_edge(output.view_as(output))
+            edge = get_gradient_edge(output.view_as(output)) if output.requires_grad else None
             self.alive[action.chunk, action.micro_batch] = _Alive(received, edge)
         self._hand_over(ACTIVATION, action, self.placement.after(self.rank, action.chunk), output.detach())
 
@@ -144,7 +145,8 @@ class _Step:
             gradient = self._take(GRADIENT, action)
         self._announce("backward", action)
         received, output = self.alive.pop((action.chunk, action.micro_batch))
-        torch.autograd.backward(output, gradient)
+        if output is not None:
+            torch.autograd.backward(output, gradient)
         if received is not None:
             assert received.grad is not None
             self._hand_over(GRADIENT, action, self.placement.before(self.rank, action.chunk), received.grad)

@@ -1,4 +1,4 @@
-"""What the parameters of a bucket have in common, and the ranks with which their gradients and masters are shared."""
+"""What the parameters of a bucket have in common, and the process groups that share their gradients and masters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.solver.optimizer.parameter_groups import GroupOptions
 from internlm.solver.optimizer.state_form import wide
 
 
@@ -22,7 +23,7 @@ class BucketKind:
 
     Attributes:
         dtype: of the parameters.
-        has_decay: whether weight decay applies.
+        options: of their parameter group.
         view: the rank view of the axes below.
         data_axis: gradients are summed over it; its inner `zero` sub-axis shards the optimizer state.
         partial_over: further axes over which gradients are summed.
@@ -31,21 +32,21 @@ class BucketKind:
     """
 
     dtype: torch.dtype
-    has_decay: bool
+    options: GroupOptions
     view: str
     data_axis: str
     partial_over: tuple[str, ...]
     sharded_over: tuple[str, ...]
 
     @classmethod
-    def of(cls, parameter: nn.Parameter, *, has_decay: bool) -> BucketKind:
-        """The kind that a parameter's ShardSpec says."""
+    def of(cls, parameter: nn.Parameter, options: GroupOptions) -> BucketKind:
+        """The kind that follows from a parameter's dtype, ShardSpec and group."""
         spec = shard_spec_of(parameter)
-        return cls(parameter.dtype, has_decay, spec.view, spec.data_axis, spec.partial_over, spec.sharded_over)
+        return cls(parameter.dtype, options, spec.view, spec.data_axis, spec.partial_over, spec.sharded_over)
 
     @property
     def has_master(self) -> bool:
-        """Whether the masters say more than the parameters."""
+        """Whether the masters are more precise than the parameters."""
         return self.dtype != wide(self.dtype)
 
     @property
@@ -54,7 +55,7 @@ class BucketKind:
         return "zero" in self.sharded_over
 
     def groups(self, context: ParallelContext) -> BucketGroups:
-        """Where this rank's gradients are summed and its masters shared."""
+        """The process groups over which gradients are summed and masters sharded."""
         # The axis is split in two parts where there is ZeRO; an expert's data axis is not.
         has_zero = self.data_axis in context.view(self.view).merged
         replica = f"{self.data_axis}_replica" if has_zero else self.data_axis
@@ -64,10 +65,10 @@ class BucketKind:
             partial=tuple(context.group(axis, self.view) for axis in self.partial_over),
         )
 
-    def num_holders(self, context: ParallelContext) -> int:
-        """Ranks of the job that hold the same element of the summed gradient: as often it is counted in the norm.
+    def replication_factor(self, context: ParallelContext) -> int:
+        """On how many ranks of the job each element of the summed gradient exists; the gradient norm divides by it.
 
-        Every stage of a pipeline has other parameters, but one that is on both ends is there twice.
+        Pipeline stages hold different parameters, except one that is on both the first and the last stage.
         """
         view = context.view(self.view)
         axes = {"pipeline", *self.sharded_over}

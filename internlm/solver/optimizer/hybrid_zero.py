@@ -1,41 +1,42 @@
-"""AdamW on fp32 masters that are sharded over (a part of) the data ranks: ZeRO stage 1, "hybrid" as in InternEvo.
+"""An optimizer whose fp32 masters are sharded over (a part of) the data ranks: ZeRO stage 1, "hybrid" as in InternEvo.
 
 With `parallel.zero1.size = k` the optimizer state is sharded over k neighbouring data ranks and replicated over the
 rest: gradients are reduce-scattered over the k ranks and the shards summed over the replicas; updated parameters are
-gathered over the k ranks. Which groups those are comes from each parameter's ShardSpec. The optimizer knows nothing
-of models.
+gathered over the k ranks. Which groups those are follows from each parameter's ShardSpec. The optimizer knows nothing
+of models, and of an update rule only its protocol (`rules/update_rule.py`).
 
-Sources: ZeRO, Rajbhandari et al. 2020 (arXiv:1910.02054); AdamW, Loshchilov and Hutter 2019 (arXiv:1711.05101).
+A step is four parts: reduction (`bucket.py`), norm and clipping (`gradient_clipping.py`), update (`shard_updaters.py`),
+gathering of the parameters (`flat_bucket.py`). Source: ZeRO, Rajbhandari et al. 2020 (arXiv:1910.02054).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parameter_events import subscribe
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.grad_scaler import ConstantGradScaler, GradScaler
-from internlm.solver.optimizer.bucketing import build_buckets, wait_before_forward
-from internlm.solver.optimizer.shard_state import AdamStep
+from internlm.solver.optimizer.bucket_building import build_buckets, wait_before_forward
+from internlm.solver.optimizer.gradient_clipping import clip_divisor, global_grad_norm
+from internlm.solver.optimizer.parameter_groups import ParameterGroup
+from internlm.solver.optimizer.rules.adamw import AdamW
+from internlm.solver.optimizer.rules.update_rule import HyperParameters, UpdateRule
+from internlm.solver.optimizer.shard_state import UpdateStep
+from internlm.solver.optimizer.shard_updaters import build_states
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
-from internlm.solver.optimizer.unused import UnusedParameters
-from internlm.solver.optimizer.updates import build_states
-
-# torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; the same constant gives the same updates.
-CLIP_EPSILON = 1e-6
+from internlm.solver.optimizer.untrained_parameters import UntrainedParameters
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did, as scalar fp32 tensors on the device.
+class UpdateResult:
+    """The outcome of one optimizer step, as scalar fp32 tensors on the device.
 
     Attributes:
         grad_norm: global L2 norm before clipping, loss scale removed.
@@ -47,19 +48,21 @@ class StepResult:
 
 
 class HybridZeroOptimizer:
-    """AdamW on sharded flat fp32 masters, with gradient reduction, one global norm, clipping and skipping.
+    """Sharded flat fp32 masters and optimizer state, with gradient reduction, one global norm, clipping and skipping.
 
-    A step is: `begin_step(num_backwards)`, so many backward passes, then `step(lr, beta2)`. Gradients are *summed* over
-    data ranks: the loss must already be divided by the global number of valid tokens. Nothing in a step waits for the
-    device, but the first one, which finds out what is in use (see `unused`), and all with an offloaded state.
+    A step is: `begin_step(num_backwards)`, so many backward passes, then `step(hyper_parameters)`. Gradients are
+    *summed* over data ranks: the loss must already be divided by the global number of valid tokens. Nothing in a step
+    waits for the device, except the first one, which finds the untrained parameters, and all with an offloaded state.
 
     Args:
         model: after `parallelize`; or the chunks of a pipeline that this rank holds, in forward order. A parameter may
-            be in several chunks. Parameters become views of flat buffers, but those that FSDP keeps.
+            be in several chunks. Parameters that require a gradient become views of flat buffers, except under FSDP.
         context: where this rank stands.
         scaler: the loss scaler; None (bf16 and fp32 need none) is a constant 1.
-        betas, eps, weight_decay: of AdamW; the learning rate comes with each step.
+        rule: how weights are updated; the learning rate comes with each step.
+        weight_decay: decoupled, of parameters whose group does not say.
         weight_decay_norms_and_biases: decay one-dimensional parameters too (InternEvo's way).
+        groups: parameter groups by name. Freezing is up to the caller: see `freeze_parameters`.
         clip_grad_norm: largest global norm; 0 leaves gradients as they are.
         overlap_sync_grad: start reducing a bucket while backward still runs.
         overlap_sync_param: gather parameters while the next forward runs; whoever reads them outside of a forward pass
@@ -75,10 +78,10 @@ class HybridZeroOptimizer:
         context: ParallelContext,
         scaler: GradScaler | None = None,
         *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        rule: UpdateRule = AdamW(),  # noqa: B008 (frozen)
         weight_decay: float = 0.01,
         weight_decay_norms_and_biases: bool = False,
+        groups: Sequence[ParameterGroup] = (),
         clip_grad_norm: float = 0.0,
         overlap_sync_grad: bool = True,
         overlap_sync_param: bool = False,
@@ -94,20 +97,23 @@ class HybridZeroOptimizer:
         self.overlap_sync_param = overlap_sync_param
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         held = Counter(p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
-        if not held:
+        if not held and context.size("pipeline") == 1:
             raise ValueError("the model has no parameter that requires a gradient")
         self.buckets = build_buckets(
             list(held),
             context,
+            groups=groups,
+            weight_decay=weight_decay,
             decay_all=weight_decay_norms_and_biases,
             bucket_size=reduce_bucket_size,
             reduce_dtype=reduce_dtype,
             form=form,
         )
         self._num_chunks = [[held[parameter] for parameter in bucket.parameters] for bucket in self.buckets]
-        self._betas, self._eps = betas, eps
-        self.states, self._updater = build_states(self.buckets, form, weight_decay)
-        self._unused = UnusedParameters(self.states)
+        self.hyper_parameters: HyperParameters = dict(rule.hyper_parameters)
+        self._rule_names = {"lr", *rule.hyper_parameters}
+        self.states, self._num_updates, self._updater = build_states(self.buckets, form, rule, context.device)
+        self._untrained = UntrainedParameters(self.states)
         self._divisor = torch.ones((), device=context.device)
         self._is_reduced = self._is_updated = False
         self._next_reduction = 0
@@ -128,11 +134,6 @@ class HybridZeroOptimizer:
     def loss_scale(self) -> Tensor:
         """Scalar fp32 by which the loss must be multiplied before backward."""
         return self.scaler.scale
-
-    @property
-    def beta2(self) -> float:
-        """Second AdamW coefficient of the last step."""
-        return self._betas[1]
 
     def begin_step(self, num_backwards: int) -> None:
         """Start a step with no gradients.
@@ -162,29 +163,34 @@ class HybridZeroOptimizer:
         self._next_reduction += 1
 
     @torch.no_grad()
-    def step(self, lr: float, beta2: float | None = None) -> StepResult:
-        """Reduce what is left, clip, update the masters and start gathering the parameters.
+    def step(self, hyper_parameters: HyperParameters | float) -> UpdateResult:
+        """Reduce the remaining gradients, clip, update the masters and start gathering the parameters.
 
         Args:
-            lr: learning rate of this step.
-            beta2: second AdamW coefficient of this step; None keeps the one before.
+            hyper_parameters: "lr" and others of the rule for this step; those left out keep their last values. A number
+                is the learning rate.
+
+        Raises:
+            ValueError: the rule does not know a hyper-parameter.
         """
+        given = hyper_parameters if isinstance(hyper_parameters, Mapping) else {"lr": hyper_parameters}
+        unknown = given.keys() - self._rule_names
+        if unknown:
+            raise ValueError(
+                f"the update rule has no hyper-parameter {sorted(unknown)}, but {sorted(self._rule_names)}"
+            )
+        self.hyper_parameters = {**self.hyper_parameters, **given}
         self.reduce_gradients()
-        grad_norm = self._global_grad_norm() / self.scaler.scale
+        loss_scale = self.scaler.scale
+        grad_norm = global_grad_norm(self.buckets, self.context) / loss_scale
         skipped = torch.where(torch.isfinite(grad_norm), 0.0, 1.0)
-        self._divisor = self.scaler.scale
-        if self.clip_grad_norm > 0:
-            self._divisor = self._divisor * ((grad_norm + CLIP_EPSILON) / self.clip_grad_norm).clamp(min=1.0)
-        if beta2 is not None:
-            self._betas = self._betas[0], beta2
-        self._unused.update()
-        self._updater.run(
-            self._unused.used_parts(), AdamStep(lr, *self._betas, self._eps, divisor=self._divisor, skipped=skipped)
-        )
+        self._divisor = clip_divisor(grad_norm, loss_scale, self.clip_grad_norm)
+        self._untrained.update()
+        self._updater.run(self._untrained.trained_parts(), UpdateStep(self.hyper_parameters, self._divisor, skipped))
         self._is_updated = True
         self.scaler.update(skipped)
         self.gather_parameters()
-        return StepResult(grad_norm, skipped)
+        return UpdateResult(grad_norm, skipped)
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -193,15 +199,12 @@ class HybridZeroOptimizer:
             return
         while self._next_reduction < len(self.buckets):
             self._start_next_reduction()
-        self.buckets[-1].continue_reduction()
+        for bucket in self.buckets[-1:]:
+            bucket.continue_reduction()
         for bucket in self.buckets:
             bucket.finish_reduction()
         self._divisor = self.scaler.scale
         self._is_reduced = True
-
-    def _global_grad_norm(self) -> Tensor:
-        squares = [bucket.squared_grad_norm() / bucket.kind.num_holders(self.context) for bucket in self.buckets]
-        return all_reduce(torch.stack(squares).sum(), self.context.world_group).sqrt().float()
 
     # -- parameters -----------------------------------------------------------------------------------------------
 
@@ -234,12 +237,12 @@ class HybridZeroOptimizer:
         """Every tensor of the optimizer's state, as boxes of global tensors shaped like their parameters.
 
         Yields:
-            (key, parameter, pieces) with keys `master/<name>` (fp32; absent for fp32 parameters, their own masters),
-            `exp_avg/<name>` and `exp_avg_sq/<name>` (of `form.moment_dtype`), where the name is that of the ShardSpec;
-            writing into the pieces writes into the state. Several parameters may hold parts of one name.
+            (key, parameter, pieces) with keys `master/<name>` (fp32; absent for fp32 parameters, their own masters) and
+            `<state>/<name>` for each of the rule's `state_names` (of `form.moment_dtype`), where the name is that of
+            the ShardSpec; writing into the pieces writes into the state. Several parameters may hold parts of one name.
         """
         for state in self.states:
-            shards = state.moments
+            shards = dict(state.tensors)
             if state.bucket.kind.has_master:
                 shards["master"] = state.bucket.master
             for kind, shard in shards.items():
@@ -266,9 +269,8 @@ class HybridZeroOptimizer:
     @property
     def num_updates(self) -> int:
         """Updates taken so far (skipped ones do not count); waits for the device."""
-        return int(self.states[0].num_updates.item())
+        return int(self._num_updates.item())
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
-        for state in self.states:
-            state.num_updates.fill_(value)
+        self._num_updates.fill_(value)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from internlm.core.communication.objects import of_all_ranks
+from internlm.core.optimizer_protocol import Optimizer
 from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
-from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -40,12 +40,12 @@ class NonFinite:
         return f"'{self.name}' ({where}on rank {self.rank})"
 
 
-def nonfinite_weights(optimizer: HybridZeroOptimizer) -> list[NonFinite]:
+def nonfinite_weights(optimizer: Optimizer) -> list[NonFinite]:
     """Those of the whole model, in forward order; collective."""
     return _of_all_ranks(optimizer, _weights(optimizer))
 
 
-def nonfinite_gradients(optimizer: HybridZeroOptimizer) -> list[NonFinite]:
+def nonfinite_gradients(optimizer: Optimizer) -> list[NonFinite]:
     """Those of the last step, in forward order; collective. Valid until the next step begins."""
     return _of_all_ranks(
         optimizer,
@@ -53,14 +53,14 @@ def nonfinite_gradients(optimizer: HybridZeroOptimizer) -> list[NonFinite]:
     )
 
 
-def nonfinite_states(optimizer: HybridZeroOptimizer) -> list[NonFinite]:
+def nonfinite_states(optimizer: Optimizer) -> list[NonFinite]:
     """fp32 masters and moments (`master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`); collective."""
     return _of_all_ranks(
         optimizer, ((key, piece) for key, _, pieces in optimizer.sharded_state() for _, piece in pieces)
     )
 
 
-def describe_failed_update(optimizer: HybridZeroOptimizer) -> str:
+def describe_failed_update(optimizer: Optimizer) -> str:
     """What is not finite after a step whose update was skipped, in one line; collective."""
     weights = nonfinite_weights(optimizer)
     if weights:
@@ -75,7 +75,7 @@ def describe_failed_update(optimizer: HybridZeroOptimizer) -> str:
     )
 
 
-def _weights(optimizer: HybridZeroOptimizer) -> Iterator[tuple[str, Tensor]]:
+def _weights(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     optimizer.finish_gathering()
     for chunk in optimizer.chunks:
         reshard(chunk)
@@ -86,7 +86,7 @@ def _weights(optimizer: HybridZeroOptimizer) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _of_all_ranks(optimizer: HybridZeroOptimizer, tensors: Iterable[tuple[str, Tensor]]) -> list[NonFinite]:
+def _of_all_ranks(optimizer: Optimizer, tensors: Iterable[tuple[str, Tensor]]) -> list[NonFinite]:
     context = optimizer.context
     names = [shard_spec_of(parameter).name for chunk in optimizer.chunks for parameter in chunk.parameters()]
     first_layer = next((place for place, name in enumerate(names) if _LAYER.search(name)), 0)

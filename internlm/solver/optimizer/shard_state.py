@@ -1,38 +1,36 @@
-"""Masters and moments of one bucket's shard, and AdamW on any part of them."""
+"""The optimizer state of one bucket's shard, and its update, part by part."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.solver.optimizer.bucket import Bucket
-from internlm.solver.optimizer.rounding_noise import RoundingNoise, store_cut
+from internlm.solver.optimizer.rules.update_rule import HyperParameters, UpdateRule
+from internlm.solver.optimizer.stochastic_rounding import StochasticRounding, store_truncated
 
 
 @dataclass(frozen=True)
-class AdamStep:
+class UpdateStep:
     """What all shards have in common in one step.
 
     Attributes:
-        lr, beta1, beta2, eps: of AdamW.
-        divisor: scalar fp32; gradients are divided by it, which takes the loss scale away and clips.
+        hyper_parameters: "lr", and those of the rule.
+        divisor: scalar fp32; gradients are divided by it, which removes the loss scale and clips.
         skipped: scalar fp32; with 1.0 nothing changes.
     """
 
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
+    hyper_parameters: HyperParameters
     divisor: Tensor
     skipped: Tensor
 
 
 class Scratch:
-    """Flat fp32 memory in which parts of shards are unpacked, shared by all buckets.
+    """Flat fp32 memory into which parts of shards are converted, shared by all buckets.
 
     Args:
         numel: elements of the largest part.
@@ -44,7 +42,7 @@ class Scratch:
         self._numel, self._device = numel, device
 
     def of(self, name: str, source: Tensor) -> Tensor:
-        """A copy of `source` in fp32, until the next one of that name."""
+        """A copy of `source` in fp32, valid until the next one of that name."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(self._numel, dtype=torch.float32, device=self._device)
         return self._buffers[name][: source.numel()].copy_(source)
@@ -55,76 +53,65 @@ class ShardState:
 
     Args:
         bucket: its `master` is a part of the state.
-        weight_decay: of AdamW.
-        scratch: for moments in bf16.
-        noise: with which moments are rounded to bf16; whoever updates has drawn it for this update. None keeps the
-            dtype of the master.
+        rule: see `UpdateRule`.
+        num_updates: scalar fp32 beside the masters, shared by all buckets: updates taken; skipped ones do not count.
+        scratch: for state in bf16.
+        rounding: rounds the state to bf16, with random numbers drawn for this update; None keeps the master's dtype.
 
     Attributes:
-        exp_avg, exp_avg_sq: first and second moment, flat, like `bucket.master`.
-        num_updates: scalar fp32 beside the master: updates taken; skipped ones do not count.
+        tensors: name of `rule.state_names` -> flat tensor, like `bucket.master`.
     """
 
     def __init__(
         self,
         bucket: Bucket,
-        weight_decay: float,
+        rule: UpdateRule,
+        num_updates: Tensor,
         scratch: Scratch,
-        noise: RoundingNoise | None = None,
+        rounding: StochasticRounding | None = None,
     ) -> None:
         self.bucket = bucket
-        self.weight_decay = weight_decay
-        dtype = bucket.master.dtype if noise is None else torch.bfloat16
-        self.exp_avg = torch.zeros_like(bucket.master, dtype=dtype)
-        self.exp_avg_sq = torch.zeros_like(bucket.master, dtype=dtype)
-        self.num_updates = torch.zeros((), dtype=torch.float32, device=bucket.master.device)
+        self.rule = rule
+        dtype = bucket.master.dtype if rounding is None else torch.bfloat16
+        self.tensors = {name: torch.zeros_like(bucket.master, dtype=dtype) for name in rule.state_names}
+        self._num_updates = num_updates
         self._scratch = scratch
-        self._noise = noise
+        self._rounding = rounding
 
-    @property
-    def moments(self) -> dict[str, Tensor]:
-        """Both, under the names that they have in checkpoints."""
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-
-    def update(self, part: slice, gradient: Tensor, step: AdamStep) -> None:
-        """Update one part; `num_updates` is left to the caller, when all parts are done.
+    def update(self, part: slice, gradient: Tensor, step: UpdateStep) -> None:
+        """Update the masters and the state of one part.
 
         Args:
-            part: elements of the shard, from a multiple of `ALIGNMENT` to another: the kernel's vector loops then begin
-                and end as they would over the whole shard, so that parts change no bit.
-            gradient: of the part, in the dtype of the master; is divided by `step.divisor` in place, unless the step is
+            part: elements of the shard, from a multiple of `ALIGNMENT` to another: vectorized loops then start and end
+                as they would over the whole shard, so that the division into parts changes no bit.
+            gradient: of the part, in the dtype of the master; divided by `step.divisor` in place, unless the step is
                 skipped.
             step: the same for all parts.
         """
-        kept = {name: moment[part] for name, moment in self.moments.items()}
-        moments = kept
-        if self._noise is not None:
-            moments = {name: self._scratch.of(name, moment) for name, moment in kept.items()}
-        adamw(
-            [self.bucket.master[part]],
-            [gradient],
-            [moments["exp_avg"]],
-            [moments["exp_avg_sq"]],
-            [],
-            [self.num_updates.clone()],
-            fused=True,
-            # The kernel reads both on the device. It divides by the one, and leaves all as it is when the other is 1.
-            grad_scale=step.divisor,
-            found_inf=step.skipped,
-            amsgrad=False,
-            beta1=step.beta1,
-            beta2=step.beta2,
-            lr=step.lr,
-            weight_decay=self.weight_decay,
-            eps=step.eps,
-            maximize=False,
+        stored = {name: tensor[part] for name, tensor in self.tensors.items()}
+        state = stored
+        if self._rounding is not None:
+            state = {name: self._scratch.of(name, tensor) for name, tensor in stored.items()}
+        self.rule.update(
+            self.bucket.master[part],
+            gradient,
+            state,
+            self._num_updates,
+            self._of_group(step.hyper_parameters),
+            divisor=step.divisor,
+            skipped=step.skipped,
         )
-        if self._noise is not None:
-            for name, moment in moments.items():
-                self._add_noise(self._noise, name, part, moment)
-                store_cut(kept[name], moment)
+        if self._rounding is not None:
+            for name, tensor in state.items():
+                self._round(self._rounding, name, part, tensor)
+                store_truncated(stored[name], tensor)
 
-    def _add_noise(self, noise: RoundingNoise, name: str, part: slice, values: Tensor) -> None:
+    def _of_group(self, hyper_parameters: HyperParameters) -> Mapping[str, float]:
+        options = self.bucket.kind.options
+        lr = hyper_parameters["lr"] * options.lr_factor
+        return {**hyper_parameters, "lr": lr, "weight_decay": options.weight_decay}
+
+    def _round(self, rounding: StochasticRounding, name: str, part: slice, values: Tensor) -> None:
         for parameter, pieces in self.bucket.pieces(values.view(torch.int32), part.start):
             for box, piece in pieces:
-                noise.add(piece, box, f"{name}/{shard_spec_of(parameter).name}")
+                rounding.add(piece, box, f"{name}/{shard_spec_of(parameter).name}")

@@ -28,7 +28,7 @@ def train_and_close() -> list[int]:
     before = communication_threads()
     context = ParallelContext.create()
     engine = tiny_engine(context)
-    engine.train_step(global_batch(0, 2, context.rank, context.world_size), lr=1e-3)
+    engine.train_step(global_batch(0, 2, context.rank, context.world_size), 1e-3)
     during = communication_threads()
     context.close()
     after = communication_threads()

@@ -66,7 +66,7 @@ def ours(context: ParallelContext, num_chunks: int) -> dict[str, Tensor]:
         ],
         num_samples=MICRO_BATCHES,
     )
-    Engine(chunks, optimizer, context, linear_cross_entropy).train_step(batch, lr=0.0)
+    Engine(chunks, optimizer, context, linear_cross_entropy).train_step(batch, 0.0)
     return {name: piece.clone() for name, _, pieces in optimizer.sharded_gradients() for _, piece in pieces}
 
 

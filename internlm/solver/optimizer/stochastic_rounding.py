@@ -1,4 +1,4 @@
-"""Rounding of fp32 to bf16 that is right on average, so that small updates are not lost.
+"""Stochastic rounding of fp32 to bf16: unbiased, so that small updates are not lost on average.
 
 AdamW's second moment changes by a share of 1 - beta2 of itself at most in a quiet step. bf16 has 8 bits: rounded to the
 nearest, a change below 2**-9 is no change, and with beta2 = 0.999 the moment would never fall. With a random number
@@ -29,7 +29,7 @@ _LOW_BITS = 0xFFFF
 _WORD = 0xFFFFFFFF
 
 
-class RoundingNoise:
+class StochasticRounding:
     """Random numbers for one update at a time.
 
     Args:
@@ -69,7 +69,7 @@ class RoundingNoise:
         bits.add_(noise.view(bits.shape))
 
 
-def store_cut(target: Tensor, source: Tensor) -> None:
+def store_truncated(target: Tensor, source: Tensor) -> None:
     """Cut the lower 16 bits off flat fp32 elements and store what remains in bf16, without any rounding."""
     target.copy_(source.view(torch.bfloat16)[1::2])  # little-endian: the upper half comes second
 

@@ -12,8 +12,9 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.core.parallel.shard_spec import Box, ShardSpec, attach_shard_spec
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
-from internlm.solver.optimizer.rounding_noise import RoundingNoise, store_cut
+from internlm.solver.optimizer.rules.adamw import AdamW
 from internlm.solver.optimizer.state_form import StateForm
+from internlm.solver.optimizer.stochastic_rounding import StochasticRounding, store_truncated
 
 SHAPE = (300, 400)
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ DEVIATIONS = 5
 
 def noise_of(update: int, box: Box, key: str = "exp_avg/w", shape: tuple[int, ...] = SHAPE) -> Tensor:
     """The random numbers of a box, as fractions of the distance between two neighbours in bf16."""
-    noise = RoundingNoise([shape], CPU)
+    noise = StochasticRounding([shape], CPU)
     noise.draw(torch.tensor(float(update)))
     bits = torch.zeros(box.size, dtype=torch.int32)
     noise.add(bits, box, key)
@@ -37,11 +38,11 @@ def whole(shape: tuple[int, ...] = SHAPE) -> Box:
 
 def rounded(values: Tensor, update: int) -> Tensor:
     """fp32 `values` of the whole tensor, rounded to bf16 and back."""
-    noise = RoundingNoise([tuple(values.shape)], CPU)
+    noise = StochasticRounding([tuple(values.shape)], CPU)
     noise.draw(torch.tensor(float(update)))
     values, target = values.clone(), torch.empty(values.numel(), dtype=torch.bfloat16)
     noise.add(values.view(torch.int32), whole(tuple(values.shape)), "exp_avg/w")
-    store_cut(target, values.view(-1))
+    store_truncated(target, values.view(-1))
     return target.view(values.shape).float()
 
 
@@ -88,7 +89,7 @@ def test_an_element_gets_its_number_in_any_layout(shape: tuple[int, ...]) -> Non
         size = (1, *(extent - 1 for extent in shape[1:]))
         box = Box((start, *[1] * (len(shape) - 1)), (0,) * len(shape), size)
         assert torch.equal(noise_of(3, box, shape=shape), full[box.global_slices()])
-    beside = RoundingNoise([shape, (50, 60, 2)], CPU)
+    beside = StochasticRounding([shape, (50, 60, 2)], CPU)
     beside.draw(torch.tensor(3.0))
     bits = torch.zeros(shape, dtype=torch.int32)
     beside.add(bits, whole(shape), "exp_avg/w")
@@ -123,7 +124,8 @@ def optimizer_of(shape: tuple[int, ...], beta2: float) -> tuple[nn.Parameter, Hy
     module = nn.Module()
     module.register_parameter("w", weight)
     form = StateForm(moments=torch.bfloat16)
-    optimizer = HybridZeroOptimizer(module, ParallelContext.create(), betas=(0.9, beta2), weight_decay=0.1, form=form)
+    rule = AdamW((0.9, beta2))
+    optimizer = HybridZeroOptimizer(module, ParallelContext.create(), rule=rule, weight_decay=0.1, form=form)
     return weight, optimizer
 
 
@@ -138,7 +140,7 @@ def test_a_second_moment_falls_as_slowly_as_it_should() -> None:
     num_steps, beta2 = 100, 0.999
     weight, optimizer = optimizer_of(SHAPE, beta2)
     take_step(weight, optimizer, torch.ones(SHAPE))
-    moment = optimizer.states[0].exp_avg_sq
+    moment = optimizer.states[0].tensors["exp_avg_sq"]
     first = moment.float().double().max()
     assert first * beta2 == pytest.approx(float((first * beta2).bfloat16()), rel=2**-8)
     for _ in range(num_steps):

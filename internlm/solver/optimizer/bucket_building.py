@@ -18,6 +18,7 @@ from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketKind
 from internlm.solver.optimizer.flat_bucket import FlatBucket
 from internlm.solver.optimizer.fsdp_bucket import FsdpBucket
+from internlm.solver.optimizer.parameter_groups import ParameterGroup, options_of
 from internlm.solver.optimizer.state_form import StateForm
 
 
@@ -25,6 +26,8 @@ def build_buckets(
     parameters: Sequence[nn.Parameter],
     context: ParallelContext,
     *,
+    groups: Sequence[ParameterGroup] = (),
+    weight_decay: float,
     decay_all: bool,
     bucket_size: int,
     reduce_dtype: torch.dtype,
@@ -35,7 +38,9 @@ def build_buckets(
     Args:
         parameters: in forward order.
         context: where this rank stands.
-        decay_all: weight decay applies to one-dimensional parameters too.
+        groups: parameter groups by name; see `ParameterGroup`.
+        weight_decay: of parameters whose group does not say.
+        decay_all: that applies to one-dimensional parameters too.
         bucket_size: elements a bucket holds at most, unless it is one parameter.
         reduce_dtype: dtype in which gradients travel.
         form: how gradients and masters are kept.
@@ -44,7 +49,7 @@ def build_buckets(
     runs: list[tuple[BucketKind, list[nn.Parameter]]] = []
     # Backward reaches the last parameters first; buckets in that order are complete one after the other.
     for parameter in reversed(parameters):
-        kind = BucketKind.of(parameter, has_decay=decay_all or parameter.ndim > 1)
+        kind = BucketKind.of(parameter, options_of(parameter, groups, weight_decay, decay_all=decay_all))
         run = open_buckets.get(kind)
         if run is None or sum(map(_local_numel, (*run, parameter))) > bucket_size:
             run = open_buckets[kind] = []

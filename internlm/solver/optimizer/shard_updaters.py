@@ -1,6 +1,6 @@
-"""How the shards of all buckets are updated in a step: where they lie, part by part where something is converted.
+"""Updates the shards of all buckets in a step: on the device or on the host, part by part where a dtype is converted.
 
-Parts change no bit of the result, and no buffer ever exists twice.
+The division into parts changes no bit of the result, and no buffer ever exists in two dtypes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from internlm.core.communication.collectives import Done, Work
 from internlm.solver.optimizer.bucket import Bucket, part_size
 from internlm.solver.optimizer.lane import Lane, lane_of
-from internlm.solver.optimizer.rounding_noise import RoundingNoise
-from internlm.solver.optimizer.shard_state import AdamStep, Scratch, ShardState
+from internlm.solver.optimizer.rules.update_rule import UpdateRule
+from internlm.solver.optimizer.shard_state import Scratch, ShardState, UpdateStep
 from internlm.solver.optimizer.state_form import StateForm, wide
+from internlm.solver.optimizer.stochastic_rounding import StochasticRounding
 
 Parts = Sequence[tuple[ShardState, Sequence[slice]]]
 """Of every bucket, the parts of its shard that take part in a step; see `ShardState.update`."""
@@ -27,11 +28,11 @@ Parts = Sequence[tuple[ShardState, Sequence[slice]]]
 class Updater(Protocol):
     """Updates masters and moments from the gradients of a step, and the parameters from the masters."""
 
-    def run(self, parts: Parts, step: AdamStep) -> None:
+    def run(self, parts: Parts, step: UpdateStep) -> None:
         """Update; afterwards parameters may be read by the device's current stream."""
 
     def divides(self, gradients: torch.dtype) -> bool:
-        """Whether a step that is not skipped leaves gradients of a dtype divided by `AdamStep.divisor`."""
+        """Whether a step that is not skipped leaves gradients of a dtype divided by `UpdateStep.divisor`."""
 
 
 class ResidentUpdater:
@@ -39,26 +40,30 @@ class ResidentUpdater:
 
     Args:
         scratch: for gradients that are not in the dtype of the masters.
-        noise: that of the states.
+        num_updates: that of the states.
+        rounding: that of the states.
         at_once: elements of a part; None for whole shards, where nothing is converted.
     """
 
-    def __init__(self, scratch: Scratch, noise: RoundingNoise | None, at_once: int | None) -> None:
+    def __init__(
+        self, scratch: Scratch, num_updates: Tensor, rounding: StochasticRounding | None, at_once: int | None
+    ) -> None:
         self._scratch = scratch
-        self._noise = noise
+        self._num_updates = num_updates
+        self._rounding = rounding
         self._at_once = at_once
 
-    def run(self, parts: Parts, step: AdamStep) -> None:
+    def run(self, parts: Parts, step: UpdateStep) -> None:
         """Update part by part."""
-        _draw(self._noise, parts)
+        if self._rounding is not None:
+            self._rounding.draw(self._num_updates)
         for state, part in _cut(parts, self._at_once):
             gradient = state.bucket.grad_shard[part]
             if gradient.dtype != state.bucket.master.dtype:
                 gradient = self._scratch.of("gradient", gradient)
             state.update(part, gradient, step)
             state.bucket.write_back(part, state.bucket.master[part])
-        for state, _ in parts:
-            state.num_updates.add_(1.0 - step.skipped)
+        self._num_updates.add_(1.0 - step.skipped)
 
     def divides(self, gradients: torch.dtype) -> bool:
         """What is updated in place."""
@@ -74,7 +79,8 @@ class OffloadedUpdater:
 
     Args:
         scratch: on the host, for gradients that are not in fp32.
-        noise: that of the states.
+        num_updates: that of the states.
+        rounding: that of the states.
         down, up: carry copies from and to the device.
         at_once: elements of a part.
         pin_memory: for copies that do not wait.
@@ -83,7 +89,8 @@ class OffloadedUpdater:
     def __init__(
         self,
         scratch: Scratch,
-        noise: RoundingNoise | None,
+        num_updates: Tensor,
+        rounding: StochasticRounding | None,
         down: Lane,
         up: Lane,
         at_once: int,
@@ -91,19 +98,21 @@ class OffloadedUpdater:
         pin_memory: bool,
     ) -> None:
         self._scratch = scratch
-        self._noise = noise
+        self._num_updates = num_updates
+        self._rounding = rounding
         self._down, self._up = down, up
         self._at_once = at_once
         size = 2, at_once * torch.float32.itemsize
         self._arrived = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
         self._leaving = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
 
-    def run(self, parts: Parts, step: AdamStep) -> None:
+    def run(self, parts: Parts, step: UpdateStep) -> None:
         """Update part by part."""
         step = replace(step, divisor=step.divisor.cpu(), skipped=step.skipped.cpu())
         if step.skipped:
             return
-        _draw(self._noise, parts)
+        if self._rounding is not None:
+            self._rounding.draw(self._num_updates)
         self._down.follow()
         self._up.follow()
         work = list(_cut(parts, self._at_once))
@@ -122,8 +131,7 @@ class OffloadedUpdater:
             left[slot].wait()
             leaving = _typed(self._leaving[slot], state.bucket.kind.dtype, part).copy_(state.bucket.master[part])
             left[slot] = self._up.run(partial(state.bucket.write_back, part, leaving))
-        for state, _ in parts:
-            state.num_updates.add_(1.0)
+        self._num_updates.add_(1.0)
         self._up.join()
 
     def divides(self, gradients: torch.dtype) -> bool:
@@ -137,34 +145,36 @@ class OffloadedUpdater:
         return target, self._down.run(partial(target.copy_, source, non_blocking=True))
 
 
-def build_states(buckets: Sequence[Bucket], form: StateForm, weight_decay: float) -> tuple[list[ShardState], Updater]:
-    """The state of every bucket, and what updates them.
+def build_states(
+    buckets: Sequence[Bucket], form: StateForm, rule: UpdateRule, device: torch.device
+) -> tuple[list[ShardState], Tensor, Updater]:
+    """The state of every bucket, their common number of updates (scalar fp32), and what updates them.
 
     Args:
-        buckets: of the optimizer, made with the same form.
+        buckets: of the optimizer, made with the same form; none where all weights of a pipeline stage are frozen.
         form: how the state is kept.
-        weight_decay: of the buckets that have any.
+        rule: how weights are updated, element by element.
+        device: of the parameters.
     """
-    device, state_device = buckets[0].grad_buffer.device, buckets[0].state_device
-    numel = max(bucket.grad_shard.numel() for bucket in buckets)
+    assert rule.works_on == "elements", "rules on whole matrices need owners of matrices"
+    state_device = form.state_device(device)
+    numel = max((bucket.grad_shard.numel() for bucket in buckets), default=1)
     at_once = min(numel, part_size(state_device))
     scratch = Scratch(at_once, state_device)
-    noise = None
+    num_updates = torch.zeros((), dtype=torch.float32, device=state_device)
+    rounding = None
     if form.moments != torch.float32:
-        noise = RoundingNoise([spec.global_shape for bucket in buckets for spec in bucket.specs], state_device)
-    states = [ShardState(bucket, weight_decay if bucket.kind.has_decay else 0.0, scratch, noise) for bucket in buckets]
+        rounding = StochasticRounding([spec.global_shape for bucket in buckets for spec in bucket.specs], state_device)
+    states = [ShardState(bucket, rule, num_updates, scratch, rounding) for bucket in buckets]
+    updater: Updater
     if form.is_offloaded:
-        return states, OffloadedUpdater(
-            scratch, noise, lane_of(device), lane_of(device), at_once, pin_memory=device.type == "cuda"
-        )
-    is_converted = noise is not None or any(bucket.grad_buffer.dtype != bucket.master.dtype for bucket in buckets)
-    return states, ResidentUpdater(scratch, noise, at_once if is_converted else None)
-
-
-def _draw(noise: RoundingNoise | None, parts: Parts) -> None:
-    if noise is not None:
-        state, _ = parts[0]
-        noise.draw(state.num_updates)
+        down, up = lane_of(device), lane_of(device)
+        is_cuda = device.type == "cuda"
+        updater = OffloadedUpdater(scratch, num_updates, rounding, down, up, at_once, pin_memory=is_cuda)
+    else:
+        is_converted = rounding is not None or any(b.grad_buffer.dtype != b.master.dtype for b in buckets)
+        updater = ResidentUpdater(scratch, num_updates, rounding, at_once if is_converted else None)
+    return states, num_updates, updater
 
 
 def _cut(parts: Parts, at_once: int | None) -> Iterator[tuple[ShardState, slice]]:

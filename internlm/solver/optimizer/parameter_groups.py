@@ -1,0 +1,95 @@
+"""Parameter groups by name pattern: weight decay, a factor on the learning rate, and frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.utils.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters whose global names match a pattern; of several matching groups the last one applies.
+
+    Attributes:
+        match: glob pattern over global names, such as "*.attention_norm.*".
+        weight_decay: None keeps the optimizer's.
+        lr_factor: factor on the learning rate.
+        freeze: these parameters are not trained: no gradient, no optimizer state.
+    """
+
+    match: str
+    weight_decay: float | None = None
+    lr_factor: float = 1.0
+    freeze: bool = False
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """What distinguishes the update of one parameter from that of others.
+
+    Attributes:
+        weight_decay: decoupled weight decay.
+        lr_factor: factor on the learning rate.
+    """
+
+    weight_decay: float
+    lr_factor: float = 1.0
+
+
+def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup | None:
+    """The group that applies to a parameter: the last one whose pattern matches its global name."""
+    return next((group for group in reversed(groups) if fnmatchcase(name, group.match)), None)
+
+
+def options_of(
+    parameter: nn.Parameter, groups: Sequence[ParameterGroup], weight_decay: float, *, decay_all: bool
+) -> GroupOptions:
+    """How a parameter is updated.
+
+    Args:
+        parameter: after `parallelize`.
+        groups: see `ParameterGroup`.
+        weight_decay: of parameters without a group, or whose group leaves it open.
+        decay_all: that applies to one-dimensional parameters (norms, biases) too.
+    """
+    default = weight_decay if decay_all or parameter.ndim > 1 else 0.0
+    group = group_of(shard_spec_of(parameter).name, groups)
+    if group is None:
+        return GroupOptions(default)
+    return GroupOptions(default if group.weight_decay is None else group.weight_decay, group.lr_factor)
+
+
+def freeze_parameters(chunks: Iterable[nn.Module], groups: Sequence[ParameterGroup]) -> None:
+    """Let the parameters of frozen groups require no gradient; before FSDP and the optimizer see them."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            group = group_of(shard_spec_of(parameter).name, groups)
+            if group is not None and group.freeze:
+                parameter.requires_grad_(False)
+
+
+def check_groups(groups: Sequence[ParameterGroup], names: Collection[str]) -> None:
+    """Compare the groups with the parameters of the whole model.
+
+    Args:
+        groups: in the order of the config.
+        names: global names of all parameters.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or all parameters are frozen.
+    """
+    for number, group in enumerate(groups):
+        if not any(fnmatchcase(name, group.match) for name in names):
+            raise ConfigError(
+                f"optimizer.groups[{number}].match = {group.match!r} matches no parameter; names are such as "
+                f"'{min(names)}'.{nearest(group.match.replace('*', ''), names)}"
+            )
+    chosen = [group_of(name, groups) for name in names]
+    if chosen and all(group is not None and group.freeze for group in chosen):
+        raise ConfigError("optimizer.groups: every parameter of the model is frozen, so there is nothing to train")

@@ -1,0 +1,70 @@
+"""AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101, by PyTorch's fused kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from internlm.solver.optimizer.rules.update_rule import HyperParameters
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay.
+
+    Attributes:
+        betas: decay of the first and second moment.
+        eps: added to the denominator.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    works_on: ClassVar[Literal["elements", "matrices"]] = "elements"
+
+    @property
+    def hyper_parameters(self) -> HyperParameters:
+        """`beta1`, `beta2` and `eps`."""
+        return {"beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
+
+    def update(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        num_updates: Tensor,
+        hyper_parameters: HyperParameters,
+        *,
+        divisor: Tensor,
+        skipped: Tensor,
+    ) -> None:
+        """See `UpdateRule.update`."""
+        adamw(
+            [weights],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            # The kernel counts up in place; several parts of a shard take the same update.
+            [num_updates.clone()],
+            fused=True,
+            # The kernel reads both on the device: it divides by the one, and changes nothing when the other is 1.
+            grad_scale=divisor,
+            found_inf=skipped,
+            amsgrad=False,
+            beta1=hyper_parameters["beta1"],
+            beta2=hyper_parameters["beta2"],
+            lr=hyper_parameters["lr"],
+            weight_decay=hyper_parameters["weight_decay"],
+            eps=hyper_parameters["eps"],
+            maximize=False,
+        )
+
+    def was_trained(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Whether the second moment is non-zero: it is a sum of squares, which only underflow returns to zero."""
+        return state["exp_avg_sq"].any()

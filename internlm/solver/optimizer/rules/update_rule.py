@@ -1,0 +1,60 @@
+"""The protocol of an update rule: how a weight changes, given its gradient and the state kept for it.
+
+A rule knows tensors and numbers. Sharding, reduction, mixed precision, parts and checkpoints are the optimizer's
+(`internlm.solver.optimizer.hybrid_zero`), which works with any rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from internlm.core.optimizer_protocol import HyperParameters
+
+
+class UpdateRule(Protocol):
+    """How weights are updated.
+
+    Attributes:
+        state_names: the tensors kept for each weight, of its shape, zero at the start; also their keys in checkpoints.
+        works_on: "elements" where each element is updated by itself, so that any flat part of a shard can be updated
+            alone; "matrices" where a rule needs a whole weight.
+        hyper_parameters: defaults of the rule's own hyper-parameters.
+    """
+
+    @property
+    def state_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def works_on(self) -> Literal["elements", "matrices"]: ...
+
+    @property
+    def hyper_parameters(self) -> HyperParameters: ...
+
+    def update(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        num_updates: Tensor,
+        hyper_parameters: HyperParameters,
+        *,
+        divisor: Tensor,
+        skipped: Tensor,
+    ) -> None:
+        """Update `weights` and `state` in place; nothing may wait for the device.
+
+        Args:
+            weights: flat, fp32 or float64.
+            gradient: of the same shape and dtype; divided by `divisor` in place, unless the step is skipped.
+            state: name -> tensor of the same shape and dtype, for each of `state_names`.
+            num_updates: scalar fp32, updates taken before this one; not to be changed.
+            hyper_parameters: of the parameter group: "lr", "weight_decay" and the rule's own.
+            divisor: scalar fp32; dividing the gradient by it removes the loss scale and clips.
+            skipped: scalar fp32; with 1.0 nothing may change.
+        """
+
+    def was_trained(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Scalar bool: whether the state shows that the weight had a gradient in some earlier step."""
