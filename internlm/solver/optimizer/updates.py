@@ -13,12 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from internlm.core.communication.collectives import Done, Work
 from internlm.solver.optimizer.bucket import Bucket, part_size
-from internlm.solver.optimizer.lane import Lane, lane_of
 from internlm.solver.optimizer.rounding_noise import RoundingNoise
 from internlm.solver.optimizer.shard_state import AdamStep, Scratch, ShardState
 from internlm.solver.optimizer.state_form import StateForm, wide
+from internlm.utils.copy_stream import CopyStream, QueuedCopy, copy_stream_of
 
 Parts = Sequence[tuple[ShardState, Sequence[slice]]]
 """Of every bucket, the parts of its shard that take part in a step; see `ShardState.update`."""
@@ -77,26 +76,23 @@ class OffloadedUpdater:
         noise: that of the states.
         down, up: carry copies from and to the device.
         at_once: elements of a part.
-        pin_memory: for copies that do not wait.
     """
 
     def __init__(
         self,
         scratch: Scratch,
         noise: RoundingNoise | None,
-        down: Lane,
-        up: Lane,
+        down: CopyStream,
+        up: CopyStream,
         at_once: int,
-        *,
-        pin_memory: bool,
     ) -> None:
         self._scratch = scratch
         self._noise = noise
         self._down, self._up = down, up
         self._at_once = at_once
-        size = 2, at_once * torch.float32.itemsize
-        self._arrived = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
-        self._leaving = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
+        num_bytes = 2 * at_once * torch.float32.itemsize
+        self._arrived = down.new_host_buffer(num_bytes, torch.uint8).view(2, -1)
+        self._leaving = up.new_host_buffer(num_bytes, torch.uint8).view(2, -1)
 
     def run(self, parts: Parts, step: AdamStep) -> None:
         """Update part by part."""
@@ -104,22 +100,22 @@ class OffloadedUpdater:
         if step.skipped:
             return
         _draw(self._noise, parts)
-        self._down.follow()
-        self._up.follow()
+        self._down.wait_for_compute()
+        self._up.wait_for_compute()
         work = list(_cut(parts, self._at_once))
         arriving = [self._fetch(*work[0], slot=0)] if work else []
-        left: list[Work] = [Done(), Done()]
+        left: list[QueuedCopy[None] | None] = [None, None]
         for number, (state, part) in enumerate(work):
             slot = number % 2
             if number + 1 < len(work):
                 arriving.append(self._fetch(*work[number + 1], slot=1 - slot))
-            gradient, arrival = arriving[number]
-            arrival.wait()
+            gradient = arriving[number].synchronize()
             if gradient.dtype != torch.float32:
                 gradient = self._scratch.of("gradient", gradient)
             state.update(part, gradient, step)
             # The part before the last one may still be leaving from there.
-            left[slot].wait()
+            if (copy := left[slot]) is not None:
+                copy.synchronize()
             leaving = _typed(self._leaving[slot], state.bucket.kind.dtype, part).copy_(state.bucket.master[part])
             left[slot] = self._up.run(partial(state.bucket.write_back, part, leaving))
         for state, _ in parts:
@@ -130,11 +126,11 @@ class OffloadedUpdater:
         """Those on the device stay as they are."""
         return False
 
-    def _fetch(self, state: ShardState, part: slice, slot: int) -> tuple[Tensor, Work]:
-        """Where the gradients of a part will be on the host, and when."""
+    def _fetch(self, state: ShardState, part: slice, slot: int) -> QueuedCopy[Tensor]:
+        """Queue the copy of a part's gradients to the host."""
         source = state.bucket.grad_shard[part]
         target = _typed(self._arrived[slot], source.dtype, part)
-        return target, self._down.run(partial(target.copy_, source, non_blocking=True))
+        return self._down.run(partial(target.copy_, source, non_blocking=True))
 
 
 def build_states(buckets: Sequence[Bucket], form: StateForm, weight_decay: float) -> tuple[list[ShardState], Updater]:
@@ -154,9 +150,7 @@ def build_states(buckets: Sequence[Bucket], form: StateForm, weight_decay: float
         noise = RoundingNoise([spec.global_shape for bucket in buckets for spec in bucket.specs], state_device)
     states = [ShardState(bucket, weight_decay if bucket.kind.has_decay else 0.0, scratch, noise) for bucket in buckets]
     if form.is_offloaded:
-        return states, OffloadedUpdater(
-            scratch, noise, lane_of(device), lane_of(device), at_once, pin_memory=device.type == "cuda"
-        )
+        return states, OffloadedUpdater(scratch, noise, copy_stream_of(device), copy_stream_of(device), at_once)
     is_converted = noise is not None or any(bucket.grad_buffer.dtype != bucket.master.dtype for bucket in buckets)
     return states, ResidentUpdater(scratch, noise, at_once if is_converted else None)
 
