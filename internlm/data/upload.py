@@ -37,8 +37,8 @@ class Upload:
 class Uploader:
     """Copies micro batches to one device.
 
-    On CUDA the copies run on a copy stream: from pinned memory they do not wait for what is left of the step before, nor
-    does the host wait for them.
+    On CUDA the copies run on a copy stream: from pinned memory they do not wait for what is left of the step before,
+    nor does the host wait for them.
     """
 
     def __init__(self, device: torch.device) -> None:
