@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from internlm.core.communication.collectives import Done, Work, all_reduce_async
+from internlm.core.communication.collectives import all_reduce_async
+from internlm.core.communication.pending import Pending
 
 ELSEWHERE = "another rank asked for it"
 
@@ -42,8 +43,7 @@ class RunControl:
         self._at = 0
         self._done_at = 0
         # On the host: looking at it must not wait for the device.
-        self._votes = torch.zeros(3, dtype=torch.int64)
-        self._sum: Work = Done()
+        self._votes = Pending(torch.zeros(3, dtype=torch.int64))
 
     # These three may be called by signal handlers.
 
@@ -67,20 +67,18 @@ class RunControl:
         if self._group is None:
             votes = self._ask()
         else:
-            self._sum.wait()
-            votes = self._votes.tolist()
+            votes = self._votes.wait().tolist()
         num_stops, num_saves, at = votes
         self.stop_reason = (self._stop or ELSEWHERE) if num_stops else None
         self.save_reason = (self._sent_save or ELSEWHERE) if num_saves else None
         self._sent_save = None
         self._look_at_step(at, step)
         if self._group is not None and self.stop_reason is None:
-            self._votes = torch.tensor(self._ask())
-            self._sum = all_reduce_async(self._votes, self._group)
+            self._votes = all_reduce_async(torch.tensor(self._ask()), self._group)
 
     def finish(self) -> None:
         """Wait for what is still under way; for the end of a loop."""
-        self._sum.wait()
+        self._votes.wait()
 
     def _ask(self) -> list[int]:
         self._sent_save, self._save = self._save, None

@@ -343,7 +343,7 @@ class Trainer:
         and without a word about the reason."""
         if self.context.world_group is None:
             return
-        vote: Any = all_reduce_async(torch.ones(()), self.context.world_group)
+        vote = all_reduce_async(torch.ones(()), self.context.world_group)
         try:
             vote.wait(END_OF_DATA_TIMEOUT)
         except RuntimeError as error:

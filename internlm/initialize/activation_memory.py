@@ -14,7 +14,8 @@ from internlm.core.scheduler.stage_placement import Placement
 from internlm.estimate.activations import LayerSizes
 from internlm.initialize.recomputation_plan import ActivationPlan, plan_activations
 from internlm.model.decoder import Decoder, DecoderLayer
-from internlm.model.offload import Offloading, host_copies
+from internlm.model.offload import Offloading
+from internlm.utils.copy_stream import copy_stream_of
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
 
@@ -76,7 +77,7 @@ def arrange_activations(
     }
     if not saved_of and not kept_of:
         return
-    offloading = Offloading(host_copies(device), saved_of=saved_of, kept_of=kept_of)
+    offloading = Offloading(copy_stream_of(device), saved_of=saved_of, kept_of=kept_of)
     for decoder in decoders:
         decoder.offloading = offloading
     for number in kept_of:

@@ -11,71 +11,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from internlm.utils.copy_stream import CopyStream, QueuedCopy
+
 SMALLEST = 64 * 1024
 """Bytes below which a tensor stays: a copy has a fixed cost, and such tensors (statistics, tables) fill no memory."""
-
-
-class HostCopies(Protocol):
-    """How tensors get to host memory and back. All copies of one object happen in the order in which they start."""
-
-    def new_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Host memory, `[numel]`."""
-
-    def start(self, copies: Sequence[tuple[Tensor, Tensor]]) -> object | None:
-        """Begin copying (target, source) pairs, after all that was asked of the device so far. Returns what to wait for
-        (None: nothing).
-
-        Neither side may be freed or overwritten by anything that does not wait, but for a later copy of this object.
-        """
-
-    def wait(self, started: object) -> None:
-        """What is asked of the device from now on happens behind these copies. The host does not wait."""
-
-
-class CudaCopies:
-    """Pinned memory, and a stream of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def new_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(numel, dtype=dtype, pin_memory=True)
-
-    def start(self, copies: Sequence[tuple[Tensor, Tensor]]) -> object:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for target, source in copies:
-                target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
-
-    def wait(self, started: object) -> None:
-        assert isinstance(started, torch.cuda.Event)
-        torch.cuda.current_stream(self._device).wait_event(started)
-
-
-class PlainCopies:
-    """The device is the host: the same order of events, at once, and no memory is saved."""
-
-    def new_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(numel, dtype=dtype)
-
-    def start(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-        for target, source in copies:
-            target.copy_(source)
-
-    def wait(self, started: object) -> None:
-        pass
-
-
-def host_copies(device: torch.device) -> HostCopies:
-    """Those of a device."""
-    return CudaCopies(device) if device.type == "cuda" else PlainCopies()
 
 
 class Stored(NamedTuple):
@@ -127,8 +71,8 @@ class _Layer:
     def __init__(self, number: int, previous: _Layer | None) -> None:
         self.number = number
         self.previous = previous
-        self.copying: object | None = None
-        self.loading: object | None = None
+        self.copying: QueuedCopy[None] | None = None
+        self.loading: QueuedCopy[None] | None = None
         self.is_wanted = False
         self._memories: list[weakref.ref[_Memory]] = []
         self.by_place: dict[tuple[object, ...], _Memory] = {}
@@ -158,7 +102,7 @@ class Offloading:
     """Moves what layers save to host memory and back; one for all chunks of a rank, in training passes alone.
 
     Args:
-        copies: of the device.
+        stream: copies from and to the device.
         saved_of: numbers of the layers whose saved tensors move. Parameters, their views and small tensors stay.
         kept_of: numbers of the layers for whose kept results this is the `TensorStore` (see `recomputed`).
         smallest: bytes below which a tensor stays.
@@ -170,7 +114,7 @@ class Offloading:
 
     def __init__(
         self,
-        copies: HostCopies,
+        stream: CopyStream,
         *,
         saved_of: Collection[int] = (),
         kept_of: Collection[int] = (),
@@ -179,7 +123,7 @@ class Offloading:
         self.saved_of = frozenset(saved_of)
         self.kept_of = frozenset(kept_of)
         self.log: list[tuple[str, int]] | None = None
-        self._copies = copies
+        self._stream = stream
         self._smallest = smallest
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._current: _Layer | None = None
@@ -187,7 +131,7 @@ class Offloading:
         # Still on the device: the next layer that ends, of whatever pass, comes behind its copies.
         self._leaving: _Layer | None = None
         # What copies to the device write to, until something waits for them: a graph may be dropped half used.
-        self._landing: tuple[object, list[Tensor]] | None = None
+        self._landing: tuple[QueuedCopy[None], list[Tensor]] | None = None
 
     def begin_pass(self) -> None:
         """Called before the first layer of each forward pass of a chunk."""
@@ -233,7 +177,7 @@ class Offloading:
             self._load(layer, [memory] if layer.is_wanted else layer.memories())
         layer.is_wanted = True
         if layer.loading is not None:
-            self._copies.wait(layer.loading)
+            layer.loading.wait()
             layer.loading = self._landing = None
         # The last layer of a pass may still be on its way to the host, when its backward pass frees it.
         self._finish_copying(layer)
@@ -263,13 +207,13 @@ class Offloading:
         # Until here, so that no other tensor could come to lie at the same place.
         layer.by_place.clear()
         self._note("copy", layer)
-        layer.copying = self._copies.start(copies)
+        layer.copying = self._start(copies)
 
     def _host_memory(self, memory: _Memory, tensor: Tensor) -> Tensor:
         """Of the shape of the tensor, without holes."""
         key = tensor.numel(), tensor.dtype
         free = self._free.setdefault(key, [])
-        buffer = free.pop() if free else self._copies.new_buffer(*key)
+        buffer = free.pop() if free else self._stream.new_host_buffer(*key)
         # Copies are made in order: the next one into this buffer comes behind the last one out of it.
         weakref.finalize(memory, free.append, buffer).atexit = False
         return buffer.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
@@ -284,13 +228,13 @@ class Offloading:
 
     def _finish_copying(self, layer: _Layer) -> None:
         if layer.copying is not None:
-            self._copies.wait(layer.copying)
+            layer.copying.wait()
             layer.copying = None
 
     def _load(self, layer: _Layer, memories: Sequence[_Memory]) -> None:
         layer.is_wanted = True
         if self._landing is not None:
-            self._copies.wait(self._landing[0])
+            self._landing[0].wait()
             self._landing = None
         copies = []
         for memory in memories:
@@ -300,8 +244,12 @@ class Offloading:
                 copies.append((memory.tensor, host))
         if copies:
             self._note("load", layer)
-            layer.loading = self._copies.start(copies)
+            layer.loading = self._start(copies)
             self._landing = layer.loading, [target for target, _ in copies]
+
+    def _start(self, copies: Sequence[tuple[Tensor, Tensor]]) -> QueuedCopy[None]:
+        self._stream.wait_for_compute()
+        return self._stream.copy(copies)
 
     def _note(self, event: str, layer: _Layer) -> None:
         if self.log is not None:

@@ -27,7 +27,8 @@ def test_copies_do_not_wait_for_the_work_queued_before_them() -> None:
     busy.record()
     uploads = uploader.start([pin(micro_batch(index)) for index in range(4)])
     deadline = time.monotonic() + 30
-    while not all(upload.arrival.query() for upload in uploads) and time.monotonic() < deadline:
+    copied = [upload.copy._event for upload in uploads]  # type: ignore[attr-defined]
+    while not all(event.query() for event in copied) and time.monotonic() < deadline:
         time.sleep(0.001)
     assert not busy.query()
 

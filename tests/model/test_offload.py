@@ -3,70 +3,28 @@
 from __future__ import annotations
 
 import gc
-import math
-import weakref
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from helpers.late_copies import LateCopyStream
 from helpers.model import tiny_model
 from torch import Tensor, nn
 
 from internlm.model import offload
-from internlm.model.offload import HostCopies, Offloading, PlainCopies
+from internlm.model.offload import Offloading
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
+from internlm.utils.copy_stream import CopyStream, QueuedCopy
 
 LAYERS = 4
 LENGTHS = (15, 10)
 KEYS = {"num_layers": LAYERS, "num_kv_attention_heads": 2}
 
 
-def nonsense(dtype: torch.dtype) -> float:
-    return math.nan if dtype.is_floating_point else 77
-
-
-class LazyCopies:
-    """A device whose copies are made when they are waited for, in order.
-
-    What is read before that is nonsense, and so is what is copied from a tensor that was freed in the meantime.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: list[Tensor] = []
-        self._queue: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], bool]] = []
-        self._num_done = self._num_started = 0
-
-    def new_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        self.buffers.append(torch.empty(numel, dtype=dtype).fill_(nonsense(dtype)))
-        return self.buffers[-1]
-
-    def is_host(self, tensor: Tensor) -> bool:
-        return any(tensor.data_ptr() == buffer.data_ptr() for buffer in self.buffers)
-
-    def start(self, copies: Sequence[tuple[Tensor, Tensor]]) -> object:
-        for target, source in copies:
-            to_host = self.is_host(target)
-            if not to_host:
-                target.fill_(nonsense(target.dtype))
-            self._queue.append((weakref.ref(target), weakref.ref(source), to_host))
-        self._num_started += len(copies)
-        return self._num_started
-
-    def wait(self, started: object) -> None:
-        assert isinstance(started, int)
-        while self._num_done < started:
-            first, second, to_host = self._queue.pop(0)
-            target, source = first(), second()
-            self._num_done += 1
-            if target is not None:
-                target.fill_(nonsense(target.dtype)) if source is None else target.copy_(source)
-            assert target is not None or to_host, "a copy writes to memory of the device that was freed"
-
-
-def offloading_of(copies: HostCopies | None = None, **choice: Any) -> Offloading:
-    offloading = Offloading(copies or PlainCopies(), smallest=1, **choice)
+def offloading_of(stream: CopyStream | None = None, **choice: Any) -> Offloading:
+    offloading = Offloading(stream or CopyStream(), smallest=1, **choice)
     offloading.log = []
     return offloading
 
@@ -87,7 +45,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("copies", [PlainCopies, LazyCopies])
+@pytest.mark.parametrize("stream", [CopyStream, LateCopyStream])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 @pytest.mark.parametrize(
     "recomputing", [{}, {"checkpoint": 0.5}, {"checkpoint": 1.0, "checkpoint_save_policy": "matmuls"}]
@@ -96,10 +54,10 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     ("model_type", "layers"),
     [("INTERNLM2", range(LAYERS)), ("LLAMA2", range(2)), ("QWEN3", (1, 3)), ("GEMMA", range(LAYERS))],
 )
-def test_no_bit_changes(model_type: str, layers: Any, recomputing: dict[str, Any], dtype: str, copies: Any) -> None:
+def test_no_bit_changes(model_type: str, layers: Any, recomputing: dict[str, Any], dtype: str, stream: Any) -> None:
     keys = {**KEYS, "dtype": dtype}
     plain, moved = tiny_model(model_type, **keys), tiny_model(model_type, **keys, **recomputing)
-    moved.offloading = offloading_of(copies(), saved_of=layers)
+    moved.offloading = offloading_of(stream(), saved_of=layers)
     for model in (plain, moved):
         for micro_batch in range(2):
             forward(model, micro_batch).backward()
@@ -107,11 +65,11 @@ def test_no_bit_changes(model_type: str, layers: Any, recomputing: dict[str, Any
     assert {number for _, number in moved.offloading.log} == set(layers)
 
 
-@pytest.mark.parametrize("copies", [PlainCopies, LazyCopies])
-def test_several_micro_batches_may_be_in_flight(copies: Any) -> None:
+@pytest.mark.parametrize("stream", [CopyStream, LateCopyStream])
+def test_several_micro_batches_may_be_in_flight(stream: Any) -> None:
     """As in a pipeline: each forward pass has its own tensors, whatever the order of the backward passes."""
     plain, moved = tiny_model("INTERNLM2", **KEYS), tiny_model("INTERNLM2", **KEYS)
-    moved.offloading = offloading_of(copies(), saved_of=range(LAYERS))
+    moved.offloading = offloading_of(stream(), saved_of=range(LAYERS))
     order = ("F0", "F1", "B0", "F2", "B1", "F3", "B3", "B2")
     for model in (plain, moved):
         losses = {}
@@ -199,21 +157,21 @@ def test_without_gradients_nothing_happens() -> None:
 
 
 def test_host_memory_is_used_again_and_given_back_with_the_graph() -> None:
-    copies = LazyCopies()
+    stream = LateCopyStream()
     model = tiny_model("INTERNLM2", **KEYS)
-    model.offloading = offloading_of(copies, saved_of=range(LAYERS))
+    model.offloading = offloading_of(stream, saved_of=range(LAYERS))
     gc.disable()
     try:
         forward(model).backward()
-        made = len(copies.buffers)
+        made = len(stream.buffers)
         for number in range(3):
             forward(model, number).backward()
-        assert len(copies.buffers) == made, "the buffers of the first pass serve all"
+        assert len(stream.buffers) == made, "the buffers of the first pass serve all"
         losses = [forward(model, number) for number in range(2)]
-        assert len(copies.buffers) == 2 * made
+        assert len(stream.buffers) == 2 * made
         del losses
         forward(model).backward()
-        assert len(copies.buffers) == 2 * made
+        assert len(stream.buffers) == 2 * made
     finally:
         gc.enable()
 
@@ -222,10 +180,10 @@ def test_parameters_and_small_tensors_stay() -> None:
     model = tiny_model("LLAMA2", **KEYS)
     moved: list[Tensor] = []
 
-    class Noting(PlainCopies):
-        def start(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-            moved.extend(source for _, source in copies)
-            super().start(copies)
+    class Noting(CopyStream):
+        def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> QueuedCopy[None]:
+            moved.extend(source for _, source in pairs)
+            return super().copy(pairs)
 
     offloading = Offloading(Noting(), saved_of=range(LAYERS), smallest=48 * 25 * 4)
     model.offloading = offloading
@@ -235,6 +193,24 @@ def test_parameters_and_small_tensors_stay() -> None:
     assert all(tensor.nbytes >= 48 * 25 * 4 for tensor in moved)
     # The inputs and outputs of both norms, the query, attention's output, three tensors of the MLP.
     assert len(moved) == LAYERS * 9
+
+
+def test_copies_wait_for_the_computation_of_what_they_read() -> None:
+    calls: list[str] = []
+
+    class Noting(CopyStream):
+        def wait_for_compute(self) -> None:
+            calls.append("wait")
+
+        def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> QueuedCopy[None]:
+            calls.append("copy")
+            return super().copy(pairs)
+
+    model = tiny_model("INTERNLM2", **KEYS)
+    model.offloading = offloading_of(Noting(), saved_of=range(LAYERS))
+    forward(model).backward()
+    # To the host from each layer, and back to all but the last.
+    assert calls == ["wait", "copy"] * (2 * LAYERS - 1)
 
 
 def test_a_graph_may_be_used_twice() -> None:
@@ -250,20 +226,20 @@ def test_a_graph_may_be_used_twice() -> None:
 def test_a_graph_may_be_dropped_half_used() -> None:
     """The layer before was on its way back: its copies must not land in what was freed."""
     plain, moved = tiny_model("INTERNLM2", **KEYS), tiny_model("INTERNLM2", **KEYS)
-    moved.offloading = offloading_of(LazyCopies(), saved_of=range(LAYERS))
+    moved.offloading = offloading_of(LateCopyStream(), saved_of=range(LAYERS))
     for model in (plain, moved):
         torch.autograd.grad(forward(model), list(model.layers["3"].parameters()))
         forward(model).backward()
     assert_same_bits(gradients(moved), gradients(plain))
 
 
-@pytest.mark.parametrize("copies", [PlainCopies, LazyCopies])
+@pytest.mark.parametrize("stream", [CopyStream, LateCopyStream])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
-def test_what_recomputation_keeps_may_move(dtype: str, copies: Any) -> None:
+def test_what_recomputation_keeps_may_move(dtype: str, stream: Any) -> None:
     keys = {**KEYS, "dtype": dtype}
     plain = tiny_model("INTERNLM2", **keys)
     moved = tiny_model("INTERNLM2", checkpoint=0.75, checkpoint_save_policy="attention", **keys)
-    moved.offloading = offloading_of(copies(), kept_of=range(3))
+    moved.offloading = offloading_of(stream(), kept_of=range(3))
     for layer in list(moved.layers.values())[:3]:
         layer.store = moved.offloading
     for model in (plain, moved):
@@ -278,7 +254,7 @@ def test_what_is_saved_and_what_is_kept_may_both_move() -> None:
     """Then a recomputed layer leaves nothing but small tensors on the device."""
     plain = tiny_model("INTERNLM2", **KEYS)
     moved = tiny_model("INTERNLM2", checkpoint=1.0, checkpoint_save_policy="attention", **KEYS)
-    moved.offloading = offloading_of(LazyCopies(), saved_of=range(LAYERS), kept_of=range(LAYERS))
+    moved.offloading = offloading_of(LateCopyStream(), saved_of=range(LAYERS), kept_of=range(LAYERS))
     for layer in moved.layers.values():
         layer.store = moved.offloading
     for model in (plain, moved):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.late_copies import LateCopyStream
 from helpers.ranks import RankPool
 from helpers.runs import assert_same_bits, weights_of
 from helpers.sharded import LAYOUTS, ShardedModel, assemble, state_pieces
@@ -129,45 +129,10 @@ def test_a_skipped_update_leaves_no_trace(name: str) -> None:
     assert_same(run(FORMS[name], bad=(0, 2)), run(FORMS[name]))
 
 
-class LateLane:
-    """Copies that are not done before somebody waits for them: the worst case of a stream of its own."""
-
-    def __init__(self) -> None:
-        self._pending: deque[Callable[[], object]] = deque()
-        self.follows = False
-
-    def follow(self) -> None:
-        assert not self._pending
-        self.follows = True
-
-    def run(self, copy: Callable[[], object]) -> Any:
-        assert self.follows
-        self._pending.append(copy)
-        return Upto(self, copy)
-
-    def wait(self, last: Callable[[], object] | None) -> None:
-        """Do copies in order, to a certain one, if that is still to do."""
-        while self._pending and (last is None or last in self._pending):
-            self._pending.popleft()()
-
-    def join(self) -> None:
-        self.wait(None)
-
-
-class Upto:
-    """A place in a lane."""
-
-    def __init__(self, lane: LateLane, copy: Callable[[], object]) -> None:
-        self._lane, self._copy = lane, copy
-
-    def wait(self) -> None:
-        self._lane.wait(self._copy)
-
-
 def test_copies_may_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read before it has arrived, and nothing is overwritten that has not left."""
     expected = run(OFFLOADED)
-    monkeypatch.setattr(updates, "lane_of", lambda device: LateLane())
+    monkeypatch.setattr(updates, "copy_stream_of", lambda device: LateCopyStream())
     assert_same(run(OFFLOADED), expected)
 
 

@@ -1,33 +1,16 @@
-"""Collectives over flat tensors that take `None` as "alone on this axis" and then do nothing.
-
-Every function that can run in the background returns a `Work` with `wait()`, also when there was nothing to do.
-"""
+"""Collectives over flat tensors. A group of None is one rank, for which there is nothing to do."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from internlm.core.communication.pending import Pending
+
 # torch 2.12 renamed the two single-tensor collectives and warns on the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class Work(Protocol):
-    """A collective that may still be running."""
-
-    def wait(self) -> object:
-        """Block until the result may be used (CUDA: order the current stream behind it)."""
-
-
-class Done:
-    """The `Work` of a collective that had nothing to do."""
-
-    def wait(self) -> None:
-        """Return at once."""
 
 
 def all_reduce(
@@ -39,19 +22,19 @@ def all_reduce(
     return tensor
 
 
-def all_reduce_async(tensor: Tensor, group: dist.ProcessGroup | None) -> Work:
+def all_reduce_async(tensor: Tensor, group: dist.ProcessGroup | None) -> Pending:
     """Start summing `tensor` in place over the group."""
-    return Done() if group is None else dist.all_reduce(tensor, group=group, async_op=True)
+    return Pending(tensor, None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
 
 
-def reduce_scatter_async(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> Work:
-    """Start summing flat `tensor` (numel a multiple of the group size) and keep this rank's equal slice in `output`."""
-    return _reduce_scatter(output, tensor, group=group, async_op=True)
+def reduce_scatter_async(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Start summing flat `tensor` (numel a multiple of the group size); `output` gets this rank's equal slice."""
+    return Pending(output, _reduce_scatter(output, tensor, group=group, async_op=True))
 
 
-def all_gather_async(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> Work:
+def all_gather_async(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> Pending:
     """Start gathering every rank's flat `tensor` into `output`, in group order."""
-    return _all_gather(output, tensor, group=group, async_op=True)
+    return Pending(output, _all_gather(output, tensor, group=group, async_op=True))
 
 
 def all_to_all(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,62 +9,29 @@ Source: the pairs f / f-bar and g / g-bar of Megatron-LM (Shoeybi et al. 2019, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from internlm.core.communication.collectives import (
-    Work,
-    all_gather_async,
-    all_reduce_async,
-    all_to_all,
-    reduce_scatter_async,
-)
+from internlm.core.communication.collectives import all_gather_async, all_reduce_async, all_to_all, reduce_scatter_async
+from internlm.core.communication.pending import NO_TIMEOUT, Pending
 
 SEQUENCE = 1
 """The dimension of the sequence in activations."""
 
 
-class Pending(Protocol):
-    """A tensor that may still be on its way."""
+class _PendingParts(Pending):
+    """Parts `[n, ...]`, one a rank, that are joined along `dim` once they have arrived."""
 
-    def wait(self) -> Tensor:
-        """The tensor; blocks until it may be used (CUDA: orders the current stream behind it)."""
+    def __init__(self, parts: Tensor, work: Pending, dim: int) -> None:
+        super().__init__(parts, work)
+        self._dim = dim
 
-
-@dataclass
-class Ready:
-    """A tensor that needed no exchange."""
-
-    tensor: Tensor
-
-    def wait(self) -> Tensor:
-        """The tensor."""
-        return self.tensor
-
-
-@dataclass
-class _Reduced:
-    tensor: Tensor
-    work: Work
-
-    def wait(self) -> Tensor:
-        self.work.wait()
-        return self.tensor
-
-
-@dataclass
-class _Gathered:
-    parts: Tensor
-    work: Work
-    dim: int
-
-    def wait(self) -> Tensor:
-        self.work.wait()
-        return _join(self.parts, self.dim)
+    def wait(self, timeout: timedelta = NO_TIMEOUT) -> Tensor:
+        return _join(super().wait(timeout), self._dim)
 
 
 def _join(parts: Tensor, dim: int) -> Tensor:
@@ -80,23 +47,23 @@ def _cut(tensor: Tensor, dim: int, num_parts: int) -> Tensor:
 def start_gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Pending:
     """Start joining every rank's `x` along `dim`, in rank order."""
     if group is None:
-        return Ready(x)
+        return Pending(x)
     parts = x.new_empty(dist.get_world_size(group), *x.shape)
-    return _Gathered(parts, all_gather_async(parts.view(-1), x.flatten(), group), dim)
+    return _PendingParts(parts, all_gather_async(parts.view(-1), x.flatten(), group), dim)
 
 
 def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Pending:
     """Start summing `x` over the ranks, each keeping its own part along `dim`."""
     if group is None:
-        return Ready(x)
+        return Pending(x)
     parts = _cut(x, dim, dist.get_world_size(group))
     own = torch.empty_like(parts[0])
-    return _Reduced(own, reduce_scatter_async(own.view(-1), parts.view(-1), group))
+    return Pending(own, reduce_scatter_async(own.view(-1), parts.view(-1), group))
 
 
 def start_all_reduce(x: Tensor, group: dist.ProcessGroup | None) -> Pending:
     """Start summing `x`, which is overwritten, over the ranks."""
-    return Ready(x) if group is None else _Reduced(x, all_reduce_async(x, group))
+    return all_reduce_async(x, group)
 
 
 def own_part(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:

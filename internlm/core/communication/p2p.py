@@ -15,29 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from internlm.core.communication.collectives import Done, Work
+from internlm.core.communication.pending import Pending
 from internlm.core.context.parallel_context import ParallelContext
 
 Channel = tuple[int, int, str]
 """(sender, receiver, what it carries); the ranks count along the pipeline axis."""
-
-
-class Incoming:
-    """A tensor that may still be on its way.
-
-    Args:
-        tensor: where it arrives.
-        work: its arrival; by default it is there.
-    """
-
-    def __init__(self, tensor: Tensor, work: Work | None = None) -> None:
-        self._tensor = tensor
-        self._work = work or Done()
-
-    def wait(self) -> Tensor:
-        """The tensor, once it may be used."""
-        self._work.wait()
-        return self._tensor
 
 
 class PipelineChannels:
@@ -46,7 +28,7 @@ class PipelineChannels:
     def __init__(self, context: ParallelContext) -> None:
         self._context = context
         self._ranks = context.view("activation").group("pipeline", context.rank)
-        self._in_flight: dict[Channel, deque[tuple[dist.Work, Tensor]]] = {}
+        self._in_flight: dict[Channel, deque[Pending]] = {}
 
     @classmethod
     def create(cls, context: ParallelContext, channels: Iterable[Channel]) -> PipelineChannels:
@@ -81,21 +63,21 @@ class PipelineChannels:
         work = dist.isend(tensor, dst=self._ranks[channel[1]], group=self._group(channel))
         assert work is not None
         queue = self._in_flight.setdefault(channel, deque())
-        queue.append((work, tensor))
-        while queue and (len(queue) > max_in_flight or queue[0][0].is_completed()):
-            queue.popleft()[0].wait()
+        queue.append(Pending(tensor, work))
+        while queue and (len(queue) > max_in_flight or queue[0].is_completed()):
+            queue.popleft().wait()
 
-    def receive(self, channel: Channel, buffer: Tensor) -> Incoming:
+    def receive(self, channel: Channel, buffer: Tensor) -> Pending:
         """Start receiving into a contiguous tensor of the shape and dtype that the peer sends."""
         work = dist.irecv(buffer, src=self._ranks[channel[0]], group=self._group(channel))
         assert work is not None
-        return Incoming(buffer, work)
+        return Pending(buffer, work)
 
     def wait_for_sends(self) -> None:
         """Return when all that was sent has left."""
         for queue in self._in_flight.values():
             while queue:
-                queue.popleft()[0].wait()
+                queue.popleft().wait()
 
     def _group(self, channel: Channel) -> dist.ProcessGroup:
         sender, receiver, carries = channel

@@ -5,7 +5,6 @@ This is the only place that gives parameters storage. It knows roles and modes, 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.kernels import refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import ParallelLinear
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
+from internlm.core.parallel.materialize import draw
 from internlm.core.parallel.model_parallel import ModelParallel, ParallelOptions
 from internlm.core.parallel.modes.fsp import Fsp
 from internlm.core.parallel.modes.isp import Isp
@@ -158,24 +158,10 @@ def _materialize(placed: Placed, device: torch.device, seed: int) -> nn.Paramete
     parameter, spec = placed.parameter, placed.spec
     if not parameter.is_meta:
         raise ValueError(f'parameter "{spec.name}" already has storage: build the model under torch.device("meta")')
-    # One whole tensor at a time, in fp32: a rank's share of the random numbers must not depend on the layout or dtype.
-    whole = torch.empty(spec.global_shape, dtype=torch.float32, device=device)
-    generator = torch.Generator(device=device).manual_seed(_key(seed, spec.name))
-    initializer_of(parameter).fill(whole, generator)
-    if spec.is_whole:
-        local = whole.to(parameter.dtype)
-    else:
-        local = torch.zeros(spec.local_shape, dtype=parameter.dtype, device=device)
-        for box in spec.boxes:
-            local[box.local_slices()] = whole[box.global_slices()].to(parameter.dtype)
+    local = draw(spec, initializer_of(parameter), seed, parameter.dtype, device)
     result = nn.Parameter(local, requires_grad=parameter.requires_grad)
     attach_shard_spec(result, spec)
     return result
-
-
-def _key(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _refuse_meta_buffers(model: nn.Module) -> None:

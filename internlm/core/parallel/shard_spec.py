@@ -42,6 +42,11 @@ class Box:
         """Index of this box in the global tensor."""
         return tuple(slice(start, start + size) for start, size in zip(self.global_offset, self.size, strict=True))
 
+    def intersect_global(self, offset: Index, size: Index) -> Box | None:
+        """The part of this box inside a rectangle of the global tensor; None when they do not meet."""
+        part = Box(self.local_offset, self.global_offset, self.size).intersect_local(offset, size)
+        return None if part is None else Box(part.local_offset, part.global_offset, part.size)
+
     def intersect_local(self, offset: Index, size: Index) -> Box | None:
         """The part of this box inside a rectangle of the local tensor; None when they do not meet."""
         start = [max(a, b) for a, b in zip(self.local_offset, offset, strict=True)]

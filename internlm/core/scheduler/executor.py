@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from internlm.core.communication.p2p import Incoming, PipelineChannels
+from internlm.core.communication.p2p import PipelineChannels
+from internlm.core.communication.pending import Pending
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.progress.record import Progress
 from internlm.core.scheduler.actions import Action, ActionKind
@@ -97,7 +98,7 @@ class _Step:
         # of one came back: so the receiver asked for that one, and on a channel for all before it. In the same way a
         # rank that sends n gradients got n activations, and if their sender cannot keep n alive, it asked for one.
         self.max_in_flight = schedule.max_alive
-        self.arriving: dict[_Key, Incoming] = {}
+        self.arriving: dict[_Key, Pending] = {}
         self.leaving: dict[_Key, Tensor] = {}
         self.alive: dict[tuple[int, int], _Alive] = {}
 
@@ -158,7 +159,7 @@ class _Step:
         if to is None:
             return
         if to.rank == self.rank:
-            self.arriving[_Key(carries, to.chunk, action.micro_batch)] = Incoming(tensor)
+            self.arriving[_Key(carries, to.chunk, action.micro_batch)] = Pending(tensor)
         else:
             self.leaving[_Key(carries, action.chunk, action.micro_batch)] = tensor.contiguous()
 

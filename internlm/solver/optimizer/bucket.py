@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from internlm.core.communication.collectives import Done, Work, all_reduce, all_reduce_async, reduce_scatter_async
+from internlm.core.communication.collectives import all_reduce, all_reduce_async, reduce_scatter_async
+from internlm.core.communication.pending import Pending
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
@@ -95,8 +96,7 @@ class Bucket(ABC):
         self._missing = [0] * len(parameters)
         self._num_incomplete = 0
         self._is_reducing = False
-        self._reduction: Work = Done()
-        self._reduced: Tensor = self.grad_shard
+        self._reduction = Pending(self.grad_shard)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """A buffer of `numel` elements as one tensor a parameter, each of its local shape."""
@@ -152,32 +152,29 @@ class Bucket(ABC):
         self._fill_gaps()
         is_sent_as_it_is = self.reduce_dtype == self.grad_buffer.dtype or self.groups.are_trivial
         if self.groups.zero is None:
-            self._reduced = self.grad_shard if is_sent_as_it_is else self.grad_shard.to(self.reduce_dtype)
-            self._reduction = all_reduce_async(self._reduced, self.groups.replica)
+            reduced = self.grad_shard if is_sent_as_it_is else self.grad_shard.to(self.reduce_dtype)
+            self._reduction = all_reduce_async(reduced, self.groups.replica)
             return
-        sent = self.grad_buffer
-        self._reduced = self.grad_shard
+        sent, reduced = self.grad_buffer, self.grad_shard
         if not is_sent_as_it_is:
             sent = sent.to(self.reduce_dtype)
-            self._reduced = torch.empty_like(self.grad_shard, dtype=self.reduce_dtype)
-        self._reduction = reduce_scatter_async(self._reduced, sent, self.groups.zero)
+            reduced = torch.empty_like(self.grad_shard, dtype=self.reduce_dtype)
+        self._reduction = reduce_scatter_async(reduced, sent, self.groups.zero)
 
     def continue_reduction(self) -> None:
         """Start summing over the replicas what the zero group has summed; later than `start_reduction`, as it waits."""
         if self.groups.zero is not None and self.groups.replica is not None:
-            self._reduction.wait()
-            self._reduction = all_reduce_async(self._reduced, self.groups.replica)
+            self._reduction = all_reduce_async(self._reduction.wait(), self.groups.replica)
 
     def finish_reduction(self) -> None:
         """Wait until `grad_shard` holds the sum over all ranks that contribute to it; after the last backward pass."""
-        self._reduction.wait()
-        self._reduction = Done()
+        reduced = self._reduction.wait()
+        self._reduction = Pending(self.grad_shard)
         # Not earlier: the other end of a pipeline gets there when this rank has sent on its last gradient.
         for group in self.groups.partial:
-            all_reduce(self._reduced, group)
-        if self._reduced is not self.grad_shard:
-            self.grad_shard.copy_(self._reduced)
-            self._reduced = self.grad_shard
+            all_reduce(reduced, group)
+        if reduced is not self.grad_shard:
+            self.grad_shard.copy_(reduced)
 
     def _fill_gaps(self) -> None:
         """No gradient, and none of what lies outside of the model, is a gradient of zero."""

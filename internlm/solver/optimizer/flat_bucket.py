@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from internlm.core.communication.collectives import Done, Work, all_gather_async
+from internlm.core.communication.collectives import all_gather_async
+from internlm.core.communication.pending import Pending
 from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
@@ -36,7 +37,7 @@ class FlatBucket(Bucket):
         if form.has_master(kind.dtype):
             self.master = torch.empty_like(self.parameter_shard, dtype=wide(kind.dtype), device=self.state_device)
             self.reset_master()
-        self._gathering: Work = Done()
+        self._gathering: Pending | None = None
 
     def write_back(self, part: slice, values: Tensor) -> None:
         """Write updated weights into this rank's slice of the buffer."""
@@ -50,8 +51,9 @@ class FlatBucket(Bucket):
 
     def finish_gathering(self) -> None:
         """Wait until every parameter holds the updated weights."""
-        self._gathering.wait()
-        self._gathering = Done()
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
 
     def reset_master(self) -> None:
         """Take the masters anew from the parameters, after somebody else wrote the parameters."""

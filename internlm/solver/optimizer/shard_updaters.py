@@ -13,13 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from internlm.core.communication.collectives import Done, Work
 from internlm.solver.optimizer.bucket import Bucket, part_size
-from internlm.solver.optimizer.lane import Lane, lane_of
 from internlm.solver.optimizer.rules.update_rule import UpdateRule
 from internlm.solver.optimizer.shard_state import Scratch, ShardState, UpdateStep
 from internlm.solver.optimizer.state_form import StateForm, wide
 from internlm.solver.optimizer.stochastic_rounding import StochasticRounding
+from internlm.utils.copy_stream import CopyStream, QueuedCopy, copy_stream_of
 
 Parts = Sequence[tuple[ShardState, Sequence[slice]]]
 """Of every bucket, the parts of its shard that take part in a step; see `ShardState.update`."""
@@ -83,7 +82,6 @@ class OffloadedUpdater:
         rounding: that of the states.
         down, up: carry copies from and to the device.
         at_once: elements of a part.
-        pin_memory: for copies that do not wait.
     """
 
     def __init__(
@@ -91,20 +89,18 @@ class OffloadedUpdater:
         scratch: Scratch,
         num_updates: Tensor,
         rounding: StochasticRounding | None,
-        down: Lane,
-        up: Lane,
+        down: CopyStream,
+        up: CopyStream,
         at_once: int,
-        *,
-        pin_memory: bool,
     ) -> None:
         self._scratch = scratch
         self._num_updates = num_updates
         self._rounding = rounding
         self._down, self._up = down, up
         self._at_once = at_once
-        size = 2, at_once * torch.float32.itemsize
-        self._arrived = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
-        self._leaving = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
+        num_bytes = 2 * at_once * torch.float32.itemsize
+        self._arrived = down.new_host_buffer(num_bytes, torch.uint8).view(2, -1)
+        self._leaving = up.new_host_buffer(num_bytes, torch.uint8).view(2, -1)
 
     def run(self, parts: Parts, step: UpdateStep) -> None:
         """Update part by part."""
@@ -113,22 +109,22 @@ class OffloadedUpdater:
             return
         if self._rounding is not None:
             self._rounding.draw(self._num_updates)
-        self._down.follow()
-        self._up.follow()
+        self._down.wait_for_compute()
+        self._up.wait_for_compute()
         work = list(_cut(parts, self._at_once))
         arriving = [self._fetch(*work[0], slot=0)] if work else []
-        left: list[Work] = [Done(), Done()]
+        left: list[QueuedCopy[None] | None] = [None, None]
         for number, (state, part) in enumerate(work):
             slot = number % 2
             if number + 1 < len(work):
                 arriving.append(self._fetch(*work[number + 1], slot=1 - slot))
-            gradient, arrival = arriving[number]
-            arrival.wait()
+            gradient = arriving[number].synchronize()
             if gradient.dtype != torch.float32:
                 gradient = self._scratch.of("gradient", gradient)
             state.update(part, gradient, step)
             # The part before the last one may still be leaving from there.
-            left[slot].wait()
+            if (copy := left[slot]) is not None:
+                copy.synchronize()
             leaving = _typed(self._leaving[slot], state.bucket.kind.dtype, part).copy_(state.bucket.master[part])
             left[slot] = self._up.run(partial(state.bucket.write_back, part, leaving))
         self._num_updates.add_(1.0)
@@ -138,11 +134,11 @@ class OffloadedUpdater:
         """Those on the device stay as they are."""
         return False
 
-    def _fetch(self, state: ShardState, part: slice, slot: int) -> tuple[Tensor, Work]:
-        """Where the gradients of a part will be on the host, and when."""
+    def _fetch(self, state: ShardState, part: slice, slot: int) -> QueuedCopy[Tensor]:
+        """Queue the copy of a part's gradients to the host."""
         source = state.bucket.grad_shard[part]
         target = _typed(self._arrived[slot], source.dtype, part)
-        return target, self._down.run(partial(target.copy_, source, non_blocking=True))
+        return self._down.run(partial(target.copy_, source, non_blocking=True))
 
 
 def build_states(
@@ -168,9 +164,8 @@ def build_states(
     states = [ShardState(bucket, rule, num_updates, scratch, rounding) for bucket in buckets]
     updater: Updater
     if form.is_offloaded:
-        down, up = lane_of(device), lane_of(device)
-        is_cuda = device.type == "cuda"
-        updater = OffloadedUpdater(scratch, num_updates, rounding, down, up, at_once, pin_memory=is_cuda)
+        down, up = copy_stream_of(device), copy_stream_of(device)
+        updater = OffloadedUpdater(scratch, num_updates, rounding, down, up, at_once)
     else:
         is_converted = rounding is not None or any(b.grad_buffer.dtype != b.master.dtype for b in buckets)
         updater = ResidentUpdater(scratch, num_updates, rounding, at_once if is_converted else None)

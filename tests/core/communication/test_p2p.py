@@ -10,7 +10,8 @@ import torch
 from helpers.ranks import RankPool
 from torch import Tensor
 
-from internlm.core.communication.p2p import Incoming, PipelineChannels
+from internlm.core.communication.p2p import PipelineChannels
+from internlm.core.communication.pending import Pending
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 
@@ -90,4 +91,4 @@ def test_a_peer_that_is_gone_is_an_error(ranks: Callable[[int], RankPool]) -> No
 
 def test_a_tensor_that_is_there_needs_no_waiting() -> None:
     tensor: Tensor = torch.ones(2)
-    assert Incoming(tensor).wait() is tensor
+    assert Pending(tensor).wait() is tensor

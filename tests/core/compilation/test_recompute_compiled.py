@@ -19,11 +19,12 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.offload import Offloading, PlainCopies
+from internlm.model.offload import Offloading
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.recompute import KEEPS, SavePolicy
 from internlm.model.registry import build_model
+from internlm.utils.copy_stream import CopyStream
 
 LENGTHS = (7, 1, 12, 4)
 
@@ -88,7 +89,7 @@ def test_what_compiled_layers_save_may_move_to_the_host(keep: SavePolicy, option
     plain, moved = build(keep, {}, **options), build(keep, {}, **options)
     for model in (plain, moved):
         compile_layers(model, backend="aot_eager")
-    moved.offloading = Offloading(PlainCopies(), saved_of=range(2), smallest=1)  # type: ignore[assignment]
+    moved.offloading = Offloading(CopyStream(), saved_of=range(2), smallest=1)  # type: ignore[assignment]
     moved.offloading.log = log = []  # type: ignore[assignment,union-attr]
     expected, found = gradients(plain), gradients(moved)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

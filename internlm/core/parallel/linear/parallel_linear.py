@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from internlm.core.communication.exchange import Pending, Ready
+from internlm.core.communication.pending import Pending
 from internlm.core.parallel.linear.kernels import Operand, Products
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.parameter_events import deliver_gradient
@@ -37,11 +37,11 @@ class InputExchange:
 
     def start_gather(self, x: Tensor) -> Pending:
         """As `gather`, in the background."""
-        return Ready(x)
+        return Pending(x)
 
     def start_reduce(self, grad: Tensor) -> Pending:
         """Gradient of what the layers multiplied (overwritten) -> gradient of this rank's part of the input."""
-        return Ready(grad)
+        return Pending(grad)
 
 
 class WeightStore(Protocol):
@@ -243,7 +243,7 @@ class _LinearGroupFunction(torch.autograd.Function):
         products, exchange = group.products, group.exchange
         parameters: tuple[nn.Parameter, ...] = ctx.parameters
         saved, scales = ctx.saved_tensors
-        gathering = Ready(saved) if exchange.saves_gathered else exchange.start_gather(saved)
+        gathering = Pending(saved) if exchange.saves_gathered else exchange.start_gather(saved)
         used = [(slot, grad) for slot, grad in zip(ctx.slots, grads, strict=True) if grad is not None]
         slots = [slot for slot, _ in used]
         operands = list(chain(*products.gradients(_by_layer(slots, [grad for _, grad in used]))))

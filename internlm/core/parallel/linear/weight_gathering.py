@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.core.communication.collectives import Work, all_gather_async
+from internlm.core.communication.collectives import all_gather_async
 from internlm.core.communication.exchange import start_reduce_scatter
+from internlm.core.communication.pending import Pending
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.kernels import Operand
 from internlm.core.parallel.linear.parallel_linear import LinearGroup
@@ -67,7 +68,7 @@ class _Gather:
 
     buffers: list[Tensor] = field(default_factory=list)
     scales: list[Tensor | None] = field(default_factory=list)
-    works: list[Work] = field(default_factory=list)
+    works: list[Pending] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

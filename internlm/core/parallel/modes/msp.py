@@ -12,13 +12,13 @@ from torch import Tensor
 
 from internlm.core.communication.exchange import (
     SEQUENCE,
-    Pending,
     exchange,
     gather,
     reduce_scatter,
     start_gather,
     start_reduce_scatter,
 )
+from internlm.core.communication.pending import Pending
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.parallel_linear import InputExchange
 from internlm.core.parallel.modes.mtp import COLUMN_ROLES, Mtp

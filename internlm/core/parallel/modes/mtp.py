@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.communication.exchange import (
-    Pending,
     copy_to_ranks,
     gather_replicated,
     start_all_reduce,
     sum_over_ranks,
 )
+from internlm.core.communication.pending import Pending
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.parallel_linear import InputExchange
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel

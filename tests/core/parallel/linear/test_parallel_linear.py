@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from internlm.core.communication.exchange import Pending
+from internlm.core.communication.pending import NO_TIMEOUT, Pending
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.parallel_linear import InputExchange, LinearGroup, LocalWeights, ParallelLinear
@@ -17,15 +18,16 @@ from internlm.core.parallel.model_parallel import ModelParallel, ParallelOptions
 from internlm.model.roles import Role
 
 
-class Noted:
+class Noted(Pending):
     """A tensor on its way, noted when it is waited for."""
 
     def __init__(self, log: list[str], name: str, tensor: Tensor) -> None:
-        self.log, self.name, self.tensor = log, name, tensor
+        super().__init__(tensor)
+        self.log, self.name = log, name
 
-    def wait(self) -> Tensor:
+    def wait(self, timeout: timedelta = NO_TIMEOUT) -> Tensor:
         self.log.append(f"wait {self.name}")
-        return self.tensor
+        return super().wait(timeout)
 
 
 class LoggedExchange(InputExchange):
