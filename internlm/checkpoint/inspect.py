@@ -21,11 +21,10 @@ from internlm.checkpoint.folder import (
     read_mark,
 )
 from internlm.checkpoint.internevo import is_internevo
-from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_context
+from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_config_keys, read_context
 from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import Entry, TensorReader
 from internlm.utils.errors import CheckpointError
-from internlm.utils.json_text import json_object
 from internlm.utils.storage import StoragePath
 
 _SECTIONS = ("model", "data", "adam", "state", "scaler", "hooks")
@@ -148,7 +147,7 @@ def config_of(path: StoragePath, mark: Manifest) -> dict[str, Any]:
     if CONFIG_FILE not in mark.files and not (path / CONFIG_FILE).exists():
         return {}
     try:
-        values = json_object((path / CONFIG_FILE).read_text())
+        values = read_config_keys(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
     return _with_sections(values, path / CONFIG_FILE)

@@ -13,6 +13,7 @@ from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner
 from internlm.checkpoint.dcp_storage import METADATA_FILE, StorageReader
 from internlm.checkpoint.folder import Manifest
+from internlm.config.legacy import translate_legacy
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank, of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
@@ -83,6 +84,17 @@ def read_context(path: StoragePath) -> dict[str, Any]:
         raise CheckpointError(f"'{path / CONTEXT_FILE}' cannot be read: {error}") from error
 
 
+def read_config_keys(path: StoragePath) -> dict[str, Any]:
+    """The keys of the config that a checkpoint was written with, under their current names; values unchecked.
+
+    Raises:
+        OSError, ValueError: the file is missing or damaged.
+    """
+    keys = json_object((path / CONFIG_FILE).read_text())
+    translate_legacy(keys, {})
+    return keys
+
+
 def read_config(path: StoragePath) -> Config:
     """The config that a checkpoint was written with.
 
@@ -90,7 +102,7 @@ def read_config(path: StoragePath) -> Config:
         CheckpointError: it is missing or damaged.
     """
     try:
-        return Config.model_validate(json_object((path / CONFIG_FILE).read_text()))
+        return Config.model_validate(read_config_keys(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
 
