@@ -166,7 +166,8 @@ class StorageReader(FileSystemReader):
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in sorted(by_file.items()):
-            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
+            items.sort(key=lambda item: (self.storage_data[item.storage_index].offset, tuple(item.storage_offsets)))
+            starts: dict[MetadataIndex, int] = {}
             with (self.folder / name).open_read() as buffered:
                 # A short read of a local disk costs little, and the buffer would read on behind it.
                 file = cast(BinaryIO, cast(io.BufferedReader, buffered).raw) if self.folder.is_local else buffered
@@ -178,16 +179,17 @@ class StorageReader(FileSystemReader):
                         planner.load_bytes(item, io.BytesIO(data))
                     else:
                         target = planner.resolve_tensor(item).detach()
-                        self._read_tensor(file, item, target)
+                        if item.storage_index not in starts:
+                            starts[item.storage_index] = _start_of_data(file, info)
+                        self._read_tensor(file, item, target, starts[item.storage_index])
                         planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read_tensor(self, file: BinaryIO, item: ReadItem, target: Tensor) -> None:
+    def _read_tensor(self, file: BinaryIO, item: ReadItem, target: Tensor, start: int) -> None:
         saved = self._tensors[item.storage_index.fqn]
         assert isinstance(saved, TensorStorageMetadata)
-        start = _start_of_data(file, self.storage_data[item.storage_index])
         box = _SavedBox(self._saved_shape(saved, item.storage_index), saved.properties.dtype, start)
         run_bytes = RUN_BYTES[self.folder.is_local]
         box.read_into(file, target, tuple(item.storage_offsets), tuple(item.lengths), run_bytes)
