@@ -108,29 +108,30 @@ def read_config(path: StoragePath) -> Config:
 
 
 def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
-    """Compare a checkpoint with the checksums of its mark, each rank a share of the files; collective.
+    """Compare a checkpoint with the checksums of its manifest, each rank a share of the files; collective.
 
     Raises:
-        CheckpointError: it has no mark, or a file is not what was written.
+        CheckpointError: it has no manifest, or a file is not what was written.
     """
 
     def read() -> Manifest | str:
         try:
-            mark = folders.read_mark(path)
+            manifest = folders.read_manifest(path)
         except (CheckpointError, OSError) as error:
             return str(error)
         return (
-            mark or f"'{path}' is no complete checkpoint: it has no mark (a file named by its step, such as 100.step)"
+            manifest
+            or f"'{path}' is no complete checkpoint: it has no manifest (a file named by its step, such as 100.step)"
         )
 
-    mark = from_main_rank(context, read)
-    if isinstance(mark, str):
-        raise CheckpointError(mark)
-    own = folders.find_damage(path, mark, context.rank, context.world_size)
+    manifest = from_main_rank(context, read)
+    if isinstance(manifest, str):
+        raise CheckpointError(manifest)
+    own = folders.find_damage(path, manifest, context.rank, context.world_size)
     lines = [line for damage in of_all_ranks(context, own) for line in damage]
     if lines:
         raise CheckpointError(f"the checkpoint '{path}' is damaged:{listed(lines)}")
-    return mark
+    return manifest
 
 
 def listed(lines: list[str], most: int = 20) -> str:
