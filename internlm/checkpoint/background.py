@@ -39,7 +39,7 @@ EXIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Place:
+class MemoryRange:
     """Where a tensor lies in the shared memory."""
 
     offset: int
@@ -59,17 +59,17 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Order:
+class WriteRequest:
     """What the writing process is asked to do."""
 
     task: SaveTask
     plan: RankPlan
-    places: list[Place]
+    ranges: list[MemoryRange]
     values: dict[str, bytes]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """What came of it.
 
     Attributes:
@@ -153,7 +153,7 @@ class BackgroundWriter:
         read_end, child_write = os.pipe()
         child_read, write_end = os.pipe()
         self._answers = Connection(read_end, writable=False)
-        self._orders = Connection(write_end, readable=False)
+        self._requests = Connection(write_end, readable=False)
         # No device for the child: it handles host memory only, and a context there would take memory.
         environment = {
             **os.environ,
@@ -188,14 +188,14 @@ class BackgroundWriter:
             CheckpointError: there is not enough memory, or the process has ended.
         """
         assert self._pending is None, "wait for the last save first"
-        places, values = self._copy(plan, resolver)
+        ranges, values = self._copy(plan, resolver)
         try:
-            self._orders.send(Order(task, plan, places, values))
+            self._requests.send(WriteRequest(task, plan, ranges, values))
         except OSError as error:
-            raise CheckpointError(self._last_words()) from error
+            raise CheckpointError(self._exit_message()) from error
         self._pending = task
 
-    def _copy(self, plan: RankPlan, resolver: Resolver) -> tuple[list[Place], dict[str, bytes]]:
+    def _copy(self, plan: RankPlan, resolver: Resolver) -> tuple[list[MemoryRange], dict[str, bytes]]:
         tensors: list[Tensor] = []
         values: dict[str, bytes] = {}
         for item in plan.plan.items:
@@ -205,19 +205,19 @@ class BackgroundWriter:
                 values[item.index.fqn] = data.getvalue()
             else:
                 tensors.append(data.detach())
-        places, end = _lay_out(tensors)
+        ranges, end = _lay_out(tensors)
         memory = self._memory.bytes(max(1, end))
-        for tensor, place in zip(tensors, places, strict=True):
-            place.view(memory).copy_(tensor, non_blocking=True)
+        for tensor, memory_range in zip(tensors, ranges, strict=True):
+            memory_range.view(memory).copy_(tensor, non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors):
             torch.cuda.current_stream().synchronize()
-        return places, values
+        return ranges, values
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> SaveOutcome | None:
         """The outcome of the save that was begun, if there is one; never waits."""
         return self._receive() if self.is_busy and (self._answers.poll() or self._process.poll() is not None) else None
 
-    def wait(self, timeout: float | None = None) -> Outcome | None:
+    def wait(self, timeout: float | None = None) -> SaveOutcome | None:
         """Wait for the outcome of the save that was begun; None when there is none, or not in `timeout` seconds."""
         if not self.is_busy:
             return None
@@ -229,15 +229,15 @@ class BackgroundWriter:
                 return None
         return self._receive()
 
-    def _receive(self) -> Outcome:
+    def _receive(self) -> SaveOutcome:
         assert self._pending is not None
         step, self._pending = self._pending.step, None
         try:
             return self._answers.recv()
         except (EOFError, OSError):
-            return Outcome(step, self._last_words(), None, time.monotonic())
+            return SaveOutcome(step, self._exit_message(), None, time.monotonic())
 
-    def _last_words(self) -> str:
+    def _exit_message(self) -> str:
         # Its end of the connection closes a moment before its exit code is there.
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(EXIT_SECONDS)
@@ -251,15 +251,15 @@ class BackgroundWriter:
     def close(self) -> None:
         """Wait for what is being written, and end the process."""
         self.wait()
-        self._orders.close()
+        self._requests.close()
         self._process.wait()
         self._answers.close()
         os.close(self._memory.descriptor)
 
 
-def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[Place], int]:
-    places, end = [], 0
+def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[MemoryRange], int]:
+    ranges, end = [], 0
     for tensor in tensors:
-        places.append(Place(end, tuple(tensor.shape), tensor.dtype))
-        end += -(-places[-1].num_bytes // ALIGNMENT) * ALIGNMENT
-    return places, end
+        ranges.append(MemoryRange(end, tuple(tensor.shape), tensor.dtype))
+        end += -(-ranges[-1].num_bytes // ALIGNMENT) * ALIGNMENT
+    return ranges, end

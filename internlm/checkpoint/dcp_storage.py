@@ -41,23 +41,23 @@ BLOCK_BYTES = 64 * 2**20
 METADATA_FILE = ".metadata"
 """Where the library looks for the list of tensors."""
 
-SUM_BYTES = 4 * 2**20
-"""How much of a file is summed up at once."""
+CHECKSUM_BLOCK_BYTES = 4 * 2**20
+"""Bytes that are read at a time to compute the checksum of a file."""
 
 RUN_BYTES = {True: 4096, False: 2**20}
 """Is the file local -> from what length on a part of a row is fetched alone, and not with the rest of the row."""
 
 
 @dataclass(frozen=True)
-class FileSum:
+class FileChecksum:
     """Size and checksum (128 bits of XXH3, https://github.com/Cyan4973/xxHash, in hex) of a file."""
 
     size: int
     xxh3: str
 
 
-class SummingFile(io.RawIOBase):
-    """Passes on what is written, and sums it up."""
+class ChecksumFile(io.RawIOBase):
+    """Writes through to a file and computes its checksum on the way."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -78,20 +78,20 @@ class SummingFile(io.RawIOBase):
         return self._size
 
     @property
-    def sum(self) -> FileSum:
+    def checksum(self) -> FileChecksum:
         """Of everything written so far."""
-        return FileSum(self._size, self._hash.hexdigest())
+        return FileChecksum(self._size, self._hash.hexdigest())
 
 
-def sum_of_file(path: StoragePath) -> FileSum:
-    """Read a whole file, block by block, and sum it up."""
+def file_checksum(path: StoragePath) -> FileChecksum:
+    """The checksum of a file, which is read block by block."""
     total, size = xxhash.xxh3_128(), 0
-    block = memoryview(bytearray(SUM_BYTES))
+    block = memoryview(bytearray(CHECKSUM_BLOCK_BYTES))
     with path.open_read() as file:
         while count := cast(Any, file).readinto(block):
             total.update(block[:count])
             size += count
-    return FileSum(size, total.hexdigest())
+    return FileChecksum(size, total.hexdigest())
 
 
 class Resolver(Protocol):
@@ -101,7 +101,7 @@ class Resolver(Protocol):
         """The tensor, or the bytes of a value, that an item of a plan asks for."""
 
 
-def write_tensors(path: StoragePath, plan: SavePlan, resolver: Resolver) -> tuple[list[WriteResult], FileSum]:
+def write_tensors(path: StoragePath, plan: SavePlan, resolver: Resolver) -> tuple[list[WriteResult], FileChecksum]:
     """Write all that a plan asks for into one file.
 
     The library's own writer keeps a copy of every tensor until the last one is written.
@@ -111,17 +111,17 @@ def write_tensors(path: StoragePath, plan: SavePlan, resolver: Resolver) -> tupl
     """
     results = []
     with path.open_write() as file, _without_zip_checksums():
-        summing = SummingFile(file)
+        hashed = ChecksumFile(file)
         for item in plan.items:
-            offset = summing.tell()
+            offset = hashed.tell()
             data = resolver.resolve_data(item)
             if isinstance(data, Tensor):
-                torch.save(_alone(data), cast(Any, summing))
+                torch.save(_alone(data), cast(Any, hashed))
             else:
-                summing.write(data.getbuffer())
-            info = _StorageInfo(path.name, offset, summing.tell() - offset)
+                hashed.write(data.getbuffer())
+            info = _StorageInfo(path.name, offset, hashed.tell() - offset)
             results.append(WriteResult(item.index, info.length, info))
-    return results, summing.sum
+    return results, hashed.checksum
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -166,7 +166,8 @@ class StorageReader(FileSystemReader):
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in sorted(by_file.items()):
-            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
+            items.sort(key=lambda item: (self.storage_data[item.storage_index].offset, tuple(item.storage_offsets)))
+            starts: dict[MetadataIndex, int] = {}
             with (self.folder / name).open_read() as buffered:
                 # A short read of a local disk costs little, and the buffer would read on behind it.
                 file = cast(BinaryIO, cast(io.BufferedReader, buffered).raw) if self.folder.is_local else buffered
@@ -178,16 +179,17 @@ class StorageReader(FileSystemReader):
                         planner.load_bytes(item, io.BytesIO(data))
                     else:
                         target = planner.resolve_tensor(item).detach()
-                        self._read_tensor(file, item, target)
+                        if item.storage_index not in starts:
+                            starts[item.storage_index] = _start_of_data(file, info)
+                        self._read_tensor(file, item, target, starts[item.storage_index])
                         planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read_tensor(self, file: BinaryIO, item: ReadItem, target: Tensor) -> None:
+    def _read_tensor(self, file: BinaryIO, item: ReadItem, target: Tensor, start: int) -> None:
         saved = self._tensors[item.storage_index.fqn]
         assert isinstance(saved, TensorStorageMetadata)
-        start = _start_of_data(file, self.storage_data[item.storage_index])
         box = _SavedBox(self._saved_shape(saved, item.storage_index), saved.properties.dtype, start)
         run_bytes = RUN_BYTES[self.folder.is_local]
         box.read_into(file, target, tuple(item.storage_offsets), tuple(item.lengths), run_bytes)

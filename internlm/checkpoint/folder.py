@@ -1,16 +1,16 @@
 """Where checkpoints lie and when one counts: one folder a step, complete from one instant to the next.
 
 <save>/<step>/                      tensors (torch.distributed.checkpoint), context.json, config.json, config_file.py
-<save>/<step>/<step>.step           the mark: what the checkpoint holds, and size and checksum of every file
+<save>/<step>/<step>.step           the manifest: what the checkpoint holds, and size and checksum of every file
 <snapshots>/0/<step>.step           the same for a snapshot, whose folder is one of two that alternate
 <save>/.writing-<name>-<id>         a save in progress, or what is left of one that was killed
 
 <save>/<step>/.unfinished           the same in an object store, which cannot rename
 
-The mark comes last. On a local disk a folder also gets its name only when all that is in it is on disk; an object store
-knows no folders, and what has no mark there does not count.
+The manifest is written last. On a local disk a folder also gets its final name only when everything in it is on disk.
+An object store has no folders; there, what has no manifest does not count.
 
-A save replaces only what a save of ours has left: a checkpoint with a readable mark, or an unfinished one.
+A save replaces only what a save of ours has left: a checkpoint with a readable manifest, or an unfinished one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 
-from internlm.checkpoint.dcp_storage import FileSum, sum_of_file
+from internlm.checkpoint.dcp_storage import FileChecksum, file_checksum
 from internlm.checkpoint.internevo import is_internevo, refuse_internevo
 from internlm.utils.errors import CheckpointError, StorageError
 from internlm.utils.json_text import json_object
@@ -28,7 +28,7 @@ from internlm.utils.storage import StoragePath
 
 FORMAT = 1
 WHOLE_RUN = ("model", "optimizer", "scheduler", "sampler")
-MARK_SUFFIX = ".step"
+MANIFEST_SUFFIX = ".step"
 WRITING_PREFIX = ".writing-"
 REPLACED_PREFIX = ".replaced-"
 REMOVING_PREFIX = ".removing-"
@@ -38,7 +38,7 @@ SNAPSHOT_SLOTS = ("0", "1")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the mark of a complete checkpoint says.
+    """What the manifest of a complete checkpoint says.
 
     Attributes:
         step: at which it was saved.
@@ -49,13 +49,13 @@ class Manifest:
 
     step: int
     contents: tuple[str, ...]
-    files: dict[str, FileSum]
+    files: dict[str, FileChecksum]
     saved_at: float = field(default_factory=time.time, compare=False)
 
     @property
     def name(self) -> str:
         """Name of its file."""
-        return f"{self.step}{MARK_SUFFIX}"
+        return f"{self.step}{MANIFEST_SUFFIX}"
 
     def text(self) -> str:
         """Content of its file."""
@@ -71,14 +71,14 @@ class FoundCheckpoint:
     is_snapshot: bool = False
 
 
-def read_mark(path: StoragePath) -> Manifest | None:
-    """The mark of a checkpoint; None when it has none, as the save did not finish.
+def read_manifest(path: StoragePath) -> Manifest | None:
+    """The manifest of a checkpoint; None when it has none, as the save did not finish.
 
     Raises:
-        CheckpointError: the mark is damaged, or of a later version.
+        CheckpointError: the manifest is damaged, or of a later version.
         StorageError: the storage cannot be read.
     """
-    name = _mark_name(path)
+    name = _manifest_name(path)
     if name is None:
         return None
     try:
@@ -88,35 +88,39 @@ def read_mark(path: StoragePath) -> Manifest | None:
                 f"'{path}' has checkpoint format {values['format']}, and this version reads {FORMAT}: use the version "
                 f"of internlm that wrote it"
             )
-        files = {name: FileSum(**values) for name, values in values["files"].items()}
+        files = {name: FileChecksum(**values) for name, values in values["files"].items()}
         return Manifest(int(values["step"]), tuple(values["contents"]), files, float(values["saved_at"]))
     except StorageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         refuse_internevo(path)
         raise CheckpointError(
-            f"the mark '{path / name}' is damaged ({type(error).__name__}: {error}): use another step"
+            f"the manifest '{path / name}' is damaged ({type(error).__name__}: {error}): use another step"
         ) from error
 
 
-def _mark_name(path: StoragePath) -> str | None:
-    """A folder named by a step has that step's mark, any other (a snapshot) that of any."""
-    marks = [name for name in path.names() if name.endswith(MARK_SUFFIX) and name.removesuffix(MARK_SUFFIX).isdigit()]
-    own = f"{path.name}{MARK_SUFFIX}"
-    return own if own in marks else next(iter(sorted(marks)), None)
+def _manifest_name(path: StoragePath) -> str | None:
+    """A folder named by a step has that step's manifest, any other (a snapshot) that of any."""
+    manifests = [
+        name for name in path.names() if name.endswith(MANIFEST_SUFFIX) and name.removesuffix(MANIFEST_SUFFIX).isdigit()
+    ]
+    own = f"{path.name}{MANIFEST_SUFFIX}"
+    return own if own in manifests else next(iter(sorted(manifests)), None)
 
 
 def find_checkpoints(save_folder: StoragePath, snapshot_folder: StoragePath | None = None) -> list[FoundCheckpoint]:
     """All complete checkpoints and snapshots, by step; a snapshot comes before a checkpoint of the same step."""
     found = []
     for name in save_folder.names():
-        if name.isdigit() and f"{name}{MARK_SUFFIX}" in (save_folder / name).names():
+        if name.isdigit() and f"{name}{MANIFEST_SUFFIX}" in (save_folder / name).names():
             found.append(FoundCheckpoint(save_folder / name, int(name)))
     snapshots = snapshot_folder or save_folder / "snapshot"
     for slot in SNAPSHOT_SLOTS:
-        mark = _mark_name(snapshots / slot)
-        if mark is not None:
-            found.append(FoundCheckpoint(snapshots / slot, int(mark.removesuffix(MARK_SUFFIX)), is_snapshot=True))
+        manifest = _manifest_name(snapshots / slot)
+        if manifest is not None:
+            found.append(
+                FoundCheckpoint(snapshots / slot, int(manifest.removesuffix(MANIFEST_SUFFIX)), is_snapshot=True)
+            )
     return sorted(found, key=lambda checkpoint: (checkpoint.step, not checkpoint.is_snapshot))
 
 
@@ -128,7 +132,7 @@ def resolve(path: StoragePath) -> StoragePath:
         StorageError: the storage cannot be read.
     """
     refuse_internevo(path)
-    if _mark_name(path) is not None:
+    if _manifest_name(path) is not None:
         return path
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at '{path}': the path does not exist")
@@ -138,47 +142,47 @@ def resolve(path: StoragePath) -> StoragePath:
         return found[-1].path
     if path.name.isdigit():
         raise CheckpointError(
-            f"the checkpoint '{path}' is incomplete: its mark '{path.name}{MARK_SUFFIX}' is missing, so its save did "
-            f"not finish; use another step"
+            f"the checkpoint '{path}' is incomplete: its manifest '{path.name}{MANIFEST_SUFFIX}' is missing, so its "
+            f"save did not finish; use another step"
         )
     raise CheckpointError(
         f"there is no complete checkpoint in '{path}'; expected a folder named by its step, such as 100/"
     )
 
 
-def check_contents(path: StoragePath, mark: Manifest, wanted: Collection[str]) -> None:
+def check_contents(path: StoragePath, manifest: Manifest, wanted: Collection[str]) -> None:
     """Raise CheckpointError if the checkpoint lacks a part of what is to be loaded from it."""
-    absent = set(wanted) - set(mark.contents)
+    absent = set(wanted) - set(manifest.contents)
     if absent:
         raise CheckpointError(
-            f"the checkpoint '{path}' holds only {', '.join(mark.contents)}, not {', '.join(sorted(absent))}: "
-            f"set the content of what you load to {mark.contents}"
+            f"the checkpoint '{path}' holds only {', '.join(manifest.contents)}, not {', '.join(sorted(absent))}: "
+            f"set the content of what you load to {manifest.contents}"
         )
 
 
-def find_damage(path: StoragePath, mark: Manifest, share: int = 0, num_shares: int = 1) -> list[str]:
-    """Compare the files of a checkpoint with its mark.
+def find_damage(path: StoragePath, manifest: Manifest, share: int = 0, num_shares: int = 1) -> list[str]:
+    """Compare the files of a checkpoint with its manifest.
 
     Args:
         path: the checkpoint.
-        mark: its mark.
+        manifest: its manifest.
         share, num_shares: look at every `num_shares`-th file only, beginning at number `share`.
 
     Returns:
         One line for each file that is missing or is not what was written.
     """
-    return list(_damage(path, mark, share, num_shares))
+    return list(_damage(path, manifest, share, num_shares))
 
 
-def _damage(path: StoragePath, mark: Manifest, share: int, num_shares: int) -> Iterator[str]:
+def _damage(path: StoragePath, manifest: Manifest, share: int, num_shares: int) -> Iterator[str]:
     # Large files first, so that the shares are alike.
-    by_size = sorted(mark.files.items(), key=lambda item: (-item[1].size, item[0]))
+    by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
     for name, expected in by_size[share::num_shares]:
         try:
             if not (path / name).exists():
                 yield f"{name} is missing"
                 continue
-            found = sum_of_file(path / name)
+            found = file_checksum(path / name)
         except StorageError as error:
             yield f"{name} cannot be read: {error}"
             continue
@@ -209,13 +213,13 @@ def why_not_ours(path: StoragePath, step: int | None) -> str | None:
     if is_internevo(path):
         return f"is a checkpoint of InternEvo (`internlm convert from-internevo --ckpt {path} --out DIR` converts it)"
     try:
-        mark = read_mark(path)
+        manifest = read_manifest(path)
     except CheckpointError:
-        return "has the mark of a checkpoint, and it cannot be read"
-    if mark is None:
-        return "has no mark of a complete checkpoint"
-    if step is not None and mark.step != step:
-        return f"holds the checkpoint of step {mark.step}"
+        return "has the manifest of a checkpoint, and it cannot be read"
+    if manifest is None:
+        return "has no manifest of a complete checkpoint"
+    if step is not None and manifest.step != step:
+        return f"holds the checkpoint of step {manifest.step}"
     return None
 
 
@@ -248,9 +252,9 @@ def begin_writing(final: StoragePath, save_id: str, step: int | None) -> Storage
     check_replaceable(final, step)
     parent = final.parent
     if not final.is_local:
-        # First of all: were this killed, the rest would have no mark, and yet be ours.
+        # First of all: were this killed, the rest would have no manifest, and yet be ours.
         (final / UNFINISHED).write_text(save_id)
-        name = _mark_name(final)
+        name = _manifest_name(final)
         if name is not None:
             (final / name).remove()
         for other in final.names():
@@ -266,18 +270,18 @@ def begin_writing(final: StoragePath, save_id: str, step: int | None) -> Storage
     return writing
 
 
-def finish_writing(writing: StoragePath, final: StoragePath, mark: Manifest, *, is_snapshot: bool = False) -> None:
+def finish_writing(writing: StoragePath, final: StoragePath, manifest: Manifest, *, is_snapshot: bool = False) -> None:
     """Make what was written the checkpoint `final`, replacing what was there.
 
     Raises:
         CheckpointError: something has appeared there that no save of ours has left.
         StorageError: the storage cannot be written.
     """
-    (writing / mark.name).write_text(mark.text())
+    (writing / manifest.name).write_text(manifest.text())
     if not final.is_local:
         (final / UNFINISHED).remove()
         return
-    step = None if is_snapshot else mark.step
+    step = None if is_snapshot else manifest.step
     replaced = final.parent / f"{REPLACED_PREFIX}{final.name}"
     if final.exists():
         check_replaceable(final, step)
@@ -310,7 +314,7 @@ def remove_checkpoint(path: StoragePath) -> None:
         path.rename_to(removing)
         removing.remove()
         return
-    name = _mark_name(path)
+    name = _manifest_name(path)
     if name is not None:
         (path / name).remove()
     path.remove()

@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.folder import (
-    MARK_SUFFIX,
+    MANIFEST_SUFFIX,
     REMOVING_PREFIX,
     REPLACED_PREFIX,
     SNAPSHOT_SLOTS,
     WRITING_PREFIX,
     Manifest,
-    read_mark,
+    read_manifest,
 )
 from internlm.checkpoint.internevo import is_internevo
-from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_context
+from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_config_keys, read_context
 from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import Entry, TensorReader
 from internlm.utils.errors import CheckpointError
-from internlm.utils.json_text import json_object
 from internlm.utils.storage import StoragePath
 
 _SECTIONS = ("model", "data", "adam", "state", "scaler", "hooks")
@@ -43,7 +42,7 @@ class Listed:
         name: of the folder, below the one that was listed.
         path: the folder.
         kind: "checkpoint", "snapshot", "incomplete", "leftover" of a killed save, "export" or "InternEvo".
-        mark: of a complete checkpoint or snapshot.
+        manifest: of a complete checkpoint or snapshot.
         num_bytes: of all its files.
         context: what `context.json` says; empty when there is none.
         problem: what is wrong with it.
@@ -52,7 +51,7 @@ class Listed:
     name: str
     path: StoragePath
     kind: str
-    mark: Manifest | None = None
+    manifest: Manifest | None = None
     num_bytes: int = 0
     context: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
@@ -60,8 +59,8 @@ class Listed:
     @property
     def step(self) -> int | None:
         """Of a complete checkpoint, or of a folder that is named by one."""
-        if self.mark is not None:
-            return self.mark.step
+        if self.manifest is not None:
+            return self.manifest.step
         return int(self.path.name) if self.kind == "incomplete" and self.path.name.isdigit() else None
 
 
@@ -72,14 +71,16 @@ def list_checkpoints(folder: StoragePath, snapshot_folder: StoragePath | None = 
         folder: a save folder, a folder of snapshots, or a checkpoint.
         snapshot_folder: None: `<folder>/snapshot`.
     """
-    if _has_mark(folder) or is_internevo(folder):
+    if _has_manifest(folder) or is_internevo(folder):
         return [_look_at(folder, str(folder), is_snapshot=False)]
     found = []
     for name in folder.names():
         path = folder / name
         if name.isdigit():
             # The slots of a folder of snapshots are no steps.
-            is_snapshot = name in SNAPSHOT_SLOTS and _has_mark(path) and f"{name}{MARK_SUFFIX}" not in path.names()
+            is_snapshot = (
+                name in SNAPSHOT_SLOTS and _has_manifest(path) and f"{name}{MANIFEST_SUFFIX}" not in path.names()
+            )
             found.append(_look_at(path, name, is_snapshot))
         elif name.startswith((WRITING_PREFIX, REPLACED_PREFIX, REMOVING_PREFIX)):
             found.append(Listed(name, path, "leftover", num_bytes=tree_size(path)))
@@ -96,8 +97,8 @@ def list_checkpoints(folder: StoragePath, snapshot_folder: StoragePath | None = 
     return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.kind != "snapshot", one.name))
 
 
-def _has_mark(path: StoragePath) -> bool:
-    return any(name.endswith(MARK_SUFFIX) and name.removesuffix(MARK_SUFFIX).isdigit() for name in path.names())
+def _has_manifest(path: StoragePath) -> bool:
+    return any(name.endswith(MANIFEST_SUFFIX) and name.removesuffix(MANIFEST_SUFFIX).isdigit() for name in path.names())
 
 
 def _look_at(path: StoragePath, name: str, is_snapshot: bool) -> Listed:
@@ -107,18 +108,18 @@ def _look_at(path: StoragePath, name: str, is_snapshot: bool) -> Listed:
         )
     kind = "snapshot" if is_snapshot else "checkpoint"
     try:
-        mark = read_mark(path)
+        manifest = read_manifest(path)
     except CheckpointError as error:
         return Listed(name, path, kind, num_bytes=tree_size(path), problem=str(error))
-    if mark is None:
-        problem = "its mark is missing: the save did not finish, or is under way"
+    if manifest is None:
+        problem = "its manifest is missing: the save did not finish, or is under way"
         return Listed(name, path, "incomplete", num_bytes=tree_size(path), problem=problem)
-    num_bytes = sum(file.size for file in mark.files.values())
+    num_bytes = sum(file.size for file in manifest.files.values())
     try:
-        context = context_of(path, mark)
+        context = context_of(path, manifest)
     except CheckpointError as error:
-        return Listed(name, path, kind, mark, num_bytes, problem=str(error))
-    return Listed(name, path, kind, mark, num_bytes, context)
+        return Listed(name, path, kind, manifest, num_bytes, problem=str(error))
+    return Listed(name, path, kind, manifest, num_bytes, context)
 
 
 def tree_size(path: StoragePath) -> int:
@@ -128,27 +129,27 @@ def tree_size(path: StoragePath) -> int:
     return sum(tree_size(path / name) for name in path.names())
 
 
-def context_of(path: StoragePath, mark: Manifest) -> dict[str, Any]:
+def context_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
     """What `context.json` says; empty for weights alone, which have none.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    if CONTEXT_FILE not in mark.files:
+    if CONTEXT_FILE not in manifest.files:
         return {}
     return _with_sections(read_context(path), path / CONTEXT_FILE)
 
 
-def config_of(path: StoragePath, mark: Manifest) -> dict[str, Any]:
+def config_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
     """The config as `config.json` has it, also one of another version; empty when there is none.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    if CONFIG_FILE not in mark.files and not (path / CONFIG_FILE).exists():
+    if CONFIG_FILE not in manifest.files and not (path / CONFIG_FILE).exists():
         return {}
     try:
-        values = json_object((path / CONFIG_FILE).read_text())
+        values = read_config_keys(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
     return _with_sections(values, path / CONFIG_FILE)

@@ -20,20 +20,20 @@ from typing import Any
 import torch.distributed as dist
 
 from internlm.checkpoint import folder as folders
-from internlm.checkpoint.background import BackgroundWriter, Outcome
+from internlm.checkpoint.background import BackgroundWriter, SaveOutcome
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
 from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint, Manifest
 from internlm.checkpoint.foreign_folders import in_the_way
 from internlm.checkpoint.reading import CONTEXT_FILE, check_files, listed
 from internlm.checkpoint.run_state import load_run, model_tensors, optimizer_tensors
 from internlm.checkpoint.saving import (
-    Part,
     RankPlan,
     SaveTask,
+    WrittenPart,
+    announce_part,
     complete,
     discard,
     follow_up,
-    leave_part,
     make_plan,
     write_part,
 )
@@ -50,7 +50,7 @@ from internlm.utils.storage import StoragePath, storage_path
 logger = get_logger(__name__)
 
 CheckBeforeLoading = Callable[[StoragePath, Manifest, Collection[str]], None]
-"""(checkpoint, its mark, what of it is to be loaded)"""
+"""(checkpoint, its manifest, what of it is to be loaded)"""
 
 
 class CheckpointManager:
@@ -268,7 +268,7 @@ class CheckpointManager:
             if task.rank == 0:
                 discard(task)
             else:
-                leave_part(task, Part(task.rank, [], {}, f"rank {task.rank}: {error}"))
+                announce_part(task, WrittenPart(task.rank, [], {}, f"rank {task.rank}: {error}"))
             self._tell(SaveResult(task.step, task.final, snapshot, time.monotonic() - started, 0.0, str(error)))
             return
         self._under_way = task, snapshot, started, time.monotonic() - started
@@ -301,7 +301,7 @@ class CheckpointManager:
         if error is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {error}")
 
-    def _take(self, outcome: Outcome | None) -> None:
+    def _take(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:
             return
         assert self._under_way is not None
@@ -368,13 +368,13 @@ class CheckpointManager:
         found = self.candidates(trainer.context)
         for checkpoint in reversed(found):
             try:
-                mark = check_files(checkpoint.path, trainer.context)
+                manifest = check_files(checkpoint.path, trainer.context)
             except CheckpointError as error:
                 logger.error("checkpoint refused, the one before is tried: %s", error)
                 continue
             if check is not None:
-                check(checkpoint.path, mark, mark.contents)
-            load_run(trainer, checkpoint.path, set(mark.contents))
+                check(checkpoint.path, manifest, manifest.contents)
+            load_run(trainer, checkpoint.path, set(manifest.contents))
             trainer.resumed_from = str(checkpoint.path)
             trainer.tell_loaded(checkpoint.path)
             return checkpoint
@@ -414,10 +414,10 @@ class CheckpointManager:
         if unknown:
             raise CheckpointError(f"unknown checkpoint content {sorted(unknown)}; allowed: {list(WHOLE_RUN)} or 'all'")
         folder = storage_path(path) if not isinstance(path, StoragePath) else path
-        mark = check_files(folder, trainer.context)
-        folders.check_contents(folder, mark, wanted)
+        manifest = check_files(folder, trainer.context)
+        folders.check_contents(folder, manifest, wanted)
         if check is not None:
-            check(folder, mark, wanted)
+            check(folder, manifest, wanted)
         load_run(trainer, folder, wanted, strict=strict)
         trainer.tell_loaded(folder)
 

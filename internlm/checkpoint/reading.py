@@ -13,6 +13,7 @@ from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner
 from internlm.checkpoint.dcp_storage import METADATA_FILE, StorageReader
 from internlm.checkpoint.folder import Manifest
+from internlm.config.legacy import translate_legacy
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank, of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
@@ -83,6 +84,17 @@ def read_context(path: StoragePath) -> dict[str, Any]:
         raise CheckpointError(f"'{path / CONTEXT_FILE}' cannot be read: {error}") from error
 
 
+def read_config_keys(path: StoragePath) -> dict[str, Any]:
+    """The keys of the config that a checkpoint was written with, under their current names; values unchecked.
+
+    Raises:
+        OSError, ValueError: the file is missing or damaged.
+    """
+    keys = json_object((path / CONFIG_FILE).read_text())
+    translate_legacy(keys, {})
+    return keys
+
+
 def read_config(path: StoragePath) -> Config:
     """The config that a checkpoint was written with.
 
@@ -90,35 +102,36 @@ def read_config(path: StoragePath) -> Config:
         CheckpointError: it is missing or damaged.
     """
     try:
-        return Config.model_validate(json_object((path / CONFIG_FILE).read_text()))
+        return Config.model_validate(read_config_keys(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
 
 
 def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
-    """Compare a checkpoint with the checksums of its mark, each rank a share of the files; collective.
+    """Compare a checkpoint with the checksums of its manifest, each rank a share of the files; collective.
 
     Raises:
-        CheckpointError: it has no mark, or a file is not what was written.
+        CheckpointError: it has no manifest, or a file is not what was written.
     """
 
     def read() -> Manifest | str:
         try:
-            mark = folders.read_mark(path)
+            manifest = folders.read_manifest(path)
         except (CheckpointError, OSError) as error:
             return str(error)
         return (
-            mark or f"'{path}' is no complete checkpoint: it has no mark (a file named by its step, such as 100.step)"
+            manifest
+            or f"'{path}' is no complete checkpoint: it has no manifest (a file named by its step, such as 100.step)"
         )
 
-    mark = from_main_rank(context, read)
-    if isinstance(mark, str):
-        raise CheckpointError(mark)
-    own = folders.find_damage(path, mark, context.rank, context.world_size)
+    manifest = from_main_rank(context, read)
+    if isinstance(manifest, str):
+        raise CheckpointError(manifest)
+    own = folders.find_damage(path, manifest, context.rank, context.world_size)
     lines = [line for damage in of_all_ranks(context, own) for line in damage]
     if lines:
         raise CheckpointError(f"the checkpoint '{path}' is damaged:{listed(lines)}")
-    return mark
+    return manifest
 
 
 def listed(lines: list[str], most: int = 20) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from internlm.checkpoint.boxed_tensor import BoxedTensor, merge_by_key
 from internlm.checkpoint.folder import WHOLE_RUN
+from internlm.checkpoint.fused_weights import describe_regrouping, heads_of, in_stored_form, stored_names
 from internlm.checkpoint.reading import listed, load_tensors, read_context, saved_shapes
 from internlm.checkpoint.weight_source import WeightSource, finite
 from internlm.core.communication.objects import of_all_ranks
@@ -82,6 +83,8 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     if "model" in wanted:
         names = {key.removeprefix(MODEL_PREFIX) for key in saved if key.startswith(MODEL_PREFIX)}
         _compare_names(optimizer.chunks, names, f"the checkpoint '{path}'", context, strict=strict)
+    _log_regrouping(f"the checkpoint '{path}'", tensors, saved, context)
+    tensors = in_stored_form(tensors, saved, heads_of(optimizer.chunks))
     stateless = _compare_states(context, tensors, saved) if "optimizer" in wanted else set()
     if not strict or "optimizer" in wanted:
         required = () if not strict else (MODEL_PREFIX,)
@@ -188,12 +191,15 @@ def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: b
     optimizer = trainer.engine.optimizer
     names = set(source.names())
     _compare_names(optimizer.chunks, names, what, trainer.context, strict=strict)
+    shapes = {name: tuple(source.shape(name)) for name in names}
     tensors = {key.removeprefix(MODEL_PREFIX): boxed for key, boxed in model_tensors(*optimizer.chunks).items()}
+    _log_regrouping(what, tensors, names, trainer.context)
+    tensors = in_stored_form(tensors, shapes, heads_of(optimizer.chunks))
     wanted = {name: boxed for name, boxed in tensors.items() if name in names}
     mistakes = [
-        f"'{name}' has shape {list(source.shape(name))}, the model wants {list(boxed.size())}"
+        f"'{name}' has shape {list(shapes[name])}, the model wants {list(boxed.size())}"
         for name, boxed in wanted.items()
-        if tuple(source.shape(name)) != tuple(boxed.size())
+        if shapes[name] != tuple(boxed.size())
     ]
     if mistakes:
         raise CheckpointError(f"{what} does not fit this model:{listed(mistakes)}")
@@ -212,8 +218,8 @@ def _compare_names(
     Raises:
         CheckpointError: they differ, and `strict`.
     """
-    names = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
-    names = set().union(*of_all_ranks(context, names))
+    own = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
+    names = {stored for name in set().union(*of_all_ranks(context, own)) for stored in stored_names(name, found)}
     lines = [f"'{MODEL_PREFIX}{name}' is missing" for name in sorted(names - found)]
     lines += [f"'{MODEL_PREFIX}{name}' is no part of the model" for name in sorted(found - names)]
     if not lines:
@@ -223,3 +229,13 @@ def _compare_names(
             f"{what} does not fit this model (to load it all the same, set strict=False):{listed(lines)}"
         )
     logger.warning("%s does not fit this model in all, and is loaded as far as it does:%s", what, listed(lines))
+
+
+def _log_regrouping(what: str, keys: Iterable[str], found: Collection[str], context: ParallelContext) -> None:
+    """Name the projections that a source stores fused and the model holds apart, or the other way round; collective."""
+    own = [key for key in keys if stored_names(key, found) != (key,)]
+    lines = describe_regrouping(set().union(*of_all_ranks(context, own)), found)
+    if lines:
+        logger.info(
+            "%s stores these projections in another form than the model; they are regrouped:%s", what, listed(lines)
+        )

@@ -1,4 +1,4 @@
-"""One save, from the plan to the mark: what each rank writes, and what the main rank does when all have written.
+"""One save, from the plan to the manifest: what each rank writes, and what the main rank does when all have written.
 
     plan (all ranks, once a run) -> every rank writes its part -> the main rank completes the checkpoint
 
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
-from internlm.checkpoint.dcp_storage import METADATA_FILE, FileSum, Resolver, SummingFile, write_tensors
+from internlm.checkpoint.dcp_storage import METADATA_FILE, ChecksumFile, FileChecksum, Resolver, write_tensors
 from internlm.checkpoint.folder import Manifest
 from internlm.core.failure import describe_error
 from internlm.utils.errors import CheckpointError, UserError
@@ -84,12 +84,12 @@ class SaveTask:
 
 
 @dataclass(frozen=True)
-class Part:
+class WrittenPart:
     """What a rank has written, or why it could not."""
 
     rank: int
     results: list[WriteResult]
-    sums: dict[str, FileSum]
+    checksums: dict[str, FileChecksum]
     error: str | None = None
 
 
@@ -149,19 +149,19 @@ class Copies:
         return self._tensors[write_item.index]
 
 
-def write_part(task: SaveTask, plan: RankPlan, resolver: Resolver) -> Part:
+def write_part(task: SaveTask, plan: RankPlan, resolver: Resolver) -> WrittenPart:
     """Write what this rank has to write. A failure is told in the result."""
     # The name that the library would give it.
     path = task.writing / f"__{task.rank}_0.distcp"
     try:
         results, total = write_tensors(path, plan.plan, resolver)
-        return Part(task.rank, results, {path.name: total})
+        return WrittenPart(task.rank, results, {path.name: total})
     except Exception as error:
         who = f"rank {task.rank}: " if task.world_size > 1 else ""
-        return Part(task.rank, [], {}, f"{who}{describe_failure(error)}")
+        return WrittenPart(task.rank, [], {}, f"{who}{describe_failure(error)}")
 
 
-def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
+def complete(task: SaveTask, metadata: Metadata, parts: Sequence[WrittenPart]) -> None:
     """Make a checkpoint of all parts; on the main rank. After a failure nothing of the save is left.
 
     Raises:
@@ -173,19 +173,19 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[Part]) -> None:
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise CheckpointError(f"{failed[0].error}{others}")
-        sums = {name: total for part in parts for name, total in part.sums.items()}
-        sums[METADATA_FILE] = _write_metadata(task.writing, metadata, parts)
+        checksums = {name: total for part in parts for name, total in part.checksums.items()}
+        checksums[METADATA_FILE] = _write_metadata(task.writing, metadata, parts)
         for name, content in (task.files or {}).items():
-            sums[name] = _write_file(task.writing, name, content)
+            checksums[name] = _write_file(task.writing, name, content)
         (task.writing / PARTS).remove()
-        mark = Manifest(task.step, task.contents, sums)
-        folders.finish_writing(task.writing, task.final, mark, is_snapshot=task.is_snapshot)
+        manifest = Manifest(task.step, task.contents, checksums)
+        folders.finish_writing(task.writing, task.final, manifest, is_snapshot=task.is_snapshot)
     except BaseException:
         discard(task)
         raise
 
 
-def _write_metadata(folder: StoragePath, metadata: Metadata, parts: Sequence[Part]) -> FileSum:
+def _write_metadata(folder: StoragePath, metadata: Metadata, parts: Sequence[WrittenPart]) -> FileChecksum:
     # The library would write it in two steps, for storages that can rename.
     metadata = copy.copy(metadata)
     metadata.storage_data = {result.index: result.storage_data for part in parts for result in part.results}
@@ -193,16 +193,16 @@ def _write_metadata(folder: StoragePath, metadata: Metadata, parts: Sequence[Par
     return _write_file(folder, METADATA_FILE, pickle.dumps(metadata))
 
 
-def _write_file(folder: StoragePath, name: str, content: bytes) -> FileSum:
+def _write_file(folder: StoragePath, name: str, content: bytes) -> FileChecksum:
     path = folder
     *parents, last = name.split("/")
     for parent in parents:
         path = path / parent
         path.make_folder()
     with (path / last).open_write() as file:
-        summing = SummingFile(file)
-        summing.write(content)
-    return summing.sum
+        hashed = ChecksumFile(file)
+        hashed.write(content)
+    return hashed.checksum
 
 
 def follow_up(task: SaveTask) -> str | None:
@@ -245,7 +245,7 @@ def _remove_old(task: SaveTask) -> None:
 # -- telling each other without a process group ------------------------------------------------------------------------
 
 
-def leave_part(task: SaveTask, part: Part) -> None:
+def announce_part(task: SaveTask, part: WrittenPart) -> None:
     """Leave word of a part in the folder of the save, where the main rank finds it."""
     content = pickle.dumps(part)
     folder = task.writing / PARTS
@@ -258,8 +258,8 @@ def leave_part(task: SaveTask, part: Part) -> None:
 
 
 def collect_parts(
-    task: SaveTask, own: Part, timeout: float = PARTS_TIMEOUT, run_has_ended: Callable[[], bool] = lambda: False
-) -> list[Part]:
+    task: SaveTask, own: WrittenPart, timeout: float = PARTS_TIMEOUT, run_has_ended: Callable[[], bool] = lambda: False
+) -> list[WrittenPart]:
     """All parts, as soon as all are there, or one of a rank that failed.
 
     Args:

@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from internlm.checkpoint.background import Order, Outcome, SharedMemory
+from internlm.checkpoint.background import SaveOutcome, SharedMemory, WriteRequest
 from internlm.checkpoint.saving import (
     Copies,
+    announce_part,
     collect_parts,
     complete,
     describe_failure,
     discard,
     follow_up,
-    leave_part,
     write_part,
 )
 from internlm.utils.logging import configure_logging
@@ -30,54 +30,56 @@ NICENESS = 10
 
 
 def main() -> None:
-    """Carry out orders until the run closes the connection or ends."""
+    """Carry out requests until the run closes the connection or ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
     read_end, write_end, memory = map(int, sys.argv[1:])
-    orders, answers = Connection(read_end, writable=False), Connection(write_end, readable=False)
+    requests, answers = Connection(read_end, writable=False), Connection(write_end, readable=False)
     shared = SharedMemory(memory)
     run = os.getppid()
     while True:
         try:
-            order: Order = orders.recv()
+            request: WriteRequest = requests.recv()
         except EOFError:
             return
         # The store's warnings go where those of the run go.
-        configure_logging(order.task.rank)
-        outcome = carry_out(order, shared, lambda: os.getppid() != run)
+        configure_logging(request.task.rank)
+        outcome = carry_out(request, shared, lambda: os.getppid() != run)
         try:
             answers.send(outcome)
         except OSError:
             return
 
 
-def carry_out(order: Order, shared: SharedMemory, run_has_ended: Callable[[], bool] = lambda: False) -> Outcome:
+def carry_out(
+    request: WriteRequest, shared: SharedMemory, run_has_ended: Callable[[], bool] = lambda: False
+) -> SaveOutcome:
     """Write this rank's part; on the main rank, complete the checkpoint when all have written theirs."""
-    task = order.task
+    task = request.task
     error = notice = None
     try:
-        end = max((place.offset + place.num_bytes for place in order.places), default=0)
+        end = max((memory_range.offset + memory_range.num_bytes for memory_range in request.ranges), default=0)
         memory = shared.bytes(max(1, end))
-        tensors = [place.view(memory) for place in order.places]
-        part = write_part(task, order.plan, Copies(order.plan.plan, tensors, order.values))
+        tensors = [memory_range.view(memory) for memory_range in request.ranges]
+        part = write_part(task, request.plan, Copies(request.plan.plan, tensors, request.values))
         if task.rank != 0:
-            leave_part(task, part)
+            announce_part(task, part)
             error = part.error
         else:
-            assert order.plan.metadata is not None
+            assert request.plan.metadata is not None
             try:
                 parts = collect_parts(task, part, run_has_ended=run_has_ended)
             except BaseException:
                 discard(task)
                 raise
-            complete(task, order.plan.metadata, parts)
+            complete(task, request.plan.metadata, parts)
             if not run_has_ended():
                 # Another run may be there by now, and read an older checkpoint.
                 notice = follow_up(task)
     except Exception as failure:
         error = describe_failure(failure)
-    return Outcome(task.step, error, notice, time.monotonic())
+    return SaveOutcome(task.step, error, notice, time.monotonic())
 
 
 if __name__ == "__main__":

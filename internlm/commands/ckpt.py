@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from internlm.checkpoint.folder import find_checkpoints, find_damage, read_mark, resolve
+from internlm.checkpoint.folder import find_checkpoints, find_damage, read_manifest, resolve
 from internlm.checkpoint.inspect import (
     Changed,
     Listed,
@@ -113,15 +113,15 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _row(one: Listed) -> tuple[str, ...]:
-    mark, state = one.mark, one.context.get("state", {})
+    manifest, state = one.manifest, one.context.get("state", {})
     return (
         one.name,
         "-" if one.step is None else f"{one.step:,}",
         f"{state['num_consumed_tokens']:,}" if "num_consumed_tokens" in state else "-",
         one.kind,
-        "-" if mark is None else _contents(mark.contents),
+        "-" if manifest is None else _contents(manifest.contents),
         format_bytes(one.num_bytes),
-        "-" if mark is None else format_age(time.time() - mark.saved_at),
+        "-" if manifest is None else format_age(time.time() - manifest.saved_at),
         short_layout(one.context),
     )
 
@@ -132,25 +132,25 @@ def _row(one: Listed) -> tuple[str, ...]:
 def _show(options: argparse.Namespace) -> int:
     """Show counters, contents, sizes and the config of a checkpoint, and on request its tensors."""
     path = resolve(storage_path(options.folder))
-    mark = read_mark(path)
-    assert mark is not None
-    context, config = context_of(path, mark), config_of(path, mark)
+    manifest = read_manifest(path)
+    assert manifest is not None
+    context, config = context_of(path, manifest), config_of(path, manifest)
     entries = TensorReader(path).entries
     state = context.get("state", {})
     weights = [kind for kind in kinds_of(entries) if kind.kind == "model"]
-    files = sum(file.size for file in mark.files.values())
-    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(mark.saved_at))
+    files = sum(file.size for file in manifest.files.values())
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.saved_at))
     lines = [
         ("checkpoint", str(path)),
-        ("step", f"{mark.step:,}"),
-        ("saved", f"{saved} ({format_age(time.time() - mark.saved_at)} ago)"),
-        ("contents", _contents(mark.contents)),
+        ("step", f"{manifest.step:,}"),
+        ("saved", f"{saved} ({format_age(time.time() - manifest.saved_at)} ago)"),
+        ("contents", _contents(manifest.contents)),
         ("samples", _number(state.get("num_consumed_samples"))),
         ("tokens", _number(state.get("num_consumed_tokens"))),
         ("skipped", _number(context.get("inf_nan_skip_batches"), "updates")),
         ("data", _pairs(context.get("data", {}))),
         ("parameters", _number(sum(kind.num_elements for kind in weights))),
-        ("files", f"{len(mark.files):,}, {format_bytes(files)}"),
+        ("files", f"{len(manifest.files):,}, {format_bytes(files)}"),
         ("written by", f"{short_layout(context)} rank(s)" if context else "-"),
         *_config_lines(config),
     ]
@@ -245,18 +245,18 @@ def _print_different(differences: Iterator[TensorDifference], keys: Sequence[str
 
 
 def _config(path: StoragePath) -> dict[str, Any]:
-    mark = read_mark(path)
-    assert mark is not None
-    return config_of(path, mark)
+    manifest = read_manifest(path)
+    assert manifest is not None
+    return config_of(path, manifest)
 
 
 def _counters(path: StoragePath) -> dict[str, Any]:
-    mark = read_mark(path)
-    assert mark is not None
-    context = context_of(path, mark)
+    manifest = read_manifest(path)
+    assert manifest is not None
+    context = context_of(path, manifest)
     return {
-        "step": mark.step,
-        "contents": _contents(mark.contents),
+        "step": manifest.step,
+        "contents": _contents(manifest.contents),
         "ranks": context.get("world_size"),
         "layout": short_layout(context),
         **{name: context[name] for name in _COUNTERS if name in context},
@@ -285,7 +285,7 @@ def _short(value: Any) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    """Compare size and checksum of every file with what the checkpoint's mark says."""
+    """Compare size and checksum of every file with what the checkpoint's manifest says."""
     folder = storage_path(options.folder)
     if not folder.exists():
         raise CheckpointError(f"'{folder}' does not exist")
@@ -307,16 +307,18 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _verify_one(path: StoragePath) -> bool:
     try:
-        mark = read_mark(path)
+        manifest = read_manifest(path)
     except CheckpointError as error:
         print(f"{path}: DAMAGED\n  {error}")
         return False
-    if mark is None:
-        print(f"{path}: INCOMPLETE\n  its mark {path.name}.step is missing: the save did not finish; use another step")
+    if manifest is None:
+        print(
+            f"{path}: INCOMPLETE\n  its manifest {path.name}.step is missing: the save did not finish; use another step"
+        )
         return False
-    damage = find_damage(path, mark)
-    size = format_bytes(sum(file.size for file in mark.files.values()))
-    print(f"{path}: {'DAMAGED' if damage else 'good'}, {len(mark.files):,} files, {size}")
+    damage = find_damage(path, manifest)
+    size = format_bytes(sum(file.size for file in manifest.files.values()))
+    print(f"{path}: {'DAMAGED' if damage else 'good'}, {len(manifest.files):,} files, {size}")
     for line in damage:
         print(f"  {line}")
     return not damage

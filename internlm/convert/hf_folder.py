@@ -17,7 +17,7 @@ from torch import Tensor
 from internlm.config.schema import ModelConfig
 from internlm.convert.lazy import grouped_readers
 from internlm.convert.redundant import buffer_difference, is_buffer, tied_difference
-from internlm.convert.safetensors_file import Place, read_header, read_tensor
+from internlm.convert.safetensors_file import TensorLocation, read_header, read_tensor
 from internlm.convert.torch_files import TorchFile
 from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
@@ -53,7 +53,7 @@ class HfEntry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str
-    place: Place | None
+    location: TensorLocation | None
     """In a safetensors file; None: a .bin file."""
 
 
@@ -116,10 +116,10 @@ class HfFolder:
         """
         entry = self.entries[name]
         path = self.path / entry.file
-        if entry.place is None:
+        if entry.location is None:
             return self._open_bin(path).read(name)
         with path.open_read() as stream:
-            return read_tensor(stream, entry.place, str(path))
+            return read_tensor(stream, entry.location, str(path))
 
     def _weight_files(self) -> dict[str, list[str]]:
         """File -> names that it must hold, as far as an index tells."""
@@ -127,10 +127,10 @@ class HfFolder:
         for index, single in ((SAFETENSORS_INDEX, SAFETENSORS), (_BIN_INDEX, _BIN)):
             if index in names:
                 files: dict[str, list[str]] = {}
-                places = read_json(self.path / index).get("weight_map")
-                if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+                weight_map = read_json(self.path / index).get("weight_map")
+                if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                     raise CheckpointError(f"{self.path / index}: 'weight_map' must map names of tensors to files")
-                for name, file in places.items():
+                for name, file in weight_map.items():
                     files.setdefault(file, []).append(name)
                 absent = [file for file in files if file not in names]
                 if absent:
@@ -146,8 +146,10 @@ class HfFolder:
         path = self.path / file
         if file.endswith(".safetensors"):
             with path.open_read() as stream:
-                places = read_header(stream, path.size(), str(path))
-            return {name: HfEntry(place.shape, place.dtype, file, place) for name, place in places.items()}
+                locations = read_header(stream, path.size(), str(path))
+            return {
+                name: HfEntry(location.shape, location.dtype, file, location) for name, location in locations.items()
+            }
         found = self._open_bin(path).entries()
         return {name: HfEntry(shape, dtype, file, None) for name, (shape, dtype) in found.items()}
 

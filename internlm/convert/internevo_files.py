@@ -1,6 +1,6 @@
 """The files of an InternEvo checkpoint: which rank's weights lie where, under one name scheme and one layer numbering.
 
-Knows names, ranks and pipeline stages; what a tensor's pieces make together belongs to `internevo_folder`.
+Knows names, ranks and pipeline stages; what a tensor's shards make together belongs to `internevo_folder`.
 Nothing is unpickled but tensors and plain values, and tensors are mapped from the disk, not read.
 """
 
@@ -45,7 +45,7 @@ _ONLY_ON_ONE_RANK = re.compile(r".*\.(wo|w2)\.bias")
 
 
 @dataclass(frozen=True)
-class Piece:
+class RankShard:
     """A rank's part of a weight, and the file it lies in."""
 
     file: str
@@ -71,7 +71,7 @@ class InternEvoFiles:
     def __init__(self, folder: Path, num_chunks: int = 1) -> None:
         self.folder = folder
         self.split, self.num_ranks, self.num_stages = _grid(folder)
-        self._pieces: dict[str, list[Piece | None]] = {}
+        self._shards: dict[str, list[RankShard | None]] = {}
         self.buffers: dict[str, Tensor] = {}
         states = [
             [load_file(folder / self.file(rank, stage), mapped=True) for rank in range(self.num_ranks)]
@@ -80,12 +80,12 @@ class InternEvoFiles:
         self._by_stage: list[list[str]] = [[] for _ in range(self.num_stages)]
         stages = [self._merge_ranks(stage, by_rank) for stage, by_rank in enumerate(states)]
         for stage, numbers in enumerate(_global_layers(stages, num_chunks, folder)):
-            for (chunk, name), pieces in stages[stage].items():
+            for (chunk, name), shards in stages[stage].items():
                 match = _LAYER.fullmatch(name)
                 whole = name if match is None else f"layers.{numbers[chunk, int(match[1])]}.{match[2]}"
-                if whole in self._pieces:
+                if whole in self._shards:
                     raise CheckpointError(f"'{folder}': two pipeline stages hold the weight '{whole}'")
-                self._pieces[whole] = pieces
+                self._shards[whole] = shards
                 self._by_stage[stage].append(whole)
         self._stage_of = {name: stage for stage, names in enumerate(self._by_stage) for name in names}
 
@@ -100,13 +100,13 @@ class InternEvoFiles:
 
     def names(self) -> set[str]:
         """The weights, by this package's names and numbers of layers; fused ones are `wqkv` and `w13`."""
-        return set(self._pieces)
+        return set(self._shards)
 
-    def pieces(self, name: str) -> list[Piece]:
+    def shards(self, name: str) -> list[RankShard]:
         """The parts of a weight in the order of the ranks, without the ranks that have none."""
-        return [piece for piece in self._pieces[name] if piece is not None]
+        return [shard for shard in self._shards[name] if shard is not None]
 
-    def agreed(self, name: str, replicas: Sequence[Piece]) -> Tensor:
+    def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
         """The tensor that all these ranks hold.
 
         Raises:
@@ -123,31 +123,31 @@ class InternEvoFiles:
 
     def weights_of(self, rank: int, stage: int) -> dict[str, Tensor]:
         """What the file of one rank holds, in its order."""
-        pieces = {name: self._pieces[name][rank] for name in self._by_stage[stage]}
-        return {name: piece.tensor for name, piece in pieces.items() if piece is not None}
+        shards = {name: self._shards[name][rank] for name in self._by_stage[stage]}
+        return {name: shard.tensor for name, shard in shards.items() if shard is not None}
 
     def ranks_of(self, name: str) -> list[tuple[int, int]]:
-        """(rank, stage) of each of the `pieces` of a weight."""
+        """(rank, stage) of each of the `shards` of a weight."""
         stage = self._stage_of[name]
-        return [(rank, stage) for rank, piece in enumerate(self._pieces[name]) if piece is not None]
+        return [(rank, stage) for rank, shard in enumerate(self._shards[name]) if shard is not None]
 
     def _merge_ranks(
         self, stage: int, states: Sequence[Mapping[str, Any]]
-    ) -> dict[tuple[int, str], list[Piece | None]]:
-        """(chunk, name within it) -> each rank's piece."""
-        merged: dict[tuple[int, str], list[Piece | None]] = {}
+    ) -> dict[tuple[int, str], list[RankShard | None]]:
+        """(chunk, name within it) -> each rank's shard."""
+        merged: dict[tuple[int, str], list[RankShard | None]] = {}
         for rank, state in enumerate(states):
             for key, tensor in _weights(state, self.folder / self.file(rank, stage)):
                 if is_buffer(key[1]):
                     self.buffers[f"{self.file(rank, stage)}: {key[1]}"] = tensor
                     continue
-                pieces = merged.setdefault(key, [None] * self.num_ranks)
-                if pieces[rank] is not None:
+                shards = merged.setdefault(key, [None] * self.num_ranks)
+                if shards[rank] is not None:
                     path = self.folder / self.file(rank, stage)
                     raise CheckpointError(f"'{path}' holds '{key[1]}' twice, under an older and a newer name")
-                pieces[rank] = Piece(self.file(rank, stage), tensor)
-        for (_, name), pieces in merged.items():
-            without = [self.file(rank, stage) for rank, piece in enumerate(pieces) if piece is None]
+                shards[rank] = RankShard(self.file(rank, stage), tensor)
+        for (_, name), shards in merged.items():
+            without = [self.file(rank, stage) for rank, shard in enumerate(shards) if shard is None]
             if without and not _ONLY_ON_ONE_RANK.fullmatch(name):
                 raise CheckpointError(
                     f"'{self.folder}': {', '.join(without)} lack(s) the weight '{name}', which the other ranks have"

@@ -1,6 +1,6 @@
 """The weights of an InternEvo checkpoint as global tensors of a model of this package, one at a time.
 
-How a weight was split is told from shapes: pieces of the whole shape are replicas and must agree; otherwise they make
+How a weight was split is told from shapes: shards of the whole shape are replicas and must agree; otherwise they make
 the whole along the one dimension in which they are smaller. What no shape tells is the order of rows in fused weights:
 
 - `wqkv` of INTERNLM and BAICHUAN2: the rows of q, then of k, then of v. A tensor parallel rank has its own heads' q, k
@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from internlm.convert.internevo_files import InternEvoFiles, Piece
+from internlm.convert.internevo_files import InternEvoFiles, RankShard
 from internlm.convert.redundant import buffer_difference
 from internlm.model.decoder import Decoder
 from internlm.utils.errors import CheckpointError
@@ -30,13 +30,13 @@ ROWS_BY_PROJECTION = ("INTERNLM", "BAICHUAN2")
 _MAX_SHOWN = 20
 
 
-class Pieces(Protocol):
+class RankShards(Protocol):
     """What the ranks hold of tensors that are named and cut as the weights in the files are."""
 
-    def pieces(self, name: str) -> list[Piece]:
+    def shards(self, name: str) -> list[RankShard]:
         """Each rank's part, in the order of the ranks."""
 
-    def agreed(self, name: str, replicas: Sequence[Piece]) -> Tensor:
+    def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
         """The one tensor of ranks that should all hold the same."""
 
 
@@ -87,7 +87,7 @@ class InternEvoFolder:
         """Number format that the weight was saved in."""
         return self._dtypes[name]
 
-    def read(self, name: str, of: Pieces | None = None) -> Tensor:
+    def read(self, name: str, of: RankShards | None = None) -> Tensor:
         """The whole weight on the CPU, or what belongs to it.
 
         Args:
@@ -122,8 +122,8 @@ class InternEvoFolder:
             more = f"\n  and {len(mistakes) - _MAX_SHOWN} more" if len(mistakes) > _MAX_SHOWN else ""
             raise CheckpointError(f"'{self._files.folder}' does not fit its config:\n  {shown}{more}")
 
-    def _assemble(self, name: str, of: Pieces) -> Tensor:
-        """One weight of ours from the files' pieces."""
+    def _assemble(self, name: str, of: RankShards) -> Tensor:
+        """One weight of ours from the files' shards."""
         if ".attention.wqkv." in name:
             if self._has(name) and not self._order.by_projection:
                 return self._join(name, self._shapes[name], of)
@@ -139,7 +139,7 @@ class InternEvoFolder:
             return self._gate_or_up(name, of)
         return self._join(self._file_name(name), self._shapes[name], of)
 
-    def _projection(self, name: str, of: Pieces) -> Tensor:
+    def _projection(self, name: str, of: RankShards) -> Tensor:
         """`wq`, `wk` or `wv`, from a file's own or out of its `wqkv`."""
         a = self._architecture
         heads = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
@@ -155,7 +155,7 @@ class InternEvoFolder:
         rows = groups[:, :-2] if number == 0 else groups[:, number - 3]
         return rows.reshape(-1, *inner)
 
-    def _gate_or_up(self, name: str, of: Pieces) -> Tensor:
+    def _gate_or_up(self, name: str, of: RankShards) -> Tensor:
         """`w1` or `w3`, from a file's own or out of its fused weight."""
         a = self._architecture
         inner = (a.hidden_size,) if name.endswith("weight") else ()
@@ -166,26 +166,26 @@ class InternEvoFolder:
         if self._has(fused):
             return self._rows(fused, shape, (1, 1), number, of)
         if self._order.fused_gate_up and self._files.split == "wp":
-            ranks = zip(of.pieces(first), of.pieces(second), strict=True)
-            pieces = [Piece(one.file, torch.cat([one.tensor, two.tensor])) for one, two in ranks]
-            return _join(fused, shape, pieces, self._files.split, of).chunk(2)[number]
+            ranks = zip(of.shards(first), of.shards(second), strict=True)
+            shards = [RankShard(one.file, torch.cat([one.tensor, two.tensor])) for one, two in ranks]
+            return _join(fused, shape, shards, self._files.split, of).chunk(2)[number]
         return self._join(self._file_name(name), (a.intermediate_size, *inner), of)
 
-    def _rows(self, name: str, shape: tuple[int, ...], ratio: Sequence[int], number: int, of: Pieces) -> Tensor:
+    def _rows(self, name: str, shape: tuple[int, ...], ratio: Sequence[int], number: int, of: RankShards) -> Tensor:
         """Part `number` of a fused weight whose parts stand one after the other, with rows in this ratio."""
-        pieces = of.pieces(name)
-        if self._files.split == "wp" or len(pieces) == 1:
-            tensors = [_join(name, shape, pieces, self._files.split, of)]
+        shards = of.shards(name)
+        if self._files.split == "wp" or len(shards) == 1:
+            tensors = [_join(name, shape, shards, self._files.split, of)]
         else:
-            tensors = [piece.tensor for piece in pieces]
+            tensors = [shard.tensor for shard in shards]
         if any(tensor.shape[0] % sum(ratio) for tensor in tensors) or sum(t.shape[0] for t in tensors) != shape[0]:
-            raise CheckpointError(_misfit(name, shape, pieces))
+            raise CheckpointError(_misfit(name, shape, shards))
         return torch.cat(
             [tensor.split([tensor.shape[0] * share // sum(ratio) for share in ratio])[number] for tensor in tensors]
         )
 
-    def _join(self, name: str, shape: tuple[int, ...], of: Pieces) -> Tensor:
-        return _join(name, shape, of.pieces(name), self._files.split, of)
+    def _join(self, name: str, shape: tuple[int, ...], of: RankShards) -> Tensor:
+        return _join(name, shape, of.shards(name), self._files.split, of)
 
     def _has(self, name: str) -> bool:
         return name in self._files.names()
@@ -204,40 +204,42 @@ class InternEvoFolder:
         name, a = "layers.0.feed_forward.w2.weight", self._architecture
         if not self._has(name) or a.intermediate_size == a.hidden_size:
             return False
-        pieces = self._files.pieces(name)
-        rows = sum(piece.tensor.shape[0] for piece in pieces)
-        return all(piece.tensor.shape[1] == a.hidden_size for piece in pieces) and rows == a.intermediate_size
+        shards = self._files.shards(name)
+        rows = sum(shard.tensor.shape[0] for shard in shards)
+        return all(shard.tensor.shape[1] == a.hidden_size for shard in shards) and rows == a.intermediate_size
 
 
 class _Shapes:
-    """The pieces without storage, for a look at shapes alone; notes which were asked for."""
+    """The shards without storage, for a look at shapes alone; notes which were asked for."""
 
     def __init__(self, files: InternEvoFiles) -> None:
         self.used: set[str] = set()
         self._files = files
         self._known = files.names()
 
-    def pieces(self, name: str) -> list[Piece]:
+    def shards(self, name: str) -> list[RankShard]:
         if name not in self._known:
             raise CheckpointError(f"'{name}' is missing in the files")
         self.used.add(name)
-        return [Piece(piece.file, torch.empty_like(piece.tensor, device="meta")) for piece in self._files.pieces(name)]
+        return [
+            RankShard(shard.file, torch.empty_like(shard.tensor, device="meta")) for shard in self._files.shards(name)
+        ]
 
-    def agreed(self, name: str, replicas: Sequence[Piece]) -> Tensor:
+    def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
         return replicas[0].tensor
 
 
-def _join(name: str, shape: tuple[int, ...], pieces: Sequence[Piece], split: str, of: Pieces) -> Tensor:
+def _join(name: str, shape: tuple[int, ...], shards: Sequence[RankShard], split: str, of: RankShards) -> Tensor:
     """The whole tensor of this shape.
 
     Raises:
-        CheckpointError: the pieces do not make it, or replicas differ.
+        CheckpointError: the shards do not make it, or replicas differ.
     """
-    tensors = [piece.tensor for piece in pieces]
+    tensors = [shard.tensor for shard in shards]
     if len({tensor.dtype for tensor in tensors}) > 1:
-        raise CheckpointError(f"'{name}' has different number formats in {', '.join(piece.file for piece in pieces)}")
+        raise CheckpointError(f"'{name}' has different number formats in {', '.join(shard.file for shard in shards)}")
     if all(tuple(tensor.shape) == shape for tensor in tensors):
-        return of.agreed(name, pieces)
+        return of.agreed(name, shards)
     for dim in range(len(shape)):
         others = [tensor.shape[:dim] + tensor.shape[dim + 1 :] for tensor in tensors]
         if any(tuple(other) != shape[:dim] + shape[dim + 1 :] for other in others):
@@ -248,16 +250,16 @@ def _join(name: str, shape: tuple[int, ...], pieces: Sequence[Piece], split: str
         # Versions of InternEvo split the head of isp over the sequence's ranks, of which there may be fewer.
         if name == "output.weight" and split == "wp" and dim == 0 and size % shape[0] == 0:
             distinct = len(tensors) * shape[0] // size
-            return torch.cat([of.agreed(name, pieces[rank::distinct]) for rank in range(distinct)])
-    raise CheckpointError(_misfit(name, shape, pieces))
+            return torch.cat([of.agreed(name, shards[rank::distinct]) for rank in range(distinct)])
+    raise CheckpointError(_misfit(name, shape, shards))
 
 
-def _misfit(name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> str:
-    shapes = ", ".join(f"{piece.file} {list(piece.tensor.shape)}" for piece in pieces[:4])
-    rest = f" and {len(pieces) - 4} more" if len(pieces) > 4 else ""
+def _misfit(name: str, shape: tuple[int, ...], shards: Sequence[RankShard]) -> str:
+    shapes = ", ".join(f"{shard.file} {list(shard.tensor.shape)}" for shard in shards[:4])
+    rest = f" and {len(shards) - 4} more" if len(shards) > 4 else ""
     more = ""
-    rows = sum(piece.tensor.shape[0] for piece in pieces if piece.tensor.dim() == len(shape))
-    if pieces[0].file.startswith("model_wp") and name == "output.weight" and 0 < rows < shape[0]:
+    rows = sum(shard.tensor.shape[0] for shard in shards if shard.tensor.dim() == len(shape))
+    if shards[0].file.startswith("model_wp") and name == "output.weight" and 0 < rows < shape[0]:
         more = (
             "; InternEvo's isp with a tensor.size above its weight.size saves only some ranks' parts of the head: the "
             "rest is not in this checkpoint"

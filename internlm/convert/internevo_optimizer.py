@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from internlm.convert.internevo_files import InternEvoFiles, Piece
+from internlm.convert.internevo_files import InternEvoFiles, RankShard
 from internlm.convert.internevo_plan import MisfitError, Segment, assign, deal_out, forms, split_evenly
 from internlm.convert.internevo_shards import WITHOUT_IT, Plan, count_shards, options_of, read_plans, read_shard
 from internlm.utils.errors import CheckpointError
@@ -51,9 +51,9 @@ class InternEvoOptimizer:
         self._segments = {place: self._place(place, plans.get(place)) for place in places}
         self._verified: set[str] = set()
 
-    def of_kind(self, kind: str) -> _Pieces:
+    def of_kind(self, kind: str) -> _StateShards:
         """Masters ("master") or moments ("exp_avg", "exp_avg_sq"), cut and named as the weights in the files."""
-        return _Pieces(self, self._files, kind)
+        return _StateShards(self, self._files, kind)
 
     def part(self, kind: str, name: str, rank: int, stage: int, weight: Tensor) -> Tensor:
         """A rank's part of a master or moment, in the shape of its weight, fp32.
@@ -75,7 +75,7 @@ class InternEvoOptimizer:
             self._verified.add(where)
         return tensor
 
-    def agreed(self, kind: str, name: str, replicas: Sequence[Piece]) -> Tensor:
+    def agreed(self, kind: str, name: str, replicas: Sequence[RankShard]) -> Tensor:
         """The first rank's; a difference is noted."""
         first = replicas[0].tensor
         for other in replicas[1:]:
@@ -151,16 +151,18 @@ class InternEvoOptimizer:
 
 
 @dataclass(frozen=True)
-class _Pieces:
-    """`Pieces` of one kind."""
+class _StateShards:
+    """`RankShards` of one kind."""
 
     optimizer: InternEvoOptimizer
     files: InternEvoFiles
     kind: str
 
-    def pieces(self, name: str) -> list[Piece]:
-        ranks = zip(self.files.ranks_of(name), self.files.pieces(name), strict=True)
-        return [Piece(piece.file, self.optimizer.part(self.kind, name, *place, piece.tensor)) for place, piece in ranks]
+    def shards(self, name: str) -> list[RankShard]:
+        ranks = zip(self.files.ranks_of(name), self.files.shards(name), strict=True)
+        return [
+            RankShard(shard.file, self.optimizer.part(self.kind, name, *place, shard.tensor)) for place, shard in ranks
+        ]
 
-    def agreed(self, name: str, replicas: Sequence[Piece]) -> Tensor:
+    def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
         return self.optimizer.agreed(self.kind, name, replicas)

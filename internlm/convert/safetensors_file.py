@@ -1,9 +1,9 @@
 """The safetensors file format, tensor by tensor: written to and read from any stream, also of an object store.
 
-The format (https://github.com/huggingface/safetensors): eight bytes with the length of the header, little-endian; the
-header, JSON, name -> dtype, shape and place; the bytes of the tensors. The header follows from shapes alone, so a file
-is written without ever holding more than one tensor. The library itself only writes whole files, and maps files that it
-reads, whose pages then count as memory.
+The format (https://github.com/huggingface/safetensors): the length of the header (8 bytes, little-endian); the header
+(JSON: name -> dtype, shape and offsets); the bytes of the tensors. The header follows from shapes alone, so a file is
+written with one tensor in memory at a time. The library itself writes all tensors at once, and memory-maps the files
+that it reads, whose pages then count as memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """A tensor in a file: what it is, and its first byte."""
 
     dtype: torch.dtype
@@ -89,7 +89,7 @@ def _write_tensor(stream: BinaryIO, name: str, tensor: LazyTensor) -> None:
     stream.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def read_header(stream: BinaryIO, size: int, where: str) -> dict[str, Place]:
+def read_header(stream: BinaryIO, size: int, where: str) -> dict[str, TensorLocation]:
     """Where each tensor of a file lies.
 
     Args:
@@ -106,38 +106,38 @@ def read_header(stream: BinaryIO, size: int, where: str) -> dict[str, Place]:
     try:
         header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        places = {}
+        locations = {}
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 raise CheckpointError(f"{where}: '{name}' has number format {entry['dtype']}, which is not supported")
             begin, end = entry["data_offsets"]
-            place = Place(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
-            if begin < 0 or end - begin != place.num_bytes:
-                raise ValueError(f"'{name}' has {end - begin} bytes for shape {list(place.shape)}")
+            location = TensorLocation(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
+            if begin < 0 or end - begin != location.num_bytes:
+                raise ValueError(f"'{name}' has {end - begin} bytes for shape {list(location.shape)}")
             if 8 + length + end > size:
                 raise CheckpointError(f"{where}: cut off: it has {size} bytes, '{name}' ends at {8 + length + end}")
-            places[name] = place
+            locations[name] = location
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where}: the safetensors header is damaged: {error}") from error
-    return places
+    return locations
 
 
-def read_tensor(stream: BinaryIO, place: Place, where: str) -> Tensor:
+def read_tensor(stream: BinaryIO, location: TensorLocation, where: str) -> Tensor:
     """One tensor, into memory of its own.
 
     Raises:
         CheckpointError: the file ends before the tensor does.
     """
-    buffer = torch.empty(place.num_bytes, dtype=torch.uint8)
+    buffer = torch.empty(location.num_bytes, dtype=torch.uint8)
     view = buffer.numpy().data
-    stream.seek(place.offset)
+    stream.seek(location.offset)
     done = 0
     while done < len(view):
         count = stream.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
             raise CheckpointError(f"{where}: cut off: it ends {len(view) - done} bytes too early")
         done += count
-    return buffer.view(place.dtype).view(place.shape)
+    return buffer.view(location.dtype).view(location.shape)
 
 
 def shard(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:

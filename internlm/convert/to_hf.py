@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
-from internlm.checkpoint.folder import find_damage, read_mark, resolve
+from internlm.checkpoint.folder import find_damage, read_manifest, resolve
 from internlm.checkpoint.reading import read_config
 from internlm.checkpoint.run_state import MODEL_PREFIX
 from internlm.checkpoint.tensor_files import TensorReader
@@ -78,8 +78,8 @@ def convert_to_hf(
     if out.is_file() or out.names():
         raise CheckpointError(f"'{out}' is not empty; give another --out")
     source = resolve(checkpoint)
-    mark = read_mark(source)
-    damage = find_damage(source, mark) if mark else []
+    manifest = read_manifest(source)
+    damage = find_damage(source, manifest) if manifest else []
     if damage:
         raise CheckpointError(f"the checkpoint '{source}' is damaged: {'; '.join(damage)}")
     if not out.is_local:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Collection
 from typing import Any
 
-from internlm.checkpoint.reading import CONFIG_FILE, listed
+from internlm.checkpoint.reading import CONFIG_FILE, listed, read_config_keys
 from internlm.config.compare import Change, changes_between
 from internlm.config.schema import Config
 from internlm.initialize.stages import build_meta_model
@@ -30,7 +30,7 @@ _NOT_OF_THE_TRAINING = (
 def saved_config(path: StoragePath) -> Config | None:
     """The config that a checkpoint of ours was written with; None, with a warning, where it cannot be read."""
     try:
-        return Config.model_validate(json.loads((path / CONFIG_FILE).read_text()))
+        return Config.model_validate(read_config_keys(path))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         logger.warning("%s: its config cannot be compared with that of this run: %s", path / CONFIG_FILE, reason)

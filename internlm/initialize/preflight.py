@@ -17,7 +17,7 @@ from internlm.checkpoint.folder import (
     Manifest,
     check_contents,
     find_checkpoints,
-    read_mark,
+    read_manifest,
     resolve,
 )
 from internlm.checkpoint.manager import CheckpointManager
@@ -183,7 +183,7 @@ def _begins_from(config: Config) -> tuple[StoragePath, Manifest | None, tuple[st
     found = _to_resume(config)
     for checkpoint in reversed(found):
         try:
-            mark = read_mark(checkpoint.path)
+            mark = read_manifest(checkpoint.path)
         except CheckpointError as error:
             refused.append(str(error))
             continue
@@ -200,7 +200,7 @@ def _begins_from(config: Config) -> tuple[StoragePath, Manifest | None, tuple[st
     if info.ckpt_type != "internevo":
         return path, None, tuple(info.content)
     path = resolve(path)
-    return path, read_mark(path), WHOLE_RUN if "all" in info.content else tuple(info.content)
+    return path, read_manifest(path), WHOLE_RUN if "all" in info.content else tuple(info.content)
 
 
 def _weights(config: Config, context: ParallelContext) -> list[str]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import internlm.checkpoint.dcp_storage as dcp_storage
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxSavePlanner
 from internlm.checkpoint.dcp_storage import StorageReader
-from internlm.checkpoint.folder import find_damage, read_mark
+from internlm.checkpoint.folder import find_damage, read_manifest
 from internlm.checkpoint.reading import load_tensors
 from internlm.checkpoint.saving import SaveTask, complete, make_plan, write_part
 from internlm.core.parallel.shard_spec import Box
@@ -130,19 +130,19 @@ def test_only_the_rows_that_are_wanted_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("position", [0, 100, -1])
 def test_every_changed_byte_is_found(tmp_path: Path, position: int) -> None:
     path = write(storage_path(tmp_path), {"t": whole(torch.randn(50, 50))})
-    mark = read_mark(path)
-    assert mark is not None and set(mark.files) == {"__0_0.distcp", ".metadata"}
-    assert find_damage(path, mark) == []
-    for name in mark.files:
+    manifest = read_manifest(path)
+    assert manifest is not None and set(manifest.files) == {"__0_0.distcp", ".metadata"}
+    assert find_damage(path, manifest) == []
+    for name in manifest.files:
         content = bytearray((path / name).read_bytes())
         content[position] ^= 1
         (path / name).write_bytes(bytes(content))
-        (line,) = find_damage(path, mark)
+        (line,) = find_damage(path, manifest)
         assert line.startswith(f"{name} is not what was written")
         content[position] ^= 1
         (path / name).write_bytes(bytes(content))
     (path / "__0_0.distcp").remove()
-    assert find_damage(path, mark) == ["__0_0.distcp is missing"]
+    assert find_damage(path, manifest) == ["__0_0.distcp is missing"]
 
 
 def test_a_file_that_ends_too_soon_is_named(tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ def fill(folder: Path, kind: str, trainer: Any) -> None:
         folder.write_text("mine")
         return
     folder.mkdir(parents=True)
-    if kind in ("no mark", "damaged mark"):
+    if kind in ("no manifest", "damaged manifest"):
         (folder / "__0_0.distcp").write_text("of another program")
-    if kind == "damaged mark":
+    if kind == "damaged manifest":
         (folder / f"{folder.name}.step").write_text("{")
     if kind == "another step":
         folder.rmdir()
@@ -83,8 +83,8 @@ def fill(folder: Path, kind: str, trainer: Any) -> None:
 
 REASONS = {
     "file": "is a file",
-    "no mark": "has no mark of a complete checkpoint",
-    "damaged mark": "has the mark of a checkpoint, and it cannot be read",
+    "no manifest": "has no manifest of a complete checkpoint",
+    "damaged manifest": "has the manifest of a checkpoint, and it cannot be read",
     "another step": "holds the checkpoint of step 2",
 }
 
@@ -172,9 +172,9 @@ def test_a_folder_that_appears_in_mid_run_makes_the_save_fail(
 def test_nothing_is_overwritten_however_late_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, has_older: bool
 ) -> None:
-    final, mark = storage_path(tmp_path / "5"), Manifest(5, ("model",), {})
+    final, manifest = storage_path(tmp_path / "5"), Manifest(5, ("model",), {})
     if has_older:
-        finish_writing(begin_writing(final, "older", 5), final, mark)
+        finish_writing(begin_writing(final, "older", 5), final, manifest)
     writing = begin_writing(final, "newer", 5)
 
     def appear() -> None:
@@ -195,7 +195,7 @@ def test_nothing_is_overwritten_however_late_it_comes(
     else:
         monkeypatch.setattr(StoragePath, "rename_to", late)
     with pytest.raises((CheckpointError, StorageError), match=r"5'.*move"):
-        finish_writing(writing, final, mark)
+        finish_writing(writing, final, manifest)
     assert (tmp_path / "5" / "model_tp0_pp0.pt").read_text() == "weights"
 
 
@@ -207,7 +207,7 @@ def test_in_an_object_store_a_killed_save_is_ours_and_other_objects_are_not(trai
     manager = CheckpointManager(url)
     final = storage_path(url) / "2"
     (final / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="2' has no mark of a complete checkpoint"):
+    with pytest.raises(CheckpointError, match="2' has no manifest of a complete checkpoint"):
         manager.check_room(trainer.context, 1, 10)
     manager.save(trainer)
     assert [result.error is None for result in manager.poll()] == [False]

@@ -18,7 +18,7 @@ from helpers.runs import assert_same_bits, new_trainer, steps_in, train, weights
 
 from internlm.checkpoint import folder as folders
 from internlm.checkpoint.background import SharedMemory
-from internlm.checkpoint.folder import find_checkpoints, read_mark
+from internlm.checkpoint.folder import find_checkpoints, read_manifest
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.tensor_files import TensorReader, write_weights
@@ -335,8 +335,8 @@ def write_some(folder: Path, trainer: Any, rename: Callable[[str], str | None]) 
 
 def test_weights_alone_are_a_checkpoint_that_a_run_starts_from(tmp_path: Path, trainer: Any) -> None:
     path = write_some(tmp_path, trainer, lambda name: name)
-    mark = read_mark(path)
-    assert mark is not None and mark.contents == ("model",) and "hf/tokenizer.json" in mark.files
+    manifest = read_manifest(path)
+    assert manifest is not None and manifest.contents == ("model",) and "hf/tokenizer.json" in manifest.files
     reader = TensorReader(path)
     weights = weights_of(trainer.engine.model)
     assert_same_bits({name: reader.read(name) for name in reader.names()}, weights)

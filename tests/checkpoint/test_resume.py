@@ -98,7 +98,7 @@ def test_an_incomplete_checkpoint_is_never_picked(tmp_path: Path) -> None:
     (tmp_path / ".writing-6").mkdir()
     assert steps_in(tmp_path) == [2, 4]
     assert resolve(storage_path(tmp_path)).local == tmp_path / "4"
-    with pytest.raises(CheckpointError, match=r"'.*5' is incomplete: its mark '5.step' is missing"):
+    with pytest.raises(CheckpointError, match=r"'.*5' is incomplete: its manifest '5.step' is missing"):
         resolve(storage_path(tmp_path / "5"))
     with pytest.raises(CheckpointError, match="does not exist"):
         resolve(storage_path(tmp_path / "nowhere"))

@@ -97,7 +97,7 @@ def test_ls_shows_checkpoints_snapshots_exports_and_leftovers(
     assert row(lines, "5")[:4] == ["5", "5", "400", "checkpoint"]
     assert row(lines, "snapshot/1")[1] == "5" and row(lines, "snapshot/1")[3] == "snapshot"
     assert row(lines, "7")[3:7] == ["incomplete", "-", "2.00", "KiB"]
-    assert "7: its mark is missing: the save did not finish, or is under way" in lines
+    assert "7: its manifest is missing: the save did not finish, or is under way" in lines
     assert row(lines, ".writing-15-abc")[3] == "leftover"
     assert any(line.startswith("1 leftover(s), 3.00 KiB") for line in lines)
     assert not any("notes" in line for line in lines)
@@ -117,7 +117,7 @@ def test_ls_says_what_is_damaged_and_what_is_internevos(save_folder: Path, capsy
     torch.save({}, save_folder / "20" / "model_tp0_pp0.pt")
     torch.save({"step": 20}, save_folder / "20" / "20.step")
     lines = ckpt(capsys, "ls", save_folder)
-    assert any(line.startswith("5: the mark") and "damaged" in line for line in lines)
+    assert any(line.startswith("5: the manifest") and "damaged" in line for line in lines)
     assert row(lines, "20")[3] == "InternEvo"
 
 

@@ -18,7 +18,7 @@ from helpers.internevo_optimizer_format import KINDS, State, Zero, parallel_mode
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.checkpoint.folder import read_mark
+from internlm.checkpoint.folder import read_manifest
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.cli import main
 from internlm.config.loader import load_config
@@ -117,8 +117,8 @@ def test_every_layout_comes_back(tmp_path: Path, split: Split, zero: Zero, use_f
     context = json.loads((imported.path / "context.json").read_text())
     assert (context["state"]["step"], context["num_updates"]) == (40, 40)
     assert context["scaler"] == {"scale": 4096.0, "clean_steps": 17, "overflows": 1}
-    mark = read_mark(imported.path)
-    assert mark is not None and mark.contents == ("model", "optimizer", "scheduler")
+    manifest = read_manifest(imported.path)
+    assert manifest is not None and manifest.contents == ("model", "optimizer", "scheduler")
 
 
 @pytest.mark.parametrize("model_type", ["INTERNLM", "INTERNLM2", "QWEN2", "BAICHUAN2", "GEMMA"])

@@ -12,13 +12,13 @@ def complete_steps(save_folder: Path) -> list[int]:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step of a complete checkpoint or snapshot: its mark is there, and every file that the mark names is as long
-    as it says. None when it is anything else."""
-    for mark in checkpoint.glob("*.step"):
-        files = json.loads(mark.read_text())["files"]
+    """The step of a complete checkpoint or snapshot, whose files have the sizes in its manifest; None for any other
+    folder."""
+    for manifest in checkpoint.glob("*.step"):
+        files = json.loads(manifest.read_text())["files"]
         paths = {checkpoint / name: entry["size"] for name, entry in files.items()}
         if all(path.is_file() and path.stat().st_size == size for path, size in paths.items()):
-            return int(mark.stem)
+            return int(manifest.stem)
     return None
 
 

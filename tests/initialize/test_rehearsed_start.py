@@ -61,7 +61,7 @@ def test_steps_that_are_behind_a_resumed_run_are_not_in_its_way(tmp_path: Path, 
     (tmp_path / "checkpoints" / "3").mkdir()
     (tmp_path / "checkpoints" / "3" / "notes").write_text("mine")
     assert f"the run would go on from '{tmp_path}/checkpoints/5'" in dry_run(0)
-    assert f"'{tmp_path}/checkpoints/3' has no mark" in dry_run(2, "ckpt.auto_resume=False")
+    assert f"'{tmp_path}/checkpoints/3' has no manifest" in dry_run(2, "ckpt.auto_resume=False")
 
 
 @pytest.mark.parametrize("resumes", [True, False])
