@@ -7,7 +7,7 @@ nor of where batches come from.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
@@ -20,6 +20,7 @@ from internlm.core.communication.p2p import PipelineChannels
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.pipeline_stages import PipelineModel
+from internlm.core.parallel.shard_spec import Box
 from internlm.core.progress.record import Progress
 from internlm.core.scheduler.communication import channels_of, with_communication
 from internlm.core.scheduler.executor import Executor
@@ -61,6 +62,12 @@ class Optimizer(Protocol):
 
     def step(self, lr: float, beta2: float | None) -> UpdateResult:
         """Reduce, clip and update."""
+
+    def sharded_gradients(self) -> Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]:
+        """This rank's share of the gradients, for hooks: global name, parameter, and (box, values) of each piece.
+
+        Valid after `reduce_gradients` or `step` until the next `begin_step`; loss scale removed.
+        """
 
     def finish_gathering(self) -> None:
         """Wait until every parameter has its updated value."""
@@ -210,7 +217,9 @@ class Engine:
         return self.optimizer_step(passes, lr, beta2)
 
     def forward_backward(self, batch: Batch) -> ForwardBackwardResult:
-        """Forward and backward passes over all micro-batches; gradients accumulate in the optimizer. Collective.
+        """Forward and backward passes over all micro-batches of a global batch. Collective.
+
+        Gradients accumulate over the micro-batches in the optimizer; those of an earlier call are discarded.
 
         Args:
             batch: this data rank's micro-batches, as many as on every other data rank.
@@ -256,8 +265,9 @@ class Engine:
         """Reduce and clip the gradients of `passes`, update the weights, and sum up the metrics. Collective.
 
         Args:
-            passes: from `forward_backward`, of the same step.
-            lr, beta2: see `train_step`.
+            passes: the result of `forward_backward` in this step.
+            lr: learning rate; see `train_step`.
+            beta2: second AdamW coefficient; see `train_step`.
         """
         started = time.perf_counter()
         self.progress.mark("optimizer step")
