@@ -378,7 +378,7 @@ class CheckpointManager:
                 check(checkpoint.path, mark, mark.contents)
             load_run(trainer, checkpoint.path, set(mark.contents))
             trainer.resumed_from = str(checkpoint.path)
-            trainer.tell_loaded(checkpoint.path)
+            trainer.notify_checkpoint_loaded(checkpoint.path)
             return checkpoint
         if found:
             raise CheckpointError(
@@ -421,7 +421,7 @@ class CheckpointManager:
         if check is not None:
             check(folder, mark, wanted)
         load_run(trainer, folder, wanted, strict=strict)
-        trainer.tell_loaded(folder)
+        trainer.notify_checkpoint_loaded(folder)
 
 
 def _as_storage_path(path: StoragePath | Path | str | None) -> StoragePath | None:

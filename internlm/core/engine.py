@@ -316,7 +316,7 @@ class Engine:
             assert micro.cu_seqlens is not None
             varlen = VarlenMetadata(micro.cu_seqlens, micro.lengths, max(micro.lengths))
         model = self.chunks[chunk]
-        hidden = model(micro.input_ids if received is None else received, micro.position_ids, varlen)
+        hidden: Tensor = model(micro.input_ids if received is None else received, micro.position_ids, varlen)
         if not self._is_last(chunk):
             return hidden
         # `head_loss` reads the head's weight without calling the module, so no forward hook waits for the all-gather.

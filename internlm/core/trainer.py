@@ -234,8 +234,8 @@ class Trainer:
     def _listens(self, event: str) -> bool:
         return any(overrides(hook, event) for hook in self.hooks)
 
-    def tell_loaded(self, path: StoragePath) -> None:
-        """Tell the hooks that a checkpoint was loaded; for whoever loads one into this trainer."""
+    def notify_checkpoint_loaded(self, path: StoragePath) -> None:
+        """Call `on_checkpoint_loaded` of every hook. For code that has loaded a checkpoint into this trainer."""
         self._call("on_checkpoint_loaded", path)
 
     def _call(self, event: str, *args: Any) -> None:

@@ -454,7 +454,7 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
             check_foreign_weights(config, info, path)
             load_weights(trainer, weights, f"'{path}'", strict=info.strict)
-            trainer.tell_loaded(path)
+            trainer.notify_checkpoint_loaded(path)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
         check_finite(trainer, path)
     else:

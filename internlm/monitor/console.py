@@ -79,7 +79,7 @@ class ConsoleHook(Hook):
         self._console = console
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._redirected: list[tuple[logging.StreamHandler, TextIO]] = []
+        self._redirected: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
         self._first_step = 0
         self._known_skips: float | None = None
 
