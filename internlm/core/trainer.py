@@ -6,12 +6,13 @@ import datetime
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
+from internlm.core.batch_source import BatchSource, ClosableSource, SeekableSource
 from internlm.core.communication.collectives import all_reduce_async
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
@@ -31,12 +32,6 @@ END_OF_DATA_TIMEOUT = datetime.timedelta(minutes=5)
 """How long a rank whose data ended waits for the data of the others to end: longer than any step and load."""
 
 
-class BatchSource(Protocol):
-    """A source of training batches: any iterable of `Batch`, such as `internlm.data.loader.TrainLoader`."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-
 class Checkpointer(Protocol):
     """Saves the run; implemented by `internlm.checkpoint.manager.CheckpointManager`."""
 
@@ -54,10 +49,9 @@ class Trainer:
 
     Args:
         engine: runs one optimization step.
-        train_loader: this data rank's batches, as many as on every other data rank. What it has of the following is
-            used: `seek(step, num_consumed_samples)` at the start, `close()` at the end, and `state_dict()` and
-            `load_state_dict(state)` (plain numbers and strings) to compare the data of a resumed run with those of
-            the checkpoint.
+        train_loader: this data rank's batches, as many as on every other data rank. The optional protocols of
+            `core/batch_source.py` that it implements are used too: `SeekableSource` at the start, `ClosableSource` at
+            the end, and `StatefulSource` in checkpoints.
         total_steps: steps of the whole run, those before a resume included.
         lr: schedule position (0 for the first step) -> learning rate.
         beta2: schedule position -> second AdamW coefficient; None keeps the optimizer's.
@@ -138,15 +132,13 @@ class Trainer:
                     hook.on_exception(self, error)
                 raise
             finally:
-                close = getattr(self.train_loader, "close", None)
-                if close is not None:
-                    close()
+                if isinstance(self.train_loader, ClosableSource):
+                    self.train_loader.close()
         return self.state
 
     def _loop(self) -> None:
-        seek = getattr(self.train_loader, "seek", None)
-        if seek is not None:
-            seek(self.state.step, self.state.num_consumed_samples)
+        if isinstance(self.train_loader, SeekableSource):
+            self.train_loader.seek(self.state.step, self.state.num_consumed_samples)
         batches = iter(self.train_loader)
         while self.state.step < self.total_steps and self.run_control.stop_reason is None:
             started = time.perf_counter()
