@@ -37,6 +37,7 @@ from internlm.checkpoint.saving import (
     make_plan,
     write_part,
 )
+from internlm.core.batch_source import StatefulSource
 from internlm.core.communication.objects import from_main_rank, of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import random_state
@@ -221,7 +222,7 @@ class CheckpointManager:
             "inf_nan_skip_batches": float(trainer.num_skipped_updates),
             "num_updates": optimizer.num_updates,
             "scaler": optimizer.scaler.state_dict(),
-            "data": _state_of(trainer.train_loader),
+            "data": trainer.train_loader.state_dict() if isinstance(trainer.train_loader, StatefulSource) else {},
             "hooks": {hook.name: hook.state_dict() for hook in trainer.hooks},
             "world_size": trainer.context.world_size,
             "layout": trainer.context.layout.describe(),
@@ -376,7 +377,7 @@ class CheckpointManager:
                 check(checkpoint.path, manifest, manifest.contents)
             load_run(trainer, checkpoint.path, set(manifest.contents))
             trainer.resumed_from = str(checkpoint.path)
-            trainer.tell_loaded(checkpoint.path)
+            trainer.notify_checkpoint_loaded(checkpoint.path)
             return checkpoint
         if found:
             raise CheckpointError(
@@ -419,14 +420,8 @@ class CheckpointManager:
         if check is not None:
             check(folder, manifest, wanted)
         load_run(trainer, folder, wanted, strict=strict)
-        trainer.tell_loaded(folder)
+        trainer.notify_checkpoint_loaded(folder)
 
 
 def _as_storage_path(path: StoragePath | Path | str | None) -> StoragePath | None:
     return path if path is None or isinstance(path, StoragePath) else storage_path(path)
-
-
-def _state_of(loader: object) -> dict[str, Any]:
-    """What a loader wants to know when the run is resumed; its cursor is the trainer's."""
-    state_dict = getattr(loader, "state_dict", None)
-    return {} if state_dict is None else state_dict()

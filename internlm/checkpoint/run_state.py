@@ -13,6 +13,7 @@ from internlm.checkpoint.folder import WHOLE_RUN
 from internlm.checkpoint.fused_weights import describe_regrouping, heads_of, in_stored_form, stored_names
 from internlm.checkpoint.reading import listed, load_tensors, read_context, saved_shapes
 from internlm.checkpoint.weight_source import WeightSource, finite
+from internlm.core.batch_source import StatefulSource
 from internlm.core.communication.objects import of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import set_random_state
@@ -163,9 +164,8 @@ def _put_back(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None
         saved = TrainState(**state["state"])
         trainer.state.num_consumed_samples = saved.num_consumed_samples
         trainer.state.num_consumed_tokens = saved.num_consumed_tokens
-        take_back = getattr(trainer.train_loader, "load_state_dict", None)
-        if take_back is not None and state.get("data"):
-            take_back(state["data"])
+        if isinstance(trainer.train_loader, StatefulSource) and state.get("data"):
+            trainer.train_loader.load_state_dict(state["data"])
     if wanted == set(WHOLE_RUN):
         saved_hooks: dict[str, Any] = dict(state["hooks"])
         for hook in trainer.hooks:

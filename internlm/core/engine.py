@@ -1,7 +1,7 @@
-"""One optimisation step: a batch goes in, the weights change, numbers come out.
+"""One optimization step: forward and backward of a global batch, update of the weights, metrics.
 
-The engine knows a model, an optimizer and a schedule by the protocol they fulfil; it knows nothing of configs, files,
-logging or where batches come from.
+The engine knows optimizer, loss and statistics by the protocols below. It knows nothing of configs, files or logging,
+nor of where batches come from.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from internlm.model.ops.cross_entropy import LossFunction
 
 
 class TokenSink(Protocol):
-    """Takes in what is known of each token, for metrics; see `internlm.core.token_statistics`."""
+    """Accumulates per-token losses; implemented by `internlm.core.token_statistics.TokenSums`."""
 
     def update(self, token_losses: Tensor, correct: Tensor, labels: Tensor, type_ids: Tensor) -> None:
-        """Add the tokens of one micro batch."""
+        """Add the tokens of one micro-batch."""
 
 
 class TokenStatistics(TokenSink, Protocol):
-    """Makes the metrics of a training step."""
+    """Accumulates the metrics of a training step; implemented by `internlm.core.token_statistics.TypeMetrics`."""
 
     def result(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Scalar metrics over all tokens since the last call, on all ranks."""
+        """Scalar metrics over all tokens since the last call; collective, the same on all ranks."""
 
 
 @dataclass
 class ForwardBackwardResult:
-    """What the passes of one step computed; `Engine.optimizer_step` takes it.
+    """Result of the passes of one step; an argument of `Engine.optimizer_step`.
 
     Attributes:
         loss_sum: scalar fp32, sum of the losses of this rank's tokens (not yet summed over ranks).
         loss_scale: scalar fp32, the factor on the loss in backward.
         num_valid_tokens: scalar fp32, of the global batch.
-        seconds: host time.
+        seconds: host time of the passes.
     """
 
     loss_sum: Tensor
@@ -64,16 +64,16 @@ class ForwardBackwardResult:
 
 @dataclass
 class EngineResult:
-    """What one step did; tensors are scalars on the device, equal on every rank.
+    """Result of one step. Tensors are scalars on the device, the same on every rank.
 
     Attributes:
         loss: fp32, mean over the valid tokens of the global batch.
-        grad_norm: fp32 global norm before clipping.
+        grad_norm: fp32, global L2 norm before clipping, loss scale removed.
         skipped: fp32, 1.0 when the update was skipped.
-        loss_scale: fp32, the scale used in this step.
-        num_valid_tokens: fp32, of the global batch.
-        statistics: from `TokenStatistics`.
-        seconds: host time by phase.
+        loss_scale: fp32, the scale of this step.
+        num_valid_tokens: fp32, number of tokens of the global batch that have a label.
+        statistics: the metrics of `TokenStatistics`; empty without them.
+        seconds: host time by phase: "forward_backward" and "optimizer".
     """
 
     loss: Tensor
@@ -88,22 +88,22 @@ class EngineResult:
 class Engine:
     """Runs forward, backward and update of one global batch.
 
-    The loss is the sum over all valid tokens of the global batch divided by their number, whatever the number of ranks
-    and micro batches; a batch without a valid token gives loss 0 and zero gradients.
+    The loss is the mean over all valid tokens of the global batch, independent of the number of ranks and
+    micro-batches. A batch without a valid token gives loss 0 and zero gradients.
 
     Args:
-        model: after `parallelize`; `model(input_ids, position_ids, varlen)` gives hidden states `[B, S, h]`, and
-            `model.head_weight()` the output head `[V, h]`. In a pipeline, this rank's chunks from `build_stages`.
-        optimizer: see `Optimizer`.
-        context: where this rank stands.
-        loss: see `LossFunction`; `internlm.model.ops.cross_entropy.linear_cross_entropy` is one.
-        statistics: collects metrics, or None.
-        schedule: number of micro batches -> what the ranks of the pipeline do; must know as many micro batches as there
-            are ranks. By default 1F1B, interleaved where there are several chunks.
-        progress: where the engine marks what it is doing.
+        model: the result of `parallelize`. `model(input_ids, position_ids, varlen)` returns hidden states `[B, S, h]`,
+            and `model.head_weight()` the output head `[V, h]`. In a pipeline, this rank's chunks from `build_stages`.
+        optimizer: reduces the gradients and updates the weights.
+        context: this rank's position and process groups.
+        loss: sums the losses of tokens, such as `internlm.model.ops.cross_entropy.linear_cross_entropy`.
+        statistics: accumulates metrics; None for none.
+        schedule: number of micro-batches -> the actions of all pipeline ranks; called once with the number of ranks to
+            find the placement of chunks. 1F1B by default, interleaved if a rank has several chunks.
+        progress: records the phases of a step.
 
     Raises:
-        ValueError: the chunks are not those of the schedule.
+        ValueError: the number of ranks or chunks differs from that of the schedule.
     """
 
     def __init__(
@@ -140,10 +140,10 @@ class Engine:
 
     @property
     def model(self) -> nn.Module:
-        """The one chunk of a rank.
+        """The model of a rank that has one chunk.
 
         Raises:
-            ValueError: it has several; see `chunks`.
+            ValueError: the rank has several chunks.
         """
         if len(self.chunks) > 1:
             raise ValueError(f"this rank has {len(self.chunks)} chunks of the model: see Engine.chunks")
@@ -161,9 +161,10 @@ class Engine:
         Collective over all ranks.
 
         Args:
-            batch: this data rank's micro batches, as many as on every other data rank.
-            hyper_parameters: "lr" and others of this step; a number is the learning rate. A function is called when
-                forward and backward are queued, so that a device value it reads has had that time to arrive.
+            batch: this data rank's micro-batches, as many as on every other data rank.
+            hyper_parameters: "lr" and others of this step; a number is the learning rate. A function is called after
+                forward and backward are queued, so that a value which it reads from the device has had that time to
+                arrive.
             before_optimizer_step: called between the two, on reduced gradients.
         """
         passes = self.forward_backward(batch)
@@ -173,10 +174,12 @@ class Engine:
         return self.optimizer_step(passes, hyper_parameters)
 
     def forward_backward(self, batch: Batch) -> ForwardBackwardResult:
-        """Forward and backward passes over all micro batches; gradients accumulate in the optimizer. Collective.
+        """Forward and backward passes over all micro-batches of a global batch. Collective.
+
+        Gradients accumulate over the micro-batches in the optimizer; those of an earlier call are discarded.
 
         Args:
-            batch: this data rank's micro batches, as many as on every other data rank.
+            batch: this data rank's micro-batches, as many as on every other data rank.
         """
         started = time.perf_counter()
         for chunk in self.chunks:
@@ -218,7 +221,7 @@ class Engine:
         """Reduce and clip the gradients of `passes`, update the weights, and sum up the metrics. Collective.
 
         Args:
-            passes: from `forward_backward`, of the same step.
+            passes: the result of `forward_backward` in this step.
             hyper_parameters: see `train_step`.
         """
         started = time.perf_counter()
@@ -239,10 +242,10 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch, sink: TokenSink) -> None:
-        """Forward of one micro batch without gradients, its token losses taken into `sink`.
+        """Run the forward pass of one micro-batch without gradients and add its tokens to `sink`.
 
-        In a pipeline all ranks call it with the same micro batch, and only the last stage has token losses: sum what
-        the sinks of all ranks have taken in with `sum_over_tokens`.
+        Collective over the ranks of a pipeline, all with the same micro-batch. Only the last stage computes token
+        losses: reduce the sinks of all ranks with `sum_over_tokens`.
         """
         for chunk in self.chunks:
             chunk.eval()
@@ -262,16 +265,16 @@ class Engine:
         return self.placement.after(self._executor.rank, chunk) is None
 
     def _forward(self, micro: MicroBatch, chunk: int, received: Tensor | None, sink: TokenSink | None) -> Tensor:
-        """The residual stream after a chunk, or the sum of losses after the last one. `micro` is on the device."""
+        """The residual stream after a chunk, or the loss sum after the last one. `micro` is on the device."""
         varlen = None
         if micro.lengths is not None:
             assert micro.cu_seqlens is not None
             varlen = VarlenMetadata(micro.cu_seqlens, micro.lengths, max(micro.lengths))
         model = self.chunks[chunk]
-        hidden = model(micro.input_ids if received is None else received, micro.position_ids, varlen)
+        hidden: Tensor = model(micro.input_ids if received is None else received, micro.position_ids, varlen)
         if not self._is_last(chunk):
             return hidden
-        # The head is read here and not called, so no hook of its own waits for its weights.
+        # `head_loss` reads the head's weight without calling the module, so no forward hook waits for the all-gather.
         self.optimizer.finish_gathering()
         output, labels, type_ids = parallel_of(model).head_loss(model, hidden, micro.labels, micro.type_ids, self.loss)
         if sink is not None:
@@ -280,20 +283,20 @@ class Engine:
         return output.loss_sum
 
     def _new_activation(self, micro_batch: MicroBatch) -> Tensor:
-        """Memory for the residual stream of a micro batch, as it goes from one stage to the next."""
+        """An empty receive buffer for the residual stream of a micro-batch between two stages."""
         rows, num_tokens = micro_batch.input_ids.shape
         model = cast(PipelineModel, self.chunks[0])
         shape = rows, self.parallel.sequence_length(num_tokens), model.residual_size
         return torch.empty(shape, dtype=model.residual_dtype, device=self.context.device)
 
     def _scalar(self, value: float) -> Tensor:
-        # A fill on the device; `torch.tensor` copies from the host, and waits until it has.
+        # A fill on the device; `torch.tensor` would copy from the host and wait for the copy.
         return torch.full((), value, dtype=torch.float32, device=self.context.device)
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor in place over all ranks that compute the loss of different tokens, so that all have it.
+        """All-reduce a tensor in place over all ranks that compute the loss of different tokens; returns it.
 
-        Ranks without the last stage have no loss, and add zeros.
+        Pipeline ranks without the last stage contribute zeros.
         """
         for axis in (*self.parallel.token_axes, "pipeline"):
             all_reduce(tensor, self.context.group(axis))

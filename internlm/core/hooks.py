@@ -123,7 +123,7 @@ class Hook:
         """Called before the batch of a step is loaded."""
 
     def on_before_optimizer_step(self, trainer: RunningTrainer) -> None:
-        """Called after the last backward pass of a step, on gradients that are summed over all ranks and micro batches
+        """Called after the last backward pass of a step, on gradients that are summed over all ranks and micro-batches
         and not clipped yet: `trainer.engine.optimizer.sharded_gradients()` yields this rank's share of them. Not called
         for a skipped batch. `trainer.state.step` does not count this step yet."""
 

@@ -1,8 +1,7 @@
-"""What one optimizer step tells the hooks.
+"""Metrics of one optimizer step, as passed to the hooks.
 
-Values that live on the device stay there until somebody asks for numbers: `StepMetrics.numbers()` is the one place
-that waits for the device. Who can wait a step longer calls `start_copy` first: by the end of the next step they have
-come, while the device was busy.
+Values stay on the device until `StepMetrics.numbers()` waits for them; nothing else here does. A caller that needs them
+one step later calls `start_copy` first, so that the copy overlaps the next step.
 """
 
 from __future__ import annotations
@@ -25,23 +24,24 @@ class StepMetrics:
     Attributes:
         step: 1 for the first optimizer step of a run.
         loss: scalar fp32 tensor, mean over all valid tokens of the global batch.
-        grad_norm: scalar fp32 tensor, global L2 norm before clipping (of the mean loss's gradient, loss scale removed).
+        grad_norm: scalar fp32 tensor, global L2 norm of the gradient of `loss` before clipping, loss scale removed.
         skipped: scalar fp32 tensor, 1.0 when the update was skipped for an inf or NaN gradient.
         hyper_parameters: of this step, by name: "lr", and others of the update rule.
         loss_scale: scalar fp32 tensor.
         num_valid_tokens: scalar tensor, tokens of the global batch that contribute loss.
         num_tokens: tokens of the global batch, padding included.
-        num_documents: documents in this rank's micro batches.
-        micro_num: micro batches of this step on each data rank.
-        largest_length: tokens of the longest document (attention segment) among this rank's micro batches.
-        largest_batch, smallest_batch: most and fewest documents in one of this rank's micro batches.
+        num_documents: documents in this rank's micro-batches.
+        micro_num: micro-batches of this step on each data rank.
+        largest_length: tokens of the longest document among this rank's micro-batches.
+        largest_batch: largest number of documents in one of this rank's micro-batches.
+        smallest_batch: smallest number of documents in one of this rank's micro-batches.
         num_consumed_tokens: tokens since the start of the run, this step included.
         num_consumed_samples: samples since the start of the run, this step included.
-        inf_nan_skip_batches: scalar tensor, updates skipped since the start of the run.
+        inf_nan_skip_batches: scalar tensor, number of updates skipped since the start of the run.
         seconds: host time of this step by phase: "data" (waiting for the batch), "forward_backward", "optimizer", and
             "total" from the start of the step to the end of the update, without the hooks that follow.
-        extra: further scalar tensors, each already reduced over the global batch: "acc", "perplexity",
-            "loss/<type>", "acc/<type>", "tokens/<type>", ...
+        extra: further scalar tensors, reduced over the global batch: "acc", "perplexity", "loss/<type>", "acc/<type>",
+            "tokens/<type>" and others.
     """
 
     step: int
@@ -67,7 +67,7 @@ class StepMetrics:
     _arrival: torch.cuda.Event | None = field(default=None, init=False, repr=False)
 
     def start_copy(self) -> None:
-        """Begin to bring the values to the host, without waiting; again, it does nothing."""
+        """Start the copy of all values to pinned host memory without waiting. A second call does nothing."""
         if self._values is not None:
             return
         by_dtype: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
@@ -85,17 +85,17 @@ class StepMetrics:
 
     @property
     def has_arrived(self) -> bool:
-        """Whether `numbers` would not wait: the values are on the host."""
+        """Whether the values are on the host, so that `numbers` does not wait."""
         return self._values is not None and (self._arrival is None or self._arrival.query())
 
     def numbers(self) -> dict[str, float]:
-        """All values as Python numbers, with a single wait for the device. Names are those of the log line."""
+        """All values as Python numbers, named as in the log line. Waits for the device at most once."""
         self.start_copy()
         assert self._values is not None
         if self._arrival is not None:
             self._arrival.synchronize()
-        arrived = dict(zip(self._names, self._values.tolist(), strict=True))
-        numbers: dict[str, float] = {"step": self.step, **{name: arrived[name] for name in self._tensors()}}
+        values = dict(zip(self._names, self._values.tolist(), strict=True))
+        numbers: dict[str, float] = {"step": self.step, **{name: values[name] for name in self._tensors()}}
         numbers.update(
             **{_LOGGED[name]: value for name, value in self.hyper_parameters.items() if name in _LOGGED},
             num_tokens=self.num_tokens,
@@ -111,7 +111,7 @@ class StepMetrics:
         return numbers
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The values that are on the device, in the order of the log line."""
+        """The values on the device, in the order of the log line."""
         return {
             "loss": self.loss,
             "grad_norm": self.grad_norm,

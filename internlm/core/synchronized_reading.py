@@ -1,4 +1,4 @@
-"""Batches read by all ranks in step, so that a rank that cannot read one leaves no other waiting in a collective."""
+"""Batches that all ranks read in lockstep, so that a rank which fails to read one leaves no other in a collective."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ logger = get_logger(__name__)
 
 
 def read_together(batches: Iterable[Batch], context: ParallelContext) -> Iterator[Batch]:
-    """This rank's batches, each once all ranks have one; collective.
+    """Iterate over this rank's batches, each as soon as all ranks have read theirs; collective.
+
+    Args:
+        batches: this rank's batches, as many as on every other rank.
+        context: the ranks.
 
     Raises:
-        DataError: some rank could not read its next batch, or its batches ended before those of another one. Raised
-            on all ranks, at the same batch.
+        DataError: a rank could not read its next batch, or its batches ended before those of another rank. Raised on
+            all ranks at the same batch.
     """
     source: Iterator[Batch] | None = None
     while True:
@@ -33,7 +37,7 @@ def read_together(batches: Iterable[Batch], context: ParallelContext) -> Iterato
         except (UserError, OSError) as error:
             failure = str(error)
         except Exception as error:
-            # Most likely a defect: the place in the code is wanted.
+            # Most likely a bug, so the traceback is logged.
             logger.error("rank %d could not read a batch", context.rank, exc_info=error)
             failure = describe_error(error)
         votes = torch.tensor([int(failure is not None), int(batch is None and failure is None)])
@@ -46,7 +50,7 @@ def read_together(batches: Iterable[Batch], context: ParallelContext) -> Iterato
         if num_ended:
             raise DataError(
                 f"the batches of {num_ended} of {context.world_size} ranks ended before those of the others: give "
-                "every rank as many"
+                "every rank the same number"
             )
         assert batch is not None
         yield batch

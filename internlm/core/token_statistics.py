@@ -1,7 +1,7 @@
-"""Loss and accuracy a data type, summed on the device over micro batches and data ranks.
+"""Loss and accuracy by data type, accumulated on the device over micro-batches and data ranks.
 
-Owns the sums and the names of the results. Does not know how token losses are computed, nor of process groups: it is
-handed tensors, and a function that sums a tensor over the data ranks.
+Owns the sums and the names of the metrics. Knows neither how token losses are computed nor process groups: the caller
+passes tensors, and a function that sums a tensor over the ranks.
 """
 
 from __future__ import annotations
@@ -16,49 +16,53 @@ from internlm.data.batch import IGNORE_INDEX
 from internlm.utils.errors import DataError
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over the data ranks; the identity for one process."""
+"""Returns the sum of a tensor over all ranks that compute different tokens; may work in place."""
 
 
 class TokenSums:
-    """Sum of losses, number of correct tokens and number of valid tokens, for each data type.
+    """Sum of losses, number of correct tokens and number of valid tokens by data type, on the device.
 
-    The sums are float64 and stay on the device; nothing here waits for it.
+    No method waits for the device.
+
+    Args:
+        num_types: number of data types.
+        device: that of the tensors passed to `update`.
 
     Attributes:
-        values: float64 `[num_types, 3]`: loss sum, correct, valid.
+        values: float64 `[num_types, 3]`: sum of losses, number of correct tokens, number of valid tokens.
     """
 
     def __init__(self, num_types: int, device: torch.device | str = "cpu") -> None:
-        # In float64 the order in which a GPU adds hardly matters: counts are exact and losses repeat to ~1e-16.
+        # `index_add_` on a GPU adds in any order. In float64 counts stay exact, and losses repeat to about 1e-16.
         self.values = torch.zeros((num_types, 3), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, token_losses: Tensor, correct: Tensor, labels: Tensor, type_ids: Tensor) -> None:
-        """Add tokens; all arguments have the same number of elements T and any shape.
+        """Add tokens. The arguments may have any shape, with the same number of elements.
 
         Args:
-            token_losses: float, natural-log cross entropy of each token; not read where the label is `IGNORE_INDEX`.
-            correct: bool, whether the likeliest token is the label.
+            token_losses: float, cross entropy of each token in nats; ignored where the label is `IGNORE_INDEX`.
+            correct: bool, whether the most likely token is the label.
             labels: int64; tokens labelled `IGNORE_INDEX` do not count.
             type_ids: int64 in `[0, num_types)`.
         """
         valid = labels.reshape(-1) != IGNORE_INDEX
-        # where, not a product: a masked token may have a loss of NaN, and NaN * 0 is NaN.
+        # `where` instead of a product: a masked token may have a loss of NaN, and NaN * 0 is NaN.
         losses = torch.where(valid, token_losses.reshape(-1).double(), 0.0)
         rows = torch.stack((losses, (correct.reshape(-1).bool() & valid).double(), valid.double()), dim=1)
         self.values.index_add_(0, type_ids.reshape(-1), rows)
 
     def reset(self) -> None:
-        """Back to zero."""
+        """Set all sums to zero."""
         self.values.zero_()
 
 
 class TypeMetrics:
-    """The metrics of a training step by data type.
+    """Metrics of a training step by data type.
 
     Args:
-        type_names: index = type id, as in `MicroBatch.type_ids`.
-        device: that of the tensors given to `update`.
+        type_names: the name of each type id of `MicroBatch.type_ids`.
+        device: that of the tensors passed to `update`.
     """
 
     def __init__(self, type_names: Sequence[str], device: torch.device | str = "cpu") -> None:
@@ -66,15 +70,18 @@ class TypeMetrics:
         self.sums = TokenSums(len(self.type_names), device)
 
     def update(self, token_losses: Tensor, correct: Tensor, labels: Tensor, type_ids: Tensor) -> None:
-        """Add the tokens of a micro batch; arguments as in `TokenSums.update`."""
+        """Add the tokens of a micro-batch; see `TokenSums.update`."""
         self.sums.update(token_losses, correct, labels, type_ids)
 
     def result(self, reduce: Reduce) -> dict[str, Tensor]:
-        """The metrics of all micro batches since the last call, over all data ranks; all ranks must call it.
+        """Metrics of all micro-batches since the last call, over all ranks; collective.
+
+        Args:
+            reduce: sums a tensor over the ranks.
 
         Returns:
-            Scalar float64 tensors: "acc", "perplexity", "loss_from_metric" over all tokens, and "loss/<type>",
-            "acc/<type>", "tokens/<type>". Loss and accuracy of a type without valid tokens are NaN.
+            Scalar float64 tensors: "acc", "perplexity" and "loss_from_metric" over all tokens, and "loss/<type>",
+            "acc/<type>" and "tokens/<type>". Loss and accuracy of a type without valid tokens are NaN.
         """
         by_type = reduce(self.sums.values.clone())
         self.sums.reset()
@@ -91,27 +98,27 @@ class TypeMetrics:
 def evaluation_results(
     set_name: str, sums: TokenSums, reduce: Reduce, type_names: Sequence[str] = ()
 ) -> dict[str, float]:
-    """The results of one valid set over all its tokens; all ranks must call it. Waits for the device.
+    """Results of one valid set over all its tokens; collective. Waits for the device.
 
     Args:
-        set_name: as it appears in the names.
-        sums: this rank's tokens of the set.
-        reduce: sums a tensor over the data ranks.
-        type_names: the set's types; with more than one of them present, each gets results of its own.
+        set_name: the name of the set in the results.
+        sums: sums over this rank's tokens of the set.
+        reduce: sums a tensor over the ranks.
+        type_names: the types of the set. If tokens of several types are present, each type gets results of its own.
 
     Returns:
-        `val/<set>_loss` (mean cross entropy a token), `val/<set>_acc`, `val/<set>_plex` (exp of the loss), and where
-        there are several types `val/<set>_loss/<type>` and `val/<set>_acc/<type>`.
+        `val/<set>_loss` (mean cross entropy per token, nats), `val/<set>_acc` and `val/<set>_plex` (exp of the loss);
+        with several types also `val/<set>_loss/<type>` and `val/<set>_acc/<type>`.
 
     Raises:
-        DataError: when no token of the set has a label.
+        DataError: no token of the set has a label.
     """
     by_type = reduce(sums.values.clone()).tolist()
     loss, correct, valid = (sum(column) for column in zip(*by_type, strict=True))
     if valid == 0:
         raise DataError(
             f"valid set '{set_name}': no token contributes loss; is its folder empty, or are all its tokens negative "
-            "(masked)? Mend it or remove it from valid_folder"
+            "(masked)? Correct it or remove it from valid_folder"
         )
     mean = loss / valid
     results = {

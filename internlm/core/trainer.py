@@ -1,4 +1,4 @@
-"""The loop. It loads batches, steps the engine and calls hooks; it knows no hook by name."""
+"""The training loop: loads batches, runs the engine, calls hooks. It knows no hook by name."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import datetime
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
+from internlm.core.batch_source import BatchSource, ClosableSource, SeekableSource
 from internlm.core.communication.collectives import all_reduce_async
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook, SaveResult, TrainState, overrides
-from internlm.core.run_control import RequestSignals, RunControl
+from internlm.core.run_control import RunControl, SignalRequests
 from internlm.core.step_metrics import StepMetrics
 from internlm.core.synchronized_reading import read_together
 from internlm.core.token_statistics import TokenSums, evaluation_results
@@ -28,17 +29,11 @@ from internlm.utils.storage import StoragePath
 logger = get_logger(__name__)
 
 END_OF_DATA_TIMEOUT = datetime.timedelta(minutes=5)
-"""How long a rank without data waits for the others to run out of theirs: longer than any step and load."""
-
-
-class BatchSource(Protocol):
-    """Where training batches come from: any iterable of `Batch`. `internlm.data.loader.TrainLoader` is one."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
+"""How long a rank whose data ended waits for the data of the others to end: longer than any step and load."""
 
 
 class Checkpointer(Protocol):
-    """Saves the run; see `internlm.checkpoint.manager`, and `RunningTrainer` for what the trainer makes of it."""
+    """Saves the run; implemented by `internlm.checkpoint.manager.CheckpointManager`."""
 
     def save(self, trainer: Trainer, *, snapshot: bool = False) -> None: ...
 
@@ -53,22 +48,22 @@ class Trainer:
     """Runs an engine over batches until `total_steps`.
 
     Args:
-        engine: one optimization step.
-        train_loader: this data rank's batches, as many as on every other one. What it has of the following is used:
-            `seek(step, num_consumed_samples)` at the start, `close()` at the end, and `state_dict()` and
-            `load_state_dict(state)` (plain numbers and strings) to compare the data of a resumed run with those of
-            the checkpoint.
-        total_steps: steps of the whole run; steps of a resumed run count.
-        lr: position (0 for the first step) -> learning rate.
-        schedules: name of another hyper-parameter of the optimizer -> its value by position; the rest stay constant.
-        advance: what the position counts: every step, or the updates taken, so that neither a skipped update nor a
-            skipped batch moves it.
+        engine: runs one optimization step.
+        train_loader: this data rank's batches, as many as on every other data rank. The optional protocols of
+            `core/batch_source.py` that it implements are used too: `SeekableSource` at the start, `ClosableSource` at
+            the end, and `StatefulSource` in checkpoints.
+        total_steps: steps of the whole run, those before a resume included.
+        lr: schedule position (0 for the first step) -> learning rate.
+        schedules: name of another hyper-parameter of the optimizer -> its value by schedule position; the rest stay
+            constant.
+        advance: what advances the schedule position: every step, or only updates. With "update", neither a skipped
+            update nor a skipped batch advances it.
         hooks: called in this order.
-        run_dir: where the run writes.
-        valid_sets: name -> batches of this data rank, as many micro batches as on every other one.
-        checkpointer: None saves nothing.
-        is_skipped: step (0 for the first) -> whether its batch is passed over without training. Such a step has no
-            metrics, and counts in everything else: what is due at its number is done.
+        run_dir: folder for the output of the run.
+        valid_sets: name -> batches of this data rank, as many micro-batches as on every other data rank.
+        checkpointer: saves the run; None disables saving.
+        is_skipped: step (0 for the first) -> whether its batch is skipped. A skipped batch has no metrics, but counts
+            as a step: periodic saves and evaluations are not affected.
     """
 
     def __init__(
@@ -93,7 +88,7 @@ class Trainer:
         self.schedules = {"lr": lr, **(schedules or {})}
         self.advance = advance
         self.num_known_updates = 0
-        """Updates taken until the step before the last one: of that, the device has not told yet."""
+        """Updates up to the step before the last one; whether the last one was skipped is not on the host yet."""
         self._last_step: StepMetrics | None = None
         self.hooks = list(hooks)
         repeated = [name for name, count in Counter(hook.name for hook in self.hooks).items() if count > 1]
@@ -108,25 +103,26 @@ class Trainer:
         self.resumed_from: str | None = None
         self.num_skipped_updates = torch.zeros((), dtype=torch.float32, device=self.context.device)
         self.progress = engine.progress
-        self.requests = RunControl(self.context.world_group)
+        self.run_control = RunControl(self.context.world_group)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def fit(self) -> TrainState:
-        """Train until `total_steps`, the end of the data, or until a stop is requested; returns the state reached.
+        """Train until `total_steps`, the end of the data or a stop request. A second call continues.
 
-        May be called again, and then goes on.
+        Returns:
+            The counters at the end.
 
         Raises:
-            DataError: the data of this rank ended, and that of another one did not.
+            DataError: the data of this rank ended before that of another rank.
         """
-        self.requests.clear()
-        with RequestSignals(self.requests):
+        self.run_control.clear()
+        with SignalRequests(self.run_control):
             try:
                 self._call("on_fit_start")
                 self._loop()
-                self.requests.finish()
-                # Whoever reads the weights now, a hook or the caller, gets those of the last update.
+                self.run_control.finish()
+                # Hooks and the caller may read the weights of the last update.
                 self.engine.optimizer.finish_gathering()
                 if self.stop_reason is not None:
                     logger.warning("stopping after step %d: %s", self.state.step, self.stop_reason)
@@ -136,17 +132,15 @@ class Trainer:
                     hook.on_exception(self, error)
                 raise
             finally:
-                close = getattr(self.train_loader, "close", None)
-                if close is not None:
-                    close()
+                if isinstance(self.train_loader, ClosableSource):
+                    self.train_loader.close()
         return self.state
 
     def _loop(self) -> None:
-        seek = getattr(self.train_loader, "seek", None)
-        if seek is not None:
-            seek(self.state.step, self.state.num_consumed_samples)
+        if isinstance(self.train_loader, SeekableSource):
+            self.train_loader.seek(self.state.step, self.state.num_consumed_samples)
         batches = iter(self.train_loader)
-        while self.state.step < self.total_steps and self.requests.stop_reason is None:
+        while self.state.step < self.total_steps and self.run_control.stop_reason is None:
             started = time.perf_counter()
             self.progress.begin_step(self.state.step + 1)
             self._call("on_step_start")
@@ -166,7 +160,7 @@ class Trainer:
                 metrics.seconds.update(data=data_seconds, total=time.perf_counter() - started)
                 self._call("on_step_end", metrics)
             self.progress.mark("agreeing on saves and stops")
-            self.requests.agree(self.state.step)
+            self.run_control.agree(self.state.step)
             if self.save_reason is not None and self.checkpointer is None and self.is_main_rank:
                 logger.warning("step %d: %s, but this run saves nothing", self.state.step, self.save_reason)
             self._call("on_step_counted")
@@ -214,7 +208,7 @@ class Trainer:
         return metrics
 
     def _schedule_position(self) -> int:
-        """Where the schedules are in the step at work."""
+        """Position of the learning rate and beta2 schedules in the current step."""
         if self.advance == "step":
             return self.state.step
         if self._last_step is not None:
@@ -223,7 +217,7 @@ class Trainer:
         return self.num_known_updates
 
     def _count(self, batch: Batch) -> int:
-        """Advance the counters by one batch; returns its tokens over all data ranks."""
+        """Advance the counters by one batch; returns its number of tokens over all data ranks."""
         num_tokens = batch.num_tokens * self.context.size("data")
         self.state.step += 1
         self.state.num_consumed_samples += batch.num_samples
@@ -233,8 +227,8 @@ class Trainer:
     def _listens(self, event: str) -> bool:
         return any(overrides(hook, event) for hook in self.hooks)
 
-    def tell_loaded(self, path: StoragePath) -> None:
-        """Tell the hooks that a checkpoint was loaded; for whoever loads one into this trainer."""
+    def notify_checkpoint_loaded(self, path: StoragePath) -> None:
+        """Call `on_checkpoint_loaded` of every hook. For code that has loaded a checkpoint into this trainer."""
         self._call("on_checkpoint_loaded", path)
 
     def _call(self, event: str, *args: Any) -> None:
@@ -242,16 +236,16 @@ class Trainer:
             self.progress.mark(f"{hook.name}: {event}")
             getattr(hook, event)(self, *args)
 
-    # -- what hooks may ask for -----------------------------------------------------------------------------------
+    # -- methods for hooks ----------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """Every valid set on all its tokens; all ranks must call it.
+        """Evaluate every valid set on all its tokens; collective.
 
-        A set whose data some rank cannot read, or that has no label, is told as an error and left out, on all ranks
-        alike. An exception of the model's passes is not caught: other ranks may be waiting in them.
+        A set that some rank cannot read, or that has no label, is logged as an error and left out on all ranks. An
+        exception of the model is not caught, because other ranks may be waiting in its collectives.
 
         Returns:
-            `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` for each set.
+            `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` of each set.
         """
         results: dict[str, float] = {}
         for name, batches in self.valid_sets.items():
@@ -266,7 +260,7 @@ class Trainer:
         return results
 
     def _evaluate_set(self, batches: Iterable[Batch]) -> TokenSums:
-        """Raises DataError, on all ranks or none."""
+        """Sums over this rank's tokens of a valid set. Raises DataError on all ranks or none."""
         sums = TokenSums(num_types=1, device=self.context.device)
         for batch in read_together(batches, self.context):
             for micro_batch in batch.micro_batches:
@@ -274,12 +268,12 @@ class Trainer:
         return sums
 
     def save_checkpoint(self, *, snapshot: bool = False) -> None:
-        """Save this instant, or begin to; all ranks must call it.
+        """Save the current state, or start a background save of it; collective.
 
-        A save that fails does not raise: `poll_saves` tells what became of it.
+        A failed save does not raise; `poll_saves` returns the outcome.
 
         Raises:
-            ValueError: the trainer was made without a checkpointer.
+            ValueError: the trainer has no checkpointer.
         """
         checkpointer = self._needed_checkpointer()
         self._call("on_save_start")
@@ -287,9 +281,9 @@ class Trainer:
             checkpointer.save(self, snapshot=snapshot)
 
     def poll_saves(self) -> list[SaveResult]:
-        """The saves that ended since the last call, well or not; never waits. Only the main rank gets any.
+        """The saves that completed or failed since the last call, on the main rank; empty elsewhere. Never waits.
 
-        Hooks are told of those that are complete.
+        Calls `on_checkpoint_saved` for each complete one.
         """
         results = self._needed_checkpointer().poll()
         for result in results:
@@ -298,7 +292,7 @@ class Trainer:
         return results
 
     def finish_saving(self) -> None:
-        """Wait for the saves under way; all ranks must call it.
+        """Wait for the saves in progress; collective.
 
         Raises:
             CheckpointError: the newest one failed.
@@ -308,7 +302,7 @@ class Trainer:
             checkpointer.finish()
 
     def drain_saves(self, seconds: float) -> None:
-        """Wait, no longer than that, for this rank's saves under way. Not collective, for after an exception."""
+        """Wait at most `seconds` for this rank's saves in progress. Not collective: for use after an exception."""
         self._needed_checkpointer().drain(seconds)
 
     def _needed_checkpointer(self) -> Checkpointer:
@@ -317,30 +311,30 @@ class Trainer:
         return self.checkpointer
 
     def request_stop(self, reason: str) -> None:
-        """Leave the loop soon (after at most two more steps) on all ranks; may be called on any rank."""
-        self.requests.stop(reason)
+        """Leave the loop after at most two more steps, on all ranks at the same step. Any rank may call it."""
+        self.run_control.request_stop(reason)
 
     def request_save(self, reason: str) -> None:
-        """Save soon (after at most two more steps) on all ranks; may be called on any rank."""
-        self.requests.save(reason)
+        """Save a checkpoint after at most two more steps, on all ranks at the same step. Any rank may call it."""
+        self.run_control.request_save(reason)
 
     def request_at(self, step: int) -> None:
-        """Save and stop at `step`; below 0, save at step -`step`; 0 takes it back. Only the main rank may call it."""
-        self.requests.at(step)
+        """Save and stop at `step`; a negative `step` saves at step `-step`, 0 withdraws the request. Main rank only."""
+        self.run_control.request_at(step)
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the loop is left before its end; None when it is not."""
-        return None if self.state.step >= self.total_steps else self.requests.stop_reason
+        """Why training stops before `total_steps`; None if it continues or has reached them."""
+        return None if self.state.step >= self.total_steps else self.run_control.stop_reason
 
     @property
     def save_reason(self) -> str | None:
-        """Why someone wants the step just counted saved; None when nobody does. The same on all ranks."""
-        return self.requests.save_reason
+        """Why a save of the step just counted was requested; None without a request. Set on all ranks or none."""
+        return self.run_control.save_reason
 
     def _wait_for_the_end_of_all_data(self) -> None:
-        """A rank that leaves the loop alone would let the others wait in their next step, for the time of a collective
-        and without a word about the reason."""
+        """Wait until the data of every rank has ended. Otherwise the remaining ranks would hang in the collectives of
+        their next step until a timeout that does not name the reason."""
         if self.context.world_group is None:
             return
         vote = all_reduce_async(torch.ones(()), self.context.world_group)
@@ -349,5 +343,5 @@ class Trainer:
         except RuntimeError as error:
             raise DataError(
                 f"the training data of rank {self.context.rank} ended at step {self.state.step} of {self.total_steps}, "
-                f"and that of another rank did not: give every rank as many batches as the others"
+                f"but that of another rank did not: give every rank the same number of batches"
             ) from error

@@ -1,4 +1,4 @@
-"""When to evaluate. What an evaluation is belongs to the trainer and `internlm.core.token_statistics`."""
+"""When to evaluate. The trainer runs the evaluation, `internlm.core.token_statistics` computes its results."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from internlm.core.hooks import Hook, RunningTrainer
 
 
 class EvaluationHook(Hook):
-    """Evaluates every `every` steps and after the last step of the run; 0 never evaluates.
+    """Evaluates every `every` steps and after the last step of the run.
 
-    A run that is asked to stop earlier is not evaluated: it may be about to be killed, and goes on later.
-    Place it behind the checkpoint hook: an evaluation that fails, hangs or is killed then costs no training.
+    A stop request does not lead to an evaluation: the process may be about to be killed, and a resumed run evaluates
+    at the end. Place the hook after the checkpoint hook, so that a failing or hanging evaluation loses no training.
+
+    Args:
+        every: steps between two evaluations; 0 disables them.
     """
 
     name = "evaluation"

@@ -58,10 +58,11 @@ from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.monitor.console import ConsoleHook
 from internlm.monitor.garbage_collection import GarbageCollectionHook
 from internlm.monitor.health import HealthHook
+from internlm.monitor.metrics_collector import MetricsCollector
 from internlm.monitor.metrics_file import MetricsFileHook
 from internlm.monitor.profiler import ProfilerHook
-from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
 from internlm.monitor.tensorboard import TensorBoardHook
+from internlm.monitor.throughput import FlopsModel, Throughput
 from internlm.solver.beta2_scheduler import Beta2Schedule
 from internlm.solver.grad_scaler import ConstantGradScaler, DynamicGradScaler, GradScaler
 from internlm.solver.lr_scheduler import LearningRateSchedule
@@ -312,18 +313,18 @@ def build_hooks(
     profiling: bool = False,
 ) -> list[Hook]:
     """The hooks of the loop, in the order in which they are called; those of the config come last."""
-    numbers = StepNumbers(Throughput(context.world_size, build_flops(config, context.device, engine.chunks[0])))
+    collector = MetricsCollector(Throughput(context.world_size, build_flops(config, context.device, engine.chunks[0])))
     hooks: list[Hook] = [GarbageCollectionHook(config.data.empty_cache_and_diag_interval)]
-    hooks.append(ConsoleHook(numbers, config.monitor.log_every, config.monitor.log_format))
+    hooks.append(ConsoleHook(collector, config.monitor.log_every, config.monitor.log_format))
     if config.monitor.metrics_file:
-        hooks.append(MetricsFileHook(numbers))
+        hooks.append(MetricsFileHook(collector))
     if config.enable_tb:
         # The variables' names are InternEvo's.
         folder = config.tensorboard_folder or expand_home(os.environ.get("tensorboard_folder", ""))  # noqa: SIM112
         resumed = config.resume_tb_folder or expand_home(os.environ.get("resume_tb_folder", ""))  # noqa: SIM112
         hooks.append(
             TensorBoardHook(
-                numbers,
+                collector,
                 Path(folder) if folder else None,
                 Path(resumed) if resumed else None,
                 config.tensorboard.queue_max_length,
@@ -339,13 +340,13 @@ def build_hooks(
         hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
-    hooks.append(build_health(config, numbers, engine, train_loader))
+    hooks.append(build_health(config, collector, engine, train_loader))
     own = build_user_hooks(config.hooks)
     check_names(hooks, own)
     return [*hooks, *own]
 
 
-def build_health(config: Config, numbers: StepNumbers, engine: Engine, train_loader: TrainLoader) -> HealthHook:
+def build_health(config: Config, collector: MetricsCollector, engine: Engine, train_loader: TrainLoader) -> HealthHook:
     """What ends a run that no longer learns."""
     optimizer = engine.optimizer
     data, scaler = config.data, config.grad_scaler
@@ -354,7 +355,7 @@ def build_health(config: Config, numbers: StepNumbers, engine: Engine, train_loa
     if not data.use_packed_dataset:
         reasons += f", or every prompt is longer than data.seq_len = {data.seq_len}, where documents are cut off"
     return HealthHook(
-        numbers,
+        collector,
         max_skipped=config.monitor.max_skipped_updates,
         smallest_scale=scaler.scale_bounds[0] if can_fall else math.inf,
         find_cause=partial(describe_failed_update, optimizer),
@@ -454,7 +455,7 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
             check_foreign_weights(config, info, path)
             load_weights(trainer, weights, f"'{path}'", strict=info.strict)
-            trainer.tell_loaded(path)
+            trainer.notify_checkpoint_loaded(path)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
         check_finite(trainer, path)
     else:

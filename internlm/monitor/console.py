@@ -1,4 +1,4 @@
-"""What a person watching the run sees: a progress bar on a terminal, a line every few steps elsewhere.
+"""Progress of a run for people: a progress bar on a terminal, a log line every few steps elsewhere.
 
 Owns the wording and rounding of the numbers, not the numbers.
 """
@@ -19,14 +19,18 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.step_metrics import StepMetrics
 from internlm.monitor.internevo_line import internevo_line
-from internlm.monitor.step_numbers import StepNumbers
+from internlm.monitor.metrics_collector import MetricsCollector
 from internlm.utils.logging import ROOT_LOGGER, get_logger
 
 logger = get_logger(__name__)
 
 
 def describe(numbers: Mapping[str, float | str]) -> str:
-    """The numbers that tell whether a run is well, in one line: loss, learning rate, gradient norm, throughput."""
+    """The most important numbers in one line: loss, learning rate, gradient norm, throughput.
+
+    Args:
+        numbers: those of `MetricsCollector.numbers`.
+    """
     parts = ["no label"] if numbers.get("valid_tokens") == 0 else []
     for name, text in (("loss", "{:.4f}"), ("lr", "{:.3e}"), ("grad_norm", "{:.3f}"), ("acc", "{:.4f}")):
         if name in numbers:
@@ -43,39 +47,39 @@ def describe(numbers: Mapping[str, float | str]) -> str:
 
 
 def describe_duration(seconds: float) -> str:
-    """`1:02:03` for a number of seconds, `-` where it is not known."""
+    """A number of seconds as `1:02:03`; `-` unless it is finite."""
     return str(datetime.timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "-"
 
 
 class ConsoleHook(Hook):
     """Shows the progress of the run on the main rank.
 
-    Skipped updates are told with the next numbers shown, so that no step has to wait for the device to tell.
+    Skipped updates are reported with the next numbers shown, because counting them earlier would wait for the device.
 
     Args:
-        numbers: shared with the other sinks.
-        log_every: steps between two lines (or two refreshes of the numbers beside the bar); the first and the last step
-            always show.
+        collector: shared with the other sinks.
+        log_every: steps between two lines, or two refreshes of the numbers beside the bar. The first and the last step
+            are always shown.
         log_format: "internevo" writes the lines of InternEvo: none for a skipped update, and never a bar.
-        console: where the bar goes, stderr unless told; a bar is shown if it is a terminal.
+        console: where the bar is shown, if it is a terminal; None for stderr.
     """
 
     name = "console"
 
     def __init__(
         self,
-        numbers: StepNumbers,
+        collector: MetricsCollector,
         log_every: int = 1,
         log_format: Literal["default", "internevo"] = "default",
         console: Console | None = None,
     ) -> None:
-        self.numbers = numbers
+        self.collector = collector
         self.log_format = log_format
         self.log_every = max(1, log_every)
         self._console = console
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._redirected: list[tuple[logging.StreamHandler, TextIO]] = []
+        self._redirected: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
         self._first_step = 0
         self._known_skips: float | None = None
 
@@ -89,7 +93,7 @@ class ConsoleHook(Hook):
             return
         self._progress = Progress(
             BarColumn(bar_width=16),
-            # One column, so that a narrow terminal cuts off its end: the least needed numbers.
+            # One text column, so that a narrow terminal truncates its end, the least important numbers.
             TextColumn("step {task.completed}/{task.total}  eta {task.fields[eta]}  {task.fields[numbers]}"),
             console=console,
         )
@@ -103,16 +107,16 @@ class ConsoleHook(Hook):
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         if not trainer.is_main_rank:
             return
-        self.numbers.count(metrics)
+        self.collector.count(metrics)
         step = trainer.state.step
         shown = step % self.log_every == 0 or step in (self._first_step, trainer.total_steps)
-        eta = describe_duration((trainer.total_steps - step) * self.numbers.throughput.seconds_per_step())
+        eta = describe_duration((trainer.total_steps - step) * self.collector.throughput.seconds_per_step())
         if self._progress is not None:
             self._progress.update(self._task, completed=step, eta=eta)
         if not shown:
             return
-        numbers = self.numbers.of(metrics)
-        self._tell_skips(step, numbers)
+        numbers = self.collector.numbers(metrics)
+        self._report_skips(step, numbers)
         if self._progress is not None:
             self._progress.update(self._task, numbers=escape(describe(numbers)))
         elif self.log_format == "internevo":
@@ -136,9 +140,9 @@ class ConsoleHook(Hook):
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         self._stop()
 
-    def _tell_skips(self, step: int, numbers: Mapping[str, float | str]) -> None:
+    def _report_skips(self, step: int, numbers: Mapping[str, float | str]) -> None:
         skips = float(numbers["inf_nan_skip_batches"])
-        # The count goes on from a checkpoint; what was skipped before this process has been told.
+        # A resumed run continues the count; earlier processes reported what they skipped.
         known = skips - float(numbers["skipped"]) if self._known_skips is None else self._known_skips
         if skips > known:
             logger.warning(
@@ -152,7 +156,7 @@ class ConsoleHook(Hook):
         self._known_skips = skips
 
     def _redirect_log(self, stderr: TextIO) -> None:
-        # The log's handler holds the stderr of before; through rich's, its lines go above the bar instead of into it.
+        # The log's handler holds the original stderr; through rich's stream, its lines appear above the bar.
         for handler in logging.getLogger(ROOT_LOGGER).handlers:
             if type(handler) is logging.StreamHandler and handler.stream is stderr:
                 handler.setStream(sys.stderr)

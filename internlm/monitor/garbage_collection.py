@@ -1,7 +1,7 @@
-"""Memory at chosen steps: Python's garbage collector, the device's cache, and a line in the log.
+"""Garbage collection at chosen steps, with a log line of the memory in use.
 
-Left alone the collector runs whenever enough objects were made, on each rank at another moment, and every rank then
-waits for the slowest one in the next collective.
+By default Python's collector runs after a number of allocations, on each rank at another moment, and all other ranks
+then wait in their next collective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 
 def describe_memory() -> str:
-    """The memory that this process uses and has used at most, of the device too when there is one."""
+    """Peak host memory of this process and, on a GPU, allocated and peak device memory, in GB."""
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     text = f"host memory, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
@@ -30,11 +30,13 @@ def describe_memory() -> str:
 
 
 class GarbageCollectionHook(Hook):
-    """Collects every `every` steps, on all ranks at the same one, and not in between; with 0 it leaves Python's alone.
+    """Runs Python's garbage collector every `every` steps, on all ranks at the same step, and disables it in between.
 
-    At the same steps unused blocks go back from PyTorch's cache to the device, and the memory in use is logged.
+    At the same steps PyTorch's cache releases unused blocks to the device, and the memory in use is logged. When the
+    loop ends, also by an exception, the collector is enabled again if it was before.
 
-    The collector is as it was before, on or off, when the loop is left, also by an exception.
+    Args:
+        every: steps between two collections; 0 leaves Python's collector alone.
     """
 
     name = "garbage_collection"

@@ -1,6 +1,6 @@
-"""The numbers of a step as InternEvo's log line has them, for programs that read its logs.
+"""The numbers of a step in the format of InternEvo's log line, for programs that parse its logs.
 
-Names, order and rounding are InternEvo's; doc/quickstart.md says where a number means something else.
+Names, order and rounding are InternEvo's; doc/quickstart.md lists the numbers with another meaning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 PREFIX = "record_current_batch_training_metrics -- "
-"""How the line begins behind what the logger writes; InternEvo's has the name of the function there."""
+"""Start of the message; in InternEvo, the name of the logging function."""
 
 _TGS = "tgs (tokens/gpu/second)"
 _WINDOWS = ("last_tgs_1", "tgs_all", "tgs_avg", "tgs_SMA", "last_tgs_10", "last_tgs_50")
@@ -21,10 +21,10 @@ _COUNTS = (
 
 
 def internevo_line(numbers: Mapping[str, float | str]) -> str:
-    """`name=value` for each number, separated by spaces, with one at the end.
+    """`name=value` for each number, each followed by a space.
 
     Args:
-        numbers: of `StepNumbers.of`, of a step that was not skipped.
+        numbers: those of `MetricsCollector.numbers`, for a step whose update was not skipped.
     """
     return PREFIX + "".join(f"{name}={value} " for name, value in _fields(numbers))
 

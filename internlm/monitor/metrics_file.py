@@ -1,11 +1,11 @@
-"""`metrics.jsonl`: all numbers of a run, one JSON object a step.
+"""`metrics.jsonl`: all numbers of a run, one JSON object per step.
 
-Owns the file and its format. The file is a function of the run, however often the run was interrupted: on a resume
-the lines after the resumed step are moved to `metrics.replaced.jsonl` before new ones are appended.
+Owns the file and its format. An interrupted and resumed run leaves the same lines as an uninterrupted one: on a resume,
+lines after the resumed step are moved to `metrics.replaced.jsonl` before new ones are appended.
 
-A line holds the names of `StepNumbers.of`, and `val/...` where that step was evaluated; these have a line of their own
-where the step was saved before. It is strict JSON, which has no NaN or infinity: such a value is null, and the line
-gets "nonfinite", a mapping of its name to "nan", "inf" or "-inf".
+A line has the names of `MetricsCollector.numbers`, and `val/...` if the step was evaluated; the latter are on a line of
+their own if the step was saved before its evaluation. Strict JSON has no NaN or infinity: such a value is null, and
+the line gets "nonfinite", a mapping from its name to "nan", "inf" or "-inf".
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from pathlib import Path
 
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.step_metrics import StepMetrics
-from internlm.monitor.appended_lines import AppendedLines
-from internlm.monitor.step_numbers import SECONDS_AFTER_AN_EXCEPTION, HeldStep, StepNumbers
+from internlm.monitor.deferred_metrics import SECONDS_AFTER_AN_EXCEPTION, DeferredMetrics
+from internlm.monitor.line_writer import LineWriter
+from internlm.monitor.metrics_collector import MetricsCollector
 from internlm.utils.logging import get_logger
 
 FILE_NAME = "metrics.jsonl"
 REPLACED_NAME = "metrics.replaced.jsonl"
-"""Lines of steps that are trained anew, or that another run wrote into the same run directory."""
+"""Lines of steps that are trained again, or that another run wrote into the same run directory."""
 
 logger = get_logger(__name__)
 
 
 def to_json_line(numbers: dict[str, float | str]) -> str:
-    """One line of strict JSON without the line end; see the module for values that are not finite."""
+    """One line of strict JSON without the line break; for non-finite values see the module."""
     line: dict[str, object] = {}
     nonfinite = {}
     for name, value in numbers.items():
@@ -37,7 +38,7 @@ def to_json_line(numbers: dict[str, float | str]) -> str:
             nonfinite[name] = str(value)
             line[name] = None
         elif isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-            # Counts that come from the device are floats there; 4096 reads better than 4096.0.
+            # Counts are copied from the device as floats; 4096 reads better than 4096.0.
             line[name] = int(value)
         else:
             line[name] = value
@@ -47,12 +48,16 @@ def to_json_line(numbers: dict[str, float | str]) -> str:
 
 
 def move_lines_after(path: Path, step: int) -> int:
-    """Keep only the whole lines of steps up to `step`, and append the others to `REPLACED_NAME` beside the file.
+    """Move the lines of steps after `step` to the file `REPLACED_NAME` in the same folder, atomically.
 
-    A line cut short by a kill is no whole line, and goes too. The file is replaced in one go.
+    A line without a line break, cut off when the process was killed, is moved too.
+
+    Args:
+        path: the file of lines.
+        step: the last step whose line stays.
 
     Returns:
-        How many lines went.
+        The number of lines moved.
     """
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
@@ -74,18 +79,20 @@ def _step_of(line: bytes) -> float:
 
 
 class MetricsFileHook(Hook):
-    """Appends a line a step to `metrics.jsonl` in the run directory; only the main rank writes.
+    """Appends one line per step to `metrics.jsonl` in the run directory, on the main rank.
 
-    The line of a step is written when its numbers have come from the device and the next step has started, so that an
-    evaluation of that step is on the same line; at the latest at the end of the next step, when a save begins or when
-    the loop ends. It is flushed at once.
+    The line of a step is written when the next step starts, so that it includes an evaluation of that step, or at the
+    end of the next step if its numbers are not on the host before. A save and the end of the loop write it at once.
+
+    Args:
+        collector: shared with the other sinks.
     """
 
     name = "metrics_file"
 
-    def __init__(self, numbers: StepNumbers) -> None:
-        self._held = HeldStep(numbers)
-        self._file: AppendedLines | None = None
+    def __init__(self, collector: MetricsCollector) -> None:
+        self._deferred = DeferredMetrics(collector)
+        self._file: LineWriter | None = None
         self._evaluation: dict[str, float | str] = {}
 
     def on_fit_start(self, trainer: RunningTrainer) -> None:
@@ -98,38 +105,38 @@ class MetricsFileHook(Hook):
             moved = move_lines_after(path, step)
             if moved:
                 logger.info(
-                    "%s: %d lines after step %d, where this run starts, are in %s", path, moved, step, REPLACED_NAME
+                    "%s: moved %d lines after step %d, the start of this run, to %s", path, moved, step, REPLACED_NAME
                 )
         self._evaluation = {}
-        self._file = AppendedLines(path)
+        self._file = LineWriter(path)
 
     def on_step_start(self, trainer: RunningTrainer) -> None:
-        if self._held.has_arrived:
+        if self._deferred.has_arrived:
             self._flush()
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         if self._file is not None:
             self._flush()
-            self._held.hold(metrics)
+            self._deferred.defer(metrics)
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
         if self._file is not None:
-            # An evaluation whose step is already on file gets a line of its own.
+            # If the line of the step is written already, the evaluation gets a line of its own.
             self._evaluation.update({"step": trainer.state.step, **results})
 
     def on_save_start(self, trainer: RunningTrainer) -> None:
-        # A run killed later may go on after this step, so its line has to be on file.
+        # A killed run may resume after this step and would not write its line again.
         self._flush()
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
-        self._held.drop_unless_it_arrives(SECONDS_AFTER_AN_EXCEPTION)
+        self._deferred.discard_unless_arrived(SECONDS_AFTER_AN_EXCEPTION)
         self._close()
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         self._close()
 
     def _flush(self) -> None:
-        line = {**(self._held.take() or {}), **self._evaluation}
+        line = {**(self._deferred.pop_numbers() or {}), **self._evaluation}
         if self._file is not None and line:
             self._file.write(to_json_line(line))
         self._evaluation = {}

@@ -1,4 +1,4 @@
-"""A trace of one step for `--profiling`. Owns when torch.profiler records and where the trace goes."""
+"""A trace of one step for `--profiling`: chooses the step that torch.profiler records, and writes the trace."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = get_logger(__name__)
 
 
 class ProfilerHook(Hook):
-    """Records the third step of the loop on the main rank: one step is waited for, one warms the profiler up.
+    """Records the third step of the loop on the main rank, after one step without profiler and one to warm it up.
 
-    The result is a Chrome trace, `traces/step_<n>.json` in the run directory; it opens in https://ui.perfetto.dev.
+    Writes a Chrome trace, `traces/step_<n>.json` in the run directory; https://ui.perfetto.dev opens it.
     """
 
     name = "profiler"
@@ -41,7 +41,7 @@ class ProfilerHook(Hook):
             schedule=schedule(wait=1, warmup=1, active=1, repeat=1),
             on_trace_ready=self._export,
             record_shapes=True,
-            # There is one cycle; some versions of PyTorch warn that it would drop those before it.
+            # There is only one cycle; some versions of PyTorch warn that earlier ones would be dropped.
             acc_events=True,
         )
         self._profiler.start()
@@ -57,12 +57,12 @@ class ProfilerHook(Hook):
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         if self._trace is not None:
-            logger.warning("--profiling: no trace was written, a run of at least %d steps is needed", STEPS_NEEDED)
+            logger.warning("--profiling: no trace was written: the run needs at least %d steps", STEPS_NEEDED)
         self._stop()
 
     def _export(self, profiler: profile) -> None:
         if self._trace is None:
-            return  # the loop was left in the middle of the recorded step
+            return  # the loop ended within the recorded step
         self._trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self._trace))
         logger.info("wrote the profile of one step to %s", self._trace)

@@ -1,4 +1,4 @@
-"""The numbers of a run as TensorBoard scalars. Owns the event folder; tensorboard is optional."""
+"""All numbers of a run as TensorBoard scalars. Owns the event folder; the tensorboard package is optional."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.step_metrics import StepMetrics
-from internlm.monitor.step_numbers import SECONDS_AFTER_AN_EXCEPTION, HeldStep, StepNumbers
+from internlm.monitor.deferred_metrics import SECONDS_AFTER_AN_EXCEPTION, DeferredMetrics
+from internlm.monitor.metrics_collector import MetricsCollector
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import full_disk
 
@@ -21,29 +22,27 @@ logger = get_logger(__name__)
 
 
 class TensorBoardHook(Hook):
-    """Writes every number of every step, as soon as the device has them and at the latest a step later; only the main
-    rank writes.
+    """Writes every number of every step on the main rank, at most one step later.
 
-    When a run starts at a later step than 0, points that an earlier process wrote after that step are purged.
+    If the folder has points of steps after the one at which the run starts, they are purged.
 
     Args:
-        numbers: shared with the other sinks.
-        folder: where to write. None: where the run wrote that this one resumes, else `tensorboards` in the run
-            directory.
-        resume_folder: a folder of an earlier run to continue; it wins over `folder`.
-        queue_max_length: steps kept in memory before they are written; 1 shows each at once.
+        collector: shared with the other sinks.
+        folder: the event folder. None selects that of the resumed run, or `tensorboards` in the run directory.
+        resume_folder: event folder of an earlier run to continue; takes precedence over `folder`.
+        queue_max_length: events buffered before they are written; 1 writes each at once.
     """
 
     name = "tensorboard"
 
     def __init__(
         self,
-        numbers: StepNumbers,
+        collector: MetricsCollector,
         folder: Path | None = None,
         resume_folder: Path | None = None,
         queue_max_length: int = 1,
     ) -> None:
-        self._held = HeldStep(numbers)
+        self._deferred = DeferredMetrics(collector)
         self.folder = resume_folder or folder
         self.queue_max_length = queue_max_length
         self._writer: SummaryWriter | None = None
@@ -74,45 +73,47 @@ class TensorBoardHook(Hook):
         self._known_folder = state.get("folder")
 
     def _choose_folder(self, trainer: RunningTrainer) -> Path:
-        """Where to write, remembered for the checkpoints of this run."""
+        """The event folder, which `state_dict` returns from here on."""
         own = self.folder or trainer.run_dir / DEFAULT_FOLDER
         before = Path(self._known_folder) if self._known_folder else None
-        # Only a run that resumes: one that branches off from a checkpoint would write into the curves of another.
+        # Only for a resumed run: one that branches off a checkpoint would write into the curves of another run.
         is_resumed = trainer.resumed_from is not None and self.folder is None
         if is_resumed and before is not None and before != own.resolve():
             if before.is_dir() and os.access(before, os.W_OK):
-                logger.info("TensorBoard: going on in %s, as the run before (tensorboard_folder changes that)", before)
+                logger.info(
+                    "TensorBoard: continuing in %s, like the resumed run (tensorboard_folder changes this)", before
+                )
                 own = before
             else:
-                logger.warning("TensorBoard: %s of the run before cannot be written; beginning anew in %s", before, own)
+                logger.warning("TensorBoard: cannot write to %s of the resumed run; starting in %s", before, own)
         self._known_folder = str(own.resolve())
         return own
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         if self._writer is None:
             return
-        self._write_held()
-        self._held.hold(metrics)
-        if self._held.has_arrived:
-            self._write_held()
+        self._write_deferred()
+        self._deferred.defer(metrics)
+        if self._deferred.has_arrived:
+            self._write_deferred()
 
     def on_save_start(self, trainer: RunningTrainer) -> None:
-        # A run killed later may go on after this step, and would not write its numbers again.
-        self._write_held()
+        # A killed run may resume after this step and would not write its numbers again.
+        self._write_deferred()
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
         if self._writer is not None:
             self._write(results, trainer.state.step)
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
-        self._held.drop_unless_it_arrives(SECONDS_AFTER_AN_EXCEPTION)
+        self._deferred.discard_unless_arrived(SECONDS_AFTER_AN_EXCEPTION)
         self._close()
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         self._close()
 
-    def _write_held(self) -> None:
-        numbers = self._held.take()
+    def _write_deferred(self) -> None:
+        numbers = self._deferred.pop_numbers()
         if numbers is not None:
             self._write(numbers, int(numbers["step"]))
 
@@ -129,16 +130,16 @@ class TensorBoardHook(Hook):
                 elif self._texts.get(name) != value:
                     self._writer.add_text(name, value, step)
                     self._texts[name] = value
-            # One event a step: an event a number (`add_scalar`) takes milliseconds for the few dozen of them.
+            # One event per step: one event per number (`add_scalar`) would take milliseconds for dozens of numbers.
             file_writer: Any = self._writer.file_writer
             file_writer.add_summary(Summary(value=scalars), step)
         except OSError as error:
-            # That of its thread, which does the writing and has ended.
+            # Raised by TensorBoard's writer thread, which has ended.
             self._give_up(error)
 
     def _close(self) -> None:
         if self._writer is not None:
-            self._write_held()
+            self._write_deferred()
         if self._writer is not None:
             try:
                 self._writer.close()

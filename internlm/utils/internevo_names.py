@@ -66,7 +66,8 @@ _ACCURACY = _now("core.token_statistics.TypeMetrics", "loss and accuracy by data
 _STEP = _now("core.engine.Engine", "engine.train_step(batch, lr) runs forward, backward and the update of one batch")
 _HOOK = _now("core.hooks.Hook", "the surface for what hangs on the loop; Trainer(..., hooks=[...])")
 _NUMBERS = _now(
-    "monitor.step_numbers.StepNumbers", "the numbers of a step, which console, metrics.jsonl and TensorBoard show"
+    "monitor.metrics_collector.MetricsCollector",
+    "the numbers of a step, which console, metrics.jsonl and TensorBoard show",
 )
 _LOGGER = _now("utils.logging.get_logger", "a logging.Logger; configure_logging adds the run's file")
 _MANAGER = _now("checkpoint.manager.CheckpointManager", "save(trainer), resume(trainer), load(trainer, path, content)")

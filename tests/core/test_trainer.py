@@ -251,7 +251,7 @@ def test_a_run_without_more_data_saves_and_ends(
 
 
 def test_data_that_ends_on_one_rank_alone_is_an_error(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
-    with pytest.raises(RankFailedError, match="data of rank 1 ended at step 3 of 10, and that of another rank did not"):
+    with pytest.raises(RankFailedError, match="data of rank 1 ended at step 3 of 10, but that of another rank did not"):
         ranks(2).run(until_the_data_ends, str(tmp_path), [4, 3])
 
 

@@ -182,7 +182,9 @@ def test_updates_that_are_all_skipped_end_the_run_on_all_ranks(tmp_path: Path) -
     assert wait_for_all(ranks, LIMIT_SECONDS) == [2, 2], ranks[0].output
     lines = [last_log_line(tmp_path / "run", rank) for rank in (0, 1)]
     for line in lines:
-        assert "in phase 'health: on_step_end, step 6': TrainingError: step 5: 3 updates in a row were skipped" in line
+        assert (
+            "in phase 'health: on_step_end, step 6': TrainingError: step 5: 3 consecutive updates were skipped" in line
+        )
         assert re.search(
             r"the gradients of \d+ are not, and the first one .* is that of 'output.weight' \(on rank", line
         )

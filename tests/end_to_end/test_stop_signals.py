@@ -76,7 +76,7 @@ def test_a_signal_to_ranks_stops_all_at_the_same_step(
     assert wait_for_all(ranks, 30) == [0, 0], ranks[0].output + ranks[1].output
     (stopped_at,) = steps_in(tmp_path / "checkpoints")
     assert steps_of(run_dir)[-1] == stopped_at
-    reason = "received SIGTERM" if 0 in who else "another rank asked for it"
+    reason = "received SIGTERM" if 0 in who else "requested on another rank"
     assert f"stopped at step {stopped_at}: {reason}; the same command goes on" in ranks[0].output
 
 
@@ -92,7 +92,7 @@ def test_a_request_to_save_is_met_by_all_ranks_and_the_run_goes_on(
         ranks[who].send(signal.SIGUSR2)
         ranks[0].wait_until(lambda number=number: len(complete_steps(tmp_path / "checkpoints")) == number)  # type: ignore[misc]
     saved_at = complete_steps(tmp_path / "checkpoints")[-1]
-    reason = "received SIGUSR2" if who == 0 else "another rank asked for it"
+    reason = "received SIGUSR2" if who == 0 else "requested on another rank"
     assert f"step {saved_at}: saving a checkpoint: {reason}" in ranks[0].output
     ranks[0].wait_until(lambda: steps_of(run_dir)[-1] > saved_at + 2)
     for rank in ranks:
@@ -149,7 +149,7 @@ def test_the_stop_file_saves_and_stops_at_its_step(tmp_path: Path, started: list
     assert wait_for_all(ranks, 30) == [0] * world_size, ranks[0].output
     assert complete_steps(tmp_path / "checkpoints") == [save_at, stop_at]
     assert steps_of(run_dir)[-1] == stop_at
-    assert f"stopped at step {stop_at}: asked for at step {stop_at}; the same command goes on" in ranks[0].output
+    assert f"stopped at step {stop_at}: requested for step {stop_at}; the same command goes on" in ranks[0].output
 
     again = start_ranks([*arguments, "--set", f"data.total_steps={stop_at + 2}"], tmp_path, world_size)
     started += again
@@ -166,7 +166,7 @@ def test_a_stop_file_with_a_step_that_has_passed_stops_at_once(tmp_path: Path, s
     stop.write_text("2")
     assert command.wait(30) == 0, command.output
     (stopped_at,) = complete_steps(tmp_path / "checkpoints")
-    assert f"stopped at step {stopped_at}: asked for at step 2, which had passed; the same command" in command.output
+    assert f"stopped at step {stopped_at}: requested for step 2, which had passed; the same command" in command.output
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, started: list[Forked]) -> None:

@@ -70,7 +70,7 @@ def test_a_run_without_updates_ends_and_names_the_gradient(tmp_path: Path) -> No
     trainer = new(tmp_path, **NOT_SAVED)
     spoil_backward_of_layer(trainer, 0, first_step=2)
     message = failure_of(trainer)
-    assert message.startswith("step 5: 3 updates in a row were skipped for inf or NaN gradients")
+    assert message.startswith("step 5: 3 consecutive updates were skipped for inf or NaN gradients")
     assert re.search(
         r"all weights are finite, the gradients of \d+ are not, .* reaches is that of 'layers\.0\.", message
     )
@@ -114,7 +114,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, limit: int, last: 
         assert trainer.fit().step == 10
         return
     message = failure_of(trainer)
-    assert message.startswith(f"step {last}: 3 updates")
+    assert message.startswith(f"step {last}: 3 consecutive updates")
     assert "the weights themselves are not finite, 1 of them, the first one is 'layers.1.attention.wo.w" in message
     assert "(layer 1, on rank 0)" in message
 
@@ -150,13 +150,13 @@ def test_the_overflows_with_which_a_dynamic_scale_begins_are_no_failure(tmp_path
 def test_overflows_at_the_smallest_scale_count(tmp_path: Path) -> None:
     trainer = new(tmp_path, **FP16, grad_scaler__fp16__initial_scale=4.0)
     spoil_backward_of_layer(trainer, 1)
-    assert failure_of(trainer).startswith("step 5: 3 updates")  # scales 4, 2, then three times 1
+    assert failure_of(trainer).startswith("step 5: 3 consecutive updates")  # scales 4, 2, then three times 1
 
 
 def test_a_loss_that_is_not_finite_is_no_matter_of_scale(tmp_path: Path) -> None:
     trainer = new(tmp_path, **FP16)
     spoil_weight(trainer, "layers.0.feed_forward.w1.weight")
-    assert failure_of(trainer).startswith("step 3: 3 updates")
+    assert failure_of(trainer).startswith("step 3: 3 consecutive updates")
 
 
 def test_the_rank_that_holds_it_is_named_on_all_ranks(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
@@ -212,7 +212,7 @@ def test_an_epoch_without_a_label_ends_the_run(tmp_path: Path, log: pytest.LogCa
     folder = masked_folder(tmp_path, prompt=32, answer=0)
     trainer = new(tmp_path, data__train_folder=folder, ckpt__enable_save_ckpt=False)
     message = failure_of(trainer)
-    assert message.startswith("step 8: no token of the last 16 samples had a label, which is an epoch (16 samples)")
+    assert message.startswith("step 8: no token of the last 16 samples had a label, at least one epoch (16 samples)")
     assert "every token is masked (negative in the .bin); see doc/data.md" in message
     assert [line for line in log.messages if "has a label" in line] == [
         "step 1: no token of the global batch has a label. The likely reason: every token is masked (negative in the "

@@ -17,7 +17,8 @@ from rich.console import Console
 from internlm.core.step_metrics import StepMetrics
 from internlm.eval.hook import EvaluationHook
 from internlm.monitor.console import ConsoleHook, describe, describe_duration
-from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
+from internlm.monitor.metrics_collector import MetricsCollector
+from internlm.monitor.throughput import FlopsModel, Throughput
 from internlm.utils.logging import ROOT_LOGGER, configure_logging, get_logger
 
 
@@ -40,7 +41,7 @@ def log_lines():
 
 
 def plain(log_every: int) -> ConsoleHook:
-    return ConsoleHook(StepNumbers(clock=lambda: 0.0), log_every, console=Console(file=io.StringIO()))
+    return ConsoleHook(MetricsCollector(clock=lambda: 0.0), log_every, console=Console(file=io.StringIO()))
 
 
 def test_plain_lines_first_every_and_last(tmp_path, log_lines):
@@ -84,7 +85,9 @@ def test_a_terminal_gets_a_bar_and_log_lines_above_it(tmp_path, monkeypatch):
     console = Console(file=screen, force_terminal=True, width=160)
     try:
         FakeTrainer(
-            tmp_path, [ConsoleHook(StepNumbers(clock=lambda: 0.0), console=console), EvaluationHook(2)], total_steps=4
+            tmp_path,
+            [ConsoleHook(MetricsCollector(clock=lambda: 0.0), console=console), EvaluationHook(2)],
+            total_steps=4,
         ).fit()
         get_logger().info("after the bar")
     finally:
@@ -99,7 +102,7 @@ def test_a_terminal_gets_a_bar_and_log_lines_above_it(tmp_path, monkeypatch):
 
 def test_a_bar_gives_the_terminal_back_after_an_exception(tmp_path):
     screen = io.StringIO()
-    hook = ConsoleHook(StepNumbers(), console=Console(file=screen, force_terminal=True, width=160))
+    hook = ConsoleHook(MetricsCollector(), console=Console(file=screen, force_terminal=True, width=160))
     with pytest.raises(RuntimeError):
         FakeTrainer(tmp_path, [hook]).fit(fail_at=2)
     assert screen.getvalue().rstrip().endswith("\x1b[?25h")  # shows the cursor again
@@ -111,8 +114,8 @@ def test_other_ranks_are_silent(tmp_path, log_lines):
 
 
 def test_description():
-    numbers = StepNumbers(Throughput(flops=FlopsModel(full=2e9, causal=1e9, peak=1e13)), clock=lambda: 0.0)
-    text = describe(numbers.of(step_metrics(2, loss_scale=torch.tensor(65536.0))))
+    collector = MetricsCollector(Throughput(flops=FlopsModel(full=2e9, causal=1e9, peak=1e13)), clock=lambda: 0.0)
+    text = describe(collector.numbers(step_metrics(2, loss_scale=torch.tensor(65536.0))))
     assert "loss_scale 65536" in text and "tflops 2" in text and "mfu 20.0%" in text
     assert describe_duration(3723.4) == "1:02:03"
     assert describe_duration(float("nan")) == "-"
@@ -146,8 +149,8 @@ def test_internevo_lines_have_its_names_in_its_order(tmp_path, log_lines):
         values = {name: torch.tensor(value, dtype=torch.float64) for name, value in extra.items()}
         return step_metrics(step, extra=values, skipped=skipped, inf_nan_skip_batches=torch.tensor(float(step >= 2)))
 
-    numbers = StepNumbers(Throughput(flops=FlopsModel(full=2e9, causal=1e9)), clock=lambda: 0.0)
-    hook = ConsoleHook(numbers, 1, "internevo", console=Console(file=io.StringIO(), force_terminal=True))
+    collector = MetricsCollector(Throughput(flops=FlopsModel(full=2e9, causal=1e9)), clock=lambda: 0.0)
+    hook = ConsoleHook(collector, 1, "internevo", console=Console(file=io.StringIO(), force_terminal=True))
     FakeTrainer(tmp_path, [hook], total_steps=3, metrics=metrics).fit()
     lines = [line for line in log_lines if "record_current_batch_training_metrics -- " in line]
     assert len(lines) == 2 and "1 update(s) skipped" in log_lines[1]

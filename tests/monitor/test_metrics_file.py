@@ -11,8 +11,9 @@ from helpers.fake_trainer import FakeTrainer, step_metrics
 
 from internlm.core.hooks import Hook
 from internlm.eval.hook import EvaluationHook
+from internlm.monitor.metrics_collector import MetricsCollector
 from internlm.monitor.metrics_file import MetricsFileHook
-from internlm.monitor.step_numbers import FlopsModel, StepNumbers, Throughput
+from internlm.monitor.throughput import FlopsModel, Throughput
 
 
 def strict_lines(run_dir) -> list[dict]:
@@ -23,7 +24,7 @@ def strict_lines(run_dir) -> list[dict]:
 
 
 def run(run_dir, total_steps=4, start=0, fail_at=None, extra_hooks=(), **fields) -> FakeTrainer:
-    hooks = [MetricsFileHook(StepNumbers()), *extra_hooks]
+    hooks = [MetricsFileHook(MetricsCollector()), *extra_hooks]
     trainer = FakeTrainer(run_dir, hooks, total_steps, start, metrics=lambda step: step_metrics(step, **fields))
     if fail_at is None:
         trainer.fit()
@@ -35,8 +36,8 @@ def run(run_dir, total_steps=4, start=0, fail_at=None, extra_hooks=(), **fields)
 
 def test_one_object_a_step_with_the_contracts_names(tmp_path):
     extra = {"acc": torch.tensor(0.25), "perplexity": torch.tensor(9.0), "loss/en": torch.tensor(2.0)}
-    numbers = StepNumbers(Throughput(flops=FlopsModel(full=2e9, causal=1e9, peak=1e14)))
-    hooks = [MetricsFileHook(numbers)]
+    collector = MetricsCollector(Throughput(flops=FlopsModel(full=2e9, causal=1e9, peak=1e14)))
+    hooks = [MetricsFileHook(collector)]
     FakeTrainer(tmp_path, hooks, metrics=lambda step: step_metrics(step, extra=extra)).fit()
     lines = strict_lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -112,5 +113,5 @@ def test_what_is_trained_anew_is_replaced_and_not_lost(tmp_path):
 
 
 def test_only_the_main_rank_writes(tmp_path):
-    FakeTrainer(tmp_path, [MetricsFileHook(StepNumbers())], is_main_rank=False).fit()
+    FakeTrainer(tmp_path, [MetricsFileHook(MetricsCollector())], is_main_rank=False).fit()
     assert list(tmp_path.iterdir()) == []

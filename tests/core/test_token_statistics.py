@@ -1,4 +1,4 @@
-"""Sums by data type against brute force in Python, over micro batches and ranks."""
+"""Statistics by data type against brute force in Python, over micro-batches and ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a step come while the next one is at work, and none are lost but those of the step that failed."""
+"""The numbers of a step are copied while the next step runs, and only those of a failed step are lost."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import internlm.monitor.metrics_file as metrics_file
 from internlm.core.hooks import Hook
 from internlm.eval.hook import EvaluationHook
+from internlm.monitor.deferred_metrics import DeferredMetrics
+from internlm.monitor.metrics_collector import MetricsCollector
 from internlm.monitor.metrics_file import MetricsFileHook
-from internlm.monitor.step_numbers import HeldStep, StepNumbers
 from internlm.monitor.tensorboard import TensorBoardHook
 
 
@@ -37,9 +38,9 @@ class Watch(Hook):
 
 
 def test_a_step_is_waited_for_when_the_next_one_is_queued(tmp_path: Path) -> None:
-    device, numbers = SlowDevice(), StepNumbers()
+    device, collector = SlowDevice(), MetricsCollector()
     watch = Watch(device)
-    hooks = [MetricsFileHook(numbers), TensorBoardHook(numbers), watch]
+    hooks = [MetricsFileHook(collector), TensorBoardHook(collector), watch]
     FakeTrainer(tmp_path, hooks, metrics=device.metrics).fit()
     assert watch.waited == watch.on_file == [[], [1], [1, 2], [1, 2, 3]]
     assert device.waited == [1, 2, 3, 4]  # once each, for both
@@ -52,13 +53,13 @@ def test_a_step_that_has_come_is_not_waited_for(tmp_path: Path) -> None:
     device = SlowDevice()
     device.arrived = {1, 2, 3, 4}
     watch = Watch(device)
-    FakeTrainer(tmp_path, [MetricsFileHook(StepNumbers()), watch], metrics=device.metrics).fit()
+    FakeTrainer(tmp_path, [MetricsFileHook(MetricsCollector()), watch], metrics=device.metrics).fit()
     assert device.waited == []
     assert watch.on_file == [[], [1], [1, 2], [1, 2, 3]]
 
 
 def test_an_evaluation_stays_on_the_line_of_its_step(tmp_path: Path) -> None:
-    FakeTrainer(tmp_path, [MetricsFileHook(StepNumbers()), EvaluationHook(2)], metrics=SlowDevice().metrics).fit()
+    FakeTrainer(tmp_path, [MetricsFileHook(MetricsCollector()), EvaluationHook(2)], metrics=SlowDevice().metrics).fit()
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert ["val/books_loss" in line for line in lines] == [False, True, False, True]
@@ -72,13 +73,13 @@ def test_what_a_save_comes_after_is_on_file(tmp_path: Path) -> None:
                 self.on_file = [line["step"] for line in lines_of(trainer.run_dir)]
 
     save = SaveAt()
-    FakeTrainer(tmp_path, [MetricsFileHook(StepNumbers()), save], metrics=SlowDevice().metrics).fit()
+    FakeTrainer(tmp_path, [MetricsFileHook(MetricsCollector()), save], metrics=SlowDevice().metrics).fit()
     assert save.on_file == [1, 2]
 
 
 def run_that_fails(folder: Path, device: SlowDevice) -> list[int]:
-    numbers = StepNumbers()
-    hooks = [MetricsFileHook(numbers), TensorBoardHook(numbers)]
+    collector = MetricsCollector()
+    hooks = [MetricsFileHook(collector), TensorBoardHook(collector)]
     with pytest.raises(RuntimeError, match="on purpose"):
         FakeTrainer(folder, hooks, metrics=device.metrics).fit(fail_at=4)
     steps = [line["step"] for line in lines_of(folder)]
@@ -108,42 +109,42 @@ def test_a_device_that_hangs_or_has_failed_costs_its_last_step_and_no_time(
         def on_step_start(self, trainer: Any) -> None:
             failing.fails = trainer.state.step == 3
 
-    numbers = StepNumbers()
+    collector = MetricsCollector()
     with pytest.raises(RuntimeError):
-        FakeTrainer(tmp_path / "fails", [Fail(), MetricsFileHook(numbers)], metrics=failing.metrics).fit(fail_at=4)
+        FakeTrainer(tmp_path / "fails", [Fail(), MetricsFileHook(collector)], metrics=failing.metrics).fit(fail_at=4)
     assert [line["step"] for line in lines_of(tmp_path / "fails")] == [1, 2]
 
 
-def test_the_rates_of_a_held_step_are_those_of_that_step() -> None:
+def test_the_rates_of_a_deferred_step_are_those_of_that_step() -> None:
     device = SlowDevice()
     times = iter([0.0, 0.25, 1.0, 1.5])
-    numbers = StepNumbers(clock=lambda: next(times))
-    held = HeldStep(numbers)
+    collector = MetricsCollector(clock=lambda: next(times))
+    deferred = DeferredMetrics(collector)
     first, second = device.metrics(1), device.metrics(2, num_tokens=3000)
-    held.hold(first)
-    assert not held.has_arrived
-    numbers.count(second)
-    one = held.take()
-    assert one is not None and held.take() is None and held.has_arrived
+    deferred.defer(first)
+    assert not deferred.has_arrived
+    collector.count(second)
+    one = deferred.pop_numbers()
+    assert one is not None and deferred.pop_numbers() is None and deferred.has_arrived
     assert one["loss"] == 10.0 and one["total_time"] == 0.5 and one["tgs"] == one["tgs/tgs_all"] == 2000.0
-    held.hold(second)
-    two = held.take()
+    deferred.defer(second)
+    two = deferred.pop_numbers()
     # Of the two waits, the first one was in the second step.
     assert two is not None and two["total_time"] == 0.5 + 0.25 + 0.5 and two["tgs"] == 3000 / 1.25
     assert two["tgs/tgs_all"] == pytest.approx(4000 / (0.5 + 1.25))
 
 
 def test_a_step_shown_at_once_is_read_once(tmp_path: Path) -> None:
-    """The console asks for a step that the file holds."""
+    """The console reads a step that the metrics file has deferred."""
     device = SlowDevice()
-    numbers = StepNumbers()
-    held = HeldStep(numbers)
+    collector = MetricsCollector()
+    deferred = DeferredMetrics(collector)
     first, second = device.metrics(1), device.metrics(2)
-    held.hold(first)
-    numbers.count(second)
-    shown = numbers.of(second)
+    deferred.defer(first)
+    collector.count(second)
+    shown = collector.numbers(second)
     device.waited.clear()
-    assert held.take() is not None
-    held.hold(second)
-    assert held.take() == shown
+    assert deferred.pop_numbers() is not None
+    deferred.defer(second)
+    assert deferred.pop_numbers() == shown
     assert device.waited == [1]

@@ -1,4 +1,4 @@
-"""Sinks of numbers beside a disk that is full for a while."""
+"""Lines appended to a file on a disk that is temporarily full."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.full_disk import no_file_larger_than
 
-from internlm.monitor import appended_lines
-from internlm.monitor.appended_lines import AppendedLines
+from internlm.monitor import line_writer
+from internlm.monitor.line_writer import LineWriter
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> I
 def test_lines_wait_and_are_whole(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("before\n")
-    lines = AppendedLines(path)
+    lines = LineWriter(path)
     lines.write("a")
     with no_file_larger_than(14):
         for number in range(3):
@@ -43,11 +43,11 @@ def test_lines_wait_and_are_whole(tmp_path: Path, told: pytest.LogCaptureFixture
 def test_what_is_lost_is_counted(
     tmp_path: Path, told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(appended_lines, "MAX_WAITING", 2)
+    monkeypatch.setattr(line_writer, "MAX_WAITING", 2)
     path = tmp_path / "metrics.jsonl"
-    lines = AppendedLines(path)
+    lines = LineWriter(path)
     with no_file_larger_than(1):
         for number in range(5):
             lines.write(f"line {number}")
         lines.close()
-    assert told.messages[-1] == f"{path}: 5 lines could not be written, and are lost"
+    assert told.messages[-1] == f"{path}: 5 lines could not be written and are lost"

@@ -1,4 +1,4 @@
-"""Lines at the end of a file that a run survives: a disk that takes none for a while costs no step and no line."""
+"""Appends lines to a file without failing: lines that a full disk rejects wait in memory and are written later."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from internlm.utils.logging import get_logger
 from internlm.utils.storage import full_disk
 
 MAX_WAITING = 100_000
-"""Lines that wait in memory; older ones are lost, and their number is told."""
+"""Lines that wait in memory at most. Older ones are dropped, and their number is logged."""
 
 logger = get_logger(__name__)
 
 
-class AppendedLines:
-    """Whole lines, written at once. Those that cannot be written wait, and are tried again with the next one.
+class LineWriter:
+    """Appends whole lines, unbuffered. Lines that cannot be written are retried with the next one.
+
+    Args:
+        path: the file, created if missing.
 
     Raises:
         OSError: the file cannot be opened.
@@ -31,23 +34,23 @@ class AppendedLines:
         self._failed = False
 
     def write(self, line: str) -> None:
-        """Append a line (without its end)."""
+        """Append `line` and a line break."""
         self._waiting.append(line.encode("utf-8") + b"\n")
         if len(self._waiting) > MAX_WAITING:
             self._waiting.popleft()
             self._num_lost += 1
-        self._try()
+        self._write_waiting()
 
     def close(self) -> None:
-        """Try once more what waits, and say what is lost."""
-        self._try()
+        """Write the waiting lines, log the number of lost ones and close the file."""
+        self._write_waiting()
         self._file.close()
         num_lost = self._num_lost + len(self._waiting)
         if num_lost:
-            logger.error("%s: %d lines could not be written, and are lost", self._path, num_lost)
+            logger.error("%s: %d lines could not be written and are lost", self._path, num_lost)
         self._waiting.clear()
 
-    def _try(self) -> None:
+    def _write_waiting(self) -> None:
         try:
             while self._waiting:
                 self._append(self._waiting[0])
@@ -59,7 +62,7 @@ class AppendedLines:
             self._failed = True
             return
         if self._failed:
-            logger.info("%s can be written again; the lines that waited are in it", self._path)
+            logger.info("%s can be written again; the waiting lines were appended", self._path)
         self._failed = False
 
     def _append(self, line: bytes) -> None:
@@ -68,7 +71,7 @@ class AppendedLines:
             while written < len(line):
                 written += self._file.write(line[written:])
         except OSError:
-            # The disk took a part: a line is there whole or not at all.
+            # Remove a partial line, so that the file contains whole lines only.
             os.ftruncate(self._file.fileno(), self._end)
             raise
         self._end += len(line)
