@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,8 @@ from internlm.checkpoint.tensor_files import Entry, TensorReader
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath
 
-_SECTIONS = ("model", "data", "adam", "state", "scaler", "hooks")
-"""Keys of a config or of the counters whose values are objects."""
+_CONFIG_SECTIONS, _COUNTER_SECTIONS = ("model", "data", "adam"), ("state", "scaler", "hooks")
+"""Keys of a config, and of the counters, whose values are objects."""
 
 COMPARED_AT_ONCE = 2**24
 """Elements whose differences are in memory at a time."""
@@ -137,7 +137,7 @@ def context_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
     """
     if CONTEXT_FILE not in manifest.files:
         return {}
-    return _with_sections(read_context(path), path / CONTEXT_FILE)
+    return _with_sections(read_context(path), _COUNTER_SECTIONS, path / CONTEXT_FILE)
 
 
 def config_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
@@ -152,11 +152,11 @@ def config_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
         values = read_config_keys(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
-    return _with_sections(values, path / CONFIG_FILE)
+    return _with_sections(values, _CONFIG_SECTIONS, path / CONFIG_FILE)
 
 
-def _with_sections(values: dict[str, Any], file: StoragePath) -> dict[str, Any]:
-    for name in _SECTIONS:
+def _with_sections(values: dict[str, Any], names: Sequence[str], file: StoragePath) -> dict[str, Any]:
+    for name in names:
         if not isinstance(values.get(name, {}), dict):
             raise CheckpointError(f"'{file}' is damaged: '{name}' is {values[name]!r}, where a section belongs")
     return values

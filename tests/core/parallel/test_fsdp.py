@@ -273,6 +273,8 @@ def layouts_that_are_refused() -> None:
         context = ParallelContext.create(layout)
         with pytest.raises(ConfigError, match=message):
             apply_fsdp(nn.Linear(2, 2), context)
+        # A rank that closes its connections while the other one is still making them would break these.
+        torch.distributed.barrier()
         context.close()
 
 
