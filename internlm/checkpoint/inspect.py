@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.folder import (
-    MANIFEST_SUFFIX,
-    REMOVING_PREFIX,
-    REPLACED_PREFIX,
-    SNAPSHOT_SLOTS,
-    WRITING_PREFIX,
-    Manifest,
-    read_manifest,
-)
 from internlm.checkpoint.internevo import is_internevo
+from internlm.checkpoint.manifest import MANIFEST_SUFFIX, Manifest, read_manifest
 from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_config_keys, read_context
 from internlm.checkpoint.run_state import MODEL_PREFIX
+from internlm.checkpoint.save_folder import REMOVING_PREFIX, REPLACED_PREFIX, SNAPSHOT_SLOTS, WRITING_PREFIX
 from internlm.checkpoint.tensor_files import Entry, TensorReader
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath
 
-_SECTIONS = ("model", "data", "adam", "state", "scaler", "hooks")
-"""Keys of a config or of the counters whose values are objects."""
+_CONFIG_SECTIONS = ("model", "data", "adam")
+"""Keys of `config.json` that are read here and whose values are objects."""
+
+_CONTEXT_SECTIONS = ("state", "data", "scaler", "hooks")
+"""The same of `context.json`."""
 
 COMPARED_AT_ONCE = 2**24
 """Elements whose differences are in memory at a time."""
@@ -137,7 +133,7 @@ def context_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
     """
     if CONTEXT_FILE not in manifest.files:
         return {}
-    return _with_sections(read_context(path), path / CONTEXT_FILE)
+    return _checked(read_context(path), _CONTEXT_SECTIONS, path / CONTEXT_FILE)
 
 
 def config_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
@@ -152,11 +148,11 @@ def config_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
         values = read_config_keys(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
-    return _with_sections(values, path / CONFIG_FILE)
+    return _checked(values, _CONFIG_SECTIONS, path / CONFIG_FILE)
 
 
-def _with_sections(values: dict[str, Any], file: StoragePath) -> dict[str, Any]:
-    for name in _SECTIONS:
+def _checked(values: dict[str, Any], sections: Sequence[str], file: StoragePath) -> dict[str, Any]:
+    for name in sections:
         if not isinstance(values.get(name, {}), dict):
             raise CheckpointError(f"'{file}' is damaged: '{name}' is {values[name]!r}, where a section belongs")
     return values

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 
-from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner
 from internlm.checkpoint.dcp_storage import METADATA_FILE, StorageReader
-from internlm.checkpoint.folder import Manifest
+from internlm.checkpoint.manifest import Manifest, find_damage, read_manifest
 from internlm.config.legacy import translate_legacy
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank, of_all_ranks
@@ -116,7 +115,7 @@ def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
 
     def read() -> Manifest | str:
         try:
-            manifest = folders.read_manifest(path)
+            manifest = read_manifest(path)
         except (CheckpointError, OSError) as error:
             return str(error)
         return (
@@ -127,7 +126,7 @@ def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
     manifest = from_main_rank(context, read)
     if isinstance(manifest, str):
         raise CheckpointError(manifest)
-    own = folders.find_damage(path, manifest, context.rank, context.world_size)
+    own = find_damage(path, manifest, context.rank, context.world_size)
     lines = [line for damage in of_all_ranks(context, own) for line in damage]
     if lines:
         raise CheckpointError(f"the checkpoint '{path}' is damaged:{listed(lines)}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from internlm.checkpoint.boxed_tensor import BoxedTensor, merge_by_key
-from internlm.checkpoint.folder import WHOLE_RUN
 from internlm.checkpoint.fused_weights import describe_regrouping, heads_of, in_stored_form, stored_names
+from internlm.checkpoint.manifest import WHOLE_RUN
 from internlm.checkpoint.reading import listed, load_tensors, read_context, saved_shapes
 from internlm.checkpoint.weight_source import WeightSource, finite
 from internlm.core.communication.objects import of_all_ranks
@@ -96,12 +97,30 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     load_tensors(path, tensors, no_dist=context.world_group is None)
     if "model" in wanted:
         optimizer.reset_masters(keep_loaded="optimizer" in wanted)
-    _put_back(trainer, state, wanted)
+    _restore_counters(trainer, state, wanted)
     if tensors.get(rng_key) is not None:
         set_random_state(tensors[rng_key])
 
 
-def _put_back(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None:
+def counters_of(trainer: Trainer) -> dict[str, Any]:
+    """The content of `context.json`; `_restore_counters` is the inverse."""
+    optimizer = trainer.engine.optimizer
+    assert isinstance(optimizer, HybridZeroOptimizer)
+    # The cursor of the loader is the trainer's own.
+    loader_state = getattr(trainer.train_loader, "state_dict", None)
+    return {
+        "state": asdict(trainer.state),
+        "inf_nan_skip_batches": float(trainer.num_skipped_updates),
+        "num_updates": optimizer.num_updates,
+        "scaler": optimizer.scaler.state_dict(),
+        "data": {} if loader_state is None else loader_state(),
+        "hooks": {hook.name: hook.state_dict() for hook in trainer.hooks},
+        "world_size": trainer.context.world_size,
+        "layout": trainer.context.layout.describe(),
+    }
+
+
+def _restore_counters(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None:
     """Counters, scaler, data cursor and hooks."""
     optimizer = trainer.engine.optimizer
     assert isinstance(optimizer, HybridZeroOptimizer)

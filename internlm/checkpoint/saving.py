@@ -22,10 +22,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from internlm.checkpoint import folder as folders
+from internlm.checkpoint import save_folder
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
 from internlm.checkpoint.dcp_storage import METADATA_FILE, ChecksumFile, FileChecksum, Resolver, write_tensors
-from internlm.checkpoint.folder import Manifest
+from internlm.checkpoint.manifest import WHOLE_RUN, Manifest
+from internlm.core.communication.objects import from_main_rank
+from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.failure import describe_error
 from internlm.utils.errors import CheckpointError, UserError
 from internlm.utils.storage import StoragePath, storage_failure
@@ -76,7 +78,7 @@ class SaveTask:
     is_snapshot: bool = False
     rank: int = 0
     world_size: int = 1
-    contents: tuple[str, ...] = folders.WHOLE_RUN
+    contents: tuple[str, ...] = WHOLE_RUN
     files: dict[str, bytes] | None = None
     save_folder: StoragePath | None = None
     keep_latest: int | None = None
@@ -179,10 +181,35 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[WrittenPart]) -
             checksums[name] = _write_file(task.writing, name, content)
         (task.writing / PARTS).remove()
         manifest = Manifest(task.step, task.contents, checksums)
-        folders.finish_writing(task.writing, task.final, manifest, is_snapshot=task.is_snapshot)
+        save_folder.finish_writing(task.writing, task.final, manifest, is_snapshot=task.is_snapshot)
     except BaseException:
         discard(task)
         raise
+
+
+def save_together(
+    task: SaveTask, plan: RankPlan, resolver: Resolver, context: ParallelContext
+) -> tuple[str | None, str | None]:
+    """Write all parts and complete the checkpoint; collective.
+
+    Returns:
+        (error of a failed save, notice of a complete one); the same on all ranks.
+    """
+    part = write_part(task, plan, resolver)
+    parts: list[Any] | None = [part]
+    if context.world_group is not None:
+        parts = [None] * context.world_size if context.is_main_rank else None
+        dist.gather_object(part, parts)
+
+    def finish() -> tuple[str | None, str | None]:
+        assert parts is not None and plan.metadata is not None
+        try:
+            complete(task, plan.metadata, parts)
+        except (CheckpointError, OSError) as error:
+            return str(error), None
+        return None, follow_up(task)
+
+    return from_main_rank(context, finish)
 
 
 def _write_metadata(folder: StoragePath, metadata: Metadata, parts: Sequence[WrittenPart]) -> FileChecksum:
@@ -234,12 +261,14 @@ def _remove_old(task: SaveTask) -> None:
         return
     kept = [
         found
-        for found in folders.find_checkpoints(task.save_folder)
-        # Later steps are of another run, or damaged and passed over: beside them the newest of this run would go.
-        if found.step <= task.step and not found.is_snapshot and folders.why_not_ours(found.path, found.step) is None
+        for found in save_folder.find_checkpoints(task.save_folder)
+        # Later steps are of another run or were refused as damaged; counting them would remove the newest of this run.
+        if found.step <= task.step
+        and not found.is_snapshot
+        and save_folder.why_not_ours(found.path, found.step) is None
     ]
     for found in kept[: -task.keep_latest]:
-        folders.remove_checkpoint(found.path)
+        save_folder.remove_checkpoint(found.path)
 
 
 # -- telling each other without a process group ------------------------------------------------------------------------

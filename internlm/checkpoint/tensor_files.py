@@ -15,11 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner
 from internlm.checkpoint.dcp_storage import StorageReader
 from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_metadata, without_single_process_warning
 from internlm.checkpoint.run_state import MODEL_PREFIX, OPTIMIZER_PREFIX
+from internlm.checkpoint.save_folder import begin_writing
 from internlm.checkpoint.saving import SaveTask, complete, make_plan, write_part
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
@@ -162,7 +162,7 @@ def write_weights(
         CheckpointError: a tensor could not be made or written.
     """
     final = save_folder / str(step)
-    writing = folders.begin_writing(final, uuid.uuid4().hex[:8], step)
+    writing = begin_writing(final, uuid.uuid4().hex[:8], step)
     small = {CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1).encode(), **(files or {})}
     contents: tuple[str, ...] = ("model",)
     by_key = {f"{MODEL_PREFIX}{name}": lazy for name, lazy in tensors.items()}

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
-from internlm.checkpoint.folder import find_damage, read_manifest, resolve
+from internlm.checkpoint.manifest import find_damage, read_manifest
 from internlm.checkpoint.reading import read_config
 from internlm.checkpoint.run_state import MODEL_PREFIX
+from internlm.checkpoint.save_folder import resolve
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config

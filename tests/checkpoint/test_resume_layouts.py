@@ -44,6 +44,7 @@ def trainer_of(engine: Any, context: ParallelContext) -> Any:
         train_loader=None,
         hooks=[],
         num_skipped_updates=torch.zeros(()),
+        tell_loaded=lambda path: None,
     )
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.reading import check_files, load_tensors, read_config
 from internlm.checkpoint.run_state import model_tensors
+from internlm.checkpoint.save_folder import resolve
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
