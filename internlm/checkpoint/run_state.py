@@ -1,4 +1,4 @@
-"""The state of a run as the tensors of a checkpoint, and back into a run."""
+"""The state of a run as tensors and counters of a checkpoint, and its restoration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MASTER_PREFIX = f"{OPTIMIZER_PREFIX}master/"
 
 
 def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
-    """`model/<name>` -> this rank's boxes of every parameter of these modules, under its global name."""
+    """`model/<global name>` -> this rank's boxes of every parameter of these modules."""
     for chunk in chunks:
         reshard(chunk)
     parameters = dict.fromkeys(parameter for chunk in chunks for parameter in chunk.parameters())
@@ -48,7 +48,7 @@ def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
 
 
 def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
-    """`optimizer/<kind>/<name>` -> this rank's boxes of masters and moments, under the parameter's global name."""
+    """`optimizer/<kind>/<global name of the parameter>` -> this rank's boxes of masters and moments."""
 
     def dtype_of(key: str, parameter: nn.Parameter) -> torch.dtype:
         return torch.float32 if key.startswith("master/") else optimizer.form.moment_dtype(parameter.dtype)
@@ -65,7 +65,7 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
 
 
 def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: bool = True) -> None:
-    """Put parts of a checkpoint of ours into a trainer; collective. See `CheckpointManager.load`.
+    """Load parts of a checkpoint into a trainer; collective. See `CheckpointManager.load`.
 
     Raises:
         CheckpointError: the checkpoint does not fit.
@@ -79,7 +79,7 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     if "optimizer" in wanted:
         tensors.update(optimizer_tensors(optimizer))
         if "model" not in wanted:
-            # Masters are weights: the next update would put them in the place of those that the user wants.
+            # Masters are weights: the next update would overwrite the weights that the user wants with them.
             tensors = {key: value for key, value in tensors.items() if not key.startswith(MASTER_PREFIX)}
     saved = saved_shapes(path)
     if "model" in wanted:
@@ -149,7 +149,7 @@ def _restore_counters(trainer: Trainer, state: dict[str, Any], wanted: set[str])
 
 
 def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: bool = True) -> None:
-    """Put weights of another origin into a trainer, one tensor at a time; collective. The fp32 masters follow.
+    """Load weights of another format into a trainer, one tensor at a time; collective. fp32 masters are reset to them.
 
     Args:
         trainer: freshly built, before its first step.
