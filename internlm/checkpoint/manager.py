@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from internlm.checkpoint.background import BackgroundWriter, SaveOutcome
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
 from internlm.checkpoint.manifest import WHOLE_RUN, Manifest, check_contents
 from internlm.checkpoint.reading import CONTEXT_FILE, check_files, listed
-from internlm.checkpoint.run_state import counters_of, load_run, model_tensors, optimizer_tensors
+from internlm.checkpoint.run_state import (
+    CheckpointedOptimizer,
+    checkpointed_optimizer,
+    counters_of,
+    load_run,
+    model_tensors,
+    optimizer_tensors,
+)
 from internlm.checkpoint.save_folder import (
     FoundCheckpoint,
     begin_writing,
@@ -41,7 +49,6 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import random_state
 from internlm.core.hooks import SaveResult
 from internlm.core.trainer import Trainer
-from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -84,7 +91,7 @@ class CheckpointManager:
         self.keep_latest = keep_latest
         self.async_save = async_save
         self.after_save = after_save
-        self._plan: tuple[HybridZeroOptimizer, RankPlan] | None = None
+        self._plan: tuple[CheckpointedOptimizer, RankPlan] | None = None
         # Started early, so that it is ready for the first save.
         self._background = BackgroundWriter() if async_save else None
         self._under_way: tuple[SaveTask, float, float] | None = None
@@ -124,8 +131,7 @@ class CheckpointManager:
             raise CheckpointError("this run has no folder to save to: set ckpt.save_ckpt_folder")
         self.drain()
         context = self._context = trainer.context
-        optimizer = trainer.engine.optimizer
-        assert isinstance(optimizer, HybridZeroOptimizer)
+        optimizer = checkpointed_optimizer(trainer)
         step = trainer.state.step
         tensors: dict[str, Any] = {
             **model_tensors(*optimizer.chunks),
@@ -225,13 +231,9 @@ class CheckpointManager:
         if outcome is None:
             return
         assert self._under_way is not None
-        task, started, stalled = self._under_way
-        self._under_way = None
-        self._report(
-            SaveResult(
-                task.step, task.final, task.is_snapshot, stalled, outcome.ended - started, outcome.error, outcome.notice
-            )
-        )
+        (task, started, stalled), self._under_way = self._under_way, None
+        result = SaveResult(task.step, task.final, task.is_snapshot, stalled, outcome.ended - started)
+        self._report(replace(result, error=outcome.error, notice=outcome.notice))
 
     def _report(self, result: SaveResult) -> None:
         self._results.append(result)

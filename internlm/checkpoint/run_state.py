@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
 from internlm.checkpoint.boxed_tensor import BoxedTensor, merge_by_key
@@ -19,9 +18,9 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import set_random_state
 from internlm.core.hooks import TrainState
 from internlm.core.parallel.fsdp import local_tensor, reshard
-from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.core.trainer import Trainer
-from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.solver.grad_scaler import GradScaler
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
@@ -31,6 +30,25 @@ logger = get_logger(__name__)
 MODEL_PREFIX = "model/"
 OPTIMIZER_PREFIX = "optimizer/"
 MASTER_PREFIX = f"{OPTIMIZER_PREFIX}master/"
+
+
+class CheckpointedOptimizer(Protocol):
+    """What a checkpoint needs of an optimizer; it knows no update rule and no name of a state tensor but `master`."""
+
+    chunks: list[nn.Module]
+    scaler: GradScaler
+    num_updates: int
+
+    def sharded_state(self) -> Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]:
+        """(`<kind>/<global name>`, parameter, this rank's boxes) of every state tensor; `master/` are fp32 weights."""
+
+    def reset_masters(self, *, keep_loaded: bool = False) -> None:
+        """Copy the weights into the masters; `keep_loaded` leaves those that `sharded_state` has."""
+
+
+def checkpointed_optimizer(trainer: Trainer) -> CheckpointedOptimizer:
+    """The optimizer of a trainer, as checkpoints see it."""
+    return cast(CheckpointedOptimizer, trainer.engine.optimizer)
 
 
 def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
@@ -47,19 +65,13 @@ def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
     )
 
 
-def optimizer_tensors(optimizer: HybridZeroOptimizer) -> dict[str, Any]:
-    """`optimizer/<kind>/<global name of the parameter>` -> this rank's boxes of masters and moments."""
-
-    def dtype_of(key: str, parameter: nn.Parameter) -> torch.dtype:
-        return torch.float32 if key.startswith("master/") else optimizer.form.moment_dtype(parameter.dtype)
-
+def optimizer_tensors(optimizer: CheckpointedOptimizer) -> dict[str, Any]:
+    """`optimizer/<kind>/<global name of the parameter>` -> this rank's boxes of every state tensor."""
     return dict(
         merge_by_key(
-            (
-                f"{OPTIMIZER_PREFIX}{key}",
-                BoxedTensor(shard_spec_of(parameter).global_shape, dtype_of(key, parameter), pieces),
-            )
+            (f"{OPTIMIZER_PREFIX}{key}", BoxedTensor(shard_spec_of(parameter).global_shape, pieces[0][1].dtype, pieces))
             for key, parameter, pieces in optimizer.sharded_state()
+            if pieces
         )
     )
 
@@ -70,8 +82,7 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     Raises:
         CheckpointError: the checkpoint does not fit.
     """
-    optimizer = trainer.engine.optimizer
-    assert isinstance(optimizer, HybridZeroOptimizer)
+    optimizer = checkpointed_optimizer(trainer)
     context = trainer.context
     tensors: dict[str, Any] = {}
     if "model" in wanted:
@@ -104,8 +115,7 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
 
 def counters_of(trainer: Trainer) -> dict[str, Any]:
     """The content of `context.json`; `_restore_counters` is the inverse."""
-    optimizer = trainer.engine.optimizer
-    assert isinstance(optimizer, HybridZeroOptimizer)
+    optimizer = checkpointed_optimizer(trainer)
     # The cursor of the loader is the trainer's own.
     loader_state = getattr(trainer.train_loader, "state_dict", None)
     return {
@@ -122,8 +132,7 @@ def counters_of(trainer: Trainer) -> dict[str, Any]:
 
 def _restore_counters(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None:
     """Counters, scaler, data cursor and hooks."""
-    optimizer = trainer.engine.optimizer
-    assert isinstance(optimizer, HybridZeroOptimizer)
+    optimizer = checkpointed_optimizer(trainer)
     if "optimizer" in wanted:
         optimizer.num_updates = state["num_updates"]
         optimizer.scaler.load_state_dict(state["scaler"])
@@ -160,8 +169,7 @@ def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: b
     Raises:
         CheckpointError: the weights do not fit.
     """
-    optimizer = trainer.engine.optimizer
-    assert isinstance(optimizer, HybridZeroOptimizer)
+    optimizer = checkpointed_optimizer(trainer)
     names = set(source.names())
     _compare_names(optimizer.chunks, names, what, trainer.context, strict=strict)
     shapes = {name: tuple(source.shape(name)) for name in names}
