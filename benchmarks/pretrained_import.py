@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from internlm.checkpoint.inference import load_model_for_inference
+from internlm.checkpoint.load_model import load_model_for_inference
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,6 +1,6 @@
-"""Text from a trained decoder, token by token, with a key-value cache.
+"""Text generation with a key-value cache: the loop over tokens and the choice of the next one.
 
-Owns the choice of the next token and the loop. Works on token ids; knows no tokenizer and no checkpoint.
+Works on token ids; knows no tokenizer and no checkpoint.
 
 Shapes: B prompts, S prompt tokens, V vocabulary.
 """
@@ -17,20 +17,20 @@ from torch import Tensor
 from internlm.utils.errors import ConfigError, UserError
 
 MIN_TEMPERATURE = 1e-6
-"""Logits divided by less leave the range of float32."""
+"""Logits divided by a smaller temperature overflow fp32."""
 
 
 class NonFiniteError(UserError):
-    """The weights have inf or NaN, or give them."""
+    """The weights or the logits contain inf or NaN."""
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens seen so far; only the model looks inside."""
+    """Keys and values of the tokens seen so far; opaque to generation."""
 
 
 @runtime_checkable
 class GenerativeModel(Protocol):
-    """What generation needs of a model; every decoder of `internlm.model` has it."""
+    """What generation needs of a model; every decoder of `internlm.model` implements it."""
 
     training: bool
 
@@ -61,13 +61,13 @@ def generate(
     """Continue prompts of one common length.
 
     Args:
-        model: a decoder; it is in evaluation mode meanwhile.
+        model: a decoder; it is in evaluation mode during the call.
         input_ids: int64 `[B, S]` on the model's device, without padding: prompts of different lengths go one by one.
         max_new_tokens: the most tokens to append.
         do_sample: draw the next token; otherwise take the likeliest, and the three keys below must be left alone.
         temperature, top_k, top_p: see `filter_logits`.
-        eos_token_id: tokens that end a text. A text that has ended is filled up with the first of them until all have.
-        num_tokens: ids from this one on are never chosen, as those by which a vocabulary was padded; None: all may be.
+        eos_token_id: tokens that end a text. Texts that have ended are padded with the first of them.
+        num_tokens: ids from this one on are never chosen (the padding of a vocabulary); None: all may be.
         generator: the source of randomness, on the model's device; None is torch's default one.
         on_token: called with the int64 `[B]` tokens of each step as soon as they are known; True ends all texts.
 
@@ -125,7 +125,7 @@ def generate(
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits from which to draw, in this order: divided by the temperature, the k likeliest, the nucleus.
+    """Prepare logits for sampling: divide by the temperature, keep the k likeliest, keep the nucleus; in this order.
 
     Args:
         logits: float `[B, V]`.
@@ -154,7 +154,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 def check_choices(
     max_new_tokens: int, do_sample: bool = False, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> None:
-    """Refuse values of these arguments of `generate` that make no sense.
+    """Check these arguments of `generate`.
 
     Raises:
         ConfigError: listing all of them.

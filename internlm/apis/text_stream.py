@@ -1,18 +1,18 @@
-"""Text as it grows, from tokens that may end in the middle of a character. Knows only a function that decodes."""
+"""Incremental decoding of tokens that may end within a character. Knows only a function that decodes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What decoders put where bytes are not, or not yet, a character."""
+"""What decoders emit for bytes that are not, or not yet, a character."""
 
 
 class TextStream:
     """Turns tokens into pieces of text that concatenate to the text of the whole.
 
     A token is decoded together with those before it, since a decoder may drop a leading space or join bytes; only the
-    tokens since the last but one complete character are decoded again, so the work grows with the length of the text.
+    tokens since the last but one complete character are decoded repeatedly, so the work is linear in its length.
 
     Args:
         decode: token ids -> text.

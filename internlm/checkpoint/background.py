@@ -1,7 +1,7 @@
-"""Writing checkpoints while training goes on: a copy in host memory, and a process beside this one that writes it.
+"""Checkpoints that a background process writes while training continues, from a copy in shared memory.
 
-The copy lies in memory that both processes see and no file name leads to, so that nothing is left of it when they are
-killed. Training waits for the copy alone; the next save waits until the process has written the last one.
+The shared memory is anonymous, so that nothing of it remains when the processes are killed. Training waits only for the
+copy; the next save waits until the last one is written.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ logger = get_logger(__name__)
 ALIGNMENT = 64
 
 EXIT_SECONDS = 10.0
-"""How long a process that has closed its connection may take to end."""
+"""How long a process may take to end after it has closed its connection."""
 
 
 @dataclass(frozen=True)
 class MemoryRange:
-    """Where a tensor lies in the shared memory."""
+    """The range of a tensor in the shared memory; `offset` in bytes."""
 
     offset: int
     shape: tuple[int, ...]
@@ -48,11 +48,11 @@ class MemoryRange:
 
     @property
     def num_bytes(self) -> int:
-        """Its length."""
+        """Length in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def view(self, memory: Tensor) -> Tensor:
-        """The tensor; `memory` is the whole, in bytes."""
+        """The tensor; `memory` is the whole shared memory, uint8."""
         if self.num_bytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         return memory[self.offset : self.offset + self.num_bytes].view(self.dtype).view(self.shape)
@@ -60,7 +60,7 @@ class MemoryRange:
 
 @dataclass(frozen=True)
 class WriteRequest:
-    """What the writing process is asked to do."""
+    """One save, as the background process receives it."""
 
     task: SaveTask
     plan: RankPlan
@@ -70,13 +70,13 @@ class WriteRequest:
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """What came of it.
+    """The result of a `WriteRequest`.
 
     Attributes:
-        step: of the save.
-        error: why it failed; None when it is done.
-        notice: what else people should know.
-        ended: when, on the clock of `time.monotonic`, which all processes of a machine share.
+        step: step of the save.
+        error: why it failed; None when it is complete.
+        notice: a problem that occurred after it was complete.
+        ended: time of the end by `time.monotonic`, which all processes of a machine share.
     """
 
     step: int
@@ -87,14 +87,14 @@ class SaveOutcome:
 
 @dataclass
 class SharedMemory:
-    """Anonymous memory that a child process can map, too; it grows."""
+    """Growing anonymous memory that a child process maps too."""
 
     descriptor: int = field(default_factory=lambda: _anonymous_file())
     _map: mmap.mmap | None = None
     _tensor: Tensor | None = None
 
     def bytes(self, size: int) -> Tensor:
-        """The first `size` bytes, as a uint8 tensor; what they held is lost when it grows.
+        """The first `size` bytes as a uint8 tensor. Growing discards their content.
 
         Raises:
             CheckpointError: there is not enough memory.
@@ -127,7 +127,7 @@ def _anonymous_file() -> int:
 
 
 def _check_available(size: int) -> None:
-    """Memory is given without a question, and the process killed when it is used: look before."""
+    """Raise before overcommitting: Linux grants the memory, and kills the process when it is used."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -139,14 +139,14 @@ def _check_available(size: int) -> None:
 
 
 def _pin(memory: Tensor) -> None:
-    """Let the device copy into this memory by itself."""
+    """Pin the memory, so that copies from the device run asynchronously."""
     status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(status) != 0:
         logger.warning("the memory for copies of checkpoints cannot be pinned (%s): copying is slower", status)
 
 
 class BackgroundWriter:
-    """The process beside this one, and the memory shared with it. One save at a time."""
+    """A background process that writes checkpoints, and the memory shared with it. One save at a time."""
 
     def __init__(self) -> None:
         self._memory = SharedMemory()
@@ -154,7 +154,7 @@ class BackgroundWriter:
         child_read, write_end = os.pipe()
         self._answers = Connection(read_end, writable=False)
         self._requests = Connection(write_end, readable=False)
-        # No device for the child: it handles host memory only, and a context there would take memory.
+        # The child handles host memory only; a device context would cost device memory.
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
@@ -178,11 +178,11 @@ class BackgroundWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save was begun whose outcome was not fetched."""
+        """Whether a save has begun whose outcome was not received yet."""
         return self._pending is not None
 
     def begin(self, task: SaveTask, plan: RankPlan, resolver: Resolver) -> None:
-        """Copy what `plan` asks of `resolver`, and have it written.
+        """Copy the tensors of `plan` into shared memory and start writing them.
 
         Raises:
             CheckpointError: there is not enough memory, or the process has ended.
@@ -214,11 +214,11 @@ class BackgroundWriter:
         return ranges, values
 
     def poll(self) -> SaveOutcome | None:
-        """The outcome of the save that was begun, if there is one; never waits."""
+        """The outcome of the save in progress, once it has ended; never waits."""
         return self._receive() if self.is_busy and (self._answers.poll() or self._process.poll() is not None) else None
 
     def wait(self, timeout: float | None = None) -> SaveOutcome | None:
-        """Wait for the outcome of the save that was begun; None when there is none, or not in `timeout` seconds."""
+        """Wait for the outcome of the save in progress; None without one, or after `timeout` seconds."""
         if not self.is_busy:
             return None
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -238,18 +238,18 @@ class BackgroundWriter:
             return SaveOutcome(step, self._exit_message(), None, time.monotonic())
 
     def _exit_message(self) -> str:
-        # Its end of the connection closes a moment before its exit code is there.
+        # The connection closes shortly before the exit code is available.
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(EXIT_SECONDS)
         return f"the process that writes checkpoints has ended, with exit code {self._process.returncode}"
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process can take another save."""
+        """Whether the process runs."""
         return self._process.poll() is None
 
     def close(self) -> None:
-        """Wait for what is being written, and end the process."""
+        """Wait for the save in progress and end the process."""
         self.wait()
         self._requests.close()
         self._process.wait()

@@ -1,7 +1,7 @@
-"""A global tensor of which this rank holds some boxes, in the form that torch.distributed.checkpoint saves and loads.
+"""Boxes of global tensors, as torch.distributed.checkpoint saves and loads them.
 
-The library's planners ask an object for its write items and chunks by method name; the two planners below add the
-lookup of a chunk by its offset. With these, sharded, fused and replicated tensors need no special case.
+The library's planners get write items and chunks from an object by method name; the two planners below add the lookup
+of a chunk by its offset. Sharded, fused and replicated tensors need no special case.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from internlm.core.parallel.shard_spec import Box, ShardSpec
 
 @dataclass
 class BoxedTensor:
-    """Some boxes of a global tensor.
+    """The boxes of a global tensor that a rank holds.
 
     Attributes:
-        global_shape: shape of the whole tensor.
-        dtype: of every piece.
-        pieces: (box, tensor of the box's size, usually a view); loading writes into the tensors.
+        global_shape: shape of the global tensor.
+        dtype: dtype of all pieces.
+        pieces: (box, tensor of its size, usually a view); loading writes into the tensors.
     """
 
     global_shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class BoxedTensor:
         return cls(spec.global_shape, tensor.dtype, pieces)
 
     def size(self) -> torch.Size:
-        """Shape of the global tensor; the library compares it with what was saved."""
+        """Shape of the global tensor; the library compares it with the saved shape."""
         return torch.Size(self.global_shape)
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
@@ -70,7 +70,7 @@ class BoxedTensor:
 
 
 def merge_by_key(tensors: Iterable[tuple[str, BoxedTensor]]) -> dict[str, BoxedTensor]:
-    """One `BoxedTensor` a key, with the boxes of all that have it: several local tensors may be parts of one."""
+    """Join the boxes of equal keys: several local tensors may hold parts of one global tensor."""
     merged: dict[str, BoxedTensor] = {}
     for key, tensor in tensors:
         if key in merged:
@@ -89,14 +89,14 @@ class BoxSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = self.state_dict[index.fqn]
-        # The reader takes a tensor's bytes for its elements in order.
+        # The reader expects the elements in row-major order.
         if isinstance(value, BoxedTensor):
             return value.__get_tensor_shard__(index).contiguous()
         return super().lookup_object(index)
 
 
 class BoxLoadPlanner(DefaultLoadPlanner):
-    """Loads into a flat dict of `BoxedTensor`s, tensors and picklable values, whatever boxes they were saved in."""
+    """Loads into a flat dict of `BoxedTensor`s, tensors and picklable values, from any boxes."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -104,7 +104,7 @@ class BoxLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        # The library's method walks the values to give meta tensors storage, and drops values of unknown classes.
+        # The library's method materializes meta tensors, and drops values of unknown classes.
         self.original_state_dict = self.state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator

@@ -1,4 +1,4 @@
-"""Which tokenizer made the data that a checkpoint was trained on: a file in the checkpoint."""
+"""The record of the tokenizer whose ids a checkpoint was trained on: a file in the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ DATA_TOKENIZER = "data_tokenizer.json"
 
 
 class KnownTokenizer(NamedTuple):
-    """A tokenizer that need not be there any more."""
+    """A tokenizer, identified without its files."""
 
     fingerprint: str
     """See `tokenizer_fingerprint`."""
     where: str
-    """Its file or folder, for messages."""
+    """File or folder of the tokenizer, for messages."""
     vocab_size: int
 
     def to_json(self) -> str:
-        """The content of the file."""
+        """Content of the file."""
         return json.dumps(self._asdict(), indent=1)
 
     @classmethod
@@ -34,13 +34,13 @@ class KnownTokenizer(NamedTuple):
         return cls(**json.loads(content))
 
     def against(self, other: KnownTokenizer) -> str:
-        """Both, in words."""
+        """Both tokenizers, described for a message."""
         one, two = (f"{it.where} ({it.vocab_size:,} ids, fingerprint {it.fingerprint})" for it in (self, other))
         return f"{one} against {two}"
 
 
 def trained_with(checkpoint: StoragePath) -> KnownTokenizer | None:
-    """The tokenizer of a checkpoint's training data; None if the checkpoint does not say.
+    """The tokenizer of a checkpoint's training data; None if it was not recorded.
 
     Raises:
         CheckpointError: the file is malformed.

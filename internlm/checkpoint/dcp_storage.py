@@ -1,7 +1,7 @@
 """Tensors of a checkpoint in any storage, in the file format of torch.distributed.checkpoint.
 
-The library's writer and reader do the work; this module gives them a `StoragePath` for files, a checksum for every file
-that is written, and a reader that fetches only the rows which are asked for.
+The library plans; this module writes and reads the files, below any `StoragePath`, with a checksum of every file, one
+tensor at a time. A rank reads only the rows that it needs.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from internlm.utils.storage import StoragePath
 
 BLOCK_BYTES = 64 * 2**20
-"""How much of a tensor is read at once where it cannot go straight to its place."""
+"""Bytes of a tensor that are read at a time where they cannot be read into the target itself."""
 
 METADATA_FILE = ".metadata"
-"""Where the library looks for the list of tensors."""
+"""The library's name of the file that lists all tensors."""
 
 CHECKSUM_BLOCK_BYTES = 4 * 2**20
 """Bytes that are read at a time to compute the checksum of a file."""
 
 RUN_BYTES = {True: 4096, False: 2**20}
-"""Is the file local -> from what length on a part of a row is fetched alone, and not with the rest of the row."""
+"""Is the file local -> bytes from which on a part of a row is read without the rest of the row."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,14 @@ def file_checksum(path: StoragePath) -> FileChecksum:
 
 
 class Resolver(Protocol):
-    """Has what is to be written; the library's planners for saving are such."""
+    """Provides what is to be written, as the save planners of the library do."""
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """The tensor, or the bytes of a value, that an item of a plan asks for."""
+        """The tensor of an item of a plan, or the bytes of its value."""
 
 
 def write_tensors(path: StoragePath, plan: SavePlan, resolver: Resolver) -> tuple[list[WriteResult], FileChecksum]:
-    """Write all that a plan asks for into one file.
-
-    The library's own writer keeps a copy of every tensor until the last one is written.
+    """Write all items of a plan into one file, one at a time; the library's own writer copies all tensors first.
 
     Raises:
         StorageError: the storage cannot be written.
@@ -125,8 +123,8 @@ def write_tensors(path: StoragePath, plan: SavePlan, resolver: Resolver) -> tupl
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The same elements on the CPU, as no part of another tensor: torch.save would write that one."""
-    # The strides of dimensions of size 1 say nothing, and would be written, too: equal tensors make equal files.
+    """The elements on the CPU in a storage of their own: torch.save writes the whole storage."""
+    # Normalizes the strides of dimensions of size 1, which are written too: equal tensors make equal files.
     tensor = tensor.detach().cpu().contiguous().view(-1).view(tensor.shape)
     if tensor.numel() == tensor.untyped_storage().nbytes() // tensor.dtype.itemsize or tensor.numel() == 0:
         return tensor.clone() if tensor.numel() == 0 else tensor
@@ -136,7 +134,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _without_zip_checksums() -> Iterator[None]:
-    """The whole file has a better one."""
+    """Without the zip format's CRC32: the file as a whole has a checksum."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -146,10 +144,10 @@ def _without_zip_checksums() -> Iterator[None]:
 
 
 class StorageReader(FileSystemReader):
-    """Reads boxes of tensors below a folder: no more of a file than the rows they lie in."""
+    """Reads boxes of tensors below a folder; of a file only the rows that contain them."""
 
     def __init__(self, folder: StoragePath) -> None:
-        # The library's path and file system are those of a local disk.
+        # The base class knows local paths only, and none of its file methods is used.
         super().__init__("unused")
         self.folder = folder
         self._tensors: dict[str, Any] = {}
@@ -169,7 +167,7 @@ class StorageReader(FileSystemReader):
             items.sort(key=lambda item: (self.storage_data[item.storage_index].offset, tuple(item.storage_offsets)))
             starts: dict[MetadataIndex, int] = {}
             with (self.folder / name).open_read() as buffered:
-                # A short read of a local disk costs little, and the buffer would read on behind it.
+                # Unbuffered on a local disk, where short reads are cheap and a buffer would read ahead.
                 file = cast(BinaryIO, cast(io.BufferedReader, buffered).raw) if self.folder.is_local else buffered
                 for item in items:
                     info = self.storage_data[item.storage_index]
@@ -201,14 +199,14 @@ class StorageReader(FileSystemReader):
 
 
 def _start_of_data(file: BinaryIO, info: Any) -> int:
-    """Where the elements of a saved tensor begin: torch.save puts them, uncompressed and in one piece, into a zip."""
+    """File offset of the elements of a saved tensor, which torch.save stores uncompressed in a zip archive."""
     section: Any = _Section(file, info.offset, info.length)
     archive: Any = torch._C.PyTorchFileReader(section)
     return info.offset + archive.get_record_offset("data/0")
 
 
 class _Section(io.RawIOBase):
-    """A part of a file as a file."""
+    """A section of a file, as a file."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._position = file, offset, length, 0
@@ -237,7 +235,7 @@ class _Section(io.RawIOBase):
 
 @dataclass(frozen=True)
 class _SavedBox:
-    """The elements of a saved box in a file, row-major from byte `start` on."""
+    """A saved box: its elements in a file, row-major from byte `start` on."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -249,7 +247,7 @@ class _SavedBox:
         """Fill `target` (of shape `size`) with the part of this box that begins at `offset`."""
         if target.numel() == 0:
             return
-        # Rows are what the first dimension counts; a scalar is one row.
+        # A row is an index of the first dimension; a scalar has one row.
         row_shape, part_shape, part_offset = self.shape[1:], size[1:], offset[1:]
         rows = target if target.dim() else target.reshape(1)
         first, count = (offset[0], size[0]) if size else (0, 1)
@@ -281,7 +279,7 @@ class _SavedBox:
 
 
 def _fill(file: BinaryIO, position: int, view: memoryview) -> None:
-    """Read as many bytes as `view` has."""
+    """Read `len(view)` bytes."""
     file.seek(position)
     done = 0
     while done < len(view):

@@ -1,4 +1,4 @@
-"""When to save, and what is said of it. What a checkpoint is belongs to `internlm.checkpoint.manager`."""
+"""Decides when to save and logs the outcome; `internlm.checkpoint.manager` does the saving."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from internlm.utils.logging import get_logger
 logger = get_logger(__name__)
 
 DRAIN_SECONDS = 600.0
-"""How long a run that ends by an exception waits for a save in the background."""
+"""How long a run that ends with an exception waits for a save in the background."""
 
 
 class CheckpointHook(Hook):
-    """Saves every `every` steps, when someone asks for it, and the last step of the run.
+    """Saves every `every` steps, on request, and after the last step of the run.
 
-    A save that fails is told and the run goes on; only after the last step it must succeed.
-    Place it before hooks that may fail or take long in `on_step_counted`, such as an evaluation: what was trained is
-    saved by then, the last step too.
+    A failed save is logged and the run continues; only the save of the last step must succeed. Place the hook before
+    hooks that may fail or take long in `on_step_counted`, such as evaluation, so that the step is saved by then.
 
     Args:
-        every: steps between two checkpoints.
-        snapshot_every: steps between two snapshots, which are not taken where a checkpoint is due; None takes none.
+        every: steps between checkpoints.
+        snapshot_every: steps between snapshots, which are skipped where a checkpoint is due; None: no snapshots.
     """
 
     name = "checkpoint"
@@ -34,7 +33,7 @@ class CheckpointHook(Hook):
         self._num_failures = 0
 
     def on_fit_start(self, trainer: RunningTrainer) -> None:
-        # What was just loaded, or an untrained model, need not be saved.
+        # Neither a checkpoint just loaded nor an untrained model is saved.
         self._saved_step = trainer.state.step
         self._newest = self._newest or trainer.resumed_from
 
@@ -65,7 +64,7 @@ class CheckpointHook(Hook):
         self._report(trainer)
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
-        # Whoever interrupts a second time does not want to wait, and a save that failed for good was reported.
+        # A second interrupt must not wait, and a CheckpointError was reported by the save that failed.
         if isinstance(error, KeyboardInterrupt | CheckpointError):
             return
         try:

@@ -1,4 +1,4 @@
-"""What lies in a save folder and in a checkpoint, and how two checkpoints differ; on any storage, without a model."""
+"""Lists save folders, describes checkpoints and compares two of them; on any storage, without a model."""
 
 from __future__ import annotations
 
@@ -11,27 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.folder import (
-    MANIFEST_SUFFIX,
-    REMOVING_PREFIX,
-    REPLACED_PREFIX,
-    SNAPSHOT_SLOTS,
-    WRITING_PREFIX,
-    Manifest,
-    read_manifest,
-)
 from internlm.checkpoint.internevo import is_internevo
+from internlm.checkpoint.manifest import MANIFEST_SUFFIX, Manifest, read_manifest
 from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_config_keys, read_context
 from internlm.checkpoint.run_state import MODEL_PREFIX
+from internlm.checkpoint.save_folder import REMOVING_PREFIX, REPLACED_PREFIX, SNAPSHOT_SLOTS, WRITING_PREFIX
 from internlm.checkpoint.tensor_files import Entry, TensorReader
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath
 
-_CONFIG_SECTIONS, _COUNTER_SECTIONS = ("model", "data", "adam"), ("state", "scaler", "hooks")
-"""Keys of a config, and of the counters, whose values are objects."""
+_CONFIG_SECTIONS = ("model", "data", "adam")
+"""Keys of `config.json` that are read here and whose values are objects."""
+
+_CONTEXT_SECTIONS = ("state", "data", "scaler", "hooks")
+"""The same of `context.json`."""
 
 COMPARED_AT_ONCE = 2**24
-"""Elements whose differences are in memory at a time."""
+"""Number of elements that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,13 @@ class Listed:
     """One line of a listing.
 
     Attributes:
-        name: of the folder, below the one that was listed.
+        name: name of the folder, below the one that was listed.
         path: the folder.
         kind: "checkpoint", "snapshot", "incomplete", "leftover" of a killed save, "export" or "InternEvo".
-        manifest: of a complete checkpoint or snapshot.
-        num_bytes: of all its files.
-        context: what `context.json` says; empty when there is none.
-        problem: what is wrong with it.
+        manifest: manifest of a complete checkpoint or snapshot.
+        num_bytes: size of all its files.
+        context: content of `context.json`; empty without one.
+        problem: what is wrong with it; empty if nothing is.
     """
 
     name: str
@@ -58,14 +54,14 @@ class Listed:
 
     @property
     def step(self) -> int | None:
-        """Of a complete checkpoint, or of a folder that is named by one."""
+        """Step of a complete checkpoint, or of a folder that is named by one."""
         if self.manifest is not None:
             return self.manifest.step
         return int(self.path.name) if self.kind == "incomplete" and self.path.name.isdigit() else None
 
 
 def list_checkpoints(folder: StoragePath, snapshot_folder: StoragePath | None = None) -> list[Listed]:
-    """Everything in a save folder that has to do with checkpoints, by step; what has none comes last.
+    """All checkpoints in a save folder, complete or not, by step; folders without a step come last.
 
     Args:
         folder: a save folder, a folder of snapshots, or a checkpoint.
@@ -77,7 +73,7 @@ def list_checkpoints(folder: StoragePath, snapshot_folder: StoragePath | None = 
     for name in folder.names():
         path = folder / name
         if name.isdigit():
-            # The slots of a folder of snapshots are no steps.
+            # In a folder of snapshots, names are slots and not steps.
             is_snapshot = (
                 name in SNAPSHOT_SLOTS and _has_manifest(path) and f"{name}{MANIFEST_SUFFIX}" not in path.names()
             )
@@ -130,18 +126,18 @@ def tree_size(path: StoragePath) -> int:
 
 
 def context_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
-    """What `context.json` says; empty for weights alone, which have none.
+    """Content of `context.json`; empty for a checkpoint of weights only, which has none.
 
     Raises:
         CheckpointError: it is damaged.
     """
     if CONTEXT_FILE not in manifest.files:
         return {}
-    return _with_sections(read_context(path), _COUNTER_SECTIONS, path / CONTEXT_FILE)
+    return _checked(read_context(path), _CONTEXT_SECTIONS, path / CONTEXT_FILE)
 
 
 def config_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
-    """The config as `config.json` has it, also one of another version; empty when there is none.
+    """Keys of `config.json`, unchecked: it may be of another version; empty without one.
 
     Raises:
         CheckpointError: it is damaged.
@@ -152,11 +148,11 @@ def config_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
         values = read_config_keys(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path / CONFIG_FILE}' cannot be read: {error}") from error
-    return _with_sections(values, _CONFIG_SECTIONS, path / CONFIG_FILE)
+    return _checked(values, _CONFIG_SECTIONS, path / CONFIG_FILE)
 
 
-def _with_sections(values: dict[str, Any], names: Sequence[str], file: StoragePath) -> dict[str, Any]:
-    for name in names:
+def _checked(values: dict[str, Any], sections: Sequence[str], file: StoragePath) -> dict[str, Any]:
+    for name in sections:
         if not isinstance(values.get(name, {}), dict):
             raise CheckpointError(f"'{file}' is damaged: '{name}' is {values[name]!r}, where a section belongs")
     return values
@@ -175,7 +171,7 @@ def short_layout(context: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class KindOfTensors:
-    """The tensors of a checkpoint that are of one kind: `model`, `optimizer/master` ..."""
+    """All tensors of one kind in a checkpoint: `model`, `optimizer/master` ..."""
 
     kind: str
     num_tensors: int
@@ -185,7 +181,7 @@ class KindOfTensors:
 
 
 def kinds_of(entries: Mapping[str, Entry]) -> list[KindOfTensors]:
-    """Sums by kind, the weights first."""
+    """Totals by kind, weights first."""
     by_kind: dict[str, list[Entry]] = {}
     for key, entry in entries.items():
         parts = key.split("/")
@@ -212,7 +208,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Changed:
-    """Something that two checkpoints both have, with different values; or None where one has it not."""
+    """A value that differs between two checkpoints; None where one lacks it."""
 
     name: str
     first: Any
@@ -225,8 +221,8 @@ class TensorDifference:
 
     Attributes:
         max_difference: largest |a - b|; infinite where only one is NaN or infinite.
-        num_different: elements that are not the same bits (of different number formats: the same value).
-        num_elements: of the tensor.
+        num_different: number of elements with other bits (for different dtypes: with another value).
+        num_elements: size of the tensor.
     """
 
     key: str
@@ -236,7 +232,7 @@ class TensorDifference:
 
 
 def changed_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Changed]:
-    """The leaves of two trees of dicts that differ, by dotted path."""
+    """The leaves in which two trees of dicts differ, by dotted path."""
     one, two = dict(_leaves(first)), dict(_leaves(second))
     return [
         Changed(name, one.get(name), two.get(name))
@@ -254,7 +250,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def changed_entries(first: Mapping[str, Entry], second: Mapping[str, Entry]) -> list[Changed]:
-    """Tensors that only one has (None for the other), and those whose shapes or number formats differ."""
+    """Tensors that only one has (None for the other), and those whose shapes or dtypes differ."""
     return [
         Changed(key, first.get(key), second.get(key))
         for key in sorted(first.keys() | second.keys())
@@ -263,7 +259,7 @@ def changed_entries(first: Mapping[str, Entry], second: Mapping[str, Entry]) -> 
 
 
 def different_tensors(first: TensorReader, second: TensorReader, keys: list[str]) -> Iterator[TensorDifference]:
-    """Compare the values of tensors that both have in the same shape; only one of each is in memory at a time."""
+    """Compare tensors that both have in the same shape; one pair is in memory at a time."""
     for key in keys:
         difference = compare_tensors(key, first.read_key(key), second.read_key(key))
         if difference is not None:
@@ -271,7 +267,7 @@ def different_tensors(first: TensorReader, second: TensorReader, keys: list[str]
 
 
 def compare_tensors(key: str, first: Tensor, second: Tensor) -> TensorDifference | None:
-    """How two tensors of the same shape differ; None when they are the same."""
+    """How two tensors of the same shape differ; None if they are equal."""
     one, two = first.reshape(-1), second.reshape(-1)
     num_different, largest = 0, 0.0
     for part, other in zip(one.split(COMPARED_AT_ONCE), two.split(COMPARED_AT_ONCE), strict=True):
@@ -280,7 +276,7 @@ def compare_tensors(key: str, first: Tensor, second: Tensor) -> TensorDifference
         if count:
             num_different += count
             gap = (part[different].double() - other[different].double()).abs()
-            # Two infinities of one sign, or two NaNs, differ in bits alone or not at all.
+            # Infinities of one sign and NaNs differ at most in their bits.
             same = (part[different] == other[different]) | (part[different].isnan() & other[different].isnan())
             gap[same] = 0.0
             largest = max(largest, float(gap.nan_to_num(nan=math.inf, posinf=math.inf).max()))

@@ -1,4 +1,4 @@
-"""How a checkpoint folder of InternEvo is recognised: by the names of its weight files."""
+"""Recognizes a checkpoint folder of InternEvo by the names of its weight files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath
 
 RANK_FILE = re.compile(r"model_(?P<split>tp|wp)(?P<rank>\d+)_pp(?P<stage>\d+)(?P<fsdp>_dp\d+)?\.pt")
-"""Weights of one tensor or weight parallel rank of one pipeline stage; with `_dp` the shard of an FSDP rank."""
+"""Weights of one tensor or weight parallel rank of one pipeline stage; with `_dp`, the shard of an FSDP rank."""
 
 EXPERT_FILE = re.compile(r"model_moe_layer\d+_expert\d+_(tp|wp)\d+\.pt")
 
 
 def is_internevo(path: StoragePath) -> bool:
-    """Whether the folder holds weights as InternEvo writes them; it may also hold a `<step>.step`, as ours do."""
+    """Whether the folder holds weights as InternEvo writes them. It may also hold a `<step>.step`, as ours do."""
     return any(RANK_FILE.fullmatch(name) for name in path.names())
 
 
 def refuse_internevo(path: StoragePath) -> None:
-    """Raise CheckpointError, with the way to convert it, when `path` is a checkpoint of InternEvo."""
+    """Raise CheckpointError, naming the command that converts it, if `path` is a checkpoint of InternEvo."""
     if is_internevo(path):
         raise CheckpointError(
             f"'{path}' is a checkpoint of InternEvo: convert it with `internlm convert from-internevo --ckpt {path} "

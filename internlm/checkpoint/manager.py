@@ -1,44 +1,48 @@
 """Saving and resuming a run.
 
-A checkpoint holds global tensors: weights under `model/<name>`, optimizer state under `optimizer/<kind>/<name>`, the
-random state of each rank under `rng/<rank>`, and in `context.json` the counters, the data cursor, the scaler and the
-hooks. Nothing in it depends on the layout that wrote it.
+A checkpoint holds global tensors: weights under `model/<name>`, optimizer state under `optimizer/<kind>/<name>`, and
+the random state of each rank under `rng/<rank>`. `context.json` has the counters, the data cursor, the loss scaler and
+the state of the hooks. Only the random state depends on the layout that wrote it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from internlm.checkpoint import folder as folders
 from internlm.checkpoint.background import BackgroundWriter, SaveOutcome
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
-from internlm.checkpoint.folder import WHOLE_RUN, FoundCheckpoint, Manifest
-from internlm.checkpoint.foreign_folders import in_the_way
+from internlm.checkpoint.manifest import WHOLE_RUN, Manifest, check_contents
 from internlm.checkpoint.reading import CONTEXT_FILE, check_files, listed
-from internlm.checkpoint.run_state import load_run, model_tensors, optimizer_tensors
+from internlm.checkpoint.run_state import (
+    counters_of,
+    load_run,
+    model_tensors,
+    optimizer_tensors,
+)
+from internlm.checkpoint.save_folder import (
+    FoundCheckpoint,
+    begin_writing,
+    find_checkpoints,
+    oldest_slot,
+    put_back_replaced,
+)
+from internlm.checkpoint.save_folder_checks import check_overwrites, check_writable
 from internlm.checkpoint.saving import (
     RankPlan,
     SaveTask,
     WrittenPart,
     announce_part,
-    complete,
     discard,
-    follow_up,
     make_plan,
-    write_part,
+    save_together,
 )
-from internlm.core.batch_source import StatefulSource
-from internlm.core.communication.objects import from_main_rank, of_all_ranks
+from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import random_state
 from internlm.core.hooks import SaveResult
@@ -51,20 +55,20 @@ from internlm.utils.storage import StoragePath, storage_path
 logger = get_logger(__name__)
 
 CheckBeforeLoading = Callable[[StoragePath, Manifest, Collection[str]], None]
-"""(checkpoint, its manifest, what of it is to be loaded)"""
+"""(checkpoint, its manifest, the parts that are to be loaded)"""
 
 
 class CheckpointManager:
-    """Saves a trainer's whole state and puts it back.
+    """Saves and restores the whole state of a trainer.
 
     Args:
-        save_folder: one folder a step is made in it, local or in an object store; None saves nothing.
-        files: name -> text, copied into every checkpoint (the config, for tools that come later).
-        snapshot_folder: of snapshots, of which the newest two are kept; None: `<save_folder>/snapshot`.
-        keep_latest: complete checkpoints to keep; None keeps all.
-        async_save: write in a process beside this one, while training goes on.
-        after_save: a function of a module, called with each complete checkpoint (no snapshot), on the main rank or in
-            the process beside it.
+        save_folder: gets one folder per saved step; local or in an object store. None saves nothing.
+        files: name -> text, written into every checkpoint (the config, for other tools).
+        snapshot_folder: holds the two newest snapshots; None: `<save_folder>/snapshot`.
+        keep_latest: number of complete checkpoints to keep; None keeps all.
+        async_save: write in a background process while training continues.
+        after_save: a module-level function, called with each complete checkpoint (not with snapshots), on the main rank
+            or in its background process.
     """
 
     def __init__(
@@ -87,9 +91,9 @@ class CheckpointManager:
         self.async_save = async_save
         self.after_save = after_save
         self._plan: tuple[Optimizer, RankPlan] | None = None
-        # Started now: it is ready when the first save comes.
+        # Started early, so that it is ready for the first save.
         self._background = BackgroundWriter() if async_save else None
-        self._under_way: tuple[SaveTask, bool, float, float] | None = None
+        self._under_way: tuple[SaveTask, float, float] | None = None
         self._results: list[SaveResult] = []
         self._newest: SaveResult | None = None
         self._context: ParallelContext | None = None
@@ -97,59 +101,26 @@ class CheckpointManager:
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def check_writable(self, context: ParallelContext) -> None:
-        """Write a file into the folder of checkpoints, and into one of snapshots that lies elsewhere, and remove it;
+        """Check that every machine of the job can write the folders; collective.
+
+        Raises:
+            CheckpointError: one cannot.
+        """
+        check_writable(self._roots, context)
+
+    def check_room(self, context: ParallelContext, first: int, last: int, *, snapshots: bool = False) -> None:
+        """Check that saves of steps `first` to `last`, and snapshots if asked, overwrite nothing but checkpoints;
         collective.
 
         Raises:
-            CheckpointError: some machine of the job cannot.
+            CheckpointError: something is in the way.
         """
-        failure = None
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or context.rank
-        if int(local_rank) == 0:
-            for folder in self._roots:
-                try:
-                    folder.make_folder()
-                    # Were this killed here, the next save would remove it, as it does with its own leftovers.
-                    ping = folder / f"{folders.WRITING_PREFIX}ping-{socket.gethostname()}"
-                    ping.write_text("ping")
-                    ping.remove()
-                except OSError as error:
-                    failure = f"checkpoints cannot be saved to '{folder}': {error}"
-                    break
-        for found in of_all_ranks(context, failure):
-            if found is not None:
-                raise CheckpointError(found)
-
-    def check_room(self, context: ParallelContext, first: int, last: int, *, snapshots: bool = False) -> None:
-        """Find what lies where a run will save and was not written by one of ours; collective.
-
-        Args:
-            context: of the run.
-            first, last: steps of the run, any of which may be saved.
-            snapshots: whether it takes snapshots.
-
-        Raises:
-            CheckpointError: there is such a folder, of a checkpoint, a snapshot, or an export beside a checkpoint.
-        """
-        assert self.save_folder is not None and self.snapshot_folder is not None
-        save_folder, slots = self.save_folder, self.snapshot_folder if snapshots else None
-
-        def look() -> list[str]:
-            try:
-                return in_the_way(save_folder, slots, first, last, exports=self.after_save is not None)
-            except OSError as error:
-                return [str(error)]
-
-        found = from_main_rank(context, look)
-        if found:
-            raise CheckpointError(
-                f"this run saves its steps {first} to {last} in '{save_folder}', and would destroy what it has not "
-                f"written:{listed(found)}\nmove that away, or set ckpt.save_ckpt_folder to another folder; to start "
-                f"from a checkpoint, name it in ckpt.load_ckpt_info (doc/checkpoints.md)"
-            )
+        assert self.save_folder is not None
+        slots = self.snapshot_folder if snapshots else None
+        check_overwrites(self.save_folder, slots, first, last, context, exports=self.after_save is not None)
 
     def save(self, trainer: Trainer, *, snapshot: bool = False) -> None:
-        """Save this instant, or begin to; collective. What came of it is told by `poll` and `finish`.
+        """Save the current state, or start to; collective. `poll` and `finish` report the outcome.
 
         Raises:
             CheckpointError: the run has no folder to save to.
@@ -171,7 +142,7 @@ class CheckpointManager:
         plan = self._plan[1]
         final, writing, error = from_main_rank(context, lambda: self._begin(step, snapshot))
         if error is not None:
-            self._tell(SaveResult(step, final, snapshot, time.monotonic() - started, 0.0, error))
+            self._report(SaveResult(step, final, snapshot, time.monotonic() - started, 0.0, error))
             return
         task = SaveTask(
             step=step,
@@ -180,7 +151,7 @@ class CheckpointManager:
             is_snapshot=snapshot,
             rank=context.rank,
             world_size=context.world_size,
-            files=self._files(trainer) if context.is_main_rank else None,
+            files=self._small_files(trainer) if context.is_main_rank else None,
             save_folder=self.save_folder,
             keep_latest=self.keep_latest,
             after_save=None if snapshot else self.after_save,
@@ -188,106 +159,59 @@ class CheckpointManager:
         planner = BoxSavePlanner()
         planner.set_up_planner(tensors, is_coordinator=context.is_main_rank)
         if self.async_save:
-            self._save_in_background(task, snapshot, plan, planner, started)
+            self._save_in_background(task, plan, planner, started)
         else:
-            self._save_now(task, snapshot, plan, planner, started, context)
+            error, notice = save_together(task, plan, planner, context)
+            seconds = time.monotonic() - started
+            self._report(SaveResult(step, final, snapshot, seconds, seconds, error, notice))
+
+    def _small_files(self, trainer: Trainer) -> dict[str, bytes]:
+        files = {CONTEXT_FILE: json.dumps(counters_of(trainer), indent=1), **self.files}
+        return {name: text.encode() for name, text in files.items()}
 
     def _begin(self, step: int, snapshot: bool) -> tuple[StoragePath, StoragePath, str | None]:
-        """Where the checkpoint will be, the folder to write it into, and why there is none."""
+        """(final folder, folder to write into, error or None)."""
         assert self.save_folder is not None and self.snapshot_folder is not None
         final = self.save_folder / str(step)
         try:
             if snapshot:
-                final = self.snapshot_folder / self._oldest_slot(step)
-            return final, folders.begin_writing(final, uuid.uuid4().hex[:8], None if snapshot else step), None
+                final = oldest_slot(self.save_folder, self.snapshot_folder, step)
+            return final, begin_writing(final, uuid.uuid4().hex[:8], None if snapshot else step), None
         except CheckpointError as error:
             return final, final, str(error)
         except OSError as error:
             return final, final, f"cannot prepare '{final}': {error}"
 
-    def _oldest_slot(self, step: int) -> str:
-        assert self.save_folder is not None
-        # A snapshot of a later step is of another run, or was passed over: it goes first.
-        snapshots = {
-            found.path.name: found.step
-            for found in folders.find_checkpoints(self.save_folder, self.snapshot_folder)
-            if found.is_snapshot and found.step <= step
-        }
-        return min(folders.SNAPSHOT_SLOTS, key=lambda slot: (snapshots.get(slot, -1), slot))
-
-    def _files(self, trainer: Trainer) -> dict[str, bytes]:
-        optimizer = trainer.engine.optimizer
-        state = {
-            "state": asdict(trainer.state),
-            "inf_nan_skip_batches": float(trainer.num_skipped_updates),
-            "num_updates": optimizer.num_updates,
-            "scaler": optimizer.scaler.state_dict(),
-            "data": trainer.train_loader.state_dict() if isinstance(trainer.train_loader, StatefulSource) else {},
-            "hooks": {hook.name: hook.state_dict() for hook in trainer.hooks},
-            "world_size": trainer.context.world_size,
-            "layout": trainer.context.layout.describe(),
-        }
-        files = {CONTEXT_FILE: json.dumps(state, indent=1), **self.files}
-        return {name: text.encode() for name, text in files.items()}
-
-    def _save_now(
-        self,
-        task: SaveTask,
-        snapshot: bool,
-        plan: RankPlan,
-        planner: BoxSavePlanner,
-        started: float,
-        context: ParallelContext,
-    ) -> None:
-        part = write_part(task, plan, planner)
-        parts: list[Any] | None = [part]
-        if context.world_group is not None:
-            parts = [None] * context.world_size if context.is_main_rank else None
-            dist.gather_object(part, parts)
-
-        def finish() -> tuple[str | None, str | None]:
-            assert parts is not None and plan.metadata is not None
-            try:
-                complete(task, plan.metadata, parts)
-            except (CheckpointError, OSError) as error:
-                return str(error), None
-            return None, follow_up(task)
-
-        error, notice = from_main_rank(context, finish)
-        seconds = time.monotonic() - started
-        self._tell(SaveResult(task.step, task.final, snapshot, seconds, seconds, error, notice))
-
-    def _save_in_background(
-        self, task: SaveTask, snapshot: bool, plan: RankPlan, planner: BoxSavePlanner, started: float
-    ) -> None:
+    def _save_in_background(self, task: SaveTask, plan: RankPlan, planner: BoxSavePlanner, started: float) -> None:
         if self._background is None or not self._background.is_alive:
             self._background = BackgroundWriter()
         try:
             self._background.begin(task, plan, planner)
         except CheckpointError as error:
-            # The main rank waits for this part; for its own, nobody does.
+            # The main rank waits for the parts of other ranks only.
             if task.rank == 0:
                 discard(task)
             else:
                 announce_part(task, WrittenPart(task.rank, [], {}, f"rank {task.rank}: {error}"))
-            self._tell(SaveResult(task.step, task.final, snapshot, time.monotonic() - started, 0.0, str(error)))
+            stalled = time.monotonic() - started
+            self._report(SaveResult(task.step, task.final, task.is_snapshot, stalled, 0.0, str(error)))
             return
-        self._under_way = task, snapshot, started, time.monotonic() - started
+        self._under_way = task, started, time.monotonic() - started
 
     def poll(self) -> list[SaveResult]:
-        """Saves that have ended since the last call, well or not; never waits. Only the main rank gets any."""
+        """The saves that ended since the last call, successful or not; never waits. Empty but on the main rank."""
         if self._background is not None:
-            self._take(self._background.poll())
+            self._finish_background(self._background.poll())
         results, self._results = self._results, []
         return results if self._context is None or self._context.is_main_rank else []
 
     def drain(self, seconds: float | None = None) -> None:
-        """Wait, at most so long, until this rank has written what is written in the background; not collective."""
+        """Wait, at most `seconds`, for this rank's save in the background; not collective."""
         if self._background is not None:
-            self._take(self._background.wait(seconds))
+            self._finish_background(self._background.wait(seconds))
 
     def finish(self) -> None:
-        """Wait until nothing is being written, and end the process beside this one; collective.
+        """Wait for all saves in progress and end the background process; collective.
 
         Raises:
             CheckpointError: the newest save has failed.
@@ -302,17 +226,15 @@ class CheckpointManager:
         if error is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {error}")
 
-    def _take(self, outcome: SaveOutcome | None) -> None:
+    def _finish_background(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:
             return
         assert self._under_way is not None
-        task, snapshot, started, stalled = self._under_way
-        self._under_way = None
-        self._tell(
-            SaveResult(task.step, task.final, snapshot, stalled, outcome.ended - started, outcome.error, outcome.notice)
-        )
+        (task, started, stalled), self._under_way = self._under_way, None
+        result = SaveResult(task.step, task.final, task.is_snapshot, stalled, outcome.ended - started)
+        self._report(replace(result, error=outcome.error, notice=outcome.notice))
 
-    def _tell(self, result: SaveResult) -> None:
+    def _report(self, result: SaveResult) -> None:
         self._results.append(result)
         self._newest = result
 
@@ -321,7 +243,7 @@ class CheckpointManager:
     def candidates(self, context: ParallelContext) -> list[FoundCheckpoint]:
         """All complete checkpoints and snapshots, by step; collective.
 
-        The main rank looks for all: another machine may see a shared folder as it was a moment ago.
+        Only the main rank lists the folder: other machines may see an earlier state of a shared file system.
 
         Raises:
             CheckpointError: the folder cannot be read.
@@ -332,8 +254,8 @@ class CheckpointManager:
                 assert self.save_folder is not None and self.snapshot_folder is not None
                 for folder in (self.save_folder, self.snapshot_folder):
                     if folder.is_local:
-                        folders.put_back_replaced(folder)
-                return folders.find_checkpoints(self.save_folder, self.snapshot_folder)
+                        put_back_replaced(folder)
+                return find_checkpoints(self.save_folder, self.snapshot_folder)
             except OSError as error:
                 return f"cannot look for checkpoints in '{self.save_folder}': {error}"
 
@@ -345,7 +267,7 @@ class CheckpointManager:
         return found
 
     def warn_of_later(self, context: ParallelContext, step: int) -> None:
-        """Name the checkpoints of steps after `step`, where a run starts, among which its own will lie; collective."""
+        """Warn of checkpoints of steps after `step`, at which a run starts, in the folder it saves to; collective."""
         later = [str(found.path) for found in self.candidates(context) if found.step > step]
         if later:
             logger.warning(
@@ -357,11 +279,11 @@ class CheckpointManager:
             )
 
     def resume(self, trainer: Trainer, check: CheckBeforeLoading | None = None) -> FoundCheckpoint | None:
-        """Load the newest checkpoint that is whole; collective. Returns it, or None when there is none.
+        """Load the newest undamaged checkpoint; collective. Returns it, or None when there is none.
 
         Args:
             trainer: freshly built, before its first step.
-            check: called on all ranks when the files of a checkpoint are known to be whole; may raise.
+            check: called on all ranks once the files of a checkpoint are verified; may raise.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged, or one does not fit.
@@ -395,7 +317,7 @@ class CheckpointManager:
         strict: bool = True,
         check: CheckBeforeLoading | None = None,
     ) -> None:
-        """Put a checkpoint into a trainer; collective.
+        """Load a checkpoint into a trainer; collective.
 
         Args:
             trainer: freshly built, before its first step.
@@ -403,8 +325,8 @@ class CheckpointManager:
             content: any of "model", "optimizer" (moments, scaler, and together with "model" the fp32 masters),
                 "scheduler" (the step, from which learning rate and beta2 follow) and "sampler" (the data cursor and
                 token counter), or "all".
-            strict: refuse a checkpoint that lacks a tensor of the model or has one more; otherwise say which these
-                are, and leave those that are missing as they are.
+            strict: refuse a checkpoint whose weights are not exactly those of the model; otherwise log missing and
+                unknown weights, and leave the missing ones unchanged.
             check: as in `resume`.
 
         Raises:
@@ -416,7 +338,7 @@ class CheckpointManager:
             raise CheckpointError(f"unknown checkpoint content {sorted(unknown)}; allowed: {list(WHOLE_RUN)} or 'all'")
         folder = storage_path(path) if not isinstance(path, StoragePath) else path
         manifest = check_files(folder, trainer.context)
-        folders.check_contents(folder, manifest, wanted)
+        check_contents(folder, manifest, wanted)
         if check is not None:
             check(folder, manifest, wanted)
         load_run(trainer, folder, wanted, strict=strict)

@@ -1,4 +1,4 @@
-"""What is in the folder of a checkpoint: tensors, counters, config, and whether all is as it was written."""
+"""Reads a checkpoint: tensors, counters, config; and verifies its files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 
-from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner
 from internlm.checkpoint.dcp_storage import METADATA_FILE, StorageReader
-from internlm.checkpoint.folder import Manifest
+from internlm.checkpoint.manifest import Manifest, find_damage, read_manifest
 from internlm.config.legacy import translate_legacy
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank, of_all_ranks
@@ -38,7 +37,7 @@ def read_metadata(path: StoragePath) -> Any:
 
 
 def saved_shapes(path: StoragePath) -> dict[str, tuple[int, ...] | None]:
-    """Key -> shape of every tensor in a checkpoint; None for what is no tensor.
+    """Key -> shape of every tensor in a checkpoint; None for other values.
 
     Raises:
         CheckpointError: the list of tensors is missing or damaged.
@@ -48,7 +47,7 @@ def saved_shapes(path: StoragePath) -> dict[str, tuple[int, ...] | None]:
 
 
 def load_tensors(path: StoragePath, tensors: dict[str, Any], *, no_dist: bool) -> None:
-    """Fill `tensors` from the checkpoint at `path`; each rank reads only what its boxes need.
+    """Fill `tensors` from the checkpoint at `path`; each rank reads only its own boxes.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or the files are damaged.
@@ -73,7 +72,7 @@ def load_tensors(path: StoragePath, tensors: dict[str, Any], *, no_dist: bool) -
 
 
 def read_context(path: StoragePath) -> dict[str, Any]:
-    """The counters that a checkpoint carries.
+    """The content of `context.json`.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -108,15 +107,15 @@ def read_config(path: StoragePath) -> Config:
 
 
 def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
-    """Compare a checkpoint with the checksums of its manifest, each rank a share of the files; collective.
+    """Verify the files of a checkpoint against its manifest, each rank a share of them; collective.
 
     Raises:
-        CheckpointError: it has no manifest, or a file is not what was written.
+        CheckpointError: it has no manifest, or a file differs from what was written.
     """
 
     def read() -> Manifest | str:
         try:
-            manifest = folders.read_manifest(path)
+            manifest = read_manifest(path)
         except (CheckpointError, OSError) as error:
             return str(error)
         return (
@@ -127,7 +126,7 @@ def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
     manifest = from_main_rank(context, read)
     if isinstance(manifest, str):
         raise CheckpointError(manifest)
-    own = folders.find_damage(path, manifest, context.rank, context.world_size)
+    own = find_damage(path, manifest, context.rank, context.world_size)
     lines = [line for damage in of_all_ranks(context, own) for line in damage]
     if lines:
         raise CheckpointError(f"the checkpoint '{path}' is damaged:{listed(lines)}")
@@ -135,7 +134,7 @@ def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
 
 
 def listed(lines: list[str], most: int = 20) -> str:
-    """Lines below each other, for a message."""
+    """Lines of a list, for a message."""
     more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
     return "".join(f"\n  {line}" for line in lines[:most]) + more
 
@@ -143,6 +142,6 @@ def listed(lines: list[str], most: int = 20) -> str:
 @contextmanager
 def without_single_process_warning() -> Iterator[None]:
     with warnings.catch_warnings():
-        # One process without a process group is a normal way to run, and asked for with no_dist.
+        # A single process without a process group is what no_dist asks for.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield

@@ -1,16 +1,17 @@
-"""The state of a run as the tensors of a checkpoint, and back into a run."""
+"""The state of a run as tensors and counters of a checkpoint, and its restoration."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from internlm.checkpoint.boxed_tensor import BoxedTensor, merge_by_key
-from internlm.checkpoint.folder import WHOLE_RUN
 from internlm.checkpoint.fused_weights import describe_regrouping, heads_of, in_stored_form, stored_names
+from internlm.checkpoint.manifest import WHOLE_RUN
+from internlm.checkpoint.optimizer_states import MASTER_PREFIX, OPTIMIZER_PREFIX, compare_states, reset_masters_of
 from internlm.checkpoint.reading import listed, load_tensors, read_context, saved_shapes
 from internlm.checkpoint.weight_source import WeightSource, finite
 from internlm.core.batch_source import StatefulSource
@@ -29,12 +30,10 @@ from internlm.utils.storage import StoragePath
 logger = get_logger(__name__)
 
 MODEL_PREFIX = "model/"
-OPTIMIZER_PREFIX = "optimizer/"
-MASTER_PREFIX = f"{OPTIMIZER_PREFIX}master/"
 
 
 def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
-    """`model/<name>` -> this rank's boxes of every parameter of these modules, under its global name."""
+    """`model/<global name>` -> this rank's boxes of every parameter of these modules."""
     for chunk in chunks:
         reshard(chunk)
     parameters = dict.fromkeys(parameter for chunk in chunks for parameter in chunk.parameters())
@@ -48,24 +47,18 @@ def model_tensors(*chunks: nn.Module) -> dict[str, Any]:
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Any]:
-    """`optimizer/<kind>/<name>` -> this rank's boxes of masters and moments, under the parameter's global name."""
-
-    def dtype_of(key: str, parameter: nn.Parameter) -> torch.dtype:
-        return torch.float32 if key.startswith("master/") else optimizer.form.moment_dtype(parameter.dtype)
-
+    """`optimizer/<kind>/<global name of the parameter>` -> this rank's boxes of every state tensor."""
     return dict(
         merge_by_key(
-            (
-                f"{OPTIMIZER_PREFIX}{key}",
-                BoxedTensor(shard_spec_of(parameter).global_shape, dtype_of(key, parameter), pieces),
-            )
+            (f"{OPTIMIZER_PREFIX}{key}", BoxedTensor(shard_spec_of(parameter).global_shape, pieces[0][1].dtype, pieces))
             for key, parameter, pieces in optimizer.sharded_state()
+            if pieces
         )
     )
 
 
 def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: bool = True) -> None:
-    """Put parts of a checkpoint of ours into a trainer; collective. See `CheckpointManager.load`.
+    """Load parts of a checkpoint into a trainer; collective. See `CheckpointManager.load`.
 
     Raises:
         CheckpointError: the checkpoint does not fit.
@@ -78,7 +71,7 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     if "optimizer" in wanted:
         tensors.update(optimizer_tensors(optimizer))
         if "model" not in wanted:
-            # Masters are weights: the next update would put them in the place of those that the user wants.
+            # Masters are weights: the next update would overwrite the weights that the user wants with them.
             tensors = {key: value for key, value in tensors.items() if not key.startswith(MASTER_PREFIX)}
     saved = saved_shapes(path)
     if "model" in wanted:
@@ -86,7 +79,7 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
         _compare_names(optimizer.chunks, names, f"the checkpoint '{path}'", context, strict=strict)
     _log_regrouping(f"the checkpoint '{path}'", tensors, saved, context)
     tensors = in_stored_form(tensors, saved, heads_of(optimizer.chunks))
-    stateless = _compare_states(context, tensors, saved) if "optimizer" in wanted else set()
+    stateless = compare_states(context, tensors, saved) if "optimizer" in wanted else set()
     if not strict or "optimizer" in wanted:
         required = () if not strict else (MODEL_PREFIX,)
         tensors = {key: value for key, value in tensors.items() if key in saved or key.startswith(required)}
@@ -98,59 +91,30 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     load_tensors(path, tensors, no_dist=context.world_group is None)
     if "model" in wanted:
         optimizer.reset_masters(keep_loaded="optimizer" in wanted)
-        _reset_masters_of(optimizer, stateless)
-    _put_back(trainer, state, wanted)
+        reset_masters_of(optimizer, stateless)
+    _restore_counters(trainer, state, wanted)
     if tensors.get(rng_key) is not None:
         set_random_state(tensors[rng_key])
 
 
-def _compare_states(context: ParallelContext, tensors: dict[str, Any], saved: Collection[str]) -> set[str]:
-    """Report parameters that were frozen in the checkpoint and are trained now, and the other way round; collective.
-
-    Returns:
-        Names of the parameters whose state the checkpoint lacks.
-
-    Raises:
-        CheckpointError: the checkpoint has only a part of the state of a parameter, or nothing of any: it is that of
-            another optimizer.
-    """
-    own = {key for key in tensors if key.startswith(OPTIMIZER_PREFIX)}
-    own = set().union(*of_all_ranks(context, own))
-    missing = sorted({_parameter_of(key) for key in own - set(saved)})
-    kept = {_parameter_of(key) for key in own & set(saved)}
-    if missing and (not kept or not kept.isdisjoint(missing)):
-        lines = [f"'{key}' is missing" for key in sorted(own - set(saved))]
-        raise CheckpointError(f"the optimizer state of the checkpoint does not fit this optimizer:{listed(lines)}")
-    trained = {_parameter_of(key) for key in own}
-    saved_states = {_parameter_of(key) for key in saved if key.startswith(OPTIMIZER_PREFIX)}
-    dropped = sorted(saved_states - trained)
-    if missing:
-        logger.warning(
-            "%d parameters start with an empty optimizer state, as the checkpoint has none of them: %s",
-            len(missing),
-            ", ".join(missing),
-        )
-    if dropped:
-        logger.warning(
-            "%d parameters are frozen now, so their optimizer state is not loaded: %s", len(dropped), ", ".join(dropped)
-        )
-    return set(missing)
+def counters_of(trainer: Trainer) -> dict[str, Any]:
+    """The content of `context.json`; `_restore_counters` is the inverse."""
+    optimizer = trainer.engine.optimizer
+    loader = trainer.train_loader
+    return {
+        "state": asdict(trainer.state),
+        "inf_nan_skip_batches": float(trainer.num_skipped_updates),
+        "num_updates": optimizer.num_updates,
+        "scaler": optimizer.scaler.state_dict(),
+        # The cursor of the loader is the trainer's own.
+        "data": loader.state_dict() if isinstance(loader, StatefulSource) else {},
+        "hooks": {hook.name: hook.state_dict() for hook in trainer.hooks},
+        "world_size": trainer.context.world_size,
+        "layout": trainer.context.layout.describe(),
+    }
 
 
-@torch.no_grad()
-def _reset_masters_of(optimizer: Optimizer, names: Collection[str]) -> None:
-    for key, parameter, pieces in optimizer.sharded_state():
-        kind, _, name = key.partition("/")
-        if kind == "master" and name in names:
-            for box, piece in pieces:
-                piece.copy_(local_tensor(parameter)[box.local_slices()])
-
-
-def _parameter_of(key: str) -> str:
-    return key.removeprefix(OPTIMIZER_PREFIX).partition("/")[2]
-
-
-def _put_back(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None:
+def _restore_counters(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None:
     """Counters, scaler, data cursor and hooks."""
     optimizer = trainer.engine.optimizer
     if "optimizer" in wanted:
@@ -177,7 +141,7 @@ def _put_back(trainer: Trainer, state: dict[str, Any], wanted: set[str]) -> None
 
 
 def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: bool = True) -> None:
-    """Put weights of another origin into a trainer, one tensor at a time; collective. The fp32 masters follow.
+    """Load weights of another format into a trainer, one tensor at a time; collective. fp32 masters are reset to them.
 
     Args:
         trainer: freshly built, before its first step.

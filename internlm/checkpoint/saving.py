@@ -1,8 +1,8 @@
-"""One save, from the plan to the manifest: what each rank writes, and what the main rank does when all have written.
+"""One save, from the plan to the manifest.
 
     plan (all ranks, once a run) -> every rank writes its part -> the main rank completes the checkpoint
 
-A rank writes from its tensors in place, or, in the background, from a copy of them: the `Resolver` says which.
+A rank writes its tensors in place or, in the background, a copy of them: its `Resolver` decides.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from internlm.checkpoint import folder as folders
+from internlm.checkpoint import save_folder
 from internlm.checkpoint.boxed_tensor import BoxSavePlanner
 from internlm.checkpoint.dcp_storage import METADATA_FILE, ChecksumFile, FileChecksum, Resolver, write_tensors
-from internlm.checkpoint.folder import Manifest
+from internlm.checkpoint.manifest import WHOLE_RUN, Manifest
+from internlm.core.communication.objects import from_main_rank
+from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.failure import describe_error
 from internlm.utils.errors import CheckpointError, UserError
 from internlm.utils.storage import StoragePath, storage_failure
 
 PARTS = ".parts"
-"""Folder in which ranks that write in the background leave word that they are done."""
+"""Folder in which ranks that write in the background report their parts."""
 
 PARTS_TIMEOUT = 1800.0
-"""Seconds that the main rank waits for the parts of the others, once it has written its own."""
+"""Seconds that the main rank waits for the other parts after it has written its own."""
 
 ORPHAN_TIMEOUT = 60.0
-"""The same when its run has ended meanwhile, and those of other ranks perhaps with it."""
+"""The same after the run has ended, when other ranks may be gone."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class RankPlan:
     """What one rank writes of a checkpoint.
 
     Attributes:
-        plan: boxes; of those that several ranks hold, one of them writes each.
-        metadata: of all ranks, on the main rank alone.
+        plan: the boxes; exactly one rank writes a box that several hold.
+        metadata: of all ranks; on the main rank only.
     """
 
     plan: SavePlan
@@ -58,16 +60,16 @@ class SaveTask:
     """A save, as one rank knows it. Picklable.
 
     Attributes:
-        step: of the run.
-        final: where the checkpoint will be.
-        writing: the folder to write into.
-        is_snapshot: whether `final` is one of the places that snapshots take in turn.
-        rank, world_size: this one, and how many write.
-        contents: what the checkpoint holds.
+        step: step of the run.
+        final: folder of the complete checkpoint.
+        writing: folder to write into.
+        is_snapshot: whether `final` is one of the two alternating folders of snapshots.
+        rank, world_size: this rank, and the number of ranks that write.
+        contents: parts of a run that the checkpoint holds.
         files: name -> content of small files, written by the main rank.
-        save_folder: where `keep_latest` counts.
-        keep_latest: complete checkpoints to keep up to this step; older ones are removed. None keeps all.
-        after_save: called with `final` when the checkpoint is complete, by the main rank.
+        save_folder: folder in which `keep_latest` counts.
+        keep_latest: number of complete checkpoints up to this step to keep; None keeps all.
+        after_save: called by the main rank with `final`, once the checkpoint is complete.
     """
 
     step: int
@@ -76,7 +78,7 @@ class SaveTask:
     is_snapshot: bool = False
     rank: int = 0
     world_size: int = 1
-    contents: tuple[str, ...] = folders.WHOLE_RUN
+    contents: tuple[str, ...] = WHOLE_RUN
     files: dict[str, bytes] | None = None
     save_folder: StoragePath | None = None
     keep_latest: int | None = None
@@ -85,7 +87,7 @@ class SaveTask:
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """What a rank has written, or why it could not."""
+    """What a rank has written: results of the library, checksums by file name; or why it failed."""
 
     rank: int
     results: list[WriteResult]
@@ -94,10 +96,10 @@ class WrittenPart:
 
 
 def make_plan(tensors: dict[str, Any], rank: int = 0, world_size: int = 1) -> RankPlan:
-    """Agree on who writes what; collective. The plan holds for every save of tensors of the same boxes.
+    """Decide which rank writes which box; collective. The plan is valid for every save of the same boxes.
 
     Raises:
-        CheckpointError: the boxes of the ranks do not make whole tensors.
+        CheckpointError: the boxes of all ranks do not cover every tensor.
     """
     planner = BoxSavePlanner()
     planner.set_up_planner(tensors, is_coordinator=rank == 0)
@@ -130,11 +132,12 @@ def _plan_of_all(planner: BoxSavePlanner, local: list[SavePlan]) -> tuple[list[A
 
 
 class Copies:
-    """Gives the writer tensors that were copied in the order of a plan, and bytes.
+    """The `Resolver` of a copy of a rank's tensors.
 
     Args:
-        tensors: for each tensor item of the plan, in its order.
-        values: name -> bytes, for the others.
+        plan: the plan that the copy was made for.
+        tensors: the tensors of the plan, in its order.
+        values: name -> bytes of the items that are no tensors.
     """
 
     def __init__(self, plan: SavePlan, tensors: Sequence[Tensor], values: dict[str, bytes]) -> None:
@@ -143,15 +146,15 @@ class Copies:
         self._values = values
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """What an item of the plan asks for."""
+        """The tensor or the bytes of an item of the plan."""
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self._values[write_item.index.fqn])
         return self._tensors[write_item.index]
 
 
 def write_part(task: SaveTask, plan: RankPlan, resolver: Resolver) -> WrittenPart:
-    """Write what this rank has to write. A failure is told in the result."""
-    # The name that the library would give it.
+    """Write this rank's part. The result holds the error of a failure."""
+    # The name that torch.distributed.checkpoint would give it.
     path = task.writing / f"__{task.rank}_0.distcp"
     try:
         results, total = write_tensors(path, plan.plan, resolver)
@@ -162,10 +165,10 @@ def write_part(task: SaveTask, plan: RankPlan, resolver: Resolver) -> WrittenPar
 
 
 def complete(task: SaveTask, metadata: Metadata, parts: Sequence[WrittenPart]) -> None:
-    """Make a checkpoint of all parts; on the main rank. After a failure nothing of the save is left.
+    """Complete the checkpoint once all parts are written; on the main rank. A failure removes what was written.
 
     Raises:
-        CheckpointError: a rank could not write its part, or what is not ours stands where the checkpoint is to be.
+        CheckpointError: a rank failed to write its part, or the final folder holds what no save wrote.
         StorageError: the storage cannot be written.
     """
     try:
@@ -179,14 +182,39 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[WrittenPart]) -
             checksums[name] = _write_file(task.writing, name, content)
         (task.writing / PARTS).remove()
         manifest = Manifest(task.step, task.contents, checksums)
-        folders.finish_writing(task.writing, task.final, manifest, is_snapshot=task.is_snapshot)
+        save_folder.finish_writing(task.writing, task.final, manifest, is_snapshot=task.is_snapshot)
     except BaseException:
         discard(task)
         raise
 
 
+def save_together(
+    task: SaveTask, plan: RankPlan, resolver: Resolver, context: ParallelContext
+) -> tuple[str | None, str | None]:
+    """Write all parts and complete the checkpoint; collective.
+
+    Returns:
+        (error of a failed save, notice of a complete one); the same on all ranks.
+    """
+    part = write_part(task, plan, resolver)
+    parts: list[Any] | None = [part]
+    if context.world_group is not None:
+        parts = [None] * context.world_size if context.is_main_rank else None
+        dist.gather_object(part, parts)
+
+    def finish() -> tuple[str | None, str | None]:
+        assert parts is not None and plan.metadata is not None
+        try:
+            complete(task, plan.metadata, parts)
+        except (CheckpointError, OSError) as error:
+            return str(error), None
+        return None, follow_up(task)
+
+    return from_main_rank(context, finish)
+
+
 def _write_metadata(folder: StoragePath, metadata: Metadata, parts: Sequence[WrittenPart]) -> FileChecksum:
-    # The library would write it in two steps, for storages that can rename.
+    # The library writes it under another name and renames it, which object stores cannot.
     metadata = copy.copy(metadata)
     metadata.storage_data = {result.index: result.storage_data for part in parts for result in part.results}
     metadata.storage_meta = None
@@ -206,7 +234,7 @@ def _write_file(folder: StoragePath, name: str, content: bytes) -> FileChecksum:
 
 
 def follow_up(task: SaveTask) -> str | None:
-    """Do what comes after a complete checkpoint; returns what went wrong with that, as the checkpoint is good."""
+    """Remove old checkpoints and call `after_save`; returns their errors, which leave the checkpoint complete."""
     notices = []
     try:
         _remove_old(task)
@@ -221,11 +249,11 @@ def follow_up(task: SaveTask) -> str | None:
 
 
 def discard(task: SaveTask) -> None:
-    """Remove what a failed save has written, as far as the storage lets us."""
+    """Remove what a failed save has written, if the storage permits."""
     try:
         task.writing.remove()
     except OSError:
-        # The storage is why the save failed; the next save removes leftovers.
+        # The storage is why the save failed. The next save removes the leftovers.
         return
 
 
@@ -234,19 +262,21 @@ def _remove_old(task: SaveTask) -> None:
         return
     kept = [
         found
-        for found in folders.find_checkpoints(task.save_folder)
-        # Later steps are of another run, or damaged and passed over: beside them the newest of this run would go.
-        if found.step <= task.step and not found.is_snapshot and folders.why_not_ours(found.path, found.step) is None
+        for found in save_folder.find_checkpoints(task.save_folder)
+        # Later steps are of another run or were refused as damaged; counting them would remove the newest of this run.
+        if found.step <= task.step
+        and not found.is_snapshot
+        and save_folder.why_not_ours(found.path, found.step) is None
     ]
     for found in kept[: -task.keep_latest]:
-        folders.remove_checkpoint(found.path)
+        save_folder.remove_checkpoint(found.path)
 
 
-# -- telling each other without a process group ------------------------------------------------------------------------
+# -- reporting parts without a process group ---------------------------------------------------------------------------
 
 
 def announce_part(task: SaveTask, part: WrittenPart) -> None:
-    """Leave word of a part in the folder of the save, where the main rank finds it."""
+    """Report a part to the main rank: a file in the folder of the save."""
     content = pickle.dumps(part)
     folder = task.writing / PARTS
     folder.make_folder()
@@ -260,15 +290,18 @@ def announce_part(task: SaveTask, part: WrittenPart) -> None:
 def collect_parts(
     task: SaveTask, own: WrittenPart, timeout: float = PARTS_TIMEOUT, run_has_ended: Callable[[], bool] = lambda: False
 ) -> list[WrittenPart]:
-    """All parts, as soon as all are there, or one of a rank that failed.
+    """Wait for all parts, or for that of a rank that failed.
 
     Args:
         task: the save.
-        own: what this rank has written.
-        timeout: how long to wait, in seconds; no longer than `ORPHAN_TIMEOUT` from when `run_has_ended`.
+        own: the part of this rank.
+        timeout: seconds to wait; at most `ORPHAN_TIMEOUT` once `run_has_ended`.
+
+    Returns:
+        The parts by rank.
 
     Raises:
-        CheckpointError: some rank left no word in time.
+        CheckpointError: a rank did not report in time.
     """
     parts = {own.rank: own}
     folder = task.writing / PARTS
@@ -289,7 +322,7 @@ def collect_parts(
 
 
 def describe_failure(error: Exception) -> str:
-    """Why a save failed: for a user, what the disk or the store says; for us, with the traceback, a defect."""
+    """Why a save failed: one line for a user error or a failing storage, a traceback for a defect."""
     hidden = storage_failure(error)
     if hidden is not None:
         return str(hidden)

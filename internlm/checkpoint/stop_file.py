@@ -1,4 +1,4 @@
-"""A file by which people ask a run, from wherever they can write it, to save or to stop at a step."""
+"""The stop file: a number in it asks the run to save or to stop at a step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ logger = get_logger(__name__)
 
 
 class StopFileHook(Hook):
-    """Reads one number N from a file at every step: save and stop at step N, with -N save at step N and go on.
+    """Reads a number from a file at every step: N saves and stops at step N, -N saves at step N and continues.
 
-    The file is written anew, with 0, when the loop starts. Only the main rank touches it.
+    The file is overwritten with 0 when the loop starts. Only the main rank accesses it.
     """
 
     name = "stop_file"
@@ -42,7 +42,7 @@ class StopFileHook(Hook):
     def _read(self) -> int:
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace").strip()
-            # Whoever writes a file empties it first, and then is not finished.
+            # An editor truncates the file before it writes: an empty file asks for nothing.
             return int(text) if text else 0
         except OSError as error:
             self._complain(f"cannot be read: {error}")

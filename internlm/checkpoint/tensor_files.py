@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint one at a time, without a trainer: for tools that look at checkpoints and convert them."""
+"""Tensors of a checkpoint, read and written one at a time without a trainer; for inspection and conversion."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from internlm.checkpoint import folder as folders
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxLoadPlanner, BoxSavePlanner
 from internlm.checkpoint.dcp_storage import StorageReader
 from internlm.checkpoint.reading import CONFIG_FILE, CONTEXT_FILE, read_metadata, without_single_process_warning
 from internlm.checkpoint.run_state import MODEL_PREFIX, OPTIMIZER_PREFIX
+from internlm.checkpoint.save_folder import begin_writing
 from internlm.checkpoint.saving import SaveTask, complete, make_plan, write_part
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
@@ -42,11 +42,11 @@ class Entry:
 
 
 class TensorReader:
-    """Whole tensors of a checkpoint, on the CPU. A `WeightSource` of its weights, too.
+    """Reads full tensors of a checkpoint, on the CPU; also a `WeightSource` of its weights.
 
     Attributes:
         path: the checkpoint.
-        entries: key (`model/<name>`, `optimizer/<kind>/<name>`) -> what it is.
+        entries: key (`model/<name>`, `optimizer/<kind>/<name>`) -> shape and dtype.
 
     Raises:
         CheckpointError: the list of tensors is missing or damaged.
@@ -100,7 +100,7 @@ class TensorReader:
 
 
 class _ReaderWithMetadata(StorageReader):
-    """Reads the list of tensors once."""
+    """Reads the list of tensors only once."""
 
     def __init__(self, path: StoragePath) -> None:
         super().__init__(path)
@@ -111,7 +111,7 @@ class _ReaderWithMetadata(StorageReader):
 
 
 class _LazyPlanner(BoxSavePlanner):
-    """Makes each tensor when the writer asks for it."""
+    """Computes each tensor when it is written."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         super().__init__()
@@ -127,11 +127,11 @@ class _LazyPlanner(BoxSavePlanner):
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What a run goes on from, besides weights.
+    """The state from which a run continues, besides its weights.
 
     Attributes:
         tensors: `<kind>/<global name>` -> masters (of weights that are not fp32 themselves) and moments, in fp32.
-        context: what `context.json` is to say: state, inf_nan_skip_batches, num_updates, scaler.
+        context: content of `context.json`: state, inf_nan_skip_batches, num_updates, scaler.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -150,19 +150,19 @@ def write_weights(
     """Write a checkpoint without a trainer, one tensor at a time; returns `<save_folder>/<step>`.
 
     Args:
-        save_folder: where checkpoints lie.
-        tensors: by global name, in the order in which they are made.
-        config: what the model is built from.
-        step: number of the checkpoint.
-        files: name (with folders) -> content, put beside the tensors.
-        optimizer: None: the checkpoint holds weights alone.
+        save_folder: folder of checkpoints.
+        tensors: by global name, in the order in which they are computed.
+        config: config of the model.
+        step: step of the checkpoint.
+        files: name (with folders) -> content of further files.
+        optimizer: None: the checkpoint holds only weights.
 
     Raises:
         StorageError: it cannot be written.
-        CheckpointError: a tensor could not be made or written.
+        CheckpointError: a tensor could not be computed or written.
     """
     final = save_folder / str(step)
-    writing = folders.begin_writing(final, uuid.uuid4().hex[:8], step)
+    writing = begin_writing(final, uuid.uuid4().hex[:8], step)
     small = {CONFIG_FILE: json.dumps(config.model_dump(mode="json"), indent=1).encode(), **(files or {})}
     contents: tuple[str, ...] = ("model",)
     by_key = {f"{MODEL_PREFIX}{name}": lazy for name, lazy in tensors.items()}
@@ -171,7 +171,7 @@ def write_weights(
         by_key |= {f"{OPTIMIZER_PREFIX}{name}": lazy for name, lazy in optimizer.tensors.items()}
         small[CONTEXT_FILE] = json.dumps(optimizer.context, indent=1).encode()
     task = SaveTask(step, final, writing, contents=contents, files=small)
-    # The plan knows shapes alone: tensors on meta take no memory.
+    # The plan needs shapes only: meta tensors take no memory.
     boxed = {
         key: BoxedTensor(
             lazy.shape, lazy.dtype, [(_whole_box(lazy.shape), torch.empty(lazy.shape, dtype=lazy.dtype, device="meta"))]

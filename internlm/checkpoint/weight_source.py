@@ -1,4 +1,4 @@
-"""Weights by our names, wherever they come from: a checkpoint of ours, a Hugging Face folder, InternEvo's files."""
+"""Weights under the names of this package, from any format: a checkpoint, a Hugging Face folder, InternEvo's files."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from internlm.utils.errors import CheckpointError
 
 
 class WeightSource(Protocol):
-    """Whole tensors by global name, read one at a time."""
+    """Full tensors by global name, read one at a time."""
 
     def names(self) -> Collection[str]:
-        """All tensors, such as `layers.0.attention.wqkv.weight`."""
+        """Names of all tensors, such as `layers.0.attention.wqkv.weight`."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of them."""
+        """Shape of a tensor."""
 
     def read(self, name: str) -> Tensor:
-        """One of them, whole, on the CPU."""
+        """A full tensor, on the CPU."""
 
 
 def finite(tensor: Tensor, name: str, what: str, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor in another dtype, if all its values are finite and stay so.
+    """Cast a tensor and check that all its values are finite before and after.
 
     Args:
-        name, what: the tensor and where it comes from, for messages.
-        dtype: None: as it is.
+        name, what: the tensor and its origin, for messages.
+        dtype: None: keep its dtype.
 
     Raises:
         CheckpointError: a value is not finite, or too large for the dtype.
@@ -56,7 +56,7 @@ def finite(tensor: Tensor, name: str, what: str, dtype: torch.dtype | None = Non
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when it is wanted."""
+    """A tensor that is computed on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

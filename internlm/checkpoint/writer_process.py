@@ -1,6 +1,6 @@
 """The process that writes checkpoints in the background; started by `internlm.checkpoint.background`.
 
-It outlives signals that end the run, so that a save under way is completed, and ends when the run has.
+It ignores the signals that end a run, completes the save in progress, and ends after the run.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from internlm.checkpoint.saving import (
 from internlm.utils.logging import configure_logging
 
 NICENESS = 10
-"""Training goes first where both want the same processor."""
+"""Gives training priority on a shared CPU core."""
 
 
 def main() -> None:
-    """Carry out requests until the run closes the connection or ends."""
+    """Serve requests until the run closes the connection or ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
@@ -43,7 +43,7 @@ def main() -> None:
             request: WriteRequest = requests.recv()
         except EOFError:
             return
-        # The store's warnings go where those of the run go.
+        # Warnings of the storage appear where those of the run do.
         configure_logging(request.task.rank)
         outcome = carry_out(request, shared, lambda: os.getppid() != run)
         try:
@@ -55,7 +55,7 @@ def main() -> None:
 def carry_out(
     request: WriteRequest, shared: SharedMemory, run_has_ended: Callable[[], bool] = lambda: False
 ) -> SaveOutcome:
-    """Write this rank's part; on the main rank, complete the checkpoint when all have written theirs."""
+    """Write this rank's part; on the main rank, wait for all parts and complete the checkpoint."""
     task = request.task
     error = notice = None
     try:
@@ -75,7 +75,7 @@ def carry_out(
                 raise
             complete(task, request.plan.metadata, parts)
             if not run_has_ended():
-                # Another run may be there by now, and read an older checkpoint.
+                # After the end of the run another one may be reading an older checkpoint.
                 notice = follow_up(task)
     except Exception as failure:
         error = describe_failure(failure)

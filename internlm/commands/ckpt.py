@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from internlm.checkpoint.folder import find_checkpoints, find_damage, read_manifest, resolve
 from internlm.checkpoint.inspect import (
     Changed,
     Listed,
@@ -25,7 +24,9 @@ from internlm.checkpoint.inspect import (
     weights_only,
 )
 from internlm.checkpoint.internevo import refuse_internevo
+from internlm.checkpoint.manifest import find_damage, read_manifest
 from internlm.checkpoint.run_state import MODEL_PREFIX
+from internlm.checkpoint.save_folder import find_checkpoints, resolve
 from internlm.checkpoint.tensor_files import Entry, TensorReader
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath, storage_path

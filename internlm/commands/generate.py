@@ -12,8 +12,8 @@ from torch import nn
 from internlm.apis.generation import GenerativeModel, NonFiniteError, check_choices, generate
 from internlm.apis.text_stream import StopTexts, TextStream
 from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
-from internlm.checkpoint.folder import resolve
-from internlm.checkpoint.inference import load_model_for_inference
+from internlm.checkpoint.load_model import load_model_for_inference
+from internlm.checkpoint.save_folder import resolve
 from internlm.convert.tokenizer_files import generation_eos_ids
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import stop_ids

@@ -1,1 +1,1 @@
-"""Checkpoints of other worlds, there and back: Hugging Face folders, Meta's llama files, InternEvo's folders."""
+"""Conversion from and to other formats: Hugging Face folders, Meta's llama files, checkpoints of InternEvo."""

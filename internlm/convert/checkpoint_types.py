@@ -1,4 +1,4 @@
-"""What `ckpt.load_ckpt_info.ckpt_type` may name, besides checkpoints of our own."""
+"""The formats that `ckpt.load_ckpt_info.ckpt_type` names, besides this package's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OPENERS: dict[str, Opener] = {}
 
 
 def register_checkpoint_type(name: str) -> Callable[[Opener], Opener]:
-    """Decorator: make a format known as `ckpt_type = name`.
+    """Decorator: register a format as `ckpt_type = name`.
 
     The function takes the path and a part of the model (on this rank, of this stage) and returns a `WeightSource` of
     the whole model. It is called on every rank.
@@ -58,7 +58,7 @@ def open_weights(ckpt_type: str, path: StoragePath, model: nn.Module) -> WeightS
 
 
 def trained_as(ckpt_type: str, path: StoragePath, config: Config) -> Config | None:
-    """`config` with the model that the weights at `path` were trained as; None where their format does not tell.
+    """`config` with the model that the weights at `path` were trained as; None where their format does not say.
 
     Raises:
         ConfigError: a family or feature that this package does not have.

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a checkpoint of ours, one group of weights at a time."""
+"""Converts a Hugging Face folder into a checkpoint, one group of weights at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from internlm.utils.storage import StoragePath
 logger = get_logger(__name__)
 
 _WEIGHTS = ("weight", "bias", "weight_packed", "weight_scale", "qzeros", "scales")
-"""Ends of names of weights, quantized ones included."""
+"""Suffixes of the names of weights, quantized ones included."""
 _TRAINABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -81,7 +81,7 @@ def convert_from_hf(
 
 
 def imported_config(model: HfModel, dtype: torch.dtype, tokenizer_path: str | None = None) -> Config:
-    """A config with this model; what a run would add has placeholders."""
+    """A config with this model, and placeholders for the keys of a run."""
     return Config.model_validate(
         {
             "JOB_NAME": "imported",

@@ -1,4 +1,4 @@
-"""An InternEvo checkpoint as one of this package: weights, the optimizer's state, and the config of the model."""
+"""Converts a checkpoint of InternEvo: weights, optimizer state, and the config of the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _KEPT_OF_DATA = ("seq_len", "micro_bsz", "total_steps", "tokenizer_path")
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import did.
+    """The result of an import.
 
     Attributes:
         path: the new checkpoint.
@@ -65,7 +65,7 @@ def import_internevo(
     model_type: str | None = None,
     weights_only: bool = False,
 ) -> Imported:
-    """Write an InternEvo checkpoint as `<out>/<step>/`; no more than one tensor is in memory.
+    """Write an InternEvo checkpoint as `<out>/<step>/`; one tensor is in memory at a time.
 
     Args:
         folder: the checkpoint, on a local disk.
@@ -283,7 +283,7 @@ def _read_counters(folder: Path, notices: list[str]) -> dict[str, Any]:
 
 
 def _step(folder: Path, counters: dict[str, Any], notices: list[str]) -> int:
-    """The step that the run had done."""
+    """The last step of the run."""
     marks = [path.stem for path in folder.glob("*.step") if path.stem.isdigit()]
     if not marks:
         notices.append(

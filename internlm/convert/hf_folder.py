@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, weights in safetensors or .bin files, and what lies beside them.
+"""A Hugging Face folder: config.json, weights in safetensors or .bin files, and the files beside them.
 
 Tensors are found by name and read one at a time. `HfWeights` gives them by our names, as a given model has them.
 """
@@ -31,7 +31,7 @@ from internlm.utils.storage import StoragePath
 logger = get_logger(__name__)
 
 HF_FILES = "hf"
-"""Folder in a checkpoint with the files that lay beside the weights it was imported from, or trained on from."""
+"""Folder of a checkpoint with the files beside the weights that it was imported from, or trained from."""
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -58,7 +58,7 @@ class HfEntry:
 
 
 class HfFolder:
-    """A folder that is read.
+    """A Hugging Face folder, opened for reading.
 
     Raises:
         CheckpointError: it does not exist, has no weights, or they are damaged.
@@ -94,7 +94,7 @@ class HfFolder:
 
     @cached_property
     def model(self) -> HfModel:
-        """The model in our words.
+        """The model as keys of a config.
 
         Raises:
             ConfigError: a family or feature that this package does not have.
@@ -103,7 +103,7 @@ class HfFolder:
 
     @property
     def layout(self) -> Layout:
-        """Recognised by the names of the weights."""
+        """The layout, recognized by the names of the weights."""
         if any(".self_attn.W_pack." in name for name in self.entries):
             return "baichuan2"
         return "internlm2" if any(".attention.wqkv." in name for name in self.entries) else "transformers"
@@ -122,7 +122,7 @@ class HfFolder:
             return read_tensor(stream, entry.location, str(path))
 
     def _weight_files(self) -> dict[str, list[str]]:
-        """File -> names that it must hold, as far as an index tells."""
+        """File -> names that it must hold according to the index, if there is one."""
         names = self.path.names()
         for index, single in ((SAFETENSORS_INDEX, SAFETENSORS), (_BIN_INDEX, _BIN)):
             if index in names:
@@ -160,7 +160,7 @@ class HfFolder:
 
 
 class HfWeights:
-    """The weights of a folder as a model of ours has them: a `WeightSource`.
+    """The weights of a folder under the names and in the form of a model: a `WeightSource`.
 
     Args:
         folder: where they come from.
@@ -208,15 +208,15 @@ class HfWeights:
         self._readers = grouped_readers(lambda number: self._translate(present[number]), ours)
 
     def names(self) -> Collection[str]:
-        """Our names of what the folder has, and the folder's names of what the model has no place for."""
+        """The model's names of all weights in the folder, and the folder's names of tensors unknown to the model."""
         return [*self.tensors, *self.unexpected]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of them."""
+        """Shape of a weight."""
         return tuple(self.tensors[name].shape) if name in self.tensors else self.folder.entries[name].shape
 
     def read(self, name: str) -> Tensor:
-        """One of them, whole."""
+        """A full weight."""
         return self._readers[name]() if name in self.tensors else self.folder.read(name)
 
     def _translate(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -224,7 +224,7 @@ class HfWeights:
         return from_hf(theirs, self._architecture, self._layout)
 
     def _check_buffers(self, names: Sequence[str]) -> None:
-        """Buffers say how the folder's weights were trained, whatever this model has."""
+        """Compare buffers with the folder's own config: they follow from how its weights were trained."""
         if not names:
             return
         with torch.device("meta"):
@@ -266,7 +266,7 @@ class HfWeights:
 
 
 def side_files(folder: StoragePath) -> dict[str, bytes]:
-    """What lies beside weights: configs, tokenizer, code, licence; not the weights and their index."""
+    """The files beside the weights and their index: configs, tokenizer, code, licence."""
     files = {}
     for name in folder.names():
         path = folder / name
@@ -277,7 +277,7 @@ def side_files(folder: StoragePath) -> dict[str, bytes]:
 
 
 def meta_weights(architecture: Architecture) -> dict[str, Tensor]:
-    """The weights of a whole model on the meta device, by our names."""
+    """The weights of the full model on the meta device, by name."""
     with torch.device("meta"):
         return dict(Decoder(architecture).named_parameters())
 
@@ -311,6 +311,6 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few of a list of names."""
+    """The first few names of a list, for a message."""
     shown = ", ".join(f"'{name}'" for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

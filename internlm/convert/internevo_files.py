@@ -38,7 +38,7 @@ _OLDER_NAMES = (
     (re.compile(r"\.word_embeddings\."), "."),
     (re.compile(r"^head\."), "output."),
 )
-"""Names of InternLM's first generation, and of older versions, as (pattern, what stands for it)."""
+"""Names of InternLM's first generation, and of older versions, as (pattern, replacement)."""
 
 _ONLY_ON_ONE_RANK = re.compile(r".*\.(wo|w2)\.bias")
 """The bias of a row-parallel layer is added once: with tensor parallelism only rank 0 has it."""
@@ -91,7 +91,7 @@ class InternEvoFiles:
 
     @staticmethod
     def check(folder: Path) -> None:
-        """Raise what the constructor would raise about the names of the files."""
+        """Raise the errors of the constructor that concern the names of the files."""
         _grid(folder)
 
     def file(self, rank: int, stage: int) -> str:
@@ -99,11 +99,11 @@ class InternEvoFiles:
         return f"model_{self.split}{rank}_pp{stage}.pt"
 
     def names(self) -> set[str]:
-        """The weights, by this package's names and numbers of layers; fused ones are `wqkv` and `w13`."""
+        """Names of the weights, with global layer numbers; fused ones are `wqkv` and `w13`."""
         return set(self._shards)
 
     def shards(self, name: str) -> list[RankShard]:
-        """The parts of a weight in the order of the ranks, without the ranks that have none."""
+        """The shards of a weight by rank, without the ranks that have none."""
         return [shard for shard in self._shards[name] if shard is not None]
 
     def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
@@ -122,7 +122,7 @@ class InternEvoFiles:
         return first.tensor
 
     def weights_of(self, rank: int, stage: int) -> dict[str, Tensor]:
-        """What the file of one rank holds, in its order."""
+        """The weights in the file of one rank, in its order."""
         shards = {name: self._shards[name][rank] for name in self._by_stage[stage]}
         return {name: shard.tensor for name, shard in shards.items() if shard is not None}
 

@@ -31,13 +31,13 @@ _MAX_SHOWN = 20
 
 
 class RankShards(Protocol):
-    """What the ranks hold of tensors that are named and cut as the weights in the files are."""
+    """The shards of tensors that are named and split as the weights in the files."""
 
     def shards(self, name: str) -> list[RankShard]:
-        """Each rank's part, in the order of the ranks."""
+        """The shards of a tensor, by rank."""
 
     def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
-        """The one tensor of ranks that should all hold the same."""
+        """The tensor of replicas, which must be equal."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class InternEvoFolder:
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the whole weight."""
+        """Shape of the full weight."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Number format that the weight was saved in."""
+        """Dtype of the saved weight."""
         return self._dtypes[name]
 
     def read(self, name: str, of: RankShards | None = None) -> Tensor:
@@ -100,7 +100,7 @@ class InternEvoFolder:
         return self._assemble(name, of or self._files)
 
     def _check(self) -> None:
-        """Assemble every weight without its values."""
+        """Assemble the shape of every weight."""
         shapes = _Shapes(self._files)
         rope = self._architecture.rope
         differences = [buffer_difference(name, tensor, rope) for name, tensor in self._files.buffers.items()]
@@ -123,7 +123,7 @@ class InternEvoFolder:
             raise CheckpointError(f"'{self._files.folder}' does not fit its config:\n  {shown}{more}")
 
     def _assemble(self, name: str, of: RankShards) -> Tensor:
-        """One weight of ours from the files' shards."""
+        """A full weight from its shards."""
         if ".attention.wqkv." in name:
             if self._has(name) and not self._order.by_projection:
                 return self._join(name, self._shapes[name], of)
@@ -200,7 +200,7 @@ class InternEvoFolder:
         return name
 
     def _has_older_feed_forward(self) -> bool:
-        """Whether w3 is the output and w2 the second input, as in InternLM's first versions: told from shapes."""
+        """Whether w3 is the output and w2 the second input, as in InternLM's first versions: recognized by shapes."""
         name, a = "layers.0.feed_forward.w2.weight", self._architecture
         if not self._has(name) or a.intermediate_size == a.hidden_size:
             return False
@@ -210,7 +210,7 @@ class InternEvoFolder:
 
 
 class _Shapes:
-    """The shards without storage, for a look at shapes alone; notes which were asked for."""
+    """The shards on the meta device, to check shapes; records which were read."""
 
     def __init__(self, files: InternEvoFiles) -> None:
         self.used: set[str] = set()

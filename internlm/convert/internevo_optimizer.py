@@ -76,7 +76,7 @@ class InternEvoOptimizer:
         return tensor
 
     def agreed(self, kind: str, name: str, replicas: Sequence[RankShard]) -> Tensor:
-        """The first rank's; a difference is noted."""
+        """The tensor of the first rank; differences are recorded."""
         first = replicas[0].tensor
         for other in replicas[1:]:
             if not torch.equal(first, other.tensor):
@@ -91,7 +91,7 @@ class InternEvoOptimizer:
         return f"optimizer_{self._files.split}{rank}_pp{stage}_zo{'*' if zero is None else zero}.pt"
 
     def _check_alike(self) -> None:
-        """What is one number here must be one in all files."""
+        """Check that values that are global here are equal in all files."""
         shards = [shard for by_zero in self._shards.values() for shard in by_zero]
         first = shards[0]
         for shard in shards[1:]:
@@ -133,7 +133,7 @@ class InternEvoOptimizer:
     # -- which elements are whose ---------------------------------------------------------------------------------
 
     def _place(self, place: tuple[int, int], plan: Plan | None) -> dict[str, list[Segment]]:
-        """Where each weight of a rank lies in its files."""
+        """Locations of each weight of a rank in its files."""
         shards = self._shards[place]
         plan = plan or shards[0].plan
         reason: MisfitError | None = None

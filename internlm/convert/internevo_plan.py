@@ -131,7 +131,7 @@ def assign(parameters: Sequence[Parameter], shards: Sequence[Shard]) -> list[lis
 
 
 def split_evenly(groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard]) -> Iterator[tuple[str, list[Segment]]]:
-    """Places of weights whose parameters are each padded and cut into one equal part for each ZeRO rank."""
+    """Locations of weights whose parameters are each padded and split into equal parts for the ZeRO ranks."""
     for group, parameters in enumerate(groups):
         for shard in shards:
             found = [tensor.numel() for tensor in shard.groups[group].tensors.get("master", [])]
@@ -157,7 +157,7 @@ def split_evenly(groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard])
 def deal_out(
     groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard], plan: Plan | None
 ) -> Iterator[tuple[str, list[Segment]]]:
-    """Places of weights whose parameters are each on one ZeRO rank, behind each other in its flat tensor."""
+    """Locations of weights whose parameters each lie on one ZeRO rank, consecutively in its flat tensor."""
     if plan is not None and len(plan) != len(groups):
         raise MisfitError(f"the plan is of {len(plan)} parameter groups, the files have {len(groups)}")
     for group, parameters in enumerate(groups):

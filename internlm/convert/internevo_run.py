@@ -1,4 +1,4 @@
-"""What a run of InternEvo goes on from, besides weights, as a checkpoint of this package holds it."""
+"""The state of a run of InternEvo, besides weights, as a checkpoint of this package holds it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUN_SECTIONS = ("adam", "lr_scheduler", "beta2_scheduler", "grad_scaler", "hybri
 def run_state(
     optimizer: InternEvoOptimizer, weights: InternEvoFolder, counters: Mapping[str, Any], step: int
 ) -> OptimizerState:
-    """Masters and moments of all weights, made when they are read, and the counters.
+    """Masters and moments of all weights, computed on demand, and the counters.
 
     Args:
         optimizer: of the checkpoint.
@@ -55,7 +55,7 @@ def _reader(weights: InternEvoFolder, optimizer: InternEvoOptimizer, name: str, 
 
 
 def not_taken(counters: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each part of InternEvo's run that does not go on here."""
+    """One line for each part of InternEvo's run that is not continued."""
     yield (
         "the data position (sampler.pt) is not taken, for the order of samples is another one here: the run goes on "
         "at the first sample of its data, and counts samples and tokens from 0"
@@ -68,7 +68,7 @@ def not_taken(counters: Mapping[str, Any]) -> Iterator[str]:
 
 
 def differences(optimizer: InternEvoOptimizer, config: Config, counters: Mapping[str, Any], step: int) -> Iterator[str]:
-    """One line for each thing that the files and the config, or InternEvo and this package, have otherwise."""
+    """One line for each difference between files and config, or between InternEvo and this package."""
     if step and not optimizer.num_updates:
         yield f"the optimizer files of step {step} have no moments: they start at zero"
     elif optimizer.num_updates != step:

@@ -1,4 +1,4 @@
-"""Tensors that come into being in groups, for those who ask for one after the other."""
+"""Tensors that are computed in groups and read one after the other."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ from internlm.utils.storage import StoragePath
 
 _FILE = re.compile(r"consolidated\.\d\d\.pth")
 _ROWS_SPLIT = (".wo.weight", ".w2.weight")
-"""Ends of names of matrices that are cut over their columns (inputs); others are cut over their rows."""
+"""Suffixes of the names of matrices that are split by columns (inputs); others are split by rows."""
 
 
 class MetaLlamaWeights:
-    """The weights of such a folder as a model of ours has them: a `WeightSource`.
+    """The weights of such a folder under the names and in the form of a model: a `WeightSource`.
 
     Args:
         path: the folder, on a local disk.
@@ -87,15 +87,15 @@ class MetaLlamaWeights:
         )
 
     def names(self) -> Collection[str]:
-        """Our names of what the files have, and the files' names of what the model has no place for."""
+        """The model's names of all weights in the files, and the files' names of tensors unknown to the model."""
         return [*self._shapes, *self._unexpected]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of them; of an unexpected one the shape in the first file."""
+        """Shape of a weight; of an unknown tensor, its shape in the first file."""
         return self._shapes[name] if name in self._shapes else self._files[0].entries()[name][0]
 
     def read(self, name: str) -> Tensor:
-        """One of them, whole."""
+        """A full weight."""
         return self._readers[name]() if name in self._shapes else self._files[0].read(name)
 
     def _translate(self, names: list[str]) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class MetaLlamaWeights:
 def _split_dim(
     name: str, shard: tuple[int, ...], whole: tuple[int, ...], num_files: int, path: StoragePath
 ) -> int | None:
-    """The dimension over which a tensor is cut; None: every file has all of it.
+    """The dimension by which a tensor is split; None: every file has the full tensor.
 
     Raises:
         CheckpointError: the files do not make up the shape that the model wants.

@@ -1,5 +1,6 @@
-"""Tensors of other programs' files that follow from the config or from other tensors: they are compared before they are
-dropped, for where they differ the file holds another model than its config says."""
+"""Tensors of other programs' files that follow from the config or from other tensors.
+
+They are compared before they are dropped: where they differ, the file holds another model than its config describes."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def is_buffer(name: str) -> bool:
 
 
 def buffer_difference(name: str, tensor: Tensor, rope: RopeSettings) -> str | None:
-    """How such a buffer differs from what the config gives, in words; None if it does not.
+    """Describes how such a buffer differs from what the config gives; None if it does not.
 
     Args:
         tensor: its values; on meta, only the size is compared.
@@ -51,7 +52,7 @@ def buffer_difference(name: str, tensor: Tensor, rope: RopeSettings) -> str | No
 
 
 def tied_difference(head: Tensor, embedding: Tensor) -> str | None:
-    """How a head that should be the embedding differs from it, in words; None if it does not."""
+    """Describes how a head that should be the embedding differs from it; None if it does not."""
     if head.shape != embedding.shape:
         return f"has shape {list(head.shape)}, the embedding {list(embedding.shape)}"
     embedding = embedding.to(head.dtype)

@@ -40,7 +40,7 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """A tensor in a file: what it is, and its first byte."""
+    """A tensor in a file: dtype, shape, and the offset of its first byte."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,12 +48,12 @@ class TensorLocation:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_safetensors(stream: BinaryIO, tensors: Mapping[str, LazyTensor]) -> int:
-    """Write a file; tensors are read and written one after the other.
+    """Write a file, one tensor at a time.
 
     Args:
         stream: only written to, front to back.
@@ -83,14 +83,14 @@ def write_safetensors(stream: BinaryIO, tensors: Mapping[str, LazyTensor]) -> in
 
 
 def _write_tensor(stream: BinaryIO, name: str, tensor: LazyTensor) -> None:
-    """A function of its own, so that the values are gone before the next are read."""
+    """A function of its own, so that the tensor is freed before the next one is read."""
     values = tensor.read()
     assert (tuple(values.shape), values.dtype) == (tuple(tensor.shape), tensor.dtype), name
     stream.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def read_header(stream: BinaryIO, size: int, where: str) -> dict[str, TensorLocation]:
-    """Where each tensor of a file lies.
+    """The location of each tensor of a file.
 
     Args:
         stream: at the file's first byte.
@@ -123,7 +123,7 @@ def read_header(stream: BinaryIO, size: int, where: str) -> dict[str, TensorLoca
 
 
 def read_tensor(stream: BinaryIO, location: TensorLocation, where: str) -> Tensor:
-    """One tensor, into memory of its own.
+    """Read a tensor into new memory.
 
     Raises:
         CheckpointError: the file ends before the tensor does.

@@ -15,9 +15,9 @@ from internlm.data.tokenize.special_tokens import AddedToken
 _BPE = 2
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _SPACE = "\u2581"
-"""What stands for a space in a piece."""
+"""Represents a space in a piece."""
 _NEVER = -1e6
-"""Score of pieces that are found as they are spelt, before the model chooses any."""
+"""Score of pieces that are matched literally, before the model chooses any."""
 
 
 def sentencepiece_json(path: Path, added: Mapping[int, AddedToken], ends: tuple[str | None, str | None]) -> bytes:

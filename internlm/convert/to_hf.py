@@ -1,4 +1,4 @@
-"""From a checkpoint of ours to a folder that transformers loads, one group of weights at a time."""
+"""Converts a checkpoint into a folder that transformers loads, one group of weights at a time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
-from internlm.checkpoint.folder import find_damage, read_manifest, resolve
+from internlm.checkpoint.manifest import find_damage, read_manifest
 from internlm.checkpoint.reading import read_config
 from internlm.checkpoint.run_state import MODEL_PREFIX
+from internlm.checkpoint.save_folder import resolve
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
@@ -57,11 +58,11 @@ def convert_to_hf(
 ) -> None:
     """Write a Hugging Face folder.
 
-    On a disk it gets its name when it is complete; in an object store config.json, without which nothing loads, comes
-    last.
+    On a disk it gets its name when it is complete. In an object store config.json, without which nothing loads, is
+    written last.
 
     Args:
-        checkpoint: a checkpoint, or a folder of them, of which the newest is taken.
+        checkpoint: a checkpoint, or a save folder, whose newest complete checkpoint is converted.
         out: must be new or empty.
         layout: "transformers": names and config of the library's own classes. "published": those of the family's
             published checkpoints, which may need code of theirs.
@@ -97,7 +98,7 @@ def convert_to_hf(
 
 
 def export_beside(checkpoint: StoragePath) -> None:
-    """Write `<step>_hf/` beside a complete checkpoint; replaces an older one. For `enable_internevo2hf_ckpt`.
+    """Write `<step>_hf/` beside a complete checkpoint, replacing an older one; for `enable_internevo2hf_ckpt`.
 
     Raises:
         as `convert_to_hf`.
@@ -116,7 +117,7 @@ def export_beside(checkpoint: StoragePath) -> None:
 
 
 def check_exportable(config: Config, layout: LayoutChoice = "transformers") -> None:
-    """Find out before a run whether its checkpoints can be exported.
+    """Check before a run that its checkpoints can be exported.
 
     Raises:
         CheckpointError, ConfigError: they cannot; says why.
@@ -229,7 +230,7 @@ def _tokenizer_of_run(config: Config) -> TokenizerFiles:
     try:
         return tokenizer_files(storage_path(Path(path)))
     except (CheckpointError, DataError) as error:
-        # Weights are worth having without it, and a run's folder may have been moved since.
+        # Weights are useful without a tokenizer, and its folder may have been moved since the run.
         logger.warning("no tokenizer beside the weights: data.tokenizer_path: %s", error)
         return TokenizerFiles()
 

@@ -1,4 +1,4 @@
-"""The files of a tokenizer that are put beside exported weights, and the token ids that go into their configs.
+"""The files of a tokenizer that are written beside exported weights, and the token ids in their configs.
 
 A served model must be given the ids it was trained on. So what transformers makes of the files is compared with the
 tokenizer that made the training data; where it differs, the same tokenizer is written in a form that does not.
@@ -40,12 +40,12 @@ _GENERIC_CLASS = "PreTrainedTokenizerFast"
 """transformers' name of the class that takes a tokenizer.json as it is; others build it anew by rules of their own."""
 _SIDES = ("the tokenizer of training", "transformers")
 _ADDING_BOS = ("Llama", "CodeLlama", "Gemma")
-"""Starts of the names of classes that put bos before a text unless their config says otherwise."""
+"""Prefixes of the names of classes that prepend bos to a text unless their config says otherwise."""
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What goes beside the weights.
+    """The files beside the weights.
 
     Attributes:
         files: name -> content.
@@ -61,7 +61,7 @@ class TokenizerFiles:
 
 
 def imported_files(folder: StoragePath, *, with_code: bool) -> TokenizerFiles:
-    """Those that lay beside the weights a checkpoint was imported from.
+    """The files that lay beside the weights that a checkpoint was imported from.
 
     Args:
         folder: `<checkpoint>/hf`.
@@ -86,7 +86,7 @@ def imported_files(folder: StoragePath, *, with_code: bool) -> TokenizerFiles:
 
 
 def tokenizer_files(path: StoragePath) -> TokenizerFiles:
-    """Those of a tokenizer: a Hugging Face folder, a tokenizer.json, or a SentencePiece .model.
+    """The files of a tokenizer: a Hugging Face folder, a tokenizer.json, or a SentencePiece .model.
 
     Raises:
         CheckpointError: there is none.
@@ -176,7 +176,7 @@ def served_alike(beside: TokenizerFiles, config: Mapping[str, Any], *, with_code
 
 
 _SERVED_ALIKE: dict[str, Mapping[str, bytes]] = {}
-"""The last answer: a run exports again and again, with the same tokenizer."""
+"""The last result: a run exports repeatedly with the same tokenizer."""
 
 
 def _key(beside: TokenizerFiles, config: Mapping[str, Any], with_code: bool) -> str:
@@ -221,7 +221,7 @@ def _refusal(where: str, difference: str) -> str:
 
 
 def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: TextTokenizer) -> str | None:
-    """How transformers reads the files otherwise than `trained`, in words; None if it does not."""
+    """Describes how transformers reads the files differently from `trained`; None if it does not."""
     with tempfile.TemporaryDirectory() as folder, _quiet_transformers():
         copy = _write({**files, CONFIG: json.dumps(config, default=str).encode()}, Path(folder))
         try:
@@ -247,7 +247,7 @@ def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its warnings about files that are only compared."""
+    """Suppresses transformers' warnings about files that are only compared."""
     from transformers.utils import logging as library
 
     before = library.get_verbosity()

@@ -15,7 +15,7 @@ from internlm.utils.storage import StoragePath
 logger = get_logger(__name__)
 
 _OPEN_AGAIN = 1 << 30
-"""Bytes read from a mapped file after which it is opened anew: its pages count as memory until it is closed."""
+"""Bytes read from a mapped file after which it is reopened: its pages count as memory until it is closed."""
 
 
 class TorchFile:
@@ -41,7 +41,7 @@ class TorchFile:
         }
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in memory of its own."""
+        """A tensor, copied into new memory."""
         tensor = self._open()[name].clone()
         self._bytes_read += tensor.nbytes
         if self._bytes_read > _OPEN_AGAIN:
@@ -49,7 +49,7 @@ class TorchFile:
         return tensor
 
     def close(self) -> None:
-        """Let go of the file's pages; reading goes on."""
+        """Release the pages of the file; reading continues."""
         self._tensors = {}
         self._bytes_read = 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
@@ -40,13 +39,6 @@ class LossScaler(Protocol):
         """Restore what `state_dict` returned."""
 
 
-class StateDtypes(Protocol):
-    """The dtypes of the optimizer's state."""
-
-    def moment_dtype(self, parameter: torch.dtype) -> torch.dtype:
-        """Dtype of the state, masters aside, of parameters of a dtype."""
-
-
 class Optimizer(Protocol):
     """An optimizer with sharded state.
 
@@ -60,9 +52,6 @@ class Optimizer(Protocol):
 
     @property
     def scaler(self) -> LossScaler: ...
-
-    @property
-    def form(self) -> StateDtypes: ...
 
     @property
     def loss_scale(self) -> Tensor:

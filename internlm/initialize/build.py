@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer
-from internlm.checkpoint.folder import Manifest, resolve
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.manifest import Manifest
 from internlm.checkpoint.reading import CONFIG_FILE
 from internlm.checkpoint.run_state import load_weights
+from internlm.checkpoint.save_folder import resolve
 from internlm.checkpoint.stop_file import StopFileHook
 from internlm.config.loader import check_config
 from internlm.config.schema import Config

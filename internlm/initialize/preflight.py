@@ -11,16 +11,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from internlm.checkpoint.folder import (
-    WHOLE_RUN,
-    FoundCheckpoint,
-    Manifest,
-    check_contents,
-    find_checkpoints,
-    read_manifest,
-    resolve,
-)
 from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.manifest import WHOLE_RUN, Manifest, check_contents, read_manifest
+from internlm.checkpoint.save_folder import FoundCheckpoint, find_checkpoints, resolve
 from internlm.config.schema import Config
 from internlm.convert.checkpoint_types import open_weights
 from internlm.core.context.parallel_context import ParallelContext

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import internlm.checkpoint.dcp_storage as dcp_storage
 from internlm.checkpoint.boxed_tensor import BoxedTensor, BoxSavePlanner
 from internlm.checkpoint.dcp_storage import StorageReader
-from internlm.checkpoint.folder import find_damage, read_manifest
+from internlm.checkpoint.manifest import find_damage, read_manifest
 from internlm.checkpoint.reading import load_tensors
 from internlm.checkpoint.saving import SaveTask, complete, make_plan, write_part
 from internlm.core.parallel.shard_spec import Box

@@ -16,11 +16,12 @@ from helpers.full_disk import no_file_larger_than
 from helpers.ranks import RankPool
 from helpers.runs import assert_same_bits, new_trainer, steps_in, train, weights_of
 
-from internlm.checkpoint import folder as folders
+from internlm.checkpoint import save_folder
 from internlm.checkpoint.background import SharedMemory
-from internlm.checkpoint.folder import find_checkpoints, read_manifest
 from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.manifest import read_manifest
 from internlm.checkpoint.run_state import load_weights
+from internlm.checkpoint.save_folder import find_checkpoints
 from internlm.checkpoint.tensor_files import TensorReader, write_weights
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
@@ -384,7 +385,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_the_new_one_counts
     manager = CheckpointManager(tmp_path, keep_latest=1)
     manager.save(trainer)
     trainer.state.step = 3
-    monkeypatch.setattr(folders, "remove_checkpoint", full_disk)
+    monkeypatch.setattr(save_folder, "remove_checkpoint", full_disk)
     manager.save(trainer)
     manager.finish()
     notice = "older checkpoints could not be removed: [Errno 28] No space left on device"

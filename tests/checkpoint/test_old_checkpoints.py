@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from helpers.configs import small_config
 
-from internlm.checkpoint.folder import Manifest
 from internlm.checkpoint.inspect import changed_values, config_of
+from internlm.checkpoint.manifest import Manifest
 from internlm.checkpoint.reading import CONFIG_FILE, read_config
 from internlm.config.compare import changes_between
 from internlm.config.schema import Config

@@ -12,8 +12,8 @@ import torch
 from helpers.ranks import RankPool
 from helpers.runs import assert_same_bits, new_trainer, steps_in, train
 
-from internlm.checkpoint import folder as folders
-from internlm.checkpoint.folder import resolve
+from internlm.checkpoint import save_folder
+from internlm.checkpoint.save_folder import resolve
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import storage_path
 
@@ -205,9 +205,9 @@ def test_all_ranks_resume_from_what_the_main_rank_sees(tmp_path: Path, ranks: Ca
 
 def newest_with_a_stale_view(folder: str) -> str:
     trainer = new_trainer(folder, 5)
-    real = folders.find_checkpoints
-    folders.find_checkpoints = lambda *args: real(*args)[:-1] if trainer.context.rank == 1 else real(*args)
+    real = save_folder.find_checkpoints
+    save_folder.find_checkpoints = lambda *args: real(*args)[:-1] if trainer.context.rank == 1 else real(*args)
     try:
         return str(trainer.checkpointer.candidates(trainer.context)[-1].path)  # type: ignore[union-attr]
     finally:
-        folders.find_checkpoints = real
+        save_folder.find_checkpoints = real

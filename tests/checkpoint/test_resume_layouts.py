@@ -45,6 +45,7 @@ def trainer_of(engine: Any, context: ParallelContext) -> Any:
         hooks=[],
         notify_checkpoint_loaded=lambda path: None,
         num_skipped_updates=torch.zeros(()),
+        tell_loaded=lambda path: None,
     )
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
 from internlm.apis.generation import generate
-from internlm.checkpoint.inference import load_model_for_inference
+from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.checkpoint.reading import CONFIG_FILE
 from internlm.cli import main
 from internlm.config.schema import Config

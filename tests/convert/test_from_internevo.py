@@ -11,8 +11,8 @@ from helpers.internevo_format import Checkpoint, Split, write
 from helpers.internevo_models import FAMILIES, model_of, section_of
 from helpers.model import tiny_model
 
-from internlm.checkpoint.inference import load_model_for_inference
 from internlm.checkpoint.internevo import is_internevo
+from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.cli import main
 from internlm.convert.from_internevo import Imported, import_internevo

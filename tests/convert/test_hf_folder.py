@@ -14,7 +14,7 @@ from helpers.model import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from internlm.checkpoint.inference import load_model_for_inference
+from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.cli import main
 from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.hf_folder import HfFolder, HfWeights

@@ -18,7 +18,7 @@ from helpers.internevo_optimizer_format import KINDS, State, Zero, parallel_mode
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.checkpoint.folder import read_manifest
+from internlm.checkpoint.manifest import read_manifest
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.cli import main
 from internlm.config.loader import load_config

@@ -17,7 +17,7 @@ from helpers.hf_folders import (
     tensors_of,
 )
 
-from internlm.checkpoint.inference import load_model_for_inference
+from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.to_hf import LayoutChoice, convert_to_hf
 from internlm.utils.storage import storage_path

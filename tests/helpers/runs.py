@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from helpers.tiny import global_batch, tiny_engine, tiny_model
-from internlm.checkpoint.folder import find_checkpoints
 from internlm.checkpoint.hook import CheckpointHook
 from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.save_folder import find_checkpoints
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import Hook

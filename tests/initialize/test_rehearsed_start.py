@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.commands import write_config
 
-from internlm.checkpoint.folder import Manifest, begin_writing, finish_writing
+from internlm.checkpoint.manifest import Manifest
+from internlm.checkpoint.save_folder import begin_writing, finish_writing
 from internlm.cli import main
 from internlm.config.loader import load_config
 from internlm.utils.storage import storage_path

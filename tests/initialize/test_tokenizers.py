@@ -14,7 +14,7 @@ from helpers.hf_folders import save_native
 from helpers.model import tiny_model
 
 from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
-from internlm.checkpoint.folder import resolve
+from internlm.checkpoint.save_folder import resolve
 from internlm.cli import main
 from internlm.config.loader import load_config
 from internlm.config.schema import Config

@@ -17,6 +17,7 @@ from internlm.checkpoint.tensor_files import TensorReader
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.solver.optimizer.state_form import StateForm
+from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import storage_path
 
 
@@ -100,5 +101,5 @@ def test_unknown_hyper_parameters_are_refused() -> None:
 def test_the_state_of_another_rule_is_refused(tmp_path: Path) -> None:
     train(tmp_path, 2, every=2)
     other = new_trainer(tmp_path, 3, rule=SignMomentum())
-    with pytest.raises(Exception, match="the optimizer state of the checkpoint does not fit this optimizer"):
+    with pytest.raises(CheckpointError, match="the optimizer state of the checkpoint does not fit this optimizer"):
         new_trainer(tmp_path, 3).checkpointer.load(other, tmp_path / "2")  # type: ignore[union-attr]

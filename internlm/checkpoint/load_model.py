@@ -1,4 +1,4 @@
-"""A checkpoint as a model that talks: weights only, on one device, without optimizer, data or process groups."""
+"""Loads the model of a checkpoint for inference: weights on one device, without optimizer, data or process groups."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from internlm.checkpoint.folder import resolve
 from internlm.checkpoint.reading import check_files, load_tensors, read_config
 from internlm.checkpoint.run_state import model_tensors
+from internlm.checkpoint.save_folder import resolve
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
@@ -20,11 +20,11 @@ from internlm.utils.storage import StoragePath, storage_path
 def load_model_for_inference(
     path: StoragePath | Path | str, device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, Config]:
-    """The model of a checkpoint, in eval mode, and the config it was trained with.
+    """The model of a checkpoint, in evaluation mode, and the config it was trained with.
 
     Args:
-        path: a checkpoint folder, or a folder of checkpoints, of which the newest complete one is taken.
-        device: where the weights go.
+        path: a checkpoint, or a save folder, whose newest complete checkpoint is loaded.
+        device: device of the weights.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged.

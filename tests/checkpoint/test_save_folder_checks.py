@@ -11,9 +11,10 @@ import pytest
 from helpers.commands import metrics_of, start_training, write_config
 from helpers.runs import new_trainer, steps_in
 
-from internlm.checkpoint import folder as folders
-from internlm.checkpoint.folder import SNAPSHOT_SLOTS, Manifest, begin_writing, finish_writing, why_not_ours
+from internlm.checkpoint import save_folder
 from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.manifest import Manifest
+from internlm.checkpoint.save_folder import SNAPSHOT_SLOTS, begin_writing, finish_writing, why_not_ours
 from internlm.utils.errors import CheckpointError, StorageError
 from internlm.utils.storage import StoragePath, storage_path
 
@@ -221,7 +222,7 @@ def test_in_an_object_store_a_killed_save_is_ours_and_other_objects_are_not(trai
         manager.finish()
     assert why_not_ours(final, 2) is None
     assert steps_in(url) == [2]
-    assert folders.UNFINISHED not in final.names()
+    assert save_folder.UNFINISHED not in final.names()
 
 
 def test_a_replacement_that_is_killed_at_any_instant_leaves_what_the_next_save_may_replace(
