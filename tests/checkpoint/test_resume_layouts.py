@@ -43,7 +43,7 @@ def trainer_of(engine: Any, context: ParallelContext) -> Any:
         context=context,
         train_loader=None,
         hooks=[],
-        tell_loaded=lambda path: None,
+        notify_checkpoint_loaded=lambda path: None,
         num_skipped_updates=torch.zeros(()),
     )
 
