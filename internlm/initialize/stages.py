@@ -155,7 +155,7 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
             compile_layers(chunk, cuda_graphs=has_graphs)
     if config.parallel.uses_fsdp:
         for chunk in chunks:
-            scales = parallel_of(chunk).whole_scales if config.float8.gather_weights else None
+            scales = parallel_of(chunk).weight_scales if config.float8.gather_weights else None
             apply_fsdp(chunk, context, reduce_dtype=reduce_dtype(config), float8_scales=scales)
     arrange_activations(config, chunks, context.layout, context.device)
     return chunks

@@ -9,8 +9,9 @@ from torch import nn
 
 from internlm.core.compilation import cuda_graphs as graphs
 from internlm.core.parallel.layers import layers_of
-from internlm.core.parallel.linear.parallel_linear import ParallelLinear
+from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.model_parallel import parallel_of
+from internlm.core.parallel.ulysses_attention import UlyssesAttention
 from internlm.model.decoder import DecoderLayer
 from internlm.utils.cpp_extension import cpp_compiler, cpp_compilers
 from internlm.utils.errors import ConfigError
@@ -38,9 +39,13 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
         graphs.prepare_passes(model)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for module in model.modules():
-        if isinstance(module, ParallelLinear):
+        if isinstance(module, ParallelGroupedLinear | ParallelLinear):
             # Not where the class is defined: it would bring the compiler, a second's import, to all who never compile.
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        if isinstance(module, UlyssesAttention):
+            # The exchanges alone: what is between them is compiled.
+            module.gather_tokens = torch.compiler.disable(module.gather_tokens)  # type: ignore[method-assign]
+            module.scatter_tokens = torch.compiler.disable(module.scatter_tokens)  # type: ignore[method-assign]
     for layer in layers_of(model):
         # The forward function and not the module: a hook that waits for weights cannot be compiled.
         if not parallel_of(model).replaces_linears:

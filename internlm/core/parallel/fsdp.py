@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp_float8 import gather_in_float8
 from internlm.core.parallel.layers import layers_of
-from internlm.core.parallel.linear.weight_scales import WholeScales
+from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
 from internlm.utils.errors import ConfigError
 
@@ -33,7 +33,7 @@ def apply_fsdp(
     context: ParallelContext,
     *,
     reduce_dtype: torch.dtype = torch.float32,
-    float8_scales: WholeScales | None = None,
+    float8_scales: WeightScales | None = None,
 ) -> nn.Module:
     """Split every weight by rows over the `zero` ranks, layer by layer. Changes and returns `model`.
 
@@ -122,7 +122,7 @@ def reshard(model: nn.Module) -> None:
     """
     parallel = getattr(model, "parallel", None)
     if parallel is not None:
-        parallel.whole_scales.forget()
+        parallel.weight_scales.forget()
     for module in _fsdp_modules(model):
         module.reshard()
 

@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from internlm.core.parallel.linear.parallel_linear import ParallelLinear
-from internlm.core.parallel.linear.weight_scales import WholeScales
+from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.model.modules.linear import Float8Linear
 from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, quantize
 from internlm.model.ops.float8.weight_tensor import Float8Weight
 
 
-def gather_in_float8(model: nn.Module, scales: WholeScales, tensor_group: dist.ProcessGroup | None) -> None:
+def gather_in_float8(model: nn.Module, scales: WeightScales, tensor_group: dist.ProcessGroup | None) -> None:
     """Let every linear layer that multiplies in float8 get its weight in float8; after `fully_shard`.
 
     The scale of a weight is that of the whole, so that the values are those of gathering the weight as it is and then
@@ -47,15 +47,15 @@ def _float8_weights(model: nn.Module) -> Iterator[list[Tensor]]:
     for module in model.modules():
         if isinstance(module, Float8Linear):
             yield [module.weight]
-        elif isinstance(module, ParallelLinear) and module.group is not None and module.group.products.is_float8:
-            yield [part.weight for part in module.parts()]
+        elif isinstance(module, ParallelLinear) and module.group.kernels.is_float8:
+            yield [shard.weight for shard in module.shards()]
 
 
 class _Weights(NamedTuple):
     """The weights that have their scales computed together: all of the model, in two all-reduces a step at most."""
 
     parts: Sequence[Sequence[DTensor]]
-    scales: WholeScales
+    scales: WeightScales
     tensor_group: dist.ProcessGroup | None
 
     def scale(self, number: int, zero_group: dist.ProcessGroup) -> Tensor:

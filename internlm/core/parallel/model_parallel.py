@@ -7,6 +7,7 @@ This class is the trivial mode: weights and activations are whole on every rank,
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear.kernels import Float8Products, Products, refuse_odd_shape
+from internlm.core.parallel.linear.kernels import Float8Kernels, LinearKernels, refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import (
     InputExchange,
     LinearGroup,
@@ -24,9 +25,10 @@ from internlm.core.parallel.linear.parallel_linear import (
     WeightStore,
 )
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
-from internlm.core.parallel.linear.weight_scales import WholeScales
+from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.core.parallel.weight_splits import Part
+from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.roles import HeadShape, Role
@@ -85,15 +87,13 @@ class ModelParallel:
         weight_gradients: where linear layers leave gradients that come later.
         heads: of the model's attention, or None.
         has_tied_head: the output head is the embedding.
-        whole_scales: of weights that are gathered in float8.
+        weight_scales: of weights that are gathered in float8.
         token_axes: axes of the activation view whose ranks compute the loss of different tokens.
-        adds_bias_after_reduction: the bias of ROW layers is added once, to the sum over ranks.
         scale_axis: axis of the activation view over which inputs or weights of linear layers are split when they are
             multiplied, if any.
     """
 
     token_axes: ClassVar[tuple[str, ...]] = ("data",)
-    adds_bias_after_reduction: ClassVar[bool] = False
     scale_axis: ClassVar[str | None] = None
 
     def __init__(
@@ -109,11 +109,13 @@ class ModelParallel:
         self.weight_gradients = weight_gradients
         self.heads = heads
         self.has_tied_head = has_tied_head
-        self.whole_scales = WholeScales()
+        self.weight_scales = WeightScales()
 
     # -- what each rank holds -------------------------------------------------------------------------------------
 
-    def place(self, name: str, attribute: str, shape: tuple[int, ...], role: Role) -> list[Part]:
+    def place(
+        self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
+    ) -> list[Part]:
         """The local parameters that hold this rank's part of a global one.
 
         Args:
@@ -121,17 +123,23 @@ class ModelParallel:
             attribute: its last part, "weight" or "bias".
             shape: of the whole.
             role: of the module.
+            heads: all heads of its attention block; for attention roles.
 
         Raises:
             ConfigError: it cannot be split as the layout asks.
         """
         return [Part(attribute, ShardSpec.whole(name, shape))]
 
-    def local_heads(self) -> HeadShape | None:
-        """The heads that this rank's attention works on."""
-        return self.heads
+    def local_heads(self, heads: HeadShape) -> HeadShape:
+        """Heads of an attention block -> those that the outputs of its projections have on this rank."""
+        return heads
 
     # -- linear layers and embedding ------------------------------------------------------------------------------
+
+    @property
+    def splits_tokens_of_linears(self) -> bool:
+        """Whether linear layers of attention give a part of the tokens, so that an `InnerAttention` must join them."""
+        return False
 
     @property
     def replaces_linears(self) -> bool:
@@ -139,22 +147,22 @@ class ModelParallel:
         return self.options.postpone_weight_gradients
 
     def make_group(self, name: str, layers: list[ParallelLinear]) -> LinearGroup:
-        """Join layers that share an input."""
+        """Join layers that are computed together from one input."""
         role = layers[0].role
-        products = Products()
+        kernels = LinearKernels()
         if self.is_float8(name):
-            weights = [part.weight for layer in layers for part in layer.parts()]
+            weights = [shard.weight for layer in layers for shard in layer.shards()]
             for weight in weights:
                 refuse_odd_shape(name, shard_spec_of(weight))
             on_hardware = float8.runs_on_hardware(self.context.device)
-            products = Float8Products(
+            kernels = Float8Kernels(
                 self.context,
                 self.scale_axis,
                 weights[0].dtype,
                 compiles_casts=self.options.compile_casts,
                 on_hardware=on_hardware,
             )
-        return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, products)
+        return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, kernels)
 
     def is_float8(self, name: str) -> bool:
         """Whether a linear layer of this name multiplies in float8."""
@@ -169,13 +177,18 @@ class ModelParallel:
         """Where linear layers get their weights."""
         return LocalWeights()
 
-    def prepare_input(self, role: Role, x: Tensor) -> Tensor:
-        """Called with the input of each linear layer."""
-        return x
+    def finish_output(self, role: Role) -> Callable[[Tensor], Tensor] | None:
+        """What completes the output of a linear layer of this role before its bias is added; None: nothing."""
+        return None
 
-    def finish_output(self, role: Role, out: Tensor) -> Tensor:
-        """Called with the output of each linear layer, before a bias that is added last."""
-        return out
+    def inner_attention(self, inner: InnerAttention, heads: HeadShape) -> nn.Module:
+        """The module that takes the place of an attention block's `InnerAttention`.
+
+        Args:
+            inner: runs on full sequences.
+            heads: all heads of the block.
+        """
+        return inner
 
     def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         """Token ids int64 `[B, S]` -> this rank's part of the residual stream, `[B, S', h]`.
@@ -210,7 +223,7 @@ class ModelParallel:
     def end_backward(self) -> None:
         """Called after the last backward pass of a step: all weight gradients are delivered."""
         self.weight_gradients.finish()
-        self.whole_scales.forget()
+        self.weight_scales.forget()
 
 
 def parallel_of(model: nn.Module) -> ModelParallel:

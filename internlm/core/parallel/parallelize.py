@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.kernels import refuse_odd_shape
-from internlm.core.parallel.linear.parallel_linear import ParallelLinear
+from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.materialize import draw
 from internlm.core.parallel.model_parallel import ModelParallel, ParallelOptions
@@ -24,9 +24,10 @@ from internlm.core.parallel.modes.msp import Msp
 from internlm.core.parallel.modes.mtp import COLUMN_ROLES, ROW_ROLES, Mtp
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
 from internlm.model.initialization import initializer_of
-from internlm.model.modules.linear import Float8Linear
+from internlm.model.modules.inner_attention import InnerAttention
+from internlm.model.modules.linear import Float8Linear, GroupedLinear
 from internlm.model.ops.float8 import scaled_gemm as float8
-from internlm.model.roles import Role
+from internlm.model.roles import HeadShape, Role
 
 _MODES: dict[str, type[ModelParallel]] = {"mtp": Mtp, "msp": Msp, "fsp": Fsp, "isp": Isp}
 
@@ -95,10 +96,7 @@ def parallelize(
     for name, parameters in local.items():
         _install(model, name, roles.get(name, Role.REPLICATED), parameters, parallel)
     _join_layers(model, parallel)
-    heads = parallel.local_heads()
-    for module in model.modules():
-        if heads is not None and hasattr(module, "use_local_heads"):
-            module.use_local_heads(heads)  # type: ignore[operator]
+    _split_attention(model, parallel)
     model.parallel = parallel  # type: ignore[assignment]
     return model.to(context.device)
 
@@ -150,7 +148,8 @@ def _place(model: nn.Module, parallel: ModelParallel) -> Iterator[Placed]:
             full_name = f"{module_name}.{attribute}" if module_name else attribute
             # A weight used twice (tied embeddings) is one parameter under its first name.
             name, role = first.setdefault(parameter, (full_name, roles.get(module_name, Role.REPLICATED)))
-            for part in parallel.place(name, attribute, tuple(parameter.shape), role):
+            heads = _heads_of(model.get_submodule(module_name.rpartition(".")[0]), parallel)
+            for part in parallel.place(name, attribute, tuple(parameter.shape), role, heads):
                 yield Placed(module_name, part.attribute, part.spec, parameter)
 
 
@@ -180,7 +179,7 @@ def _install(
     module = model.get_submodule(name)
     if parallel.replaces_linears and role in (*COLUMN_ROLES, *ROW_ROLES):
         _refuse_unless(module, nn.Linear, name, role)
-        _exchange_module(model, name, ParallelLinear(parameters, role, parallel))
+        _exchange_module(model, name, ParallelLinear(parameters, role, parallel.finish_output(role)))
     elif parallel.replaces_linears and role is Role.EMBEDDING:
         _refuse_unless(module, nn.Embedding, name, role)
         _exchange_module(model, name, ParallelEmbedding(parameters["weight"], parallel))
@@ -205,13 +204,55 @@ def _exchange_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _join_layers(model: nn.Module, parallel: ModelParallel) -> None:
-    """Column layers of one parent share their input; a row layer is a group of its own."""
-    groups: dict[str, tuple[str, list[ParallelLinear]]] = {}
+    """Let the layers of each `GroupedLinear` be computed together; any other layer is a group of its own."""
+    first: dict[nn.Module, tuple[str, GroupedLinear]] = {}
+    grouped: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, ParallelLinear):
-            parent = name.rpartition(".")[0]
-            kind = "feed_forward" if module.role in (Role.COLUMN, Role.COLUMN_PAIR) else "attention"
-            key = f"{parent}/{kind}" if module.role in COLUMN_ROLES else name
-            groups.setdefault(key, (name, []))[1].append(module)
-    for name, layers in groups.values():
-        parallel.make_group(name, layers)
+        if isinstance(module, GroupedLinear):
+            layers = module.layers()
+            first[layers[0]] = name, module
+            grouped.update(layers[1:])
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, ParallelLinear) or module in grouped:
+            continue
+        if module not in first:
+            parallel.make_group(name, [module])
+            continue
+        path, joint = first[module]
+        layers = joint.layers()
+        refused = [type(layer).__name__ for layer in layers if not isinstance(layer, ParallelLinear)]
+        if refused:
+            raise ValueError(f"layers of '{path}' need roles of linear layers, all or none: {joint.names}")
+        group = parallel.make_group(name, [layer for layer in layers if isinstance(layer, ParallelLinear)])
+        _exchange_module(model, path, ParallelGroupedLinear(group))
+
+
+def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
+    """Let every attention block work on this rank's part of its heads or tokens.
+
+    Raises:
+        ValueError: a block cannot be split, as its heads or its `InnerAttention` are not known.
+    """
+    for name, module in list(model.named_modules()):
+        heads = _heads_of(module, parallel)
+        if heads is not None and hasattr(module, "use_local_heads"):
+            module.use_local_heads(parallel.local_heads(heads))
+        for child_name, child in list(module.named_children()):
+            if isinstance(child, InnerAttention):
+                if heads is None:
+                    raise ValueError(f"attention '{name}' needs an attribute heads, a HeadShape, or the model does")
+                setattr(module, child_name, parallel.inner_attention(child, heads))
+    for name, role in roles_by_module(model).items():
+        block = name.rpartition(".")[0]
+        has_inner = any(isinstance(m, InnerAttention) for m in model.get_submodule(block).modules())
+        if role is Role.ATTENTION_OUT and parallel.splits_tokens_of_linears and not has_inner:
+            raise ValueError(
+                f"attention '{block}' gets a part of each sequence in mode isp: put an InnerAttention between its "
+                f"projections and '{name}'"
+            )
+
+
+def _heads_of(block: nn.Module, parallel: ModelParallel) -> HeadShape | None:
+    """The heads of an attention block: its own, or those of the model."""
+    heads: HeadShape | None = getattr(block, "heads", None)
+    return heads or parallel.heads

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from internlm.model.modules.linear import make_linear
+from internlm.model.modules.linear import GroupedLinear, make_linear
 from internlm.model.ops.gated_activation import fused_gated_activation, gated_activation
 
 if TYPE_CHECKING:
@@ -22,9 +22,11 @@ class FeedForward(nn.Module):
         std = a.init.ffn_up
         if a.fused_gate_up:
             self.w13 = make_linear(a, a.hidden_size, 2 * a.intermediate_size, a.mlp_bias, std)
+            self.gate_up = GroupedLinear(self, "w13")
         else:
             self.w1 = make_linear(a, a.hidden_size, a.intermediate_size, a.mlp_bias, std)
             self.w3 = make_linear(a, a.hidden_size, a.intermediate_size, a.mlp_bias, std)
+            self.gate_up = GroupedLinear(self, "w1", "w3")
         self.w2 = make_linear(a, a.intermediate_size, a.hidden_size, a.mlp_bias, a.init.ffn_other, into_residual=True)
         self.fused = a.fused_gate_up
         self.activation = a.activation
@@ -32,6 +34,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
+        projected = self.gate_up(x)
         if self.fused:
-            return self.w2(fused_gated_activation(self.w13(x), self.activation))
-        return self.w2(gated_activation(self.w1(x), self.w3(x), self.activation, fused_kernels=self.fused_kernels))
+            # Not two views: the fused function writes one gradient for both halves.
+            return self.w2(fused_gated_activation(projected[0], self.activation))
+        gate, up = projected
+        return self.w2(gated_activation(gate, up, self.activation, fused_kernels=self.fused_kernels))

@@ -1,4 +1,4 @@
-"""Linear layers with the initialisation of the model, and those that multiply in float8."""
+"""Linear layers: plain, grouped by the input that they share, and with float8 GEMMs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, multiplied by `internlm.model.ops.linear`."""
+    """nn.Linear whose GEMMs are those of `internlm.model.ops.linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
@@ -49,8 +49,35 @@ def make_linear(
     return layer
 
 
+class GroupedLinear(nn.Module):
+    """Linear layers of one module that share an input: called once for all their outputs.
+
+    Holds no parameter: the layers stay children of the module that owns them, so names of weights do not depend on the
+    grouping. A parallel mode puts a module in its place that exchanges the input once for the group.
+
+    Args:
+        owner: module whose children the layers are.
+        names: attributes of the layers in `owner`, in the order of the outputs.
+    """
+
+    def __init__(self, owner: nn.Module, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        # In a tuple, as a module that is assigned would become a child.
+        self._owner = (owner,)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`[..., in]` -> `[..., out]` of each layer."""
+        return tuple(layer(x) for layer in self.layers())
+
+    def layers(self) -> list[nn.Module]:
+        """The layers, in the order of the outputs."""
+        (owner,) = self._owner
+        return [getattr(owner, name) for name in self.names]
+
+
 class Float8Linear(nn.Module):
-    """A linear layer that multiplies in float8; its parameters are those of nn.Linear.
+    """A linear layer that runs its GEMMs in float8; its parameters are those of nn.Linear.
 
     Args:
         weight: `[out, in]`.

@@ -93,7 +93,7 @@ def linear_cross_entropy(
 
 def float8_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight^T` of both rounded to e4m3; in the gradients the output's gradient is rounded to e5m2."""
-    result: Tensor = _Float8Linear.apply(x, weight)
+    result: Tensor = _RoundedLinear.apply(x, weight)
     return result
 
 
@@ -115,7 +115,7 @@ def rounded_to_float8(x: Tensor, format: torch.dtype) -> Tensor:
     return ((scaled / step).round() * step * scale).to(x.dtype)
 
 
-class _Float8Linear(torch.autograd.Function):
+class _RoundedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         x8, weight8 = (rounded_to_float8(tensor, FORWARD_FORMAT) for tensor in (x, weight))

@@ -35,7 +35,7 @@ def train(
         # Traces everything as for a device, and runs PyTorch's own operations: the bits must be the same.
         compile_layers(model, backend="aot_eager")
     if fsdp:
-        apply_fsdp(model, context, float8_scales=parallel_of(model).whole_scales)
+        apply_fsdp(model, context, float8_scales=parallel_of(model).weight_scales)
     engine = tiny_engine(context, model=model, clip_grad_norm=0.5, reduce_bucket_size=3000)
     index, size = context.index("data"), context.size("data")
     losses = [float(engine.train_step(global_batch(step, 4, index, size), 1e-2).loss) for step in range(2)]

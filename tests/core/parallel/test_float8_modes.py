@@ -23,7 +23,7 @@ from internlm.core.communication.exchange import own_part
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.parallel_linear import ParallelLinear
-from internlm.core.parallel.linear.weight_scales import WholeScales
+from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import shard_spec_of
@@ -241,7 +241,7 @@ def test_only_linear_layers_of_the_chosen_layers_are_exchanged() -> None:
             name
             for name, module in model.named_modules()
             if isinstance(module, Float8Linear)
-            or (isinstance(module, ParallelLinear) and module.group is not None and module.group.products.is_float8)
+            or (isinstance(module, ParallelLinear) and module.group.kernels.is_float8)
         }
         projections = ("attention.wqkv",) if family == "INTERNLM2" else tuple(f"attention.w{x}" for x in "qkv")
         names = (*projections, "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
@@ -303,7 +303,7 @@ def test_inputs_are_kept_in_float8(options: dict[str, Any]) -> None:
 def test_a_rank_without_rows_has_no_say_in_a_scale() -> None:
     large, none, small = torch.full((4, 16), 3.0), torch.empty(0, 16), torch.full((2, 16), 1.0)
     weights = [large], [none], [none, small, large], [small, none]
-    scales = WholeScales()
+    scales = WeightScales()
     first, second, third, fourth = scales.of("a", weights, ())
     assert first == third == 2.0**-7 and fourth == 2.0**-8 and 0 < second < 2.0**-100
     large.fill_(1000.0)

@@ -38,7 +38,7 @@ def train(in_float8: bool, changes: dict[str, Any], layout: ParallelLayout | Non
         model = build_model("INTERNLM2", config)
     parallelize(model, context, seed=7, options=ParallelOptions(float8_layers=FLOAT8_LAYERS))
     spread_out(model, context)
-    apply_fsdp(model, context, float8_scales=parallel_of(model).whole_scales if in_float8 else None)
+    apply_fsdp(model, context, float8_scales=parallel_of(model).weight_scales if in_float8 else None)
     engine = tiny_engine(context, model=model, clip_grad_norm=0.5, reduce_bucket_size=3000)
     # A rate that moves weights across powers of two: a scale of the step before would be wrong.
     with Traffic() as traffic:

@@ -1,6 +1,6 @@
-"""How a group of linear layers multiplies: in the dtype of its operands, or in float8.
+"""GEMMs of a group of linear layers that share an input: in the dtype of their operands, or in float8.
 
-The layers of a group share an input. What is multiplied is called an operand: a tensor, or a float8 one (`Scaled`).
+An operand of a GEMM is a tensor, or one in float8 (`Scaled`).
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ from internlm.utils.errors import ConfigError
 Operand = Tensor | Scaled
 
 Casts = tuple[Callable[..., Tensor], Callable[..., Scaled]]
-"""`amax_of` and `quantize`, compiled for tensors of any shape or not."""
+"""`amax_of` and `quantize`, either compiled for tensors of any shape or not."""
 
 
-class Products:
-    """In the dtype of the operands. Shapes: an input `[..., in]`, a weight `[out, in]`, a gradient `[..., out]`."""
+class LinearKernels:
+    """GEMMs in the dtype of the operands. Shapes: input `[..., in]`, weight `[out, in]`, gradient `[..., out]`."""
 
     is_float8: ClassVar[bool] = False
     """Whether a weight may also come as a `Scaled`."""
 
-    def scales(self, x: Tensor, weights: Sequence[Sequence[Operand]]) -> Tensor | None:
-        """Scales of the input and then of each layer's weight, of which it may hold several parts."""
+    def compute_scales(self, x: Tensor, weights: Sequence[Sequence[Operand]]) -> Tensor | None:
+        """Scales of the input and then of each layer's weight, of which it may hold several shards."""
         return None
 
-    def input(self, x: Tensor, scales: Tensor | None) -> Operand:
-        """The input as it is multiplied."""
+    def quantize_input(self, x: Tensor, scales: Tensor | None) -> Operand:
+        """The input as an operand."""
         return x
 
-    def kept(self, x: Operand) -> Tensor:
-        """What of it is kept for backward."""
+    def saved_input(self, x: Operand) -> Tensor:
+        """The tensor of that operand which is saved for backward."""
         assert isinstance(x, Tensor)
         return x
 
-    def kept_input(self, kept: Tensor, scales: Tensor | None) -> Operand:
-        """The input as it is multiplied, from what was kept."""
-        return kept
+    def restore_input(self, saved: Tensor, scales: Tensor | None) -> Operand:
+        """The operand of a saved tensor."""
+        return saved
 
-    def weight(self, weight: Operand, scales: Tensor | None, layer: int) -> Operand:
-        """The weight, or a part of it, of one of the layers as it is multiplied."""
+    def quantize_weight(self, weight: Operand, scales: Tensor | None, layer: int) -> Operand:
+        """A weight, or a shard of it, of one of the layers as an operand."""
         return weight
 
-    def gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Operand]]:
-        """Gradients of each layer's outputs as they are multiplied."""
+    def quantize_gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Operand]]:
+        """Gradients of each layer's outputs as operands."""
         return [list(own) for own in grads]
 
     def output(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
@@ -84,12 +84,12 @@ class Products:
 
 
 def refuse_odd_shape(name: str, spec: ShardSpec) -> None:
-    """For the weight `[out, in]` of a layer that is to multiply in float8.
+    """Check the weight `[out, in]` of a layer that is to run its GEMMs in float8.
 
     Raises:
-        ConfigError: the hardware cannot, as it works in tiles.
+        ConfigError: its shape does not fit the tiles of the hardware.
     """
-    # Weights of the weight view are gathered before they are multiplied.
+    # Weights of the weight view are gathered before the GEMM.
     shape = spec.global_shape if spec.view == "weight" else spec.local_shape
     if any(size % MULTIPLE for size in shape):
         raise ConfigError(
@@ -100,34 +100,35 @@ def refuse_odd_shape(name: str, spec: ShardSpec) -> None:
 
 @cache
 def _compiled_casts() -> Casts:
-    # Not as whole graphs: tensors of more kinds than PyTorch compiles for are then cast as if nothing was compiled.
+    # Without fullgraph: beyond the recompile limit the casts run eagerly instead of failing.
     compiled_amax = torch.compile(amax_of, dynamic=True)
     compiled_quantize = torch.compile(quantize, dynamic=True)
 
-    # Lines of numbers without history: what is kept apart as another kind of tensor is compiled anew.
-    def amax_of_lines(*tensors: Tensor) -> Tensor:
+    # Flat and detached, as other ranks of tensors and those that require gradients would be compiled separately.
+    def amax_of_flat(*tensors: Tensor) -> Tensor:
         return compiled_amax(*(tensor.detach().flatten() for tensor in tensors))
 
-    def quantize_line(tensor: Tensor, scale: Tensor, format: torch.dtype) -> Scaled:
-        line = compiled_quantize(tensor.detach().flatten(), scale, format)
-        return line._replace(values=line.values.view(tensor.shape))
+    def quantize_flat(tensor: Tensor, scale: Tensor, format: torch.dtype) -> Scaled:
+        flat = compiled_quantize(tensor.detach().flatten(), scale, format)
+        return flat._replace(values=flat.values.view(tensor.shape))
 
-    return amax_of_lines, quantize_line
+    return amax_of_flat, quantize_flat
 
 
-class Float8Products(Products):
-    """In float8; see `internlm.model.ops.float8.scaled_gemm`.
+class Float8Kernels(LinearKernels):
+    """GEMMs in float8; see `internlm.model.ops.float8.scaled_gemm`.
 
-    The scale of an input or weight is that of the whole tensor, also where it is split over ranks: then the largest
-    magnitudes are joined, in one all-reduce of a few numbers for a group of layers. So every layout rounds every
-    element in the same way. Gradients do without: see `GRADIENT_FORMAT`.
+    The scale of an input or weight is that of the full tensor, also where it is split over ranks: one all-reduce of
+    the largest magnitudes serves a group of layers. So every layout rounds every element in the same way. Gradients do
+    without: see `GRADIENT_FORMAT`.
 
     Args:
-        context: where this rank stands.
-        axis: of the activation view, over which inputs or weights are split; None: they are whole here.
-        dtype: of weights and of what the products give.
-        compiles_casts: find the largest magnitude, and divide and round, in one kernel each (torch.compile).
-        on_hardware: see `float8.runs_on_hardware`.
+        context: of this rank.
+        axis: of the activation view, over which inputs or weights are split; None: they are full.
+        dtype: of weights and of the results of the GEMMs.
+        compiles_casts: fuse the search for the largest magnitude, and the quantization, into one kernel each
+            (torch.compile).
+        on_hardware: see `scaled_gemm.runs_on_hardware`.
     """
 
     is_float8: ClassVar[bool] = True
@@ -148,7 +149,7 @@ class Float8Products(Products):
         self._amax_of, self._quantize = casts
         self._on_hardware = on_hardware
 
-    def scales(self, x: Tensor, weights: Sequence[Sequence[Operand]]) -> Tensor:
+    def compute_scales(self, x: Tensor, weights: Sequence[Sequence[Operand]]) -> Tensor:
         """Fp32 `[1 + layers]`."""
         known = [own[0].scale for own in weights if isinstance(own[0], Scaled)]
         unknown = [[w for w in own if isinstance(w, Tensor)] for own in weights]
@@ -158,24 +159,24 @@ class Float8Products(Products):
         # The weights of a group come quantized all or none.
         return torch.stack([*found.unbind(), *known]) if known else found
 
-    def input(self, x: Tensor, scales: Tensor | None) -> Scaled:
+    def quantize_input(self, x: Tensor, scales: Tensor | None) -> Scaled:
         assert scales is not None
         return self._quantize(x, scales[0], FORWARD_FORMAT)
 
-    def kept(self, x: Operand) -> Tensor:
+    def saved_input(self, x: Operand) -> Tensor:
         return x.values if isinstance(x, Scaled) else x
 
-    def kept_input(self, kept: Tensor, scales: Tensor | None) -> Scaled:
+    def restore_input(self, saved: Tensor, scales: Tensor | None) -> Scaled:
         assert scales is not None
-        return Scaled(kept, scales[0])
+        return Scaled(saved, scales[0])
 
-    def weight(self, weight: Operand, scales: Tensor | None, layer: int) -> Scaled:
+    def quantize_weight(self, weight: Operand, scales: Tensor | None, layer: int) -> Scaled:
         if isinstance(weight, Scaled):
             return weight
         assert scales is not None
         return self._quantize(weight, scales[1 + layer], FORWARD_FORMAT)
 
-    def gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Operand]]:
+    def quantize_gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Operand]]:
         scales = [scale_of(self._amax_of(*own), GRADIENT_FORMAT) for own in grads]
         return [
             [self._quantize(grad, scale, GRADIENT_FORMAT) for grad in own]
@@ -184,16 +185,16 @@ class Float8Products(Products):
 
     def output(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
         assert isinstance(x, Scaled) and isinstance(weight, Scaled)
-        out = self._product(x.flat(), weight.t(), fast=True).unflatten(0, x.values.shape[:-1])
+        out = self._gemm(x.flat(), weight.t(), fast=True).unflatten(0, x.values.shape[:-1])
         return out if bias is None else out + bias
 
     def input_gradient(self, grad: Operand, weight: Operand) -> Tensor:
         assert isinstance(grad, Scaled) and isinstance(weight, Scaled)
-        return self._product(grad.flat(), weight).unflatten(0, grad.values.shape[:-1])
+        return self._gemm(grad.flat(), weight).unflatten(0, grad.values.shape[:-1])
 
     def weight_gradient(self, grad: Operand, x: Operand) -> Tensor:
         assert isinstance(grad, Scaled) and isinstance(x, Scaled)
-        return self._product(grad.flat().t(), x.flat())
+        return self._gemm(grad.flat().t(), x.flat())
 
-    def _product(self, a: Scaled, b: Scaled, *, fast: bool = False) -> Tensor:
+    def _gemm(self, a: Scaled, b: Scaled, *, fast: bool = False) -> Tensor:
         return scaled_product(a, b, self._dtype, on_hardware=self._on_hardware, fast=fast)

@@ -1,7 +1,8 @@
-"""Linear layers of the parallel modes: layers that share an input make one exchange, forward and backward.
+"""Linear layers of the parallel modes: layers that share an input exchange it once, forward and backward.
 
-A mode gives each group of layers an `InputExchange` (how the input becomes whole and its gradient is shared out) and a
-`WeightStore` (how weights become whole, and where their gradients go). Shapes: T tokens of this rank (or `[B, S]`).
+A mode gives each group of layers an `InputExchange` (how the input is gathered and its gradient reduced), a
+`WeightStore` (where full weights come from and where their gradients go) and `LinearKernels` (the dtype of its GEMMs).
+All that happens to a group in a step is in `_LinearGroupFunction`. Shapes: T tokens of this rank (or `[B, S]`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, groupby
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from internlm.core.communication.pending import Pending
-from internlm.core.parallel.linear.kernels import Operand, Products
+from internlm.core.parallel.linear.kernels import LinearKernels, Operand
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.model.ops.float8.scaled_gemm import as_scaled
@@ -26,63 +27,51 @@ T = TypeVar("T")
 
 
 class InputExchange:
-    """The input of a group of layers is there already; its gradient stays here."""
+    """No exchange: this rank has the full input and keeps its gradient."""
 
     saves_gathered: bool = True
-    """Whether what `gather` gave is kept for backward; otherwise it is gathered again."""
+    """Whether the gathered input is saved for backward; otherwise it is gathered a second time."""
 
     def gather(self, x: Tensor) -> Tensor:
-        """This rank's part of the input -> what the layers multiply."""
+        """This rank's part of the input -> the input of the GEMMs."""
         return x
 
     def start_gather(self, x: Tensor) -> Pending:
-        """As `gather`, in the background."""
+        """`gather`, asynchronously."""
         return Pending(x)
 
     def start_reduce(self, grad: Tensor) -> Pending:
-        """Gradient of what the layers multiplied (overwritten) -> gradient of this rank's part of the input."""
+        """Gradient of the input of the GEMMs (overwritten) -> gradient of this rank's part of the input."""
         return Pending(grad)
 
 
 class WeightStore(Protocol):
-    """Where whole weights come from, and where their gradients go."""
+    """Where full weights come from, and where their gradients go."""
 
-    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
-        """The weights and biases as the layers multiply them, in the order of `parameters`."""
+    def acquire(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
+        """The full weights and biases, in the order of `parameters`."""
 
-    def give_back(self, group: LinearGroup, whole: Sequence[Operand]) -> None:
-        """The whole weights are no longer needed."""
+    def release(self, group: LinearGroup) -> None:
+        """The full weights are no longer needed."""
 
-    def hand_over(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
-        """Take the gradient of a whole weight; what is returned is for autograd to accumulate at once."""
+    def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+        """Take the gradient of a full weight; a returned tensor is for autograd to accumulate at once."""
 
 
 class LocalWeights:
-    """Every rank multiplies what it holds, or what FSDP has gathered for it."""
+    """A rank uses the weights that it holds, or that FSDP has gathered for it."""
 
-    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
+    def acquire(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
         return [as_scaled(parameter) for parameter in parameters]
 
-    def give_back(self, group: LinearGroup, whole: Sequence[Operand]) -> None:
+    def release(self, group: LinearGroup) -> None:
         pass
 
-    def hand_over(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+    def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
         return gradient
 
 
-class LinearExchanges(Protocol):
-    """What a linear layer asks of its mode; see `ModelParallel`."""
-
-    adds_bias_after_reduction: ClassVar[bool]
-
-    def prepare_input(self, role: Role, x: Tensor) -> Tensor:
-        """Called with the input of each linear layer."""
-
-    def finish_output(self, role: Role, out: Tensor) -> Tensor:
-        """Called with the output of each linear layer, before a bias that is added last."""
-
-
-class LinearPart(NamedTuple):
+class LinearShard(NamedTuple):
     """A weight `[out, in]` and its bias `[out]`."""
 
     weight: nn.Parameter
@@ -96,47 +85,67 @@ class ParallelLinear(nn.Module):
         parameters: attribute -> local parameter: "weight", "bias", and "kv_weight", "kv_bias" where queries and
             key-values are held apart; their outputs are joined.
         role: of the layer.
-        parallel: the mode.
+        finish_output: applied to the output before the bias, which is then added once instead of on every rank; None:
+            the output is final.
+
+    Attributes:
+        group: layers that are computed together, this one among them. Called alone, a layer computes its whole group.
     """
 
     bias: nn.Parameter | None
+    group: LinearGroup
 
-    def __init__(self, parameters: dict[str, nn.Parameter], role: Role, parallel: LinearExchanges) -> None:
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], role: Role, finish_output: Callable[[Tensor], Tensor] | None
+    ) -> None:
         super().__init__()
         # A layer without bias has the attribute all the same, as nn.Linear does.
         for name, parameter in {**parameters, "bias": parameters.get("bias")}.items():
             self.register_parameter(name, parameter)
         self.role = role
-        self.parallel = parallel
-        self.adds_bias_last = parallel.adds_bias_after_reduction and role in (Role.ROW, Role.ATTENTION_OUT)
-        self.group: LinearGroup | None = None
+        self.finish_output = finish_output
 
-    def parts(self) -> list[LinearPart]:
-        """What is multiplied with the input."""
-        biases = {} if self.adds_bias_last else dict(self.named_parameters(recurse=False))
+    def shards(self) -> list[LinearShard]:
+        """The weights that the input is multiplied with."""
+        biases = {} if self.finish_output is not None else dict(self.named_parameters(recurse=False))
         return [
-            LinearPart(weight, biases.get(name.replace("weight", "bias")))
+            LinearShard(weight, biases.get(name.replace("weight", "bias")))
             for name, weight in self.named_parameters(recurse=False)
             if name.endswith("weight")
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.group is not None
-        out = self.group.output_of(self, self.parallel.prepare_input(self.role, x))
-        out = self.parallel.finish_output(self.role, out)
-        return out + self.bias if self.adds_bias_last and self.bias is not None else out
+        """This rank's part of the input -> its part of the output."""
+        out = self.group(x)[self.group.layers.index(self)]
+        if self.finish_output is None:
+            return out
+        out = self.finish_output(out)
+        return out if self.bias is None else out + self.bias
+
+
+class ParallelGroupedLinear(nn.Module):
+    """In the place of a `GroupedLinear` whose layers are parallel."""
+
+    def __init__(self, group: LinearGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """This rank's part of the input -> its part of each layer's output."""
+        return self.group(x)
 
 
 class LinearGroup:
-    """Layers of one parent module that are called with the same tensor; the first call computes for all of them.
+    """Layers that are computed together from one input.
 
-    Args:
-        name: for messages and for the order of weight gathers: that of the first layer.
-        layers: in the order of the model.
-        exchange: of their input.
+    Attributes:
+        name: that of the first layer, for messages.
+        role: that of the first layer.
+        layers: in the order of the outputs.
+        exchange: of the input.
         weights: see `WeightStore`.
-        weight_gradients: where weight gradients wait that are asked for later.
-        products: how they multiply; None: in the dtype of the weights.
+        weight_gradients: queue of weight gradients that are computed later.
+        kernels: of the GEMMs; None: in the dtype of the weights.
     """
 
     def __init__(
@@ -146,47 +155,37 @@ class LinearGroup:
         exchange: InputExchange,
         weights: WeightStore,
         weight_gradients: WeightGradients,
-        products: Products | None = None,
+        kernels: LinearKernels | None = None,
     ) -> None:
         self.name = name
         self.role = layers[0].role
+        self.layers = list(layers)
         self.exchange = exchange
         self.weights = weights
         self.weight_gradients = weight_gradients
-        self.products = products or Products()
-        self._layers = list(layers)
-        self._x: Tensor | None = None
-        self._outputs: dict[ParallelLinear, Tensor] = {}
+        self.kernels = kernels or LinearKernels()
         for layer in layers:
             layer.group = self
 
-    def output_of(self, layer: ParallelLinear, x: Tensor) -> Tensor:
-        """`[..., in]` -> `[..., out]` of one of the layers."""
-        if x is not self._x or layer not in self._outputs:
-            self._x, self._outputs = x, self._compute(x)
-        output = self._outputs.pop(layer)
-        if not self._outputs:
-            self._x = None
-        return output
+    def parameters(self) -> list[nn.Parameter]:
+        """Weights and biases, in the order in which a `WeightStore` gets them."""
+        return [p for layer in self.layers for shard in layer.shards() for p in shard if p is not None]
 
-    def _compute(self, x: Tensor) -> dict[ParallelLinear, Tensor]:
-        parts = [layer.parts() for layer in self._layers]
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`[..., in]` -> `[..., out]` of each layer, before `finish_output`."""
         parameters: list[nn.Parameter] = []
         slots: list[_Slot] = []
-        for number, own in enumerate(parts):
-            for part in own:
-                slots.append(_Slot(number, len(parameters), None if part.bias is None else len(parameters) + 1))
-                parameters += [part.weight] if part.bias is None else [part.weight, part.bias]
-        outputs = iter(_LinearGroupFunction.apply(self, tuple(slots), x, *parameters))
-        result = {}
-        for layer, own in zip(self._layers, parts, strict=True):
-            mine = [next(outputs) for _ in own]
-            result[layer] = mine[0] if len(mine) == 1 else torch.cat(mine, dim=-1)
-        return result
+        for number, layer in enumerate(self.layers):
+            for weight, bias in layer.shards():
+                slots.append(_Slot(number, len(parameters), None if bias is None else len(parameters) + 1))
+                parameters += [weight] if bias is None else [weight, bias]
+        outputs = _LinearGroupFunction.apply(self, tuple(slots), x, *parameters)
+        by_layer = _by_layer(slots, outputs)
+        return tuple(own[0] if len(own) == 1 else torch.cat(own, dim=-1) for own in by_layer)
 
 
 class _Slot(NamedTuple):
-    """Which of the flat parameters of a group are the weight and the bias of a part, and of which layer it is one."""
+    """Position of a shard's weight and bias among the flat parameters of a group, and the number of its layer."""
 
     layer: int
     weight: int
@@ -204,67 +203,68 @@ class _LinearGroupFunction(torch.autograd.Function):
     def forward(
         ctx: Any, group: LinearGroup, slots: tuple[_Slot, ...], x: Tensor, *parameters: nn.Parameter
     ) -> tuple[Tensor, ...]:
-        exchange, products = group.exchange, group.products
+        exchange, kernels = group.exchange, group.kernels
         gathered = exchange.gather(x) if exchange.saves_gathered else None
-        multiplied: list[Operand] = []
+        operands: list[Operand] = []
 
-        def multiply() -> list[Tensor]:
-            own = exchange.gather(x) if gathered is None else gathered
-            whole = group.weights.take(group, parameters, backward=False)
-            scales = products.scales(own, _by_layer(slots, [whole[slot.weight] for slot in slots]))
-            multiplied.append(products.input(own, scales))
+        def run_gemms() -> list[Tensor]:
+            full_input = exchange.gather(x) if gathered is None else gathered
+            full = group.weights.acquire(group, parameters, backward=False)
+            scales = kernels.compute_scales(full_input, _by_layer(slots, [full[slot.weight] for slot in slots]))
+            operands.append(kernels.quantize_input(full_input, scales))
             outputs = []
             for slot in slots:
-                bias = None if slot.bias is None else whole[slot.bias]
+                bias = None if slot.bias is None else full[slot.bias]
                 assert bias is None or isinstance(bias, Tensor)
-                weight = products.weight(whole[slot.weight], scales, slot.layer)
-                outputs.append(products.output(multiplied[0], weight, bias))
-            group.weights.give_back(group, whole)
+                weight = kernels.quantize_weight(full[slot.weight], scales, slot.layer)
+                outputs.append(kernels.output(operands[0], weight, bias))
+            group.weights.release(group)
             return outputs if scales is None else [*outputs, scales]
 
-        outputs = as_products(multiply, x)
-        scales = outputs.pop() if products.is_float8 else None
-        kept = x if gathered is None else gathered
-        if gathered is not None and products.is_float8:
+        outputs = as_products(run_gemms, x)
+        scales = outputs.pop() if kernels.is_float8 else None
+        saved = x if gathered is None else gathered
+        if gathered is not None and kernels.is_float8:
 
-            def keep() -> list[Tensor]:
-                # Recomputation that has the products at hand did not multiply: it only rounds the input again.
-                return [products.kept(multiplied[0] if multiplied else products.input(gathered, scales))]
+            def quantized() -> list[Tensor]:
+                # Recomputation that has the outputs at hand ran no GEMM: it only quantizes the input again.
+                operand = operands[0] if operands else kernels.quantize_input(gathered, scales)
+                return [kernels.saved_input(operand)]
 
-            (kept,) = as_unkept(keep, x)
-        # Parameters are leaves: they are kept as they are, as recomputation would give back bare copies of saved ones.
+            (saved,) = as_unkept(quantized, x)
+        # Parameters are leaves: kept as they are, as recomputation would return bare copies of saved ones.
         ctx.group, ctx.slots, ctx.parameters = group, slots, parameters
-        ctx.save_for_backward(kept, scales)
+        ctx.save_for_backward(saved, scales)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         group: LinearGroup = ctx.group
-        products, exchange = group.products, group.exchange
+        kernels, exchange = group.kernels, group.exchange
         parameters: tuple[nn.Parameter, ...] = ctx.parameters
         saved, scales = ctx.saved_tensors
         gathering = Pending(saved) if exchange.saves_gathered else exchange.start_gather(saved)
         used = [(slot, grad) for slot, grad in zip(ctx.slots, grads, strict=True) if grad is not None]
         slots = [slot for slot, _ in used]
-        operands = list(chain(*products.gradients(_by_layer(slots, [grad for _, grad in used]))))
+        operands = list(chain(*kernels.quantize_gradients(_by_layer(slots, [grad for _, grad in used]))))
         grad_x = None
         reducing: Pending | None = None
         if ctx.needs_input_grad[2]:
-            whole = group.weights.take(group, parameters, backward=True)
+            full = group.weights.acquire(group, parameters, backward=True)
             for slot, operand in zip(slots, operands, strict=True):
-                weight = products.weight(whole[slot.weight], scales, slot.layer)
-                contribution = products.input_gradient(operand, weight)
+                weight = kernels.quantize_weight(full[slot.weight], scales, slot.layer)
+                contribution = kernels.input_gradient(operand, weight)
                 grad_x = contribution if grad_x is None else grad_x.add_(contribution)
-            group.weights.give_back(group, whole)
+            group.weights.release(group)
             assert grad_x is not None
             reducing = exchange.start_reduce(grad_x)
         gathered = gathering.wait()
-        x = (products.kept_input if exchange.saves_gathered else products.input)(gathered, scales)
+        x = (kernels.restore_input if exchange.saves_gathered else kernels.quantize_input)(gathered, scales)
 
         results: list[Tensor | None] = [None] * len(parameters)
         for (slot, grad), operand in zip(used, operands, strict=True):
             for place, compute in (
-                (slot.weight, partial(products.weight_gradient, operand, x)),
+                (slot.weight, partial(kernels.weight_gradient, operand, x)),
                 (slot.bias, partial(_bias_gradient, grad)),
             ):
                 if place is None or not parameters[place].requires_grad:
@@ -272,7 +272,7 @@ class _LinearGroupFunction(torch.autograd.Function):
                 if group.weight_gradients.is_postponing:
                     group.weight_gradients.compute(partial(_compute_later, group.weights, parameters[place], compute))
                 else:
-                    results[place] = group.weights.hand_over(parameters[place], compute())
+                    results[place] = group.weights.deliver(parameters[place], compute())
         return None, None, None if reducing is None else reducing.wait(), *results
 
 
@@ -281,6 +281,6 @@ def _bias_gradient(grad: Tensor) -> Tensor:
 
 
 def _compute_later(weights: WeightStore, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
-    gradient = weights.hand_over(parameter, compute())
+    gradient = weights.deliver(parameter, compute())
     if gradient is not None:
         deliver_gradient(parameter, gradient)

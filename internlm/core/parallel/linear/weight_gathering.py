@@ -1,5 +1,5 @@
-"""isp's weights: each rank keeps some rows of every weight, gathers the whole before it is multiplied, forward and
-backward, and reduce-scatters the gradient. With overlap the next gathers run while this layer computes.
+"""Weights of isp: each rank holds some rows of every weight, all-gathers the full weight before its GEMMs, forward and
+backward, and reduce-scatters the gradient. With overlap, the next weights are prefetched while this layer computes.
 
 Source: InternEvo, Chen et al. 2024, arXiv:2401.09149.
 """
@@ -21,7 +21,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.kernels import Operand
 from internlm.core.parallel.linear.parallel_linear import LinearGroup
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
-from internlm.core.parallel.linear.weight_scales import WholeScales
+from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.parameter_events import deliver_gradient, wait_until_readable
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, Scaled, quantize
@@ -36,7 +36,7 @@ _TRIGGERS = {
 
 
 class BufferPool:
-    """Buffers of gathered weights, kept for the next gather of the same size or (not `keeps`) given up."""
+    """Buffers of gathered weights, reused by the next gather of the same size, or freed if not `keeps`."""
 
     def __init__(self, *, keeps: bool) -> None:
         self._keeps = keeps
@@ -44,7 +44,7 @@ class BufferPool:
         self.num_made = 0
         """Buffers made so far."""
 
-    def take(self, numel: int, like: Tensor) -> Tensor:
+    def acquire(self, numel: int, like: Tensor) -> Tensor:
         """A flat buffer of the dtype and device of `like`."""
         free = self._free.get((numel, like.dtype))
         if free:
@@ -52,18 +52,20 @@ class BufferPool:
         self.num_made += 1
         return like.new_empty(numel)
 
-    def give_back(self, buffer: Tensor) -> None:
-        """The buffer is no longer read."""
+    def release(self, buffer: Tensor) -> None:
+        """Return a buffer that is no longer read."""
         if self._keeps:
             self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
 
 
 @dataclass
 class _Gather:
-    """Gathers of a group's parameters under way: flat buffers `[n * local rows * in]` and what to wait for.
+    """All-gathers of a group's parameters in flight.
 
     Attributes:
-        scales: of those that travel as bytes of float8 numbers; None for the others.
+        buffers: flat, `[n * local rows * in]` each.
+        scales: of those that are sent as bytes of float8 numbers; None for the others.
+        works: to wait for.
     """
 
     buffers: list[Tensor] = field(default_factory=list)
@@ -85,8 +87,8 @@ class GatheredWeights:
 
     Attributes:
         groups: of layers, in order.
-        pool: of the buffers.
-        log: when it is a list, what was launched, waited for and released is appended: (event, name of the group).
+        pool: of buffers.
+        log: if a list, launches, waits and releases are appended as (event, name of the group).
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class GatheredWeights:
         release_gradients_early: bool,
         reduce_dtype: torch.dtype,
         gather_float8: bool,
-        scales: WholeScales,
+        scales: WeightScales,
     ) -> None:
         self._context = context
         self._weight_gradients = weight_gradients
@@ -115,13 +117,13 @@ class GatheredWeights:
         self._layer_number: dict[LinearGroup, int] = {}
         self._parameters: dict[LinearGroup, list[nn.Parameter]] = {}
         self._in_flight: dict[LinearGroup, _Gather] = {}
-        self._taken: dict[LinearGroup, list[Tensor]] = {}
+        self._acquired: dict[LinearGroup, list[Tensor]] = {}
         self.log: list[tuple[str, str]] | None = None
 
-    def register(self, group: LinearGroup, parameters: Sequence[nn.Parameter]) -> None:
-        """Add the next group of layers, with its parameters in the order of `LinearGroup`."""
+    def register(self, group: LinearGroup) -> None:
+        """Add the next group of layers."""
         self.groups.append(group)
-        self._parameters[group] = list(parameters)
+        self._parameters[group] = group.parameters()
         self._place[group] = len(self._place)
         if not self._layers or _layer_name(self._layers[-1][0]) != _layer_name(group):
             self._layers.append([])
@@ -130,7 +132,7 @@ class GatheredWeights:
 
     # -- as a WeightStore -----------------------------------------------------------------------------------------
 
-    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
+    def acquire(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
         self._launch(group)
         if self._plan.overlap:
             for other in self._next(group, backward=backward):
@@ -139,24 +141,24 @@ class GatheredWeights:
         self._note("wait", group)
         for work in gather.works:
             work.wait()
-        self._taken[group] = gather.buffers
-        whole: list[Operand] = []
+        self._acquired[group] = gather.buffers
+        full: list[Operand] = []
         for parameter, buffer, scale in zip(parameters, gather.buffers, gather.scales, strict=True):
             shape = shard_spec_of(parameter).global_shape
             rows = buffer.view(-1, *shape[1:])[: shape[0]]
-            whole.append(rows if scale is None else Scaled(rows.view(FORWARD_FORMAT), scale))
-        return whole
+            full.append(rows if scale is None else Scaled(rows.view(FORWARD_FORMAT), scale))
+        return full
 
-    def give_back(self, group: LinearGroup, whole: Sequence[Operand]) -> None:
+    def release(self, group: LinearGroup) -> None:
         self._note("release", group)
-        for buffer in self._taken.pop(group):
-            self.pool.give_back(buffer)
+        for buffer in self._acquired.pop(group):
+            self.pool.release(buffer)
         behind_projection = self._plan.layer_before == "attn" and group.role in _TRIGGERS["wqkv"]
         if self._plan.overlap and self._plan.ahead == "layer" and behind_projection and not _is_in_backward():
             for other in self._layer(group, +1):
                 self._launch(other)
 
-    def hand_over(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+    def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
         rows = parameter.shape[0] * self._context.size("weight", "weight")
         padded = F.pad(gradient, (0, 0) * (gradient.dim() - 1) + (0, rows - gradient.shape[0]))
         reducing = start_reduce_scatter(padded.to(self._reduce_dtype), self._context.group("weight", "weight"), dim=0)
@@ -171,7 +173,7 @@ class GatheredWeights:
     # -- what is gathered when ------------------------------------------------------------------------------------
 
     def _next(self, group: LinearGroup, *, backward: bool) -> list[LinearGroup]:
-        """What to launch before waiting for `group`, in the order of need."""
+        """The groups to prefetch before waiting for `group`, in the order of need."""
         own = self._layer(group, 0)
         if backward:
             if self._plan.ahead == "module":
@@ -180,7 +182,7 @@ class GatheredWeights:
             ahead = self._layer(group, -1) if group.role in _TRIGGERS["wo"] else []
             return [*reversed(own[: own.index(group)]), *reversed(ahead)]
         if _is_in_backward():
-            # Recomputation of a checkpointed layer: what follows it is its own backward pass.
+            # Recomputation of a checkpointed layer: its own backward pass follows, not the next layer.
             later = own[own.index(group) + 1 :]
             return later[:1] if self._plan.ahead == "module" else later
         if self._plan.ahead == "module":
@@ -190,7 +192,7 @@ class GatheredWeights:
         return [*own[own.index(group) + 1 :], *ahead]
 
     def _layer(self, group: LinearGroup, offset: int) -> list[LinearGroup]:
-        """The groups of the layer of `group`, or of the one `offset` layers behind it; empty when there is none."""
+        """The groups of the layer `offset` layers behind that of `group`; empty when there is none."""
         number = self._layer_number[group] + offset
         return self._layers[number] if 0 <= number < len(self._layers) else []
 
@@ -208,7 +210,7 @@ class GatheredWeights:
             if scale is not None:
                 # As bytes, since not every backend knows float8.
                 shard = quantize(shard, scale, FORWARD_FORMAT).values.view(torch.uint8)
-            buffer = self.pool.take(size * shard.numel(), shard)
+            buffer = self.pool.acquire(size * shard.numel(), shard)
             gather.buffers.append(buffer)
             if process_group is None:
                 buffer.copy_(shard.flatten())
@@ -216,25 +218,25 @@ class GatheredWeights:
                 gather.works.append(all_gather_async(buffer, shard.flatten(), process_group))
 
     def _scales_of(self, group: LinearGroup) -> list[Tensor | None]:
-        """The scale of each whole weight that travels in float8; None for the group's other parameters."""
+        """The scale of each full weight that is gathered in float8; None for the group's other parameters."""
         parameters = self._parameters[group]
-        is_float8 = [self._gathers_float8 and group.products.is_float8 and p.dim() == 2 for p in parameters]
+        is_float8 = [self._gathers_float8 and group.kernels.is_float8 and p.dim() == 2 for p in parameters]
         shards = [[parameter.detach()] for parameter, chosen in zip(parameters, is_float8, strict=True) if chosen]
         scales = iter(self._scales.of(group, shards, [self._context.group("weight", "weight")]) if shards else ())
         return [next(scales) if chosen else None for chosen in is_float8]
 
     @property
     def num_in_flight(self) -> int:
-        """Gathers launched and not yet taken."""
+        """Gathers launched and not yet acquired."""
         return len(self._in_flight)
 
     def drop_unused(self) -> None:
-        """Forget gathers that nobody took: their weights are about to change."""
+        """Drop gathers that nobody acquired: their weights are about to change."""
         for gather in self._in_flight.values():
             for work in gather.works:
                 work.wait()
             for buffer in gather.buffers:
-                self.pool.give_back(buffer)
+                self.pool.release(buffer)
         self._in_flight.clear()
 
     def _note(self, event: str, group: LinearGroup) -> None:

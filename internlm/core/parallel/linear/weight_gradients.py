@@ -1,5 +1,5 @@
 """Weight gradients that are computed or delivered later than autograd would: by a zero-bubble schedule, or when a
-collective ends. One such object serves all chunks of a rank."""
+collective ends. One `WeightGradients` serves all chunks of a rank."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Task = Callable[[], None]
 class WeightGradients:
     """Two queues: weight gradients yet to be computed, and computed ones yet to be delivered.
 
-    Zero-bubble schedules split a backward pass: the gradient of the input first, that of the weights when there is time
-    (Qi et al. 2024, arXiv:2401.10241). Parallel linear layers hand the second half to `compute`.
+    Zero-bubble schedules split a backward pass: the gradient of the input first, those of the weights in idle time
+    (Qi et al. 2024, arXiv:2401.10241). Parallel linear layers leave the second half to `compute`.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class WeightGradients:
 
     @contextmanager
     def postpone(self, key: Hashable) -> Iterator[None]:
-        """Inside, weight gradients are not computed but kept under `key` (of a chunk and micro batch)."""
+        """Inside, weight gradients are queued under `key` (of a chunk and micro batch) instead of computed."""
         previous, self._collecting = self._collecting, self._later.setdefault(key, [])
         try:
             yield
@@ -33,7 +33,7 @@ class WeightGradients:
 
     @property
     def is_postponing(self) -> bool:
-        """Whether `compute` keeps its task for later."""
+        """Whether `compute` queues its task."""
         return self._collecting is not None
 
     def compute(self, task: Task) -> None:
@@ -44,12 +44,12 @@ class WeightGradients:
             self._collecting.append(task)
 
     def run(self, key: Hashable) -> None:
-        """Compute what was kept under `key`."""
+        """Compute what was queued under `key`."""
         for task in self._later.pop(key):
             task()
 
     def deliver_later(self, delivery: Task, *, keep: int = 1) -> None:
-        """Note a gradient whose collective is running; `delivery` waits for it and hands it over.
+        """Queue a gradient whose collective is running; `delivery` waits for it and delivers it.
 
         All but the `keep` newest are delivered at once, so that few buffers are alive.
         """
@@ -58,11 +58,11 @@ class WeightGradients:
             self._deliveries.popleft()()
 
     def finish(self) -> None:
-        """Deliver all that is under way; call it at the end of a step's backward passes."""
+        """Deliver all queued gradients; to be called after the last backward pass of a step."""
         while self._deliveries:
             self._deliveries.popleft()()
 
     def check_empty(self) -> None:
-        """Raise when the gradients of some key were never computed: the schedule forgot an action."""
+        """Raise if queued gradients were never computed: the schedule misses an action."""
         if self._later or self._deliveries:
             raise RuntimeError(f"weight gradients were never computed: {list(self._later)}")

@@ -12,11 +12,11 @@ from internlm.core.communication.collectives import all_reduce
 from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, amax_of, scale_of
 
 
-class WholeScales:
-    """The scale of each whole weight, computed in its first gather of a step and kept for the others.
+class WeightScales:
+    """The scale of each full weight, computed in its first gather of a step and cached for the others.
 
-    One small all-reduce for a set of weights that are gathered together. In every gather it would have to wait for the
-    gathers that were started ahead of it.
+    One small all-reduce serves a set of weights that are gathered together. Repeated in every gather, it would have to
+    wait for the prefetches launched before it.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,8 @@ class WholeScales:
 
         Args:
             key: of these weights.
-            weights: this rank's part of each, which may be empty, and may be held as several tensors.
-            groups: over whose ranks the wholes are split, one group after the other.
+            weights: this rank's part of each, which may be empty and may be held as several tensors.
+            groups: over whose ranks the weights are split, one group after the other.
         """
         if key not in self._scales:
             amaxes = torch.stack([_amax_of(shards) for shards in weights])
@@ -40,7 +40,7 @@ class WholeScales:
         return self._scales[key]
 
     def forget(self) -> None:
-        """The weights change; to be called on all ranks at the same point."""
+        """Drop the cache as the weights change; to be called on all ranks at the same point."""
         self._scales.clear()
 
 

@@ -7,6 +7,7 @@ Source: Shoeybi et al. 2019, arXiv:1909.08053.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -47,7 +48,6 @@ class CopiedInput(InputExchange):
 class Mtp(ModelParallel):
     """See the module; msp and fsp share its weights and differ in the residual stream."""
 
-    adds_bias_after_reduction: ClassVar[bool] = True
     residual_is_split: ClassVar[bool] = False
     scale_axis: ClassVar[str | None] = "tensor"
 
@@ -60,7 +60,9 @@ class Mtp(ModelParallel):
     def replaces_linears(self) -> bool:
         return True
 
-    def place(self, name: str, attribute: str, shape: tuple[int, ...], role: Role) -> list[Part]:
+    def place(
+        self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
+    ) -> list[Part]:
         whole = ShardSpec.whole(name, shape)
         on_tokens = replace(whole, partial_over=("tensor",)) if self.residual_is_split else whole
         if role is Role.REPLICATED:
@@ -72,7 +74,7 @@ class Mtp(ModelParallel):
             return [Part(attribute, self._place_vocabulary(whole, role))]
         if role in ROW_ROLES and attribute == "bias":
             return [Part(attribute, on_tokens)]
-        return tensor_parts(self.context, whole, attribute, role, self.heads)
+        return tensor_parts(self.context, whole, attribute, role, heads)
 
     def _place_vocabulary(self, whole: ShardSpec, role: Role) -> ShardSpec:
         n, t = self.context.size("tensor"), self.context.index("tensor")
@@ -84,18 +86,15 @@ class Mtp(ModelParallel):
         rows, block = padded_rows(whole.global_shape[0], n, t)
         return ranges_spec(split, 0, [rows], block)
 
-    def local_heads(self) -> HeadShape | None:
-        if self.heads is None:
-            return None
+    def local_heads(self, heads: HeadShape) -> HeadShape:
         n = self.context.size("tensor")
-        held = max(1, self.heads.num_kv_heads // n) if kv_replicas(self.heads, n) else 1
-        return HeadShape(self.heads.num_heads // n, held, self.heads.head_dim)
+        return HeadShape(heads.num_heads // n, heads.num_kv_heads * kv_replicas(heads, n) // n, heads.head_dim)
 
     def input_exchange(self, role: Role) -> InputExchange:
         return CopiedInput(self.context) if role in COLUMN_ROLES else InputExchange()
 
-    def finish_output(self, role: Role, out: Tensor) -> Tensor:
-        return self.reduce_output(out) if role in ROW_ROLES else out
+    def finish_output(self, role: Role) -> Callable[[Tensor], Tensor] | None:
+        return self.reduce_output if role in ROW_ROLES else None
 
     def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         if spec.local_shape[0] == spec.global_shape[0]:

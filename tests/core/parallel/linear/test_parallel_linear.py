@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.communication.pending import NO_TIMEOUT, Pending
-from internlm.core.context.layout import ParallelLayout
-from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.parallel_linear import InputExchange, LinearGroup, LocalWeights, ParallelLinear
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
-from internlm.core.parallel.model_parallel import ModelParallel, ParallelOptions
 from internlm.model.roles import Role
 
 
@@ -55,23 +52,21 @@ class LoggedWeights(LocalWeights):
     def __init__(self, log: list[str]) -> None:
         self.log = log
 
-    def take(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> list[Tensor]:
+    def acquire(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> list[Tensor]:
         self.log.append("input gradient" if backward else "multiply")
-        return super().take(group, parameters, backward=backward)
+        return super().acquire(group, parameters, backward=backward)
 
-    def hand_over(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+    def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
         self.log.append("weight gradient")
-        return super().hand_over(parameter, gradient)
+        return super().deliver(parameter, gradient)
 
 
 def make_group(log: list[str], weight_gradients: WeightGradients) -> tuple[list[ParallelLinear], list[nn.Linear]]:
     """Two layers that share an input, one with a bias, and the same as plain layers."""
-    context = ParallelContext(ParallelLayout(), 0, torch.device("cpu"))
-    parallel = ModelParallel(context, ParallelOptions(), weight_gradients, None, False)
     plain = [nn.Linear(5, 7, bias=False), nn.Linear(5, 3)]
     layers = [
         ParallelLinear(
-            {name: nn.Parameter(p.detach().clone()) for name, p in linear.named_parameters()}, Role.COLUMN, parallel
+            {name: nn.Parameter(p.detach().clone()) for name, p in linear.named_parameters()}, Role.COLUMN, None
         )
         for linear in plain
     ]
@@ -82,7 +77,7 @@ def make_group(log: list[str], weight_gradients: WeightGradients) -> tuple[list[
 def run(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Outputs, and the gradients of the input and of all parameters."""
     x = x.clone().requires_grad_()
-    outputs = [layer(x) for layer in layers]
+    outputs = list(layers[0].group(x)) if isinstance(layers[0], ParallelLinear) else [layer(x) for layer in layers]
     torch.cat([output.flatten() * (number + 1) for number, output in enumerate(outputs)]).square().sum().backward()
     gradients = [p.grad for layer in layers for p in layer.parameters() if p.grad is not None]
     assert x.grad is not None

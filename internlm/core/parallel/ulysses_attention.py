@@ -1,0 +1,65 @@
+"""Attention over a sequence that is split over ranks: an all-to-all before it trades tokens for heads, another one
+behind it trades them back.
+
+Source: DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from internlm.core.communication.exchange import SEQUENCE, exchange
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.weight_splits import kv_replicas
+from internlm.model.modules.inner_attention import InnerAttention
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
+from internlm.model.ops.rotary import RotaryTables
+from internlm.model.roles import HeadShape
+
+_HEADS = 2
+"""Dimension of the heads in `[B, S, heads, D]`."""
+
+
+class UlyssesAttention(nn.Module):
+    """In the place of an `InnerAttention`; n ranks of the tensor axis hold S / n tokens each.
+
+    Args:
+        inner: run with all tokens and H / n heads.
+        context: of this rank.
+        heads: all heads of the layer.
+
+    Raises:
+        ConfigError: the heads cannot be split evenly over the ranks.
+    """
+
+    def __init__(self, inner: InnerAttention, context: ParallelContext, heads: HeadShape) -> None:
+        super().__init__()
+        self.inner = inner
+        self._group = context.group("tensor")
+        self._size, self._index = context.size("tensor"), context.index("tensor")
+        self._replicas = kv_replicas(heads, self._size)
+
+    def local_rotary(self, tables: RotaryTables) -> RotaryTables:
+        """Rotary tables of all tokens -> those of this rank's tokens, as views."""
+        cos, sin = (table.chunk(self._size, SEQUENCE)[self._index] for table in (tables.cos, tables.sin))
+        return RotaryTables(cos, sin, tables.interleaved)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> Tensor:
+        """Q `[B, S / n, H, D]`, k and v `[B, S / n, K, D]` -> `[B, S / n, H, D]`; `varlen` is of all S tokens."""
+        q, k, v = self.gather_tokens(q, k, v)
+        return self.scatter_tokens(self.inner(q, k, v, varlen))
+
+    def gather_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All heads of this rank's tokens -> this rank's heads of all tokens, in one all-to-all."""
+        if self._replicas > 1:
+            k, v = (x.repeat_interleave(self._replicas, dim=_HEADS) for x in (k, v))
+        by_rank = [x.unflatten(_HEADS, (self._size, -1)) for x in (q, k, v)]
+        joined = torch.cat(by_rank, dim=_HEADS + 1).flatten(_HEADS, _HEADS + 1)
+        gathered = exchange(joined, self._group, split=_HEADS, join=SEQUENCE)
+        own_q, own_k, own_v = gathered.split([x.shape[_HEADS + 1] for x in by_rank], dim=_HEADS)
+        return own_q, own_k, own_v
+
+    def scatter_tokens(self, out: Tensor) -> Tensor:
+        """This rank's heads of all tokens -> all heads of this rank's tokens."""
+        return exchange(out, self._group, split=SEQUENCE, join=_HEADS)

@@ -1,0 +1,50 @@
+"""Softmax attention between the projections of an attention block and its output projection."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
+from internlm.model.ops.rotary import RotaryTables
+
+
+class InnerAttention(nn.Module):
+    """Causal softmax attention over this rank's tokens, which are all tokens of the micro batch.
+
+    A parallel mode that splits the sequence puts a module in its place that works on a part of the tokens.
+
+    Args:
+        window: number of keys that a query sees at most, itself included; None: all before it.
+        attention_backend, use_flash_attn: see `attention`.
+    """
+
+    def __init__(self, window: int | None, attention_backend: str, use_flash_attn: bool) -> None:
+        super().__init__()
+        self.window = window
+        self.attention_backend = attention_backend
+        self.use_flash_attn = use_flash_attn
+
+    def local_rotary(self, tables: RotaryTables) -> RotaryTables:
+        """Rotary tables of all tokens -> those of the tokens that `forward` gets."""
+        return tables
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> Tensor:
+        """Attend, after rotary embedding and norms.
+
+        Args:
+            q: `[B, S, H, D]`.
+            k, v: `[B, T, K, D]`; T > S with cached keys.
+            varlen: documents of the packed sequence, of all ranks that share it; None: each row is one document.
+
+        Returns:
+            `[B, S, H, D]`.
+        """
+        return attention(
+            q,
+            k,
+            v,
+            varlen,
+            window=self.window,
+            attention_backend=self.attention_backend,
+            use_flash_attn=self.use_flash_attn,
+        )
