@@ -91,6 +91,7 @@ def build_options(config: Config) -> ParallelOptions:
         float8_layers=config.float8.layers(config.model.num_layers),
         gather_float8=config.float8.gather_weights,
         compile_casts=config.float8.compile,
+        defer_weights=config.parallel.uses_fsdp,
     )
 
 

@@ -24,6 +24,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp_float8 import gather_in_float8
 from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear.weight_scales import WeightScales
+from internlm.core.parallel.materialize import materialize
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
 from internlm.utils.errors import ConfigError
 
@@ -45,7 +46,8 @@ def apply_fsdp(
     rank. In each backward pass, all ranks must use the same weights.
 
     Args:
-        model: after `parallelize`, before the optimizer is made.
+        model: after `parallelize`, before the optimizer is made. With `ParallelOptions.defer_weights`, a rank has one
+            layer at a time in memory beside its rows.
         context: where this rank stands.
         reduce_dtype: dtype in which gradients travel and are summed.
         float8_scales: gather weights that are multiplied in float8 as float8, with these scales; None: as they are.
@@ -66,14 +68,19 @@ def apply_fsdp(
         )
     group = context.group("zero")
     if group is None:
+        materialize(model)
         return model
     specs = {name: shard_spec_of(parameter) for name, parameter in model.named_parameters()}
-    layers, kept = layers_of(model), kept_whole(model)
+    layers = layers_of(model)
+    materialize(model, kept_whole(model))
+    kept = kept_whole(model)
 
     mesh = DeviceMesh.from_group(group, context.device.type)
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for layer in layers:
+        materialize(layer)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=kept)
+    materialize(model)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=kept)
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from internlm.core.parallel.shard_spec import Box, Index, ShardSpec
-from internlm.model.initialization import Initializer
+from internlm.core.parallel.shard_spec import Box, Index, ShardSpec, attach_shard_spec, shard_spec_of
+from internlm.model.initialization import Initializer, initializer_of
+
+_DRAW = "internlm_draw"
 
 BLOCK = 2**22
 """Most elements of a block (16 MiB in fp32), unless a single row has more. It decides the initial weights."""
@@ -60,6 +63,44 @@ def draw(spec: ShardSpec, initializer: Initializer, seed: int, dtype: torch.dtyp
             # Before the next one is made.
             del block
     return local
+
+
+def local_parameter(parameter: nn.Parameter, spec: ShardSpec, seed: int, device: torch.device) -> nn.Parameter:
+    """The local parameter of this rank, on the meta device until it is materialized on `device`.
+
+    Args:
+        parameter: the global one, on the meta device; carries its initializer.
+        spec: what the rank holds of it.
+        seed: of the run.
+    """
+    local = torch.empty(spec.local_shape, dtype=parameter.dtype, device="meta")
+    result = nn.Parameter(local, requires_grad=parameter.requires_grad)
+    attach_shard_spec(result, spec)
+    setattr(result, _DRAW, partial(draw, spec, initializer_of(parameter), seed, parameter.dtype, device))
+    return result
+
+
+def materialized(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter with storage and initial values, in place of one from `local_parameter`."""
+    draw_local: Callable[[], Tensor] = getattr(parameter, _DRAW)
+    result = nn.Parameter(draw_local(), requires_grad=parameter.requires_grad)
+    attach_shard_spec(result, shard_spec_of(parameter))
+    return result
+
+
+def materialize(module: nn.Module, only: Collection[nn.Parameter] | None = None) -> None:
+    """Exchange the parameters from `local_parameter` in a module and its children for materialized ones.
+
+    Args:
+        only: these; None for all. A parameter in two places stays one if both are in `module`.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.is_meta and (only is None or parameter in only):
+                if parameter not in made:
+                    made[parameter] = materialized(parameter)
+                setattr(owner, name, made[parameter])
 
 
 def _within(part: Box, offset: Index) -> tuple[slice, ...]:

@@ -50,6 +50,7 @@ class ParallelOptions:
         float8_layers: numbers of the model's layers whose linear layers multiply in float8.
         gather_float8: isp and FSDP: gather weights that are multiplied in float8 as float8.
         compile_casts: to float8, in layers that exchange or that postpone weight gradients.
+        defer_weights: leave the parameters on the meta device: `apply_fsdp` materializes and splits layer by layer.
     """
 
     split_embedding_hidden: bool = True
@@ -63,6 +64,7 @@ class ParallelOptions:
     float8_layers: range = range(0)
     gather_float8: bool = True
     compile_casts: bool = False
+    defer_weights: bool = False
 
 
 class HeadOutput(NamedTuple):

@@ -9,21 +9,19 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.kernels import refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
-from internlm.core.parallel.materialize import draw
+from internlm.core.parallel.materialize import local_parameter, materialized
 from internlm.core.parallel.model_parallel import ModelParallel, ParallelOptions
 from internlm.core.parallel.modes.fsp import Fsp
 from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.modes.msp import Msp
 from internlm.core.parallel.modes.mtp import COLUMN_ROLES, ROW_ROLES, Mtp
-from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
-from internlm.model.initialization import initializer_of
+from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.linear import Float8Linear, GroupedLinear
 from internlm.model.ops.float8 import scaled_gemm as float8
@@ -64,7 +62,7 @@ def parallelize(
     shared: dict[str, nn.Parameter] | None = None,
     weight_gradients: WeightGradients | None = None,
 ) -> nn.Module:
-    """Give every parameter of `model` its ShardSpec and its local, initialised tensor. Changes and returns `model`.
+    """Give every parameter of `model` its ShardSpec and its local, initialized tensor. Changes and returns `model`.
 
     Linear layers and the embedding are exchanged for those of the layout's mode. The result carries `parallel`, a
     `ModelParallel`.
@@ -89,7 +87,7 @@ def parallelize(
         # Two parts of one global parameter are told apart by their attributes.
         key = f"{placed.spec.name}/{placed.attribute}"
         if key not in shared:
-            shared[key] = _materialize(placed, context.device, seed)
+            shared[key] = _new_parameter(placed, parallel, seed)
         local.setdefault(placed.module, {})[placed.attribute] = shared[key]
     _refuse_meta_buffers(model)
     roles = roles_by_module(model)
@@ -98,7 +96,10 @@ def parallelize(
     _join_layers(model, parallel)
     _split_attention(model, parallel)
     model.parallel = parallel  # type: ignore[assignment]
-    return model.to(context.device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(context.device)
+    return model
 
 
 def shard_specs(
@@ -153,14 +154,13 @@ def _place(model: nn.Module, parallel: ModelParallel) -> Iterator[Placed]:
                 yield Placed(module_name, part.attribute, part.spec, parameter)
 
 
-def _materialize(placed: Placed, device: torch.device, seed: int) -> nn.Parameter:
-    parameter, spec = placed.parameter, placed.spec
-    if not parameter.is_meta:
-        raise ValueError(f'parameter "{spec.name}" already has storage: build the model under torch.device("meta")')
-    local = draw(spec, initializer_of(parameter), seed, parameter.dtype, device)
-    result = nn.Parameter(local, requires_grad=parameter.requires_grad)
-    attach_shard_spec(result, spec)
-    return result
+def _new_parameter(placed: Placed, parallel: ModelParallel, seed: int) -> nn.Parameter:
+    if not placed.parameter.is_meta:
+        raise ValueError(
+            f'parameter "{placed.spec.name}" already has storage: build the model under torch.device("meta")'
+        )
+    local = local_parameter(placed.parameter, placed.spec, seed, parallel.context.device)
+    return local if parallel.options.defer_weights else materialized(local)
 
 
 def _refuse_meta_buffers(model: nn.Module) -> None:

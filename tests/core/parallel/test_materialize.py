@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers.ranks import RankPool
 from helpers.tiny import tiny_config
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel import materialize
-from internlm.core.parallel.fsdp import rows_of
+from internlm.core.parallel.fsdp import apply_fsdp, local_tensor, rows_of
+from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.materialize import BLOCK, blocks_of, draw
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
@@ -173,19 +176,23 @@ class CountBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._alive: dict[int, int] = {}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not result.is_meta:
-            storage = result.untyped_storage()
-            if storage.data_ptr() not in self._alive:
-                self._alive[storage.data_ptr()] = storage.nbytes()
-                weakref.finalize(result, self._alive.pop, storage.data_ptr())
-                self.peak = max(self.peak, sum(self._alive.values()))
-                self.largest = max(self.largest, storage.nbytes())
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            # The storage of a DTensor is a name for that of its local tensor.
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor) and not tensor.is_meta:
+                self._add(tensor.untyped_storage())
         return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        reference = StorageWeakRef(storage)
+        self._alive[reference.cdata] = reference, storage.nbytes()
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._alive.values()))
+        self.largest = max(self.largest, storage.nbytes())
 
 
 def test_a_rank_of_a_large_layout_draws_a_block_at_a_time() -> None:
@@ -212,3 +219,51 @@ def test_a_parallel_model_makes_no_tensor_larger_than_those_that_it_holds(monkey
     with CountBytes() as count:
         model = model_of(context, "INTERNLM2", changes)
     assert count.largest == max(parameter.nbytes for parameter in model.parameters()) == 1000 * 64 * 2
+
+
+def bytes_of_fsdp(defer: bool) -> tuple[int, int, int]:
+    """Peak of a run's start, bytes that the rank holds, and bytes of the largest layer."""
+    context = ParallelContext.create()
+    changes = {"num_layers": 12, "vocab_size": 40}
+    with CountBytes() as count:
+        model = apply_fsdp(model_of(context, "INTERNLM2", changes, defer_weights=defer), context)
+    held = sum(local_tensor(parameter).nbytes for parameter in model.parameters())
+    layer = sum(math.prod(shard_spec_of(p).global_shape) * 4 for p in layers_of(model)[0].parameters())
+    return count.peak, held, layer
+
+
+def test_fsdp_splits_a_layer_before_the_next_one_is_materialized(ranks: Callable[[int], RankPool]) -> None:
+    for peak, held, layer in ranks(4).run(bytes_of_fsdp, True):
+        assert peak < held + 3 * layer
+    for peak, held, layer in ranks(4).run(bytes_of_fsdp, False):
+        assert peak > held + 8 * layer
+
+
+def weights_of_fsdp(defer: bool, model_type: str, changes: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    context = ParallelContext.create()
+    model = apply_fsdp(model_of(context, model_type, changes, defer_weights=defer), context)
+    assert all(
+        shard_spec_of(parameter).local_shape == local_tensor(parameter).shape for parameter in model.parameters()
+    )
+    return [(name, local_tensor(parameter).clone()) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("INTERNLM2", {}),
+        ("LLAMA2", {"dtype": "torch.bfloat16"}),
+        # Its embedding is its head.
+        ("GEMMA", {"dtype": "torch.bfloat16"}),
+    ],
+)
+@pytest.mark.parametrize("world", [1, 2])
+def test_deferred_weights_are_the_same(
+    ranks: Callable[[int], RankPool], world: int, model_type: str, changes: dict[str, Any]
+) -> None:
+    run = ranks(world).run if world > 1 else lambda function, *args: [function(*args)]
+    for found, expected in zip(
+        run(weights_of_fsdp, True, model_type, changes), run(weights_of_fsdp, False, model_type, changes), strict=True
+    ):
+        assert [name for name, _ in found] == [name for name, _ in expected]
+        assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, expected, strict=True))
