@@ -128,7 +128,7 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.checkpoint.checkpoint_manager": {
         "CheckpointManager": _MANAGER,
         "CheckpointLoadMethod": _LOAD_TYPE,
-        "CheckpointLoadContent": _now("checkpoint.folder.WHOLE_RUN", "words: model, optimizer, scheduler, sampler"),
+        "CheckpointLoadContent": _now("checkpoint.manifest.WHOLE_RUN", "words: model, optimizer, scheduler, sampler"),
         "CheckpointSaveType": _gone("a checkpoint, or a snapshot: CheckpointManager.save(trainer, snapshot=True)"),
     },
     "internlm.checkpoint.components": dict.fromkeys(
