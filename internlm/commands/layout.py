@@ -14,12 +14,12 @@ from internlm.config.loader import load_config
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.rank_view import RankView
+from internlm.core.scheduler.schedules import PipelineSchedule
 from internlm.core.scheduler.simulator import simulate
-from internlm.core.scheduler.stage_placement import Placement
 from internlm.core.scheduler.timeline import Timeline
 from internlm.core.scheduler.timeline_drawing import draw_png, draw_text
 from internlm.initialize.build import build_layout, check_buildable
-from internlm.initialize.memory_per_rank import PipelineHolding, pipeline_holdings
+from internlm.initialize.rank_estimates import RankEstimate, estimate_ranks
 from internlm.initialize.stages import build_pipeline_schedule
 from internlm.utils.errors import UserError
 from internlm.utils.paths import local_path
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     width = options.width or shutil.get_terminal_size((120, 0)).columns
     print(f"{config.JOB_NAME}: {config.model_type} on {options.world_size:,} rank(s)\n")
     print(describe_groups(layout, options.rank))
-    print(describe_stages(config, layout, schedule.placement, options.rank))
+    print(describe_stages(config, layout, schedule, options.rank))
     print(describe_step(timeline, width))
     if options.png is not None:
         draw_png(timeline, options.png)
@@ -95,38 +95,59 @@ def _axis_rows(view: RankView, rank: int) -> list[tuple[str, ...]]:
     ]
 
 
-def describe_stages(config: Config, layout: ParallelLayout, placement: Placement, rank: int) -> str:
-    """Layers, parameters and bytes by rank of the pipeline."""
+def describe_stages(config: Config, layout: ParallelLayout, schedule: PipelineSchedule, rank: int) -> str:
+    """Layers, parameters and memory by rank of the pipeline; activations and bytes sent of one rank."""
+    placement = schedule.placement
     pipeline = layout.activation.group("pipeline", rank)
     places = _ends(range(placement.num_ranks))
-    holdings = pipeline_holdings(config, layout, placement, [pipeline[place] for place in places])
-    head = ["", "ranks", "layers", "parameters", "weights", "gradients", "fp32 masters", "moments", "all"]
+    estimates = estimate_ranks(config, layout, schedule, [pipeline[place] for place in places])
     is_offloaded = config.hybrid_zero_optimizer.offload_optimizer
-    if is_offloaded:
-        head.append("on the host")
-    rows: list[tuple[str, ...]] = [tuple(head)]
     width = layout.world_size // placement.num_ranks
-    for place, stage in zip(places, holdings, strict=True):
-        held = stage.holding
-        sizes = [held.weights, held.gradients, held.masters, held.moments, held.all_bytes]
-        if is_offloaded:
-            sizes.append(held.host)
-        # The pipeline is the outermost axis: the ranks at one place of it are neighbours.
-        ranks = format_ranks(range(place * width, (place + 1) * width))
-        rows.append((str(place), ranks, _layers(stage), f"{held.parameters:,}", *map(_bytes, sizes)))
-    if len(places) < placement.num_ranks:
-        rows.insert(1 + len(places) // 2, ("..",) * len(head))
+    # The pipeline is the outermost axis: the ranks at one place of it are neighbours.
+    ranks = [format_ranks(range(place * width, (place + 1) * width)) for place in places]
+
+    head = ["", "ranks", "layers", "parameters", "weights", "gradients", "fp32 masters", "moments", "all"]
+    rows = []
+    for place, own_ranks, estimate in zip(places, ranks, estimates, strict=True):
+        m = estimate.memory
+        sizes = [m.weights, m.gradients, m.masters, m.moments, m.all_bytes, *([m.host] if is_offloaded else [])]
+        rows.append((str(place), own_ranks, _layers(estimate), f"{m.parameters:,}", *map(_bytes, sizes)))
+    head += ["on the host"] if is_offloaded else []
     title = (
         f"pipeline: {placement.num_ranks} rank(s) of {placement.num_chunks} stage(s); "
         f"parameters and bytes of each rank {format_ranks(pipeline)}"
     )
-    return "\n".join([title, *text_table(rows, "><<" + ">" * (len(head) - 3)), ""])
+    lines = [title, *_stage_table(head, rows, placement.num_ranks, "><<"), ""]
+
+    own = estimate_ranks(config, layout, schedule, [rank])[0]
+    return "\n".join([*lines, *_describe_traffic(rank, own)])
 
 
-def _layers(stage: PipelineHolding) -> str:
-    parts = ["embedding"] if stage.has_embedding else []
-    parts += [format_ranks(layers) for layers in stage.layers]
-    return " + ".join([*parts, "head"] if stage.has_head else parts)
+def _describe_traffic(rank: int, estimate: RankEstimate) -> list[str]:
+    """Activations at their peak, and bytes sent in a step by axis; nothing where the model's layers are unknown."""
+    if estimate.sent is None or estimate.activations is None:
+        return []
+    by_axis = [f"{axis} {_bytes(size)}" for axis, size in vars(estimate.sent).items() if size]
+    return [
+        f"rank {rank} holds {_bytes(estimate.activations)} of activations in its layers at their peak",
+        f"rank {rank} sends {_bytes(estimate.sent.all_bytes)} in a step: {', '.join(by_axis) or 'nothing'} (by axis)",
+        "",
+    ]
+
+
+def _stage_table(head: list[str], rows: list[tuple[str, ...]], num_ranks: int, align: str) -> list[str]:
+    """A table with one row for each rank of the pipeline, and a row of dots where ranks are left out."""
+    table = [tuple(head), *rows]
+    if len(rows) < num_ranks:
+        table.insert(1 + len(rows) // 2, ("..",) * len(head))
+    return text_table(table, align + ">" * (len(head) - len(align)))
+
+
+def _layers(estimate: RankEstimate) -> str:
+    held = estimate.held
+    parts = ["embedding"] if held.has_embedding else []
+    parts += [format_ranks(layers) for layers in held.layers]
+    return " + ".join([*parts, "head"] if held.has_head else parts)
 
 
 def describe_step(timeline: Timeline, width: int) -> str:
@@ -163,5 +184,5 @@ def format_ranks(ranks: Sequence[int]) -> str:
     return ",".join(texts if len(texts) <= 4 else [*texts[:2], "..", texts[-1]])
 
 
-def _bytes(size: int) -> str:
+def _bytes(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"

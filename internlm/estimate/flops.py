@@ -1,10 +1,8 @@
-"""How many floating-point operations a token of training costs, and how many a device can do.
+"""FLOPs of training, and the datasheet peaks that an MFU is relative to.
 
-Owns the arithmetic and the table of datasheet peaks. Knows a model only by its dimensions.
-
-Only the operations of the model are counted (MFU, not HFU): three times the forward pass, never the recomputation of
-activation checkpointing, and only matrix products, which is all that a datasheet peak is about. Two conventions are in
-use for the scores of causal attention, and their MFUs must not be compared with each other:
+Model FLOPs (MFU, not HFU) are three times the forward pass, without recomputation, and only those of GEMMs, which is
+all that a datasheet peak is about. Two conventions are in use for the scores of causal attention, and their MFUs must
+not be compared with each other:
 
 - "full": the S x S square, as if every token attended to every other (PaLM, https://arxiv.org/abs/2204.02311, app. B);
 - "causal": half of it, which is what a causal kernel computes.
@@ -13,79 +11,50 @@ use for the scores of causal attention, and their MFUs must not be compared with
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from internlm.model.architecture import Architecture
+from internlm.estimate.dimensions import ModelDimensions
 
 Convention = Literal["full", "causal"]
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The dimensions of a decoder with a gated feed-forward layer (three matrices) in every layer.
-
-    Attributes:
-        ffn_size: width of the feed-forward layer.
-        vocab_size: rows of the output head.
-        windows: the attention window of each layer, None for a layer that sees everything; empty: all see everything.
-    """
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_size: int
-    vocab_size: int
-    windows: tuple[int | None, ...] = ()
-
-    @classmethod
-    def of(cls, architecture: Architecture) -> ModelShape:
-        """The dimensions of a decoder of `internlm.model`."""
-        a = architecture
-        return cls(
-            num_layers=a.num_layers,
-            hidden_size=a.hidden_size,
-            num_heads=a.num_heads,
-            num_kv_heads=a.num_kv_heads,
-            head_dim=a.head_dim,
-            ffn_size=a.intermediate_size,
-            vocab_size=1 if a.is_reward else a.vocab_size,
-            windows=a.windows,
-        )
-
-    @property
-    def matmul_parameters(self) -> int:
-        """Weights that every token is multiplied with: all but the embedding (a lookup), norms and biases."""
-        queries_keys_values = self.hidden_size * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        attention_output = self.num_heads * self.head_dim * self.hidden_size
-        feed_forward = 3 * self.hidden_size * self.ffn_size
-        layer = queries_keys_values + attention_output + feed_forward
-        return self.num_layers * layer + self.hidden_size * self.vocab_size
-
-
-def flops_per_token(shape: ModelShape, seq_len: int, convention: Convention) -> float:
-    """Floating-point operations to train on one token: forward and backward, without recomputation.
+def flops_per_token(dimensions: ModelDimensions, seq_len: int, convention: Convention) -> float:
+    """Model FLOPs to train on one token: forward and backward, without recomputation.
 
     Args:
-        seq_len: tokens of an attention segment; packed documents shorter than that are counted as if they were whole.
+        dimensions: of the model.
+        seq_len: tokens of a sequence. Packed documents that are shorter count as if they were whole sequences.
         convention: how attention scores are counted, "full" or "causal".
     """
-    # A multiply and an add for each weight, and for each key that a query of a head sees, in scores and in values.
-    keys_seen = sum(_mean_keys(seq_len, window, convention) for window in shape.windows or (None,) * shape.num_layers)
-    forward = 2 * shape.matmul_parameters + 4 * shape.num_heads * shape.head_dim * keys_seen
-    return 3.0 * forward
+    scores = sum(
+        attention_flops_per_token(dimensions, seq_len, dimensions.window(layer), convention)
+        for layer in range(dimensions.num_layers)
+    )
+    return 3.0 * (2 * dimensions.gemm_parameters + scores)
 
 
-def _mean_keys(seq_len: int, window: int | None, convention: Convention) -> float:
-    """Keys that a query of one layer is counted to see, on average over the sequence."""
-    width = seq_len if window is None else min(window, seq_len)
-    # With a window the queries of its first `width` positions see half of it on average, the others all of it.
-    return float(width) if convention == "full" else width - width**2 / (2 * seq_len)
+def attention_flops_per_token(
+    dimensions: ModelDimensions, seq_len: int, window: int | None, convention: Convention
+) -> float:
+    """Forward FLOPs of one layer's attention for one token: scores, and the sum of values.
+
+    Args:
+        dimensions: of the model.
+        seq_len: tokens of a sequence.
+        window: attention window of the layer; None for full attention.
+        convention: how attention scores are counted, "full" or "causal".
+    """
+    width = min(window or seq_len, seq_len)
+    # Within a window, the queries of its first `width` positions see half of it on average, the others all of it.
+    keys_seen = float(width) if convention == "full" else width - width**2 / (2 * seq_len)
+    return 4.0 * dimensions.num_heads * dimensions.head_dim * keys_seen
+
+
+def head_flops_per_token(dimensions: ModelDimensions) -> float:
+    """Model FLOPs of the output head for one token: forward, and backward for inputs and for weights."""
+    return 6.0 * dimensions.head_parameters
 
 
 # Dense bf16 tensor TFLOP/s of the vendors' datasheets, without sparsity. The first name found in the device's name
@@ -115,11 +84,11 @@ _PEAK_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """The datasheet peak of a device in FLOP/s, or None where none is known.
+    """The datasheet peak of a device in FLOP/s; None where it is not known.
 
     Args:
         device_name: as `torch.cuda.get_device_name()` gives it, for example "NVIDIA H100 80GB HBM3".
-        dtype: that of the matrix products; only bf16 and fp16 have a peak here, which is the same for both.
+        dtype: dtype of the GEMMs; only bf16 and fp16, whose peaks are equal, are known.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None

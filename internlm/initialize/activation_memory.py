@@ -1,8 +1,8 @@
-"""What the layers of this rank's chunks keep for backward, and where, as the config asks."""
+"""Activations of this rank's layers: what each saves for backward, and where, as the config asks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -11,10 +11,12 @@ from torch import nn
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.scheduler.stage_placement import Placement
-from internlm.estimate.activations import LayerSizes
+from internlm.estimate.activations import LayerActivations
+from internlm.estimate.dimensions import ModelDimensions
 from internlm.initialize.recomputation_plan import ActivationPlan, plan_activations
 from internlm.model.decoder import Decoder, DecoderLayer
 from internlm.model.offload import Offloading
+from internlm.model.recompute import SavePolicy
 from internlm.utils.copy_stream import copy_stream_of
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
@@ -25,7 +27,7 @@ logger = get_logger(__name__)
 def check_activations(
     config: Config, model: nn.Module, layout: ParallelLayout, placement: Placement, stages: Sequence[range]
 ) -> None:
-    """Find out whether the activations of every rank of a pipeline can be arranged as the config asks.
+    """Check that the activations of every rank of a pipeline can be arranged as the config asks.
 
     Args:
         config: a checked config.
@@ -60,7 +62,7 @@ def check_activations(
 def arrange_activations(
     config: Config, chunks: Sequence[nn.Module], layout: ParallelLayout, device: torch.device
 ) -> None:
-    """Make the layers of a rank's chunks keep what the config asks for, where it asks for it."""
+    """Set what the layers of a rank's chunks save for backward, and what of it goes to host memory."""
     decoders = [chunk for chunk in chunks if isinstance(chunk, Decoder)]
     layers: dict[int, DecoderLayer] = {
         int(name): cast(DecoderLayer, layer) for decoder in decoders for name, layer in decoder.layers.items()
@@ -68,7 +70,7 @@ def arrange_activations(
     if config.model.checkpoint_budget is not None:
         plan = _plan(config, decoders[0], layout, sorted(layers), config.model.checkpoint_budget)
         for number, layer in layers.items():
-            layer.keep = plan.keeps[number]
+            layer.keep = plan.policies[number]
         logger.info("activations: %s", plan)
     num_saved = config.cpu_offloading.num_layers if config.cpu_offloading.enable else 0
     saved_of = {int(name) for decoder in decoders for name in list(decoder.layers)[:num_saved]}
@@ -94,5 +96,21 @@ def arrange_activations(
 def _plan(
     config: Config, model: Decoder, layout: ParallelLayout, layers: Sequence[int], budget: float
 ) -> ActivationPlan:
-    tokens = config.data.seq_len * config.data.micro_bsz
-    return plan_activations(LayerSizes(model.architecture, layout, tokens, config.data.seq_len), layers, budget * 2**30)
+    activations = layer_activations(config, ModelDimensions.of(model.architecture), layout)
+    return plan_activations(activations, layers, budget * 2**30)
+
+
+def layer_activations(config: Config, dimensions: ModelDimensions, layout: ParallelLayout) -> LayerActivations:
+    """Activations of a layer of the model, of one micro-batch of the config."""
+    data = config.data
+    return LayerActivations(dimensions, layout, data.seq_len * data.micro_bsz, data.seq_len)
+
+
+def save_policies(
+    config: Config, model: Decoder, layout: ParallelLayout, layers: Sequence[int]
+) -> Mapping[int, SavePolicy]:
+    """Save policy of each of a rank's `layers`: that of the config, or that of the plan for its budget."""
+    budget = config.model.checkpoint_budget
+    if budget is not None:
+        return _plan(config, model, layout, layers, budget).policies
+    return {layer: model.architecture.kept_activations[layer] for layer in layers}

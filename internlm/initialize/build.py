@@ -37,7 +37,8 @@ from internlm.data.batch_plan import parse_skip_batches
 from internlm.data.loader import TrainLoader, build_train_loader
 from internlm.data.packing import Packing
 from internlm.data.valid import ValidLoader, build_valid_loaders
-from internlm.estimate.flops import ModelShape, flops_per_token, peak_flops
+from internlm.estimate.dimensions import ModelDimensions
+from internlm.estimate.flops import flops_per_token, peak_flops
 from internlm.eval.hook import EvaluationHook
 from internlm.initialize.activation_memory import check_activations
 from internlm.initialize.data_checks import check_valid_sets
@@ -370,14 +371,16 @@ def build_flops(config: Config, device: torch.device, model: nn.Module) -> Flops
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, Architecture):
         return None
-    shape = ModelShape.of(architecture)
+    dimensions = ModelDimensions.of(architecture)
     if config.monitor.peak_tflops is not None:
         peak: float | None = config.monitor.peak_tflops * 1e12
     else:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(name, architecture.dtype)
     seq_len = config.data.seq_len
-    return FlopsModel(flops_per_token(shape, seq_len, "full"), flops_per_token(shape, seq_len, "causal"), peak)
+    return FlopsModel(
+        flops_per_token(dimensions, seq_len, "full"), flops_per_token(dimensions, seq_len, "causal"), peak
+    )
 
 
 def build_manager(config: Config, config_text: str) -> CheckpointManager:

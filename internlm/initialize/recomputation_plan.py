@@ -1,4 +1,4 @@
-"""Which layers of a rank recompute how much, so that a micro batch's activations fit into a number of bytes."""
+"""Save policy of each layer of a rank, so that the activations of a micro-batch fit into a number of bytes."""
 
 from __future__ import annotations
 
@@ -6,94 +6,98 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from internlm.estimate.activations import LayerSizes
+from internlm.estimate.activations import LayerActivations
 from internlm.model.recompute import KEEPS, SavePolicy
 from internlm.utils.errors import ConfigError
 
 _GIB = 2**30
 _NAMES: dict[SavePolicy, str] = {
-    "nothing": "recompute all",
-    "attention": "keep attention",
-    "matmuls": "keep products",
+    "nothing": "save only their input",
+    "attention": "save attention",
+    "matmuls": "save GEMM outputs",
     "everything": "recompute nothing",
 }
 
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """What each layer of a rank keeps.
+    """Save policy of each layer of a rank.
 
     Attributes:
-        keeps: layer -> policy.
-        kept_bytes: of one micro batch in all of these layers.
-        budget: bytes that it may be.
-        flops_again: floating-point operations of matrix products that run a second time, of one micro batch.
+        policies: layer -> save policy.
+        saved_bytes: bytes that these layers save of one micro-batch.
+        budget: upper limit of `saved_bytes`.
+        recomputed_flops: FLOPs that backward recomputes for one micro-batch.
     """
 
-    keeps: dict[int, SavePolicy]
-    kept_bytes: float
+    policies: dict[int, SavePolicy]
+    saved_bytes: float
     budget: float
-    flops_again: float
+    recomputed_flops: float
 
     def __str__(self) -> str:
         """One line for people."""
-        counts = Counter(self.keeps.values())
-        parts = ", ".join(f"{counts[keep]} {_NAMES[keep]}" for keep in reversed(KEEPS) if counts[keep])
+        counts = Counter(self.policies.values())
+        parts = ", ".join(f"{counts[policy]} {_NAMES[policy]}" for policy in reversed(KEEPS) if counts[policy])
         return (
-            f"of {len(self.keeps)} layers {parts}; they keep {self.kept_bytes / _GIB:.3g} of {self.budget / _GIB:.3g} "
-            f"GiB a micro-batch and compute {self.flops_again / 1e12:.3g} TFLOP again"
+            f"of {len(self.policies)} layers {parts}; {self.saved_bytes / _GIB:.3g} of {self.budget / _GIB:.3g} GiB "
+            f"saved and {self.recomputed_flops / 1e12:.3g} TFLOP recomputed per micro-batch"
         )
 
 
-def plan_activations(sizes: LayerSizes, layers: Sequence[int], budget: float) -> ActivationPlan:
-    """The plan with the fewest operations run twice, and of those the one that recomputes the fewest layers.
+def plan_activations(activations: LayerActivations, layers: Sequence[int], budget: float) -> ActivationPlan:
+    """The plan with the fewest recomputed FLOPs, and among those the one with the fewest recomputed layers.
 
-    All layers keep the same under one policy, and only windows make them differ in what they compute: so the numbers of
-    layers under each policy decide, and all of them are tried. The first layers recompute the most.
+    Under one policy all layers save the same, and only attention windows make them differ in FLOPs. So a plan is a
+    number of layers for each policy, and all of these are tried. The first layers recompute the most.
 
     Args:
-        sizes: of a layer.
-        layers: of this rank.
-        budget: bytes of one micro batch in all of them.
+        activations: of a layer.
+        layers: layers of this rank.
+        budget: bytes that all of them may save of one micro-batch.
 
     Raises:
-        ConfigError: it does not fit even if every layer keeps its input alone.
+        ConfigError: it does not fit even if every layer saves its input alone.
     """
-    kept = [sizes.kept_bytes(keep) for keep in KEEPS]
-    least = kept[-1] * len(layers)
+    saved = [activations.saved_bytes(policy) for policy in KEEPS]
+    least = saved[-1] * len(layers)
     if least > budget:
         raise ConfigError(
-            f"model.checkpoint_budget = {budget / _GIB:g}: a rank with {len(layers)} layers keeps {least / _GIB:.3g} "
+            f"model.checkpoint_budget = {budget / _GIB:g}: a rank with {len(layers)} layers saves {least / _GIB:.3g} "
             "GiB of a micro-batch even if it recomputes all that can be; give at least that, or make data.micro_bsz or "
             "data.seq_len smaller, or split the sequence (parallel.tensor) or the layers (parallel.pipeline) over more "
             "ranks"
         )
-    windows = sizes.architecture.windows
-    # Layers whose attention is cheap are the first to run it again.
-    by_cost = sorted(layers, key=lambda layer: sizes.flops_again("nothing", windows[layer]))
-    all_again = [0.0]
+
+    def full_flops(layer: int) -> float:
+        """FLOPs of a layer that saves its input alone."""
+        return activations.recomputed_flops("nothing", activations.dimensions.window(layer))
+
+    # Layers whose attention is cheap are the first to recompute it.
+    by_cost = sorted(layers, key=full_flops)
+    full_flops_of_first = [0.0]
     for layer in by_cost:
-        all_again.append(all_again[-1] + sizes.flops_again("nothing", windows[layer]))
-    products_again = sizes.flops_again("attention", None)
+        full_flops_of_first.append(full_flops_of_first[-1] + full_flops(layer))
+    gemm_flops = activations.recomputed_flops("attention", None)
     best: tuple[float, int, int, int] | None = None
     for nothing in range(len(layers) + 1):
         for attention in range(len(layers) - nothing + 1):
             left = len(layers) - nothing - attention
-            spare = budget - nothing * kept[3] - attention * kept[2] - left * kept[1]
+            spare = budget - nothing * saved[3] - attention * saved[2] - left * saved[1]
             if spare < 0:
                 continue
             # Of the rest, as many as fit recompute nothing at all.
-            more = kept[0] - kept[1]
+            more = saved[0] - saved[1]
             everything = left if more <= 0 else min(left, int(spare / more))
             matmuls = left - everything
-            again = all_again[nothing] + attention * products_again
-            candidate = (again, nothing + attention + matmuls, nothing, attention)
+            flops = full_flops_of_first[nothing] + attention * gemm_flops
+            candidate = (flops, nothing + attention + matmuls, nothing, attention)
             if best is None or candidate < best:
                 best = candidate
     assert best is not None
-    again, recomputed, nothing, attention = best
+    flops, recomputed, nothing, attention = best
     numbers = (len(layers) - recomputed, recomputed - nothing - attention, attention, nothing)
-    policies = [keep for keep, number in reversed(list(zip(KEEPS, numbers, strict=True))) for _ in range(number)]
-    keeps = dict(zip(by_cost, policies, strict=True))
-    total = sum(kept[KEEPS.index(keep)] for keep in policies)
-    return ActivationPlan({layer: keeps[layer] for layer in layers}, total, budget, again)
+    chosen = [policy for policy, number in reversed(list(zip(KEEPS, numbers, strict=True))) for _ in range(number)]
+    policies = dict(zip(by_cost, chosen, strict=True))
+    total = sum(saved[KEEPS.index(policy)] for policy in chosen)
+    return ActivationPlan({layer: policies[layer] for layer in layers}, total, budget, flops)

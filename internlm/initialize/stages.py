@@ -18,7 +18,8 @@ from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, spl
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
-from internlm.estimate.flops import ModelShape, flops_per_token
+from internlm.estimate.dimensions import ModelDimensions
+from internlm.estimate.flops import flops_per_token, head_flops_per_token
 from internlm.initialize.activation_memory import arrange_activations
 from internlm.model.architecture import Architecture
 from internlm.model.ops.float8.scaled_gemm import why_not_on_hardware
@@ -66,11 +67,10 @@ def _layer_costs(config: Config) -> LayerCosts:
             f"parallel.pipeline.layer_split = 'cost': the dimensions of a {config.model_type} are not known here; give "
             f"a list of layers a stage, or 'uniform'"
         )
-    shape = ModelShape.of(architecture)
-    # Three passes (forward, and backward for inputs and for weights) of a multiply and an add for each weight.
-    head = 6.0 * shape.hidden_size * shape.vocab_size
-    layers = flops_per_token(shape, config.data.seq_len, "causal") - head
-    return LayerCosts(head=head / (layers / shape.num_layers))
+    dimensions = ModelDimensions.of(architecture)
+    head = head_flops_per_token(dimensions)
+    layers = flops_per_token(dimensions, config.data.seq_len, "causal") - head
+    return LayerCosts(head=head / (layers / dimensions.num_layers))
 
 
 def build_options(config: Config) -> ParallelOptions:

@@ -63,6 +63,24 @@ def test_an_offloaded_state_is_counted_on_the_host(config: Path, capsys: pytest.
     assert float(host) == pytest.approx(1.5 * float(resident[-4]), abs=0.015)
 
 
+def test_bytes_sent_are_shown_by_axis(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An axis over which nothing is sent is left out."""
+    lines = layout(capsys, config, "--world-size", 64, "--rank", 13)
+    (line,) = [line for line in lines if line.startswith("rank 13 sends ")]
+    assert line.endswith(" (by axis)")
+    total, by_axis = line.removeprefix("rank 13 sends ").removesuffix(" (by axis)").split(" in a step: ")
+    sizes = {part.split()[0]: size_of(part.split(maxsplit=1)[1]) for part in by_axis.split(", ")}
+    assert list(sizes) == ["tensor", "data", "pipeline"]
+    assert size_of(total) == pytest.approx(sum(sizes.values()), rel=0.01)
+    assert any(line.startswith("rank 13 holds ") for line in lines)
+
+
+def size_of(text: str) -> float:
+    """MiB of "1.50 GiB"."""
+    number, unit = text.split()
+    return float(number.replace(",", "")) * {"MiB": 1, "GiB": 1024}[unit]
+
+
 def test_a_rank_shows_its_own_groups(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = layout(capsys, config, "--world-size", 64, "--rank", 13)
     assert "activation view, outermost axis first; rank 13 is at pipeline 1, zero 2, tensor 1" in lines

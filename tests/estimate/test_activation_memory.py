@@ -14,8 +14,8 @@ from helpers.tiny import micro_batch, tiny_config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
-from internlm.estimate.activations import LayerSizes
-from internlm.model.architecture import Architecture
+from internlm.estimate.activations import LayerActivations
+from internlm.estimate.dimensions import ModelDimensions
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.recompute import KEEPS, SavePolicy
 from internlm.model.registry import build_model
@@ -66,8 +66,8 @@ def kept_by_a_layer(layout: ParallelLayout, family: str, keep: SavePolicy, chang
 
 def formula(layout: ParallelLayout, family: str, keep: SavePolicy, changes: dict[str, Any]) -> float:
     """What the planner thinks."""
-    architecture: Architecture = model_of(family, 2, "everything", changes).architecture
-    return LayerSizes(architecture, layout, TOKENS, TOKENS).kept_bytes(keep) / TOKENS
+    dimensions = ModelDimensions.of(model_of(family, 2, "everything", changes).architecture)
+    return LayerActivations(dimensions, layout, TOKENS, TOKENS).saved_bytes(keep) / TOKENS
 
 
 @pytest.mark.parametrize("family", ["INTERNLM2", "LLAMA2"])

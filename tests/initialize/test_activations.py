@@ -86,7 +86,7 @@ def test_a_budget_chooses_and_is_told(tmp_path: Path, told: list[logging.LogReco
 
 def test_a_budget_that_is_too_small_is_refused_before_any_rank_starts() -> None:
     check_buildable(small_config({"model.checkpoint_budget": 1.0}), 1)
-    with pytest.raises(ConfigError, match=r"model\.checkpoint_budget = 1e-06: a rank with 4 layers keeps"):
+    with pytest.raises(ConfigError, match=r"model\.checkpoint_budget = 1e-06: a rank with 4 layers saves"):
         check_buildable(small_config({"model.checkpoint_budget": 1e-6}), 1)
     # 4 layers of 32 tokens of 32 bf16 channels: 8 KiB; a stage of two has half of it.
     tight = 1.01 * 2 * 32 * 32 * 2 / 2**30

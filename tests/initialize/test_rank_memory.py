@@ -1,4 +1,4 @@
-"""What ranks would hold is what they hold: bytes against real buffers, parameters against the whole model."""
+"""Estimated memory of ranks: bytes against real buffers, parameters against the whole model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from internlm.config.loader import load_config
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import local_tensor
+from internlm.estimate.memory import RankMemory
 from internlm.initialize.build import build_layout
-from internlm.initialize.memory_per_rank import Holding, pipeline_holdings
+from internlm.initialize.rank_estimates import estimate_ranks
 from internlm.initialize.stages import build_chunks, build_meta_model, build_pipeline_schedule, state_form
 from internlm.solver.optimizer.bucket import ALIGNMENT, NORM_ROW
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
@@ -33,19 +34,19 @@ PIPELINES = {
 }
 
 
-def holdings(config: Config, world_size: int) -> list[Holding]:
-    """What every rank of one pipeline, that of rank 0, would hold."""
+def memories(config: Config, world_size: int) -> list[RankMemory]:
+    """Memory of every rank of the pipeline of rank 0."""
     layout = build_layout(config, world_size)
-    placement = build_pipeline_schedule(config)(config.data.micro_num).placement
+    schedule = build_pipeline_schedule(config)(config.data.micro_num)
     ranks = layout.activation.group("pipeline", 0)
-    return [place.holding for place in pipeline_holdings(config, layout, placement, ranks)]
+    return [estimate.memory for estimate in estimate_ranks(config, layout, schedule, ranks)]
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_the_ranks_of_a_pipeline_hold_the_model_once(pipeline: str) -> None:
     config = small_config({**PIPELINES[pipeline], "model.dtype": "torch.bfloat16"})
     parameters = sum(parameter.numel() for parameter in build_meta_model(config).parameters())
-    whole = Holding.sum(holdings(config, 2))
+    whole = RankMemory.sum(memories(config, 2))
     assert (whole.parameters, whole.weights) == (parameters, 2 * parameters)
 
 
@@ -56,14 +57,14 @@ def test_a_tied_embedding_is_held_where_an_end_of_the_model_is(pipeline: str, co
     names = dict(model.named_parameters())
     embedding = names["tok_embeddings.weight"].numel()
     expected = sum(parameter.numel() for parameter in names.values()) + (copies - 1) * embedding
-    assert Holding.sum(holdings(config, 2)).parameters == expected
+    assert RankMemory.sum(memories(config, 2)).parameters == expected
 
 
 def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def real_bytes(config: Config, world_size: int) -> tuple[Holding, int]:
+def real_bytes(config: Config, world_size: int) -> tuple[RankMemory, int]:
     """What this rank's optimizer allocates, and how many elements of each buffer may be padding."""
     context = ParallelContext.create(build_layout(config, world_size))
     chunks = build_chunks(config, context)
@@ -75,7 +76,7 @@ def real_bytes(config: Config, world_size: int) -> tuple[Holding, int]:
     # Where a master is the parameter itself, it takes no memory of its own.
     masters = sum(b.master.nbytes for b in buckets if storage(b.master) not in map(storage, local))
     moments = sum(moment.nbytes for state in optimizer.states for moment in state.tensors.values())
-    holding = Holding(
+    memory = RankMemory(
         parameters=sum(tensor.numel() for tensor in local),
         weights=sum(tensor.nbytes for tensor in local),
         gradients=sum(buffer.nbytes for buffer in gradients),
@@ -86,7 +87,7 @@ def real_bytes(config: Config, world_size: int) -> tuple[Holding, int]:
     # Without a collective in between, a fast rank would close the groups while a slow one still opens them.
     dist.barrier()
     context.close()
-    return holding, len(parameters) * ALIGNMENT + NORM_ROW * sum(bucket.groups.zero_size for bucket in buckets)
+    return memory, len(parameters) * ALIGNMENT + NORM_ROW * sum(bucket.groups.zero_size for bucket in buckets)
 
 
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32", "torch.float64"])
@@ -108,11 +109,11 @@ def test_bytes_are_those_of_a_real_optimizer(
     config = small_config({**parallel, "model.dtype": dtype, "model.hidden_size": 64})
     real = ranks(4).run(real_bytes, config, 4)
     pipeline = build_layout(config, 4).activation.group("pipeline", 0)
-    for rank, expected in zip(pipeline, holdings(config, 4), strict=True):
-        holding, padding = real[rank]
-        assert (holding.parameters, holding.weights) == (expected.parameters, expected.weights)
+    for rank, expected in zip(pipeline, memories(config, 4), strict=True):
+        memory, padding = real[rank]
+        assert (memory.parameters, memory.weights) == (expected.parameters, expected.weights)
         for name, size in (("gradients", 8), ("masters", 4), ("moments", 8), ("host", 12)):
-            found, wanted = getattr(holding, name), getattr(expected, name)
+            found, wanted = getattr(memory, name), getattr(expected, name)
             assert 0 <= found - wanted <= size * padding, name
             # Padding could not hide a kind of buffer that was forgotten.
             assert wanted == 0 or 2 * size * padding < wanted, name
@@ -148,7 +149,7 @@ def test_a_7b_model_takes_a_step_on_one_device() -> None:
             "adam.moments_dtype": f"torch.{moments}",
             "hybrid_zero_optimizer.offload_optimizer": offload == "yes",
         }
-        (held,) = holdings(changed(config, keys), 1)
-        assert held.parameters == 7_737_708_544
-        found = [held.weights, held.gradients, held.masters, held.moments, held.all_bytes, held.host]
+        (memory,) = memories(changed(config, keys), 1)
+        assert memory.parameters == 7_737_708_544
+        found = [memory.weights, memory.gradients, memory.masters, memory.moments, memory.all_bytes, memory.host]
         assert sizes[:-1] == [f"{size / 2**30:.1f}" for size in found], row

@@ -8,10 +8,17 @@ from helpers.model import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from internlm.estimate.flops import ModelShape, flops_per_token, peak_flops
+from internlm.estimate.dimensions import ModelDimensions
+from internlm.estimate.flops import flops_per_token, peak_flops
 
-LLAMA_3_1_8B = ModelShape(
-    num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=14336, vocab_size=128256
+LLAMA_3_1_8B = ModelDimensions(
+    num_layers=32,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=128256,
 )
 
 
@@ -22,28 +29,28 @@ def test_llama_8b_equals_the_published_numbers(convention, published):
 
 def test_causal_convention_with_windows_counts_the_keys_each_query_sees():
     seq_len, windows = 256, (None, 32, 1000)
-    shape = ModelShape(3, 48, 4, 2, 16, 80, 101, windows=windows)
-    without_attention = 6 * shape.matmul_parameters
+    dimensions = ModelDimensions(3, 48, 4, 2, 16, 80, 101, windows=windows)
+    without_attention = 6 * dimensions.gemm_parameters
     pairs = sum(min(query + 1, window or seq_len) for window in windows for query in range(seq_len))
     # Half of a square counts half of its diagonal: half a key less for each query of the triangle.
     pairs -= 0.5 * (256 + 32 + 256)
-    counted = flops_per_token(shape, seq_len, "causal") - without_attention
+    counted = flops_per_token(dimensions, seq_len, "causal") - without_attention
     assert counted == pytest.approx(12 * 4 * 16 * pairs / seq_len, rel=1e-12)
-    counted = flops_per_token(shape, seq_len, "full") - without_attention
+    counted = flops_per_token(dimensions, seq_len, "full") - without_attention
     assert counted == 12 * 4 * 16 * (256 + 32 + 256)
 
 
 def test_dimensions_of_a_decoder():
     model = tiny_model("MISTRAL", num_kv_attention_heads=2, sliding_window=16, num_layers=3)
-    shape = ModelShape.of(model.architecture)
+    dimensions = ModelDimensions.of(model.architecture)
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
-    assert shape.matmul_parameters == weights - model.tok_embeddings.weight.numel()
-    assert shape.windows == (16, 16, 16)
+    assert dimensions.gemm_parameters == weights - model.tok_embeddings.weight.numel()
+    assert dimensions.windows == (16, 16, 16)
 
 
 def test_full_convention_equals_torch_flop_counter():
-    shape = ModelShape(
-        num_layers=3, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=80, vocab_size=101
+    dimensions = ModelDimensions(
+        num_layers=3, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=80, vocab_size=101
     )
     config = LlamaConfig(
         hidden_size=48,
@@ -63,7 +70,7 @@ def test_full_convention_equals_torch_flop_counter():
     hidden = model.model.embed_tokens(tokens)
     with FlopCounterMode(display=False) as counter:
         model(inputs_embeds=hidden).logits.sum().backward()
-    assert counter.get_total_flops() == flops_per_token(shape, seq_len, "full") * batch * seq_len
+    assert counter.get_total_flops() == flops_per_token(dimensions, seq_len, "full") * batch * seq_len
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from internlm.config.schema import ModelConfig
 from internlm.core.context.layout import ParallelLayout
-from internlm.estimate.activations import LayerSizes
+from internlm.estimate.activations import LayerActivations
+from internlm.estimate.dimensions import ModelDimensions
 from internlm.initialize.recomputation_plan import plan_activations
 from internlm.model.architecture import Architecture
 from internlm.model.recompute import KEEPS
@@ -19,53 +20,54 @@ from internlm.utils.errors import ConfigError
 LAYERS = 5
 
 
-def sizes(windowed: bool = False) -> LayerSizes:
+def sizes(windowed: bool = False) -> LayerActivations:
     config = ModelConfig(
         vocab_size=64, hidden_size=64, num_layers=LAYERS, num_attention_heads=4, intermediate_size=96,
         use_sliding_window=windowed, sliding_window=8 if windowed else None, max_window_layers=2,
     )  # fmt: skip
-    return LayerSizes(Architecture.resolve(config), ParallelLayout(), tokens=128, row_length=64)
+    dimensions = ModelDimensions.of(Architecture.resolve(config))
+    return LayerActivations(dimensions, ParallelLayout(), tokens=128, row_length=64)
 
 
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.35, 0.5, 0.77, 0.9, 1.0])
 def test_no_other_plan_that_fits_repeats_less(share: float, windowed: bool) -> None:
     one = sizes(windowed)
-    windows = one.architecture.windows
-    budget = share * LAYERS * one.kept_bytes("everything")
+    windows = one.dimensions.windows
+    budget = share * LAYERS * one.saved_bytes("everything")
 
     def cost(keeps: tuple) -> tuple[float, int]:
-        again = sum(one.flops_again(keep, window) for keep, window in zip(keeps, windows, strict=True))
+        again = sum(one.recomputed_flops(keep, window) for keep, window in zip(keeps, windows, strict=True))
         return again, sum(keep != "everything" for keep in keeps)
 
     fitting = [
         keeps
         for keeps in itertools.product(KEEPS, repeat=LAYERS)
-        if sum(one.kept_bytes(keep) for keep in keeps) <= budget
+        if sum(one.saved_bytes(keep) for keep in keeps) <= budget
     ]
     plan = plan_activations(one, range(LAYERS), budget)
-    keeps = tuple(plan.keeps[layer] for layer in range(LAYERS))
+    keeps = tuple(plan.policies[layer] for layer in range(LAYERS))
     assert keeps in fitting
     assert cost(keeps) == pytest.approx(min(map(cost, fitting)))
-    assert plan.kept_bytes == sum(one.kept_bytes(keep) for keep in keeps)
-    assert plan.flops_again == pytest.approx(cost(keeps)[0])
+    assert plan.saved_bytes == sum(one.saved_bytes(keep) for keep in keeps)
+    assert plan.recomputed_flops == pytest.approx(cost(keeps)[0])
 
 
 def test_a_plan_is_one_line_and_full_recomputation_comes_first() -> None:
     one = sizes()
-    budget = 2 * one.kept_bytes("nothing") + 3 * one.kept_bytes("everything")
+    budget = 2 * one.saved_bytes("nothing") + 3 * one.saved_bytes("everything")
     plan = plan_activations(one, range(LAYERS), budget)
-    assert list(plan.keeps) == list(range(LAYERS))
-    order = [KEEPS.index(keep) for keep in plan.keeps.values()]
+    assert list(plan.policies) == list(range(LAYERS))
+    order = [KEEPS.index(keep) for keep in plan.policies.values()]
     assert order == sorted(order, reverse=True)
     assert "\n" not in str(plan) and str(plan).startswith("of 5 layers ")
 
 
 def test_what_does_not_fit_is_refused_with_what_it_takes() -> None:
     one = sizes()
-    least = LAYERS * one.kept_bytes("nothing")
-    assert set(plan_activations(one, range(LAYERS), least).keeps.values()) == {"nothing"}
-    with pytest.raises(ConfigError, match=rf"model.checkpoint_budget = .*keeps {least / 2**30:.3g} GiB"):
+    least = LAYERS * one.saved_bytes("nothing")
+    assert set(plan_activations(one, range(LAYERS), least).policies.values()) == {"nothing"}
+    with pytest.raises(ConfigError, match=rf"model.checkpoint_budget = .*saves {least / 2**30:.3g} GiB"):
         plan_activations(one, range(LAYERS), least - 1)
 
 
@@ -73,7 +75,7 @@ def test_what_does_not_fit_is_refused_with_what_it_takes() -> None:
 def test_operations_are_those_that_torch_counts(keep: str, parts: tuple[str, ...]) -> None:
     """Against torch's counter over the products of a plain layer, with a full square of scores for attention."""
     one = sizes()
-    a = one.architecture
+    a = one.dimensions
     h, heads, kv, d, f = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
     rows, length = one.tokens // one.row_length, one.row_length
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
@@ -85,4 +87,4 @@ def test_operations_are_those_that_torch_counts(keep: str, parts: tuple[str, ...
             (q @ q.transpose(1, 2)) @ q
     total = float(counter.get_total_flops())
     causal = 2.0 * 2 * rows * heads * length * length * d / 2 if "attention" in parts else 0.0
-    assert one.flops_again(keep, None) == total - causal  # type: ignore[arg-type]
+    assert one.recomputed_flops(keep, None) == total - causal  # type: ignore[arg-type]

@@ -1,0 +1,221 @@
+"""Bytes that a rank sends in one optimizer step, by axis.
+
+Of n bytes, an all-gather or a reduce-scatter over k ranks sends `n (k-1)/k`, an all-reduce twice that; an all-to-all of
+n bytes on each rank sends `n (k-1)/k`. Not counted: padding of flat buffers, and scalars (token counts, metrics, the
+gradient norm, scales of float8, run control). tests/estimate/test_bytes_sent.py compares these functions with the calls
+of torch.distributed in a training step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+
+from internlm.core.parallel.model_parallel import ParallelOptions
+from internlm.core.scheduler.actions import Action
+from internlm.core.scheduler.communication import message_from
+from internlm.core.scheduler.stage_placement import Placement
+from internlm.estimate.dimensions import ModelDimensions
+from internlm.estimate.parameters import HeldParameter, RankParameters
+from internlm.model.recompute import SavePolicy
+from internlm.solver.optimizer.state_form import StateForm
+
+_FLOAT32, _INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class BytesSent:
+    """Bytes that one rank sends in one step.
+
+    Attributes:
+        tensor: activations and their gradients, gradients of replicated weights, and the loss, over the tensor ranks.
+        weight: weights and gradients over the weight ranks of isp.
+        data: gradients and weights over the data ranks: hybrid ZeRO and FSDP.
+        pipeline: activations and gradients between stages, and gradients of a tied embedding between the ends.
+    """
+
+    tensor: float = 0.0
+    weight: float = 0.0
+    data: float = 0.0
+    pipeline: float = 0.0
+
+    @property
+    def all_bytes(self) -> float:
+        """The sum over all axes."""
+        return sum(astuple(self))
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What of a config decides how much is sent in a step.
+
+    Attributes:
+        dimensions: of the model.
+        tokens: tokens of a micro-batch, before they are split over ranks.
+        num_micro_batches: micro-batches of a step.
+        policies: save policy of each layer of the rank, by its number.
+        options: of `parallelize`; `reduce_dtype` is that of gradients in collectives.
+        form: dtypes of gradients and optimizer states.
+    """
+
+    dimensions: ModelDimensions
+    tokens: int
+    num_micro_batches: int
+    policies: Mapping[int, SavePolicy]
+    options: ParallelOptions
+    form: StateForm
+
+
+def all_gather_bytes(num_bytes: float, ranks: int) -> float:
+    """Bytes sent by an all-gather, a reduce-scatter or an all-to-all.
+
+    Args:
+        num_bytes: bytes of the full tensor; for an all-to-all those of each rank's input.
+        ranks: ranks of the group.
+    """
+    return num_bytes * (ranks - 1) / ranks
+
+
+def all_reduce_bytes(num_bytes: float, ranks: int) -> float:
+    """Bytes sent by an all-reduce of `num_bytes` over `ranks`: a reduce-scatter and an all-gather."""
+    return 2 * all_gather_bytes(num_bytes, ranks)
+
+
+def bytes_sent(held: RankParameters, step: TrainingStep, actions: Sequence[Action], placement: Placement) -> BytesSent:
+    """Bytes that a rank sends in one step.
+
+    Args:
+        held: parameters of the rank.
+        step: see `TrainingStep`.
+        actions: what the rank does in a step, in order.
+        placement: which rank along the pipeline holds which stage.
+    """
+    context, m = held.context, step.num_micro_batches
+    layers = [layer for chunk in held.layers for layer in chunk]
+    tensor = sum(layer_activations_sent(held, step, step.policies[layer]) for layer in layers)
+    tensor += ends_sent(held, step)
+    weight = sum(weight_gathering_sent(parameter, held, step) for parameter in held.parameters)
+    data = sum(fsdp_sent(parameter, held, step) for parameter in held.parameters)
+    synchronized = {"tensor": 0.0, "weight": 0.0, "data": 0.0, "pipeline": 0.0}
+    for parameter in held.parameters:
+        for axis, sent in synchronization_sent(parameter, held, step).items():
+            synchronized[axis] += sent
+    rank = context.index("pipeline")
+    num_messages = sum(message_from(placement, rank, action) is not None for action in actions)
+    return BytesSent(
+        tensor=m * tensor + synchronized["tensor"],
+        weight=m * weight + synchronized["weight"],
+        data=m * data + synchronized["data"],
+        pipeline=num_messages * stage_message_bytes(held, step) + synchronized["pipeline"],
+    )
+
+
+def layer_activations_sent(held: RankParameters, step: TrainingStep, policy: SavePolicy) -> float:
+    """Bytes that a layer sends over the tensor axis for one micro-batch, repeats by recomputation included."""
+    layout, m = held.context.layout, step.dimensions
+    t, size = layout.tensor, m.dtype.itemsize
+    is_recomputed = policy != "everything"
+    residual = step.tokens * m.hidden_size * size
+    if layout.is_isp:
+        heads = 2 * (m.num_heads + max(m.num_kv_heads, t)) * m.head_dim
+        one_way = all_gather_bytes(step.tokens / t * heads * size, t)
+        return one_way * (3 if is_recomputed else 2)
+    if layout.mode == "mtp":
+        # Forward the outputs of wo and w2, backward the gradients of two inputs; recomputation repeats the one of wo.
+        return all_reduce_bytes(residual, t) * (5 if is_recomputed else 4)
+    one_way = all_gather_bytes(residual, t)
+    # Two gathers and two reduce-scatters, forward and backward; recomputation repeats the reduce-scatter behind wo.
+    num_exchanges = 9 if is_recomputed else 8
+    if layout.mode == "msp":
+        return one_way * (num_exchanges + (2 if is_recomputed else 0))
+    num_exchanges += 2
+    return one_way * (num_exchanges + (2 if policy in ("attention", "nothing") else 0))
+
+
+def ends_sent(held: RankParameters, step: TrainingStep) -> float:
+    """Bytes that embedding, head and loss send over the tensor axis for one micro-batch."""
+    layout, m = held.context.layout, step.dimensions
+    if layout.is_isp:
+        return 0.0
+    t, sent = layout.tensor, 0.0
+    residual = step.tokens * m.hidden_size * m.dtype.itemsize
+    if held.has_embedding:
+        by_hidden = step.options.split_embedding_hidden and not m.has_tied_head and m.hidden_size % t == 0
+        if layout.mode == "mtp":
+            sent += all_gather_bytes(residual, t) if by_hidden else all_reduce_bytes(residual, t)
+        else:
+            # An all-to-all of a part of the channels each way, or a reduce-scatter and a gather.
+            sent += 2 * all_gather_bytes(residual / t if by_hidden else residual, t)
+    if held.has_head:
+        # mtp: an all-reduce of the gradient; msp and fsp: a gather of hidden states, a reduce-scatter of the gradient.
+        sent += all_reduce_bytes(residual, t)
+        # Largest score, its class, and three sums for each token.
+        scores = max(_FLOAT32, m.dtype.itemsize)
+        sent += all_reduce_bytes(step.tokens * (4 * scores + _INT64), t)
+    return sent
+
+
+def weight_gathering_sent(parameter: HeldParameter, held: RankParameters, step: TrainingStep) -> float:
+    """Bytes that isp sends over the weight axis for a parameter and one micro-batch."""
+    if "weight" not in parameter.spec.sharded_over:
+        return 0.0
+    w = held.context.size("weight", "weight")
+    numel = w * math.prod(parameter.spec.local_shape)
+    gradient = step.options.reduce_dtype.itemsize if parameter.is_trained else 0
+    if parameter.layer is None:
+        # Embedding and head are gathered once; the loss computes its gradients in the forward pass.
+        uses = 2 if step.dimensions.has_tied_head and held.has_embedding and held.has_head else 1
+        return uses * all_gather_bytes(numel * (parameter.dtype.itemsize + gradient), w)
+    gathers = 3 if step.policies[parameter.layer] in ("attention", "nothing") else 2
+    return all_gather_bytes(numel * (gathers * _gathered_itemsize(parameter, step) + gradient), w)
+
+
+def fsdp_sent(parameter: HeldParameter, held: RankParameters, step: TrainingStep) -> float:
+    """Bytes that FSDP sends over the zero axis for a parameter and one micro-batch."""
+    if not parameter.is_fsdp:
+        return 0.0
+    z = held.context.size("zero")
+    rows, *other = parameter.full.local_shape
+    numel = -(-rows // z) * z * math.prod(other)
+    gathers = 1 if parameter.layer is None else 2
+    gradient = step.options.reduce_dtype.itemsize if parameter.is_trained else 0
+    return all_gather_bytes(numel * (gathers * _gathered_itemsize(parameter, step) + gradient), z)
+
+
+def synchronization_sent(parameter: HeldParameter, held: RankParameters, step: TrainingStep) -> dict[str, float]:
+    """Bytes by axis that the optimizer sends for a parameter in one step: sums of gradients, gathers of weights."""
+    if not parameter.is_trained:
+        return {}
+    spec, view = parameter.spec, held.context.view(parameter.spec.view)
+    numel = math.prod(spec.local_shape)
+    gradients = step.form.gradient_dtype(parameter.dtype)
+    size = (step.options.reduce_dtype if gradients == torch.float32 else gradients).itemsize
+    has_zero = spec.data_axis in view.merged
+    replicas = view.size(f"{spec.data_axis}_replica" if has_zero else spec.data_axis)
+    z = view.size("zero") if has_zero and not parameter.is_fsdp else 1
+    shard = numel / z
+    sent = {
+        "data": all_gather_bytes(numel * (size + parameter.dtype.itemsize), z)
+        + all_reduce_bytes(shard * size, replicas)
+    }
+    for name in spec.partial_over:
+        axis = {"kv_replica": "tensor", "pipeline_ends": "pipeline"}.get(name, name)
+        sent[axis] = sent.get(axis, 0.0) + all_reduce_bytes(shard * size, view.size(name))
+    return sent
+
+
+def stage_message_bytes(held: RankParameters, step: TrainingStep) -> float:
+    """Bytes of the residual stream of one micro-batch between two stages."""
+    layout, m = held.context.layout, step.dimensions
+    tokens = step.tokens if layout.mode == "mtp" else step.tokens / layout.tensor
+    return tokens * m.hidden_size * m.residual_dtype.itemsize
+
+
+def _gathered_itemsize(parameter: HeldParameter, step: TrainingStep) -> int:
+    """Bytes of an element of a gathered weight: 1 where it is gathered in float8."""
+    options = step.options
+    is_float8 = options.gather_float8 and parameter.layer in options.float8_layers
+    return 1 if is_float8 and len(parameter.spec.local_shape) == 2 else parameter.dtype.itemsize

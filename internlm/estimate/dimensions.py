@@ -1,0 +1,92 @@
+"""Dimensions of a decoder: the one description from which FLOPs, activations and traffic are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from internlm.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """The dimensions of a decoder with a gated feed-forward (three matrices) in every layer.
+
+    Attributes:
+        intermediate_size: width of the feed-forward.
+        vocab_size: rows of the output head; 1 for a reward model.
+        windows: attention window of each layer in tokens, None for full attention; empty: full attention everywhere.
+        dtype: dtype of weights and activations.
+        residual_dtype: dtype of the residual stream between blocks and between pipeline stages.
+        norm_type: kind of the norms, which decides what they save for backward.
+        has_qk_norm: whether query and key heads are normalized.
+        has_fused_qkv: whether queries, keys and values are one projection.
+        has_tied_head: whether the output head is the embedding.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    windows: tuple[int | None, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
+    residual_dtype: torch.dtype = torch.bfloat16
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    has_qk_norm: bool = False
+    has_fused_qkv: bool = False
+    has_tied_head: bool = False
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> ModelDimensions:
+        """The dimensions of a decoder of `internlm.model`."""
+        a = architecture
+        return cls(
+            num_layers=a.num_layers,
+            hidden_size=a.hidden_size,
+            num_heads=a.num_heads,
+            num_kv_heads=a.num_kv_heads,
+            head_dim=a.head_dim,
+            intermediate_size=a.intermediate_size,
+            vocab_size=1 if a.is_reward else a.vocab_size,
+            windows=a.windows,
+            dtype=a.dtype,
+            residual_dtype=torch.float32 if a.residual_in_fp32 else a.dtype,
+            norm_type=a.norm_type,
+            has_qk_norm=a.qk_norm,
+            has_fused_qkv=a.fused_qkv,
+            has_tied_head=a.tie_word_embeddings,
+        )
+
+    @property
+    def attention_parameters(self) -> int:
+        """Elements of a layer's attention matrices, `h d (2H + 2K)`."""
+        return self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+
+    @property
+    def feed_forward_parameters(self) -> int:
+        """Elements of a layer's feed-forward matrices, `3 h f`."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Elements of a layer's matrices: no norms, no biases."""
+        return self.attention_parameters + self.feed_forward_parameters
+
+    @property
+    def head_parameters(self) -> int:
+        """Elements of the output head."""
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def gemm_parameters(self) -> int:
+        """Elements of all matrices that every token passes through: no embedding (a lookup), norms or biases."""
+        return self.num_layers * self.layer_parameters + self.head_parameters
+
+    def window(self, layer: int) -> int | None:
+        """Attention window of a layer in tokens; None for full attention."""
+        return self.windows[layer] if self.windows else None

@@ -1,0 +1,115 @@
+"""Parameters that a rank holds, as ShardSpecs: exact, without storage and without processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from internlm.core.context.layout import ParallelLayout
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.fsdp import kept_whole, rows_of
+from internlm.core.parallel.model_parallel import ParallelOptions
+from internlm.core.parallel.parallelize import shard_specs
+from internlm.core.parallel.pipeline_stages import meta_stage
+from internlm.core.parallel.shard_spec import ShardSpec
+from internlm.core.scheduler.stage_placement import Placement
+
+
+@dataclass(frozen=True)
+class HeldParameter:
+    """A parameter, or a part of one, that a rank holds.
+
+    Attributes:
+        spec: what of the global parameter the rank holds; with FSDP the rows that it keeps.
+        full: the spec of what the model computes with: without FSDP `spec` itself.
+        dtype: dtype of the weight.
+        is_trained: whether it has a gradient and an optimizer state.
+    """
+
+    spec: ShardSpec
+    full: ShardSpec
+    dtype: torch.dtype
+    is_trained: bool = True
+
+    @property
+    def layer(self) -> int | None:
+        """The number of its layer; None outside of layers."""
+        numbers = [part for part in self.spec.name.split(".") if part.isdigit()]
+        return int(numbers[0]) if numbers else None
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether FSDP splits it over the zero ranks."""
+        return "zero" in self.spec.sharded_over
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """All parameters of a rank.
+
+    Attributes:
+        context: where the rank stands; without process groups.
+        layers: layers of each of its chunks.
+        has_embedding, has_head: whether it holds an end of the model.
+        parameters: each once, also one that two chunks share (a tied embedding).
+    """
+
+    context: ParallelContext
+    layers: tuple[range, ...]
+    has_embedding: bool
+    has_head: bool
+    parameters: tuple[HeldParameter, ...]
+
+
+def rank_parameters(
+    make_model: Callable[[], nn.Module],
+    layout: ParallelLayout,
+    rank: int,
+    placement: Placement,
+    stage_layers: Sequence[range],
+    options: ParallelOptions,
+    *,
+    fsdp: bool = False,
+) -> RankParameters:
+    """The parameters of one rank.
+
+    Args:
+        make_model: makes the whole model, on the meta device.
+        layout: of all ranks.
+        rank: rank of the job.
+        placement: which rank along the pipeline holds which stage.
+        stage_layers: layers of each stage.
+        options: of `parallelize`.
+        fsdp: whether FSDP splits the weights.
+
+    Raises:
+        ConfigError: the model cannot be cut into these stages.
+    """
+    context = ParallelContext(layout, rank, torch.device("cpu"))
+    last = placement.num_stages - 1
+    stages = [placement.stage_of(context.index("pipeline"), chunk) for chunk in range(placement.num_chunks)]
+    has_embedding, has_head = 0 in stages, last in stages
+    other_end: set[str] = set()
+    if has_embedding != has_head:
+        other = meta_stage(make_model, last if has_embedding else 0, stage_layers)
+        other_end = {name for name, _ in other.named_parameters()}
+    held: dict[str, list[HeldParameter]] = {}
+    for stage in stages:
+        model = meta_stage(make_model, stage, stage_layers)
+        not_split = _not_split_by_fsdp(model, context, fsdp)
+        own: dict[str, list[HeldParameter]] = {}
+        for name, spec, parameter in shard_specs(model, context, options):
+            if name in other_end:
+                spec = replace(spec, partial_over=(*spec.partial_over, "pipeline_ends"))
+            kept = spec if parameter in not_split else rows_of(spec, context.size("zero"), context.index("zero"))
+            own.setdefault(name, []).append(HeldParameter(kept, spec, parameter.dtype, parameter.requires_grad))
+        held = {**own, **held}
+    parameters = tuple(parameter for parts in held.values() for parameter in parts)
+    return RankParameters(context, tuple(stage_layers[stage] for stage in stages), has_embedding, has_head, parameters)
+
+
+def _not_split_by_fsdp(model: nn.Module, context: ParallelContext, fsdp: bool) -> set[nn.Parameter]:
+    return kept_whole(model) if fsdp and context.size("zero") > 1 else set(model.parameters())
