@@ -1,4 +1,4 @@
-"""What the engine, checkpoints and hooks need of an optimizer; `internlm.solver.optimizer.hybrid_zero` fulfils it."""
+"""The optimizer as engine, checkpoints and hooks see it; implemented in `internlm.solver.optimizer.hybrid_zero`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ShardedTensors = Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]
 
 
 class OptimizerResult(Protocol):
-    """The outcome of one optimizer step: scalar fp32 tensors."""
+    """Result of `Optimizer.step`: scalar fp32 tensors on the device."""
 
     @property
     def grad_norm(self) -> Tensor:
-        """Global norm before clipping, loss scale removed."""
+        """Global L2 norm before clipping, loss scale removed."""
 
     @property
     def skipped(self) -> Tensor:
@@ -33,17 +33,17 @@ class LossScaler(Protocol):
     """The state of the loss scale."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The state as JSON values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a state of `state_dict`."""
 
 
 class Optimizer(Protocol):
     """An optimizer with sharded state.
 
     Attributes:
-        context: where this rank stands.
+        context: this rank's position and process groups.
         chunks: the modules whose parameters it updates.
     """
 
@@ -55,39 +55,44 @@ class Optimizer(Protocol):
 
     @property
     def loss_scale(self) -> Tensor:
-        """Scalar fp32 by which the loss is multiplied before backward."""
+        """Scalar fp32 tensor by which the loss is multiplied before backward."""
 
     @property
     def hyper_parameters(self) -> HyperParameters:
-        """Those of the last step."""
+        """The hyper-parameters of the last step."""
 
     @property
     def num_updates(self) -> int:
-        """Updates taken so far, without skipped ones; waits for the device. May be set."""
+        """Number of updates so far, without skipped ones. Reading waits for the device."""
 
     @num_updates.setter
     def num_updates(self, value: int) -> None: ...
 
     def begin_step(self, num_backwards: int) -> None:
-        """Start with no gradients; each chunk will run this many backward passes."""
+        """Discard all gradients; each chunk will run `num_backwards` backward passes."""
 
     def reduce_gradients(self) -> None:
-        """Finish summing gradients over ranks; collective. `step` calls it where nobody has."""
+        """Finish summing gradients over ranks; collective. `step` calls it unless the caller has."""
 
     def step(self, hyper_parameters: HyperParameters | float) -> OptimizerResult:
-        """Reduce, clip, update. Hyper-parameters left out keep their last values; a number is the learning rate."""
+        """Reduce, clip and update; collective. Hyper-parameters left out keep their values; a number is the learning
+        rate."""
 
     def finish_gathering(self) -> None:
-        """Wait until all parameters may be read."""
+        """Wait until every parameter has its updated value."""
 
     def reset_masters(self, *, keep_loaded: bool = False) -> None:
         """Copy the parameters into their masters, after weights were loaded.
 
-        `keep_loaded` skips masters that `sharded_state` yields, as they were loaded too.
+        Args:
+            keep_loaded: skip the masters that `sharded_state` yields, because a checkpoint loads them too.
         """
 
     def sharded_state(self) -> ShardedTensors:
-        """The optimizer's state with keys `<kind>/<name>`; writing into the pieces changes it."""
+        """The state with keys `<kind>/<name>`. The pieces are views: writing into them changes the state."""
 
     def sharded_gradients(self) -> ShardedTensors:
-        """The gradients of the last step with keys `<name>`, summed over ranks, loss scale removed; to be read only."""
+        """The gradients of the last step with keys `<name>`, summed over ranks, loss scale removed. Read-only.
+
+        Valid after `reduce_gradients` or `step` until the next `begin_step`.
+        """
