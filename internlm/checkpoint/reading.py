@@ -26,6 +26,11 @@ CONFIG_FILE = "config.json"
 
 
 def read_metadata(path: StoragePath) -> Any:
+    """The metadata of a checkpoint (torch.distributed.checkpoint).
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         return StorageReader(path).read_metadata()
     except OSError as error:
@@ -129,6 +134,7 @@ def listed(lines: list[str], most: int = 20) -> str:
 
 @contextmanager
 def without_single_process_warning() -> Iterator[None]:
+    """A context without torch's warning about a run of one process."""
     with warnings.catch_warnings():
         # One process without a process group is a normal way to run, and asked for with no_dist.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

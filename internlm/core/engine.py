@@ -306,7 +306,7 @@ class Engine:
             assert micro.cu_seqlens is not None
             varlen = VarlenMetadata(micro.cu_seqlens, micro.lengths, max(micro.lengths))
         model = self.chunks[chunk]
-        hidden = model(micro.input_ids if received is None else received, micro.position_ids, varlen)
+        hidden: Tensor = model(micro.input_ids if received is None else received, micro.position_ids, varlen)
         if not self._is_last(chunk):
             return hidden
         # The head is read here and not called, so no hook of its own waits for its weights.

@@ -80,8 +80,8 @@ class FailureWatch:
             phase: what the rank was doing.
 
         Returns:
-            The cause to log, in one line. If another rank failed first, that rank's cause: the error of this one is most
-            likely a consequence (a closed connection).
+            The cause to log, in one line. If another rank failed first, it is that rank's: the error of this one is
+            most likely a consequence (a closed connection).
         """
         cause = f"rank {self.rank} failed in phase '{phase}': {describe_error(error)}"
         if self._store is None:

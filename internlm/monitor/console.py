@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -75,7 +75,7 @@ class ConsoleHook(Hook):
         self._console = console
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._redirected: list[tuple[logging.StreamHandler, TextIO]] = []
+        self._redirected: list[tuple[logging.StreamHandler[Any], TextIO]] = []
         self._first_step = 0
         self._known_skips: float | None = None
 

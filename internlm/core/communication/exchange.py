@@ -41,7 +41,8 @@ def _join(parts: Tensor, dim: int) -> Tensor:
 
 def _cut(tensor: Tensor, dim: int, num_parts: int) -> Tensor:
     """The inverse of `_join`: `[n, ...]`, contiguous."""
-    return tensor.unflatten(dim, (num_parts, -1)).movedim(dim, 0).contiguous()
+    parts: Tensor = tensor.unflatten(dim, (num_parts, -1))
+    return parts.movedim(dim, 0).contiguous()
 
 
 def start_gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Pending:

@@ -17,10 +17,11 @@ def from_main_rank(context: ParallelContext, action: Callable[[], T]) -> T:
 
     `action` must not raise: the other ranks would wait forever.
     """
-    answer: list[Any] = [action() if context.is_main_rank else None]
+    values: list[Any] = [action() if context.is_main_rank else None]
     if context.world_group is not None:
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+        dist.broadcast_object_list(values, src=0)
+    value: T = values[0]
+    return value
 
 
 def of_all_ranks(context: ParallelContext, value: T) -> list[T]:

@@ -53,7 +53,8 @@ class S3Bucket:
     def head(self, key: str) -> dict[str, Any] | None:
         """Metadata of an object (size, ETag ...); None when it does not exist."""
         try:
-            return self.call(self.client.head_object, f"look for '{key}'", Key=key)
+            found: dict[str, Any] = self.call(self.client.head_object, f"look for '{key}'", Key=key)
+            return found
         except self.client.exceptions.ClientError as error:
             if not self._errors.is_missing(error):
                 raise
