@@ -26,6 +26,11 @@ CONFIG_FILE = "config.json"
 
 
 def read_metadata(path: StoragePath) -> Any:
+    """The metadata of a checkpoint (torch.distributed.checkpoint).
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         return StorageReader(path).read_metadata()
     except OSError as error:
@@ -141,6 +146,7 @@ def listed(lines: list[str], most: int = 20) -> str:
 
 @contextmanager
 def without_single_process_warning() -> Iterator[None]:
+    """A context without torch's warning about a run of one process."""
     with warnings.catch_warnings():
         # A single process without a process group is what no_dist asks for.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

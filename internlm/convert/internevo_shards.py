@@ -86,6 +86,7 @@ def count_shards(files: InternEvoFiles) -> int:
 
 
 def read_shard(path: Path) -> Shard:
+    """Read one rank's optimizer file."""
     state = load_file(path, mapped=True)
     try:
         is_split = "master_current_weights" in state

@@ -1,9 +1,8 @@
-"""When one rank fails, all stop, and everyone's log says why.
+"""Ends all ranks when one fails, with the cause in every log.
 
-A rank that fails writes the cause into the job's key-value store and ends. Every rank has a thread that looks there;
-when a cause appears and its own rank has not ended by itself within a grace period (it may hang in a collective that
-will never complete), the thread logs the cause and ends the process. The collectives' own timeouts are minutes; this
-takes seconds.
+A failing rank writes the cause into the job's key-value store and exits. On every rank, a thread polls the store. When
+a cause appears and the rank does not exit by itself within a grace period (it may hang in a collective that will never
+complete), the thread logs the cause and ends the process. This takes seconds; the timeouts of collectives are minutes.
 """
 
 from __future__ import annotations
@@ -25,22 +24,26 @@ POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 EXIT_CODE = 1
 ECHO = "stopped because "
-"""How the cause begins on a rank that did not fail first."""
+"""Prefix of the cause on ranks that did not fail first."""
 
 
 def describe_error(error: BaseException) -> str:
-    """Class and message of an error in one line."""
+    """The class and message of an error, in one line."""
     message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()).replace(":; ", ": ")
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 class FailureWatch:
-    """Shares the cause of a failure between the ranks of a job. With one process it only logs.
+    """Shares the cause of a failure between the ranks of a job. In a run of one process it only formats it.
 
-    Use as a context manager around the work; call `report` when an exception leaves it.
+    A context manager around the work; call `report` when an exception leaves it.
+
+    Args:
+        rank: this rank.
+        world_size: number of ranks; if more than one, the default process group must exist.
 
     Attributes:
-        before_exit: called before the process is ended from outside of its main thread, which hangs.
+        before_exit: called before a background thread ends the process, whose main thread hangs.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -48,7 +51,7 @@ class FailureWatch:
         self.before_exit: Callable[[], None] = lambda: None
         self._store: Any = None
         if world_size > 1:
-            # A connection of its own: the watching thread must not wait behind a collective's use of the store.
+            # A separate connection: the thread must not wait behind a collective's use of the store.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()
         self._has_reported = False
@@ -63,17 +66,22 @@ class FailureWatch:
 
     def __exit__(self, *_: object) -> None:
         if self._has_reported:
-            # Give the others a moment to read the cause: this process may hold the store.
+            # The others need time to read the cause: this process may hold the store.
             time.sleep(2 * POLL_SECONDS)
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
 
     def report(self, error: BaseException, phase: str) -> str:
-        """Tell all ranks why this one fails; returns the cause, one line, to be logged last.
+        """Publish the cause of this rank's failure.
 
-        When another rank failed first, this rank's error is most likely a consequence (a closed connection), and the
-        other rank's cause is returned.
+        Args:
+            error: the exception.
+            phase: what the rank was doing.
+
+        Returns:
+            The cause to log, in one line. If another rank failed first, it is that rank's: the error of this one is
+            most likely a consequence (a closed connection).
         """
         cause = f"rank {self.rank} failed in phase '{phase}': {describe_error(error)}"
         if self._store is None:
@@ -87,13 +95,13 @@ class FailureWatch:
         return cause if first == cause else ECHO + first
 
     def declare(self, cause: str) -> None:
-        """End the job, this rank included, for a cause that a thread beside the main one has found."""
+        """End the job, including this rank, for a cause found by a background thread."""
 
         def tell() -> None:
             with contextlib.suppress(Exception):  # the rank that holds the store is gone
                 self._store.clone().compare_set(KEY, "", cause)
 
-        # Where the rank that holds the store is stopped, it takes the cause and never answers.
+        # If the rank that holds the store is stopped, the request never returns.
         telling = threading.Thread(target=tell, name="failure-declare", daemon=True)
         telling.start()
         telling.join(GRACE_SECONDS)

@@ -1,7 +1,8 @@
-"""How a parameter gets its first values: a recipe attached to it, carried out by whoever materialises the model.
+"""Initializers: the distribution of a parameter's initial values, attached to the parameter.
 
-A model is built without storage. Each parameter carries an `Initializer`; the parallel floor makes the storage and
-calls `fill` with a generator keyed by seed and global parameter name, so every layout starts from the same numbers.
+A model is built without storage. `core/parallel/materialize.py` allocates the local part of each parameter and calls
+`fill` on one block of values at a time, with a generator keyed by seed, global name and block, so that all layouts
+start from the same weights.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ _ATTRIBUTE = "internlm_initializer"
 
 
 class Initializer(Protocol):
-    """A recipe for the values of a parameter."""
+    """The distribution of a parameter's initial values. Elements are independent: a part may be filled alone."""
 
     def fill(self, tensor: Tensor, generator: torch.Generator | None = None) -> None:
-        """Overwrite `tensor` (of any shape, on the generator's device) in place, without gradient."""
+        """Fill `tensor`, of any shape and on the generator's device, in place."""
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal distribution around 0 with standard deviation `std`."""
+    """Normal distribution with mean 0 and standard deviation `std`."""
 
     std: float
 
@@ -46,6 +47,8 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Ones:
+    """All ones."""
+
     def fill(self, tensor: Tensor, generator: torch.Generator | None = None) -> None:
         with torch.no_grad():
             tensor.fill_(1.0)
@@ -53,18 +56,20 @@ class Ones:
 
 @dataclass(frozen=True)
 class Zeros:
+    """All zeros."""
+
     def fill(self, tensor: Tensor, generator: torch.Generator | None = None) -> None:
         with torch.no_grad():
             tensor.zero_()
 
 
 def set_initializer(parameter: Tensor, initializer: Initializer) -> None:
-    """Attach the recipe to the parameter. (`nn.Module.to_empty` makes new parameters: read the recipes before it.)"""
+    """Attach an initializer to a parameter. (`nn.Module.to_empty` replaces parameters and loses it.)"""
     setattr(parameter, _ATTRIBUTE, initializer)
 
 
 def initializer_of(parameter: Tensor) -> Initializer:
-    """The recipe attached to the parameter. Every parameter of a registered model has one.
+    """The initializer attached to a parameter. Every parameter of a registered model has one.
 
     Raises:
         ValueError: it has none.

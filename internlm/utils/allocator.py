@@ -1,4 +1,4 @@
-"""How this process gets memory from the system."""
+"""Settings of the host memory allocator."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _LARGEST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let freed memory stay with this process, for the next tensors, instead of going back to the system.
+    """Keep freed memory in this process for later tensors instead of returning it to the system.
 
-    By default glibc gives large tensors back when they are freed, and a step that makes the same ones anew pays for
-    mapping and clearing their pages. The peak does not change. See mallopt(3).
+    By default, glibc returns large tensors to the system when they are freed, and the next step pays for mapping and
+    zeroing the pages of tensors of the same size. Peak memory does not change. See mallopt(3).
 
     Returns:
-        Whether it is so: False where the C library is not glibc.
+        Whether it took effect: False where the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

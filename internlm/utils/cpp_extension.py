@@ -1,7 +1,7 @@
-"""Compiling C++ against PyTorch, once for each user, sources and version of PyTorch.
+"""Compilation of C++ against PyTorch, cached per user, sources and version of PyTorch.
 
-Not `torch.utils.cpp_extension`, which needs setuptools and ninja at run time, and whose lock outlives a process that is
-killed while it compiles: all later ones wait for ever.
+Does not use `torch.utils.cpp_extension`: it needs setuptools and ninja at run time, and its lock outlives a process
+that is killed while compiling, so that all later ones wait forever.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _log = get_logger(__name__)
 
 
 class CompileError(Exception):
-    """The sources were not compiled; the text says why."""
+    """The sources could not be compiled; the message says why."""
 
 
 def cpp_compilers() -> tuple[str, ...]:
-    """The commands that may be C++ compilers, the preferred one first: that of the environment variable CXX alone."""
+    """Commands to try as C++ compiler, in order of preference; only $CXX where it is set."""
     return (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++")
 
 
@@ -37,14 +37,16 @@ def cpp_compiler() -> str | None:
 
 
 def compile_library(folder: Path, flags: Sequence[str]) -> Path:
-    """A shared library of a folder's sources, linked to PyTorch; processes that want the same one wait for the first.
+    """Compile the sources of a folder into a shared library linked to PyTorch, or find it in the cache.
+
+    Concurrent processes compile it once; the others wait.
 
     Args:
-        folder: with `*.cpp`, and the `*.h` that they include; has the library's name.
-        flags: of the compiler, beside those that PyTorch's headers need.
+        folder: contains `*.cpp` and the `*.h` that they include; its name becomes the library's.
+        flags: for the compiler, in addition to those that PyTorch's headers need.
 
     Raises:
-        CompileError: there is no compiler, it refuses, or its result cannot be stored.
+        CompileError: there is no compiler, compilation fails, or the library cannot be written.
     """
     compiler = cpp_compiler()
     if compiler is None:
@@ -55,7 +57,7 @@ def compile_library(folder: Path, flags: Sequence[str]) -> Path:
     options.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     command = [
         *(compiler, *options),
-        # PyTorch's headers, not ours, give cause for warnings.
+        # The headers of PyTorch cause warnings.
         *("-w", "-isystem", str(torch_folder / "include")),
         *("-isystem", str(torch_folder / "include/torch/csrc/api/include")),
         *(*map(str, sources), "-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"),
@@ -63,13 +65,13 @@ def compile_library(folder: Path, flags: Sequence[str]) -> Path:
     texts = [path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))]
     key = hashlib.sha256(repr((torch.__version__, compiler, options, texts)).encode()).hexdigest()[:16]
     library = user_cache() / "native" / f"{folder.name}-{key}.so"
-    # It appears whole. A cache that somebody else has filled need not be writable.
+    # The file appears atomically. A cache filled by somebody else need not be writable.
     if library.exists():
         return library
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with library.with_suffix(".lock").open("w") as lock:
-            # The system frees it when its holder ends, however that ends.
+            # The system releases it when its holder ends, even if killed.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
                 _log.info("Compiling %s with %s, once for this machine", folder.name, compiler)

@@ -1,7 +1,7 @@
-"""Mistakes that a user can mend.
+"""User errors.
 
-Every entry point prints these without a traceback and exits with code 2. The message names the thing, its place
-(file, key path, document, rank ...) and the fix. A defect of ours is never one of these: it keeps its traceback.
+Every entry point prints them without a traceback and exits with code 2. The message names the thing, its place (file,
+key path, document, rank ...) and the fix. A defect of this project is never one of these: it keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Base of all mistakes that a user can mend."""
+    """Base class of all user errors."""
 
 
 class ConfigError(UserError):
-    """The configuration is wrong. Collects every mistake found, so that a user mends them in one go."""
+    """The configuration is invalid.
+
+    Attributes:
+        mistakes: one text for each problem found, so that a user can fix all of them at once.
+    """
 
     def __init__(self, mistakes: str | Iterable[str]) -> None:
         self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
@@ -29,7 +33,7 @@ class DataError(UserError):
 
 
 class TrainingError(UserError):
-    """A run that learns nothing: every update is skipped, or no token has a label."""
+    """The run learns nothing: every update is skipped, or no token has a label."""
 
 
 class CheckpointError(UserError):
@@ -37,7 +41,7 @@ class CheckpointError(UserError):
 
 
 class StorageError(UserError, OSError):
-    """A file cannot be read or written: the disk or the store is full, refuses, or is out of reach."""
+    """A file cannot be read or written: its disk or store is full, denies access, or is unreachable."""
 
 
 class MissingFileError(StorageError, FileNotFoundError):
@@ -45,10 +49,9 @@ class MissingFileError(StorageError, FileNotFoundError):
 
 
 def user_message(error: BaseException) -> str | None:
-    """What to tell the user of an error; None for a defect of ours, which keeps its traceback.
+    """The message to show for an error; None for a defect of this project, which keeps its traceback.
 
-    Besides `UserError` these are a file or folder, named in the error, that the operating system refuses, and a model
-    or a batch for which the host has too little memory.
+    Besides a `UserError`, an OSError that names a file and a failed allocation of host memory have one.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -58,7 +61,7 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
         asked = re.search(r"allocate (\d+) bytes", str(error))
         amount = f" for another {int(asked[1]):,} bytes" if asked else ""
-        return f"this machine lacks memory{amount}: take a smaller model or batch, or spread it over more ranks"
+        return f"this machine is out of memory{amount}: use a smaller model or batch, or more ranks on more machines"
     return None
 
 

@@ -1,7 +1,7 @@
-"""Imports of InternEvo's names fail with an ImportError that says where each went.
+"""Import errors for InternEvo's names that say what replaced them.
 
-This package has the name of InternEvo's and other modules. The names are data (`internevo_names`), read only when an
-import is about to fail anyway.
+This package shares InternEvo's name but not its modules. The names are a table (`internevo_names`), loaded only when an
+import is about to fail.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ _PACKAGE = "internlm"
 
 
 class FormerNames:
-    """The last of the import system's finders: is asked when no other has found a module.
+    """The last finder of the import system, asked when no other finds a module.
 
-    Also `from package import name` comes here, where the package has no such name, as that may be a module of it.
+    `from package import name` asks it too when the package has no such name, as `name` may be a submodule.
     """
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: object = None) -> None:
-        """Find nothing.
+        """Find no module.
 
         Raises:
-            ImportError: it is a module or a name of InternEvo.
+            ImportError: it is a module or name of InternEvo.
         """
         if fullname.startswith(f"{_PACKAGE}."):
             from internlm.utils.internevo_names import explain_module, explain_name
@@ -32,14 +32,14 @@ class FormerNames:
 
 
 def install() -> None:
-    """Make imports that fail say where InternEvo's modules and names went."""
+    """Let failing imports say what replaced InternEvo's modules and names."""
     if not any(isinstance(finder, FormerNames) for finder in sys.meta_path):
         sys.meta_path.append(FormerNames())
     explain_former_names(_PACKAGE)
 
 
 def explain_former_names(module_name: str) -> None:
-    """The same for names that are asked of a module that exists, under which the import system looks for no other."""
+    """As `install`, for names missing in an existing module, about which the import system asks no finder."""
 
     def explain(name: str) -> object:
         if not name.startswith("__"):
@@ -48,11 +48,11 @@ def explain_former_names(module_name: str) -> None:
             _fail(f"{module_name}.{name}", explain_name(module_name, name))
         raise AttributeError(f"module '{module_name}' has no attribute '{name}'")
 
-    # Not a function `__getattr__` in the module, for which type checkers would take every name as there.
+    # Not a `__getattr__` written in the module: type checkers would then accept every name.
     sys.modules[module_name].__dict__["__getattr__"] = explain
 
 
 def _fail(fullname: str, text: str | None) -> None:
     if text is not None:
-        # Not a ModuleNotFoundError, which `from package import name` replaces by a message of its own.
+        # Not a ModuleNotFoundError: `from package import name` replaces its message.
         raise ImportError(text, name=fullname)

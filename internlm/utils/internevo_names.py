@@ -1,4 +1,4 @@
-"""Where InternEvo's modules and names went: the data behind `former_names`, and the table in doc/from_internevo.md."""
+"""What replaces InternEvo's modules and names: the table behind `former_names` and doc/from_internevo.md."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ PAGE = "doc/from_internevo.md"
 
 @dataclass(frozen=True)
 class Former:
-    """What stands for a name of InternEvo.
+    """The replacement of a name of InternEvo.
 
     Attributes:
-        new: dotted path of what does its job here; None when nothing needs to.
-        note: how it is used, or what replaces it, as one sentence without a full stop.
+        new: dotted path of its replacement; None when there is none.
+        note: how to use the replacement, or what to do instead, as one sentence without a full stop.
     """
 
     new: str | None
     note: str
 
     def text(self) -> str:
-        """In one line."""
+        """The replacement in one line."""
         return self.note if self.new is None else f"{self.new} ({self.note})"
 
 

@@ -1,4 +1,4 @@
-"""JSON that people or other programs wrote."""
+"""JSON from people or other programs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        ValueError: it is anything else, or nested more deeply than Python reads.
+        ValueError: the text is anything else, or nested too deeply for Python's parser.
     """
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError("too many brackets inside each other") from None
+        raise ValueError("too many nested brackets") from None
     if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is wanted, this is {type(value).__name__}")
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""The one logger of the project. Library code logs to `get_logger(__name__)`; entry points call `configure_logging`."""
+"""Logging. Library code logs to `get_logger(__name__)`; entry points call `configure_logging`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def get_logger(name: str = ROOT_LOGGER) -> logging.Logger:
 
 
 def configure_logging(rank: int = 0, log_file: Path | None = None, level: int = logging.INFO) -> None:
-    """Send the project's log to stderr (rank 0: everything; other ranks: warnings and worse) and to `log_file`.
+    """Log to stderr (rank 0: everything; other ranks: warnings and above) and to `log_file`.
 
-    Calling it again replaces the handlers of the call before, so two runs can live in one process.
+    Replaces the handlers of an earlier call, so that one process can make several runs.
     """
     logger = logging.getLogger(ROOT_LOGGER)
     for handler in list(logger.handlers):

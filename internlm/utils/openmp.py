@@ -1,8 +1,8 @@
-"""How long OpenMP's threads look for one another in a loop before they sleep.
+"""How long OpenMP threads spin at a barrier before they sleep.
 
-PyTorch's operators share their work over threads that meet thousands of times a second. By its default GNU's OpenMP
-looks for milliseconds. Beside other programs a thread so uses up its share of a core while the one it waits for has
-none. With few turns it sleeps too soon, and a quiet machine pays for waking it.
+The threads of PyTorch's operators meet at barriers thousands of times a second. By default, GNU OpenMP spins for
+milliseconds: on a busy machine, a thread then spends its share of a core waiting for one that has none. With too few
+spins it sleeps too soon, and an idle machine pays for the wake-up.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import os
 import sys
 from collections.abc import MutableMapping
 
-_TURNS = "GOMP_SPINCOUNT"
-_OWN_CHOICE = "3000"
-"""The fewest turns that cost a quiet machine no more than 3 % (benchmarks/LOG.md)."""
+_SPIN_COUNT = "GOMP_SPINCOUNT"
+_DEFAULT = "3000"
+"""The fewest spins that cost an idle machine no more than 3 % (benchmarks/LOG.md)."""
 
 
 def set_spin_count(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Choose the turns for this process, unless its environment does; without effect once torch is imported."""
+    """Set the spin count of this process unless its environment does; has no effect once torch is imported."""
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault(_TURNS, _OWN_CHOICE)
+        environment.setdefault(_SPIN_COUNT, _DEFAULT)
 
 
 def waiting_of_threads(environment: MutableMapping[str, str] = os.environ) -> str:
-    """In words, for the log."""
-    told = [f"{name} = {environment[name]}" for name in ("OMP_WAIT_POLICY", _TURNS) if name in environment]
+    """Describe the wait policy, for the log."""
+    told = [f"{name} = {environment[name]}" for name in ("OMP_WAIT_POLICY", _SPIN_COUNT) if name in environment]
     return f"threads wait by {', '.join(told)}" if told else "threads wait as OpenMP does by default"

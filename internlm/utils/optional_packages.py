@@ -1,4 +1,4 @@
-"""Packages that need not be there: whether they can be used, and if not, why."""
+"""Optional packages: whether they can be used, and if not, why."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import importlib.util
 
 @functools.cache
 def why_unusable(module: str, *attributes: str) -> str | None:
-    """None when `module` can be imported and has `attributes`; else the reason in words.
+    """The reason why `module` cannot be imported or lacks one of `attributes`; None when it can be used.
 
-    The module is imported, once a process: a package that is installed for another version of PyTorch or CUDA is found
-    by its files, and fails only then. Whatever it raises is a reason and no failure.
+    Imports the module, once per process: a package built for another version of PyTorch or CUDA is found, but fails on
+    import. Any exception of the import is a reason.
     """
     package = module.split(".", maxsplit=1)[0]
     try:

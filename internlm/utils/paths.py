@@ -1,7 +1,7 @@
-"""What a user writes for a path: `~` is a home folder, in config files and on the command line alike.
+"""Expansion of `~` in the paths of config files and command lines.
 
-Paths on the command line have `local_path` or `path_text` as their argparse type; those of a config are `PathText` in
-its schema; `storage_path` expands what it gets. Variables such as $HOME are left to the shell.
+Command-line paths have the argparse type `local_path` or `path_text`; those of a config are `PathText` in its schema;
+`storage_path` expands its argument. Variables such as $HOME are left to the shell.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _LOCAL = "local:"
 
 
 def expand_home(path: str) -> str:
-    """`path` with the home folder for a leading `~` or `~user`, also behind `local:`. Other URLs stay as they are.
+    """Expand a leading `~` or `~user`, also after `local:`; other URLs are returned unchanged.
 
     Raises:
-        ConfigError: there is no such user, or this user has no home.
+        ConfigError: there is no such user, or the user has no home folder.
     """
     prefix = _LOCAL if path.startswith(_LOCAL) else ""
     rest = path.removeprefix(_LOCAL)
@@ -27,15 +27,15 @@ def expand_home(path: str) -> str:
         return path
     name = rest.partition("/")[0]
     expanded = os.path.expanduser(rest)
-    # An empty HOME would make ~/data a folder in the root.
+    # With an empty HOME, ~/data would be /data.
     if expanded == rest or (name == "~" and os.environ.get("HOME") == ""):
         who = "this user has no home folder, and HOME is not set" if name == "~" else f"there is no user '{name[1:]}'"
-        raise ConfigError(f"'{path}': {who}; write the whole path, or './{rest}' for a file of that name")
+        raise ConfigError(f"'{path}': {who}; write the full path, or './{rest}' for a file of that name")
     return prefix + expanded
 
 
 def path_text(text: str) -> str:
-    """An argparse type: a path or URL as text."""
+    """argparse type of a path or URL, as text."""
     try:
         return expand_home(text)
     except ConfigError as error:
@@ -43,5 +43,5 @@ def path_text(text: str) -> str:
 
 
 def local_path(text: str) -> Path:
-    """An argparse type: a path on this machine."""
+    """argparse type of a local path."""
     return Path(path_text(text))

@@ -1,4 +1,4 @@
-"""Tables in plain text, for what commands print."""
+"""Plain-text tables for the output of commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
-    """Rows in columns, the first being their head; "<" and ">" align a column to the left or right."""
+    """Format rows as aligned columns, one line a row.
+
+    Args:
+        rows: cells; the first row is the header.
+        alignment: for each column, "<" (left) or ">" (right).
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(alignment))]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Where this program keeps, for a user, what it would else have to make again."""
+"""The cache folder of a user."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """The user's cache folder of this program; it need not exist.
+    """This program's cache folder; it may not exist yet.
 
-    Below the working directory for a user without a home, as some containers have.
+    For a user without a home folder, as in some containers, it is below the working directory.
     """
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"]) / "internlm"

@@ -14,7 +14,8 @@ from internlm.core.parallel.fsdp import local_tensor, reshard
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.step_metrics import StepMetrics
 from internlm.core.trainer import Trainer
-from internlm.initialize.build import build_chunks, build_engine, build_layout, set_numerics
+from internlm.initialize.build import build_engine, build_layout, set_numerics
+from internlm.initialize.stages import build_chunks
 from internlm.verify.batches import CaseBatches
 from internlm.verify.case import Case
 from internlm.verify.record import Piece, RankRecord, RankStep, describe_placement, pieces_of

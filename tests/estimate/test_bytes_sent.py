@@ -122,10 +122,10 @@ def really_sent(config: Config, world_size: int) -> dict[str, float]:
     micros = [micro_batch(n, (data.seq_len * data.micro_bsz,)) for n in range(data.micro_num)]
     batch = Batch(micros, num_samples=len(micros), sample_indices=list(range(len(micros))))
     # The first step also finds out which parameters are in use.
-    engine.train_step(batch, lr=1e-3)
+    engine.train_step(batch, 1e-3)
     engine.optimizer.finish_gathering()
     with counted(context) as sent:
-        engine.train_step(batch, lr=1e-3)
+        engine.train_step(batch, 1e-3)
         engine.optimizer.finish_gathering()
     assert isinstance(engine.optimizer, HybridZeroOptimizer)
     padding = padding_sent(engine.optimizer, context)

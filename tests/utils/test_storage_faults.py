@@ -191,5 +191,5 @@ def test_the_first_of_many_attempts_is_told(bucket: Bucket, caplog: pytest.LogCa
         proxy.plan(Fault(status=503, code="SlowDown"), times=3)
         with caplog.at_level("WARNING"):
             path.write_text("x")
-    assert caplog.text.count("trying again for 60 s") == 1
+    assert caplog.text.count("retrying for 60 s") == 1
     assert f"cannot write '{path}' yet" in caplog.text

@@ -114,7 +114,7 @@ def test_a_disk_that_fails_at_the_last_moment_is_named(tmp_path: Path, monkeypat
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(StorageError, match=f"cannot write '{tmp_path}/file': input/output error; the disk fails"):
+    with pytest.raises(StorageError, match=f"cannot write '{tmp_path}/file': input/output error; the disk is failing"):
         storage_path(tmp_path / "file").write_bytes(b"x")
     assert not (tmp_path / "file").exists()
 

@@ -214,7 +214,7 @@ def test_a_web_server_that_is_no_store_is_named(bucket: Bucket) -> None:
     server = HTTPServer(("127.0.0.1", 0), WebServer)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        with pytest.raises(StorageError, match="does not speak S3; check the endpoint"):
+        with pytest.raises(StorageError, match="does not speak the S3 protocol; check the endpoint"):
             storage_path(f"boto3:s3://bucket.127.0.0.1:{server.server_address[1]}/folder").names()
     finally:
         server.shutdown()

@@ -74,7 +74,7 @@ BUCKETS = st.from_regex(r"[s3vcali:/boto0-9-]{3,20}", fullmatch=True).map(
 def test_no_letter_of_a_bucket_or_key_is_lost(bucket: str, parts: list[str]) -> None:
     for root in (f"s3://{bucket}", f"gs://{bucket}", f"boto3:s3://{bucket}.10.0.0.1", f"ali://{bucket}.x.com"):
         location = locate("/".join([root, *parts]))
-        assert location.place.bucket == bucket  # type: ignore[attr-defined]
+        assert location.address.bucket == bucket  # type: ignore[attr-defined]
         assert location.key == "/".join(parts)
         assert location.url_of(location.key) == "/".join([root, *parts])
 
@@ -105,10 +105,10 @@ def test_the_root_of_a_store_is_its_own_parent(root: str) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("hdfs://host/a", r"'hdfs://host/a' does not begin as .* Known are: .*s3://bucket/key.*'./hdfs://host/a'"),
-        ("s3:/bucket/a", "does not begin as a path or URL that is known does. Did you mean 's3://'?"),
+        ("hdfs://host/a", r"'hdfs://host/a' has an unknown prefix.* Known are: .*s3://bucket/key.*'./hdfs://host/a'"),
+        ("s3:/bucket/a", "has an unknown prefix. Did you mean 's3://'?"),
         ("s3:bucket", "Did you mean 's3://'"),
-        ("s3://", "does not begin as"),
+        ("s3://", "has an unknown prefix"),
         ("boto:s3://bucket.10.0.0.1/a", "Did you mean 'boto3:s3://'"),
         ("volc:vc://bucket/a", "'volc:vc://bucket/a' has no endpoint; write it after .*'bucket.tos-cn-beijing"),
         ("oss2:ali://bucket/a", "has no endpoint; write it after .*'bucket.oss-cn-hangzhou"),

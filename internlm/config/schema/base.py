@@ -157,6 +157,7 @@ def is_path(field: FieldInfo) -> bool:
 
 
 def is_derived(field: FieldInfo) -> bool:
+    """Whether the default of a key depends on other keys."""
     info = key_info(field)
     return info is not None and bool(info.derived)
 
@@ -191,6 +192,7 @@ def default_of(field: FieldInfo) -> Any:
 
 
 def is_required(field: FieldInfo) -> bool:
+    """Whether a key has no default."""
     return field.is_required() or default_of(field) is PydanticUndefined
 
 

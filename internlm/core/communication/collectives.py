@@ -16,7 +16,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def all_reduce(
     tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> Tensor:
-    """Reduce `tensor` in place over the group and return it."""
+    """Reduce `tensor` in place over the group, and return it."""
     if group is not None:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor
@@ -38,7 +38,7 @@ def all_gather_async(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -
 
 
 def all_to_all(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Part r of contiguous `tensor` `[n, ...]` goes to rank r; part r of the result came from rank r."""
+    """Send part r of contiguous `tensor`, `[n, ...]`, to rank r; part r of the result is from rank r."""
     output = torch.empty_like(tensor)
     dist.all_to_all_single(output, tensor, group=group)
     return output

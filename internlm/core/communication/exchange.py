@@ -1,7 +1,7 @@
-"""Exchanges between the ranks of a group, with their gradients.
+"""Differentiable collectives.
 
-Shapes: B sequences, S tokens, n ranks. The sequence is dimension 1. Each function names what it does forward; its
-backward is the transposed exchange. A group of None is one rank, and every function then returns its input.
+Shapes: B sequences, S tokens, n ranks; dimension 1 is the sequence. Each function is named after its forward pass; its
+backward pass is the transposed collective. With a group of None (one rank), every function returns its input.
 
 Source: the pairs f / f-bar and g / g-bar of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al.
 2022, arXiv:2205.05198), and the all-to-all of DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv:2309.14509).
@@ -20,11 +20,11 @@ from internlm.core.communication.collectives import all_gather_async, all_reduce
 from internlm.core.communication.pending import NO_TIMEOUT, Pending
 
 SEQUENCE = 1
-"""The dimension of the sequence in activations."""
+"""The sequence dimension of activations."""
 
 
 class _PendingParts(Pending):
-    """Parts `[n, ...]`, one a rank, that are joined along `dim` once they have arrived."""
+    """Parts `[n, ...]`, one a rank, that are concatenated along `dim` once they have arrived."""
 
     def __init__(self, parts: Tensor, work: Pending, dim: int) -> None:
         super().__init__(parts, work)
@@ -35,17 +35,18 @@ class _PendingParts(Pending):
 
 
 def _join(parts: Tensor, dim: int) -> Tensor:
-    """`[n, ...]`, one part a rank -> the parts joined along `dim`."""
+    """Concatenate the parts `[n, ...]` along `dim`."""
     return parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _cut(tensor: Tensor, dim: int, num_parts: int) -> Tensor:
-    """The transpose of `_join`: `[n, ...]`, contiguous."""
-    return tensor.unflatten(dim, (num_parts, -1)).movedim(dim, 0).contiguous()
+    """The inverse of `_join`: `[n, ...]`, contiguous."""
+    parts: Tensor = tensor.unflatten(dim, (num_parts, -1))
+    return parts.movedim(dim, 0).contiguous()
 
 
 def start_gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Pending:
-    """Start joining every rank's `x` along `dim`, in rank order."""
+    """Start the all-gather of every rank's `x`, concatenated along `dim` in rank order."""
     if group is None:
         return Pending(x)
     parts = x.new_empty(dist.get_world_size(group), *x.shape)
@@ -53,7 +54,7 @@ def start_gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE
 
 
 def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Pending:
-    """Start summing `x` over the ranks, each keeping its own part along `dim`."""
+    """Start the reduce-scatter (sum) of `x`: each rank gets its part along `dim`."""
     if group is None:
         return Pending(x)
     parts = _cut(x, dim, dist.get_world_size(group))
@@ -62,44 +63,44 @@ def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, dim: int = 
 
 
 def start_all_reduce(x: Tensor, group: dist.ProcessGroup | None) -> Pending:
-    """Start summing `x`, which is overwritten, over the ranks."""
+    """Start the all-reduce (sum) of `x`, in place."""
     return all_reduce_async(x, group)
 
 
 def own_part(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
-    """This rank's part of `x` along `dim`: a view, without gradient exchange."""
+    """This rank's part of `x` along `dim`: a view, whose backward pass communicates nothing."""
     if group is None:
         return x
     return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
 
 
 def copy_to_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The same `x` on every rank; its gradient is the sum of the ranks' gradients."""
+    """Identity; the gradient is all-reduced (sum)."""
     return x if group is None else _CopyToRanks.apply(x, group)
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of every rank's `x`; the gradient, equal on every rank, passes through."""
+    """All-reduce (sum); the gradient, equal on all ranks, passes through."""
     return x if group is None else _SumOverRanks.apply(x, group)
 
 
 def gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
-    """Every rank's `x` joined along `dim`; each rank uses the whole its own way: gradients are summed and scattered."""
+    """All-gather along `dim`; the gradient is reduce-scattered, as each rank uses the result differently."""
     return x if group is None else _Gather.apply(x, group, dim)
 
 
 def gather_replicated(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
-    """Every rank's `x` joined along `dim`, then used by every rank in the same way: the gradient is its own part."""
+    """All-gather along `dim`; the gradient is this rank's part of it, as all ranks use the result in the same way."""
     return x if group is None else _GatherReplicated.apply(x, group, dim)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
-    """This rank's part along `dim` of the sum over the ranks; gradients are gathered."""
+    """Reduce-scatter (sum) along `dim`; the gradient is all-gathered."""
     return x if group is None else _ReduceScatter.apply(x, group, dim)
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup | None, *, split: int, join: int) -> Tensor:
-    """All-to-all: rank r gets the r-th part along `split` of every rank's `x`, joined along `join`."""
+    """All-to-all: rank r gets part r along `split` of every rank's `x`, concatenated along `join`."""
     return x if group is None else _Exchange.apply(x, group, split, join)
 
 

@@ -1,4 +1,4 @@
-"""Plain Python values between all ranks of a job, for what happens now and then and not in a step."""
+"""Collectives over Python objects, for rare events outside of the training step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ T = TypeVar("T")
 
 
 def from_main_rank(context: ParallelContext, action: Callable[[], T]) -> T:
-    """What `action` returns on the main rank, on every rank; collective. It must not raise: the others would wait."""
-    answer: list[Any] = [action() if context.is_main_rank else None]
+    """Run `action` on the main rank and return its result on every rank; collective.
+
+    `action` must not raise: the other ranks would wait forever.
+    """
+    values: list[Any] = [action() if context.is_main_rank else None]
     if context.world_group is not None:
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+        dist.broadcast_object_list(values, src=0)
+    value: T = values[0]
+    return value
 
 
 def of_all_ranks(context: ParallelContext, value: T) -> list[T]:
-    """The value of every rank, by rank; collective."""
+    """The values of all ranks, in rank order; collective."""
     if context.world_group is None:
         return [value]
     values: list[Any] = [None] * context.world_size

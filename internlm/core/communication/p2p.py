@@ -1,15 +1,16 @@
-"""Tensors from one rank of a pipeline to another, in the background.
+"""Asynchronous sends and receives between the ranks of a pipeline.
 
-A channel is a one-way road between two ranks for one kind of tensor. Each has a process group of its own: NCCL keeps
-the operations of a group in order, so a receive that waits for its peer would hold up every send behind it. On a
-channel there is only one kind of operation on either side, and nothing to hold up. Tensors carry no name: they arrive
-in the order in which they were sent. Knows no schedule: what travels when is said by the caller.
+Each channel, from one rank to another for one kind of tensor, has its own process group: NCCL executes the operations
+of a group in order, so that in a shared group a receive that waits for its peer would block every send behind it. On a
+channel, each side has only one kind of operation. Tensors are untagged and arrive in the order in which they were sent.
+This module knows no schedule: the caller decides what is sent when.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,22 @@ from torch import Tensor
 from internlm.core.communication.pending import Pending
 from internlm.core.context.parallel_context import ParallelContext
 
-Channel = tuple[int, int, str]
-"""(sender, receiver, what it carries); the ranks count along the pipeline axis."""
+
+class Channel(NamedTuple):
+    """A one-way connection between two ranks of a pipeline, on which tensors keep their order.
+
+    Attributes:
+        sender, receiver: indices along the pipeline axis.
+        carries: "activation" or "gradient".
+    """
+
+    sender: int
+    receiver: int
+    carries: str
 
 
 class PipelineChannels:
-    """The channels that begin or end at this rank. Make it with `create`."""
+    """The channels that begin or end at this rank. Use `create` to make one."""
 
     def __init__(self, context: ParallelContext) -> None:
         self._context = context
@@ -34,31 +45,33 @@ class PipelineChannels:
     def create(cls, context: ParallelContext, channels: Iterable[Channel]) -> PipelineChannels:
         """Connect the ranks of every pipeline; collective: all ranks of the job call it with equal arguments.
 
-        Two objects of one context may share their process groups: `wait_for_sends` before using the other.
+        Two objects of one context share process groups: call `wait_for_sends` before using the other one.
         """
         result = cls(context)
         pipelines = context.view("activation").groups("pipeline")
         for channel in sorted(channels):
-            sender, receiver, _ = channel
+            sender, receiver, carries = channel
             for ranks in pipelines:
                 pair = ranks[sender], ranks[receiver]
-                context.make_named_group((*pair, channel[2]), pair)
-            # NCCL connects at a group's first use, and the host waits for the peer meanwhile. Here all meet in one
-            # order; in a step one rank may post a receive long before the other sends, and both would wait for ever.
-            place = context.index("pipeline")
-            if place == sender:
+                context.make_named_group((*pair, carries), pair)
+            # NCCL connects at the first use of a group, and the host waits for its peer meanwhile. Here all ranks use
+            # the groups in one order; in a step, a rank may post a receive long before its peer sends: a deadlock.
+            stage = context.index("pipeline")
+            if stage == sender:
                 result.send(channel, torch.zeros(1, device=context.device))
                 result.wait_for_sends()
-            elif place == receiver:
+            elif stage == receiver:
                 result.receive(channel, torch.zeros(1, device=context.device)).wait()
         return result
 
     def send(self, channel: Channel, tensor: Tensor, max_in_flight: int = 1) -> None:
-        """Start sending a contiguous tensor, which must not change any more; it is kept alive while it travels.
+        """Start sending a contiguous tensor, which must not change afterwards; it is kept alive until it is sent.
 
         Args:
-            max_in_flight: with more tensors than this under way on the channel, wait for the oldest. The caller knows
-                that the peer has asked for that one by then.
+            channel: begins at this rank.
+            tensor: of the shape and dtype that the peer expects.
+            max_in_flight: tensors on the channel above which to wait for the oldest. The caller guarantees that the
+                peer has posted its receive by then.
         """
         work = dist.isend(tensor, dst=self._ranks[channel[1]], group=self._group(channel))
         assert work is not None
@@ -74,7 +87,7 @@ class PipelineChannels:
         return Pending(buffer, work)
 
     def wait_for_sends(self) -> None:
-        """Return when all that was sent has left."""
+        """Wait until every tensor has been sent."""
         for queue in self._in_flight.values():
             while queue:
                 queue.popleft().wait()

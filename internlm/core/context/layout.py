@@ -1,6 +1,6 @@
-"""From the sizes in the `parallel` section to the three views of the ranks.
+"""The degrees of parallelism, and the three views of the ranks that follow from them.
 
-Pure arithmetic: thousands of ranks are laid out without a process group. The rank order is InternEvo's: tensor (or
+Pure arithmetic: a layout of thousands of ranks needs no process group. The rank order is InternEvo's: tensor (or
 weight, or expert tensor) innermost, then context or expert, then data with ZeRO as its inner sub-axis, and pipeline
 outermost.
 """
@@ -15,8 +15,8 @@ from internlm.core.context.rank_view import RankView
 from internlm.utils.errors import ConfigError
 
 TensorMode = Literal["mtp", "msp", "fsp", "isp"]
-"""How the tensor axis is used: Megatron tensor parallel, with sequence parallel activations (msp), with those saved
-sharded (fsp), or Ulysses sequence parallel beside sharded weights (isp)."""
+"""Use of the tensor axis: Megatron tensor parallelism (mtp), with sequence-parallel activations (msp), which are also
+saved as shards (fsp), or Ulysses sequence parallelism with sharded weights (isp)."""
 
 
 def _quotient(world_size: int, product: int, what: str) -> int:
@@ -34,15 +34,15 @@ class ParallelLayout:
 
     Attributes:
         world_size: number of ranks.
-        pipeline: pipeline stages.
+        pipeline: pipeline degree.
         tensor: tensor degree; for isp the sequence (Ulysses) degree.
         context: ring degree of context parallelism.
         weight: ISP weight degree, 1 in the other modes.
-        zero: ranks that share one copy of the optimizer state; -1 is all of data (isp: weight_data).
+        zero: number of ranks over which the optimizer state is sharded; -1: all of data (isp: weight_data).
         expert: expert degree.
         expert_inner: expert tensor degree; for isp expert weight degree.
-        mode: what the tensor axis splits.
-        kv_replicas: neighbouring tensor ranks that hold the same key-value head, as there are fewer heads than ranks.
+        mode: use of the tensor axis.
+        kv_replicas: consecutive tensor ranks that hold the same key-value head, where there are fewer heads than ranks.
     """
 
     world_size: int = 1
@@ -72,17 +72,17 @@ class ParallelLayout:
 
     @property
     def is_isp(self) -> bool:
-        """Whether weights are laid out apart from activations."""
+        """Whether weights have a view of their own (isp)."""
         return self.mode == "isp"
 
     @cached_property
     def data_size(self) -> int:
-        """Ranks that see different samples."""
+        """Number of ranks with different samples."""
         return _quotient(self.world_size, self.pipeline * self.context * self.tensor, "pipeline * context * tensor")
 
     @cached_property
     def weight_data_size(self) -> int:
-        """Ranks that hold the same weights (isp)."""
+        """Number of ranks with the same weights (isp)."""
         return _quotient(self.world_size, self.pipeline * self.weight, "pipeline * weight")
 
     def _split_by_zero(self, axis: str, size: int) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
@@ -91,7 +91,7 @@ class ParallelLayout:
 
     @cached_property
     def activation(self) -> RankView:
-        """pipeline x data x context x tensor; with copies of key-value heads, tensor is `kv` x `kv_replica`."""
+        """pipeline x data x context x tensor; with replicated key-value heads, tensor is `kv` x `kv_replica`."""
         if self.is_isp:
             data: dict[str, int] = {"data": self.data_size}
             merged: dict[str, tuple[str, ...]] = {}
@@ -106,7 +106,7 @@ class ParallelLayout:
 
     @cached_property
     def weight_view(self) -> RankView:
-        """pipeline x weight_data x weight for isp; elsewhere the axes of the activation view."""
+        """isp: pipeline x weight_data x weight; other modes: the axes of the activation view."""
         if not self.is_isp:
             return RankView("weight", self.activation.axes, self.activation.merged)
         data, merged = self._split_by_zero("weight_data", self.weight_data_size)
@@ -127,11 +127,11 @@ class ParallelLayout:
 
     @property
     def views(self) -> tuple[RankView, RankView, RankView]:
-        """The activation, weight and expert view."""
+        """The activation, weight and expert views."""
         return self.activation, self.weight_view, self.expert_view
 
     def describe(self) -> str:
-        """One line a view, for people."""
+        """A text of one line per view."""
         lines = []
         for view in self.views:
             axes = " x ".join(f"{axis} {size}" for axis, size in view.axes.items())

@@ -1,4 +1,4 @@
-"""Where this rank stands, and the process groups it talks through. An explicit object: there is no global one."""
+"""A rank's position in the layout, and its process groups. An explicit object: there is no global one."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ explain_former_names(__name__)
 
 @dataclass
 class ParallelContext:
-    """One rank's place in a layout.
+    """One rank's position in a layout. Use `create` to make one.
 
-    Make one with `ParallelContext.create`. With one process no process group is needed and every group is None, which
-    the functions of `internlm.core.communication` take as "nothing to do".
+    In a run of one process, every group is None; for the functions of `internlm.core.communication`, None is a group of
+    one rank.
 
     Attributes:
         layout: the degrees of parallelism and the three views.
-        rank: this process.
-        device: where this rank computes.
-        timeout: of one collective, in all groups made here; None takes PyTorch's.
+        rank: global rank of this process.
+        device: device of this rank.
+        timeout: of a collective, for the groups of this context; None: PyTorch's default.
     """
 
     layout: ParallelLayout
@@ -46,16 +46,16 @@ class ParallelContext:
         device: torch.device | str = "cpu",
         timeout_seconds: float | None = None,
     ) -> ParallelContext:
-        """The context of this process; collective: every rank of the job must call it with the same layout.
+        """Create the context of this process and its groups; collective: all ranks call it with the same layout.
 
         Args:
-            layout: defaults to pure data parallelism over all ranks of the default process group.
-            device: where this rank computes.
-            timeout_seconds: of one collective; None takes PyTorch's. That of the default group is its maker's matter.
+            layout: None for pure data parallelism over all ranks of the default process group.
+            device: device of this rank.
+            timeout_seconds: of a collective; None: PyTorch's default. Does not apply to the default group.
 
         Raises:
-            ConfigError: sizes that do not fit the world size.
-            ValueError: the layout is for another number of ranks than were started.
+            ConfigError: the sizes do not fit the world size.
+            ValueError: the layout is for a different number of ranks.
         """
         started = dist.get_world_size() if dist.is_initialized() else 1
         layout = layout or ParallelLayout(world_size=started)
@@ -72,7 +72,7 @@ class ParallelContext:
         if view.size(axis) == 1:
             return
         for ranks in view.groups(axis):
-            # The same set of ranks may be a group of several views or axes: one process group serves them all.
+            # Several views or axes may have a group of the same ranks: they share one process group.
             if ranks not in self._groups:
                 self._groups[ranks] = dist.new_group(list(ranks), timeout=self.timeout)
 
@@ -81,20 +81,20 @@ class ParallelContext:
         return next(view for view in self.layout.views if view.name == name)
 
     def group(self, axis: str, view: str = "activation") -> dist.ProcessGroup | None:
-        """The process group of this rank along an axis; None when this rank is alone on it."""
-        # Asked for in every layer: the arithmetic is done once.
+        """This rank's process group along an axis; None for a group of one."""
+        # Called in every layer, so the result is cached.
         if (axis, view) not in self._own:
             ranks = self.view(view).group(axis, self.rank)
             self._own[axis, view] = None if len(ranks) == 1 else self._groups[ranks]
         return self._own[axis, view]
 
     def make_named_group(self, name: Hashable, ranks: Sequence[int]) -> None:
-        """Make a process group for one purpose alone, unless there is one of that name; collective over all ranks."""
+        """Create a process group for one purpose, unless one of that name exists; collective over all ranks."""
         if name not in self._named_groups:
             self._named_groups[name] = tuple(ranks), dist.new_group(list(ranks), timeout=self.timeout)
 
     def named_group(self, name: Hashable) -> dist.ProcessGroup:
-        """A process group of this rank that `make_named_group` made.
+        """A process group created by `make_named_group`.
 
         Raises:
             RuntimeError: the context was closed.
@@ -112,9 +112,9 @@ class ParallelContext:
         return self.view(view).index(axis, self.rank)
 
     def num_collectives(self) -> dict[str, int]:
-        """How many collectives this rank has begun in each of its groups, by the group's name, equal on all its ranks.
+        """The number of collectives that this rank has started in each of its groups, by group name.
 
-        Asks no device, and may be called from any thread.
+        A group has the same name on all its ranks. Does not use the device; may be called from any thread.
         """
         groups = [*self._groups.items(), *self._named_groups.values()]
         own: list[Any] = [group for ranks, group in groups if self.rank in ranks]
@@ -129,16 +129,16 @@ class ParallelContext:
 
     @property
     def world_group(self) -> dist.ProcessGroup | None:
-        """All ranks; None when there is one."""
+        """The group of all ranks; None in a run of one process."""
         return dist.group.WORLD if self.world_size > 1 else None
 
     @property
     def is_main_rank(self) -> bool:
-        """True on the one rank that speaks for the job."""
+        """Whether this is rank 0, which logs and writes for the job."""
         return self.rank == 0
 
     def close(self) -> None:
-        """Give back the process groups of this context (not the default group)."""
+        """Destroy the process groups of this context (not the default group)."""
         for ranks, group in (*self._groups.items(), *self._named_groups.values()):
             if self.rank in ranks:
                 dist.destroy_process_group(group)

@@ -1,4 +1,4 @@
-"""Seeding and the random state of this process, as something a checkpoint can hold."""
+"""Seeding, and the random state of this process for checkpoints."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ explain_former_names(__name__)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices). Weights do not depend on it: they are keyed by their names."""
+    """Seed Python, NumPy and torch (all devices). Initial weights do not depend on it: see `materialize`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator of this process."""
+    """The states of all random generators of this process."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -33,7 +33,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Take back what `random_state` gave."""
+    """Restore the states returned by `random_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

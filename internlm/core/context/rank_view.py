@@ -1,7 +1,7 @@
-"""Named axes over the ranks of a job: pure arithmetic, no process group.
+"""Named axes over the ranks of a job. Pure arithmetic, without process groups.
 
-A view arranges the ranks 0 .. world_size-1 as an array with named axes, outermost first; the last axis runs over
-consecutive ranks. It knows nothing of what an axis is used for.
+A view arranges the ranks 0 .. world_size - 1 as an array with named axes, outermost first; consecutive ranks differ in
+the last axis.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RankView:
-    """An arrangement of all ranks by named axes.
+    """An arrangement of all ranks into named axes.
 
     Attributes:
         name: "activation", "weight" or "expert".
         axes: axis name -> size, outermost first; the product is the world size.
-        merged: name -> the axes it stands for, for example `{"data": ("data_replica", "zero")}`.
+        merged: name -> the consecutive axes that it combines, such as `{"data": ("data_replica", "zero")}`.
     """
 
     name: str
@@ -33,7 +33,7 @@ class RankView:
         return math.prod(self.axes.values())
 
     def _ends_of(self, axis: str) -> str | None:
-        """The axis whose first and last rank `<axis>_ends` names; None for any other name."""
+        """The axis of a name `<axis>_ends`; None for any other name."""
         whole = axis.removesuffix("_ends")
         return whole if axis != whole and whole in self.axes else None
 
@@ -45,7 +45,7 @@ class RankView:
         return members
 
     def size(self, axis: str) -> int:
-        """Number of ranks along an axis (or merged axis); of `<axis>_ends` 2, or 1 where the ends are one rank."""
+        """Number of ranks along an axis (or merged axis); for `<axis>_ends`: 2, or 1 where both ends are one."""
         whole = self._ends_of(axis)
         if whole is not None:
             return min(self.axes[whole], 2)
@@ -65,7 +65,7 @@ class RankView:
         return position
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
-        """All sets of ranks that differ only along `axis`, each in axis order; together they hold every rank once.
+        """All groups of ranks that differ only along `axis`, each in axis order; each rank is in one of them.
 
         For `<axis>_ends`, the first and the last rank of each group along `axis`.
         """
@@ -81,7 +81,7 @@ class RankView:
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along `axis`, in axis order.
 
-        For `<axis>_ends`, the two ends of that group; a rank between them is alone.
+        For `<axis>_ends`: the two ends of that group; a rank between them is a group of its own.
         """
         whole = self._ends_of(axis)
         if whole is not None:

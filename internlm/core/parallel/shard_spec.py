@@ -159,7 +159,7 @@ def shard_spec_of(parameter: Tensor) -> ShardSpec:
     Raises:
         ValueError: the model was not passed through `parallelize`.
     """
-    spec = getattr(parameter, "shard_spec", None)
+    spec: ShardSpec | None = getattr(parameter, "shard_spec", None)
     if spec is None:
         raise ValueError(
             "a parameter has no ShardSpec: pass the model through internlm.core.parallel.parallelize first"

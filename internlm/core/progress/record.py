@@ -1,7 +1,7 @@
-"""What this rank is doing: a record that the loop writes and others read.
+"""The record of what this rank is doing, written by the loop.
 
-The trainer, the engine and the executor mark each phase as they enter it. A mark is an assignment on the host; nothing
-is sent and nothing waits for the device. `stall_watch` reads the record, and the message of a failure quotes it.
+Trainer, engine and executor mark each phase as they enter it. A mark is an assignment on the host: it sends nothing and
+does not wait for the device. `stall_watch` reads the record, and error messages quote it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from contextlib import contextmanager
 class Progress:
     """The progress of one rank.
 
-    One thread writes. Others may read each attribute at any time; two of them may be of different marks.
+    One thread writes. Others may read any attribute at any time; two attributes may belong to different marks.
 
     Attributes:
-        step: the step at work, 1 for the first; 0 before the loop.
+        step: number of the current step, from 1; 0 before the loop.
         activity: an announced activity that may take long (building, saving, evaluating); empty in a training step.
-        phase: what is done within it, for people.
-        began: `time.monotonic()` when the step, or what is left of it after an activity, or the activity began.
+        phase: description of the current phase of the step or activity.
+        began: `time.monotonic()` at the start of the activity, of the step, or of its rest after an activity.
         changed: `time.monotonic()` at the last mark.
-        num_collectives: how many collectives this rank has begun in each process group, by the group's name. To be
-            called by readers, from any thread; empty until the groups exist.
+        num_collectives: returns the number of collectives that this rank has started in each process group, by group
+            name; empty until the groups exist. May be called from any thread.
     """
 
     def __init__(self) -> None:
@@ -34,20 +34,20 @@ class Progress:
         self.num_collectives: Callable[[], Mapping[str, int]] = dict
 
     def begin_step(self, step: int) -> None:
-        """A step begins."""
+        """Record the start of a step."""
         self.step, self.activity, self.phase = step, "", "start of the step"
         self.began = self.changed = time.monotonic()
 
     def mark(self, phase: str) -> None:
-        """A phase begins, and ends the one before."""
+        """Record the start of a phase, which ends the previous one."""
         self.phase = phase
         self.changed = time.monotonic()
 
     @contextmanager
     def announce(self, activity: str) -> Iterator[None]:
-        """Everything inside belongs to an activity that may take long, and does not count in the time of the step.
+        """A context for an activity that may take long; its time does not count as time of the step.
 
-        After an exception the activity stays, for the message, until the next step or activity.
+        After an exception, the activity stays recorded until the next step or activity, for the error message.
         """
         self.activity, self.phase = activity, ""
         self.began = self.changed = time.monotonic()
@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def what(self) -> str:
-        """Activity and phase, without the step."""
+        """Activity and phase, without the step number."""
         return ", ".join(part for part in (self.activity, self.phase) if part)
 
     def __str__(self) -> str:

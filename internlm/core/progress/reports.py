@@ -1,6 +1,6 @@
-"""What the ranks of a job say of their progress, and whom the others wait for.
+"""Progress reports of the ranks, and the search for the rank that the others wait for.
 
-Every rank puts a report into the job's store every few seconds. Nobody reads them while all goes well.
+Every rank writes a report to the job's store every few seconds. The reports are read only when a step takes long.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from internlm.core.progress.record import Progress
 
 KEY = "internlm/progress"
 MISSED_REPORTS = 4
-"""A rank that leaves out as many reports is silent."""
+"""Number of missed reports after which a rank is silent."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank says of itself.
+    """The report of one rank about itself.
 
     Attributes:
-        number: counts the reports of this rank.
-        phase: what it is doing, with the step.
-        seconds: since when.
+        number: sequence number of the report.
+        phase: activity, phase and step.
+        seconds: time since the phase began.
         collectives: see `Progress.num_collectives`.
         machine: equal for two ranks that see each other's process ids.
-        pid: its process.
+        pid: process id.
     """
 
     number: int
@@ -46,11 +46,11 @@ class Report:
 
 @dataclass
 class Heard:
-    """The newest report of a rank, as another rank got it.
+    """The newest report of a rank, as received by another rank.
 
     Attributes:
-        report: None when there has been none.
-        since: `time.monotonic()` of the reader when that report was new.
+        report: None when there was none yet.
+        since: `time.monotonic()` of the reader when it first saw that report.
     """
 
     report: Report | None
@@ -58,21 +58,21 @@ class Heard:
 
 
 class ReportExchange:
-    """Sends this rank's reports, and reads those of others when asked. Talks to the store in a thread of its own.
+    """Writes this rank's reports and, on request, reads those of others, in a thread of its own.
 
-    The store belongs to one rank, or to the launcher. Where its process is stopped, a question to it never ends: nobody
-    else may wait for this thread.
+    The store is held by one rank or by the launcher. If that process is stopped, a request to the store never returns;
+    no other thread may wait for this one.
 
     Args:
-        store: a connection of its own.
-        rank: this one.
+        store: a connection used only here.
+        rank: this rank.
         progress: of this rank.
         interval: seconds between two reports.
 
     Attributes:
-        wanted: the ranks whose reports are read; set it from another thread.
-        heard: what was read of them.
-        answered: `time.monotonic()` of the last answer of the store.
+        wanted: ranks whose reports are to be read; set from another thread.
+        heard: their newest reports.
+        answered: `time.monotonic()` of the last response of the store.
     """
 
     def __init__(self, store: Any, rank: int, progress: Progress, interval: float) -> None:
@@ -92,17 +92,17 @@ class ReportExchange:
         self._thread.start()
 
     def stop(self) -> None:
-        """End soon; does not wait for a store that may be gone."""
+        """Stop the thread; does not wait for a store that may be gone."""
         self._stopped.set()
         self._thread.join(1.0)
 
     def restart(self) -> None:
-        """Forget what was heard and not heard: this process was held up itself."""
+        """Forget all reports and times, after this process itself was suspended."""
         self.heard.clear()
         self.answered = time.monotonic()
 
     def own(self) -> Report:
-        """This rank's report of now."""
+        """This rank's current report."""
         progress = self._progress
         return Report(
             self._number,
@@ -114,22 +114,22 @@ class ReportExchange:
         )
 
     def is_silent(self, rank: int) -> bool:
-        """Whether a rank has sent nothing for a while, in which its reports were looked for."""
+        """Whether no new report of a rank was found for a while, although its reports were read."""
         heard = self.heard.get(rank)
         return heard is not None and time.monotonic() - heard.since > MISSED_REPORTS * self._interval
 
     @property
     def store_is_silent(self) -> bool:
-        """Whether the store has not answered for a while."""
+        """Whether the store has not responded for a while."""
         return time.monotonic() - self.answered > (MISSED_REPORTS + 1) * self._interval
 
     def _run(self) -> None:
-        # Its end is the end of the rank that held the store, which the failure watch tells.
+        # It fails when the rank that holds the store ends, which the failure watch reports.
         with contextlib.suppress(Exception):
             while not self._stopped.is_set():
                 self._number += 1
                 self._store.set(f"{KEY}/{self._rank}", json.dumps(asdict(self.own())))
-                # A question, to know that the store still answers.
+                # A read, to see whether the store still responds.
                 self._read(self._rank)
                 for rank in self.wanted:
                     self._read(rank)
@@ -137,7 +137,7 @@ class ReportExchange:
 
     def _read(self, rank: int) -> None:
         key = f"{KEY}/{rank}"
-        # `get` would wait for a rank that has sent none yet.
+        # `get` would wait for a rank that has written none yet.
         report = Report(**json.loads(self._store.get(key))) if self._store.check([key]) else None
         self.answered = time.monotonic()
         last = self.heard.get(rank)
@@ -146,7 +146,7 @@ class ReportExchange:
 
 
 def this_machine() -> str:
-    """The machine, or the container, whose process ids this process sees."""
+    """Identifies the machine or container, and its namespace of process ids."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -154,10 +154,13 @@ def this_machine() -> str:
 
 
 def ranks_behind(collectives: Mapping[int, Mapping[str, int]]) -> list[int]:
-    """The ranks that others wait for, by how many collectives each has begun in each of its groups.
+    """The ranks that the others wait for: behind another rank in some group, and ahead of none in any.
 
-    A rank that has begun one more than another waits for it, or went on without waiting. The one to name is behind in
-    some group, and ahead of nobody. Empty where the counts do not tell.
+    Args:
+        collectives: for each rank, the number of collectives that it has started in each of its groups.
+
+    Returns:
+        Their numbers, sorted; empty where the counts are inconclusive.
     """
     most: dict[str, int] = {}
     least: dict[str, int] = {}
@@ -176,11 +179,11 @@ def ranks_behind(collectives: Mapping[int, Mapping[str, int]]) -> list[int]:
 
 
 def end_of_process(report: Report, machine: str) -> str | None:
-    """Why a rank can do nothing any more, as far as it can be seen from here; None where its process may run."""
+    """Why the process of a rank on this machine cannot run any more; None where it may run, or is elsewhere."""
     if report.machine != machine:
         return None
     try:
-        # The command's name, in parentheses, may hold anything.
+        # The command name, in parentheses, may contain anything.
         state = Path(f"/proc/{report.pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return f"its process {report.pid} is gone"
@@ -192,8 +195,8 @@ def end_of_process(report: Report, machine: str) -> str | None:
 
 
 def state_of_process(report: Report, machine: str) -> str:
-    """Why a rank may be silent."""
+    """The probable reason why a rank is silent."""
     if report.machine != machine:
-        return "its process is stopped, or its machine out of reach"
-    held_up = f"its process {report.pid} is alive, but all its Python threads are held up"
+        return "its process is stopped, or its machine unreachable"
+    held_up = f"its process {report.pid} is alive, but all its Python threads are blocked"
     return end_of_process(report, machine) or held_up

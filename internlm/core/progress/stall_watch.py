@@ -1,7 +1,7 @@
-"""A step that does not end is told, and a job in which one rank is stuck is ended before its collectives' timeout.
+"""Reports slow steps, and ends a job in which a rank is stuck before the timeout of its collectives.
 
-A thread beside the loop looks at this rank's `Progress`. The first rank of those that are heard speaks for the job: it
-reads the other ranks' reports and names the rank that they wait for. Every rank writes its own stacks.
+A background thread watches this rank's `Progress`. The lowest rank that is not silent speaks for the job: it reads the
+reports of the other ranks and names the one that they wait for. Every rank writes its own stacks.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from internlm.utils.logging import get_logger
 logger = get_logger(__name__)
 
 ACTIVITY_FACTOR = 10
-"""An announced activity, such as saving, may take as many times longer than a step before it is told."""
+"""Factor on `slow_seconds` for announced activities, such as saving."""
 
 USUAL_FACTOR = 2
-"""A step is slow when it takes as many times longer than the median of the last ones."""
+"""A step is slow only when it takes this many times the median of the last ones."""
 
 MIN_USUAL = 3
-"""Steps after which their median is known; the first one compiles and chooses kernels."""
+"""Steps needed for a median; the first one compiles and chooses kernels."""
 
 BACKSTOP_SECONDS = 30.0
-"""How much longer than `stuck_seconds` a collective should wait before it fails by itself: the cause is told first."""
+"""Time beyond `stuck_seconds` after which a collective should time out, so that the cause is reported first."""
 
 MAX_NAMED = 8
-"""Ranks that one line names."""
+"""Number of ranks that one message names."""
 
 
 class StallWatch:
-    """Tells steps that take long, and ends a job that is stuck. With one process it only tells.
+    """Reports slow steps, and ends a stuck job. In a run of one process it only reports.
 
-    Use as a context manager; `start` when the run's folder is known.
+    A context manager; call `start` when the folder of the run is known.
 
     Args:
-        rank: this one.
-        world_size: ranks of the job; with several, the default process group must be there.
+        rank: this rank.
+        world_size: number of ranks; if more than one, the default process group must exist.
         progress: of this rank.
-        failure: by which a job that is stuck is ended.
-        slow_seconds: a step that takes longer is told, unless the usual one takes more than half as long.
-        stuck_seconds: a rank that waits longer than this for another one in one phase ends the job.
-        store_holder: the rank whose process holds the job's store; None when the launcher does.
+        failure: ends a stuck job.
+        slow_seconds: a step that takes longer is reported, unless it is less than twice the median.
+        stuck_seconds: a rank that waits longer than this for another one within a phase ends the job.
+        store_holder: the rank that holds the job's store; None when the launcher does.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class StallWatch:
         return self
 
     def start(self, stacks_file: Path) -> None:
-        """Begin to watch.
+        """Start the thread.
 
         Args:
-            stacks_file: where this rank's stacks are written when it is stuck. Removed at the end when empty.
+            stacks_file: receives the stacks of this rank when it is stuck; removed at the end when empty.
         """
-        # Open from the start: once the interpreter is held up nothing can be opened.
+        # Opened now: a blocked interpreter cannot open files.
         self._stacks = stacks_file.open("a", encoding="utf-8")
         self._failure.before_exit = self.write_stacks
         if self._exchange is not None:
@@ -128,7 +128,7 @@ class StallWatch:
             Path(self._stacks.name).unlink()
 
     def write_stacks(self) -> None:
-        """Write the Python stacks of all threads of this process, once for a phase."""
+        """Write the Python stacks of all threads of this process, once per phase."""
         if self._stacks is None or self._stacks_of == self.progress.changed:
             return
         self._stacks_of = self.progress.changed
@@ -144,7 +144,7 @@ class StallWatch:
         assert self._stacks is not None
         last = time.monotonic()
         while not self._stopped.wait(self._poll):
-            # Whoever holds the interpreter's lock for long holds up this thread, too; that timer is not Python's.
+            # A thread that holds the GIL blocks this one, too; the timer of faulthandler does not need the GIL.
             faulthandler.dump_traceback_later(max(self.slow_seconds, 2 * self._poll), file=self._stacks)
             now = time.monotonic()
             if now - last > 3 * self._poll + 1 and self._exchange is not None:
@@ -172,7 +172,7 @@ class StallWatch:
     def _end_of_a_step(self, began: float) -> None:
         seconds = began - self._began
         if self._told and self._speaks():
-            logger.warning("what took long has ended after %.0f s", seconds)
+            logger.warning("it has ended after %.0f s", seconds)
         self._usual.append(seconds)
         self._began, self._told = began, 0
 
@@ -191,7 +191,7 @@ class StallWatch:
         if self._exchange is None or not self._speaks():
             return
         ranks, text = self._explain()
-        # Where no rank is behind, all may be at work, and the collectives' own timeout decides.
+        # If no rank is behind, all may be working, and the timeout of the collectives decides.
         if ranks:
             assert self._stacks is not None
             self._failure.declare(
@@ -202,14 +202,14 @@ class StallWatch:
     # -- the other ranks ------------------------------------------------------------------------------------------
 
     def _speaks(self) -> bool:
-        """Whether it is this rank that tells what there is to tell: no rank before it can."""
+        """Whether this rank reports for the job: all lower ranks are silent."""
         exchange = self._exchange
         if exchange is None or self.rank == 0:
             return True
         return exchange.store_is_silent or all(exchange.is_silent(rank) for rank in range(self.rank))
 
     def _to_read(self) -> tuple[int, ...]:
-        """The ranks to read: those before this one until one is heard, and if there is none, all."""
+        """The ranks whose reports to read: up to this one while a lower rank is not silent, else all."""
         assert self._exchange is not None
         for rank in range(self.rank):
             if not self._exchange.is_silent(rank):
@@ -217,14 +217,14 @@ class StallWatch:
         return tuple(range(self.world_size))
 
     def _explain(self) -> tuple[list[int], str]:
-        """The ranks that the job waits for, and what is known of them, in words."""
+        """The ranks that the job waits for, and a description of what they do."""
         exchange = self._exchange
         if exchange is None:
             return [], self._doing(str(self.progress), time.monotonic() - self.progress.changed)
         if exchange.store_is_silent:
             holder = [] if self.store_holder in (None, self.rank) else [self.store_holder]
             whose = f"rank {self.store_holder}" if holder else "the launcher"
-            return holder or [self.rank], f"waiting for {whose}, which holds the job's store and does not answer"
+            return holder or [self.rank], f"waiting for {whose}, which holds the job's store and does not respond"
         all_heard = dict(exchange.heard)
         reports = {rank: heard.report for rank, heard in all_heard.items() if heard.report is not None}
         reports[self.rank] = exchange.own()
@@ -243,7 +243,7 @@ class StallWatch:
         return f"in {phase} for {seconds:.0f} s"
 
     def _told_of(self, rank: int, report: Report) -> str:
-        # A rank that was stopped or killed a moment ago is not silent yet.
+        # A rank that was stopped or killed just now is not silent yet.
         trouble = end_of_process(report, this_machine())
         if trouble is None:
             return f"rank {rank}, {self._doing(report.phase, report.seconds)}"
@@ -252,7 +252,7 @@ class StallWatch:
     @staticmethod
     def _lost(rank: int, report: Report | None) -> str:
         if report is None:
-            return f"rank {rank}, which has not been heard of"
+            return f"rank {rank}, which has sent no report"
         return f"rank {rank}, last seen in {report.phase}: {state_of_process(report, this_machine())}"
 
     @staticmethod

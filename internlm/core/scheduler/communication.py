@@ -7,21 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from internlm.core.communication.p2p import Channel
 from internlm.core.scheduler.actions import Action, ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule
 from internlm.core.scheduler.stage_placement import Placement
 
 AHEAD = 1
 """A receive is posted while this many actions still come before the one that uses it: the tensor travels meanwhile."""
-
-
-class Channel(NamedTuple):
-    """A one-way road between two ranks of a pipeline, on which tensors keep their order."""
-
-    sender: int
-    receiver: int
-    carries: str
-    """"activation" or "gradient"."""
 
 
 class Message(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from internlm.core.communication.p2p import PipelineChannels
+from internlm.core.communication.p2p import Channel, PipelineChannels
 from internlm.core.communication.pending import Pending
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.progress.record import Progress
@@ -171,13 +171,13 @@ class _Step:
         self._announce(f"send {carries}", action)
         assert to is not None and self.executor.channels is not None
         tensor = self.leaving.pop(_Key(carries, action.chunk, action.micro_batch))
-        self.executor.channels.send((self.rank, to.rank, carries), tensor, self.max_in_flight)
+        self.executor.channels.send(Channel(self.rank, to.rank, carries), tensor, self.max_in_flight)
 
     def _receive(self, carries: str, action: Action, source: Place | None) -> None:
         self._announce(f"receive {carries}", action)
         assert source is not None and self.executor.channels is not None
         buffer = self.new_activation(action.micro_batch)
-        incoming = self.executor.channels.receive((source.rank, self.rank, carries), buffer)
+        incoming = self.executor.channels.receive(Channel(source.rank, self.rank, carries), buffer)
         self.arriving[_Key(carries, action.chunk, action.micro_batch)] = incoming
 
     def _announce(self, what: str, action: Action) -> None:

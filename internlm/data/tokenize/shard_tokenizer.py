@@ -41,6 +41,7 @@ class Part:
 
 
 def part_path(parts: Path, index: int, number: int) -> Path:
+    """The file of part `number` of shard `index` in the folder `parts`."""
     return parts / f"{index:06d}.{number}.bin"
 
 

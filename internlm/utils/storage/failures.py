@@ -1,4 +1,4 @@
-"""How the failures of a store are named."""
+"""Errors of stores, translated into StorageErrors with cause and fix."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Explanation:
 
 
 class Explains(Protocol):
-    """Knows what its failures mean."""
+    """A store that can explain its own errors."""
 
     def explain(self, error: Exception) -> Explanation | None:
-        """What a failure means to a user; None for a defect of ours."""
+        """The cause and fix of an error, for a user; None for a defect of this project."""
 
 
 @contextmanager
 def named_failures(store: Explains, action: str, url: str) -> Iterator[None]:
-    """Turn failures of `store` into a StorageError: "cannot <action> '<url>': <cause>; <fix>"."""
+    """Translate errors of `store` into a StorageError: "cannot <action> '<url>': <cause>; <fix>"."""
     try:
         yield
     except StorageError:
@@ -43,21 +43,21 @@ def named_failures(store: Explains, action: str, url: str) -> Iterator[None]:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a disk says that takes no more."""
+"""Error numbers of a disk or quota that is full."""
 
 
 def storage_failure(error: BaseException) -> StorageError | None:
-    """The failure of a disk or store that lies behind an error of a library which hides it; None when there is none.
+    """The StorageError hidden behind an error of a library; None when there is none.
 
-    A library that is writing when its file fails (torch.save) raises an error of its own from the clean-up, whose
-    `__context__` has the reason.
+    A library whose file fails during a write (torch.save) raises its own error in the clean-up; the cause is in the
+    `__context__` of that error.
     """
     found = next((one for one in _behind(error) if isinstance(one, StorageError)), None)
     return found or full_disk(error)
 
 
 def full_disk(error: BaseException) -> StorageError | None:
-    """The same, but only of a disk that takes no more: ours is never such a failure, whatever was raised behind it."""
+    """As `storage_failure`, for a full disk only: never caused by a defect, whatever error it is hidden behind."""
     full = next((one for one in _behind(error) if isinstance(one, OSError) and one.errno in FULL), None)
     if full is None:
         return None
@@ -66,7 +66,7 @@ def full_disk(error: BaseException) -> StorageError | None:
 
 
 def _behind(error: BaseException) -> Iterator[BaseException]:
-    """An error, and all that it was raised from or while handling."""
+    """An error, its causes, and the errors during whose handling it was raised."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:

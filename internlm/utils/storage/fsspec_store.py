@@ -1,4 +1,4 @@
-"""Stores that the fsspec library knows: memory:// (for tests and trials) and gs:// (Google Cloud Storage)."""
+"""Stores behind the fsspec library: memory:// (for tests and trials) and gs:// (Google Cloud Storage)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PACKAGES = {"gs": "pip install 'internlm[gcs]'"}
 
 
 @dataclass(frozen=True)
-class FsspecPlace:
-    """A file system of fsspec, and the bucket in it ('' when it has none)."""
+class FsspecAddress:
+    """A file system of fsspec, and a bucket in it ('' when it has none)."""
 
     protocol: str
     bucket: str
@@ -26,8 +26,8 @@ class FsspecPlace:
 
 
 @functools.lru_cache
-def _connect(place: FsspecPlace) -> FsspecStore:
-    return FsspecStore(place)
+def _connect(address: FsspecAddress) -> FsspecStore:
+    return FsspecStore(address)
 
 
 class FsspecStore:
@@ -35,26 +35,26 @@ class FsspecStore:
 
     block_bytes = 4 * 1024**2
 
-    def __init__(self, place: FsspecPlace) -> None:
-        self._place = place
-        # Fail now when a package is missing.
+    def __init__(self, address: FsspecAddress) -> None:
+        self._address = address
+        # A missing package fails here, not at first use.
         self.connect()
 
     def connect(self) -> Any:
-        """The file system; fsspec keeps one for each process."""
-        # Local files, the common case, do without this import.
+        """The file system; fsspec caches one per process."""
+        # Local files, the common case, do not need this import.
         import fsspec
 
         try:
-            # Other processes write too, so what a folder holds must not be remembered.
-            return fsspec.filesystem(self._place.protocol, use_listings_cache=False)
+            # Other processes write too: listings must not be cached.
+            return fsspec.filesystem(self._address.protocol, use_listings_cache=False)
         except ImportError as error:
-            install = PACKAGES.get(self._place.protocol, "install the package that it names")
-            raise ConfigError(f"'{self._place.protocol}://' needs a package: {error}. Fix: {install}") from error
+            install = PACKAGES.get(self._address.protocol, "install the package that it names")
+            raise ConfigError(f"'{self._address.protocol}://' needs a package: {error}. Fix: {install}") from error
 
     def path(self, key: str) -> str:
         """The path of a key inside the file system."""
-        return f"{self._place.bucket}/{key}"
+        return f"{self._address.bucket}/{key}"
 
     def is_file(self, key: str) -> bool:
         return bool(self.connect().isfile(self.path(key)))
@@ -76,8 +76,8 @@ class FsspecStore:
         return FsspecSource(self, key, url)
 
     def open_write(self, key: str, url: str) -> Sink:
-        # fsspec's files in memory are seen from the start.
-        return MemorySink(self, key, url) if self._place.protocol == "memory" else FsspecSink(self, key, url)
+        # fsspec's in-memory files are visible from the start.
+        return MemorySink(self, key, url) if self._address.protocol == "memory" else FsspecSink(self, key, url)
 
     def make_folder(self, key: str) -> None:
         self.connect().makedirs(self.path(key), exist_ok=True)
@@ -92,7 +92,7 @@ class FsspecStore:
             return Explanation("it does not exist", "check the spelling", is_missing=True)
         if isinstance(error, PermissionError):
             return Explanation(f"permission denied ({error})", "check the credentials and what they may do")
-        # The libraries below fsspec have errors of their own, which have no common base.
+        # The libraries below fsspec raise errors of their own, without a common base class.
         return Explanation(f"{type(error).__name__}: {error}", "check the URL, the network and the credentials")
 
 
@@ -101,14 +101,14 @@ class FsspecSource(Source):
 
     def __init__(self, store: FsspecStore, key: str, url: str) -> None:
         super().__init__(store, url, store.size(key))
-        # The buffer is above.
+        # Buffered by the reader around this object.
         self._file = store.connect().open(store.path(key), "rb", cache_type="none")
 
     def fetch(self, offset: int, buffer: memoryview) -> None:
         self._file.seek(offset)
         data = self._file.read(len(buffer))
         if len(data) < len(buffer):
-            raise OSError(f"{len(data)} bytes came where {len(buffer)} were asked for")
+            raise OSError(f"received {len(data)} of {len(buffer)} requested bytes")
         buffer[:] = data
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class FsspecSource(Source):
 
 
 class FsspecSink(Sink):
-    """A file being written, seen when finished."""
+    """A file being written, visible once finished."""
 
     def __init__(self, store: FsspecStore, key: str, url: str) -> None:
         super().__init__(store, url)
@@ -137,7 +137,7 @@ class FsspecSink(Sink):
         from fsspec.spec import AbstractBufferedFile
 
         if isinstance(self._file, AbstractBufferedFile):
-            # Closing it, also when it is collected, would write what is left in its buffer.
+            # `close`, which the garbage collector calls too, would write the rest of its buffer.
             self._file.closed = True
 
 

@@ -1,4 +1,4 @@
-"""Files on a local disk: plain files, with errors that name the path and the fix."""
+"""Local files, with errors that name path, cause and fix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from internlm.utils.storage.streams import Sink
 
 
 class LocalStore:
-    """The disks of this machine; keys are paths."""
+    """The file systems of this machine; keys are paths."""
 
     block_bytes = 128 * 1024
 
@@ -63,7 +63,7 @@ class LocalStore:
 FIXES = {
     errno.ENOSPC: "free space on that disk, or choose another folder",
     errno.EDQUOT: "free space in your quota, or choose another folder",
-    errno.EFBIG: "choose a file system that takes files of that size",
+    errno.EFBIG: "choose a file system that supports files of that size",
     errno.EACCES: "ask for permission on it, or choose another folder",
     errno.EPERM: "ask for permission on it, or choose another folder",
     errno.EROFS: "choose a folder on a disk that can be written to",
@@ -71,10 +71,10 @@ FIXES = {
     errno.ENOTDIR: "a part of this path is a file where a folder should be; remove it, or choose another path",
     errno.EEXIST: "there is a file where a folder should be; remove it, or choose another path",
     errno.EISDIR: "there is a folder where a file should be; choose another path",
-    errno.EIO: "the disk fails; choose another one",
-    errno.ESTALE: "the network file system lost it; mount it anew",
+    errno.EIO: "the disk is failing; choose another one",
+    errno.ESTALE: "the network file system lost it; mount it again",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENOTEMPTY: "move away what is there, or choose another folder",
+    errno.ENOTEMPTY: "empty it, or choose another folder",
     errno.EXDEV: "the two are on different disks; choose folders on the same one",
 }
 LOCAL_STORE = LocalStore()
@@ -93,7 +93,7 @@ class LocalSource(io.FileIO):
 
 
 class LocalSink(Sink):
-    """A file being written; closing it puts it on disk."""
+    """A file being written; closing it flushes it to disk (fsync)."""
 
     def __init__(self, url: str) -> None:
         super().__init__(LOCAL_STORE, url)
@@ -107,7 +107,7 @@ class LocalSink(Sink):
 
     def finish(self) -> None:
         os.fsync(self._file.fileno())
-        # Network file systems report some failures here only.
+        # Network file systems report some errors only on close.
         self._file.close()
 
     def discard(self) -> None:
@@ -117,7 +117,7 @@ class LocalSink(Sink):
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename, and put the new name on disk."""
+    """Rename, and flush the new name to disk."""
     os.replace(old, new)
     folder = os.open(new.parent, os.O_RDONLY)
     try:

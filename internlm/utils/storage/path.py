@@ -1,7 +1,7 @@
-"""A file or folder by its URL, the same on a local disk and in an object store.
+"""Files and folders by URL, with one interface for local disks and object stores.
 
-Local files are plain files; nothing of an object store is imported for them. What differs between the kinds of store is
-in `local.py`, `s3.py` and `fsspec_store.py`, how a URL is read in `urls.py`.
+Local files import nothing of an object store. Stores are in `local.py`, `s3.py` and `fsspec_store.py`; `urls.py` parses
+URLs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from internlm.utils.storage.urls import Location, locate
 
 @dataclass(frozen=True)
 class StoragePath:
-    """A file or folder. Picklable: it holds its URL alone, and each process connects to the store on first use.
+    """A file or folder. Picklable: it holds only its URL; each process connects to the store on first use.
 
-    All methods raise StorageError, which names the URL, the cause and the fix; MissingFileError for what is to be read
-    and does not exist. Transfers that fail for a passing reason (a timeout, a cut connection, a 5xx answer) are
-    repeated for a bounded time before that.
+    All methods raise StorageError, which names URL, cause and fix, and MissingFileError when a file to be read does not
+    exist. Transient errors of a transfer (a timeout, a dropped connection, a 5xx response) are retried for a bounded
+    time first.
 
     Attributes:
-        url: as the user wrote it, without slashes at the end; local paths without 'local:'. Made by `storage_path`.
+        url: as the user wrote it, without trailing slashes; local paths without 'local:'. Use `storage_path` to make
+            one.
     """
 
     url: str
@@ -56,12 +57,12 @@ class StoragePath:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on a local disk (or a network file system mounted as one)."""
+        """Whether it is on a local disk (or a mounted network file system)."""
         return self._location.is_local
 
     @property
     def local(self) -> Path:
-        """The path of what is on a local disk."""
+        """The path of a local file or folder."""
         assert self.is_local, self.url
         return Path(self.url)
 
@@ -83,12 +84,12 @@ class StoragePath:
             return self._store.is_file(self._location.key)
 
     def is_folder(self) -> bool:
-        """Whether it is a folder. Object stores have none but those that something lies in."""
+        """Whether it is a folder; in an object store, whether any object lies below it."""
         with named_failures(self._store, "look for", self.url):
             return self._store.is_folder(self._location.key)
 
     def names(self) -> list[str]:
-        """Names of the files and folders in this folder, sorted; none when it does not exist."""
+        """Sorted names of the files and folders in this folder; empty when it does not exist."""
         with named_failures(self._store, "list", self.url):
             return sorted(self._store.names(self._location.key))
 
@@ -98,49 +99,49 @@ class StoragePath:
             return self._store.size(self._location.key)
 
     def open_read(self) -> BinaryIO:
-        """Open a file to read. It can seek, and little more is fetched than what is read."""
+        """Open a file for reading. It can seek; little more than what is read is fetched."""
         with named_failures(self._store, "read", self.url):
             return io.BufferedReader(self._store.open_read(self._location.key, self.url), self._store.block_bytes)
 
     def open_write(self) -> WriteStream:
-        """Open a new file to write in one go, in place of an older one; make the folder before.
+        """Open a file for sequential writing, replacing an existing one; its folder must exist.
 
-        It counts when closed: a local file is then on disk, and an object in a store visible. An exception in its
-        `with`, or `abort()`, leaves nothing.
+        The file is complete once closed: a local file is then on disk, an object visible in its store. An exception in
+        its `with` block, or `abort()`, leaves nothing.
         """
         with named_failures(self._store, "write", self.url):
             return WriteStream(self._store.open_write(self._location.key, self.url))
 
     def read_bytes(self) -> bytes:
-        """All of a file."""
+        """The content of a file."""
         with self.open_read() as file:
             return file.read()
 
     def read_text(self) -> str:
-        """All of a file in UTF-8."""
+        """The content of a UTF-8 file."""
         return self.read_bytes().decode("utf-8")
 
     def write_bytes(self, data: bytes) -> None:
-        """Write a whole file."""
+        """Write a file."""
         with self.open_write() as file:
             file.write(data)
 
     def write_text(self, text: str) -> None:
-        """Write a whole file in UTF-8."""
+        """Write a UTF-8 file."""
         self.write_bytes(text.encode("utf-8"))
 
     def make_folder(self) -> None:
-        """Make a folder and its parents, if need be. In an object store there is nothing to make."""
+        """Create a folder and its parents if they are missing; does nothing in an object store."""
         with named_failures(self._store, "make", self.url):
             self._store.make_folder(self._location.key)
 
     def remove(self) -> None:
-        """Remove a file, or a folder with all in it; no error when there is none."""
+        """Remove a file, or a folder and its content; no error when it does not exist."""
         with named_failures(self._store, "remove", self.url):
             self._store.remove(self._location.key)
 
     def rename_to(self, other: StoragePath) -> None:
-        """Give a local file or folder another name, in one instant and lastingly."""
+        """Rename a local file or folder, atomically and durably."""
         with named_failures(self._store, f"rename to '{other}'", self.url):
             local.rename(self.local, other.local)
 

@@ -1,4 +1,4 @@
-"""Trying again, for a bounded time, what fails for a passing reason."""
+"""Retries of transient failures, for a bounded time."""
 
 from __future__ import annotations
 
@@ -21,45 +21,54 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a store is waited for.
+class RetryPolicy:
+    """When a failed request is repeated.
 
     Attributes:
-        retry_seconds: after this time no further attempt is begun.
-        timeout_seconds: how long a store may say nothing in one attempt.
+        retry_seconds: time after which no further attempt starts.
+        timeout_seconds: time that a store may stay silent within one attempt.
     """
 
     retry_seconds: float
     timeout_seconds: float
 
     @classmethod
-    def from_environment(cls) -> Patience:
-        """INTERNLM_STORAGE_RETRY_SECONDS (60) and INTERNLM_STORAGE_TIMEOUT_SECONDS (20)."""
+    def from_environment(cls) -> RetryPolicy:
+        """The policy in INTERNLM_STORAGE_RETRY_SECONDS (default 60) and INTERNLM_STORAGE_TIMEOUT_SECONDS (20).
+
+        Raises:
+            ConfigError: one of them is not a number of seconds.
+        """
         return cls(
             _seconds("INTERNLM_STORAGE_RETRY_SECONDS", 60.0, least=0.0),
             _seconds("INTERNLM_STORAGE_TIMEOUT_SECONDS", 20.0, least=0.01),
         )
 
-    def persist(self, attempt: Callable[[], Result], is_passing: Callable[[Exception], bool], what: str) -> Result:
-        """`attempt()`, repeated with growing pauses while it fails for a passing reason and time is left.
+    def run(self, attempt: Callable[[], Result], is_transient: Callable[[Exception], bool], what: str) -> Result:
+        """Call `attempt` until it succeeds, with exponential backoff, and return its result.
 
         Args:
+            attempt: makes one request.
+            is_transient: whether a request that raised this may succeed later; other errors are raised at once.
             what: for the log, such as "write 's3://bucket/key'".
+
+        Raises:
+            Exception: that of the last attempt.
         """
         deadline = time.monotonic() + self.retry_seconds
         longest_pause = FIRST_PAUSE_SECONDS
-        told = False
+        is_logged = False
         while True:
             try:
                 return attempt()
             except Exception as error:
-                # Many ranks fail at once; the chance keeps them from coming back at once.
+                # Jitter: many ranks fail at once and must not return at once.
                 pause = random.uniform(0.5, 1.0) * longest_pause
-                if not is_passing(error) or time.monotonic() + pause > deadline:
+                if not is_transient(error) or time.monotonic() + pause > deadline:
                     raise
-                if not told:
-                    logger.warning("cannot %s yet (%s); trying again for %g s", what, error, self.retry_seconds)
-                    told = True
+                if not is_logged:
+                    logger.warning("cannot %s yet (%s); retrying for %g s", what, error, self.retry_seconds)
+                    is_logged = True
             time.sleep(pause)
             longest_pause = min(2 * longest_pause, LONGEST_PAUSE_SECONDS)
 

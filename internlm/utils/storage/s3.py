@@ -1,4 +1,4 @@
-"""Buckets of stores that speak S3: AWS, MinIO and Ceph, Volcengine's TOS, Alibaba's OSS."""
+"""Buckets of stores with the S3 protocol: AWS, MinIO and Ceph, Volcengine TOS, Alibaba OSS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from internlm.utils.storage.retry import Patience
+from internlm.utils.storage.retry import RetryPolicy
 from internlm.utils.storage.s3_bucket import S3Bucket
 from internlm.utils.storage.s3_client import Connection, Credentials, Service
 from internlm.utils.storage.s3_streams import S3Sink, S3Source
@@ -20,11 +20,14 @@ NUM_REMOVERS = 8
 
 
 @dataclass(frozen=True)
-class S3Place:
-    """A bucket.
+class S3Address:
+    """A bucket of a service.
 
     Attributes:
-        endpoint: URL of the service; None: AWS's own, or what AWS_ENDPOINT_URL names.
+        service: chooses the credentials.
+        bucket: its name.
+        endpoint: URL of the service; None for AWS or the one in AWS_ENDPOINT_URL.
+        region: of the bucket; None for the one in the environment.
     """
 
     service: Service
@@ -33,9 +36,9 @@ class S3Place:
     region: str | None = None
 
     def open(self) -> Store:
-        """The bucket, by the credentials and patience that the environment names now."""
+        """The bucket, by the credentials and retry policy in the environment."""
         credentials = Credentials.from_environment(self.service)
-        connection = Connection(self.service, self.endpoint, self.region, credentials, Patience.from_environment())
+        connection = Connection(self.service, self.endpoint, self.region, credentials, RetryPolicy.from_environment())
         return _open_store(connection, self.bucket)
 
 
@@ -50,7 +53,7 @@ os.register_at_fork(after_in_child=_open_store.cache_clear)
 class S3Store(S3Bucket):
     """The files in one bucket."""
 
-    # A request takes about as long to be answered as these bytes take to come.
+    # The latency of a request is about the transfer time of this many bytes.
     block_bytes = 4 * 1024**2
 
     def is_file(self, key: str) -> bool:
@@ -66,7 +69,7 @@ class S3Store(S3Bucket):
         for page in self._pages(prefix, Delimiter="/"):
             names.update(folder["Prefix"] for folder in page.get("CommonPrefixes", []))
             names.update(file["Key"] for file in page.get("Contents", []))
-        # Some tools mark a folder by an object of its own name.
+        # Some tools mark a folder with an object of the folder's name.
         return [name.removeprefix(prefix).rstrip("/") for name in names if name != prefix]
 
     def size(self, key: str) -> int:
@@ -80,20 +83,20 @@ class S3Store(S3Bucket):
         return S3Sink(self, url, key)
 
     def make_folder(self, key: str) -> None:
-        """Nothing: a store has no folders."""
+        """Does nothing: an object store has no folders."""
 
     def remove(self, key: str) -> None:
-        """Remove an object and all below it, also uploads that were never finished."""
+        """Remove an object and everything below it, including unfinished uploads."""
         keys = [key] if key else []
         keys += [file["Key"] for page in self._pages(_folder(key)) for file in page.get("Contents", [])]
 
         def remove_one(key: str) -> None:
-            # One by one: a request for many needs a checksum on which the stores do not agree.
+            # One by one: the batch request needs a checksum on which the stores do not agree.
             self.call(self.client.delete_object, f"remove '{key}'", Key=key)
 
         with ThreadPoolExecutor(min(NUM_REMOVERS, max(1, len(keys)))) as removers:
             list(removers.map(remove_one, keys))
-        # Not all credentials may list uploads, and not all stores can.
+        # Some credentials may not list uploads, and some stores cannot.
         with suppress(self.client.exceptions.ClientError):
             self._abort_uploads(key)
 

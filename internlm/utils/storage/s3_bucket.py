@@ -1,4 +1,4 @@
-"""RunControl to one bucket, and what their failures mean."""
+"""Requests to one bucket, with retries, and explanations of their errors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class S3Bucket:
     """One bucket.
 
     Attributes:
-        client: of boto3.
-        bucket: its name.
+        client: a boto3 client.
+        bucket: name of the bucket.
     """
 
     def __init__(self, connection: Connection, bucket: str) -> None:
@@ -25,7 +25,7 @@ class S3Bucket:
         self.bucket = bucket
         self._connection = connection
         self._bucket_was_seen = False
-        # boto3 is installed: the client says so.
+        # Imports botocore, which is installed: there is a client.
         from internlm.utils.storage import s3_errors
 
         self._errors = s3_errors
@@ -37,16 +37,24 @@ class S3Bucket:
         is_wanted: Callable[[], bool] = lambda: True,
         **arguments: Any,
     ) -> Result:
-        """One request of the client for this bucket, repeated while it is wanted and fails for a passing reason."""
+        """Make a request to this bucket, and retry transient failures.
+
+        Args:
+            operation: a method of the client.
+            what: for the log, such as "write 's3://bucket/key'".
+            is_wanted: whether a failed request is still worth a retry.
+            arguments: of the operation, beside the bucket.
+        """
         request = functools.partial(operation, Bucket=self.bucket, **arguments)
-        return self._connection.patience.persist(
-            request, lambda error: is_wanted() and self._errors.is_passing(error), what
+        return self._connection.retry_policy.run(
+            request, lambda error: is_wanted() and self._errors.is_transient(error), what
         )
 
     def head(self, key: str) -> dict[str, Any] | None:
-        """Size, tag and so on of an object; None when there is none."""
+        """Metadata of an object (size, ETag ...); None when it does not exist."""
         try:
-            return self.call(self.client.head_object, f"look for '{key}'", Key=key)
+            found: dict[str, Any] = self.call(self.client.head_object, f"look for '{key}'", Key=key)
+            return found
         except self.client.exceptions.ClientError as error:
             if not self._errors.is_missing(error):
                 raise

@@ -1,4 +1,4 @@
-"""Connecting to a store that speaks S3: endpoint, credentials, and what its errors mean."""
+"""Clients of stores with the S3 protocol: endpoint, credentials and settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
-from internlm.utils.storage.retry import Patience
+from internlm.utils.storage.retry import RetryPolicy
 
 logger = get_logger(__name__)
 
@@ -18,7 +18,7 @@ MAX_CONNECTIONS = 16
 
 Service = Literal["s3", "volc", "oss"]
 GENERIC_VARIABLES = ("ACCESS_KEY", "SECRET_ACCESS_KEY")
-# InternEvo's names first, then the vendor's own. For "s3" the AWS_* variables follow, by the library's own search.
+# InternEvo's names first, then the vendor's. For "s3", boto3 itself searches the AWS_* variables after these.
 VARIABLES: dict[Service, tuple[tuple[str, str], ...]] = {
     "s3": (("S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY_ID"),),
     "volc": (("VOLC_ACCESS_KEY_ID", "VOLC_SECRET_ACCESS_KEY_ID"),),
@@ -38,7 +38,11 @@ class Credentials:
 
     @classmethod
     def from_environment(cls, service: Service) -> Credentials | None:
-        """What the environment names for a service; None: the library's own search (AWS_*, profiles, roles)."""
+        """The credentials of a service in the environment; None to let boto3 search (AWS_*, profiles, roles).
+
+        Raises:
+            ConfigError: only one variable of a pair is set.
+        """
         pairs = [GENERIC_VARIABLES, *VARIABLES[service]]
         given = [pair for pair in pairs if any(os.environ.get(name) for name in pair)]
         if not given:
@@ -50,35 +54,35 @@ class Credentials:
                     f"the environment variable {name} is not set, but {' and '.join(chosen)} belong together"
                 )
         if len(given) > 1:
-            _tell_choice(chosen, given[1])
+            _log_choice(chosen, given[1])
         return cls(os.environ[chosen[0]], os.environ[chosen[1]])
 
 
 @functools.lru_cache
-def _tell_choice(chosen: tuple[str, str], other: tuple[str, str]) -> None:
+def _log_choice(chosen: tuple[str, str], other: tuple[str, str]) -> None:
     logger.warning("both %s and %s are set in the environment; %s and %s are used", chosen[0], other[0], *chosen)
 
 
 @dataclass(frozen=True)
 class Connection:
-    """All that a client is made from."""
+    """Everything that determines a client."""
 
     service: Service
     endpoint: str | None
     region: str | None
     credentials: Credentials | None
-    patience: Patience
+    retry_policy: RetryPolicy
 
     @property
     def variables(self) -> str:
-        """The environment variables that hold the credentials, for messages."""
+        """Names of the environment variables with the credentials, for messages."""
         names = [" and ".join(pair) for pair in VARIABLES[self.service]]
         return " or ".join([*names, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"] if self.service == "s3" else names)
 
 
 @functools.lru_cache
 def connect(connection: Connection) -> Any:
-    """The client of this process; threads may share it.
+    """The boto3 client of this process; threads may share it.
 
     Raises:
         ConfigError: boto3 is not installed.
@@ -88,18 +92,18 @@ def connect(connection: Connection) -> Any:
         from botocore.config import Config
     except ImportError as error:
         raise ConfigError(f"s3:// and other object stores need the package boto3: {INSTALL}") from error
-    patience = connection.patience
+    retry_policy = connection.retry_policy
     credentials = connection.credentials
     config = Config(
-        connect_timeout=min(10.0, patience.timeout_seconds),
-        read_timeout=patience.timeout_seconds,
+        connect_timeout=min(10.0, retry_policy.timeout_seconds),
+        read_timeout=retry_policy.timeout_seconds,
         max_pool_connections=MAX_CONNECTIONS,
-        # `Patience.persist` does it, for a bounded time.
+        # `RetryPolicy.run` retries instead, for a bounded time.
         retries={"total_max_attempts": 1},
-        # Only AWS knows the newer checksums. What is sent is covered by TLS, or else by the request's signature.
+        # Only AWS supports the newer checksums. TLS, or else the request's signature, protects the content.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        # Both services want the bucket in the host's name; OSS takes no uploads signed by version 4.
+        # TOS and OSS require the bucket in the host name; OSS refuses uploads with signature version 4.
         s3=None if connection.service == "s3" else {"addressing_style": "virtual"},
         signature_version="s3" if connection.service == "oss" else None,
     )
@@ -113,5 +117,5 @@ def connect(connection: Connection) -> Any:
     )
 
 
-# A client's connections must not be shared with a forked process.
+# A forked process must not share the connections of a client.
 os.register_at_fork(after_in_child=connect.cache_clear)

@@ -1,4 +1,4 @@
-"""What the errors of an S3 client mean. Imported only where boto3 is there."""
+"""Classification and explanation of the errors of an S3 client. Imported only where boto3 is installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from botocore.parsers import ResponseParserError
 from internlm.utils.storage.failures import Explanation
 from internlm.utils.storage.s3_client import Connection
 
-PASSING_CODES = {
+TRANSIENT_CODES = {
     "RequestTimeout",
     "RequestTimeoutException",
     "SlowDown",
@@ -26,30 +26,30 @@ REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLoc
 
 
 class NoBucketError(Exception):
-    """There is no such bucket; a HEAD request's 404 does not say whether that or the key is missing."""
+    """The bucket does not exist. (The 404 of a HEAD request does not say whether bucket or key is missing.)"""
 
 
 def code_of(error: Exception) -> str:
-    """The store's name of an error, such as 'NoSuchKey', or its HTTP status; '' when no store answered."""
+    """The error code of the store, such as 'NoSuchKey', or the HTTP status; '' when there was no response."""
     return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, boto.ClientError) else ""
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status of the store's answer; 0 when none came."""
+    """The HTTP status of the response; 0 when there was none."""
     if not isinstance(error, boto.ClientError):
         return 0
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether the store says that there is no such object."""
+    """Whether the object does not exist."""
     return code_of(error) in ("NoSuchKey", "404", "NotFound")
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether another attempt may succeed: no answer, a cut connection, 5xx, or too many requests."""
+def is_transient(error: Exception) -> bool:
+    """Whether a retry may succeed: no response, a dropped connection, a 5xx status, or too many requests."""
     if isinstance(error, boto.ClientError):
-        return status_of(error) >= 500 or status_of(error) == 429 or code_of(error) in PASSING_CODES
+        return status_of(error) >= 500 or status_of(error) == 429 or code_of(error) in TRANSIENT_CODES
     if isinstance(error, boto.SSLError):
         return "CERTIFICATE" not in str(error).upper()
     return isinstance(
@@ -67,7 +67,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def explain(error: Exception, connection: Connection, bucket: str, endpoint: str) -> Explanation | None:
-    """Cause and fix of an error; None for a defect of ours."""
+    """Cause and fix of an error; None for a defect of this project."""
     code = code_of(error)
     if isinstance(error, NoBucketError) or code == "NoSuchBucket":
         cause = f"there is no bucket '{bucket}' at {endpoint}"
@@ -84,22 +84,22 @@ def explain(error: Exception, connection: Connection, bucket: str, endpoint: str
             f"let the owner grant it, or use other credentials: {connection.variables}",
         )
     if code == "PreconditionFailed":
-        return Explanation("it was replaced while it was read", "read it again when nobody writes it")
+        return Explanation("it was replaced while it was read", "read it again while nothing writes to it")
     if code in REGION_CODES or status_of(error) in (301, 307):
         return Explanation(f"the bucket is in another region ({error})", "set AWS_REGION to the bucket's region")
     if isinstance(error, (boto.ParamValidationError, ValueError)) and "bucket" in str(error).lower():
         return Explanation(f"'{bucket}' cannot be a bucket's name", "check the URL; doc/storage.md lists the spellings")
     if isinstance(error, ResponseParserError) or code in ("404", "405", "MethodNotAllowed"):
-        # What a web server says to a request that it does not know; where a store says 404, its name is handled above.
-        return Explanation(f"what answers at {endpoint} does not speak S3", "check the endpoint")
-    seconds = f"{connection.patience.retry_seconds:g} s"
+        # The response of a web server that is no object store; a 404 of a store carries one of the codes above.
+        return Explanation(f"the server at {endpoint} does not speak the S3 protocol", "check the endpoint")
+    seconds = f"{connection.retry_policy.retry_seconds:g} s"
     if isinstance(error, boto.ClientError):
-        lasting = f" for {seconds}" if is_passing(error) else ""
+        lasting = f" for {seconds}" if is_transient(error) else ""
         return Explanation(
             f"{endpoint} answered {status_of(error)} {code}{lasting}",
-            "try again later; if it stays so, ask those who run the store",
+            "try again later; if it persists, contact the operator of the store",
         )
-    if is_passing(error):
+    if is_transient(error):
         return Explanation(
             f"{endpoint} could not be reached for {seconds} ({error})", "check the network, and the endpoint's spelling"
         )

@@ -1,4 +1,4 @@
-"""Objects being read and written: large ones in several parts at once."""
+"""Streams for reading and writing objects; large ones transfer several parts in parallel."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from internlm.utils.storage.streams import Sink, Source
 NUM_TRANSFERS = 4
 READ_PART_BYTES = 8 * 1024**2
 WRITE_PART_BYTES = 16 * 1024**2
-# A store takes 10,000 parts: parts that double every thousand hold any object that a store takes.
+# A store allows 10,000 parts. With a part size that doubles every thousand, they hold any object that it allows.
 PARTS_OF_A_SIZE = 1000
 
 
 class CutError(ConnectionError):
-    """Less came than was asked for."""
+    """The response ended early."""
 
 
 class S3Source(Source):
-    """An object being read, of the version that was there when it was opened."""
+    """An object being read, in the version that it had when it was opened."""
 
     def __init__(self, bucket: S3Bucket, url: str, key: str, size: int, tag: str) -> None:
         super().__init__(bucket, url, size)
@@ -58,7 +58,7 @@ class S3Source(Source):
         filled = 0
 
         def fetch_rest(**arguments: Any) -> None:
-            # What came before a connection was cut is kept.
+            # A retry continues where the connection dropped.
             nonlocal filled
             wanted = f"bytes={offset + filled}-{offset + len(buffer) - 1}"
             answer = self._bucket.client.get_object(Key=self._key, Range=wanted, IfMatch=self._tag, **arguments)
@@ -66,14 +66,14 @@ class S3Source(Source):
                 while filled < len(buffer):
                     count = body.readinto(buffer[filled:])
                     if not count:
-                        raise CutError(f"{len(buffer) - filled} bytes did not come")
+                        raise CutError(f"the last {len(buffer) - filled} bytes are missing")
                     filled += count
 
         self._bucket.call(fetch_rest, f"read '{self.url}'")
 
 
 class S3Sink(Sink):
-    """An object being written: in one request when it is small, else in parts while more is written."""
+    """An object being written: a small one in one request, a large one in parts that are uploaded as they fill."""
 
     def __init__(self, bucket: S3Bucket, url: str, key: str) -> None:
         super().__init__(bucket, url)
@@ -113,7 +113,7 @@ class S3Sink(Sink):
         if self._transfers is not None:
             self._transfers.shutdown(cancel_futures=True)
         if self._upload_id is not None:
-            # The failure that brought us here is the one to tell. What stays is removed with the folder.
+            # The error that led here is the one to report. Removing the folder removes what stays.
             with suppress(Exception):
                 self._bucket.client.abort_multipart_upload(
                     Bucket=self._bucket.bucket, Key=self._key, UploadId=self._upload_id
@@ -150,7 +150,7 @@ class S3Sink(Sink):
         try:
             self._call(complete, UploadId=self._upload_id)
         except self._bucket.client.exceptions.NoSuchUpload:
-            # An earlier attempt may have succeeded, and its answer been lost.
+            # An earlier attempt may have succeeded although its response was lost.
             if num_attempts == 1 or not self._is_there(len(parts)):
                 raise
 
@@ -160,5 +160,5 @@ class S3Sink(Sink):
 
     def _call(self, operation: Any, **arguments: Any) -> Any:
         return self._bucket.call(
-            operation, f"write '{self.url}'", is_wanted=lambda: not self.given_up, Key=self._key, **arguments
+            operation, f"write '{self.url}'", is_wanted=lambda: not self.is_aborted, Key=self._key, **arguments
         )

@@ -1,4 +1,4 @@
-"""What a store can do."""
+"""The protocol of a store."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from internlm.utils.storage.streams import Sink
 
 
 class Store(Explains, Protocol):
-    """One disk, bucket or file system. Methods raise the store's own errors; `explain` says what they mean.
+    """One disk, bucket or file system. Methods raise the store's own errors; `explain` translates them.
 
-    A key is a path below the store's root, without slashes at its ends. URLs are only for messages.
+    A key is a path below the root of the store, without leading or trailing slashes. URLs are only for messages.
 
     Attributes:
-        block_bytes: small reads are answered from a block of this size, which is fetched; larger reads pass it by.
+        block_bytes: buffer size for reads: smaller ones fetch a block of this size, larger ones bypass it.
     """
 
     block_bytes: int
@@ -23,10 +23,10 @@ class Store(Explains, Protocol):
     def is_file(self, key: str) -> bool: ...
 
     def is_folder(self, key: str) -> bool:
-        """Whether the folder exists; in an object store: whether anything lies below it."""
+        """Whether the folder exists; in an object store, whether any object lies below it."""
 
     def names(self, key: str) -> list[str]:
-        """Names of the files and folders in a folder, in any order; none when it does not exist."""
+        """Names of the files and folders in a folder, in any order; empty when it does not exist."""
 
     def size(self, key: str) -> int: ...
 
@@ -35,7 +35,7 @@ class Store(Explains, Protocol):
     def open_write(self, key: str, url: str) -> Sink: ...
 
     def make_folder(self, key: str) -> None:
-        """Make a folder and its parents; object stores have none and do nothing."""
+        """Create a folder and its parents; does nothing in an object store."""
 
     def remove(self, key: str) -> None:
-        """Remove a file, or a folder with all in it; no error when there is none."""
+        """Remove a file, or a folder and its content; no error when it does not exist."""

@@ -1,4 +1,4 @@
-"""Files being written and read: what all stores share, and what each brings (`Sink`, `Source`)."""
+"""Streams for reading and writing files: the part that all stores share, and the base classes of each store's part."""
 
 from __future__ import annotations
 
@@ -8,74 +8,77 @@ from typing import Any
 
 from internlm.utils.storage.failures import Explains, named_failures
 
-# Small writes are collected in a buffer of this size; large ones pass it by.
+# Small writes are collected in a buffer of this size; larger ones bypass it.
 BUFFER_BYTES = 1024 * 1024
 
 
 class Sink(io.RawIOBase):
-    """Where a file being written goes. It is kept when closed, unless it was given up or a write failed.
+    """The raw stream of a file being written. Closing it commits the file, unless it was aborted or a write failed.
 
-    A store brings `put`, `finish` and `discard`.
+    A store implements `put`, `finish` and `discard`.
+
+    Attributes:
+        is_aborted: whether nothing of the file is to stay.
     """
 
     def __init__(self, store: Explains, url: str) -> None:
         self.store = store
         self.url = url
-        self.given_up = False
+        self.is_aborted = False
 
     @abstractmethod
     def put(self, data: memoryview) -> int:
-        """Take the next bytes; returns how many."""
+        """Write the next bytes; returns how many were written."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Make what was put last, and be seen."""
+        """Commit the file: make it durable and visible."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Remove what was put, as well as can be."""
+        """Remove what was written, as far as possible."""
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
-        if self.given_up:
-            # What was left in the buffer above.
+        if self.is_aborted:
+            # The rest of the buffer around this stream.
             return len(view)
         try:
             with named_failures(self.store, "write", self.url):
                 return self.put(view)
         except BaseException:
-            self.given_up = True
+            self.is_aborted = True
             raise
 
     def close(self) -> None:
         if self.closed:
             return
         try:
-            if not self.given_up:
+            if not self.is_aborted:
                 with named_failures(self.store, "write", self.url):
                     self.finish()
         except BaseException:
-            self.given_up = True
+            self.is_aborted = True
             raise
         finally:
             super().close()
-            if self.given_up:
+            if self.is_aborted:
                 self.discard()
 
 
 class WriteStream(io.BufferedWriter):
-    """A file being written: complete when closed. It is given up by `abort` and by an exception in its `with`."""
+    """A file being written: complete once closed. `abort`, or an exception in its `with` block, discards it."""
 
     def __init__(self, sink: Sink) -> None:
         super().__init__(sink, BUFFER_BYTES)
         self._sink = sink
 
     def abort(self) -> None:
-        """Give up: nothing of what was written stays. Does nothing after `close`."""
-        self._sink.given_up = True
+        """Discard everything written. Does nothing after `close`."""
+        self._sink.is_aborted = True
         self.close()
 
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
@@ -85,15 +88,17 @@ class WriteStream(io.BufferedWriter):
             self.abort()
 
     def __del__(self) -> None:
-        # Nobody closed it, so nobody said that it is complete.
+        # Never closed, so never declared complete.
         if not self.closed:
             self.abort()
 
 
 class Source(io.RawIOBase):
-    """A file being read, of which pieces are fetched. A store brings `fetch`.
+    """The raw stream of a file being read, range by range. A store implements `fetch`.
 
     Args:
+        store: explains errors.
+        url: for messages.
         size: of the file in bytes.
     """
 
@@ -105,7 +110,7 @@ class Source(io.RawIOBase):
 
     @abstractmethod
     def fetch(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer`, which is not longer than what follows `offset` in the file."""
+        """Fill `buffer` with the bytes from `offset` on; the file is long enough."""
 
     def readable(self) -> bool:
         return True

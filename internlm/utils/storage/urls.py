@@ -1,4 +1,4 @@
-"""How a URL is read: which store it means, and the key in it."""
+"""Parsing of URLs into a store and a key."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Protocol
 
 from internlm.utils.errors import ConfigError, nearest
-from internlm.utils.storage.fsspec_store import FsspecPlace
+from internlm.utils.storage.fsspec_store import FsspecAddress
 from internlm.utils.storage.local import LOCAL_STORE
-from internlm.utils.storage.s3 import S3Place
+from internlm.utils.storage.s3 import S3Address
 from internlm.utils.storage.store import Store
 
 
-class Place(Protocol):
-    """Which store; hashable, and without a connection."""
+class StoreAddress(Protocol):
+    """Identifies a store; hashable, and holds no connection."""
 
     def open(self) -> Store:
-        """The store, connected once a process.
+        """The store; one connection per process.
 
         Raises:
             ConfigError: the package for it is not installed.
@@ -29,8 +29,8 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class LocalPlace:
-    """This machine's disks."""
+class LocalAddress:
+    """The file systems of this machine."""
 
     def open(self) -> Store:
         return LOCAL_STORE
@@ -38,16 +38,22 @@ class LocalPlace:
 
 @dataclass(frozen=True)
 class Location:
-    """A URL, taken apart: `<root>/<key>`; of a local path the key is all."""
+    """A parsed URL, `<root>/<key>`; for a local path, the key is the path.
 
-    place: Place
+    Attributes:
+        address: of the store.
+        root: the URL up to the key; empty for a local path.
+        key: see `Store`.
+    """
+
+    address: StoreAddress
     root: str
     key: str
 
     @property
     def is_local(self) -> bool:
         """Whether it is on a local disk."""
-        return isinstance(self.place, LocalPlace)
+        return isinstance(self.address, LocalAddress)
 
     def url_of(self, key: str) -> str:
         """The URL of a key of the same store."""
@@ -57,7 +63,7 @@ class Location:
 
     def open_store(self) -> Store:
         """The store."""
-        return self.place.open()
+        return self.address.open()
 
 
 KNOWN = (
@@ -80,24 +86,24 @@ _NUMERIC_HOST = re.compile(r"[0-9]+(\.[0-9]+){3}(:[0-9]+)?")
 
 @functools.lru_cache(maxsize=4096)
 def locate(url: str) -> Location:
-    """Take a URL apart.
+    """Parse a URL.
 
     Raises:
-        ConfigError: it cannot be read, or its prefix is unknown.
+        ConfigError: it is malformed, or its prefix is unknown.
     """
     url = url.removeprefix("local:")
     if not _PREFIX.match(url):
         if not url:
             raise ConfigError("a path is empty; give a folder, or a URL such as 's3://bucket/key'")
-        return Location(LocalPlace(), "", str(Path(url)))
+        return Location(LocalAddress(), "", str(Path(url)))
     if url.startswith("memory://"):
-        return Location(FsspecPlace("memory", ""), "memory://", url.removeprefix("memory://").strip("/"))
+        return Location(FsspecAddress("memory", ""), "memory://", url.removeprefix("memory://").strip("/"))
     match = _BUCKET_AND_KEY.fullmatch(url)
     if match and match["prefix"] in _READERS:
         return Location(_READERS[match["prefix"]](url, match["bucket"]), match["root"], match["key"].strip("/"))
     prefix = url[: url.find("://") + 3] if "://" in url else url.partition(":")[0] + ":"
     raise ConfigError(
-        f"'{url}' does not begin as a path or URL that is known does.{nearest(prefix, _beginnings())} Known are: "
+        f"'{url}' has an unknown prefix.{nearest(prefix, _beginnings())} Known are: "
         f"{', '.join(KNOWN)}. A local file of that name is './{url}'."
     )
 
@@ -106,54 +112,54 @@ def _beginnings() -> list[str]:
     return [spelling[: spelling.find("://") + 3] for spelling in KNOWN if "://" in spelling]
 
 
-def _read_gs(url: str, bucket: str) -> Place:
-    return FsspecPlace("gs", bucket)
+def _read_gs(url: str, bucket: str) -> StoreAddress:
+    return FsspecAddress("gs", bucket)
 
 
-def _read_s3(url: str, bucket: str) -> Place:
+def _read_s3(url: str, bucket: str) -> StoreAddress:
     host = bucket.partition(".")[2]
-    # InternEvo takes 's3://bucket.10.0.0.1/key', too; no bucket of AWS is named so.
-    return _read_boto3(url, bucket) if _NUMERIC_HOST.fullmatch(host) else S3Place("s3", bucket)
+    # InternEvo also accepts 's3://bucket.10.0.0.1/key'; no AWS bucket can have such a name.
+    return _read_boto3(url, bucket) if _NUMERIC_HOST.fullmatch(host) else S3Address("s3", bucket)
 
 
-def _read_boto3(url: str, bucket: str) -> Place:
+def _read_boto3(url: str, bucket: str) -> StoreAddress:
     name, _, host = bucket.partition(".")
     if not host:
-        return S3Place("s3", bucket)
-    # InternEvo speaks plain HTTP to port 80 of such a host. A host with a name is on the internet, so it has TLS.
+        return S3Address("s3", bucket)
+    # InternEvo uses plain HTTP, port 80, for such a host. A host with a name is on the internet and has TLS.
     is_plain = _NUMERIC_HOST.fullmatch(host) or ":" in host
-    return S3Place("s3", name, f"http://{host}" if is_plain else f"https://{host}")
+    return S3Address("s3", name, f"http://{host}" if is_plain else f"https://{host}")
 
 
-def _read_tos(url: str, bucket: str) -> Place:
+def _read_tos(url: str, bucket: str) -> StoreAddress:
     name, host = _name_and_host(url, bucket, "tos-cn-beijing.volces.com")
-    # The service has other hosts for S3's protocol than for its own.
+    # The service has separate hosts for the S3 protocol.
     match = re.fullmatch(r"tos-(?:s3-)?((?:[a-z]+-)+[a-z0-9]+)(\..+)", host)
-    return S3Place(
+    return S3Address(
         "volc", name, f"https://tos-s3-{match[1]}{match[2]}" if match else f"https://{host}", match and match[1]
     )
 
 
-def _read_ali(url: str, bucket: str) -> Place:
+def _read_ali(url: str, bucket: str) -> StoreAddress:
     name, host = _name_and_host(url, bucket, "oss-cn-hangzhou.aliyuncs.com")
-    return _oss_place(name, host)
+    return _oss_address(name, host)
 
 
-def _read_oss(url: str, bucket: str) -> Place:
+def _read_oss(url: str, bucket: str) -> StoreAddress:
     host = os.environ.get(OSS_ENDPOINT, "")
     if not host:
         raise ConfigError(
             f"'{url}' does not say where the bucket is; set {OSS_ENDPOINT} in the environment, for example "
             f"{OSS_ENDPOINT}=oss-cn-hangzhou.aliyuncs.com"
         )
-    return _oss_place(bucket, host)
+    return _oss_address(bucket, host)
 
 
-def _oss_place(bucket: str, host: str) -> Place:
+def _oss_address(bucket: str, host: str) -> StoreAddress:
     if "://" in host:
-        return S3Place("oss", bucket, host)
+        return S3Address("oss", bucket, host)
     match = re.fullmatch(r"(?:s3\.)?(oss-.+\.aliyuncs\.com)", host)
-    return S3Place("oss", bucket, f"https://s3.{match[1]}" if match else f"https://{host}")
+    return S3Address("oss", bucket, f"https://s3.{match[1]}" if match else f"https://{host}")
 
 
 def _name_and_host(url: str, bucket: str, example: str) -> tuple[str, str]:
@@ -163,7 +169,7 @@ def _name_and_host(url: str, bucket: str, example: str) -> tuple[str, str]:
     return name, host
 
 
-_READERS: dict[str, Callable[[str, str], Place]] = {
+_READERS: dict[str, Callable[[str, str], StoreAddress]] = {
     "s3": _read_s3,
     "gs": _read_gs,
     "oss": _read_oss,

@@ -49,7 +49,7 @@ def test_the_state_of_a_process_of_this_machine() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     report = Report(1, "forward, step 3", 2.0, {}, machine, process.pid)
     try:
-        assert state_of_process(report, machine).endswith("is alive, but all its Python threads are held up")
+        assert state_of_process(report, machine).endswith("is alive, but all its Python threads are blocked")
         assert end_of_process(report, machine) is None
         process.send_signal(signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)
@@ -60,7 +60,7 @@ def test_the_state_of_a_process_of_this_machine() -> None:
         process.wait()
     assert state_of_process(report, machine) == f"its process {process.pid} is gone"
     elsewhere = replace(report, machine="another")
-    assert state_of_process(elsewhere, machine) == "its process is stopped, or its machine out of reach"
+    assert state_of_process(elsewhere, machine) == "its process is stopped, or its machine unreachable"
     assert end_of_process(elsewhere, machine) is None
 
 

@@ -297,7 +297,6 @@ def packed_attention(
 @constant_when_compiled
 def _varlen_has_gqa_flag() -> bool:
     """PyTorch 2.12 began to refuse grouped heads without this flag; before, the flag did not exist."""
-
     from torch.nn.attention import varlen as torch_varlen
 
     return _has_parameter(torch_varlen.varlen_attn, "enable_gqa")
