@@ -38,6 +38,25 @@ def attention(
         window: keys that a query sees at most, itself included.
         scale: factor of the scores; None: 1 / sqrt(D).
     """
+    return _weighted_values(_scores(q, k, cu_seqlens, window, scale), v)
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the logarithm of the sum of the exponentials of each query's scores, `[B, S, H]`."""
+    scores = _scores(q, k, cu_seqlens, window, scale)
+    return _weighted_values(scores, v), scores.logsumexp(-1).flatten(1, 2).transpose(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float | None) -> Tensor:
+    """`[B, K, H / K, S, T]`, -inf where a query does not see a key."""
     num_queries, num_keys = q.shape[1], k.shape[1]
     keys = torch.arange(num_keys, device=q.device)
     distance = keys[num_keys - num_queries :, None] - keys
@@ -49,8 +68,12 @@ def attention(
         visible = visible & (document[:, None] == document)
     grouped = q.unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("bskgd,btkd->bkgst", grouped, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
-    return torch.einsum("bkgst,btkd->bskgd", probabilities, v).flatten(2, 3)
+    return scores.masked_fill(~visible, -math.inf)
+
+
+def _weighted_values(scores: Tensor, v: Tensor) -> Tensor:
+    """Scores `[B, K, H / K, S, T]` and values `[B, T, K, D]` -> `[B, S, H, D]`."""
+    return torch.einsum("bkgst,btkd->bskgd", scores.softmax(-1), v).flatten(2, 3)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 Shapes: B sequences, S tokens, H query heads, K key-value heads (H a multiple of K), D head dimension.
 
 Packed documents are never attended through a mask over the whole pack. On CUDA a variable-length kernel takes them in
-one call (`attention_backends.py` says which), on CPU one of the kernels of `cpu_attention.py`; elsewhere documents of
+one call (`cuda_backends.py` says which), on CPU one of the kernels of `cpu/attention.py`; elsewhere documents of
 equal length make one call of PyTorch's scaled dot product attention (SDPA).
 """
 
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from internlm.model.ops import reference
 from internlm.model.ops.attention.cuda_backends import (
     BACKEND_BY_NAME,
     AttentionNeeds,
@@ -136,6 +138,7 @@ def _sdpa_kernels(needs: AttentionNeeds) -> str:
     return "cuDNN's kernel first" if _prefers_cudnn(needs.capability) else "PyTorch's order of kernels"
 
 
+@overload
 def attention(
     q: Tensor,
     k: Tensor,
@@ -146,7 +149,37 @@ def attention(
     scale: float | None = None,
     attention_backend: str = "auto",
     use_flash_attn: bool = True,
-) -> Tensor:
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    varlen: VarlenMetadata | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    attention_backend: str = "auto",
+    use_flash_attn: bool = True,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    varlen: VarlenMetadata | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    attention_backend: str = "auto",
+    use_flash_attn: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal softmax attention.
 
     Args:
@@ -158,17 +191,30 @@ def attention(
         scale: factor of the scores; None: 1 / sqrt(D).
         attention_backend: on CUDA, for rows without a cache: a name of `BACKENDS`, or "auto".
         use_flash_attn: "auto" may take the flash-attn packages.
+        return_lse: also return the log-sum-exp of each query's scores, with which results over parts of the keys can be
+            merged. Computed by the formula, document by document, so memory grows with the square of the longest.
 
     Returns:
-        `[B, S, H, D]` in the dtype of q.
+        `[B, S, H, D]` in the dtype of q; with `return_lse` also fp32 (float64 for float64) `[B, S, H]`. Both are
+        differentiable.
+
+    Raises:
+        ValueError: `return_lse` on a backend that does not give it.
     """
     assert window is None or window > 0
     if varlen is not None:
         assert q.shape[0] == 1 and q.shape[1] == k.shape[1], "packed attention takes one row and no cache"
         # Not under a compiler, which would compile anew for other lengths.
         assert torch.compiler.is_compiling() or sum(varlen.lengths) == q.shape[1], (
-            "segment lengths do not add up to the packed length"
+            "varlen.lengths do not add up to the packed length"
         )
+    if return_lse:
+        if q.is_cuda and attention_backend not in ("auto", "sdpa"):
+            raise ValueError(
+                f"attention(return_lse=True): the backend {attention_backend!r} does not return the log-sum-exp; use "
+                f'attention_backend="sdpa" or "auto"'
+            )
+        return _with_lse(q, k, v, varlen, window, scale)
     if q.is_cuda and q.shape[1] == k.shape[1]:
         return _on_cuda(q, k, v, varlen, window, scale, attention_backend, use_flash_attn)
     if q.device.type == "cpu" and q.shape[1] == k.shape[1]:
@@ -216,6 +262,19 @@ def _on_cuda(
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
     out = packed_attention(name, flat_q, flat_k, flat_v, bounds, longest, window, scale)
     return out.unflatten(0, (batch, length))
+
+
+def _with_lse(
+    q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None, window: int | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The formula in fp32 or wider, one document at a time."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if varlen is None:
+        out, lse = reference.attention_with_lse(q.to(wide), k.to(wide), v.to(wide), window=window, scale=scale)
+        return out.to(q.dtype), lse
+    documents = [x.to(wide).split(list(varlen.lengths), dim=1) for x in (q, k, v)]
+    parts = [reference.attention_with_lse(*own, window=window, scale=scale) for own in zip(*documents, strict=True)]
+    return torch.cat([out for out, _ in parts], dim=1).to(q.dtype), torch.cat([lse for _, lse in parts], dim=1)
 
 
 @constant_when_compiled
