@@ -65,7 +65,7 @@ class Isp(ModelParallel):
 
     @property
     def splits_tokens_of_linears(self) -> bool:
-        return self.group is not None
+        return self.context.size("tensor") > 1
 
     @property
     def replaces_linears(self) -> bool:
@@ -93,7 +93,8 @@ class Isp(ModelParallel):
         return group
 
     def inner_attention(self, inner: InnerAttention, heads: HeadShape) -> nn.Module:
-        return inner if self.group is None else UlyssesAttention(inner, self.context, heads)
+        is_split = self.context.size("tensor") > 1
+        return UlyssesAttention(inner, self.context, heads) if is_split else inner
 
     def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         own_ids = own_part(input_ids, self.group)
