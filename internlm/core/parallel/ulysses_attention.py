@@ -36,7 +36,7 @@ class UlyssesAttention(nn.Module):
     def __init__(self, inner: InnerAttention, context: ParallelContext, heads: HeadShape) -> None:
         super().__init__()
         self.inner = inner
-        self._group = context.group("tensor")
+        self._context = context
         self._size, self._index = context.size("tensor"), context.index("tensor")
         self._replicas = kv_replicas(heads, self._size)
 
@@ -56,10 +56,10 @@ class UlyssesAttention(nn.Module):
             k, v = (x.repeat_interleave(self._replicas, dim=_HEADS) for x in (k, v))
         by_rank = [x.unflatten(_HEADS, (self._size, -1)) for x in (q, k, v)]
         joined = torch.cat(by_rank, dim=_HEADS + 1).flatten(_HEADS, _HEADS + 1)
-        gathered = exchange(joined, self._group, split=_HEADS, join=SEQUENCE)
+        gathered = exchange(joined, self._context.group("tensor"), split=_HEADS, join=SEQUENCE)
         own_q, own_k, own_v = gathered.split([x.shape[_HEADS + 1] for x in by_rank], dim=_HEADS)
         return own_q, own_k, own_v
 
     def scatter_tokens(self, out: Tensor) -> Tensor:
         """This rank's heads of all tokens -> all heads of this rank's tokens."""
-        return exchange(out, self._group, split=SEQUENCE, join=_HEADS)
+        return exchange(out, self._context.group("tensor"), split=SEQUENCE, join=_HEADS)
