@@ -27,7 +27,7 @@ from internlm.core.parallel.linear.parallel_linear import (
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
-from internlm.core.parallel.weight_splits import Part
+from internlm.core.parallel.weight_splits import ParameterShard
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
 from internlm.model.ops.float8 import scaled_gemm as float8
@@ -117,7 +117,7 @@ class ModelParallel:
 
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
-    ) -> list[Part]:
+    ) -> list[ParameterShard]:
         """The local parameters that hold this rank's part of a global one.
 
         Args:
@@ -130,7 +130,7 @@ class ModelParallel:
         Raises:
             ConfigError: it cannot be split as the layout asks.
         """
-        return [Part(attribute, ShardSpec.whole(name, shape))]
+        return [ParameterShard(attribute, ShardSpec.whole(name, shape))]
 
     def local_heads(self, heads: HeadShape) -> HeadShape:
         """Heads of an attention block -> those that the outputs of its projections have on this rank."""

@@ -1,6 +1,6 @@
-"""Which part of a weight each rank of the tensor or weight axis holds: pure arithmetic from roles to ShardSpecs.
+"""The shard of a weight that each rank of the tensor or weight axis holds: pure arithmetic from roles to ShardSpecs.
 
-n is the number of ranks of the axis and t this rank's place on it; a weight is `[out, in]`, a bias `[out]`.
+n is the number of ranks of the axis and t the index of this rank; a weight is `[out, in]`, a bias `[out]`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Range = tuple[int, int]
 """(first, number) of consecutive rows or columns."""
 
 
-class Part(NamedTuple):
-    """A local parameter: the attribute of the parallel module that holds it, and what it holds."""
+class ParameterShard(NamedTuple):
+    """A local parameter: the attribute of the parallel module that holds it, and its spec."""
 
     attribute: str
     spec: ShardSpec
@@ -64,7 +64,7 @@ def even_part(size: int, n: int, t: int, what: str) -> Range:
         ConfigError: they are not equal.
     """
     if size % n:
-        raise ConfigError(f"{what} = {size} is not divisible by parallel.tensor.size = {n}")
+        raise ConfigError(f"{what} = {size} cannot be split evenly over {n} tensor ranks")
     return t * (size // n), size // n
 
 
@@ -76,19 +76,19 @@ def kv_replicas(heads: HeadShape, n: int) -> int:
     """
     if heads.num_heads % n:
         raise ConfigError(
-            f"model.num_attention_heads = {heads.num_heads} is not divisible by parallel.tensor.size = {n}"
+            f"num_heads = {heads.num_heads} cannot be split evenly over {n} tensor ranks: each computes whole heads"
         )
     if heads.num_kv_heads % n and n % heads.num_kv_heads:
         raise ConfigError(
-            f"model.num_kv_attention_heads = {heads.num_kv_heads} and parallel.tensor.size = {n}: "
-            f"one must divide the other"
+            f"num_kv_heads = {heads.num_kv_heads} and {n} tensor ranks: one must divide the other, as each rank holds "
+            f"whole key-value heads or a copy of one"
         )
     return max(1, n // heads.num_kv_heads)
 
 
 def tensor_parts(
     context: ParallelContext, whole: ShardSpec, attribute: str, role: Role, heads: HeadShape | None
-) -> list[Part]:
+) -> list[ParameterShard]:
     """The parts of a linear layer's weight or bias under Megatron's tensor parallelism.
 
     Args:
@@ -105,32 +105,36 @@ def tensor_parts(
     split = replace(whole, sharded_over=("tensor",))
     if role in (Role.ROW, Role.ATTENTION_OUT):
         if attribute == "bias":
-            return [Part(attribute, whole)]
+            return [ParameterShard(attribute, whole)]
         what = "the width of the feed-forward" if role is Role.ROW else "the width of the attention"
-        return [Part(attribute, ranges_spec(split, 1, [even_part(whole.global_shape[1], n, t, what)]))]
+        return [ParameterShard(attribute, ranges_spec(split, 1, [even_part(whole.global_shape[1], n, t, what)]))]
     rows = whole.global_shape[0]
     if role is Role.COLUMN:
-        return [Part(attribute, ranges_spec(split, 0, [even_part(rows, n, t, "the width of the feed-forward")]))]
+        return [
+            ParameterShard(attribute, ranges_spec(split, 0, [even_part(rows, n, t, "the width of the feed-forward")]))
+        ]
     if role is Role.COLUMN_PAIR:
         first, number = even_part(rows // 2, n, t, "the width of the feed-forward")
-        return [Part(attribute, ranges_spec(split, 0, [(first, number), (rows // 2 + first, number)]))]
+        return [ParameterShard(attribute, ranges_spec(split, 0, [(first, number), (rows // 2 + first, number)]))]
     assert heads is not None, f"a model with the role {role} must say its heads"
     replicas = kv_replicas(heads, n)
     replicated = replace(whole, sharded_over=("kv",), partial_over=("kv_replica",))
     if role is Role.ATTENTION_Q:
-        return [Part(attribute, ranges_spec(split, 0, [even_part(rows, n, t, "the rows of wq")]))]
+        return [ParameterShard(attribute, ranges_spec(split, 0, [even_part(rows, n, t, "the rows of wq")]))]
     if role is Role.ATTENTION_KV:
         if replicas == 1:
-            return [Part(attribute, ranges_spec(split, 0, [even_part(rows, n, t, "the rows of wk and wv")]))]
-        return [Part(attribute, ranges_spec(replicated, 0, [(t // replicas * heads.head_dim, heads.head_dim)]))]
+            return [ParameterShard(attribute, ranges_spec(split, 0, [even_part(rows, n, t, "the rows of wk and wv")]))]
+        return [
+            ParameterShard(attribute, ranges_spec(replicated, 0, [(t // replicas * heads.head_dim, heads.head_dim)]))
+        ]
     assert role is Role.ATTENTION_QKV, role
     if replicas == 1:
-        return [Part(attribute, ranges_spec(split, 0, [even_part(rows, n, t, "the rows of wqkv")]))]
+        return [ParameterShard(attribute, ranges_spec(split, 0, [even_part(rows, n, t, "the rows of wqkv")]))]
     group_rows = rows // heads.num_kv_heads
     query_rows = group_rows - 2 * heads.head_dim
     start = t // replicas * group_rows
     queries = even_part(query_rows, replicas, t % replicas, "the queries of a key-value group")
     return [
-        Part(attribute, ranges_spec(split, 0, [(start + queries[0], queries[1])])),
-        Part(f"kv_{attribute}", ranges_spec(replicated, 0, [(start + query_rows, 2 * heads.head_dim)])),
+        ParameterShard(attribute, ranges_spec(split, 0, [(start + queries[0], queries[1])])),
+        ParameterShard(f"kv_{attribute}", ranges_spec(replicated, 0, [(start + query_rows, 2 * heads.head_dim)])),
     ]

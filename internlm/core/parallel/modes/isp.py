@@ -22,7 +22,7 @@ from internlm.core.parallel.linear.weight_gathering import GatheredWeights, Gath
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
 from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.parallel.ulysses_attention import UlyssesAttention
-from internlm.core.parallel.weight_splits import Part, padded_rows, ranges_spec
+from internlm.core.parallel.weight_splits import ParameterShard, padded_rows, ranges_spec
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
@@ -73,15 +73,15 @@ class Isp(ModelParallel):
 
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
-    ) -> list[Part]:
+    ) -> list[ParameterShard]:
         whole = replace(ShardSpec.whole(name, shape), view="weight", data_axis="weight_data")
         if not self._splits_weights:
-            return [Part(attribute, whole)]
+            return [ParameterShard(attribute, whole)]
         if role in (Role.REPLICATED, Role.PER_HEAD):
-            return [Part(attribute, replace(whole, partial_over=("weight",)))]
+            return [ParameterShard(attribute, replace(whole, partial_over=("weight",)))]
         n, t = self.context.size("weight", "weight"), self.context.index("weight", "weight")
         rows, block = padded_rows(shape[0], n, t)
-        return [Part(attribute, ranges_spec(replace(whole, sharded_over=("weight",)), 0, [rows], block))]
+        return [ParameterShard(attribute, ranges_spec(replace(whole, sharded_over=("weight",)), 0, [rows], block))]
 
     def weights(self) -> WeightStore:
         return self.gathered_weights if self._splits_weights else super().weights()

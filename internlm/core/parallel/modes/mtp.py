@@ -27,7 +27,7 @@ from internlm.core.parallel.linear.parallel_linear import InputExchange
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
 from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.parallel.vocab import VocabRanks
-from internlm.core.parallel.weight_splits import Part, kv_replicas, padded_rows, ranges_spec, tensor_parts
+from internlm.core.parallel.weight_splits import ParameterShard, kv_replicas, padded_rows, ranges_spec, tensor_parts
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
 
@@ -62,18 +62,18 @@ class Mtp(ModelParallel):
 
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
-    ) -> list[Part]:
+    ) -> list[ParameterShard]:
         whole = ShardSpec.whole(name, shape)
         on_tokens = replace(whole, partial_over=("tensor",)) if self.residual_is_split else whole
         if role is Role.REPLICATED:
-            return [Part(attribute, on_tokens)]
+            return [ParameterShard(attribute, on_tokens)]
         if role is Role.PER_HEAD:
             # Each rank sees its own heads only, whatever the residual stream is.
-            return [Part(attribute, replace(whole, partial_over=("tensor",)))]
+            return [ParameterShard(attribute, replace(whole, partial_over=("tensor",)))]
         if role in (Role.EMBEDDING, Role.HEAD):
-            return [Part(attribute, self._place_vocabulary(whole, role))]
+            return [ParameterShard(attribute, self._place_vocabulary(whole, role))]
         if role in ROW_ROLES and attribute == "bias":
-            return [Part(attribute, on_tokens)]
+            return [ParameterShard(attribute, on_tokens)]
         return tensor_parts(self.context, whole, attribute, role, heads)
 
     def _place_vocabulary(self, whole: ShardSpec, role: Role) -> ShardSpec:
