@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import nn
@@ -14,7 +13,9 @@ from internlm.core.scheduler.stage_placement import Placement
 from internlm.estimate.activations import LayerActivations
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.initialize.recomputation_plan import ActivationPlan, plan_activations
-from internlm.model.decoder import Decoder, DecoderLayer
+from internlm.model.architecture import Architecture
+from internlm.model.architecture import save_policies as policies_of
+from internlm.model.layer_protocol import DescribedModel, LayeredModel
 from internlm.model.offload import Offloading
 from internlm.model.recompute import SavePolicy
 from internlm.utils.copy_stream import copy_stream_of
@@ -40,18 +41,19 @@ def check_activations(
         ConfigError: they do not fit into `model.checkpoint_budget`, or the layers of the model are not known.
     """
     asked = {
+        "model.checkpoint": config.model.num_recomputed and config.model.checkpoint,
         "model.checkpoint_budget": config.model.checkpoint_budget,
         "cpu_offloading.enable": config.cpu_offloading.enable,
         "selective_checkpoint_offload": config.selective_checkpoint_offload,
     }
     for key, value in asked.items():
-        if value and not isinstance(model, Decoder):
+        if value and not isinstance(model, LayeredModel):
             raise ConfigError(
-                f"{key} = {value}: the layers of a {config.model_type} are not known here; leave it out, or make the "
-                f"model an internlm.model.decoder.Decoder"
+                f"{key} = {value}: a {config.model_type} does not name its layers, so nothing can be recomputed or "
+                f"offloaded; leave the key out, or give {type(model).__name__} numbered_layers() and offloading (see "
+                f"internlm/model/layer_protocol.py)"
             )
     if config.model.checkpoint_budget is not None:
-        assert isinstance(model, Decoder)
         for place in range(placement.num_ranks):
             layers = [
                 layer for chunk in range(placement.num_chunks) for layer in stages[placement.stage_of(place, chunk)]
@@ -62,42 +64,58 @@ def check_activations(
 def arrange_activations(
     config: Config, chunks: Sequence[nn.Module], layout: ParallelLayout, device: torch.device
 ) -> None:
-    """Set what the layers of a rank's chunks save for backward, and what of it goes to host memory."""
-    decoders = [chunk for chunk in chunks if isinstance(chunk, Decoder)]
-    layers: dict[int, DecoderLayer] = {
-        int(name): cast(DecoderLayer, layer) for decoder in decoders for name, layer in decoder.layers.items()
-    }
+    """Give the layers of a rank's chunks the save policies and stores that the config asks for."""
+    models = [chunk for chunk in chunks if isinstance(chunk, LayeredModel)]
+    layers = {number: layer for model in models for number, layer in model.numbered_layers().items()}
     if config.model.checkpoint_budget is not None:
-        plan = _plan(config, decoders[0], layout, sorted(layers), config.model.checkpoint_budget)
-        for number, layer in layers.items():
-            layer.keep = plan.policies[number]
+        plan = _plan(config, chunks[0], layout, sorted(layers), config.model.checkpoint_budget)
+        policies = plan.policies
         logger.info("activations: %s", plan)
-    num_saved = config.cpu_offloading.num_layers if config.cpu_offloading.enable else 0
-    saved_of = {int(name) for decoder in decoders for name in list(decoder.layers)[:num_saved]}
-    kept_of = {
-        number for number, layer in layers.items() if config.selective_checkpoint_offload and layer.keep == "attention"
+    else:
+        policies = dict(enumerate(policies_of(config.model)))
+    for number, layer in layers.items():
+        layer.save_policy = policies[number]
+    num_offloaded = config.cpu_offloading.num_layers if config.cpu_offloading.enable else 0
+    autograd_layers = {number for model in models for number in list(model.numbered_layers())[:num_offloaded]}
+    store_layers = {
+        number
+        for number, layer in layers.items()
+        if config.selective_checkpoint_offload and layer.save_policy == "attention"
     }
-    if not saved_of and not kept_of:
+    if not autograd_layers and not store_layers:
         return
-    offloading = Offloading(copy_stream_of(device), saved_of=saved_of, kept_of=kept_of)
-    for decoder in decoders:
-        decoder.offloading = offloading
-    for number in kept_of:
+    offloading = Offloading(copy_stream_of(device), autograd_layers=autograd_layers, store_layers=store_layers)
+    for model in models:
+        model.offloading = offloading
+    for number in store_layers:
         layers[number].store = offloading
     logger.info(
-        "activations to host memory: of %d layer(s) all that is saved, of %d attention's output",
-        len(saved_of),
-        len(kept_of),
+        "activations offloaded to host memory: of %d layer(s) all that is saved, of %d attention's output",
+        len(autograd_layers),
+        len(store_layers),
     )
     if device.type == "cpu":
         logger.warning("cpu_offloading and selective_checkpoint_offload save nothing here: the device is the host")
 
 
 def _plan(
-    config: Config, model: Decoder, layout: ParallelLayout, layers: Sequence[int], budget: float
+    config: Config, model: nn.Module, layout: ParallelLayout, layers: Sequence[int], budget: float
 ) -> ActivationPlan:
-    activations = layer_activations(config, ModelDimensions.of(model.architecture), layout)
+    architecture = estimated_architecture(model)
+    if architecture is None:
+        raise ConfigError(
+            f"model.checkpoint_budget = {config.model.checkpoint_budget}: the activations of a {config.model_type} are "
+            "not known, as it has no architecture or layers of other kinds; set model.checkpoint instead"
+        )
+    activations = layer_activations(config, ModelDimensions.of(architecture), layout)
     return plan_activations(activations, layers, budget * 2**30)
+
+
+def estimated_architecture(model: nn.Module) -> Architecture | None:
+    """The architecture of a model whose activations can be estimated: one of standard layers only."""
+    if not isinstance(model, DescribedModel) or model.architecture.layer_kinds:
+        return None
+    return model.architecture
 
 
 def layer_activations(config: Config, dimensions: ModelDimensions, layout: ParallelLayout) -> LayerActivations:
@@ -107,10 +125,11 @@ def layer_activations(config: Config, dimensions: ModelDimensions, layout: Paral
 
 
 def save_policies(
-    config: Config, model: Decoder, layout: ParallelLayout, layers: Sequence[int]
+    config: Config, model: nn.Module, layout: ParallelLayout, layers: Sequence[int]
 ) -> Mapping[int, SavePolicy]:
     """Save policy of each of a rank's `layers`: that of the config, or that of the plan for its budget."""
     budget = config.model.checkpoint_budget
     if budget is not None:
         return _plan(config, model, layout, layers, budget).policies
-    return {layer: model.architecture.kept_activations[layer] for layer in layers}
+    policies = policies_of(config.model)
+    return {layer: policies[layer] for layer in layers}

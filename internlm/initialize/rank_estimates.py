@@ -15,9 +15,8 @@ from internlm.estimate.communication import BytesSent, TrainingStep, bytes_sent
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.memory import RankMemory, peak_activations
 from internlm.estimate.parameters import RankParameters, rank_parameters
-from internlm.initialize.activation_memory import layer_activations, save_policies
+from internlm.initialize.activation_memory import estimated_architecture, layer_activations, save_policies
 from internlm.initialize.stages import build_layer_split, build_meta_model, build_options, state_form
-from internlm.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,11 @@ def estimate_ranks(
             make_model, layout, rank, schedule.placement, stage_layers, options, fsdp=config.parallel.uses_fsdp
         )
         memory = RankMemory.of_rank(held, form)
-        if not isinstance(model, Decoder):
+        architecture = estimated_architecture(model)
+        if architecture is None:
             estimates.append(RankEstimate(held, memory, None, None))
             continue
-        dimensions = ModelDimensions.of(model.architecture)
+        dimensions = ModelDimensions.of(architecture)
         layers = [layer for chunk in held.layers for layer in chunk]
         policies = save_policies(config, model, layout, layers)
         step = TrainingStep(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from internlm.estimate.activations import LayerActivations
-from internlm.model.recompute import KEEPS, SavePolicy
+from internlm.model.recompute import SAVE_POLICIES, SavePolicy
 from internlm.utils.errors import ConfigError
 
 _GIB = 2**30
@@ -38,7 +38,7 @@ class ActivationPlan:
     def __str__(self) -> str:
         """One line for people."""
         counts = Counter(self.policies.values())
-        parts = ", ".join(f"{counts[policy]} {_NAMES[policy]}" for policy in reversed(KEEPS) if counts[policy])
+        parts = ", ".join(f"{counts[policy]} {_NAMES[policy]}" for policy in reversed(SAVE_POLICIES) if counts[policy])
         return (
             f"of {len(self.policies)} layers {parts}; {self.saved_bytes / _GIB:.3g} of {self.budget / _GIB:.3g} GiB "
             f"saved and {self.recomputed_flops / 1e12:.3g} TFLOP recomputed per micro-batch"
@@ -59,7 +59,7 @@ def plan_activations(activations: LayerActivations, layers: Sequence[int], budge
     Raises:
         ConfigError: it does not fit even if every layer saves its input alone.
     """
-    saved = [activations.saved_bytes(policy) for policy in KEEPS]
+    saved = [activations.saved_bytes(policy) for policy in SAVE_POLICIES]
     least = saved[-1] * len(layers)
     if least > budget:
         raise ConfigError(
@@ -97,7 +97,9 @@ def plan_activations(activations: LayerActivations, layers: Sequence[int], budge
     assert best is not None
     flops, recomputed, nothing, attention = best
     numbers = (len(layers) - recomputed, recomputed - nothing - attention, attention, nothing)
-    chosen = [policy for policy, number in reversed(list(zip(KEEPS, numbers, strict=True))) for _ in range(number)]
+    chosen = [
+        policy for policy, number in reversed(list(zip(SAVE_POLICIES, numbers, strict=True))) for _ in range(number)
+    ]
     policies = dict(zip(by_cost, chosen, strict=True))
-    total = sum(saved[KEEPS.index(policy)] for policy in chosen)
+    total = sum(saved[SAVE_POLICIES.index(policy)] for policy in chosen)
     return ActivationPlan({layer: policies[layer] for layer in layers}, total, budget, flops)

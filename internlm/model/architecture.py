@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from internlm.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from internlm.config.schema import ModelConfig
+    from internlm.model.layer_kinds import LayerKind
 
 T = TypeVar("T")
 
@@ -115,16 +117,19 @@ class Architecture:
     """Whose kernels run between matrix products where nothing is compiled: "auto", "none", "liger"."""
     residual_in_fp32: bool
     """The residual stream is kept in fp32 between the blocks."""
-    kept_activations: tuple[SavePolicy, ...]
-    """What each layer keeps for backward; the rest is computed again."""
+    save_policies: tuple[SavePolicy, ...]
+    """What each layer saves for backward; the rest is recomputed."""
     dtype: torch.dtype
     init: InitSettings
+    layer_kinds: Mapping[int, LayerKind] = field(default_factory=dict, hash=False)
+    """Attention and feed-forward of layers that differ from the standard ones, by number."""
 
     @property
     def function(self) -> dict[str, object]:
         """What the outputs follow from, besides the weights, by name; number formats, kernels and the layout of fused
         weights aside."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        values["layer_kinds"] = {number: kind.name for number, kind in self.layer_kinds.items()}
         rope = {f"rope {name}": value for name, value in self.rope.function.items()}
         return {name: value for name, value in values.items() if name not in _NOT_OF_THE_FUNCTION} | rope
 
@@ -198,7 +203,7 @@ class Architecture:
             use_flash_attn=config.use_flash_attn,
             fused_kernels=config.fused_kernels,
             residual_in_fp32=config.residual_in_fp32,
-            kept_activations=_kept_activations(config),
+            save_policies=save_policies(config),
             dtype=config.torch_dtype,
             init=InitSettings(
                 distribution=config.init_type,
@@ -218,7 +223,7 @@ _NOT_OF_THE_FUNCTION = {
     # Only what the angles read of it counts.
     *("rope", "max_position_embeddings"),
     *("norm_dtype", "dtype", "residual_in_fp32", "attention_backend", "use_flash_attn", "fused_kernels"),
-    *("kept_activations", "embed_grad_scale", "init"),
+    *("save_policies", "embed_grad_scale", "init"),
 }
 """Fields of `Architecture`: any other, a new one too, makes a model another function."""
 
@@ -239,7 +244,8 @@ def _windows(config: ModelConfig, family: FamilyDefaults) -> tuple[int | None, .
     )
 
 
-def _kept_activations(config: ModelConfig) -> tuple[SavePolicy, ...]:
+def save_policies(config: ModelConfig) -> tuple[SavePolicy, ...]:
+    """The save policy of each layer, as `checkpoint` and `checkpoint_save_policy` say."""
     everything: tuple[SavePolicy, ...] = ("everything",)
     return (config.checkpoint_save_policy,) * config.num_recomputed + everything * (
         config.num_layers - config.num_recomputed

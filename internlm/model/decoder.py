@@ -6,7 +6,6 @@ Shapes: B sequences, S tokens, h hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch.nn import functional as F
 
 from internlm.model.architecture import Architecture
 from internlm.model.initialization import set_initializer
-from internlm.model.modules.attention import Attention
+from internlm.model.layer_kinds import STANDARD
+from internlm.model.layer_protocol import run_layers
 from internlm.model.modules.cache import KeyValueCache
-from internlm.model.modules.feed_forward import FeedForward
 from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
 from internlm.model.offload import Offloading
@@ -27,7 +26,7 @@ from internlm.model.ops.rotary import RotaryTables
 from internlm.model.recompute import SavePolicy, TensorStore, recomputed
 from internlm.model.roles import HeadShape, Role
 
-DECODER_ROLES: Mapping[str, Role] = {
+DECODER_ROLES: dict[str, Role] = {
     "tok_embeddings": Role.EMBEDDING,
     "layers.*.attention.wqkv": Role.ATTENTION_QKV,
     "layers.*.attention.wq": Role.ATTENTION_Q,
@@ -47,20 +46,19 @@ DECODER_ROLES: Mapping[str, Role] = {
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream.
 
-    Attributes:
-        keep: what it keeps for backward; the rest is computed again there.
-        store: where that lies which it keeps beside its input; None: on the device. Neither changes after compilation.
+    Attributes: those of `internlm.model.layer_protocol.RecomputableLayer`.
     """
 
     def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__()
+        kind = architecture.layer_kinds.get(layer, STANDARD)
         self.attention_norm = make_norm(architecture)
-        self.attention = Attention(architecture, layer)
+        self.attention = kind.attention(architecture, layer)
         self.ffn_norm = make_norm(architecture)
-        self.feed_forward = FeedForward(architecture)
+        self.feed_forward = kind.feed_forward(architecture, layer)
         # With an fp32 residual stream the blocks still compute in the dtype of the model.
         self.block_dtype = architecture.dtype if architecture.residual_in_fp32 else None
-        self.keep: SavePolicy = architecture.kept_activations[layer]
+        self.save_policy: SavePolicy = architecture.save_policies[layer]
         self.store: TensorStore | None = None
 
     def forward(
@@ -71,7 +69,7 @@ class DecoderLayer(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
-        return recomputed(self.compute, self.keep, self.store)(hidden, rotary, varlen, cache)
+        return recomputed(self.compute, self.save_policy, self.store)(hidden, rotary, varlen, cache)
 
     def compute(
         self, hidden: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None, cache: KeyValueCache | None
@@ -84,7 +82,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only language model: hidden states out, logits on request.
 
-    A stage of a pipeline is a decoder without some of its parts: `keep_stage` takes them away.
+    A stage of a pipeline is a decoder without some of its parts: `keep_stage` removes them.
 
     Attributes:
         architecture: what it was built from.
@@ -93,18 +91,23 @@ class Decoder(nn.Module):
         vocab_size: V.
         has_tied_head: the output head is the embedding.
         layers: by number, "0" to "L - 1".
-        offloading: what moves activations to host memory, or None; may be set before training.
+        offloading: moves activations to host memory; None: they stay. May be set before training.
         is_first: it embeds tokens; otherwise its input is the residual stream.
         is_last: it ends with the final norm; otherwise its output is the residual stream.
         residual_size, residual_dtype: of the residual stream, which goes from one stage to the next.
     """
 
-    roles: Mapping[str, Role] = DECODER_ROLES
+    roles: Mapping[str, Role]
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = architecture
         self.architecture = a
+        self.roles = DECODER_ROLES | {
+            f"layers.{layer}.{pattern}": role
+            for layer, kind in a.layer_kinds.items()
+            for pattern, role in kind.roles.items()
+        }
         self.tok_embeddings = nn.Embedding(a.vocab_size, a.hidden_size, dtype=a.dtype)
         set_initializer(self.tok_embeddings.weight, a.init.initializer(a.init.embedding))
         self.heads = HeadShape(a.num_heads, a.num_kv_heads, a.head_dim)
@@ -121,7 +124,7 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(a.rope)
 
     def keep_stage(self, layers: range, *, is_first: bool, is_last: bool) -> None:
-        """Become one stage of a pipeline: keep these layers, and the embedding and the head only at the ends."""
+        """Become one stage of a pipeline: these layers, with the embedding and the head only at the ends."""
         for name in list(self.layers):
             if int(name) not in layers:
                 del self.layers[name]
@@ -152,7 +155,11 @@ class Decoder(nn.Module):
             `[B, S, h]` in the dtype of the model; the residual stream for an earlier stage of a pipeline.
         """
         hidden = self.embed(inputs) if self.is_first else inputs
-        hidden = self.run_layers(hidden, position_ids, varlen, cache)
+        rotary = self.rotary.tables(position_ids, self.architecture.dtype, varlen)
+        layers = self.numbered_layers().items()
+        hidden = run_layers(layers, hidden, rotary, varlen, cache, offloading=self.offloading)
+        if cache is not None:
+            cache.advance(hidden.shape[1])
         return self.finish(hidden) if self.is_last else hidden
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -162,29 +169,13 @@ class Decoder(nn.Module):
         if a.embed_grad_scale != 1.0:
             hidden = _ScaleGradient.apply(hidden, a.embed_grad_scale)
         if a.embedding_multiplier != 1.0:
-            # The factor is rounded to the model's dtype, as the published weights were trained.
+            # The published weights were trained with a factor rounded to the model's dtype.
             hidden = hidden * torch.tensor(a.embedding_multiplier, dtype=hidden.dtype, device="cpu").item()
         return hidden.float() if a.residual_in_fp32 else hidden
 
-    def run_layers(
-        self,
-        hidden: Tensor,
-        position_ids: Tensor,
-        varlen: VarlenMetadata | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """The residual stream `[B, S, h]` through all of `self.layers`."""
-        a = self.architecture
-        rotary = self.rotary.tables(position_ids, a.dtype, varlen)
-        offloading = self.offloading
-        if offloading is not None:
-            offloading.begin_pass()
-        for name, layer in self.layers.items():
-            with nullcontext() if offloading is None else offloading.layer(int(name)):
-                hidden = layer(hidden, rotary, varlen, cache)
-        if cache is not None:
-            cache.advance(hidden.shape[1])
-        return hidden
+    def numbered_layers(self) -> dict[int, DecoderLayer]:
+        """The layers by their number in the whole model, in order."""
+        return {int(name): layer for name, layer in self.layers.items()}  # type: ignore[misc]
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The residual stream `[B, S, h]` -> hidden states for the head."""

@@ -1,9 +1,9 @@
 """Activations in host memory between forward and backward.
 
-What a layer saves is copied to the host while the next layer computes, and comes back while the layer behind it
-computes its gradients, so that the device holds the activations of two offloaded layers at most (vDNN, Rhu et al. 2016,
-arXiv:1602.08124; with two layers in flight, as in NVIDIA's Transformer Engine). What is offloaded are the tensors that
-autograd saves, or those that recomputation keeps; this module knows neither models nor ranks.
+What a layer saves is copied to the host while the next layer computes, and prefetched while the layer after it runs
+its backward pass, so that the device holds the activations of two offloaded layers at most (vDNN, Rhu et al. 2016,
+arXiv:1602.08124; with two layers in flight, as in NVIDIA's Transformer Engine). Offloaded are the tensors that autograd
+saves, or those that a save policy saves; this module knows neither models nor ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from internlm.utils.copy_stream import CopyStream, QueuedCopy
 
 SMALLEST = 64 * 1024
-"""Bytes below which a tensor stays: a copy has a fixed cost, and such tensors (statistics, tables) fill no memory."""
+"""Bytes below which a tensor stays on the device: a copy has a fixed cost, and small tensors (statistics, tables) take
+little memory."""
 
 
 class Stored(NamedTuple):
-    """A saved tensor: what of a layer's memory it is a view of."""
+    """The handle of a saved tensor: a view of a layer's memory."""
 
     memory: _Memory
     shape: torch.Size
@@ -48,7 +49,7 @@ class _Memory:
         self._num_asked = 0
 
     def use(self) -> Tensor:
-        """The tensor for a backward pass; behind its last use, only the host keeps it."""
+        """The tensor for a backward pass; its last use frees the copy on the device."""
         assert self.tensor is not None
         tensor = self.tensor
         self._num_asked += 1
@@ -63,8 +64,8 @@ class _Layer:
     Attributes:
         number: of the layer.
         previous: the offloaded layer before it in the same pass.
-        copying, loading: what to wait for before the device's tensors are freed, and before they are used again; None:
-            nothing.
+        copying: copies to the host, to wait for before the device's tensors are freed; None: done.
+        loading: copies to the device, to wait for before their tensors are used; None: done.
         is_wanted: its backward pass has begun, or is next.
     """
 
@@ -75,79 +76,80 @@ class _Layer:
         self.loading: QueuedCopy[None] | None = None
         self.is_wanted = False
         self._memories: list[weakref.ref[_Memory]] = []
-        self.by_place: dict[tuple[object, ...], _Memory] = {}
+        self.by_address: dict[tuple[object, ...], _Memory] = {}
 
     def add(self, tensor: Tensor) -> Stored:
-        """Take a tensor in; what lies at the same place is there once."""
+        """Add a tensor; tensors at the same address share one memory."""
         shape, strides = tensor.shape, torch.empty_like(tensor, device="meta").stride()
-        # With its history it would keep the node alive that keeps it.
+        # Attached to its graph, it would keep the autograd node alive that saves it.
         tensor = tensor.detach()
         if strides == tensor.stride():
-            # Without holes or overlaps, it is any view of that many elements in a row.
+            # Dense: a flat view of that many elements.
             tensor = tensor.as_strided((tensor.numel(),), (1,))
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        memory = self.by_place.get(place)
+        address = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        memory = self.by_address.get(address)
         if memory is None:
-            memory = self.by_place[place] = _Memory(self, tensor)
+            memory = self.by_address[address] = _Memory(self, tensor)
             self._memories.append(weakref.ref(memory))
         memory.num_uses += 1
         return Stored(memory, shape, strides)
 
     def memories(self) -> list[_Memory]:
-        """Those that somebody still needs."""
+        """Those that are still referenced."""
         return [memory for reference in self._memories if (memory := reference()) is not None]
 
 
 class Offloading:
-    """Moves what layers save to host memory and back; one for all chunks of a rank, in training passes alone.
+    """Moves what layers save to host memory and back, in training passes alone; one object for all chunks of a rank.
 
     Args:
         stream: copies from and to the device.
-        saved_of: numbers of the layers whose saved tensors move. Parameters, their views and small tensors stay.
-        kept_of: numbers of the layers for whose kept results this is the `TensorStore` (see `recomputed`).
+        autograd_layers: numbers of the layers whose tensors saved by autograd move. Parameters, their views and small
+            tensors stay.
+        store_layers: numbers of the layers for whose saved results this is the `TensorStore` (see `recomputed`).
         smallest: bytes below which a tensor stays.
 
     Attributes:
-        log: when it is a list, (event, layer) is appended: "copy" to the host, "release" of the device's tensors, and
-            "load" back.
+        log: None, or a list to which (event, layer) is appended: "copy" to the host, "release" of the device's tensors,
+            and "load" back.
     """
 
     def __init__(
         self,
         stream: CopyStream,
         *,
-        saved_of: Collection[int] = (),
-        kept_of: Collection[int] = (),
+        autograd_layers: Collection[int] = (),
+        store_layers: Collection[int] = (),
         smallest: int = SMALLEST,
     ) -> None:
-        self.saved_of = frozenset(saved_of)
-        self.kept_of = frozenset(kept_of)
+        self.autograd_layers = frozenset(autograd_layers)
+        self.store_layers = frozenset(store_layers)
         self.log: list[tuple[str, int]] | None = None
         self._stream = stream
         self._smallest = smallest
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._current: _Layer | None = None
         self._previous: _Layer | None = None
-        # Still on the device: the next layer that ends, of whatever pass, comes behind its copies.
+        # The last offloaded layer, whose tensors are still on the device: freed when the next layer ends, of any pass.
         self._leaving: _Layer | None = None
         # What copies to the device write to, until something waits for them: a graph may be dropped half used.
         self._landing: tuple[QueuedCopy[None], list[Tensor]] | None = None
 
     def begin_pass(self) -> None:
-        """Called before the first layer of each forward pass of a chunk."""
+        """Start a forward pass of a chunk; called before its first layer."""
         self._previous = None
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
-        """Around the forward pass of each layer, offloaded or not."""
+        """Context around the forward pass of each layer, offloaded or not."""
         if not torch.is_grad_enabled():
             yield
             return
-        if number in self.saved_of or number in self.kept_of:
+        if number in self.autograd_layers or number in self.store_layers:
             self._current = _Layer(number, self._previous)
         saves = torch.autograd.graph.saved_tensors_hooks(self._save, self.get)
         try:
-            with saves if number in self.saved_of else nullcontext():
+            with saves if number in self.autograd_layers else nullcontext():
                 yield
             ended, leaving = self._current, self._leaving
             if ended is not None:
@@ -162,24 +164,24 @@ class Offloading:
     # -- as a TensorStore -----------------------------------------------------------------------------------------
 
     def put(self, tensor: Tensor) -> Stored | Tensor:
-        """Store a tensor of the layer that is running; a small one is returned as it is."""
+        """Store a tensor of the running layer; a small one is returned as it is."""
         if self._current is None or tensor.nbytes < self._smallest:
             return tensor
         return self._current.add(tensor)
 
     def get(self, stored: Stored | Tensor) -> Tensor:
-        """What was put in, on the device; the layer before is fetched at the same time."""
+        """The stored tensor, on the device; prefetches the layer before."""
         if isinstance(stored, Tensor):
             return stored
         memory, layer = stored.memory, stored.memory.layer
         if memory.tensor is None:
-            # A second backward pass through the same graph finds its tensors gone again, one by one.
+            # In a second backward pass through the same graph, tensors were freed again one by one.
             self._load(layer, [memory] if layer.is_wanted else layer.memories())
         layer.is_wanted = True
         if layer.loading is not None:
             layer.loading.wait()
             layer.loading = self._landing = None
-        # The last layer of a pass may still be on its way to the host, when its backward pass frees it.
+        # The backward pass of the last layer may free its tensors while they are still being copied to the host.
         self._finish_copying(layer)
         if layer.previous is not None and not layer.previous.is_wanted:
             self._load(layer.previous, layer.previous.memories())
@@ -204,13 +206,13 @@ class Offloading:
             assert memory.tensor is not None
             memory.host = self._host_memory(memory, memory.tensor)
             copies.append((memory.host, memory.tensor))
-        # Until here, so that no other tensor could come to lie at the same place.
-        layer.by_place.clear()
+        # Not earlier: while the tensors are alive, no other tensor can get their address.
+        layer.by_address.clear()
         self._note("copy", layer)
         layer.copying = self._start(copies)
 
     def _host_memory(self, memory: _Memory, tensor: Tensor) -> Tensor:
-        """Of the shape of the tensor, without holes."""
+        """A dense host buffer of the tensor's shape."""
         key = tensor.numel(), tensor.dtype
         free = self._free.setdefault(key, [])
         buffer = free.pop() if free else self._stream.new_host_buffer(*key)
@@ -219,7 +221,7 @@ class Offloading:
         return buffer.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
 
     def _release(self, layer: _Layer) -> None:
-        """Free what is on the device. What a backward pass has begun to use is left to it."""
+        """Free the layer's tensors on the device, unless its backward pass has begun."""
         self._note("release", layer)
         self._finish_copying(layer)
         if not layer.is_wanted:

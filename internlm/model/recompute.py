@@ -1,10 +1,10 @@
-"""Activation recomputation: what a layer keeps for backward, and what it computes again there.
+"""Activation recomputation: what a layer saves for backward, and what it recomputes there.
 
-A policy is the names of the operators whose results are kept; everything else between them is computed again from the
-layer's input. "everything" keeps what autograd saves and recomputes nothing; "nothing" keeps the input alone.
+A save policy names the operators whose results are saved; everything between them is recomputed from the layer's
+input. "everything" saves what autograd saves and recomputes nothing; "nothing" saves the input alone.
 
-Sources: Chen et al. 2016, arXiv:1604.06174 (recomputation by layers); Korthikanti et al. 2022, arXiv:2205.05198
-(recomputing only what is large and cheap). The mechanism is torch's selective activation checkpointing.
+Sources: Chen et al. 2016, arXiv:1604.06174 (recomputation by layer); Korthikanti et al. 2022, arXiv:2205.05198
+(selective recomputation). The mechanism is torch's selective activation checkpointing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 R = TypeVar("R")
 
 SavePolicy = Literal["everything", "matmuls", "attention", "nothing"]
-"""What a layer keeps for backward, from the most memory to the most recomputation."""
+"""What a layer saves for backward, from the most memory to the most recomputation."""
 
-KEEPS: tuple[SavePolicy, ...] = get_args(SavePolicy)
+SAVE_POLICIES: tuple[SavePolicy, ...] = get_args(SavePolicy)
 
 ATTENTION_OPS = frozenset(
     {
@@ -43,80 +43,82 @@ ATTENTION_OPS = frozenset(
         "aten::_scaled_dot_product_fused_attention_overrideable",
     }
 )
-"""Operators that give attention's output, and the statistics of its softmax that its backward pass needs."""
+"""Operators that return attention's output and the softmax statistics that its backward pass needs."""
 
-PRODUCT_OPS = frozenset(
+GEMM_OPS = frozenset(
     {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::products", "internlm::wide_product"}
 )
-"""Operators that multiply activations with weights. Batched products are not among them: they make attention's scores,
-which are much larger than its output."""
+"""GEMMs of activations with weights. Batched GEMMs are excluded: they compute attention's scores, which are much larger
+than its output."""
 
-KEPT_OPS: Mapping[SavePolicy, frozenset[str]] = {
+SAVED_OPS: Mapping[SavePolicy, frozenset[str]] = {
     "nothing": frozenset(),
     "attention": ATTENTION_OPS,
-    "matmuls": ATTENTION_OPS | PRODUCT_OPS,
+    "matmuls": ATTENTION_OPS | GEMM_OPS,
 }
-"""Policy -> the operators whose results are kept, as "namespace::name"; those that are not installed do not occur."""
+"""Save policy -> operators whose results are saved, as "namespace::name"; some may not be installed."""
 
 
 class TensorStore(Protocol):
-    """Where kept results lie between forward and backward."""
+    """Holds saved results between forward and backward."""
 
     def put(self, tensor: Tensor) -> Any:
-        """Take a tensor; returns what `get` wants."""
+        """Store a tensor; returns the handle for `get`."""
 
     def get(self, stored: Any) -> Tensor:
-        """The tensor, once."""
+        """The tensor of a handle; called once for each."""
 
 
-def recomputed(function: Callable[..., R], keep: SavePolicy, store: TensorStore | None = None) -> Callable[..., R]:
-    """`function`, with what it does not keep computed again in its backward pass.
+def recomputed(
+    function: Callable[..., R], save_policy: SavePolicy, store: TensorStore | None = None
+) -> Callable[..., R]:
+    """`function`, recomputing in backward what its save policy does not save.
 
-    Without gradients it is called as it is. Results and gradients have the same bits as without recomputation, as long
+    Without gradients it is called as it is. Results and gradients are bit-equal to those without recomputation, as long
     as the function draws no random numbers. The result may be compiled, and so may `function`: where both are one
-    graph, the compiler follows the policy; around a compiled function, only what it keeps itself matters.
+    graph, the compiler follows the policy; around a compiled function, the policy sees only the operators that the
+    compiler left.
 
     Args:
-        function: of tensors and other values; what it saves for backward is what `keep` is about. All ranks that
-            exchange something in it must use the same policy.
-        keep: see `SavePolicy`.
-        store: where the results lie that are kept; None: where they were made. Not for compiled graphs.
+        function: of tensors and other values. All ranks that communicate in it must use the same policy.
+        save_policy: see `SavePolicy`.
+        store: holds the saved results; None: they stay where they were made. Not for compiled graphs.
     """
-    if keep == "everything":
+    if save_policy == "everything":
         return function
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if keep != "nothing":
+    if save_policy != "nothing":
         options["context_fn"] = (
-            partial(create_selective_checkpoint_contexts, partial(_decide, KEPT_OPS[keep]))
+            partial(create_selective_checkpoint_contexts, partial(_decide, SAVED_OPS[save_policy]))
             if store is None
-            else partial(_stored_contexts, KEPT_OPS[keep], store)
+            else partial(_stored_contexts, SAVED_OPS[save_policy], store)
         )
 
     def run(*args: Any) -> R:
         if not torch.is_grad_enabled():
             return function(*args)
-        if keep == "nothing" or torch.compiler.is_compiling():
+        if save_policy == "nothing" or torch.compiler.is_compiling():
             return checkpoint(function, *args, **options)
         return checkpoint(_run_selectively, function, *args, **options)
 
     return run
 
 
-def _decide(kept: frozenset[str], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _decide(saved: frozenset[str], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# -- kept somewhere else -----------------------------------------------------------------------------------------------
+# -- saved in a store -------------------------------------------------------------------------------------------------
 
 
-def _stored_contexts(kept: frozenset[str], store: TensorStore) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """As torch's selective contexts, which have no place for what they keep but their own."""
+def _stored_contexts(saved: frozenset[str], store: TensorStore) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """As torch's selective contexts, which can save only to memory of their own."""
     results: dict[str, deque[Any]] = defaultdict(deque)
-    return _Store(kept, store, results), _Replay(kept, store, results)
+    return _Store(saved, store, results), _Replay(saved, store, results)
 
 
 class _Stored:
-    """What a store gave for a tensor."""
+    """The handle of a stored tensor."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -125,24 +127,24 @@ class _Stored:
 class _Store(TorchDispatchMode):
     """Stores the results of some operators, by operator in order."""
 
-    def __init__(self, kept: frozenset[str], store: TensorStore, results: dict[str, deque[Any]]) -> None:
+    def __init__(self, saved: frozenset[str], store: TensorStore, results: dict[str, deque[Any]]) -> None:
         super().__init__()
-        self._kept, self._store, self._results = kept, store, results
+        self._saved, self._store, self._results = saved, store, results
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.name() in self._kept:
-            # Detached: the caller's tensor will get a history, of which the stored one must be no part.
+        if func.name() in self._saved:
+            # Detached: autograd records the caller's tensor, and the stored one must not be part of that graph.
             stored = tree_map_only(Tensor, lambda tensor: _Stored(self._store.put(tensor.detach())), result)
             self._results[func.name()].append(stored)
         return result
 
 
 class _Replay(_Store):
-    """Gives the stored results instead of running the operators."""
+    """Returns the stored results instead of running the operators."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() not in self._kept:
+        if func.name() not in self._saved:
             return func(*args, **(kwargs or {}))
         result = self._results[func.name()].popleft()
         return tree_map_only(_Stored, lambda stored: self._store.get(stored.value), result)

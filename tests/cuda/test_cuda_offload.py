@@ -76,14 +76,14 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], again: di
 def test_offload_changes_no_bit(recomputing: dict[str, Any]) -> None:
     expected, again = gradients(build()), gradients(build())
     model = build(**recomputing)
-    model.offloading = Offloading(CudaCopyStream(torch.device("cuda")), saved_of=range(LAYERS))
+    model.offloading = Offloading(CudaCopyStream(torch.device("cuda")), autograd_layers=range(LAYERS))
     assert_same(gradients(model), expected, again)
 
 
 def test_kept_outputs_may_move() -> None:
     expected, again = gradients(build()), gradients(build())
     model = build(checkpoint=1.0, checkpoint_save_policy="attention")
-    model.offloading = Offloading(CudaCopyStream(torch.device("cuda")), kept_of=range(LAYERS))
+    model.offloading = Offloading(CudaCopyStream(torch.device("cuda")), store_layers=range(LAYERS))
     for layer in model.layers.values():
         layer.store = model.offloading
     assert_same(gradients(model), expected, again)
@@ -97,14 +97,14 @@ def test_memory_falls_with_what_is_not_kept() -> None:
     ]
     assert plain > kept[0] > kept[1] > kept[2]
     offloaded = build()
-    offloaded.offloading = Offloading(CudaCopyStream(torch.device("cuda")), saved_of=range(LAYERS))
+    offloaded.offloading = Offloading(CudaCopyStream(torch.device("cuda")), autograd_layers=range(LAYERS))
     # The last layer stays until the next one ends; small tensors stay too.
     assert bytes_after_forward(offloaded) < plain * 2 / LAYERS
 
 
 def test_the_host_does_not_wait() -> None:
     model = build()
-    model.offloading = Offloading(CudaCopyStream(torch.device("cuda")), saved_of=range(LAYERS))
+    model.offloading = Offloading(CudaCopyStream(torch.device("cuda")), autograd_layers=range(LAYERS))
     # Pinned memory is made in the first pass.
     gradients(model, 1)
     loss = forward(model)

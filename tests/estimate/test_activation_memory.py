@@ -17,7 +17,7 @@ from internlm.core.parallel.parallelize import parallelize
 from internlm.estimate.activations import LayerActivations
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
-from internlm.model.recompute import KEEPS, SavePolicy
+from internlm.model.recompute import SAVE_POLICIES, SavePolicy
 from internlm.model.registry import build_model
 
 TOKENS = 64
@@ -117,13 +117,13 @@ def test_a_layer_keeps_what_the_formulas_say(mode: str | None, kv_heads: int, fa
     ],
     ids=str,
 )
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("keep", SAVE_POLICIES)
 def test_the_planner_knows_other_layers(family: str, changes: dict[str, Any], keep: SavePolicy) -> None:
     assert kept_by_a_layer(ParallelLayout(), family, keep, changes) == formula(ParallelLayout(), family, keep, changes)
 
 
 @pytest.mark.parametrize("fp32_residual", [False, True])
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("keep", SAVE_POLICIES)
 def test_the_planner_knows_bf16(fp32_residual: bool, keep: SavePolicy) -> None:
     """But for the softmax's statistics, which CPU attention by blocks keeps none of."""
     changes = {"dtype": "torch.bfloat16", "residual_in_fp32": fp32_residual}

@@ -33,8 +33,8 @@ def new(folder: Path, **changes: Any) -> Trainer:
     return build_trainer(loaded.config, context, folder)
 
 
-def kept_by(trainer: Trainer) -> tuple[str, ...]:
-    return tuple(layer.keep for layer in decoder_of(trainer).layers.values())
+def saved_by(trainer: Trainer) -> tuple[str, ...]:
+    return tuple(layer.save_policy for layer in decoder_of(trainer).layers.values())
 
 
 def decoder_of(trainer: Trainer) -> Decoder:
@@ -44,7 +44,7 @@ def decoder_of(trainer: Trainer) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    ("changes", "kept"),
+    ("changes", "saved"),
     [
         ({}, ("everything",) * 4),
         ({"model__checkpoint": 0.5}, ("nothing",) * 2 + ("everything",) * 2),
@@ -53,8 +53,8 @@ def decoder_of(trainer: Trainer) -> Decoder:
         ({"selective_checkpoint": True}, ("everything",) * 4),
     ],
 )
-def test_layers_keep_what_the_keys_say(tmp_path: Path, changes: dict[str, Any], kept: tuple[str, ...]) -> None:
-    assert kept_by(new(tmp_path, **changes)) == kept
+def test_layers_save_what_the_keys_say(tmp_path: Path, changes: dict[str, Any], saved: tuple[str, ...]) -> None:
+    assert saved_by(new(tmp_path, **changes)) == saved
 
 
 @pytest.fixture
@@ -72,15 +72,15 @@ def told() -> Iterator[list[logging.LogRecord]]:
 
 
 def test_a_budget_chooses_and_is_told(tmp_path: Path, told: list[logging.LogRecord]) -> None:
-    """32 tokens of 32 channels in fp32: a recomputed layer keeps 4 KiB, a whole one 47.25 KiB."""
+    """32 tokens of 32 channels in fp32: a recomputed layer saves 4 KiB, a whole one 47.25 KiB."""
     layer, least = (4 * 32 + (2 * 4 + 2 * 2) * 8 + 3 * 56 + 2 + 4) * 32 * 4, 32 * 32 * 4
     budget = (2 * layer + 2 * least) / 2**30
-    kept = kept_by(new(tmp_path, model__checkpoint_budget=budget))
+    saved = saved_by(new(tmp_path, model__checkpoint_budget=budget))
     # Not two layers that recompute all, but as much less as their room allows.
-    assert kept == ("attention", "attention", "matmuls", "everything")
+    assert saved == ("attention", "attention", "matmuls", "everything")
     (line,) = [record.getMessage() for record in told if record.getMessage().startswith("activations: ")]
     assert line.startswith("activations: of 4 layers ")
-    everything = kept_by(new(tmp_path / "all", model__checkpoint_budget=4 * layer / 2**30))
+    everything = saved_by(new(tmp_path / "all", model__checkpoint_budget=4 * layer / 2**30))
     assert everything == ("everything",) * 4
 
 
@@ -99,24 +99,28 @@ def test_a_budget_that_is_too_small_is_refused_before_any_rank_starts() -> None:
 
 
 OFFLOADING = {"cpu_offloading__enable": True, "cpu_offloading__num_layers": 2}
-KEPT = {"model__checkpoint": 0.5, "selective_checkpoint": True, "selective_checkpoint_offload": True}
+ATTENTION_SAVED = {"model__checkpoint": 0.5, "selective_checkpoint": True, "selective_checkpoint_offload": True}
 
 
 @pytest.mark.parametrize(
-    ("changes", "saved_of", "kept_of"),
-    [(OFFLOADING, {0, 1}, set()), (KEPT, set(), {0, 1}), ({**OFFLOADING, **KEPT}, {0, 1}, {0, 1})],
-    ids=["saved", "kept", "both"],
+    ("changes", "autograd_layers", "store_layers"),
+    [
+        (OFFLOADING, {0, 1}, set()),
+        (ATTENTION_SAVED, set(), {0, 1}),
+        ({**OFFLOADING, **ATTENTION_SAVED}, {0, 1}, {0, 1}),
+    ],
+    ids=["autograd", "store", "both"],
 )
 def test_offloading_moves_the_first_layers_and_says_that_a_cpu_gains_nothing(
     tmp_path: Path,
     changes: dict[str, Any],
-    saved_of: set[int],
-    kept_of: set[int],
+    autograd_layers: set[int],
+    store_layers: set[int],
     told: list[logging.LogRecord],
 ) -> None:
     offloading = decoder_of(new(tmp_path, **changes)).offloading
     assert offloading is not None
-    assert (offloading.saved_of, offloading.kept_of) == (saved_of, kept_of)
+    assert (offloading.autograd_layers, offloading.store_layers) == (autograd_layers, store_layers)
     assert [record.levelname for record in told if "the device is the host" in record.getMessage()] == ["WARNING"]
 
 
@@ -164,6 +168,10 @@ def test_offloading_changes_no_bit(layout: dict[str, Any], tmp_path: Path, ranks
     # The main rank writes the metrics.
     plain, *_ = pool.run(train_offloading, tmp_path / "plain", {**data, **layout})
     assert len(plain) == 2
-    for name, changes in (("saved", OFFLOADING), ("kept", KEPT), ("both", {**OFFLOADING, **KEPT})):
+    for name, changes in (
+        ("autograd", OFFLOADING),
+        ("store", ATTENTION_SAVED),
+        ("both", {**OFFLOADING, **ATTENTION_SAVED}),
+    ):
         moved, *_ = pool.run(train_offloading, tmp_path / name, {**data, **layout, **changes})
         assert moved == plain, name

@@ -14,7 +14,7 @@ from internlm.estimate.activations import LayerActivations
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.initialize.recomputation_plan import plan_activations
 from internlm.model.architecture import Architecture
-from internlm.model.recompute import KEEPS
+from internlm.model.recompute import SAVE_POLICIES
 from internlm.utils.errors import ConfigError
 
 LAYERS = 5
@@ -42,7 +42,7 @@ def test_no_other_plan_that_fits_repeats_less(share: float, windowed: bool) -> N
 
     fitting = [
         keeps
-        for keeps in itertools.product(KEEPS, repeat=LAYERS)
+        for keeps in itertools.product(SAVE_POLICIES, repeat=LAYERS)
         if sum(one.saved_bytes(keep) for keep in keeps) <= budget
     ]
     plan = plan_activations(one, range(LAYERS), budget)
@@ -58,7 +58,7 @@ def test_a_plan_is_one_line_and_full_recomputation_comes_first() -> None:
     budget = 2 * one.saved_bytes("nothing") + 3 * one.saved_bytes("everything")
     plan = plan_activations(one, range(LAYERS), budget)
     assert list(plan.policies) == list(range(LAYERS))
-    order = [KEEPS.index(keep) for keep in plan.policies.values()]
+    order = [SAVE_POLICIES.index(keep) for keep in plan.policies.values()]
     assert order == sorted(order, reverse=True)
     assert "\n" not in str(plan) and str(plan).startswith("of 5 layers ")
 

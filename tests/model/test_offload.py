@@ -57,7 +57,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 def test_no_bit_changes(model_type: str, layers: Any, recomputing: dict[str, Any], dtype: str, stream: Any) -> None:
     keys = {**KEYS, "dtype": dtype}
     plain, moved = tiny_model(model_type, **keys), tiny_model(model_type, **keys, **recomputing)
-    moved.offloading = offloading_of(stream(), saved_of=layers)
+    moved.offloading = offloading_of(stream(), autograd_layers=layers)
     for model in (plain, moved):
         for micro_batch in range(2):
             forward(model, micro_batch).backward()
@@ -69,7 +69,7 @@ def test_no_bit_changes(model_type: str, layers: Any, recomputing: dict[str, Any
 def test_several_micro_batches_may_be_in_flight(stream: Any) -> None:
     """As in a pipeline: each forward pass has its own tensors, whatever the order of the backward passes."""
     plain, moved = tiny_model("INTERNLM2", **KEYS), tiny_model("INTERNLM2", **KEYS)
-    moved.offloading = offloading_of(stream(), saved_of=range(LAYERS))
+    moved.offloading = offloading_of(stream(), autograd_layers=range(LAYERS))
     order = ("F0", "F1", "B0", "F2", "B1", "F3", "B3", "B2")
     for model in (plain, moved):
         losses = {}
@@ -83,7 +83,7 @@ def test_several_micro_batches_may_be_in_flight(stream: Any) -> None:
 
 def test_copies_go_one_layer_behind_and_come_back_one_layer_ahead() -> None:
     model = tiny_model("INTERNLM2", **KEYS)
-    model.offloading = offloading_of(saved_of=range(LAYERS))
+    model.offloading = offloading_of(autograd_layers=range(LAYERS))
     log = model.offloading.log
     for number, layer in model.layers.items():
         layer.register_forward_pre_hook(lambda *_, n=number: log.append(("forward", int(n))))
@@ -109,7 +109,7 @@ def test_copies_go_one_layer_behind_and_come_back_one_layer_ahead() -> None:
 
 def test_layers_that_stay_are_between_those_that_go() -> None:
     model = tiny_model("INTERNLM2", **KEYS)
-    model.offloading = offloading_of(saved_of=(0, 2))
+    model.offloading = offloading_of(autograd_layers=(0, 2))
     log = model.offloading.log
     loss = forward(model)
     assert log == [("copy", 0), ("release", 0), ("copy", 2), ("release", 2)]
@@ -121,7 +121,7 @@ def test_layers_that_stay_are_between_those_that_go() -> None:
 def test_the_device_holds_two_layers_at_most() -> None:
     """Of eight, in the forward and in the backward pass."""
     model = tiny_model("INTERNLM2", **{**KEYS, "num_layers": 8})
-    model.offloading = offloading_of(saved_of=range(8))
+    model.offloading = offloading_of(autograd_layers=range(8))
     layers: list[Any] = []
     made = offload._Layer.__init__
 
@@ -150,7 +150,7 @@ def test_the_device_holds_two_layers_at_most() -> None:
 
 def test_without_gradients_nothing_happens() -> None:
     model = tiny_model("INTERNLM2", **KEYS)
-    model.offloading = offloading_of(saved_of=range(LAYERS), kept_of=range(LAYERS))
+    model.offloading = offloading_of(autograd_layers=range(LAYERS), store_layers=range(LAYERS))
     with torch.no_grad():
         forward(model)
     assert model.offloading.log == []
@@ -159,7 +159,7 @@ def test_without_gradients_nothing_happens() -> None:
 def test_host_memory_is_used_again_and_given_back_with_the_graph() -> None:
     stream = LateCopyStream()
     model = tiny_model("INTERNLM2", **KEYS)
-    model.offloading = offloading_of(stream, saved_of=range(LAYERS))
+    model.offloading = offloading_of(stream, autograd_layers=range(LAYERS))
     gc.disable()
     try:
         forward(model).backward()
@@ -185,7 +185,7 @@ def test_parameters_and_small_tensors_stay() -> None:
             moved.extend(source for _, source in pairs)
             return super().copy(pairs)
 
-    offloading = Offloading(Noting(), saved_of=range(LAYERS), smallest=48 * 25 * 4)
+    offloading = Offloading(Noting(), autograd_layers=range(LAYERS), smallest=48 * 25 * 4)
     model.offloading = offloading
     forward(model)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -207,7 +207,7 @@ def test_copies_wait_for_the_computation_of_what_they_read() -> None:
             return super().copy(pairs)
 
     model = tiny_model("INTERNLM2", **KEYS)
-    model.offloading = offloading_of(Noting(), saved_of=range(LAYERS))
+    model.offloading = offloading_of(Noting(), autograd_layers=range(LAYERS))
     forward(model).backward()
     # To the host from each layer, and back to all but the last.
     assert calls == ["wait", "copy"] * (2 * LAYERS - 1)
@@ -215,7 +215,7 @@ def test_copies_wait_for_the_computation_of_what_they_read() -> None:
 
 def test_a_graph_may_be_used_twice() -> None:
     plain, moved = tiny_model("INTERNLM2", **KEYS), tiny_model("INTERNLM2", **KEYS)
-    moved.offloading = offloading_of(saved_of=range(LAYERS))
+    moved.offloading = offloading_of(autograd_layers=range(LAYERS))
     for model in (plain, moved):
         loss = forward(model)
         loss.backward(retain_graph=True)
@@ -226,7 +226,7 @@ def test_a_graph_may_be_used_twice() -> None:
 def test_a_graph_may_be_dropped_half_used() -> None:
     """The layer before was on its way back: its copies must not land in what was freed."""
     plain, moved = tiny_model("INTERNLM2", **KEYS), tiny_model("INTERNLM2", **KEYS)
-    moved.offloading = offloading_of(LateCopyStream(), saved_of=range(LAYERS))
+    moved.offloading = offloading_of(LateCopyStream(), autograd_layers=range(LAYERS))
     for model in (plain, moved):
         torch.autograd.grad(forward(model), list(model.layers["3"].parameters()))
         forward(model).backward()
@@ -239,7 +239,7 @@ def test_what_recomputation_keeps_may_move(dtype: str, stream: Any) -> None:
     keys = {**KEYS, "dtype": dtype}
     plain = tiny_model("INTERNLM2", **keys)
     moved = tiny_model("INTERNLM2", checkpoint=0.75, checkpoint_save_policy="attention", **keys)
-    moved.offloading = offloading_of(stream(), kept_of=range(3))
+    moved.offloading = offloading_of(stream(), store_layers=range(3))
     for layer in list(moved.layers.values())[:3]:
         layer.store = moved.offloading
     for model in (plain, moved):
@@ -254,7 +254,7 @@ def test_what_is_saved_and_what_is_kept_may_both_move() -> None:
     """Then a recomputed layer leaves nothing but small tensors on the device."""
     plain = tiny_model("INTERNLM2", **KEYS)
     moved = tiny_model("INTERNLM2", checkpoint=1.0, checkpoint_save_policy="attention", **KEYS)
-    moved.offloading = offloading_of(LateCopyStream(), saved_of=range(LAYERS), kept_of=range(LAYERS))
+    moved.offloading = offloading_of(LateCopyStream(), autograd_layers=range(LAYERS), store_layers=range(LAYERS))
     for layer in moved.layers.values():
         layer.store = moved.offloading
     for model in (plain, moved):

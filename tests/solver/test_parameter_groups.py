@@ -235,7 +235,7 @@ def test_mistakes_in_the_config_are_named(tmp_path: Path, groups: str, words: st
         load_config(write_config(tmp_path, f"optimizer = dict(groups={groups})\n"))
 
 
-def test_another_set_of_frozen_weights_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_set_of_frozen_weights_on_resume(tmp_path: Path) -> None:
     """Unfrozen weights start with an empty state, frozen ones drop theirs; both are logged."""
     frozen = 'optimizer = dict(groups=[dict(match="layers.0.*", freeze=True)])\n'
     config = write_config(tmp_path, f'model["dtype"] = "torch.bfloat16"\n{frozen}')

@@ -109,7 +109,7 @@ class OptimizerConfig(Section):
     groups: list[ParameterGroupConfig] = key(
         [],
         "Parameters that are updated in another way, as dict(match, weight_decay, lr_factor, freeze). Of several "
-        "groups that match a parameter the last one applies; a group that matches none is an error.",
+        "groups that match a parameter the last one applies alone; a group that matches none is an error.",
     )
 
 

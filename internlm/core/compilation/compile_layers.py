@@ -1,4 +1,4 @@
-"""torch.compile, layer by layer: all layers of a kind share what is compiled for one, and hooks stay outside of it."""
+"""torch.compile, layer by layer: all layers of a kind share one compiled graph, and hooks stay outside of it."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.ulysses_attention import UlyssesAttention
-from internlm.model.decoder import DecoderLayer
+from internlm.model.layer_protocol import RecomputableLayer
 from internlm.utils.cpp_extension import cpp_compiler, cpp_compilers
 from internlm.utils.errors import ConfigError
 
 _RECOMPILE_LIMIT = 64
-"""Variants of a layer that may be compiled: train and evaluate, shapes, windows. PyTorch's 8 are soon used up."""
+"""Compiled variants of a layer: training and evaluation, shapes, windows. PyTorch's default of 8 is too few."""
 
 
 def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: bool = False) -> nn.Module:
-    """Let every layer of `model` be compiled when it is first called. Changes and returns `model`.
+    """Compile every layer of `model` when it is first called. Changes and returns `model`.
 
-    A layer of plain modules becomes one graph, forward and backward. Where linear layers communicate or leave weight
-    gradients for later, they stay as they are, and what lies between them is compiled.
+    A layer of plain modules becomes one graph, forward and backward. Where linear layers communicate or postpone weight
+    gradients, they run eagerly, and what lies between them is compiled.
 
     Args:
         model: after `parallelize`, before FSDP.
         backend: of torch.compile.
-        cuda_graphs: replay each layer's passes as CUDA graphs; see `internlm.core.compilation.cuda_graphs` for
-            what that asks of the caller. Not for layers that FSDP or offloading is applied to.
+        cuda_graphs: replay each layer's passes as CUDA graphs; see `internlm.core.compilation.cuda_graphs` for its
+            conditions. Not with FSDP or offloading.
 
     Raises:
-        ValueError: there can be no CUDA graphs of this model.
+        ValueError: this model cannot run as CUDA graphs.
     """
     if cuda_graphs:
         graphs.prepare_passes(model)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for module in model.modules():
         if isinstance(module, ParallelGroupedLinear | ParallelLinear):
-            # Not where the class is defined: it would bring the compiler, a second's import, to all who never compile.
+            # Not at the class: importing the compiler takes a second, and most runs never compile.
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         if isinstance(module, UlyssesAttention):
             # The exchanges alone: what is between them is compiled.
@@ -51,8 +51,8 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
         if not parallel_of(model).replaces_linears:
             mode = graphs.MODE if cuda_graphs else None
             layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, mode=mode)
-        elif isinstance(layer, DecoderLayer):
-            # Recomputation is around the parts, as it tells what happens between them from what is in them.
+        elif isinstance(layer, RecomputableLayer):
+            # Recomputation wraps the compiled parts: its save policy must see the operators of the eager linear layers.
             layer.compute = torch.compile(layer.compute, backend=backend)  # type: ignore[method-assign]
         else:
             layer.forward = torch.compile(layer.forward, backend=backend)
@@ -60,10 +60,14 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
 
 
 def check_compiler(device: torch.device, *, key: str) -> None:
-    """Find out before the first step whether what `key` of the config asks for can be compiled.
+    """Check before the first step that compiling for `device` can work.
+
+    Args:
+        device: of the run.
+        key: of the config, in messages.
 
     Raises:
-        ConfigError: what compiled code for this device needs is not installed.
+        ConfigError: a compiler that PyTorch needs for this device is not installed.
     """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ConfigError(

@@ -97,6 +97,10 @@ class HybridZeroOptimizer:
         self.overlap_sync_param = overlap_sync_param
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         held = Counter(p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
+        if rule.works_on != "elements":
+            raise ValueError(
+                f"{type(rule).__name__} works on {rule.works_on}: only rules on elements are supported yet"
+            )
         if not held and context.size("pipeline") == 1:
             raise ValueError("the model has no parameter that requires a gradient")
         self.buckets = build_buckets(
@@ -110,8 +114,8 @@ class HybridZeroOptimizer:
             form=form,
         )
         self._num_chunks = [[held[parameter] for parameter in bucket.parameters] for bucket in self.buckets]
-        self.hyper_parameters: HyperParameters = dict(rule.hyper_parameters)
-        self._rule_names = {"lr", *rule.hyper_parameters}
+        self._defaults: HyperParameters = dict(rule.hyper_parameters)
+        self.hyper_parameters = self._defaults
         self.states, self._num_updates, self._updater = build_states(self.buckets, form, rule, context.device)
         self._untrained = UntrainedParameters(self.states)
         self._divisor = torch.ones((), device=context.device)
@@ -167,19 +171,19 @@ class HybridZeroOptimizer:
         """Reduce the remaining gradients, clip, update the masters and start gathering the parameters.
 
         Args:
-            hyper_parameters: "lr" and others of the rule for this step; those left out keep their last values. A number
-                is the learning rate.
+            hyper_parameters: "lr" and others of the rule for this step; those left out have the rule's defaults. A
+                number is the learning rate.
 
         Raises:
             ValueError: the rule does not know a hyper-parameter.
         """
         given = hyper_parameters if isinstance(hyper_parameters, Mapping) else {"lr": hyper_parameters}
-        unknown = given.keys() - self._rule_names
+        unknown = given.keys() - {"lr", *self._defaults}
         if unknown:
             raise ValueError(
                 f"the update rule has no hyper-parameter {sorted(unknown)}, but {sorted(self._rule_names)}"
             )
-        self.hyper_parameters = {**self.hyper_parameters, **given}
+        self.hyper_parameters = {**self._defaults, **given}
         self.reduce_gradients()
         loss_scale = self.scaler.scale
         grad_norm = global_grad_norm(self.buckets, self.context) / loss_scale

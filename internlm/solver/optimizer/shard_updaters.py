@@ -152,7 +152,6 @@ def build_states(
         rule: how weights are updated, element by element.
         device: of the parameters.
     """
-    assert rule.works_on == "elements", "rules on whole matrices need owners of matrices"
     state_device = form.state_device(device)
     numel = max((bucket.grad_shard.numel() for bucket in buckets), default=1)
     at_once = min(numel, part_size(state_device))

@@ -165,7 +165,7 @@ def test_what_graphs_cannot_be_made_of(layout: dict[str, Any], options: dict[str
     # Without process groups: nothing is computed.
     context = ParallelContext(ParallelLayout(**layout), 0, torch.device("cpu"))
     model = parallelize(model, context, options=ParallelOptions(**options))
-    with pytest.raises(ValueError, match="neither exchange nor postpone anything"):
+    with pytest.raises(ValueError, match="neither communicate nor postpone"):
         compile_layers(model, cuda_graphs=True)
 
 

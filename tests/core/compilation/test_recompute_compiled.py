@@ -22,7 +22,7 @@ from internlm.core.parallel.parallelize import parallelize
 from internlm.model.offload import Offloading
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
-from internlm.model.recompute import KEEPS, SavePolicy
+from internlm.model.recompute import SAVE_POLICIES, SavePolicy
 from internlm.model.registry import build_model
 from internlm.utils.copy_stream import CopyStream
 
@@ -36,8 +36,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def build(keep: SavePolicy, layout: dict[str, Any], **options: Any) -> nn.Module:
-    recomputing = {} if keep == "everything" else {"checkpoint": 1.0, "checkpoint_save_policy": keep}
+def build(policy: SavePolicy, layout: dict[str, Any], **options: Any) -> nn.Module:
+    recomputing = {} if policy == "everything" else {"checkpoint": 1.0, "checkpoint_save_policy": policy}
     with torch.device("meta"):
         model = build_model("LLAMA2", tiny_config(**recomputing))
     return parallelize(
@@ -62,8 +62,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert (found[name] - gradient).norm() <= 16 * 2.0**-24 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_the_compiler_recomputes_what_is_not_kept(keep: SavePolicy) -> None:
+@pytest.mark.parametrize("policy", SAVE_POLICIES)
+def test_the_compiler_recomputes_what_is_not_kept(policy: SavePolicy) -> None:
     graphs: list[Counter[str]] = []
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -72,34 +72,34 @@ def test_the_compiler_recomputes_what_is_not_kept(keep: SavePolicy) -> None:
 
     backend = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
     torch._dynamo.reset()
-    model = compile_layers(build(keep, {}), backend=backend)  # type: ignore[arg-type]
+    model = compile_layers(build(policy, {}), backend=backend)  # type: ignore[arg-type]
     found = gradients(model)
     assert_close(found, gradients(build("everything", {})))
     _, backward = graphs
     # Seven products have two derivatives each; the last of them (w2) is never needed again.
     products = sum(number for name, number in backward.items() if name in ("aten.mm.default", "aten.addmm.default"))
-    again = {"everything": (0, 0), "matmuls": (0, 0), "attention": (0, 6), "nothing": (1, 6)}[keep]
+    again = {"everything": (0, 0), "matmuls": (0, 0), "attention": (0, 6), "nothing": (1, 6)}[policy]
     assert (backward["internlm.cpu_attention.default"], products - 14) == again
 
 
 @pytest.mark.parametrize("options", [{}, {"postpone_weight_gradients": True}], ids=["whole", "parts"])
-@pytest.mark.parametrize("keep", ["everything", "matmuls"])
-def test_what_compiled_layers_save_may_move_to_the_host(keep: SavePolicy, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("policy", ["everything", "matmuls"])
+def test_what_compiled_layers_save_may_move_to_the_host(policy: SavePolicy, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    plain, moved = build(keep, {}, **options), build(keep, {}, **options)
+    plain, moved = build(policy, {}, **options), build(policy, {}, **options)
     for model in (plain, moved):
         compile_layers(model, backend="aot_eager")
-    moved.offloading = Offloading(CopyStream(), saved_of=range(2), smallest=1)  # type: ignore[assignment]
+    moved.offloading = Offloading(CopyStream(), autograd_layers=range(2), smallest=1)  # type: ignore[assignment]
     moved.offloading.log = log = []  # type: ignore[assignment,union-attr]
     expected, found = gradients(plain), gradients(moved)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert log == [("copy", 0), ("copy", 1), ("release", 0), ("load", 0)]
 
 
-def in_layout(layout: str, keep: SavePolicy, compiled: bool) -> dict[str, Tensor]:
+def in_layout(layout: str, policy: SavePolicy, compiled: bool) -> dict[str, Tensor]:
     torch._dynamo.reset()
     sizes, options = LAYOUTS[layout]
-    model = build(keep, sizes, **options)
+    model = build(policy, sizes, **options)
     if compiled:
         compile_layers(model, backend="aot_eager")
     result = gradients(model)
@@ -111,6 +111,6 @@ def in_layout(layout: str, keep: SavePolicy, compiled: bool) -> dict[str, Tensor
 def test_layers_in_parts_may_be_recomputed(layout: str, ranks: Any) -> None:
     pool: RankPool = ranks(LAYOUTS[layout][0]["world_size"])
     expected = pool.run(in_layout, layout, "everything", False)
-    for keep in KEEPS:
-        for found, wanted in zip(pool.run(in_layout, layout, keep, True), expected, strict=True):
+    for policy in SAVE_POLICIES:
+        for found, wanted in zip(pool.run(in_layout, layout, policy, True), expected, strict=True):
             assert_close(found, wanted)

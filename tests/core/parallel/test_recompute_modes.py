@@ -103,23 +103,23 @@ def test_no_policy_changes_a_bit_and_all_ranks_exchange_the_same(layout: str, ra
     """Two ranks add two numbers: the order of sums is always the same."""
     for model_type, changes in (("INTERNLM2", {}), ("LLAMA2", {"qk_norm": True, "mlp_bias": True})):
         expected = [result for result, _ in ranks(2).run(train, layout, model_type, changes)]
-        for keep in RECOMPUTING:
-            recomputing = {**changes, "checkpoint": 1.0, "checkpoint_save_policy": keep}
+        for policy in RECOMPUTING:
+            recomputing = {**changes, "checkpoint": 1.0, "checkpoint_save_policy": policy}
             trained = ranks(2).run(train, layout, model_type, recomputing)
             assert trained[0][1] == trained[1][1], "every rank must exchange the same in the same order"
             found = [result for result, _ in trained]
             for rank in range(2):
                 assert found[rank].keys() == expected[rank].keys()
                 differing = [n for n in expected[rank] if not torch.equal(found[rank][n], expected[rank][n])]
-                assert differing == [], keep
+                assert differing == [], policy
 
 
 # Collectives that a layer repeats in recomputation. The sum behind wo is needed for the norm behind it; that behind w2
 # never is, as nothing of the layer follows it.
 AGAIN: dict[str, dict[SavePolicy, dict[str, int]]] = {
-    "mtp": {keep: {"all_reduce": 1} for keep in RECOMPUTING},
+    "mtp": {policy: {"all_reduce": 1} for policy in RECOMPUTING},
     # The gathered inputs are for the gradients of weights.
-    "msp": {keep: {"_all_gather": 2, "_reduce_scatter": 1} for keep in RECOMPUTING},
+    "msp": {policy: {"_all_gather": 2, "_reduce_scatter": 1} for policy in RECOMPUTING},
     # They are gathered for products only.
     "fsp": {
         "matmuls": {"_reduce_scatter": 1},
@@ -127,7 +127,7 @@ AGAIN: dict[str, dict[SavePolicy, dict[str, int]]] = {
         "nothing": {"_all_gather": 2, "_reduce_scatter": 1},
     },
     # Queries, keys and values, and the input of wo.
-    "isp": {keep: {"all_to_all_single": 2} for keep in RECOMPUTING},
+    "isp": {policy: {"all_to_all_single": 2} for policy in RECOMPUTING},
     # Five weights.
     "isp, split weights": {"matmuls": {}, "attention": {"_all_gather": 5}, "nothing": {"_all_gather": 5}},
 }
@@ -137,7 +137,7 @@ MICRO_BATCHES = 2
 @pytest.mark.parametrize("layout", AGAIN)
 def test_recomputation_repeats_the_exchanges_of_what_it_repeats(layout: str, ranks: Any) -> None:
     plain, _ = (Counter(names) for _, names in ranks(2).run(train, layout, "INTERNLM2", {}))
-    for keep, again in AGAIN[layout].items():
-        recomputing = {"checkpoint": 1.0, "checkpoint_save_policy": keep}
+    for policy, again in AGAIN[layout].items():
+        recomputing = {"checkpoint": 1.0, "checkpoint_save_policy": policy}
         _, names = ranks(2).run(train, layout, "INTERNLM2", recomputing)[0]
-        assert Counter(names) - plain == Counter({n: k * LAYERS * MICRO_BATCHES for n, k in again.items()}), keep
+        assert Counter(names) - plain == Counter({n: k * LAYERS * MICRO_BATCHES for n, k in again.items()}), policy

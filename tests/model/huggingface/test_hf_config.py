@@ -30,7 +30,7 @@ LLAMA: dict[str, Any] = {
 # What does not change the function: how weights are laid out, how they came to be, how they are computed.
 INDIFFERENT = (
     "fused_qkv", "fused_gate_up", "init", "attention_backend", "use_flash_attn", "fused_kernels", "residual_in_fp32",
-    "kept_activations", "embed_grad_scale", "norm_dtype", "norm_head",
+    "save_policies", "embed_grad_scale", "norm_dtype", "norm_head",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ class UpdateRule(Protocol):
     Attributes:
         state_names: the tensors kept for each weight, of its shape, zero at the start; also their keys in checkpoints.
         works_on: "elements" where each element is updated by itself, so that any flat part of a shard can be updated
-            alone; "matrices" where a rule needs a whole weight.
+            alone; "matrices" where a rule needs a whole weight, which no optimizer here supports yet.
         hyper_parameters: defaults of the rule's own hyper-parameters.
     """
 
