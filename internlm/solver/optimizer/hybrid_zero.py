@@ -180,9 +180,8 @@ class HybridZeroOptimizer:
         given = hyper_parameters if isinstance(hyper_parameters, Mapping) else {"lr": hyper_parameters}
         unknown = given.keys() - {"lr", *self._defaults}
         if unknown:
-            raise ValueError(
-                f"the update rule has no hyper-parameter {sorted(unknown)}, but {sorted(self._rule_names)}"
-            )
+            known = sorted({"lr", *self._defaults})
+            raise ValueError(f"the update rule has no hyper-parameter {sorted(unknown)}, but {known}")
         self.hyper_parameters = {**self._defaults, **given}
         self.reduce_gradients()
         loss_scale = self.scaler.scale
