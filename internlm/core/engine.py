@@ -6,11 +6,12 @@ nor of where batches come from.
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,7 @@ class Engine:
         num_ranks, num_chunks = context.size("pipeline"), len(self.chunks)
         self._make_schedule = schedule or partial(make_schedule, "1F1B", num_ranks, num_chunks=num_chunks)
         self._schedules: dict[int, PipelineSchedule] = {}
+        self._takes_extra: set[type[nn.Module]] = set()
         probe = self._schedule(num_ranks)
         self.placement = probe.placement
         if (self.placement.num_ranks, self.placement.num_chunks) != (num_ranks, num_chunks):
@@ -271,7 +273,13 @@ class Engine:
             assert micro.cu_seqlens is not None
             varlen = VarlenMetadata(micro.cu_seqlens, micro.lengths, max(micro.lengths))
         model = self.chunks[chunk]
-        hidden: Tensor = model(micro.input_ids if received is None else received, micro.position_ids, varlen)
+        inputs = micro.input_ids if received is None else received
+        options: dict[str, Any] = {}
+        if micro.extra:
+            self._check_extra(model, micro.extra)
+            own_tokens = parallel_of(model).own_tokens
+            options["extra"] = {name: own_tokens(values) for name, values in micro.extra.items()}
+        hidden: Tensor = model(inputs, micro.position_ids, varlen, **options)
         if not self._is_last(chunk):
             return hidden
         # `head_loss` reads the head's weight without calling the module, so no forward hook waits for the all-gather.
@@ -281,6 +289,16 @@ class Engine:
             assert output.correct is not None
             sink.update(output.token_losses, output.correct, labels, type_ids)
         return output.loss_sum
+
+    def _check_extra(self, model: nn.Module, names: Iterable[str]) -> None:
+        if type(model) not in self._takes_extra:
+            parameters = inspect.signature(model.forward).parameters
+            if "extra" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                raise ValueError(
+                    f"the batch has extra inputs ({', '.join(names)}), which the model does not take: give "
+                    f"{type(model).__name__}.forward a parameter `extra`"
+                )
+            self._takes_extra.add(type(model))
 
     def _new_activation(self, micro_batch: MicroBatch) -> Tensor:
         """An empty receive buffer for the residual stream of a micro-batch between two stages."""

@@ -31,6 +31,12 @@ class MicroBatch:
         lengths: the same lengths as host integers, so that nothing waits for the device to learn them.
         num_valid_tokens: labels that are not `IGNORE_INDEX`, counted on the host.
         num_documents: documents (or parts of them); None: as many as attention segments.
+        extra: further values of each token, by name, each `[B, S, ...]` like `input_ids`; they reach the `extra`
+            argument of the model's forward pass, where each rank gets those of the tokens in its part of the residual
+            stream.
+
+    Raises:
+        ValueError: a tensor of `extra` is not of the shape of `input_ids`.
     """
 
     input_ids: Tensor
@@ -41,6 +47,13 @@ class MicroBatch:
     lengths: tuple[int, ...] | None
     num_valid_tokens: int
     num_documents: int | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.extra.items():
+            if tensor.shape[:2] != self.input_ids.shape:
+                shapes = f"{list(tensor.shape)}, and input_ids are {list(self.input_ids.shape)}"
+                raise ValueError(f"extra['{name}'] is {shapes}: it must begin with the same two dimensions")
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy on `device` (asynchronous from pinned memory)."""
@@ -57,6 +70,7 @@ class MicroBatch:
             lengths=self.lengths,
             num_valid_tokens=self.num_valid_tokens,
             num_documents=self.num_documents,
+            extra={name: tensor.to(device, non_blocking=True) for name, tensor in self.extra.items()},
         )
 
 

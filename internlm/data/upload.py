@@ -26,8 +26,8 @@ class Upload:
     def get(self) -> MicroBatch:
         """The micro batch, for work queued from now on on the current stream; the host does not wait."""
         micro_batch = self.copy.wait()
-        for field in fields(MicroBatch):
-            tensor = getattr(micro_batch, field.name)
+        tensors = [getattr(micro_batch, field.name) for field in fields(MicroBatch)]
+        for tensor in (*tensors, *micro_batch.extra.values()):
             if isinstance(tensor, Tensor) and tensor.is_cuda:
                 # Allocated on the copy stream, which must not reuse the memory while the current stream reads it.
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -204,6 +204,10 @@ class ModelParallel:
 
     # -- what the engine asks -------------------------------------------------------------------------------------
 
+    def own_tokens(self, values: Tensor) -> Tensor:
+        """Values of all tokens, `[B, S, ...]` -> those of the tokens in this rank's residual stream, `[B, S', ...]`."""
+        return values
+
     def sequence_length(self, num_tokens: int) -> int:
         """Tokens of a row of `num_tokens` that this rank's residual stream holds."""
         return num_tokens

@@ -100,6 +100,9 @@ class Isp(ModelParallel):
         own_ids = own_part(input_ids, self.group)
         return F.embedding(own_ids, self._gather_rows(weight, spec.global_shape[0]))
 
+    def own_tokens(self, values: Tensor) -> Tensor:
+        return own_part(values, self.group)
+
     def sequence_length(self, num_tokens: int) -> int:
         return num_tokens // self.context.size("tensor")
 

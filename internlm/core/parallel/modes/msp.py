@@ -14,6 +14,7 @@ from internlm.core.communication.exchange import (
     SEQUENCE,
     exchange,
     gather,
+    own_part,
     reduce_scatter,
     start_gather,
     start_reduce_scatter,
@@ -47,6 +48,9 @@ class Msp(Mtp):
 
     residual_is_split: ClassVar[bool] = True
     saves_gathered_input: ClassVar[bool] = True
+
+    def own_tokens(self, values: Tensor) -> Tensor:
+        return own_part(values, self.group)
 
     def sequence_length(self, num_tokens: int) -> int:
         return num_tokens // self.context.size("tensor")
