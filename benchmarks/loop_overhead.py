@@ -28,7 +28,8 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook
 from internlm.data.batch import Batch
-from internlm.initialize.build import build_layout, build_loader, build_trainer, set_numerics
+from internlm.initialize.build import build_layout, build_trainer, set_numerics
+from internlm.initialize.build_data import build_loader
 from internlm.utils.logging import configure_logging
 
 WARMUP = 3

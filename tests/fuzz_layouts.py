@@ -26,13 +26,13 @@ from helpers.layouts import verdict_of
 from helpers.ranks import RankFailedError, RankPool
 
 from internlm.verify.case import Combination
-from internlm.verify.choices import Documents, Layout, Model, Stepping
+from internlm.verify.choices import BatchChoices, LayoutChoices, ModelChoices, StepChoices
 from internlm.verify.record import InconsistentRanksError
 
 STEPS = 2
 PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
     "layout": (
-        Layout,
+        LayoutChoices,
         {
             "tensor": (1, 2, 2, 4),
             "mode": ("mtp", "msp", "fsp", "isp", "isp"),
@@ -46,7 +46,7 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
         },
     ),
     "model": (
-        Model,
+        ModelChoices,
         {
             "family": ("INTERNLM2", "INTERNLM", "LLAMA2", "QWEN2", "QWEN3", "BAICHUAN2", "GEMMA", "MISTRAL"),
             "heads": (4, 8, 12),
@@ -66,7 +66,7 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
         },
     ),
     "documents": (
-        Documents,
+        BatchChoices,
         {
             "packed": (True, False),
             "ragged": (True, False),
@@ -74,7 +74,7 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
         },
     ),
     "stepping": (
-        Stepping,
+        StepChoices,
         {
             "micro_batches": (0, 0, 0, 4, 8, 12),
             "clip": (0.5, 0.0, 0.01),

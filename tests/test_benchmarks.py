@@ -18,7 +18,7 @@ from helpers.pages import ROOT
 
 from internlm.config.loader import load_config
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.initialize.build import build_loader
+from internlm.initialize.build_data import build_loader
 from internlm.initialize.stages import build_meta_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

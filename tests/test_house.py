@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,16 @@ def test_the_questions_of_a_newcomer_lead_to_files() -> None:
         assert named, question
         for path in named:
             assert (ROOT / path).exists(), f"{question} {path}"
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    names = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert not [name for name, count in names.items() if count > 1]
 
 
 @pytest.mark.parametrize("path", sorted(path.relative_to(TESTS).as_posix() for path in TESTS.glob("*/**/*.py")))

@@ -31,15 +31,10 @@ def device_of_this_machine() -> torch.device:
 def train_ours(config_file: Path, overrides: list[str], pacer: Pacer) -> None:
     """What `internlm train` runs in a step: its loader and its engine, built from a config file."""
     from internlm.core.context.parallel_context import ParallelContext
-    from internlm.initialize.build import (
-        build_chunks,
-        build_engine,
-        build_flops,
-        build_layout,
-        build_loader,
-        check_buildable,
-        set_numerics,
-    )
+    from internlm.initialize.build import build_engine, build_layout, check_buildable, set_numerics
+    from internlm.initialize.build_data import build_loader
+    from internlm.initialize.build_hooks import build_flops
+    from internlm.initialize.stages import build_chunks
 
     config = load_config(config_file, overrides).config
     check_buildable(config, 1)

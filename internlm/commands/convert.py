@@ -11,7 +11,7 @@ from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.from_internevo import import_internevo
 from internlm.convert.internevo_run import schedule_differences
 from internlm.convert.to_hf import convert_to_hf
-from internlm.initialize.build import build_schedules
+from internlm.initialize.build_schedules import build_schedules
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
 from internlm.utils.paths import local_path

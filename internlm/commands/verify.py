@@ -13,7 +13,7 @@ from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
 from internlm.utils.paths import local_path
 from internlm.verify.case import Case, Combination
-from internlm.verify.choices import Documents, Layout, from_text, to_text
+from internlm.verify.choices import BatchChoices, LayoutChoices, from_text, to_text
 from internlm.verify.matrix import full_matrix, pairwise_matrix
 from internlm.verify.ranks import LocalRanks, RankFailedError
 from internlm.verify.record import InconsistentRanksError, Record
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare_config(options: argparse.Namespace) -> int:
-    layouts: list[Layout | None] = [from_text(Layout, text) for text in options.layout] or [None]
+    layouts: list[LayoutChoices | None] = [from_text(LayoutChoices, text) for text in options.layout] or [None]
     # All are checked before any of them runs.
     cases = [case for layout in layouts for case in _cases(options, layout)]
     is_equal = True
@@ -78,7 +78,7 @@ def _compare_config(options: argparse.Namespace) -> int:
         LocalRanks(1, options.config) as alone,
     ):
         for case in cases:
-            layout = to_text(Layout.of(case.config)) or "data parallel"
+            layout = to_text(LayoutChoices.of(case.config)) or "data parallel"
             how = "; float8, in float64" if case.config.float8.enable_float8_linear else ""
             print(f"{case.world_size} rank(s), {layout}{how}", flush=True)
             verdict = _verdict(case, options.steps, ranks, alone, {})
@@ -90,7 +90,7 @@ def _compare_config(options: argparse.Namespace) -> int:
     return 0 if is_equal else 1
 
 
-def _cases(options: argparse.Namespace, layout: Layout | None) -> list[Case]:
+def _cases(options: argparse.Namespace, layout: LayoutChoices | None) -> list[Case]:
     """The small copy of the user's run in a layout, or in its own; if it has float8, without that and with it."""
     values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
@@ -99,7 +99,7 @@ def _cases(options: argparse.Namespace, layout: Layout | None) -> list[Case]:
         configs.append(shrink(loaded.config, float8=True))
     for config in configs:
         check_buildable(config, options.world_size)
-    return [Case(config, options.world_size, Documents(packed=config.data.use_packed_dataset)) for config in configs]
+    return [Case(config, options.world_size, BatchChoices(packed=config.data.use_packed_dataset)) for config in configs]
 
 
 def _compare_matrix(combinations: Iterable[Combination], steps: int, output: Path | None) -> int:

@@ -28,7 +28,7 @@ _HALF = ("torch.bfloat16", "torch.float16", "torch.half")
 
 
 @dataclass(frozen=True)
-class Difference:
+class DefaultDifference:
     """One default that differs.
 
     Attributes:
@@ -53,42 +53,42 @@ def _from_scratch(config: Config) -> bool:
     return config.ckpt.load_ckpt_info is None
 
 
-DIFFERENCES: tuple[Difference, ...] = (
-    Difference(
+DIFFERENCES: tuple[DefaultDifference, ...] = (
+    DefaultDifference(
         ("model.dtype",),
         "torch.bfloat16",
         "torch.float16",
         "number format; bfloat16 needs no loss scale",
         is_always_told=True,
     ),
-    Difference(
+    DefaultDifference(
         ("reduce_comm_dtype",),
         "torch.float32",
         "model.dtype",
         "number format in which gradients are summed over ranks",
         counts=lambda config: config.model.dtype in _HALF,
     ),
-    Difference(
+    DefaultDifference(
         ("adam.weight_decay_norms_and_biases",),
         "False",
         "True, without such a key",
         "weight decay of norms and biases",
         counts=lambda config: config.adam.weight_decay > 0,
     ),
-    Difference(
+    DefaultDifference(
         ("model.embed_grad_scale",),
         "1.0",
         "0.1",
         "factor on the gradient of the embedding",
     ),
-    Difference(
+    DefaultDifference(
         ("model.use_scaled_init",),
         "by the number of layers",
         "by the number of the layer",
         "deviation of the initial wo and w2, divided by sqrt(2 * that number)",
         counts=_from_scratch,
     ),
-    Difference(
+    DefaultDifference(
         _STDS,
         "0.02",
         "0.0052 for embedding and head, 0.006 for all others",
@@ -96,7 +96,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         families=("INTERNLM",),
         counts=_from_scratch,
     ),
-    Difference(
+    DefaultDifference(
         _STDS,
         "0.02",
         "0.0052 for embedding and head, 0.006 for wqkv, w1 and w3, 0.0015 for wo and w2",
@@ -104,7 +104,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         families=("BAICHUAN2",),
         counts=_from_scratch,
     ),
-    Difference(
+    DefaultDifference(
         ("model.no_bias",),
         "True",
         "False",
@@ -112,21 +112,21 @@ DIFFERENCES: tuple[Difference, ...] = (
         families=("INTERNLM2", "INTERNLM3", "LLAMA2", "BAICHUAN2", "GEMMA"),
         counts=lambda config: config.model.qkv_bias is None,
     ),
-    Difference(
+    DefaultDifference(
         ("model.norm_head",),
         "True",
         "False",
         "rows of the head are normalised",
         families=("BAICHUAN2",),
     ),
-    Difference(
+    DefaultDifference(
         ("model.tie_word_embeddings",),
         "True",
         "False, without such a key",
         "Gemma's head is its embedding",
         families=("GEMMA",),
     ),
-    Difference(
+    DefaultDifference(
         ("model.add_unit_offset",),
         "True, nothing else",
         "False",
@@ -174,6 +174,6 @@ def find_differences(config: Config, given: Callable[[str], Any]) -> Iterator[st
         yield f"all that differs from InternEvo is in {PAGE}"
 
 
-def _concerns(difference: Difference, config: Config) -> bool:
+def _concerns(difference: DefaultDifference, config: Config) -> bool:
     """Whether a default that differs makes a config another run."""
     return (not difference.families or config.model_type in difference.families) and difference.counts(config)

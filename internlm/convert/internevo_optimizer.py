@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from internlm.convert.internevo_files import InternEvoFiles, RankShard
-from internlm.convert.internevo_plan import MisfitError, Segment, assign, deal_out, forms, split_evenly
+from internlm.convert.internevo_plan import MisfitError, StateRange, assign, deal_out, forms, split_evenly
 from internlm.convert.internevo_shards import WITHOUT_IT, Plan, count_shards, options_of, read_plans, read_shard
 from internlm.utils.errors import CheckpointError
 
@@ -132,7 +132,7 @@ class InternEvoOptimizer:
 
     # -- which elements are whose ---------------------------------------------------------------------------------
 
-    def _place(self, place: tuple[int, int], plan: Plan | None) -> dict[str, list[Segment]]:
+    def _place(self, place: tuple[int, int], plan: Plan | None) -> dict[str, list[StateRange]]:
         """Locations of each weight of a rank in its files."""
         shards = self._shards[place]
         plan = plan or shards[0].plan

@@ -54,7 +54,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Segment:
+class StateRange:
     """Elements of a weight: `start` to `stop` of tensor `number` of a group in the file of a ZeRO rank."""
 
     zero: int
@@ -130,7 +130,9 @@ def assign(parameters: Sequence[Parameter], shards: Sequence[Shard]) -> list[lis
     return groups
 
 
-def split_evenly(groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard]) -> Iterator[tuple[str, list[Segment]]]:
+def split_evenly(
+    groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard]
+) -> Iterator[tuple[str, list[StateRange]]]:
     """Locations of weights whose parameters are each padded and split into equal parts for the ZeRO ranks."""
     for group, parameters in enumerate(groups):
         for shard in shards:
@@ -147,7 +149,7 @@ def split_evenly(groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard])
                 yield (
                     name,
                     [
-                        Segment(zero, group, number, max(start - zero * size, 0), min(stop - zero * size, size))
+                        StateRange(zero, group, number, max(start - zero * size, 0), min(stop - zero * size, size))
                         for zero in range(len(shards))
                         if start < (zero + 1) * size and stop > zero * size
                     ],
@@ -156,7 +158,7 @@ def split_evenly(groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard])
 
 def deal_out(
     groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard], plan: Plan | None
-) -> Iterator[tuple[str, list[Segment]]]:
+) -> Iterator[tuple[str, list[StateRange]]]:
     """Locations of weights whose parameters each lie on one ZeRO rank, consecutively in its flat tensor."""
     if plan is not None and len(plan) != len(groups):
         raise MisfitError(f"the plan is of {len(plan)} parameter groups, the files have {len(groups)}")
@@ -174,7 +176,7 @@ def deal_out(
             offset = 0
             for parameter in own:
                 for name, start, stop in parameter.parts():
-                    yield name, [Segment(zero, group, 0, offset + start, offset + stop)]
+                    yield name, [StateRange(zero, group, 0, offset + start, offset + stop)]
                 offset += parameter.size
 
 

@@ -56,8 +56,8 @@ _MODEL = _now("model.registry.build_model", "under torch.device('meta'), then pa
 _OPTIMIZER = _now(
     "solver.optimizer.hybrid_zero.HybridZeroOptimizer", "HybridZeroOptimizer(model, context, weight_decay=...)"
 )
-_TRAIN_DATA = _now("data.loader.build_train_loader", "build_loader(config, context) of initialize.build calls it")
-_VALID_DATA = _now("data.valid.build_valid_loaders", "build_valid_sets(config, context) of initialize.build calls it")
+_TRAIN_DATA = _now("data.loader.build_train_loader", "initialize.build_data.build_loader(config, context) calls it")
+_VALID_DATA = _now("data.valid.build_valid_loaders", "initialize.build_data.build_valid_sets(config, context) calls it")
 _STATE = _now("core.hooks.TrainState", "trainer.state: step, num_consumed_samples, num_consumed_tokens")
 _LOSS = _now(
     "model.ops.cross_entropy.linear_cross_entropy", "takes hidden states and the head; returns a sum over tokens"

@@ -12,7 +12,7 @@ from internlm.config.schema import Config
 from internlm.config.validation import build_config
 from internlm.initialize.build import build_layout
 from internlm.utils.errors import ConfigError
-from internlm.verify.choices import Documents, Layout, Model, Stepping, from_text, to_text
+from internlm.verify.choices import BatchChoices, LayoutChoices, ModelChoices, StepChoices, from_text, to_text
 
 # A step of AdamW is lr * m / (sqrt(v) + eps). With the usual eps of 1e-8 an element whose true gradient is 0 moves by
 # lr in the direction of its rounding error, so that two correct runs part. With an eps of the size of the gradients the
@@ -52,7 +52,7 @@ class Case:
 
     config: Config
     world_size: int = 1
-    documents: Documents = field(default_factory=Documents)
+    documents: BatchChoices = field(default_factory=BatchChoices)
 
     @property
     def num_micro_batches(self) -> int:
@@ -62,7 +62,7 @@ class Case:
     def reference(self) -> Case:
         """The same run in one process: same model, same global batches, all on the device."""
         keys = {"hybrid_zero_optimizer.offload_optimizer": False}
-        alone = changed(self.config, {**Layout().keys(), **_micro_num(self.num_micro_batches), **keys})
+        alone = changed(self.config, {**LayoutChoices().keys(), **_micro_num(self.num_micro_batches), **keys})
         return replace(self, config=alone, world_size=1)
 
     @property
@@ -77,10 +77,10 @@ class Combination:
     """One point of the space of layouts, models, batches and optimizer settings."""
 
     ranks: int = 1
-    layout: Layout = field(default_factory=Layout)
-    model: Model = field(default_factory=Model)
-    documents: Documents = field(default_factory=Documents)
-    stepping: Stepping = field(default_factory=Stepping)
+    layout: LayoutChoices = field(default_factory=LayoutChoices)
+    model: ModelChoices = field(default_factory=ModelChoices)
+    documents: BatchChoices = field(default_factory=BatchChoices)
+    stepping: StepChoices = field(default_factory=StepChoices)
 
     def __str__(self) -> str:
         """One line, from which `parse` makes the combination again."""
@@ -95,7 +95,12 @@ class Combination:
         Raises:
             ConfigError: it did not.
         """
-        classes: dict[str, type] = {"layout": Layout, "model": Model, "documents": Documents, "stepping": Stepping}
+        classes: dict[str, type] = {
+            "layout": LayoutChoices,
+            "model": ModelChoices,
+            "documents": BatchChoices,
+            "stepping": StepChoices,
+        }
         ranks, *words = text.split() or [""]
         texts: dict[str, str] = {}
         for word in words:
@@ -151,14 +156,14 @@ class Combination:
         return Case(_config(keys), self.ranks, self.documents)
 
 
-def needed_micro_batches(layout: Layout) -> int:
+def needed_micro_batches(layout: LayoutChoices) -> int:
     """Micro batches a data rank for which every schedule has a warm-up, a steady and a cool-down phase."""
     if layout.pipeline == 1:
         return 2
     return (2 if layout.schedule in ("ZBV", "DUALPIPEV") or layout.chunks > 1 else 1) * layout.pipeline
 
 
-def _model_keys(model: Model, layout: Layout) -> dict[str, Any]:
+def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
     num_chunks = 2 if layout.schedule in ("ZBV", "DUALPIPEV") else layout.chunks
     # With 8 ranks an odd multiple: halves and quarters of it do not fall on powers of two.
     head_dim, intermediate_size, kv_heads, seq_len = HEAD_DIM, 56, model.kv_heads, SEQ_LEN
@@ -193,7 +198,7 @@ def _model_keys(model: Model, layout: Layout) -> dict[str, Any]:
     return {path: value for path, value in keys.items() if value is not None}
 
 
-def float8_kv_heads(kv_heads: int, layout: Layout) -> int:
+def float8_kv_heads(kv_heads: int, layout: LayoutChoices) -> int:
     """Key-value heads with which float8 can be compared: of a head that ranks share, each would round its own part of
     the gradient, where one process rounds their sum."""
     return kv_heads if layout.mode == "isp" else max(kv_heads, layout.tensor)

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutChoices:
     """How a run is spread over its ranks, by the keys of the config.
 
     Attributes:
@@ -40,7 +40,7 @@ class Layout:
     fsdp: bool = False
 
     @classmethod
-    def of(cls, config: Config) -> Layout:
+    def of(cls, config: Config) -> LayoutChoices:
         """The layout that a config asks for."""
         parallel = config.parallel
         return cls(
@@ -72,7 +72,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelChoices:
     """The features of a model that meet parallelism; sizes are chosen small.
 
     Attributes:
@@ -110,7 +110,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Documents:
+class BatchChoices:
     """What a global batch is made of, apart from its sizes.
 
     Attributes:
@@ -126,7 +126,7 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Stepping:
+class StepChoices:
     """How an optimizer step is made of micro batches, and what the optimizer does.
 
     Attributes:

@@ -93,7 +93,7 @@ def tolerance_of(case: Case) -> Tolerance:
 
 
 @dataclass(frozen=True)
-class Difference:
+class RunDifference:
     """Two runs differ.
 
     Attributes:
@@ -135,7 +135,7 @@ class StepComparison:
     within: float
 
 
-def compare(record: Record, reference: Record, tolerance: Tolerance) -> list[Difference]:
+def compare(record: Record, reference: Record, tolerance: Tolerance) -> list[RunDifference]:
     """Every difference beyond the tolerance, by step; in a step first loss and norm, then tensors in model order."""
     differences = list(_initial_differences(record, reference))
     for number, _ in enumerate(reference.steps, start=1):
@@ -149,7 +149,7 @@ def summarize(record: Record, reference: Record, tolerance: Tolerance) -> list[S
     for number, (step, other) in enumerate(zip(record.steps, reference.steps, strict=True), start=1):
         found = list(_measure(record, reference, number, tolerance))
 
-        def largest(kind: str, found: list[Difference] = found) -> float:
+        def largest(kind: str, found: list[RunDifference] = found) -> float:
             return max((one.amount for one in found if one.what.startswith(kind)), default=0.0)
 
         within = max(math.inf if math.isnan(one.amount) else one.amount / one.allowed for one in found)
@@ -158,22 +158,22 @@ def summarize(record: Record, reference: Record, tolerance: Tolerance) -> list[S
     return rows
 
 
-def _is_beyond(difference: Difference) -> bool:
+def _is_beyond(difference: RunDifference) -> bool:
     return not difference.amount <= difference.allowed  # NaN is beyond
 
 
-def _initial_differences(record: Record, reference: Record) -> Iterator[Difference]:
+def _initial_differences(record: Record, reference: Record) -> Iterator[RunDifference]:
     """Weights start from the same bits in every layout."""
     for name in sorted(reference.initial.keys() ^ record.initial.keys()):
         side = "in one process" if name in reference.initial else "in this layout"
-        yield Difference(0, f"parameter {name}", math.inf, 0.0, f"it is there only {side}")
+        yield RunDifference(0, f"parameter {name}", math.inf, 0.0, f"it is there only {side}")
     for name, expected in reference.initial.items():
         if name in record.initial and not np.array_equal(expected, record.initial[name]):
             amount = _relative(record.initial[name], expected)
-            yield Difference(0, f"initial weight {name}", amount, 0.0, record.placements.get(name, ""))
+            yield RunDifference(0, f"initial weight {name}", amount, 0.0, record.placements.get(name, ""))
 
 
-def _measure(record: Record, reference: Record, number: int, tolerance: Tolerance) -> Iterator[Difference]:
+def _measure(record: Record, reference: Record, number: int, tolerance: Tolerance) -> Iterator[RunDifference]:
     """All that is compared in step `number`."""
     step, other = record.steps[number - 1], reference.steps[number - 1]
     allowed_gradient = _allowed_gradient(reference, number, tolerance)
@@ -182,10 +182,10 @@ def _measure(record: Record, reference: Record, number: int, tolerance: Toleranc
         ("gradient norm", step.grad_norm, other.grad_norm, allowed_gradient),
     ):
         amount = abs(value - expected) / abs(expected) if expected else abs(value)
-        yield Difference(number, what, amount, allowed, f"{value!r} instead of {expected!r}")
+        yield RunDifference(number, what, amount, allowed, f"{value!r} instead of {expected!r}")
     amounts = gradient_differences(step.gradients, other.gradients)
     for name in reference.initial:  # in model order
-        yield Difference(
+        yield RunDifference(
             number, f"gradient of {name}", amounts[name], allowed_gradient, record.placements.get(name, "")
         )
     for name, wanted in other.weights.items():
@@ -197,7 +197,7 @@ def _measure(record: Record, reference: Record, number: int, tolerance: Toleranc
         )
         allowed = tolerance.weight * number + tolerance.update * sum(errors) / norm
         amount = _relative(step.weights.get(name), wanted)
-        yield Difference(number, f"weight {name}", amount, allowed, record.placements.get(name, ""))
+        yield RunDifference(number, f"weight {name}", amount, allowed, record.placements.get(name, ""))
 
 
 def _allowed_gradient(reference: Record, number: int, tolerance: Tolerance) -> float:

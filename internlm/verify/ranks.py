@@ -19,7 +19,7 @@ from internlm.config.python_file import run_config_file
 from internlm.core.failure import describe_error
 from internlm.utils.errors import ConfigError, UserError
 from internlm.verify.case import Case
-from internlm.verify.record import RankRecord, Record, assemble
+from internlm.verify.record import RankRecord, Record, join_ranks
 from internlm.verify.run import run_case
 
 TIMEOUT_SECONDS = 600.0
@@ -79,7 +79,7 @@ class LocalRanks:
             if first.is_mistake:
                 raise ConfigError(first.cause)
             raise RankFailedError(f"{first.details}{first.cause}")
-        return assemble([records[rank] for rank in range(self.world_size)])
+        return join_ranks([records[rank] for rank in range(self.world_size)])
 
     def close(self) -> None:
         """End all ranks."""

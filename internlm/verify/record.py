@@ -19,7 +19,7 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorBox:
     """A box of a global tensor.
 
     Attributes:
@@ -52,8 +52,8 @@ class RankStep:
 
     loss: float
     grad_norm: float
-    gradients: list[Piece]
-    weights: list[Piece]
+    gradients: list[TensorBox]
+    weights: list[TensorBox]
 
 
 @dataclass
@@ -66,7 +66,7 @@ class RankRecord:
         placements: for each parameter on this rank, in words over which axes it is split, copied and summed.
     """
 
-    initial: list[Piece]
+    initial: list[TensorBox]
     steps: list[RankStep] = field(default_factory=list)
     placements: dict[str, str] = field(default_factory=dict)
 
@@ -100,10 +100,10 @@ class InconsistentRanksError(Exception):
     """Ranks contradict each other, or leave a part of a tensor to nobody."""
 
 
-def pieces_of(spec: ShardSpec, boxes: Iterable[tuple[Box, Tensor]]) -> Iterator[Piece]:
+def boxes_of(spec: ShardSpec, boxes: Iterable[tuple[Box, Tensor]]) -> Iterator[TensorBox]:
     """Boxes of a parameter as pieces; the tensors are copied."""
     for box, tensor in boxes:
-        yield Piece(spec.name, spec.global_shape, box.global_offset, tensor.detach().float().cpu().numpy().copy())
+        yield TensorBox(spec.name, spec.global_shape, box.global_offset, tensor.detach().float().cpu().numpy().copy())
 
 
 def describe_placement(spec: ShardSpec, context: ParallelContext) -> str:
@@ -117,7 +117,7 @@ def describe_placement(spec: ShardSpec, context: ParallelContext) -> str:
     return ", ".join(f"{word} {' x '.join(axes)}" for word, axes in words.items() if axes) or "on one rank"
 
 
-def assemble(ranks: list[RankRecord]) -> Record:
+def join_ranks(ranks: list[RankRecord]) -> Record:
     """Put the records of all ranks together.
 
     Raises:
@@ -143,7 +143,7 @@ def assemble(ranks: list[RankRecord]) -> Record:
     return Record(initial, steps, placements)
 
 
-def join(pieces_by_rank: list[list[Piece]], what: str, placements: dict[str, str]) -> dict[str, Array]:
+def join(pieces_by_rank: list[list[TensorBox]], what: str, placements: dict[str, str]) -> dict[str, Array]:
     """The global tensors of which each rank has pieces.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from internlm.verify.case import Case, Combination
-from internlm.verify.compare import Difference, StepComparison, compare, summarize, tolerance_of
+from internlm.verify.compare import RunDifference, StepComparison, compare, summarize, tolerance_of
 from internlm.verify.record import Record
 
 SHOWN_DIFFERENCES = 4
@@ -23,7 +23,7 @@ class Verdict:
     """
 
     steps: Sequence[StepComparison] = field(default_factory=tuple)
-    differences: Sequence[Difference] = field(default_factory=tuple)
+    differences: Sequence[RunDifference] = field(default_factory=tuple)
     failure: str = ""
 
     @property

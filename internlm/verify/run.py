@@ -18,7 +18,7 @@ from internlm.initialize.build import build_engine, build_layout, set_numerics
 from internlm.initialize.stages import build_chunks
 from internlm.verify.batches import CaseBatches
 from internlm.verify.case import Case
-from internlm.verify.record import Piece, RankRecord, RankStep, describe_placement, pieces_of
+from internlm.verify.record import RankRecord, RankStep, TensorBox, boxes_of, describe_placement
 
 DEFAULT_STEPS = 3
 """The first step shows gradients, the second that they were forgotten and the moments kept, the third that it lasts."""
@@ -102,16 +102,16 @@ def _parameters(engine: Engine) -> Iterator[nn.Parameter]:
         yield from chunk.parameters()
 
 
-def _weights(engine: Engine) -> Iterator[Piece]:
+def _weights(engine: Engine) -> Iterator[TensorBox]:
     for parameter in _parameters(engine):
         spec = shard_spec_of(parameter)
         local = local_tensor(parameter)
-        yield from pieces_of(spec, ((box, local[box.local_slices()]) for box in spec.boxes))
+        yield from boxes_of(spec, ((box, local[box.local_slices()]) for box in spec.boxes))
 
 
-def _gradients(engine: Engine) -> Iterator[Piece]:
+def _gradients(engine: Engine) -> Iterator[TensorBox]:
     for _, parameter, pieces in engine.optimizer.sharded_gradients():
-        yield from pieces_of(shard_spec_of(parameter), pieces)
+        yield from boxes_of(shard_spec_of(parameter), pieces)
 
 
 def _placements(engine: Engine) -> dict[str, str]:

@@ -19,7 +19,7 @@ from internlm.verify.case import (
     float8_kv_heads,
     needed_micro_batches,
 )
-from internlm.verify.choices import Layout
+from internlm.verify.choices import LayoutChoices
 
 LARGEST_GROUP_OF_HEADS = 4
 WINDOW = 6
@@ -41,7 +41,7 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
         float8: instead, float8 is on, in float64 (see `case.FLOAT8_KEYS`); all that would be in another dtype or on the
             host is not, and there is a key-value head for each tensor rank (see `case.float8_kv_heads`).
     """
-    layout, model = Layout.of(config), config.model
+    layout, model = LayoutChoices.of(config), config.model
     tensor = layout.tensor
     heads, kv_heads = model.num_attention_heads, model.num_kv_attention_heads or model.num_attention_heads
     group = min(heads // kv_heads, LARGEST_GROUP_OF_HEADS)

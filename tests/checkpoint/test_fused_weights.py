@@ -28,7 +28,7 @@ from internlm.model.roles import HeadShape
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import storage_path
 from internlm.verify.case import Case, Combination, changed
-from internlm.verify.record import Array, Piece, RankRecord, Record, assemble, join
+from internlm.verify.record import Array, RankRecord, Record, TensorBox, join, join_ranks
 from internlm.verify.report import judge
 from internlm.verify.run import CaseRun, start_case
 
@@ -183,7 +183,7 @@ def alone(case: Case, folder: str) -> RankRecord:
 
 def two_steps(
     case: Case, path: str, folder: str, content: tuple[str, ...], until: int
-) -> tuple[RankRecord, list[Piece], list[Piece]]:
+) -> tuple[RankRecord, list[TensorBox], list[TensorBox]]:
     """Go on from a checkpoint and save; what was seen, and all tensors after loading and when saved."""
     context = start_case(case)
     run = start(case, context, path, content)
@@ -215,13 +215,13 @@ def test_two_steps_in_each_form_are_four_in_one(text: str, leaves_fused: bool, r
     first = in_form(Combination.parse(text).case(), leaves_fused)
     second = in_form(first, not leaves_fused)
     reference = second.reference()
-    expected = assemble(ranks(1).run(alone, reference, str(tmp_path / "alone")))
+    expected = join_ranks(ranks(1).run(alone, reference, str(tmp_path / "alone")))
     pool = ranks(first.world_size)
     before = pool.run(two_steps, first, str(tmp_path / "alone" / "0"), str(tmp_path / "own"), ("model",), 2)
     after = pool.run(two_steps, second, str(tmp_path / "own" / "2"), str(tmp_path / "more"), ("all",), 4)
 
     heads = head_shape(first)
-    left, taken_up = assemble([record for record, _, _ in before]), assemble([record for record, _, _ in after])
+    left, taken_up = join_ranks([record for record, _, _ in before]), join_ranks([record for record, _, _ in after])
     assert_same(
         join([loaded for _, loaded, _ in after], "", {}), join([saved for _, _, saved in before], "", {}), heads
     )

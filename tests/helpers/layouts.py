@@ -8,7 +8,7 @@ from collections.abc import Callable
 import internlm.verify.warm_up  # noqa: F401
 from helpers.ranks import RankPool
 from internlm.verify.case import Case, Combination
-from internlm.verify.record import Record, assemble
+from internlm.verify.record import Record, join_ranks
 from internlm.verify.report import Verdict, judge
 from internlm.verify.run import run_case
 
@@ -20,7 +20,7 @@ _references: dict[tuple[str, int], Record] = {}
 
 def record_of(case: Case, ranks: Callable[[int], RankPool], steps: int = STEPS) -> Record:
     """What a case computes."""
-    return assemble(ranks(case.world_size).run(run_case, case, steps))
+    return join_ranks(ranks(case.world_size).run(run_case, case, steps))
 
 
 def reference_of(case: Case, ranks: Callable[[int], RankPool], steps: int = STEPS) -> Record:

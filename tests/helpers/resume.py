@@ -23,7 +23,7 @@ from internlm.core.trainer import Trainer
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.utils.storage import StoragePath
 from internlm.verify.case import Case, Combination, changed
-from internlm.verify.record import Piece, RankRecord, Record, assemble, join, pieces_of
+from internlm.verify.record import RankRecord, Record, TensorBox, boxes_of, join, join_ranks
 from internlm.verify.report import Verdict, judge
 from internlm.verify.run import CaseRun, start_case
 
@@ -50,18 +50,18 @@ def optimizer_of(trainer: Trainer) -> HybridZeroOptimizer:
     return trainer.engine.optimizer
 
 
-def tensors_of(trainer: Trainer) -> list[Piece]:
+def tensors_of(trainer: Trainer) -> list[TensorBox]:
     """This rank's boxes of all weights, masters and moments."""
     optimizer = optimizer_of(trainer)
     optimizer.finish_gathering()
-    pieces: list[Piece] = []
+    pieces: list[TensorBox] = []
     for chunk in trainer.engine.chunks:
         reshard(chunk)
         for parameter in chunk.parameters():
             spec, local = shard_spec_of(parameter), local_tensor(parameter)
-            pieces += pieces_of(spec, ((box, local[box.local_slices()]) for box in spec.boxes))
+            pieces += boxes_of(spec, ((box, local[box.local_slices()]) for box in spec.boxes))
     for key, parameter, boxes in optimizer.sharded_state():
-        pieces += (replace(piece, name=key) for piece in pieces_of(shard_spec_of(parameter), boxes))
+        pieces += (replace(piece, name=key) for piece in boxes_of(shard_spec_of(parameter), boxes))
     return pieces
 
 
@@ -122,7 +122,7 @@ class RankResults:
 
     straight: RankRecord
     differences: list[str]
-    saved: list[Piece]
+    saved: list[TensorBox]
     from_one_process: RankRecord
 
 
@@ -153,15 +153,15 @@ def run_row(combination: Combination, ranks: Ranks, folder: Path) -> Row:
     case = combination.case()
     reference = case.reference()
     alone, own = str(folder / "alone"), str(folder / "own")
-    expected = assemble(ranks(1).run(one_process, reference, alone))
+    expected = join_ranks(ranks(1).run(one_process, reference, alone))
     results = ranks(case.world_size).run(leave_and_resume, case, own, f"{alone}/{SAVED_STEP}")
     loaded = ranks(1).run(loaded_in_one_process, reference, f"{own}/{SAVED_STEP}")
     after_save = Record(expected.steps[SAVED_STEP - 1].weights, expected.steps[SAVED_STEP:], expected.placements)
     return Row(
-        judge(case, assemble([result.straight for result in results]), expected),
+        judge(case, join_ranks([result.straight for result in results]), expected),
         [result.differences for result in results],
         differences(join(loaded, "loaded", {}), join([result.saved for result in results], "saved", {})),
-        judge(case, assemble([result.from_one_process for result in results]), after_save),
+        judge(case, join_ranks([result.from_one_process for result in results]), after_save),
     )
 
 
@@ -211,6 +211,6 @@ def one_process(case: Case, folder: str) -> RankRecord:
     return run.record
 
 
-def loaded_in_one_process(case: Case, path: str) -> list[Piece]:
+def loaded_in_one_process(case: Case, path: str) -> list[TensorBox]:
     """All tensors of a checkpoint, after a model in one process has loaded them."""
     return tensors_of(resumed(case, start_case(case), CheckpointManager(None), path).trainer)

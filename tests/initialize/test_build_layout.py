@@ -10,7 +10,8 @@ from internlm.config.rules import find_problems
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
-from internlm.initialize.build import build_layout, build_meta_model, check_buildable
+from internlm.initialize.build import build_layout, check_buildable
+from internlm.initialize.stages import build_meta_model
 from internlm.utils.errors import ConfigError
 
 

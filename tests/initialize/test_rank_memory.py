@@ -22,7 +22,7 @@ from internlm.initialize.stages import build_chunks, build_meta_model, build_pip
 from internlm.solver.optimizer.bucket import ALIGNMENT, NORM_ROW
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.verify.case import changed
-from internlm.verify.choices import Layout
+from internlm.verify.choices import LayoutChoices
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,7 +144,7 @@ def test_a_7b_model_takes_a_step_on_one_device() -> None:
     for row in rows:
         gradients, moments, offload, *sizes = (cell.strip() for cell in row.strip("|").split("|"))
         keys = {
-            **Layout().keys(),
+            **LayoutChoices().keys(),
             "hybrid_zero_optimizer.grad_accumulation_dtype": f"torch.{gradients}",
             "adam.moments_dtype": f"torch.{moments}",
             "hybrid_zero_optimizer.offload_optimizer": offload == "yes",

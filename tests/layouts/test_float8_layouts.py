@@ -12,11 +12,11 @@ from helpers.resume import Ranks, run_row
 from torch import Tensor
 
 from internlm.core.parallel.linear import kernels as products
-from internlm.initialize.build import build_chunks
+from internlm.initialize.stages import build_chunks
 from internlm.model.modules.linear import Float8Linear
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.verify.case import Case, Combination, changed
-from internlm.verify.record import assemble
+from internlm.verify.record import join_ranks
 from internlm.verify.report import judge
 from internlm.verify.run import run_case, start_case
 
@@ -95,5 +95,5 @@ def with_wrong_weights(case: Case) -> Any:
 
 def test_a_single_number_that_is_rounded_to_its_neighbour_is_found(ranks: Ranks) -> None:
     case = Combination.parse(f"ranks=2 layout:tensor=2,mode=mtp {FLOAT8}").case()
-    verdict = judge(case, assemble(ranks(2).run(with_wrong_weights, case)), reference_of(case, ranks))
+    verdict = judge(case, join_ranks(ranks(2).run(with_wrong_weights, case)), reference_of(case, ranks))
     assert not verdict.is_equal and verdict.differences[0].step == 1

@@ -24,9 +24,9 @@ from internlm.data.batch import Batch
 from internlm.data.tokenized_writer import TokenizedWriter
 from internlm.initialize.build import build_layout, build_trainer
 from internlm.verify.case import ADAM_EPSILON, LEARNING_RATE, Case
-from internlm.verify.choices import Layout, from_text
+from internlm.verify.choices import LayoutChoices, from_text
 from internlm.verify.compare import compare, tolerance_of
-from internlm.verify.record import Array, RankRecord, Record, assemble
+from internlm.verify.record import Array, RankRecord, Record, join_ranks
 from internlm.verify.run import Recorder
 
 SAVED_STEP, LAST_STEP, MICRO_BATCHES = 2, 4, 8
@@ -83,7 +83,7 @@ class Rates(Hook):
 def case_of(folder: str, layout: str) -> Case:
     """The config of a run in a layout, and its ranks."""
     ranks, _, choices = layout.partition(" ")
-    world_size, parts = int(ranks.removeprefix("ranks=")), from_text(Layout, choices)
+    world_size, parts = int(ranks.removeprefix("ranks=")), from_text(LayoutChoices, choices)
     keys: dict[str, Any] = {
         "data.train_folder": f"{folder}/data",
         "data.total_steps": LAST_STEP,
@@ -196,7 +196,7 @@ def test_a_run_goes_on_in_another_layout(before: str, after: str, runs: Runs) ->
     assert {repr(part.state) for part in second} == {repr(whole[0].state)}
     assert {repr(a.rates + b.rates) for a in first for b in second} == {repr(whole[0].rates)}
 
-    expected, start, end = (assemble([part.record for part in parts]) for parts in (whole, first, second))
+    expected, start, end = (join_ranks([part.record for part in parts]) for parts in (whole, first, second))
     for name, weight in start.steps[-1].weights.items():
         assert np.array_equal(end.initial[name], weight), name
     record = Record(start.initial, start.steps + end.steps, end.placements)

@@ -1,4 +1,4 @@
-"""Global batches are the same for every number of data ranks, and hold what `Documents` says."""
+"""Global batches are the same for every number of data ranks, and hold what `BatchChoices` says."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 
 from internlm.utils.errors import ConfigError
 from internlm.verify.case import Case, Combination
-from internlm.verify.choices import Documents, Layout
+from internlm.verify.choices import BatchChoices, LayoutChoices
 from internlm.verify.matrix import pairwise_matrix
 
 
@@ -20,7 +20,7 @@ def test_the_reference_is_the_same_run_in_one_process() -> None:
     reference = case.reference()
     assert (case.world_size, case.config.data.micro_num, case.num_micro_batches) == (8, 2, 4)
     assert (reference.world_size, reference.config.data.micro_num, reference.num_micro_batches) == (1, 4, 4)
-    assert Layout.of(reference.config) == Layout()
+    assert LayoutChoices.of(reference.config) == LayoutChoices()
     assert reference.documents == case.documents
     kept = {"parallel", "data"}
     assert case.config.model_dump(exclude=kept) == reference.config.model_dump(exclude=kept)
@@ -58,4 +58,4 @@ def test_what_a_user_could_not_run_is_known_beforehand(text: str, reason: str) -
 def test_a_case_is_what_its_documents_and_config_say() -> None:
     one = Combination.parse("ranks=2").case()
     assert one == Combination.parse("ranks=2").case()
-    assert one != Case(one.config, 2, Documents(packed=False))
+    assert one != Case(one.config, 2, BatchChoices(packed=False))

@@ -7,14 +7,16 @@ import pytest
 from internlm.config.schema import Config
 from internlm.utils.errors import ConfigError
 from internlm.verify.case import changed
-from internlm.verify.choices import Documents, Layout, Model, Stepping, from_text, to_text
+from internlm.verify.choices import BatchChoices, LayoutChoices, ModelChoices, StepChoices, from_text, to_text
 
 CHOICES = [
-    Layout(),
-    Layout(tensor=2, mode="isp", weight=4, overlap=True, pipeline=2, schedule="ZBV", chunks=2, zero=2, fsdp=True),
-    Model(family="QWEN3", tied=False, checkpoint=0.5, keep="matmuls", dtype="bfloat16"),
-    Documents(packed=False, masked="ends"),
-    Stepping(clip=0.0, overlap_grad=True),
+    LayoutChoices(),
+    LayoutChoices(
+        tensor=2, mode="isp", weight=4, overlap=True, pipeline=2, schedule="ZBV", chunks=2, zero=2, fsdp=True
+    ),
+    ModelChoices(family="QWEN3", tied=False, checkpoint=0.5, keep="matmuls", dtype="bfloat16"),
+    BatchChoices(packed=False, masked="ends"),
+    StepChoices(clip=0.0, overlap_grad=True),
 ]
 
 
@@ -24,19 +26,19 @@ def test_the_text_gives_the_choices_back(choices: object) -> None:
 
 
 def test_only_what_differs_from_the_default_is_written() -> None:
-    assert to_text(Layout()) == ""
-    assert to_text(Layout(tensor=2, fsdp=True)) == "tensor=2,fsdp=true"
+    assert to_text(LayoutChoices()) == ""
+    assert to_text(LayoutChoices(tensor=2, fsdp=True)) == "tensor=2,fsdp=true"
 
 
 def test_a_flag_stands_alone_and_letters_may_be_of_any_case() -> None:
-    assert from_text(Layout, " overlap, schedule=zbv ,pipeline=2,mode=ISP") == Layout(
+    assert from_text(LayoutChoices, " overlap, schedule=zbv ,pipeline=2,mode=ISP") == LayoutChoices(
         overlap=True, schedule="ZBV", pipeline=2, mode="isp"
     )
 
 
 def test_all_mistakes_are_told_with_what_was_meant() -> None:
     with pytest.raises(ConfigError) as caught:
-        from_text(Layout, "tenso=2,zero=x,schedule=1F1,fsdp=maybe,mode=isp")
+        from_text(LayoutChoices, "tenso=2,zero=x,schedule=1F1,fsdp=maybe,mode=isp")
     assert caught.value.mistakes == [
         "'tenso=2': unknown name 'tenso', known: tensor, mode, weight, overlap, pipeline, schedule, chunks, zero, "
         "fsdp. Did you mean 'tensor'?",
@@ -53,7 +55,7 @@ def test_a_config_and_its_layout_say_the_same() -> None:
             "model": {"vocab_size": 8, "hidden_size": 8, "num_layers": 4, "num_attention_heads": 1},
         }
     )
-    layout = Layout(tensor=2, mode="msp", pipeline=2, chunks=2, zero=1)
-    assert Layout.of(config) == Layout()
-    assert Layout.of(changed(config, layout.keys())) == layout
-    assert Layout.of(changed(changed(config, layout.keys()), Layout().keys())) == Layout()
+    layout = LayoutChoices(tensor=2, mode="msp", pipeline=2, chunks=2, zero=1)
+    assert LayoutChoices.of(config) == LayoutChoices()
+    assert LayoutChoices.of(changed(config, layout.keys())) == layout
+    assert LayoutChoices.of(changed(changed(config, layout.keys()), LayoutChoices().keys())) == LayoutChoices()

@@ -17,7 +17,7 @@ from internlm.solver.optimizer import hybrid_zero
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.verify.case import Case, Combination
 from internlm.verify.compare import Tolerance, compare, summarize, tolerance_of
-from internlm.verify.record import InconsistentRanksError, Record, Step, assemble
+from internlm.verify.record import InconsistentRanksError, Record, Step, join_ranks
 from internlm.verify.report import judge
 from internlm.verify.run import run_case
 
@@ -193,12 +193,12 @@ def moments_are_lost() -> Callable[[], None]:
 def test_a_loss_that_is_a_mean_of_means_is_found(ranks: Callable[[int], RankPool]) -> None:
     case = Combination.parse("ranks=2").case()
     with pytest.raises(InconsistentRanksError, match="loss differs between ranks"):
-        assemble(ranks(2).run(with_defect, case, mean_of_ranks))
+        join_ranks(ranks(2).run(with_defect, case, mean_of_ranks))
 
 
 def test_a_norm_that_counts_copies_is_found(ranks: Callable[[int], RankPool]) -> None:
     case = Combination.parse("ranks=2").case()
-    verdict = judge(case, assemble(ranks(2).run(with_defect, case, norm_counts_copies)), reference_of(case, ranks, 2))
+    verdict = judge(case, join_ranks(ranks(2).run(with_defect, case, norm_counts_copies)), reference_of(case, ranks, 2))
     assert verdict.differences[0].what == "gradient norm"
     assert verdict.differences[0].amount == pytest.approx(2**0.5 - 1, rel=1e-3)
 
@@ -206,12 +206,12 @@ def test_a_norm_that_counts_copies_is_found(ranks: Callable[[int], RankPool]) ->
 def test_weights_that_drift_apart_are_found(ranks: Callable[[int], RankPool]) -> None:
     case = Combination.parse("ranks=2").case()
     with pytest.raises(InconsistentRanksError, match=r"weight, step 1 of .* rank 0 and rank 1 differ"):
-        assemble(ranks(2).run(with_defect, case, weights_drift))
+        join_ranks(ranks(2).run(with_defect, case, weights_drift))
 
 
 def test_moments_that_are_lost_are_found(ranks: Callable[[int], RankPool]) -> None:
     case = Combination.parse("ranks=2").case()
-    verdict = judge(case, assemble(ranks(2).run(with_defect, case, moments_are_lost)), reference_of(case, ranks, 2))
+    verdict = judge(case, join_ranks(ranks(2).run(with_defect, case, moments_are_lost)), reference_of(case, ranks, 2))
     first = verdict.differences[0]
     assert (first.step, first.what) == (2, "weight tok_embeddings.weight")
 

@@ -10,17 +10,17 @@ import torch
 from internlm.config.loader import load_config
 from internlm.config.rules import find_problems
 from internlm.config.schema import Config
-from internlm.initialize.build import reduce_dtype
+from internlm.initialize.stages import reduce_dtype
 from internlm.verify.case import changed
-from internlm.verify.choices import Layout
+from internlm.verify.choices import LayoutChoices
 from internlm.verify.shrink import shrink
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.py"))
 LAYOUTS = [
-    Layout(),
-    Layout(tensor=2, mode="msp"),
-    Layout(tensor=2, mode="isp", weight=4, overlap=True, pipeline=2, schedule="ZBV", chunks=2),
-    Layout(pipeline=2, chunks=2),
+    LayoutChoices(),
+    LayoutChoices(tensor=2, mode="msp"),
+    LayoutChoices(tensor=2, mode="isp", weight=4, overlap=True, pipeline=2, schedule="ZBV", chunks=2),
+    LayoutChoices(pipeline=2, chunks=2),
 ]
 
 
@@ -42,7 +42,7 @@ def test_every_example_config_becomes_small_and_stays_valid(path: Path) -> None:
     for layout in LAYOUTS:
         config = shrink(changed(original, layout.keys()))
         assert not list(find_problems(config, 8))
-        assert (config.model_type, Layout.of(config)) == (original.model_type, layout)
+        assert (config.model_type, LayoutChoices.of(config)) == (original.model_type, layout)
         assert config.model.hidden_size <= 256 and config.model.num_layers <= 4 and config.model.vocab_size <= 128
         for flag in ("qkv_bias", "qk_norm", "norm_head", "tie_word_embeddings", "checkpoint", "rope_scaling"):
             assert getattr(config.model, flag) == getattr(original.model, flag)
@@ -51,7 +51,7 @@ def test_every_example_config_becomes_small_and_stays_valid(path: Path) -> None:
 @pytest.mark.parametrize(("kv_heads", "tensor"), [(32, 4), (8, 4), (4, 4), (2, 4), (1, 4)])
 def test_key_value_heads_stand_to_the_ranks_as_before(kv_heads: int, tensor: int) -> None:
     config = user_config(num_kv_attention_heads=kv_heads)
-    model = shrink(changed(config, Layout(tensor=tensor, mode="msp").keys())).model
+    model = shrink(changed(config, LayoutChoices(tensor=tensor, mode="msp").keys())).model
     small = model.num_kv_attention_heads
     assert small is not None
     assert (small < tensor, small % tensor == 0) == (kv_heads < tensor, kv_heads % tensor == 0)
@@ -61,7 +61,7 @@ def test_key_value_heads_stand_to_the_ranks_as_before(kv_heads: int, tensor: int
 
 def test_each_rank_has_a_query_head() -> None:
     config = user_config(num_kv_attention_heads=1)
-    small = shrink(changed(config, Layout(tensor=8, mode="msp").keys()))
+    small = shrink(changed(config, LayoutChoices(tensor=8, mode="msp").keys()))
     assert (small.model.num_attention_heads, small.model.num_kv_attention_heads) == (8, 1)
     assert not list(find_problems(small, 8))
 
@@ -75,7 +75,7 @@ def test_a_budget_of_activations_goes_and_what_is_kept_stays() -> None:
 
 def test_a_vocabulary_that_does_not_divide_stays_one() -> None:
     for vocab, tensor in ((92544, 4), (92545, 4), (50257, 8)):
-        config = changed(user_config(vocab_size=vocab), Layout(tensor=tensor, mode="msp").keys())
+        config = changed(user_config(vocab_size=vocab), LayoutChoices(tensor=tensor, mode="msp").keys())
         assert shrink(config).model.vocab_size % tensor == vocab % tensor
 
 
@@ -98,10 +98,16 @@ def test_float8_is_off_unless_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("layout", "world_size"),
-    [*((layout, 8) for layout in LAYOUTS), (Layout(tensor=8, mode="isp", weight=2), 8), (Layout(tensor=4), 8)],
+    [
+        *((layout, 8) for layout in LAYOUTS),
+        (LayoutChoices(tensor=8, mode="isp", weight=2), 8),
+        (LayoutChoices(tensor=4), 8),
+    ],
 )
 @pytest.mark.parametrize("kv_heads", [32, 8, 1])
-def test_float8_is_compared_in_float64_and_fits_every_layout(kv_heads: int, layout: Layout, world_size: int) -> None:
+def test_float8_is_compared_in_float64_and_fits_every_layout(
+    kv_heads: int, layout: LayoutChoices, world_size: int
+) -> None:
     keys = {
         "float8.enable_float8_linear": True,
         "use_fp32_norm": True,

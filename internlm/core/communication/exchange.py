@@ -86,7 +86,7 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def gather(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
     """All-gather along `dim`; the gradient is reduce-scattered, as each rank uses the result differently."""
-    return x if group is None else _Gather.apply(x, group, dim)
+    return x if group is None else _AllGather.apply(x, group, dim)
 
 
 def gather_replicated(x: Tensor, group: dist.ProcessGroup | None, dim: int = SEQUENCE) -> Tensor:
@@ -125,7 +125,7 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
@@ -136,7 +136,7 @@ class _Gather(torch.autograd.Function):
         return start_reduce_scatter(grad, ctx.group, ctx.dim).wait(), None, None
 
 
-class _GatherReplicated(_Gather):
+class _GatherReplicated(_AllGather):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return own_part(grad, ctx.group, ctx.dim), None, None

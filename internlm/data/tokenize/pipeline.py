@@ -23,7 +23,7 @@ import numpy as np
 from internlm.data.read_ahead import WorkerProcesses
 from internlm.data.tokenize.input_files import InputFiles, find_inputs, name_some
 from internlm.data.tokenize.progress import TokenizeProgress
-from internlm.data.tokenize.shard_tokenizer import Part, ShardTokenizer, part_path
+from internlm.data.tokenize.shard_tokenizer import ShardTokenizer, TokenizedShard, part_path
 from internlm.data.tokenize.text_inputs import WITH_NUL, Extent, TextOptions, plan_shards
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.data.tokenized_file import TokenizedFile
@@ -126,7 +126,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     shards = plan_shards(files, options.text, manifest["shard_bytes"])
     load = partial(load_tokenizer, options.tokenizer, trust_remote_code=options.trust_remote_code)
     make = ShardTokenizer(load, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
-    made: list[Part] = []
+    made: list[TokenizedShard] = []
     with TokenizeProgress(total) as progress:
         for shard, part in zip(shards, _run(make, shards, options.processes), strict=True):
             progress.advance(sum(extent.num_bytes for extent in shard), part.tokens, resumed=not part.fresh)
@@ -146,7 +146,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     return TokenizeResult(documents, tokens, total, speed, notices)
 
 
-def _notices(found: InputFiles, made: list[Part]) -> list[str]:
+def _notices(found: InputFiles, made: list[TokenizedShard]) -> list[str]:
     """What was left out or is odd, a line each."""
     counts: Counter[str] = Counter()
     by_file: Counter[str] = Counter()
@@ -265,7 +265,7 @@ def _begin_or_continue(
     return manifest
 
 
-def _run(make: ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[Part]:
+def _run(make: ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[TokenizedShard]:
     if processes == 1:
         yield from map(make, enumerate(shards))
         return

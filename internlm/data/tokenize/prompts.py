@@ -36,7 +36,7 @@ Record = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Segment:
+class PromptSegment:
     """A part of an example: text, or ids as they are. What is not `learned` is read by the model and no label."""
 
     content: str | Sequence[int]
@@ -55,7 +55,7 @@ class PromptFormat:
         notices: what a user should know of the format with this tokenizer, a line each.
     """
 
-    segments: Callable[[Record], list[Segment]]
+    segments: Callable[[Record], list[PromptSegment]]
     end: Sequence[int] = ()
     max_tokens: int | None = None
     add_bos: bool = False
@@ -105,12 +105,12 @@ def prompt_format(
         return _internevo(tokenizer, path)
     if add_bos and tokenizer.bos_id is None:
         raise DataError(f"{path}: the tokenizer names no bos token; leave out --bos")
-    before = [Segment([tokenizer.bos_id], False)] if add_bos and tokenizer.bos_id is not None else []
+    before = [PromptSegment([tokenizer.bos_id], False)] if add_bos and tokenizer.bos_id is not None else []
 
-    def segments(record: Record) -> list[Segment]:
+    def segments(record: Record) -> list[PromptSegment]:
         template = _WITH_INPUT if record["input"] else _WITHOUT_INPUT
         prompt = template.format(instruction=record["instruction"], input=record["input"])
-        return [*before, Segment(prompt, False), Segment(record["output"], True)]
+        return [*before, PromptSegment(prompt, False), PromptSegment(record["output"], True)]
 
     return PromptFormat(segments, [tokenizer.eos_id], add_bos=add_bos)
 
@@ -133,7 +133,7 @@ def encode_examples(records: Iterable[Record], form: PromptFormat, tokenizer: Te
             yield Example([*ids[:room], *form.end], ends, max(0, len(ids) - room), any(learned[1:room]))
 
 
-def _chat_segments(path: Path, trust_remote_code: bool) -> Callable[[Record], list[Segment]]:
+def _chat_segments(path: Path, trust_remote_code: bool) -> Callable[[Record], list[PromptSegment]]:
     """Prompt and response by the tokenizer's own chat template, which owns all special tokens."""
     from transformers import AutoTokenizer
 
@@ -148,7 +148,7 @@ def _chat_segments(path: Path, trust_remote_code: bool) -> Callable[[Record], li
     if not tokenizer.chat_template:
         raise DataError(f"{folder}: the tokenizer has no chat template; leave out --chat-template")
 
-    def segments(record: Record) -> list[Segment]:
+    def segments(record: Record) -> list[PromptSegment]:
         question = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
         asked = [{"role": "user", "content": question}]
         answered = [*asked, {"role": "assistant", "content": record["output"]}]
@@ -159,7 +159,7 @@ def _chat_segments(path: Path, trust_remote_code: bool) -> Callable[[Record], li
                 f"{folder}: the chat template does not continue its own generation prompt, so the response cannot be "
                 f"told from the prompt {prompt!r}; leave out --chat-template"
             )
-        return [Segment(prompt, False), Segment(whole[len(prompt) :], True)]
+        return [PromptSegment(prompt, False), PromptSegment(whole[len(prompt) :], True)]
 
     return segments
 
@@ -171,15 +171,15 @@ def _internevo(tokenizer: TextTokenizer, path: Path) -> PromptFormat:
     ids = _internevo_ids(tokenizer)
     bos, newline = tokenizer.bos_id, ids["<0x0A>"]
 
-    def segments(record: Record) -> list[Segment]:
+    def segments(record: Record) -> list[PromptSegment]:
         question = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
         return [
-            Segment([bos], True),
-            Segment(f"<|User|>:{question}", False),
-            Segment([ids["<eoh>"], newline], False),
-            Segment("<|Bot|>:", False),
-            Segment(record["output"], True),
-            Segment([ids["<eoa>"], newline], True),
+            PromptSegment([bos], True),
+            PromptSegment(f"<|User|>:{question}", False),
+            PromptSegment([ids["<eoh>"], newline], False),
+            PromptSegment("<|Bot|>:", False),
+            PromptSegment(record["output"], True),
+            PromptSegment([ids["<eoa>"], newline], True),
         ]
 
     return PromptFormat(

@@ -23,7 +23,7 @@ _NO_TOKEN = "texts that give no token"
 
 
 @dataclass
-class Part:
+class TokenizedShard:
     """What a shard gave.
 
     Attributes:
@@ -71,11 +71,11 @@ class ShardTokenizer:
         self._num_outputs = num_outputs
         self._tokenizer: TextTokenizer | None = None
 
-    def __call__(self, numbered: tuple[int, tuple[Extent, ...]]) -> Part:
+    def __call__(self, numbered: tuple[int, tuple[Extent, ...]]) -> TokenizedShard:
         index, shard = numbered
         done = self._parts / f"{index:06d}.done"
         if done.is_file():
-            return Part(**json.loads(done.read_text()) | {"fresh": False})
+            return TokenizedShard(**json.loads(done.read_text()) | {"fresh": False})
         if self._tokenizer is None:
             # Parallelism comes from the processes; threads of the library below them would only compete.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -95,7 +95,7 @@ class ShardTokenizer:
             writer.close()
         documents = sum(writer.num_documents for writer in writers)
         tokens = sum(writer.num_tokens for writer in writers)
-        part = Part(documents, tokens, dict(counts), dict(by_file))
+        part = TokenizedShard(documents, tokens, dict(counts), dict(by_file))
         temporary = done.with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(part)))
         os.replace(temporary, done)

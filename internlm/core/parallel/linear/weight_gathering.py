@@ -59,7 +59,7 @@ class BufferPool:
 
 
 @dataclass
-class _Gather:
+class _GatherInFlight:
     """All-gathers of a group's parameters in flight.
 
     Attributes:
@@ -116,7 +116,7 @@ class GatheredWeights:
         self._layers: list[list[LinearGroup]] = []
         self._layer_number: dict[LinearGroup, int] = {}
         self._parameters: dict[LinearGroup, list[nn.Parameter]] = {}
-        self._in_flight: dict[LinearGroup, _Gather] = {}
+        self._in_flight: dict[LinearGroup, _GatherInFlight] = {}
         self._acquired: dict[LinearGroup, list[Tensor]] = {}
         self.log: list[tuple[str, str]] | None = None
 
@@ -201,7 +201,7 @@ class GatheredWeights:
             return
         self._note("launch", group)
         size, process_group = self._context.size("weight", "weight"), self._context.group("weight", "weight")
-        gather = self._in_flight[group] = _Gather()
+        gather = self._in_flight[group] = _GatherInFlight()
         for parameter in self._parameters[group]:
             wait_until_readable(parameter)
         gather.scales = self._scales_of(group)

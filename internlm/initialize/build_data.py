@@ -1,0 +1,58 @@
+"""Training data and valid sets of one data rank, from a config."""
+
+from __future__ import annotations
+
+from internlm.config.schema import Config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.data.loader import TrainLoader, build_train_loader
+from internlm.data.packing import Packing
+from internlm.data.valid import ValidLoader, build_valid_loaders
+
+
+def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
+    """The training data of this data rank."""
+    data = config.data
+    return build_train_loader(
+        data.train_folder,
+        seq_len=data.seq_len,
+        micro_bsz=data.micro_bsz,
+        micro_num=data.micro_num,
+        packing=packing(config),
+        seed=data.seed,
+        vocab_size=config.model.vocab_size,
+        data_rank=context.index("data"),
+        data_size=context.size("data"),
+        num_workers=data.num_worker,
+        min_length=data.min_length,
+        min_length_dict=data.min_length_dict,
+        rampup_batch_size=data.rampup_batch_size,
+        skip_batches=data.skip_batches,
+        skip_bad_documents=data.skip_bad_documents,
+        fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
+        total_steps=data.total_steps,
+        pin_memory=context.device.type == "cuda",
+    )
+
+
+def packing(config: Config) -> Packing:
+    """Which of the three ways makes samples from documents."""
+    if not config.data.use_packed_dataset:
+        return "unpacked"
+    return "pack_sample_into_one" if config.data.pack_sample_into_one else "cut"
+
+
+def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, ValidLoader]:
+    """This data rank's part of every valid set; none when evaluation is off."""
+    data = config.data
+    if data.valid_every == 0:
+        return {}
+    return build_valid_loaders(
+        data.valid_folder,
+        seq_len=data.seq_len,
+        micro_bsz=data.micro_bsz,
+        vocab_size=config.model.vocab_size,
+        valid_micro_num=data.valid_micro_num,
+        data_rank=context.index("data"),
+        data_size=context.size("data"),
+        packed=data.use_packed_dataset,
+    )

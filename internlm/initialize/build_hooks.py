@@ -1,0 +1,112 @@
+"""The hooks of a training run, in their order, from a config."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from internlm.checkpoint.hook import CheckpointHook
+from internlm.checkpoint.stop_file import StopFileHook
+from internlm.config.schema import Config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.engine import Engine
+from internlm.core.hooks import Hook
+from internlm.data.loader import TrainLoader
+from internlm.estimate.dimensions import ModelDimensions
+from internlm.estimate.flops import flops_per_token, peak_flops
+from internlm.eval.hook import EvaluationHook
+from internlm.initialize.user_hooks import build_user_hooks, check_names
+from internlm.model.architecture import Architecture
+from internlm.monitor.console import ConsoleHook
+from internlm.monitor.garbage_collection import GarbageCollectionHook
+from internlm.monitor.health import HealthHook
+from internlm.monitor.metrics_collector import MetricsCollector
+from internlm.monitor.metrics_file import MetricsFileHook
+from internlm.monitor.profiler import ProfilerHook
+from internlm.monitor.tensorboard import TensorBoardHook
+from internlm.monitor.throughput import FlopsModel, Throughput
+from internlm.solver.optimizer.nonfinite import describe_failed_update
+from internlm.utils.paths import expand_home
+
+
+def build_hooks(
+    config: Config,
+    context: ParallelContext,
+    run_dir: Path,
+    engine: Engine,
+    train_loader: TrainLoader,
+    *,
+    profiling: bool = False,
+) -> list[Hook]:
+    """The hooks of the loop, in the order in which they are called; those of the config come last."""
+    collector = MetricsCollector(Throughput(context.world_size, build_flops(config, context.device, engine.chunks[0])))
+    hooks: list[Hook] = [GarbageCollectionHook(config.data.empty_cache_and_diag_interval)]
+    hooks.append(ConsoleHook(collector, config.monitor.log_every, config.monitor.log_format))
+    if config.monitor.metrics_file:
+        hooks.append(MetricsFileHook(collector))
+    if config.enable_tb:
+        # The variables' names are InternEvo's.
+        folder = config.tensorboard_folder or expand_home(os.environ.get("tensorboard_folder", ""))  # noqa: SIM112
+        resumed = config.resume_tb_folder or expand_home(os.environ.get("resume_tb_folder", ""))  # noqa: SIM112
+        hooks.append(
+            TensorBoardHook(
+                collector,
+                Path(folder) if folder else None,
+                Path(resumed) if resumed else None,
+                config.tensorboard.queue_max_length,
+            )
+        )
+    if profiling:
+        hooks.append(ProfilerHook())
+    if config.ckpt.enable_save_ckpt:
+        assert config.ckpt.checkpoint_every is not None
+        hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
+    # Behind the checkpoint: what an evaluation meets must not cost the steps before it.
+    if config.data.valid_every > 0 and config.data.valid_folder is not None:
+        hooks.append(EvaluationHook(config.data.valid_every))
+    if config.ckpt.stop_file_path is not None:
+        hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
+    hooks.append(build_health(config, collector, engine, train_loader))
+    own = build_user_hooks(config.hooks)
+    check_names(hooks, own)
+    return [*hooks, *own]
+
+
+def build_health(config: Config, collector: MetricsCollector, engine: Engine, train_loader: TrainLoader) -> HealthHook:
+    """What ends a run that no longer learns."""
+    optimizer = engine.optimizer
+    data, scaler = config.data, config.grad_scaler
+    can_fall = config.model.torch_dtype == torch.float16 and scaler.backoff_factor < 1
+    reasons = "every token is masked (negative in the .bin)"
+    if not data.use_packed_dataset:
+        reasons += f", or every prompt is longer than data.seq_len = {data.seq_len}, where documents are cut off"
+    return HealthHook(
+        collector,
+        max_skipped=config.monitor.max_skipped_updates,
+        smallest_scale=scaler.scale_bounds[0] if can_fall else math.inf,
+        find_cause=partial(describe_failed_update, optimizer),
+        samples_per_epoch=train_loader.num_samples_per_epoch,
+        why_no_label=f"The likely reason: {reasons}; see doc/data.md",
+    )
+
+
+def build_flops(config: Config, device: torch.device, model: nn.Module) -> FlopsModel | None:
+    """FLOPs a token for tflops and mfu; None for a user's own model, whose shape is not known."""
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, Architecture):
+        return None
+    dimensions = ModelDimensions.of(architecture)
+    if config.monitor.peak_tflops is not None:
+        peak: float | None = config.monitor.peak_tflops * 1e12
+    else:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        peak = peak_flops(name, architecture.dtype)
+    seq_len = config.data.seq_len
+    return FlopsModel(
+        flops_per_token(dimensions, seq_len, "full"), flops_per_token(dimensions, seq_len, "causal"), peak
+    )
