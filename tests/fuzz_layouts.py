@@ -85,6 +85,7 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
             "grad_bf16": (False, False, True),
             "moments_bf16": (False, False, True),
             "offload": (False, False, True),
+            "groups": ("none", "none", "frozen_ends", "frozen_layer", "factors"),
         },
     ),
 }

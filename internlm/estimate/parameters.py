@@ -16,6 +16,7 @@ from internlm.core.parallel.parallelize import shard_specs
 from internlm.core.parallel.pipeline_stages import meta_stage
 from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.scheduler.stage_placement import Placement
+from internlm.solver.optimizer.parameter_groups import ParameterGroup, is_frozen
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def rank_parameters(
     options: ParallelOptions,
     *,
     fsdp: bool = False,
+    groups: Sequence[ParameterGroup] = (),
 ) -> RankParameters:
     """The parameters of one rank.
 
@@ -84,6 +86,7 @@ def rank_parameters(
         stage_layers: layers of each stage.
         options: of `parallelize`.
         fsdp: whether FSDP splits the weights.
+        groups: parameter groups of the optimizer; frozen ones have no gradient and no state.
 
     Raises:
         ConfigError: the model cannot be cut into these stages.
@@ -105,7 +108,8 @@ def rank_parameters(
             if name in other_end:
                 spec = replace(spec, partial_over=(*spec.partial_over, "pipeline_ends"))
             kept = spec if parameter in not_split else rows_of(spec, context.size("zero"), context.index("zero"))
-            own.setdefault(name, []).append(HeldParameter(kept, spec, parameter.dtype, parameter.requires_grad))
+            is_trained = parameter.requires_grad and not is_frozen(spec.name, groups)
+            own.setdefault(name, []).append(HeldParameter(kept, spec, parameter.dtype, is_trained))
         held = {**own, **held}
     parameters = tuple(parameter for parts in held.values() for parameter in parts)
     return RankParameters(context, tuple(stage_layers[stage] for stage in stages), has_embedding, has_head, parameters)

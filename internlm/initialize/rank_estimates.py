@@ -16,7 +16,7 @@ from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.memory import RankMemory, peak_activations
 from internlm.estimate.parameters import RankParameters, rank_parameters
 from internlm.initialize.activation_memory import estimated_architecture, layer_activations, save_policies
-from internlm.initialize.stages import build_layer_split, build_meta_model, build_options, state_form
+from internlm.initialize.stages import build_layer_split, build_meta_model, build_options, parameter_groups, state_form
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def estimate_ranks(
         ConfigError: the model cannot be cut into these stages.
     """
     stage_layers, options, form = build_layer_split(config), build_options(config), state_form(config)
-    model = build_meta_model(config)
+    model, groups = build_meta_model(config), parameter_groups(config)
 
     def make_model() -> nn.Module:
         """Much faster than building the model again for each stage."""
@@ -60,7 +60,14 @@ def estimate_ranks(
     estimates = []
     for rank in ranks:
         held = rank_parameters(
-            make_model, layout, rank, schedule.placement, stage_layers, options, fsdp=config.parallel.uses_fsdp
+            make_model,
+            layout,
+            rank,
+            schedule.placement,
+            stage_layers,
+            options,
+            fsdp=config.parallel.uses_fsdp,
+            groups=groups,
         )
         memory = RankMemory.of_rank(held, form)
         architecture = estimated_architecture(model)

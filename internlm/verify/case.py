@@ -12,7 +12,15 @@ from internlm.config.schema import Config
 from internlm.config.validation import build_config
 from internlm.initialize.build import build_layout
 from internlm.utils.errors import ConfigError
-from internlm.verify.choices import BatchChoices, LayoutChoices, ModelChoices, StepChoices, from_text, to_text
+from internlm.verify.choices import (
+    PARAMETER_GROUPS,
+    BatchChoices,
+    LayoutChoices,
+    ModelChoices,
+    StepChoices,
+    from_text,
+    to_text,
+)
 
 # A step of AdamW is lr * m / (sqrt(v) + eps). With the usual eps of 1e-8 an element whose true gradient is 0 moves by
 # lr in the direction of its rounding error, so that two correct runs part. With an eps of the size of the gradients the
@@ -152,6 +160,7 @@ class Combination:
             "hybrid_zero_optimizer.grad_accumulation_dtype": _dtype(self.stepping.grad_bf16),
             "hybrid_zero_optimizer.offload_optimizer": self.stepping.offload,
             "adam.moments_dtype": _dtype(self.stepping.moments_bf16),
+            "optimizer.groups": PARAMETER_GROUPS[self.stepping.groups],
         }
         return Case(_config(keys), self.ranks, self.documents)
 

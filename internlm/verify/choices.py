@@ -6,6 +6,7 @@ The text form, such as `tensor=2,mode=isp,weight=4`, is what `internlm verify --
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -125,6 +126,19 @@ class BatchChoices:
     masked: Literal["none", "uneven", "micro_batches", "ends", "all"] = "uneven"
 
 
+PARAMETER_GROUPS: Mapping[str, list[dict[str, Any]]] = {
+    "none": [],
+    "frozen_ends": [{"match": "tok_embeddings.*", "freeze": True}, {"match": "norm.*", "freeze": True}],
+    "frozen_layer": [
+        {"match": "tok_embeddings.*", "freeze": True},
+        {"match": "layers.0.*", "freeze": True},
+        {"match": "layers.1.*", "lr_factor": 0.5, "weight_decay": 0.3},
+    ],
+    "factors": [{"match": "*norm*", "lr_factor": 0.5}, {"match": "layers.0.*", "lr_factor": 2.0, "weight_decay": 0.0}],
+}
+"""Name -> `optimizer.groups`, of names that every family has."""
+
+
 @dataclass(frozen=True)
 class StepChoices:
     """How an optimizer step is made of micro batches, and what the optimizer does.
@@ -138,6 +152,7 @@ class StepChoices:
         grad_bf16: gradients are accumulated in bf16.
         moments_bf16: moments are kept in bf16.
         offload: masters and moments are kept on the host; not in the run in one process.
+        groups: a set of `optimizer.groups`, see `PARAMETER_GROUPS`.
     """
 
     micro_batches: int = 0
@@ -149,6 +164,7 @@ class StepChoices:
     grad_bf16: bool = False
     moments_bf16: bool = False
     offload: bool = False
+    groups: Literal["none", "frozen_ends", "frozen_layer", "factors"] = "none"
 
 
 def to_text(choices: Any) -> str:

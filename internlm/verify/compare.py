@@ -32,7 +32,7 @@ class Tolerance:
         loss: of the loss.
         gradient: of the norm of the gradient, and of the L2 norm of each tensor's gradient.
         weight: rounding of a stored weight, relative to the L2 norm of the tensor.
-        update: how far a gradient's error moves a weight: the learning rate over AdamW's epsilon.
+        update: how far a gradient's error moves a weight: the largest learning rate over AdamW's epsilon.
         response: relative change of a gradient for one of all weights: every layer adds that of its own.
     """
 
@@ -89,7 +89,8 @@ def tolerance_of(case: Case) -> Tolerance:
     # Losses are summed, and all is recorded, in fp32 at best.
     loss = FP32_LOSS if dtype in (torch.float32, torch.float64) else gradient
     weight = 2 * max(_unit(dtype), _unit(torch.float32))
-    return Tolerance(loss, gradient, weight, config.adam.lr / config.adam.adam_eps, config.model.num_layers + 1)
+    lr = config.adam.lr * max([1.0, *(group.lr_factor for group in config.optimizer.groups)])
+    return Tolerance(loss, gradient, weight, lr / config.adam.adam_eps, config.model.num_layers + 1)
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def _measure(record: Record, reference: Record, number: int, tolerance: Toleranc
         yield RunDifference(number, what, amount, allowed, f"{value!r} instead of {expected!r}")
     amounts = gradient_differences(step.gradients, other.gradients)
     for name in reference.initial:  # in model order
+        if name not in amounts:
+            continue  # frozen in both runs
         yield RunDifference(
             number, f"gradient of {name}", amounts[name], allowed_gradient, record.placements.get(name, "")
         )
@@ -194,6 +197,7 @@ def _measure(record: Record, reference: Record, number: int, tolerance: Toleranc
             _allowed_gradient(reference, past, tolerance)
             * max(float(np.linalg.norm(gradients[name])), _term_size(name, gradients))
             for past, gradients in enumerate((step.gradients for step in reference.steps[:number]), start=1)
+            if name in gradients  # not of a frozen weight
         )
         allowed = tolerance.weight * number + tolerance.update * sum(errors) / norm
         amount = _relative(step.weights.get(name), wanted)
@@ -216,8 +220,14 @@ def _norm_of_all(tensors: dict[str, Array]) -> float:
 
 
 def gradient_differences(gradients: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
-    """By name the L2 norm of each difference, relative to what rounding is relative to; infinite where one lacks."""
-    return {name: _relative(gradients.get(name), value, _term_size(name, expected)) for name, value in expected.items()}
+    """By name the L2 norm of each difference, relative to what rounding is relative to; infinite where one lacks.
+
+    A frozen weight has no gradient in either run, and no entry.
+    """
+    amounts = {
+        name: _relative(gradients.get(name), value, _term_size(name, expected)) for name, value in expected.items()
+    }
+    return amounts | dict.fromkeys(gradients.keys() - expected.keys(), math.inf)
 
 
 def _term_size(name: str, gradients: Mapping[str, Array]) -> float:

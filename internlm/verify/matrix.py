@@ -82,6 +82,13 @@ AXES: Mapping[str, tuple[str, ...]] = {
 }
 """Axis -> its options, in the words of `Combination`; `data=N` is the number of ranks with different data."""
 
+GROUPS = (
+    "ranks=4 layout:tensor=2,mode=isp,weight=2,pipeline=2,schedule=ZBV stepping:groups=frozen_layer,overlap_param",
+    "ranks=2 layout:fsdp model:checkpoint=1 stepping:groups=frozen_ends",
+    "ranks=4 layout:tensor=2,mode=msp,zero=1 stepping:groups=factors,overlap_grad",
+)
+"""Rows of the matrix with parameter groups, which meet sharding and the schedule of a pipeline."""
+
 # Whether options go together is a matter of these alone; all others go with everything.
 CONSTRAINED = ("split", "pipeline", "data", "optimizer")
 
@@ -100,7 +107,7 @@ def combination_of(row: Row) -> Combination:
 
 
 def pairwise_matrix() -> list[Combination]:
-    """Rows in which every two options that go together meet; the same on every machine."""
+    """Rows in which every two options that go together meet, then those of `GROUPS`; the same on every machine."""
     names = list(AXES)
     missing = {
         pair
@@ -117,7 +124,7 @@ def pairwise_matrix() -> list[Combination]:
             used.update(row.items())
             missing -= set(itertools.combinations([(name, row[name]) for name in names], 2))
             rows.append(combination_of(row))
-    return rows
+    return rows + [Combination.parse(text) for text in GROUPS]
 
 
 def full_matrix() -> list[Combination]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from typing import Any
 
 from internlm.config.schema import Config
+from internlm.initialize.stages import build_meta_model, parameter_groups
+from internlm.solver.optimizer.parameter_groups import is_frozen
 from internlm.verify.case import (
     ADAM_EPSILON,
     FLOAT8_HEAD_DIM,
@@ -32,7 +36,7 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
     The ratio of query to key-value heads stays up to 4, or to what gives each rank a query head, and key-value heads
     stay below the tensor size or a multiple of it, as they were. A vocabulary that the ranks do not divide stays one.
     The optimizer's learning rate and epsilon are those of `case.py`. A budget of activations, which such a model never
-    fills, is left out.
+    fills, is left out. Parameter groups stay where they match a parameter of the small model.
 
     Args:
         config: a checked config.
@@ -84,7 +88,17 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
         keys["reduce_comm_dtype"] = None
         keys["hybrid_zero_optimizer.grad_accumulation_dtype"] = "torch.float32"
         keys["adam.moments_dtype"] = "torch.float32"
-    return changed(config, keys)
+    small = changed(config, keys)
+    return changed(small, {"optimizer.groups": _matching_groups(small)}) if config.optimizer.groups else small
+
+
+def _matching_groups(small: Config) -> list[dict[str, Any]]:
+    """The config's parameter groups that match a parameter of the small model; none if they freeze all of it."""
+    names = [name for name, _ in build_meta_model(small).named_parameters()]
+    groups = [group for group in parameter_groups(small) if any(fnmatchcase(name, group.match) for name in names)]
+    if all(is_frozen(name, groups) for name in names):
+        return []
+    return [asdict(group) for group in groups]
 
 
 def _multiple(number: int, divisor: int) -> int:

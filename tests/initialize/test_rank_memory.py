@@ -135,6 +135,22 @@ def test_bytes_in_other_forms(ranks: Callable[[int], RankPool], form: str, paral
     )
 
 
+FROZEN = {"optimizer.groups": [{"match": "tok_embeddings.*", "freeze": True}, {"match": "layers.1.*", "freeze": True}]}
+
+
+@pytest.mark.parametrize("parallel", [PIPELINES["1F1B"], {"parallel.fsdp.enable": True}], ids=str)
+def test_frozen_weights_have_no_gradient_and_no_state(
+    ranks: Callable[[int], RankPool], parallel: dict[str, object]
+) -> None:
+    test_bytes_are_those_of_a_real_optimizer(ranks, "torch.bfloat16", {**parallel, **FROZEN})
+    config = small_config({**parallel, **FROZEN, "model.dtype": "torch.bfloat16"})
+    whole = RankMemory.sum(memories(config, 2))
+    trained = small_config({**parallel, "model.dtype": "torch.bfloat16"})
+    without = RankMemory.sum(memories(trained, 2))
+    assert whole.weights == without.weights
+    assert whole.gradients < without.gradients and whole.moments < without.moments
+
+
 def test_a_7b_model_takes_a_step_on_one_device() -> None:
     """The bytes by part that doc/memory.md gives; the numbers of parameters are those of the model's card."""
     config = load_config(ROOT / "configs" / "7B_internlm2.py", world_size=8).config

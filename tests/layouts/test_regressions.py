@@ -51,6 +51,13 @@ def test_the_gradient_norm_counts_each_weight_once(layout: str, ranks: Ranks) ->
     assert_equal_to_one_process(text, ranks)
 
 
+@pytest.mark.parametrize("layout", ["tensor=2,mode=isp,weight=2", "pipeline=2,schedule=ZBV", "fsdp"])
+@pytest.mark.parametrize("groups", ["frozen_ends", "frozen_layer", "factors"])
+def test_parameter_groups_hold_in_every_layout(layout: str, groups: str, ranks: Ranks) -> None:
+    """Frozen weights are in no bucket, in no norm and in no gather of updates."""
+    assert_equal_to_one_process(f"ranks=2 layout:{layout} stepping:groups={groups},clip=0.1", ranks)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("hidden", ["true", "false"])
 def test_a_padded_vocabulary_has_no_probability_and_no_gradient(hidden: str, split: str, ranks: Ranks) -> None:

@@ -16,7 +16,7 @@ CHOICES = [
     ),
     ModelChoices(family="QWEN3", tied=False, checkpoint=0.5, keep="matmuls", dtype="bfloat16"),
     BatchChoices(packed=False, masked="ends"),
-    StepChoices(clip=0.0, overlap_grad=True),
+    StepChoices(clip=0.0, overlap_grad=True, groups="frozen_layer"),
 ]
 
 

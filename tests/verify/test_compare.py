@@ -71,6 +71,16 @@ def test_each_kind_of_difference_is_named(change: Callable[[Record], Any], found
     assert differences(change) == found
 
 
+def test_a_weight_frozen_in_both_runs_has_no_gradient_to_compare() -> None:
+    reference, other = record(), record()
+    for step in (*reference.steps, *other.steps):
+        step.gradients.pop("a")
+    assert compare(other, reference, TOLERANCE) == []
+    other.steps[0].gradients["a"] = np.ones((8, 8), dtype=np.float32)
+    scale(other.steps[1].weights, "a", 1 + 1e-5)
+    assert [found.what for found in compare(other, reference, TOLERANCE)] == ["gradient of a", "weight a"]
+
+
 def test_the_first_difference_comes_first_and_says_where_the_parameter_is() -> None:
     other = record()
     scale(other.steps[0].gradients, "b", 2)

@@ -73,6 +73,15 @@ def test_a_budget_of_activations_goes_and_what_is_kept_stays() -> None:
     )
 
 
+def test_parameter_groups_stay_where_they_match() -> None:
+    frozen_layers = [{"match": "layers.0.*", "freeze": True}, {"match": "layers.31.*", "lr_factor": 0.5}]
+    small = shrink(changed(user_config(), {"optimizer.groups": frozen_layers}))
+    assert [(group.match, group.freeze) for group in small.optimizer.groups] == [("layers.0.*", True)]
+    # Of 32 layers the last one is trained; the small model has none of it.
+    all_but_one = [{"match": "*", "freeze": True}, {"match": "layers.31.*", "lr_factor": 0.5}]
+    assert shrink(changed(user_config(), {"optimizer.groups": all_but_one})).optimizer.groups == []
+
+
 def test_a_vocabulary_that_does_not_divide_stays_one() -> None:
     for vocab, tensor in ((92544, 4), (92545, 4), (50257, 8)):
         config = changed(user_config(vocab_size=vocab), LayoutChoices(tensor=tensor, mode="msp").keys())

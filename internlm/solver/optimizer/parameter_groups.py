@@ -47,6 +47,12 @@ def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup | No
     return next((group for group in reversed(groups) if fnmatchcase(name, group.match)), None)
 
 
+def is_frozen(name: str, groups: Sequence[ParameterGroup]) -> bool:
+    """Whether the group that applies to a parameter freezes it."""
+    group = group_of(name, groups)
+    return group is not None and group.freeze
+
+
 def options_of(
     parameter: nn.Parameter, groups: Sequence[ParameterGroup], weight_decay: float, *, decay_all: bool
 ) -> GroupOptions:
@@ -69,8 +75,7 @@ def freeze_parameters(chunks: Iterable[nn.Module], groups: Sequence[ParameterGro
     """Let the parameters of frozen groups require no gradient; before FSDP and the optimizer see them."""
     for chunk in chunks:
         for parameter in chunk.parameters():
-            group = group_of(shard_spec_of(parameter).name, groups)
-            if group is not None and group.freeze:
+            if is_frozen(shard_spec_of(parameter).name, groups):
                 parameter.requires_grad_(False)
 
 
@@ -90,6 +95,5 @@ def check_groups(groups: Sequence[ParameterGroup], names: Collection[str]) -> No
                 f"optimizer.groups[{number}].match = {group.match!r} matches no parameter; names are such as "
                 f"'{min(names)}'.{nearest(group.match.replace('*', ''), names)}"
             )
-    chosen = [group_of(name, groups) for name in names]
-    if chosen and all(group is not None and group.freeze for group in chosen):
+    if names and all(is_frozen(name, groups) for name in names):
         raise ConfigError("optimizer.groups: every parameter of the model is frozen, so there is nothing to train")
