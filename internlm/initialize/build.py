@@ -65,11 +65,11 @@ def build_layout(config: Config, world_size: int) -> ParallelLayout:
 
 
 def check_buildable(config: Config, world_size: int) -> None:
-    """Find every mistake of a config before any rank is connected, also those that only building shows (sizes of
-    layers, phases of schedules).
+    """Check a config before any rank is connected, also for problems that only building shows (sizes of layers, phases
+    of schedules).
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: the config has problems; lists all of them.
     """
     check_config(config, world_size)
     refused = [mistake.text for mistake in find_refused_in_training(config)]
@@ -85,7 +85,7 @@ def check_buildable(config: Config, world_size: int) -> None:
 
 
 def set_numerics(config: Config) -> None:
-    """Set torch's process-wide switches for matrix products as the config says; on CPU also those of memory."""
+    """Set torch's process-wide GEMM switches from the config; on CPU also the allocator's."""
     torch.backends.cuda.matmul.allow_tf32 = config.model.uses_tf32
     torch.backends.cudnn.allow_tf32 = config.model.uses_tf32
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
@@ -117,7 +117,7 @@ def build_trainer(
         progress: where the loop marks what it is doing.
 
     Raises:
-        ConfigError, DataError, CheckpointError: a mistake in what the user gave.
+        ConfigError, DataError, CheckpointError: a user error.
     """
     if config.hybrid_zero_optimizer.offload_optimizer and context.device.type == "cpu":
         logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")

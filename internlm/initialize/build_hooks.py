@@ -78,7 +78,7 @@ def build_hooks(
 
 
 def build_health(config: Config, collector: MetricsCollector, engine: Engine, train_loader: TrainLoader) -> HealthHook:
-    """What ends a run that no longer learns."""
+    """The hook that ends a run that no longer learns."""
     optimizer = engine.optimizer
     data, scaler = config.data, config.grad_scaler
     can_fall = config.model.torch_dtype == torch.float16 and scaler.backoff_factor < 1

@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 
 def build_manager(config: Config, config_text: str) -> CheckpointManager:
-    """What saves and loads checkpoints, as the `ckpt` section asks."""
+    """The checkpoint manager that the `ckpt` section describes."""
     ckpt = config.ckpt
     return CheckpointManager(
         ckpt.save_ckpt_folder or None,
@@ -94,7 +94,7 @@ def check_finite(trainer: Trainer, path: StoragePath) -> None:
         )
 
 
-def check_checkpoint(config: Config, path: StoragePath, mark: Manifest, contents: Collection[str]) -> None:
+def check_checkpoint(config: Config, path: StoragePath, manifest: Manifest, contents: Collection[str]) -> None:
     """Compare the config with that of a checkpoint of ours from which `contents` are to be loaded.
 
     Raises:
@@ -102,12 +102,12 @@ def check_checkpoint(config: Config, path: StoragePath, mark: Manifest, contents
     """
     saved = saved_config(path)
     if saved is not None:
-        next_rate = (lambda one: build_schedules(one)[0].lr(mark.step)) if "scheduler" in contents else None
+        next_rate = (lambda one: build_schedules(one)[0].lr(manifest.step)) if "scheduler" in contents else None
         compare_configs(saved, config, f"the checkpoint '{path}'", contents, next_rate)
 
 
 def check_foreign_weights(config: Config, info: LoadCkptInfo, path: StoragePath) -> None:
-    """The same for weights of others, as far as their config is known.
+    """Compare the config with that of weights in another format, as far as theirs is known.
 
     Raises:
         CheckpointError: the model is another function.
@@ -118,14 +118,14 @@ def check_foreign_weights(config: Config, info: LoadCkptInfo, path: StoragePath)
 
 
 def is_left_open(info: LoadCkptInfo) -> bool:
-    """Whether its path is a placeholder of an example. A folder of such a name counts; a store is not asked for one."""
+    """Whether the path is an example's placeholder; not if a local folder of that name exists. No store is asked."""
     assert info.path is not None
     path = storage_path(info.path)
     return info.is_placeholder and not (path.is_local and path.exists())
 
 
 def _keep_files(config: Config, manager: CheckpointManager, path: StoragePath) -> None:
-    """Files of the checkpoint at `path` that those of this run are to have, too."""
+    """Carry files of the checkpoint at `path` over into the checkpoints of this run."""
     content = manager.files.get(DATA_TOKENIZER)
     known = None if content is None else KnownTokenizer.from_json(content)
     manager.files |= compare_with_checkpoint(config, path, known)

@@ -96,7 +96,7 @@ def build_options(config: Config) -> ParallelOptions:
 
 
 def reduce_dtype(config: Config) -> torch.dtype:
-    """The dtype in which gradients travel."""
+    """The dtype of the reduction of gradients."""
     name = config.reduce_comm_dtype
     return _dtype(name) if name else wide(config.model.torch_dtype)
 
@@ -124,7 +124,7 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
 
     Raises:
         ConfigError: the model cannot be cut into these stages, not be sharded as `parallel.fsdp` asks, or not be
-            compiled, multiply in float8 or compute in float64 here.
+            compiled, run its GEMMs in float8 or compute in float64 here.
     """
     if config.model.torch_dtype == torch.float64 and context.device.type == "cuda":
         raise ConfigError("model.dtype = 'torch.float64' is for comparisons on a CPU; set 'torch.bfloat16'")

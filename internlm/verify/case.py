@@ -34,7 +34,7 @@ HEAD_DIM = 8
 SEQ_LEN = 16
 MICRO_BSZ = 2
 
-# Of float8, which multiplies in tiles of 16: channels of a head, and tokens of a sequence for each tensor rank.
+# Float8 GEMMs run in tiles of 16: channels of a head, and tokens of a sequence for each tensor rank.
 FLOAT8_HEAD_DIM = 16
 FLOAT8_SEQ_LEN = 16 // MICRO_BSZ
 

@@ -84,8 +84,8 @@ class ModelChoices:
         tied, norm_head, qk_norm, bias: flags of `model`; None is the family's choice. `bias` is of qkv, wo and the MLP.
         fused: one weight for q, k and v, and one for both inputs of the MLP; None is the family's choice.
         split_hidden: `model.embed_split_hidden`.
-        checkpoint: share of the layers that are computed again in backward.
-        keep: what these keep, `model.checkpoint_save_policy`.
+        checkpoint: share of the layers that are recomputed in backward.
+        keep: save policy of these layers, `model.checkpoint_save_policy`.
         dtype: of weights and computation.
         fp32_norm, fp32_residual: `use_fp32_norm` and `model.residual_in_fp32`.
         float8: `float8.enable_float8_linear`, in every layer; goes with float64.
@@ -148,7 +148,7 @@ class StepChoices:
         clip: largest norm of the gradient; 0 leaves it as it is.
         bucket: elements of a gradient bucket.
         overlap_grad, overlap_param: `hybrid_zero_optimizer.overlap_sync_grad` and `overlap_sync_param`.
-        reduce_bf16: gradients travel in bf16.
+        reduce_bf16: gradients are reduced in bf16.
         grad_bf16: gradients are accumulated in bf16.
         moments_bf16: moments are kept in bf16.
         offload: masters and moments are kept on the host; not in the run in one process.

@@ -12,7 +12,7 @@ import torch
 from internlm.verify.case import Case
 from internlm.verify.record import Array, Record
 
-# Matrix products, element-wise operations and reductions that a value passes, one after the other, from a layer's input
+# GEMMs, element-wise operations and reductions that a value passes, one after the other, from a layer's input
 # to its output (norm, projection, rotary, scores, softmax, weighting, projection, sum; norm, projection, gate,
 # projection, sum), and about twice as many on the way back.
 ROUNDINGS_PER_LAYER = 40
