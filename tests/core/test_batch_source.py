@@ -12,6 +12,7 @@ from helpers.tiny import global_batch, tiny_engine
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.core.batch_source import BatchSource, ClosableSource, SeekableSource, StatefulSource
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.hooks import Hook
 from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
 from internlm.data.loader import TrainLoader
@@ -67,6 +68,19 @@ def test_a_source_of_all_protocols_is_positioned_compared_and_closed(tmp_path: P
     resumed.fit()
     samples = 2 * global_batch(0).num_samples
     assert second.calls == [("load", {"files": "abc"}), ("seek", 2, samples), "close"]
+
+
+def test_a_source_is_closed_after_an_exception(tmp_path: Path) -> None:
+    class Breaks(Hook):
+        def on_step_end(self, trainer: Any, metrics: Any) -> None:
+            raise RuntimeError("broken hook")
+
+    source = Recorded()
+    trainer = trainer_of(source, 2, tmp_path)
+    trainer.hooks.append(Breaks())
+    with pytest.raises(RuntimeError, match="broken hook"):
+        trainer.fit()
+    assert source.calls == [("seek", 0, 0), "close"]
 
 
 def test_a_list_of_batches_is_a_source(tmp_path: Path) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from helpers.commands import write_config
+from torch import Tensor
 
 from internlm.config.loader import load_config
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.hooks import Hook
 from internlm.core.trainer import Trainer
+from internlm.initialize import build
 from internlm.initialize.build import build_layout, build_trainer
 from internlm.utils.errors import CheckpointError
 
@@ -66,3 +69,39 @@ def test_a_run_that_does_not_save_does_not_resume(tmp_path: Path, told: pytest.L
         notice.startswith("no effect: ckpt.auto_resume = True (ckpt.enable_save_ckpt = False: ") for notice in notices
     )
     assert "starting from scratch (enable_save_ckpt is off)" in told.text
+
+
+class Listener(Hook):
+    """Notes what was loaded."""
+
+    name = "listener"
+    heard: ClassVar[list[str]] = []
+
+    def on_checkpoint_loaded(self, trainer: Any, path: Any) -> None:
+        self.heard.append(path.name)
+
+
+class OwnWeights:
+    """A `WeightSource` of a model's own weights."""
+
+    def __init__(self, model: Any) -> None:
+        self.tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def test_hooks_hear_of_weights_in_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "open_weights", lambda kind, path, model: OwnWeights(model))
+    monkeypatch.setattr(build, "check_foreign_weights", lambda *args: None)
+    monkeypatch.setattr(Listener, "heard", [])
+    (tmp_path / "weights").mkdir()
+    info = {"path": f"{tmp_path}/weights", "content": ("model",), "ckpt_type": "hf"}
+    new(tmp_path, ckpt__load_ckpt_info=info, hooks=[f"{__name__}.Listener"])
+    assert Listener.heard == ["weights"]

@@ -100,6 +100,57 @@ def test_the_calls_around_the_optimizer_step(tmp_path: Path) -> None:
     assert again.log == ["loaded 2 at 2, resumed True", "start", "before", "after", "end 3"]
 
 
+class Counts(Recorder):
+    """Has a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_steps = 0
+
+    def on_checkpoint_loaded(self, trainer: Any, path: Any) -> None:
+        super().on_checkpoint_loaded(trainer, path)
+        self.log.append(f"{self.num_steps} steps before")
+
+    def on_step_end(self, trainer: Any, metrics: Any) -> None:
+        super().on_step_end(trainer, metrics)
+        self.num_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_steps = state["num_steps"]
+
+
+def test_the_state_of_a_hook_goes_on_and_is_there_when_it_hears_of_the_load(tmp_path: Path) -> None:
+    new_trainer(tmp_path, 2, every=2, hooks=[Counts()]).fit()
+    resumed = new_trainer(tmp_path, 3, every=3, hooks=[again := Counts()])
+    assert resumed.checkpointer is not None
+    assert resumed.checkpointer.resume(resumed) is not None  # type: ignore[attr-defined]
+    resumed.fit()
+    assert again.log[:2] == ["loaded 2 at 2, resumed True", "2 steps before"]
+    assert again.num_steps == 3
+
+
+def calls_on_this_rank() -> list[str]:
+    recorder = Recorder()
+    new_trainer(None, 1, hooks=[recorder]).fit()
+    return recorder.log
+
+
+def test_every_rank_is_called(ranks: Callable[[int], RankPool]) -> None:
+    assert ranks(2).run(calls_on_this_rank) == [["start", "before", "after", "end 1"]] * 2
+
+
+def test_a_load_that_is_no_resume_is_heard_of(tmp_path: Path) -> None:
+    """A checkpoint of this package by path, and weights of another format."""
+    new_trainer(tmp_path / "first", 2, every=2).fit()
+    branch = new_trainer(tmp_path / "second", 3, hooks=[recorder := Recorder()])
+    assert branch.checkpointer is not None
+    branch.checkpointer.load(branch, tmp_path / "first" / "2", ("model",))  # type: ignore[attr-defined]
+    assert recorder.log == ["loaded 2 at 0, resumed False"]
+
+
 def losses_with_and_without_a_hook() -> list[list[float]]:
     context = ParallelContext.create(ParallelLayout(world_size=2, zero=2))
     found = []

@@ -108,6 +108,22 @@ def test_a_parameter_that_never_had_a_gradient_is_not_decayed() -> None:
     assert (unused < after * (1 - 0.5 * LR)).all()
 
 
+def test_a_loaded_state_shows_what_was_trained_before() -> None:
+    """A parameter without a gradient since a resume goes on being decayed, if it had one before."""
+    (first, second), optimizer = small_optimizer()
+    for state in optimizer.states:
+        state.bucket.kind = replace(state.bucket.kind, options=GroupOptions(0.5))
+    for key, _, pieces in optimizer.sharded_state():
+        if key == "exp_avg_sq/w0":
+            for _, piece in pieces:
+                piece.fill_(1e-3)
+    optimizer.num_updates = 1
+    optimizer.begin_step(1)
+    optimizer.step(LR)
+    torch.testing.assert_close(first.detach(), torch.full((3,), 1 - 0.5 * LR))
+    assert torch.equal(second, torch.ones(3))
+
+
 BF16 = torch.bfloat16
 FULL = {
     "fp32": (torch.float32, FP32_STATE),

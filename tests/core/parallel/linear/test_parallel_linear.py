@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -133,3 +134,41 @@ def test_a_layer_called_alone_or_twice_still_computes() -> None:
     assert torch.equal(layers[0](x), plain[0](x))
     assert torch.equal(layers[1](y), plain[1](y))
     assert torch.equal(layers[1](x), plain[1](x))
+
+
+@pytest.mark.parametrize("unused", range(3))
+def test_an_output_without_gradient_takes_none_from_the_others(unused: int) -> None:
+    plain = [nn.Linear(5, size) for size in (7, 3, 4)]
+    layers = [
+        ParallelLinear({n: nn.Parameter(p.detach().clone()) for n, p in one.named_parameters()}, Role.COLUMN, None)
+        for one in plain
+    ]
+    group = LinearGroup("group", layers, InputExchange(), LocalWeights(), WeightGradients())
+    x = torch.randn(2, 4, 5)
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for outputs in (group(found), [layer(expected) for layer in plain]):
+        sum(output.square().sum() for number, output in enumerate(outputs) if number != unused).backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+    for number, (layer, other) in enumerate(zip(layers, plain, strict=True)):
+        for name, parameter in other.named_parameters():
+            gradient = layer.get_parameter(name).grad
+            if number == unused:
+                assert gradient is None or not gradient.any()
+            else:
+                torch.testing.assert_close(gradient, parameter.grad)
+
+
+@pytest.mark.parametrize("is_postponed", [False, True])
+def test_no_gradient_of_a_frozen_weight_is_computed(is_postponed: bool) -> None:
+    log: list[str] = []
+    later = WeightGradients()
+    layers, _ = make_group(log, later)
+    layers[0].weight.requires_grad_(False)
+    with later.postpone("a") if is_postponed else nullcontext():
+        run(layers, torch.randn(2, 4, 5))
+    if is_postponed:
+        with torch.no_grad():
+            later.run("a")
+        later.finish()
+    assert log.count("weight gradient") == 2
+    assert layers[0].weight.grad is None and layers[1].weight.grad is not None

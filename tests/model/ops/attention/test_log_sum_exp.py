@@ -74,3 +74,12 @@ def test_a_backend_without_it_is_refused_by_name() -> None:
     q, k, v = (x.detach().as_subclass(OnCuda) for x in inputs(torch.float32))
     with pytest.raises(ValueError, match=r"attention\(return_lse=True\): the backend 'flex' does not return"):
         attention(q, k, v, VarlenMetadata.of(LENGTHS), attention_backend="flex", return_lse=True)
+
+
+@pytest.mark.parametrize("varlen", [None, VarlenMetadata.of(LENGTHS)], ids=["row", "packed"])
+def test_another_scale_is_that_of_both_results(varlen: VarlenMetadata | None) -> None:
+    q, k, v = (x.detach() for x in inputs(torch.float64))
+    out, lse = attention(q, k, v, varlen, scale=0.7, return_lse=True)
+    expected = attention(q * (0.7 * math.sqrt(q.shape[-1])), k, v, varlen, return_lse=True)
+    torch.testing.assert_close((out, lse), expected)
+    torch.testing.assert_close(out, attention(q, k, v, varlen, scale=0.7))
