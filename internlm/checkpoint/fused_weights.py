@@ -71,7 +71,7 @@ def row_ranges(
         key: of the tensor, as in a checkpoint.
         shape: of the tensor.
         stored: key -> shape of everything in the checkpoint; `other_form(key)` is among it.
-        heads: of the model; only fused query, key and value need it.
+        heads: of the block; only fused query, key and value need it.
 
     Raises:
         CheckpointError: the stored tensors are not those of this model.
@@ -119,14 +119,14 @@ def _rows_of_fused(parts: tuple[str, ...], num_rows: int, heads: HeadShape | Non
 
 
 def in_stored_form(
-    tensors: Mapping[str, Any], stored: Mapping[str, tuple[int, ...] | None], heads: HeadShape | None
+    tensors: Mapping[str, Any], stored: Mapping[str, tuple[int, ...] | None], heads: Mapping[str, HeadShape]
 ) -> dict[str, Any]:
     """Wanted tensors under the keys and in the shapes in which a checkpoint stores them.
 
     Args:
         tensors: key -> `BoxedTensor`, or a value that is no tensor.
         stored: key -> shape of everything in the checkpoint.
-        heads: of the model.
+        heads: name of a block -> its heads; under "" those of every other block. See `heads_of`.
 
     Returns:
         What to read. Its pieces are views of the wanted ones. Keys that the checkpoint has in neither form stay.
@@ -140,7 +140,8 @@ def in_stored_form(
         if stored_names(key, stored) == (key,):
             unchanged[key] = tensor
         else:
-            regrouped += _regrouped(tensor, row_ranges(key, tensor.global_shape, stored, heads), stored)
+            ranges = row_ranges(key, tensor.global_shape, stored, _heads_of_block(key, heads))
+            regrouped += _regrouped(tensor, ranges, stored)
     return {**unchanged, **merge_by_key(regrouped)}
 
 
@@ -161,10 +162,18 @@ def _regrouped(
             yield rows.stored, BoxedTensor(shape, tensor.dtype, pieces)
 
 
-def heads_of(chunks: Iterable[nn.Module]) -> HeadShape | None:
-    """The heads that a model says it has; None when it says nothing."""
-    found = (getattr(chunk, "heads", None) for chunk in chunks)
-    return next((heads for heads in found if isinstance(heads, HeadShape)), None)
+def heads_of(chunks: Iterable[nn.Module]) -> dict[str, HeadShape]:
+    """Name of a block -> its heads, as far as blocks say them; under "" those of the model, for all other blocks."""
+    modules = (named for chunk in chunks for named in chunk.named_modules())
+    found = ((name, getattr(module, "heads", None)) for name, module in modules)
+    return {name: heads for name, heads in found if isinstance(heads, HeadShape)}
+
+
+def _heads_of_block(key: str, heads: Mapping[str, HeadShape]) -> HeadShape | None:
+    match = _NAME.fullmatch(key)
+    assert match is not None, key
+    # The key without its section: `layers.0.attention.`
+    return heads.get(match["module"].rpartition("/")[2].rstrip("."), heads.get(""))
 
 
 def describe_regrouping(keys: Collection[str], stored: Collection[str]) -> list[str]:

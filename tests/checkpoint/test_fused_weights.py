@@ -15,15 +15,18 @@ import torch
 from helpers.ranks import RankPool
 from helpers.reads import CountReads
 from helpers.resume import optimizer_of, save, tensors_of
-from torch import Tensor
+from helpers.tiny import tiny_config
+from torch import Tensor, nn
 
 from internlm.checkpoint.boxed_tensor import BoxedTensor
-from internlm.checkpoint.fused_weights import describe_regrouping, in_stored_form, stored_names
+from internlm.checkpoint.fused_weights import describe_regrouping, heads_of, in_stored_form, stored_names
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.checkpoint.reading import load_tensors, saved_shapes
 from internlm.checkpoint.run_state import load_weights, model_tensors, optimizer_tensors
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import Box, ShardSpec
+from internlm.model.modules.attention import Attention
+from internlm.model.registry import build_model
 from internlm.model.roles import HeadShape
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import storage_path
@@ -92,7 +95,9 @@ def read_as(stored: dict[str, Array], wanted: dict[str, Array], heads: HeadShape
         boxes = [box for a, b in pairwise(edges) for box in spec.boxes_of_flat_range(a, b)]
         tensors[name] = BoxedTensor(expected.shape, torch.float32, [(b, found[name][b.local_slices()]) for b in boxes])
     num_read = 0
-    for name, boxed in in_stored_form(tensors, {name: array.shape for name, array in stored.items()}, heads).items():
+    for name, boxed in in_stored_form(
+        tensors, {name: array.shape for name, array in stored.items()}, {"": heads}
+    ).items():
         assert tuple(boxed.size()) == stored[name].shape
         assert len({box.global_offset for box, _ in boxed.pieces}) == len(boxed.pieces), "the reader finds by offset"
         for box, piece in boxed.pieces:
@@ -118,7 +123,7 @@ def test_a_tensor_in_neither_form_stays_what_is_missing() -> None:
     name = "layers.0.attention.wqkv.weight"
     assert stored_names(name, stored) == (name,)
     wanted = BoxedTensor((12, 3), torch.float32, [(Box((0, 0), (0, 0), (12, 3)), torch.zeros(12, 3))])
-    assert in_stored_form({name: wanted}, stored, HeadShape(2, 2, 2)) == {name: wanted}
+    assert in_stored_form({name: wanted}, stored, {"": HeadShape(2, 2, 2)}) == {name: wanted}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,7 @@ def test_other_sizes_are_refused_by_name(name: str, shape: tuple[int, int], stor
     key = f"model/layers.1.{name}.weight"
     wanted = BoxedTensor(shape, torch.float32, [(Box((0, 0), (0, 0), shape), torch.zeros(shape))])
     with pytest.raises(CheckpointError, match=rf"'{key}' has shape \[{shape[0]}, 3\], and the checkpoint holds"):
-        in_stored_form({key: wanted}, held, HeadShape(2, 2, 2))
+        in_stored_form({key: wanted}, held, {"": HeadShape(2, 2, 2)})
 
 
 def test_what_is_regrouped_is_named() -> None:
@@ -291,6 +296,41 @@ class OneSource:
 
 
 @pytest.mark.parametrize("is_fused", [True, False])
+def test_a_block_is_regrouped_by_its_own_heads(is_fused: bool) -> None:
+    """The weights have the same shapes by the model's heads: only the order of the rows tells."""
+
+    def model(fused: bool) -> nn.Module:
+        config = tiny_config(enable_qkv_fusion=fused)
+        with torch.device("meta"):
+            model: Any = build_model("LLAMA2", config)
+            wide = replace(model.architecture, num_heads=2, num_kv_heads=1, head_dim=16)
+            model.layers["1"].attention = Attention(wide, 1)
+        return model
+
+    heads = heads_of([model(is_fused)])
+    assert heads["layers.1.attention"] == HeadShape(2, 1, 16) and heads[""] == HeadShape(4, 2, 8)
+    rng = np.random.default_rng(0)
+    for block in ("layers.0.attention", "layers.1.attention"):
+        q, k, v = (f"{block}.{name}.weight" for name in ("wq", "wk", "wv"))
+        parts = {q: rng.random((32, 3)), k: rng.random((16, 3)), v: rng.random((16, 3))}
+        own = heads[block]
+        rows = [part.reshape(own.num_kv_heads, -1, 3) for part in parts.values()]
+        whole = {f"{block}.wqkv.weight": np.concatenate(rows, axis=1).reshape(64, 3)}
+        stored, wanted = (whole, parts) if is_fused else (parts, whole)
+        found = {name: torch.zeros(array.shape, dtype=torch.float64) for name, array in wanted.items()}
+        tensors = {
+            name: BoxedTensor.of_parameter(tensor, ShardSpec.whole(name, tuple(tensor.shape)))
+            for name, tensor in found.items()
+        }
+        shapes = {name: array.shape for name, array in stored.items()}
+        for name, boxed in in_stored_form(tensors, shapes, heads).items():
+            for box, piece in boxed.pieces:
+                piece.copy_(torch.from_numpy(stored[name])[box.global_slices()])
+        for name, array in wanted.items():
+            assert np.array_equal(found[name].numpy(), array), name
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
 def test_weights_of_another_source_are_regrouped(is_fused: bool) -> None:
     """Each tensor of it is read once."""
     case = in_form(Combination.parse("ranks=1 model:kv_heads=2").case(), is_fused)
@@ -314,7 +354,7 @@ def read_share(case: Case, path: str) -> list[tuple[str, int, int]]:
     optimizer = optimizer_of(run.trainer)
     heads, saved, seen = head_shape(case), saved_shapes(storage_path(path)), []
     tensors = {**model_tensors(*optimizer.chunks), **optimizer_tensors(optimizer)}
-    for key, tensor in in_stored_form(tensors, saved, heads).items():
+    for key, tensor in in_stored_form(tensors, saved, {"": heads}).items():
         with CountReads() as reads:
             load_tensors(storage_path(path), {key: tensor}, no_dist=True)
         seen.append((key, sum(piece.numel() * piece.element_size() for _, piece in tensor.pieces), reads.num_bytes))

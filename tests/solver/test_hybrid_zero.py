@@ -20,7 +20,8 @@ from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.solver.grad_scaler import DynamicGradScaler
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
 from internlm.solver.optimizer.flat_bucket import FlatBucket
-from internlm.solver.optimizer.parameter_groups import GroupOptions
+from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.solver.optimizer.parameter_groups import GroupOptions, ParameterGroup, freeze_parameters
 
 LR, DECAY, STEPS = 3e-3, 0.1, 20
 EPSILON = torch.finfo(torch.float32).eps
@@ -194,6 +195,21 @@ def test_the_loss_scale_leaves_no_trace() -> None:
     assert plain[0] == scaled[0]
     assert plain[1] == scaled[1]
     assert all(torch.equal(plain[2][name], scaled[2][name]) for name in plain[2])
+
+
+def test_an_unknown_hyper_parameter_is_named() -> None:
+    engine = tiny_engine(ParallelContext.create())
+    with pytest.raises(ValueError, match=r"no hyper-parameter \['beta3'\], but \['beta1', 'beta2', 'eps', 'lr'\]"):
+        engine.train_step(global_batch(0), {"lr": 1e-3, "beta3": 0.9})
+
+
+def test_a_frozen_group_that_nobody_froze_is_refused() -> None:
+    context = ParallelContext.create()
+    model, groups = tiny_model(context), [ParameterGroup("tok_embeddings.*", freeze=True)]
+    with pytest.raises(ValueError, match=r"'tok_embeddings.weight' requires a gradient.*call freeze_parameters first"):
+        HybridZeroOptimizer(model, context, groups=groups)
+    freeze_parameters([model], groups)
+    HybridZeroOptimizer(model, context, groups=groups)
 
 
 def test_a_batch_without_valid_tokens_changes_nothing_but_decay() -> None:

@@ -25,7 +25,7 @@ from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.grad_scaler import ConstantGradScaler, GradScaler
 from internlm.solver.optimizer.bucket_building import build_buckets, wait_before_forward
 from internlm.solver.optimizer.gradient_clipping import clip_divisor, global_grad_norm
-from internlm.solver.optimizer.parameter_groups import ParameterGroup
+from internlm.solver.optimizer.parameter_groups import ParameterGroup, check_frozen
 from internlm.solver.optimizer.rules.adamw import AdamW
 from internlm.solver.optimizer.rules.update_rule import HyperParameters, UpdateRule
 from internlm.solver.optimizer.shard_state import UpdateStep
@@ -62,7 +62,7 @@ class HybridZeroOptimizer:
         rule: how weights are updated; the learning rate comes with each step.
         weight_decay: decoupled, of parameters whose group does not say.
         weight_decay_norms_and_biases: decay one-dimensional parameters too (InternEvo's way).
-        groups: parameter groups by name. Freezing is up to the caller: see `freeze_parameters`.
+        groups: parameter groups by name. Frozen ones must be frozen already: see `freeze_parameters`.
         clip_grad_norm: largest global norm; 0 leaves gradients as they are.
         overlap_sync_grad: start reducing a bucket while backward still runs.
         overlap_sync_param: gather parameters while the next forward runs; whoever reads them outside of a forward pass
@@ -103,6 +103,7 @@ class HybridZeroOptimizer:
             )
         if not held and context.size("pipeline") == 1:
             raise ValueError("the model has no parameter that requires a gradient")
+        check_frozen(held, groups)
         self.buckets = build_buckets(
             list(held),
             context,

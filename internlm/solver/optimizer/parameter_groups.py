@@ -79,6 +79,21 @@ def freeze_parameters(chunks: Iterable[nn.Module], groups: Sequence[ParameterGro
                 parameter.requires_grad_(False)
 
 
+def check_frozen(trained: Iterable[nn.Parameter], groups: Sequence[ParameterGroup]) -> None:
+    """Refuse to train parameters of frozen groups.
+
+    Raises:
+        ValueError: `freeze_parameters` was not called before.
+    """
+    for parameter in trained:
+        name = shard_spec_of(parameter).name
+        group = group_of(name, groups)
+        if group is not None and group.freeze:
+            raise ValueError(
+                f"'{name}' requires a gradient, but the group '{group.match}' freezes it: call freeze_parameters first"
+            )
+
+
 def check_groups(groups: Sequence[ParameterGroup], names: Collection[str]) -> None:
     """Compare the groups with the parameters of the whole model.
 
