@@ -255,7 +255,7 @@ def test_a_full_disk_is_told_also_where_the_library_hides_it(tmp_path: Path, asy
     told = (
         r"the last checkpoint could not be saved: cannot write '.*/__0_0\.distcp': file too large; choose a file system"
     )
-    assert re.fullmatch(f"{told} that takes files of that size", str(error.value))
+    assert re.fullmatch(f"{told} that supports files of that size", str(error.value))
     assert os.listdir(tmp_path) == []
 
 
