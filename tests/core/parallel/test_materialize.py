@@ -26,7 +26,7 @@ from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.core.parallel.weight_splits import even_part, padded_rows, ranges_spec
-from internlm.model.initialization import Initializer, Normal, Ones, Uniform, Zeros
+from internlm.model.initialization import Initializer, Normal, Ones, Uniform, Zeros, set_initializer
 from internlm.model.registry import build_model
 
 CPU = torch.device("cpu")
@@ -267,3 +267,13 @@ def test_deferred_weights_are_the_same(
     ):
         assert [name for name, _ in found] == [name for name, _ in expected]
         assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, expected, strict=True))
+
+
+def test_a_parameter_in_two_places_stays_one() -> None:
+    shared = nn.Parameter(torch.empty(3, 5, device="meta"))
+    set_initializer(shared, Normal(0.02))
+    local = materialize.local_parameter(shared, ShardSpec.whole("w", (3, 5)), 7, CPU)
+    first, second = nn.Module(), nn.Module()
+    first.weight = second.weight = local
+    materialize.materialize(nn.ModuleList([first, second]))
+    assert first.weight is second.weight and not first.weight.is_meta
