@@ -149,7 +149,7 @@ class Hook:
         """Called when a checkpoint is complete, on the main rank only; for a background save, steps later."""
 
     def on_exception(self, trainer: RunningTrainer, error: BaseException) -> None:
-        """Called when an exception leaves the loop, before the process ends; must not raise."""
+        """Called when an exception leaves the loop, before the process ends; an exception of a hook is logged."""
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         """Called once when the loop ends, also after a stop request; not after an exception."""
@@ -163,5 +163,5 @@ class Hook:
 
 
 def overrides(hook: Hook, event: str) -> bool:
-    """Whether a hook defines a method of `Hook` itself."""
-    return getattr(type(hook), event) is not getattr(Hook, event)
+    """Whether a hook defines a method of `Hook` itself, in its class or as an attribute of its own."""
+    return getattr(getattr(hook, event), "__func__", None) is not getattr(Hook, event)

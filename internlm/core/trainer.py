@@ -128,8 +128,7 @@ class Trainer:
                     logger.warning("stopping after step %d: %s", self.state.step, self.stop_reason)
                 self._call("on_fit_end")
             except BaseException as error:
-                for hook in self.hooks:
-                    hook.on_exception(self, error)
+                self._notify_exception(error)
                 raise
             finally:
                 if isinstance(self.train_loader, ClosableSource):
@@ -223,6 +222,14 @@ class Trainer:
         self.state.num_consumed_samples += batch.num_samples
         self.state.num_consumed_tokens += num_tokens
         return num_tokens
+
+    def _notify_exception(self, error: BaseException) -> None:
+        """Call `on_exception` of every hook; one that raises hides neither the cause nor the call from the others."""
+        for hook in self.hooks:
+            try:
+                hook.on_exception(self, error)
+            except Exception:
+                logger.exception("hook '%s' raised in on_exception", hook.name)
 
     def _listens(self, event: str) -> bool:
         return any(overrides(hook, event) for hook in self.hooks)

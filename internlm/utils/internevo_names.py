@@ -64,7 +64,7 @@ _LOSS = _now(
 )
 _ACCURACY = _now("core.token_statistics.TypeMetrics", "loss and accuracy by data type; perplexity is exp of the loss")
 _STEP = _now("core.engine.Engine", "engine.train_step(batch, lr) runs forward, backward and the update of one batch")
-_HOOK = _now("core.hooks.Hook", "the surface for what hangs on the loop; Trainer(..., hooks=[...])")
+_HOOK = _now("core.hooks.Hook", "the protocol of hooks; Trainer(..., hooks=[...])")
 _NUMBERS = _now(
     "monitor.metrics_collector.MetricsCollector",
     "the numbers of a step, which console, metrics.jsonl and TensorBoard show",

@@ -151,6 +151,34 @@ def test_a_load_that_is_no_resume_is_heard_of(tmp_path: Path) -> None:
     assert recorder.log == ["loaded 2 at 0, resumed False"]
 
 
+def test_a_method_of_the_object_alone_is_called(tmp_path: Path) -> None:
+    hook, calls = Hook(), []
+    hook.on_after_optimizer_step = lambda trainer: calls.append(trainer.state.step)  # type: ignore[method-assign]
+    new_trainer(None, 2, hooks=[hook]).fit()
+    assert calls == [0, 1]
+
+
+def test_a_hook_that_raises_in_on_exception_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Recorder):
+        name = "failing"
+
+        def on_fit_start(self, trainer: Any) -> None:
+            raise ArithmeticError("the cause")
+
+        def on_exception(self, trainer: Any, error: BaseException) -> None:
+            raise ValueError("another error")
+
+    class Listening(Recorder):
+        def on_exception(self, trainer: Any, error: BaseException) -> None:
+            self.log.append(str(error))
+
+    listening = Listening()
+    with pytest.raises(ArithmeticError, match="the cause"):
+        new_trainer(None, 1, hooks=[Failing(), listening]).fit()
+    assert "the cause" in listening.log
+    assert "hook 'failing' raised in on_exception" in caplog.text
+
+
 def losses_with_and_without_a_hook() -> list[list[float]]:
     context = ParallelContext.create(ParallelLayout(world_size=2, zero=2))
     found = []

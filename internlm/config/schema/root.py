@@ -77,7 +77,7 @@ class Config(Section):
     cudnn_benchmark: bool = key(False, "Let cuDNN search for its fastest kernels.")
     cudnn_deterministic: bool = key(False, "Use only deterministic cuDNN kernels.")
     reduce_comm_dtype: Literal["torch.bfloat16", "torch.float16", "torch.float32"] | None = key(
-        None, "Number format in which gradients travel; None: float32, where InternEvo takes model.dtype."
+        None, "Dtype in which gradients are communicated; None: float32, where InternEvo takes model.dtype."
     )
     metric_dtype: str = no_effect("fp32", "Number format of metrics.", "metrics are always computed in float32")
     pad_token_id: int | None = no_effect(

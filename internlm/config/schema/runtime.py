@@ -41,8 +41,8 @@ class MonitorConfig(Section):
     metrics_file: bool = key(True, "Write metrics.jsonl into the run directory.")
     slow_step_seconds: float = key(
         60.0,
-        "A step that takes longer is told, with the rank that the others wait for, unless the usual step takes more "
-        "than half as long. Saving, evaluating and building are told after ten times as long.",
+        "A step that takes longer is logged, with the rank that the others wait for, unless the usual step takes more "
+        "than half as long. Saving, evaluating and building are logged after ten times as long.",
         gt=0,
     )
     collective_timeout_seconds: float | None = key(

@@ -49,7 +49,7 @@ def apply_fsdp(
         model: after `parallelize`, before the optimizer is made. With `ParallelOptions.defer_weights`, a rank has one
             layer at a time in memory beside its rows.
         context: where this rank stands.
-        reduce_dtype: dtype in which gradients travel and are summed.
+        reduce_dtype: dtype in which gradients are communicated and summed.
         float8_scales: gather weights that are multiplied in float8 as float8, with these scales; None: as they are.
 
     Raises:

@@ -24,7 +24,7 @@ from internlm.model.ops.float8.weight_tensor import Float8Weight
 
 
 def gather_in_float8(model: nn.Module, scales: WeightScales, tensor_group: dist.ProcessGroup | None) -> None:
-    """Let every linear layer that multiplies in float8 get its weight in float8; after `fully_shard`.
+    """All-gather the weight of every linear layer that runs its GEMMs in float8 as float8; after `fully_shard`.
 
     The scale of a weight is that of the whole, so that the values are those of gathering the weight as it is and then
     rounding it.

@@ -45,7 +45,7 @@ class ParallelOptions:
         gather_layer_before: isp, by layer: the point of a layer where the gather of the next one starts.
         release_gradients_early: isp: free a reduced gradient's buffers when the next one is there, not with the step.
         memory_pool: isp: keep gather buffers and use them again.
-        reduce_dtype: isp: dtype in which weight gradients travel.
+        reduce_dtype: isp: dtype in which weight gradients are communicated.
         postpone_weight_gradients: linear layers can leave weight gradients for later, as zero-bubble schedules ask.
         float8_layers: numbers of the model's layers whose linear layers multiply in float8.
         gather_float8: isp and FSDP: gather weights that are multiplied in float8 as float8.
@@ -167,7 +167,7 @@ class ModelParallel:
         return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, kernels)
 
     def is_float8(self, name: str) -> bool:
-        """Whether a linear layer of this name multiplies in float8."""
+        """Whether a linear layer of this name runs its GEMMs in float8."""
         number = re.search(r"\.(\d+)\.", name)
         return number is not None and int(number[1]) in self.options.float8_layers
 

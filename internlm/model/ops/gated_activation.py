@@ -1,6 +1,6 @@
 """Gated activations of the feed-forward network: SwiGLU and GeGLU (https://arxiv.org/abs/2002.05202).
 
-`activation(gate) * up`. The activation is computed again in the backward pass instead of being kept: it costs one
+`activation(gate) * up`. The backward pass recomputes the activation instead of saving it: it costs one
 elementwise kernel and saves a tensor as wide as the feed-forward network in every layer.
 """
 

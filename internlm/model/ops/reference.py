@@ -1,6 +1,6 @@
 """Every op as its formula in plain PyTorch: what the implementations are compared with, and a last resort.
 
-On any device, in any dtype; nothing is fused, padded or computed again, and all but the rounding to float8 is
+On any device, in any dtype; nothing is fused, padded or recomputed, and all but the rounding to float8 is
 differentiable by autograd alone. In float64 these are the truth that tests, `internlm doctor` and the checks on a GPU
 measure errors against; in 16 bits they show what error plain code has. Shapes and meanings are those of the ops.
 """

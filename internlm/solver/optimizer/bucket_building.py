@@ -42,7 +42,7 @@ def build_buckets(
         weight_decay: of parameters whose group does not say.
         decay_all: that applies to one-dimensional parameters too.
         bucket_size: elements a bucket holds at most, unless it is one parameter.
-        reduce_dtype: dtype in which gradients travel.
+        reduce_dtype: dtype in which gradients are communicated.
         form: how gradients and masters are kept.
     """
     open_buckets: dict[BucketKind, list[nn.Parameter]] = {}

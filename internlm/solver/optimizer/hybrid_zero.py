@@ -68,7 +68,7 @@ class HybridZeroOptimizer:
         overlap_sync_param: gather parameters while the next forward runs; whoever reads them outside of a forward pass
             calls `finish_gathering` first.
         reduce_bucket_size: elements a bucket holds at most (a larger single parameter has a bucket of its own).
-        reduce_dtype: dtype in which gradients travel that are accumulated over micro batches in fp32.
+        reduce_dtype: dtype in which gradients that are accumulated in fp32 are communicated.
         form: how gradients and the optimizer's state are kept.
     """
 
