@@ -19,6 +19,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from internlm.data.loader import build_train_loader
+from internlm.data.sample_source import open_source
 
 
 class PeakMemory:
@@ -58,16 +59,15 @@ def main() -> None:
     memory = PeakMemory()
     for num_workers in args.workers:
         began = time.monotonic()
-        loader = build_train_loader(
+        source = open_source(
             None if args.folder == "dummy" else args.folder,
             seq_len=args.seq_len,
             micro_bsz=args.micro_bsz,
-            micro_num=args.micro_num,
             packing=args.packing,
-            seed=0,
             vocab_size=args.vocab,
-            num_workers=num_workers,
+            seed=0,
         )
+        loader = build_train_loader(source, micro_num=args.micro_num, seed=0, num_workers=num_workers)
         opened = time.monotonic() - began
         next(loader)
         first = time.monotonic() - began - opened

@@ -41,6 +41,7 @@ def build_ours(options: argparse.Namespace) -> tuple[Callable[[int], None], Call
     from internlm.core.engine import Engine
     from internlm.core.parallel.parallelize import parallelize
     from internlm.data.loader import build_train_loader
+    from internlm.data.sample_source import open_source
     from internlm.model.ops.cross_entropy import linear_cross_entropy
     from internlm.model.registry import build_model
     from internlm.solver.grad_scaler import ConstantGradScaler
@@ -62,14 +63,9 @@ def build_ours(options: argparse.Namespace) -> tuple[Callable[[int], None], Call
     engine = Engine(model, optimizer, context, linear_cross_entropy)
     batches = iter(
         build_train_loader(
-            options.train,
-            seq_len=SEQ,
-            micro_bsz=options.batch,
+            open_source(options.train, seq_len=SEQ, micro_bsz=options.batch, packing="cut", vocab_size=VOCAB),
             micro_num=1,
-            packing="cut",
             seed=1,
-            vocab_size=VOCAB,
-            num_workers=0,
         )
     )
 
@@ -91,19 +87,17 @@ def build_plain(options: argparse.Namespace) -> tuple[Callable[[int], None], Cal
     from torch.nn import functional as F
 
     from internlm.data.loader import build_train_loader
+    from internlm.data.sample_source import open_source
 
     model = Llama(VOCAB, HIDDEN, LAYERS, HEADS, FFN, SEQ)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batches = iter(
         build_train_loader(
-            options.train,
-            seq_len=SEQ,
-            micro_bsz=options.batch,
+            open_source(
+                options.train, seq_len=SEQ, micro_bsz=options.batch, packing="pack_sample_into_one", vocab_size=VOCAB
+            ),
             micro_num=1,
-            packing="pack_sample_into_one",
             seed=1,
-            vocab_size=VOCAB,
-            num_workers=0,
         )
     )
 

@@ -6,6 +6,9 @@ model that learns shows a falling loss.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from internlm.data.order import derive_key
@@ -29,6 +32,11 @@ class DummySamples:
         self.type_names = ["en", "cn", "code"]
         self.seq_len, self.micro_bsz, self.packing = seq_len, micro_bsz, packing
         self.vocab_size, self.seed, self.fixed_lengths = vocab_size, seed, fixed_lengths
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `SampleSource`."""
+        return {"packing": self.packing, "seq_len": self.seq_len, "micro_bsz": self.micro_bsz}
 
     def __len__(self) -> int:
         """Number of samples of one epoch."""

@@ -13,19 +13,16 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from internlm.data.batch import Batch
 from internlm.data.batch_plan import NO_SKIPS, RampUp, SkipBatches, parse_skip_batches
-from internlm.data.dummy import DummySamples
-from internlm.data.folder import log_unread_files
 from internlm.data.order import sample_order
-from internlm.data.packing import PACKINGS, Packing, Sample, pin, to_micro_batch
+from internlm.data.packing import Sample, pin, to_micro_batch
 from internlm.data.read_ahead import ReadAheadThread, WorkerProcesses
-from internlm.data.samples import FolderSamples, SampleSource
+from internlm.data.sample_source import SampleSource
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 
@@ -43,69 +40,36 @@ class _Request:
 
 
 def build_train_loader(
-    folder: str | Path | None,
+    source: SampleSource,
     *,
-    seq_len: int,
-    micro_bsz: int,
     micro_num: int,
-    packing: Packing,
     seed: int,
-    vocab_size: int,
     data_rank: int = 0,
     data_size: int = 1,
     num_workers: int = 0,
-    min_length: int = 0,
-    min_length_dict: Mapping[str, int] | None = None,
     rampup_batch_size: str = "",
     skip_batches: str = "",
-    skip_bad_documents: bool = False,
-    fixed_random_dataset_seqlen: bool = True,
     total_steps: int | None = None,
     pin_memory: bool = False,
     prefetch: int = 2,
 ) -> TrainLoader:
-    """A loader over the tokenized files of `folder`, or over dummy data if it is None.
+    """A loader over the samples of a source.
 
     Args:
-        packing: "cut" (use_packed_dataset True, pack_sample_into_one False), "pack_sample_into_one", or "unpacked"
-            (use_packed_dataset False); see doc/data.md.
-        micro_num: micro batches a step on each data rank, once the ramp-up is over.
+        source: see `SampleSource`; `open_source` gives that of a train folder.
+        micro_num: micro-batches of a step on each data rank, once the ramp-up is over.
+        seed: of the order of samples.
+        data_rank, data_size: this data rank, and how many there are.
         num_workers: processes that read ahead; 0 reads ahead in a thread of this process.
         rampup_batch_size: "start increment steps", see `RampUp`.
         skip_batches: steps (counted from 0) whose batch is not read, see `parse_skip_batches`; it is padding.
-        skip_bad_documents: a document that cannot be read becomes padding in its place, and is named in the log.
-        fixed_random_dataset_seqlen: lengths of dummy documents are fixed.
         total_steps: the loader ends before this step; None never ends.
         pin_memory: put tensors into page-locked memory (needs CUDA).
         prefetch: batches read ahead; 0, without workers, reads when asked.
+
     Raises:
-        DataError: the data is missing or malformed.
         ConfigError: an argument is out of its range.
     """
-    if packing not in PACKINGS:
-        raise ConfigError(f"packing = {packing!r}: expected one of {PACKINGS}")
-    source: SampleSource
-    if folder is None:
-        source = DummySamples(
-            seq_len=seq_len,
-            micro_bsz=micro_bsz,
-            packing=packing,
-            vocab_size=vocab_size,
-            seed=seed,
-            fixed_lengths=fixed_random_dataset_seqlen,
-        )
-    else:
-        log_unread_files(folder)
-        source = FolderSamples(
-            folder,
-            seq_len=seq_len,
-            micro_bsz=micro_bsz,
-            packing=packing,
-            vocab_size=vocab_size,
-            min_length=min_length,
-            min_length_dict=min_length_dict,
-            skip_bad_documents=skip_bad_documents,
-        )
     return TrainLoader(
         source,
         ramp_up=RampUp.parse(rampup_batch_size, micro_num),
@@ -117,7 +81,6 @@ def build_train_loader(
         total_steps=total_steps,
         pin_memory=pin_memory,
         prefetch=prefetch,
-        order_facts={"packing": packing, "seq_len": seq_len, "micro_bsz": micro_bsz, "seed": seed},
     )
 
 
@@ -144,7 +107,6 @@ class TrainLoader:
         total_steps: int | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
-        order_facts: Mapping[str, Any] | None = None,
     ) -> None:
         if not 0 <= data_rank < data_size:
             raise ConfigError(f"data_rank = {data_rank} is not in [0, data_size = {data_size})")
@@ -158,7 +120,7 @@ class TrainLoader:
         self._data_rank, self._data_size = data_rank, data_size
         self._num_workers, self._prefetch = num_workers, prefetch
         self._total_steps, self._pin_memory = total_steps, pin_memory
-        self._order_facts = dict(order_facts or {}) | {"num_samples_per_epoch": len(source)}
+        self._order_facts = {**source.facts, "seed": seed, "num_samples_per_epoch": len(source)}
         self._batches: Iterator[Batch] | None = None
         self._stop: Callable[[], None] | None = None
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -32,21 +32,6 @@ from internlm.utils.logging import get_logger
 
 _OPEN_FILES = 128
 """Each open file holds three descriptors; the usual limit of a process is 1024."""
-
-
-class SampleSource(Protocol):
-    """What a loader reads from."""
-
-    type_names: list[str]
-
-    def __len__(self) -> int:
-        """Number of samples of one epoch."""
-
-    def sample(self, index: int) -> Sample:
-        """Sample `index` in [0, len): the same arrays every time, in every process."""
-
-    def padding(self) -> Sample:
-        """A sample of padding alone, for a step whose batch is not read."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +124,11 @@ class FolderSamples:
                 tokens,
                 len(files),
             )
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `SampleSource`."""
+        return {"packing": self.packing, "seq_len": self.seq_len, "micro_bsz": self.micro_bsz}
 
     def __len__(self) -> int:
         """Number of samples of one epoch."""

@@ -6,29 +6,34 @@ from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.loader import TrainLoader, build_train_loader
 from internlm.data.packing import Packing
+from internlm.data.sample_source import open_source
 from internlm.data.valid import ValidLoader, build_valid_loaders
 
 
 def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
     """The training data of this data rank."""
     data = config.data
-    return build_train_loader(
+    source = open_source(
         data.train_folder,
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
-        micro_num=data.micro_num,
         packing=packing(config),
-        seed=data.seed,
         vocab_size=config.model.vocab_size,
+        seed=data.seed,
+        min_length=data.min_length,
+        min_length_dict=data.min_length_dict,
+        skip_bad_documents=data.skip_bad_documents,
+        fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
+    )
+    return build_train_loader(
+        source,
+        micro_num=data.micro_num,
+        seed=data.seed,
         data_rank=context.index("data"),
         data_size=context.size("data"),
         num_workers=data.num_worker,
-        min_length=data.min_length,
-        min_length_dict=data.min_length_dict,
         rampup_batch_size=data.rampup_batch_size,
         skip_batches=data.skip_batches,
-        skip_bad_documents=data.skip_bad_documents,
-        fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
         total_steps=data.total_steps,
         pin_memory=context.device.type == "cuda",
     )

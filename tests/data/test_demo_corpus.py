@@ -11,6 +11,7 @@ import pytest
 
 from internlm.data.demo_corpus import DemoSettings, prepare_demo_corpus
 from internlm.data.loader import build_train_loader
+from internlm.data.sample_source import open_source
 from internlm.data.statistics import token_counts, unigram_entropy
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
@@ -58,9 +59,8 @@ def test_corpus_is_prepared_once(tmp_path):
     assert (size, tokens, documents) == (facts["bytes"], facts["tokens"], facts["documents"])
     assert facts["train_tokens"] + facts["valid_tokens"] == tokens
     assert 4 < facts["unigram_entropy"] < math.log(600)
-    loader = build_train_loader(
-        tmp_path / "demo" / "train", seq_len=64, micro_bsz=2, micro_num=1, packing="cut", seed=1, vocab_size=600
-    )
+    source = open_source(tmp_path / "demo" / "train", seq_len=64, micro_bsz=2, packing="cut", vocab_size=600)
+    loader = build_train_loader(source, micro_num=1, seed=1)
     assert loader.type_names == ["packages", "python"]
     assert next(loader).num_tokens == 128
     loader.close()

@@ -7,7 +7,7 @@ import pytest
 from helpers.texts import documents_of, make_texts, write_jsonl
 
 from internlm.data.folder import unread_files
-from internlm.data.loader import build_train_loader
+from internlm.data.sample_source import open_source
 from internlm.data.tokenize.command import main
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ def test_files_that_no_reader_looks_at_are_named(tmp_path, tokenizers, caplog, m
     (folder / "en" / "z.BIN").touch()
     caplog.set_level(logging.INFO, logger="internlm")
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
-    build_train_loader(folder, seq_len=8, micro_bsz=1, micro_num=1, packing="cut", seed=1, vocab_size=290)
+    open_source(folder, seq_len=8, micro_bsz=1, packing="cut", vocab_size=290)
     build_valid_loaders(folder, seq_len=8, micro_bsz=1, vocab_size=290)
     line = "files that are no .bin are left out: en/raw.jsonl, en/y.bin.meta, en/y.bin.tokenizer.json, en/z.BIN"
     assert caplog.text.count(line) == 2

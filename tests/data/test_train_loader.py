@@ -1,5 +1,6 @@
 """The train loader: the same global batches for any number of ranks and workers, and a cursor that is exact."""
 
+import inspect
 import itertools
 import json
 import logging
@@ -14,6 +15,7 @@ import pytest
 from internlm.data.document_index import CACHE_FOLDER
 from internlm.data.loader import build_train_loader
 from internlm.data.order import sample_order
+from internlm.data.sample_source import open_source
 from internlm.data.tokenized_writer import TokenizedWriter
 from internlm.utils.errors import ConfigError, DataError
 
@@ -31,6 +33,9 @@ def folder(tmp_path_factory):
     return root
 
 
+SOURCE_OPTIONS = set(inspect.signature(open_source).parameters) - {"folder", "seed"}
+
+
 def build(folder, **options):
     defaults = {
         "seq_len": SEQ_LEN,
@@ -40,7 +45,9 @@ def build(folder, **options):
         "seed": 7,
         "vocab_size": 1000,
     }
-    return build_train_loader(folder, **(defaults | options))
+    options = defaults | options
+    of_source = {name: options.pop(name) for name in list(options) if name in SOURCE_OPTIONS}
+    return build_train_loader(open_source(folder, seed=options["seed"], **of_source), **options)
 
 
 def content(micro):

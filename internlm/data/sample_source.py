@@ -1,0 +1,98 @@
+"""The protocol of a source of training samples, and the source that a train folder names.
+
+A new source is a class with this protocol; order, ranks, batches, prefetching and the cursor are the loader's
+(`internlm.data.loader`), and the same for every source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from internlm.data.packing import PACKINGS, Packing, Sample
+from internlm.utils.errors import ConfigError
+
+
+class SampleSource(Protocol):
+    """Numbered samples, each the tokens of one micro-batch. It is pickled into worker processes.
+
+    Attributes:
+        type_names: names of the types that `Sample.type_ids` index.
+        facts: what decides the content of samples, as JSON values: saved with the cursor, and compared when a run resumes.
+            "seq_len" is used in messages.
+    """
+
+    type_names: list[str]
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+    def __len__(self) -> int:
+        """Number of samples of one epoch."""
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` in [0, len): the same arrays every time, in every process."""
+
+    def padding(self) -> Sample:
+        """A sample of padding alone, for a step whose batch is not read."""
+
+
+def open_source(
+    folder: str | Path | None,
+    *,
+    seq_len: int,
+    micro_bsz: int,
+    packing: Packing,
+    vocab_size: int,
+    seed: int = 1024,
+    min_length: int = 0,
+    min_length_dict: Mapping[str, int] | None = None,
+    skip_bad_documents: bool = False,
+    fixed_random_dataset_seqlen: bool = True,
+) -> SampleSource:
+    """The samples of the tokenized files of `folder`, or dummy samples if it is None.
+
+    Args:
+        folder: see `find_train_files`.
+        seq_len: tokens of the longest piece of a document.
+        micro_bsz: rows of a micro-batch; a packed sample has micro_bsz * seq_len tokens.
+        packing: "cut" (use_packed_dataset True, pack_sample_into_one False), "pack_sample_into_one", or "unpacked"
+            (use_packed_dataset False); see doc/data.md.
+        vocab_size: ids of this size and above are refused when they are read.
+        seed: of dummy samples.
+        min_length, min_length_dict: documents with fewer tokens are left out; by type name, where it differs.
+        skip_bad_documents: a document that cannot be read becomes padding in its place, and is named in the log.
+        fixed_random_dataset_seqlen: dummy documents have one length.
+
+    Raises:
+        DataError: the data is missing or malformed.
+        ConfigError: `packing` is unknown.
+    """
+    # Sources import this module for its protocol.
+    from internlm.data.dummy import DummySamples
+    from internlm.data.folder import log_unread_files
+    from internlm.data.samples import FolderSamples
+
+    if packing not in PACKINGS:
+        raise ConfigError(f"packing = {packing!r}: expected one of {PACKINGS}")
+    if folder is None:
+        return DummySamples(
+            seq_len=seq_len,
+            micro_bsz=micro_bsz,
+            packing=packing,
+            vocab_size=vocab_size,
+            seed=seed,
+            fixed_lengths=fixed_random_dataset_seqlen,
+        )
+    log_unread_files(folder)
+    return FolderSamples(
+        folder,
+        seq_len=seq_len,
+        micro_bsz=micro_bsz,
+        packing=packing,
+        vocab_size=vocab_size,
+        min_length=min_length,
+        min_length_dict=min_length_dict,
+        skip_bad_documents=skip_bad_documents,
+    )
