@@ -19,8 +19,8 @@ class SampleSource(Protocol):
 
     Attributes:
         type_names: names of the types that `Sample.type_ids` index.
-        facts: what decides the content of samples, as JSON values: saved with the cursor, and compared when a run resumes.
-            "seq_len" is used in messages.
+        facts: what decides the content of samples, as JSON values: saved with the cursor, and compared when a run
+            resumes. Messages use "seq_len".
     """
 
     type_names: list[str]
