@@ -20,7 +20,7 @@ from helpers.sharded import (
     STEPS,
     WEIGHT_TOLERANCE,
     ShardedModel,
-    join_ranks,
+    assemble,
     model_pieces,
     new_optimizer,
     padding_of,
@@ -90,20 +90,20 @@ def test_any_layout_loads_what_any_other_saved(
     """Two steps in one layout, the third in another: AdamW on the whole tensors. In the same layout, the same bits."""
     ranks(LAYOUTS[before].world_size).run(part_of_run, before, str(tmp_path), 0, 2, True)
     results = ranks(LAYOUTS[after].world_size).run(part_of_run, after, str(tmp_path), 2, STEPS, False)
-    found = join_ranks(result["weights"] for result in results)
+    found = assemble(result["weights"] for result in results)
     torch.testing.assert_close(found, train_whole()[2], rtol=0, atol=WEIGHT_TOLERANCE)
     assert all((padding == 0).all() for result in results for padding in result["padding"])
     again = ranks(LAYOUTS[before].world_size).run(part_of_run, before, str(tmp_path), 2, STEPS, False)
     straight = ranks(LAYOUTS[before].world_size).run(part_of_run, before, str(tmp_path), 0, STEPS, False)
     for key in ("weights", "state"):
-        assert_same_bits(join_ranks(r[key] for r in again), join_ranks(r[key] for r in straight))
+        assert_same_bits(assemble(r[key] for r in again), assemble(r[key] for r in straight))
 
 
 def test_bf16_weights_and_their_masters_go_to_another_layout(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
     saved = ranks(4).run(part_of_run, "tensor x data", str(tmp_path), 0, 2, True, torch.bfloat16)
     loaded = ranks(4).run(part_of_run, "isp x pipeline", str(tmp_path), 2, 2, False, torch.bfloat16)
     for key in ("weights", "state"):
-        assert_same_bits(join_ranks(r[key] for r in loaded), join_ranks(r[key] for r in saved))
+        assert_same_bits(assemble(r[key] for r in loaded), assemble(r[key] for r in saved))
 
 
 def test_every_element_is_written_once(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
