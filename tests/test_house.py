@@ -69,3 +69,9 @@ def test_tests_share_only_helpers(path: str) -> None:
         else:
             continue
         assert not module.startswith(("tests", "test_")), f"line {node.lineno}: import from helpers"
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """Pytest imports them by their names alone."""
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
