@@ -120,7 +120,13 @@ class TrainLoader:
         self._data_rank, self._data_size = data_rank, data_size
         self._num_workers, self._prefetch = num_workers, prefetch
         self._total_steps, self._pin_memory = total_steps, pin_memory
-        self._order_facts = {**source.facts, "seed": seed, "num_samples_per_epoch": len(source)}
+        own_facts = {"seed": seed, "num_samples_per_epoch": len(source)}
+        reserved = source.facts.keys() & {"step", "consumed_samples", *own_facts}
+        if reserved:
+            raise ValueError(
+                f"the facts of a source may not be named {sorted(reserved)}: the loader saves these itself"
+            )
+        self._order_facts = {**source.facts, **own_facts}
         self._batches: Iterator[Batch] | None = None
         self._stop: Callable[[], None] | None = None
 

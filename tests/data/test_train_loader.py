@@ -15,6 +15,7 @@ import pytest
 from internlm.data.document_index import CACHE_FOLDER
 from internlm.data.loader import build_train_loader
 from internlm.data.order import sample_order
+from internlm.data.packing import join_pieces, make_piece, padding_sample
 from internlm.data.sample_source import open_source
 from internlm.data.tokenized_writer import TokenizedWriter
 from internlm.utils.errors import ConfigError, DataError
@@ -309,3 +310,42 @@ def test_bad_arguments(folder):
         build(folder, packing="cutt")
     with pytest.raises(ConfigError, match=r"data_rank = 2 is not in \[0, data_size = 2\)"):
         build(folder, data_rank=2, data_size=2)
+
+
+class CountingSource:
+    """A source of one's own: sample i holds the token i + 1."""
+
+    type_names = ("numbers",)
+
+    def __init__(self, **facts):
+        self.facts = {"seq_len": 4, **facts}
+
+    def __len__(self):
+        return 10
+
+    def sample(self, index):
+        ids = np.full(4, index + 1)
+        return join_pieces([make_piece(ids, np.ones(4, dtype=bool), 4)], 4, 4, "cut", 0)
+
+    def padding(self):
+        return padding_sample(4, 1, "cut")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_source_of_ones_own_is_loaded_and_continued(num_workers):
+    def tokens(loader, count):
+        return [int(micro.input_ids[0, 0]) for _ in range(count) for micro in next(loader).micro_batches]
+
+    straight = build_train_loader(CountingSource(), micro_num=2, seed=1, num_workers=num_workers)
+    expected = tokens(straight, 5)
+    assert sorted(expected) == list(range(1, 11))
+    resumed = build_train_loader(CountingSource(), micro_num=2, seed=1, num_workers=num_workers)
+    resumed.seek(3, 6)
+    assert tokens(resumed, 2) == expected[6:]
+    straight.close()
+    resumed.close()
+
+
+def test_a_source_may_not_name_its_facts_like_the_cursor():
+    with pytest.raises(ValueError, match=r"may not be named \['seed', 'step'\]"):
+        build_train_loader(CountingSource(step=1, seed=2), micro_num=1, seed=1)

@@ -15,8 +15,8 @@ from helpers.processes import wait_for_all
 import internlm.core.failure as failure
 from internlm.core.communication.p2p import PipelineChannels
 from internlm.core.engine import Engine
+from internlm.solver.optimizer import hybrid_zero
 from internlm.solver.optimizer.flat_bucket import FlatBucket
-from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 
 LIMIT_SECONDS = 30
 WORLD_SIZE = 4
@@ -36,7 +36,7 @@ PHASES: dict[str, tuple[Any, str, str]] = {
     "forward": (Engine, "_forward", "forward of micro batch"),
     "send": (PipelineChannels, "send", "send "),
     "reduce": (FlatBucket, "start_reduction", "optimizer step"),
-    "update": (HybridZeroOptimizer, "_global_grad_norm", "optimizer step"),
+    "update": (hybrid_zero, "global_grad_norm", "optimizer step"),
     "gather": (FlatBucket, "start_gathering", "optimizer step"),
 }
 

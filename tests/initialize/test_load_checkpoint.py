@@ -15,7 +15,7 @@ from internlm.config.loader import load_config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import Hook
 from internlm.core.trainer import Trainer
-from internlm.initialize import build
+from internlm.initialize import load_checkpoint
 from internlm.initialize.build import build_layout, build_trainer
 from internlm.utils.errors import CheckpointError
 
@@ -98,8 +98,8 @@ class OwnWeights:
 
 
 def test_hooks_hear_of_weights_in_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "open_weights", lambda kind, path, model: OwnWeights(model))
-    monkeypatch.setattr(build, "check_foreign_weights", lambda *args: None)
+    monkeypatch.setattr(load_checkpoint, "open_weights", lambda kind, path, model: OwnWeights(model))
+    monkeypatch.setattr(load_checkpoint, "check_foreign_weights", lambda *args: None)
     monkeypatch.setattr(Listener, "heard", [])
     (tmp_path / "weights").mkdir()
     info = {"path": f"{tmp_path}/weights", "content": ("model",), "ckpt_type": "hf"}

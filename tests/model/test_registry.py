@@ -66,11 +66,11 @@ def test_the_documented_model_of_ones_own() -> None:
     """The examples of doc/models.md run and give models."""
     text = DOC.read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         exec(compile(example, str(DOC), "exec"), {})
     ids, positions = torch.arange(12)[None], torch.arange(12)[None]
-    for name in ("MY_LLAMA", "BIGRAM"):
+    for name in ("MY_LLAMA", "BIGRAM", "HALF_RELU"):
         with torch.device("meta"):
             model = build_model(name, tiny_config())
         materialize(model)

@@ -104,7 +104,7 @@ def locate(url: str) -> Location:
     prefix = url[: url.find("://") + 3] if "://" in url else url.partition(":")[0] + ":"
     raise ConfigError(
         f"'{url}' has an unknown prefix.{nearest(prefix, _beginnings())} Known are: "
-        f"{', '.join(KNOWN)}. A local file of that name is './{url}'."
+        f"{', '.join(KNOWN)}; write './{url}' for a local file of that name"
     )
 
 
