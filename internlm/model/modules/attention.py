@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from internlm.model.modules.cache import KeyValueCache
 from internlm.model.modules.inner_attention import InnerAttention
-from internlm.model.modules.linear import GroupedLinear, make_linear
+from internlm.model.modules.linear import GroupedLinear, UnpackedLinear, make_linear
 from internlm.model.modules.norm import RMSNorm
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
-from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
+from internlm.model.ops.packed_projections import unpack_query_key_value
+from internlm.model.ops.rotary import RotaryTables, apply_rotary
 from internlm.model.roles import HeadShape
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Attention(nn.Module):
     Head counts are read off the outputs of the projections, so a rank that holds some of the groups runs the same code.
 
     Attributes:
-        qkv: the projections, fused or not.
+        qkv: `x` -> queries, keys and values, from a fused projection or three.
         inner: softmax attention between the projections and `wo`; see `InnerAttention`.
         heads: all heads of this layer, also where a rank holds some of them.
     """
@@ -42,14 +43,13 @@ class Attention(nn.Module):
         std = a.init.attention_wqkv
         if a.fused_qkv:
             self.wqkv = make_linear(a, a.hidden_size, q_size + 2 * kv_size, a.qkv_bias, std)
-            self.qkv = GroupedLinear(self, "wqkv")
+            self.qkv: UnpackedLinear | GroupedLinear = UnpackedLinear(self, "wqkv", self._unpack)
         else:
             self.wq = make_linear(a, a.hidden_size, q_size, a.qkv_bias, std)
             self.wk = make_linear(a, a.hidden_size, kv_size, a.qkv_bias, std)
             self.wv = make_linear(a, a.hidden_size, kv_size, a.qkv_bias, std)
             self.qkv = GroupedLinear(self, "wq", "wk", "wv")
         self.wo = make_linear(a, q_size, a.hidden_size, a.o_bias, a.init.attention_other, into_residual=True)
-        self.fused = a.fused_qkv
         self.qk_norm = a.qk_norm
         if a.qk_norm:
             self.q_norm = RMSNorm(a.head_dim, a.norm_eps, a.norm_dtype, fused_kernels=a.fused_kernels)
@@ -63,21 +63,15 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
-        q, k, v = self._project(x, self.inner.local_rotary(rotary))
+        # Lengths are read off the projections too: they may gather a sequence that is split over ranks.
+        q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in self.qkv(x))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        tables = self.inner.local_rotary(rotary)
+        q, k = apply_rotary(q, tables), apply_rotary(k, tables)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         return self.wo(self.inner(q, k, v, varlen).flatten(2))
 
-    def _project(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-        # Lengths are read off the projections too: they may gather a sequence that is split over ranks.
-        projected = self.qkv(x)
-        if self.fused:
-            qkv = projected[0].unflatten(-1, (-1, self.group_size + 2, self.head_dim))
-            if not self.qk_norm:
-                return split_rotary(qkv, rotary)
-            q, k, v = qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2], qkv[:, :, :, -1]
-        else:
-            q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in projected)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rotary(q, rotary), apply_rotary(k, rotary), v
+    def _unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
+        return unpack_query_key_value(packed, self.group_size, self.head_dim)

@@ -1,8 +1,9 @@
-"""Linear layers: plain, grouped by the input that they share, and with float8 GEMMs."""
+"""Linear layers: plain, grouped by the input that they share, packed into one, and with float8 GEMMs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -74,6 +75,30 @@ class GroupedLinear(nn.Module):
         """The layers, in the order of the outputs."""
         (owner,) = self._owner
         return [getattr(owner, name) for name in self.names]
+
+
+class UnpackedLinear(nn.Module):
+    """One linear layer whose weight packs the rows of several: called for their separate outputs.
+
+    Holds no parameter: the layer stays a child of the module that owns it, as with `GroupedLinear`.
+
+    Args:
+        owner: module whose child the layer is.
+        name: attribute of the layer in `owner`.
+        unpack: `[..., packed]` -> the separate outputs.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, unpack: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.name = name
+        self.unpack = unpack
+        # In a tuple, as a module that is assigned would become a child.
+        self._owner = (owner,)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`[..., in]` -> `[..., out]` of each packed projection."""
+        (owner,) = self._owner
+        return self.unpack(getattr(owner, self.name)(x))
 
 
 class Float8Linear(nn.Module):

@@ -43,15 +43,6 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation, *, fused_
     return result
 
 
-def fused_gated_activation(gate_up: Tensor, activation: Activation) -> Tensor:
-    """The same for the fused projection: `gate_up` is `[..., 2 f]`, gate first."""
-    if torch.compiler.is_compiling():
-        gate, up = gate_up.chunk(2, dim=-1)
-        return gated_activation(gate, up, activation)
-    result: Tensor = _FusedGated.apply(gate_up, activation)
-    return result
-
-
 def _activate(gate: Tensor, activation: Activation) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
@@ -75,18 +66,3 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         return *_backward(grad, gate, up, ctx.activation), None
-
-
-class _FusedGated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, activation: Activation) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        ctx.activation = activation
-        gate, up = gate_up.chunk(2, dim=-1)
-        return _activate(gate, activation).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch.cat(_backward(grad, gate, up, ctx.activation), dim=-1), None

@@ -61,23 +61,6 @@ def apply_rotary(x: Tensor, tables: RotaryTables) -> Tensor:
     return result
 
 
-def split_rotary(qkv: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused projection and turn its queries and keys.
-
-    Args:
-        qkv: `[B, S, K, g + 2, D]`: for each of K key-value heads, its g query heads, its key, its value.
-
-    Returns:
-        q `[B, S, K g, D]`, k `[B, S, K, D]`, v `[B, S, K, D]`. As one function it spares the backward pass the three
-        zero-filled buffers, and their sum, that slicing would cost.
-    """
-    if torch.compiler.is_compiling():
-        q, k, v = qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2], qkv[:, :, :, -1]
-        return apply_rotary(q, tables), apply_rotary(k, tables), v
-    q, k, v = _SplitRotate.apply(qkv, tables.cos, tables.sin, tables.interleaved)
-    return q, k, v
-
-
 def _partners(x: Tensor, interleaved: bool) -> Tensor:
     """x with the channels of each pair exchanged."""
     if interleaved:
@@ -118,32 +101,3 @@ class _Rotate(torch.autograd.Function):
         out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
         _rotate(grad, cos, sin, ctx.interleaved, out, sign=-1)
         return out, None, None, None
-
-
-class _SplitRotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        ctx.shape = qkv.shape
-        batch, length, kv_heads, width, head_dim = qkv.shape
-        group = width - 2
-        q = qkv.new_empty(batch, length, kv_heads, group, head_dim)
-        k = qkv.new_empty(batch, length, kv_heads, head_dim)
-        for member in range(group):
-            _rotate(qkv[:, :, :, member], cos, sin, interleaved, q[:, :, :, member])
-        _rotate(qkv[:, :, :, group], cos, sin, interleaved, k)
-        v = qkv[:, :, :, group + 1].clone(memory_format=torch.contiguous_format)
-        return q.flatten(2, 3), k, v
-
-    @staticmethod
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        grad = grad_q.new_empty(ctx.shape)
-        group = ctx.shape[3] - 2
-        grad_group = grad_q.unflatten(2, (-1, group))
-        for member in range(group):
-            _rotate(grad_group[:, :, :, member], cos, sin, ctx.interleaved, grad[:, :, :, member], sign=-1)
-        _rotate(grad_k, cos, sin, ctx.interleaved, grad[:, :, :, group], sign=-1)
-        grad[:, :, :, group + 1].copy_(grad_v)
-        return grad, None, None, None

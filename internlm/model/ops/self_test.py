@@ -21,11 +21,11 @@ from internlm.model.ops.attention.causal_attention import VarlenMetadata, attent
 from internlm.model.ops.attention.cuda_backends import BACKENDS, why_not
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from internlm.model.ops.float8.scaled_gemm import float8_linear
-from internlm.model.ops.gated_activation import fused_gated_activation, gated_activation
+from internlm.model.ops.gated_activation import gated_activation
 from internlm.model.ops.implementations import OpSettings
 from internlm.model.ops.linear import linear
 from internlm.model.ops.norm import layer_norm, rms_norm
-from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
+from internlm.model.ops.rotary import RotaryTables, apply_rotary
 
 LENGTHS = (37, 0, 1, 90)
 """Documents of a packed row: an empty one, one of a single token, none a multiple of a kernel's tile."""
@@ -149,13 +149,6 @@ def other_cases(
             formula,
             ((*tokens, width), (*tokens, width)),
         )
-        yield OpCase(
-            "gated_activation",
-            f"{activation}, fused",
-            partial(fused_gated_activation, activation=activation),
-            lambda x, formula=formula: formula(*x.chunk(2, dim=-1)),
-            ((*tokens, 2 * width),),
-        )
     yield from _linear_cases(tokens, width)
     yield from _rotary_cases(device, settings.head_dim, tokens)
     # Logits grow with the width, and fp16 ends at 65,504.
@@ -204,19 +197,8 @@ def _rotary_cases(device: torch.device, head_dim: int, tokens: tuple[int, int]) 
     for interleaved in (False, True):
         tables = RotaryTables.of(angles, interleaved, torch.float32)
         turn = partial(reference.rotary, angles=angles, interleaved=interleaved)
-
-        def split(qkv: Tensor, turn: Callable[[Tensor], Tensor] = turn) -> tuple[Tensor, ...]:
-            return turn(qkv[:, :, :, :3].flatten(2, 3)), turn(qkv[:, :, :, 3]), qkv[:, :, :, 4]
-
         layout = "interleaved" if interleaved else "halves"
         yield OpCase("rotary", layout, partial(apply_rotary, tables=tables), turn, ((*tokens, 3, head_dim),))
-        yield OpCase(
-            "rotary",
-            f"{layout}, fused projection",
-            partial(split_rotary, tables=tables),
-            split,
-            ((*tokens, 2, 5, head_dim),),
-        )
 
 
 def _loss_cases(device: torch.device, width: int, tokens: int = 37, vocab: int = 101) -> Iterator[OpCase]:

@@ -17,9 +17,9 @@ from internlm.model.ops import cross_entropy as cross_entropy_module
 from internlm.model.ops import reference
 from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from internlm.model.ops.gated_activation import Activation, fused_gated_activation, gated_activation
+from internlm.model.ops.gated_activation import Activation, gated_activation
 from internlm.model.ops.norm import layer_norm, rms_norm
-from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
+from internlm.model.ops.rotary import RotaryTables, apply_rotary
 
 few = settings(max_examples=20, deadline=None)
 ROWS = st.lists(st.integers(0, 4), min_size=0, max_size=3)
@@ -82,35 +82,23 @@ def test_gated_activations(rows: list[int], width: int, layout: str, activation:
     formula = partial(reference.gated_activation, activation=activation)
     shape = (*rows, width)
     _compare(partial(gated_activation, activation=activation), formula, (shape, shape), layout)
-    _compare(
-        partial(fused_gated_activation, activation=activation),
-        lambda x: formula(*x.chunk(2, dim=-1)),
-        ((*rows, 2 * width),),
-        layout,
-    )
 
 
 @few
 @given(
     batch=st.integers(1, 3),
     length=st.integers(0, 7),
-    kv_heads=st.integers(1, 3),
-    group=st.integers(1, 3),
+    heads=st.integers(1, 3),
     pairs=st.integers(1, 4),
     layout=LAYOUTS,
     interleaved=st.booleans(),
 )
-def test_rotary(batch: int, length: int, kv_heads: int, group: int, pairs: int, layout: str, interleaved: bool) -> None:
+def test_rotary(batch: int, length: int, heads: int, pairs: int, layout: str, interleaved: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     angles = torch.randn(batch, length, pairs, generator=generator, dtype=torch.float64)
     tables = RotaryTables.of(angles, interleaved, torch.float64)
     turn = partial(reference.rotary, angles=angles, interleaved=interleaved)
-    _compare(partial(apply_rotary, tables=tables), turn, ((batch, length, group, 2 * pairs),), layout)
-
-    def split(qkv: Tensor) -> tuple[Tensor, ...]:
-        return turn(qkv[:, :, :, :group].flatten(2, 3)), turn(qkv[:, :, :, group]), qkv[:, :, :, group + 1]
-
-    _compare(partial(split_rotary, tables=tables), split, ((batch, length, kv_heads, group + 2, 2 * pairs),), layout)
+    _compare(partial(apply_rotary, tables=tables), turn, ((batch, length, heads, 2 * pairs),), layout)
 
 
 @few

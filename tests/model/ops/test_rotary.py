@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from internlm.model.ops import rotary as rotary_module
-from internlm.model.ops.rotary import RotaryTables, apply_rotary, split_rotary
+from internlm.model.ops.rotary import RotaryTables, apply_rotary
 
 BATCH, LENGTH, DIM = 2, 9, 6
 
@@ -43,27 +43,9 @@ def test_turning(interleaved: bool) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("group", [1, 3])
-def test_splitting(group: int, interleaved: bool) -> None:
-    qkv = _draw(BATCH, LENGTH, 2, group + 2, DIM).requires_grad_()
-    angles = _draw(BATCH, LENGTH, DIM // 2, seed=1)
-    ours = split_rotary(qkv, RotaryTables.of(angles, interleaved, torch.float64))
-    theirs = (
-        _reference(qkv[:, :, :, :group].flatten(2, 3), angles, interleaved),
-        _reference(qkv[:, :, :, group], angles, interleaved),
-        qkv[:, :, :, group + 1],
-    )
-    for mine, reference in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, reference)
-    grads = [_draw(*x.shape, seed=3 + i) for i, x in enumerate(ours)]
-    torch.testing.assert_close(torch.autograd.grad(ours, qkv, grads), torch.autograd.grad(theirs, qkv, grads))
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
 def test_gradient(interleaved: bool) -> None:
     tables = RotaryTables.of(_draw(1, 3, 2, seed=1), interleaved, torch.float64)
     assert torch.autograd.gradcheck(lambda x: apply_rotary(x, tables), _draw(1, 3, 2, 4).requires_grad_())
-    assert torch.autograd.gradcheck(lambda x: split_rotary(x, tables), _draw(1, 3, 2, 4, 4).requires_grad_())
 
 
 def test_bf16_is_rounded_once() -> None:
