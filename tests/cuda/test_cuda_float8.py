@@ -12,7 +12,8 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.ops.float8.scaled_gemm import choice, float8_linear, runs_on_hardware
+from internlm.model.ops.float8.linear import float8_linear
+from internlm.model.ops.float8.scaled_gemm import choice, runs_on_hardware
 from internlm.model.ops.implementations import OpSettings
 from internlm.model.ops.self_test import float8_cases, judge, self_tests
 from internlm.model.registry import build_model

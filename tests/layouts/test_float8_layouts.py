@@ -11,9 +11,9 @@ from helpers.layouts import STEPS, record_of, reference_of, verdict_of
 from helpers.resume import Ranks, run_row
 from torch import Tensor
 
-from internlm.core.parallel.linear import kernels as products
 from internlm.initialize.stages import build_chunks
 from internlm.model.modules.linear import Float8Linear
+from internlm.model.ops.float8 import kernels
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.verify.case import Case, Combination, changed
 from internlm.verify.record import join_ranks
@@ -78,7 +78,7 @@ def test_the_run_without_float8_is_another_one(ranks: Ranks) -> None:
 
 def with_wrong_weights(case: Case) -> Any:
     """What a rank records when the second one takes the neighbour of the first number of each weight."""
-    right = products.quantize
+    right = kernels.quantize
 
     def wrong(tensor: Tensor, scale: Tensor, format: torch.dtype) -> float8.Scaled:
         scaled = right(tensor, scale, format)
@@ -86,11 +86,11 @@ def with_wrong_weights(case: Case) -> Any:
             scaled.values.view(torch.uint8)[0, 0] ^= 1
         return scaled
 
-    products.quantize = wrong
+    kernels.quantize = wrong
     try:
         return run_case(case, STEPS)
     finally:
-        products.quantize = right
+        kernels.quantize = right
 
 
 def test_a_single_number_that_is_rounded_to_its_neighbour_is_found(ranks: Ranks) -> None:

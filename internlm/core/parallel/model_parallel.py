@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear.kernels import Float8Kernels, LinearKernels, refuse_odd_shape
+from internlm.core.parallel.linear.float8_shapes import refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import (
     InputExchange,
     LinearGroup,
@@ -31,6 +34,8 @@ from internlm.core.parallel.weight_splits import ParameterShard
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
 from internlm.model.ops.float8 import scaled_gemm as float8
+from internlm.model.ops.float8.kernels import Float8Kernels
+from internlm.model.ops.linear_kernels import LinearKernels
 from internlm.model.roles import HeadShape, Role
 
 
@@ -156,13 +161,13 @@ class ModelParallel:
             weights = [shard.weight for layer in layers for shard in layer.shards()]
             for weight in weights:
                 refuse_odd_shape(name, shard_spec_of(weight))
-            on_hardware = float8.runs_on_hardware(self.context.device)
+            axis = self.scale_axis
+            group = None if axis is None else self.context.group(axis)
             kernels = Float8Kernels(
-                self.context,
-                self.scale_axis,
                 weights[0].dtype,
+                on_hardware=float8.runs_on_hardware(self.context.device),
+                reduce_amax=partial(all_reduce, group=group, op=dist.ReduceOp.MAX),
                 compiles_casts=self.options.compile_casts,
-                on_hardware=on_hardware,
             )
         return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, kernels)
 

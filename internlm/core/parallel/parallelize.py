@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear.kernels import refuse_odd_shape
+from internlm.core.parallel.linear.float8_shapes import refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.materialize import local_parameter, materialized

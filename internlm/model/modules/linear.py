@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from internlm.model.initialization import Zeros, set_initializer
-from internlm.model.ops.float8.scaled_gemm import float8_linear
+from internlm.model.ops.float8.linear import float8_linear
 from internlm.model.ops.linear import linear
 from internlm.utils.former_names import explain_former_names
 

@@ -20,7 +20,7 @@ from internlm.model.ops import reference
 from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 from internlm.model.ops.attention.cuda_backends import BACKENDS, why_not
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from internlm.model.ops.float8.scaled_gemm import float8_linear
+from internlm.model.ops.float8.linear import float8_linear
 from internlm.model.ops.gated_activation import gated_activation
 from internlm.model.ops.implementations import OpSettings
 from internlm.model.ops.linear import linear

@@ -15,9 +15,9 @@ from internlm.core.compilation.compile_layers import compile_layers
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp, local_tensor, reshard
-from internlm.core.parallel.linear import kernels as products
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
+from internlm.model.ops.float8 import kernels
 from internlm.model.registry import build_model
 
 
@@ -76,10 +76,10 @@ def test_compiled_layers_give_the_same_bits(
 def test_casts_can_be_compiled_where_layers_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    products._compiled_casts.cache_clear()
+    kernels._compiled_casts.cache_clear()
     options = {"postpone_weight_gradients": True}
     plain, compiled = (train(ParallelLayout(), {**options, "compile_casts": on}, False, False) for on in (False, True))
     assert_equal(compiled, plain)
     # One for the maximum of each number and rank of tensors, one for rounding tensors of each rank and format.
     assert 2 <= counter.frame_count <= 8
-    products._compiled_casts.cache_clear()
+    kernels._compiled_casts.cache_clear()

@@ -15,7 +15,8 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp, local_tensor, reshard
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, amax_of, float8_linear, quantize, scale_of
+from internlm.model.ops.float8.linear import float8_linear
+from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, amax_of, quantize, scale_of
 from internlm.model.ops.float8.weight_tensor import Float8Weight
 from internlm.model.registry import build_model
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from internlm.model.ops import reference
-from internlm.model.ops.float8 import scaled_gemm as float8
+from internlm.model.ops.float8 import kernels
 from internlm.model.ops.float8.scaled_gemm import Scaled
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.model.ops.self_test import LENGTHS, OpCase, attention_cases, float8_cases, judge, other_cases, self_tests
@@ -92,7 +92,7 @@ def test_wrong_masks_are_found(dtype: torch.dtype) -> None:
     assert wrong("packed documents, auto", lambda q, k, v: reference.attention(q, k, v, shifted)) is not None
 
 
-_QUANTIZE, _SCALE = float8.quantize, float8.scale_of
+_QUANTIZE, _SCALE = kernels.quantize, kernels.scale_of
 
 
 def _cut_off(tensor: Tensor, scale: Tensor, format: torch.dtype) -> Scaled:
@@ -124,7 +124,7 @@ def _ties_away(tensor: Tensor, scale: Tensor, format: torch.dtype) -> Scaled:
 def test_wrong_float8_is_found(name: str, wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     cases = list(float8_cases(CPU))
     assert [judge(case, CPU, torch.bfloat16) for case in cases] == [None] * len(cases)
-    monkeypatch.setattr(float8, name, wrong)
+    monkeypatch.setattr(kernels, name, wrong)
     assert any(judge(case, CPU, torch.bfloat16) is not None for case in cases)
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.communication.pending import Pending
-from internlm.core.parallel.linear.kernels import LinearKernels, Operand
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.model.ops.float8.scaled_gemm import as_scaled
+from internlm.model.ops.linear_kernels import LinearKernels, Operand
 from internlm.model.recompute import as_products, as_unkept
 from internlm.model.roles import Role
 

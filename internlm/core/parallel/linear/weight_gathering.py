@@ -18,13 +18,13 @@ from internlm.core.communication.collectives import all_gather_async
 from internlm.core.communication.exchange import start_reduce_scatter
 from internlm.core.communication.pending import Pending
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear.kernels import Operand
 from internlm.core.parallel.linear.parallel_linear import LinearGroup
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.parameter_events import deliver_gradient, wait_until_readable
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, Scaled, quantize
+from internlm.model.ops.linear_kernels import Operand
 from internlm.model.roles import Role
 
 _TRIGGERS = {

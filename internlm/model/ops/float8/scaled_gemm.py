@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,54 +146,6 @@ def scaled_product(a: Scaled, b: Scaled, dtype: torch.dtype, *, on_hardware: boo
     return (a.values.to(dtype) @ b.values.to(dtype)) * (a.scale * b.scale)
 
 
-def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, on_hardware: bool | None = None) -> Tensor:
-    """`F.linear` whose three products (output, gradient of the input, gradient of the weight) are of float8 tensors.
-
-    Args:
-        x: `[..., in]`. It is kept for backward in float8.
-        weight: `[out, in]` in the dtype of x; also a `Float8Weight`, which is multiplied as it is.
-        bias: `[out]`, added in the dtype of x.
-        on_hardware: None asks `runs_on_hardware`.
-
-    Returns:
-        `[..., out]` in the dtype of x.
-    """
-    on_hardware = runs_on_hardware(x.device) if on_hardware is None else on_hardware
-    out: Tensor = _Float8Linear.apply(x, weight, on_hardware)
-    return out if bias is None else out + bias
-
-
 def as_scaled(weight: Tensor) -> Tensor | Scaled:
     """What a `Float8Weight` stands for; any other weight as it is."""
     return Scaled(weight.float8, weight.scale) if isinstance(weight, Float8Weight) else weight
-
-
-def _weight(weight: Tensor, scale: Tensor | None) -> Scaled:
-    known = as_scaled(weight)
-    if isinstance(known, Scaled):
-        return known
-    return quantize(weight, scale_of(amax_of(weight), FORWARD_FORMAT) if scale is None else scale, FORWARD_FORMAT)
-
-
-class _Float8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, on_hardware: bool) -> Tensor:
-        x8 = quantize(x, scale_of(amax_of(x), FORWARD_FORMAT), FORWARD_FORMAT)
-        weight8 = _weight(weight, None)
-        ctx.on_hardware = on_hardware
-        ctx.save_for_backward(x8.values, x8.scale, weight, weight8.scale)
-        out = scaled_product(x8.flat(), weight8.t(), x.dtype, on_hardware=on_hardware, fast=True)
-        return out.unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_values, x_scale, weight, weight_scale = ctx.saved_tensors
-        grad8 = quantize(grad, scale_of(amax_of(grad), GRADIENT_FORMAT), GRADIENT_FORMAT).flat()
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = scaled_product(grad8, _weight(weight, weight_scale), grad.dtype, on_hardware=ctx.on_hardware)
-            grad_x = grad_x.unflatten(0, grad.shape[:-1])
-        if ctx.needs_input_grad[1]:
-            x8 = Scaled(x_values, x_scale).flat()
-            grad_weight = scaled_product(grad8.t(), x8, grad.dtype, on_hardware=ctx.on_hardware)
-        return grad_x, grad_weight, None

@@ -11,12 +11,12 @@ from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
 
 from internlm.model.ops.float8 import scaled_gemm as float8
+from internlm.model.ops.float8.linear import float8_linear
 from internlm.model.ops.float8.scaled_gemm import (
     FORWARD_FORMAT,
     GRADIENT_FORMAT,
     Scaled,
     amax_of,
-    float8_linear,
     quantize,
     scale_of,
     scaled_product,

@@ -1,7 +1,4 @@
-"""GEMMs of a group of linear layers that share an input: in the dtype of their operands, or in float8.
-
-An operand of a GEMM is a tensor, or one in float8 (`Scaled`).
-"""
+"""GEMMs of linear layers in float8, and the scales of their operands."""
 
 from __future__ import annotations
 
@@ -10,92 +7,21 @@ from functools import cache
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from internlm.core.communication.collectives import all_reduce
-from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.shard_spec import ShardSpec
-from internlm.model.ops.cpu.gemm import linear_product
 from internlm.model.ops.float8.scaled_gemm import (
     FORWARD_FORMAT,
     GRADIENT_FORMAT,
-    MULTIPLE,
     Scaled,
     amax_of,
     quantize,
     scale_of,
     scaled_product,
 )
-from internlm.model.ops.linear import input_gradient, weight_gradient
-from internlm.utils.errors import ConfigError
-
-Operand = Tensor | Scaled
+from internlm.model.ops.linear_kernels import LinearKernels, Operand
 
 Casts = tuple[Callable[..., Tensor], Callable[..., Scaled]]
 """`amax_of` and `quantize`, either compiled for tensors of any shape or not."""
-
-
-class LinearKernels:
-    """GEMMs in the dtype of the operands. Shapes: input `[..., in]`, weight `[out, in]`, gradient `[..., out]`."""
-
-    is_float8: ClassVar[bool] = False
-    """Whether a weight may also come as a `Scaled`."""
-
-    def compute_scales(self, x: Tensor, weights: Sequence[Sequence[Operand]]) -> Tensor | None:
-        """Scales of the input and then of each layer's weight, of which it may hold several shards."""
-        return None
-
-    def quantize_input(self, x: Tensor, scales: Tensor | None) -> Operand:
-        """The input as an operand."""
-        return x
-
-    def saved_input(self, x: Operand) -> Tensor:
-        """The tensor of that operand which is saved for backward."""
-        assert isinstance(x, Tensor)
-        return x
-
-    def restore_input(self, saved: Tensor, scales: Tensor | None) -> Operand:
-        """The operand of a saved tensor."""
-        return saved
-
-    def quantize_weight(self, weight: Operand, scales: Tensor | None, layer: int) -> Operand:
-        """A weight, or a shard of it, of one of the layers as an operand."""
-        return weight
-
-    def quantize_gradients(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Operand]]:
-        """Gradients of each layer's outputs as operands."""
-        return [list(own) for own in grads]
-
-    def output(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
-        """`[..., out]`."""
-        assert isinstance(x, Tensor) and isinstance(weight, Tensor)
-        return linear_product(x, weight, bias)
-
-    def input_gradient(self, grad: Operand, weight: Operand) -> Tensor:
-        """`[..., in]`."""
-        assert isinstance(grad, Tensor) and isinstance(weight, Tensor)
-        return input_gradient(grad, weight)
-
-    def weight_gradient(self, grad: Operand, x: Operand) -> Tensor:
-        """`[out, in]`."""
-        assert isinstance(grad, Tensor) and isinstance(x, Tensor)
-        return weight_gradient(grad, x)
-
-
-def refuse_odd_shape(name: str, spec: ShardSpec) -> None:
-    """Check the weight `[out, in]` of a layer that is to run its GEMMs in float8.
-
-    Raises:
-        ConfigError: its shape does not fit the tiles of the hardware.
-    """
-    # Weights of the weight view are gathered before the GEMM.
-    shape = spec.global_shape if spec.view == "weight" else spec.local_shape
-    if any(size % MULTIPLE for size in shape):
-        raise ConfigError(
-            f"float8.enable_float8_linear = True: the weight of '{name}' is {list(shape)} on this rank, and float8 "
-            f"needs multiples of {MULTIPLE}; change the widths of the model or parallel.tensor.size"
-        )
 
 
 @cache
@@ -118,32 +44,30 @@ def _compiled_casts() -> Casts:
 class Float8Kernels(LinearKernels):
     """GEMMs in float8; see `internlm.model.ops.float8.scaled_gemm`.
 
-    The scale of an input or weight is that of the full tensor, also where it is split over ranks: one all-reduce of
-    the largest magnitudes serves a group of layers. So every layout rounds every element in the same way. Gradients do
+    The scale of an input or weight is that of the full tensor, also where it is split over ranks: one reduction of the
+    largest magnitudes serves a group of layers. So every layout rounds every element in the same way. Gradients do
     without: see `GRADIENT_FORMAT`.
 
     Args:
-        context: of this rank.
-        axis: of the activation view, over which inputs or weights are split; None: they are full.
         dtype: of weights and of the results of the GEMMs.
+        on_hardware: see `scaled_gemm.runs_on_hardware`.
+        reduce_amax: largest magnitudes on this rank (fp32 `[n]`) -> those of the full tensors; None: inputs and weights
+            are not split.
         compiles_casts: fuse the search for the largest magnitude, and the quantization, into one kernel each
             (torch.compile).
-        on_hardware: see `scaled_gemm.runs_on_hardware`.
     """
 
     is_float8: ClassVar[bool] = True
 
     def __init__(
         self,
-        context: ParallelContext,
-        axis: str | None,
         dtype: torch.dtype,
         *,
-        compiles_casts: bool = False,
         on_hardware: bool,
+        reduce_amax: Callable[[Tensor], Tensor] | None = None,
+        compiles_casts: bool = False,
     ) -> None:
-        self._context = context
-        self._axis = axis
+        self._reduce_amax = reduce_amax
         self._dtype = dtype
         casts: Casts = _compiled_casts() if compiles_casts else (amax_of, quantize)
         self._amax_of, self._quantize = casts
@@ -154,8 +78,7 @@ class Float8Kernels(LinearKernels):
         known = [own[0].scale for own in weights if isinstance(own[0], Scaled)]
         unknown = [[w for w in own if isinstance(w, Tensor)] for own in weights]
         amaxes = torch.stack([self._amax_of(*own) for own in ([x], *unknown) if own])
-        group = None if self._axis is None else self._context.group(self._axis)
-        found = scale_of(all_reduce(amaxes, group, dist.ReduceOp.MAX), FORWARD_FORMAT)
+        found = scale_of(amaxes if self._reduce_amax is None else self._reduce_amax(amaxes), FORWARD_FORMAT)
         # The weights of a group come quantized all or none.
         return torch.stack([*found.unbind(), *known]) if known else found
 
