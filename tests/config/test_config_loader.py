@@ -145,7 +145,7 @@ def test_all_kinds_of_mistakes_come_together(write):
         ":2: model.hidden_size = 34 is not divisible by model.num_attention_heads = 4",
         ":3: ckpt.checkpoint_every = None: saving is on",
         ":6: output_tf32 = True: tf32 for the head alone is not yet supported; set it to False",
-        ":4: parallel.zero1.size = 3 does not divide the 4 data-parallel ranks (world size 8); use -1 (all of them) or "
+        ":4: parallel.zero1.size = 3 does not divide the 4 ranks of the same weights; use -1 (all of them) or "
         "one of 1, 2, 4",
         ":5: adam.lr = -1: it must be greater than or equal to 0",
         ":5: adam.beta is not a known key.",

@@ -62,7 +62,7 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {"model.mlp_ratio": 2.7, "model.multiple_of": 1, TENSOR: 4, MODE: "msp"},
         4,
-        "model.mlp_ratio = 2.7 makes the MLP 86 wide, which is not divisible by parallel.tensor.size = 4; "
+        "model.mlp_ratio = 2.7: model.intermediate_size = 86 is not divisible by parallel.tensor.size = 4; "
         "set model.intermediate_size = 88",
     ),
     ({"model.intermediate_size": 92, TENSOR: 4, MODE: "fsp"}, 4, None),
@@ -107,7 +107,7 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {STAGES: 2, CHUNKS: 2, "data.rampup_batch_size": "2 1 2"},
         2,
-        "data.rampup_batch_size = '2 1 2' gives steps of 3 micro-batches: the interleaved schedule (model.num_chunks = "
+        "data.rampup_batch_size = '2 1 2' gives steps with data.micro_num = 3: the interleaved schedule (model.num_chunks = "
         "2) needs a multiple of parallel.pipeline.size = 2",
     ),
     # The run of 10 steps ends in the middle of its ramp, before an odd number comes.
@@ -120,23 +120,23 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {STAGES: 5},
         5,
-        "parallel.pipeline.size = 5 times model.num_chunks = 1 is more than model.num_layers = 4, and each chunk of a "
-        "stage needs a layer; use fewer stages",
+        "parallel.pipeline.size times model.num_chunks = 5 is more than model.num_layers = 4, and each stage needs a "
+        "layer; use fewer stages",
     ),
     (
         {STAGES: 4, SCHEDULE: "ZBV"},
         4,
-        "parallel.pipeline.size = 4 times model.num_chunks = 2 is more than model.num_layers = 4, and each chunk of a "
-        "stage needs a layer; use fewer stages",
+        "parallel.pipeline.size times model.num_chunks = 8 is more than model.num_layers = 4, and each stage needs a "
+        "layer; use fewer stages",
     ),
     ({STAGES: 2, SCHEDULE: "ZBV"}, 2, None),
     (
         {STAGES: 2, SPLIT: [2, 1, 1]},
         2,
-        "parallel.pipeline.layer_split = [2, 1, 1] must have 2 numbers, one for each of parallel.pipeline.size = 2 "
-        "times model.num_chunks = 1",
+        "parallel.pipeline.layer_split = [2, 1, 1] must have 2 numbers, one for each stage "
+        "(parallel.pipeline.size times model.num_chunks = 2)",
     ),
-    ({STAGES: 2, SPLIT: [4, 0]}, 2, "parallel.pipeline.layer_split = [4, 0]: each chunk of a stage needs a layer"),
+    ({STAGES: 2, SPLIT: [4, 0]}, 2, "parallel.pipeline.layer_split = [4, 0]: each stage needs a layer"),
     (
         {STAGES: 2, SPLIT: [3, 2]},
         2,

@@ -3,66 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from internlm.config.problem import Problem
+from internlm.config.rules.layout_problems import layout_problems
 from internlm.config.schema import Config
+from internlm.utils.layout_checks import check_fsdp, check_weight, check_world, check_zero
+
+MODE = "parallel.tensor.mode"
+PIPELINE = "parallel.pipeline.size"
+TENSOR = "parallel.tensor.size"
+WEIGHT = "parallel.weight.size"
 
 
 def fsdp(config: Config, world_size: int) -> Iterator[Problem]:
     """FSDP goes with neither a pipeline nor isp."""
     parallel = config.parallel
-    if not parallel.uses_fsdp:
-        return
-    key = "parallel.fsdp.enable" if parallel.fsdp.enable else "parallel.zero1.fsdp"
-    if parallel.pipeline.size > 1:
-        size = parallel.pipeline.size
-        yield Problem(
-            (key, "parallel.pipeline.size"),
-            f"{key} = True does not go with parallel.pipeline.size = {size}; set one of them to its default",
-        )
-    if parallel.tensor.mode == "isp":
-        yield Problem(
-            (key, "parallel.tensor.mode"),
-            f"{key} = True does not go with parallel.tensor.mode = 'isp', which splits weights itself; turn it off",
-        )
+    names = {
+        "fsdp": "parallel.fsdp.enable" if parallel.fsdp.enable else "parallel.zero1.fsdp",
+        "pipeline": PIPELINE,
+        "mode": MODE,
+    }
+    check = partial(check_fsdp, parallel.uses_fsdp, parallel.pipeline.size, parallel.tensor.mode)
+    yield from layout_problems(check, names)
 
 
 def weight_parallel(config: Config, world_size: int) -> Iterator[Problem]:
     """Weight parallelism is part of isp."""
-    size, mode = config.parallel.weight.size, config.parallel.tensor.mode
-    if size > 1 and mode != "isp":
-        yield Problem(
-            ("parallel.weight.size", "parallel.tensor.mode"),
-            f"parallel.weight.size = {size} needs parallel.tensor.mode = 'isp', which is {mode!r}; "
-            "set the mode to 'isp' or the size to 1",
-        )
+    check = partial(check_weight, config.parallel.weight.size, config.parallel.tensor.mode)
+    yield from layout_problems(check, {"weight": WEIGHT, "mode": MODE})
 
 
 def zero(config: Config, world_size: int) -> Iterator[Problem]:
     """The optimizer's state is split over a divisor of the ranks that hold the same weights."""
-    size, ranks = config.parallel.zero1.size, weight_data_ranks(config, world_size)
-    if size > 0 and ranks is not None and ranks % size:
-        allowed = ", ".join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)
-        yield Problem(
-            ("parallel.zero1.size",),
-            f"parallel.zero1.size = {size} does not divide the {ranks} data-parallel ranks (world size {world_size}); "
-            f"use -1 (all of them) or one of {allowed}",
-        )
+    ranks = weight_data_ranks(config, world_size)
+    if ranks is not None:
+        check = partial(check_zero, config.parallel.zero1.size, ranks)
+        yield from layout_problems(check, {"zero": "parallel.zero1.size"})
 
 
 def world(config: Config, world_size: int) -> Iterator[Problem]:
     """Every view of the ranks covers all of them."""
     parallel = config.parallel
-    views = [("parallel.tensor.size", parallel.tensor.size)]
+    views = {"tensor": parallel.tensor.size}
     if parallel.tensor.mode == "isp":
-        views.append(("parallel.weight.size", parallel.weight.size))
-    for path, size in views:
-        if world_size % (size * parallel.pipeline.size):
-            yield Problem(
-                (path, "parallel.pipeline.size"),
-                f"{path} = {size} times parallel.pipeline.size = {parallel.pipeline.size} does not divide the "
-                f"world size {world_size}; start a multiple of {size * parallel.pipeline.size} ranks",
-            )
+        views["weight"] = parallel.weight.size
+    for axis, size in views.items():
+        check = partial(check_world, world_size, **{axis: size}, pipeline=parallel.pipeline.size)
+        yield from layout_problems(check, {"tensor": TENSOR, "weight": WEIGHT, "pipeline": PIPELINE})
     expert, data = parallel.expert.size, data_ranks(config, world_size)
     if config.model.num_experts > 1 and expert > 0 and data is not None:
         expert_weight = parallel.expert_weight.size if parallel.tensor.mode == "isp" else 1

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 from internlm.config.problem import Problem
+from internlm.config.rules.layout_problems import layout_problems
 from internlm.config.schema import Config
+from internlm.utils.layout_checks import check_heads, check_width, next_multiple
 
 SIZE = "parallel.tensor.size"
 
@@ -18,38 +21,29 @@ SIZE = "parallel.tensor.size"
 def heads(config: Config, world_size: int) -> Iterator[Problem]:
     """A rank computes whole query heads (isp: after the exchange of sequence for heads), and whole key-value heads or
     copies of one."""
-    model, size = config.model, config.parallel.tensor.size
-    num_heads, num_kv_heads = model.num_attention_heads, model.num_kv_heads
-    fitting = [n for n in _divisors(num_heads) if num_kv_heads % n == 0 or n % num_kv_heads == 0]
-    fix = f"use a tensor size of {', '.join(map(str, fitting))}"
-    if num_heads % size:
-        yield Problem(
-            ("model.num_attention_heads", SIZE),
-            f"model.num_attention_heads = {num_heads} is not divisible by {SIZE} = {size}: each rank computes whole "
-            f"heads; {fix}",
-        )
-    elif size not in fitting:
-        yield Problem(
-            ("model.num_kv_attention_heads", SIZE),
-            f"model.num_kv_attention_heads = {num_kv_heads} and {SIZE} = {size}: one must divide the other, as each "
-            f"rank holds whole key-value heads or a copy of one; {fix}",
-        )
+    model = config.model
+    names = {
+        "num_heads": "model.num_attention_heads",
+        "num_kv_heads": "model.num_kv_attention_heads",
+        "tensor": SIZE,
+    }
+    check = partial(check_heads, model.num_attention_heads, model.num_kv_heads, config.parallel.tensor.size)
+    yield from layout_problems(check, names)
 
 
 def feed_forward(config: Config, world_size: int) -> Iterator[Problem]:
     """The modes that split weights over the tensor group give each rank as much of the MLP."""
     model, tensor = config.model, config.parallel.tensor
-    if tensor.mode == "isp" or model.ffn_size % tensor.size == 0:
+    if tensor.mode == "isp":
         return
-    fix = f"set model.intermediate_size = {_next_multiple(model.ffn_size, tensor.size)}"
-    not_divisible = f"is not divisible by {SIZE} = {tensor.size}; {fix}"
-    if model.intermediate_size is not None:
-        yield Problem(("model.intermediate_size", SIZE), f"model.intermediate_size = {model.ffn_size} {not_divisible}")
-    else:
-        yield Problem(
-            ("model.mlp_ratio", "model.multiple_of", SIZE),
-            f"model.mlp_ratio = {model.mlp_ratio} makes the MLP {model.ffn_size} wide, which {not_divisible}",
-        )
+    width = "model.intermediate_size"
+    names = {"width": width, "tensor": SIZE}
+    for problem in layout_problems(partial(check_width, model.ffn_size, tensor.size), names):
+        if model.intermediate_size is not None:
+            yield problem
+        else:
+            keys = ("model.mlp_ratio", "model.multiple_of", *(key for key in problem.keys if key != width))
+            yield Problem(keys, f"model.mlp_ratio = {model.mlp_ratio}: {problem.text}")
 
 
 def sequence(config: Config, world_size: int) -> Iterator[Problem]:
@@ -62,17 +56,9 @@ def sequence(config: Config, world_size: int) -> Iterator[Problem]:
     length = f"data.seq_len = {data.seq_len}"
     if data.use_packed_dataset:
         length += f" times data.micro_bsz = {data.micro_bsz}"
-    fitting = _next_multiple(data.seq_len, tensor.size // math.gcd(rows, tensor.size))
+    fitting = next_multiple(data.seq_len, tensor.size // math.gcd(rows, tensor.size))
     yield Problem(
         ("data.seq_len", "data.micro_bsz", SIZE),
         f"{length} is not divisible by {SIZE} = {tensor.size}, over which the mode {tensor.mode!r} splits a row; "
         f"set data.seq_len = {fitting}",
     )
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _next_multiple(number: int, of: int) -> int:
-    return -(-number // of) * of

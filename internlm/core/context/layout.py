@@ -13,19 +13,11 @@ from typing import Literal
 
 from internlm.core.context.rank_view import RankView
 from internlm.utils.errors import ConfigError
+from internlm.utils.layout_checks import check_weight, check_world, check_zero
 
 TensorMode = Literal["mtp", "msp", "fsp", "isp"]
 """Use of the tensor axis: Megatron tensor parallelism (mtp), with sequence-parallel activations (msp), which are also
 saved as shards (fsp), or Ulysses sequence parallelism with sharded weights (isp)."""
-
-
-def _quotient(world_size: int, product: int, what: str) -> int:
-    if product < 1 or world_size % product:
-        raise ConfigError(
-            f"the world size {world_size} is not a multiple of {what} = {product}; start a multiple of {product} ranks "
-            f"or make the parallel sizes smaller"
-        )
-    return world_size // product
 
 
 @dataclass(frozen=True)
@@ -61,14 +53,9 @@ class ParallelLayout:
             raise ConfigError(
                 f"{self.kv_replicas} copies of each key-value head do not divide {self.tensor} tensor ranks"
             )
-        data = self.weight_data_size if self.is_isp else self.data_size
-        if self.zero > 0 and data % self.zero:
-            axis = "weight-data" if self.is_isp else "data"
-            raise ConfigError(
-                f"parallel.zero1.size = {self.zero} does not divide the {axis}-parallel size {data}; allowed: -1 or a "
-                f"divisor of {data}"
-            )
-        _quotient(self.world_size, self.pipeline * self.expert * self.expert_inner, "pipeline * expert * expert tensor")
+        check_weight(self.weight, self.mode)
+        check_zero(self.zero, self.weight_data_size if self.is_isp else self.data_size)
+        check_world(self.world_size, pipeline=self.pipeline, expert=self.expert, expert_inner=self.expert_inner)
 
     @property
     def is_isp(self) -> bool:
@@ -78,12 +65,12 @@ class ParallelLayout:
     @cached_property
     def data_size(self) -> int:
         """Number of ranks with different samples."""
-        return _quotient(self.world_size, self.pipeline * self.context * self.tensor, "pipeline * context * tensor")
+        return check_world(self.world_size, pipeline=self.pipeline, context=self.context, tensor=self.tensor)
 
     @cached_property
     def weight_data_size(self) -> int:
         """Number of ranks with the same weights (isp)."""
-        return _quotient(self.world_size, self.pipeline * self.weight, "pipeline * weight")
+        return check_world(self.world_size, pipeline=self.pipeline, weight=self.weight)
 
     def _split_by_zero(self, axis: str, size: int) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
         zero = size if self.zero <= 0 else self.zero

@@ -26,7 +26,7 @@ from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.materialize import materialize
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
-from internlm.utils.errors import ConfigError
+from internlm.utils.layout_checks import check_fsdp
 
 
 def apply_fsdp(
@@ -53,19 +53,10 @@ def apply_fsdp(
         float8_scales: gather weights that are multiplied in float8 as float8, with these scales; None: as they are.
 
     Raises:
-        ConfigError: the layout has pipeline stages, or its weights are sharded already (isp).
+        LayoutError: the layout has pipeline stages, or its weights are sharded already (isp).
     """
     layout = context.layout
-    if layout.is_isp:
-        raise ConfigError(
-            'FSDP and parallel.tensor.mode = "isp" both shard the weights: for isp set parallel.weight.size and turn '
-            "parallel.fsdp.enable and parallel.zero1.fsdp off"
-        )
-    if layout.pipeline > 1:
-        raise ConfigError(
-            f"FSDP does not work with parallel.pipeline.size = {layout.pipeline}: set it to 1, or turn "
-            f"parallel.fsdp.enable and parallel.zero1.fsdp off"
-        )
+    check_fsdp(True, layout.pipeline, layout.mode)
     group = context.group("zero")
     if group is None:
         materialize(model)

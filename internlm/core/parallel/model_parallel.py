@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -161,15 +160,17 @@ class ModelParallel:
             weights = [shard.weight for layer in layers for shard in layer.shards()]
             for weight in weights:
                 refuse_odd_shape(name, shard_spec_of(weight))
-            axis = self.scale_axis
-            group = None if axis is None else self.context.group(axis)
             kernels = Float8Kernels(
                 weights[0].dtype,
                 on_hardware=float8.runs_on_hardware(self.context.device),
-                reduce_amax=partial(all_reduce, group=group, op=dist.ReduceOp.MAX),
+                reduce_amax=self._largest_over_ranks,
                 compiles_casts=self.options.compile_casts,
             )
         return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, kernels)
+
+    def _largest_over_ranks(self, amaxes: Tensor) -> Tensor:
+        axis = self.scale_axis
+        return all_reduce(amaxes, None if axis is None else self.context.group(axis), dist.ReduceOp.MAX)
 
     def is_float8(self, name: str) -> bool:
         """Whether a linear layer of this name runs its GEMMs in float8."""

@@ -20,6 +20,7 @@ from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import attach_shard_spec, shard_spec_of
 from internlm.utils.errors import ConfigError
+from internlm.utils.layout_checks import check_layer_split
 
 LAYER_SPLIT, PIPELINE_SIZE = "parallel.pipeline.layer_split", "parallel.pipeline.size"
 
@@ -81,18 +82,9 @@ def split_layers(
     Raises:
         ConfigError: there are fewer layers than stages, or `sizes` do not fit.
     """
-    if num_layers < num_stages:
-        raise ConfigError(
-            f"{num_stages} pipeline stages ({PIPELINE_SIZE} times model.num_chunks) need as many layers, but "
-            f"model.num_layers = {num_layers}; use fewer stages"
-        )
+    check_layer_split(num_layers, num_stages, sizes)
     if sizes is None:
         sizes = _uniform_sizes(num_layers, num_stages) if costs is None else _even_sizes(num_layers, num_stages, costs)
-    elif len(sizes) != num_stages or sum(sizes) != num_layers or min(sizes) < 1:
-        raise ConfigError(
-            f"{LAYER_SPLIT} = {list(sizes)}: give {num_stages} numbers of 1 or more, one for each pipeline stage "
-            f"({PIPELINE_SIZE} times model.num_chunks), that add up to model.num_layers = {num_layers}"
-        )
     return [range(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 

@@ -13,6 +13,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import Box, Index, ShardSpec
 from internlm.model.roles import HeadShape, Role
 from internlm.utils.errors import ConfigError
+from internlm.utils.layout_checks import LayoutError, check_heads, check_width
 
 Range = tuple[int, int]
 """(first, number) of consecutive rows or columns."""
@@ -63,8 +64,10 @@ def even_part(size: int, n: int, t: int, what: str) -> Range:
     Raises:
         ConfigError: they are not equal.
     """
-    if size % n:
-        raise ConfigError(f"{what} = {size} cannot be split evenly over {n} tensor ranks")
+    try:
+        check_width(size, n)
+    except LayoutError as error:
+        raise ConfigError(error.named({"width": what})) from None
     return t * (size // n), size // n
 
 
@@ -72,17 +75,9 @@ def kv_replicas(heads: HeadShape, n: int) -> int:
     """Ranks that share a key-value head when heads are dealt to n ranks.
 
     Raises:
-        ConfigError: heads cannot be dealt evenly.
+        LayoutError: heads cannot be dealt evenly.
     """
-    if heads.num_heads % n:
-        raise ConfigError(
-            f"num_heads = {heads.num_heads} cannot be split evenly over {n} tensor ranks: each computes whole heads"
-        )
-    if heads.num_kv_heads % n and n % heads.num_kv_heads:
-        raise ConfigError(
-            f"num_kv_heads = {heads.num_kv_heads} and {n} tensor ranks: one must divide the other, as each rank holds "
-            f"whole key-value heads or a copy of one"
-        )
+    check_heads(heads.num_heads, heads.num_kv_heads, n)
     return max(1, n // heads.num_kv_heads)
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 from internlm.core.scheduler.actions import Action, ActionKind
 from internlm.core.scheduler.stage_placement import Placement
 from internlm.utils.errors import ConfigError
+from internlm.utils.layout_checks import check_schedule
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,6 @@ class _Mode:
     name: str
     shape: Literal["loop", "v"]
     phases: Callable[[int, int, int, int], Iterable[str]]
-    num_chunks: int | None = None
-    """The one number of chunks that it works with; None: any."""
 
 
 def make_schedule(mode: str, num_ranks: int, num_micro_batches: int, num_chunks: int = 1) -> PipelineSchedule:
@@ -79,25 +78,12 @@ def make_schedule(mode: str, num_ranks: int, num_micro_batches: int, num_chunks:
         ConfigError: the schedule does not exist for these numbers.
     """
     if mode not in MODES:
-        raise ConfigError(f"parallel.pipeline.mode = {mode!r}: no such schedule; use one of {', '.join(MODES)}")
+        raise ConfigError(f"mode = {mode!r}: no such schedule; use one of {', '.join(MODES)}")
     chosen = MODES[mode]
-    if num_micro_batches < 1:
-        raise ConfigError(f"data.micro_num = {num_micro_batches}: a step has 1 micro-batch or more")
+    check_schedule(mode, num_ranks, num_chunks, num_micro_batches)
     if num_ranks == 1:
         return _build("no pipeline", Placement(1, num_chunks), num_micro_batches, _alone)
-    if chosen.num_chunks not in (None, num_chunks):
-        raise ConfigError(
-            f"model.num_chunks = {num_chunks} does not go with parallel.pipeline.mode = {mode!r}; set it to "
-            f"{chosen.num_chunks}"
-        )
-    name = chosen.name
-    if mode == "1F1B" and num_chunks > 1:
-        name = "interleaved 1F1B"
-        if num_micro_batches % num_ranks:
-            raise ConfigError(
-                f"data.micro_num = {num_micro_batches} is not divisible by parallel.pipeline.size = {num_ranks}, which "
-                f"the interleaved schedule (model.num_chunks = {num_chunks}) needs"
-            )
+    name = "interleaved 1F1B" if mode == "1F1B" and num_chunks > 1 else chosen.name
     return _build(name, Placement(num_ranks, num_chunks, chosen.shape), num_micro_batches, chosen.phases)
 
 
@@ -197,8 +183,8 @@ def _dual_pipe_v(p: int, m: int, c: int, r: int) -> Iterable[str]:
 
 MODES: dict[str, _Mode] = {
     "1F1B": _Mode("1F1B", "loop", _one_forward_one_backward),
-    "ZBH1": _Mode("ZB-H1", "loop", _zb_h1, num_chunks=1),
-    "ZBV": _Mode("ZB-V", "v", _zb_v, num_chunks=2),
-    "DUALPIPEV": _Mode("DualPipeV", "v", _dual_pipe_v, num_chunks=2),
+    "ZBH1": _Mode("ZB-H1", "loop", _zb_h1),
+    "ZBV": _Mode("ZB-V", "v", _zb_v),
+    "DUALPIPEV": _Mode("DualPipeV", "v", _dual_pipe_v),
 }
 """The schedules by the name that `parallel.pipeline.mode` gives them."""

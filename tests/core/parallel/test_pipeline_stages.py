@@ -61,12 +61,12 @@ def test_by_cost_is_the_best_of_all_splits() -> None:
 def test_the_users_own_sizes() -> None:
     assert sizes_of(split_layers(7, 3, sizes=[1, 4, 2])) == [1, 4, 2]
     for wrong in ([3, 4], [1, 4, 3], [0, 4, 3], []):
-        with pytest.raises(ConfigError, match=r"parallel.pipeline.layer_split = .* give 3 numbers of 1 or more.*= 7"):
+        with pytest.raises(ConfigError, match=r"^sizes = "):
             split_layers(7, 3, sizes=wrong)
 
 
 def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"4 pipeline stages .* but model.num_layers = 3"):
+    with pytest.raises(ConfigError, match=r"num_stages = 4 is more than num_layers = 3"):
         split_layers(3, 4)
 
 

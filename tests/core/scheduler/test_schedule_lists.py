@@ -123,11 +123,11 @@ def test_peaks_of_live_activations(p: int) -> None:
 @pytest.mark.parametrize(
     ("numbers", "named"),
     [
-        (("GPIPE", 2, 2, 1), ["parallel.pipeline.mode = 'GPIPE'", "1F1B, ZBH1, ZBV, DUALPIPEV"]),
-        (("1F1B", 4, 6, 2), ["data.micro_num = 6", "parallel.pipeline.size = 4", "model.num_chunks = 2"]),
-        (("ZBH1", 2, 2, 2), ["model.num_chunks = 2", "parallel.pipeline.mode = 'ZBH1'", "set it to 1"]),
-        (("ZBV", 2, 4, 1), ["model.num_chunks = 1", "parallel.pipeline.mode = 'ZBV'", "set it to 2"]),
-        (("1F1B", 2, 0, 1), ["data.micro_num = 0"]),
+        (("GPIPE", 2, 2, 1), ["mode = 'GPIPE'", "1F1B, ZBH1, ZBV, DUALPIPEV"]),
+        (("1F1B", 4, 6, 2), ["num_micro_batches = 6", "num_ranks = 4", "num_chunks = 2"]),
+        (("ZBH1", 2, 2, 2), ["num_chunks = 2", "schedule = 'ZBH1'", "set it to 1"]),
+        (("ZBV", 2, 4, 1), ["num_chunks = 1", "schedule = 'ZBV'", "set it to 2"]),
+        (("1F1B", 2, 0, 1), ["num_micro_batches = 0"]),
     ],
 )
 def test_what_does_not_exist_is_refused_by_name(numbers: tuple[str, int, int, int], named: list[str]) -> None:

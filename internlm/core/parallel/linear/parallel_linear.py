@@ -203,6 +203,8 @@ class _LinearGroupFunction(torch.autograd.Function):
     def forward(
         ctx: Any, group: LinearGroup, slots: tuple[_Slot, ...], x: Tensor, *parameters: nn.Parameter
     ) -> tuple[Tensor, ...]:
+        # An output that nothing depends on has no gradient, as on one device, and its weight counts as unused.
+        ctx.set_materialize_grads(False)
         exchange, kernels = group.exchange, group.kernels
         gathered = exchange.gather(x) if exchange.saves_gathered else None
         operands: list[Operand] = []
