@@ -84,14 +84,14 @@ class Batch:
         sample_indices: global sample indices of this rank's micro batches, in order (for tests and for tracing a
             loss spike back to its documents).
         unreadable: one message for each document of this rank that could not be read and is padding here.
-        num_cut_answers: documents of this rank of which the cut at seq_len left no label.
+        num_truncated_answers: documents of this rank of which the cut at seq_len left no label.
     """
 
     micro_batches: list[MicroBatch]
     num_samples: int
     sample_indices: list[int] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
-    num_cut_answers: int = 0
+    num_truncated_answers: int = 0
 
     @property
     def num_tokens(self) -> int:

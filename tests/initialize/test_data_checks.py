@@ -8,7 +8,7 @@ import pytest
 from helpers.commands import metrics_of, start_training, write_config
 from helpers.runs import steps_in
 
-from internlm.data.tokenized_writer import TokenizedWriter
+from internlm.data.tokenized_files.writer import TokenizedWriter
 
 
 def write(path: Path, *documents: list[int]) -> None:
