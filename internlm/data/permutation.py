@@ -17,7 +17,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def derive_key(*parts: int) -> int:
-    """A 64-bit key from integers, by splitmix64."""
+    """Derive a 64-bit key from integers by splitmix64."""
     state = 0
     for part in parts:
         state = _splitmix((state ^ (part & _MASK)) & _MASK)
@@ -25,19 +25,22 @@ def derive_key(*parts: int) -> int:
 
 
 def permute(indices: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
-    """The images of `indices` under a bijection of [0, size) chosen by `key`.
+    """Map `indices` by the permutation of [0, size) that `key` selects.
 
     Args:
         indices: int64 of any shape, each in [0, size).
         size: at least 1.
         key: any integer; different keys give unrelated permutations.
+
+    Returns:
+        int64, of the same shape.
     """
     rows = math.isqrt(size - 1) + 1 if size > 1 else 1
     columns = -(-size // rows)
     keys = [np.uint64(derive_key(key, i)) for i in range(_ROUNDS)]
     values = np.asarray(indices).astype(np.uint64)
     values = _feistel(values, np.uint64(rows), np.uint64(columns), keys)
-    # A walk of a bijection of [0, rows * columns) from a start below size comes back below size.
+    # Cycle walking: iterating a bijection of [0, rows * columns) from a value below size returns to one below size.
     while (outside := values >= size).any():
         values[outside] = _feistel(values[outside], np.uint64(rows), np.uint64(columns), keys)
     return values.astype(np.int64)
@@ -48,7 +51,7 @@ def _feistel(
 ) -> NDArray[np.uint64]:
     left, right = values // columns, values % columns
     for round_index, key in enumerate(keys):
-        # Each half is changed by a function of the other one alone, so every round can be undone.
+        # A round adds a function of one half to the other half, so it is invertible.
         if round_index % 2 == 0:
             left = (left + _mix(right, key) % rows) % rows
         else:

@@ -42,7 +42,7 @@ def test_a_valid_set_that_cannot_be_evaluated(tmp_path: Path, document: list[int
     assert command.wait() == 0, command.output
     for line in (
         f"train folder '{tmp_path}/train': 20 documents, 800 tokens, all read",
-        "valid set 'bad': 1 documents, 2 tokens, all read",
+        "validation set 'bad': 1 documents, 2 tokens, all read",
         "the config is valid",
     ):
         assert line in command.output.splitlines()

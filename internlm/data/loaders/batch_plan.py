@@ -1,6 +1,6 @@
-"""Which samples belong to which step: ramp-up of the batch size, and the steps to skip.
+"""How many micro-batches a step has: ramp-up of the batch size, and skipped steps.
 
-Owns the arithmetic of step numbers; knows no data.
+Owns the arithmetic of step numbers; must not know data.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from internlm.utils.errors import ConfigError
 class RampUp:
     """micro_num as a pure function of the step, counted from 0.
 
-    micro_num(t) = min(start + increment * floor(t / steps), micro_num): it begins at `start` and grows by `increment`
-    every `steps` steps until the configured micro_num is reached.
+    micro_num(t) = min(start + increment * floor(t / steps), micro_num): it starts at `start` and grows by `increment`
+    every `steps` steps up to the configured micro_num.
     """
 
     micro_num: int
@@ -25,32 +25,32 @@ class RampUp:
 
     @classmethod
     def parse(cls, text: str, micro_num: int) -> RampUp:
-        """From "start increment steps" (data.rampup_batch_size); an empty text means no ramp-up.
+        """Parse data.rampup_batch_size, "start increment steps"; an empty text means no ramp-up.
 
         Raises:
             ConfigError: not three integers of at least 1, or start is above micro_num.
         """
         if not text.strip():
             return cls(micro_num, micro_num, 1, 1)
-        place = f"data.rampup_batch_size = '{text}'"
+        key = f"data.rampup_batch_size = '{text}'"
         try:
             start, increment, steps = map(int, text.split())
         except ValueError:
-            raise ConfigError(f"{place}: expected three integers 'start increment steps', such as '1 1 100'") from None
+            raise ConfigError(f"{key}: expected three integers 'start increment steps', such as '1 1 100'") from None
         if min(start, increment, steps) < 1:
-            raise ConfigError(f"{place}: start, increment and steps must be at least 1")
+            raise ConfigError(f"{key}: start, increment and steps must be at least 1")
         if start > micro_num:
-            raise ConfigError(f"{place}: start {start} is above data.micro_num = {micro_num}")
+            raise ConfigError(f"{key}: start {start} is above data.micro_num = {micro_num}")
         return cls(micro_num, start, increment, steps)
 
     def micro_num_at(self, step: int) -> int:
-        """Micro batches of step `step` on each data rank."""
+        """Micro-batches of step `step` on each data rank."""
         return min(self.start + self.increment * (step // self.steps), self.micro_num)
 
 
 @dataclass(frozen=True)
 class SkipBatches:
-    """Steps whose batch is neither read nor trained on; inclusive ranges of steps counted from 0."""
+    """Steps whose batch is neither read nor trained on, as inclusive ranges counted from 0."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
@@ -63,10 +63,10 @@ NO_SKIPS = SkipBatches()
 
 
 def parse_skip_batches(text: str) -> SkipBatches:
-    """From "2-5,7" (data.skip_batches): single steps and inclusive ranges; an empty text skips nothing.
+    """Parse data.skip_batches, such as "2-5,7": steps and inclusive ranges; an empty text skips nothing.
 
     Raises:
-        ConfigError: a part is neither a step nor a rising range.
+        ConfigError: a part is neither a step nor an ascending range.
     """
     ranges = []
     for part in filter(None, (part.strip() for part in text.split(","))):

@@ -1,7 +1,7 @@
-"""Runs an iterator ahead of its consumer: in a thread, or in worker processes.
+"""Prefetches the items of an iterator, in a thread or in worker processes.
 
-Owns threads, processes, their end and their errors; knows nothing of data. Items keep their order whatever the number
-of workers, because worker w of W makes exactly the items w, w + W, ...
+Owns the threads and processes, their shutdown and their errors; must not know data. The order of items does not depend
+on the number of workers, because worker w of W makes exactly the items w, w + W, ...
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CRASH = "crash"
 
 
 class ReadAheadThread(Generic[T]):
-    """An iterator that a thread runs at most `depth` items ahead; an exception reaches the consumer in its turn."""
+    """An iterator that a thread prefetches by at most `depth` items; its exceptions reach the consumer in order."""
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
         self._items = items
@@ -43,7 +43,7 @@ class ReadAheadThread(Generic[T]):
                 if not self._put(True, item):
                     return
             self._put(False, StopIteration())
-        except BaseException as error:  # handed to the consumer, not lost with the thread
+        except BaseException as error:  # raised in the consumer
             self._put(False, error)
 
     def _put(self, is_item: bool, value: Any) -> bool:
@@ -65,7 +65,7 @@ class ReadAheadThread(Generic[T]):
         return value
 
     def stop(self) -> None:
-        """End the thread; waits for the item it is making."""
+        """Stop the thread, after the item that it is making."""
         self._stopped.set()
         self._thread.join()
 
@@ -73,12 +73,13 @@ class ReadAheadThread(Generic[T]):
 class WorkerProcesses(Generic[T]):
     """An iterator over `make(argument)` for each of `arguments`, made by `num_workers` processes.
 
-    A worker runs ahead by what fits into its pipe, and at least by the item it is making. Workers are forked where
-    the system can: they touch neither torch nor the device, so threads of the parent (OpenMP, CUDA) do not matter.
+    A worker prefetches as many items as its pipe takes, and at least one. Workers are forked where the system supports
+    it: they use neither torch nor the device, so threads of the parent (OpenMP, CUDA) do not matter.
 
     Args:
-        make: called in a worker.
-        arguments: called in every worker; gives the same items each time.
+        make: makes an item from an argument, in a worker.
+        arguments: called in every worker; must return the same items each time.
+        num_workers: number of processes.
     """
 
     def __init__(self, make: Callable[[Any], T], arguments: Callable[[], Iterable[Any]], num_workers: int) -> None:
@@ -89,7 +90,7 @@ class WorkerProcesses(Generic[T]):
         for worker in range(num_workers):
             reader, writer = context.Pipe(duplex=False)
             self._readers.append(reader)
-            # A worker closes the readers it inherits, so that writing fails once the parent is gone.
+            # A worker closes the readers that it inherits: writing then fails once the parent has exited.
             inherited = self._readers if context.get_start_method() == "fork" else []
             process = context.Process(
                 target=_work, args=(make, arguments, worker, num_workers, writer, inherited), daemon=True
@@ -97,25 +98,25 @@ class WorkerProcesses(Generic[T]):
             process.start()
             writer.close()
             self._processes.append(process)
-        self._turn = 0
-        # Python ends leftover processes with SIGTERM, which these ignore, and would then wait for them forever.
-        self._end = util.Finalize(None, _kill, args=(self._processes,), exitpriority=1)
+        self._next_item = 0
+        # At exit, Python sends SIGTERM to child processes and joins them; these ignore SIGTERM.
+        self._finalize = util.Finalize(None, _kill, args=(self._processes,), exitpriority=1)
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        worker = self._turn % len(self._readers)
+        worker = self._next_item % len(self._readers)
         try:
             kind, value = self._readers[worker].recv()
         except (EOFError, OSError):
             process = self._processes[worker]
             process.join(timeout=1)
             raise RuntimeError(
-                f"data worker {worker} (pid {process.pid}) ended unexpectedly, exit code {process.exitcode} "
-                "(-9: killed, often for want of memory; lower data.num_worker)"
+                f"data worker {worker} (pid {process.pid}) exited unexpectedly, exit code {process.exitcode} "
+                "(-9: killed, often because memory ran out; lower data.num_worker)"
             ) from None
-        self._turn += 1
+        self._next_item += 1
         if kind == _ITEM:
             return value
         if kind == _USER_ERROR:
@@ -125,8 +126,8 @@ class WorkerProcesses(Generic[T]):
         raise StopIteration
 
     def stop(self) -> None:
-        """End the processes at once; a consumer that waits in another thread gets an error."""
-        self._end()
+        """Kill the processes; a consumer that waits in another thread gets an error."""
+        self._finalize()
 
 
 def _kill(processes: list[Any]) -> None:
@@ -144,8 +145,8 @@ def _work(
     writer: Connection,
     inherited: list[Connection],
 ) -> None:
-    # The parent decides when to end: terminals and batch systems send these to all processes of a run, and the trainer
-    # needs its data until it has stopped.
+    # Terminals and batch systems signal all processes of a run, but the trainer needs data until it has stopped. The
+    # parent stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for reader in inherited:
@@ -155,7 +156,7 @@ def _work(
             writer.send((_ITEM, make(argument)))
         writer.send((_END, None))
     except BrokenPipeError:
-        return  # the parent is gone
+        return  # the parent has exited
     except UserError as error:
         writer.send((_USER_ERROR, error))
     except Exception:

@@ -1,10 +1,10 @@
-"""The train loader: an endless stream of batches whose whole state is a cursor.
+"""The train loader: an infinite stream of batches whose whole state is a cursor.
 
-Owns which samples go to which step and rank, prefetching, and the cursor. Must not know how samples are made.
+Owns the assignment of samples to steps and ranks, prefetching, and the cursor. Must not know how samples are made.
 
-Step t consumes the global sample indices [cursor, cursor + G), G = micro_num(t) * data_size; data rank r takes the
-slice [cursor + r * micro_num(t), cursor + (r + 1) * micro_num(t)). Nothing here depends on data_size except through G,
-nor on the number of workers. A batch may straddle two epochs.
+Step t consumes the global sample indices [cursor, cursor + G), G = micro_num(t) * data_size; data rank r takes
+[cursor + r * micro_num(t), cursor + (r + 1) * micro_num(t)). The global batch depends on data_size only through G, and
+not on the number of workers. A batch may span two epochs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class _Request:
-    """What one step asks of one rank: global sample indices [first, first + count)."""
+    """The samples of one rank in one step: global sample indices [first, first + count)."""
 
     step: int
     first: int
@@ -54,22 +54,22 @@ def build_train_loader(
     pin_memory: bool = False,
     prefetch: int = 2,
 ) -> TrainLoader:
-    """A loader over the samples of a source.
+    """Build a loader over the samples of a source.
 
     Args:
-        source: see `SampleSource`; `open_source` gives that of a train folder.
-        micro_num: micro-batches of a step on each data rank, once the ramp-up is over.
-        seed: of the order of samples.
-        data_rank, data_size: this data rank, and how many there are.
-        num_workers: processes that read ahead; 0 reads ahead in a thread of this process.
+        source: see `SampleSource`; `open_source` opens that of a train folder.
+        micro_num: micro-batches of a step on each data rank, after the ramp-up.
+        seed: seed of the order of samples.
+        data_rank, data_size: this data rank, and the number of data ranks.
+        num_workers: number of prefetching processes; 0 prefetches in a thread of this process.
         rampup_batch_size: "start increment steps", see `RampUp`.
-        skip_batches: steps (counted from 0) whose batch is not read, see `parse_skip_batches`; it is padding.
-        total_steps: the loader ends before this step; None never ends.
-        pin_memory: put tensors into page-locked memory (needs CUDA).
-        prefetch: batches read ahead; 0, without workers, reads when asked.
+        skip_batches: steps, counted from 0, whose batch is padding and is not read; see `parse_skip_batches`.
+        total_steps: the loader stops before this step; None never stops.
+        pin_memory: whether to put tensors into page-locked memory (requires CUDA).
+        prefetch: number of batches to prefetch; 0, without workers, reads each batch on demand.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: an argument is out of range.
     """
     return TrainLoader(
         source,
@@ -86,13 +86,13 @@ def build_train_loader(
 
 
 class TrainLoader:
-    """An iterator over this rank's `Batch` of each step. One consumer; not for concurrent use.
+    """An iterator over this rank's `Batch` of each step, for one consumer; not thread-safe.
 
     Attributes:
-        type_names: names of the types that `MicroBatch.type_ids` index.
-        num_samples_per_epoch: samples of all ranks in one epoch.
-        step: the next step to hand out, counted from 0.
-        consumed_samples: samples of all ranks in the batches handed out so far; prefetching does not advance it.
+        type_names: the names that `MicroBatch.type_ids` index.
+        num_samples_per_epoch: samples of one epoch, over all ranks.
+        step: the next step to deliver, counted from 0.
+        consumed_samples: samples, over all ranks, of the batches delivered so far; prefetching does not advance it.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class TrainLoader:
         self.step = 0
         self.consumed_samples = 0
         self._fetch = _Fetch(source, seed, skipped)
-        self._num_unreadable = self._num_cut_answers = 0
+        self._num_unreadable = self._num_truncated_answers = 0
         self._ramp_up = ramp_up
         self._data_rank, self._data_size = data_rank, data_size
         self._num_workers, self._prefetch = num_workers, prefetch
@@ -125,22 +125,22 @@ class TrainLoader:
         reserved = source.facts.keys() & {"step", "consumed_samples", *own_facts}
         if reserved:
             raise ValueError(
-                f"the facts of a source may not be named {sorted(reserved)}: the loader saves these itself"
+                f"a source must not name its facts {sorted(reserved)}: the loader saves values of these names"
             )
         self._order_facts = {**source.facts, **own_facts}
         self._batches: Iterator[Batch] | None = None
         self._stop: Callable[[], None] | None = None
 
     def micro_num_at(self, step: int) -> int:
-        """Micro batches of step `step` on each rank."""
+        """Micro-batches of step `step` on each data rank."""
         return self._ramp_up.micro_num_at(step)
 
     def __iter__(self) -> TrainLoader:
-        """The loader itself: iterating again continues at the cursor."""
+        """Return the loader itself: iterating again continues at the cursor."""
         return self
 
     def __next__(self) -> Batch:
-        """The batch of the next step.
+        """Deliver the batch of the next step.
 
         Raises:
             DataError: a document of the batch is malformed.
@@ -158,66 +158,66 @@ class TrainLoader:
             raise
         self.step += 1
         self.consumed_samples += batch.num_samples
-        self._tell(batch)
+        self._log_defects(batch)
         return batch
 
     def seek(self, step: int, consumed_samples: int) -> None:
-        """Make the next batch that of `step`, starting at global sample index `consumed_samples`."""
+        """Continue with the batch of `step`, which starts at global sample index `consumed_samples`."""
         self.close()
         self.step, self.consumed_samples = step, consumed_samples
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, and the facts that the order depends on."""
+        """Return the cursor and the facts on which the order of samples depends."""
         return {"step": self.step, "consumed_samples": self.consumed_samples, **self._order_facts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the cursor of `state`; warns if the data or its packing is not what it was."""
+        """Continue at the cursor of `state`, with a warning if the data, the packing or the seed has changed."""
         changed = {
             name: (state[name], value) for name, value in self._order_facts.items() if state.get(name, value) != value
         }
         if changed and self._data_rank == 0:
             logger.warning(
-                "The order of samples is not that of the checkpoint (%s): training goes on at sample %d of the new "
-                "order, so some documents may be seen twice and others not in this epoch",
+                "The order of samples differs from that of the checkpoint (%s): training continues at sample %d of the "
+                "new order, so this epoch may repeat some documents and miss others",
                 ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items()),
                 state["consumed_samples"],
             )
         self.seek(int(state["step"]), int(state["consumed_samples"]))
 
     def close(self) -> None:
-        """Stop reading ahead. The cursor stays; asking for a batch starts again."""
+        """Stop prefetching. The cursor is kept; the next request for a batch starts prefetching again."""
         self._batches = None
-        if self._num_cut_answers > 1:
+        if self._num_truncated_answers > 1:
             logger.warning(
-                "data rank %d: %d of the documents read have all their labels behind data.seq_len",
+                "data rank %d: %d of the documents read lost every label by truncation at data.seq_len",
                 self._data_rank,
-                self._num_cut_answers,
+                self._num_truncated_answers,
             )
-        self._num_cut_answers = 0
+        self._num_truncated_answers = 0
         if self._stop is not None:
             self._stop()
             self._stop = None
 
-    def _tell(self, batch: Batch) -> None:
-        """Log what the batch just handed out lacks."""
+    def _log_defects(self, batch: Batch) -> None:
+        """Log the unreadable documents and truncated answers of a delivered batch."""
         for message in batch.unreadable:
             self._num_unreadable += 1
             logger.warning(
-                "step %d: document left out, as data.skip_bad_documents says (%d on data rank %d by now): %s",
+                "step %d: skipped an unreadable document (data.skip_bad_documents; %d so far on data rank %d): %s",
                 self.step,
                 self._num_unreadable,
                 self._data_rank,
                 message,
             )
-        if batch.num_truncated_answers and not self._num_cut_answers:
+        if batch.num_truncated_answers and not self._num_truncated_answers:
             logger.warning(
-                "step %d: %d document(s) have no label before data.seq_len = %s, where unpacked documents are cut "
-                "off: their answers are lost (later ones are only counted). Raise data.seq_len or shorten the prompts",
+                "step %d: %d unpacked document(s) have no label left after truncation at data.seq_len = %s: their "
+                "answers are lost (later ones are only counted). Raise data.seq_len or shorten the prompts",
                 self.step,
                 batch.num_truncated_answers,
                 self._order_facts.get("seq_len"),
             )
-        self._num_cut_answers += batch.num_truncated_answers
+        self._num_truncated_answers += batch.num_truncated_answers
 
     def _start(self) -> Iterator[Batch]:
         requests = functools.partial(
@@ -232,7 +232,7 @@ class TrainLoader:
         if self._num_workers > 0:
             workers = WorkerProcesses(self._fetch, requests, self._num_workers)
             thread = ReadAheadThread(_to_batches(workers, self._pin_memory), max(1, self._prefetch))
-            # Finalizers also run when the loader is forgotten or the interpreter ends. The workers end first: the
+            # Finalizers also run when the loader is garbage-collected or the interpreter exits. Workers stop first: the
             # thread may be waiting for them.
             self._stop = weakref.finalize(self, _stop_all, workers, thread)
             return thread
@@ -260,7 +260,7 @@ def _requests(
 
 
 class _Fetch:
-    """Makes the samples of a request. Those of a skipped step are not read: skipping gets past what cannot be."""
+    """Reads the samples of a request, except those of a skipped step, which may be unreadable."""
 
     def __init__(self, source: SampleSource, seed: int, skipped: SkipBatches) -> None:
         self.source, self.seed, self.skipped = source, seed, skipped
@@ -274,9 +274,9 @@ class _Fetch:
             return request, [self.source.sample(int(index)) for index in order]
         except DataError as error:
             raise DataError(
-                f"{error}. This is for step {request.step + 1}. To train without it: data.skip_bad_documents = True "
-                f"leaves out every document that cannot be read, and {request.step} in data.skip_batches (which counts "
-                "from 0) passes over this batch"
+                f"{error}. Step {request.step + 1} needs this document. To train without it, set "
+                "data.skip_bad_documents = True, which skips every document that cannot be read, or add "
+                f"{request.step} to data.skip_batches (counted from 0), which skips this batch"
             ) from error
 
 

@@ -1,9 +1,9 @@
-"""Valid loaders: every label of a valid set is evaluated exactly once, whatever the layout.
+"""Loaders of validation sets: every label of a set is evaluated exactly once, for any layout.
 
-Owns how documents are cut for evaluation and dealt to ranks. A document is cut every seq_len tokens from its own start
-and a piece is never cut again, so the loss of a set does not depend on micro_bsz, on packing or on the number of ranks.
-Nothing is dropped: what does not fill a micro batch is padded, and ranks with fewer micro batches get masked ones, so
-that all ranks take the same number of steps.
+Owns how documents are cut for evaluation and distributed over ranks. A document is cut every seq_len tokens from its
+own start and nowhere else, so the loss of a set does not depend on micro_bsz, packing or the number of ranks. Nothing
+is dropped: incomplete micro-batches are padded, and ranks with fewer micro-batches get masked ones, so that all ranks
+take the same number of steps.
 """
 
 from __future__ import annotations
@@ -35,11 +35,18 @@ def build_valid_loaders(
     data_size: int = 1,
     packed: bool = True,
 ) -> dict[str, ValidLoader]:
-    """One loader for each valid set of `folder` (see `find_valid_sets`), by name; none if `folder` is None.
+    """Build one loader for each validation set of `folder`, by name; none if `folder` is None.
 
     Args:
-        valid_micro_num: micro batches a step on each data rank.
-        packed: micro batches are packed, [1, micro_bsz * seq_len]; otherwise [micro_bsz, seq_len], one piece a row.
+        folder: see `find_valid_sets`.
+        seq_len: maximum length of a slice of a document, in tokens.
+        micro_bsz: rows of a micro-batch.
+        vocab_size: ids must be smaller; None accepts any.
+        valid_micro_num: micro-batches of a step on each data rank.
+        data_rank, data_size: this data rank, and the number of data ranks.
+        packed: whether micro-batches are packed, [1, micro_bsz * seq_len], or have one slice a row,
+            [micro_bsz, seq_len].
+
     Raises:
         DataError: the data is missing or malformed, or a set has no label.
     """
@@ -63,13 +70,13 @@ def build_valid_loaders(
 
 
 class ValidLoader:
-    """The batches of one valid set on one data rank; every iteration is the same.
+    """The batches of one validation set on one data rank, the same in every iteration.
 
-    `len()` is the number of steps, the same on every rank. `Batch.num_samples` counts micro batches of all ranks that
-    hold documents, `Batch.sample_indices` those of this rank.
+    `Batch.num_samples` is the number of micro-batches with documents over all ranks, `Batch.sample_indices` lists those
+    of this rank.
 
     Attributes:
-        type_names: the name of the set; all tokens have type 0.
+        type_names: the name of the set alone; all tokens have type 0.
     """
 
     def __init__(
@@ -91,34 +98,34 @@ class ValidLoader:
         self._seq_len, self._micro_bsz, self._packed = seq_len, micro_bsz, packed
         self._micro_num, self._rank, self._size = valid_micro_num, data_rank, data_size
         for path in paths:
-            summarize(path, 0)  # refuses a .meta that points outside the .bin now, not in the middle of a run
+            summarize(path, 0)  # fails here, not during the run, if the .meta does not match the .bin
         self._files = [TokenizedFile(path, vocab_size) for path in paths]
         counts = np.concatenate([file.counts() for file in self._files])
         self._first_document = np.concatenate(([0], np.cumsum([len(file) for file in self._files])))
-        # A piece of one token has no label: the last token of a document predicts nothing.
-        pieces = -(-(counts - 1) // seq_len)
-        self._piece_ends = np.cumsum(np.maximum(pieces, 0))
-        if not len(self._piece_ends) or not self._piece_ends[-1]:
-            raise DataError(f"{paths[0].parent}: no document of this valid set has two tokens, so there is no label")
+        # A slice of one token has no label: the last token of a document predicts nothing.
+        num_slices = -(-(counts - 1) // seq_len)
+        self._slice_ends = np.cumsum(np.maximum(num_slices, 0))
+        if not len(self._slice_ends) or not self._slice_ends[-1]:
+            raise DataError(f"{paths[0].parent}: no document of this validation set has two tokens, so it has no label")
         self._starts = self._micro_batch_starts(counts)
 
     def _micro_batch_starts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first piece of each micro batch, and the number of pieces at the end: int64 [micro batches + 1]."""
-        num_pieces = int(self._piece_ends[-1])
+        """First slice of each micro-batch, and the number of slices as the last entry: int64 [micro-batches + 1]."""
+        num_slices = int(self._slice_ends[-1])
         if not self._packed:
-            return np.append(np.arange(0, num_pieces, self._micro_bsz), num_pieces)
-        document = np.searchsorted(self._piece_ends, np.arange(num_pieces), side="right")
-        within = np.arange(num_pieces) - np.concatenate(([0], self._piece_ends))[document]
+            return np.append(np.arange(0, num_slices, self._micro_bsz), num_slices)
+        document = np.searchsorted(self._slice_ends, np.arange(num_slices), side="right")
+        within = np.arange(num_slices) - np.concatenate(([0], self._slice_ends))[document]
         lengths = np.minimum(counts[document] - within * self._seq_len, self._seq_len)
         filled = np.concatenate(([0], np.cumsum(lengths)))
         starts = [0]
-        while starts[-1] < num_pieces:
-            room = filled[starts[-1]] + self._micro_bsz * self._seq_len
-            starts.append(int(np.searchsorted(filled, room, side="right")) - 1)
+        while starts[-1] < num_slices:
+            limit = filled[starts[-1]] + self._micro_bsz * self._seq_len
+            starts.append(int(np.searchsorted(filled, limit, side="right")) - 1)
         return np.asarray(starts, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Steps of this loader, the same on every rank."""
+        """Number of steps, the same on every rank."""
         return -(-(len(self._starts) - 1) // (self._micro_num * self._size))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -133,17 +140,19 @@ class ValidLoader:
             )
 
     def _micro_batch(self, index: int) -> MicroBatch:
-        pieces = []
+        slices = []
         if index < len(self._starts) - 1:
-            pieces = [self._piece(piece) for piece in range(int(self._starts[index]), int(self._starts[index + 1]))]
+            slices = [
+                self._read_slice(number) for number in range(int(self._starts[index]), int(self._starts[index + 1]))
+            ]
         if self._packed:
             total = self._micro_bsz * self._seq_len
-            return to_micro_batch(concatenate_slices(pieces, self._seq_len, total, "cut", type_id=0))
-        return to_micro_batch(stack_slices(pieces, self._seq_len, self._micro_bsz, type_id=0))
+            return to_micro_batch(concatenate_slices(slices, self._seq_len, total, "cut", type_id=0))
+        return to_micro_batch(stack_slices(slices, self._seq_len, self._micro_bsz, type_id=0))
 
-    def _piece(self, piece: int) -> DocumentSlice:
-        document = int(np.searchsorted(self._piece_ends, piece, side="right"))
-        within = piece - (int(self._piece_ends[document - 1]) if document else 0)
+    def _read_slice(self, number: int) -> DocumentSlice:
+        document = int(np.searchsorted(self._slice_ends, number, side="right"))
+        within = number - (int(self._slice_ends[document - 1]) if document else 0)
         file_index = int(np.searchsorted(self._first_document, document, side="right")) - 1
         start = within * self._seq_len
         ids, loss_mask = self._files[file_index].read(

@@ -26,19 +26,20 @@ def open_source(
     skip_bad_documents: bool = False,
     fixed_random_dataset_seqlen: bool = True,
 ) -> SampleSource:
-    """The samples of the tokenized files of `folder`, or dummy samples if it is None.
+    """Open the source of the tokenized files in `folder`, or a dummy source if it is None.
 
     Args:
         folder: see `find_train_files`.
-        seq_len: tokens of the longest piece of a document.
+        seq_len: maximum length of an attention segment, in tokens.
         micro_bsz: rows of a micro-batch; a packed sample has micro_bsz * seq_len tokens.
         packing: "cut" (use_packed_dataset True, pack_sample_into_one False), "pack_sample_into_one", or "unpacked"
             (use_packed_dataset False); see doc/data.md.
-        vocab_size: ids of this size and above are refused when they are read.
-        seed: of dummy samples.
-        min_length, min_length_dict: documents with fewer tokens are left out; by type name, where it differs.
-        skip_bad_documents: a document that cannot be read becomes padding in its place, and is named in the log.
-        fixed_random_dataset_seqlen: dummy documents have one length.
+        vocab_size: ids must be smaller; checked as documents are read.
+        seed: seed of dummy samples.
+        min_length: minimum number of tokens; shorter documents are dropped.
+        min_length_dict: type name -> minimum that replaces `min_length` for that type.
+        skip_bad_documents: replace a document that cannot be read by padding of the same length, and log it.
+        fixed_random_dataset_seqlen: whether all dummy documents have the same length.
 
     Raises:
         DataError: the data is missing or malformed.

@@ -1,6 +1,6 @@
-"""Numbered samples of a train folder: `sample(i)` for i in [0, N), packed lazily.
+"""Samples of a train folder: `sample(i)` for i in [0, N), packed on demand.
 
-Owns the map from a sample's number to the documents it is made of. Must not know order, ranks or batches.
+Owns the map from a sample's index to its documents. Must not know order, ranks or batches.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.utils.errors import DataError, nearest
 from internlm.utils.logging import get_logger
 
-_OPEN_FILES = 128
-"""Each open file holds three descriptors; the usual limit of a process is 1024."""
+_MAX_OPEN_FILES = 128
+"""Each open file takes three descriptors; the usual limit of a process is 1024."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,31 @@ class _FileEntry:
     path: Path
     type_id: int
     min_length: int
-    places: int
-    """Tokens (packed) or documents (unpacked) that the samples of the file cover."""
+    length: int
+    """Tokens (packed) or documents (unpacked) after the min_length filter."""
 
 
 class TokenizedFolderSource:
-    """The samples of a train folder.
+    """The samples of the tokenized files in a train folder.
 
-    Packed: the shuffled documents of one file are concatenated and cut every P = micro_bsz * seq_len tokens; the
-    incomplete tail of each file is dropped. Unpacked: micro_bsz documents a sample, each cut off at seq_len tokens; the
-    last sample of a file may have fewer.
+    Packed: the shuffled documents of a file are concatenated and cut every P = micro_bsz * seq_len tokens; the
+    incomplete last sample of each file is dropped. Unpacked: a sample has micro_bsz documents, each truncated at
+    seq_len tokens; the last sample of a file may have fewer.
 
     Args:
         folder: see `find_train_files`.
+        seq_len: maximum length of an attention segment, in tokens.
+        micro_bsz: rows of a micro-batch.
         packing: see doc/data.md.
-        min_length: documents with fewer tokens are left out.
-        min_length_dict: the same by type name, where it differs.
-        vocab_size: ids of this size and above are refused when they are read.
-        skip_bad_documents: a document that cannot be read is padding in its place, and named in `Sample.unreadable`.
+        vocab_size: ids must be smaller; checked as documents are read. None accepts any.
+        min_length: minimum number of tokens; shorter documents are dropped.
+        min_length_dict: type name -> minimum that replaces `min_length` for that type.
+        skip_bad_documents: replace a document that cannot be read by padding of the same length, and report it in
+            `Sample.unreadable`.
+
     Raises:
-        DataError: see `find_train_files` and `TokenizedFile`; or no file is long enough for one sample, or no document
-            has two tokens.
+        DataError: the folder or a file is malformed (see `find_train_files` and `TokenizedFile`), no file is long
+            enough for one sample, or no document has two tokens.
     """
 
     def __init__(
@@ -77,43 +81,43 @@ class TokenizedFolderSource:
         self.seq_len, self.micro_bsz, self.packing, self.vocab_size = seq_len, micro_bsz, packing, vocab_size
         self.skip_bad_documents = skip_bad_documents
         unpacked = packing == "unpacked"
-        self.places_per_sample = micro_bsz if unpacked else micro_bsz * seq_len
+        self._sample_length = micro_bsz if unpacked else micro_bsz * seq_len
         self._entries: list[_FileEntry] = []
-        counts, tokens, dropped, num_documents = [], 0, 0, 0
+        counts, num_tokens, num_dropped, num_documents = [], 0, 0, 0
         for file in files:
             limit = limits.get(self.type_names[file.type_id], min_length)
             summary = summarize(file.path, limit)
-            places = summary.kept_documents if unpacked else summary.kept_tokens
+            length = summary.kept_documents if unpacked else summary.kept_tokens
             if unpacked:
-                count = -(-places // self.places_per_sample)
+                count = -(-length // self._sample_length)
             else:
-                count = places // self.places_per_sample
-                dropped += places % self.places_per_sample
-            tokens += summary.kept_tokens
+                count = length // self._sample_length
+                num_dropped += length % self._sample_length
+            num_tokens += summary.kept_tokens
             num_documents += summary.kept_documents
-            self._entries.append(_FileEntry(file.path, file.type_id, limit, places))
+            self._entries.append(_FileEntry(file.path, file.type_id, limit, length))
             counts.append(count)
         self._ends = np.cumsum(counts)
-        self.num_tokens = tokens
+        self.num_tokens = num_tokens
         self._open: OrderedDict[int, tuple[TokenizedFile, DocumentIndex]] = OrderedDict()
         if len(self) == 0:
             unit = "documents" if unpacked else "tokens (micro_bsz * seq_len)"
             raise DataError(
-                f"{folder}: {len(files)} .bin files with {tokens} tokens (min_length applied), but none holds "
-                f"one whole sample of {self.places_per_sample} {unit}. "
-                "Lower data.micro_bsz, data.seq_len or data.min_length, or join small files"
+                f"{folder}: {len(files)} .bin files with {num_tokens} tokens (after min_length), but none has "
+                f"enough for one sample of {self._sample_length} {unit}. "
+                "Lower data.micro_bsz, data.seq_len or data.min_length, or merge small files"
             )
-        if tokens == num_documents:
+        if num_tokens == num_documents:
             raise DataError(
-                f"{folder}: each of the {num_documents} documents has one token alone, and the last token of a "
-                "document predicts nothing: there is nothing to learn. Tokenize longer documents"
+                f"{folder}: each of the {num_documents} documents has a single token, and the last token of a document "
+                "has no label, so there is nothing to learn. Tokenize longer documents"
             )
-        if dropped * 100 > tokens:
+        if num_dropped * 100 > num_tokens:
             get_logger(__name__).info(
-                "%s: %d of %d tokens are left out (the incomplete sample at the end of each of %d files)",
+                "%s: %d of %d tokens are dropped (the incomplete last sample of each of %d files)",
                 folder,
-                dropped,
-                tokens,
+                num_dropped,
+                num_tokens,
                 len(files),
             )
 
@@ -123,11 +127,11 @@ class TokenizedFolderSource:
         return {"packing": self.packing, "seq_len": self.seq_len, "micro_bsz": self.micro_bsz}
 
     def __len__(self) -> int:
-        """Number of samples of one epoch."""
+        """Samples of one epoch."""
         return int(self._ends[-1])
 
     def sample(self, index: int) -> Sample:
-        """Sample `index` in [0, len).
+        """Read and pack sample `index` in [0, len).
 
         Raises:
             DataError: a document of the sample is malformed.
@@ -135,38 +139,38 @@ class TokenizedFolderSource:
         file_index = int(np.searchsorted(self._ends, index, side="right"))
         entry = self._entries[file_index]
         within = index - (int(self._ends[file_index - 1]) if file_index else 0)
-        file, documents = self._opened(file_index)
-        start = within * self.places_per_sample
-        stop = min(start + self.places_per_sample, entry.places)
-        found, starts = documents.locate(start, stop)
+        file, index_of_file = self._open_file(file_index)
+        start = within * self._sample_length
+        stop = min(start + self._sample_length, entry.length)
+        documents, starts = index_of_file.locate(start, stop)
         if self.packing == "unpacked":
-            rows = [self._piece(file, int(document), 0, self.seq_len) for document in found]
+            rows = [self._read_slice(file, int(document), 0, self.seq_len) for document in documents]
             return stack_slices(rows, self.seq_len, self.micro_bsz, entry.type_id)
-        pieces = [
-            self._piece(file, int(document), max(start - int(begin), 0), stop - int(begin))
-            for document, begin in zip(found, starts, strict=True)
+        slices = [
+            self._read_slice(file, int(document), max(start - int(begin), 0), stop - int(begin))
+            for document, begin in zip(documents, starts, strict=True)
         ]
-        return concatenate_slices(pieces, self.seq_len, self.places_per_sample, self.packing, entry.type_id)
+        return concatenate_slices(slices, self.seq_len, self._sample_length, self.packing, entry.type_id)
 
     def padding(self) -> Sample:
-        """A sample of padding alone."""
+        """Return a sample of padding alone."""
         return padding_sample(self.seq_len, self.micro_bsz, self.packing)
 
-    def _piece(self, file: TokenizedFile, document: int, start: int, stop: int) -> DocumentSlice:
+    def _read_slice(self, file: TokenizedFile, document: int, start: int, stop: int) -> DocumentSlice:
         count = int(file.counts(document, document + 1)[0])
         stop = min(stop, count)
         try:
-            # One token more, if the document has it: the label at a cut is the real next token.
-            piece = make_slice(*file.read(document, start, stop + 1), stop - start)
-            if self.packing == "unpacked" and stop < count and (piece.labels == IGNORE_INDEX).all():
-                piece.is_truncated_answer = bool(file.read(document, stop + 1)[1].any())
+            # One more token, if the document has it: the label at a cut is the next token of the document.
+            result = make_slice(*file.read(document, start, stop + 1), stop - start)
+            if self.packing == "unpacked" and stop < count and (result.labels == IGNORE_INDEX).all():
+                result.is_truncated_answer = bool(file.read(document, stop + 1)[1].any())
         except DataError as error:
             if not self.skip_bad_documents:
                 raise
             return unreadable_slice(0 if self.packing == "unpacked" else stop - start, str(error))
-        return piece
+        return result
 
-    def _opened(self, file_index: int) -> tuple[TokenizedFile, DocumentIndex]:
+    def _open_file(self, file_index: int) -> tuple[TokenizedFile, DocumentIndex]:
         if file_index in self._open:
             self._open.move_to_end(file_index)
             return self._open[file_index]
@@ -174,6 +178,6 @@ class TokenizedFolderSource:
         file = TokenizedFile(entry.path, self.vocab_size)
         opened = (file, DocumentIndex(file, entry.min_length, count_documents=self.packing == "unpacked"))
         self._open[file_index] = opened
-        if len(self._open) > _OPEN_FILES:
+        if len(self._open) > _MAX_OPEN_FILES:
             self._open.popitem(last=False)
         return opened

@@ -1,10 +1,10 @@
-"""Where each document of a file lies in the file's shuffled concatenation; built once, kept on disk.
+"""The offset of each document in a file's shuffled concatenation; built once and cached on disk.
 
-Owns the shuffle of the documents of one file, the `min_length` filter and the cache. Two things are kept in the cache
-folder, both keyed by everything they depend on: a summary (so that opening a folder reads no .meta a second time) and
-the cumulative lengths (memory-mapped, made at the first touch of a file). Building takes bounded memory: the shuffle is
-`order.permute`, which needs none, and the .meta is read in blocks. Concurrent ranks may build the same index: each
-writes a temporary file and renames it, so that all see a complete one.
+Owns the shuffle of the documents of one file, the `min_length` filter and the cache. The cache has a summary of each
+file, so that a .meta is read only once, and the cumulative lengths, built at first use and memory-mapped. The names of
+cache files depend on everything that their content depends on. Building takes bounded memory: `permute` stores nothing,
+and the .meta is read in blocks. Ranks may build the same index concurrently: each writes a temporary file and renames
+it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from internlm.utils.user_cache import user_cache
 
 CACHE_FOLDER = ".index_cache"
 DOCUMENT_SEED = 1024
-"""Documents of a file are shuffled by this seed, whatever the seed of the run: all runs share one cache."""
+"""Seed of the shuffle within a file. It does not depend on the seed of the run, so all runs share one cache."""
 _FORMAT_VERSION = 1
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What the .meta of a file says.
+    """Counts from the .meta of a file.
 
     Attributes:
-        documents: all documents of the file.
-        kept_documents: documents of at least max(1, min_length) tokens.
-        kept_tokens: their tokens.
+        documents: number of documents in the file.
+        kept_documents: number of documents with at least max(1, min_length) tokens.
+        kept_tokens: tokens of these documents.
     """
 
     documents: int
@@ -49,7 +49,7 @@ class FileSummary:
 
 
 def summarize(path: Path, min_length: int) -> FileSummary:
-    """Counts of one file; checks on the way that the .meta points into the .bin.
+    """Count the documents and tokens of a file, and check that the .meta points into the .bin.
 
     Raises:
         DataError: see `TokenizedFile`.
@@ -72,12 +72,12 @@ def summarize(path: Path, min_length: int) -> FileSummary:
 
 
 class DocumentIndex:
-    """Finds the documents of a file by their place in the shuffled concatenation.
+    """Maps positions in the shuffled concatenation of a file to documents.
 
     Args:
         file: the tokenized file.
-        min_length: documents with fewer tokens are left out.
-        count_documents: places count documents instead of tokens.
+        min_length: minimum number of tokens; shorter documents are dropped.
+        count_documents: whether positions count documents instead of tokens.
     """
 
     def __init__(self, file: TokenizedFile, min_length: int, count_documents: bool = False) -> None:
@@ -85,11 +85,11 @@ class DocumentIndex:
         self._ends = _cumulative(file, min_length, count_documents)
 
     def locate(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The documents that cover the places [start, stop), start < stop.
+        """Find the documents that cover the positions [start, stop), start < stop.
 
         Returns:
-            (documents, starts), both int64 [n]: the index of each document in the file, and the place where it
-            begins (that of the first may lie before `start`).
+            (documents, starts), both int64 [n]: the index of each document in the file, and the position of its first
+            token, which may be before `start` for the first document.
         """
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._ends, stop, side="left"))
@@ -102,7 +102,7 @@ class DocumentIndex:
 
 
 def _cumulative(file: TokenizedFile, min_length: int, count_documents: bool) -> NDArray[np.int64]:
-    """End place of every document in shuffled order, left-out documents having no length: int64 [documents]."""
+    """End position of every document in shuffled order, dropped ones with length 0: int64 [documents]."""
     kind = f"{'documents' if count_documents else 'tokens'}-{min_length}-{DOCUMENT_SEED}"
     cached = _cached(file.path, kind, ".npy")
     if cached is None:
@@ -133,24 +133,24 @@ def _cache_name(path: Path, kind: str, suffix: str) -> str:
 
 
 def _cache_folders(path: Path) -> list[Path]:
-    """Where the cache may lie: beside the data, or else (data not writable) in the user's cache folder."""
-    place = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:16]
-    return [path.parent / CACHE_FOLDER, user_cache() / "index" / place]
+    """The cache folder beside the data, and the one in the user's cache for data on a read-only disk."""
+    folder_hash = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:16]
+    return [path.parent / CACHE_FOLDER, user_cache() / "index" / folder_hash]
 
 
 def _cached(path: Path, kind: str, suffix: str) -> Path | None:
     if not path.is_file() or not meta_path(path).is_file():
         return None
     name = _cache_name(path, kind, suffix)
-    places = (folder / name for folder in _cache_folders(path))
-    return next((place for place in places if place.is_file() and os.access(place, os.R_OK)), None)
+    candidates = (folder / name for folder in _cache_folders(path))
+    return next((file for file in candidates if file.is_file() and os.access(file, os.R_OK)), None)
 
 
 def _store(path: Path, kind: str, suffix: str, write: Callable[[Path], object]) -> Path:
     name = _cache_name(path, kind, suffix)
     failures = []
     for folder in _cache_folders(path):
-        # Not tempfile: its files are for one user alone, and data is shared.
+        # Not tempfile, whose files only their owner can read: data is shared between users.
         temporary = folder / f".tmp-{os.getpid()}-{secrets.token_hex(8)}{suffix}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -162,6 +162,6 @@ def _store(path: Path, kind: str, suffix: str, write: Callable[[Path], object]) 
             if folder.is_dir():
                 temporary.unlink(missing_ok=True)
     raise DataError(
-        f"{path}: its index can be written neither beside it nor in the user's cache ({'; '.join(failures)}). "
+        f"{path}: the index can be written neither beside the file nor in the user's cache ({'; '.join(failures)}). "
         "Set XDG_CACHE_HOME to a writable folder"
     )

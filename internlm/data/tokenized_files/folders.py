@@ -1,6 +1,6 @@
-"""Finds tokenized files in a train or valid folder and gives every file its type.
+"""Finds the tokenized files of a train or validation folder, and the type of each file.
 
-Owns the folder layout of the contract; opens no file.
+Owns the folder layout; opens no file.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
-_HOW_TO_MAKE = "Make tokenized files with tools/tokenizer.py"
-_BESIDE = (".meta", ".tokenizer.json")
-"""What belongs to a .bin file, by what is behind its name."""
-_NAMED_FILES = 5
+_HINT = "Make tokenized files with tools/tokenizer.py"
+_SIDECARS = (".meta", ".tokenizer.json")
+"""Suffixes of the files that belong to a .bin file."""
+_MAX_NAMES = 5
 
 logger = get_logger(__name__)
 
@@ -29,13 +29,16 @@ class TypedFile:
 
 
 def find_train_files(folder: str | Path) -> tuple[list[TypedFile], list[str]]:
-    """All `<folder>/<type>/**/*.bin` in sorted order, and the names of the types.
+    """Find all `<folder>/<type>/**/*.bin`, and the names of the types.
 
-    First-level sub-directories, sorted, are the types; one without any .bin keeps its id. If .bin files lie directly
-    in the folder, it is a single type named after the folder and may not also have sub-directories with .bin files.
+    The types are the first-level subfolders in sorted order; a subfolder without a .bin keeps its type id. If the .bin
+    files are directly in the folder, they form a single type named after it.
+
+    Returns:
+        (files in sorted order, type names by type id).
 
     Raises:
-        DataError: the folder is missing, holds no .bin, or mixes the two layouts.
+        DataError: the folder is missing, has no .bin file, or mixes the two layouts.
     """
     root = _existing(folder)
     direct = _sorted_bins(root, recursive=False)
@@ -47,23 +50,24 @@ def find_train_files(folder: str | Path) -> tuple[list[TypedFile], list[str]]:
     ]
     if direct and files:
         raise DataError(
-            f"{root}: {direct[0].name} lies beside the type folder '{files[0].path.relative_to(root).parts[0]}': put "
-            "every .bin into a sub-folder, one for each type, or all of them directly into the folder"
+            f"{root}: {direct[0].name} is beside the type folder '{files[0].path.relative_to(root).parts[0]}': put "
+            "every .bin into the subfolder of its type, or all of them directly into the folder"
         )
     if direct:
         return [TypedFile(path, 0) for path in direct], [root.resolve().name]
     if not files:
-        raise DataError(f"{root}: no .bin file in this folder; expected {root}/<type>/NAME.bin. {_HOW_TO_MAKE}")
+        raise DataError(f"{root}: no .bin file in this folder; expected {root}/<type>/NAME.bin. {_HINT}")
     return files, [directory.name for directory in type_dirs]
 
 
 def find_valid_sets(folder: str | Path) -> dict[str, list[Path]]:
-    """Every directory at or below `folder` that holds .bin files, by its path relative to `folder`, sorted.
+    """Find the validation sets: the directories with .bin files at or below `folder`.
 
-    .bin files directly in `folder` form the set named after the folder.
+    Returns:
+        Path relative to `folder` -> .bin files, both sorted. .bin files directly in `folder` form a set named after it.
 
     Raises:
-        DataError: the folder is missing or holds no .bin.
+        DataError: the folder is missing or has no .bin file.
     """
     root = _existing(folder)
     sets: dict[str, list[Path]] = {}
@@ -71,42 +75,42 @@ def find_valid_sets(folder: str | Path) -> dict[str, list[Path]]:
         relative = path.parent.relative_to(root).as_posix()
         sets.setdefault(root.resolve().name if relative == "." else relative, []).append(path)
     if not sets:
-        raise DataError(f"{root}: no .bin file in this folder; expected {root}/<set>/NAME.bin. {_HOW_TO_MAKE}")
+        raise DataError(f"{root}: no .bin file in this folder; expected {root}/<set>/NAME.bin. {_HINT}")
     return dict(sorted(sets.items()))
 
 
 def unread_files(folder: str | Path) -> list[Path]:
-    """Files at or below `folder` that no reader looks at, such as text, or a .meta without its .bin; sorted.
+    """Find files at or below `folder` that are not read, such as text, or a .meta without its .bin; sorted.
 
-    Hidden files and folders do not count.
+    Hidden files and folders are ignored.
     """
     unread = []
     for place, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         bins = {name for name in names if name.endswith(".bin")}
-        known = bins | {name + beside for name in bins for beside in _BESIDE}
+        known = bins | {name + suffix for name in bins for suffix in _SIDECARS}
         unread += [Path(place, name) for name in names if name not in known and not name.startswith(".")]
     return sorted(unread)
 
 
 def log_unread_files(folder: str | Path) -> None:
-    """One line of the log that names the files of `folder` that are left out, if there are any."""
+    """Log one line that names the files of `folder` that are not read, if there are any."""
     if unread := unread_files(folder):
-        names = ", ".join(str(path.relative_to(folder)) for path in unread[:_NAMED_FILES])
-        more = f" and {len(unread) - _NAMED_FILES:,} more" if len(unread) > _NAMED_FILES else ""
-        logger.info("%s: files that are no .bin are left out: %s%s", folder, names, more)
+        names = ", ".join(str(path.relative_to(folder)) for path in unread[:_MAX_NAMES])
+        more = f" and {len(unread) - _MAX_NAMES:,} more" if len(unread) > _MAX_NAMES else ""
+        logger.info("%s: ignoring files that do not belong to a .bin file: %s%s", folder, names, more)
 
 
 def _existing(folder: str | Path) -> Path:
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder. {_HOW_TO_MAKE}, or set the folder to None")
+        raise DataError(f"{root}: no such folder. {_HINT}, or set the folder to None")
     return root
 
 
 def _sorted_bins(directory: Path, recursive: bool) -> list[Path]:
     if not recursive:
         return sorted(path for path in directory.glob("*.bin") if path.is_file())
-    # Not rglob, which does not follow links: large data is often linked into place.
+    # Not rglob, which does not follow links: large data is often linked into a folder.
     walk = os.walk(directory, followlinks=True)
     return sorted(Path(folder, name) for folder, _, names in walk for name in names if name.endswith(".bin"))

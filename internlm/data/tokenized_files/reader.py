@@ -1,7 +1,7 @@
-"""Reads one tokenized file (`NAME.bin` + `NAME.bin.meta`), memory-mapped.
+"""Reads tokenized files (`NAME.bin` + `NAME.bin.meta`), memory-mapped.
 
-Owns the meaning of a line: signs, masked zeros, and every way in which a file can be wrong. Must not know packing,
-order or types. The format is described in doc/data.md; InternEvo's files (int32 .meta) are read too.
+Owns the meaning of a line (signs, masked zeros) and the detection of damaged files. Must not know packing, order or
+types. Format: doc/data.md. InternEvo's files (int32 .meta) are read as well.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from internlm.data.tokenized_files.writer import meta_path
 from internlm.utils.errors import DataError
 
 _LINE_START = b'{"tokens":'
-_SPLIT_FACTOR = 4
-"""A document this many times longer than the wanted slice is not parsed as a whole."""
-_KEPT_COMMAS = 2
-"""Documents whose comma positions are remembered: consecutive slices of a long document scan it once."""
+_SLICE_FACTOR = 4
+"""If a document is more than this many times longer than the requested slice, only the slice is parsed."""
+_CACHED_DOCUMENTS = 2
+"""Number of documents with cached comma positions: consecutive slices of a long document scan it once."""
 
 
 def rebuild_hint(path: Path) -> str:
-    """The command that mends a .meta file."""
-    return f"if the .bin is right, write the .meta anew: python tools/tokenizer.py --rebuild-meta {path}"
+    """The command that rebuilds a .meta file."""
+    return f"if the .bin is correct, rebuild the .meta: python tools/tokenizer.py --rebuild-meta {path}"
 
 
 class TokenizedFile:
@@ -34,9 +34,10 @@ class TokenizedFile:
 
     Args:
         path: the .bin file.
-        vocab_size: ids of this size and above are refused when a document is read; None accepts any.
+        vocab_size: ids must be smaller; checked when a document is read. None accepts any.
+
     Raises:
-        DataError: a file is missing, or the .meta is no integer array of shape [documents, >= 2].
+        DataError: a file is missing, or the .meta is not an integer array of shape [documents, >= 2].
     """
 
     def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
@@ -54,30 +55,34 @@ class TokenizedFile:
             ) from error
         if meta.ndim != 2 or meta.shape[1] < 2 or meta.dtype.kind not in "iu":
             raise DataError(
-                f"{meta_path(self.path)} holds {meta.dtype} of shape {meta.shape}, expected integers of shape "
+                f"{meta_path(self.path)} has {meta.dtype} of shape {meta.shape}, expected integers of shape "
                 f"[documents, 2]; {rebuild_hint(self.path)}"
             )
         self._meta = meta
         self.size = self.path.stat().st_size
         with open(self.path, "rb") as file:
-            # An empty file cannot be mapped.
+            # mmap refuses an empty file.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
         self._commas: OrderedDict[int, tuple[int, int, NDArray[np.int64]]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Number of documents."""
+        """Number of documents in the file."""
         return len(self._meta)
 
     def counts(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """Tokens of the documents [start, stop): int64 [stop - start]."""
+        """Token counts of the documents [start, stop): int64 [stop - start]."""
         return np.asarray(self._meta[start:stop, -1], dtype=np.int64)
 
     def counts_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of the given documents: int64 of the same shape."""
+        """Token counts of the given documents: int64 of the same shape."""
         return np.asarray(self._meta[documents, -1], dtype=np.int64)
 
     def check_offsets(self, start: int, stop: int) -> None:
-        """Raise DataError if the .meta places one of the documents [start, stop) outside the .bin."""
+        """Check that the .meta puts the documents [start, stop) inside the .bin.
+
+        Raises:
+            DataError: it does not; names the first such document.
+        """
         offsets, counts = self._meta[start:stop, 0], self._meta[start:stop, -1]
         wrong = np.flatnonzero((offsets < 0) | (offsets >= self.size) | (counts < 0))
         if len(wrong):
@@ -90,49 +95,50 @@ class TokenizedFile:
             else:
                 reason = "beyond the end: the .bin is truncated, or the .meta belongs to another file"
             raise DataError(
-                f"{self.path} ({self.size} bytes): .meta says document {document} has {count} tokens at byte {offset}, "
-                f"{reason}. Copy the .bin again, or {rebuild_hint(self.path)}"
+                f"{self.path} ({self.size} bytes): by the .meta, document {document} has {count} tokens at byte "
+                f"{offset}, {reason}. Copy the .bin again, or {rebuild_hint(self.path)}"
             )
 
     def read(
         self, document: int, start: int = 0, stop: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Tokens [start, stop) of a document.
+        """Read tokens [start, stop) of a document.
 
         Returns:
-            (ids int64, loss_mask bool), both [stop - start]; ids are never negative, the mask is False where the
-            token contributes no loss.
+            (ids int64, loss_mask bool), both [stop - start]; ids are non-negative, and the mask is False where a token
+            contributes no loss.
+
         Raises:
-            DataError: the line does not fit the .meta, is not JSON, or has an id outside the vocabulary.
+            DataError: the line does not match the .meta, is not JSON, or has an id outside the vocabulary.
         """
         count = int(self._meta[document, -1])
         stop = count if stop is None else min(stop, count)
-        if count > _SPLIT_FACTOR * (stop - start):
+        if count > _SLICE_FACTOR * (stop - start):
             sliced = self._read_slice(document, count, start, stop)
             if sliced is not None:
                 return sliced
-        begin, end = self._line(document)
+        begin, end = self._line_range(document)
         signed, masked_zeros = self._parse(document, begin, self._map[begin:end] if self._map else b"", count)
-        return self._finish(document, begin, signed[start:stop], masked_zeros, start)
+        return self._split_mask(document, begin, signed[start:stop], masked_zeros, start)
 
-    def _line(self, document: int) -> tuple[int, int]:
+    def _line_range(self, document: int) -> tuple[int, int]:
         """Byte range of a document's line, without its newline."""
         begin = int(self._meta[document, 0])
         if self._map is None or not 0 <= begin < self.size:
             self.check_offsets(document, document + 1)
-            raise DataError(self._place(document, begin) + "the .bin is empty")
+            raise DataError(self._at(document, begin) + "the .bin is empty")
         if begin > 0 and self._map[begin - 1] != ord("\n"):
-            raise self._wrong(document, begin, "is not at the start of a line")
+            raise self._mismatch(document, begin, "is not at the start of a line")
         end = self._map.find(b"\n", begin)
         return begin, self.size if end < 0 else end
 
     def _read_slice(
         self, document: int, count: int, start: int, stop: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]] | None:
-        """`read` without parsing the whole line; None if the line is not written in the usual way."""
+        """`read` without parsing the whole line; None if the line is not formatted as `encode_line` does."""
         found = self._commas.get(document)
         if found is None:
-            begin, end = self._line(document)
+            begin, end = self._line_range(document)
             assert self._map is not None
             opening = begin + len(_LINE_START)
             if self._map[begin:opening] != _LINE_START:
@@ -145,10 +151,10 @@ class TokenizedFile:
             commas = np.flatnonzero(text == ord(",")) + (opening + 1)
             if len(commas) + 1 != count:
                 return None
-            # Position i starts behind bounds[i] and ends before bounds[i + 1].
+            # Token i is between bounds[i] and bounds[i + 1], both exclusive.
             found = (begin, end, np.concatenate(([opening], commas, [closing])))
             self._commas[document] = found
-            if len(self._commas) > _KEPT_COMMAS:
+            if len(self._commas) > _CACHED_DOCUMENTS:
                 self._commas.popitem(last=False)
         begin, end, bounds = found
         assert self._map is not None
@@ -162,10 +168,10 @@ class TokenizedFile:
                 masked_zeros = json.loads(b'{"tokens": [' + rest).get("masked_zeros", [])
             except ValueError:
                 return None
-        return self._finish(document, begin, signed, masked_zeros, start)
+        return self._split_mask(document, begin, signed, masked_zeros, start)
 
     def _parse(self, document: int, begin: int, line: bytes, count: int) -> tuple[NDArray[np.int64], list[int]]:
-        """The signed tokens and the masked zeros of a whole line."""
+        """Parse a whole line into its signed tokens and the positions of masked zeros."""
         signed: NDArray[np.int64] | None = None
         masked_zeros: list[int] = []
         if line.startswith(_LINE_START) and line.endswith(b"]}") and line.count(b"]") == 1:
@@ -179,59 +185,59 @@ class TokenizedFile:
             except ValueError as error:
                 if begin + len(line) == self.size:
                     raise DataError(
-                        self._place(document, begin) + "the line ends in the middle: the .bin is truncated. "
+                        self._at(document, begin) + "the line is incomplete: the .bin is truncated. "
                         "Copy it again, or tokenize the source again"
                     ) from error
                 raise DataError(
-                    self._place(document, begin) + f"the line is not JSON ({error}). Tokenize the source again"
+                    self._at(document, begin) + f"the line is not JSON ({error}). Tokenize the source again"
                 ) from error
             tokens = value.get("tokens") if isinstance(value, dict) else None
             signed = np.array(tokens if tokens else [], dtype=None if tokens else np.int64)
             if not isinstance(tokens, list) or signed.ndim != 1 or signed.dtype.kind != "i":
                 raise DataError(
-                    self._place(document, begin) + 'the line is not {"tokens": [integers]}. Tokenize the source again'
+                    self._at(document, begin) + 'the line is not {"tokens": [integers]}. Tokenize the source again'
                 )
             masked_zeros = value.get("masked_zeros", [])
         if len(signed) != count:
-            raise self._wrong(document, begin, f"has {len(signed)} tokens, but the .meta says {count}")
+            raise self._mismatch(document, begin, f"has {len(signed)} tokens, but {count} by the .meta")
         return signed, masked_zeros
 
-    def _finish(
+    def _split_mask(
         self, document: int, begin: int, signed: NDArray[np.int64], masked_zeros: list[int], start: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Split signed tokens, of which the first has position `start`, into ids and loss mask."""
         ids = np.abs(signed)
         loss_mask = signed >= 0
         if masked_zeros:
             positions = np.asarray(masked_zeros) - start if isinstance(masked_zeros, list) else np.zeros(0)
-            named = positions[(positions >= 0) & (positions < len(ids))]
-            if positions.dtype.kind != "i" or ids[named].any():
+            inside = positions[(positions >= 0) & (positions < len(ids))]
+            if positions.dtype.kind != "i" or ids[inside].any():
                 raise DataError(
-                    self._place(document, begin) + "'masked_zeros' is not a list of positions whose token is 0. "
+                    self._at(document, begin) + "'masked_zeros' is not a list of positions whose token is 0. "
                     "Tokenize the source again"
                 )
-            positions = named
-            loss_mask[positions] = False
+            loss_mask[inside] = False
         if self.vocab_size is not None and len(ids) and int(ids.max()) >= self.vocab_size:
             position = start + int(ids.argmax())
             raise DataError(
-                self._place(document, begin) + f"token {int(ids.max())} at position {position} is outside the "
+                self._at(document, begin) + f"token {int(ids.max())} at position {position} is outside the "
                 f"vocabulary of {self.vocab_size}. Set model.vocab_size to the size of the tokenizer that made this "
                 "file, or tokenize the source again"
             )
         return ids, loss_mask
 
-    def _place(self, document: int, offset: int) -> str:
+    def _at(self, document: int, offset: int) -> str:
         return f"{self.path}: document {document} at byte {offset}: "
 
-    def _wrong(self, document: int, offset: int, what: str) -> DataError:
+    def _mismatch(self, document: int, offset: int, problem: str) -> DataError:
         return DataError(
-            f"{self.path}: document {document} at byte {offset} {what}: the .meta does not belong to this .bin; "
+            f"{self.path}: document {document} at byte {offset} {problem}: the .meta does not belong to this .bin; "
             f"{rebuild_hint(self.path)}"
         )
 
 
 def _parse_ints(text: bytes) -> NDArray[np.int64] | None:
-    """Integers between commas, or None if there is anything else (then JSON is asked for the precise mistake)."""
+    """Parse comma-separated integers; None for anything else, of which the JSON parser gives a precise error."""
     if text.translate(None, b"0123456789-, "):
         return None
     try:

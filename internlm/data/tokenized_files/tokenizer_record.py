@@ -1,7 +1,7 @@
-"""Which tokenizer made a tokenized file: `NAME.bin.tokenizer.json`, beside `NAME.bin` and `NAME.bin.meta`.
+"""Records which tokenizer made a tokenized file, in `NAME.bin.tokenizer.json` beside `NAME.bin`.
 
-Owns the record, and the comparison of two records. The .bin and the .meta are InternEvo's and stay as they are; its
-reader takes files by the suffix .bin and does not see the record. Imports no library of tokenizers.
+Owns the record and the comparison of two records. InternEvo's reader, which finds files by the suffix .bin, ignores it.
+Imports no tokenizer library.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class TokenizerRecord:
     """The tokenizer of one tokenized file.
 
     Attributes:
-        fingerprint: changes when the tokenizer gives other ids; see `tokenizer_fingerprint`.
-        tokenizer: its file or folder, as an absolute path.
-        vocab_size: all ids are below it.
-        bos_id, eos_id: the ids that begin and end a text; None if the tokenizer names none.
-        add_bos, add_eos: whether documents begin with bos, and end with eos.
+        fingerprint: hash of the ids that the tokenizer produces; see `tokenizer_fingerprint`.
+        tokenizer: absolute path of its file or folder.
+        vocab_size: all ids are smaller.
+        bos_id, eos_id: ids of the bos and eos tokens; None if the tokenizer has none.
+        add_bos, add_eos: whether documents start with bos, and end with eos.
         format: "text", or the prompt format of instruction data.
-        version: of the tool.
-        created: UTC, ISO 8601.
+        version: version of this package that wrote the file.
+        created: UTC time, ISO 8601.
     """
 
     fingerprint: str
@@ -52,7 +52,7 @@ class TokenizerRecord:
     def of(
         cls, tokenizer: TextTokenizer, path: Path, *, add_bos: bool, add_eos: bool, format: str = "text"
     ) -> TokenizerRecord:
-        """The record of files that `tokenizer`, loaded from `path`, makes now."""
+        """Build the record of files made by `tokenizer`, which was loaded from `path`."""
         return cls(
             fingerprint=tokenizer_fingerprint(tokenizer),
             tokenizer=str(path.resolve()),
@@ -65,7 +65,7 @@ class TokenizerRecord:
         )
 
     def differences(self, other: TokenizerRecord) -> list[str]:
-        """What differs in the ids of equal texts, in words; empty when nothing does."""
+        """Describe each difference that changes the ids of a text; empty if there is none."""
         if self.fingerprint != other.fingerprint:
             return [
                 f"tokenizer {self.tokenizer} ({self.vocab_size:,} ids, fingerprint {self.fingerprint}) against "
@@ -80,12 +80,12 @@ class TokenizerRecord:
 
 
 def record_path(bin_path: Path) -> Path:
-    """The record that belongs to a .bin file."""
+    """Path of the record of a .bin file."""
     return bin_path.with_name(bin_path.name + _SUFFIX)
 
 
 def write_record(bin_path: Path, record: TokenizerRecord) -> None:
-    """Write the record of a .bin file, in one step. Write it before the .bin, which must not be found without it."""
+    """Write the record of a .bin file, atomically. Call it before the .bin gets its final name."""
     path = record_path(bin_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -95,7 +95,7 @@ def write_record(bin_path: Path, record: TokenizerRecord) -> None:
 
 
 def read_record(bin_path: Path) -> TokenizerRecord | None:
-    """The record of a .bin file; None if it has none (made by InternEvo, or by version 0.1.0).
+    """Read the record of a .bin file; None if it has none (files of InternEvo, and of version 0.1.0).
 
     Raises:
         DataError: the record is malformed.
@@ -109,22 +109,22 @@ def read_record(bin_path: Path) -> TokenizerRecord | None:
         return TokenizerRecord(**{name: value for name, value in values.items() if name in known})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: not a record of a tokenizer ({error}). Remove it if you know which tokenizer made {bin_path.name}"
+            f"{path}: not a tokenizer record ({error}). Remove it if you know which tokenizer made {bin_path.name}"
         ) from error
 
 
 def tokenizer_records(folder: str | Path) -> dict[Path, TokenizerRecord | None]:
-    """The record of every .bin file at or below a train or valid folder, in sorted order; None where there is none.
+    """Read the records of all .bin files at or below a folder, in sorted order; None for a file without one.
 
     Raises:
-        DataError: the folder is missing or holds no .bin, or a record is malformed.
+        DataError: the folder is missing or has no .bin file, or a record is malformed.
     """
     paths = sorted(path for paths in find_valid_sets(folder).values() for path in paths)
     return {path: read_record(path) for path in paths}
 
 
 def common_record(records: Mapping[Path, TokenizerRecord | None]) -> TokenizerRecord | None:
-    """The one tokenizer of several .bin files; None when no file has a record.
+    """Return the record that all .bin files agree on; None if no file has one.
 
     Raises:
         DataError: two files were made by different tokenizers; names both.
@@ -134,6 +134,6 @@ def common_record(records: Mapping[Path, TokenizerRecord | None]) -> TokenizerRe
         if record.fingerprint != known[0][1].fingerprint:
             raise DataError(
                 f"{known[0][0]} and {path} were made by different tokenizers: {known[0][1].differences(record)[0]}. "
-                "A model can learn the ids of one: tokenize all files with the same one"
+                "A model learns the ids of one tokenizer: tokenize all files with the same one"
             )
     return known[0][1] if known else None

@@ -1,4 +1,4 @@
-"""Facts about tokenized files that training is compared with."""
+"""Token frequencies of tokenized files and their entropy, a baseline for the training loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from internlm.data.tokenized_files.reader import TokenizedFile
 
 
 def token_counts(paths: Iterable[Path], vocab_size: int) -> NDArray[np.int64]:
-    """How often each id occurs in tokenized files: int64 [vocab_size].
+    """Count how often each id occurs in tokenized files: int64 [vocab_size].
 
     Raises:
         DataError: a file is malformed or has an id outside the vocabulary.
@@ -26,6 +26,6 @@ def token_counts(paths: Iterable[Path], vocab_size: int) -> NDArray[np.int64]:
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:
-    """Entropy of the distribution of ids, in nats a token: the loss of the best model that ignores the context."""
+    """Entropy of the id distribution, in nats per token: the loss of the best model that ignores the context."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

@@ -1,7 +1,7 @@
-"""Writes the tokenized format: `NAME.bin` (one JSON object a line) and `NAME.bin.meta` (offset and token count a line).
+"""Writes tokenized files: `NAME.bin` (one JSON object a line) and `NAME.bin.meta` (offset and length of each line).
 
-Owns what is on the disk and how it gets there without ever being half there. Must not know where tokens come from.
-The format is described in doc/data.md. Imports numpy alone, so that tokenizing processes start fast.
+Owns the format (doc/data.md) and atomic writing. Must not know where tokens come from. Imports no torch, so that
+tokenizing processes start fast.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _FLUSH_ROWS = 8192
 
 
 def meta_path(bin_path: Path) -> Path:
-    """The .meta file that belongs to a .bin file."""
+    """Path of the .meta file of a .bin file."""
     return bin_path.with_name(bin_path.name + META_SUFFIX)
 
 
 def encode_line(tokens: Sequence[int], masked_zeros: Sequence[int] = ()) -> bytes:
-    """One line of a .bin file, newline included.
+    """Encode a document as a line of a .bin file, with its newline.
 
     Args:
         tokens: token ids; `-t` means "token t without loss".
-        masked_zeros: positions whose token is 0 and contributes no loss (a sign cannot say it).
+        masked_zeros: positions of tokens 0 without loss, which a sign cannot mark.
     """
-    # json and not repr: the elements of a numpy array have a repr that is no JSON.
+    # Not repr: numpy integers have a repr that is not JSON.
     values = tokens.tolist() if isinstance(tokens, np.ndarray) else list(tokens)
     text = json.dumps(values, separators=(",", ":"))
     extra = f', "masked_zeros": {list(masked_zeros)!r}' if masked_zeros else ""
@@ -43,22 +43,23 @@ def encode_line(tokens: Sequence[int], masked_zeros: Sequence[int] = ()) -> byte
 
 
 def encode_masked_line(ids: Sequence[int], loss_mask: Sequence[bool]) -> bytes:
-    """One line of a .bin file from ids (never negative) and whether each contributes loss."""
-    signed = [token if keep else -token for token, keep in zip(ids, loss_mask, strict=True)]
-    zeros = [i for i, (token, keep) in enumerate(zip(ids, loss_mask, strict=True)) if token == 0 and not keep]
+    """Encode a document from non-negative ids and a mask that is True where a token contributes loss."""
+    signed = [token if loss else -token for token, loss in zip(ids, loss_mask, strict=True)]
+    zeros = [i for i, (token, loss) in enumerate(zip(ids, loss_mask, strict=True)) if token == 0 and not loss]
     return encode_line(signed, zeros)
 
 
 class TokenizedWriter:
     """Streams documents into NAME.bin and NAME.bin.meta with bounded memory.
 
-    Nothing appears under the final names before `close()`; leaving the `with` block through an exception discards the
-    work. Not for concurrent use: one writer a file.
+    Files get their final names in `close()`; an exception inside the `with` block discards them. A file must have only
+    one writer at a time.
 
     Args:
         path: the .bin file.
-        append: continue an existing file. Its .bin grows in place, which no reader sees until `close()` replaces the
-            .meta; bytes that an interrupted append left behind are cut off first.
+        append: whether to continue an existing file. Its .bin grows in place, invisible to readers until `close()`
+            replaces the .meta. Bytes left by an interrupted append are truncated first.
+
     Raises:
         DataError: `path` exists and `append` is False, or is not named *.bin.
     """
@@ -68,7 +69,7 @@ class TokenizedWriter:
         if self.path.suffix != ".bin":
             raise DataError(f"{self.path}: a tokenized file must be named *.bin")
         if self.path.exists() and not append:
-            raise DataError(f"{self.path} exists: choose another name, remove it, or ask to append (--append)")
+            raise DataError(f"{self.path} exists: choose another name, remove it, or append to it (--append)")
         self.num_documents = 0
         self.num_tokens = 0
         self._appending = append and self.path.exists()
@@ -107,7 +108,7 @@ class TokenizedWriter:
         self.write_line(encode_line(tokens, masked_zeros), len(tokens))
 
     def write_line(self, line: bytes, num_tokens: int) -> None:
-        """Append a document already encoded by `encode_line`."""
+        """Append a document encoded by `encode_line`."""
         self._bin.write(line)
         self._rows.append((self._offset, num_tokens))
         self._offset += len(line)
@@ -117,7 +118,7 @@ class TokenizedWriter:
             self._flush_rows()
 
     def write_file(self, path: Path) -> None:
-        """Append every document of another tokenized file, without parsing it."""
+        """Append all documents of another tokenized file, without parsing them."""
         meta = np.load(meta_path(path), mmap_mode="r")
         self._flush_rows()
         rows = np.array(meta, dtype="<i8")
@@ -136,7 +137,7 @@ class TokenizedWriter:
             self._rows.clear()
 
     def close(self) -> None:
-        """Make the documents visible under the final names."""
+        """Rename the files to their final names, which makes the documents visible to readers."""
         if self._bin.closed:
             return
         self._flush_rows()
@@ -146,13 +147,13 @@ class TokenizedWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        # The .meta first: a reader looks for *.bin, so a crash in between shows nothing rather than half.
+        # The .meta first: readers look for *.bin, so after a crash in between they find nothing.
         os.replace(self._meta_target, meta_path(self.path))
         if not self._appending:
             os.replace(self._bin_target, self.path)
 
     def discard(self) -> None:
-        """Drop what was written since the writer was opened."""
+        """Discard what was written since the writer was opened."""
         if self._appending:
             self._bin.truncate(self._first_offset)
         self._bin.close()
@@ -174,7 +175,7 @@ class TokenizedWriter:
 
 
 def rebuild_meta(bin_path: str | Path) -> int:
-    """Write NAME.bin.meta anew from the lines of NAME.bin; returns the number of documents.
+    """Rebuild NAME.bin.meta from the lines of NAME.bin; returns the number of documents.
 
     Raises:
         DataError: a line is not a JSON object with a list of tokens.
@@ -208,13 +209,13 @@ def _lines(path: Path) -> Iterator[tuple[int, int]]:
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{path}: document {document} at byte {offset} is not a JSON object with 'tokens': {error!r}; "
-                    "tokenize the source again, or cut the file before this byte"
+                    "tokenize the source again, or truncate the file at this byte"
                 ) from error
             offset += len(line)
 
 
 def _npy_header(rows: int) -> bytes:
-    """A .npy header of fixed size, so that the row count can be filled in at the end."""
+    """A .npy header of fixed size, so that the number of rows can be filled in at the end."""
     text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({rows}, 2), }}".encode("latin1")
     size = _NPY_HEADER_BYTES - len(_NPY_MAGIC) - 2
     return _NPY_MAGIC + size.to_bytes(2, "little") + text.ljust(size - 1) + b"\n"

@@ -50,7 +50,7 @@ def test_order_and_end(num_workers):
     [
         (fail_at_five, DataError, "^the fifth document is wrong$"),
         (crash_at_five, RuntimeError, r"(?s)data worker 1 failed:.*crash_at_five.*ZeroDivisionError"),
-        (killed_at_five, RuntimeError, r"data worker 1 \(pid \d+\) ended unexpectedly, exit code -9"),
+        (killed_at_five, RuntimeError, r"data worker 1 \(pid \d+\) exited unexpectedly, exit code -9"),
     ],
 )
 def test_errors_come_in_their_turn(make, kind, message):
@@ -70,7 +70,7 @@ def test_stop_while_a_thread_waits_for_a_slow_worker():
     thread = ReadAheadThread(workers, 1)
     workers.stop()
     thread.stop()
-    with pytest.raises(RuntimeError, match="ended unexpectedly"):
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
         workers.__next__()
 
 

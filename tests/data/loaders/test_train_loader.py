@@ -224,9 +224,9 @@ def test_a_bad_document_can_be_left_out_and_all_else_stays(folder, damaged, capl
     micro_bsz = 3 if packing == "unpacked" else MICRO_BSZ
     expected = global_batches(folder, 6, 1, micro_num=12, packing=packing, micro_bsz=micro_bsz)
     whole = global_batches(root, 6, 1, micro_num=12, packing=packing, micro_bsz=micro_bsz, skip_bad_documents=True)
-    lines = [line for line in caplog.messages if "left out" in line]
+    lines = [line for line in caplog.messages if "skipped an unreadable document" in line]
     assert lines and all(f"{path}: document {number} at byte" in line for line in lines)
-    assert f"({len(lines)} on data rank 0 by now)" in lines[-1]
+    assert f"{len(lines)} so far on data rank 0)" in lines[-1]
     changed = 0
     for micro, good in zip(itertools.chain(*whole), itertools.chain(*expected), strict=True):
         ids, labels = np.array(micro[:2])
@@ -252,8 +252,8 @@ def test_a_skipped_batch_is_not_read(folder, damaged, num_workers):
     expected = global_batches(folder, 6, 1, micro_num=12)
     with pytest.raises(DataError, match=rf"{path}: document {number} at byte") as caught:
         global_batches(root, 6, 1, micro_num=12, num_workers=num_workers)
-    step = int(re.search(r"This is for step (\d+)\.", str(caught.value)).group(1)) - 1
-    assert f"{step} in data.skip_batches (which counts from 0)" in str(caught.value)
+    step = int(re.search(r"Step (\d+) needs this document", str(caught.value)).group(1)) - 1
+    assert f"{step} to data.skip_batches (counted from 0)" in str(caught.value)
     batches = global_batches(root, step + 1, 1, micro_num=12, num_workers=num_workers, skip_batches=f"99,{step}")
     assert batches[:step] == expected[:step]
     for micro, read in zip(batches[step], expected[step], strict=True):
@@ -270,10 +270,10 @@ def test_answers_behind_the_cut_are_counted(tmp_path, caplog):
     batch = next(loader)
     # The label of the last place is the token behind the cut, so that a prompt of SEQ_LEN tokens has one.
     assert (batch.num_truncated_answers, batch.num_valid_tokens) == (1, 2 + 1)
-    assert "step 1: 1 document(s) have no label before data.seq_len = 8" in caplog.text
+    assert "step 1: 1 unpacked document(s) have no label left after truncation at data.seq_len = 8" in caplog.text
     next(loader), next(loader)
     loader.close()
-    assert "data rank 0: 3 of the documents read have all their labels behind data.seq_len" in caplog.text
+    assert "data rank 0: 3 of the documents read lost every label by truncation at data.seq_len" in caplog.text
 
 
 @pytest.mark.parametrize("packing", ["cut", "unpacked"])
@@ -281,7 +281,7 @@ def test_documents_of_one_token_are_nothing_to_learn_from(tmp_path, packing):
     with TokenizedWriter(tmp_path / "a.bin") as writer:
         for token in range(40):
             writer.write([token])
-    with pytest.raises(DataError, match="each of the 40 documents has one token alone"):
+    with pytest.raises(DataError, match="each of the 40 documents has a single token"):
         build(tmp_path, packing=packing)
 
 
@@ -348,5 +348,5 @@ def test_a_source_of_ones_own_is_loaded_and_continued(num_workers):
 
 
 def test_a_source_may_not_name_its_facts_like_the_cursor():
-    with pytest.raises(ValueError, match=r"may not be named \['seed', 'step'\]"):
+    with pytest.raises(ValueError, match=r"must not name its facts \['seed', 'step'\]"):
         build_train_loader(CountingSource(step=1, seed=2), micro_num=1, seed=1)

@@ -110,7 +110,7 @@ def test_mistakes(folder, tmp_path):
         build_valid_loaders(tmp_path, seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)
     with TokenizedWriter(tmp_path / "a.bin") as writer:
         writer.write([1])
-    with pytest.raises(DataError, match="no document of this valid set has two tokens"):
+    with pytest.raises(DataError, match="no document of this validation set has two tokens"):
         build_valid_loaders(tmp_path, seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)
     loader = build_valid_loaders(folder[0], seq_len=SEQ_LEN, micro_bsz=2, vocab_size=50)["en"]
     with pytest.raises(DataError, match="outside the vocabulary of 50"):

@@ -187,12 +187,12 @@ def test_folder_mistakes(tmp_path):
     with pytest.raises(DataError, match=r"no .bin file in this folder; expected .*/<type>/NAME.bin"):
         source(tmp_path, "cut")
     write_documents(tmp_path / "en" / "a.bin", [[(1, True)] * 10])
-    with pytest.raises(DataError, match=r"1 .bin files with 10 tokens .* none holds one whole sample of 24 tokens"):
+    with pytest.raises(DataError, match=r"1 .bin files with 10 tokens .* none has enough for one sample of 24 tokens"):
         source(tmp_path, "cut")
     with pytest.raises(DataError, match=r"min_length_dict names the type 'enn'.* Did you mean 'en'"):
         source(tmp_path, "cut", min_length_dict={"enn": 3})
     write_documents(tmp_path / "b.bin", [[(1, True)]])
-    with pytest.raises(DataError, match=r"b\.bin lies beside the type folder 'en'"):
+    with pytest.raises(DataError, match=r"b\.bin is beside the type folder 'en'"):
         source(tmp_path, "cut")
 
 
@@ -230,4 +230,4 @@ def test_dropped_tail_is_reported(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="internlm")
     write_documents(tmp_path / "a.bin", [[(1, True)] * 30])
     source(tmp_path, "cut")
-    assert "6 of 30 tokens are left out" in caplog.text
+    assert "6 of 30 tokens are dropped" in caplog.text

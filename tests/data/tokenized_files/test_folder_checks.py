@@ -26,8 +26,8 @@ def test_small_sets_are_read_whole(tmp_path: Path) -> None:
     write(tmp_path / "en" / "b.bin", [[], [7], [8, 9]])
     write(tmp_path / "cn" / "c.bin", [[1, 2]])
     assert [str(checked) for checked in check_valid_folder(tmp_path, 10)] == [
-        "valid set 'cn': 1 documents, 2 tokens, all read",
-        "valid set 'en': 34 documents, 95 tokens, all read",
+        "validation set 'cn': 1 documents, 2 tokens, all read",
+        "validation set 'en': 34 documents, 95 tokens, all read",
     ]
     assert check_train_folder(tmp_path, 10).num_read == 97
     for read in (check_valid_folder, check_train_folder):
@@ -39,7 +39,7 @@ def test_small_sets_are_read_whole(tmp_path: Path) -> None:
 def test_a_set_without_labels_is_refused(tmp_path: Path, documents: list[list[int]]) -> None:
     write(tmp_path / "good" / "a.bin", [[1, 2]])
     write(tmp_path / "masked" / "a.bin", documents)
-    with pytest.raises(DataError, match=r"valid set 'masked' .*: no token contributes loss"):
+    with pytest.raises(DataError, match=r"validation set 'masked' .*: no token contributes loss"):
         check_valid_folder(tmp_path, 100)
     check_train_folder(tmp_path, 100)
 

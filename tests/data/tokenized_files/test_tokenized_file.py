@@ -208,10 +208,10 @@ def test_count_that_disagrees(tmp_path):
     path = write(tmp_path / "a.bin", [[1, 2, 3]])
     for count in (2, 4, 100):
         save_meta(path, [[0, count]])
-        assert f"document 0 at byte 0 has 3 tokens, but the .meta says {count}" in wrong(path)
+        assert f"document 0 at byte 0 has 3 tokens, but {count} by the .meta" in wrong(path)
     long = write(tmp_path / "b.bin", [list(range(1000))])
     save_meta(long, [[0, 999]])
-    with pytest.raises(DataError, match=r"document 0 at byte 0 has 1000 tokens, but the \.meta says 999"):
+    with pytest.raises(DataError, match=r"document 0 at byte 0 has 1000 tokens, but 999 by the \.meta"):
         TokenizedFile(long).read(0, 10, 20)
 
 

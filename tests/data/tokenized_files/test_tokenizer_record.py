@@ -88,7 +88,7 @@ def test_a_broken_record_is_named(tmp_path, content):
     with TokenizedWriter(tmp_path / "x.bin") as writer:
         writer.write([5, 6])
     record_path(tmp_path / "x.bin").write_text(content)
-    with pytest.raises(DataError, match=r"x\.bin\.tokenizer\.json: not a record of a tokenizer"):
+    with pytest.raises(DataError, match=r"x\.bin\.tokenizer\.json: not a tokenizer record"):
         read_record(tmp_path / "x.bin")
 
 
@@ -115,7 +115,8 @@ def test_files_that_no_reader_looks_at_are_named(tmp_path, tokenizers, caplog, m
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
     open_source(folder, seq_len=8, micro_bsz=1, packing="cut", vocab_size=290)
     build_valid_loaders(folder, seq_len=8, micro_bsz=1, vocab_size=290)
-    line = "files that are no .bin are left out: en/raw.jsonl, en/y.bin.meta, en/y.bin.tokenizer.json, en/z.BIN"
+    names = "en/raw.jsonl, en/y.bin.meta, en/y.bin.tokenizer.json, en/z.BIN"
+    line = f"ignoring files that do not belong to a .bin file: {names}"
     assert caplog.text.count(line) == 2
 
 
@@ -124,7 +125,7 @@ def test_what_an_append_finds_broken_is_named(tmp_path, tokenizers, capsys):
     options = ("--tokenizer", tokenizers / "a" / "tokenizer.json", "--output", tmp_path / "x.bin", "--append")
     (tmp_path / "x.bin").write_text('{"tokens": [1]}\n')
     assert run(text, *options) == 2
-    assert "x.bin.meta is missing; if the .bin is right" in capsys.readouterr().err
+    assert "x.bin.meta is missing; if the .bin is correct" in capsys.readouterr().err
     (tmp_path / "x.bin.meta").write_text("junk")
     assert run(text, *options) == 2
     assert "x.bin.meta is not a .npy array" in capsys.readouterr().err
