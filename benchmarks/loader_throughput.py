@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from internlm.data.loader import build_train_loader
-from internlm.data.sample_source import open_source
+from internlm.data.loaders.train_loader import build_train_loader
+from internlm.data.sources.open_source import open_source
 
 
 class PeakMemory:

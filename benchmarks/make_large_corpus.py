@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from internlm.data.tokenized_writer import TokenizedWriter, encode_line
+from internlm.data.tokenized_files.writer import TokenizedWriter, encode_line
 
 _VOCAB_SIZE = 32000
 _DISTINCT = 4096

@@ -40,8 +40,8 @@ def build_ours(options: argparse.Namespace) -> tuple[Callable[[int], None], Call
     from internlm.core.context.parallel_context import ParallelContext
     from internlm.core.engine import Engine
     from internlm.core.parallel.parallelize import parallelize
-    from internlm.data.loader import build_train_loader
-    from internlm.data.sample_source import open_source
+    from internlm.data.loaders.train_loader import build_train_loader
+    from internlm.data.sources.open_source import open_source
     from internlm.model.ops.cross_entropy import linear_cross_entropy
     from internlm.model.registry import build_model
     from internlm.solver.grad_scaler import ConstantGradScaler
@@ -86,8 +86,8 @@ def build_plain(options: argparse.Namespace) -> tuple[Callable[[int], None], Cal
     from plain_pytorch import Llama
     from torch.nn import functional as F
 
-    from internlm.data.loader import build_train_loader
-    from internlm.data.sample_source import open_source
+    from internlm.data.loaders.train_loader import build_train_loader
+    from internlm.data.sources.open_source import open_source
 
     model = Llama(VOCAB, HIDDEN, LAYERS, HEADS, FFN, SEQ)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -126,7 +126,7 @@ def held_out_rows(folder: str, count: int) -> Any:
     """int64 `[count, 2, SEQ]`: inputs and labels of whole pieces of the documents of a valid folder."""
     import torch
 
-    from internlm.data.valid import build_valid_loaders
+    from internlm.data.loaders.valid_loader import build_valid_loaders
 
     loaders = build_valid_loaders(folder, seq_len=SEQ, micro_bsz=1, vocab_size=VOCAB, packed=False)
     rows = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from internlm.data.tokenized_writer import TokenizedWriter
+from internlm.data.tokenized_files.writer import TokenizedWriter
 
 ARRAY = "tokens.npy"
 SHORT = 32

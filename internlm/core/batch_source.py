@@ -13,7 +13,7 @@ from internlm.data.batch import Batch
 
 
 class BatchSource(Protocol):
-    """A source of training batches of one data rank, such as `internlm.data.loader.TrainLoader`."""
+    """A source of training batches of one data rank, such as `internlm.data.loaders.train_loader.TrainLoader`."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over the batches, from the start or from the position set by `seek`."""

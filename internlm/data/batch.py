@@ -1,6 +1,6 @@
-"""What the data floor hands to the engine: plain tensors and the lengths that the host must know.
+"""Batches, as loaders deliver them to the engine: tensors, and the lengths that the host needs.
 
-Legend of shapes: M micro batches, B sequences, S tokens a sequence, P = packed length, n documents in a micro batch.
+Legend of shapes: M micro-batches, B sequences, S tokens of a sequence, P packed length, n attention segments.
 """
 
 from __future__ import annotations
@@ -11,32 +11,31 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The label of a token that contributes no loss."""
+"""Label of a position without loss."""
 
 
 @dataclass
 class MicroBatch:
     """The tokens of one forward pass on one data rank.
 
-    Packed: tensors are `[1, P]` and `cu_seqlens` / `lengths` say where each document (attention segment) ends.
-    Unpacked: tensors are `[B, S]`, `cu_seqlens` and `lengths` are None, rows are padded on the right with label
-    `IGNORE_INDEX`; attention is plain causal within a row.
+    Packed: tensors are `[1, P]`, and `cu_seqlens` / `lengths` give the attention segments. Unpacked: tensors are
+    `[B, S]`, `cu_seqlens` and `lengths` are None, rows are padded on the right with label `IGNORE_INDEX`, and attention
+    is causal within a row.
 
     Attributes:
         input_ids: int64 token ids, never negative.
         labels: int64, the next token of the same document, or `IGNORE_INDEX`.
-        position_ids: int64, restart at 0 at each attention segment; 0 in the padding of an unpacked row.
-        type_ids: int64, index into the dataset's `type_names`.
+        position_ids: int64, restarting at 0 in each attention segment; 0 in the padding of an unpacked row.
+        type_ids: int64, indices into the `type_names` of the loader.
         cu_seqlens: int32 `[n + 1]`, cumulative segment lengths from 0 to P; None when unpacked.
-        lengths: the same lengths as host integers, so that nothing waits for the device to learn them.
-        num_valid_tokens: labels that are not `IGNORE_INDEX`, counted on the host.
-        num_documents: documents (or parts of them); None: as many as attention segments.
-        extra: further values of each token, by name, each `[B, S, ...]` like `input_ids`; they reach the `extra`
-            argument of the model's forward pass, where each rank gets those of the tokens in its part of the residual
-            stream.
+        lengths: the segment lengths as host integers, so that nothing waits for the device to read them.
+        num_valid_tokens: number of labels other than `IGNORE_INDEX`, counted on the host.
+        num_documents: number of documents, or parts of documents; None: as many as attention segments.
+        extra: further values per token, by name, each `[B, S, ...]`; passed as `extra` to the forward method of the
+            model, on each rank for the tokens of its part of the residual stream.
 
     Raises:
-        ValueError: a tensor of `extra` is not of the shape of `input_ids`.
+        ValueError: the first two dimensions of a tensor of `extra` differ from those of `input_ids`.
     """
 
     input_ids: Tensor
@@ -56,7 +55,7 @@ class MicroBatch:
                 raise ValueError(f"extra['{name}'] is {shapes}: it must begin with the same two dimensions")
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """A copy on `device` (asynchronous from pinned memory)."""
+        """Copy to `device`, asynchronously from pinned memory."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
@@ -79,28 +78,28 @@ class Batch:
     """One data rank's share of a global batch: what one optimizer step consumes on this rank.
 
     Attributes:
-        micro_batches: M micro batches, M the same on every data rank.
-        num_samples: samples of the *global* batch (all data ranks); the data cursor advances by this.
-        sample_indices: global sample indices of this rank's micro batches, in order (for tests and for tracing a
-            loss spike back to its documents).
-        unreadable: one message for each document of this rank that could not be read and is padding here.
-        num_cut_answers: documents of this rank of which the cut at seq_len left no label.
+        micro_batches: M micro-batches, M the same on every data rank.
+        num_samples: samples of the *global* batch, of all data ranks; the cursor advances by this number.
+        sample_indices: global sample indices of this rank's micro-batches, in order, to trace a loss spike back to its
+            documents.
+        unreadable: one message for each document of this rank that could not be read and was replaced by padding.
+        num_truncated_answers: number of documents of this rank that lost every label by truncation at seq_len.
     """
 
     micro_batches: list[MicroBatch]
     num_samples: int
     sample_indices: list[int] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
-    num_cut_answers: int = 0
+    num_truncated_answers: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens on this rank, padding included."""
+        """Number of tokens on this rank, with padding."""
         return sum(micro.input_ids.numel() for micro in self.micro_batches)
 
     @property
     def segment_lengths(self) -> list[tuple[int, ...]]:
-        """Lengths of the attention segments of each micro batch; a row of an unpacked one is a segment."""
+        """Lengths of the attention segments of each micro-batch; an unpacked row is one segment."""
         return [
             micro.lengths if micro.lengths is not None else (micro.input_ids.shape[1],) * micro.input_ids.shape[0]
             for micro in self.micro_batches
@@ -108,7 +107,7 @@ class Batch:
 
     @property
     def num_documents(self) -> list[int]:
-        """Documents in each micro batch."""
+        """Number of documents of each micro-batch."""
         return [
             len(lengths) if micro.num_documents is None else micro.num_documents
             for micro, lengths in zip(self.micro_batches, self.segment_lengths, strict=True)
@@ -116,5 +115,5 @@ class Batch:
 
     @property
     def num_valid_tokens(self) -> int:
-        """Tokens on this rank that contribute loss."""
+        """Number of tokens on this rank that contribute loss."""
         return sum(micro.num_valid_tokens for micro in self.micro_batches)

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from internlm.data.statistics import token_counts, unigram_entropy
 from internlm.data.tokenize.input_files import find_inputs
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
 from internlm.data.tokenize.text_inputs import TextOptions
 from internlm.data.tokenize.train_bpe import sample_texts, train_bpe
-from internlm.data.tokenizer_record import read_record, write_record
+from internlm.data.tokenized_files.tokenizer_record import read_record, write_record
+from internlm.data.tokenized_files.unigram_entropy import token_counts, unigram_entropy
 from internlm.utils.errors import DataError
 
 _HELD_OUT_EVERY = 80

@@ -1,4 +1,4 @@
-"""Brings the micro batches of a step to the device before their passes begin."""
+"""Copies the micro-batches of a step to the device before their forward passes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from internlm.utils.copy_stream import QueuedCopy, copy_stream_of
 
 @dataclass(frozen=True)
 class Upload:
-    """A micro batch on its way to the device.
+    """A queued copy of a micro-batch to the device.
 
     Attributes:
-        copy: results in the micro batch on the device.
+        copy: the copy, whose result is the micro-batch on the device.
     """
 
     copy: QueuedCopy[MicroBatch]
 
     def get(self) -> MicroBatch:
-        """The micro batch, for work queued from now on on the current stream; the host does not wait."""
+        """Make the current stream wait for the copy and return the micro-batch; the host does not wait."""
         micro_batch = self.copy.wait()
         tensors = [getattr(micro_batch, field.name) for field in fields(MicroBatch)]
         for tensor in (*tensors, *micro_batch.extra.values()):
@@ -35,10 +35,10 @@ class Upload:
 
 
 class Uploader:
-    """Copies micro batches to one device.
+    """Copies micro-batches to one device.
 
-    On CUDA the copies run on a copy stream: from pinned memory they do not wait for what is left of the step before,
-    nor does the host wait for them.
+    On CUDA, copies from pinned memory run on a copy stream, at the same time as kernels of the previous step, and the
+    host does not wait for them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,5 +46,5 @@ class Uploader:
         self._stream = copy_stream_of(device)
 
     def start(self, micro_batches: Sequence[MicroBatch]) -> list[Upload]:
-        """Queue the copies of all of them, in order."""
+        """Queue a copy of each micro-batch, in order."""
         return [Upload(self._stream.run(partial(micro_batch.to, self._device))) for micro_batch in micro_batches]

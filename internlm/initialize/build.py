@@ -19,7 +19,7 @@ from internlm.core.engine import Engine
 from internlm.core.progress.record import Progress
 from internlm.core.token_statistics import TypeMetrics
 from internlm.core.trainer import Trainer
-from internlm.data.batch_plan import parse_skip_batches
+from internlm.data.loaders.batch_plan import parse_skip_batches
 from internlm.initialize.activation_memory import check_activations
 from internlm.initialize.build_data import build_loader, build_valid_sets
 from internlm.initialize.build_hooks import build_hooks

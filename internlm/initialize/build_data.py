@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.loader import TrainLoader, build_train_loader
-from internlm.data.packing import Packing
-from internlm.data.sample_source import open_source
-from internlm.data.valid import ValidLoader, build_valid_loaders
+from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
+from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
+from internlm.data.packing.sample import Packing
+from internlm.data.sources.open_source import open_source
 
 
 def build_loader(config: Config, context: ParallelContext) -> TrainLoader:

@@ -16,7 +16,7 @@ from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook
-from internlm.data.loader import TrainLoader
+from internlm.data.loaders.train_loader import TrainLoader
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.flops import flops_per_token, peak_flops
 from internlm.eval.hook import EvaluationHook

@@ -5,7 +5,7 @@ from __future__ import annotations
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.check import check_train_folder, check_valid_folder
+from internlm.data.tokenized_files.folder_checks import check_train_folder, check_valid_folder
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 

@@ -17,7 +17,7 @@ from internlm.checkpoint.save_folder import FoundCheckpoint, find_checkpoints, r
 from internlm.config.schema import Config
 from internlm.convert.checkpoint_types import open_weights
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.folder import find_train_files, find_valid_sets
+from internlm.data.tokenized_files.folders import find_train_files, find_valid_sets
 from internlm.initialize.build_data import build_loader, build_valid_sets
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model

@@ -14,7 +14,7 @@ from internlm.convert.hf_folder import HF_FILES
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.data.tokenize.text_tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, load_tokenizer
-from internlm.data.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
+from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path

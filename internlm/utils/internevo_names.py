@@ -56,8 +56,12 @@ _MODEL = _now("model.registry.build_model", "under torch.device('meta'), then pa
 _OPTIMIZER = _now(
     "solver.optimizer.hybrid_zero.HybridZeroOptimizer", "HybridZeroOptimizer(model, context, weight_decay=...)"
 )
-_TRAIN_DATA = _now("data.loader.build_train_loader", "initialize.build_data.build_loader(config, context) calls it")
-_VALID_DATA = _now("data.valid.build_valid_loaders", "initialize.build_data.build_valid_sets(config, context) calls it")
+_TRAIN_DATA = _now(
+    "data.loaders.train_loader.build_train_loader", "initialize.build_data.build_loader(config, context) calls it"
+)
+_VALID_DATA = _now(
+    "data.loaders.valid_loader.build_valid_loaders", "initialize.build_data.build_valid_sets(config, context) calls it"
+)
 _STATE = _now("core.hooks.TrainState", "trainer.state: step, num_consumed_samples, num_consumed_tokens")
 _LOSS = _now(
     "model.ops.cross_entropy.linear_cross_entropy", "takes hidden states and the head; returns a sum over tokens"
@@ -80,7 +84,7 @@ _STORAGE = _now(
 )
 _ALERT = _gone("alerts are not supported yet; a failed run ends non-zero, with the cause on every rank")
 _EVALUATE = _now("eval.hook.EvaluationHook", "data.valid_every and valid_folder switch it on")
-_SKIP = _now("data.batch_plan.parse_skip_batches", "data.skip_batches in the config")
+_SKIP = _now("data.loaders.batch_plan.parse_skip_batches", "data.skip_batches in the config")
 _FLOPS = _now("estimate.flops.flops_per_token", "tflops and mfu count what a model needs; hfu adds what is recomputed")
 _DEVICE = _now("initialize.launch.choose_device", "a torch.device, which the context holds: context.device")
 _SEED = _now("core.context.random.seed_everything", "one seed a process; dropout and its states by mode are not here")
@@ -215,23 +219,33 @@ NAMES: dict[str, dict[str, Former]] = {
     },
     "internlm.data.train_state": {"get_train_state": _STATE},
     "internlm.data.utils": {
-        "DATASET_TYPE_IDS_MAP": _now("data.folder.find_train_files", "types are the folders below train_folder"),
-        "get_dataset_type_ids_map": _now("data.folder.find_train_files", "types are the folders below train_folder"),
-        "unpack_data": _now("data.packing.to_micro_batch", "a micro batch is packed, or has rows, from the start"),
-        "packed_data_normalizer": _now("data.packing.to_micro_batch", "lengths are counted in the loader"),
+        "DATASET_TYPE_IDS_MAP": _now(
+            "data.tokenized_files.folders.find_train_files", "types are the folders below train_folder"
+        ),
+        "get_dataset_type_ids_map": _now(
+            "data.tokenized_files.folders.find_train_files", "types are the folders below train_folder"
+        ),
+        "unpack_data": _now(
+            "data.packing.collate.to_micro_batch", "a micro batch is packed, or has rows, from the start"
+        ),
+        "packed_data_normalizer": _now("data.packing.collate.to_micro_batch", "lengths are counted in the loader"),
     },
-    "internlm.data.collaters": {"packed_collate_fn": _now("data.packing.to_micro_batch", "batches are Batch objects")},
+    "internlm.data.collaters": {
+        "packed_collate_fn": _now("data.packing.collate.to_micro_batch", "batches are Batch objects")
+    },
     "internlm.data.tokenized": dict.fromkeys(
         ("StaticBatchSampler", "get_dpsampler_dataloader"),
-        _now("data.order.sample_order", "the order is a function of seed and index"),
+        _now("data.loaders.sample_order.sample_order", "the order is a function of seed and index"),
     ),
     "internlm.data.tokenized.packed_dataset": {
-        "PackedDataset": _now("data.samples.FolderSamples", "packs documents of a folder")
+        "PackedDataset": _now("data.sources.tokenized_folder.TokenizedFolderSource", "packs documents of a folder")
     },
     "internlm.data.tokenized.json_dataset": {
-        "JsonlDataset": _now("data.tokenized_file.TokenizedFile", "one .bin file")
+        "JsonlDataset": _now("data.tokenized_files.reader.TokenizedFile", "one .bin file")
     },
-    "internlm.data.tokenized.dummy_dataset": {"RandomDataset": _now("data.dummy.DummySamples", "train_folder = None")},
+    "internlm.data.tokenized.dummy_dataset": {
+        "RandomDataset": _now("data.sources.dummy.DummySource", "train_folder = None")
+    },
     "internlm.data.streaming": {
         "StreamingDataset": _gone("data.type = 'streaming' is not supported yet; tokenize first")
     },

@@ -15,8 +15,8 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import Hook
 from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
-from internlm.data.loader import TrainLoader
-from internlm.data.token_lists import TokenListLoader
+from internlm.data.loaders.token_list_loader import TokenListLoader
+from internlm.data.loaders.train_loader import TrainLoader
 
 
 class Recorded:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.tiny import micro_batch
 
-from internlm.data.packing import pin
+from internlm.data.packing.collate import pin
 from internlm.data.upload import Uploader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from internlm.data.demo_corpus import DemoSettings, prepare_demo_corpus
-from internlm.data.loader import build_train_loader
-from internlm.data.sample_source import open_source
-from internlm.data.statistics import token_counts, unigram_entropy
+from internlm.data.loaders.train_loader import build_train_loader
+from internlm.data.loaders.valid_loader import build_valid_loaders
+from internlm.data.sources.open_source import open_source
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
-from internlm.data.tokenized_file import TokenizedFile
-from internlm.data.tokenized_writer import TokenizedWriter
-from internlm.data.tokenizer_record import common_record, tokenizer_records
-from internlm.data.valid import build_valid_loaders
+from internlm.data.tokenized_files.reader import TokenizedFile
+from internlm.data.tokenized_files.tokenizer_record import common_record, tokenizer_records
+from internlm.data.tokenized_files.unigram_entropy import token_counts, unigram_entropy
+from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.utils.errors import DataError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_demo_data.py"

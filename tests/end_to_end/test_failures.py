@@ -19,7 +19,7 @@ from helpers.processes import Forked, wait_for_all
 import internlm.commands.train as train
 import internlm.core.failure as failure
 from internlm.core.engine import Engine
-from internlm.data.tokenized_writer import TokenizedWriter
+from internlm.data.tokenized_files.writer import TokenizedWriter
 
 LIMIT_SECONDS = 30
 REPOSITORY = Path(__file__).parents[2]

@@ -177,7 +177,7 @@ def test_a_resumed_run_tells_that_the_data_changed(in_parts: tuple[Run, Run, Run
     )  # fmt: skip
     assert other.code == 0, other.output
     assert "starting at step 10 with all loaded from" in other.output
-    assert "The order of samples is not that of the checkpoint (seed was 1024, is 7)" in other.output
+    assert "The order of samples differs from that of the checkpoint (seed was 1024, is 7)" in other.output
     assert [line["step"] for line in other.metrics] == [11]
 
 

@@ -3,7 +3,7 @@
 import json
 import random
 
-from internlm.data.tokenized_file import TokenizedFile
+from internlm.data.tokenized_files.reader import TokenizedFile
 
 WORDS = ["the", "model", "reads", "tokens", "and", "predicts", "one,", "café", "你好", "x1", "2024", "don't\t—", "end."]
 

@@ -21,7 +21,7 @@ from internlm.config.loader import load_config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.trainer import Trainer
 from internlm.data.batch import MicroBatch
-from internlm.data.tokenized_writer import TokenizedWriter
+from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.initialize.build import build_layout, build_trainer
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer

@@ -8,7 +8,7 @@ import pytest
 from helpers.commands import metrics_of, start_training, write_config
 from helpers.runs import steps_in
 
-from internlm.data.tokenized_writer import TokenizedWriter
+from internlm.data.tokenized_files.writer import TokenizedWriter
 
 
 def write(path: Path, *documents: list[int]) -> None:
@@ -42,7 +42,7 @@ def test_a_valid_set_that_cannot_be_evaluated(tmp_path: Path, document: list[int
     assert command.wait() == 0, command.output
     for line in (
         f"train folder '{tmp_path}/train': 20 documents, 800 tokens, all read",
-        "valid set 'bad': 1 documents, 2 tokens, all read",
+        "validation set 'bad': 1 documents, 2 tokens, all read",
         "the config is valid",
     ):
         assert line in command.output.splitlines()

@@ -20,7 +20,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import local_tensor
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.trainer import Trainer
-from internlm.data.tokenized_writer import TokenizedWriter
+from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.initialize.build import build_layout, build_trainer
 from internlm.utils.errors import CheckpointError, TrainingError
 from internlm.utils.logging import ROOT_LOGGER

@@ -21,7 +21,7 @@ from internlm.core.hooks import Hook, TrainState
 from internlm.core.step_metrics import StepMetrics
 from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
-from internlm.data.tokenized_writer import TokenizedWriter
+from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.initialize.build import build_layout, build_trainer
 from internlm.verify.case import ADAM_EPSILON, LEARNING_RATE, Case
 from internlm.verify.choices import LayoutChoices, from_text

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from internlm.data.order import permute
+from internlm.data.permutation import permute
 from internlm.data.tokenize.input_files import find_inputs
 from internlm.data.tokenize.json_values import iterate_json_array, iterate_json_lines
 from internlm.data.tokenize.prompts import Example, Record, encode_examples, prompt_format
 from internlm.data.tokenize.text_inputs import check_unicode
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
-from internlm.data.tokenized_writer import TokenizedWriter, encode_masked_line
-from internlm.data.tokenizer_record import TokenizerRecord, write_record
+from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, write_record
+from internlm.data.tokenized_files.writer import TokenizedWriter, encode_masked_line
 from internlm.utils.errors import DataError
 
 _FIELDS = ("instruction", "input", "output")

@@ -11,7 +11,7 @@ from internlm.data.tokenize.input_files import FORMATS, find_inputs, name_some
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
 from internlm.data.tokenize.text_inputs import TextOptions
 from internlm.data.tokenize.train_bpe import sample_texts, train_bpe
-from internlm.data.tokenized_writer import rebuild_meta
+from internlm.data.tokenized_files.writer import rebuild_meta
 from internlm.utils.entry_point import run_command
 from internlm.utils.errors import DataError
 from internlm.utils.paths import local_path, path_text

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from internlm.data.read_ahead import WorkerProcesses
+from internlm.data.loaders.read_ahead import WorkerProcesses
 from internlm.data.tokenize.input_files import InputFiles, find_inputs, name_some
 from internlm.data.tokenize.progress import TokenizeProgress
 from internlm.data.tokenize.shard_tokenizer import ShardTokenizer, TokenizedShard, part_path
 from internlm.data.tokenize.text_inputs import WITH_NUL, Extent, TextOptions, plan_shards
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
-from internlm.data.tokenized_file import TokenizedFile
-from internlm.data.tokenized_writer import TokenizedWriter, meta_path
-from internlm.data.tokenizer_record import TokenizerRecord, read_record, write_record
+from internlm.data.tokenized_files.reader import TokenizedFile
+from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, read_record, write_record
+from internlm.data.tokenized_files.writer import TokenizedWriter, meta_path
 from internlm.utils.errors import DataError
 
 _VERSION = 2

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from internlm.data.tokenize.text_inputs import Extent, TextOptions, read_documents
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
-from internlm.data.tokenized_writer import TokenizedWriter
+from internlm.data.tokenized_files.writer import TokenizedWriter
 
 _BATCH_CHARACTERS = 1 << 18
 """Texts are encoded in batches of about this size: enough to amortise a call, small enough to stay in the caches."""

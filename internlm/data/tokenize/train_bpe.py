@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from internlm.data.order import permute
+from internlm.data.permutation import permute
 from internlm.data.tokenize.text_inputs import TextOptions, plan_shards, read_documents
 from internlm.utils.errors import DataError
 

@@ -12,7 +12,9 @@ from helpers.model import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.data.packing import join_pieces, make_piece, stack_pieces, to_micro_batch
+from internlm.data.packing.collate import to_micro_batch
+from internlm.data.packing.document_slice import make_slice
+from internlm.data.packing.sample import concatenate_slices, stack_slices
 from internlm.model.huggingface.to_config import hf_config
 from internlm.model.huggingface.weight_names import from_hf, to_hf
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
@@ -167,9 +169,9 @@ def test_dynamic_scaling_goes_by_the_length_of_each_document(factor: float) -> N
     documents = [_tokens(model, 1, length) for length in lengths]
     # A new one for each: transformers remembers the longest sequence.
     theirs = sum(_loss_of_peer(_peer(model)(ids).logits, ids) for ids in documents)
-    pieces = [make_piece(ids[0].numpy(), np.ones(ids.shape[1], dtype=bool), ids.shape[1]) for ids in documents]
-    packed = join_pieces(pieces, seq_len, sum(lengths), "cut", type_id=0)
-    for sample in (packed, stack_pieces(pieces, seq_len, rows=5, type_id=0)):
+    pieces = [make_slice(ids[0].numpy(), np.ones(ids.shape[1], dtype=bool), ids.shape[1]) for ids in documents]
+    packed = concatenate_slices(pieces, seq_len, sum(lengths), "cut", type_id=0)
+    for sample in (packed, stack_slices(pieces, seq_len, rows=5, type_id=0)):
         micro = to_micro_batch(sample)
         varlen = None if micro.lengths is None else VarlenMetadata.of(micro.lengths)
         hidden = model(micro.input_ids, micro.position_ids, varlen)

@@ -1,0 +1,294 @@
+"""The train loader: an infinite stream of batches whose whole state is a cursor.
+
+Owns the assignment of samples to steps and ranks, prefetching, and the cursor. Must not know how samples are made.
+
+Step t consumes the global sample indices [cursor, cursor + G), G = micro_num(t) * data_size; data rank r takes
+[cursor + r * micro_num(t), cursor + (r + 1) * micro_num(t)). The global batch depends on data_size only through G, and
+not on the number of workers. A batch may span two epochs.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from internlm.data.batch import Batch
+from internlm.data.loaders.batch_plan import NO_SKIPS, RampUp, SkipBatches, parse_skip_batches
+from internlm.data.loaders.read_ahead import ReadAheadThread, WorkerProcesses
+from internlm.data.loaders.sample_order import sample_order
+from internlm.data.packing.collate import pin, to_micro_batch
+from internlm.data.packing.sample import Sample
+from internlm.data.sources.sample_source import SampleSource
+from internlm.utils.errors import ConfigError, DataError
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The samples of one rank in one step: global sample indices [first, first + count)."""
+
+    step: int
+    first: int
+    count: int
+    num_samples: int
+
+
+def build_train_loader(
+    source: SampleSource,
+    *,
+    micro_num: int,
+    seed: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+    num_workers: int = 0,
+    rampup_batch_size: str = "",
+    skip_batches: str = "",
+    total_steps: int | None = None,
+    pin_memory: bool = False,
+    prefetch: int = 2,
+) -> TrainLoader:
+    """Build a loader over the samples of a source.
+
+    Args:
+        source: see `SampleSource`; `open_source` opens that of a train folder.
+        micro_num: micro-batches of a step on each data rank, after the ramp-up.
+        seed: seed of the order of samples.
+        data_rank, data_size: this data rank, and the number of data ranks.
+        num_workers: number of prefetching processes; 0 prefetches in a thread of this process.
+        rampup_batch_size: "start increment steps", see `RampUp`.
+        skip_batches: steps, counted from 0, whose batch is padding and is not read; see `parse_skip_batches`.
+        total_steps: the loader stops before this step; None never stops.
+        pin_memory: whether to put tensors into page-locked memory (requires CUDA).
+        prefetch: number of batches to prefetch; 0, without workers, reads each batch on demand.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+    return TrainLoader(
+        source,
+        ramp_up=RampUp.parse(rampup_batch_size, micro_num),
+        skipped=parse_skip_batches(skip_batches),
+        seed=seed,
+        data_rank=data_rank,
+        data_size=data_size,
+        num_workers=num_workers,
+        total_steps=total_steps,
+        pin_memory=pin_memory,
+        prefetch=prefetch,
+    )
+
+
+class TrainLoader:
+    """An iterator over this rank's `Batch` of each step, for one consumer; not thread-safe.
+
+    Attributes:
+        type_names: the names that `MicroBatch.type_ids` index.
+        num_samples_per_epoch: samples of one epoch, over all ranks.
+        step: the next step to deliver, counted from 0.
+        consumed_samples: samples, over all ranks, of the batches delivered so far; prefetching does not advance it.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        ramp_up: RampUp,
+        skipped: SkipBatches = NO_SKIPS,
+        seed: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        num_workers: int = 0,
+        total_steps: int | None = None,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ) -> None:
+        if not 0 <= data_rank < data_size:
+            raise ConfigError(f"data_rank = {data_rank} is not in [0, data_size = {data_size})")
+        self.type_names = source.type_names
+        self.num_samples_per_epoch = len(source)
+        self.step = 0
+        self.consumed_samples = 0
+        self._fetch = _Fetch(source, seed, skipped)
+        self._num_unreadable = self._num_truncated_answers = 0
+        self._ramp_up = ramp_up
+        self._data_rank, self._data_size = data_rank, data_size
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self._total_steps, self._pin_memory = total_steps, pin_memory
+        own_facts = {"seed": seed, "num_samples_per_epoch": len(source)}
+        reserved = source.facts.keys() & {"step", "consumed_samples", *own_facts}
+        if reserved:
+            raise ValueError(
+                f"a source must not name its facts {sorted(reserved)}: the loader saves values of these names"
+            )
+        self._order_facts = {**source.facts, **own_facts}
+        self._batches: Iterator[Batch] | None = None
+        self._stop: Callable[[], None] | None = None
+
+    def micro_num_at(self, step: int) -> int:
+        """Micro-batches of step `step` on each data rank."""
+        return self._ramp_up.micro_num_at(step)
+
+    def __iter__(self) -> TrainLoader:
+        """Return the loader itself: iterating again continues at the cursor."""
+        return self
+
+    def __next__(self) -> Batch:
+        """Deliver the batch of the next step.
+
+        Raises:
+            DataError: a document of the batch is malformed.
+            StopIteration: `total_steps` is reached.
+        """
+        if self._total_steps is not None and self.step >= self._total_steps:
+            self.close()
+            raise StopIteration
+        if self._batches is None:
+            self._batches = self._start()
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+        self.step += 1
+        self.consumed_samples += batch.num_samples
+        self._log_defects(batch)
+        return batch
+
+    def seek(self, step: int, consumed_samples: int) -> None:
+        """Continue with the batch of `step`, which starts at global sample index `consumed_samples`."""
+        self.close()
+        self.step, self.consumed_samples = step, consumed_samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the cursor and the facts on which the order of samples depends."""
+        return {"step": self.step, "consumed_samples": self.consumed_samples, **self._order_facts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the cursor of `state`, with a warning if the data, the packing or the seed has changed."""
+        changed = {
+            name: (state[name], value) for name, value in self._order_facts.items() if state.get(name, value) != value
+        }
+        if changed and self._data_rank == 0:
+            logger.warning(
+                "The order of samples differs from that of the checkpoint (%s): training continues at sample %d of the "
+                "new order, so this epoch may repeat some documents and miss others",
+                ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items()),
+                state["consumed_samples"],
+            )
+        self.seek(int(state["step"]), int(state["consumed_samples"]))
+
+    def close(self) -> None:
+        """Stop prefetching. The cursor is kept; the next request for a batch starts prefetching again."""
+        self._batches = None
+        if self._num_truncated_answers > 1:
+            logger.warning(
+                "data rank %d: %d of the documents read lost every label by truncation at data.seq_len",
+                self._data_rank,
+                self._num_truncated_answers,
+            )
+        self._num_truncated_answers = 0
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
+
+    def _log_defects(self, batch: Batch) -> None:
+        """Log the unreadable documents and truncated answers of a delivered batch."""
+        for message in batch.unreadable:
+            self._num_unreadable += 1
+            logger.warning(
+                "step %d: skipped an unreadable document (data.skip_bad_documents; %d so far on data rank %d): %s",
+                self.step,
+                self._num_unreadable,
+                self._data_rank,
+                message,
+            )
+        if batch.num_truncated_answers and not self._num_truncated_answers:
+            logger.warning(
+                "step %d: %d unpacked document(s) have no label left after truncation at data.seq_len = %s: their "
+                "answers are lost (later ones are only counted). Raise data.seq_len or shorten the prompts",
+                self.step,
+                batch.num_truncated_answers,
+                self._order_facts.get("seq_len"),
+            )
+        self._num_truncated_answers += batch.num_truncated_answers
+
+    def _start(self) -> Iterator[Batch]:
+        requests = functools.partial(
+            _requests,
+            self.step,
+            self.consumed_samples,
+            self._ramp_up,
+            self._data_rank,
+            self._data_size,
+            self._total_steps,
+        )
+        if self._num_workers > 0:
+            workers = WorkerProcesses(self._fetch, requests, self._num_workers)
+            thread = ReadAheadThread(_to_batches(workers, self._pin_memory), max(1, self._prefetch))
+            # Finalizers also run when the loader is garbage-collected or the interpreter exits. Workers stop first: the
+            # thread may be waiting for them.
+            self._stop = weakref.finalize(self, _stop_all, workers, thread)
+            return thread
+        batches = _to_batches(map(self._fetch, requests()), self._pin_memory)
+        if self._prefetch == 0:
+            return batches
+        thread = ReadAheadThread(batches, self._prefetch)
+        self._stop = weakref.finalize(self, _stop_all, thread)
+        return thread
+
+
+def _stop_all(*running: ReadAheadThread[Any] | WorkerProcesses[Any]) -> None:
+    for each in running:
+        each.stop()
+
+
+def _requests(
+    step: int, cursor: int, ramp_up: RampUp, rank: int, size: int, total_steps: int | None
+) -> Iterator[_Request]:
+    while total_steps is None or step < total_steps:
+        count = ramp_up.micro_num_at(step)
+        yield _Request(step, cursor + rank * count, count, count * size)
+        cursor += count * size
+        step += 1
+
+
+class _Fetch:
+    """Reads the samples of a request, except those of a skipped step, which may be unreadable."""
+
+    def __init__(self, source: SampleSource, seed: int, skipped: SkipBatches) -> None:
+        self.source, self.seed, self.skipped = source, seed, skipped
+
+    def __call__(self, request: _Request) -> tuple[_Request, list[Sample]]:
+        if self.skipped.contains(request.step):
+            return request, [self.source.padding()] * request.count
+        indices = np.arange(request.first, request.first + request.count, dtype=np.int64)
+        order = sample_order(indices, len(self.source), self.seed)
+        try:
+            return request, [self.source.sample(int(index)) for index in order]
+        except DataError as error:
+            raise DataError(
+                f"{error}. Step {request.step + 1} needs this document. To train without it, set "
+                "data.skip_bad_documents = True, which skips every document that cannot be read, or add "
+                f"{request.step} to data.skip_batches (counted from 0), which skips this batch"
+            ) from error
+
+
+def _to_batches(fetched: Iterator[tuple[_Request, list[Sample]]], pin_memory: bool) -> Iterator[Batch]:
+    for request, samples in fetched:
+        micro_batches = [to_micro_batch(sample) for sample in samples]
+        if pin_memory:
+            micro_batches = [pin(micro) for micro in micro_batches]
+        yield Batch(
+            micro_batches,
+            request.num_samples,
+            list(range(request.first, request.first + request.count)),
+            unreadable=[message for sample in samples for message in sample.unreadable],
+            num_truncated_answers=sum(sample.num_truncated_answers for sample in samples),
+        )

@@ -1,0 +1,100 @@
+"""Packs slices of documents into samples; one sample becomes one micro-batch.
+
+Owns attention segments and padding. Must not know files, order or ranks. Samples are numpy arrays, which loader workers
+send by value.
+
+Legend of shapes: P = micro_bsz * seq_len tokens of a packed sample, B = micro_bsz, S = seq_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internlm.data.batch import IGNORE_INDEX
+from internlm.data.packing.document_slice import DocumentSlice
+
+Packing = Literal["cut", "pack_sample_into_one", "unpacked"]
+PACKINGS: tuple[Packing, ...] = ("cut", "pack_sample_into_one", "unpacked")
+
+
+@dataclass
+class Sample:
+    """The arrays of one micro-batch.
+
+    Attributes:
+        input_ids: int64 [P], or [B, S] when unpacked.
+        labels: int64 of the same shape.
+        lengths: lengths of the attention segments, with sum P; None when unpacked.
+        type_id: the type of all tokens.
+        num_documents: number of documents, or parts of documents, in the sample.
+        row_lengths: tokens of each row without padding; None when packed.
+        unreadable: one message for each document that could not be read and was replaced by padding.
+        num_truncated_answers: number of documents that lost every label by truncation at seq_len.
+    """
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    lengths: tuple[int, ...] | None
+    type_id: int
+    num_documents: int
+    row_lengths: tuple[int, ...] | None = None
+    unreadable: tuple[str, ...] = ()
+    num_truncated_answers: int = 0
+
+
+def concatenate_slices(
+    slices: Sequence[DocumentSlice], seq_len: int, total: int, packing: Packing, type_id: int
+) -> Sample:
+    """Build a packed sample of `total` tokens, padded at its end with id 0 and label `IGNORE_INDEX`."""
+    input_ids = np.zeros(total, dtype=np.int64)
+    labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
+    lengths: list[int] = []
+    filled = 0
+    for each in slices:
+        size = len(each.input_ids)
+        input_ids[filled : filled + size] = each.input_ids
+        labels[filled : filled + size] = each.labels
+        lengths += _segment_lengths(size, seq_len)
+        filled += size
+    lengths += _segment_lengths(total - filled, seq_len)
+    if packing == "pack_sample_into_one":
+        lengths = _segment_lengths(total, seq_len)
+    return Sample(input_ids, labels, tuple(lengths), type_id, **_counts(slices))
+
+
+def stack_slices(slices: Sequence[DocumentSlice], seq_len: int, rows: int, type_id: int) -> Sample:
+    """Build an unpacked sample: one slice a row, padded on the right; missing rows are padding."""
+    input_ids = np.zeros((rows, seq_len), dtype=np.int64)
+    labels = np.full((rows, seq_len), IGNORE_INDEX, dtype=np.int64)
+    for row, each in enumerate(slices):
+        input_ids[row, : len(each.input_ids)] = each.input_ids
+        labels[row, : len(each.labels)] = each.labels
+    row_lengths = tuple(len(each.input_ids) for each in slices) + (0,) * (rows - len(slices))
+    return Sample(input_ids, labels, None, type_id, row_lengths=row_lengths, **_counts(slices))
+
+
+def padding_sample(seq_len: int, micro_bsz: int, packing: Packing) -> Sample:
+    """Build a sample of padding alone, with the shape of all others."""
+    if packing == "unpacked":
+        return stack_slices([], seq_len, micro_bsz, type_id=0)
+    return concatenate_slices([], seq_len, micro_bsz * seq_len, packing, type_id=0)
+
+
+def _segment_lengths(length: int, seq_len: int) -> list[int]:
+    """Cut `length` tokens into attention segments of at most `seq_len`."""
+    full, rest = divmod(length, seq_len)
+    return [seq_len] * full + ([rest] if rest else [])
+
+
+def _counts(slices: Sequence[DocumentSlice]) -> dict[str, Any]:
+    """The fields of `Sample` that count documents."""
+    return {
+        "num_documents": sum(each.has_text for each in slices),
+        "unreadable": tuple(each.unreadable for each in slices if each.unreadable is not None),
+        "num_truncated_answers": sum(each.is_truncated_answer for each in slices),
+    }

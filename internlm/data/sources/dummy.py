@@ -1,0 +1,72 @@
+"""Random samples for runs without data (`train_folder=None`): benchmarks and smoke tests.
+
+A sample is a pure function of (seed, index). Documents repeat a short range of ids, so that the loss of a model falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from internlm.data.packing.document_slice import DocumentSlice, make_slice
+from internlm.data.packing.sample import Packing, Sample, concatenate_slices, padding_sample, stack_slices
+from internlm.data.permutation import derive_key
+
+_NUM_SAMPLES = 100_000
+_MAX_PERIOD = 32
+
+
+class DummySource:
+    """Random samples of the types en, cn and code, in turn.
+
+    Args:
+        seq_len: maximum length of a document, in tokens.
+        micro_bsz: rows of a micro-batch.
+        packing: see doc/data.md.
+        vocab_size: ids are in [1, vocab_size).
+        seed: seed of all samples.
+        fixed_lengths: give every document seq_len tokens; otherwise lengths are uniform in [1, seq_len].
+    """
+
+    def __init__(
+        self, *, seq_len: int, micro_bsz: int, packing: Packing, vocab_size: int, seed: int, fixed_lengths: bool = True
+    ) -> None:
+        self.type_names = ["en", "cn", "code"]
+        self.seq_len, self.micro_bsz, self.packing = seq_len, micro_bsz, packing
+        self.vocab_size, self.seed, self.fixed_lengths = vocab_size, seed, fixed_lengths
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `SampleSource`."""
+        return {"packing": self.packing, "seq_len": self.seq_len, "micro_bsz": self.micro_bsz}
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+        return _NUM_SAMPLES
+
+    def sample(self, index: int) -> Sample:
+        """Generate sample `index` in [0, len)."""
+        random = np.random.default_rng(derive_key(self.seed, index))
+        type_id = index % len(self.type_names)
+        if self.packing == "unpacked":
+            rows = [self._random_document(random, self.seq_len) for _ in range(self.micro_bsz)]
+            return stack_slices(rows, self.seq_len, self.micro_bsz, type_id)
+        total = remaining = self.micro_bsz * self.seq_len
+        documents = []
+        while remaining > 0:
+            documents.append(self._random_document(random, min(self.seq_len, remaining)))
+            remaining -= len(documents[-1].input_ids)
+        return concatenate_slices(documents, self.seq_len, total, self.packing, type_id)
+
+    def padding(self) -> Sample:
+        """Return a sample of padding alone."""
+        return padding_sample(self.seq_len, self.micro_bsz, self.packing)
+
+    def _random_document(self, random: np.random.Generator, max_length: int) -> DocumentSlice:
+        length = max_length if self.fixed_lengths else int(random.integers(1, max_length + 1))
+        period = int(random.integers(1, min(_MAX_PERIOD, self.vocab_size - 1) + 1))
+        base = int(random.integers(1, self.vocab_size - period + 1))
+        ids = base + np.arange(length, dtype=np.int64) % period
+        return make_slice(ids, np.ones(length, dtype=bool), length)
