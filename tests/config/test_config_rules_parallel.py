@@ -107,8 +107,8 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {STAGES: 2, CHUNKS: 2, "data.rampup_batch_size": "2 1 2"},
         2,
-        "data.rampup_batch_size = '2 1 2' gives steps with data.micro_num = 3: the interleaved schedule (model.num_chunks = "
-        "2) needs a multiple of parallel.pipeline.size = 2",
+        "data.rampup_batch_size = '2 1 2' gives steps with data.micro_num = 3: the interleaved schedule "
+        "(model.num_chunks = 2) needs a multiple of parallel.pipeline.size = 2",
     ),
     # The run of 10 steps ends in the middle of its ramp, before an odd number comes.
     ({STAGES: 2, CHUNKS: 2, "data.rampup_batch_size": "2 1 10"}, 2, None),
