@@ -18,6 +18,7 @@ from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.model.initialization import Normal, set_initializer
 from internlm.model.modules.attention import Attention
+from internlm.model.modules.feed_forward import FeedForward
 from internlm.model.registry import build_model
 
 LENGTHS = (7, 1, 12, 4)
@@ -87,6 +88,39 @@ def test_unlike_layers_train_as_in_one_process(layout: str, model_type: str, ran
             for box, piece in own:
                 # AdamW turns a relative error of a gradient into that share of lr in each step.
                 torch.testing.assert_close(piece, whole[name][box.global_slices()], rtol=1e-5, atol=1e-4)
+
+
+class GateOnly(FeedForward):
+    """A block that does without `up`, which is computed together with `gate`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, _ = self.gate_up(x)
+        return self.w2(gate)
+
+
+def unchanged_without_up(layout: dict[str, Any]) -> dict[str, bool]:
+    """Parameter -> whether steps with weight decay left it unchanged, of the feed-forward blocks."""
+    context = ParallelContext.create(ParallelLayout(**layout))
+    with torch.device("meta"):
+        model = build_model("LLAMA2", tiny_config(mlp_layer_fusion=False))
+        for layer in model.layers.values():  # type: ignore[operator,union-attr]
+            layer.feed_forward.__class__ = GateOnly
+    parallelize(model, context, seed=7)
+    own = {name: p for name, p in model.named_parameters() if ".feed_forward." in name}
+    first = {name: p.detach().clone() for name, p in own.items()}
+    engine = tiny_engine(context, model=model, weight_decay=0.5)
+    for step in range(STEPS):
+        batch = global_batch(step, 4, context.index("data"), context.size("data"), lengths=LENGTHS)
+        engine.train_step(batch, RATE)
+    unchanged = {name: bool(torch.equal(p, first[name])) for name, p in own.items()}
+    context.close()
+    return unchanged
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_weight_whose_output_is_not_used_is_not_trained(layout: str, ranks: Any) -> None:
+    for unchanged in ranks(2).run(unchanged_without_up, LAYOUTS[layout]):
+        assert {name: ".w3." in name for name in unchanged} == unchanged
 
 
 def test_projections_are_grouped_and_names_of_weights_do_not_tell() -> None:
