@@ -44,7 +44,7 @@ class Source:
         while True:
             # Randomness in the loop: a resumed run must go on with the same random numbers.
             torch.rand(())
-            yield global_batch(self.step, 4, self.context.rank, self.context.world_size)
+            yield global_batch(self.step, 4, self.context.index("data"), self.context.size("data"))
             self.step += 1
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from helpers.tiny import global_batch, tiny_config, tiny_engine
+from helpers.unlike_layers import build_unlike_layers
 from torch import Tensor, nn
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear
-from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import shard_spec_of
-from internlm.model.initialization import Normal, set_initializer
-from internlm.model.modules.attention import Attention
 from internlm.model.modules.feed_forward import FeedForward
 from internlm.model.registry import build_model
 
@@ -25,34 +22,9 @@ LENGTHS = (7, 1, 12, 4)
 STEPS, RATE = 2, 1e-2
 
 
-class Experts(nn.Module):
-    """The sum of two linear layers, held as one tensor `[E, out, in]`."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(2, hidden_size, hidden_size))
-        set_initializer(self.weight, Normal(0.1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bsi,eoi->bso", x, self.weight)
-
-
-def build(layout: ParallelLayout, model_type: str) -> tuple[nn.Module, ParallelContext]:
-    context = ParallelContext.create(layout)
-    with torch.device("meta"):
-        model = build_model(model_type, tiny_config(qkv_bias=True))
-        layers: Any = model.layers
-        # Eight heads of one key-value head each instead of four with two; and the same width of a head.
-        other = dataclasses.replace(model.architecture, num_heads=8, num_kv_heads=8)  # type: ignore[arg-type]
-        layers["1"].attention = Attention(other, 1)
-        layers["0"].feed_forward = Experts(32)
-    options = ParallelOptions(weight_overlap=layout.weight > 1)
-    return parallelize(model, context, seed=7, options=options), context
-
-
 def train(layout: dict[str, Any], model_type: str) -> tuple[dict[str, list[tuple[Any, Tensor]]], list[float]]:
     """This rank's pieces of all weights after some steps, and the losses."""
-    model, context = build(ParallelLayout(**layout), model_type)
+    model, context = build_unlike_layers(ParallelLayout(**layout), model_type)
     engine = tiny_engine(context, model=model)
     losses = []
     for step in range(STEPS):
