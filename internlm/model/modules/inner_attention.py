@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from torch import Tensor, nn
 
 from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 from internlm.model.ops.rotary import RotaryTables
+
+
+class _Options(TypedDict):
+    window: int | None
+    attention_backend: str
+    use_flash_attn: bool
 
 
 class InnerAttention(nn.Module):
@@ -39,12 +47,21 @@ class InnerAttention(nn.Module):
         Returns:
             `[B, S, H, D]`.
         """
-        return attention(
-            q,
-            k,
-            v,
-            varlen,
-            window=self.window,
-            attention_backend=self.attention_backend,
-            use_flash_attn=self.use_flash_attn,
-        )
+        return attention(q, k, v, varlen, **self._options())
+
+    def forward_with_lse(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> tuple[Tensor, Tensor]:
+        """`forward`, and the log-sum-exp of each query's scores, fp32 `[B, S, H]` (float64 for float64).
+
+        With it, results over parts of the keys can be combined.
+
+        Raises:
+            ValueError: the attention backend does not return it.
+        """
+        return attention(q, k, v, varlen, return_lse=True, **self._options())
+
+    def _options(self) -> _Options:
+        return {
+            "window": self.window,
+            "attention_backend": self.attention_backend,
+            "use_flash_attn": self.use_flash_attn,
+        }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 
 LENGTHS = (5, 1, 0, 9)
@@ -83,3 +84,13 @@ def test_another_scale_is_that_of_both_results(varlen: VarlenMetadata | None) ->
     expected = attention(q * (0.7 * math.sqrt(q.shape[-1])), k, v, varlen, return_lse=True)
     torch.testing.assert_close((out, lse), expected)
     torch.testing.assert_close(out, attention(q, k, v, varlen, scale=0.7))
+
+
+def test_inner_attention_returns_it() -> None:
+    q, k, v = (torch.randn(1, sum(LENGTHS), heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    varlen = VarlenMetadata.of(LENGTHS)
+    inner = InnerAttention(3, "auto", use_flash_attn=False)
+    out, lse = inner.forward_with_lse(q, k, v, varlen)
+    expected = attention(q, k, v, varlen, window=3, return_lse=True)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    torch.testing.assert_close(out, inner(q, k, v, varlen))
