@@ -1,7 +1,7 @@
-"""The demo's corpus: real text that is on every machine with Python, made without a network.
+"""The corpus of the demo: text that every machine with Python has, without a network.
 
-Two types: `python`, the standard library, and `packages`, documentation and code of installed packages, those rich in
-prose first. Owns the choice of files; tokenizer and tokenizing are the same as for any other text.
+Two types: `python`, the standard library, and `packages`, the documentation and code of installed packages, prose
+first. Owns the choice of files; they are tokenized like any other text.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from internlm.data.tokenized_files.unigram_entropy import token_counts, unigram_
 from internlm.utils.errors import DataError
 
 _HELD_OUT_EVERY = 80
-"""Of this many documents the first is held out."""
+"""The first of this many documents is held out for validation."""
 _SPLITS = ("train", "valid")
 _TRAIN_BYTES = 8_000_000
-_SMALLEST, _LARGEST = 1_000, 1_000_000
-"""Bytes of a file: smaller ones say little, larger ones are mostly generated tables."""
+_MIN_BYTES, _MAX_BYTES = 1_000, 1_000_000
+"""Limits of the size of a file in bytes: larger files are mostly generated tables."""
 _MIN_PROSE = 0.15
 _PROSE = re.compile(r'""".*?"""|\'\'\'.*?\'\'\'|^\s*#.*?$', re.DOTALL | re.MULTILINE)
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "testing", "encodings", "lib2to3"}
@@ -39,11 +39,11 @@ _PROSE_SUFFIXES = {".md", ".rst", ".txt"}
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the corpus depends on; a corpus made with others is not taken for it.
+    """Settings of the corpus; a corpus made with other settings is refused.
 
     Attributes:
-        max_bytes: bytes of text over both types.
-        vocab_size: ids of the BPE tokenizer that is trained on it.
+        max_bytes: maximum bytes of text, over both types.
+        vocab_size: number of ids of the BPE tokenizer that is trained on the corpus.
     """
 
     max_bytes: int = 24_000_000
@@ -51,24 +51,30 @@ class DemoSettings:
 
 
 def prepare_demo_corpus(folder: Path, settings: DemoSettings, processes: int) -> tuple[dict[str, Any], bool]:
-    """Make the corpus in `folder`, whole or not at all.
+    """Make the corpus in `folder`, atomically, unless it exists.
 
     Layout: `train/<type>/<type>.bin`, `valid/<type>/<type>.bin`, `tokenizer.json`, `corpus.json`.
 
+    Args:
+        folder: the folder to make.
+        settings: settings of the corpus.
+        processes: number of worker processes.
+
     Returns:
-        (the contents of corpus.json, whether it was made now rather than found).
+        (contents of corpus.json, whether the corpus was made by this call).
+
     Raises:
-        DataError: the folder holds something else, or a corpus with other settings.
+        DataError: the folder has other content, or a corpus with other settings.
     """
-    facts_path = folder / "corpus.json"
-    if facts_path.is_file():
-        facts = json.loads(facts_path.read_text())
-        if facts["settings"] != asdict(settings):
+    summary_path = folder / "corpus.json"
+    if summary_path.is_file():
+        summary = json.loads(summary_path.read_text())
+        if summary["settings"] != asdict(settings):
             raise DataError(
-                f"{folder} holds a demo corpus made with {facts['settings']}, not {asdict(settings)}: remove it, or "
+                f"{folder} is a demo corpus made with {summary['settings']}, not {asdict(settings)}: remove it, or "
                 "choose another --out"
             )
-        return facts, False
+        return summary, False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not a demo corpus: remove it, or choose another --out")
     work = folder.with_name(folder.name + ".tmp")
@@ -84,19 +90,19 @@ def prepare_demo_corpus(folder: Path, settings: DemoSettings, processes: int) ->
         output = work / path.parent.name / path.stem / f"{path.stem}.bin"
         output.parent.mkdir(parents=True)
         tokenize(TokenizeOptions((str(path),), output, tokenizer, processes=processes))
-        # The folder is renamed at the end, and the tokenizer with it.
+        # The record names the tokenizer by its path after the final rename of the folder.
         if record := read_record(output):
             write_record(output, replace(record, tokenizer=str((folder / tokenizer.name).resolve())))
-    facts = _facts(work, settings)
-    (work / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
+    summary = _summarize(work, settings)
+    (work / "corpus.json").write_text(json.dumps(summary, indent=1) + "\n")
     shutil.rmtree(work / "text")
     if folder.exists():
         folder.rmdir()
     os.replace(work, folder)
-    return facts, True
+    return summary, True
 
 
-def _facts(work: Path, settings: DemoSettings) -> dict[str, Any]:
+def _summarize(work: Path, settings: DemoSettings) -> dict[str, Any]:
     documents = size = 0
     for path, _ in find_inputs([work / "text"]).files:
         with open(path, encoding="utf-8") as lines:
@@ -119,7 +125,7 @@ def _facts(work: Path, settings: DemoSettings) -> dict[str, Any]:
 
 
 def _write_text(folder: Path, name: str, texts: Iterator[str], max_bytes: int) -> int:
-    """Write distinct texts up to `max_bytes` as JSON lines, in train and valid; returns the bytes of text."""
+    """Write distinct texts, up to `max_bytes`, as JSON lines of train and valid; returns the bytes written."""
     seen: set[bytes] = set()
     size = 0
     paths = [folder / split / f"{name}.jsonl" for split in _SPLITS]
@@ -132,7 +138,7 @@ def _write_text(folder: Path, name: str, texts: Iterator[str], max_bytes: int) -
             seen.add(digest)
             size += len(text.encode())
             file.write(json.dumps({"text": text}) + "\n")
-            if size > max_bytes - _SMALLEST:
+            if size > max_bytes - _MIN_BYTES:
                 break
     return size
 
@@ -145,27 +151,27 @@ def _standard_library() -> Iterator[str]:
 
 
 def _packages() -> Iterator[str]:
-    """Documentation, then code rich in comments and docstrings, then other code."""
+    """Iterate over documentation, then code rich in comments and docstrings, then other code."""
     roots = sorted({Path(sysconfig.get_paths()[name]) for name in ("purelib", "platlib")})
     prose = [path for root in roots for path in _files(root, _PROSE_SUFFIXES)]
     prose += [path for root in roots for path in sorted(root.glob("*.dist-info/METADATA"))]
     code = [path for root in roots for path in _files(root, {".py"})]
-    # A fixed order that mixes packages, so that a corpus bounded in size has something of each.
+    # A fixed order that mixes packages, so that a corpus of limited size has text of many.
     code.sort(key=lambda path: hashlib.blake2b("/".join(path.parts[-3:]).encode()).digest())
     for path in prose:
         text = _read(path)
         if text is not None:
             yield text
-    poor = []
+    with_little_prose = []
     for path in code:
         text = _read(path)
         if text is None:
             continue
         if sum(map(len, _PROSE.findall(text))) < _MIN_PROSE * len(text):
-            poor.append(path)
+            with_little_prose.append(path)
             continue
         yield text
-    for path in poor:
+    for path in with_little_prose:
         text = _read(path)
         if text is not None:
             yield text
@@ -181,9 +187,9 @@ def _files(root: Path, suffixes: set[str]) -> Iterator[Path]:
 
 
 def _read(path: Path) -> str | None:
-    """The text of a file; None if it is too small, too large or not UTF-8."""
+    """Read a file; None if it is too small, too large or not UTF-8."""
     try:
-        if not _SMALLEST <= path.stat().st_size <= _LARGEST:
+        if not _MIN_BYTES <= path.stat().st_size <= _MAX_BYTES:
             return None
         return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError):

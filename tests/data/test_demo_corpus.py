@@ -67,7 +67,7 @@ def test_corpus_is_prepared_once(tmp_path):
     assert build_valid_loaders(tmp_path / "demo" / "valid", seq_len=64, micro_bsz=2, vocab_size=600)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "already prepared" in again.stdout
-    with pytest.raises(DataError, match=r"holds a demo corpus made with .*'vocab_size': 600.*choose another --out"):
+    with pytest.raises(DataError, match=r"is a demo corpus made with .*'vocab_size': 600.*choose another --out"):
         prepare_demo_corpus(tmp_path / "demo", DemoSettings(1_000_000, 700), 1)
 
 

@@ -27,7 +27,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         _run(args)
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
+        print("interrupted: run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
@@ -41,11 +41,11 @@ def _run(args: argparse.Namespace) -> None:
         raise DataError("no input: name files or folders, or - for the standard input")
     as_internevo = args.text_input_path is not None or args.bin_output_path is not None
     if args.tokenizer is None:
-        built_in = "; InternEvo's tool has its own built in, tools/tokenizer_internlm.model: name that file"
-        raise DataError(f"--tokenizer is missing{built_in if as_internevo else ''}")
+        hint = "; InternEvo's tool has a built-in one, tools/tokenizer_internlm.model: name that file"
+        raise DataError(f"--tokenizer is missing{hint if as_internevo else ''}")
     output = args.output or args.bin_output_path
     if args.output and args.bin_output_path:
-        raise DataError("--output and --bin_output_path are two names of one thing: give one")
+        raise DataError("--output and --bin_output_path are the same option: give one")
     if args.train is None and output is None:
         raise DataError("--output is missing")
     text = TextOptions(args.text_key, args.whole_files, strip_lines=as_internevo, raw_json=args.raw_json)
@@ -53,13 +53,13 @@ def _run(args: argparse.Namespace) -> None:
         found = find_inputs([name for name in inputs if name != "-"], args.format)
         if "-" in inputs or not found.files:
             raise DataError("--train reads its input twice: it needs files, not the standard input")
-        if found.left_out and output is None:
-            _say(f"left out {len(found.left_out):,} file(s) of no known format: {name_some(found.left_out)}")
+        if found.ignored and output is None:
+            _print_notice(f"ignored {len(found.ignored):,} file(s) of unknown format: {name_some(found.ignored)}")
         train_bpe(sample_texts(found.files, text, args.train_bytes), args.train, args.tokenizer)
         print(f"{args.tokenizer}: trained, {args.train} ids")
     if output is not None:
         if as_internevo:
-            _say_what_internevo_does(args.raw_json)
+            _print_internevo_notices(args.raw_json)
         options = TokenizeOptions(
             inputs=inputs,
             output=output,
@@ -77,26 +77,28 @@ def _run(args: argparse.Namespace) -> None:
         )
         result = tokenize(options)
         for notice in result.notices:
-            _say(notice)
-        ratio = f", {result.num_bytes / result.tokens:.2f} bytes of input a token" if result.tokens else ""
+            _print_notice(notice)
+        ratio = f", {result.num_bytes / result.tokens:.2f} bytes of input per token" if result.tokens else ""
         print(
             f"{output}: {result.documents:,} documents, {result.tokens:,} tokens{ratio}, "
             f"{result.megabytes_per_second:.1f} MB/s"
         )
 
 
-def _say(notice: str) -> None:
+def _print_notice(notice: str) -> None:
     print(f"notice: {notice}", file=sys.stderr)
 
 
-def _say_what_internevo_does(raw_json: bool) -> None:
-    """What the tool of that name does, and what this one does otherwise."""
-    _say(
-        "like InternEvo's tool, this begins documents with bos, ends them with eos (--no-bos, --no-eos: without) and "
+def _print_internevo_notices(raw_json: bool) -> None:
+    """Tell what InternEvo's options imply, and where this tool differs from InternEvo's."""
+    _print_notice(
+        "like InternEvo's tool, this starts documents with bos, ends them with eos (disable: --no-bos, --no-eos) and "
         "strips the lines of txt files"
     )
     if not raw_json:
-        _say("of JSON records the text alone is tokenized; InternEvo's tool takes braces and keys, too (--raw-json)")
+        _print_notice(
+            "only the text of JSON records is tokenized; InternEvo's tool includes braces and keys (as --raw-json does)"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--text-input-path",
         nargs="+",
         type=path_text,
-        help="inputs, and ids as InternEvo gives them",
+        help="inputs, tokenized to the ids of InternEvo's tool",
     )
     parser.add_argument(
         "--tokenizer",
@@ -125,23 +127,21 @@ def _parser() -> argparse.ArgumentParser:
         help="a tokenizer.json, a Hugging Face tokenizer folder, or a SentencePiece .model; with --train, where to "
         "write the tokenizer.json",
     )
-    parser.add_argument("--output", type=local_path, help="the .bin file to make")
+    parser.add_argument("--output", type=local_path, help="the .bin file to write")
     parser.add_argument(
-        "--bin_output_path", "--bin-output-path", type=local_path, help="--output, and ids as InternEvo's"
+        "--bin_output_path", "--bin-output-path", type=local_path, help="--output, with the ids of InternEvo's tool"
     )
-    parser.add_argument("--append", action="store_true", help="add to an existing output")
-    parser.add_argument("--text-key", default="text", help="field or column that holds the text (default: text)")
-    parser.add_argument(
-        "--raw-json", action="store_true", help="the JSON of a record is the document, not the text in it"
-    )
+    parser.add_argument("--append", action="store_true", help="append to an existing output")
+    parser.add_argument("--text-key", default="text", help="field or column with the text (default: text)")
+    parser.add_argument("--raw-json", action="store_true", help="tokenize the JSON of a record, not only its text")
     parser.add_argument("--whole-files", action="store_true", help="a txt file is one document (default: one a line)")
-    parser.add_argument("--format", choices=FORMATS, help="format of inputs whose suffix does not say it")
+    parser.add_argument("--format", choices=FORMATS, help="format of inputs with an unknown suffix")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="begin every document with the bos token (default: no; with InternEvo's options, if there is one)",
+        help="start every document with the bos token (default: no; with InternEvo's options, if there is one)",
     )
     parser.add_argument(
         "--eos",
@@ -150,11 +150,9 @@ def _parser() -> argparse.ArgumentParser:
         help="end every document with the eos token (default: if the tokenizer has one)",
     )
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="share of documents for --valid-output")
-    parser.add_argument("--valid-output", type=local_path, help="the .bin file of the held-out documents")
-    parser.add_argument("--restart", action="store_true", help="forget the parts of an interrupted run")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code of a tokenizer folder that is nothing else"
-    )
+    parser.add_argument("--valid-output", type=local_path, help="the .bin file of the validation documents")
+    parser.add_argument("--restart", action="store_true", help="discard the parts of an interrupted run")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run custom code of the tokenizer folder")
     parser.add_argument(
         "--train", type=int, metavar="VOCAB", help="train a byte-level BPE tokenizer of this size first"
     )
@@ -164,5 +162,5 @@ def _parser() -> argparse.ArgumentParser:
         default=1e8,
         help="bytes of text to train it on (default: 1e8, about 2 GB of memory)",
     )
-    parser.add_argument("--rebuild-meta", type=local_path, metavar="BIN", help="write the .meta of a .bin file anew")
+    parser.add_argument("--rebuild-meta", type=local_path, metavar="BIN", help="rebuild the .meta of a .bin file")
     return parser

@@ -1,6 +1,6 @@
-"""Which files are read, as what, and how they are opened: formats by suffix, compression, folders.
+"""Finds and opens the files to tokenize: formats by suffix, compression, folders.
 
-Owns suffixes and all that can go wrong in opening a file. Knows nothing of what is in it.
+Owns suffixes and the errors of opening a file. Must not know file contents.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from internlm.utils.errors import DataError
 
 FORMATS = ("txt", "json", "jsonl", "parquet")
 _SUFFIXES = {f".{name}": name for name in FORMATS} | {".ndjson": "jsonl"}
-_NAMED_FILES = 8
-"""Files that a message names; of the others it gives the number."""
+_MAX_NAMES = 8
+"""Number of files that a message names; the others are counted."""
 
 
 def _open_zstd(path: Path) -> Any:
@@ -43,75 +43,80 @@ READ_COMPRESSIONS = ", ".join(_DECOMPRESSORS)
 
 @dataclass(frozen=True)
 class InputFiles:
-    """What was found.
+    """The files that were found.
 
     Attributes:
-        files: (path, format), in the order in which they are read.
-        left_out: files of folders whose suffix says no known format.
+        files: (path, format), in reading order.
+        ignored: files in folders whose suffix is not that of a known format.
     """
 
     files: list[tuple[Path, str]]
-    left_out: list[Path]
+    ignored: list[Path]
 
 
 def find_inputs(paths: Iterable[str | Path], format: str | None = None) -> InputFiles:
-    """The input files with their formats; folders are searched recursively, in sorted order.
+    """Find the input files and their formats; folders are searched recursively, in sorted order.
 
-    A suffix counts in any case, and before one of compression: `A.JSONL.gz` is JSON lines.
+    Suffixes are case-insensitive, and a suffix of compression may follow: `A.JSONL.gz` has JSON lines.
 
     Args:
-        format: of files whose suffix does not say it; files in a folder are taken by suffix alone.
+        paths: files and folders.
+        format: format of files with an unknown suffix; in folders, such files are ignored.
+
     Raises:
-        DataError: a path is missing or cannot be searched, or holds no file of a known format.
+        DataError: a path is missing, cannot be searched, or has no file of a known format.
     """
     files: list[tuple[Path, str]] = []
-    left_out: list[Path] = []
+    ignored: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             everything = _files_below(path)
             inside = [(file, kind) for file in everything if (kind := _format_of(file))]
             others = [file for file in everything if _format_of(file) is None]
             if not inside:
-                holds = f"; it holds {name_some(others, path)}" if others else ", and no other"
+                content = f"; it contains {name_some(others, path)}" if others else ", which is empty"
                 raise DataError(
-                    f"{path}: no file named {READ_SUFFIXES} in this folder (also behind {READ_COMPRESSIONS}){holds}"
+                    f"{path}: no file named {READ_SUFFIXES} (or compressed, with {READ_COMPRESSIONS}) in this folder"
+                    f"{content}"
                 )
             if broken := [file for file, _ in inside if not file.is_file()]:
-                raise DataError(f"{name_some(broken)}: no regular file, or a link to none; remove it")
+                raise DataError(f"{name_some(broken)}: not a regular file, or a broken link; remove it")
             files += inside
-            left_out += others
+            ignored += others
         elif path.is_file():
             kind = _format_of(path) or format
             if kind is None:
-                raise DataError(f"{path}: the suffix says no format; give one with --format {'|'.join(FORMATS)}")
+                raise DataError(f"{path}: unknown suffix; name the format with --format {'|'.join(FORMATS)}")
             if kind == "parquet" and is_compressed(path):
-                raise DataError(f"{path}: parquet is read from any place, so it cannot be compressed; unpack it first")
+                raise DataError(
+                    f"{path}: parquet needs random access, so it cannot be read compressed; decompress it first"
+                )
             files.append((path, kind))
         elif path.exists():
             raise DataError(f"{path}: neither a regular file nor a folder; read a pipe as '-', with --format")
         else:
             raise DataError(f"{path}: no such file or folder")
-    return InputFiles(files, left_out)
+    return InputFiles(files, ignored)
 
 
 def name_some(paths: Iterable[Path], base: Path | None = None) -> str:
-    """The names of a few of `paths`, relative to `base`, and how many there are beside."""
+    """List the names of the first few of `paths`, relative to `base`, and the number of the others."""
     paths = list(paths)
-    names = [str(path.relative_to(base) if base else path) for path in paths[:_NAMED_FILES]]
+    names = [str(path.relative_to(base) if base else path) for path in paths[:_MAX_NAMES]]
     rest = f" and {len(paths) - len(names):,} more" if len(paths) > len(names) else ""
     return ", ".join(names) + rest
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the suffix says a compression."""
+    """Whether the suffix is that of a compression."""
     return path.suffix.lower() in _DECOMPRESSORS
 
 
 def open_input(path: Path) -> BinaryIO:
-    """Open a file to read its bytes, decompressed if its suffix says so.
+    """Open a file for reading bytes, decompressed according to its suffix.
 
     Raises:
-        DataError: it cannot be read; the file that is returned raises it, too, where the compressed data is damaged.
+        DataError: the file cannot be read. Reading from the result raises it where compressed data is damaged.
     """
     decompress = _DECOMPRESSORS.get(path.suffix.lower())
     try:
@@ -123,7 +128,7 @@ def open_input(path: Path) -> BinaryIO:
 
 
 class _Decompressed(io.RawIOBase):
-    """The bytes of a compressed file; damage is a DataError that names it."""
+    """The bytes of a compressed file; raises DataError where they are damaged."""
 
     def __init__(self, path: Path, stream: Any) -> None:
         self._path, self._stream = path, stream
@@ -136,7 +141,7 @@ class _Decompressed(io.RawIOBase):
             data = self._stream.read(len(buffer))
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(
-                f"{self._path}: the compressed data is damaged or ends too early ({error}); make or copy the file again"
+                f"{self._path}: the compressed data is damaged or truncated ({error}); compress or copy the file again"
             ) from error
         buffer[: len(data)] = data
         return len(data)
@@ -148,7 +153,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _format_of(path: Path) -> str | None:
-    """The format that the suffix says; None for an unknown one."""
+    """The format by the suffix; None if it is unknown."""
     if not is_compressed(path):
         return _SUFFIXES.get(path.suffix.lower())
     kind = _SUFFIXES.get(path.with_suffix("").suffix.lower())
@@ -156,7 +161,7 @@ def _format_of(path: Path) -> str | None:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files in a folder, sorted; links are followed, and a link to a folder above it only once."""
+    """All files at or below a folder, sorted; follows links, except those to a folder that contains the link."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error

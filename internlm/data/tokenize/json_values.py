@@ -1,6 +1,6 @@
-"""JSON arrays and JSON lines, one value at a time and without loading the file.
+"""Streams the values of JSON arrays and JSON lines in bounded memory.
 
-Owns UTF-8 and where JSON begins and ends: what is behind the end of an array is an error, never left out.
+Owns UTF-8 decoding and the boundaries of JSON values. Content after the end of an array is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GZIP = b"\x1f\x8b"
 
 
 def decode_utf8(data: bytes, path: Path, offset: int) -> str:
-    """The text of bytes at an offset of a file; a byte order mark at its start is left out.
+    """Decode bytes at an offset of a file, without a byte order mark at its start.
 
     Raises:
         DataError: not UTF-8; names the byte.
@@ -35,7 +35,7 @@ def decode_utf8(data: bytes, path: Path, offset: int) -> str:
 
 
 def parse_line(line: bytes, path: Path, offset: int) -> Any:
-    """The value of a line of a JSON lines file.
+    """Parse a line of a JSON lines file.
 
     Raises:
         DataError: not UTF-8, or not JSON; names the file and the byte.
@@ -47,7 +47,7 @@ def parse_line(line: bytes, path: Path, offset: int) -> Any:
 
 
 def iterate_json_lines(path: Path) -> Iterator[Any]:
-    """The values of a JSON lines file; blank lines are passed over.
+    """Iterate over the values of a JSON lines file; blank lines are skipped.
 
     Raises:
         DataError: not UTF-8, or not JSON; names the file and the byte.
@@ -61,21 +61,20 @@ def iterate_json_lines(path: Path) -> Iterator[Any]:
 
 
 def iterate_json_array(path: Path) -> Iterator[Any]:
-    """The elements of a JSON array; of a file without an array, its values, which are parted by white space.
+    """Iterate over the elements of a JSON array, or over values separated by white space in a file without an array.
 
     Raises:
-        DataError: not UTF-8, not JSON, or something behind the end of the array; names the file and the place.
+        DataError: not UTF-8, not JSON, or content after the end of the array; names the file and the character.
     """
     with open_input(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        yield from _Values(path, text)
+        yield from _ValueReader(path, text)
 
 
-class _Values:
-    """Reads values from a text in blocks; each is parsed once it is there as a whole.
+class _ValueReader:
+    """Parses values from a text that is read in blocks.
 
-    Attributes:
-        place: "start", "value" (a value must follow), "first" (a value or the end of the array), "next" (a comma or the
-            end of the array), "outside" (values without an array), "end" (behind the array).
+    `_state` is one of "start", "first" (a value or the end of the array), "next" (a comma or the end of the array),
+    "value" (a value), "outside" (values without an array), "end" (after the array).
     """
 
     def __init__(self, path: Path, text: io.TextIOWrapper) -> None:
@@ -83,41 +82,40 @@ class _Values:
         self._decoder = json.JSONDecoder()
         self._buffer = ""
         self._position = 0
-        self._before = 0
+        self._buffer_start = 0
         self._at_end = False
-        self._place = "start"
+        self._state = "start"
 
     def __iter__(self) -> Iterator[Any]:
-        while (sign := self._next_sign()) is not None:
-            if self._place == "start" and sign == "[":
-                self._step("first")
-            elif self._place in ("first", "next") and sign == "]":
-                self._step("end")
-            elif self._place == "next":
-                if sign != ",":
-                    raise self._mistake(f"',' or ']' is missing before {sign!r}")
-                self._step("value")
-            elif self._place == "end":
-                raise self._mistake(
-                    f"{sign!r} is behind the ']' that ends the array. A .json file holds one array: make several "
-                    "files, or write one record a line and name it .jsonl"
+        while (character := self._next_character()) is not None:
+            if self._state == "start" and character == "[":
+                self._consume("first")
+            elif self._state in ("first", "next") and character == "]":
+                self._consume("end")
+            elif self._state == "next":
+                if character != ",":
+                    raise self._error(f"',' or ']' is missing before {character!r}")
+                self._consume("value")
+            elif self._state == "end":
+                raise self._error(
+                    f"{character!r} after the ']' that ends the array. A .json file has one array: split "
+                    "the file, or write one record a line and name it .jsonl"
                 )
-            elif self._place == "value" and sign == "]":
-                raise self._mistake("a value is missing between ',' and ']'; remove the comma")
+            elif self._state == "value" and character == "]":
+                raise self._error("a value is missing between ',' and ']'; remove the comma")
             else:
-                yield self._value()
-                self._place = "outside" if self._place in ("start", "outside") else "next"
-        if self._place in ("first", "value", "next"):
-            raise DataError(
-                f"{self._path}: truncated: the array ends without ']' at character {self._before + len(self._buffer)}"
-            )
+                yield self._parse_value()
+                self._state = "outside" if self._state in ("start", "outside") else "next"
+        if self._state in ("first", "value", "next"):
+            end = self._buffer_start + len(self._buffer)
+            raise DataError(f"{self._path}: truncated: the array ends without ']' at character {end}")
 
-    def _step(self, place: str) -> None:
+    def _consume(self, state: str) -> None:
         self._position += 1
-        self._place = place
+        self._state = state
 
-    def _next_sign(self) -> str | None:
-        """The next character that is no space, at the position; None at the end of the file."""
+    def _next_character(self) -> str | None:
+        """Skip white space and return the character at the position, without consuming it; None at the end."""
         while True:
             while self._position < len(self._buffer):
                 if self._buffer[self._position] not in _SPACE:
@@ -125,50 +123,50 @@ class _Values:
                 self._position += 1
             if self._at_end:
                 return None
-            self._read()
+            self._read_block()
 
-    def _value(self) -> Any:
+    def _parse_value(self) -> Any:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._position)
             except RecursionError as error:
-                raise self._mistake("nested too deeply") from error
+                raise self._error("nested too deeply") from error
             except ValueError as error:
                 at, message = getattr(error, "pos", self._position), getattr(error, "msg", str(error))
-                # The value may go on in the next block.
+                # The value may continue in the next block.
                 unfinished = at > len(self._buffer) - _LONGEST_LITERAL or message.startswith("Unterminated string")
                 if not unfinished or self._at_end:
                     self._position = at
-                    raise self._mistake(message) from error
+                    raise self._error(message) from error
             else:
-                # So may a number at its end, such as 1. or 1e+, of which the decoder takes the 1.
-                ends_here = end + _LONGEST_LITERAL <= len(self._buffer) or isinstance(value, str | list | dict)
-                if self._at_end or ends_here:
+                # A number at the end of the block may continue too: of 1. or 1e+ the decoder takes the 1.
+                is_complete = end + _LONGEST_LITERAL <= len(self._buffer) or isinstance(value, str | list | dict)
+                if self._at_end or is_complete:
                     self._position = end
                     return value
-            self._read()
+            self._read_block()
 
-    def _read(self) -> None:
+    def _read_block(self) -> None:
         self._buffer = self._buffer[self._position :]
-        self._before += self._position
+        self._buffer_start += self._position
         self._position = 0
         try:
-            # A value longer than a block is parsed anew each time, so each time as much is added as there is.
+            # A value longer than a block is parsed again after each read; doubling the buffer bounds the work.
             block = self._text.read(max(_BLOCK, len(self._buffer)))
         except UnicodeDecodeError as error:
             raise _not_utf8(self._path, _first_bad_byte(self._path), error.reason) from error
         self._buffer += block
         self._at_end = not block
 
-    def _mistake(self, what: str) -> DataError:
-        return DataError(f"{self._path}: not JSON at character {self._before + self._position}: {what}")
+    def _error(self, problem: str) -> DataError:
+        return DataError(f"{self._path}: not JSON at character {self._buffer_start + self._position}: {problem}")
 
 
 def _not_utf8(path: Path, offset: int, reason: str) -> DataError:
     with open_input(path) as file:
         beginning = file.read(2)
     if beginning == _GZIP:
-        return DataError(f"{path}: is compressed by gzip; give its name the ending .gz")
+        return DataError(f"{path}: compressed by gzip; rename it to end in .gz")
     encoding = "utf-16" if beginning in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
     return DataError(
         f"{path}: byte {offset} is not UTF-8 ({reason}). Convert the file first, for example: "
@@ -177,15 +175,15 @@ def _not_utf8(path: Path, offset: int, reason: str) -> DataError:
 
 
 def _first_bad_byte(path: Path) -> int:
-    """The offset of the first byte that is not UTF-8, of a file that has one."""
+    """Find the offset of the first byte that is not UTF-8, in a file that has one."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     with open_input(path) as file:
         while block := file.read(_BLOCK):
-            kept = len(decoder.getstate()[0])
+            pending = len(decoder.getstate()[0])
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
-                return offset - kept + error.start
+                return offset - pending + error.start
             offset += len(block)
     return offset - len(decoder.getstate()[0])

@@ -1,8 +1,8 @@
-"""Text files in, one tokenized file out: in parallel, restartable, never half written.
+"""Tokenizes text files into one tokenized file, in parallel and restartably.
 
-Owns the parts folder `NAME.bin.parts`. The input is cut into shards; a worker turns a shard into a part (a tokenized
-file) and marks it done; at the end the parts are joined in input order, so the result does not depend on the number of
-processes. A run that was interrupted finds the parts that are done and makes the others.
+Owns the parts folder `NAME.bin.parts`. The input is partitioned into shards; a worker tokenizes a shard into a part (a
+tokenized file) and marks it as done; finally the parts are concatenated in input order, so the result does not depend
+on the number of processes. After an interruption, only the missing parts are made.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ from internlm.utils.errors import DataError
 
 _VERSION = 2
 _SHARD_BYTES = (2 << 20, 256 << 20)
-_SHARDS_A_PROCESS = 32
+_SHARDS_PER_PROCESS = 32
 _STDIN_NAME = "stdin"
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """What to tokenize, with what, into what.
+    """Inputs, outputs and settings of a tokenization.
 
     Attributes:
         inputs: files and folders; "-" is the standard input.
-        output: the .bin file to make.
+        output: the .bin file to write.
         tokenizer: see `load_tokenizer`.
         text: how documents are found in a file.
-        format: of inputs whose suffix does not say it.
-        processes: worker processes; 1 works in this process.
-        append: add to an existing output.
-        add_bos, add_eos: begin / end every document with the tokenizer's bos / eos; None adds it if there is one.
-        valid_fraction: this share of the documents, chosen by a hash of their text, goes to `valid_output`.
-        restart: forget the parts of an interrupted run with other options.
-        trust_remote_code: run the code of a tokenizer that is nothing else.
+        format: format of inputs with an unknown suffix.
+        processes: number of worker processes; 1 works in this process.
+        append: whether to append to an existing output.
+        add_bos, add_eos: whether every document starts with bos / ends with eos; None if the tokenizer has it.
+        valid_fraction: share of documents, chosen by a hash of their text, for `valid_output`.
+        valid_output: the .bin file of validation documents.
+        restart: whether to discard the parts of an interrupted run.
+        trust_remote_code: whether to run custom code of the tokenizer folder.
     """
 
     inputs: tuple[str, ...]
@@ -71,19 +72,19 @@ class TokenizeOptions:
 
     @property
     def outputs(self) -> list[Path]:
-        """The files to make, train before valid."""
+        """The .bin files to write, train before valid."""
         return [self.output] + ([self.valid_output] if self.valid_output else [])
 
 
 @dataclass
 class TokenizeResult:
-    """What was made.
+    """Result of a tokenization.
 
     Attributes:
-        documents, tokens: over all outputs, without what an append found there.
+        documents, tokens: numbers added to all outputs.
         num_bytes: size of the input.
-        megabytes_per_second: speed of this call, parts found done left out.
-        notices: what was left out or is odd, a line each.
+        megabytes_per_second: speed of this call, without parts of an interrupted run; 10^6 bytes per second.
+        notices: ignored files, skipped content and the like, one line per kind.
     """
 
     documents: int
@@ -94,17 +95,19 @@ class TokenizeResult:
 
 
 def tokenize(options: TokenizeOptions) -> TokenizeResult:
-    """Make the outputs; see the module.
+    """Tokenize text files into the outputs of `options`.
 
     Raises:
-        DataError: an output exists and `append` is False or its documents were made otherwise, an input is missing or
-            malformed, no text is found, the tokenizer lacks a token that was asked for, or an interrupted run with
-            other options left its parts.
+        DataError: an output exists and `append` is False or its tokenizer differs, an input is missing or malformed,
+            there is no text, the tokenizer lacks a requested token, or there are parts of an interrupted run with
+            other options.
     """
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
-    ends = _ends(options, tokenizer)
+    before_and_after = _bos_and_eos(options, tokenizer)
     _check_options(options)
-    record = TokenizerRecord.of(tokenizer, options.tokenizer, add_bos=bool(ends[0]), add_eos=bool(ends[1]))
+    record = TokenizerRecord.of(
+        tokenizer, options.tokenizer, add_bos=bool(before_and_after[0]), add_eos=bool(before_and_after[1])
+    )
     _check_appended(options, record)
     parts = _parts_folder(options.output)
     inputs = [name for name in options.inputs if name != "-"]
@@ -113,64 +116,66 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     if "-" in options.inputs:
         files.append(_spool_stdin(parts, options.format))
     total = sum(path.stat().st_size for path, _ in files)
-    shard_bytes = min(max(total // (options.processes * _SHARDS_A_PROCESS), _SHARD_BYTES[0]), _SHARD_BYTES[1])
+    shard_bytes = min(max(total // (options.processes * _SHARDS_PER_PROCESS), _SHARD_BYTES[0]), _SHARD_BYTES[1])
     manifest: dict[str, Any] = {
         "version": _VERSION,
         "inputs": [[str(path.resolve()), format, *_stamp(path)] for path, format in files],
         "text": asdict(options.text),
         "tokenizer": record.fingerprint,
-        "ends": ends,
+        "ends": before_and_after,
         "valid": [options.valid_fraction, str(options.valid_output)],
     }
     manifest = _begin_or_continue(options, parts, manifest, shard_bytes)
     shards = plan_shards(files, options.text, manifest["shard_bytes"])
     load = partial(load_tokenizer, options.tokenizer, trust_remote_code=options.trust_remote_code)
-    make = ShardTokenizer(load, options.text, *ends, options.valid_fraction, parts, len(options.outputs))
-    made: list[TokenizedShard] = []
+    tokenize_shard = ShardTokenizer(
+        load, options.text, *before_and_after, options.valid_fraction, parts, len(options.outputs)
+    )
+    results: list[TokenizedShard] = []
     with TokenizeProgress(total) as progress:
-        for shard, part in zip(shards, _run(make, shards, options.processes), strict=True):
+        for shard, part in zip(shards, _tokenize_shards(tokenize_shard, shards, options.processes), strict=True):
             progress.advance(sum(extent.num_bytes for extent in shard), part.tokens, resumed=not part.fresh)
-            made.append(part)
+            results.append(part)
         speed = progress.megabytes_per_second
-    notices = _notices(found, made)
-    if not any(part.documents for part in made):
+    notices = _notices(found, results)
+    if not any(part.documents for part in results):
         shutil.rmtree(parts)
         raise DataError("; ".join(["the input has no text, so nothing is written", *notices]))
     documents = tokens = 0
     for number, (output, before) in enumerate(zip(options.outputs, manifest["documents_before"], strict=True)):
-        added = _join(parts, len(shards), number, output, before, record)
+        added = _merge_parts(parts, len(shards), number, output, before, record)
         documents, tokens = documents + added[0], tokens + added[1]
         if not added[0]:
-            notices.append(f"{output}: no document fell to it; give more text, or another --valid-fraction")
+            notices.append(f"{output}: has no document; add text, or change --valid-fraction")
     shutil.rmtree(parts)
     return TokenizeResult(documents, tokens, total, speed, notices)
 
 
-def _notices(found: InputFiles, made: list[TokenizedShard]) -> list[str]:
-    """What was left out or is odd, a line each."""
+def _notices(found: InputFiles, results: list[TokenizedShard]) -> list[str]:
+    """Describe ignored files, files without text, duplicates and skipped content, one line each."""
     counts: Counter[str] = Counter()
     by_file: Counter[str] = Counter()
-    for part in made:
+    for part in results:
         counts.update(part.counts)
         by_file.update(part.by_file)
-    left_out = [f"{counts[name]:,} {name}" for name in sorted(counts) if counts[name] and name != WITH_NUL]
+    skipped = [f"{counts[name]:,} {name}" for name in sorted(counts) if counts[name] and name != WITH_NUL]
     empty = [path for path, _ in found.files if not by_file[str(path)]]
-    times = Counter(path.resolve() for path, _ in found.files)
-    twice = [path for path, number in times.items() if number > 1]
+    occurrences = Counter(path.resolve() for path, _ in found.files)
+    duplicates = [path for path, number in occurrences.items() if number > 1]
     lines = [
-        (found.left_out, f"left out {len(found.left_out):,} file(s) of no known format: {name_some(found.left_out)}"),
+        (found.ignored, f"ignored {len(found.ignored):,} file(s) of unknown format: {name_some(found.ignored)}"),
         (empty, f"{len(empty):,} file(s) without any text: {name_some(empty)}"),
-        (twice, f"{len(twice):,} file(s) found more than once, and read each time: {name_some(twice)}"),
-        (left_out, f"left out {', '.join(left_out)}"),
-        (counts[WITH_NUL], f"{counts[WITH_NUL]:,} {WITH_NUL}, kept as they are"),
+        (duplicates, f"{len(duplicates):,} file(s) named more than once and read each time: {name_some(duplicates)}"),
+        (skipped, f"skipped {', '.join(skipped)}"),
+        (counts[WITH_NUL], f"{counts[WITH_NUL]:,} {WITH_NUL}, kept unchanged"),
     ]
     return [line for condition, line in lines if condition]
 
 
-def _ends(options: TokenizeOptions, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
-    """The tokens before and after every document."""
+def _bos_and_eos(options: TokenizeOptions, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
+    """The ids to put before and after every document."""
     if options.add_bos and tokenizer.bos_id is None:
-        raise DataError(f"{options.tokenizer}: the tokenizer names no bos token; leave out --bos")
+        raise DataError(f"{options.tokenizer}: the tokenizer names no bos token; drop --bos")
     if options.add_eos and tokenizer.eos_id is None:
         raise DataError(f"{options.tokenizer}: the tokenizer names no eos token; use --no-eos")
     before = [tokenizer.bos_id] if options.add_bos is not False and tokenizer.bos_id is not None else []
@@ -182,7 +187,7 @@ def _check_options(options: TokenizeOptions) -> None:
     if options.processes < 1:
         raise DataError(f"--processes {options.processes}: must be at least 1")
     if bool(options.valid_output) != (options.valid_fraction > 0) or not 0 <= options.valid_fraction < 1:
-        raise DataError("--valid-fraction (in (0, 1)) and --valid-output belong together")
+        raise DataError("--valid-fraction (in (0, 1)) and --valid-output must be given together")
     if options.valid_output == options.output:
         raise DataError(f"{options.output} is both the output and the valid output")
     for output in options.outputs:
@@ -191,21 +196,20 @@ def _check_options(options: TokenizeOptions) -> None:
 
 
 def _check_appended(options: TokenizeOptions, record: TokenizerRecord) -> None:
-    """Refuse to put documents of two tokenizers into one file."""
+    """Refuse to append documents of another tokenizer, or with other bos and eos."""
     if not options.append:
         return
     for output in filter(Path.exists, options.outputs):
         known = read_record(output)
         if known is None:
             print(
-                f"warning: {output} has no record of its tokenizer, so nothing tells whether --append goes on with "
-                "the same one",
+                f"warning: {output} has no record of its tokenizer, so --append cannot check that it is the same",
                 file=sys.stderr,
             )
         elif differences := known.differences(record):
             raise DataError(
-                f"{output} was made otherwise than this --append would go on: {'; '.join(differences)}. "
-                "Repeat it with the options of the first run, or write another file"
+                f"{output} was made with other settings than this --append: {'; '.join(differences)}. "
+                "Use the settings of the first run, or write another file"
             )
 
 
@@ -218,7 +222,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _spool_stdin(parts: Path, format: str | None) -> tuple[Path, str]:
-    """Copy the standard input to a file, from where it is read in parallel; such a run cannot be continued."""
+    """Copy the standard input to a file, to be read in parallel. Such a run cannot be continued."""
     if format not in ("txt", "json", "jsonl"):
         raise DataError("the standard input needs --format txt, json or jsonl")
     shutil.rmtree(parts, ignore_errors=True)
@@ -232,27 +236,27 @@ def _spool_stdin(parts: Path, format: str | None) -> tuple[Path, str]:
 def _begin_or_continue(
     options: TokenizeOptions, parts: Path, manifest: dict[str, Any], shard_bytes: int
 ) -> dict[str, Any]:
-    """The manifest of the interrupted run, or that of a new one, written."""
+    """Return the manifest of the interrupted run, or write and return that of a new one."""
     path = parts / "manifest.json"
     if path.is_file() and not options.restart:
         try:
             old = json.loads(path.read_text())
         except ValueError as error:
-            raise DataError(f"{path}: damaged ({error}); forget the interrupted run with --restart") from error
+            raise DataError(f"{path}: damaged ({error}); discard the interrupted run with --restart") from error
         changed = [key for key in manifest if old.get(key) != json.loads(json.dumps(manifest[key]))]
-        # Where no part is done, as after a mistake in the first file, there is nothing to lose.
-        begins_anew = bool(changed) and not any(parts.glob("*.done"))
-        if changed and not begins_anew:
+        # Without a finished part, as after an error in the first file, there is nothing to lose.
+        starts_over = bool(changed) and not any(parts.glob("*.done"))
+        if changed and not starts_over:
             raise DataError(
-                f"{parts} holds the parts of an interrupted run with other {', '.join(changed)}: repeat that run to "
-                "finish it, or forget it with --restart"
+                f"{parts} has parts of an interrupted run with other {', '.join(changed)}: repeat that run to finish "
+                "it, or discard it with --restart"
             )
-        if not begins_anew:
+        if not starts_over:
             print(f"continuing the interrupted run in {parts}", file=sys.stderr)
             return old
     for output in options.outputs:
         if output.exists() and not options.append:
-            raise DataError(f"{output} exists: choose another name, remove it, or add to it with --append")
+            raise DataError(f"{output} exists: choose another name, remove it, or append to it with --append")
     before = [len(TokenizedFile(output)) if output.exists() else 0 for output in options.outputs]
     manifest = manifest | {"shard_bytes": shard_bytes, "documents_before": before}
     if parts.is_dir():
@@ -265,27 +269,29 @@ def _begin_or_continue(
     return manifest
 
 
-def _run(make: ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int) -> Iterator[TokenizedShard]:
+def _tokenize_shards(
+    tokenize_shard: ShardTokenizer, shards: list[tuple[Extent, ...]], processes: int
+) -> Iterator[TokenizedShard]:
     if processes == 1:
-        yield from map(make, enumerate(shards))
+        yield from map(tokenize_shard, enumerate(shards))
         return
-    workers = WorkerProcesses(make, lambda: enumerate(shards), min(processes, max(1, len(shards))))
+    workers = WorkerProcesses(tokenize_shard, lambda: enumerate(shards), min(processes, max(1, len(shards))))
     try:
         yield from workers
     finally:
         workers.stop()
 
 
-def _join(
+def _merge_parts(
     parts: Path, num_parts: int, number: int, output: Path, before: int, record: TokenizerRecord
 ) -> tuple[int, int]:
-    """Write one output from its parts; returns the documents and tokens added."""
+    """Write one output from its parts; returns the numbers of documents and tokens added."""
     paths = [part_path(parts, index, number) for index in range(num_parts)]
-    # After a crash behind the join, the output already has the new documents: they must not be added twice.
-    joined = output.exists() and len(np.load(meta_path(output), mmap_mode="r")) > before
+    # After a crash that followed the merge, the output has the new documents already.
+    is_merged = output.exists() and len(np.load(meta_path(output), mmap_mode="r")) > before
     if not output.exists():
         write_record(output, record)
-    if not joined and (paths or not output.exists()):
+    if not is_merged and (paths or not output.exists()):
         with TokenizedWriter(output, append=output.exists()) as writer:
             for path in paths:
                 writer.write_file(path)

@@ -1,4 +1,4 @@
-"""Texts on which tokenizers are compared: where conversions between formats and libraries go wrong."""
+"""Texts for comparing tokenizers, chosen where conversions between formats and libraries go wrong."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ _SPECIAL_TEXTS = 16
 
 
 class Encoder(Protocol):
-    """What comparing needs of a tokenizer."""
+    """A tokenizer that can be compared."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; adds no bos or eos."""
+        """Encode each text, without bos and eos."""
 
 
 class Vocabulary(Protocol):
-    """What making texts with special tokens needs of a tokenizer."""
+    """A tokenizer whose special tokens can be spelled."""
 
     special_ids: frozenset[int]
 
     def pieces(self) -> list[str]:
-        """The vocabulary by id."""
+        """Return the vocabulary, by id."""
 
 
 PROBE_TEXTS = (
@@ -46,16 +46,18 @@ PROBE_TEXTS = (
     "\U0001f600 \U0001f469\u200d\U0001f4bb \u2581 \u0120 \u00a0 \u200b \ufeff \u2028",
     "\x00 \x07 \x7f",
 )
-"""Runs of spaces, line ends, tabs, code, numbers, composed and compatible characters, scripts, joiners, controls."""
+"""Runs of spaces, line ends, tabs, code, numbers, composed and compatibility characters, scripts, joiners, controls."""
 
 
 def first_difference(
     one: Encoder, other: Encoder, names: tuple[str, str], texts: Iterable[str] = PROBE_TEXTS
 ) -> str | None:
-    """The first text for which two tokenizers give different ids, with both, in words; None if there is none.
+    """Describe the first text for which two tokenizers give different ids; None if there is none.
 
     Args:
-        names: what the two are called.
+        one, other: the tokenizers.
+        names: their names in the description.
+        texts: the texts to encode.
     """
     probes = list(texts)
     for text, ids, other_ids in zip(probes, one.encode_batch(probes), other.encode_batch(probes), strict=True):
@@ -65,7 +67,7 @@ def first_difference(
 
 
 def special_texts(tokenizer: Vocabulary) -> list[str]:
-    """Texts that spell some of a tokenizer's special tokens, at the start, in a word, before and after a space."""
+    """Texts that spell some special tokens of a tokenizer: at the start, inside a word, before and after a space."""
     pieces = tokenizer.pieces()
     special = [pieces[id] for id in sorted(tokenizer.special_ids) if pieces[id]]
     sampled = special[:: max(1, len(special) // _SPECIAL_TEXTS)]

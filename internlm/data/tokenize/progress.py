@@ -1,4 +1,4 @@
-"""Progress of tokenizing: a bar on a terminal, a line now and then elsewhere."""
+"""Displays the progress of tokenization: a bar on a terminal, a line every 10 seconds otherwise."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class TokenizeProgress:
     """Shows MB, MB/s and tokens on stderr.
 
     Args:
-        total_bytes: size of the input.
+        total_bytes: size of the input in bytes.
     """
 
     def __init__(self, total_bytes: int) -> None:
         self.total_bytes = total_bytes
         self.done_bytes = self.fresh_bytes = self.tokens = 0
-        self._began = self._last_line = time.monotonic()
+        self._start_time = self._last_line = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -30,7 +30,7 @@ class TokenizeProgress:
             self._task = self._bar.add_task("", total=total_bytes)
 
     def advance(self, num_bytes: int, tokens: int, resumed: bool = False) -> None:
-        """Count input that is done; `resumed` input was done by an earlier call and says nothing of the speed."""
+        """Count finished input; input finished by an earlier call (`resumed`) does not count for the speed."""
         self.done_bytes += num_bytes
         self.fresh_bytes += 0 if resumed else num_bytes
         self.tokens += tokens
@@ -42,8 +42,8 @@ class TokenizeProgress:
 
     @property
     def megabytes_per_second(self) -> float:
-        """Speed of this call, in 10^6 bytes of input a second."""
-        return self.fresh_bytes / 1e6 / max(time.monotonic() - self._began, 1e-9)
+        """Speed of this call, in 10^6 bytes of input per second."""
+        return self.fresh_bytes / 1e6 / max(time.monotonic() - self._start_time, 1e-9)
 
     def _text(self) -> str:
         return (

@@ -1,6 +1,6 @@
-"""How an instruction record becomes a text for a model: prompt formats, and which part of them is learned.
+"""Prompt formats: the text of an instruction record, and which parts of it are masked.
 
-Owns the words and the special tokens around instruction, input and output. Knows no files.
+Owns the text and special tokens around instruction, input and output. Must not know files.
 """
 
 from __future__ import annotations
@@ -26,33 +26,38 @@ _WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-"""The prompts that models trained on the Alpaca data expect, to the letter."""
+"""The exact prompts that models trained on the Alpaca data expect."""
 _INTERNEVO_IDS = {"<eoh>": 103167, "<eoa>": 103166, "<0x0A>": 13}
-"""Ends of the user's and of the model's turn, and a new line, as InternEvo's tool writes them for every tokenizer."""
+"""Ids of the ends of the user's and the model's turn, and of newline, that InternEvo's tool uses for any tokenizer."""
 _INTERNEVO_MAX_TOKENS = 2048
 
 Record = dict[str, str]
-"""The texts "instruction", "input" (may be empty) and "output"."""
+"""A record: the texts "instruction", "input" (may be empty) and "output"."""
 
 
 @dataclass(frozen=True)
 class PromptSegment:
-    """A part of an example: text, or ids as they are. What is not `learned` is read by the model and no label."""
+    """A part of an example.
+
+    Attributes:
+        content: text, or ids.
+        has_loss: whether its tokens contribute loss; otherwise they are context only.
+    """
 
     content: str | Sequence[int]
-    learned: bool
+    has_loss: bool
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a record becomes an example.
+    """Conversion of records to examples.
 
     Attributes:
-        segments: of a record, in order.
-        end: ids behind them, learned.
-        max_tokens: longer examples are cut to this, `end` included; None cuts nothing.
-        add_bos: whether examples begin with the tokenizer's bos.
-        notices: what a user should know of the format with this tokenizer, a line each.
+        segments: splits a record into its segments, in order.
+        end: ids after the segments, with loss.
+        max_tokens: length to which examples are truncated, with `end`; None truncates nothing.
+        add_bos: whether examples start with the bos of the tokenizer.
+        notices: peculiarities of the format with this tokenizer, one line each.
     """
 
     segments: Callable[[Record], list[PromptSegment]]
@@ -67,44 +72,48 @@ class Example:
     """A tokenized record.
 
     Attributes:
-        ids, learned: of equal length; whether each token contributes loss.
-        cut_tokens: tokens that `max_tokens` cut off.
-        has_answer: whether a token of the answer is left to learn.
+        ids: token ids.
+        loss_mask: whether each token contributes loss; as long as `ids`.
+        num_truncated: number of tokens removed by `max_tokens`.
+        has_answer: whether a token of the answer with loss is left.
     """
 
     ids: list[int]
-    learned: list[bool]
-    cut_tokens: int
+    loss_mask: list[bool]
+    num_truncated: int
     has_answer: bool
 
     def labels_within(self, seq_len: int | None) -> int:
-        """Labels among the first `seq_len` positions: learned tokens that have one before them."""
-        return sum(self.learned[1 : None if seq_len is None else seq_len + 1])
+        """Number of labels of the first `seq_len` positions: the first token is never a label."""
+        return sum(self.loss_mask[1 : None if seq_len is None else seq_len + 1])
 
 
-def prompt_format(
+def build_prompt_format(
     name: str, tokenizer: TextTokenizer, path: Path, *, add_bos: bool = False, trust_remote_code: bool = False
 ) -> PromptFormat:
-    """One of PROMPT_FORMATS, with the special tokens of a tokenizer.
+    """Build a prompt format with the special tokens of a tokenizer.
 
-    A chat template owns all special tokens: those before the response (a bos, for example) are masked, and all that it
-    puts behind it (end of turn, newline) is learned.
+    A chat template provides all special tokens: those before the response, such as bos, are masked, and what follows
+    the response (end of turn, newline) has loss.
 
     Args:
-        path: where the tokenizer was loaded from.
-        add_bos: begin with the tokenizer's bos ("alpaca" only; "internevo" always does, a chat template has its own).
-        trust_remote_code: run the code of a tokenizer that is nothing else.
+        name: one of PROMPT_FORMATS.
+        tokenizer: the tokenizer.
+        path: path of the tokenizer.
+        add_bos: whether to start with bos ("alpaca" only; "internevo" always does, a chat template decides itself).
+        trust_remote_code: whether to run custom code of the tokenizer folder.
+
     Raises:
         DataError: the tokenizer lacks a token or a template that the format needs.
     """
     if name == "chat-template":
         return PromptFormat(_chat_segments(path, trust_remote_code))
     if tokenizer.eos_id is None:
-        raise DataError(f"{path}: the tokenizer names no eos token, so a model could not learn where a response ends")
+        raise DataError(f"{path}: the tokenizer names no eos token, so a model cannot learn where a response ends")
     if name == "internevo":
         return _internevo(tokenizer, path)
     if add_bos and tokenizer.bos_id is None:
-        raise DataError(f"{path}: the tokenizer names no bos token; leave out --bos")
+        raise DataError(f"{path}: the tokenizer names no bos token; drop --bos")
     before = [PromptSegment([tokenizer.bos_id], False)] if add_bos and tokenizer.bos_id is not None else []
 
     def segments(record: Record) -> list[PromptSegment]:
@@ -115,26 +124,30 @@ def prompt_format(
     return PromptFormat(segments, [tokenizer.eos_id], add_bos=add_bos)
 
 
-def encode_examples(records: Iterable[Record], form: PromptFormat, tokenizer: TextTokenizer) -> Iterator[Example]:
-    """Each record as an example. Segments are encoded apart: at generation a prompt is encoded without its response."""
+def encode_examples(records: Iterable[Record], prompts: PromptFormat, tokenizer: TextTokenizer) -> Iterator[Example]:
+    """Tokenize records. Segments are encoded separately, because generation encodes a prompt without its response."""
     remaining = iter(records)
-    while batch := [form.segments(record) for record in islice(remaining, _BATCH)]:
+    while batch := [prompts.segments(record) for record in islice(remaining, _BATCH)]:
         texts = [segment.content for segments in batch for segment in segments if isinstance(segment.content, str)]
         encoded = iter(tokenizer.encode_batch(texts))
         for segments in batch:
             ids: list[int] = []
-            learned: list[bool] = []
+            loss_mask: list[bool] = []
             for segment in segments:
                 part = next(encoded) if isinstance(segment.content, str) else segment.content
                 ids += part
-                learned += [segment.learned] * len(part)
-            room = len(ids) if form.max_tokens is None else form.max_tokens - len(form.end)
-            ends = [*learned[:room], *[True] * len(form.end)]
-            yield Example([*ids[:room], *form.end], ends, max(0, len(ids) - room), any(learned[1:room]))
+                loss_mask += [segment.has_loss] * len(part)
+            limit = len(ids) if prompts.max_tokens is None else prompts.max_tokens - len(prompts.end)
+            yield Example(
+                [*ids[:limit], *prompts.end],
+                [*loss_mask[:limit], *[True] * len(prompts.end)],
+                num_truncated=max(0, len(ids) - limit),
+                has_answer=any(loss_mask[1:limit]),
+            )
 
 
 def _chat_segments(path: Path, trust_remote_code: bool) -> Callable[[Record], list[PromptSegment]]:
-    """Prompt and response by the tokenizer's own chat template, which owns all special tokens."""
+    """Prompt and response by the chat template of the tokenizer, which provides all special tokens."""
     from transformers import AutoTokenizer
 
     folder = path if path.is_dir() else path.parent
@@ -146,20 +159,20 @@ def _chat_segments(path: Path, trust_remote_code: bool) -> Callable[[Record], li
     except (ValueError, OSError) as error:
         raise DataError(f"{folder}: --chat-template needs a Hugging Face tokenizer folder: {error}") from error
     if not tokenizer.chat_template:
-        raise DataError(f"{folder}: the tokenizer has no chat template; leave out --chat-template")
+        raise DataError(f"{folder}: the tokenizer has no chat template; drop --chat-template")
 
     def segments(record: Record) -> list[PromptSegment]:
         question = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
-        asked = [{"role": "user", "content": question}]
-        answered = [*asked, {"role": "assistant", "content": record["output"]}]
-        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(answered, tokenize=False)
-        if not whole.startswith(prompt):
+        user_turn = [{"role": "user", "content": question}]
+        both_turns = [*user_turn, {"role": "assistant", "content": record["output"]}]
+        prompt = tokenizer.apply_chat_template(user_turn, tokenize=False, add_generation_prompt=True)
+        conversation = tokenizer.apply_chat_template(both_turns, tokenize=False)
+        if not conversation.startswith(prompt):
             raise DataError(
-                f"{folder}: the chat template does not continue its own generation prompt, so the response cannot be "
-                f"told from the prompt {prompt!r}; leave out --chat-template"
+                f"{folder}: a conversation in the chat template does not start with its generation prompt {prompt!r}, "
+                "so prompt and response cannot be separated; drop --chat-template"
             )
-        return [PromptSegment(prompt, False), PromptSegment(whole[len(prompt) :], True)]
+        return [PromptSegment(prompt, False), PromptSegment(conversation[len(prompt) :], True)]
 
     return segments
 
@@ -167,7 +180,7 @@ def _chat_segments(path: Path, trust_remote_code: bool) -> Callable[[Record], li
 def _internevo(tokenizer: TextTokenizer, path: Path) -> PromptFormat:
     """The format of InternEvo's tool: <s><|User|>:...<eoh> newline <|Bot|>:...<eoa> newline </s>."""
     if tokenizer.bos_id is None or tokenizer.eos_id is None:
-        raise DataError(f"{path}: the tokenizer names no bos token, with which InternEvo's format begins")
+        raise DataError(f"{path}: the tokenizer names no bos token, with which InternEvo's format starts")
     ids = _internevo_ids(tokenizer)
     bos, newline = tokenizer.bos_id, ids["<0x0A>"]
 
@@ -188,7 +201,7 @@ def _internevo(tokenizer: TextTokenizer, path: Path) -> PromptFormat:
 
 
 def _internevo_ids(tokenizer: TextTokenizer) -> dict[str, int]:
-    """The tokenizer's own ids of these tokens, and InternEvo's of those that it does not have."""
+    """The ids of these tokens in the tokenizer, and InternEvo's for tokens that it lacks."""
     own = {piece: id for id, piece in enumerate(tokenizer.pieces()) if piece in _INTERNEVO_IDS}
     return _INTERNEVO_IDS | own
 
@@ -197,7 +210,7 @@ def _internevo_notices(tokenizer: TextTokenizer, ids: dict[str, int]) -> list[st
     notices = []
     if changed := [name for name, id in _INTERNEVO_IDS.items() if ids[name] != id]:
         pairs = ", ".join(f"{name} {ids[name]} for {_INTERNEVO_IDS[name]}" for name in changed)
-        notices.append(f"ids of this tokenizer where InternEvo's tool writes those of its own: {pairs}")
+        notices.append(f"ids of this tokenizer instead of the fixed ids of InternEvo's tool: {pairs}")
     if outside := [name for name, id in ids.items() if id >= tokenizer.vocab_size]:
         pairs = ", ".join(f"{name} {ids[name]}" for name in outside)
         notices.append(

@@ -1,8 +1,8 @@
-"""A SentencePiece model, read by its own library, with the special tokens of the folder it lies in.
+"""A SentencePiece model, run by its own library, with the special tokens of its folder.
 
-Libraries that convert such a model to another format give other ids for some texts (runs of spaces, line ends, tabs),
-so the model file is the truth here. Special tokens that the folder's files name are found in the text first; each piece
-of text between them is encoded by SentencePiece on its own, with the space that it puts before a text.
+Conversions of such a model to other formats change the ids of some texts (runs of spaces, line ends, tabs), so the
+model file is authoritative. Special tokens that the folder names are split off first; SentencePiece encodes each text
+between them separately, and so adds its space before each.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ class SentencePieceTokenizer:
     """The `sentencepiece` library as a `TextTokenizer`.
 
     Attributes:
-        added: id -> token, of those that are found in the text as they are spelt.
+        added: id -> token, for tokens that are matched literally in the text.
 
     Args:
         path: the .model file.
-        special: what the folder's files say; without any, no text is taken for a special token.
+        special: the special tokens of the folder; without any, no text is encoded as a special token.
 
     Raises:
         DataError: bos or eos are named, but not in the vocabulary.
-        RuntimeError: it is no SentencePiece model.
+        RuntimeError: the file is not a SentencePiece model.
     """
 
     def __init__(self, path: Path, special: SpecialTokens) -> None:
@@ -44,12 +44,12 @@ class SentencePieceTokenizer:
             ids[token.content] = id
         self.vocab_size = len(self._pieces)
         self.special_ids = frozenset(control | set(self.added))
-        ends = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
+        model_ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
         self.bos_id, self.eos_id = (
-            special.end_id(key, ids, str(path)) if key in special.named else id if id >= 0 else None
-            for key, id in ends.items()
+            special.token_id(key, ids, str(path)) if key in special.named else id if id >= 0 else None
+            for key, id in model_ids.items()
         )
-        # The longest is tried first; group n of the pattern is the n-th of these.
+        # Alternatives are tried in order, so the longest comes first; group n of the pattern is the n-th of these.
         self._by_length = sorted(self.added, key=lambda id: -len(self.added[id].content))
         self._special = (
             re.compile("|".join(f"({_pattern(self.added[id])})" for id in self._by_length)) if self.added else None
@@ -59,20 +59,18 @@ class SentencePieceTokenizer:
     def _find_added(
         special: SpecialTokens, ids: dict[str, int], control: set[int], path: Path
     ) -> dict[int, AddedToken]:
-        """Id -> token, of all that are found in text; none if the folder's files name none."""
+        """Id -> token, for all tokens to match in text; empty if the folder names no special token."""
         if not (special.named or special.added or special.others):
             return {}
         contents = {id: piece for piece, id in ids.items()}
         named = [AddedToken(content) for content in special.named.values() if content is not None]
         found = {id: AddedToken(contents[id]) for id in sorted(control)}
-        known = {token.content for token in special.added.values()}
+        added = {token.content for token in special.added.values()}
         for token in [*named, *special.others]:
             if token.content in ids:
                 found[ids[token.content]] = token
-            elif token.content not in known:
-                warn(
-                    f"{path.parent}: '{token.content}' is named as a special token, but has no id; it is ordinary text"
-                )
+            elif token.content not in added:
+                warn(f"{path.parent}: the special token '{token.content}' has no id; it is encoded as ordinary text")
         return found | dict(special.added)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

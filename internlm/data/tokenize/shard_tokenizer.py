@@ -1,6 +1,6 @@
-"""The part of a shard: the documents of a piece of the input as a tokenized file, made once, in some process.
+"""Tokenizes one shard of the input into a part, a tokenized file, in a worker process.
 
-Owns the names in the parts folder. A part counts when its `.done` file is there, which also holds what it gave.
+Owns the file names in the parts folder. A part is complete when its `.done` file exists, which has its counts.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.data.tokenized_files.writer import TokenizedWriter
 
 _BATCH_CHARACTERS = 1 << 18
-"""Texts are encoded in batches of about this size: enough to amortise a call, small enough to stay in the caches."""
+"""Characters of a batch of texts: enough to amortize a call, few enough to fit the caches."""
 _NO_TOKEN = "texts that give no token"
 
 
 @dataclass
 class TokenizedShard:
-    """What a shard gave.
+    """Counts of a tokenized shard.
 
     Attributes:
-        documents, tokens: over all outputs.
-        counts: what was left out or is odd, by name.
-        by_file: documents by input file.
-        fresh: made now rather than found.
+        documents, tokens: numbers over all outputs.
+        counts: number of skipped or suspicious texts, by kind.
+        by_file: number of documents, by input file.
+        fresh: whether the part was made by this call, not by an interrupted one.
     """
 
     documents: int
@@ -41,18 +41,20 @@ class TokenizedShard:
 
 
 def part_path(parts: Path, index: int, number: int) -> Path:
-    """The file of part `number` of shard `index` in the folder `parts`."""
+    """Path of the part of shard `index` for output `number`."""
     return parts / f"{index:06d}.{number}.bin"
 
 
 class ShardTokenizer:
-    """Makes the part of a shard; runs in a worker.
+    """Tokenizes shards in a worker.
 
     Args:
-        load: gives the tokenizer, in the worker.
-        before, after: ids around every document.
-        valid_fraction: this share of the documents, by a hash of their text, goes to the last of `num_outputs` files.
-        parts: the folder of the parts.
+        load: loads the tokenizer, in the worker.
+        text: how documents are found.
+        before, after: ids to put before and after every document.
+        valid_fraction: share of documents, chosen by a hash of their text, for the last of the outputs.
+        parts: folder of the parts.
+        num_outputs: 2 with a validation output, else 1.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class ShardTokenizer:
         if done.is_file():
             return TokenizedShard(**json.loads(done.read_text()) | {"fresh": False})
         if self._tokenizer is None:
-            # Parallelism comes from the processes; threads of the library below them would only compete.
+            # Processes provide the parallelism; threads of the library would compete with them.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             self._tokenizer = self._load()
         for number in range(self._num_outputs):

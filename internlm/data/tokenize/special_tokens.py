@@ -1,6 +1,7 @@
-"""Special tokens that a tokenizer's folder names: tokenizer_config.json, special_tokens_map.json, added_tokens.json.
+"""Special tokens named in a tokenizer's folder: tokenizer_config.json, special_tokens_map.json, added_tokens.json.
 
-Owns which file counts, by the rules of transformers. Knows no vocabulary: whether a token exists is for the tokenizer.
+Owns the precedence of the files, by the rules of transformers. Must not know the vocabulary: the tokenizer checks that
+the tokens exist.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ CONFIG, MAP, ADDED, GENERATION = (
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the text as it is spelt, before anything is split or normalised.
+    """A token that is matched literally in the text, before normalization and splitting.
 
     Attributes:
-        content: its spelling.
-        lstrip, rstrip: it takes the white space before / after it along.
-        single_word: it is not found inside of a word.
-        special: decoders may leave it out.
+        content: its text.
+        lstrip, rstrip: whether a match includes white space before / after it.
+        single_word: whether matches inside words are excluded.
+        special: whether decoders may omit it.
     """
 
     content: str
@@ -45,20 +46,25 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What the files of a folder say.
+    """The special tokens that the files of a folder name.
 
     Attributes:
-        named: of bos_token, eos_token, pad_token, unk_token: those that a file names, None where it says "none".
-        added: id -> token of the vocabulary's additions and special tokens.
+        named: bos_token, eos_token, pad_token and unk_token, as far as a file names them; None where it is null.
+        added: id -> token, for tokens added to the vocabulary and special tokens.
         others: further special tokens, named without an id.
     """
 
-    def end_id(self, key: str, ids: Mapping[str, int], where: str) -> int | None:
-        """The id of `bos_token` or `eos_token`, which a file names.
+    named: Mapping[str, str | None] = field(default_factory=dict)
+    added: Mapping[int, AddedToken] = field(default_factory=dict)
+    others: Sequence[AddedToken] = ()
+
+    def token_id(self, key: str, ids: Mapping[str, int], where: str) -> int | None:
+        """Look up the id of a token in `named`; None if the token is null.
 
         Args:
-            ids: spelling -> id of the whole vocabulary.
-            where: the tokenizer, for messages.
+            key: "bos_token" or "eos_token".
+            ids: token -> id, for the whole vocabulary.
+            where: path of the tokenizer, for messages.
 
         Raises:
             DataError: the vocabulary lacks the token.
@@ -68,24 +74,21 @@ class SpecialTokens:
             return None
         if content not in ids:
             raise DataError(
-                f"{where}: {key} is '{content}', but the vocabulary has no such token; name one that it has in "
-                f"{CONFIG} ({MAP} counts where that does not name any)"
+                f"{where}: {key} is '{content}', but the vocabulary has no such token; name one of its tokens "
+                f"in {CONFIG} ({MAP} is used for what that does not name)"
             )
         return ids[content]
 
-    named: Mapping[str, str | None] = field(default_factory=dict)
-    added: Mapping[int, AddedToken] = field(default_factory=dict)
-    others: Sequence[AddedToken] = ()
-
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
-    """The special tokens that the files in `folder` name; empty where there is no such file.
+    """Read the special tokens that the files in `folder` name; empty if there is no such file.
 
-    special_tokens_map.json counts before tokenizer_config.json, unless the latter lists `added_tokens_decoder` (it is
-    then the newer file); what only one of them names is taken from that one. A difference is logged.
+    special_tokens_map.json takes precedence over tokenizer_config.json, unless the latter lists `added_tokens_decoder`,
+    which shows that it is the newer file. A token that only one of them names comes from that one. Differences are
+    logged.
 
     Raises:
-        DataError: a file is not of this form.
+        DataError: a file is malformed.
     """
     config, map_ = _read(folder / CONFIG), _read(folder / MAP)
     files = [(CONFIG, config), (MAP, map_)]
@@ -106,7 +109,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
     if "added_tokens_decoder" not in config:
         for content, id in _read(folder / ADDED).items():
             if not isinstance(id, int):
-                raise DataError(f"{folder / ADDED}: '{content}' must have a number, got {id!r}")
+                raise DataError(f"{folder / ADDED}: the id of '{content}' must be an integer, got {id!r}")
             added[id] = AddedToken(content, special=content in named.values())
     others = [
         _token(folder / file, key, value)
@@ -119,7 +122,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
 
 
 def own_code(folder: Path) -> str | None:
-    """The class that the folder's files name as the tokenizer's own code, such as "tokenization_x.XTokenizer"."""
+    """The class of custom tokenizer code that the folder names, such as "tokenization_x.XTokenizer"; None without."""
     for name in (CONFIG, "config.json"):
         auto_map = _read(folder / name).get("auto_map")
         if isinstance(auto_map, dict) and "AutoTokenizer" in auto_map:
@@ -130,16 +133,16 @@ def own_code(folder: Path) -> str | None:
 
 
 def stop_ids(folder: Path) -> tuple[int, ...]:
-    """The ids at which generation stops, by generation_config.json in `folder`; empty if it names none.
+    """Read the ids that stop generation from generation_config.json in `folder`; empty if it names none.
 
     Raises:
-        DataError: the file is not of this form.
+        DataError: the file is malformed.
     """
     return eos_ids(_read(folder / GENERATION), str(folder / GENERATION))
 
 
 def eos_ids(values: Mapping[str, Any], where: str) -> tuple[int, ...]:
-    """The ids under `eos_token_id` of a config: one, a list of them, or none.
+    """Return the ids in `eos_token_id` of a config, which may be an id, a list of ids, or absent.
 
     Raises:
         DataError: it is something else.
@@ -157,9 +160,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from error
+        raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise DataError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+        raise DataError(f"{path}: must be a JSON object, got {type(values).__name__}")
     return values
 
 
@@ -189,6 +192,6 @@ def _token(path: Path, key: str, value: Any, special: bool = True) -> AddedToken
 
 
 def warn(text: str) -> None:
-    """Log a warning about a tokenizer's files once: not in the worker processes that read the same files again."""
+    """Log a warning about the files of a tokenizer, except in worker processes, which load the same files again."""
     if parent_process() is None:
         logger.warning("%s", text)

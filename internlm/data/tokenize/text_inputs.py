@@ -1,7 +1,7 @@
-"""Documents out of txt, json, jsonl and parquet files, in bounded memory and from any byte range of them.
+"""Reads documents from txt, json, jsonl and parquet files, in bounded memory and from any byte range.
 
-Owns what a document is, what is left out and counted, and the cutting of inputs into shards of about equal size. Knows
-no tokenizer.
+Owns the definition of a document, what is skipped and counted, and the partition of inputs into shards of about equal
+size. Must not know tokenizers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from internlm.utils.errors import DataError, nearest
 
 _PARQUET_ROWS = 256
 BLANK, EMPTY, NULL = "blank lines", "empty texts", "texts that are null"
-"""What is left out, and counted."""
+"""Content that is skipped and counted."""
 WITH_NUL = "texts with a NUL character"
-"""What is kept, and counted: rarely meant, as in the tail of a file that a crash cut off."""
+"""Content that is kept and counted: usually an accident, such as the tail of a file after a crash."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class Extent:
     """A part of one input file.
 
     Attributes:
-        start, stop: bytes of a txt or jsonl file (lines that begin in the range belong to it), row groups of a parquet
-            file; (0, size) where a file is read as a whole, as compressed ones are.
-        num_bytes: its share of the size of the input, for progress.
+        path: the file.
+        format: one of `FORMATS`.
+        start, stop: byte range of a txt or jsonl file (with the lines that start in it), or range of row groups of a
+            parquet file; (0, size) for files that are read entirely, such as compressed ones.
+        num_bytes: its share of the input size, for the progress display.
     """
 
     path: str
@@ -47,11 +49,11 @@ class TextOptions:
     """How documents are found in a file.
 
     Attributes:
-        text_key: the field of a record (json, jsonl) or the column (parquet) that holds the text.
-        whole_files: a txt file is one document, not one a line.
-        strip_lines: leave out the white space around a line of a txt file.
-        raw_json: the JSON of a record is the document: a line of a jsonl file as it is, newline included, and an
-            element of a json file as `json.dumps` writes it.
+        text_key: field of a record (json, jsonl) or column (parquet) with the text.
+        whole_files: whether a txt file is one document, instead of one document a line.
+        strip_lines: whether to strip white space from the lines of a txt file.
+        raw_json: whether the JSON of a record is the document: a line of a jsonl file with its newline, or an element
+            of a json file as `json.dumps` writes it.
     """
 
     text_key: str = "text"
@@ -61,7 +63,7 @@ class TextOptions:
 
 
 def plan_shards(files: Iterable[tuple[Path, str]], options: TextOptions, shard_bytes: int) -> list[tuple[Extent, ...]]:
-    """Cut files into shards of about `shard_bytes`, in input order: large files are split, small ones joined."""
+    """Partition files into shards of about `shard_bytes`, in input order: large files are split, small ones grouped."""
     shards: list[tuple[Extent, ...]] = []
     current: list[Extent] = []
     size = 0
@@ -78,10 +80,13 @@ def plan_shards(files: Iterable[tuple[Path, str]], options: TextOptions, shard_b
 
 
 def read_documents(extent: Extent, options: TextOptions, counts: Counter[str] | None = None) -> Iterator[str]:
-    """The texts of an extent, in order; empty ones are left out.
+    """Iterate over the texts of an extent, in order; empty ones are skipped.
 
     Args:
-        counts: gets the number of what is left out or odd, by its name.
+        extent: the part of a file to read.
+        options: how documents are found.
+        counts: incremented for skipped content and texts with NUL characters, by name.
+
     Raises:
         DataError: bytes that are not UTF-8, a line that is not JSON, or a record without the text.
     """
@@ -125,7 +130,7 @@ def _extents(path: Path, format: str, options: TextOptions, shard_bytes: int) ->
 
 
 def _lines(path: Path, extent: Extent) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, line) of the lines that begin in [start, stop); all of a compressed file."""
+    """(byte offset, line) of the lines that start in [start, stop), or of all lines of a compressed file."""
     stop = sys.maxsize if is_compressed(path) else extent.stop
     with open_input(path) as file:
         offset = 0
@@ -187,7 +192,8 @@ def _read_parquet(path: Path, extent: Extent, text_key: str) -> Iterator[str | N
     names = file.schema_arrow.names
     if text_key not in names:
         raise DataError(
-            f"{path}: no column '{text_key}', only {names}; choose with --text-key.{nearest(text_key, names)}"
+            f"{path}: no column '{text_key}'; its columns are {names}. "
+            f"Choose one with --text-key.{nearest(text_key, names)}"
         )
     row = 0
     for batch in file.iter_batches(
@@ -204,12 +210,12 @@ def _text_of(record: Any, text_key: str, place: str) -> str | None:
     if isinstance(record, dict) and text_key in record:
         return _as_text(record[text_key], place, text_key)
     if isinstance(record, list):
-        raise DataError(
-            f"{place} is an array, not a record; where one array is the whole of a .jsonl file, name it .json"
-        )
+        raise DataError(f"{place} is an array, not a record; if the file is a single array, name it .json")
     keys = sorted(record) if isinstance(record, dict) else []
     found = f"its fields are {keys}" if keys else f"it is {type(record).__name__}"
-    raise DataError(f"{place} has no text '{text_key}', {found}; choose with --text-key.{nearest(text_key, keys)}")
+    raise DataError(
+        f"{place} has no text '{text_key}'; {found}. Choose a field with --text-key.{nearest(text_key, keys)}"
+    )
 
 
 def _as_text(value: Any, place: str, text_key: str) -> str | None:
@@ -221,16 +227,16 @@ def _as_text(value: Any, place: str, text_key: str) -> str | None:
 
 
 def check_unicode(text: str, place: str) -> str:
-    """`text`, which JSON may fill with half a character.
+    """Return `text` if it is valid Unicode, which a JSON string need not be.
 
     Raises:
-        DataError: it has a lone surrogate, which no tokenizer can read; names the place.
+        DataError: it has a lone surrogate, which no tokenizer accepts; names the place.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{place} has a lone surrogate (\\u{ord(text[error.start]):04x}) at character {error.start}, half of a "
-            "character: mend or remove the record"
+            "character: correct or remove the record"
         ) from error
     return text

@@ -1,6 +1,6 @@
-"""One interface to the tokenizers that a user may have: tokenizer.json, a Hugging Face folder, a SentencePiece model.
+"""One interface to all kinds of tokenizers: tokenizer.json, Hugging Face folders, SentencePiece models.
 
-Owns loading, and which ids begin and end a document. Imports no torch: tokenizing processes start fast.
+Owns loading, and the choice of bos and eos. Imports no torch, so that tokenizing processes start fast.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from internlm.utils.errors import DataError
 
 TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 
-_MEMO_PAYS_AT = 1 << 19
-"""Characters after which building the memo encoder (a quarter of a second) is worth it."""
+_MEMO_THRESHOLD = 1 << 19
+"""Characters after which the memo encoder, which takes 0.25 s to build, is worth it."""
 _KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 _KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]")
 
 
 class TextTokenizer(Protocol):
-    """What tokenizing needs of a tokenizer.
+    """A tokenizer, as tokenization and generation use it.
 
     Attributes:
-        vocab_size: all ids are below it.
-        bos_id, eos_id: the ids that begin and end a document; None if the tokenizer names none.
-        special_ids: ids that no ordinary text gets: control tokens, unknown, and tokens added to the vocabulary.
+        vocab_size: all ids are smaller.
+        bos_id, eos_id: ids that start and end a document; None if the tokenizer names none.
+        special_ids: ids that ordinary text does not produce: control tokens, unknown, and added tokens.
     """
 
     vocab_size: int
@@ -38,26 +38,27 @@ class TextTokenizer(Protocol):
     special_ids: frozenset[int]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; adds no bos or eos."""
+        """Encode each text, without bos and eos."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, special tokens included."""
+        """Decode ids to text, with special tokens."""
 
     def pieces(self) -> list[str]:
-        """The vocabulary as the tokenizer spells it, by id; "" for an id without a piece. As long as `vocab_size`."""
+        """Return the `vocab_size` pieces of the vocabulary as the tokenizer spells them; "" for an unused id."""
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> TextTokenizer:
-    """The tokenizer at `path`: a tokenizer.json, a Hugging Face folder, or a SentencePiece .model.
+    """Load a tokenizer from a tokenizer.json, a Hugging Face folder, or a SentencePiece .model.
 
-    Of a folder tokenizer.json counts, else tokenizer.model, if it is one of SentencePiece's, else what the transformers
-    library makes of the folder. Where the first two give different ids, a warning names a text and says which is used.
+    In a folder, tokenizer.json takes precedence over a tokenizer.model of SentencePiece, and that over loading the
+    folder with transformers. If the first two give different ids, a warning shows a text and the file that is used.
 
     Args:
-        trust_remote_code: run the tokenizer's own code, where a folder has no tokenizer but that.
+        path: file or folder.
+        trust_remote_code: whether to run custom code of a folder that has no other tokenizer.
 
     Raises:
-        DataError: there is none, it cannot be read, or bos or eos are named but not in its vocabulary.
+        DataError: there is no tokenizer, it cannot be read, or bos or eos are named but not in its vocabulary.
     """
     path = Path(path)
     if not path.exists():
@@ -77,7 +78,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Text
         raise
     except Exception as error:  # each library raises its own kinds
         if "trust_remote_code" in str(error):
-            raise DataError(_needs_code(path, "its config.json names some")) from error
+            raise DataError(_custom_code_refused(path, "named in its config.json")) from error
         raise DataError(f"{path}: the tokenizer cannot be read: {error}") from error
     raise DataError(f"{path}: not a tokenizer.json, a Hugging Face folder or a SentencePiece .model file")
 
@@ -93,7 +94,7 @@ def _load_folder(path: Path, trust_remote_code: bool) -> TextTokenizer:
             other = SentencePieceTokenizer(model_file, special)
             difference = first_difference(tokenizer, other, (TOKENIZER_JSON, TOKENIZER_MODEL), probes)
             if difference is not None:
-                warn(f"{path}: {TOKENIZER_JSON} is used; {TOKENIZER_MODEL} is another tokenizer: {difference}")
+                warn(f"{path}: {TOKENIZER_JSON} is used; {TOKENIZER_MODEL} is a different tokenizer: {difference}")
         return tokenizer
     if has_model:
         return SentencePieceTokenizer(model_file, special)
@@ -101,25 +102,25 @@ def _load_folder(path: Path, trust_remote_code: bool) -> TextTokenizer:
 
 
 def check_code(folder: Path, trust_remote_code: bool) -> None:
-    """Refuse a folder whose tokenizer, for transformers, is code of its own, unless that is trusted.
+    """Refuse a folder whose tokenizer is custom code, unless that is trusted.
 
     Raises:
-        DataError: it is, and is not.
+        DataError: the tokenizer is custom code, and `trust_remote_code` is False.
     """
     code = own_code(folder)
     if code is not None and not trust_remote_code:
-        raise DataError(_needs_code(folder, code))
+        raise DataError(_custom_code_refused(folder, code))
 
 
-def _needs_code(folder: Path, code: str) -> str:
+def _custom_code_refused(folder: Path, code: str) -> str:
     return (
-        f"{folder}: this tokenizer is code of its own ({code}), which is not run unasked: read it, then give "
+        f"{folder}: this tokenizer is custom code ({code}), which is not run by default: review it, then pass "
         "--trust-remote-code, or save the tokenizer as a tokenizer.json"
     )
 
 
 def _is_sentencepiece(path: Path) -> bool:
-    """Whether it is one of SentencePiece's files: some tokenizer.model are lists of base64 pieces."""
+    """Whether a .model file is of SentencePiece: some tokenizer.model files are lists of base64 tokens instead."""
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -129,7 +130,7 @@ def _is_sentencepiece(path: Path) -> bool:
 
 
 class _JsonTokenizer:
-    """The `tokenizers` library; bos and eos come from the files beside it, or from well-known names."""
+    """A tokenizer of the `tokenizers` library; bos and eos come from the files beside it, or from well-known names."""
 
     def __init__(self, path: Path, special: SpecialTokens) -> None:
         from tokenizers import Tokenizer
@@ -140,32 +141,32 @@ class _JsonTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         added = {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
-        lacking = [token.content for id, token in special.added.items() if added.get(token.content) != id]
-        if lacking:
-            warn(f"{path.parent}: {', '.join(lacking)} added by its other files, but not in {path.name}: ordinary text")
-        ends = {"bos_token": _KNOWN_BOS, "eos_token": _KNOWN_EOS}
+        missing = [token.content for id, token in special.added.items() if added.get(token.content) != id]
+        if missing:
+            warn(f"{path.parent}: {', '.join(missing)} added by other files, not in {path.name}: ordinary text")
+        known_names = {"bos_token": _KNOWN_BOS, "eos_token": _KNOWN_EOS}
         self.bos_id, self.eos_id = (
-            special.end_id(key, ids, str(path))
+            special.token_id(key, ids, str(path))
             if key in special.named
             else next((added[name] for name in known if name in added), None)
-            for key, known in ends.items()
+            for key, known in known_names.items()
         )
         self.special_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
         self._memo: MemoEncoder | None = None
-        self._characters = 0
+        self._num_characters = 0
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `TextTokenizer`."""
-        before = self._characters
-        self._characters += sum(map(len, texts))
-        if before < _MEMO_PAYS_AT <= self._characters:
+        before = self._num_characters
+        self._num_characters += sum(map(len, texts))
+        if before < _MEMO_THRESHOLD <= self._num_characters:
             self._memo = build_memo_encoder(self._tokenizer)
         memo = self._memo
         if memo is None:
-            return self._encode_slowly(texts)
-        return [memo.encode(text) if memo.accepts(text) else self._encode_slowly([text])[0] for text in texts]
+            return self._encode_with_library(texts)
+        return [memo.encode(text) if memo.accepts(text) else self._encode_with_library([text])[0] for text in texts]
 
-    def _encode_slowly(self, texts: list[str]) -> list[list[int]]:
+    def _encode_with_library(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
@@ -178,7 +179,7 @@ class _JsonTokenizer:
 
 
 class TransformersTokenizer:
-    """The `transformers` library, for a folder with neither a tokenizer.json nor a SentencePiece model."""
+    """A tokenizer of `transformers`, for folders with neither a tokenizer.json nor a SentencePiece model."""
 
     def __init__(self, path: Path, trust_remote_code: bool) -> None:
         from transformers import AutoTokenizer

@@ -1,6 +1,6 @@
-"""Trains a byte-level BPE tokenizer on text and writes it so that `tokenizers` and `transformers` load it.
+"""Trains a byte-level BPE tokenizer, in files that `tokenizers` and `transformers` load.
 
-Owns the shape of our own tokenizers: id 0 is padding (the id InternEvo never trains on), id 1 ends a document.
+Owns its special tokens: id 0 is padding (InternEvo never trains on id 0), id 1 is eos.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _SAMPLE_SHARD_BYTES = 1 << 18
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
-    """Write a tokenizer.json of `vocab_size` ids, and a tokenizer_config.json beside it.
+    """Train a tokenizer with `vocab_size` ids; write `output` and a tokenizer_config.json beside it.
 
     Raises:
-        DataError: `output` exists or is not named *.json, the vocabulary is smaller than the 256 bytes and 2 special
-            tokens, or the text is too small for it.
+        DataError: `output` exists or is not named *.json, `vocab_size` is less than the 256 bytes and 2 special tokens,
+            or there is too little text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if output.suffix != ".json":
         raise DataError(f"{output}: a trained tokenizer must be named *.json, for example tokenizer.json")
     if output.exists():
-        raise DataError(f"{output} exists: remove it, or leave out --train to use it")
+        raise DataError(f"{output} exists: remove it, or drop --train to use it")
     if vocab_size < MIN_VOCAB:
         raise DataError(f"--train {vocab_size}: at least {MIN_VOCAB} (256 bytes and 2 special tokens)")
     tokenizer = Tokenizer(models.BPE())
@@ -49,8 +49,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise DataError(
-            f"the text is too small for {vocab_size} ids: only {tokenizer.get_vocab_size()} found; give more text, or "
-            "lower --train"
+            f"too little text for {vocab_size} ids: only {tokenizer.get_vocab_size()} found; add text, or lower --train"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(output))
@@ -64,13 +63,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
 
 
 def sample_texts(files: Iterable[tuple[Path, str]], options: TextOptions, max_bytes: int) -> Iterator[str]:
-    """Documents from all over the input, in a fixed order, about `max_bytes` of them."""
+    """Sample about `max_bytes` of documents from all parts of the input, in a fixed order."""
     shards = plan_shards(files, options, _SAMPLE_SHARD_BYTES)
-    taken = 0
+    num_bytes = 0
     for index in permute(np.arange(len(shards)), max(1, len(shards)), key=0):
         for extent in shards[int(index)]:
             for text in read_documents(extent, options):
                 yield text
-                taken += len(text.encode())
-                if taken >= max_bytes:
+                num_bytes += len(text.encode())
+                if num_bytes >= max_bytes:
                     return

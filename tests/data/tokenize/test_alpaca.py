@@ -103,10 +103,10 @@ def test_chat_template(tmp_path, tokenizer_path):
     assert ids.count(1) == 2  # the special token is one id, not its letters
     config["chat_template"] = "{{ messages | length }}"
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="does not continue its own generation prompt"):
+    with pytest.raises(DataError, match="does not start with its generation prompt"):
         tokenize_alpaca(tmp_path / "data.json", tmp_path / "out2", folder, **options)
     assert not list((tmp_path / "out2").rglob("*.bin*"))
-    with pytest.raises(DataError, match="has no chat template; leave out --chat-template"):
+    with pytest.raises(DataError, match="has no chat template; drop --chat-template"):
         tokenize_alpaca(tmp_path / "data.json", tmp_path / "out3", tokenizer_path, **options)
 
 
@@ -115,14 +115,14 @@ def test_chat_template(tmp_path, tokenizer_path):
     [
         (
             '[{"instruction": "a"}]',
-            r"data\.json: record 0: 'output' is missing or not a text; it has \['instruction'\]",
+            r"data\.json: record 0: 'output' is missing or not text; it has \['instruction'\]",
         ),
         ('[{"instruction": "a", "output": "b"}, 5]', r"data\.json: record 1 is int"),
-        ('[{"instruction": "a", "output": ""}]', r"data\.json: no record with an output"),
-        ("[]", r"data\.json: no record with an output"),
-        ('[{"instruction": "a", "output": "b"}] [5]', r"data\.json: .*behind the '\]' that ends the array"),
+        ('[{"instruction": "a", "output": ""}]', r"data\.json: no record has an output"),
+        ("[]", r"data\.json: no record has an output"),
+        ('[{"instruction": "a", "output": "b"}] [5]', r"data\.json: .*after the '\]' that ends the array"),
         ('[{"instruction": "a", "output": "b\\udc00"}]', r"data\.json: record 0: 'output' has a lone surrogate"),
-        ('[{"instruction": "a", "input": 1, "output": "b"}]', r"record 0: 'input' is missing or not a text"),
+        ('[{"instruction": "a", "input": 1, "output": "b"}]', r"record 0: 'input' is missing or not text"),
         ('[{"instruction": "a"', r"data\.json: not JSON at character"),
     ],
 )
@@ -156,10 +156,10 @@ def test_what_is_left_out_or_cannot_be_learned_is_named(tmp_path, tokenizer_path
     options = {"valid_fraction": 0.1, "seq_len": 300}
     result = tokenize_alpaca(tmp_path / "data.NDJSON", tmp_path / "out", tokenizer_path, **options)
     notices = "\n".join(result.notices)
-    assert "1 records without an output, left out: record 1" in notices
-    assert "1 prompts alone fill --seq-len 300, so that nothing is learned of their answers: record 2" in notices
-    assert "1 answers go beyond --seq-len 300" in notices and "their prompt: record 3" in notices
-    assert "no record is held out: 0.1 of 3 is less than one" in notices
+    assert "1 records without an output, skipped: record 1" in notices
+    assert "1 prompts fill --seq-len 300, so nothing of their answers is learned: record 2" in notices
+    assert "1 answers exceed --seq-len 300" in notices and "their prompt: record 3" in notices
+    assert "no record for validation: 0.1 of 3 is less than one" in notices
     file = TokenizedFile(tmp_path / "out" / "train" / "en" / "data.bin")
     assert len(file) == result.train_documents == 3 and result.longest == max(file.counts())
     samples = TokenizedFolderSource(
@@ -224,8 +224,8 @@ def test_internevo_format_split_and_names(tmp_path, sentencepiece_path, ratio):
         assert signed_documents(path) == [document for i, document in enumerate(documents) if is_mine(i)]
         file = TokenizedFile(path)
         assert file.counts().tolist() == [len(document) for document in signed_documents(path)]
-    assert "1 answers cut off, as examples of this format end at 2048 tokens: record 41" in done.stderr
-    assert "1 answers cut away: their prompts fill the 2048 tokens of an example: record 40" in done.stderr
+    assert "1 answers truncated at the 2048 tokens of an example in this format: record 41" in done.stderr
+    assert "1 answers lost: their prompts fill the 2048 tokens of an example: record 40" in done.stderr
     assert f"<eoh> 103167, <eoa> 103166: InternEvo's ids, beyond its {model.vocab_size()}" in done.stderr
     assert "model.vocab_size >= 103168" in done.stderr
 

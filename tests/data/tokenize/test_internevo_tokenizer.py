@@ -37,7 +37,7 @@ def test_txt(tmp_path, model, capsys):
     assert run(model, tmp_path / "a.txt", tmp_path / "a.bin") == 0
     assert documents_of(tmp_path / "a.bin") == expected(model, ["the model  reads", "tokens", "and predicts"])
     assert read_record(tmp_path / "a.bin").add_bos
-    assert "like InternEvo's tool, this begins documents with bos" in capsys.readouterr().err
+    assert "like InternEvo's tool, this starts documents with bos" in capsys.readouterr().err
     assert run(model, tmp_path / "a.txt", tmp_path / "a.bin") == 2  # InternEvo's appends without asking
     assert "exists" in capsys.readouterr().err
     assert run(model, tmp_path / "a.txt", tmp_path / "b.bin", "--no-bos") == 0

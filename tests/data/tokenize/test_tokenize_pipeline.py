@@ -162,13 +162,11 @@ def test_other_options_do_not_continue_an_interrupted_run(tmp_path, tokenizer_pa
     write_jsonl(tmp_path / "a.jsonl", make_texts(50))
     options = TokenizeOptions((str(tmp_path / "a.jsonl"),), tmp_path / "x.bin", tokenizer_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_join", lambda *_: 1 / 0)
+        patch.setattr(pipeline, "_merge_parts", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tokenize(options)
     changed = {"inputs": options.inputs, "output": options.output, "tokenizer": tokenizer_path, "add_eos": False}
-    with pytest.raises(
-        DataError, match=r"x\.bin\.parts holds the parts of an interrupted run with other ends.*--restart"
-    ):
+    with pytest.raises(DataError, match=r"x\.bin\.parts has parts of an interrupted run with other ends.*--restart"):
         tokenize(TokenizeOptions(**changed))
     tokenize(TokenizeOptions(**changed, restart=True))
     assert all(document[-1] != 1 for document in documents_of(tmp_path / "x.bin"))
@@ -178,7 +176,7 @@ def test_a_mended_input_begins_anew_where_no_part_was_done(tmp_path, tokenizer_p
     path = tmp_path / "a.json"
     options = TokenizeOptions((str(path),), tmp_path / "x.bin", tokenizer_path)
     path.write_text('[{"text": "one"}] [{"text": "two"}]')
-    with pytest.raises(DataError, match="behind the ']'"):
+    with pytest.raises(DataError, match="after the ']'"):
         tokenize(options)
     path.write_text('[{"text": "one"}, {"text": "two"}]')
     assert tokenize(options).documents == 2
@@ -320,15 +318,15 @@ def test_json_arrays_are_read_in_blocks(tmp_path, monkeypatch, block):
         (
             "a.jsonl",
             gzip.compress(b'{"text": "a"}', mtime=0),
-            r"a\.jsonl: is compressed by gzip; give its name the ending \.gz",
+            r"a\.jsonl: compressed by gzip; rename it to end in \.gz",
         ),
         ("a.txt", "text".encode("utf-16"), r"a\.txt: byte 0 is not UTF-8.*iconv -f utf-16"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl: byte 24 is not UTF-8"),
         ("a.json", b'[{"text": "abc\xe9"}]', r"a\.json: byte 14 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\nnot json\n', r"a\.jsonl: the line at byte 14 is not JSON"),
-        ("a.jsonl", b'{"txt": "a"}\n', r"record at byte 0 has no text 'text', its fields are \['txt'\].*mean 'txt'"),
+        ("a.jsonl", b'{"txt": "a"}\n', r"record at byte 0 has no text 'text'; its fields are \['txt'\].*mean 'txt'"),
         ("a.jsonl", b'[{"text": "a"}]\n', r"record at byte 0 is an array, not a record; .* name it \.json"),
-        ("a.jsonl", b"5\n", r"record at byte 0 has no text 'text', it is int"),
+        ("a.jsonl", b"5\n", r"record at byte 0 has no text 'text'; it is int"),
         ("a.jsonl", b'{"text": 5}\n', r"'text' is int, not text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"lone surrogate \(\\ud800\) at character 0"),
         ("a.parquet", b"junk", r"a\.parquet: not a readable parquet file"),
@@ -356,17 +354,17 @@ def test_bad_input_is_named_across_processes(tmp_path, tokenizer_path, capsys):
         (["in.jsonl", "--tokenizer", "TOK"], "--output is missing"),
         (["none.txt", "--tokenizer", "TOK", "--output", "x.bin"], "none.txt: no such file or folder"),
         (["empty", "--tokenizer", "TOK", "--output", "x.bin"], "no file named *.txt, *.json, *.jsonl, *.parquet"),
-        (["odd.dat", "--tokenizer", "TOK", "--output", "x.bin"], "the suffix says no format"),
+        (["odd.dat", "--tokenizer", "TOK", "--output", "x.bin"], "unknown suffix; name the format"),
         (["in.jsonl", "--tokenizer", "none.json", "--output", "x.bin"], "none.json: no such tokenizer"),
         (["in.jsonl", "--tokenizer", "in.jsonl", "--output", "x.bin"], "not a tokenizer.json"),
         (["in.jsonl", "--tokenizer", "bad.json", "--output", "x.bin"], "bad.json: the tokenizer cannot be read"),
         (["in.jsonl", "--tokenizer", "TOK", "--output", "x.txt"], "must be named *.bin"),
-        (["in.jsonl", "--tokenizer", "TOK", "--output", "x.bin", "--valid-fraction", "0.1"], "belong together"),
+        (["in.jsonl", "--tokenizer", "TOK", "--output", "x.bin", "--valid-fraction", "0.1"], "must be given together"),
         (["in.jsonl", "--tokenizer", "TOK", "--output", "x.bin", "--processes", "0"], "must be at least 1"),
         (["-", "--tokenizer", "TOK", "--output", "x.bin"], "the standard input needs --format"),
-        (["in.jsonl", "--tokenizer", "TOK", "--train", "300"], "exists: remove it, or leave out --train"),
+        (["in.jsonl", "--tokenizer", "TOK", "--train", "300"], "exists: remove it, or drop --train"),
         (["in.jsonl", "--tokenizer", "new.json", "--train", "100"], "at least 258"),
-        (["in.jsonl", "--tokenizer", "new.json", "--train", "50000"], "the text is too small for 50000 ids"),
+        (["in.jsonl", "--tokenizer", "new.json", "--train", "50000"], "too little text for 50000 ids"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, tokenizer_path, monkeypatch, capsys, arguments, message):

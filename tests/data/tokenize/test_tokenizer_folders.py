@@ -105,7 +105,7 @@ def test_two_tokenizers_in_a_folder_that_differ_are_told(tmp_path, model_file, j
     tokenizer = load_tokenizer(folder)
     assert tokenizer.encode_batch(["text"]) == load_tokenizer(json_file).encode_batch(["text"])
     ours, theirs = (load_tokenizer(path).encode_batch(["Hello world"])[0] for path in (json_file, model_file))
-    assert f"{folder}: tokenizer.json is used; tokenizer.model is another tokenizer" in caplog.text
+    assert f"{folder}: tokenizer.json is used; tokenizer.model is a different tokenizer" in caplog.text
     assert f"'Hello world' is {ours} by tokenizer.json and {theirs} by tokenizer.model" in caplog.text
 
 
@@ -166,7 +166,7 @@ def test_code_of_a_tokenizer_is_not_run_unasked(tmp_path, json_file, monkeypatch
     )
     config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"code of its own \(tokenization_own\.OwnTokenizer\).*--trust-remote-code"):
+    with pytest.raises(DataError, match=r"custom code \(tokenization_own\.OwnTokenizer\).*--trust-remote-code"):
         load_tokenizer(folder)
     assert load_tokenizer(folder, trust_remote_code=True).encode_batch(["ab"]) == [[97, 98]]
     (tmp_path / "data.json").write_text('[{"instruction": "a", "output": "b"}]')
