@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from internlm.data.documents.unigram_entropy import token_counts, unigram_entropy
 from internlm.data.tokenize.input_files import find_inputs
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
 from internlm.data.tokenize.text_inputs import TextOptions
 from internlm.data.tokenize.train_bpe import sample_texts, train_bpe
+from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.data.tokenized_files.tokenizer_record import read_record, write_record
-from internlm.data.tokenized_files.unigram_entropy import token_counts, unigram_entropy
 from internlm.utils.errors import DataError
 
 _HELD_OUT_EVERY = 80
@@ -102,6 +103,10 @@ def prepare_demo_corpus(folder: Path, settings: DemoSettings, processes: int) ->
     return summary, True
 
 
+def _opened(folder: Path, vocab_size: int) -> list[TokenizedFile]:
+    return [TokenizedFile(path, vocab_size) for path in sorted(folder.rglob("*.bin"))]
+
+
 def _summarize(work: Path, settings: DemoSettings) -> dict[str, Any]:
     documents = size = 0
     for path, _ in find_inputs([work / "text"]).files:
@@ -109,8 +114,8 @@ def _summarize(work: Path, settings: DemoSettings) -> dict[str, Any]:
             for line in lines:
                 documents += 1
                 size += len(json.loads(line)["text"].encode())
-    train = token_counts(sorted((work / "train").rglob("*.bin")), settings.vocab_size)
-    valid = token_counts(sorted((work / "valid").rglob("*.bin")), settings.vocab_size)
+    train = token_counts(_opened(work / "train", settings.vocab_size), settings.vocab_size)
+    valid = token_counts(_opened(work / "valid", settings.vocab_size), settings.vocab_size)
     tokens = int(train.sum() + valid.sum())
     return {
         "settings": asdict(settings),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.data.documents.document_file import FileFormat
 from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
+from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.packing.sample import Packing
 from internlm.data.sources.open_source import open_source
+from internlm.data.token_arrays.file_format import ArrayFormat
+from internlm.data.tokenized_files.file_format import TOKENIZED
 
 
 def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
@@ -24,6 +28,7 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         min_length_dict=data.min_length_dict,
         skip_bad_documents=data.skip_bad_documents,
         fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
+        format=file_format(config),
     )
     return build_train_loader(
         source,
@@ -37,6 +42,13 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         total_steps=data.total_steps,
         pin_memory=context.device.type == "cuda",
     )
+
+
+def file_format(config: Config) -> FileFormat:
+    """The format of the files in the folders of a config."""
+    data = config.data
+    formats: tuple[FileFormat, ...] = (TOKENIZED, MEGATRON, ArrayFormat(data.array_dtype, data.array_separator))
+    return next(each for each in formats if each.name == data.type)
 
 
 def packing(config: Config) -> Packing:
@@ -60,4 +72,5 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
         data_rank=context.index("data"),
         data_size=context.size("data"),
         packed=data.use_packed_dataset,
+        format=file_format(config),
     )

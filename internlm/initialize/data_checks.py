@@ -5,7 +5,8 @@ from __future__ import annotations
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.tokenized_files.folder_checks import check_train_folder, check_valid_folder
+from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
+from internlm.initialize.build_data import file_format
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -24,9 +25,9 @@ def check_data(config: Config) -> list[str]:
     """
     data, lines = config.data, []
     if data.train_folder is not None:
-        lines.append(str(check_train_folder(data.train_folder, config.model.vocab_size)))
+        lines.append(str(check_train_folder(data.train_folder, file_format(config), config.model.vocab_size)))
     if data.valid_every > 0 and data.valid_folder is not None:
-        lines += map(str, check_valid_folder(data.valid_folder, config.model.vocab_size))
+        lines += map(str, check_valid_folder(data.valid_folder, file_format(config), config.model.vocab_size))
     return lines
 
 
@@ -43,7 +44,7 @@ def check_valid_sets(config: Config, context: ParallelContext) -> None:
 
     def look() -> str | None:
         try:
-            for checked in check_valid_folder(folder, config.model.vocab_size):
+            for checked in check_valid_folder(folder, file_format(config), config.model.vocab_size):
                 logger.info("%s", checked)
         except (DataError, OSError) as error:
             return str(error)

@@ -17,8 +17,8 @@ from internlm.checkpoint.save_folder import FoundCheckpoint, find_checkpoints, r
 from internlm.config.schema import Config
 from internlm.convert.checkpoint_types import open_weights
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.tokenized_files.folders import find_train_files, find_valid_sets
-from internlm.initialize.build_data import build_loader, build_valid_sets
+from internlm.data.documents.folders import find_train_files, find_valid_sets
+from internlm.initialize.build_data import build_loader, build_valid_sets, file_format
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
@@ -80,7 +80,7 @@ def _train_folder(config: Config, context: ParallelContext) -> list[str]:
     if folder is None:
         return ["the run trains on random tokens, for trials of speed: data.train_folder is None"]
     _require_local("data.train_folder", folder)
-    find_train_files(folder)
+    find_train_files(folder, file_format(config))
     return []
 
 
@@ -88,7 +88,7 @@ def _valid_folder(config: Config, context: ParallelContext) -> list[str]:
     folder = config.data.valid_folder
     if folder is not None and config.data.valid_every > 0:
         _require_local("data.valid_folder", folder)
-        find_valid_sets(folder)
+        find_valid_sets(folder, file_format(config))
     return []
 
 

@@ -220,10 +220,10 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.data.train_state": {"get_train_state": _STATE},
     "internlm.data.utils": {
         "DATASET_TYPE_IDS_MAP": _now(
-            "data.tokenized_files.folders.find_train_files", "types are the folders below train_folder"
+            "data.documents.folders.find_train_files", "types are the folders below train_folder"
         ),
         "get_dataset_type_ids_map": _now(
-            "data.tokenized_files.folders.find_train_files", "types are the folders below train_folder"
+            "data.documents.folders.find_train_files", "types are the folders below train_folder"
         ),
         "unpack_data": _now(
             "data.packing.collate.to_micro_batch", "a micro batch is packed, or has rows, from the start"
@@ -238,7 +238,7 @@ NAMES: dict[str, dict[str, Former]] = {
         _now("data.loaders.sample_order.sample_order", "the order is a function of seed and index"),
     ),
     "internlm.data.tokenized.packed_dataset": {
-        "PackedDataset": _now("data.sources.tokenized_folder.TokenizedFolderSource", "packs documents of a folder")
+        "PackedDataset": _now("data.sources.document_source.DocumentSource", "packs documents of a folder")
     },
     "internlm.data.tokenized.json_dataset": {
         "JsonlDataset": _now("data.tokenized_files.reader.TokenizedFile", "one .bin file")

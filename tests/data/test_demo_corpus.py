@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from internlm.data.demo_corpus import DemoSettings, prepare_demo_corpus
+from internlm.data.documents.unigram_entropy import token_counts, unigram_entropy
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.loaders.valid_loader import build_valid_loaders
 from internlm.data.sources.open_source import open_source
@@ -17,7 +18,6 @@ from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.data.tokenized_files.tokenizer_record import common_record, tokenizer_records
-from internlm.data.tokenized_files.unigram_entropy import token_counts, unigram_entropy
 from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.utils.errors import DataError
 
@@ -30,7 +30,7 @@ def test_unigram_entropy(tmp_path):
     with TokenizedWriter(tmp_path / "a.bin") as writer:
         writer.write([0, 2, -2])
         writer.write([1])
-    assert token_counts([tmp_path / "a.bin"], 4).tolist() == [1, 1, 2, 0]
+    assert token_counts([TokenizedFile(tmp_path / "a.bin", 4)], 4).tolist() == [1, 1, 2, 0]
 
 
 def test_corpus_is_prepared_once(tmp_path):

@@ -15,8 +15,18 @@ Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else val
 class DataConfig(Section):
     """Sizes of a batch, the token folders, packing and evaluation."""
 
-    type: Literal["tokenized", "streaming", "megatron", "mocked", "hf", "lumina_pickle"] = later(
-        "tokenized", "Kind of source: `tokenized` reads .bin/.meta folders (None as folder: dummy data).", "this source"
+    type: Literal["tokenized", "megatron", "arrays", "streaming", "mocked", "hf", "lumina_pickle"] = later(
+        "tokenized",
+        "Kind of files: `tokenized` .bin/.meta, `megatron` .bin/.idx, `arrays` .npy, raw .bin or .ds of token ids. "
+        "Without a folder: dummy data.",
+        "this source",
+        accepts=("tokenized", "megatron", "arrays"),
+    )
+    array_dtype: Literal["uint16", "uint32"] | None = key(
+        None, "`arrays`: dtype of files without a header (nanoGPT, OLMo, datatrove)."
+    )
+    array_separator: int | None = key(
+        None, "`arrays`: id that ends each document, such as the tokenizer's eos; None: a file is one document.", ge=0
     )
     seq_len: int = key(..., "Longest piece of one document, in tokens.", ge=1)
     micro_bsz: int = key(..., "Size of a micro-batch in sequences of seq_len tokens.", ge=1)

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.batch import Batch, MicroBatch
+from internlm.data.documents.document_file import FileFormat
+from internlm.data.documents.document_index import summarize
+from internlm.data.documents.folders import find_valid_sets, log_unread_files
 from internlm.data.packing.collate import to_micro_batch
 from internlm.data.packing.document_slice import DocumentSlice, make_slice
 from internlm.data.packing.sample import concatenate_slices, stack_slices
-from internlm.data.tokenized_files.document_index import summarize
-from internlm.data.tokenized_files.folders import find_valid_sets, log_unread_files
-from internlm.data.tokenized_files.reader import TokenizedFile
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.utils.errors import ConfigError, DataError
 
 
@@ -34,6 +35,7 @@ def build_valid_loaders(
     data_rank: int = 0,
     data_size: int = 1,
     packed: bool = True,
+    format: FileFormat = TOKENIZED,
 ) -> dict[str, ValidLoader]:
     """Build one loader for each validation set of `folder`, by name; none if `folder` is None.
 
@@ -46,13 +48,14 @@ def build_valid_loaders(
         data_rank, data_size: this data rank, and the number of data ranks.
         packed: whether micro-batches are packed, [1, micro_bsz * seq_len], or have one slice a row,
             [micro_bsz, seq_len].
+        format: of the files.
 
     Raises:
         DataError: the data is missing or malformed, or a set has no label.
     """
     if folder is None:
         return {}
-    log_unread_files(folder)
+    log_unread_files(folder, format)
     return {
         name: ValidLoader(
             name,
@@ -64,8 +67,9 @@ def build_valid_loaders(
             data_rank=data_rank,
             data_size=data_size,
             packed=packed,
+            format=format,
         )
-        for name, paths in find_valid_sets(folder).items()
+        for name, paths in find_valid_sets(folder, format).items()
     }
 
 
@@ -91,15 +95,16 @@ class ValidLoader:
         data_rank: int = 0,
         data_size: int = 1,
         packed: bool = True,
+        format: FileFormat = TOKENIZED,
     ) -> None:
         if not 0 <= data_rank < data_size:
             raise ConfigError(f"data_rank = {data_rank} is not in [0, data_size = {data_size})")
         self.type_names = [name]
         self._seq_len, self._micro_bsz, self._packed = seq_len, micro_bsz, packed
         self._micro_num, self._rank, self._size = valid_micro_num, data_rank, data_size
-        for path in paths:
-            summarize(path, 0)  # fails here, not during the run, if the .meta does not match the .bin
-        self._files = [TokenizedFile(path, vocab_size) for path in paths]
+        self._files = [format.open(path, vocab_size) for path in paths]
+        for file in self._files:
+            summarize(file, 0)  # fails here, not during the run, if documents are not inside the file
         counts = np.concatenate([file.counts() for file in self._files])
         self._first_document = np.concatenate(([0], np.cumsum([len(file) for file in self._files])))
         # A slice of one token has no label: the last token of a document predicts nothing.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from internlm.data.documents.document_file import FileFormat
+from internlm.data.documents.folders import log_unread_files
 from internlm.data.packing.sample import PACKINGS, Packing
+from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.dummy import DummySource
 from internlm.data.sources.sample_source import SampleSource
-from internlm.data.sources.tokenized_folder import TokenizedFolderSource
-from internlm.data.tokenized_files.folders import log_unread_files
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.utils.errors import ConfigError
 
 
@@ -25,8 +27,9 @@ def open_source(
     min_length_dict: Mapping[str, int] | None = None,
     skip_bad_documents: bool = False,
     fixed_random_dataset_seqlen: bool = True,
+    format: FileFormat = TOKENIZED,
 ) -> SampleSource:
-    """Open the source of the tokenized files in `folder`, or a dummy source if it is None.
+    """Open the source of the files of documents in `folder`, or a dummy source if it is None.
 
     Args:
         folder: see `find_train_files`.
@@ -40,6 +43,7 @@ def open_source(
         min_length_dict: type name -> minimum that replaces `min_length` for that type.
         skip_bad_documents: replace a document that cannot be read by padding of the same length, and log it.
         fixed_random_dataset_seqlen: whether all dummy documents have the same length.
+        format: of the files in `folder`.
 
     Raises:
         DataError: the data is missing or malformed.
@@ -56,9 +60,10 @@ def open_source(
             seed=seed,
             fixed_lengths=fixed_random_dataset_seqlen,
         )
-    log_unread_files(folder)
-    return TokenizedFolderSource(
+    log_unread_files(folder, format)
+    return DocumentSource(
         folder,
+        format,
         seq_len=seq_len,
         micro_bsz=micro_bsz,
         packing=packing,

@@ -36,6 +36,9 @@ class TokenizedFile:
         path: the .bin file.
         vocab_size: ids must be smaller; checked when a document is read. None accepts any.
 
+    Attributes:
+        inputs: the .bin and its .meta.
+
     Raises:
         DataError: a file is missing, or the .meta is not an integer array of shape [documents, >= 2].
     """
@@ -59,6 +62,7 @@ class TokenizedFile:
                 f"[documents, 2]; {rebuild_hint(self.path)}"
             )
         self._meta = meta
+        self.inputs = (self.path, meta_path(self.path))
         self.size = self.path.stat().st_size
         with open(self.path, "rb") as file:
             # mmap refuses an empty file.

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from internlm import __version__
+from internlm.data.documents.folders import find_valid_sets
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
-from internlm.data.tokenized_files.folders import find_valid_sets
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.utils.errors import DataError
 
 _SUFFIX = ".tokenizer.json"
@@ -119,7 +120,7 @@ def tokenizer_records(folder: str | Path) -> dict[Path, TokenizerRecord | None]:
     Raises:
         DataError: the folder is missing or has no .bin file, or a record is malformed.
     """
-    paths = sorted(path for paths in find_valid_sets(folder).values() for path in paths)
+    paths = sorted(path for paths in find_valid_sets(folder, TOKENIZED).values() for path in paths)
     return {path: read_record(path) for path in paths}
 
 

@@ -12,12 +12,12 @@ import threading
 import numpy as np
 import pytest
 
+from internlm.data.documents.index_cache import CACHE_FOLDER
 from internlm.data.loaders.sample_order import sample_order
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.packing.document_slice import make_slice
 from internlm.data.packing.sample import concatenate_slices, padding_sample
 from internlm.data.sources.open_source import open_source
-from internlm.data.tokenized_files.document_index import CACHE_FOLDER
 from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.utils.errors import ConfigError, DataError
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from internlm.data.batch import Batch
+from internlm.data.documents.folders import find_valid_sets
 from internlm.data.packing.collate import to_micro_batch
 from internlm.data.permutation import permute
+from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.dummy import DummySource
-from internlm.data.sources.tokenized_folder import TokenizedFolderSource
-from internlm.data.tokenized_files.folders import find_valid_sets
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.writer import TokenizedWriter, encode_masked_line
 from internlm.utils.errors import DataError
 
@@ -94,8 +95,14 @@ def reference_unpacked(documents, min_length):
 
 
 def source(root, packing, **options):
-    return TokenizedFolderSource(
-        root, seq_len=SEQ_LEN, micro_bsz=MICRO_BSZ, packing=packing, vocab_size=VOCAB, **options
+    return DocumentSource(
+        root,
+        TOKENIZED,
+        seq_len=SEQ_LEN,
+        micro_bsz=MICRO_BSZ,
+        packing=packing,
+        vocab_size=VOCAB,
+        **options,
     )
 
 
@@ -146,7 +153,7 @@ def test_unpacked(folder, min_length):
 def test_zero_is_a_target_unless_it_is_masked(tmp_path):
     with TokenizedWriter(tmp_path / "a.bin") as writer:
         writer.write([5, 0, 6, 0, 0, 0, 7, 8], masked_zeros=[3, 5])
-    samples = TokenizedFolderSource(tmp_path, seq_len=8, micro_bsz=1, packing="cut")
+    samples = DocumentSource(tmp_path, TOKENIZED, seq_len=8, micro_bsz=1, packing="cut")
     assert samples.sample(0).labels.tolist() == [0, 6, -100, 0, -100, 7, 8, -100]
 
 
@@ -187,7 +194,7 @@ def test_folder_mistakes(tmp_path):
     with pytest.raises(DataError, match=r"no .bin file in this folder; expected .*/<type>/NAME.bin"):
         source(tmp_path, "cut")
     write_documents(tmp_path / "en" / "a.bin", [[(1, True)] * 10])
-    with pytest.raises(DataError, match=r"1 .bin files with 10 tokens .* none has enough for one sample of 24 tokens"):
+    with pytest.raises(DataError, match=r"1 files with 10 tokens .* none has enough for one sample of 24 tokens"):
         source(tmp_path, "cut")
     with pytest.raises(DataError, match=r"min_length_dict names the type 'enn'.* Did you mean 'en'"):
         source(tmp_path, "cut", min_length_dict={"enn": 3})
@@ -215,7 +222,7 @@ def test_linked_folders_are_followed(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).symlink_to(tmp_path / "elsewhere")
     assert source(tmp_path / "train", "cut").type_names == ["en"]
-    assert list(find_valid_sets(tmp_path / "valid")) == ["en/deep/sub"]
+    assert list(find_valid_sets(tmp_path / "valid", TOKENIZED)) == ["en/deep/sub"]
 
 
 def test_type_folder_without_files_keeps_its_id(tmp_path):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from internlm.data.sources.tokenized_folder import TokenizedFolderSource
+from internlm.data.sources.document_source import DocumentSource
 from internlm.data.tokenize.alpaca import tokenize_alpaca
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.data.tokenized_files.tokenizer_record import common_record, tokenizer_records
 from internlm.utils.errors import DataError
@@ -67,8 +68,13 @@ def test_loader_learns_the_answers_only(tmp_path, tokenizer_path):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     result = tokenize_alpaca(tmp_path / "data.jsonl", tmp_path / "out", tokenizer_path, valid_fraction=0)
     assert result.train_documents == 40 and not (tmp_path / "out" / "valid").exists()
-    samples = TokenizedFolderSource(
-        tmp_path / "out" / "train", seq_len=512, micro_bsz=40, packing="unpacked", vocab_size=300
+    samples = DocumentSource(
+        tmp_path / "out" / "train",
+        TOKENIZED,
+        seq_len=512,
+        micro_bsz=40,
+        packing="unpacked",
+        vocab_size=300,
     )
     targets = (samples.sample(0).labels != -100).sum()
     assert len(samples) == 1 and targets == result.target_tokens
@@ -162,8 +168,13 @@ def test_what_is_left_out_or_cannot_be_learned_is_named(tmp_path, tokenizer_path
     assert "no record for validation: 0.1 of 3 is less than one" in notices
     file = TokenizedFile(tmp_path / "out" / "train" / "en" / "data.bin")
     assert len(file) == result.train_documents == 3 and result.longest == max(file.counts())
-    samples = TokenizedFolderSource(
-        tmp_path / "out" / "train", seq_len=300, micro_bsz=1, packing="unpacked", vocab_size=300
+    samples = DocumentSource(
+        tmp_path / "out" / "train",
+        TOKENIZED,
+        seq_len=300,
+        micro_bsz=1,
+        packing="unpacked",
+        vocab_size=300,
     )
     labels = [int((samples.sample(index).labels != -100).sum()) for index in range(3)]
     assert sorted(labels)[0] == 0 and sum(label == 0 for label in labels) == 1  # the loader agrees on record 2

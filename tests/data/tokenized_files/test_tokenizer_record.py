@@ -6,13 +6,14 @@ import logging
 import pytest
 from helpers.texts import documents_of, make_texts, write_jsonl
 
+from internlm.data.documents.folders import unread_files
 from internlm.data.loaders.valid_loader import build_valid_loaders
 from internlm.data.sources.open_source import open_source
 from internlm.data.tokenize.command import main
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
-from internlm.data.tokenized_files.folders import unread_files
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.tokenizer_record import common_record, read_record, record_path, tokenizer_records
 from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.utils.errors import DataError
@@ -107,7 +108,7 @@ def test_files_that_no_reader_looks_at_are_named(tmp_path, tokenizers, caplog, m
         assert run(text, "--tokenizer", tokenizers / "a" / "tokenizer.json", "--output", folder / "en" / name) == 0
     (folder / ".index_cache").mkdir()
     (folder / ".index_cache" / "hidden").touch()
-    assert unread_files(folder) == []
+    assert unread_files(folder, TOKENIZED) == []
     (folder / "en" / "y.bin").unlink()
     (folder / "en" / "raw.jsonl").touch()
     (folder / "en" / "z.BIN").touch()

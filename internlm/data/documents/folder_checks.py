@@ -1,4 +1,4 @@
-"""Checks tokenized folders before a run: ids outside the vocabulary, damaged lines, validation sets without labels.
+"""Checks folders of documents before a run: ids outside the vocabulary, damaged lines, validation sets without labels.
 
 Owns how much is read: small sets entirely, of large ones documents at equal intervals over all files.
 """
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internlm.data.tokenized_files.document_index import summarize
-from internlm.data.tokenized_files.folders import find_train_files, find_valid_sets
-from internlm.data.tokenized_files.reader import TokenizedFile
+from internlm.data.documents.document_file import FileFormat
+from internlm.data.documents.document_index import summarize
+from internlm.data.documents.folders import find_train_files, find_valid_sets
 from internlm.utils.errors import DataError
 
 MAX_TOKENS = 32_000_000
@@ -43,38 +43,39 @@ class FolderCheck:
         return f"{self.name}: {size}, of which {self.num_read:,} were read, spread evenly over the documents"
 
 
-def check_valid_folder(folder: str | Path, vocab_size: int | None) -> list[FolderCheck]:
+def check_valid_folder(folder: str | Path, format: FileFormat, vocab_size: int | None) -> list[FolderCheck]:
     """Check every validation set of a folder.
 
     Args:
         folder: see `find_valid_sets`.
+        format: of its files.
         vocab_size: ids must be smaller; None accepts any.
 
     Raises:
         DataError: a file is malformed, or a set has no token that contributes loss.
     """
-    sets = find_valid_sets(folder)
+    sets = find_valid_sets(folder, format)
     return [
-        _check(f"validation set '{name}'", paths, vocab_size, MAX_TOKENS // len(sets), needs_label=True)
+        _check(f"validation set '{name}'", paths, format, vocab_size, MAX_TOKENS // len(sets), needs_label=True)
         for name, paths in sets.items()
     ]
 
 
-def check_train_folder(folder: str | Path, vocab_size: int | None) -> FolderCheck:
+def check_train_folder(folder: str | Path, format: FileFormat, vocab_size: int | None) -> FolderCheck:
     """Check the files of a train folder; see `find_train_files`.
 
     Raises:
         DataError: a file is malformed, or has an id outside the vocabulary.
     """
-    files, _ = find_train_files(folder)
+    files, _ = find_train_files(folder, format)
     paths = [file.path for file in files]
-    return _check(f"train folder '{folder}'", paths, vocab_size, MAX_TOKENS, needs_label=False)
+    return _check(f"train folder '{folder}'", paths, format, vocab_size, MAX_TOKENS, needs_label=False)
 
 
 def _check(
-    name: str, paths: Sequence[Path], vocab_size: int | None, max_tokens: int, *, needs_label: bool
+    name: str, paths: Sequence[Path], format: FileFormat, vocab_size: int | None, max_tokens: int, *, needs_label: bool
 ) -> FolderCheck:
-    summaries = [summarize(path, 0) for path in paths]
+    summaries = [summarize(format.open(path), 0) for path in paths]
     num_tokens = sum(summary.kept_tokens for summary in summaries)
     # Every `stride`-th document is read, counted over all files.
     stride = max(1, -(-num_tokens // max_tokens))
@@ -84,13 +85,13 @@ def _check(
     for path, summary in zip(paths, summaries, strict=True):
         chosen = range(-num_documents % stride, summary.documents, stride)
         num_documents += summary.documents
-        file = TokenizedFile(path, vocab_size) if chosen else None
+        file = format.open(path, vocab_size) if chosen else None
         for document in chosen:
             assert file is not None
             ids, loss_mask = file.read(document, 0, limit)
             num_read += len(ids)
             has_label = has_label or bool(loss_mask[1:].any())
-    if needs_label and not has_label and not _has_label(paths, vocab_size):
+    if needs_label and not has_label and not _has_label(paths, format, vocab_size):
         raise DataError(
             f"{name} ({paths[0].parent}): no token contributes loss: every document has fewer than two tokens, or only "
             "negative (masked) ones. Tokenize it again, or remove it from data.valid_folder"
@@ -98,7 +99,7 @@ def _check(
     return FolderCheck(name, num_documents, num_tokens, num_read)
 
 
-def _has_label(paths: Sequence[Path], vocab_size: int | None) -> bool:
+def _has_label(paths: Sequence[Path], format: FileFormat, vocab_size: int | None) -> bool:
     """Whether any document has a label. Reads up to the first one, if the chosen documents had none, which is rare."""
-    files = (TokenizedFile(path, vocab_size) for path in paths)
+    files = (format.open(path, vocab_size) for path in paths)
     return any(bool(file.read(document)[1][1:].any()) for file in files for document in range(len(file)))

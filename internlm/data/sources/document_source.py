@@ -1,4 +1,4 @@
-"""Samples of a train folder: `sample(i)` for i in [0, N), packed on demand.
+"""Samples of the files of documents in a train folder: `sample(i)` for i in [0, N), packed on demand.
 
 Owns the map from a sample's index to its documents. Must not know order, ranks or batches.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from internlm.data.batch import IGNORE_INDEX
+from internlm.data.documents.document_file import DocumentFile, FileFormat
+from internlm.data.documents.document_index import DocumentIndex, summarize
+from internlm.data.documents.folders import find_train_files
 from internlm.data.packing.document_slice import DocumentSlice, make_slice, unreadable_slice
 from internlm.data.packing.sample import Packing, Sample, concatenate_slices, padding_sample, stack_slices
-from internlm.data.tokenized_files.document_index import DocumentIndex, summarize
-from internlm.data.tokenized_files.folders import find_train_files
-from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.utils.errors import DataError, nearest
 from internlm.utils.logging import get_logger
 
@@ -35,8 +35,8 @@ class _FileEntry:
     """Tokens (packed) or documents (unpacked) after the min_length filter."""
 
 
-class TokenizedFolderSource:
-    """The samples of the tokenized files in a train folder.
+class DocumentSource:
+    """The samples of the files of one format in a train folder.
 
     Packed: the shuffled documents of a file are concatenated and cut every P = micro_bsz * seq_len tokens; the
     incomplete last sample of each file is dropped. Unpacked: a sample has micro_bsz documents, each truncated at
@@ -44,6 +44,7 @@ class TokenizedFolderSource:
 
     Args:
         folder: see `find_train_files`.
+        format: of the files.
         seq_len: maximum length of an attention segment, in tokens.
         micro_bsz: rows of a micro-batch.
         packing: see doc/data.md.
@@ -54,13 +55,14 @@ class TokenizedFolderSource:
             `Sample.unreadable`.
 
     Raises:
-        DataError: the folder or a file is malformed (see `find_train_files` and `TokenizedFile`), no file is long
-            enough for one sample, or no document has two tokens.
+        DataError: the folder or a file is malformed, no file is long enough for one sample, or no document has two
+            tokens.
     """
 
     def __init__(
         self,
         folder: str | Path,
+        format: FileFormat,
         *,
         seq_len: int,
         micro_bsz: int,
@@ -70,7 +72,8 @@ class TokenizedFolderSource:
         min_length_dict: Mapping[str, int] | None = None,
         skip_bad_documents: bool = False,
     ) -> None:
-        files, self.type_names = find_train_files(folder)
+        files, self.type_names = find_train_files(folder, format)
+        self._format = format
         limits = dict(min_length_dict or {})
         for name in limits:
             if name not in self.type_names:
@@ -86,7 +89,7 @@ class TokenizedFolderSource:
         counts, num_tokens, num_dropped, num_documents = [], 0, 0, 0
         for file in files:
             limit = limits.get(self.type_names[file.type_id], min_length)
-            summary = summarize(file.path, limit)
+            summary = summarize(format.open(file.path), limit)
             length = summary.kept_documents if unpacked else summary.kept_tokens
             if unpacked:
                 count = -(-length // self._sample_length)
@@ -99,11 +102,11 @@ class TokenizedFolderSource:
             counts.append(count)
         self._ends = np.cumsum(counts)
         self.num_tokens = num_tokens
-        self._open: OrderedDict[int, tuple[TokenizedFile, DocumentIndex]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[DocumentFile, DocumentIndex]] = OrderedDict()
         if len(self) == 0:
             unit = "documents" if unpacked else "tokens (micro_bsz * seq_len)"
             raise DataError(
-                f"{folder}: {len(files)} .bin files with {num_tokens} tokens (after min_length), but none has "
+                f"{folder}: {len(files)} files with {num_tokens} tokens (after min_length), but none has "
                 f"enough for one sample of {self._sample_length} {unit}. "
                 "Lower data.micro_bsz, data.seq_len or data.min_length, or merge small files"
             )
@@ -156,7 +159,7 @@ class TokenizedFolderSource:
         """Return a sample of padding alone."""
         return padding_sample(self.seq_len, self.micro_bsz, self.packing)
 
-    def _read_slice(self, file: TokenizedFile, document: int, start: int, stop: int) -> DocumentSlice:
+    def _read_slice(self, file: DocumentFile, document: int, start: int, stop: int) -> DocumentSlice:
         count = int(file.counts(document, document + 1)[0])
         stop = min(stop, count)
         try:
@@ -170,12 +173,12 @@ class TokenizedFolderSource:
             return unreadable_slice(0 if self.packing == "unpacked" else stop - start, str(error))
         return result
 
-    def _open_file(self, file_index: int) -> tuple[TokenizedFile, DocumentIndex]:
+    def _open_file(self, file_index: int) -> tuple[DocumentFile, DocumentIndex]:
         if file_index in self._open:
             self._open.move_to_end(file_index)
             return self._open[file_index]
         entry = self._entries[file_index]
-        file = TokenizedFile(entry.path, self.vocab_size)
+        file = self._format.open(entry.path, self.vocab_size)
         opened = (file, DocumentIndex(file, entry.min_length, count_documents=self.packing == "unpacked"))
         self._open[file_index] = opened
         if len(self._open) > _MAX_OPEN_FILES:

@@ -7,11 +7,13 @@ import time
 import numpy as np
 import pytest
 
+from internlm.data.documents import document_index
+from internlm.data.documents.document_index import DocumentIndex, summarize
+from internlm.data.documents.index_cache import CACHE_FOLDER
 from internlm.data.permutation import permute
-from internlm.data.tokenized_files import document_index
-from internlm.data.tokenized_files.document_index import CACHE_FOLDER, DocumentIndex, summarize
 from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.data.tokenized_files.writer import TokenizedWriter
+from internlm.utils.errors import DataError
 
 
 def write(path, lengths):
@@ -26,7 +28,7 @@ def places(path, min_length=0, count_documents=False):
     """(document, token) of each place, by `locate` of one place at a time."""
     file = TokenizedFile(path)
     index = DocumentIndex(file, min_length, count_documents)
-    summary = summarize(path, min_length)
+    summary = summarize(file, min_length)
     total = summary.kept_documents if count_documents else summary.kept_tokens
     found = [index.locate(place, place + 1) for place in range(total)]
     assert all(len(documents) == 1 for documents, _ in found)
@@ -54,7 +56,7 @@ def test_cache_is_used_and_renewed(tmp_path, monkeypatch):
         raise AssertionError("built again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(document_index, "_store", fail)
+        patch.setattr(document_index, "store", fail)
         assert places(path) == before
     write(path, [4, 3])
     os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns + 1))
@@ -69,8 +71,8 @@ def test_read_only_data_goes_to_the_users_cache(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").rglob("a-*"))) == 2
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
     (tmp_path / "cache").write_text("")
-    with pytest.raises(document_index.DataError, match="Set XDG_CACHE_HOME to a writable folder"):
-        summarize(path, 0)
+    with pytest.raises(DataError, match="Set XDG_CACHE_HOME to a writable folder"):
+        summarize(TokenizedFile(path), 0)
 
 
 def _build(path, results):

@@ -1,0 +1,111 @@
+"""The offset of each document in a file's shuffled concatenation; built once and cached on disk.
+
+Owns the shuffle of the documents of one file and the `min_length` filter. The cache has a summary of each file, so that
+its counts are read only once, and the cumulative lengths, built at first use and memory-mapped. Building takes bounded
+memory: `permute` stores nothing, and counts are read in blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internlm.data.documents.document_file import DocumentFile
+from internlm.data.documents.index_cache import cached, store
+from internlm.data.permutation import permute
+
+DOCUMENT_SEED = 1024
+"""Seed of the shuffle within a file. It does not depend on the seed of the run, so all runs share one cache."""
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """Counts of the documents of a file.
+
+    Attributes:
+        documents: number of documents in the file.
+        kept_documents: number of documents with at least max(1, min_length) tokens.
+        kept_tokens: tokens of these documents.
+    """
+
+    documents: int
+    kept_documents: int
+    kept_tokens: int
+
+
+def summarize(file: DocumentFile, min_length: int) -> FileSummary:
+    """Count the documents and tokens of a file, and check that they are inside it.
+
+    Raises:
+        DataError: a document is not inside the file.
+    """
+    found = cached(file, f"summary-{min_length}", ".json")
+    if found is not None:
+        return FileSummary(**json.loads(found.read_text()))
+    kept_documents = kept_tokens = 0
+    for start in range(0, len(file), _BLOCK):
+        stop = min(start + _BLOCK, len(file))
+        file.check_offsets(start, stop)
+        counts = file.counts(start, stop)
+        counts = counts[counts >= max(1, min_length)]
+        kept_documents += len(counts)
+        kept_tokens += int(counts.sum())
+    summary = FileSummary(len(file), kept_documents, kept_tokens)
+    store(file, f"summary-{min_length}", ".json", lambda target: target.write_text(json.dumps(asdict(summary))))
+    return summary
+
+
+class DocumentIndex:
+    """Maps positions in the shuffled concatenation of a file to documents.
+
+    Args:
+        file: of any format.
+        min_length: minimum number of tokens; shorter documents are dropped.
+        count_documents: whether positions count documents instead of tokens.
+    """
+
+    def __init__(self, file: DocumentFile, min_length: int, count_documents: bool = False) -> None:
+        self._num_documents = len(file)
+        self._ends = _cumulative(file, min_length, count_documents)
+
+    def locate(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find the documents that cover the positions [start, stop), start < stop.
+
+        Returns:
+            (documents, starts), both int64 [n]: the index of each document in the file, and the position of its first
+            token, which may be before `start` for the first document.
+        """
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        last = int(np.searchsorted(self._ends, stop, side="left"))
+        shuffled = np.arange(first, last + 1, dtype=np.int64)
+        ends = np.asarray(self._ends[first : last + 1], dtype=np.int64)
+        starts = np.concatenate(([int(self._ends[first - 1]) if first else 0], ends[:-1]))
+        present = ends > starts
+        documents = permute(shuffled[present], self._num_documents, DOCUMENT_SEED)
+        return documents, starts[present].astype(np.int64)
+
+
+def _cumulative(file: DocumentFile, min_length: int, count_documents: bool) -> NDArray[np.int64]:
+    """End position of every document in shuffled order, dropped ones with length 0: int64 [documents]."""
+    kind = f"{'documents' if count_documents else 'tokens'}-{min_length}-{DOCUMENT_SEED}"
+    found = cached(file, kind, ".npy")
+    if found is None:
+        found = store(file, kind, ".npy", lambda target: _write_cumulative(target, file, min_length, count_documents))
+    return np.load(found, mmap_mode="r")
+
+
+def _write_cumulative(target: Path, file: DocumentFile, min_length: int, count_documents: bool) -> None:
+    ends = np.lib.format.open_memmap(target, mode="w+", dtype=np.int64, shape=(len(file),))
+    total = 0
+    for start in range(0, len(file), _BLOCK):
+        stop = min(start + _BLOCK, len(file))
+        counts = file.counts_of(permute(np.arange(start, stop), len(file), DOCUMENT_SEED))
+        kept = counts >= max(1, min_length)
+        ends[start:stop] = total + np.cumsum(kept if count_documents else np.where(kept, counts, 0))
+        total = int(ends[stop - 1])
+    ends.flush()

@@ -1,0 +1,110 @@
+"""Finds the files of documents of a train or validation folder, and the type of each file.
+
+Owns the folder layout; opens no file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from internlm.data.documents.document_file import FileFormat, TypedFile
+from internlm.utils.errors import DataError
+from internlm.utils.logging import get_logger
+
+_MAX_NAMES = 5
+
+logger = get_logger(__name__)
+
+
+def find_train_files(folder: str | Path, format: FileFormat) -> tuple[list[TypedFile], list[str]]:
+    """Find all `<folder>/<type>/**/NAME` of a format, and the names of the types.
+
+    The types are the first-level subfolders in sorted order; a subfolder without such a file keeps its type id. If
+    the files are directly in the folder, they form a single type named after it.
+
+    Returns:
+        (files in sorted order, type names by type id).
+
+    Raises:
+        DataError: the folder is missing, has no such file, or mixes the two layouts.
+    """
+    root, suffix = _existing(folder, format), _suffixes(format)
+    direct = _sorted_files(root, format, recursive=False)
+    type_dirs = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    files = [
+        TypedFile(path, type_id)
+        for type_id, directory in enumerate(type_dirs)
+        for path in _sorted_files(directory, format, recursive=True)
+    ]
+    if direct and files:
+        raise DataError(
+            f"{root}: {direct[0].name} is beside the type folder '{files[0].path.relative_to(root).parts[0]}': put "
+            f"every {suffix} into the subfolder of its type, or all of them directly into the folder"
+        )
+    if direct:
+        return [TypedFile(path, 0) for path in direct], [root.resolve().name]
+    if not files:
+        raise DataError(f"{root}: no {suffix} file in this folder; expected {root}/<type>/NAME{suffix}. {format.hint}")
+    return files, [directory.name for directory in type_dirs]
+
+
+def find_valid_sets(folder: str | Path, format: FileFormat) -> dict[str, list[Path]]:
+    """Find the validation sets: the directories with files of a format at or below `folder`.
+
+    Returns:
+        Path relative to `folder` -> files, both sorted. Files directly in `folder` form a set named after it.
+
+    Raises:
+        DataError: the folder is missing or has no such file.
+    """
+    root = _existing(folder, format)
+    sets: dict[str, list[Path]] = {}
+    for path in _sorted_files(root, format, recursive=True):
+        relative = path.parent.relative_to(root).as_posix()
+        sets.setdefault(root.resolve().name if relative == "." else relative, []).append(path)
+    if not sets:
+        suffix = _suffixes(format)
+        raise DataError(f"{root}: no {suffix} file in this folder; expected {root}/<set>/NAME{suffix}. {format.hint}")
+    return dict(sorted(sets.items()))
+
+
+def unread_files(folder: str | Path, format: FileFormat) -> list[Path]:
+    """Find files at or below `folder` that are not read, such as text; sorted.
+
+    Hidden files and folders are ignored.
+    """
+    unread = []
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        read = {name for name in names if name.endswith(format.suffixes)}
+        known = read | {other for name in read for other in format.companions(name)}
+        unread += [Path(place, name) for name in names if name not in known and not name.startswith(".")]
+    return sorted(unread)
+
+
+def log_unread_files(folder: str | Path, format: FileFormat) -> None:
+    """Log one line that names the files of `folder` that are not read, if there are any."""
+    if unread := unread_files(folder, format):
+        names = ", ".join(str(path.relative_to(folder)) for path in unread[:_MAX_NAMES])
+        more = f" and {len(unread) - _MAX_NAMES:,} more" if len(unread) > _MAX_NAMES else ""
+        logger.info("%s: ignoring files that do not belong to a %s file: %s%s", folder, _suffixes(format), names, more)
+
+
+def _suffixes(format: FileFormat) -> str:
+    return " or ".join(format.suffixes)
+
+
+def _existing(folder: str | Path, format: FileFormat) -> Path:
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder. {format.hint}, or set the folder to None")
+    return root
+
+
+def _sorted_files(directory: Path, format: FileFormat, recursive: bool) -> list[Path]:
+    if not recursive:
+        return sorted(path for path in directory.iterdir() if path.name.endswith(format.suffixes) and path.is_file())
+    # Not rglob, which does not follow links: large data is often linked into a folder.
+    walk = os.walk(directory, followlinks=True)
+    return sorted(Path(folder, name) for folder, _, names in walk for name in names if name.endswith(format.suffixes))

@@ -1,0 +1,77 @@
+"""The cache of what is computed once for a file of documents, beside the file or in the user's cache.
+
+The name of a cached file depends on everything that its content depends on. Several processes may write the same one at
+once: each writes a temporary file and renames it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from internlm.utils.errors import DataError
+from internlm.utils.user_cache import user_cache
+
+CACHE_FOLDER = ".index_cache"
+_FORMAT_VERSION = 1
+
+
+class IndexedFile(Protocol):
+    """A file that an index is made of, and all files that its content depends on."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def inputs(self) -> Sequence[Path]: ...
+
+
+def _cache_name(file: IndexedFile, kind: str, suffix: str) -> str:
+    parts: list[object] = [_FORMAT_VERSION, kind, file.path.name]
+    for each in file.inputs:
+        status = each.stat()
+        parts += [status.st_size, status.st_mtime_ns]
+    return f"{file.path.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}-{kind}{suffix}"
+
+
+def _cache_folders(path: Path) -> list[Path]:
+    """The cache folder beside the data, and the one in the user's cache for data on a read-only disk."""
+    folder_hash = hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:16]
+    return [path.parent / CACHE_FOLDER, user_cache() / "index" / folder_hash]
+
+
+def cached(file: IndexedFile, kind: str, suffix: str) -> Path | None:
+    """The cached index of a kind of the present version of a file, if there is one."""
+    name = _cache_name(file, kind, suffix)
+    candidates = (folder / name for folder in _cache_folders(file.path))
+    return next((path for path in candidates if path.is_file() and os.access(path, os.R_OK)), None)
+
+
+def store(file: IndexedFile, kind: str, suffix: str, write: Callable[[Path], object]) -> Path:
+    """Write an index of a kind to the cache.
+
+    Raises:
+        DataError: no cache folder is writable.
+    """
+    name = _cache_name(file, kind, suffix)
+    failures = []
+    for folder in _cache_folders(file.path):
+        # Not tempfile, whose files only their owner can read: data is shared between users.
+        temporary = folder / f".tmp-{os.getpid()}-{secrets.token_hex(8)}{suffix}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, folder / name)
+            return folder / name
+        except OSError as error:
+            failures.append(str(error))
+            if folder.is_dir():
+                temporary.unlink(missing_ok=True)
+    raise DataError(
+        f"{file.path}: the index can be written neither beside the file nor in the user's cache "
+        f"({'; '.join(failures)}). Set XDG_CACHE_HOME to a writable folder"
+    )

@@ -1,0 +1,160 @@
+"""Reads arrays of token ids, one after the other without a format of documents, memory-mapped.
+
+Three kinds of files: a .npy with NumPy's header; raw little-endian integers (nanoGPT's .bin; OLMo's files, which are
+named .npy without being any); and datatrove's .ds, raw uint16 or uint32 with document ends in .ds.index.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internlm.data.documents.index_cache import cached, store
+from internlm.utils.errors import DataError
+
+_NPY_MAGIC = b"\x93NUMPY"
+_BLOCK = 1 << 24
+"""Tokens searched for separators at once."""
+
+RAW_DTYPES = ("uint16", "uint32")
+
+
+class TokenArray:
+    """Random access to the documents of an array of token ids.
+
+    Args:
+        path: the file.
+        vocab_size: ids must be smaller; checked when a document is read. None accepts any.
+        dtype: of raw integers; a .npy knows its own. None: raw files are refused.
+        separator: id that ends a document and is its last token; None: the file is one document. Files of datatrove
+            have their document ends beside them, with which this id is not searched.
+
+    Attributes:
+        inputs: the file, and its .index if it has one.
+
+    Raises:
+        DataError: the file is missing or malformed, or its dtype is not known.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        vocab_size: int | None = None,
+        *,
+        dtype: str | None = None,
+        separator: int | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.vocab_size = vocab_size
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: no such file")
+        ends = ends_path(self.path)
+        self.inputs = (self.path, ends) if ends.is_file() else (self.path,)
+        self._tokens = self._map(dtype)
+        self._ends = self._read_ends(ends) if ends.is_file() else self._find_ends(separator)
+
+    def _map(self, dtype: str | None) -> NDArray[np.integer]:
+        with open(self.path, "rb") as file:
+            is_npy = file.read(len(_NPY_MAGIC)) == _NPY_MAGIC
+        if is_npy:
+            try:
+                tokens = np.load(self.path, mmap_mode="r")
+            except (ValueError, OSError, EOFError) as error:
+                raise DataError(f"{self.path}: not a complete .npy array ({error}); copy it again") from error
+            if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+                raise DataError(
+                    f"{self.path}: {tokens.dtype} of shape {tokens.shape}; expected integers of shape [tokens]"
+                )
+            if dtype is not None and tokens.dtype != np.dtype(dtype):
+                raise DataError(f"{self.path}: an array of {tokens.dtype}, but data.array_dtype is '{dtype}'")
+            return tokens
+        if dtype is None:
+            raise DataError(
+                f"{self.path}: raw integers without a header; set data.array_dtype to "
+                f"{' or '.join(map(repr, RAW_DTYPES))}"
+            )
+        size, width = self.path.stat().st_size, np.dtype(dtype).itemsize
+        if size % width:
+            raise DataError(f"{self.path}: {size:,} bytes are no whole number of {dtype}: another dtype, or truncated")
+        return np.memmap(self.path, mode="r", dtype=np.dtype(dtype).newbyteorder("<")) if size else np.zeros(0, dtype)
+
+    def _read_ends(self, path: Path) -> NDArray[np.int64]:
+        ends = np.fromfile(path, dtype="<u8").astype(np.int64)
+        if len(ends) and ((np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(self._tokens)):
+            raise DataError(
+                f"{path}: the document ends do not ascend to the {len(self._tokens):,} tokens of {self.path.name}: "
+                "another dtype than data.array_dtype, or it belongs to another file"
+            )
+        return ends
+
+    def _find_ends(self, separator: int | None) -> NDArray[np.int64]:
+        if separator is None:
+            return np.array([len(self._tokens)] if len(self._tokens) else [], dtype=np.int64)
+        kind = f"ends-{self._tokens.dtype.str[1:]}-{separator}"
+        found = cached(self, kind, ".npy") or store(
+            self, kind, ".npy", lambda target: np.save(target, _ends_after(self._tokens, separator))
+        )
+        ends: NDArray[np.int64] = np.load(found, mmap_mode="r")
+        return ends
+
+    def __len__(self) -> int:
+        """Number of documents in the file."""
+        return len(self._ends)
+
+    def counts(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """Token counts of the documents [start, stop): int64 [stop - start]."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        return self.counts_of(np.arange(start, stop))
+
+    def counts_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Token counts of the given documents: int64 of the same shape."""
+        return self._ends[documents] - self._starts_of(documents)
+
+    def check_offsets(self, start: int, stop: int) -> None:
+        """Nothing to check: ends were found in the file, or compared with its length."""
+
+    def read(
+        self, document: int, start: int = 0, stop: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Read tokens [start, stop) of a document.
+
+        Returns:
+            (ids int64, loss_mask bool), both [stop - start]; every token has a loss.
+
+        Raises:
+            DataError: an id is below 0 or outside the vocabulary.
+        """
+        first, end = int(self._starts_of(np.array([document]))[0]), int(self._ends[document])
+        last = end if stop is None else min(first + stop, end)
+        ids = np.asarray(self._tokens[min(first + start, last) : last], dtype=np.int64)
+        if len(ids):
+            largest, smallest = int(ids.argmax()), int(ids.argmin())
+            if ids[smallest] < 0:
+                raise DataError(f"{self.path}: token {first + start + smallest} is {ids[smallest]}, below 0")
+            if self.vocab_size is not None and ids[largest] >= self.vocab_size:
+                raise DataError(
+                    f"{self.path}: token {first + start + largest} is {ids[largest]}, outside the vocabulary of "
+                    f"{self.vocab_size}: set model.vocab_size to that of the tokenizer that made the file; if it is, "
+                    "check data.array_dtype"
+                )
+        return ids, np.ones(len(ids), dtype=np.bool_)
+
+    def _starts_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.where(documents > 0, self._ends[np.maximum(documents - 1, 0)], 0)
+
+
+def ends_path(path: Path) -> Path:
+    """Datatrove's file of document ends, uint64 in tokens, beside a .ds."""
+    return path.with_name(path.name + ".index")
+
+
+def _ends_after(tokens: NDArray[np.integer], separator: int) -> NDArray[np.int64]:
+    """The position after each separator, and the end of what follows the last one."""
+    found = [
+        np.flatnonzero(tokens[start : start + _BLOCK] == separator) + (start + 1)
+        for start in range(0, len(tokens), _BLOCK)
+    ]
+    ends = np.concatenate(found).astype(np.int64) if found else np.zeros(0, dtype=np.int64)
+    return ends if not len(tokens) or (len(ends) and ends[-1] == len(tokens)) else np.append(ends, len(tokens))
