@@ -118,8 +118,8 @@ def _write_cumulative(target: Path, file: TokenizedFile, min_length: int, count_
     for start in range(0, len(file), _BLOCK):
         stop = min(start + _BLOCK, len(file))
         counts = file.counts_of(permute(np.arange(start, stop), len(file), DOCUMENT_SEED))
-        kept = counts >= max(1, min_length)
-        ends[start:stop] = total + np.cumsum(kept if count_documents else np.where(kept, counts, 0))
+        selected = counts >= max(1, min_length)
+        ends[start:stop] = total + np.cumsum(selected if count_documents else np.where(selected, counts, 0))
         total = int(ends[stop - 1])
     ends.flush()
 

@@ -1,4 +1,4 @@
-"""What reading files before a run finds, and how much of them it reads."""
+"""Checks of folders before a run: what they find, and how much they read."""
 
 from __future__ import annotations
 
