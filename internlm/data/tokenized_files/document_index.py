@@ -82,7 +82,7 @@ class DocumentIndex:
 
     def __init__(self, file: TokenizedFile, min_length: int, count_documents: bool = False) -> None:
         self._num_documents = len(file)
-        self._ends = _cumulative(file, min_length, count_documents)
+        self._ends = _cumulative_lengths(file, min_length, count_documents)
 
     def locate(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Find the documents that cover the positions [start, stop), start < stop.
@@ -101,18 +101,18 @@ class DocumentIndex:
         return documents, starts[present].astype(np.int64)
 
 
-def _cumulative(file: TokenizedFile, min_length: int, count_documents: bool) -> NDArray[np.int64]:
+def _cumulative_lengths(file: TokenizedFile, min_length: int, count_documents: bool) -> NDArray[np.int64]:
     """End position of every document in shuffled order, dropped ones with length 0: int64 [documents]."""
     kind = f"{'documents' if count_documents else 'tokens'}-{min_length}-{DOCUMENT_SEED}"
     cached = _cached(file.path, kind, ".npy")
     if cached is None:
         cached = _store(
-            file.path, kind, ".npy", lambda target: _write_cumulative(target, file, min_length, count_documents)
+            file.path, kind, ".npy", lambda target: _write_cumulative_lengths(target, file, min_length, count_documents)
         )
     return np.load(cached, mmap_mode="r")
 
 
-def _write_cumulative(target: Path, file: TokenizedFile, min_length: int, count_documents: bool) -> None:
+def _write_cumulative_lengths(target: Path, file: TokenizedFile, min_length: int, count_documents: bool) -> None:
     ends = np.lib.format.open_memmap(target, mode="w+", dtype=np.int64, shape=(len(file),))
     total = 0
     for start in range(0, len(file), _BLOCK):
