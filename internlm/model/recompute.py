@@ -1,7 +1,7 @@
-"""Activation recomputation: what a layer saves for backward, and what it recomputes there.
+"""Activation recomputation: what a layer saves for backward, and what it recomputes.
 
-A save policy names the operators whose results are saved; everything between them is recomputed from the layer's
-input. "everything" saves what autograd saves and recomputes nothing; "nothing" saves the input alone.
+A save policy names the operators whose results are saved; everything else is recomputed in backward from the layer's
+input. "everything" saves what autograd saves and recomputes nothing; "nothing" saves only the input.
 
 Sources: Chen et al. 2016, arXiv:1604.06174 (recomputation by layer); Korthikanti et al. 2022, arXiv:2205.05198
 (selective recomputation). The mechanism is torch's selective activation checkpointing.
@@ -46,7 +46,7 @@ ATTENTION_OPS = frozenset(
 """Operators that return attention's output and the softmax statistics that its backward pass needs."""
 
 GEMM_OPS = frozenset(
-    {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::products", "internlm::wide_product"}
+    {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::products", "internlm::fp32_gemm"}
 )
 """GEMMs of activations with weights. Batched GEMMs are excluded: they compute attention's scores, which are much larger
 than its output."""
@@ -66,23 +66,22 @@ class TensorStore(Protocol):
         """Store a tensor; returns the handle for `get`."""
 
     def get(self, stored: Any) -> Tensor:
-        """The tensor of a handle; called once for each."""
+        """The tensor of a handle; called once per handle."""
 
 
 def recomputed(
     function: Callable[..., R], save_policy: SavePolicy, store: TensorStore | None = None
 ) -> Callable[..., R]:
-    """`function`, recomputing in backward what its save policy does not save.
+    """Wrap `function` so that backward recomputes what the save policy does not save.
 
-    Without gradients it is called as it is. Results and gradients are bit-equal to those without recomputation, as long
-    as the function draws no random numbers. The result may be compiled, and so may `function`: where both are one
-    graph, the compiler follows the policy; around a compiled function, the policy sees only the operators that the
-    compiler left.
+    Without gradients, `function` is called directly. Results and gradients are bit-equal to those without recomputation
+    as long as the function draws no random numbers. The wrapper may be compiled together with `function`, and the
+    compiler follows the policy; around a compiled function, the policy sees only the operators that were not fused.
 
     Args:
-        function: of tensors and other values. All ranks that communicate in it must use the same policy.
+        function: takes tensors and other values. All ranks that communicate in it must use the same policy.
         save_policy: see `SavePolicy`.
-        store: holds the saved results; None: they stay where they were made. Not for compiled graphs.
+        store: holds the saved results; None: they stay on the device. Not for compiled graphs.
     """
     if save_policy == "everything":
         return function
@@ -112,20 +111,20 @@ def _decide(saved: frozenset[str], _: Any, op: Any, *args: Any, **kwargs: Any) -
 
 
 def _stored_contexts(saved: frozenset[str], store: TensorStore) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """As torch's selective contexts, which can save only to memory of their own."""
+    """Like torch's contexts for selective checkpointing, but with a store."""
     results: dict[str, deque[Any]] = defaultdict(deque)
     return _Store(saved, store, results), _Replay(saved, store, results)
 
 
 class _Stored:
-    """The handle of a stored tensor."""
+    """Wrapper of the store's handle, to distinguish it from other leaves of a result."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class _Store(TorchDispatchMode):
-    """Stores the results of some operators, by operator in order."""
+    """Stores the results of the saved operators, by operator in call order."""
 
     def __init__(self, saved: frozenset[str], store: TensorStore, results: dict[str, deque[Any]]) -> None:
         super().__init__()
