@@ -46,7 +46,7 @@ ATTENTION_OPS = frozenset(
 """Operators that return attention's output and the softmax statistics that its backward pass needs."""
 
 GEMM_OPS = frozenset(
-    {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::products", "internlm::fp32_gemm"}
+    {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::gemms", "internlm::fp32_gemm"}
 )
 """GEMMs of activations with weights. Batched GEMMs are excluded: they compute attention's scores, which are much larger
 than its output."""
@@ -149,34 +149,34 @@ class _Replay(_Store):
         return tree_map_only(_Stored, lambda stored: self._store.get(stored.value), result)
 
 
-# -- products with more around them than one operator ----------------------------------------------------------------
+# -- groups of operations as one operator ---------------------------------------------------------------------------
 
 _is_selective: ContextVar[bool] = ContextVar("is_selective", default=False)
 _computation: ContextVar[Callable[[], list[Tensor]]] = ContextVar("computation")
 
 
-def as_products(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
-    """`compute()`, which is one operator where operators are told apart.
+def as_gemm_operator(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
+    """`compute()`, as one operator in selective recomputation, which a policy that saves GEMMs saves.
 
-    Where products are kept, recomputation leaves out all that it does; where not, what it does besides multiplying need
-    not be the same the second time (weights may have been gathered ahead).
-
-    Args:
-        compute: makes new tensors, without gradients; gathering weights for them is part of it.
-        like: any tensor of the same device.
-    """
-    return _as_operator(_products, compute, like)
-
-
-def as_unkept(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
-    """`compute()`, which is one operator that no policy keeps, so that it may do something else in recomputation.
-
-    torch tells operators by name and count, and refuses a recomputation with other ones than the first time.
+    If its results are saved, recomputation skips it as a unit. If not, its other operations, such as gathers, may
+    differ the second time, because weights may have been prefetched.
 
     Args:
-        compute, like: as of `as_products`.
+        compute: runs GEMMs without autograd and returns new tensors; it may gather the weights for them.
+        like: any tensor on the same device.
     """
-    return _as_operator(_unkept, compute, like)
+    return _as_operator(_gemms, compute, like)
+
+
+def as_recomputed_operator(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
+    """`compute()`, as one operator that no policy saves, so that its operations may differ in recomputation.
+
+    torch counts operators by name, and refuses a recomputation that runs others than the first time.
+
+    Args:
+        compute, like: see `as_gemm_operator`.
+    """
+    return _as_operator(_recomputed, compute, like)
 
 
 def _as_operator(operator: Any, compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
@@ -187,13 +187,13 @@ def _as_operator(operator: Any, compute: Callable[[], list[Tensor]], like: Tenso
     return result
 
 
-@torch.library.custom_op("internlm::products", mutates_args=(), schema="(Tensor like) -> Tensor[]")
-def _products(like: Tensor) -> list[Tensor]:
+@torch.library.custom_op("internlm::gemms", mutates_args=(), schema="(Tensor like) -> Tensor[]")
+def _gemms(like: Tensor) -> list[Tensor]:
     return _computation.get()()
 
 
-@torch.library.custom_op("internlm::unkept", mutates_args=(), schema="(Tensor like) -> Tensor[]")
-def _unkept(like: Tensor) -> list[Tensor]:
+@torch.library.custom_op("internlm::recomputed", mutates_args=(), schema="(Tensor like) -> Tensor[]")
+def _recomputed(like: Tensor) -> list[Tensor]:
     return _computation.get()()
 
 

@@ -1,7 +1,7 @@
 """Asynchronous sends and receives between the ranks of a pipeline.
 
 Each channel, from one rank to another for one kind of tensor, has its own process group: NCCL executes the operations
-of a group in order, so that in a shared group a receive that waits for its peer would block every send behind it. On a
+of a group in order, so that in a shared group a receive that waits for its peer would block every later send. On a
 channel, each side has only one kind of operation. Tensors are untagged and arrive in the order in which they were sent.
 This module knows no schedule: the caller decides what is sent when.
 """

@@ -1,4 +1,4 @@
-"""The layers of a model: the units in which FSDP gathers weights."""
+"""The layers of a model: the units of FSDP and of compilation."""
 
 from __future__ import annotations
 

@@ -172,12 +172,12 @@ class ModelParallel:
             kernels = Float8Kernels(
                 weights[0].dtype,
                 on_hardware=float8.runs_on_hardware(self.context.device),
-                reduce_amax=self._largest_over_ranks,
+                reduce_amax=self._reduce_amax,
                 compiles_casts=self.options.compile_casts,
             )
         return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, kernels)
 
-    def _largest_over_ranks(self, amaxes: Tensor) -> Tensor:
+    def _reduce_amax(self, amaxes: Tensor) -> Tensor:
         axis = self.scale_axis
         return all_reduce(amaxes, None if axis is None else self.context.group(axis), dist.ReduceOp.MAX)
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from internlm.model.ops.cpu import gemm as cpu_gemm
-from internlm.model.ops.cpu.gemm import gemm, linear_product, widens
+from internlm.model.ops.cpu.gemm import gemm, linear_gemm, widens
 from internlm.model.ops.cpu.native import has_matrix_units, has_native_ops
 from internlm.model.ops.implementation_choice import Choice
 
@@ -98,7 +98,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear_product(x, weight, bias)
+        return linear_gemm(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -251,11 +251,11 @@ def judge(case: OpCase, device: torch.device, dtype: torch.dtype, seed: int = 0)
         what = "the result" if number < num_results else f"the gradient of input {number - num_results + 1}"
         if value.shape != truth.shape:
             return f"{what} has shape {list(value.shape)} instead of {list(truth.shape)}"
-        error = _relative_error(value, truth)
+        deviation = _relative_error(value, truth)
         tolerance = 0.0 if case.is_exact else 4 * _relative_error(rounded, truth) + torch.finfo(dtype).eps
-        # Not `error > tolerance`: NaN is an error too.
-        if not error <= tolerance:
-            return f"{what} has a relative error of {error:.1e}, above the tolerance of {tolerance:.1e}"
+        # Not `deviation > tolerance`: NaN is an error too.
+        if not deviation <= tolerance:
+            return f"{what} has a relative error of {deviation:.1e}, above the tolerance of {tolerance:.1e}"
     return None
 
 

@@ -142,8 +142,8 @@ def _attention_backward(
         if kernel == "flash":
             own_lse = stack_documents(lse.transpose(1, 2), documents, length).transpose(1, 2)
         own_grads = _rows_backward(own_grad, own_q, own_k, own_v, own_out, own_lse, window, scale, kernel)
-        for rows, whole in zip(own_grads, grads, strict=True):
-            unstack_documents(rows, documents, whole)
+        for rows, target in zip(own_grads, grads, strict=True):
+            unstack_documents(rows, documents, target)
     return grads
 
 

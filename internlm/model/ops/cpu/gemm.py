@@ -113,7 +113,7 @@ def gemm(a: Tensor, b: Tensor) -> Tensor:
     return _fp32_gemm(a, b, None) if _is_widened(a) else a @ b
 
 
-def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x weight^T + bias` for `[..., in]` and `[out, in]`, as by `gemm`. In fp32, it is not differentiable."""
     rows = x.flatten(0, -2)
     if _is_widened(rows):
