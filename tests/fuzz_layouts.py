@@ -157,7 +157,7 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="compare random layouts with one process")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="how long (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random layouts (default: 0)")
     parser.add_argument("--case", metavar="LINE", help="try only this one")
     options = parser.parse_args()
     torch.set_num_threads(1)

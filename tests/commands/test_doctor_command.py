@@ -69,7 +69,7 @@ def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str], small_heads:
     assert f"ops on cpu (float32, heads of 8, as of {small_heads})" in text
     for name, choice in describe("cpu", OpSettings(torch.float32, head_dim=8)).items():
         assert name in text and choice.implementation in text
-    assert text.splitlines()[-1] == "everything that would run is right"
+    assert text.splitlines()[-1] == "all ops pass"
 
 
 def test_how_the_cpu_multiplies_is_a_key_of_the_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_more_ranks_than_gpus_are_refused_with_the_way_out(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device(Launch(local_rank=1)) == torch.device("cuda", 1)
-    with pytest.raises(LaunchError, match="local rank 2 has no GPU: this machine shows 2"):
+    with pytest.raises(LaunchError, match="local rank 2 has no GPU: 2 are visible on this machine"):
         choose_device(Launch(local_rank=2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device(Launch(local_rank=5)) == torch.device("cpu")
