@@ -100,7 +100,7 @@ def combinations(random: Random) -> Iterator[Combination]:
             for name, (cls, options) in PARTS.items()
         }
         combination = Combination(ranks, **parts)
-        if not combination.mistakes():
+        if not combination.problems():
             yield combination
 
 
@@ -131,7 +131,7 @@ class Trials:
     def simplify(self, combination: Combination) -> Combination:
         """A combination that fails, too, with as many defaults as can be."""
         for simpler in self._simpler(combination):
-            if simpler != combination and not simpler.mistakes() and self.failure(simpler):
+            if simpler != combination and not simpler.problems() and self.failure(simpler):
                 return self.simplify(simpler)
         return combination
 

@@ -131,7 +131,7 @@ def _describe_traffic(rank: int, estimate: RankEstimate) -> list[str]:
     by_axis = [f"{axis} {_bytes(size)}" for axis, size in vars(estimate.sent).items() if size]
     return [
         f"rank {rank} holds at most {_bytes(estimate.activations)} of activations in its layers",
-        f"rank {rank} sends {_bytes(estimate.sent.all_bytes)} per step; by axis: {', '.join(by_axis) or 'nothing'}",
+        f"rank {rank} sends {_bytes(estimate.sent.all_bytes)} per step ({', '.join(by_axis) or 'nothing'})",
         "",
     ]
 

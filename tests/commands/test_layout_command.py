@@ -67,7 +67,7 @@ def test_bytes_sent_are_shown_by_axis(config: Path, capsys: pytest.CaptureFixtur
     """An axis over which nothing is sent is left out."""
     lines = layout(capsys, config, "--world-size", 64, "--rank", 13)
     (line,) = [line for line in lines if line.startswith("rank 13 sends ")]
-    total, by_axis = line.removeprefix("rank 13 sends ").split(" per step; by axis: ")
+    total, by_axis = line.removeprefix("rank 13 sends ").removesuffix(")").split(" per step (")
     sizes = {part.split()[0]: size_of(part.split(maxsplit=1)[1]) for part in by_axis.split(", ")}
     assert list(sizes) == ["tensor", "data", "pipeline"]
     assert size_of(total) == pytest.approx(sum(sizes.values()), rel=0.01)

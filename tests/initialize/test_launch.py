@@ -112,7 +112,7 @@ def test_the_time_that_a_rank_waits_for_another_one() -> None:
     assert collective_timeout(None, {"INTERNLM_ENABLE_TIMEOUT": "0", "NCCL_TIMEOUT": "90"})[0] == 90.0
     assert collective_timeout(None, {"NCCL_TIMEOUT": "90"}) == (1800.0, None)
     given = collective_timeout(7.0, {"INTERNLM_ENABLE_TIMEOUT": "1"})
-    assert given == (7.0, "INTERNLM_ENABLE_TIMEOUT is ignored: monitor.collective_timeout_seconds = 7 is given")
+    assert given == (7.0, "INTERNLM_ENABLE_TIMEOUT is ignored: monitor.collective_timeout_seconds = 7 is set")
     with pytest.raises(LaunchError, match="NCCL_TIMEOUT = 'soon' is not a whole number of seconds"):
         collective_timeout(None, {"INTERNLM_ENABLE_TIMEOUT": "1", "NCCL_TIMEOUT": "soon"})
 
