@@ -15,7 +15,7 @@ from internlm.checkpoint.save_folder import resolve
 from internlm.config.schema import Config
 from internlm.config.schema.ckpt import LoadCkptInfo
 from internlm.convert.checkpoint_types import open_weights, trained_as
-from internlm.convert.to_hf import export_beside
+from internlm.convert.to_hf import export_next_to
 from internlm.core.trainer import Trainer
 from internlm.initialize.build_schedules import build_schedules
 from internlm.initialize.model_changes import check_same_function, compare_configs, saved_config
@@ -37,7 +37,7 @@ def build_manager(config: Config, config_text: str) -> CheckpointManager:
         snapshot_folder=ckpt.snapshot_ckpt_folder or None,
         keep_latest=ckpt.keep_latest,
         async_save=ckpt.enable_save_ckpt and ckpt.saves_in_background,
-        after_save=export_beside if ckpt.enable_internevo2hf_ckpt else None,
+        after_save=export_next_to if ckpt.enable_internevo2hf_ckpt else None,
     )
 
 

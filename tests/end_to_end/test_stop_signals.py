@@ -166,7 +166,9 @@ def test_a_stop_file_with_a_step_that_has_passed_stops_at_once(tmp_path: Path, s
     stop.write_text("2")
     assert command.wait(30) == 0, command.output
     (stopped_at,) = complete_steps(tmp_path / "checkpoints")
-    assert f"stopped at step {stopped_at}: requested for step 2, which had passed; run the same command" in command.output
+    assert (
+        f"stopped at step {stopped_at}: requested for step 2, which had passed; run the same command" in command.output
+    )
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, started: list[Forked]) -> None:

@@ -69,9 +69,7 @@ def test_another_tokenizer_than_the_datas(
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
     caplog.set_level(logging.INFO, "internlm")
     path = str(places / "b")
-    with pytest.raises(
-        ConfigError, match=r"data\.tokenizer_path differs from that of the data: .*check_tokenizer"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer_path differs from that of the data: .*check_tokenizer"):
         data_tokenizer(config_of(places, data__tokenizer_path=path))
     data_tokenizer(config_of(places, data__tokenizer_path=path, data__check_tokenizer=False))
     assert "data.tokenizer_path differs from that of the data" in caplog.text
