@@ -233,7 +233,7 @@ def test_nothing_is_replaced(tmp_path: Path, out: str) -> None:
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     save(tmp_path / "old", "LLAMA2", Split(tp=2, pp=2))
     (tmp_path / "old" / "model_tp0_pp1.pt").unlink()
-    assert "model_tp0_pp1.pt is missing" in refused(tmp_path / "old", tmp_path / "new")
+    assert "missing: model_tp0_pp1.pt" in refused(tmp_path / "old", tmp_path / "new")
 
 
 @pytest.mark.parametrize("keep", [0, 100, 3000])

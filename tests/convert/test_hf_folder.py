@@ -323,7 +323,7 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     first, last = (sorted(set(index["weight_map"].values()))[place] for place in (0, -1))
     save_file({**load_file(tmp_path / last), "model.embed_tokens.weight": torch.ones(97, 48)}, tmp_path / last)
-    with pytest.raises(CheckpointError, match=f"both {first} and {last} hold 'model.embed_tokens.weight'"):
+    with pytest.raises(CheckpointError, match=f"both {first} and {last} contain 'model.embed_tokens.weight'"):
         HfFolder(storage_path(tmp_path))
 
 
@@ -336,7 +336,7 @@ def test_weight_files_that_are_not_read_are_named(
     (tmp_path / "pytorch_model.bin").write_bytes(b"older")
     with caplog.at_level(logging.INFO, "internlm"):
         HfFolder(storage_path(tmp_path))
-    assert "not read, as model.safetensors is there: pytorch_model.bin" in caplog.text
+    assert "model.safetensors takes precedence; not read: pytorch_model.bin" in caplog.text
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {"a": torch.ones(1)}}, {1: torch.ones(1)}])

@@ -179,7 +179,7 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     save(tmp_path / "old", Split(tp=2), Zero(2))
     (tmp_path / "old" / "optimizer_tp1_pp0_zo0.pt").unlink()
-    assert "optimizer_tp1_pp0_zo0.pt is missing" in refused(tmp_path)
+    assert "missing: optimizer_tp1_pp0_zo0.pt" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["optimizer_tp2_pp0_zo0.pt", "optimizer_wp0_pp0_zo0.pt", "optimizer_fsdp0.pt"])
@@ -238,7 +238,7 @@ def test_a_plan_of_other_shapes_is_refused(tmp_path: Path) -> None:
         plan = torch.load(path)
         plan[0][0][0] = "0_1_3072"
         torch.save(plan, path)
-    assert "the plan has [1, 3072] where" in refused(tmp_path)
+    assert "the plan has shape [1, 3072] for" in refused(tmp_path)
 
 
 def test_a_plan_of_another_run_is_found_by_the_masters(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_what_the_config_has_otherwise_is_told(tmp_path: Path, capsys: pytest.Ca
     assert "the optimizer's learning rate is 0.0005, the config's schedule gives 0.001 at step 40" in out
     assert "the optimizer's beta2 is 0.99, the config's is 0.95 at step 40" in out
     assert "adam.weight_decay = 0.01 in the config, 0.1 in the optimizer files" in out
-    assert "InternEvo had read 45 batches for these 40 updates" in out and "takes 5 step(s) more" in out
+    assert "InternEvo had read 45 batches for these 40 updates" in out and "takes 5 more step(s)" in out
     assert "AdamW has taken 39 updates in 40 steps" in out
     assert state.step == 40
 
