@@ -1,6 +1,6 @@
 """`internlm doctor`: reports hardware and software, chooses the implementation of each op, and runs their self-tests.
 
-Its output belongs into a bug report. With `--config` it uses that model's dtype, head size and backends.
+Its output belongs in a bug report. With `--config` it uses that model's dtype, head size and backends.
 """
 
 from __future__ import annotations
