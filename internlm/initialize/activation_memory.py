@@ -105,7 +105,7 @@ def _plan(
     if architecture is None:
         raise ConfigError(
             f"model.checkpoint_budget = {config.model.checkpoint_budget}: the activations of a {config.model_type} "
-            "cannot be estimated, because it has no architecture or non-standard layers; set model.checkpoint instead"
+            "cannot be estimated, as it has non-standard layers or no architecture; set model.checkpoint instead"
         )
     activations = layer_activations(config, ModelDimensions.of(architecture), layout)
     return plan_activations(activations, layers, budget * 2**30)

@@ -281,7 +281,7 @@ def test_dry_run_shows_layout_and_sizes(look: Callable[..., Run]) -> None:
     assert re.search(r"activation +pipeline 1 x ", text)
     # 2 * 61 * 32 for embedding and head; a layer has wqkv 64 * 32, wo 32 * 32, 3 * 56 * 32 and two norms; and one norm.
     total = 2 * 61 * 32 + 2 * (64 * 32 + 32 * 32 + 3 * 56 * 32 + 2 * 32) + 32
-    assert re.search(rf"all +{total:,} parameters", text)
+    assert re.search(rf"total +{total:,} parameters", text)
     assert "64 tokens per step, 640 in 10 steps" in text
     assert "the config is valid" in text
 
