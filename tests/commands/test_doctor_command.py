@@ -66,10 +66,10 @@ def test_a_healthy_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str], small_heads: Path) -> None:
     code, text = doctor(capsys, "--config", small_heads)
     assert code == 0 and "float8_linear" not in text
-    assert f"ops on cpu (float32, heads of 8, as of {small_heads})" in text
+    assert f"ops on cpu (float32, head size 8, from {small_heads})" in text
     for name, choice in describe("cpu", OpSettings(torch.float32, head_dim=8)).items():
         assert name in text and choice.implementation in text
-    assert text.splitlines()[-1] == "everything that would run is right"
+    assert text.splitlines()[-1] == "all ops pass"
 
 
 def test_how_the_cpu_multiplies_is_a_key_of_the_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

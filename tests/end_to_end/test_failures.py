@@ -210,7 +210,7 @@ def test_ranks_that_end_at_different_times_are_not_taken_for_dead(tmp_path: Path
 
     def dawdle(rank: int) -> None:
         if rank == 1:
-            original = train._say_goodbye
-            train._say_goodbye = lambda *args: (time.sleep(2), original(*args))  # type: ignore[assignment,func-returns-value]
+            original = train._log_end
+            train._log_end = lambda *args: (time.sleep(2), original(*args))  # type: ignore[assignment,func-returns-value]
 
     assert wait_for_all(train_on_two_ranks(tmp_path, quicker_watch, dawdle), LIMIT_SECONDS) == [0, 0]
