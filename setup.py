@@ -1,4 +1,4 @@
-"""Kept for tools that still call setup.py; everything is declared in pyproject.toml."""
+"""For tools that still call setup.py; all metadata is in pyproject.toml."""
 
 from setuptools import setup
 

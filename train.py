@@ -1,4 +1,4 @@
-"""Train a model: `python train.py --config configs/demo.py`. The same as `internlm train`."""
+"""Train a model: `python train.py --config configs/demo.py`; same as `internlm train`."""
 
 import sys
 

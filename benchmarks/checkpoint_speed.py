@@ -1,12 +1,12 @@
-"""How fast checkpoints are saved and loaded, how long training waits for a save, and how much memory each takes.
+"""Bandwidth of saving and loading checkpoints, the stall of training during a save, and the peak memory of each.
 
     python benchmarks/checkpoint_speed.py [--folder DIR] [--layers 8] [--rounds 5]
 
-Builds a bf16 model of InternLM2's shapes (hidden 2048; its fp32 masters and moments come with it), and saves and loads
-its whole training state on the disk of DIR: with `CheckpointManager` (checksums, fsync), with `torch.save` of the same
-bytes followed by fsync, and with `CheckpointManager(async_save=True)`, where what counts is how long the call takes.
-Rounds are interleaved; the figures are medians. Files are read from the page cache, by both. Peak memory is measured in
-processes of their own, as the resident set over what was there before, in multiples of the largest tensor.
+Builds a bf16 model with InternLM2's shapes (hidden 2048, with fp32 masters and moments), and saves and loads its whole
+training state on the disk of DIR: with `CheckpointManager` (checksums, fsync), with `torch.save` of the same bytes
+followed by fsync, and with `CheckpointManager(async_save=True)`, for which the duration of the call is measured. Rounds
+are interleaved; the figures are medians. All files are read from the page cache. Peak memory is measured in separate
+processes, as the growth of the resident set in multiples of the largest tensor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from internlm.utils.storage import storage_path
 
 
 def state_of_a_run(layers: int) -> Any:
-    """As much of a trainer as a checkpoint needs."""
+    """A stand-in for a trainer, with everything that a checkpoint needs."""
     torch.manual_seed(0)
     config = ModelConfig(
         num_layers=layers, hidden_size=2048, intermediate_size=8192, num_attention_heads=16, num_kv_attention_heads=8,
@@ -64,7 +64,7 @@ def state_of_a_run(layers: int) -> Any:
 
 
 def tensors_of(trainer: Any) -> dict[str, torch.Tensor]:
-    """The same tensors, whole, as one would give them to torch.save."""
+    """The same tensors, unsharded, as passed to torch.save."""
     optimizer = trainer.engine.optimizer
     boxed = {**model_tensors(*optimizer.chunks), **optimizer_tensors(optimizer)}
     return {key: value.pieces[0][1] for key, value in boxed.items()}
@@ -89,9 +89,9 @@ def torch_load(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Median seconds of every way."""
+    """Median seconds of each method."""
     trainer = state_of_a_run(options.layers)
-    # Copies: the views that the optimizer keeps would carry their whole buffer into the file.
+    # Copied, because torch.save would write the whole buffer of each of the optimizer's views.
     plain = {key: value.clone() for key, value in tensors_of(trainer).items()}
     num_bytes = sum(value.numel() * value.element_size() for value in plain.values())
     manager = CheckpointManager(folder / "ours", keep_latest=1)
@@ -115,7 +115,7 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         run("stall of a background save", save_in_background)
         run("rest of a background save", background.drain)
         if number == 0:
-            # Everything is made and mapped for the first time.
+            # The first round allocates and maps memory.
             times.clear()
     background.finish()
     failed = [result.error for result in (*manager.poll(), *background.poll()) if result.error]
@@ -130,7 +130,10 @@ def _boxed(trainer: Any) -> dict[str, Any]:
 
 
 def peak(action: str, options: argparse.Namespace, folder: Path) -> None:
-    """In a process of its own: print how much one save or load adds to the resident set, and the largest tensor."""
+    """Print the growth of the resident set during one save or load, and the size of the largest tensor.
+
+    Runs in its own process.
+    """
     trainer = state_of_a_run(options.layers)
     manager = CheckpointManager(folder / "ours")
     largest = max(value.numel() * value.element_size() for value in tensors_of(trainer).values())
@@ -158,7 +161,7 @@ def _resident_bytes(field: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary one")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: the temporary folder)")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,10 +1,10 @@
-"""Peak memory of `internlm convert` with a model of real shapes: InternLM2-7B, bf16, as it was published.
+"""Peak memory of `internlm convert` with the shapes of the published InternLM2-7B in bf16.
 
     python benchmarks/conversion_memory.py --work trial
 
-Makes the folder (15.5 GB), converts it with `from-hf`, deletes it, and converts the checkpoint with `to-hf` into
-transformers' layout, in which every wqkv is taken apart. Needs twice the size on the disk. A peak is the largest
-resident set of the process that converts; what it holds before, with everything imported, is printed too.
+Creates a folder (15.5 GB), converts it with `from-hf`, deletes it, and converts the checkpoint with `to-hf`
+to the transformers layout, which splits every wqkv. Needs twice the size on the disk. The peak is the largest resident
+set of the converting process; its resident set after all imports is printed too.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ print(f"peak {peak():.2f} GB, of which {before:.2f} GB before; {time.perf_counte
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="new folder for all that is written")
-    parser.add_argument("--layers", type=int, default=32, help="fewer than the model has (default: 32)")
+    parser.add_argument("--work", type=Path, required=True, help="new folder for all output")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model (default: 32)")
     options = parser.parse_args()
     options.work.mkdir(parents=True)
     hf, ours, back = (options.work / name for name in ("hf", "ours", "back"))
-    # In a process of its own: a child counts the peak of its parent as its own.
+    # In its own process, because a child process inherits the peak of its parent.
     maker = multiprocessing.get_context("spawn").Process(target=make_folder, args=(hf, options.layers))
     maker.start()
     maker.join()
@@ -71,7 +71,7 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def make_folder(folder: Path, layers: int) -> None:
-    """Write the published layout in files of 2 GB."""
+    """Write a folder of the published layout, in files of 2 GB."""
     folder.mkdir()
     config = {
         "model_type": "internlm2",
@@ -113,7 +113,7 @@ def make_folder(folder: Path, layers: int) -> None:
 
 
 def convert(*words: object) -> None:
-    """One conversion in a process of its own, which tells its peak."""
+    """Run one conversion in its own process, and print its peak."""
     child = [sys.executable, "-c", CHILD, *map(str, words)]
     done = subprocess.run(child, cwd=ROOT, check=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     print(f"{words[0]}: {done.stderr.strip().splitlines()[-1]}", flush=True)

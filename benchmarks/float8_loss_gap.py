@@ -1,10 +1,10 @@
-"""How much further from its data float8 leaves a model: the loss of the same training in bf16 and in float8.
+"""Loss gap between the same training in bf16 and in float8.
 
     python benchmarks/float8_loss_gap.py [--steps 200] [--threads 2] [--device cpu] [--every-layer] [--seed 0]
 
-Both train the same model from the same weights on the same batches: bytes of the source of Python's standard library,
-which every machine with Python has. A loss is the mean of the last 20 steps; the gap is relative to bf16. On a device
-without float8 matrix units the products are emulated, with the same rounding.
+Both runs train the same model from the same weights on the same batches: bytes of the source code of Python's standard
+library, which is available everywhere. A loss is the mean of the last 20 steps; the gap is relative to bf16. On a
+device without float8 units the GEMMs are emulated with the same rounding.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ RATE, WARMUP, LAST = 2e-3, 20, 20
 
 
 def corpus() -> Tensor:
-    """The bytes of the standard library's modules, one file after the other, int64 `[n]`."""
+    """The concatenated bytes of the standard library's modules, int64 `[n]`."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8).long()
 
 
 def batches(text: Tensor, steps: int, seed: int, device: torch.device) -> list[Batch]:
-    """One micro batch a step: rows from random places."""
+    """One micro-batch per step, with rows from random positions."""
     draw = random.Random(seed)
     positions = torch.arange(SEQ_LEN, device=device).expand(ROWS, -1)
     made = []
@@ -56,7 +56,7 @@ def batches(text: Tensor, steps: int, seed: int, device: torch.device) -> list[B
 
 
 def build(layers: range, seed: int, context: ParallelContext) -> Engine:
-    """An engine around the model, some of whose layers multiply in float8."""
+    """An engine for the model, with the GEMMs of some layers in float8."""
     config = ModelConfig(
         vocab_size=256,
         hidden_size=HIDDEN,
@@ -73,7 +73,7 @@ def build(layers: range, seed: int, context: ParallelContext) -> Engine:
 
 
 def rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to a tenth."""
+    """Learning rate: linear warm-up, then cosine decay to a tenth."""
     if step < WARMUP:
         return RATE * (step + 1) / WARMUP
     return RATE * (0.55 + 0.45 * math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
@@ -84,8 +84,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--every-layer", action="store_true", help="float8 in the first and the last layer too")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument("--every-layer", action="store_true", help="use float8 in the first and last layer too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     context = ParallelContext.create(ParallelLayout(), options.device)
@@ -97,7 +97,7 @@ def main() -> None:
         engine, started = build(layers, options.seed, context), time.perf_counter()
         found = [engine.train_step(batch, rate(step, options.steps)).loss for step, batch in enumerate(data)]
         losses[name] = [float(loss) for loss in found]
-        print(f"{name}: {(time.perf_counter() - started) / options.steps:.3f} s a step")
+        print(f"{name}: {(time.perf_counter() - started) / options.steps:.3f} s/step")
     print(f"{'step':>5} {'bf16':>8} {'float8':>8} {'gap':>8}")
     for step in range(50, options.steps + 1, 50):
         bf16, fp8 = (statistics.fmean(losses[name][max(0, step - LAST) : step]) for name in losses)

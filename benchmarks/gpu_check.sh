@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# All CUDA tests, then the table of speed and memory, on a fresh CUDA machine in under nine minutes.
+# Run all CUDA tests, then measure speed and memory, on a fresh CUDA machine in under nine minutes.
 #
-#   bash benchmarks/gpu_check.sh              everything, into benchmarks/out
-#   bash benchmarks/gpu_check.sh --dry-run    what it would run, and the seconds that each part may take
-#   bash benchmarks/gpu_check.sh --cpu        the same script end to end with the tiniest shapes, without a GPU
+#   bash benchmarks/gpu_check.sh              run everything, write to benchmarks/out
+#   bash benchmarks/gpu_check.sh --dry-run    list the commands with their time limits in seconds
+#   bash benchmarks/gpu_check.sh --cpu        run the same script with the smallest shapes, without a GPU
 #
-# OUT=DIR       where gpu_check.json and gpu_check.md go (default: benchmarks/out)
+# OUT=DIR       folder for gpu_check.json and gpu_check.md (default: benchmarks/out)
 # PYTHON=python3, WHEELS=DIR (default: wheels)
 #
-# Needs torch 2.11 or newer for CUDA and Python 3.11 or newer; no network. What else is needed comes as wheels in $WHEELS,
-# which are unpacked into $OUT/packages (a wheel is a zip file, so pip is not needed):
+# Needs torch 2.11 or newer for CUDA and Python 3.11 or newer, but no network. Other packages are unpacked from wheels in
+# $WHEELS to $OUT/packages (a wheel is a zip file, so pip is not needed):
 #   this project    numpy pydantic pydantic-core* annotated-types typing-inspection rich markdown-it-py mdurl pygments xxhash*
 #   the tests       pytest iniconfig pluggy packaging
-#   the peers       transformers tokenizers* huggingface-hub safetensors* regex* pyyaml* tqdm requests or httpx with what
-#                   they ask for (`pip download transformers --only-binary :all:` on a machine with a network tells)
-# Those with * are compiled: take the ones for the machine's Python and platform; together they are some 25 MB.
-# Without transformers the rows of the peers fail, and nothing else.
+#   the peers       transformers tokenizers* huggingface-hub safetensors* regex* pyyaml* tqdm requests or httpx with their
+#                   dependencies (list them with `pip download transformers --only-binary :all:`, which needs a network)
+# Packages with * are compiled: use the wheels for the machine's Python and platform; all together are about 25 MB.
+# Without transformers only the rows of the peers fail.
 #
-# A part that fails or runs out of its time is told in the result, and the next one runs.
+# A part that fails or exceeds its time limit is reported in the result, and the next part runs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,7 +34,7 @@ python="${PYTHON:-python3}"
 notes=()
 results=()
 
-# part NAME SECONDS COMMAND...: run a command with a limit of time.
+# part NAME SECONDS COMMAND...: run a command with a time limit.
 part() {
     local name="$1" seconds="$2" started=$SECONDS code=0
     shift 2

@@ -1,10 +1,10 @@
-"""How fast the train loader opens a folder and how many tokens it delivers, alone.
+"""Throughput of the train loader alone, and the time that it takes to open a folder.
 
     python benchmarks/loader_throughput.py data/demo/train --vocab 4096
 
-Prints, for each number of workers, the seconds to open, the seconds to the first batch, tokens a second, and the peak
-private memory of this process above what the imports take (resident less shared, sampled; pages of memory-mapped files
-are shared, and the kernel takes them back when it needs memory).
+Prints, for each number of workers, the seconds to open, the seconds to the first batch, tokens per second, and the peak
+private memory of this process beyond that of the imports. Private memory is resident minus shared, sampled; it excludes
+pages of memory-mapped files, which the kernel reclaims when it needs memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PeakMemory:
 
     @property
     def megabytes(self) -> float:
-        """Peak so far above that at the start, in 10^6 bytes."""
+        """Growth of the peak since the start, in 10^6 bytes."""
         return (self.peak - self.base) / 1e6
 
     def _watch(self) -> None:
@@ -78,7 +78,7 @@ def main() -> None:
         loader.close()
         print(
             f"workers {num_workers}: open {opened:.2f} s, first batch {first:.2f} s, {speed:,.0f} tokens/s, "
-            f"{loader.num_samples_per_epoch:,} samples an epoch, peak memory +{memory.megabytes:.0f} MB"
+            f"{loader.num_samples_per_epoch:,} samples per epoch, peak memory +{memory.megabytes:.0f} MB"
         )
 
 

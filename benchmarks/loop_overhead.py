@@ -1,11 +1,11 @@
-"""What a step costs outside forward, backward and optimizer, with all hooks on; and how far the loader is ahead.
+"""Overhead of the training loop outside forward, backward and optimizer, with all hooks; and speed of the loader.
 
     python benchmarks/loop_overhead.py --shape demo [--steps 30] [--threads 2] [--train DIR] [--set KEY=VALUE ...]
 
-Trains a shape of `throughput.py` in bf16 through `build_trainer`, with the console, metrics.jsonl and TensorBoard. On a
-CPU it counts the wall time of the loop that is neither forward and backward nor optimizer. A GPU computes while the
-host goes on: there the same number of steps is run once more by the engine alone, on batches in memory, and the
-difference counts. Then it reads the same data with the loader alone.
+Trains a shape of `throughput.py` in bf16 with `build_trainer`, the console, metrics.jsonl and TensorBoard. On a CPU the
+overhead is the wall time of the loop that is spent neither in forward and backward nor in the optimizer. A GPU works
+asynchronously: there the engine alone repeats the same number of steps on batches in memory, and the overhead is the
+difference. Finally the loader alone reads the same data.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Clock(Hook):
         self.steps = 0
 
     def on_step_start(self, trainer: Any) -> None:
-        # Up to the start of the next step: what the hooks of a step take counts.
+        # A step is timed up to the start of the next one, so that the time of its hooks is included.
         if trainer.state.step in (WARMUP, trainer.total_steps - 1):
             wait(self.device)
         self.ended = time.perf_counter()
@@ -57,19 +57,19 @@ class Clock(Hook):
         self.steps = trainer.state.step - WARMUP
 
     def on_step_end(self, trainer: Any, metrics: Any) -> None:
-        # The step that follows the last start has no end on this clock.
+        # This clock has no end of the last step.
         if trainer.state.step < trainer.total_steps:
             self.computing += metrics.seconds["forward_backward"] + metrics.seconds["optimizer"]
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what was queued."""
+    """Wait for all queued work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of_the_engine_alone(engine: Engine, batches: list[Batch], steps: int) -> float:
-    """Wall time of so many steps on batches in memory."""
+    """Wall time of `steps` steps of the engine on batches in memory."""
     wait(engine.context.device)
     started = time.perf_counter()
     for batch in itertools.islice(itertools.cycle(batches), steps):
@@ -94,9 +94,11 @@ def config_of(options: argparse.Namespace, folder: Path) -> Config:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu-384")
-    parser.add_argument("--layers", type=int, help="in place of the shape's")
-    parser.add_argument("--train", help="tokenized folder with ids of the shape's vocabulary; none: random tokens")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the config")
+    parser.add_argument("--layers", type=int, help="number of layers (default: that of the shape)")
+    parser.add_argument("--train", help="tokenized folder with ids of the shape's vocabulary (default: random tokens)")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the config"
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -121,8 +123,8 @@ def main() -> None:
         if context.device.type == "cuda":
             computing = seconds_of_the_engine_alone(trainer.engine, batches, clock.steps)
     tokens = clock.steps * config.data.packed_length * config.data.micro_num
-    print(f"{clock.steps} steps: {tokens / wall:.0f} tokens/s; {100 * (1 - computing / wall):.2f} % outside")
-    print(f"loader alone: {rate:.0f} tokens/s, {rate * wall / tokens:.0f}x what training eats")
+    print(f"{clock.steps} steps: {tokens / wall:.0f} tokens/s; {100 * (1 - computing / wall):.2f} % overhead")
+    print(f"loader alone: {rate:.0f} tokens/s, {rate * wall / tokens:.0f}x the consumption of training")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make a tokenized folder with very many documents, to time how fast it opens (benchmarks/loader_throughput.py).
+"""Create a tokenized folder with millions of documents, for timing how fast it opens (benchmarks/loader_throughput.py).
 
 python benchmarks/make_large_corpus.py large --documents 10000000
 """
@@ -21,8 +21,8 @@ _DISTINCT = 4096
 
 def main() -> None:
     """Write the folder."""
-    parser = argparse.ArgumentParser(description="Make a tokenized folder with very many documents.")
-    parser.add_argument("out", type=Path, help="folder to make")
+    parser = argparse.ArgumentParser(description="Create a tokenized folder with millions of documents.")
+    parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument("--documents", type=int, default=10_000_000)
     parser.add_argument("--files", type=int, default=1)
     parser.add_argument("--mean-tokens", type=int, default=16, help="lengths are uniform in [1, 2 * mean]")

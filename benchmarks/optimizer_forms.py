@@ -1,11 +1,11 @@
-"""What the forms of the optimizer's state cost: time of a step, and the loss with moments in bf16.
+"""Cost of the forms of optimizer state: time of a step, and loss with moments in bf16.
 
     python benchmarks/optimizer_forms.py [--megabytes 80] [--rounds 12] [--steps 400]
 
-Times `HybridZeroOptimizer.step` on bf16 weights in every form, interleaved, and prints the median in milliseconds and
-relative to all in fp32. Then trains a two-layer model on 20 batches of random tokens with moments in fp32, in bf16
-rounded stochastically (as they are kept), and in bf16 rounded to the nearest (as they are not). Prints the mean loss of
-the last tenth of the steps, and the sum of the roots of the second moments relative to fp32.
+Times `HybridZeroOptimizer.step` on bf16 weights in every `StateForm`, interleaved, and prints the median in
+milliseconds and relative to fp32 state. Then trains a two-layer model on 20 batches of random tokens with moments in
+fp32, in bf16 with stochastic rounding (as implemented), and in bf16 with rounding to nearest (for comparison). Prints
+the mean loss of the last tenth of the steps, and the sum of the square roots of the second moments relative to fp32.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def step_times(megabytes: int, rounds: int) -> None:
 
 
 def nearest(self: StochasticRounding, bits: Tensor, box: Box, key: str) -> None:
-    """In place of random numbers: half of the distance, and ties to even."""
+    """Replaces the random numbers of `StochasticRounding.add` with rounding to nearest, ties to even."""
     bits.add_(((bits >> 16) & 1) + 0x7FFF)
 
 
 def train(form: StateForm, beta2: float, num_steps: int) -> tuple[float, float]:
-    """Mean loss of the last tenth, and the sum of the roots of the second moments."""
+    """Mean loss of the last tenth of the steps, and the sum of the square roots of the second moments."""
     config = ModelConfig(
         num_layers=2, hidden_size=32, intermediate_size=56, num_attention_heads=4, vocab_size=61, dtype="torch.float32"
     )
@@ -83,7 +83,7 @@ def train(form: StateForm, beta2: float, num_steps: int) -> tuple[float, float]:
         logits = model.logits(model(tokens[:, :-1], torch.arange(20).expand(4, -1)))  # type: ignore[operator]
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        # The second half of the steps with a falling rate.
+        # The learning rate decays in the second half of the steps.
         optimizer.step(1e-3 * min(1.0, 2 * (1 - step / num_steps)))
         losses.append(float(loss.detach()))
     roots = sum(float(state.tensors["exp_avg_sq"].float().sqrt().sum()) for state in optimizer.states)
@@ -91,7 +91,7 @@ def train(form: StateForm, beta2: float, num_steps: int) -> tuple[float, float]:
 
 
 def rounding(num_steps: int) -> None:
-    """Print what rounding does to the loss and the second moment."""
+    """Print the effect of rounding on the loss and the second moments."""
     for beta2 in (0.95, 0.99, 0.999):
         loss, roots = train(FP32_STATE, beta2, num_steps)
         print(f"beta2 {beta2}: fp32 {loss:.4f}", end="")
@@ -105,9 +105,9 @@ def rounding(num_steps: int) -> None:
 
 
 def main() -> None:
-    """Run both."""
+    """Run both measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=80, help="of bf16 weights")
+    parser.add_argument("--megabytes", type=int, default=80, help="size of the bf16 weights")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""What the parallel layers cost when there is nothing to exchange: one process, plain layers against parallel ones.
+"""Overhead of parallel linear layers without communication, against plain layers in one process.
 
     python benchmarks/parallel_overhead.py [--rounds 10] [--steps 3] [--threads 1] [--hidden 384] [--tokens 512]
 
-Both train the same model on the same batch, in turns of `--steps` steps in random order; the ratio is that of the
+Both train the same model on the same batch, in rounds of `--steps` steps in random order; the ratio is that of the
 medians. The parallel layers are those of isp with one sequence rank and one weight rank.
 """
 
@@ -29,7 +29,7 @@ VOCAB = 8192
 
 
 def build(mode: str, hidden: int) -> Engine:
-    """An engine of the 6-layer model."""
+    """An engine for a 6-layer model."""
     config = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=hidden,
@@ -71,7 +71,7 @@ def main() -> None:
             seconds[name].append((time.perf_counter() - started) / options.steps)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
-        print(f"{name:<9} {1e3 * median:8.1f} ms a step (fastest {1e3 * min(seconds[name]):.1f})")
+        print(f"{name:<9} {1e3 * median:8.1f} ms/step (fastest {1e3 * min(seconds[name]):.1f})")
     print(f"parallel / plain: {medians['parallel'] / medians['plain']:.3f}")
 
 

@@ -1,6 +1,6 @@
-"""The loop that a user would write by hand: a Llama-shaped decoder in plain PyTorch, bf16 autocast, fused AdamW.
+"""A handwritten Llama-like decoder in plain PyTorch, trained with bf16 autocast and fused AdamW.
 
-A peer for benchmarks. It shares no code with the project.
+A peer for benchmarks, which shares no code with the project.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama-shaped decoder with untied head."""
+    """A Llama-like decoder with an untied head."""
 
     def __init__(self, vocab: int, hidden: int, layers: int, heads: int, ffn: int, seq: int) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""A pretrained model comes in, computes what it computed before, is trained further, and goes out again.
+"""Imports a pretrained model, compares its loss with transformers, continues its training, and exports it again.
 
     python benchmarks/pretrained_import.py --hf SmolLM2-135M-Instruct --work trial --steps 30
 
-Of a model that is at hand as a .gguf file, `--gguf FILE` first makes the Hugging Face folder (needs the package gguf).
-The text is that of Python's own manual, as `pydoc` has it; every tenth page is held out. Printed are the losses of
-transformers and of this package on the held-out pages, whether the export is equal bit for bit, and the loss of the
-trained model, measured by transformers on its export.
+`--gguf FILE` first creates the Hugging Face folder from a .gguf file (needs the package gguf). The text is Python's
+reference manual, as shipped with `pydoc`; every tenth page is held out. Prints the losses of transformers and of this
+package on the held-out pages, whether the export is bit-equal, and the loss of the trained model, measured by
+transformers on its export.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder; made first with --gguf")
-    parser.add_argument("--gguf", type=Path, help="make the folder from this file")
-    parser.add_argument("--work", type=Path, required=True, help="new folder for all that is written")
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder; created first with --gguf")
+    parser.add_argument("--gguf", type=Path, help="create the folder from this file")
+    parser.add_argument("--work", type=Path, required=True, help="new folder for all output")
     parser.add_argument("--steps", type=int, default=30, help="training steps (default: 30)")
     parser.add_argument("--rows", type=int, default=24, help="held-out rows of 512 tokens (default: 24)")
     options = parser.parse_args()
@@ -73,9 +73,9 @@ def main() -> None:
 
 
 def from_gguf(file: Path, folder: Path) -> None:
-    """What transformers makes of a .gguf file, in fp32."""
+    """Convert a .gguf file to a Hugging Face folder in fp32, with transformers."""
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # The weights are plain now; with the note that they were not, transformers does not save them.
+    # The weights are dequantized, but transformers refuses to save a model with a quantization config.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
@@ -83,11 +83,11 @@ def from_gguf(file: Path, folder: Path) -> None:
 
 
 def make_data(hf: Path, work: Path, num_rows: int) -> tuple[Path, Tensor]:
-    """Tokenized pages to train on, and held-out rows `[R, 512]`."""
+    """Folder of tokenized pages for training, and held-out rows int64 `[R, 512]`."""
     pages = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     text = work / "manual.jsonl"
-    kept = [page for number, page in enumerate(pages) if number % 10]
-    text.write_text("".join(json.dumps({"text": page}) + "\n" for page in kept))
+    train_pages = [page for number, page in enumerate(pages) if number % 10]
+    text.write_text("".join(json.dumps({"text": page}) + "\n" for page in train_pages))
     target = work / "train" / "en" / "manual.bin"
     tokenizer = [sys.executable, ROOT / "tools" / "tokenizer.py", text, "--tokenizer", hf, "--output", target]
     subprocess.run([str(word) for word in tokenizer], check=True)
@@ -97,7 +97,7 @@ def make_data(hf: Path, work: Path, num_rows: int) -> tuple[Path, Tensor]:
 
 
 def run(*words: object) -> float:
-    """`internlm` with these words; returns seconds."""
+    """Run `internlm` with these arguments; returns seconds."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "internlm.cli", *map(str, words)], check=True, cwd=ROOT)
     return time.perf_counter() - start
@@ -109,7 +109,7 @@ def loss_of(logits: Tensor, rows: Tensor) -> float:
 
 @torch.no_grad()
 def transformers_loss(folder: Path, rows: Tensor) -> tuple[float, Tensor]:
-    """Mean loss of the rows, and the logits of the first one; in fp32."""
+    """Mean loss of the rows, and the logits of the first one, in fp32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     losses = [loss_of(model(row[None]).logits, row[None]) for row in rows]
     return sum(losses) / len(losses), model(rows[:1]).logits
@@ -117,7 +117,7 @@ def transformers_loss(folder: Path, rows: Tensor) -> tuple[float, Tensor]:
 
 @torch.no_grad()
 def our_loss(folder: Path, rows: Tensor) -> tuple[float, Tensor]:
-    """The same of a checkpoint of ours."""
+    """The same for a native checkpoint."""
     model: Any = load_model_for_inference(folder)[0]
     positions = torch.arange(rows.shape[1])[None]
     losses = [loss_of(model.logits(model(row[None], positions)), row[None]) for row in rows]
@@ -125,14 +125,14 @@ def our_loss(folder: Path, rows: Tensor) -> tuple[float, Tensor]:
 
 
 def equal_tensors(before: Path, after: Path) -> bool:
-    """Whether two folders hold the same tensors, name by name and bit by bit."""
+    """Whether two folders contain the same names with bit-equal tensors."""
     first, second = ({n: t for f in d.glob("*.safetensors") for n, t in load_file(f).items()} for d in (before, after))
     same_names = first.keys() == second.keys()
     return same_names and all(t.dtype == second[n].dtype and torch.equal(t, second[n]) for n, t in first.items())
 
 
 def write_config(options: argparse.Namespace, train: Path) -> Path:
-    """A run that goes on from the folder, in bf16, with the model section that `from-hf` found."""
+    """Write the config of a bf16 run that starts from the folder, with the model section that `from-hf` wrote."""
     found = json.loads((options.work / "ours" / "0" / "config.json").read_text())
     model = {key: value for key, value in found["model"].items() if key in KEYS and value is not None}
     path = options.work / "config.py"
@@ -165,7 +165,7 @@ KEYS = (
 
 
 def report(what: str, value: object) -> None:
-    """One line of the result."""
+    """Print one line of the result."""
     print(f"{what:<60} {value:.8g}" if isinstance(value, float) else f"{what:<60} {value}", flush=True)
 
 

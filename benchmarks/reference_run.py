@@ -1,13 +1,13 @@
-"""Time to a loss on real text: this project against a hand-written PyTorch loop of the same shape, in one run.
+"""Time to a target loss on real text: this project against a handwritten PyTorch loop of the same shape, in one run.
 
     python benchmarks/reference_run.py --train DIR --valid DIR [--steps 880] [--batch 2] [--peak 1.5e-3]
 
 DIR are tokenized folders (tools/tokenizer.py; a BPE of 8,192 tokens). Both train the 16.9 M model (hidden 384,
-6 layers, 6 heads, ffn 1024) on the same `--batch` x 512 tokens a step in the same order, in bf16, with one learning
-rate.
-They run in turns of `--slice` steps, each in its own process, so that what else the machine does hits both; the clock
-of each counts its own turns: loading, forward, backward, update. The held-out loss is measured between turns, off the
-clock. The hand-written loop does not separate documents, as such loops do; both are evaluated on the same rows.
+6 layers, 6 heads, ffn 1024) on the same `--batch` x 512 tokens per step in the same order, in bf16, with the same
+learning rate. They alternate in slices of `--slice` steps, each in its own process, so that other load on the machine
+affects both. Time is counted for loading, forward, backward and update. The held-out loss is measured between slices,
+outside the timing. Like most handwritten loops, this one does not separate documents; both are evaluated on the same
+rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CONTENDERS = ("ours", "plain")
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over a tenth of the steps, then a line to a tenth of the peak."""
+    """Linear warm-up over a tenth of the steps, then linear decay to a tenth of the peak."""
     warmup = max(steps // 10, 1)
     return peak * (step + 1) / warmup if step < warmup else peak * (1 - 0.9 * (step - warmup) / (steps - warmup))
 
 
 def build_ours(options: argparse.Namespace) -> tuple[Callable[[int], None], Callable[[Any], Any]]:
-    """A step, and the token losses of rows."""
+    """Build this project's run; returns functions for one step and for the loss of rows."""
     import torch
 
     from internlm.config.schema import ModelConfig
@@ -81,7 +81,7 @@ def build_ours(options: argparse.Namespace) -> tuple[Callable[[int], None], Call
 
 
 def build_plain(options: argparse.Namespace) -> tuple[Callable[[int], None], Callable[[Any], Any]]:
-    """The same with plain PyTorch."""
+    """The same for plain PyTorch."""
     import torch
     from plain_pytorch import Llama
     from torch.nn import functional as F
@@ -123,7 +123,7 @@ def build_plain(options: argparse.Namespace) -> tuple[Callable[[int], None], Cal
 
 
 def held_out_rows(folder: str, count: int) -> Any:
-    """int64 `[count, 2, SEQ]`: inputs and labels of whole pieces of the documents of a valid folder."""
+    """int64 `[count, 2, SEQ]`: inputs and labels of a valid folder's rows that have no padding."""
     import torch
 
     from internlm.data.loaders.valid_loader import build_valid_loaders
@@ -140,7 +140,7 @@ def held_out_rows(folder: str, count: int) -> Any:
 
 
 def serve(name: str, options: argparse.Namespace) -> None:
-    """Train slices on request: one line in, one line out."""
+    """Train one slice per line of stdin, and answer each with a line of JSON."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -169,9 +169,9 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--valid", required=True)
     parser.add_argument("--steps", type=int, default=880, help="880 steps of 2 x 512 are 0.9 M tokens")
-    parser.add_argument("--batch", type=int, default=2, help="sequences of 512 tokens a step")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of 512 tokens per step")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--only", choices=CONTENDERS, help="run one of the two")
+    parser.add_argument("--only", choices=CONTENDERS, help="run only one of the two")
     parser.add_argument("--slice", type=int, default=20)
     parser.add_argument("--target", type=float, default=5.32)
     parser.add_argument("--threads", type=int, default=2)

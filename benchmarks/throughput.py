@@ -1,14 +1,14 @@
-"""Training speed and memory of a shape, against what a user would pick instead, in one run on one machine.
+"""Training speed and memory of a model shape, against alternatives to this project, in one run on one machine.
 
     python benchmarks/throughput.py --shape cpu-768 --precision bf16 --against hf hf-trainer --threads 2
     python benchmarks/throughput.py --shape 7b-layers --compile --variant fp8 float8.enable_float8_linear=True
 
-Every contender trains in a process of its own, for its memory, on the same tokens; rounds take turns, so that what else
-the machine does hits all of them. Between them the matrix products of the model are timed alone: the ceiling. Compiling
-takes a contender 40 to 60 seconds on a CPU, and 10 with what an earlier run left in the compiler's cache.
+Every contender trains on the same tokens in its own process, so that its memory can be measured. Rounds alternate, so
+that other load on the machine affects all contenders. Between rounds the GEMMs of the model are timed alone: the
+ceiling. Compilation takes a contender 40 to 60 seconds on a CPU, or 10 with a warm compiler cache.
 
-`ours` is the engine and the loader that a config builds, `--variant NAME KEY=VALUE ...` is ours once more with other
-keys (`documents=short` is one of this script's own). benchmarks/README.md says how to read the numbers.
+`ours` is the engine and the loader that a config builds; `--variant NAME KEY=VALUE ...` adds ours with other keys
+(`documents=short` is a key of this script). benchmarks/README.md explains how to read the numbers.
 """
 
 from __future__ import annotations
@@ -34,56 +34,60 @@ from internlm.utils.errors import ConfigError
 
 OURS = "ours"
 PEERS = {
-    "hf": "transformers' Llama in a loop by hand: bf16 weights, fused AdamW, torch.compile",
+    "hf": "transformers' Llama in a handwritten loop: bf16 weights, fused AdamW, torch.compile",
     "hf-eager": "the same, uncompiled",
     "hf-autocast": "the same with fp32 weights and bf16 autocast, compiled",
     "hf-autocast-eager": "the same, uncompiled",
-    "hf-trainer": "transformers' Trainer, bf16=True and else its defaults",
-    "plain": "a decoder written by hand (plain_pytorch.py), bf16 autocast, fused AdamW",
+    "hf-trainer": "transformers' Trainer with bf16=True and default settings",
+    "plain": "a handwritten decoder (plain_pytorch.py), bf16 autocast, fused AdamW",
     "plain-compile": "the same with torch.compile",
 }
-"""With precision fp32 they compute in fp32; with fp8, as with bf16."""
+"""Peers compute in fp32 with precision fp32, and in bf16 with bf16 or fp8."""
 CEILING = "ceiling"
 WARMUP_STEPS = 3
 STEPS_OF_DATA = 8
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    peers = "peers of --against:\n" + "".join(f"  {name:<18} {text}\n" for name, text in PEERS.items())
+    """Parse the command line."""
+    peers = "peers for --against:\n" + "".join(f"  {name:<18} {text}\n" for name, text in PEERS.items())
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=peers, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
-    parser.add_argument("--documents", choices=DOCUMENTS, default="one", help="their lengths, see speed/shapes.py")
+    parser.add_argument(
+        "--documents", choices=DOCUMENTS, default="one", help="lengths of documents, see speed/shapes.py"
+    )
     for name, text in (
-        ("seq", "tokens of a sequence"),
-        ("micro-bsz", "sequences of a micro batch"),
-        ("micro-num", "micro batches of a step"),
+        ("seq", "tokens per sequence"),
+        ("micro-bsz", "sequences per micro-batch"),
+        ("micro-num", "micro-batches per step"),
         ("layers", "layers of the model"),
     ):
-        parser.add_argument(f"--{name}", type=int, help=f"{text}, in place of the shape's")
+        parser.add_argument(f"--{name}", type=int, help=f"{text} (default: that of the shape)")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="the same as --set model.compile=True or False"
+        "--compile", action=argparse.BooleanOptionalAction, help="same as --set model.compile=True or False"
     )
     parser.add_argument("--checkpoint", type=float, help="share of layers whose activations are recomputed")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the config")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the config"
+    )
     parser.add_argument(
         "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help="ours with other keys"
     )
     parser.add_argument("--against", nargs="*", choices=PEERS, default=[], metavar="PEER", help="see below")
     parser.add_argument("--hf-attention", default="sdpa", help="transformers' attn_implementation (default: sdpa)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="steps a round")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, for each contender")
-    parser.add_argument("--no-ceiling", action="store_true", help="do not time the matrix products")
-    parser.add_argument("--one-by-one", action="store_true", help="a contender ends before the next begins")
-    parser.add_argument("--title", help="of the table")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
-    parser.add_argument("--markdown", type=Path, help="write the table there")
+    parser.add_argument("--steps", type=int, default=3, help="steps per round")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each contender")
+    parser.add_argument("--no-ceiling", action="store_true", help="do not time the GEMMs")
+    parser.add_argument("--one-by-one", action="store_true", help="run contenders one after the other, not interleaved")
+    parser.add_argument("--title", help="title of the table")
+    parser.add_argument("--json", type=Path, help="output file for the numbers")
+    parser.add_argument("--markdown", type=Path, help="output file for the table")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
-    # A child needs nothing else.
+    # A contender's process gets --serve alone.
     return parser.parse_args(["--shape", "tiny", *sys.argv[1:]] if "--serve" in sys.argv else arguments)
 
 
@@ -93,12 +97,14 @@ class Contender:
     Args:
         name: in the table.
         kind: `OURS`, `CEILING` or one of `PEERS`.
-        config_file, overrides: what it trains.
+        config_file: config of its training.
+        overrides: `KEY=VALUE` for the config.
+        options: of the command line.
 
     Attributes:
-        facts: what it told when it was ready.
-        rounds: its answers, one a round.
-        error: why it is not running any more, in one line.
+        facts: its first answer, when it is ready.
+        rounds: its answers, one per round.
+        error: why it no longer runs, in one line.
     """
 
     def __init__(
@@ -118,7 +124,7 @@ class Contender:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Build and warm up, unless there is an error already."""
+        """Build and warm up, unless there already is an error."""
         if self.error is not None:
             return
         folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -137,7 +143,7 @@ class Contender:
         self.facts = self._answer()
 
     def run_round(self, steps: int) -> None:
-        """Run so many steps; the result goes to `rounds`."""
+        """Run `steps` steps and append the result to `rounds`."""
         if self.error is not None:
             return
         assert self._process is not None and self._process.stdin is not None
@@ -145,7 +151,7 @@ class Contender:
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the answer says why
+            pass  # the answer contains the reason
         answer = self._answer()
         if self.error is None:
             self.rounds.append(answer)
@@ -169,7 +175,7 @@ class Contender:
 
 
 def serve(task: dict[str, Any]) -> None:
-    """A contender's process: what it prints goes to stderr, and its answers to stdout."""
+    """Run a contender's process: its output goes to stderr, its answers to stdout."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import torch
@@ -182,7 +188,7 @@ def serve(task: dict[str, Any]) -> None:
     device = device_of_this_machine()
     config_file, kind = Path(task["config_file"]), task["kind"]
     if kind.startswith("hf"):
-        import transformers  # noqa: F401  what the import alone takes is not the model's
+        import transformers  # noqa: F401  keeps the memory of the import out of the model's
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {task['threads']} thread(s)"
     pacer = Pacer(out, device, WARMUP_STEPS, {"device": name, "torch": torch.__version__})
     try:
@@ -202,10 +208,10 @@ def serve(task: dict[str, Any]) -> None:
 
 
 def make_contenders(options: argparse.Namespace, folder: Path) -> list[Contender]:
-    """The processes to run, none started; the first is the ceiling, the second ours.
+    """Create the contenders without starting them; the first is the ceiling, the second ours.
 
     Raises:
-        ConfigError: the config of ours is wrong; that of a variant is the variant's error.
+        ConfigError: the config of ours is invalid. For a variant this is stored as its error.
     """
     shape = SHAPES[options.shape]
     overrides = list(options.set)
@@ -238,7 +244,7 @@ def make_contenders(options: argparse.Namespace, folder: Path) -> list[Contender
     for name, *keys in options.variant:
         documents = [key.partition("=")[2] for key in keys if key.startswith("documents=")] or [options.documents]
         if documents[-1] not in DOCUMENTS:
-            raise ConfigError(f"--variant {name}: documents={documents[-1]} is none of {', '.join(DOCUMENTS)}")
+            raise ConfigError(f"--variant {name}: documents={documents[-1]} is not one of {', '.join(DOCUMENTS)}")
         own = [*overrides, *(key for key in keys if not key.startswith("documents="))]
         contenders.append(Contender(f"{OURS}, {name}", OURS, config_file(documents[-1]), own, options))
     for contender in contenders:
@@ -254,7 +260,7 @@ def make_contenders(options: argparse.Namespace, folder: Path) -> list[Contender
 
 
 def measure(contenders: list[Contender], options: argparse.Namespace) -> None:
-    """Run all rounds, in turns or one contender after the other; what SIGTERM cuts short has an error."""
+    """Run all rounds, interleaved or one contender after the other; SIGTERM gives unfinished contenders an error."""
     groups = [[contender] for contender in contenders] if options.one_by_one else [contenders]
     signal.signal(signal.SIGTERM, _raise_out_of_time)
     try:
@@ -275,8 +281,8 @@ def measure(contenders: list[Contender], options: argparse.Namespace) -> None:
             contender.end()
 
 
-class OutOfTime(Exception):  # noqa: N818  no error of the program
-    """Somebody asked this process to end."""
+class OutOfTime(Exception):  # noqa: N818  not an error of the program
+    """The process received SIGTERM."""
 
 
 def _raise_out_of_time(*_: object) -> None:
@@ -325,7 +331,7 @@ def main() -> None:
 
 
 def _commit() -> str:
-    """Of the checkout, where there is one."""
+    """Commit of the checkout, if there is one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

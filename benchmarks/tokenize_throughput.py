@@ -1,11 +1,11 @@
-"""Our tokenizing against `datasets.map` with the same tokenizer, text and number of processes.
+"""Throughput of our tokenization against `datasets.map` with the same tokenizer, text and number of processes.
 
     python benchmarks/tokenize_throughput.py --processes 2
 
-Text is the standard library of Python, bounded by --megabytes; the tokenizer is a BPE trained on it. Both start from
-JSON lines and end with token ids on the disk, beginning and ending with no worker running. Rounds alternate; the best
-of each is compared. `datasets` maps a `PreTrainedTokenizerFast` over batches of 1000, its usual way, and its loading of
-the text into Arrow is not counted.
+The text is Python's standard library, up to --megabytes; the tokenizer is a BPE trained on it. Both start from JSON
+lines and end with token ids on the disk; starting and stopping workers is included. Rounds alternate, and the best of
+each is compared. `datasets` maps a `PreTrainedTokenizerFast` over batches of 1000, its default, and its loading of the
+text into Arrow is not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from internlm.data.tokenize.train_bpe import EOS_TOKEN, sample_texts, train_bpe
 
 
 def write_text(path: Path, max_bytes: float) -> int:
-    """Source files of the standard library as JSON lines; returns the bytes of text."""
+    """Write source files of the standard library as JSON lines; returns the bytes of text."""
     size = 0
     with open(path, "w", encoding="utf-8") as file:
         for source in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
@@ -44,7 +44,7 @@ def write_text(path: Path, max_bytes: float) -> int:
 
 
 def ours(text: Path, tokenizer: Path, output: Path, processes: int) -> float:
-    """Seconds of our tokenizing."""
+    """Seconds of our tokenization."""
     began = time.monotonic()
     tokenize(TokenizeOptions((str(text),), output, tokenizer, processes=processes, add_eos=False))
     return time.monotonic() - began
@@ -65,7 +65,7 @@ def theirs(dataset: Any, tokenizer: Any, processes: int) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Compare our tokenizing with datasets.map.")
+    parser = argparse.ArgumentParser(description="Compare our tokenization with datasets.map.")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--vocab", type=int, default=8192)

@@ -1,4 +1,4 @@
-"""The `internlm` command: one subcommand a file in `internlm.commands`."""
+"""The `internlm` command. Each subcommand is a file in `internlm.commands`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from internlm.utils.openmp import set_spin_count
 COMMANDS = {
     "train": "train a model from a config file",
     "layout": "show the groups of the ranks, the stages of the model and the timeline of a step",
-    "doctor": "show what this machine has, what would run and why, and whether it computes right",
+    "doctor": "show hardware and software, the implementation of each op with the reason, and a self-test",
     "generate": "continue prompts with a trained model",
     "verify": "compare a layout with one process",
     "ckpt": "list, show, compare and check checkpoints",
-    "convert": "checkpoints to and from Hugging Face and InternEvo",
+    "convert": "convert checkpoints to and from Hugging Face, and from InternEvo",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code: 0 done, 1 failed, 2 a mistake that the user can mend."""
+    """Run one subcommand; returns the exit code: 0 success, 1 failure, 2 user error."""
     words = [_with_dashes(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     return run_command(lambda: _run(words))
 
@@ -35,7 +35,7 @@ def _run(arguments: list[str]) -> int:
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
-        # Only the chosen command is imported: `internlm --help` must not wait for torch.
+        # Import only the chosen command, so that `internlm --help` does not import torch.
         if name == chosen:
             set_spin_count()
             command = importlib.import_module(f"internlm.commands.{name}")
@@ -46,7 +46,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _with_dashes(word: str) -> str:
-    """An option with dashes in its name, also where it was written with underscores, as InternEvo's options are."""
+    """Replace underscores by dashes in an option's name, so that InternEvo's spelling works."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 

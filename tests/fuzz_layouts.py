@@ -100,7 +100,7 @@ def combinations(random: Random) -> Iterator[Combination]:
             for name, (cls, options) in PARTS.items()
         }
         combination = Combination(ranks, **parts)
-        if not combination.mistakes():
+        if not combination.problems():
             yield combination
 
 
@@ -131,7 +131,7 @@ class Trials:
     def simplify(self, combination: Combination) -> Combination:
         """A combination that fails, too, with as many defaults as can be."""
         for simpler in self._simpler(combination):
-            if simpler != combination and not simpler.mistakes() and self.failure(simpler):
+            if simpler != combination and not simpler.problems() and self.failure(simpler):
                 return self.simplify(simpler)
         return combination
 
@@ -157,7 +157,7 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="compare random layouts with one process")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="how long (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random layouts (default: 0)")
     parser.add_argument("--case", metavar="LINE", help="try only this one")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a checkpoint: the same as `internlm convert from-hf`. See doc/conversion.md.
+"""Convert a Hugging Face folder to a checkpoint; same as `internlm convert from-hf`. See doc/conversion.md.
 
 python tools/convert_from_hf.py --hf Qwen3-0.6B --out checkpoints/qwen3
 """

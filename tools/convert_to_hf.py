@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: the same as `internlm convert to-hf`. See doc/conversion.md.
+"""Convert a checkpoint to a Hugging Face folder; same as `internlm convert to-hf`. See doc/conversion.md.
 
 python tools/convert_to_hf.py --ckpt checkpoints/1000 --out my-model
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job, end to end: environment, real text, training on the CPU (or a GPU), evaluation, generated text.
-# Run it again and it resumes, or says that the run is complete; `--fresh` starts anew. Further arguments go to
+# An end-to-end demo: environment, real text, training on the CPU (or a GPU), evaluation, generation.
+# A second call resumes, or reports that the run is complete; `--fresh` starts over. Further arguments go to
 # `internlm train`, for example: bash tools/demo.sh --set data.total_steps=1000
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,8 +13,8 @@ bash tools/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=true
 started=$SECONDS
 python tools/prepare_demo_data.py --out data/demo
-# On a CPU one rank a core, up to the four that share a step's micro-batches: ranks wait for one another once a step,
-# threads thousands of times, and other programs on the same cores make each wait long.
+# On a CPU use one rank per core, up to the four that share a step's micro-batches. Ranks synchronize once per step,
+# threads thousands of times, and other load on the same cores makes each synchronization slow.
 read -r ranks threads < <(python - <<'EOF'
 import os
 import torch

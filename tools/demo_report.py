@@ -1,4 +1,4 @@
-"""What a run has learned: its losses beside the unigram entropy of its corpus, and a picture of the curve."""
+"""Compare the losses of a run with the unigram entropy of its corpus, and plot the loss curve."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def main() -> int:
 
 
 def run() -> int:
-    """Print the comparison; with matplotlib, draw `loss.png` into the run directory."""
+    """Print the comparison and, with matplotlib, write `loss.png` to the run directory; returns the exit code."""
     from internlm.utils.paths import local_path
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run-dir", type=local_path, required=True)
+    parser.add_argument("--run-dir", type=local_path, required=True, help="run directory with metrics.jsonl")
     parser.add_argument("--corpus", type=local_path, required=True, help="corpus.json of tools/prepare_demo_data.py")
     options = parser.parse_args()
     entropy = _read_entropy(options.corpus)
@@ -31,7 +31,7 @@ def run() -> int:
         for name, value in line.items():
             if name.startswith("val/") and name.endswith("_loss"):
                 valid.setdefault(name.removeprefix("val/").removesuffix("_loss"), []).append((line["step"], value))
-    print(f"unigram entropy of the corpus:   {entropy:.3f} nats a token (what counting tokens alone can reach)")
+    print(f"unigram entropy of the corpus:   {entropy:.3f} nats/token (the loss of token frequencies alone)")
     print(f"training loss, step {losses[0][0]:>6}:      {losses[0][1]:.3f}")
     print(f"training loss, step {losses[-1][0]:>6}:      {losses[-1][1]:.3f}")
     for name, points in valid.items():
@@ -52,11 +52,11 @@ def _read_entropy(path: Path) -> float:
     try:
         return float(json_object(storage_path(path).read_bytes())["unigram_entropy"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: is not what tools/prepare_demo_data.py writes: {error!r}") from None
+        raise DataError(f"{path}: not written by tools/prepare_demo_data.py: {error!r}") from None
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file, at least one of them with a loss."""
+    """Read the lines of a run's metrics file, at least one of which has a loss."""
     from internlm.utils.errors import DataError
     from internlm.utils.json_text import json_object
     from internlm.utils.storage import storage_path
@@ -68,7 +68,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise DataError(f"{path}: line {number} is damaged: {error}") from None
     if not any("loss" in line for line in lines):
-        raise DataError(f"{path}: no step with a loss; has the run trained?")
+        raise DataError(f"{path}: no step has a loss; check that the run has trained")
     return lines
 
 
@@ -87,11 +87,11 @@ def _draw(
     for name, points in valid.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=f"held out: {name}")
     axes.axhline(entropy, linestyle="--", color="gray", label="unigram entropy of the corpus")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel="loss, nats/token")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    print(f"curve: {path}")
+    print(f"loss curve: {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make the virtual environment .venv with the tested versions, once.
-#   bash tools/setup_env.sh        what training needs
-#   bash tools/setup_env.sh dev    and what tests, lint and benchmarks need
+# Create the virtual environment .venv with the tested versions, once.
+#   bash tools/setup_env.sh        packages for training
+#   bash tools/setup_env.sh dev    also those for tests, lint and benchmarks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra="${1:-}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run the tests in the environment .venv, which is made when it is not there.
+# Run the tests in the environment .venv, which is created if it does not exist.
 #   bash tools/test.sh [ARGUMENTS OF PYTEST]    all tests, on two workers; `-n 0` runs them in one process
-#   bash tools/test.sh --full [SECONDS]         and then the campaigns, which take hours: every layout of the matrix,
+#   bash tools/test.sh --full [SECONDS]         also the campaigns, which take hours: every layout of the matrix,
 #                                               SECONDS (default 1800) of random layouts, 200 kills at random instants
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,8 +1,8 @@
-"""What this machine's matrix products allow: the rate of the very products of a model, and the time of a step at it.
+"""Measures the rate of a model's GEMMs on this machine, and the lower bound that they set on the time of a step.
 
-The limit of a step is the sum over its products of their own measured times: every linear layer and the head, forward
-and both gradients, and the two products of attention, of which causal attention needs half. Nothing else of a step is
-in it: no norms, no softmax, no optimizer, no memory traffic.
+The bound is the sum of the measured times of the GEMMs of a step: those of every linear layer and the head, forward and
+both gradients, and the two of attention, of which causal attention needs half. Norms, softmax, optimizer and memory
+traffic are excluded.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from internlm.model.architecture import Architecture
 
 _REPETITIONS = {"cuda": 10, "cpu": 1}
 _LARGEST_SCORES = 1 << 29
-"""Elements of the attention scores that are multiplied at once; more heads are counted by their number."""
+"""Maximum elements of attention scores in one batched GEMM; the time for more heads is extrapolated."""
 
 
 class Ceiling:
-    """The products of a config's model, and what they take.
+    """Times the GEMMs of a config's model.
 
     Args:
-        overrides: of the config file, as for the contender.
+        config_file: config of the contenders.
+        overrides: `KEY=VALUE` for the config, as for the contender.
         device: to measure.
     """
 
@@ -51,7 +52,7 @@ class Ceiling:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        """One round: rates in FLOP/s, and the limit of a step in seconds."""
+        """Measure one round: rates in FLOP/s, and the lower bound of a step in seconds."""
         linear_seconds = linear_flops = 0.0
         products = {}
         for (rows, columns), count in self.linears.items():
@@ -84,7 +85,7 @@ class Ceiling:
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
     def _time(self, product: Any) -> float:
-        """Seconds of one product."""
+        """Seconds of one GEMM."""
         repetitions = _REPETITIONS[self.device.type]
         product()
         self._wait()

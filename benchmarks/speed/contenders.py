@@ -1,7 +1,7 @@
-"""The training loops that are compared: this project's engine, and what a user would pick instead.
+"""The compared training loops: this project's engine, and its alternatives.
 
 Each trains a model of the same shape on the same tokens and calls `pacer.step_done` after every step. The peers are
-written as people write them and share no code with the project; they ignore where a packed row has documents.
+written in the usual way and share no code with the project; they ignore document boundaries in a packed row.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LEARNING_RATE = 3e-4
 
 
 def device_of_this_machine() -> torch.device:
-    """Where all contenders compute."""
+    """The device of all contenders."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def train_ours(config_file: Path, overrides: list[str], pacer: Pacer) -> None:
-    """What `internlm train` runs in a step: its loader and its engine, built from a config file."""
+    """Train with the loader and engine of `internlm train`, built from a config file."""
     from internlm.core.context.parallel_context import ParallelContext
     from internlm.initialize.build import build_engine, build_layout, check_buildable, set_numerics
     from internlm.initialize.build_data import build_loader
@@ -74,28 +74,30 @@ def train_ours(config_file: Path, overrides: list[str], pacer: Pacer) -> None:
 
 
 def _with_seq(config: Config, lengths: list[int]) -> Config:
-    """The config with the length that documents of these lengths attend over, on average of their tokens."""
+    """The config with `seq_len` set to the mean document length per token, for the FLOPs of attention."""
     seq = round(sum(length**2 for length in lengths) / sum(lengths))
     return config.model_copy(update={"data": config.data.model_copy(update={"seq_len": max(seq, 1)})})
 
 
 def recomputed_flops(config: Config, full: float, causal: float) -> float | None:
-    """FLOPs a token, causal, that `model.checkpoint` computes a second time; None where that is planned layer by layer.
+    """Causal FLOPs per token that `model.checkpoint` recomputes; None if recomputation is planned by layer.
 
     Args:
-        full, causal: FLOPs a token of training, without recomputation.
+        config: of the run.
+        full: FLOPs per token of training without recomputation, counting full attention.
+        causal: the same, counting causal attention.
     """
     model = config.model
     if model.checkpoint_budget is not None:
         return None
     head = 6.0 * model.hidden_size * model.vocab_size
     layers, attention = (causal - head) / 3, (full - causal) / 3
-    again = {"nothing": layers, "attention": layers - attention, "matmuls": 0.0}[model.checkpoint_save_policy]
-    return again * model.num_recomputed / model.num_layers
+    recomputed = {"nothing": layers, "attention": layers - attention, "matmuls": 0.0}[model.checkpoint_save_policy]
+    return recomputed * model.num_recomputed / model.num_layers
 
 
 def _rows(config_file: Path, config: Config) -> Iterator[torch.Tensor]:
-    """The same tokens for a peer: int64 `[micro_num * micro_bsz, seq]` a step, over and over."""
+    """The same tokens for a peer: int64 `[micro_num * micro_bsz, seq]` per step, repeated endlessly."""
     tokens = torch.from_numpy(np.load(config_file.parent / ARRAY))
     return itertools.cycle(tokens.split(config.data.micro_num * config.data.micro_bsz))
 
@@ -128,7 +130,7 @@ def _plain(config: Config) -> Any:
 
     m = config.model
     if m.num_kv_heads != m.num_attention_heads:
-        raise ValueError("plain_pytorch.py has no grouped heads: leave `plain` out for this shape")
+        raise ValueError("plain_pytorch.py has no grouped-query attention: omit `plain` for this shape")
     return Llama(m.vocab_size, m.hidden_size, m.num_layers, m.num_attention_heads, m.ffn_size, config.data.seq_len)
 
 
@@ -172,7 +174,7 @@ def train_peer(name: str, config_file: Path, overrides: list[str], attention: st
 
 
 def _train_with_trainer(config_file: Path, config: Config, attention: str, pacer: Pacer) -> None:
-    """transformers' Trainer as its users start it, with a callback for the clock."""
+    """Train with transformers' Trainer in its usual form, with a callback for the timing."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Clock(TrainerCallback):

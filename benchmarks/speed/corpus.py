@@ -1,4 +1,4 @@
-"""Random tokens on disk for a measurement: in this project's format, and the same as an array for the peers."""
+"""Writes random tokens for a measurement, in this project's format and as an array for the peers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from internlm.data.tokenized_files.writer import TokenizedWriter
 
 ARRAY = "tokens.npy"
 SHORT = 32
-"""Documents of a sequence when they are short, on average."""
+"""Average number of short documents per sequence."""
 
 
 def write_corpus(folder: Path, documents: str, *, vocab: int, seq: int, num_sequences: int) -> None:
     """Write `num_sequences * seq` tokens.
 
     Args:
-        folder: gets `train/en/en.bin`, and `tokens.npy`, int64 `[num_sequences, seq]`, the same tokens in this order.
+        folder: receives `train/en/en.bin`, and the same tokens as `tokens.npy`, int64 `[num_sequences, seq]`.
         documents: one of `shapes.DOCUMENTS`.
         vocab: ids are in [1, vocab).
+        seq: tokens per sequence.
+        num_sequences: number of sequences.
     """
     random = np.random.default_rng(0)
     tokens = random.integers(1, vocab, num_sequences * seq)

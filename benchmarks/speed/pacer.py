@@ -1,7 +1,7 @@
-"""The clock of a contender: lets any training loop run so many steps on request and reports how long they took.
+"""Runs and times a training loop in rounds of steps, on request.
 
-A loop, whoever wrote it, calls `step_done` after each of its steps. Between rounds that call does not return, so that
-the loops of several processes take turns. One line in is a round; one line out, its result.
+A loop calls `step_done` after each of its steps. Between rounds that call blocks, so that the loops of several
+processes alternate. Each line of input starts a round; each line of output is its result.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, TextIO
 import torch
 
 
-class Finished(Exception):  # noqa: N818  the end of a loop is no error
-    """No more rounds are wanted."""
+class Finished(Exception):  # noqa: N818  the end of a loop is not an error
+    """There are no more rounds."""
 
 
 class Pacer:
     """Measures the loop of this process.
 
     Args:
-        out: where results go, one JSON object a line.
-        device: waited for at both ends of a round.
+        out: receives results, one JSON object per line.
+        device: synchronized at both ends of a round.
         warmup: steps before the first round.
-        about: told when the loop is ready.
+        about: reported when the loop is ready.
 
     Attributes:
-        facts: what the loop wants told when it is ready.
-        data_seconds: the loop adds here what it waited for batches.
+        facts: set by the loop, and reported when it is ready.
+        data_seconds: time spent waiting for batches, added by the loop.
     """
 
     def __init__(self, out: TextIO, device: torch.device, warmup: int, about: dict[str, Any]) -> None:
@@ -46,14 +46,14 @@ class Pacer:
 
     @property
     def is_warming_up(self) -> bool:
-        """Whether no round has begun."""
+        """Whether no round has started."""
         return self._steps == 0
 
     def step_done(self) -> None:
-        """Count a step; returns when the next one is wanted.
+        """Count a step; blocks until the next one is requested.
 
         Raises:
-            Finished: none is.
+            Finished: there are no more rounds.
         """
         self._left -= 1
         if self._left > 0:
@@ -75,7 +75,7 @@ class Pacer:
             torch.cuda.synchronize(self.device)
 
     def serve(self, measure: Callable[[], dict[str, Any]]) -> None:
-        """In place of a loop: be ready, then answer each request with what `measure` gives."""
+        """Instead of timing a loop, answer each request with the result of `measure`."""
         self._answer(self._about)
         while sys.stdin.readline():
             self._answer(measure())
@@ -104,6 +104,6 @@ class Pacer:
 
 
 def _host_memory(name: str) -> int:
-    """`VmRSS`, what this process has in memory, or `VmHWM`, the most it had, in bytes."""
+    """Resident memory (`VmRSS`) of this process, or its peak (`VmHWM`), in bytes."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(row.split()[1]) * 1024 for row in status if row.startswith(name))

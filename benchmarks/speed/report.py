@@ -1,4 +1,4 @@
-"""Results of `throughput.py` as rows of numbers and as Markdown. Needs no torch."""
+"""Formats results of `throughput.py` as rows of numbers and as Markdown. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 HEADER = (
-    "contender", "tokens/s a GPU, median (min - max)", "TFLOP/s full, causal", "MFU full, causal",
+    "contender", "tokens/s per GPU, median (min - max)", "TFLOP/s full, causal", "MFU full, causal",
     "of the matmul ceiling", "HFU", "peak memory, reserved", "data, host", "x of the limit", "ours, x its speed",
     "its memory, x ours",
 )  # fmt: skip
@@ -21,14 +21,15 @@ def make_row(
     """The numbers of a contender.
 
     Args:
-        rounds: its answers, one a round.
-        facts: of the model: FLOPs a token, datasheet peak; of the contender itself: host share, parameters.
-        ceilings: what `Ceiling.measure` gave, one a round; none: not measured.
-        tokens: of a step.
+        name: of the contender.
+        rounds: its answers, one per round.
+        facts: FLOPs per token of the model, datasheet peak, and the contender's host share and parameters.
+        ceilings: results of `Ceiling.measure`, one per round; empty if not measured.
+        tokens: per step.
 
     Returns:
-        Rates a second, FLOP/s, shares of 1, bytes; None is not known. MFU counts what the model needs, HFU also what is
-        computed twice (causal); both are shares of the datasheet's bf16 peak.
+        Rates per second, FLOP/s, fractions, bytes; None if unknown. MFU counts the FLOPs of the model, HFU also
+        recomputed ones (causal); both are fractions of the datasheet's bf16 peak.
     """
     rates = [tokens / each["seconds"] for each in rounds]
     rate = statistics.median(rates)
@@ -36,8 +37,8 @@ def make_row(
     peak = facts["peak_flops"]
     ceiling = statistics.median(each["ceiling_flops"] for each in ceilings) if ceilings else None
     limits = [one["seconds"] / two["limit_seconds"] for one, two in zip(rounds, ceilings, strict=False)]
-    # A peer recomputes nothing, or does not tell.
-    again = facts.get("recomputed_flops", 0.0)
+    # Peers recompute nothing, or do not report it.
+    recomputed = facts.get("recomputed_flops", 0.0)
     return {
         "contender": name,
         "tokens_per_second": rate,
@@ -46,7 +47,7 @@ def make_row(
         "flops_causal": causal,
         "mfu_full": full / peak if peak else None,
         "mfu_causal": causal / peak if peak else None,
-        "hfu_causal": (causal + again * rate) / peak if peak and again is not None else None,
+        "hfu_causal": (causal + recomputed * rate) / peak if peak and recomputed is not None else None,
         "ceiling_flops": ceiling,
         "of_ceiling_full": full / ceiling if ceiling else None,
         "of_ceiling_causal": causal / ceiling if ceiling else None,
@@ -61,7 +62,7 @@ def make_row(
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Compare the first row with each: medians of the ratios of rounds, which had the same machine."""
+    """Compare the first row with all rows, by medians of the ratios of simultaneous rounds."""
     ours = rows[0]
     for row in rows:
         if "error" in row or "error" in ours:
@@ -72,7 +73,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A heading, what was run, and a table of the rows; a contender that failed has its error."""
+    """A heading, the command, and a table of the rows; the row of a failed contender shows its error."""
     lines = [f"### {result['title']}", "", f"    {result['command']}", ""]
     lines += [f"{result['device']}, torch {result['torch']}, commit {result['commit']}.", ""]
     lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
@@ -115,8 +116,8 @@ def _number(value: float | None) -> str:
 def main() -> None:
     """Join results into one JSON file and one page."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("results", type=Path, nargs="*", help="what --json of throughput.py wrote")
-    parser.add_argument("--note", action="append", default=[], help="a line above the tables")
+    parser.add_argument("results", type=Path, nargs="*", help="files of throughput.py --json")
+    parser.add_argument("--note", action="append", default=[], help="line above the tables; repeatable")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--markdown", type=Path, required=True)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
-"""The named shapes that are measured, and the config file of a shape.
+"""The model shapes that can be measured, and the config file of a shape.
 
-A measurement runs through a config file and `load_config`, as a user's training does. Needs no torch.
+A measurement is configured by a file and `load_config`, like a user's training. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,17 +11,24 @@ from typing import Any
 
 PRECISIONS = ("fp32", "bf16", "fp8")
 DOCUMENTS = ("one", "short", "mixed", "rows")
-"""How long documents are: `one` of seq tokens; `short` ones, seq / 32 on average; `mixed`, uniform up to seq; `rows`,
-one of seq tokens a row, unpacked."""
+"""Lengths of documents. `one`: seq tokens; `short`: seq / 32 on average; `mixed`: uniform up to seq; `rows`: one
+document of seq tokens per row, unpacked."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the batch it is usually measured with.
+    """A model and the batch that it is measured with by default.
 
     Attributes:
+        model_type: model family.
+        hidden: hidden size.
+        layers: number of layers.
         heads: query heads, key-value heads.
-        seq, micro_bsz, micro_num: tokens of a sequence, sequences of a micro batch, micro batches of a step.
+        ffn: intermediate size of the feed-forward.
+        vocab: vocabulary size.
+        seq: tokens per sequence.
+        micro_bsz: sequences per micro-batch.
+        micro_num: micro-batches per step.
         model: further keys of the `model` section.
     """
 
@@ -66,9 +73,11 @@ def keys_of(
     """The sections of a config.
 
     Args:
-        seq, micro_bsz, micro_num, layers: in place of the shape's own.
+        shape: to be measured.
+        precision: one of `PRECISIONS`.
+        seq: replaces that of the shape, as do `micro_bsz`, `micro_num` and `layers`.
         documents: one of `DOCUMENTS`.
-        folder: of the tokens to train on.
+        folder: training data.
     """
     seq = seq or shape.seq
     keys: dict[str, Any] = {
@@ -92,7 +101,7 @@ def keys_of(
             "micro_num": micro_num or shape.micro_num,
             "total_steps": 1_000_000,
             "use_packed_dataset": documents != "rows",
-            # The machine's cores belong to the measurement; a thread of the process reads ahead.
+            # Worker processes would take cores from the measurement; a thread prefetches instead.
             "num_worker": 0,
         },
         "hybrid_zero_optimizer": {"clip_grad_norm": 1.0},
@@ -104,5 +113,5 @@ def keys_of(
 
 
 def write_config(path: Path, keys: dict[str, Any]) -> None:
-    """A config file with these keys."""
+    """Write a config file with these keys."""
     path.write_text("".join(f"{name} = {value!r}\n" for name, value in keys.items()), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Text generation with a key-value cache: the loop over tokens and the choice of the next one.
+"""Autoregressive generation with a key-value cache: the loop over tokens and the sampling of the next one.
 
-Works on token ids; knows no tokenizer and no checkpoint.
+Works on token ids and knows neither tokenizers nor checkpoints.
 
 Shapes: B prompts, S prompt tokens, V vocabulary.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from internlm.utils.errors import ConfigError, UserError
 
 MIN_TEMPERATURE = 1e-6
-"""Logits divided by a smaller temperature overflow fp32."""
+"""Dividing logits by a smaller temperature would overflow fp32."""
 
 
 class NonFiniteError(UserError):
@@ -25,12 +25,12 @@ class NonFiniteError(UserError):
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens seen so far; opaque to generation."""
+    """Keys and values of all tokens so far; opaque to generation."""
 
 
 @runtime_checkable
 class GenerativeModel(Protocol):
-    """What generation needs of a model; every decoder of `internlm.model` implements it."""
+    """The interface that generation needs of a model; every decoder of `internlm.model` implements it."""
 
     training: bool
 
@@ -58,25 +58,29 @@ def generate(
     generator: torch.Generator | None = None,
     on_token: Callable[[Tensor], bool | None] | None = None,
 ) -> Tensor:
-    """Continue prompts of one common length.
+    """Continue a batch of prompts of equal length.
 
     Args:
         model: a decoder; it is in evaluation mode during the call.
-        input_ids: int64 `[B, S]` on the model's device, without padding: prompts of different lengths go one by one.
-        max_new_tokens: the most tokens to append.
-        do_sample: draw the next token; otherwise take the likeliest, and the three keys below must be left alone.
-        temperature, top_k, top_p: see `filter_logits`.
-        eos_token_id: tokens that end a text. Texts that have ended are padded with the first of them.
-        num_tokens: ids from this one on are never chosen (the padding of a vocabulary); None: all may be.
-        generator: the source of randomness, on the model's device; None is torch's default one.
-        on_token: called with the int64 `[B]` tokens of each step as soon as they are known; True ends all texts.
+        input_ids: int64 `[B, S]` on the model's device, without padding; prompts of different lengths need a call each.
+        max_new_tokens: maximum number of tokens to append.
+        do_sample: sample the next token; otherwise take the most likely one, and the next three arguments must keep
+            their defaults.
+        temperature: see `filter_logits`.
+        top_k: see `filter_logits`.
+        top_p: see `filter_logits`.
+        eos_token_id: tokens that end a text. Ended texts are padded with the first of them.
+        num_tokens: ids from this one on (the padding of the vocabulary) are never chosen; None allows all ids.
+        generator: source of randomness, on the model's device; None is torch's default generator.
+        on_token: called with the int64 `[B]` tokens of each step as soon as they are known; returning True ends all
+            texts.
 
     Returns:
         int64 `[B, S + n]`, prompts and continuations, n <= max_new_tokens.
 
     Raises:
-        ConfigError: when an argument makes no sense.
-        NonFiniteError: the model gives a number that is not finite.
+        ConfigError: an argument is invalid.
+        NonFiniteError: the model returns inf or NaN.
     """
     check_choices(max_new_tokens, do_sample, temperature, top_k, top_p)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
@@ -100,9 +104,9 @@ def generate(
             hidden = model(new, position_ids, cache=cache)
             position += length
             logits = model.logits(hidden[:, -1]).float()
-            # The largest is NaN where one is; minus infinity alone, in a padded vocabulary, is in order.
+            # The maximum is NaN if any logit is. Single logits of -inf, as of a padded vocabulary, are valid.
             if not bool(logits.amax(dim=-1).isfinite().all()):
-                raise NonFiniteError(f"token {position}: the model's logits have inf or NaN")
+                raise NonFiniteError(f"token {position}: the model's logits contain inf or NaN")
             if num_tokens is not None:
                 logits[:, num_tokens:] = -torch.inf
             if do_sample:
@@ -125,17 +129,17 @@ def generate(
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Prepare logits for sampling: divide by the temperature, keep the k likeliest, keep the nucleus; in this order.
+    """Prepare logits for sampling by temperature, top-k and nucleus, in this order.
 
     Args:
         logits: float `[B, V]`.
-        temperature: at least `MIN_TEMPERATURE`; below 1 sharpens, above 1 flattens.
-        top_k: keep the k likeliest tokens, and those that tie with the last of them; 0 keeps all.
-        top_p: keep the smallest set of likeliest tokens whose probability reaches p, at least one token
-            (nucleus sampling, https://arxiv.org/abs/1904.09751); 1 keeps all.
+        temperature: divisor of the logits, at least `MIN_TEMPERATURE`; below 1 sharpens, above 1 flattens.
+        top_k: keep the k most likely tokens and those tied with the last of them; 0 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches p, at least one token (nucleus
+            sampling, https://arxiv.org/abs/1904.09751); 1 keeps all.
 
     Returns:
-        `[B, V]`, minus infinity for what was not kept.
+        float `[B, V]`, -inf for dropped tokens.
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -157,20 +161,20 @@ def check_choices(
     """Check these arguments of `generate`.
 
     Raises:
-        ConfigError: listing all of them.
+        ConfigError: lists all invalid arguments.
     """
-    mistakes = []
+    problems = []
     if max_new_tokens < 1:
-        mistakes.append(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+        problems.append(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if not MIN_TEMPERATURE <= temperature < math.inf:
-        mistakes.append(
-            f"temperature = {temperature}: must be at least {MIN_TEMPERATURE}; for the likeliest token decode greedily"
+        problems.append(
+            f"temperature = {temperature}: must be at least {MIN_TEMPERATURE}; for deterministic output decode greedily"
         )
     if top_k < 0:
-        mistakes.append(f"top_k = {top_k}: must be at least 0 (0 keeps all tokens)")
+        problems.append(f"top_k = {top_k}: must be at least 0 (0 keeps all tokens)")
     if not 0 < top_p <= 1:
-        mistakes.append(f"top_p = {top_p}: must be above 0 and at most 1 (1 keeps all tokens)")
+        problems.append(f"top_p = {top_p}: must be above 0 and at most 1 (1 keeps all tokens)")
     if not do_sample and (temperature != 1.0 or top_k != 0 or top_p != 1.0):
-        mistakes.append("temperature, top_k and top_p have no effect on greedy decoding; leave them out or sample")
-    if mistakes:
-        raise ConfigError(mistakes)
+        problems.append("temperature, top_k and top_p have no effect on greedy decoding; remove them, or sample")
+    if problems:
+        raise ConfigError(problems)

@@ -1,18 +1,18 @@
-"""Incremental decoding of tokens that may end within a character. Knows only a function that decodes."""
+"""Incremental decoding of tokens, which may end within a character. Needs only a decoding function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What decoders emit for bytes that are not, or not yet, a character."""
+"""What decoders emit for bytes that are no complete character."""
 
 
 class TextStream:
-    """Turns tokens into pieces of text that concatenate to the text of the whole.
+    """Turns tokens into pieces of text whose concatenation is the text of all tokens.
 
-    A token is decoded together with those before it, since a decoder may drop a leading space or join bytes; only the
-    tokens since the last but one complete character are decoded repeatedly, so the work is linear in its length.
+    A token is decoded together with its predecessors, since a decoder may drop a leading space or join bytes. Only the
+    tokens since the last complete character but one are decoded repeatedly, so the work is linear in the length.
 
     Args:
         decode: token ids -> text.
@@ -26,12 +26,12 @@ class TextStream:
         self._shown = len(self._tokens)
 
     def push(self, token: int) -> str:
-        """The text that this token completes; empty while a character is not complete."""
+        """Return the text that this token completes; empty while a character is incomplete."""
         self._tokens.append(token)
         return self._take(hold_back=True)
 
     def finish(self) -> str:
-        """What was held back, with a replacement character where bytes never became one."""
+        """Return the pending text, with a replacement character for incomplete characters."""
         return self._take(hold_back=False)
 
     def _take(self, hold_back: bool) -> str:
@@ -44,7 +44,7 @@ class TextStream:
 
 
 class StopTexts:
-    """Shows text up to the first of some stop texts. What may be the beginning of one is held back.
+    """Passes text through up to the first stop text, and withholds what may be the beginning of one.
 
     Args:
         stops: texts; none of them empty.
@@ -52,27 +52,27 @@ class StopTexts:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self._pending = ""
         self.found = False
-        """Whether a stop text has come; nothing is shown from then on."""
+        """Whether a stop text has been found; nothing is returned from then on."""
 
     def push(self, piece: str) -> str:
-        """What can be shown now that this piece has come."""
+        """Add a piece and return the text that can be shown now."""
         if self.found:
             return ""
-        self._held += piece
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        self._pending += piece
+        positions = [position for stop in self._stops if (position := self._pending.find(stop)) >= 0]
+        if positions:
             self.found = True
-            return self._take(min(places))
-        # The longest end of the text with which a stop text begins.
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-        return self._take(len(self._held) - keep)
+            return self._take(min(positions))
+        # The longest suffix of the text that is a prefix of a stop text.
+        sizes = (n for stop in self._stops for n in range(1, len(stop)) if self._pending.endswith(stop[:n]))
+        return self._take(len(self._pending) - max(sizes, default=0))
 
     def finish(self) -> str:
-        """What was held back, when no more text comes."""
-        return "" if self.found else self._take(len(self._held))
+        """Return the pending text, at the end of the input."""
+        return "" if self.found else self._take(len(self._pending))
 
     def _take(self, length: int) -> str:
-        shown, self._held = self._held[:length], self._held[length:]
+        shown, self._pending = self._pending[:length], self._pending[length:]
         return shown

@@ -1,4 +1,4 @@
-"""`internlm ckpt`: look at checkpoints, compare them, and check that they are what was written. Local or in a store."""
+"""`internlm ckpt`: lists, shows, compares and verifies checkpoints, on a local disk or in an object store."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ls.add_argument("--snapshots", metavar="DIR", help="folder of the snapshots (default: DIR/snapshot)")
     ls.set_defaults(act=_list)
 
-    show = actions.add_parser("show", help="show what a checkpoint holds", description=_show.__doc__)
+    show = actions.add_parser("show", help="show the contents of a checkpoint", description=_show.__doc__)
     show.add_argument("folder", metavar="DIR", help=a_checkpoint)
     show.add_argument(
         "--tensors",
         nargs="?",
         const="*",
         metavar="PATTERN",
-        help="also list the tensors; of those whose name has PATTERN in it, or fits it when it has * or ?",
+        help="also list the tensors; with PATTERN, those whose name contains it, or matches it if it has * or ?",
     )
     show.set_defaults(act=_show)
 
@@ -60,28 +60,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "diff", help="compare two checkpoints", description=f"{_diff.__doc__} Exits with 0 when they are equal, else 1."
     )
     diff.add_argument("first", metavar="A", help=a_checkpoint)
-    diff.add_argument("second", metavar="B", help="the other one")
+    diff.add_argument("second", metavar="B", help="the other checkpoint")
     diff.add_argument(
         "--values",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compare the values of the tensors, not only their shapes (default: yes)",
     )
-    diff.add_argument("--weights-only", action="store_true", help="compare the weights alone, whatever else differs")
+    diff.add_argument("--weights-only", action="store_true", help="compare only the weights")
     diff.set_defaults(act=_diff)
 
     verify = actions.add_parser(
         "verify",
-        help="check that every file is what was written",
-        description=f"{_verify.__doc__} Exits with 0 when all are, else 1.",
+        help="check every file against the manifest",
+        description=f"{_verify.__doc__} Exits with 0 when all match, else 1.",
     )
     verify.add_argument("folder", metavar="DIR", help=a_checkpoint)
-    verify.add_argument("--all", action="store_true", help="check all checkpoints and snapshots of the folder")
+    verify.add_argument("--all", action="store_true", help="check all checkpoints and snapshots in the folder")
     verify.set_defaults(act=_verify)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do one of the actions; returns the exit code."""
+    """Run the chosen action; returns the exit code."""
     return options.act(options)
 
 
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    """List checkpoints, snapshots, exports, and what killed saves have left."""
+    """List checkpoints, snapshots, exports, and the leftovers of interrupted saves."""
     folder = storage_path(options.folder)
     snapshots = storage_path(options.snapshots) if options.snapshots else None
     found = list_checkpoints(folder, snapshots)
@@ -107,8 +107,8 @@ def _list(options: argparse.Namespace) -> int:
     if leftovers:
         size = format_bytes(sum(one.num_bytes for one in leftovers))
         print(
-            f"{len(leftovers)} leftover(s), {size}: of saves that were killed, or of one under way; the next save "
-            "of a run removes them"
+            f"{len(leftovers)} leftover(s), {size}: of interrupted saves, or of one in progress; the next save of a "
+            "run removes them"
         )
     return 0
 
@@ -131,7 +131,7 @@ def _row(one: Listed) -> tuple[str, ...]:
 
 
 def _show(options: argparse.Namespace) -> int:
-    """Show counters, contents, sizes and the config of a checkpoint, and on request its tensors."""
+    """Show the counters, contents, sizes and config of a checkpoint, and on request its tensors."""
     path = resolve(storage_path(options.folder))
     manifest = read_manifest(path)
     assert manifest is not None
@@ -159,7 +159,7 @@ def _show(options: argparse.Namespace) -> int:
     print("\n".join(f"{name:<{width}}  {text}" for name, text in lines if text != "-"))
     for line in str(context.get("layout", "")).splitlines():
         print(f"{'':<{width}}  {line}")
-    rows = [("kind", "tensors", "elements", "size", "format")]
+    rows = [("kind", "tensors", "elements", "size", "dtype")]
     rows += [
         (
             kind.kind,
@@ -171,7 +171,7 @@ def _show(options: argparse.Namespace) -> int:
         for kind in kinds_of(entries)
     ]
     rest = files - sum(kind.num_bytes for kind in kinds_of(entries))
-    rows.append(("all else", "", "", format_bytes(rest), ""))
+    rows.append(("other", "", "", format_bytes(rest), ""))
     print("\n" + "\n".join(text_table(rows, "<>>><")))
     if options.tensors is not None:
         print("\n" + "\n".join(_tensor_table(entries, options.tensors)))
@@ -192,22 +192,22 @@ def _config_lines(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _tensor_table(entries: Mapping[str, Entry], pattern: str) -> list[str]:
-    fits = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    glob = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
     rows = [
         (key, str(list(entry.shape)), dtype_name(entry.dtype), format_bytes(entry.num_bytes))
         for key, entry in entries.items()
-        if fnmatch.fnmatchcase(key, fits) or fnmatch.fnmatchcase(key.removeprefix(MODEL_PREFIX), fits)
+        if fnmatch.fnmatchcase(key, glob) or fnmatch.fnmatchcase(key.removeprefix(MODEL_PREFIX), glob)
     ]
     if not rows:
-        raise CheckpointError(f"--tensors {pattern}: none of the {len(entries):,} tensors has such a name")
-    return text_table([("tensor", "shape", "format", "size"), *rows], "<<<>")
+        raise CheckpointError(f"--tensors {pattern}: none of the {len(entries):,} tensor names matches")
+    return text_table([("tensor", "shape", "dtype", "size"), *rows], "<<<>")
 
 
 # -- diff --------------------------------------------------------------------------------------------------------------
 
 
 def _diff(options: argparse.Namespace) -> int:
-    """Compare counters, configs, and tensors by name, shape, number format and value."""
+    """Compare counters, configs, and tensors by name, shape, dtype and value."""
     paths = [resolve(storage_path(text)) for text in (options.first, options.second)]
     readers = [TensorReader(path) for path in paths]
     entries = [reader.entries for reader in readers]
@@ -232,7 +232,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _print_different(differences: Iterator[TensorDifference], keys: Sequence[str]) -> bool:
-    """Print a line for each tensor as it is found, as reading all may take long; returns whether there is none."""
+    """Print each differing tensor as soon as it is found, as reading may take long; returns whether all are equal."""
     width, count = max(map(len, keys), default=0), 0
     for one in differences:
         if not count:
@@ -269,7 +269,7 @@ def _describe(entry: Entry | None) -> str:
 
 
 def _print_changes(title: str, changes: Sequence[Changed]) -> bool:
-    """Print what differs; returns whether nothing does."""
+    """Print the differences; returns whether there are none."""
     if changes:
         rows = [(change.name, _short(change.first), _short(change.second)) for change in changes]
         print(f"\n{title}: {len(changes):,} differ")
@@ -286,7 +286,7 @@ def _short(value: Any) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    """Compare size and checksum of every file with what the checkpoint's manifest says."""
+    """Compare the size and checksum of every file with the checkpoint's manifest."""
     folder = storage_path(options.folder)
     if not folder.exists():
         raise CheckpointError(f"'{folder}' does not exist")
@@ -297,7 +297,7 @@ def _verify(options: argparse.Namespace) -> int:
         paths = [one.path for one in found if one.kind in ("checkpoint", "snapshot")]
         for one in found:
             if one.kind == "incomplete":
-                print(f"{one.path}: incomplete, and never loaded: {one.problem}")
+                print(f"{one.path}: incomplete, not loadable: {one.problem}")
         if not paths:
             raise CheckpointError(f"there is no complete checkpoint in '{folder}'")
     elif not folder.name.isdigit() or find_checkpoints(folder):
@@ -325,7 +325,7 @@ def _verify_one(path: StoragePath) -> bool:
     return not damage
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- formatting --------------------------------------------------------------------------------------------------------
 
 
 def _contents(contents: Sequence[str]) -> str:
@@ -341,7 +341,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """`1.50 GiB`."""
+    """Format a number of bytes, as in `1.50 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
@@ -350,7 +350,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """`42 s`, `7 min`, `3 h`, `12 days`."""
+    """Format a duration, as in `42 s`, `7 min`, `3 h` or `12 days`."""
     seconds = max(0.0, seconds)
     for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
         if seconds < limit:

@@ -1,4 +1,4 @@
-"""The options of commands that read a config file."""
+"""Command-line options shared by all commands that read a config file."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def add_config_options(parser: argparse.ArgumentParser, *, required: bool = True
         default=[],
         metavar="KEY.PATH=VALUE",
         dest="overrides",
-        help="change a key of the config; may be given many times",
+        help="override a key of the config; repeatable",
     )

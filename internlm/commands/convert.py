@@ -1,4 +1,4 @@
-"""`internlm convert`: checkpoints to and from the formats of others. Needs no GPU, and never holds a whole model."""
+"""`internlm convert`: converts checkpoints to and from other formats. Needs no GPU and never holds a whole model."""
 
 from __future__ import annotations
 
@@ -36,20 +36,22 @@ def run(options: argparse.Namespace) -> int:
 
 def _add_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint, or a folder of them (newest)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be new or empty")
+    parser.add_argument("--out", required=True, metavar="DIR", help="output folder; must be new or empty")
     parser.add_argument(
         "--layout",
         choices=("transformers", "published"),
         default="transformers",
-        help="names of transformers' own classes (default), or those of the family's published checkpoints",
+        help="weight names of transformers' built-in classes (default), or of the family's published checkpoints",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights (default: as stored)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file (default: 5GB)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a weight file (default: 5GB)"
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="tokenizer to put beside the weights (default: that of the folder it was imported from, else "
-        "data.tokenizer_path of the run)",
+        help="tokenizer to export with the weights (default: that of the imported folder, else data.tokenizer_path of "
+        "the run)",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
     parser.set_defaults(convert=_to_hf)
@@ -70,12 +72,12 @@ def _to_hf(options: argparse.Namespace) -> int:
 
 def _add_from_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", required=True, metavar="DIR", help="folder with config.json and weights")
-    parser.add_argument("--out", required=True, metavar="DIR", help="save folder in which checkpoint 0/ is made")
-    parser.add_argument("--dtype", choices=DTYPES, help="number format of the weights (default: as stored)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="save folder in which checkpoint 0/ is created")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
     parser.add_argument(
         "--untie",
         action="store_true",
-        help="give the model a head of its own where config.json says that it is the embedding",
+        help="give the model an untied head although config.json ties it to the embedding",
     )
     parser.set_defaults(convert=_from_hf)
 
@@ -88,22 +90,24 @@ def _from_hf(options: argparse.Namespace) -> int:
 
 def _add_from_internevo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, metavar="DIR", help="folder with model_tp0_pp0.pt or model_wp0_pp0.pt")
-    parser.add_argument("--out", required=True, metavar="DIR", help="save folder in which checkpoint <step>/ is made")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="save folder in which checkpoint <step>/ is created"
+    )
     parser.add_argument(
         "--config",
         type=local_path,
         metavar="FILE.py",
-        help="config of the run (default: the one in the checkpoint, which is Python and is run)",
+        help="config of the run (default: the one in the checkpoint, which is executed as Python)",
     )
-    parser.add_argument("--model-type", metavar="NAME", help="family of the model, where no config names it")
-    parser.add_argument("--weights-only", action="store_true", help="leave masters, moments and counters behind")
+    parser.add_argument("--model-type", metavar="NAME", help="model family, if no config names it")
+    parser.add_argument("--weights-only", action="store_true", help="skip masters, moments and counters")
     parser.set_defaults(convert=_from_internevo)
 
 
 def _from_internevo(options: argparse.Namespace) -> int:
     ckpt, out = storage_path(options.ckpt), storage_path(options.out)
     if not ckpt.is_local:
-        raise ConfigError(f"--ckpt {ckpt}: the files are mapped, so copy the folder to a local disk first")
+        raise ConfigError(f"--ckpt {ckpt}: the files are memory-mapped; copy the folder to a local disk first")
     imported = import_internevo(
         ckpt.local,
         out,
@@ -127,10 +131,10 @@ def parse_size(text: str) -> int:
     """Bytes of '5GB', '500MB' or '2GiB'.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: the text has another form.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".find(match[2].upper() or " ")) if match else 0
     if size < 1:
-        raise ConfigError(f"--max-shard-size: '{text}' is no size; write it as 5GB, 500MB or 2GiB")
+        raise ConfigError(f"--max-shard-size: '{text}' is not a size; write it as 5GB, 500MB or 2GiB")
     return size

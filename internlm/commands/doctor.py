@@ -1,6 +1,6 @@
-"""`internlm doctor`: what this machine has, what each op would run on and why, and whether it computes the right thing.
+"""`internlm doctor`: reports hardware and software, chooses the implementation of each op, and runs their self-tests.
 
-For a report of a problem, and before a long run: `--config` judges with that model's dtype, head size and backends.
+Its output belongs in a bug report. With `--config` it uses that model's dtype, head size and backends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from internlm.utils.text_table import text_table
 
 @dataclass(frozen=True)
 class OptionalPackage:
-    """A package that need not be there: its distribution, the module that is imported, what it is for."""
+    """A package that is not required.
+
+    Attributes:
+        distribution: name on the package index.
+        module: module that is imported.
+        purpose: what it is used for.
+    """
 
     distribution: str
     module: str
@@ -46,15 +52,15 @@ PACKAGES = (
     OptionalPackage("flash-attn", "flash_attn", "attention"),
     OptionalPackage("flash-attn-3", "flash_attn_interface", "attention on Hopper"),
     OptionalPackage("flash-attn-4", "flash_attn.cute.interface", "attention on Hopper and Blackwell"),
-    OptionalPackage("liger-kernel", "liger_kernel.ops", "norms and activations that are not compiled"),
-    OptionalPackage("transformers", "transformers", "tokenizers and models of Hugging Face"),
+    OptionalPackage("liger-kernel", "liger_kernel.ops", "norms and activation functions without model.compile"),
+    OptionalPackage("transformers", "transformers", "Hugging Face tokenizers and models"),
     OptionalPackage("tokenizers", "tokenizers", "tokenizers"),
     OptionalPackage("sentencepiece", "sentencepiece", "tokenizers"),
     OptionalPackage("pyarrow", "pyarrow", "data in Parquet files"),
-    OptionalPackage("tensorboard", "tensorboard", "curves"),
+    OptionalPackage("tensorboard", "tensorboard", "plots of metrics"),
     OptionalPackage("boto3", "boto3", "storage in S3"),
     OptionalPackage("gcsfs", "gcsfs", "storage in GCS"),
-    OptionalPackage("matplotlib", "matplotlib", "pictures of internlm layout"),
+    OptionalPackage("matplotlib", "matplotlib", "images of internlm layout"),
 )
 
 
@@ -62,30 +68,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_config_options(parser, required=False)
     parser.add_argument(
-        "--world-size", type=int, default=1, metavar="N", help="ranks that the config is for (default: 1)"
+        "--world-size", type=int, default=1, metavar="N", help="number of ranks for the config (default: 1)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report; returns the exit code: 1 when something that would run is wrong."""
-    # Without a config: all there is.
-    settings = OpSettings(use_float8=True)
+    """Print the report; returns the exit code: 1 if an op has no implementation or fails its self-test."""
+    settings = OpSettings(use_float8=True)  # without a config, examine all ops
     if options.world_size < 1:
-        raise ConfigError(f"--world-size {options.world_size}: give 1 or more")
+        raise ConfigError(f"--world-size {options.world_size}: must be at least 1")
     if options.config is not None:
         config = load_config(options.config, options.overrides, world_size=options.world_size).config
         choose_cpu_gemm(config.model.cpu_gemm)
         settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)
     elif options.overrides:
-        raise ConfigError("--set changes a key of a config: give it with --config FILE.py")
+        raise ConfigError("--set overrides a key of a config: give one with --config FILE.py")
     report = examine(settings)
     print(json.dumps(report, indent=1) if options.json else _as_text(report, options.config, settings))
     return 0 if report["ok"] else 1
 
 
 def examine(settings: OpSettings) -> dict[str, Any]:
-    """The whole report, as plain values."""
+    """Collect the report as JSON-serializable values."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         ops: dict[str, Any] = {name: choice._asdict() for name, choice in describe(device, settings).items()}
@@ -112,7 +117,7 @@ def examine(settings: OpSettings) -> dict[str, Any]:
 
 def _machine() -> dict[str, Any]:
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    # Private names: a version of PyTorch that lacks them tells nothing.
+    # These names are private to PyTorch; versions without them are reported as lacking the units.
     found = {name: getattr(torch.cpu, name, None) for name in units}
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -200,28 +205,28 @@ def _package(package: OptionalPackage) -> dict[str, Any]:
 
 
 def _compilation(device: torch.device) -> dict[str, Any]:
-    """Whether what `torch.compile` needs on this device is there."""
+    """Whether `torch.compile` finds the compilers that it needs on this device."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     path = shutil.which(compiler)
-    problems = [] if path else [f"there is no C++ compiler {compiler!r}: install one, or name one in CXX"]
+    problems = [] if path else [f"no C++ compiler {compiler!r} found: install one, or name one in CXX"]
     if device.type == "cuda" and (problem := why_unusable("triton")) is not None:
         problems.append(problem)
     return {"usable": not problems, "compiler": path, "problem": "; ".join(problems) or None}
 
 
 def _communication() -> dict[str, bool]:
-    there = dist.is_available()
-    return {"gloo": there and dist.is_gloo_available(), "nccl": there and dist.is_nccl_available()}
+    available = dist.is_available()
+    return {"gloo": available and dist.is_gloo_available(), "nccl": available and dist.is_nccl_available()}
 
 
 def _attention_backends(device: torch.device, settings: OpSettings) -> list[dict[str, Any]]:
-    """What keeps each backend from serving the model's packed rows."""
+    """Whether each attention backend can run the model's packed rows, and why not."""
     needs = settings.attention_needs(device)
     rows = []
     for backend in BACKENDS:
         problem = why_not(backend, needs, use_flash_attn=settings.use_flash_attn)
         if device.type != "cuda":
-            problem = backend.why_missing() or "is for GPUs; on a CPU attention has one implementation"
+            problem = backend.why_missing() or "needs a GPU; attention has a single implementation on CPUs"
         rows.append({"name": backend.name, "usable": problem is None, "problem": problem})
     return rows
 
@@ -232,7 +237,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def _as_text(report: dict[str, Any], config: Path | None, settings: OpSettings) -> str:
     machine, software = report["machine"], report["software"]
-    units = [name for name, there in (("bf16", machine["bf16_units"]), ("AMX", machine["amx"])) if there]
+    units = [name for name, present in (("bf16", machine["bf16_units"]), ("AMX", machine["amx"])) if present]
     gpus = [
         f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB, "
         f"bf16 {_yes(gpu['bf16'])}, float8 {_yes(gpu['float8'])}"
@@ -249,7 +254,7 @@ def _as_text(report: dict[str, Any], config: Path | None, settings: OpSettings) 
         *([] if gpus else [("GPU", _why_no_gpu())]),
         *((name, version or "none") for name, version in software.items()),
         ("compilation", compilation["compiler"] if compilation["usable"] else compilation["problem"]),
-        ("communication", ", ".join(name for name, there in report["communication"].items() if there) or "none"),
+        ("communication", ", ".join(name for name, usable in report["communication"].items() if usable) or "none"),
     ]
     packages = [
         (one["name"], one["version"] or "-", "usable" if one["usable"] else one["problem"], one["purpose"])
@@ -258,16 +263,16 @@ def _as_text(report: dict[str, Any], config: Path | None, settings: OpSettings) 
     backends = [(one["name"], "usable" if one["usable"] else one["problem"]) for one in report["attention_backends"]]
     ops = [(name, op["implementation"], op["reason"]) for name, op in report["ops"].items()]
     model = "the defaults" if config is None else str(config)
-    ran = f"{_short(settings.dtype)}, heads of {settings.head_dim}, as of {model}"
+    examined = f"{_short(settings.dtype)}, head size {settings.head_dim}, from {model}"
     lines = [
         *_section("machine", facts),
         *_section("optional packages", packages),
-        *_section(f"ops on {report['device']} ({ran})", ops),
-        *_section("backends of attention", backends),
+        *_section(f"ops on {report['device']} ({examined})", ops),
+        *_section("attention backends", backends),
         *_self_test(report["self_test"]),
         "",
         *(f"PROBLEM: {problem}" for problem in report["problems"]),
-        "everything that would run is right" if report["ok"] else f"{len(report['problems'])} problem(s)",
+        "all ops pass" if report["ok"] else f"{len(report['problems'])} problem(s)",
     ]
     return "\n".join(lines)
 
@@ -278,12 +283,12 @@ def _section(title: str, rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def _self_test(tests: Sequence[dict[str, Any]]) -> list[str]:
-    """One line an op: how many cases, and the first that is wrong."""
+    """One line per op: the number of cases, and how many failed."""
     rows = []
     for name in dict.fromkeys(one["op"] for one in tests):
-        own = [one for one in tests if one["op"] == name]
-        wrong = [one for one in own if one["problem"]]
-        rows.append((name, f"{len(own)} case(s)", f"{len(wrong)} WRONG" if wrong else "ok"))
+        cases = [one for one in tests if one["op"] == name]
+        failed = [one for one in cases if one["problem"]]
+        rows.append((name, f"{len(cases)} case(s)", f"{len(failed)} WRONG" if failed else "ok"))
     return _section("self-test, forward and backward, against the formulas in float64", rows)[:-1]
 
 

@@ -1,4 +1,4 @@
-"""`internlm generate`: continue prompts with a trained model. Text goes to stdout as it grows, the log to stderr."""
+"""`internlm generate`: continues prompts with a trained model. Text is streamed to stdout, the log goes to stderr."""
 
 from __future__ import annotations
 
@@ -34,16 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ckpt", required=True, type=path_text, metavar="DIR", help="checkpoint, or a folder of them (newest)"
     )
-    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given many times")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to append (default: 100)")
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing one")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="below 1 sharpens (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default: 0, all)")
+    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="text to continue; repeatable")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that reach P (default: 1, all)"
+        "--max-new-tokens", type=int, default=100, metavar="N", help="maximum tokens to append (default: 100)"
+    )
+    parser.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="below 1 sharpens the distribution (default: 1)"
     )
     parser.add_argument(
-        "--seed", type=int, default=DEFAULT_SEED, metavar="S", help=f"of the draws (default: {DEFAULT_SEED})"
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (default: 0, all)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the nucleus of probability P (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, metavar="S", help=f"seed of the sampling (default: {DEFAULT_SEED})"
     )
     parser.add_argument(
         "--tokenizer",
@@ -54,28 +60,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--other-tokenizer",
         action="store_true",
-        help="use this tokenizer although another one made the training data",
+        help="allow a tokenizer that differs from that of the training data",
     )
     parser.add_argument(
         "--bos",
         action="store_true",
-        help="put the beginning-of-text token first, for models whose training documents begin with it",
+        help="prepend the beginning-of-text token, for models whose training documents begin with it",
     )
     parser.add_argument(
         "--eos",
         action="append",
         default=[],
         metavar="ID|TOKEN",
-        help="token that ends a text, by id or spelling; may be given many times (default: the tokenizer's, and those "
-        "of generation_config.json)",
+        help="token that ends a text, by id or spelling; repeatable (default: the tokenizer's, and those of "
+        "generation_config.json)",
     )
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given many times"
+        "--stop", action="append", default=[], metavar="TEXT", help="end the output before this text; repeatable"
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code of a tokenizer folder that is nothing else"
+        "--trust-remote-code", action="store_true", help="run the code of a tokenizer that exists only as code"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,14 +93,14 @@ def run(args: argparse.Namespace) -> int:
     if not MIN_SEED <= args.seed <= MAX_SEED - len(args.prompt):
         raise ConfigError(f"--seed {args.seed}: must be from {MIN_SEED} to {MAX_SEED - len(args.prompt)}")
     if "" in args.stop:
-        raise ConfigError("--stop: an empty text ends nothing")
+        raise ConfigError("--stop: the text must not be empty")
     device = choose_device(args.device)
     model, config = load_model_for_inference(args.ckpt, device)
     if config.model.is_reward:
-        raise ConfigError(f"{args.ckpt}: a reward model gives scores, it does not generate text")
+        raise ConfigError(f"{args.ckpt}: a reward model returns scores and cannot generate text")
     if not isinstance(model, GenerativeModel):
         raise ConfigError(
-            f"{args.ckpt}: model type '{config.model_type}' lacks `logits` or `make_cache`, which generating needs"
+            f"{args.ckpt}: model type '{config.model_type}' lacks `logits` or `make_cache`, which generation needs"
         )
     tokenizer_path = args.tokenizer or config.data.tokenizer_path
     if tokenizer_path is None:
@@ -127,8 +133,7 @@ def run(args: argparse.Namespace) -> int:
                 temperature=args.temperature,
                 top_k=args.top_k,
                 top_p=args.top_p,
-                # Draws of its own for each prompt: its text does not hang on those before, and a prompt can be given
-                # twice.
+                # A seed per prompt makes its text independent of the prompts before it; a repeated prompt differs.
                 seed=args.seed + number,
                 device=device,
             )
@@ -140,31 +145,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_text(text: str, option: str) -> None:
-    """Refuse text of the command line that is not UTF-8.
+    """Refuse command-line text that is not UTF-8.
 
     Raises:
-        ConfigError: naming the first byte that is not.
+        ConfigError: the message names the first invalid byte.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        # Python reads such a byte as a lone surrogate.
+        # Python decodes such a byte to a lone surrogate.
         byte = ord(text[error.start]) & 0xFF
         raise ConfigError(
-            f"{option}: not UTF-8: byte 0x{byte:02x} behind {text[: error.start][-20:]!r}; convert the text, "
+            f"{option}: not UTF-8: byte 0x{byte:02x} after {text[: error.start][-20:]!r}; convert the text, "
             f"for example with iconv -t UTF-8"
         ) from None
 
 
 def where_not_finite(model: GenerativeModel) -> str:
-    """The first weight that is not finite, in words."""
+    """Describe the first weight with non-finite values."""
     assert isinstance(model, nn.Module)
     for name, parameter in model.named_parameters():
         bad = int((~parameter.isfinite()).sum())
         if bad:
-            return f"{bad:,} of the {parameter.numel():,} numbers of {name} are inf or NaN"
+            return f"{bad:,} of the {parameter.numel():,} elements of {name} are inf or NaN"
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return f"all weights are finite, so the activations leave the range of {dtype}"
+    return f"all weights are finite, so the activations overflow {dtype}"
 
 
 def continue_prompt(
@@ -184,11 +189,13 @@ def continue_prompt(
     seed: int,
     device: torch.device,
 ) -> str:
-    """Continue one prompt until a token or text ends it, or `max_new_tokens`; the rest are arguments of `generate`.
+    """Continue one prompt until an end token, a stop text or `max_new_tokens`.
+
+    Args not listed are those of `generate`.
 
     Args:
-        show: called with each piece of new text; pieces never break a character.
-        with_bos: put the tokenizer's beginning-of-text token before the prompt.
+        show: called with each piece of new text; pieces never split a character.
+        with_bos: prepend the tokenizer's beginning-of-text token to the prompt.
         eos_ids: tokens that end the text; they are not shown.
         stops: texts that end the text; neither they nor what follows is shown.
 
@@ -196,15 +203,15 @@ def continue_prompt(
         The new text, without the prompt.
 
     Raises:
-        ConfigError: nothing to start from, no such token, or a bad argument.
+        ConfigError: the prompt is empty, the tokenizer has no beginning-of-text token, or an argument is invalid.
     """
     prompt_ids = tokenizer.encode_batch([prompt])[0]
     if with_bos:
         if tokenizer.bos_id is None:
-            raise ConfigError("--bos: this tokenizer names no beginning-of-text token")
+            raise ConfigError("--bos: this tokenizer has no beginning-of-text token")
         prompt_ids = [tokenizer.bos_id, *prompt_ids]
     if not prompt_ids:
-        raise ConfigError("the prompt is empty; a text can start from nothing only with --bos")
+        raise ConfigError("the prompt is empty, which only works with --bos")
     stream, until = TextStream(tokenizer.decode, prompt_ids), StopTexts(stops)
     pieces: list[str] = []
 
@@ -238,10 +245,10 @@ def continue_prompt(
 
 
 def check_tokenizer(checkpoint: StoragePath, tokenizer: TextTokenizer, where: str) -> None:
-    """Refuse a tokenizer that gives other ids than the one that made the training data.
+    """Refuse a tokenizer that gives other ids than that of the training data.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: the ids differ.
     """
     known = trained_with(checkpoint)
     if known is None:
@@ -250,18 +257,20 @@ def check_tokenizer(checkpoint: StoragePath, tokenizer: TextTokenizer, where: st
     if not same_ids(known.fingerprint, given.fingerprint):
         raise ConfigError(
             f"'{checkpoint}' was trained on the ids of another tokenizer: {known.against(given)}. Give that one with "
-            "--tokenizer, or --other-tokenizer to use this one all the same"
+            "--tokenizer, or use this one anyway with --other-tokenizer"
         )
 
 
 def end_ids(
     given: Sequence[str], tokenizer: TextTokenizer, checkpoint: StoragePath, tokenizer_path: Path
 ) -> tuple[int, ...]:
-    """The tokens that end a text: those given by id or spelling, else the tokenizer's and those of a generation config.
+    """The tokens that end a text: the given ones, else the tokenizer's and those of a generation config.
 
     Args:
-        checkpoint: one that was imported, or trained from such a one, has the generation config of that folder.
-        tokenizer_path: beside it there may be one, too.
+        given: ids or spellings of tokens.
+        tokenizer: of the model.
+        checkpoint: has a generation config if it descends from an imported folder.
+        tokenizer_path: searched for a generation config, too.
 
     Raises:
         ConfigError: a given token does not exist.
@@ -282,15 +291,15 @@ def end_ids(
         return tuple(dict.fromkeys(ids))
     folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
     configured = generation_eos_ids(checkpoint) or stop_ids(folder)
-    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    return tuple(dict.fromkeys((*own, *configured)))
+    of_tokenizer = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    return tuple(dict.fromkeys((*of_tokenizer, *configured)))
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; a GPU where there is one if no name is given.
+    """The device of that name; without a name, a GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: torch knows no such device, or this machine has none.
+        ConfigError: the device is unknown to torch or not available on this machine.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -300,5 +309,5 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
     if device.type == "meta":
-        raise ConfigError("--device meta: it has no numbers to compute with")
+        raise ConfigError("--device meta: it has no storage to compute with")
     return device

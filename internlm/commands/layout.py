@@ -1,6 +1,6 @@
-"""`internlm layout`: who is where. Groups of the ranks, stages of the model, and the timeline of a step.
+"""`internlm layout`: shows the groups of the ranks, the stages of the model, and the timeline of a step.
 
-Everything is computed from the config in this one process, for any number of ranks.
+Everything is computed from the config in a single process, for any number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from internlm.utils.text_table import text_table
 MIN_WIDTH = 20
 
 MAX_ROWS = 16
-"""Rows of a table; of a longer one the middle is left out."""
+"""Maximum number of rows of a table; the middle of a longer one is omitted."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,17 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--png", type=local_path, metavar="FILE", help="also draw the timeline of a step into this file"
     )
-    parser.add_argument("--width", type=int, metavar="N", help="characters of a line (default: those of the terminal)")
+    parser.add_argument("--width", type=int, metavar="N", help="characters per line (default: width of the terminal)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the layout; returns the exit code."""
     if options.world_size < 1:
-        raise UserError(f"--world-size {options.world_size}: give 1 or more")
+        raise UserError(f"--world-size {options.world_size}: must be at least 1")
     if not 0 <= options.rank < options.world_size:
-        raise UserError(f"--rank {options.rank}: the ranks are 0 to {options.world_size - 1}")
+        raise UserError(f"--rank {options.rank}: must be from 0 to {options.world_size - 1}")
     if options.width is not None and options.width < MIN_WIDTH:
-        raise UserError(f"--width {options.width}: give {MIN_WIDTH} or more")
+        raise UserError(f"--width {options.width}: must be at least {MIN_WIDTH}")
     config = load_config(options.config, options.overrides, world_size=options.world_size).config
     check_buildable(config, options.world_size)
     layout = build_layout(config, options.world_size)
@@ -62,12 +62,12 @@ def run(options: argparse.Namespace) -> int:
     print(describe_step(timeline, width))
     if options.png is not None:
         draw_png(timeline, options.png)
-        print(f"\npicture: {options.png}")
+        print(f"\nimage: {options.png}")
     return 0
 
 
 def describe_groups(layout: ParallelLayout, rank: int) -> str:
-    """The axes of each view, and the groups that a rank is in."""
+    """Tables of the axes of each view, with the groups of one rank."""
     lines = []
     seen: dict[tuple[tuple[str, int], ...], str] = {}
     for view in layout.views:
@@ -76,15 +76,16 @@ def describe_groups(layout: ParallelLayout, rank: int) -> str:
             lines.append(f"{view.name} view: the same as the {seen[axes]} view")
         else:
             seen[axes] = view.name
-            place = ", ".join(f"{axis} {index}" for axis, index in view.coordinate(rank).items() if view.size(axis) > 1)
-            lines.append(f"{view.name} view, outermost axis first; rank {rank} is at {place or 'the only place'}")
+            indices = [f"{axis} {index}" for axis, index in view.coordinate(rank).items() if view.size(axis) > 1]
+            position = f"; rank {rank} is at {', '.join(indices)}" if indices else ""
+            lines.append(f"{view.name} view, outermost axis first{position}")
             lines += text_table([("axis", "ranks", "groups", f"group of rank {rank}"), *_axis_rows(view, rank)], "<>><")
         lines.append("")
     return "\n".join(lines)
 
 
 def _axis_rows(view: RankView, rank: int) -> list[tuple[str, ...]]:
-    """One row an axis, a merged axis before its parts; an axis of one rank is left out."""
+    """One row per axis, a merged axis before its parts; axes of one rank are omitted."""
     names: list[str] = []
     for axis in view.axes:
         names += [name for name, parts in view.merged.items() if parts[0] == axis] + [axis]
@@ -96,47 +97,47 @@ def _axis_rows(view: RankView, rank: int) -> list[tuple[str, ...]]:
 
 
 def describe_stages(config: Config, layout: ParallelLayout, schedule: PipelineSchedule, rank: int) -> str:
-    """Layers, parameters and memory by rank of the pipeline; activations and bytes sent of one rank."""
+    """Table of layers, parameters and memory by pipeline rank; activations and traffic of one rank."""
     placement = schedule.placement
     pipeline = layout.activation.group("pipeline", rank)
-    places = _ends(range(placement.num_ranks))
-    estimates = estimate_ranks(config, layout, schedule, [pipeline[place] for place in places])
+    shown = _ends(range(placement.num_ranks))
+    estimates = estimate_ranks(config, layout, schedule, [pipeline[index] for index in shown])
     is_offloaded = config.hybrid_zero_optimizer.offload_optimizer
     width = layout.world_size // placement.num_ranks
-    # The pipeline is the outermost axis: the ranks at one place of it are neighbours.
-    ranks = [format_ranks(range(place * width, (place + 1) * width)) for place in places]
+    # The pipeline is the outermost axis, so the ranks at one index of it are consecutive.
+    ranks = [format_ranks(range(index * width, (index + 1) * width)) for index in shown]
 
-    head = ["", "ranks", "layers", "parameters", "weights", "gradients", "fp32 masters", "moments", "all"]
+    head = ["", "ranks", "layers", "parameters", "weights", "gradients", "fp32 masters", "moments", "total"]
     rows = []
-    for place, own_ranks, estimate in zip(places, ranks, estimates, strict=True):
+    for index, own_ranks, estimate in zip(shown, ranks, estimates, strict=True):
         m = estimate.memory
         sizes = [m.weights, m.gradients, m.masters, m.moments, m.all_bytes, *([m.host] if is_offloaded else [])]
-        rows.append((str(place), own_ranks, _layers(estimate), f"{m.parameters:,}", *map(_bytes, sizes)))
+        rows.append((str(index), own_ranks, _layers(estimate), f"{m.parameters:,}", *map(_bytes, sizes)))
     head += ["on the host"] if is_offloaded else []
     title = (
         f"pipeline: {placement.num_ranks} rank(s) of {placement.num_chunks} stage(s); "
-        f"parameters and bytes of each rank {format_ranks(pipeline)}"
+        f"parameters and bytes of ranks {format_ranks(pipeline)}"
     )
     lines = [title, *_stage_table(head, rows, placement.num_ranks, "><<"), ""]
 
-    own = estimate_ranks(config, layout, schedule, [rank])[0]
-    return "\n".join([*lines, *_describe_traffic(rank, own)])
+    estimate = estimate_ranks(config, layout, schedule, [rank])[0]
+    return "\n".join([*lines, *_describe_traffic(rank, estimate)])
 
 
 def _describe_traffic(rank: int, estimate: RankEstimate) -> list[str]:
-    """Activations at their peak, and bytes sent in a step by axis; nothing where the model's layers are unknown."""
+    """Peak activation memory, and bytes sent per step by axis; empty if the model's layers are unknown."""
     if estimate.sent is None or estimate.activations is None:
         return []
     by_axis = [f"{axis} {_bytes(size)}" for axis, size in vars(estimate.sent).items() if size]
     return [
-        f"rank {rank} holds {_bytes(estimate.activations)} of activations in its layers at their peak",
-        f"rank {rank} sends {_bytes(estimate.sent.all_bytes)} in a step: {', '.join(by_axis) or 'nothing'} (by axis)",
+        f"rank {rank} holds at most {_bytes(estimate.activations)} of activations in its layers",
+        f"rank {rank} sends {_bytes(estimate.sent.all_bytes)} per step ({', '.join(by_axis) or 'nothing'})",
         "",
     ]
 
 
 def _stage_table(head: list[str], rows: list[tuple[str, ...]], num_ranks: int, align: str) -> list[str]:
-    """A table with one row for each rank of the pipeline, and a row of dots where ranks are left out."""
+    """A table with one row per pipeline rank, and a row of dots where ranks are omitted."""
     table = [tuple(head), *rows]
     if len(rows) < num_ranks:
         table.insert(1 + len(rows) // 2, ("..",) * len(head))
@@ -144,36 +145,36 @@ def _stage_table(head: list[str], rows: list[tuple[str, ...]], num_ranks: int, a
 
 
 def _layers(estimate: RankEstimate) -> str:
-    held = estimate.held
-    parts = ["embedding"] if held.has_embedding else []
-    parts += [format_ranks(layers) for layers in held.layers]
-    return " + ".join([*parts, "head"] if held.has_head else parts)
+    parameters = estimate.parameters
+    parts = ["embedding"] if parameters.has_embedding else []
+    parts += [format_ranks(layers) for layers in parameters.layers]
+    return " + ".join([*parts, "head"] if parameters.has_head else parts)
 
 
 def describe_step(timeline: Timeline, width: int) -> str:
-    """The timeline of one step, its bubble and its memory."""
+    """The timeline of one step, its bubble, and the peak number of live micro-batches."""
     schedule = timeline.schedule
     num_ranks, num_chunks = schedule.placement.num_ranks, schedule.placement.num_chunks
     shown = [f"{timeline.peak_live(rank) / num_chunks:g}" for rank in _ends(range(num_ranks))]
     if len(shown) < num_ranks:
         shown.insert(len(shown) // 2, "..")
     lines = [
-        f"step: {schedule.name}, {schedule.num_micro_batches} micro batch(es), {timeline.bubble():.1%} bubble",
-        f"most micro batches alive at a time, by rank of the pipeline: {' '.join(shown)}",
-        "F forward, B backward, I backward for inputs, W for weights; each takes a column, B two"
+        f"step: {schedule.name}, {schedule.num_micro_batches} micro-batch(es), {timeline.bubble():.1%} bubble",
+        f"peak number of live micro-batches, by pipeline rank: {' '.join(shown)}",
+        "F forward, B backward, I input gradients, W weight gradients; each takes one column, B two"
         + ("; a, b .. are the chunks of a rank" if num_chunks > 1 else ""),
         draw_text(timeline, width, MAX_ROWS),
     ]
     return "\n".join(lines)
 
 
-def _ends(places: Sequence[int]) -> list[int]:
-    """The first and the last of them, as many as a table has rows."""
-    return [*places] if len(places) <= MAX_ROWS else [*places[: MAX_ROWS // 2], *places[-MAX_ROWS // 2 :]]
+def _ends(numbers: Sequence[int]) -> list[int]:
+    """The first and last numbers, at most as many as a table has rows."""
+    return [*numbers] if len(numbers) <= MAX_ROWS else [*numbers[: MAX_ROWS // 2], *numbers[-MAX_ROWS // 2 :]]
 
 
 def format_ranks(ranks: Sequence[int]) -> str:
-    """Numbers in few characters: `0-7`, `0,8,..,56`, `0-3,8-11,..,24-27`."""
+    """Abbreviate a list of ranks, as in `0-7`, `0,8,..,56` or `0-3,8-11,..,24-27`."""
     runs = [[ranks[0], ranks[0]]]
     for number in ranks[1:]:
         if number == runs[-1][1] + 1:

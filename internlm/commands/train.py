@@ -1,4 +1,4 @@
-"""`internlm train`, also as `train.py`: from the command line to a finished run."""
+"""`internlm train`, also available as `train.py`: runs a training from the command line."""
 
 from __future__ import annotations
 
@@ -53,34 +53,34 @@ from internlm.utils.storage import full_disk
 logger = get_logger(__name__)
 
 
-_OPTIONS_OF_LAUNCHERS: dict[str, type] = {"--host": str, "--rank": int, "--local-rank": int}
-_OPTIONS_OF_SITES = ("--enable-ali-topology", "--disable-volc-topology")
+_LAUNCHER_OPTIONS: dict[str, type] = {"--host": str, "--rank": int, "--local-rank": int}
+_TOPOLOGY_OPTIONS = ("--enable-ali-topology", "--disable-volc-topology")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_config_options(parser)
-    parser.add_argument("--launcher", choices=LAUNCHERS, help="how ranks were started; recognised when not given")
-    parser.add_argument("--port", type=int, help="port where ranks of srun meet (default: MASTER_PORT, or 8888)")
-    parser.add_argument("--seed", type=int, help="seed of weights; the same as --set seed=N")
-    parser.add_argument("--backend", help="collectives' backend (default: nccl on GPUs, gloo on CPUs)")
+    parser.add_argument("--launcher", choices=LAUNCHERS, help="how the ranks were started (default: detected)")
+    parser.add_argument("--port", type=int, help="rendezvous port under srun (default: MASTER_PORT, or 8888)")
+    parser.add_argument("--seed", type=int, help="seed of the weights; same as --set seed=N")
+    parser.add_argument("--backend", help="backend of collectives (default: nccl on GPUs, gloo on CPUs)")
     parser.add_argument("--profiling", action="store_true", help="write a torch profile of an early step")
     parser.add_argument(
-        "--run-dir", type=local_path, metavar="DIR", help="where logs and metrics go (default: RUN/<job>/<time>)"
+        "--run-dir", type=local_path, metavar="DIR", help="folder for logs and metrics (default: RUN/<job>/<time>)"
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print every key, its value and its origin, and exit"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the config and what it names, print layout and sizes, and exit"
+        "--dry-run",
+        action="store_true",
+        help="check the config and the files it refers to, print layout and sizes, and exit",
     )
-    parser.add_argument(
-        "--world-size", type=int, metavar="N", help="with --dry-run or --print-config: as if N ranks had been started"
-    )
-    for name, kind in _OPTIONS_OF_LAUNCHERS.items():
-        # InternEvo has them, and torch.distributed.launch adds the last one.
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run or --print-config: assume N ranks")
+    for name, kind in _LAUNCHER_OPTIONS.items():
+        # Options of InternEvo; torch.distributed.launch adds the last one.
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
-    for name in _OPTIONS_OF_SITES:
+    for name in _TOPOLOGY_OPTIONS:
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
 
 
@@ -90,11 +90,11 @@ def run(options: argparse.Namespace) -> int:
     configure_logging(launch.rank)
     if options.world_size is not None and (options.dry_run or options.print_config):
         if options.world_size < 1:
-            raise LaunchError(f"--world-size {options.world_size}: give the number of ranks, 1 or more")
+            raise LaunchError(f"--world-size {options.world_size}: the number of ranks must be at least 1")
         launch = replace(launch, world_size=options.world_size)
     values = {"--seed": {"seed": options.seed}} if options.seed is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=launch.world_size, options=values)
-    loaded = replace(loaded, notices=[*loaded.notices, *_idle_options(options, launch)])
+    loaded = replace(loaded, notices=[*loaded.notices, *_ignored_options(options, launch)])
     if options.print_config:
         if launch.rank == 0:
             print(format_config(loaded))
@@ -107,26 +107,30 @@ def run(options: argparse.Namespace) -> int:
     return _train(loaded, launch, options)
 
 
-def _idle_options(options: argparse.Namespace, launch: Launch) -> Iterator[str]:
-    """One notice for each option that was given and changes nothing."""
+def _ignored_options(options: argparse.Namespace, launch: Launch) -> Iterator[str]:
+    """One notice for each option that was given but has no effect."""
     launcher = {"none": "", "torch": "torchrun", "slurm": "srun"}[launch.launcher]
-    told = {name: getattr(options, name[2:].replace("-", "_")) for name in _OPTIONS_OF_LAUNCHERS}
+    values = {name: getattr(options, name[2:].replace("-", "_")) for name in _LAUNCHER_OPTIONS}
     if launch.launcher != "slurm":
-        told["--port"] = options.port
+        values["--port"] = options.port
     if not (options.dry_run or options.print_config):
-        told["--world-size"] = options.world_size
-    here = f"rank {launch.rank} of {launch.world_size} at {launch.host}:{launch.port}, which {launcher} chose"
+        values["--world-size"] = options.world_size
+    here = f"rank {launch.rank} of {launch.world_size} at {launch.host}:{launch.port}, as {launcher} chose"
     reason = here if launch.launcher != "none" else "one process without a launcher; torchrun and srun start more"
-    for name, value in told.items():
+    for name, value in values.items():
         if value is not None:
             yield f"no effect: {name} {value} (this is {reason})"
-    for name in _OPTIONS_OF_SITES:
+    for name in _TOPOLOGY_OPTIONS:
         if getattr(options, name[2:].replace("-", "_")):
-            yield f"no effect: {name} (ranks keep the order in which the launcher numbers them)"
+            yield f"no effect: {name} (ranks are numbered as the launcher numbers them)"
 
 
 def _dry_run(loaded: LoadedConfig, launch: Launch, run_dir: Path | None) -> str:
-    """The layout and sizes of a run, and all that its user should know; raises what the start would."""
+    """Report the layout, sizes and notices of a run.
+
+    Raises:
+        UserError: the run would fail at its start.
+    """
     config = loaded.config
     layout = build_layout(config, launch.world_size)
     context = ParallelContext(layout, launch.rank, choose_device(launch))
@@ -141,8 +145,8 @@ def _dry_run(loaded: LoadedConfig, launch: Launch, run_dir: Path | None) -> str:
         f"{config.JOB_NAME}: {config.model_type} on {launch.world_size} rank(s)",
         layout.describe(),
         *(f"{part:<16} {size:>16,} parameters" for part, size in sizes.items()),
-        f"{'all':<16} {sum(sizes.values()):>16,} parameters",
-        f"{tokens:,} tokens a step, {tokens * config.data.total_steps:,} in {config.data.total_steps:,} steps",
+        f"{'total':<16} {sum(sizes.values()):>16,} parameters",
+        f"{tokens:,} tokens per step, {tokens * config.data.total_steps:,} in {config.data.total_steps:,} steps",
         *check_data(config),
         *(f"notice: {notice}" for notice in notices),
         "the config is valid",
@@ -157,7 +161,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
     connect(launch, device, options.backend, timeout + BACKSTOP_SECONDS)
     progress = Progress()
     with (
-        _signals_outside_of_the_loop(),
+        _signals_outside_the_loop(),
         FailureWatch(launch.rank, launch.world_size) as watch,
         StallWatch(
             launch.rank,
@@ -195,15 +199,15 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
                 logger.info("nothing to do: the run already has its %d steps (data.total_steps)", trainer.total_steps)
             else:
                 trainer.fit()
-                _say_goodbye(trainer, config.ckpt)
+                _log_end(trainer, config.ckpt)
             with progress.announce("end of the run"):
                 disconnect(context)
         except BaseException as failure:
             error = full_disk(failure) or failure
-            # When one rank has failed a launcher terminates the others; that must not keep the cause out of their logs.
+            # A launcher terminates all ranks once one has failed; the others must still log the cause.
             _ignore_sigterm()
             cause = watch.report(error, str(progress))
-            # The echo of another rank's failure needs no details of this rank, and a mistake of the user no traceback.
+            # The echo of another rank's failure needs no details, and a user error no traceback.
             if not cause.startswith(ECHO):
                 _log_details(error, launch.rank)
             logger.error("%s", cause)
@@ -214,19 +218,19 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
 
 
 def _source_of(config_file: Path) -> str:
-    """The text of a config file, in the encoding that it declares, as Python reads it."""
+    """The text of a config file, decoded as its coding declaration says."""
     with tokenize.open(config_file) as file:
         return file.read()
 
 
 class Terminated(KeyboardInterrupt):
-    """A SIGTERM outside of the loop, which would answer one by a clean stop."""
+    """SIGTERM outside the training loop; inside it leads to a clean stop."""
 
 
 @contextmanager
-def _signals_outside_of_the_loop() -> Iterator[None]:
-    """While open, a SIGTERM reaches the log and the other ranks as any failure does, and the requests to save are
-    ignored: there is nothing to save, and by default they end a process."""
+def _signals_outside_the_loop() -> Iterator[None]:
+    """Treat SIGTERM as a failure, which is logged and shared with the other ranks, and ignore the signals that request
+    a save: there is nothing to save yet, and their default action ends the process."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated("received SIGTERM")
@@ -253,7 +257,7 @@ def _ignore_sigterm() -> None:
 
 
 def _log_details(error: BaseException, rank: int) -> None:
-    """What the one line of the cause leaves out."""
+    """Log the traceback of an unexpected error, or the full text of a user error of several lines."""
     if user_message(error) is None and not isinstance(error, KeyboardInterrupt):
         logger.error("rank %d failed", rank, exc_info=error)
     elif "\n" in str(error):
@@ -261,7 +265,7 @@ def _log_details(error: BaseException, rank: int) -> None:
 
 
 def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
-    """The run directory, the same on every rank."""
+    """The run directory, equal on every rank; collective."""
     run_dir = [str(chosen or Path("RUN") / job_name / time.strftime("%Y-%m-%d_%H-%M-%S"))]
     if dist.is_initialized():
         dist.broadcast_object_list(run_dir, src=0)
@@ -269,7 +273,7 @@ def _agree_on_run_dir(chosen: Path | None, job_name: str) -> Path:
 
 
 def _check_surroundings(config: Config, context: ParallelContext) -> None:
-    """What the main rank finds missing ends every rank, with the same words; collective."""
+    """Check the surroundings on the main rank and raise its error on every rank; collective."""
     found: list[UserError | None] = [None]
     if context.is_main_rank:
         try:
@@ -308,21 +312,21 @@ def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
         run_dir,
     )
     if context.device.type == "cpu":
-        logger.info("%d thread(s) a rank; %s", torch.get_num_threads(), waiting_of_threads())
+        logger.info("%d thread(s) per rank; %s", torch.get_num_threads(), waiting_of_threads())
     settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)
     for operation, choice in describe(context.device, settings).items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
 
 
-def _say_goodbye(trainer: Trainer, ckpt: CkptConfig) -> None:
+def _log_end(trainer: Trainer, ckpt: CkptConfig) -> None:
     step, reason = trainer.state.step, trainer.stop_reason
     if reason is None:
         logger.info("done: %d steps, %d tokens", step, trainer.state.num_consumed_tokens)
         return
     if trainer.checkpointer is None:
-        then = "nothing was saved, as ckpt.enable_save_ckpt is False"
+        advice = "nothing was saved, as ckpt.enable_save_ckpt is False"
     elif not ckpt.auto_resume:
-        then = "the checkpoint was saved; to go on from it, set ckpt.auto_resume = True"
+        advice = "the checkpoint was saved; to resume from it, set ckpt.auto_resume = True"
     else:
-        then = "the same command goes on from here"
-    logger.warning("stopped at step %d: %s; %s", step, reason, then)
+        advice = "run the same command to resume"
+    logger.warning("stopped at step %d: %s; %s", step, reason, advice)

@@ -1,4 +1,4 @@
-"""`internlm verify`: train a small copy of a config's model in its layout and in one process, and compare."""
+"""`internlm verify`: trains a small copy of a config's model in its layout and in one process, and compares them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from internlm.verify.run import DEFAULT_STEPS
 from internlm.verify.shrink import shrink
 
 LARGEST_WORLD = 32
-"""Ranks that a laptop can take: each is a process."""
+"""Maximum number of ranks. Each is a process on this machine."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,17 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=N,...",
-        help="instead of the config's layout, for example tensor=2,mode=isp,weight=2,pipeline=2,schedule=ZBV,zero=2; "
-        "may be given many times",
+        help="use this layout instead of the config's, such as tensor=2,mode=isp,weight=2,pipeline=2,schedule=ZBV; "
+        "repeatable",
     )
     parser.add_argument(
         "--keep-dtype",
         action="store_true",
-        help="compute in model.dtype (default: float32, which shows small defects; float8: float64)",
+        help="compute in model.dtype (default: float32, which exposes small defects; with float8: float64)",
     )
-    parser.add_argument("--matrix", action="store_true", help="instead of a config, compare the project's own matrix")
-    parser.add_argument("--full", action="store_true", help="with --matrix: every layout, not one of each pair")
-    parser.add_argument("--output", type=local_path, metavar="FILE", help="with --matrix: where the table goes")
+    parser.add_argument("--matrix", action="store_true", help="compare a built-in matrix of layouts, not a config")
+    parser.add_argument("--full", action="store_true", help="with --matrix: all layouts, not a pairwise covering")
+    parser.add_argument("--output", type=local_path, metavar="FILE", help="with --matrix: file for the table")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -56,32 +56,32 @@ def run(options: argparse.Namespace) -> int:
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps}: must be at least 1")
     if not 1 <= options.world_size <= LARGEST_WORLD:
-        raise ConfigError(f"--world-size {options.world_size}: must be 1 to {LARGEST_WORLD}, all on this machine")
+        raise ConfigError(f"--world-size {options.world_size}: must be 1 to {LARGEST_WORLD}, all ranks run here")
     if options.matrix:
         if options.config or options.layout or options.overrides:
-            raise ConfigError("--matrix has configs and layouts of its own: leave out --config, --layout and --set")
+            raise ConfigError("--matrix brings its own configs and layouts: remove --config, --layout and --set")
         return _compare_matrix(full_matrix() if options.full else pairwise_matrix(), options.steps, options.output)
     if options.config is None:
         raise ConfigError("give --config FILE.py, or --matrix")
     if options.full or options.output:
-        raise ConfigError("--full and --output go with --matrix")
+        raise ConfigError("--full and --output need --matrix")
     return _compare_config(options)
 
 
 def _compare_config(options: argparse.Namespace) -> int:
     layouts: list[LayoutChoices | None] = [from_text(LayoutChoices, text) for text in options.layout] or [None]
-    # All are checked before any of them runs.
+    # Check all cases before any of them runs.
     cases = [case for layout in layouts for case in _cases(options, layout)]
     is_equal = True
     with (
         LocalRanks(options.world_size, options.config) as ranks,
-        LocalRanks(1, options.config) as alone,
+        LocalRanks(1, options.config) as single,
     ):
         for case in cases:
             layout = to_text(LayoutChoices.of(case.config)) or "data parallel"
-            how = "; float8, in float64" if case.config.float8.enable_float8_linear else ""
-            print(f"{case.world_size} rank(s), {layout}{how}", flush=True)
-            verdict = _verdict(case, options.steps, ranks, alone, {})
+            numerics = "; float8, in float64" if case.config.float8.enable_float8_linear else ""
+            print(f"{case.world_size} rank(s), {layout}{numerics}", flush=True)
+            verdict = _verdict(case, options.steps, ranks, single, {})
             if verdict.steps:
                 print(steps_table(verdict))
             print(verdict.explain() or "equal to one process: losses, gradient norm, every gradient and every weight")
@@ -91,7 +91,7 @@ def _compare_config(options: argparse.Namespace) -> int:
 
 
 def _cases(options: argparse.Namespace, layout: LayoutChoices | None) -> list[Case]:
-    """The small copy of the user's run in a layout, or in its own; if it has float8, without that and with it."""
+    """The small copy of the user's run, in its own layout or the given one; a float8 run both without and with it."""
     values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
     configs = [shrink(loaded.config, None if options.keep_dtype else "torch.float32")]
@@ -115,8 +115,8 @@ def _compare_matrix(combinations: Iterable[Combination], steps: int, output: Pat
             if output is not None:
                 print(f"{number}: {'equal' if verdict.is_equal else 'DIFFERENT'}  {combination}", flush=True)
     finally:
-        for started in ranks.values():
-            started.close()
+        for local_ranks in ranks.values():
+            local_ranks.close()
     if output is None:
         print(matrix_table(rows), end="")
     else:
@@ -124,12 +124,12 @@ def _compare_matrix(combinations: Iterable[Combination], steps: int, output: Pat
     return 0 if all(verdict.is_equal for _, verdict in rows) else 1
 
 
-def _verdict(case: Case, steps: int, ranks: LocalRanks, alone: LocalRanks, references: dict[str, Record]) -> Verdict:
-    """Run a case and its reference, which is taken from `references` when it was run before."""
+def _verdict(case: Case, steps: int, ranks: LocalRanks, single: LocalRanks, references: dict[str, Record]) -> Verdict:
+    """Run a case and, unless `references` already has it, its reference."""
     reference = case.reference()
     try:
         if reference.fingerprint not in references:
-            references[reference.fingerprint] = alone.run(reference, steps)
+            references[reference.fingerprint] = single.run(reference, steps)
         return judge(case, ranks.run(case, steps), references[reference.fingerprint])
     except (RankFailedError, InconsistentRanksError) as error:
         return Verdict(failure=str(error))

@@ -1,1 +1,1 @@
-"""Conversion from and to other formats: Hugging Face folders, Meta's llama files, checkpoints of InternEvo."""
+"""Converts from and to other formats: Hugging Face folders, Meta's llama files, InternEvo checkpoints."""

@@ -1,4 +1,4 @@
-"""The formats that `ckpt.load_ckpt_info.ckpt_type` names, besides this package's own."""
+"""Registry of the formats that `ckpt.load_ckpt_info.ckpt_type` accepts besides the native one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _OPENERS: dict[str, Opener] = {}
 def register_checkpoint_type(name: str) -> Callable[[Opener], Opener]:
     """Decorator: register a format as `ckpt_type = name`.
 
-    The function takes the path and a part of the model (on this rank, of this stage) and returns a `WeightSource` of
-    the whole model. It is called on every rank.
+    The function takes the path and this rank's part of the model, and returns a `WeightSource` of the whole model. It
+    is called on every rank.
 
     Raises:
         ValueError: the name is taken.
@@ -42,11 +42,11 @@ def register_checkpoint_type(name: str) -> Callable[[Opener], Opener]:
 
 
 def open_weights(ckpt_type: str, path: StoragePath, model: nn.Module) -> WeightSource:
-    """The weights at `path`, as `model` has them.
+    """Open the weights at `path`, with the names and shapes of `model`.
 
     Raises:
-        ConfigError: the type is unknown, or does not serve this model.
-        CheckpointError: there are no weights, or they do not fit.
+        ConfigError: the type is unknown, or does not support this model.
+        CheckpointError: there are no weights, or they do not fit the model.
     """
     known = ("internevo", *_OPENERS)
     if ckpt_type not in _OPENERS:
@@ -58,10 +58,10 @@ def open_weights(ckpt_type: str, path: StoragePath, model: nn.Module) -> WeightS
 
 
 def trained_as(ckpt_type: str, path: StoragePath, config: Config) -> Config | None:
-    """`config` with the model that the weights at `path` were trained as; None where their format does not say.
+    """`config` with the model that the weights at `path` were trained with; None if their format does not record it.
 
     Raises:
-        ConfigError: a family or feature that this package does not have.
+        ConfigError: the weights are of an unsupported family or use an unsupported feature.
         CheckpointError: the folder's description of the model is missing or damaged.
     """
     values = config.model_dump(mode="json")
@@ -92,7 +92,7 @@ def _architecture(model: nn.Module, ckpt_type: str) -> Architecture:
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, Architecture):
         raise ConfigError(
-            f"ckpt.load_ckpt_info.ckpt_type '{ckpt_type}': {type(model).__name__} is no decoder of this package; "
-            f"register a type of your own (internlm.convert.checkpoint_types.register_checkpoint_type)"
+            f"ckpt.load_ckpt_info.ckpt_type '{ckpt_type}': {type(model).__name__} is not a decoder of this package; "
+            f"register your own type (internlm.convert.checkpoint_types.register_checkpoint_type)"
         )
     return architecture

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face folder into a checkpoint, one group of weights at a time."""
+"""Converts a Hugging Face folder to a checkpoint, with one group of weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from internlm.utils.storage import StoragePath
 logger = get_logger(__name__)
 
 _WEIGHTS = ("weight", "bias", "weight_packed", "weight_scale", "qzeros", "scales")
-"""Suffixes of the names of weights, quantized ones included."""
+"""Suffixes of weight names, including those of quantized weights."""
 _TRAINABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,24 +36,24 @@ def convert_from_hf(
     Args:
         source: folder with config.json and weights.
         out: save folder; must not have a checkpoint 0.
-        dtype: of the weights; None: each as stored.
-        untie: give the model a head of its own where config.json says that it is the embedding.
+        dtype: of the weights; None keeps that of each weight.
+        untie: give the model an untied head although config.json ties it to the embedding.
 
     Returns:
-        The checkpoint.
+        The folder of the checkpoint.
 
     Raises:
-        CheckpointError: the folder is incomplete or damaged, has weights that its config.json does not explain or that
-            contradict it, or values that are not finite or too large for `dtype`.
-        ConfigError: a family or feature that this package does not have.
+        CheckpointError: the folder is incomplete or damaged, has weights that are not described by its config.json or
+            contradict it, or has values that are not finite or overflow `dtype`.
+        ConfigError: the family or a feature is not supported.
     """
     target = out / "0"
     if target.exists():
-        raise CheckpointError(f"'{target}' exists already; give another --out")
+        raise CheckpointError(f"'{target}' already exists; give another --out")
     folder = HfFolder(source)
     stored = _main_dtype(folder)
     hf_files = side_files(source)
-    # Tokenizers are read from disks only.
+    # Tokenizers are only read from local disks.
     has_tokenizer = target.is_local and _has_tokenizer(hf_files)
     tokenizer_path = str((target / HF_FILES).local.absolute()) if has_tokenizer else None
     model = folder.model
@@ -64,7 +64,7 @@ def convert_from_hf(
     config = imported_config(model, dtype or stored, tokenizer_path)
     weights = HfWeights(folder, architecture_of(config))
     problems = [f"'{name}' is missing" for name in weights.missing]
-    problems += [f"'{name}' is not explained by config.json" for name in weights.unexpected]
+    problems += [f"'{name}' is not described by config.json" for name in weights.unexpected]
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"the weights in '{source}' do not fit its config.json:\n  {shown}")
@@ -81,7 +81,7 @@ def convert_from_hf(
 
 
 def imported_config(model: HfModel, dtype: torch.dtype, tokenizer_path: str | None = None) -> Config:
-    """A config with this model, and placeholders for the keys of a run."""
+    """A config with this model, and placeholders for the required keys of a run."""
     return Config.model_validate(
         {
             "JOB_NAME": "imported",
@@ -109,7 +109,7 @@ def architecture_of(config: Config) -> Architecture:
         model = build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
     if not isinstance(model, Decoder):
         raise CheckpointError(
-            f"model type '{config.model_type}' is no decoder of this package: its weights have no Hugging Face names"
+            f"model type '{config.model_type}' is not a decoder of this package: its weights have no Hugging Face names"
         )
     return model.architecture
 
@@ -119,19 +119,19 @@ def _read(weights: HfWeights, name: str, dtype: torch.dtype | None) -> Tensor:
 
 
 def _main_dtype(folder: HfFolder) -> torch.dtype:
-    """The number format of most of the folder's bytes.
+    """The dtype of most of the folder's bytes.
 
     Raises:
-        CheckpointError: weights in a format that cannot be trained (integers of a quantized model).
+        CheckpointError: a weight has a dtype that cannot be trained, such as the integers of a quantized model.
     """
     sizes: Counter[torch.dtype] = Counter()
     for name, entry in folder.entries.items():
         if entry.dtype not in _TRAINABLE:
             if not name.endswith(_WEIGHTS):
-                continue  # a buffer; what no weight of the model comes from is named later
+                continue  # a buffer; unexpected tensors are reported later
             raise CheckpointError(
-                f"'{folder.path}': '{name}' is stored as {entry.dtype}; known: bfloat16, float16, float32. A quantized "
-                f"model must be written in one of them first"
+                f"'{folder.path}': '{name}' is stored as {entry.dtype}; supported: bfloat16, float16, float32. Convert "
+                f"a quantized model to one of them first"
             )
         sizes[entry.dtype] += torch.Size(entry.shape).numel() * entry.dtype.itemsize
     if not sizes:

@@ -1,4 +1,4 @@
-"""Converts a checkpoint of InternEvo: weights, optimizer state, and the config of the model."""
+"""Converts a checkpoint of InternEvo: weights, optimizer state, and the model's config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from internlm.config.validation import build_config
 from internlm.convert.internevo_files import InternEvoFiles, read_value
 from internlm.convert.internevo_folder import ROWS_BY_PROJECTION, InternEvoFolder, RowOrder
 from internlm.convert.internevo_optimizer import InternEvoOptimizer
-from internlm.convert.internevo_run import RUN_SECTIONS, differences, not_taken, run_state
+from internlm.convert.internevo_run import RUN_SECTIONS, differences, not_imported, run_state
 from internlm.convert.internevo_shards import has_optimizer
 from internlm.model.decoder import Decoder
 from internlm.model.registry import build_model
@@ -30,8 +30,8 @@ from internlm.utils.storage import StoragePath
 
 CONFIG_TEXT, MODEL_SECTION, COUNTERS = "config_file.pt", "model_config.pt", "context.pt"
 
-_KEPT = ("JOB_NAME", "model_type", "seed", "use_fp32_norm", "model")
-_KEPT_OF_DATA = ("seq_len", "micro_bsz", "total_steps", "tokenizer_path")
+_IMPORTED_KEYS = ("JOB_NAME", "model_type", "seed", "use_fp32_norm", "model")
+_IMPORTED_DATA_KEYS = ("seq_len", "micro_bsz", "total_steps", "tokenizer_path")
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Imported:
     """The result of an import.
 
     Attributes:
-        path: the new checkpoint.
-        layout: the files it came from, in words.
-        counters: InternEvo's (step_count, batch_count, num_consumed_tokens ...); empty when it has none.
-        notices: one line each on what was chosen, changed or left out.
+        path: folder of the new checkpoint.
+        layout: description of the layout that wrote the files.
+        counters: InternEvo's counters (step_count, batch_count, num_consumed_tokens ...); empty if it has none.
+        notices: one line for everything that was chosen, changed or omitted.
         config: of the new checkpoint.
-        step: number of the new checkpoint.
-        options: lr, betas, eps and weight_decay of the optimizer; empty when it was not imported.
+        step: of the new checkpoint.
+        options: lr, betas, eps and weight_decay of the optimizer; empty if it was not imported.
     """
 
     path: StoragePath
@@ -65,18 +65,19 @@ def import_internevo(
     model_type: str | None = None,
     weights_only: bool = False,
 ) -> Imported:
-    """Write an InternEvo checkpoint as `<out>/<step>/`; one tensor is in memory at a time.
+    """Write an InternEvo checkpoint as `<out>/<step>/`, with one tensor in memory at a time.
 
     Args:
         folder: the checkpoint, on a local disk.
-        out: save folder of the new one.
-        config_file: the run's config; None: the one in the checkpoint, which is Python and is run.
-        model_type: the family, where no config says it.
-        weights_only: leave the optimizer's state behind.
+        out: save folder for the new checkpoint.
+        config_file: the run's config; None uses the one in the checkpoint, which is executed as Python.
+        model_type: the family, if no config names it.
+        weights_only: skip the optimizer state.
 
     Raises:
-        CheckpointError: a file is missing or damaged, weights do not fit the config, or the kind cannot be imported.
-        ConfigError: there is no config, or it makes no model.
+        CheckpointError: a file is missing or damaged, the weights do not fit the config, or this kind of checkpoint is
+            not supported.
+        ConfigError: there is no config, or it describes no valid model.
     """
     InternEvoFiles.check(folder)
     with_optimizer = not weights_only and has_optimizer(folder)
@@ -85,22 +86,22 @@ def import_internevo(
     files = InternEvoFiles(folder, _num_chunks(tree))
     _refuse_unknown_rows(tree["model_type"], section, files)
     _add_defaults(tree["model_type"], section, notices)
-    kept = _KEPT + (RUN_SECTIONS if with_optimizer else ())
-    config, model = _build(tree, kept)
-    changes = _told_by_files(model, files)
+    keys = _IMPORTED_KEYS + (RUN_SECTIONS if with_optimizer else ())
+    config, model = _build(tree, keys)
+    changes = _changes_from_files(model, files)
     if changes:
         section.update(changes)
         section.pop("no_bias", None)
-        config, model = _build(tree, kept)
-        notices += [f"model.{name} = {value}: so are the weights in the files" for name, value in changes.items()]
+        config, model = _build(tree, keys)
+        notices += [f"model.{name} = {value}: as the weights in the files" for name, value in changes.items()]
     order = RowOrder(
         by_projection=config.model_type in ROWS_BY_PROJECTION, fused_gate_up=section.get("mlp_layer_fusion") is True
     )
     source = InternEvoFolder(files, model, order)
     stored = {source.dtype(name) for name in source.names()}
     if stored != {parameter.dtype for parameter in model.parameters()}:
-        formats = ", ".join(sorted(map(str, stored)))
-        notices.append(f"the weights are kept as they are stored ({formats}); model.dtype = {config.model.dtype}")
+        dtypes = ", ".join(sorted(map(str, stored)))
+        notices.append(f"the weights keep the dtype of the files ({dtypes}); model.dtype = {config.model.dtype}")
     counters = _read_counters(folder, notices)
     tensors = {
         name: LazyTensor(source.shape(name), source.dtype(name), partial(_read, source, name, folder))
@@ -110,29 +111,29 @@ def import_internevo(
     step = _step(folder, counters, notices)
     target = out / str(step)
     if target.exists():
-        raise CheckpointError(f"'{target}' exists already, and would be replaced; give another --out")
+        raise CheckpointError(f"'{target}' already exists and would be replaced; give another --out")
     kind = {"tp": "tensor", "wp": "weight"}[files.split]
     layout = f"{files.num_ranks} {kind} parallel rank(s), {files.num_stages} pipeline stage(s)"
     if not with_optimizer:
-        notices.append(f"{_why_without(folder)}: moments start anew, and masters from the weights")
+        notices.append(f"{_why_without(folder)}: moments start at zero, masters are copies of the weights")
         path = write_weights(out, tensors, config=config, step=step, files=extra)
         return Imported(path, layout, counters, notices, config, step, {})
     optimizer = InternEvoOptimizer(files)
-    notices += [*not_taken(counters), *differences(optimizer, config, counters, step)]
+    notices += [*not_imported(counters), *differences(optimizer, config, counters, step)]
     state = run_state(optimizer, source, counters, step)
     path = write_weights(out, tensors, config=config, step=step, files=extra, optimizer=state)
     if optimizer.differences:
         worst = max(optimizer.differences, key=optimizer.differences.__getitem__)
         notices.append(
-            f"{len(optimizer.differences)} tensor(s) of the optimizer differ between ranks that should hold the same, "
-            f"most {worst}, by {optimizer.differences[worst]:.2g}: those of the first rank are taken"
+            f"{len(optimizer.differences)} tensor(s) of the optimizer differ between replicas, most of all {worst}, by "
+            f"{optimizer.differences[worst]:.2g}: those of the first rank are used"
         )
     layout += f", {optimizer.num_zero} ZeRO rank(s)"
     return Imported(path, layout, counters, notices, config, step, optimizer.options)
 
 
 def _why_without(folder: Path) -> str:
-    return "the optimizer state is left behind" if has_optimizer(folder) else "there are no optimizer files"
+    return "the optimizer state is not imported" if has_optimizer(folder) else "there are no optimizer files"
 
 
 def _read(source: InternEvoFolder, name: str, folder: Path) -> Tensor:
@@ -142,7 +143,7 @@ def _read(source: InternEvoFolder, name: str, folder: Path) -> Tensor:
 def _read_config(
     folder: Path, config_file: Path | None, model_type: str | None, with_optimizer: bool
 ) -> tuple[dict[str, Any], str | None, list[str]]:
-    """The keys that a model needs, unchecked, in today's spelling; the text of the whole config; notices."""
+    """Read the config: its unvalidated keys in current spelling, the text of the whole file, and notices."""
     tree: dict[str, Any] = {}
     text: str | None = None
     if config_file is not None:
@@ -150,8 +151,8 @@ def _read_config(
         text = config_file.read_text(encoding="utf-8")
     else:
         if (folder / CONFIG_TEXT).exists():
-            text = _text_of(folder / CONFIG_TEXT)
-            tree = _run(text, folder / CONFIG_TEXT)
+            text = _read_text(folder / CONFIG_TEXT)
+            tree = _execute(text, folder / CONFIG_TEXT)
         if (folder / MODEL_SECTION).exists():
             tree["model"] = read_value(folder / MODEL_SECTION)
         if not isinstance(tree.get("model"), dict):
@@ -162,8 +163,8 @@ def _read_config(
             raise ConfigError(
                 f"'{folder}' has no {CONFIG_TEXT} that names the family: give --model-type or --config FILE"
             )
-    told = ("model", *(RUN_SECTIONS if with_optimizer else ()))
-    notices = [notice for notice in translate_legacy(tree, {}) if notice.startswith(told)]
+    imported = ("model", *(RUN_SECTIONS if with_optimizer else ()))
+    notices = [notice for notice in translate_legacy(tree, {}) if notice.startswith(imported)]
     if with_optimizer and isinstance(tree.setdefault("adam", {}), dict):
         tree["adam"].setdefault("weight_decay_norms_and_biases", True)
     if model_type is not None:
@@ -174,23 +175,23 @@ def _read_config(
     return tree, text, notices
 
 
-def _text_of(path: Path) -> str:
+def _read_text(path: Path) -> str:
     text = read_value(path)
     if not isinstance(text, str):
-        raise CheckpointError(f"'{path}' holds no text but a {type(text).__name__}; give --config FILE")
+        raise CheckpointError(f"'{path}' contains a {type(text).__name__} instead of text; give --config FILE")
     return text
 
 
-def _run(text: str, origin: Path) -> dict[str, Any]:
+def _execute(text: str, origin: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config_file.py"
         path.write_text(text, encoding="utf-8")
         try:
             return read_tree(path)[0]
         except ConfigError as error:
-            mistakes = [mistake.replace(str(path), str(origin)) for mistake in error.mistakes]
+            problems = [problem.replace(str(path), str(origin)) for problem in error.mistakes]
             raise ConfigError(
-                [*mistakes, "give the config that belongs to the checkpoint with --config FILE"]
+                [*problems, "give the config that belongs to the checkpoint with --config FILE"]
             ) from error
 
 
@@ -204,46 +205,46 @@ def _refuse_unknown_rows(model_type: str, section: dict[str, Any], files: Intern
     fused = section.get("enable_qkv_fusion", model_type == "INTERNLM2")
     if fused and model_type in ("INTERNLM2", "INTERNLM3") and "layers.0.attention.wq.weight" in files.names():
         raise CheckpointError(
-            f"'{files.folder}': the model fuses q, k and v (enable_qkv_fusion), but the files hold wq, wk and wv. Some "
-            "versions of InternEvo cut the fused rows, which go by key-value group, under these names, others store "
-            "what the names say. Give --config FILE with model.enable_qkv_fusion = False if they are what the names say"
+            f"'{files.folder}': the model fuses q, k and v (enable_qkv_fusion), but the files have wq, wk and wv. Some "
+            "versions of InternEvo store slices of the fused rows, ordered by key-value group, under these names; "
+            "others store q, k and v. If these are q, k and v, give --config FILE with model.enable_qkv_fusion = False"
         )
 
 
 def _add_defaults(model_type: str, section: dict[str, Any], notices: list[str]) -> None:
-    """InternEvo's choices for keys that are not given, where this package's are others."""
+    """Set omitted keys to InternEvo's defaults where this package has others."""
     if "dtype" not in section:
         section["dtype"] = "torch.float16"
-        notices.append("model.dtype = torch.float16: InternEvo's default, for the config does not give it")
+        notices.append("model.dtype = torch.float16: InternEvo's default, as the config omits it")
     if model_type == "BAICHUAN2" and "norm_head" not in section:
         section["norm_head"] = False
-        notices.append("model.norm_head = False: InternEvo's default, for the config does not give it")
+        notices.append("model.norm_head = False: InternEvo's default, as the config omits it")
     if model_type == "GEMMA" and "add_unit_offset" not in section:
         raise ConfigError(
-            "model.add_unit_offset is not given: InternEvo's GEMMA then multiplies by the weight in norms, this "
-            "package's by 1 + weight. Give --config FILE with add_unit_offset = True if the run had it"
+            "model.add_unit_offset is not given: norms of InternEvo's GEMMA then scale by the weight, those of this "
+            "package by 1 + weight. Give --config FILE with add_unit_offset = True if the run had it"
         )
     if not {"qk_interleaved", "adapt_hf"} & section.keys():
         notices.append(
-            "model.qk_interleaved = False: InternEvo's default, for the config does not give it; versions before it "
-            "had adapt_hf chose by family"
+            "model.qk_interleaved = False: InternEvo's default, as the config omits it; versions without adapt_hf "
+            "chose by family"
         )
 
 
 def _build(tree: dict[str, Any], names: Sequence[str]) -> tuple[Config, Decoder]:
-    """The config of the new checkpoint and its model, without storage."""
+    """Build the config of the new checkpoint, and its model on the meta device."""
     data = tree.get("data", {})
     length = tree["model"].get("max_position_embeddings", 2048)
-    needed = {"seq_len": length, "micro_bsz": 1, "total_steps": 1}
-    kept = {name: tree[name] for name in names if name in tree}
-    # The layout and the data of the old run are not those of the next one; the whole text is kept beside the weights.
-    data = {**needed, **{name: data[name] for name in _KEPT_OF_DATA if name in data}}
-    config, mistakes = build_config({**kept, "data": data, "ckpt": {"enable_save_ckpt": False}})
-    if mistakes:
-        advice = ["give the config that belongs to the checkpoint, corrected, with --config FILE"]
-        if any(mistake.keys[0].startswith(RUN_SECTIONS) for mistake in mistakes):
+    required = {"seq_len": length, "micro_bsz": 1, "total_steps": 1}
+    sections = {name: tree[name] for name in names if name in tree}
+    # Layout and data of the old run need not be those of the next one; the whole text is stored with the weights.
+    data = {**required, **{name: data[name] for name in _IMPORTED_DATA_KEYS if name in data}}
+    config, problems = build_config({**sections, "data": data, "ckpt": {"enable_save_ckpt": False}})
+    if problems:
+        advice = ["give a corrected config for the checkpoint with --config FILE"]
+        if any(problem.keys[0].startswith(RUN_SECTIONS) for problem in problems):
             advice = [f"{advice[0]}; --weights-only imports the weights without the optimizer and its sections"]
-        raise ConfigError([mistake.text for mistake in mistakes] + advice)
+        raise ConfigError([problem.text for problem in problems] + advice)
     check_config(config)
     with torch.device("meta"):
         model = build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
@@ -252,22 +253,22 @@ def _build(tree: dict[str, Any], names: Sequence[str]) -> tuple[Config, Decoder]
     return config, model
 
 
-def _told_by_files(model: Decoder, files: InternEvoFiles) -> dict[str, bool]:
-    """Keys of the model section that the files decide, where the config's model has it otherwise."""
+def _changes_from_files(model: Decoder, files: InternEvoFiles) -> dict[str, bool]:
+    """Keys of the model section in which the weights of the files differ from the config's model."""
     a, names = model.architecture, files.names()
 
     def has_bias(*parts: str) -> bool:
         return any(f"layers.0.{part}.bias" in names for part in parts)
 
-    there = {
+    keys = {
         "tie_word_embeddings": (a.tie_word_embeddings, "output.weight" not in names),
         "qkv_bias": (a.qkv_bias, has_bias("attention.wqkv", "attention.wq")),
         "o_bias": (a.o_bias, has_bias("attention.wo")),
         "mlp_bias": (a.mlp_bias, has_bias("feed_forward.w1", "feed_forward.w13")),
     }
-    changed = {name: found for name, (expected, found) in there.items() if expected != found}
+    changed = {name: found for name, (expected, found) in keys.items() if expected != found}
     if any(name.endswith("_bias") for name in changed):
-        changed |= {name: found for name, (_, found) in there.items() if name.endswith("_bias")}
+        changed |= {name: found for name, (_, found) in keys.items() if name.endswith("_bias")}
     return changed
 
 
@@ -277,22 +278,20 @@ def _read_counters(folder: Path, notices: list[str]) -> dict[str, Any]:
     try:
         counters = read_value(folder / COUNTERS)
     except CheckpointError as error:
-        notices.append(f"the counters are not shown: {error}")
+        notices.append(f"the counters cannot be read: {error}")
         return {}
     return counters if isinstance(counters, dict) else {}
 
 
 def _step(folder: Path, counters: dict[str, Any], notices: list[str]) -> int:
-    """The last step of the run."""
-    marks = [path.stem for path in folder.glob("*.step") if path.stem.isdigit()]
-    if not marks:
-        notices.append(
-            "InternEvo's mark of a complete checkpoint (<step>.step) is missing: its save may not have finished"
-        )
+    """The number of steps that the run has taken."""
+    markers = [path.stem for path in folder.glob("*.step") if path.stem.isdigit()]
+    if not markers:
+        notices.append("InternEvo's completion marker (<step>.step) is missing: its save may not have finished")
     if "step_count" in counters:
         return int(counters["step_count"])
-    for text in (*marks, folder.name):
+    for text in (*markers, folder.name):
         if text.isdigit():
             return int(text)
-    notices.append("no file tells the step: the new checkpoint is of step 0")
+    notices.append("no file records the step: the new checkpoint is of step 0")
     return 0

@@ -1,12 +1,13 @@
-"""A Hugging Face folder: config.json, weights in safetensors or .bin files, and the files beside them.
+"""A Hugging Face folder: config.json, weights in safetensors or .bin files, and accompanying files.
 
-Tensors are found by name and read one at a time. `HfWeights` gives them by our names, as a given model has them.
+Tensors are looked up by name and read one at a time. `HfWeights` provides them with the names and in the form of one of
+our models.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,7 +32,7 @@ from internlm.utils.storage import StoragePath
 logger = get_logger(__name__)
 
 HF_FILES = "hf"
-"""Folder of a checkpoint with the files beside the weights that it was imported from, or trained from."""
+"""Folder of a checkpoint with the accompanying files of the Hugging Face folder that it descends from."""
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -40,28 +41,38 @@ _BIN = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_KEPT_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
-_KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md")
-_LARGEST_KEPT = 64 << 20
-_NOT_KEPT = (SAFETENSORS_INDEX, _BIN_INDEX)
+_SIDE_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+_SIDE_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md")
+_MAX_SIDE_BYTES = 64 << 20
+_NO_SIDE_FILES = (SAFETENSORS_INDEX, _BIN_INDEX)
 
 
 @dataclass(frozen=True)
 class HfEntry:
-    """A tensor of the folder."""
+    """A tensor of the folder.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        file: name of its file.
+        location: position in a safetensors file; None for a .bin file.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str
     location: TensorLocation | None
-    """In a safetensors file; None: a .bin file."""
 
 
 class HfFolder:
     """A Hugging Face folder, opened for reading.
 
+    Attributes:
+        path: of the folder.
+        entries: name -> tensor of the folder.
+
     Raises:
-        CheckpointError: it does not exist, has no weights, or they are damaged.
+        CheckpointError: the folder does not exist, has no weights, or they are damaged.
     """
 
     def __init__(self, path: StoragePath) -> None:
@@ -69,23 +80,25 @@ class HfFolder:
         if not path.is_folder():
             raise CheckpointError(f"there is no Hugging Face folder at '{path}'")
         if not (path / CONFIG).is_file():
-            raise CheckpointError(f"'{path}' has no {CONFIG}: it is no Hugging Face folder")
+            raise CheckpointError(f"'{path}' has no {CONFIG}: it is not a Hugging Face folder")
         self._bin: TorchFile | None = None
         self.entries: dict[str, HfEntry] = {}
         for file, expected in self._weight_files().items():
             found = self._entries_of(file)
             missing = [name for name in expected if name not in found]
             if missing:
-                raise CheckpointError(f"{path / file}: the index says that it holds {_some(missing)}; it does not")
-            twice = [name for name in found if name in self.entries]
-            if twice:
-                first = self.entries[twice[0]].file
-                raise CheckpointError(f"'{path}': both {first} and {file} hold {_some(twice)}; remove one of them")
+                raise CheckpointError(f"'{path / file}' lacks {_some(missing)}, which the index lists in it")
+            duplicates = [name for name in found if name in self.entries]
+            if duplicates:
+                first = self.entries[duplicates[0]].file
+                raise CheckpointError(
+                    f"'{path}': both {first} and {file} contain {_some(duplicates)}; remove one of the files"
+                )
             self.entries.update(found)
         read = {entry.file for entry in self.entries.values()}
-        left = [name for name in path.names() if name.endswith(_WEIGHT_SUFFIXES) and name not in read]
-        if left:
-            logger.info("%s: not read, as %s is there: %s", path, ", ".join(sorted(read)[:3]), ", ".join(left))
+        ignored = [name for name in path.names() if name.endswith(_WEIGHT_SUFFIXES) and name not in read]
+        if ignored:
+            logger.info("%s: %s takes precedence; not read: %s", path, ", ".join(sorted(read)[:3]), ", ".join(ignored))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -97,19 +110,19 @@ class HfFolder:
         """The model as keys of a config.
 
         Raises:
-            ConfigError: a family or feature that this package does not have.
+            ConfigError: the family or a feature is not supported.
         """
         return from_hf_config(self.config, str(self.path / CONFIG))
 
     @property
     def layout(self) -> Layout:
-        """The layout, recognized by the names of the weights."""
+        """The naming layout, detected from the names of the weights."""
         if any(".self_attn.W_pack." in name for name in self.entries):
             return "baichuan2"
         return "internlm2" if any(".attention.wqkv." in name for name in self.entries) else "transformers"
 
     def read(self, name: str) -> Tensor:
-        """A tensor by its name in the folder.
+        """Read a tensor by its name in the folder.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -122,7 +135,7 @@ class HfFolder:
             return read_tensor(stream, entry.location, str(path))
 
     def _weight_files(self) -> dict[str, list[str]]:
-        """File -> names that it must hold according to the index, if there is one."""
+        """File -> names of its tensors according to the index; empty without an index."""
         names = self.path.names()
         for index, single in ((SAFETENSORS_INDEX, SAFETENSORS), (_BIN_INDEX, _BIN)):
             if index in names:
@@ -132,14 +145,14 @@ class HfFolder:
                     raise CheckpointError(f"{self.path / index}: 'weight_map' must map names of tensors to files")
                 for name, file in weight_map.items():
                     files.setdefault(file, []).append(name)
-                absent = [file for file in files if file not in names]
-                if absent:
-                    raise CheckpointError(f"'{self.path}' lacks {_some(absent)}, which its {index} names")
+                missing = [file for file in files if file not in names]
+                if missing:
+                    raise CheckpointError(f"'{self.path}' lacks {_some(missing)}, which its {index} names")
                 return dict(sorted(files.items()))
             if single in names:
                 return {single: []}
         raise CheckpointError(
-            f"'{self.path}' has no weights: none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {_BIN}, {_BIN_INDEX} is there"
+            f"'{self.path}' has no weights: none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {_BIN}, {_BIN_INDEX} exists"
         )
 
     def _entries_of(self, file: str) -> dict[str, HfEntry]:
@@ -160,23 +173,22 @@ class HfFolder:
 
 
 class HfWeights:
-    """The weights of a folder under the names and in the form of a model: a `WeightSource`.
+    """The weights of a folder with the names and in the form of a model: a `WeightSource`.
+
+    `names()` includes unexpected names of the folder unchanged, and excludes weights of which a part is missing.
 
     Args:
-        folder: where they come from.
-        architecture: of the model that wants them; it may fuse and interleave otherwise than the folder.
-
-    Names of the folder that no weight of the model comes from are among `names()` as they are, for they are unexpected;
-    weights of which a part is missing are not.
+        folder: source of the weights.
+        architecture: of the model to load; it may fuse weights and interleave rotary channels unlike the folder.
 
     Attributes:
-        tensors: our name -> meta tensor of the shape and dtype that `read` gives.
+        tensors: our name -> meta tensor with the shape and dtype that `read` returns.
         missing: names, in the folder's spelling, that the model needs and the folder lacks.
-        unexpected: names of the folder that the model has no place for.
+        unexpected: names of the folder that the model does not have.
 
     Raises:
-        CheckpointError: a tensor has a shape that does not fit the model, or one that follows from config.json, or from
-            another tensor, differs from what follows.
+        CheckpointError: the shape of a tensor does not fit the model, or a redundant tensor contradicts config.json or
+            the tensor that it repeats.
     """
 
     def __init__(self, folder: HfFolder, architecture: Architecture) -> None:
@@ -187,13 +199,13 @@ class HfWeights:
         self._check_buffers([name for name in folder.entries if is_buffer(name)])
         groups = weight_groups(meta_weights(architecture), architecture, self._layout)
         needed = {name: tensor for group in groups for name, tensor in group.theirs.items()}
-        self._stands_for = self._settle_tied_head(entries, needed)
+        self._aliases = self._resolve_tied_head(entries)
         self.unexpected = [name for name in entries if name not in needed]
-        for name, other in self._stands_for.items():
+        for name, other in self._aliases.items():
             entries[name] = entries[other]
         self.missing = [name for name in needed if name not in entries]
         wrong = [
-            f"'{name}' has shape {list(entries[name].shape)}, the model wants {list(tensor.shape)}"
+            f"'{name}' has shape {list(entries[name].shape)}, the model needs {list(tensor.shape)}"
             for name, tensor in needed.items()
             if name in entries and entries[name].shape != tuple(tensor.shape)
         ]
@@ -201,14 +213,14 @@ class HfWeights:
             shown = "\n  ".join(wrong[:20])
             raise CheckpointError(f"the weights in '{folder.path}' do not fit this model:\n  {shown}")
         present = [group.theirs for group in groups if all(name in entries for name in group.theirs)]
-        # On the meta device with the stored number formats: the shapes and formats that reading will give.
+        # Translating meta tensors of the stored dtypes yields the shapes and dtypes that `read` returns.
         stored = [{name: _meta(entries[name]) for name in theirs} for theirs in present]
         ours = [from_hf(group, architecture, self._layout) for group in stored]
         self.tensors: dict[str, Tensor] = {name: tensor for group in ours for name, tensor in group.items()}
         self._readers = grouped_readers(lambda number: self._translate(present[number]), ours)
 
     def names(self) -> Collection[str]:
-        """The model's names of all weights in the folder, and the folder's names of tensors unknown to the model."""
+        """The model's names of all weights in the folder, and the folder's names of unexpected tensors."""
         return [*self.tensors, *self.unexpected]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -216,15 +228,15 @@ class HfWeights:
         return tuple(self.tensors[name].shape) if name in self.tensors else self.folder.entries[name].shape
 
     def read(self, name: str) -> Tensor:
-        """A full weight."""
+        """Read a full weight."""
         return self._readers[name]() if name in self.tensors else self.folder.read(name)
 
     def _translate(self, names: Iterable[str]) -> dict[str, Tensor]:
-        theirs = {name: self.folder.read(self._stands_for.get(name, name)) for name in names}
+        theirs = {name: self.folder.read(self._aliases.get(name, name)) for name in names}
         return from_hf(theirs, self._architecture, self._layout)
 
     def _check_buffers(self, names: Sequence[str]) -> None:
-        """Compare buffers with the folder's own config: they follow from how its weights were trained."""
+        """Compare buffers with the folder's own config, which determines them."""
         if not names:
             return
         with torch.device("meta"):
@@ -234,15 +246,15 @@ class HfWeights:
         differing = [difference for difference in found if difference is not None]
         if differing:
             raise CheckpointError(
-                f"'{self.folder.path}' holds another model than its {CONFIG} says:\n  "
+                f"'{self.folder.path}' contains another model than its {CONFIG} describes:\n  "
                 + "\n  ".join(differing[:5])
                 + f"\n  Correct {CONFIG}, or remove the buffers from the weights"
             )
-        logger.info("%s: %d buffers are as %s says, and not kept", self.folder.path, len(names), CONFIG)
+        logger.info("%s: dropped %d buffers, which agree with %s", self.folder.path, len(names), CONFIG)
 
-    def _settle_tied_head(self, entries: dict[str, HfEntry], needed: Mapping[str, Tensor]) -> dict[str, str]:
-        """A tied head that was saved beside its embedding is dropped; a model with a head of its own starts from the
-        embedding of a tied one. Returns which name stands for a name that is missing."""
+    def _resolve_tied_head(self, entries: dict[str, HfEntry]) -> dict[str, str]:
+        """Drop a tied head that was saved in addition to its embedding. For a model with an untied head, return the
+        embedding as the source of the missing head: name -> name to read instead."""
         if not self.folder.model.keys["tie_word_embeddings"]:
             return {}
         head, embedding = (
@@ -255,8 +267,8 @@ class HfWeights:
                 difference = tied_difference(self.folder.read(head), self.folder.read(embedding))
                 if difference is not None:
                     raise CheckpointError(
-                        f"'{self.folder.path}': {CONFIG} says that the head is the embedding (tie_word_embeddings), "
-                        f"but '{head}' {difference}. To keep both, import with --untie, or load into a model with "
+                        f"'{self.folder.path}': {CONFIG} ties the head to the embedding (tie_word_embeddings), but "
+                        f"'{head}' {difference}. To keep both, import with --untie, or load into a model with "
                         "model.tie_word_embeddings = False"
                     )
                 del entries[head]
@@ -266,12 +278,12 @@ class HfWeights:
 
 
 def side_files(folder: StoragePath) -> dict[str, bytes]:
-    """The files beside the weights and their index: configs, tokenizer, code, licence."""
+    """Read all files except the weights and their index: configs, tokenizer, code, license."""
     files = {}
     for name in folder.names():
         path = folder / name
-        wanted = (name.endswith(_KEPT_SUFFIXES) or name in _KEPT_NAMES) and name not in _NOT_KEPT
-        if wanted and path.is_file() and path.size() <= _LARGEST_KEPT:
+        is_side_file = (name.endswith(_SIDE_SUFFIXES) or name in _SIDE_NAMES) and name not in _NO_SIDE_FILES
+        if is_side_file and path.is_file() and path.size() <= _MAX_SIDE_BYTES:
             files[name] = path.read_bytes()
     return files
 
@@ -287,26 +299,26 @@ def _meta(entry: HfEntry) -> Tensor:
 
 
 def read_json(path: StoragePath) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        CheckpointError: it holds something else.
+        CheckpointError: the file contains something else.
     """
     return parse_json(path.read_bytes(), str(path))
 
 
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in the content of a file.
+    """Parse the JSON object in the content of a file.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the content is something else.
     """
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: is not JSON: {error}") from error
+        raise CheckpointError(f"{where}: not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{where}: holds no JSON object")
+        raise CheckpointError(f"{where}: not a JSON object")
     return values
 
 

@@ -1,7 +1,7 @@
-"""The files of an InternEvo checkpoint: which rank's weights lie where, under one name scheme and one layer numbering.
+"""The weight files of an InternEvo checkpoint, with uniform weight names and global layer numbers.
 
-Knows names, ranks and pipeline stages; what a tensor's shards make together belongs to `internevo_folder`.
-Nothing is unpickled but tensors and plain values, and tensors are mapped from the disk, not read.
+Knows names, ranks and pipeline stages; `internevo_folder` joins the shards of a tensor. Only tensors and plain values
+are unpickled, and tensors are memory-mapped.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _OLDER_NAMES = (
     (re.compile(r"\.word_embeddings\."), "."),
     (re.compile(r"^head\."), "output."),
 )
-"""Names of InternLM's first generation, and of older versions, as (pattern, replacement)."""
+"""Weight names of the first InternLM, and of older versions, as (pattern, replacement)."""
 
 _ONLY_ON_ONE_RANK = re.compile(r".*\.(wo|w2)\.bias")
-"""The bias of a row-parallel layer is added once: with tensor parallelism only rank 0 has it."""
+"""Biases of row-parallel layers. They are added once, so with tensor parallelism only rank 0 has them."""
 
 
 @dataclass(frozen=True)
 class RankShard:
-    """A rank's part of a weight, and the file it lies in."""
+    """A rank's shard of a weight, and the file that contains it."""
 
     file: str
     tensor: Tensor
@@ -56,16 +56,17 @@ class InternEvoFiles:
     """An InternEvo checkpoint folder.
 
     Args:
-        folder: on a local disk, for its files are mapped.
-        num_chunks: model chunks of a pipeline stage (`model.num_chunks`).
+        folder: on a local disk, as its files are memory-mapped.
+        num_chunks: model chunks per pipeline stage (`model.num_chunks`).
 
     Attributes:
-        split: "tp": files of tensor parallel ranks; "wp": of weight parallel ranks (isp).
-        num_ranks, num_stages: tensor or weight parallel ranks, and pipeline stages.
-        buffers: name -> values of what follows from the config; the same in all files.
+        split: "tp" for files of tensor-parallel ranks, "wp" for those of weight-parallel ranks (isp).
+        num_ranks: number of tensor- or weight-parallel ranks.
+        num_stages: number of pipeline stages.
+        buffers: name -> values of tensors that the config determines; equal in all files.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the folder is of a kind that cannot be read.
+        CheckpointError: a file is missing or damaged, or this kind of checkpoint is not supported.
     """
 
     def __init__(self, folder: Path, num_chunks: int = 1) -> None:
@@ -82,59 +83,63 @@ class InternEvoFiles:
         for stage, numbers in enumerate(_global_layers(stages, num_chunks, folder)):
             for (chunk, name), shards in stages[stage].items():
                 match = _LAYER.fullmatch(name)
-                whole = name if match is None else f"layers.{numbers[chunk, int(match[1])]}.{match[2]}"
-                if whole in self._shards:
-                    raise CheckpointError(f"'{folder}': two pipeline stages hold the weight '{whole}'")
-                self._shards[whole] = shards
-                self._by_stage[stage].append(whole)
+                global_name = name if match is None else f"layers.{numbers[chunk, int(match[1])]}.{match[2]}"
+                if global_name in self._shards:
+                    raise CheckpointError(f"'{folder}': two pipeline stages have the weight '{global_name}'")
+                self._shards[global_name] = shards
+                self._by_stage[stage].append(global_name)
         self._stage_of = {name: stage for stage, names in enumerate(self._by_stage) for name in names}
 
     @staticmethod
     def check(folder: Path) -> None:
-        """Raise the errors of the constructor that concern the names of the files."""
+        """Check the names of the files, without reading them.
+
+        Raises:
+            CheckpointError: a file is missing, or this kind of checkpoint is not supported.
+        """
         _grid(folder)
 
     def file(self, rank: int, stage: int) -> str:
-        """Name of the file with the weights of a rank of a stage."""
+        """Name of the weight file of a rank and stage."""
         return f"model_{self.split}{rank}_pp{stage}.pt"
 
     def names(self) -> set[str]:
-        """Names of the weights, with global layer numbers; fused ones are `wqkv` and `w13`."""
+        """Names of the weights, with global layer numbers; fused weights are `wqkv` and `w13`."""
         return set(self._shards)
 
     def shards(self, name: str) -> list[RankShard]:
-        """The shards of a weight by rank, without the ranks that have none."""
+        """The shards of a weight in rank order; ranks without one are omitted."""
         return [shard for shard in self._shards[name] if shard is not None]
 
     def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
-        """The tensor that all these ranks hold.
+        """The tensor of replicas, which must be bit-equal.
 
         Raises:
-            CheckpointError: they differ.
+            CheckpointError: the replicas differ.
         """
         first = replicas[0]
         for other in replicas[1:]:
             if not same_bits(first.tensor, other.tensor):
                 raise CheckpointError(
-                    f"'{name}' should be the same on all ranks, but {first.file} and {other.file} differ: the ranks of "
-                    "that run had drifted apart, or a file is damaged"
+                    f"'{name}' should be equal on all ranks, but {first.file} and {other.file} differ: the ranks of "
+                    "that run had diverged, or a file is damaged"
                 )
         return first.tensor
 
     def weights_of(self, rank: int, stage: int) -> dict[str, Tensor]:
-        """The weights in the file of one rank, in its order."""
+        """The weights in the file of one rank, in file order."""
         shards = {name: self._shards[name][rank] for name in self._by_stage[stage]}
         return {name: shard.tensor for name, shard in shards.items() if shard is not None}
 
     def ranks_of(self, name: str) -> list[tuple[int, int]]:
-        """(rank, stage) of each of the `shards` of a weight."""
+        """(rank, stage) of each shard in `shards(name)`."""
         stage = self._stage_of[name]
         return [(rank, stage) for rank, shard in enumerate(self._shards[name]) if shard is not None]
 
     def _merge_ranks(
         self, stage: int, states: Sequence[Mapping[str, Any]]
     ) -> dict[tuple[int, str], list[RankShard | None]]:
-        """(chunk, name within it) -> each rank's shard."""
+        """(chunk, name within the chunk) -> shard of each rank."""
         merged: dict[tuple[int, str], list[RankShard | None]] = {}
         for rank, state in enumerate(states):
             for key, tensor in _weights(state, self.folder / self.file(rank, stage)):
@@ -144,28 +149,28 @@ class InternEvoFiles:
                 shards = merged.setdefault(key, [None] * self.num_ranks)
                 if shards[rank] is not None:
                     path = self.folder / self.file(rank, stage)
-                    raise CheckpointError(f"'{path}' holds '{key[1]}' twice, under an older and a newer name")
+                    raise CheckpointError(f"'{path}' contains '{key[1]}' twice, under an older and a newer name")
                 shards[rank] = RankShard(self.file(rank, stage), tensor)
         for (_, name), shards in merged.items():
             without = [self.file(rank, stage) for rank, shard in enumerate(shards) if shard is None]
             if without and not _ONLY_ON_ONE_RANK.fullmatch(name):
                 raise CheckpointError(
-                    f"'{self.folder}': {', '.join(without)} lack(s) the weight '{name}', which the other ranks have"
+                    f"'{self.folder}': the weight '{name}' is missing in {', '.join(without)}; other ranks have it"
                 )
         return merged
 
 
 def read_value(path: Path) -> Any:
-    """A plain value (dict, text, number) that InternEvo saved with torch; its config sections become dicts.
+    """Read a plain value (dict, text, number) that InternEvo saved with torch; its config sections become dicts.
 
     Raises:
-        CheckpointError: the file is damaged, or holds more than plain values.
+        CheckpointError: the file is damaged, or contains more than plain values.
     """
     return _plain(load_file(path, mapped=False))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal in every bit, NaN included."""
+    """Whether two tensors are bit-equal, including NaN."""
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
@@ -176,21 +181,24 @@ def _plain(value: Any) -> Any:
 
 
 def _grid(folder: Path) -> tuple[str, int, int]:
-    """Kind of split, ranks and stages of the weight files, all of which are there."""
+    """Kind of split, number of ranks and number of stages, from the names of the weight files.
+
+    Raises:
+        CheckpointError: a file is missing, or this kind of checkpoint is not supported.
+    """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     experts = [name for name in names if EXPERT_FILE.fullmatch(name)]
     if experts:
         raise CheckpointError(
-            f"'{folder}' has expert files ('{experts[0]}'): mixture of experts is not yet supported, so it cannot be "
-            "imported"
+            f"'{folder}' has expert files ('{experts[0]}'): the import of a mixture of experts is not yet supported"
         )
     found = [match for name in names if (match := RANK_FILE.fullmatch(name))]
     sharded = [match[0] for match in found if match["fsdp"]]
     if sharded:
         raise CheckpointError(
-            f"'{folder}' was written with FSDP ('{sharded[0]}'), whose shards only the ranks that wrote them can put "
-            "together. Load it in InternEvo with the same layout, turn FSDP off (parallel.zero1 = dict(fsdp=False)) "
-            "and save it again"
+            f"'{folder}' was written with FSDP ('{sharded[0]}'), whose shards only the ranks that wrote them can join. "
+            "Load it in InternEvo with the same layout, turn FSDP off (parallel.zero1 = dict(fsdp=False)) and save it "
+            "again"
         )
     if not found:
         raise CheckpointError(
@@ -199,7 +207,7 @@ def _grid(folder: Path) -> tuple[str, int, int]:
         )
     splits = sorted({match["split"] for match in found})
     if len(splits) > 1:
-        raise CheckpointError(f"'{folder}' holds both model_tp*.pt and model_wp*.pt files: two saves in one folder")
+        raise CheckpointError(f"'{folder}' has both model_tp*.pt and model_wp*.pt files: two saves in one folder")
     places = {(int(match["rank"]), int(match["stage"])) for match in found}
     num_ranks, num_stages = (1 + max(place[axis] for place in places) for axis in (0, 1))
     missing = [
@@ -211,13 +219,13 @@ def _grid(folder: Path) -> tuple[str, int, int]:
     if missing:
         raise CheckpointError(
             f"'{folder}' is incomplete: of the files of {num_ranks} rank(s) and {num_stages} stage(s), "
-            f"{', '.join(missing)} is missing"
+            f"missing: {', '.join(missing)}"
         )
     return splits[0], num_ranks, num_stages
 
 
 def _hint(folder: Path) -> str:
-    """What the user may have meant by a folder without weight files."""
+    """Advice for a folder without weight files."""
     if not folder.is_dir():
         return "; there is no such folder"
     steps = sorted(
@@ -225,23 +233,27 @@ def _hint(folder: Path) -> str:
     )
     with_weights = [path for path in steps if any(RANK_FILE.fullmatch(inner.name) for inner in path.iterdir())]
     if with_weights:
-        return f". It is a folder of checkpoints: give one of them, such as '{with_weights[-1]}'"
+        return f". This is a folder of checkpoints: give one of them, such as '{with_weights[-1]}'"
     if (folder / "model").is_dir() and (folder / "global_optimizer_state.pt").exists():
-        return ". It is a universal checkpoint (universal_ckpt): save it in InternEvo without universal_ckpt"
+        return ". This is a universal checkpoint (universal_ckpt): save it in InternEvo without universal_ckpt"
     return ""
 
 
 class _ParallelMode(str):
-    """Stands for a member of InternEvo's enum of this name in its optimizer files; nothing here reads it."""
+    """Placeholder for members of InternEvo's enum of this name, which its optimizer files contain; never read."""
 
 
 def load_file(path: Path, *, mapped: bool) -> Any:
-    """What InternEvo saved with torch: tensors (mapped from the disk if asked, else read) and plain values.
+    """Load a file that InternEvo saved with torch, with tensors and plain values.
+
+    Args:
+        path: of the file.
+        mapped: memory-map the tensors instead of reading them.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or holds something else.
+        CheckpointError: the file is missing or damaged, or contains something else.
     """
-    # InternEvo's class of config sections is a dict; its enum of parallel modes is made from a text.
+    # InternEvo's class of config sections is a dict; members of its enum of parallel modes are pickled as text.
     allowed: list[Any] = [
         (OrderedDict, "internlm.core.context.parallel_context.Config"),
         (_ParallelMode, "internlm.core.context.process_group_initializer.ParallelMode"),
@@ -255,25 +267,25 @@ def load_file(path: Path, *, mapped: bool) -> Any:
     except pickle.UnpicklingError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), "")
         raise CheckpointError(
-            f"'{path}' is damaged, or holds more than tensors and plain values, and code from a checkpoint is not run"
+            f"'{path}' is damaged, or contains more than tensors and plain values; code from a checkpoint is not run"
             + (f": {reason}" if reason else "")
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"'{path}' is damaged or no file that torch saved: {str(error).splitlines()[0]}"
+            f"'{path}' is damaged or not a file of torch.save: {str(error).splitlines()[0]}"
         ) from error
 
 
 def _weights(state: object, path: Path) -> Iterator[tuple[tuple[int, str], Tensor]]:
     """((chunk, name within the chunk), tensor) of one file."""
     if not isinstance(state, dict):
-        raise CheckpointError(f"'{path}' holds no weights but a {type(state).__name__}")
+        raise CheckpointError(f"'{path}' contains a {type(state).__name__} instead of a dict of weights")
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"'{path}': '{key}' is no tensor but a {type(tensor).__name__}")
+            raise CheckpointError(f"'{path}': '{key}' is a {type(tensor).__name__} instead of a tensor")
         chunk, name = 0, str(key)
         match = re.fullmatch(r"(\d+)\.(.+)", name)
-        if match:  # The chunks of an interleaved pipeline as a list of modules.
+        if match:  # the chunks of an interleaved pipeline are a list of modules
             chunk, name = int(match[1]), match[2]
         for pattern, newer in _OLDER_NAMES:
             name = pattern.sub(newer, name)
@@ -291,11 +303,11 @@ def _global_layers(
     numbers = [number for stage in local for _, number in stage]
     num_layers = len(numbers)
     if sorted(numbers) == list(range(num_layers)) and all(chunk == 0 for stage in local for chunk, _ in stage):
-        return [{place: place[1] for place in stage} for stage in local]  # One stage, or numbered over all of them.
+        return [{place: place[1] for place in stage} for stage in local]  # one stage, or global numbers already
     sizes = _chunk_sizes(local, num_chunks, folder)
     order = [(chunk, stage) for chunk in range(len(sizes[0])) for stage in range(len(stages))]
     if len(stages) > 1 and {"tok_embeddings.weight", "norm.weight"} <= {name for _, name in stages[0]}:
-        # A V-shaped pipeline: the second chunks lie in the opposite order, and the first stage has both ends.
+        # A V-shaped pipeline: second chunks are in reverse order, and the first stage has both ends of the model.
         order = [(chunk, stage if chunk % 2 == 0 else len(stages) - 1 - stage) for chunk, stage in order]
     starts: dict[tuple[int, int], int] = {}
     start = 0
@@ -316,15 +328,15 @@ def _chunk_sizes(local: Sequence[Sequence[tuple[int, int]]], num_chunks: int, fo
         if len({len(sizes) for sizes in counted}) > 1:
             raise CheckpointError(f"'{folder}': the pipeline stages have different numbers of chunks: {counted}")
         return counted
-    # One numbering over the chunks of a stage: InternEvo cuts the layers into equal chunks, each chunk into stages, and
-    # gives what does not divide to the last stages.
+    # Layers are numbered across the chunks of a stage. InternEvo splits the layers into equal chunks and each chunk
+    # into stages, and gives the remainder to the last stages.
     num_layers, num_stages = sum(len(stage) for stage in local), len(local)
     per_stage, rest = divmod(num_layers // num_chunks, num_stages)
     sizes = [[per_stage + (stage >= num_stages - rest)] * num_chunks for stage in range(num_stages)]
     if num_layers % num_chunks or [sum(stage) for stage in sizes] != [len(stage) for stage in local]:
         raise CheckpointError(
-            f"'{folder}': the stages hold {[len(stage) for stage in local]} layers, which is not how {num_layers} "
-            f"layers are cut into {num_stages} stages of {num_chunks} chunks; is model.num_chunks = {num_chunks} right?"
+            f"'{folder}': the stages have {[len(stage) for stage in local]} layers, which is not how {num_layers} "
+            f"layers are split into {num_stages} stages of {num_chunks} chunks; check model.num_chunks = {num_chunks}"
         )
     return sizes
 

@@ -1,10 +1,10 @@
-"""The weights of an InternEvo checkpoint as global tensors of a model of this package, one at a time.
+"""Joins the weight shards of an InternEvo checkpoint to global tensors of our models, one at a time.
 
-How a weight was split is told from shapes: shards of the whole shape are replicas and must agree; otherwise they make
-the whole along the one dimension in which they are smaller. What no shape tells is the order of rows in fused weights:
+Shapes show how a weight was split. Shards of the global shape are replicas, which must agree; other shards are
+concatenated along the one dimension in which they are smaller. Shapes do not show the order of rows in fused weights:
 
-- `wqkv` of INTERNLM and BAICHUAN2: the rows of q, then of k, then of v. A tensor parallel rank has its own heads' q, k
-  and v; a weight parallel rank (isp) has consecutive rows of the whole.
+- `wqkv` of INTERNLM and BAICHUAN2: the rows of q, then of k, then of v. A tensor-parallel rank has q, k and v of its
+  own heads; a weight-parallel rank (isp) has consecutive rows of the global tensor.
 - `wqkv` of the other families: by key-value group, as in this package; ranks have consecutive groups.
 - `w13`: the rows of w1, then of w3; per rank or consecutive as above.
 """
@@ -25,16 +25,16 @@ from internlm.model.decoder import Decoder
 from internlm.utils.errors import CheckpointError
 
 ROWS_BY_PROJECTION = ("INTERNLM", "BAICHUAN2")
-"""Families whose fused attention weight has all of q, then all of k, then all of v."""
+"""Families whose fused attention weight has all rows of q, then of k, then of v."""
 
 _MAX_SHOWN = 20
 
 
 class RankShards(Protocol):
-    """The shards of tensors that are named and split as the weights in the files."""
+    """Shards of tensors that are named and split like the weights in the files."""
 
     def shards(self, name: str) -> list[RankShard]:
-        """The shards of a tensor, by rank."""
+        """The shards of a tensor, in rank order."""
 
     def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
         """The tensor of replicas, which must be equal."""
@@ -42,12 +42,12 @@ class RankShards(Protocol):
 
 @dataclass(frozen=True)
 class RowOrder:
-    """How the files hold rows that no shape tells.
+    """The order of rows in fused weights, which shapes do not show.
 
     Attributes:
-        by_projection: fused attention weights have the rows of q, k and v one after the other, not by group.
-        fused_gate_up: `w1` and `w3` in files of weight parallel ranks are the two halves of a rank's rows of the fused
-            weight, under names that do not fit them.
+        by_projection: fused attention weights have all rows of q, then of k, then of v, instead of groups.
+        fused_gate_up: `w1` and `w3` in files of weight-parallel ranks are the two halves of a rank's rows of the fused
+            weight, despite their names.
     """
 
     by_projection: bool
@@ -59,11 +59,11 @@ class InternEvoFolder:
 
     Args:
         files: the checkpoint.
-        model: what its weights are to fill; may be on the meta device.
+        model: to be loaded; may be on the meta device.
         order: of the rows in fused weights.
 
     Raises:
-        CheckpointError: the files do not hold this model, with every weight that is missing, left over or does not fit.
+        CheckpointError: the files contain another model; lists all missing, unexpected and misshapen weights.
     """
 
     def __init__(self, files: InternEvoFiles, model: Decoder, order: RowOrder) -> None:
@@ -88,42 +88,42 @@ class InternEvoFolder:
         return self._dtypes[name]
 
     def read(self, name: str, of: RankShards | None = None) -> Tensor:
-        """The whole weight on the CPU, or what belongs to it.
+        """Read a full weight, or its master or moment, to the CPU.
 
         Args:
             name: of the weight.
-            of: where the parts come from: the weights (None), or masters or moments that are cut as the weights are.
+            of: source of the shards: None for the weights, else masters or moments, which are split like the weights.
 
         Raises:
-            CheckpointError: ranks that hold the same part have different values.
+            CheckpointError: replicas of a part differ.
         """
         return self._assemble(name, of or self._files)
 
     def _check(self) -> None:
-        """Assemble the shape of every weight."""
+        """Assemble every weight on the meta device and compare its shape with the model's."""
         shapes = _Shapes(self._files)
         rope = self._architecture.rope
         differences = [buffer_difference(name, tensor, rope) for name, tensor in self._files.buffers.items()]
-        mistakes = [difference for difference in differences if difference is not None]
+        problems = [difference for difference in differences if difference is not None]
         for name, shape in self._shapes.items():
             try:
-                whole = self._assemble(name, shapes)
+                weight = self._assemble(name, shapes)
             except CheckpointError as error:
-                mistakes.append(str(error))
+                problems.append(str(error))
                 continue
-            self._dtypes[name] = whole.dtype
-            if tuple(whole.shape) != shape:
-                mistakes.append(f"'{name}' has shape {list(whole.shape)}, the config's model wants {list(shape)}")
-        if not mistakes:
-            left_over = sorted(self._files.names() - shapes.used)
-            mistakes = [f"'{name}' is in the files, but the config's model has no such weight" for name in left_over]
-        if mistakes:
-            shown = "\n  ".join(mistakes[:_MAX_SHOWN])
-            more = f"\n  and {len(mistakes) - _MAX_SHOWN} more" if len(mistakes) > _MAX_SHOWN else ""
+            self._dtypes[name] = weight.dtype
+            if tuple(weight.shape) != shape:
+                problems.append(f"'{name}' has shape {list(weight.shape)}, the config's model needs {list(shape)}")
+        if not problems:
+            unexpected = sorted(self._files.names() - shapes.used)
+            problems = [f"'{name}' is in the files, but the config's model has no such weight" for name in unexpected]
+        if problems:
+            shown = "\n  ".join(problems[:_MAX_SHOWN])
+            more = f"\n  and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
             raise CheckpointError(f"'{self._files.folder}' does not fit its config:\n  {shown}{more}")
 
     def _assemble(self, name: str, of: RankShards) -> Tensor:
-        """A full weight from its shards."""
+        """Assemble a full weight from its shards."""
         if ".attention.wqkv." in name:
             if self._has(name) and not self._order.by_projection:
                 return self._join(name, self._shapes[name], of)
@@ -140,7 +140,7 @@ class InternEvoFolder:
         return self._join(self._file_name(name), self._shapes[name], of)
 
     def _projection(self, name: str, of: RankShards) -> Tensor:
-        """`wq`, `wk` or `wv`, from a file's own or out of its `wqkv`."""
+        """`wq`, `wk` or `wv`, read directly or extracted from `wqkv`."""
         a = self._architecture
         heads = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
         number = next(number for number, part in enumerate(("wq", "wk", "wv")) if f".{part}." in name)
@@ -156,7 +156,7 @@ class InternEvoFolder:
         return rows.reshape(-1, *inner)
 
     def _gate_or_up(self, name: str, of: RankShards) -> Tensor:
-        """`w1` or `w3`, from a file's own or out of its fused weight."""
+        """`w1` or `w3`, read directly or extracted from the fused weight."""
         a = self._architecture
         inner = (a.hidden_size,) if name.endswith("weight") else ()
         first, second = name.replace(".w3.", ".w1."), name.replace(".w1.", ".w3.")
@@ -172,7 +172,7 @@ class InternEvoFolder:
         return self._join(self._file_name(name), (a.intermediate_size, *inner), of)
 
     def _rows(self, name: str, shape: tuple[int, ...], ratio: Sequence[int], number: int, of: RankShards) -> Tensor:
-        """Part `number` of a fused weight whose parts stand one after the other, with rows in this ratio."""
+        """Part `number` of a fused weight that concatenates parts whose numbers of rows have the given ratio."""
         shards = of.shards(name)
         if self._files.split == "wp" or len(shards) == 1:
             tensors = [_join(name, shape, shards, self._files.split, of)]
@@ -191,7 +191,7 @@ class InternEvoFolder:
         return name in self._files.names()
 
     def _file_name(self, name: str) -> str:
-        """The name in the files of an unfused weight."""
+        """The name of an unfused weight in the files."""
         if not self._swapped:
             return name
         for one, other in ((".w2.", ".w3."), (".w3.", ".w2.")):
@@ -200,7 +200,7 @@ class InternEvoFolder:
         return name
 
     def _has_older_feed_forward(self) -> bool:
-        """Whether w3 is the output and w2 the second input, as in InternLM's first versions: recognized by shapes."""
+        """Whether w3 is the down and w2 the up projection, as in the first versions of InternLM; detected by shapes."""
         name, a = "layers.0.feed_forward.w2.weight", self._architecture
         if not self._has(name) or a.intermediate_size == a.hidden_size:
             return False
@@ -210,7 +210,11 @@ class InternEvoFolder:
 
 
 class _Shapes:
-    """The shards on the meta device, to check shapes; records which were read."""
+    """The shards on the meta device, for checking shapes.
+
+    Attributes:
+        used: names of the tensors that were read.
+    """
 
     def __init__(self, files: InternEvoFiles) -> None:
         self.used: set[str] = set()
@@ -219,7 +223,7 @@ class _Shapes:
 
     def shards(self, name: str) -> list[RankShard]:
         if name not in self._known:
-            raise CheckpointError(f"'{name}' is missing in the files")
+            raise CheckpointError(f"'{name}' is missing from the files")
         self.used.add(name)
         return [
             RankShard(shard.file, torch.empty_like(shard.tensor, device="meta")) for shard in self._files.shards(name)
@@ -230,14 +234,14 @@ class _Shapes:
 
 
 def _join(name: str, shape: tuple[int, ...], shards: Sequence[RankShard], split: str, of: RankShards) -> Tensor:
-    """The whole tensor of this shape.
+    """Join shards to the tensor of this shape.
 
     Raises:
-        CheckpointError: the shards do not make it, or replicas differ.
+        CheckpointError: the shards do not fit the shape, or replicas differ.
     """
     tensors = [shard.tensor for shard in shards]
     if len({tensor.dtype for tensor in tensors}) > 1:
-        raise CheckpointError(f"'{name}' has different number formats in {', '.join(shard.file for shard in shards)}")
+        raise CheckpointError(f"'{name}' has different dtypes in {', '.join(shard.file for shard in shards)}")
     if all(tuple(tensor.shape) == shape for tensor in tensors):
         return of.agreed(name, shards)
     for dim in range(len(shape)):
@@ -247,7 +251,7 @@ def _join(name: str, shape: tuple[int, ...], shards: Sequence[RankShard], split:
         size = sum(tensor.shape[dim] for tensor in tensors)
         if size == shape[dim]:
             return torch.cat(tensors, dim)
-        # Versions of InternEvo split the head of isp over the sequence's ranks, of which there may be fewer.
+        # Some versions of InternEvo split the head of isp over the sequence-parallel ranks, which may be fewer.
         if name == "output.weight" and split == "wp" and dim == 0 and size % shape[0] == 0:
             distinct = len(tensors) * shape[0] // size
             return torch.cat([of.agreed(name, shards[rank::distinct]) for rank in range(distinct)])
@@ -261,8 +265,8 @@ def _misfit(name: str, shape: tuple[int, ...], shards: Sequence[RankShard]) -> s
     rows = sum(shard.tensor.shape[0] for shard in shards if shard.tensor.dim() == len(shape))
     if shards[0].file.startswith("model_wp") and name == "output.weight" and 0 < rows < shape[0]:
         more = (
-            "; InternEvo's isp with a tensor.size above its weight.size saves only some ranks' parts of the head: the "
-            "rest is not in this checkpoint"
+            "; InternEvo's isp with a tensor.size above its weight.size saves only some ranks' shards of the head: the "
+            "others are not in this checkpoint"
         )
     size = math.prod(shape)
-    return f"'{name}' must have shape {list(shape)} ({size:,} elements) in all; the files have {shapes}{rest}{more}"
+    return f"'{name}' must have shape {list(shape)} ({size:,} elements) in total; the files have {shapes}{rest}{more}"

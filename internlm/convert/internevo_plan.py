@@ -1,10 +1,10 @@
-"""Which elements of an InternEvo checkpoint's optimizer files belong to which weight.
+"""Maps the elements of an InternEvo checkpoint's optimizer files to weights.
 
-- The hybrid ZeRO optimizer gives each ZeRO rank whole parameters. Of each parameter group a file has one flat tensor:
-  the rank's parameters one after the other, the largest first. Which these are is the plan in `gpus-*.pt`; without it
-  they are dealt out anew, each to the rank with the fewest elements so far, as InternEvo does without
-  `overlap_sync_param`.
-- `use_split_tensor_optim` pads each parameter and cuts it into equal parts, one for each ZeRO rank.
+- The hybrid ZeRO optimizer assigns whole parameters to ZeRO ranks. For each parameter group a file has one flat tensor
+  that concatenates the rank's parameters, the largest first. The plan in `gpus-*.pt` contains the assignment. Without
+  it, the assignment is recomputed as InternEvo does without `overlap_sync_param`: each parameter goes to the rank with
+  the fewest elements so far.
+- `use_split_tensor_optim` pads each parameter and splits it into equal parts, one per ZeRO rank.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 from internlm.convert.internevo_shards import Plan, Shard
 
 _UNFUSED = ("wq", "wk", "wv", "w1", "w3")
-_OF_A_FUSED_ONE = re.compile(r"(layers\.\d+\.(?:attention|feed_forward))\.(wq|wk|wv|w1|w3)\.(weight|bias)")
-_BEHIND_IT = re.compile(r"(layers\.\d+\.(?:attention|feed_forward))\.(?:wo|w2)\.(?:weight|bias)")
+_PART_OF_FUSED = re.compile(r"(layers\.\d+\.(?:attention|feed_forward))\.(wq|wk|wv|w1|w3)\.(weight|bias)")
+_AFTER_FUSED = re.compile(r"(layers\.\d+\.(?:attention|feed_forward))\.(?:wo|w2)\.(?:weight|bias)")
 
 
 class MisfitError(Exception):
-    """The files do not hold the state of these parameters."""
+    """The files do not contain the state of these parameters."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter as the optimizer had it: one weight of the files, or several that were rows of a fused one."""
+    """A parameter of the optimizer: one weight of the files, or several that were rows of a fused weight."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -45,7 +45,7 @@ class Parameter:
         return math.prod(self.shape)
 
     def parts(self) -> Iterator[tuple[str, int, int]]:
-        """(name, first element, behind the last) of each weight in the flat parameter."""
+        """(name, start, stop) of each weight's elements in the flat parameter."""
         start = 0
         for name, shape in zip(self.names, self.shapes, strict=True):
             stop = start + math.prod(shape)
@@ -55,7 +55,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class StateRange:
-    """Elements of a weight: `start` to `stop` of tensor `number` of a group in the file of a ZeRO rank."""
+    """Elements of a weight: [start, stop) of tensor `number` of a group in the file of ZeRO rank `zero`."""
 
     zero: int
     group: int
@@ -64,20 +64,20 @@ class StateRange:
     stop: int
 
 
-def forms(weights: dict[str, Tensor]) -> Iterator[list[Parameter]]:
-    """The parameters that a rank may have had: as the files name them, or fused ones of which they name the rows.
+def possible_parameters(weights: dict[str, Tensor]) -> Iterator[list[Parameter]]:
+    """The sets of parameters that a rank may have had: the weights of the files, or with some of them fused.
 
-    InternEvo unfuses `wqkv` and `fused_w1_w3` when it saves weights, and the optimizer keeps them fused.
+    InternEvo unfuses `wqkv` and `fused_w1_w3` when it saves weights, but the optimizer state stays fused.
     """
     yield [_parameter(weights, [name]) for name in weights]
     for fused in (("w1", "w3"), ("wq", "wk", "wv"), _UNFUSED):
-        of_one: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[str, str], list[str]] = {}
         for name in weights:
-            match = _OF_A_FUSED_ONE.fullmatch(name)
+            match = _PART_OF_FUSED.fullmatch(name)
             if match and match[2] in fused:
-                of_one.setdefault((match[1], match[3]), []).append(name)
-        if of_one:
-            yield _fused(weights, [sorted(names, key=_row_order) for names in of_one.values()])
+                groups.setdefault((match[1], match[3]), []).append(name)
+        if groups:
+            yield _fused(weights, [sorted(names, key=_row_order) for names in groups.values()])
 
 
 def _row_order(name: str) -> int:
@@ -85,16 +85,16 @@ def _row_order(name: str) -> int:
 
 
 def _fused(weights: dict[str, Tensor], groups: Sequence[list[str]]) -> list[Parameter]:
-    """Parameters in the order of modules, where a fused weight comes before `wo` or `w2`."""
+    """Parameters in module order, in which a fused weight comes before `wo` or `w2`."""
     in_groups = {name for names in groups for name in names}
-    waiting: dict[str, list[list[str]]] = {}
+    pending: dict[str, list[list[str]]] = {}
     for names in groups:
-        waiting.setdefault(names[0].rsplit(".", 2)[0], []).append(names)
+        pending.setdefault(names[0].rsplit(".", 2)[0], []).append(names)
     result: list[Parameter] = []
     for name in weights:
-        match = _BEHIND_IT.fullmatch(name)
+        match = _AFTER_FUSED.fullmatch(name)
         if match:
-            result += [_parameter(weights, names) for names in waiting.pop(match[1], [])]
+            result += [_parameter(weights, names) for names in pending.pop(match[1], [])]
         if name not in in_groups:
             result.append(_parameter(weights, [name]))
     return result
@@ -106,12 +106,16 @@ def _parameter(weights: dict[str, Tensor], names: Sequence[str]) -> Parameter:
 
 
 def assign(parameters: Sequence[Parameter], shards: Sequence[Shard]) -> list[list[Parameter]]:
-    """The parameters of each group, in the order of the model."""
+    """Assign parameters to parameter groups, in model order.
+
+    Raises:
+        MisfitError: the groups in the files do not fit the parameters.
+    """
     names = [group.name for group in shards[0].groups]
     groups: list[list[Parameter]] = [[] for _ in names]
     in_use = {number for shard in shards for number, group in enumerate(shard.groups) if group.tensors}
     single = all(parameter.dtype == torch.float32 for parameter in parameters) and "fp32" in names
-    # A model in fp32 as a whole is in the first group, or, of older versions, in that of fp32.
+    # A model entirely in fp32 is in the first group, or in group "fp32" of older versions.
     if len(names) == 1 or single:
         groups[0 if 0 in in_use or len(names) == 1 else names.index("fp32")] = list(parameters)
         return groups
@@ -122,26 +126,30 @@ def assign(parameters: Sequence[Parameter], shards: Sequence[Shard]) -> list[lis
         elif parameter.dtype == torch.float32 and "fp32" in names:
             name = "fp32"
         if name not in names:
-            raise MisfitError(f"there is no parameter group '{name}' among {', '.join(names)}")
+            raise MisfitError(f"no parameter group '{name}' among {', '.join(names)}")
         groups[names.index(name)].append(parameter)
     for number in sorted(in_use):
         if not groups[number]:
-            raise MisfitError(f"the parameter group '{names[number]}' has no weights that belong to it")
+            raise MisfitError(f"no weight belongs to the parameter group '{names[number]}'")
     return groups
 
 
 def split_evenly(
     groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard]
 ) -> Iterator[tuple[str, list[StateRange]]]:
-    """Locations of weights whose parameters are each padded and split into equal parts for the ZeRO ranks."""
+    """(name, ranges) of weights whose parameters are padded and split into equal parts, one per ZeRO rank.
+
+    Raises:
+        MisfitError: the sizes in the files differ.
+    """
     for group, parameters in enumerate(groups):
         for shard in shards:
             found = [tensor.numel() for tensor in shard.groups[group].tensors.get("master", [])]
             expected = [-(-parameter.size // len(shards)) for parameter in parameters]
             if found != expected:
                 raise MisfitError(
-                    f"group '{shard.groups[group].name}' in {shard.path.name} has {len(found)} parts of {sum(found):,} "
-                    f"elements, the weights make {len(expected)} of {sum(expected):,}"
+                    f"group '{shard.groups[group].name}' in {shard.path.name} has {len(found)} parts with "
+                    f"{sum(found):,} elements, the weights give {len(expected)} with {sum(expected):,}"
                 )
         for number, parameter in enumerate(parameters):
             size = -(-parameter.size // len(shards))
@@ -156,16 +164,20 @@ def split_evenly(
                 )
 
 
-def deal_out(
+def distribute(
     groups: Sequence[Sequence[Parameter]], shards: Sequence[Shard], plan: Plan | None
 ) -> Iterator[tuple[str, list[StateRange]]]:
-    """Locations of weights whose parameters each lie on one ZeRO rank, consecutively in its flat tensor."""
+    """(name, ranges) of weights whose parameters are each on one ZeRO rank, consecutive in its flat tensor.
+
+    Raises:
+        MisfitError: the plan does not fit the parameters, or the sizes in the files differ.
+    """
     if plan is not None and len(plan) != len(groups):
-        raise MisfitError(f"the plan is of {len(plan)} parameter groups, the files have {len(groups)}")
+        raise MisfitError(f"the plan has {len(plan)} parameter groups, the files have {len(groups)}")
     for group, parameters in enumerate(groups):
         by_size = sorted(parameters, key=lambda parameter: -parameter.size)
-        of_ranks = _greedy(by_size, len(shards)) if plan is None else _planned(by_size, plan[group], len(shards))
-        for zero, (own, shard) in enumerate(zip(of_ranks, shards, strict=True)):
+        by_rank = _greedy(by_size, len(shards)) if plan is None else _planned(by_size, plan[group], len(shards))
+        for zero, (own, shard) in enumerate(zip(by_rank, shards, strict=True)):
             flat = shard.groups[group].tensors.get("master", [])
             found, expected = sum(one.numel() for one in flat), sum(parameter.size for parameter in own)
             if found != expected:
@@ -192,10 +204,10 @@ def _greedy(by_size: Sequence[Parameter], num_zero: int) -> list[list[Parameter]
 
 def _planned(by_size: Sequence[Parameter], plan: list[list[str]], num_zero: int) -> list[list[Parameter]]:
     if len(plan) != num_zero:
-        raise MisfitError(f"the plan is for {len(plan)} ZeRO ranks, and there are files of {num_zero}")
+        raise MisfitError(f"the plan is for {len(plan)} ZeRO ranks, the files are of {num_zero}")
     numbers = [int(entry.split("_")[0]) for entries in plan for entry in entries]
     if sorted(numbers) != list(range(len(by_size))):
-        raise MisfitError(f"the plan names {len(numbers)} parameters, the weights are {len(by_size)}")
+        raise MisfitError(f"the plan has {len(numbers)} parameters, the weights give {len(by_size)}")
     result = []
     for entries in plan:
         result.append([by_size[int(entry.split("_")[0])] for entry in entries])
@@ -203,6 +215,6 @@ def _planned(by_size: Sequence[Parameter], plan: list[list[str]], num_zero: int)
             shape = tuple(int(size) for size in entry.split("_")[1:])
             if shape != parameter.shape:
                 raise MisfitError(
-                    f"the plan has {list(shape)} where '{parameter.names[0]}' has {list(parameter.shape)}"
+                    f"the plan has shape {list(shape)} for '{parameter.names[0]}' of shape {list(parameter.shape)}"
                 )
     return result

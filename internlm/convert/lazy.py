@@ -1,4 +1,4 @@
-"""Tensors that are computed in groups and read one after the other."""
+"""Lazy reading of tensors that are computed in groups."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 def grouped_readers(
     read_group: Callable[[int], Mapping[str, Tensor]], groups: Iterable[Iterable[str]]
 ) -> dict[str, Callable[[], Tensor]]:
-    """A reader a name. The last group is kept until another one is wanted, so that each is made once.
+    """Return a reader per name. Only the last group is cached, so reading in order computes each group once.
 
     Args:
         read_group: number of a group -> its tensors by name.
         groups: names of each group.
     """
-    kept: dict[int, Mapping[str, Tensor]] = {}
+    cache: dict[int, Mapping[str, Tensor]] = {}
 
     def read(number: int, name: str) -> Tensor:
-        if number not in kept:
-            kept.clear()
-            kept[number] = read_group(number)
-        return kept[number][name]
+        if number not in cache:
+            cache.clear()
+            cache[number] = read_group(number)
+        return cache[number][name]
 
     return {name: partial(read, number, name) for number, names in enumerate(groups) for name in names}

@@ -1,6 +1,7 @@
-"""Meta's own llama files: params.json and one consolidated.NN.pth a tensor-parallel rank.
+"""Meta's llama files: params.json and one consolidated.NN.pth per tensor-parallel rank.
 
-The names are ours but for the prefix; rotary pairs are adjacent rows; a tensor is cut over the files by its kind.
+Names are ours except for the prefix, rotary pairs are adjacent rows, and the kind of a tensor determines the dimension
+over which the files split it.
 """
 
 from __future__ import annotations
@@ -24,22 +25,21 @@ from internlm.utils.storage import StoragePath
 
 _FILE = re.compile(r"consolidated\.\d\d\.pth")
 _ROWS_SPLIT = (".wo.weight", ".w2.weight")
-"""Suffixes of the names of matrices that are split by columns (inputs); others are split by rows."""
+"""Suffixes of row-parallel matrices, which are split along columns (inputs); others are split along rows."""
 
 
 class MetaLlamaWeights:
-    """The weights of such a folder under the names and in the form of a model: a `WeightSource`.
+    """The weights of such a folder with the names and in the form of a model: a `WeightSource`.
+
+    `names()` includes unexpected names of the files unchanged, and excludes weights of which a part is missing.
 
     Args:
         path: the folder, on a local disk.
-        architecture: of the model that wants them; it may fuse and interleave otherwise than the files.
-
-    Names of the files that the model has no place for are among `names()` as they are; weights of which a part is
-    missing are not.
+        architecture: of the model to load; it may fuse weights and interleave rotary channels unlike the files.
 
     Raises:
         CheckpointError: the folder does not exist or has no weights, params.json or a shape does not fit the model, or
-            the frequencies in the files are not those of params.json.
+            the rotary frequencies in the files contradict params.json.
     """
 
     def __init__(self, path: StoragePath, architecture: Architecture) -> None:
@@ -47,7 +47,7 @@ class MetaLlamaWeights:
             raise CheckpointError(f"there is no folder of llama weights at '{path}'")
         names = [name for name in path.names() if _FILE.fullmatch(name)]
         if not names:
-            raise CheckpointError(f"'{path}' has no weights: no file consolidated.00.pth is there")
+            raise CheckpointError(f"'{path}' has no weights: there is no file consolidated.00.pth")
         self.path = path
         self._architecture = architecture
         base = _check_params(path, architecture)
@@ -57,16 +57,16 @@ class MetaLlamaWeights:
         for name in filter(is_buffer, shards[0]):
             difference = buffer_difference(name, self._files[0].read(name), rope)
             if difference is not None:
-                raise CheckpointError(f"'{path}' holds another model than its params.json says: {difference}")
+                raise CheckpointError(f"'{path}' contains another model than its params.json describes: {difference}")
         for file in self._files:
             file.close()
         found = {name: entry for name, entry in shards[0].items() if not is_buffer(name)}
         for file, shard in zip(self._files, shards, strict=True):
-            absent = [name for name in found if name not in shard]
-            if absent:
-                raise CheckpointError(f"'{file.path}' lacks '{absent[0]}', which '{names[0]}' has")
-        wanted = meta_weights(architecture)
-        plain = plain_shapes(wanted, architecture)
+            missing = [name for name in found if name not in shard]
+            if missing:
+                raise CheckpointError(f"'{file.path}' lacks '{missing[0]}', which '{names[0]}' has")
+        weights = meta_weights(architecture)
+        plain = plain_shapes(weights, architecture)
         self._dims = {
             name: _split_dim(name, found[name][0], tuple(tensor.shape), len(names), path)
             for name, tensor in plain.items()
@@ -77,8 +77,8 @@ class MetaLlamaWeights:
         for name in plain:
             groups.setdefault(group_of(name), []).append(name)
         present = [group for group in groups.values() if all(name in found for name in group)]
-        whole = {group_of(group[0]) for group in present}
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items() if group_of(name) in whole}
+        complete = {group_of(group[0]) for group in present}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in weights.items() if group_of(name) in complete}
         ours: dict[str, list[str]] = {}
         for name in self._shapes:
             ours.setdefault(group_of(name), []).append(name)
@@ -87,21 +87,21 @@ class MetaLlamaWeights:
         )
 
     def names(self) -> Collection[str]:
-        """The model's names of all weights in the files, and the files' names of tensors unknown to the model."""
+        """The model's names of all weights in the files, and the files' names of unexpected tensors."""
         return [*self._shapes, *self._unexpected]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a weight; of an unknown tensor, its shape in the first file."""
+        """Shape of a weight; of an unexpected tensor, its shape in the first file."""
         return self._shapes[name] if name in self._shapes else self._files[0].entries()[name][0]
 
     def read(self, name: str) -> Tensor:
-        """A full weight."""
+        """Read a full weight."""
         return self._readers[name]() if name in self._shapes else self._files[0].read(name)
 
     def _translate(self, names: list[str]) -> dict[str, Tensor]:
-        return from_plain({name: self._read_whole(name) for name in names}, self._architecture, interleaved=True)
+        return from_plain({name: self._read_full(name) for name in names}, self._architecture, interleaved=True)
 
-    def _read_whole(self, name: str) -> Tensor:
+    def _read_full(self, name: str) -> Tensor:
         dim = self._dims[name]
         if dim is None:
             return self._files[0].read(name)
@@ -111,33 +111,33 @@ class MetaLlamaWeights:
 def _split_dim(
     name: str, shard: tuple[int, ...], whole: tuple[int, ...], num_files: int, path: StoragePath
 ) -> int | None:
-    """The dimension by which a tensor is split; None: every file has the full tensor.
+    """The dimension along which a tensor is split; None if every file has the full tensor.
 
     Raises:
-        CheckpointError: the files do not make up the shape that the model wants.
+        CheckpointError: the shards do not fit the shape of the model's weight.
     """
     if len(whole) == 1 and shard == whole:
         return None
     dims = [1] if name.endswith(_ROWS_SPLIT) else [0]
     if name == "tok_embeddings.weight":
-        # Cut over the hidden size in the first two generations, over the vocabulary in the third.
+        # Split along the hidden size in Llama 1 and 2, along the vocabulary in Llama 3.
         dims = [0, 1]
     for dim in dims:
         if len(shard) > dim and (*shard[:dim], shard[dim] * num_files, *shard[dim + 1 :]) == whole:
             return dim
     raise CheckpointError(
         f"the weights in '{path}' do not fit this model: '{name}' has shape {list(shard)} in each of {num_files} "
-        f"file(s), the model wants {list(whole)}"
+        f"file(s), the model needs {list(whole)}"
     )
 
 
 def trained_keys(path: StoragePath, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """What params.json says of the function of the model, as keys of the `model` section.
+    """The facts in params.json that determine the model's function, as keys of the `model` section.
 
     Args:
         path: the folder.
-        ours: the `model` section of the run, from which comes what params.json leaves open: by how much scaled rotary
-            frequencies are scaled.
+        ours: the `model` section of the run; it supplies the factors of scaled rotary frequencies, which params.json
+            omits.
 
     Raises:
         CheckpointError: there is no params.json, or it is damaged.
@@ -150,11 +150,11 @@ def trained_keys(path: StoragePath, ours: Mapping[str, Any]) -> dict[str, Any]:
     if not values.get("use_scaled_rope"):
         keys["rope_scaling"] = None
     elif scaling is None or scaling["type"] != "llama3":
-        keys["rope_scaling"] = _SCALING_OF_LLAMA_3_1
+        keys["rope_scaling"] = _LLAMA_3_1_SCALING
     return keys
 
 
-_SCALING_OF_LLAMA_3_1 = {
+_LLAMA_3_1_SCALING = {
     "type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -166,12 +166,12 @@ _SCALING_OF_LLAMA_3_1 = {
 def _read_params(path: StoragePath) -> dict[str, Any]:
     file = path / "params.json"
     if not file.is_file():
-        raise CheckpointError(f"'{path}' has no params.json: it is no folder of llama weights")
+        raise CheckpointError(f"'{path}' has no params.json: it is not a folder of llama weights")
     return read_json(file)
 
 
 def _check_params(path: StoragePath, architecture: Architecture) -> float:
-    """Compare the sizes with those of the model; returns the rotary base."""
+    """Compare the sizes in params.json with those of the model, and return the rotary base."""
     values = _read_params(path)
     a = architecture
     sizes = {
@@ -181,13 +181,13 @@ def _check_params(path: StoragePath, architecture: Architecture) -> float:
         "n_kv_heads": a.num_kv_heads,
     }
     values.setdefault("n_kv_heads", values.get("n_heads"))
-    mistakes = [
+    differences = [
         f"{name} is {values[name]}, the model has {value}"
         for name, value in sizes.items()
         if values.get(name) is not None and values[name] != value
     ]
-    if mistakes:
-        raise CheckpointError(f"{path / 'params.json'}: does not fit this model: {'; '.join(mistakes)}")
+    if differences:
+        raise CheckpointError(f"{path / 'params.json'}: does not fit this model: {'; '.join(differences)}")
     return _rope_base(path, values)
 
 

@@ -1,6 +1,8 @@
-"""Tensors of other programs' files that follow from the config or from other tensors.
+"""Redundant tensors in foreign files, which the config or another tensor determines.
 
-They are compared before they are dropped: where they differ, the file holds another model than its config describes."""
+They are compared before they are dropped. A difference means that the file contains another model than its config
+describes.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +17,30 @@ _FREQUENCIES = re.compile(r"(^|\.)(inv_freq|rope\.freqs)$")
 _TABLES = re.compile(r"\.rotary_emb\.(cos|sin)_cached$")
 _POSITIONS = re.compile(r"(^|\.)position_ids$")
 _ROUNDINGS = 8
-"""Roundings of its dtype by which a buffer may be off: some were computed in that dtype."""
+"""Tolerance in roundings of the buffer's dtype, in which some buffers were computed."""
 _COMPARED_POSITIONS = 16
 
 
 def is_buffer(name: str) -> bool:
-    """Whether it is a tensor that old versions of the libraries saved although it follows from the config."""
+    """Whether a tensor is a buffer that old library versions saved although the config determines it."""
     return any(pattern.search(name) for pattern in (_FREQUENCIES, _TABLES, _POSITIONS))
 
 
 def buffer_difference(name: str, tensor: Tensor, rope: RopeSettings) -> str | None:
-    """Describes how such a buffer differs from what the config gives; None if it does not.
+    """Describe how a buffer differs from what the config gives; None if it does not.
 
     Args:
-        tensor: its values; on meta, only the size is compared.
-        rope: of the config. Buffers may hold the frequencies before or after they were stretched.
+        name: of the buffer.
+        tensor: values of the buffer.
+        rope: of the config. The buffer may contain the frequencies before or after scaling.
     """
     if _POSITIONS.search(name):
         expected = [torch.arange(tensor.shape[-1])]
     else:
         plain = RopeSettings(head_dim=rope.head_dim, base=rope.base)
-        # Dynamic NTK changes them with the length of a document: the buffer has those of a short one.
-        stretched = plain if rope.rope_type == "dynamic" else rope
-        expected = [inverse_frequencies(settings) for settings in (plain, stretched)]
+        # Dynamic NTK scales with the length of a document; the buffer has the frequencies of a short one.
+        scaled = plain if rope.rope_type == "dynamic" else rope
+        expected = [inverse_frequencies(settings) for settings in (plain, scaled)]
     if _TABLES.search(name):
         positions = torch.arange(min(_COMPARED_POSITIONS, tensor.numel() // rope.head_dim), dtype=torch.float32)
         angles = [torch.outer(positions, frequencies).repeat(1, 2) for frequencies in expected]
@@ -48,11 +51,11 @@ def buffer_difference(name: str, tensor: Tensor, rope: RopeSettings) -> str | No
     if _FREQUENCIES.search(name) and tensor.numel() == rope.head_dim // 2 > 1 and float(tensor.flatten()[1]) > 0:
         base = float(tensor.flatten()[1]) ** (-rope.head_dim / 2)
         return f"'{name}' has the frequencies of a rotary base of about {base:.6g}, the config says {rope.base:.6g}"
-    return f"'{name}' is not what follows from the config (rotary base {rope.base:.6g}, head_dim {rope.head_dim})"
+    return f"'{name}' contradicts the config (rotary base {rope.base:.6g}, head_dim {rope.head_dim})"
 
 
 def tied_difference(head: Tensor, embedding: Tensor) -> str | None:
-    """Describes how a head that should be the embedding differs from it; None if it does not."""
+    """Describe how a tied head differs from its embedding; None if it does not."""
     if head.shape != embedding.shape:
         return f"has shape {list(head.shape)}, the embedding {list(embedding.shape)}"
     embedding = embedding.to(head.dtype)

@@ -1,9 +1,9 @@
-"""The safetensors file format, tensor by tensor: written to and read from any stream, also of an object store.
+"""Reads and writes the safetensors format tensor by tensor, on any stream, including those of an object store.
 
 The format (https://github.com/huggingface/safetensors): the length of the header (8 bytes, little-endian); the header
-(JSON: name -> dtype, shape and offsets); the bytes of the tensors. The header follows from shapes alone, so a file is
-written with one tensor in memory at a time. The library itself writes all tensors at once, and memory-maps the files
-that it reads, whose pages then count as memory.
+(JSON: name -> dtype, shape and offsets); the bytes of the tensors. The header depends on shapes and dtypes only, so a
+file is written with one tensor in memory at a time. The library itself writes all tensors at once, and memory-maps the
+files it reads, whose pages count as resident memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _MAX_HEADER = 100_000_000
-"""The library's own limit; more is a damaged file."""
+"""The library's own limit in bytes; a longer header means a damaged file."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def write_safetensors(stream: BinaryIO, tensors: Mapping[str, LazyTensor]) -> in
     """Write a file, one tensor at a time.
 
     Args:
-        stream: only written to, front to back.
-        tensors: in the order in which to read them; those of wider dtypes go first, so that all are aligned.
+        stream: written sequentially.
+        tensors: in the order in which to read them, except that wider dtypes come first, so that all are aligned.
 
     Returns:
         Bytes written.
@@ -83,14 +83,14 @@ def write_safetensors(stream: BinaryIO, tensors: Mapping[str, LazyTensor]) -> in
 
 
 def _write_tensor(stream: BinaryIO, name: str, tensor: LazyTensor) -> None:
-    """A function of its own, so that the tensor is freed before the next one is read."""
+    """Write one tensor. A separate function, so that the tensor is freed before the next one is read."""
     values = tensor.read()
     assert (tuple(values.shape), values.dtype) == (tuple(tensor.shape), tensor.dtype), name
     stream.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def read_header(stream: BinaryIO, size: int, where: str) -> dict[str, TensorLocation]:
-    """The location of each tensor of a file.
+    """Read the location of each tensor in a file.
 
     Args:
         stream: at the file's first byte.
@@ -98,24 +98,24 @@ def read_header(stream: BinaryIO, size: int, where: str) -> dict[str, TensorLoca
         where: the file, for messages.
 
     Raises:
-        CheckpointError: it is no safetensors file, is cut off, or has a number format that is not supported.
+        CheckpointError: the file is not a safetensors file, is truncated, or has an unsupported dtype.
     """
     length = int.from_bytes(stream.read(8), "little")
     if not 2 <= length <= min(_MAX_HEADER, size - 8):
-        raise CheckpointError(f"{where}: not a safetensors file, or cut off: {size} bytes, header of {length}")
+        raise CheckpointError(f"{where}: not a safetensors file, or truncated: {size} bytes, header of {length}")
     try:
         header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         locations = {}
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
-                raise CheckpointError(f"{where}: '{name}' has number format {entry['dtype']}, which is not supported")
+                raise CheckpointError(f"{where}: '{name}' has dtype {entry['dtype']}, which is not supported")
             begin, end = entry["data_offsets"]
             location = TensorLocation(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
             if begin < 0 or end - begin != location.num_bytes:
                 raise ValueError(f"'{name}' has {end - begin} bytes for shape {list(location.shape)}")
             if 8 + length + end > size:
-                raise CheckpointError(f"{where}: cut off: it has {size} bytes, '{name}' ends at {8 + length + end}")
+                raise CheckpointError(f"{where}: truncated: it has {size} bytes, '{name}' ends at {8 + length + end}")
             locations[name] = location
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where}: the safetensors header is damaged: {error}") from error
@@ -135,13 +135,13 @@ def read_tensor(stream: BinaryIO, location: TensorLocation, where: str) -> Tenso
     while done < len(view):
         count = stream.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
-            raise CheckpointError(f"{where}: cut off: it ends {len(view) - done} bytes too early")
+            raise CheckpointError(f"{where}: truncated: {len(view) - done} bytes are missing")
         done += count
     return buffer.view(location.dtype).view(location.shape)
 
 
 def shard(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Split names, in order, into files of at most `max_bytes`; a larger tensor has a file of its own."""
+    """Group names, in order, into files of at most `max_bytes`; a larger tensor gets its own file."""
     shards: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():

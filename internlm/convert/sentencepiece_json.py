@@ -1,7 +1,7 @@
-"""A SentencePiece model as a tokenizer.json that gives the same ids, for libraries that do not read the model itself.
+"""Converts a SentencePiece model to a tokenizer.json that gives the same ids, for libraries that cannot read the model.
 
-What the file format cannot say (user-defined pieces after a space that is put before the text, for example) gives other
-ids: compare before you rely on it.
+Some features, such as user-defined pieces after the prepended space, have no equivalent in the format and give other
+ids. Compare the ids before relying on the result.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from internlm.data.tokenize.special_tokens import AddedToken
 _BPE = 2
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _SPACE = "\u2581"
-"""Represents a space in a piece."""
-_NEVER = -1e6
-"""Score of pieces that are matched literally, before the model chooses any."""
+"""The symbol for a space in a piece."""
+_UNUSED_SCORE = -1e6
+"""Score of pieces that are matched literally, before the model is applied."""
 
 
 def sentencepiece_json(path: Path, added: Mapping[int, AddedToken], ends: tuple[str | None, str | None]) -> bytes:
@@ -25,8 +25,8 @@ def sentencepiece_json(path: Path, added: Mapping[int, AddedToken], ends: tuple[
 
     Args:
         path: the .model file.
-        added: id -> token, of further tokens that are found in the text as they are spelt.
-        ends: tokens that transformers puts before and after a text that it is asked to tokenize.
+        added: id -> token, for further tokens that are matched literally in a text.
+        ends: tokens that transformers adds before and after a text.
     """
     import tokenizers
     from sentencepiece import sentencepiece_model_pb2
@@ -53,8 +53,8 @@ def sentencepiece_json(path: Path, added: Mapping[int, AddedToken], ends: tuple[
             byte_fallback=trained.byte_fallback,
         )
     else:
-        scores = [_NEVER if id in tokens else piece.score for id, piece in enumerate(proto.pieces)]
-        scores += [_NEVER] * (len(pieces) - len(scores))
+        scores = [_UNUSED_SCORE if id in tokens else piece.score for id, piece in enumerate(proto.pieces)]
+        scores += [_UNUSED_SCORE] * (len(pieces) - len(scores))
         model = models.Unigram(list(zip(pieces, scores, strict=True)), trained.unk_id, trained.byte_fallback)
     tokenizer = Tokenizer(model)
     steps: list[Any] = []
@@ -65,9 +65,9 @@ def sentencepiece_json(path: Path, added: Mapping[int, AddedToken], ends: tuple[
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    text_of: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    decoding: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(
-        [*text_of, decoders.Strip(content=" ", left=1)] if rules.add_dummy_prefix else text_of
+        [*decoding, decoders.Strip(content=" ", left=1)] if rules.add_dummy_prefix else decoding
     )
     tokenizer.add_tokens(
         [
@@ -91,7 +91,7 @@ def sentencepiece_json(path: Path, added: Mapping[int, AddedToken], ends: tuple[
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Pairs of pieces that make a piece, the likeliest piece first: the order in which SentencePiece merges."""
+    """Pairs of pieces that form a piece, by descending score of that piece: the merge order of SentencePiece."""
     ids = {piece.piece: id for id, piece in enumerate(proto.pieces) if piece.type == _NORMAL}
     found = [
         (-proto.pieces[id].score, id, piece[:cut], piece[cut:])

@@ -1,4 +1,4 @@
-"""Converts a checkpoint into a folder that transformers loads, one group of weights at a time."""
+"""Converts a checkpoint to a folder that transformers loads, with one group of weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from internlm.convert.lazy import grouped_readers
 from internlm.convert.safetensors_file import shard, write_safetensors
 from internlm.convert.tokenizer_files import (
     TokenizerFiles,
+    equivalent_files,
     generation_config,
     imported_files,
-    served_alike,
     tokenizer_files,
     with_generation_config,
 )
@@ -42,7 +42,7 @@ from internlm.utils.storage import StoragePath, storage_path
 logger = get_logger(__name__)
 
 SHARD_BYTES = 5_000_000_000
-"""transformers' own default."""
+"""Default size of a weight file, as in transformers."""
 
 LayoutChoice = Literal["transformers", "published"]
 
@@ -58,23 +58,23 @@ def convert_to_hf(
 ) -> None:
     """Write a Hugging Face folder.
 
-    On a disk it gets its name when it is complete. In an object store config.json, without which nothing loads, is
-    written last.
+    On a disk the folder gets its final name once it is complete. In an object store config.json, without which nothing
+    loads, is written last.
 
     Args:
         checkpoint: a checkpoint, or a save folder, whose newest complete checkpoint is converted.
-        out: must be new or empty.
-        layout: "transformers": names and config of the library's own classes. "published": those of the family's
-            published checkpoints, which may need code of theirs.
-        dtype: of the weights; None: each as stored.
-        max_shard_bytes: of one weight file, as far as single tensors allow.
-        tokenizer: None: the files that the checkpoint was imported with, else the run's data.tokenizer_path. False:
-            none.
+        out: output folder; must be new or empty.
+        layout: "transformers" for names and config of the library's built-in classes, "published" for those of the
+            family's published checkpoints, which may need their own code.
+        dtype: of the weights; None keeps that of each weight.
+        max_shard_bytes: maximum size of a weight file, except for larger single tensors.
+        tokenizer: None exports the files that the checkpoint was imported with, else those of data.tokenizer_path of
+            the run; False exports none.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, `out` is not empty, or transformers gives other ids
-            than the tokenizer did in training, in every form of its files.
-        ConfigError: no class of transformers (no published code) computes this model.
+            than the tokenizer of the training data, in every form of its files.
+        ConfigError: no class of transformers, or no published code, computes this model.
     """
     if out.is_file() or out.names():
         raise CheckpointError(f"'{out}' is not empty; give another --out")
@@ -86,22 +86,22 @@ def convert_to_hf(
     if not out.is_local:
         _write(source, out, layout, dtype, max_shard_bytes, tokenizer)
         return
-    writing = out.parent / f".writing-{out.name}"
-    writing.remove()
+    temporary = out.parent / f".writing-{out.name}"
+    temporary.remove()
     try:
-        _write(source, writing, layout, dtype, max_shard_bytes, tokenizer)
+        _write(source, temporary, layout, dtype, max_shard_bytes, tokenizer)
         out.remove()
-        writing.rename_to(out)
+        temporary.rename_to(out)
     except BaseException:
-        writing.remove()
+        temporary.remove()
         raise
 
 
-def export_beside(checkpoint: StoragePath) -> None:
-    """Write `<step>_hf/` beside a complete checkpoint, replacing an older one; for `enable_internevo2hf_ckpt`.
+def export_next_to(checkpoint: StoragePath) -> None:
+    """Write `<step>_hf/` next to a complete checkpoint, replacing an older one; for `enable_internevo2hf_ckpt`.
 
     Raises:
-        as `convert_to_hf`.
+        CheckpointError, ConfigError: as in `convert_to_hf`.
     """
     out = checkpoint.parent / f"{checkpoint.name}_hf"
     if not out.is_local:
@@ -109,21 +109,21 @@ def export_beside(checkpoint: StoragePath) -> None:
         out.remove()
         _write(checkpoint, out, "transformers", None, SHARD_BYTES, None)
         return
-    writing = checkpoint.parent / f".writing-{out.name}"
-    writing.remove()
-    _write(checkpoint, writing, "transformers", None, SHARD_BYTES, None)
+    temporary = checkpoint.parent / f".writing-{out.name}"
+    temporary.remove()
+    _write(checkpoint, temporary, "transformers", None, SHARD_BYTES, None)
     out.remove()
-    writing.rename_to(out)
+    temporary.rename_to(out)
 
 
 def check_exportable(config: Config, layout: LayoutChoice = "transformers") -> None:
     """Check before a run that its checkpoints can be exported.
 
     Raises:
-        CheckpointError, ConfigError: they cannot; says why.
+        CheckpointError, ConfigError: the checkpoints cannot be exported.
     """
     values = _config_json(config, architecture_of(config), layout)
-    served_alike(_tokenizer_of_run(config), values, with_code=layout == "published")
+    equivalent_files(_tokenizer_of_run(config), values, with_code=layout == "published")
 
 
 def _write(
@@ -137,10 +137,10 @@ def _write(
     config = read_config(checkpoint)
     architecture = architecture_of(config)
     values = _config_json(config, architecture, layout)
-    beside = _files_beside(checkpoint, config, layout, tokenizer) if tokenizer is not False else TokenizerFiles()
-    _check_trained_with(checkpoint, beside)
-    values |= beside.ids
-    files = served_alike(beside, values, with_code=layout == "published")
+    exported = _side_files(checkpoint, config, layout, tokenizer) if tokenizer is not False else TokenizerFiles()
+    _check_trained_with(checkpoint, exported)
+    values |= exported.ids
+    files = equivalent_files(exported, values, with_code=layout == "published")
     names = PUBLISHED_LAYOUTS.get(config.model_type, "transformers") if layout == "published" else "transformers"
     tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype)
     if dtype is not None:
@@ -151,34 +151,34 @@ def _write(
     _write_weights(out, tensors, max_shard_bytes)
     for name, data in files.items():
         (out / name).write_bytes(data)
-    if beside.ids and GENERATION not in files:
-        _write_json(out / GENERATION, {"_from_model_config": True, **beside.ids})
+    if exported.ids and GENERATION not in files:
+        _write_json(out / GENERATION, {"_from_model_config": True, **exported.ids})
     _write_json(out / CONFIG, values)
 
 
 def hf_tensors(
     reader: TensorReader, architecture: Architecture, layout: Layout, dtype: torch.dtype | None
 ) -> dict[str, LazyTensor]:
-    """The weights of a checkpoint under Hugging Face names, group by group.
+    """The weights of a checkpoint by Hugging Face names, read group by group.
 
     Raises:
-        CheckpointError: the checkpoint lacks a weight of its own model, or has one in another shape.
+        CheckpointError: the weights of the checkpoint do not fit its own config.
     """
     stored = {name: reader.entries[f"{MODEL_PREFIX}{name}"] for name in reader.names()}
-    wanted = meta_weights(architecture)
-    mistakes = [f"'{name}' is missing" for name in wanted if name not in stored]
-    mistakes += [f"'{name}' is not of this model" for name in stored if name not in wanted]
-    mistakes += [
-        f"'{name}' has shape {list(stored[name].shape)}, the model wants {list(tensor.shape)}"
-        for name, tensor in wanted.items()
+    weights = meta_weights(architecture)
+    problems = [f"'{name}' is missing" for name in weights if name not in stored]
+    problems += [f"'{name}' is not a weight of this model" for name in stored if name not in weights]
+    problems += [
+        f"'{name}' has shape {list(stored[name].shape)}, the model needs {list(tensor.shape)}"
+        for name, tensor in weights.items()
         if name in stored and tuple(stored[name].shape) != tuple(tensor.shape)
     ]
-    if mistakes:
+    if problems:
         raise CheckpointError(
-            f"the checkpoint '{reader.path}' does not fit its config:\n  " + "\n  ".join(mistakes[:20])
+            f"the checkpoint '{reader.path}' does not fit its config:\n  " + "\n  ".join(problems[:20])
         )
     shapes = {
-        name: torch.empty(tensor.shape, dtype=stored[name].dtype, device="meta") for name, tensor in wanted.items()
+        name: torch.empty(tensor.shape, dtype=stored[name].dtype, device="meta") for name, tensor in weights.items()
     }
     groups = weight_groups(shapes, architecture, layout)
 
@@ -200,7 +200,7 @@ def _config_json(config: Config, architecture: Architecture, layout: LayoutChoic
     return make(architecture, config.model_type)
 
 
-def _files_beside(
+def _side_files(
     checkpoint: StoragePath, config: Config, layout: LayoutChoice, tokenizer: StoragePath | None
 ) -> TokenizerFiles:
     if tokenizer is not None:
@@ -211,11 +211,11 @@ def _files_beside(
     return with_generation_config(_tokenizer_of_run(config), generation_config(checkpoint))
 
 
-def _check_trained_with(checkpoint: StoragePath, beside: TokenizerFiles) -> None:
+def _check_trained_with(checkpoint: StoragePath, exported: TokenizerFiles) -> None:
     known = trained_with(checkpoint)
-    if known is None or beside.tokenizer is None:
+    if known is None or exported.tokenizer is None:
         return
-    found = KnownTokenizer(tokenizer_fingerprint(beside.tokenizer), beside.where, beside.tokenizer.vocab_size)
+    found = KnownTokenizer(tokenizer_fingerprint(exported.tokenizer), exported.where, exported.tokenizer.vocab_size)
     if not same_ids(known.fingerprint, found.fingerprint):
         raise CheckpointError(
             f"'{checkpoint}' was trained on the ids of another tokenizer: {known.against(found)}. Give that one with "
@@ -230,8 +230,8 @@ def _tokenizer_of_run(config: Config) -> TokenizerFiles:
     try:
         return tokenizer_files(storage_path(Path(path)))
     except (CheckpointError, DataError) as error:
-        # Weights are useful without a tokenizer, and its folder may have been moved since the run.
-        logger.warning("no tokenizer beside the weights: data.tokenizer_path: %s", error)
+        # Weights are useful without a tokenizer, whose folder may have been moved since the run.
+        logger.warning("the weights are exported without a tokenizer: data.tokenizer_path: %s", error)
         return TokenizerFiles()
 
 

@@ -1,7 +1,7 @@
-"""The files of a tokenizer that are written beside exported weights, and the token ids in their configs.
+"""The tokenizer files that are exported with weights, and the token ids in their configs.
 
-A served model must be given the ids it was trained on. So what transformers makes of the files is compared with the
-tokenizer that made the training data; where it differs, the same tokenizer is written in a form that does not.
+A served model must get the ids it was trained on. So transformers' reading of the files is compared with the tokenizer
+that made the training data. If they differ, the tokenizer is written in another form that transformers reads correctly.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ logger = get_logger(__name__)
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
-"""transformers' name of the class that takes a tokenizer.json as it is; others build it anew by rules of their own."""
+"""The class of transformers that uses a tokenizer.json unchanged; others rebuild it by rules of their own."""
 _SIDES = ("the tokenizer of training", "transformers")
 _ADDING_BOS = ("Llama", "CodeLlama", "Gemma")
-"""Prefixes of the names of classes that prepend bos to a text unless their config says otherwise."""
+"""Name prefixes of classes that prepend bos to a text unless their config disables it."""
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The files beside the weights.
+    """The files to export with weights.
 
     Attributes:
         files: name -> content.
         ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, as far as they are known.
-        tokenizer: what the files are to be read as; None without a tokenizer.
-        where: the files, for messages.
+        tokenizer: the tokenizer that the files represent; None if there is none.
+        where: location of the files, for messages.
     """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -61,39 +61,39 @@ class TokenizerFiles:
 
 
 def imported_files(folder: StoragePath, *, with_code: bool) -> TokenizerFiles:
-    """The files that lay beside the weights that a checkpoint was imported from.
+    """The files of the Hugging Face folder that a checkpoint was imported from.
 
     Args:
         folder: `<checkpoint>/hf`.
-        with_code: keep the code of the model; that of a tokenizer always stays.
+        with_code: include the code of the model; that of a tokenizer is always included.
     """
     files = side_files(folder)
     config = json.loads(files.pop(CONFIG, b"{}"))
-    kept = {
+    included = {
         name: data
         for name, data in files.items()
         if with_code or not name.endswith(".py") or name.startswith("tokenization")
     }
     ids = {name: config[name] for name in IDS if config.get(name) is not None}
     tokenizer = None
-    if any(name in kept for name in (TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG)):
+    if any(name in included for name in (TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG)):
         try:
             with tempfile.TemporaryDirectory() as copy:
-                tokenizer = load_tokenizer(_write(kept, Path(copy)))
+                tokenizer = load_tokenizer(_write(included, Path(copy)))
         except DataError as error:
             logger.warning("%s: the tokenizer is copied, but its ids are not compared: %s", folder, error)
-    return TokenizerFiles(kept, ids, tokenizer, str(folder))
+    return TokenizerFiles(included, ids, tokenizer, str(folder))
 
 
 def tokenizer_files(path: StoragePath) -> TokenizerFiles:
     """The files of a tokenizer: a Hugging Face folder, a tokenizer.json, or a SentencePiece .model.
 
     Raises:
-        CheckpointError: there is none.
-        DataError: it cannot be read.
+        CheckpointError: the path does not exist, or is not local.
+        DataError: the tokenizer cannot be read.
     """
     if not path.is_local:
-        raise CheckpointError(f"{path}: a tokenizer is read from a local disk only; copy it first")
+        raise CheckpointError(f"{path}: tokenizers are only read from a local disk; copy it first")
     if path.is_folder():
         files = {
             name: data
@@ -111,98 +111,98 @@ def tokenizer_files(path: StoragePath) -> TokenizerFiles:
 
 
 def generation_config(checkpoint: StoragePath) -> dict[str, Any]:
-    """The generation config that came with imported weights, or with those that the checkpoint was trained on from;
-    empty if there is none.
+    """The generation config of the imported folder that a checkpoint descends from; empty if there is none.
 
     Raises:
-        CheckpointError: it is no JSON object.
+        CheckpointError: the file is not a JSON object.
     """
     path = checkpoint / HF_FILES / GENERATION
     return read_json(path) if path.is_file() else {}
 
 
 def generation_eos_ids(checkpoint: StoragePath) -> tuple[int, ...]:
-    """The ids at which generation stops by `generation_config`.
+    """The end-of-text ids of `generation_config`.
 
     Raises:
-        CheckpointError, DataError: the file is not of this form.
+        CheckpointError, DataError: the file is malformed.
     """
     return eos_ids(generation_config(checkpoint), str(checkpoint / HF_FILES / GENERATION))
 
 
-def with_generation_config(beside: TokenizerFiles, imported: Mapping[str, Any]) -> TokenizerFiles:
-    """With the generation config that came with the weights; the tokenizer's own eos ends a text, too.
+def with_generation_config(exported: TokenizerFiles, imported: Mapping[str, Any]) -> TokenizerFiles:
+    """Add the generation config that came with the weights, with the tokenizer's own eos as a further end of text.
 
     Raises:
-        DataError: one of the generation configs names no ids.
-        CheckpointError: one is no JSON object.
+        DataError: a generation config has invalid ids.
+        CheckpointError: a generation config is not a JSON object.
     """
     values = dict(imported)
-    if not values and GENERATION in beside.files:
-        values = parse_json(beside.files[GENERATION], f"{beside.where}: {GENERATION}")
+    if not values and GENERATION in exported.files:
+        values = parse_json(exported.files[GENERATION], f"{exported.where}: {GENERATION}")
     if not values:
-        return beside
-    own = () if beside.tokenizer is None or beside.tokenizer.eos_id is None else (beside.tokenizer.eos_id,)
+        return exported
+    own = () if exported.tokenizer is None or exported.tokenizer.eos_id is None else (exported.tokenizer.eos_id,)
     ends = list(dict.fromkeys((*own, *eos_ids(values, GENERATION))))
     if ends:
         values["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     content = (json.dumps(values, indent=2) + "\n").encode()
-    return dataclasses.replace(beside, files={**beside.files, GENERATION: content})
+    return dataclasses.replace(exported, files={**exported.files, GENERATION: content})
 
 
-def served_alike(beside: TokenizerFiles, config: Mapping[str, Any], *, with_code: bool) -> Mapping[str, bytes]:
-    """The files, or others of the same tokenizer, that transformers reads as `beside.tokenizer` does.
+def equivalent_files(exported: TokenizerFiles, config: Mapping[str, Any], *, with_code: bool) -> Mapping[str, bytes]:
+    """The files, or another form of them, from which transformers reads a tokenizer equivalent to `exported.tokenizer`.
 
     Args:
-        config: the config.json that will lie beside them.
-        with_code: code of the tokenizer's own may stay; what it does is not compared, as it is not run.
+        exported: the files and the tokenizer that they represent.
+        config: the config.json of the exported folder.
+        with_code: allow a tokenizer that exists only as code; its ids are not compared, as the code is not run.
 
     Raises:
-        CheckpointError: it has more tokens than the model, or transformers gives other ids for every form of it.
+        CheckpointError: the tokenizer has more tokens than the model, or transformers gives other ids for every form.
     """
-    tokenizer, where = beside.tokenizer, beside.where
+    tokenizer, where = exported.tokenizer, exported.where
     if tokenizer is None:
-        return beside.files
+        return exported.files
     if tokenizer.vocab_size > config["vocab_size"]:
         raise CheckpointError(
             f"{where}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only {config['vocab_size']:,}: it "
             "is not the one that made the training data"
         )
-    key = _key(beside, config, with_code)
-    if key not in _SERVED_ALIKE:
-        _SERVED_ALIKE.clear()
-        _SERVED_ALIKE[key] = _find_alike(beside, tokenizer, config, with_code)
-    return _SERVED_ALIKE[key]
+    key = _key(exported, config, with_code)
+    if key not in _CACHE:
+        _CACHE.clear()
+        _CACHE[key] = _find_equivalent(exported, tokenizer, config, with_code)
+    return _CACHE[key]
 
 
-_SERVED_ALIKE: dict[str, Mapping[str, bytes]] = {}
-"""The last result: a run exports repeatedly with the same tokenizer."""
+_CACHE: dict[str, Mapping[str, bytes]] = {}
+"""The last result of `equivalent_files`: a run exports repeatedly with the same tokenizer."""
 
 
-def _key(beside: TokenizerFiles, config: Mapping[str, Any], with_code: bool) -> str:
+def _key(exported: TokenizerFiles, config: Mapping[str, Any], with_code: bool) -> str:
     digest = hashlib.sha256(json.dumps([with_code, config], sort_keys=True, default=str).encode())
-    for name, data in sorted(beside.files.items()):
+    for name, data in sorted(exported.files.items()):
         digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
     return digest.hexdigest()
 
 
-def _find_alike(
-    beside: TokenizerFiles, tokenizer: TextTokenizer, config: Mapping[str, Any], with_code: bool
+def _find_equivalent(
+    exported: TokenizerFiles, tokenizer: TextTokenizer, config: Mapping[str, Any], with_code: bool
 ) -> Mapping[str, bytes]:
-    files, where = beside.files, beside.where
+    files, where = exported.files, exported.where
     with tempfile.TemporaryDirectory() as folder:
         copy = _write(files, Path(folder))
         code = own_code(copy)
         if code is not None and with_code:
-            logger.warning("%s: the tokenizer is code of its own (%s): its ids are not compared", where, code)
+            logger.warning("%s: the tokenizer is custom code (%s): its ids are not compared", where, code)
             return files
         difference = _difference(files, config, tokenizer)
         if difference is None:
             return files
-        other = _as_generic(files, tokenizer, copy)
-    if other is None:
+        generic = _as_generic(files, tokenizer, copy)
+    if generic is None:
         raise CheckpointError(_refusal(where, difference))
-    remaining = _difference(other, config, tokenizer)
+    remaining = _difference(generic, config, tokenizer)
     if remaining is not None:
         raise CheckpointError(_refusal(where, remaining))
     logger.warning(
@@ -210,25 +210,25 @@ def _find_alike(
         "gives the same ids",
         *(where, difference, TOKENIZER_JSON, _GENERIC_CLASS),
     )
-    return other
+    return generic
 
 
 def _refusal(where: str, difference: str) -> str:
     return (
-        f"{where}: a model that is served by transformers would get other ids than it was trained on: {difference}. "
-        "Give --tokenizer PATH with one that agrees, or --no-tokenizer for weights without one"
+        f"{where}: a model served by transformers would get other ids than it was trained on: {difference}. Give "
+        "another tokenizer with --tokenizer PATH, or export without one with --no-tokenizer"
     )
 
 
 def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: TextTokenizer) -> str | None:
-    """Describes how transformers reads the files differently from `trained`; None if it does not."""
+    """Describe how transformers' reading of the files differs from `trained`; None if it does not."""
     with tempfile.TemporaryDirectory() as folder, _quiet_transformers():
         copy = _write({**files, CONFIG: json.dumps(config, default=str).encode()}, Path(folder))
         try:
             theirs = TransformersTokenizer(copy, trust_remote_code=False)
         except DataError as error:
             return str(error).replace(folder, "it")
-        except Exception as error:  # whatever the class that the files name raises
+        except Exception as error:  # the class named in the files may raise anything
             return f"transformers cannot read it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         if theirs.eos_id != trained.eos_id:
             return f"a text ends with token {trained.eos_id} by {_SIDES[0]} and with {theirs.eos_id} by {_SIDES[1]}"
@@ -239,15 +239,15 @@ def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: 
     if special is None:
         return None
     if isinstance(trained, SentencePieceTokenizer) and not trained.added:
-        # No file beside the model names any; transformers always finds them.
-        logger.info("special tokens that are spelt in a text are tokens for transformers, and letters in training")
+        # Training matches special tokens in a text only if a file lists them; transformers always does.
+        logger.info("special tokens spelled out in a text are single tokens in transformers, but not in training")
         return None
     return special
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Suppresses transformers' warnings about files that are only compared."""
+    """Suppress transformers' warnings about files that are only compared."""
     from transformers.utils import logging as library
 
     before = library.get_verbosity()
@@ -259,7 +259,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _as_generic(files: Mapping[str, bytes], tokenizer: TextTokenizer, folder: Path) -> dict[str, bytes] | None:
-    """The same tokenizer as a tokenizer.json that transformers takes as it is; None if it cannot be written so."""
+    """The tokenizer as a tokenizer.json that transformers uses unchanged; None if it has no such form."""
     config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
     pieces = tokenizer.pieces()
     ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
@@ -276,9 +276,9 @@ def _as_generic(files: Mapping[str, bytes], tokenizer: TextTokenizer, folder: Pa
     config |= {"tokenizer_class": _GENERIC_CLASS, **named}
     for key in ("auto_map", "added_tokens_decoder", "legacy"):
         config.pop(key, None)
-    left_out = (MAP, ADDED, TOKENIZER_CONFIG)  # tokenizer.json and the config say it all
-    kept = {name: data for name, data in files.items() if name not in left_out and not name.startswith("tokenization")}
-    return {**kept, TOKENIZER_JSON: content, TOKENIZER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    replaced = (MAP, ADDED, TOKENIZER_CONFIG)  # tokenizer.json and the new config contain everything
+    other = {name: data for name, data in files.items() if name not in replaced and not name.startswith("tokenization")}
+    return {**other, TOKENIZER_JSON: content, TOKENIZER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def _write(files: Mapping[str, bytes], folder: Path) -> Path:
@@ -288,7 +288,7 @@ def _write(files: Mapping[str, bytes], folder: Path) -> Path:
 
 
 def _single_file(path: Path) -> dict[str, bytes]:
-    """The file under the name that transformers looks for, what lies beside it, and which of its classes reads it."""
+    """The file under the name that transformers expects, its neighbors, and a config that names the class to use."""
     is_json = path.suffix == ".json"
     files = {TOKENIZER_JSON if is_json else TOKENIZER_MODEL: path.read_bytes()}
     for name in (TOKENIZER_CONFIG, MAP, ADDED, GENERATION):

@@ -43,7 +43,7 @@ class FailureWatch:
         world_size: number of ranks; if more than one, the default process group must exist.
 
     Attributes:
-        before_exit: called before a background thread ends the process, whose main thread hangs.
+        before_exit: called before a background thread ends a process whose main thread hangs.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -97,14 +97,14 @@ class FailureWatch:
     def declare(self, cause: str) -> None:
         """End the job, including this rank, for a cause found by a background thread."""
 
-        def tell() -> None:
+        def publish() -> None:
             with contextlib.suppress(Exception):  # the rank that holds the store is gone
                 self._store.clone().compare_set(KEY, "", cause)
 
         # If the rank that holds the store is stopped, the request never returns.
-        telling = threading.Thread(target=tell, name="failure-declare", daemon=True)
-        telling.start()
-        telling.join(GRACE_SECONDS)
+        publisher = threading.Thread(target=publish, name="failure-declare", daemon=True)
+        publisher.start()
+        publisher.join(GRACE_SECONDS)
         self._stopped.wait(GRACE_SECONDS)
         self._end(cause)
 

@@ -67,7 +67,7 @@ class RunningTrainer(Protocol):
     engine: Engine
     """Holds the model (`engine.chunks`, this rank's parts of it) and the optimizer (`engine.optimizer`)."""
     context: ParallelContext
-    """Where this rank stands."""
+    """This rank's position and process groups."""
 
     @property
     def stop_reason(self) -> str | None:
@@ -85,7 +85,7 @@ class RunningTrainer(Protocol):
         """Save the current state, or start to; collective. `poll_saves` returns the outcome."""
 
     def poll_saves(self) -> list[SaveResult]:
-        """The saves that ended since the last call, successful or not; never waits. Empty but on the main rank."""
+        """The saves that ended since the last call, successful or not; never waits. Empty except on the main rank."""
 
     def finish_saving(self) -> None:
         """Wait for all saves in progress; collective. Raises CheckpointError when the newest one failed."""

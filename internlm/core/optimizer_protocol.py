@@ -11,7 +11,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import Box
 
 HyperParameters = Mapping[str, float]
-"""Values of one step by name: "lr" and others that the optimizer's update rule knows."""
+"""Values of one step by name: "lr" and others that the optimizer's update rule defines."""
 
 ShardedTensors = Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]
 """(key, parameter, this rank's pieces of a global tensor shaped like the parameter, each with its box)."""
@@ -75,8 +75,11 @@ class Optimizer(Protocol):
         """Finish summing gradients over ranks; collective. `step` calls it unless the caller has."""
 
     def step(self, hyper_parameters: HyperParameters | float) -> OptimizerResult:
-        """Reduce, clip and update; collective. Hyper-parameters left out have the rule's defaults; a number is the
-        learning rate."""
+        """Reduce and clip gradients, and update the parameters; collective.
+
+        Args:
+            hyper_parameters: missing ones have the rule's defaults; a number is the learning rate.
+        """
 
     def finish_gathering(self) -> None:
         """Wait until every parameter has its updated value."""

@@ -1,4 +1,4 @@
-"""Batches that all ranks read in lockstep, so that a rank which fails to read one leaves no other in a collective."""
+"""Reading batches in lockstep on all ranks, so that a failed read leaves no other rank waiting in a collective."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ logger = get_logger(__name__)
 
 
 def read_together(batches: Iterable[Batch], context: ParallelContext) -> Iterator[Batch]:
-    """Iterate over this rank's batches, each as soon as all ranks have read theirs; collective.
+    """Iterate over this rank's batches; each is yielded once all ranks have read theirs. Collective.
 
     Args:
         batches: this rank's batches, as many as on every other rank.
-        context: the ranks.
+        context: this rank's position and process groups.
 
     Raises:
         DataError: a rank could not read its next batch, or its batches ended before those of another rank. Raised on

@@ -52,7 +52,7 @@ class Trainer:
         train_loader: this data rank's batches, as many as on every other data rank. The optional protocols of
             `core/batch_source.py` that it implements are used too: `SeekableSource` at the start, `ClosableSource` at
             the end, and `StatefulSource` in checkpoints.
-        total_steps: steps of the whole run, those before a resume included.
+        total_steps: steps of the whole run, including those before a resume.
         lr: schedule position (0 for the first step) -> learning rate.
         schedules: name of another hyper-parameter of the optimizer -> its value by schedule position; the rest stay
             constant.

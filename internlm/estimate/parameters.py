@@ -10,7 +10,7 @@ from torch import nn
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.fsdp import kept_whole, rows_of
+from internlm.core.parallel.fsdp import rows_of, unsharded_parameters
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import shard_specs
 from internlm.core.parallel.pipeline_stages import meta_stage
@@ -116,4 +116,4 @@ def rank_parameters(
 
 
 def _not_split_by_fsdp(model: nn.Module, context: ParallelContext, fsdp: bool) -> set[nn.Parameter]:
-    return kept_whole(model) if fsdp and context.size("zero") > 1 else set(model.parameters())
+    return unsharded_parameters(model) if fsdp and context.size("zero") > 1 else set(model.parameters())

@@ -1,4 +1,4 @@
-"""When to evaluate. The trainer runs the evaluation, `internlm.core.token_statistics` computes its results."""
+"""Decides when to evaluate. The trainer runs the evaluation; `internlm.core.token_statistics` computes the results."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from internlm.core.hooks import Hook, RunningTrainer
 class EvaluationHook(Hook):
     """Evaluates every `every` steps and after the last step of the run.
 
-    A stop request does not lead to an evaluation: the process may be about to be killed, and a resumed run evaluates
-    at the end. Place the hook after the checkpoint hook, so that a failing or hanging evaluation loses no training.
+    A stop request does not trigger an evaluation: the process may be about to be killed, and a resumed run evaluates at
+    its end. Place the hook after the checkpoint hook, so that a failing or hanging evaluation loses no training.
 
     Args:
         every: steps between two evaluations; 0 disables them.

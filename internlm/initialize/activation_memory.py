@@ -1,4 +1,4 @@
-"""Activations of this rank's layers: what each saves for backward, and where, as the config asks."""
+"""Activations of this rank's layers: what each layer saves for backward, and in which memory."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ logger = get_logger(__name__)
 def check_activations(
     config: Config, model: nn.Module, layout: ParallelLayout, placement: Placement, stages: Sequence[range]
 ) -> None:
-    """Check that the activations of every rank of a pipeline can be arranged as the config asks.
+    """Check the recomputation and offloading settings against the model, on every rank of a pipeline.
 
     Args:
         config: a checked config.
         model: the whole model on the meta device.
         layout: of all ranks.
-        placement: which rank along the pipeline holds which stage.
+        placement: maps each rank along the pipeline to its stages.
         stages: layers of each stage.
 
     Raises:
-        ConfigError: they do not fit into `model.checkpoint_budget`, or the layers of the model are not known.
+        ConfigError: the activations exceed `model.checkpoint_budget`, or the layers of the model are unknown.
     """
-    asked = {
+    settings = {
         "model.checkpoint": config.model.num_recomputed and config.model.checkpoint,
         "model.checkpoint_budget": config.model.checkpoint_budget,
         "cpu_offloading.enable": config.cpu_offloading.enable,
         "selective_checkpoint_offload": config.selective_checkpoint_offload,
     }
-    for key, value in asked.items():
+    for key, value in settings.items():
         if value and not isinstance(model, LayeredModel):
             raise ConfigError(
-                f"{key} = {value}: a {config.model_type} does not name its layers, so nothing can be recomputed or "
-                f"offloaded; leave the key out, or give {type(model).__name__} numbered_layers() and offloading (see "
-                f"internlm/model/layer_protocol.py)"
+                f"{key} = {value}: a {config.model_type} does not expose its layers, so nothing can be recomputed or "
+                f"offloaded; remove the key, or implement numbered_layers() and offloading in {type(model).__name__} "
+                f"(see internlm/model/layer_protocol.py)"
             )
     if config.model.checkpoint_budget is not None:
-        for place in range(placement.num_ranks):
+        for rank in range(placement.num_ranks):
             layers = [
-                layer for chunk in range(placement.num_chunks) for layer in stages[placement.stage_of(place, chunk)]
+                layer for chunk in range(placement.num_chunks) for layer in stages[placement.stage_of(rank, chunk)]
             ]
             _plan(config, model, layout, layers, config.model.checkpoint_budget)
 
@@ -64,7 +64,7 @@ def check_activations(
 def arrange_activations(
     config: Config, chunks: Sequence[nn.Module], layout: ParallelLayout, device: torch.device
 ) -> None:
-    """Give the layers of a rank's chunks the save policies and stores that the config asks for."""
+    """Set save policy and activation store of every layer in a rank's chunks, from the config."""
     models = [chunk for chunk in chunks if isinstance(chunk, LayeredModel)]
     layers = {number: layer for model in models for number, layer in model.numbered_layers().items()}
     if config.model.checkpoint_budget is not None:
@@ -90,12 +90,12 @@ def arrange_activations(
     for number in store_layers:
         layers[number].store = offloading
     logger.info(
-        "activations offloaded to host memory: of %d layer(s) all that is saved, of %d attention's output",
+        "activations offloaded to host memory: everything saved by %d layer(s), the attention output of %d",
         len(autograd_layers),
         len(store_layers),
     )
     if device.type == "cpu":
-        logger.warning("cpu_offloading and selective_checkpoint_offload save nothing here: the device is the host")
+        logger.warning("cpu_offloading and selective_checkpoint_offload save no memory: the device is the host")
 
 
 def _plan(
@@ -104,22 +104,22 @@ def _plan(
     architecture = estimated_architecture(model)
     if architecture is None:
         raise ConfigError(
-            f"model.checkpoint_budget = {config.model.checkpoint_budget}: the activations of a {config.model_type} are "
-            "not known, as it has no architecture or layers of other kinds; set model.checkpoint instead"
+            f"model.checkpoint_budget = {config.model.checkpoint_budget}: the activations of a {config.model_type} "
+            "cannot be estimated, as it has non-standard layers or no architecture; set model.checkpoint instead"
         )
     activations = layer_activations(config, ModelDimensions.of(architecture), layout)
     return plan_activations(activations, layers, budget * 2**30)
 
 
 def estimated_architecture(model: nn.Module) -> Architecture | None:
-    """The architecture of a model whose activations can be estimated: one of standard layers only."""
+    """The architecture of a model, or None if its activations cannot be estimated (non-standard layers)."""
     if not isinstance(model, DescribedModel) or model.architecture.layer_kinds:
         return None
     return model.architecture
 
 
 def layer_activations(config: Config, dimensions: ModelDimensions, layout: ParallelLayout) -> LayerActivations:
-    """Activations of a layer of the model, of one micro-batch of the config."""
+    """Activations of one layer for one micro-batch of the config."""
     data = config.data
     return LayerActivations(dimensions, layout, data.seq_len * data.micro_bsz, data.seq_len)
 
@@ -127,7 +127,7 @@ def layer_activations(config: Config, dimensions: ModelDimensions, layout: Paral
 def save_policies(
     config: Config, model: nn.Module, layout: ParallelLayout, layers: Sequence[int]
 ) -> Mapping[int, SavePolicy]:
-    """Save policy of each of a rank's `layers`: that of the config, or that of the plan for its budget."""
+    """Save policies of a rank's `layers`: planned for `model.checkpoint_budget`, else from `model.checkpoint`."""
     budget = config.model.checkpoint_budget
     if budget is not None:
         return _plan(config, model, layout, layers, budget).policies

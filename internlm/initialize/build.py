@@ -1,4 +1,4 @@
-"""Wires a config into a Trainer, the only place that does: everything below this package takes plain arguments."""
+"""Wires a config into a Trainer. Everything below this package takes plain arguments."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ logger = get_logger(__name__)
 
 
 def build_layout(config: Config, world_size: int) -> ParallelLayout:
-    """The rank layout that the `parallel` section asks for."""
+    """The rank layout described by the `parallel` section."""
     parallel = config.parallel
     tensor, num_kv_heads = parallel.tensor, config.model.num_kv_heads
     has_copies = tensor.mode != "isp" and tensor.size > num_kv_heads
@@ -65,14 +65,14 @@ def build_layout(config: Config, world_size: int) -> ParallelLayout:
 
 
 def check_buildable(config: Config, world_size: int) -> None:
-    """Check a config before any rank is connected, also for problems that only building shows (sizes of layers, phases
-    of schedules).
+    """Check a config before any rank connects, including problems that only show when parts are built (layer sizes,
+    phases of schedules).
 
     Raises:
-        ConfigError: the config has problems; lists all of them.
+        ConfigError: the config has problems; all of them are listed.
     """
     check_config(config, world_size)
-    refused = [mistake.text for mistake in find_refused_in_training(config)]
+    refused = [problem.text for problem in find_refused_in_training(config)]
     if refused:
         raise ConfigError(refused)
     layout = build_layout(config, world_size)
@@ -85,7 +85,7 @@ def check_buildable(config: Config, world_size: int) -> None:
 
 
 def set_numerics(config: Config) -> None:
-    """Set torch's process-wide GEMM switches from the config; on CPU also the allocator's."""
+    """Set torch's process-wide GEMM flags from the config; on a CPU also the allocator's."""
     torch.backends.cuda.matmul.allow_tf32 = config.model.uses_tf32
     torch.backends.cudnn.allow_tf32 = config.model.uses_tf32
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
@@ -105,22 +105,22 @@ def build_trainer(
     resume: bool = True,
     progress: Progress | None = None,
 ) -> Trainer:
-    """Everything that a run needs, ready for `fit()`, with a checkpoint loaded as `ckpt` asks.
+    """Build a trainer that is ready for `fit()`, with the checkpoint of the `ckpt` section loaded.
 
     Args:
         config: from `load_config`.
-        context: where this rank stands; its layout must be `build_layout(config, world_size)`.
-        run_dir: where metrics and traces go.
-        config_text: source of the config file, kept with every checkpoint.
+        context: of this rank; its layout must be `build_layout(config, world_size)`.
+        run_dir: folder for metrics and traces.
+        config_text: source of the config file, stored in every checkpoint.
         profiling: record a profile of an early step.
-        resume: False builds the trainer without loading anything.
-        progress: where the loop marks what it is doing.
+        resume: False builds the trainer without loading a checkpoint.
+        progress: receives the loop's current step and activity.
 
     Raises:
         ConfigError, DataError, CheckpointError: a user error.
     """
     if config.hybrid_zero_optimizer.offload_optimizer and context.device.type == "cpu":
-        logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory here: the device is the host")
+        logger.warning("hybrid_zero_optimizer.offload_optimizer saves no memory: the device is the host")
     known = data_tokenizer(config)
     train_loader = build_loader(config, context)
     check_valid_sets(config, context)
@@ -148,7 +148,7 @@ def build_trainer(
     if config.ckpt.enable_save_ckpt:
         first, last = trainer.state.step + 1, trainer.total_steps
         manager.check_room(context, first, last, snapshots=config.ckpt.oss_snapshot_freq is not None)
-        # After the mistakes that loading finds: they leave no folders behind.
+        # Creates folders, so it comes after loading: a user error found there leaves none behind.
         manager.check_writable(context)
     return trainer
 
@@ -160,7 +160,7 @@ def build_engine(
     type_names: list[str],
     progress: Progress | None = None,
 ) -> Engine:
-    """Optimizer, loss and schedule around this rank's chunks of a model."""
+    """Combine this rank's model chunks with optimizer, loss and pipeline schedule."""
     zero, adam = config.hybrid_zero_optimizer, config.adam
     optimizer = HybridZeroOptimizer(
         chunks,
@@ -189,7 +189,7 @@ def build_engine(
 
 
 def build_scaler(config: Config, device: torch.device) -> GradScaler:
-    """A dynamic loss scale for fp16; bf16 and fp32 need none."""
+    """A dynamic loss scale for fp16, a constant one of 1 for bf16 and fp32."""
     if config.model.torch_dtype != torch.float16:
         return ConstantGradScaler(device)
     scaler = config.grad_scaler

@@ -1,4 +1,4 @@
-"""Training data and valid sets of one data rank, from a config."""
+"""Builds the training loader and the valid loaders of one data rank from a config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from internlm.data.tokenized_files.file_format import TOKENIZED
 
 
 def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
-    """The training data of this data rank."""
+    """Build the training loader of this data rank."""
     data = config.data
     source = open_source(
         data.train_folder,
@@ -52,14 +52,14 @@ def file_format(config: Config) -> FileFormat:
 
 
 def packing(config: Config) -> Packing:
-    """Which of the three ways makes samples from documents."""
+    """How samples are made from documents."""
     if not config.data.use_packed_dataset:
         return "unpacked"
     return "pack_sample_into_one" if config.data.pack_sample_into_one else "cut"
 
 
 def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, ValidLoader]:
-    """This data rank's part of every valid set; none when evaluation is off."""
+    """Build a loader of this data rank's part of every valid set; empty when evaluation is off."""
     data = config.data
     if data.valid_every == 0:
         return {}

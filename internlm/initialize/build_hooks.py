@@ -1,4 +1,4 @@
-"""The hooks of a training run, in their order, from a config."""
+"""Builds the hooks of a training run, in call order, from a config."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def build_hooks(
     *,
     profiling: bool = False,
 ) -> list[Hook]:
-    """The hooks of the loop, in the order in which they are called; those of the config come last."""
+    """The hooks of the loop in call order: built-in ones, then those of `config.hooks`."""
     collector = MetricsCollector(Throughput(context.world_size, build_flops(config, context.device, engine.chunks[0])))
     hooks: list[Hook] = [GarbageCollectionHook(config.data.empty_cache_and_diag_interval)]
     hooks.append(ConsoleHook(collector, config.monitor.log_every, config.monitor.log_format))
     if config.monitor.metrics_file:
         hooks.append(MetricsFileHook(collector))
     if config.enable_tb:
-        # The variables' names are InternEvo's.
+        # InternEvo reads the same environment variables.
         folder = config.tensorboard_folder or expand_home(os.environ.get("tensorboard_folder", ""))  # noqa: SIM112
         resumed = config.resume_tb_folder or expand_home(os.environ.get("resume_tb_folder", ""))  # noqa: SIM112
         hooks.append(
@@ -66,29 +66,29 @@ def build_hooks(
     if config.ckpt.enable_save_ckpt:
         assert config.ckpt.checkpoint_every is not None
         hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
-    # Behind the checkpoint: what an evaluation meets must not cost the steps before it.
+    # After the checkpoint hook: a failing evaluation must not lose the steps before it.
     if config.data.valid_every > 0 and config.data.valid_folder is not None:
         hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
     hooks.append(build_health(config, collector, engine, train_loader))
-    own = build_user_hooks(config.hooks)
-    check_names(hooks, own)
-    return [*hooks, *own]
+    user_hooks = build_user_hooks(config.hooks)
+    check_names(hooks, user_hooks)
+    return [*hooks, *user_hooks]
 
 
 def build_health(config: Config, collector: MetricsCollector, engine: Engine, train_loader: TrainLoader) -> HealthHook:
-    """The hook that ends a run that no longer learns."""
+    """Build the hook that ends a run that no longer learns."""
     optimizer = engine.optimizer
     data, scaler = config.data, config.grad_scaler
-    can_fall = config.model.torch_dtype == torch.float16 and scaler.backoff_factor < 1
+    scale_can_shrink = config.model.torch_dtype == torch.float16 and scaler.backoff_factor < 1
     reasons = "every token is masked (negative in the .bin)"
     if not data.use_packed_dataset:
-        reasons += f", or every prompt is longer than data.seq_len = {data.seq_len}, where documents are cut off"
+        reasons += f", or every prompt is longer than data.seq_len = {data.seq_len}, where documents are truncated"
     return HealthHook(
         collector,
         max_skipped=config.monitor.max_skipped_updates,
-        smallest_scale=scaler.scale_bounds[0] if can_fall else math.inf,
+        smallest_scale=scaler.scale_bounds[0] if scale_can_shrink else math.inf,
         find_cause=partial(describe_failed_update, optimizer),
         samples_per_epoch=train_loader.num_samples_per_epoch,
         why_no_label=f"The likely reason: {reasons}; see doc/data.md",
@@ -96,7 +96,7 @@ def build_health(config: Config, collector: MetricsCollector, engine: Engine, tr
 
 
 def build_flops(config: Config, device: torch.device, model: nn.Module) -> FlopsModel | None:
-    """FLOPs a token for tflops and mfu; None for a user's own model, whose shape is not known."""
+    """FLOPs per token for the tflops and mfu metrics; None for a custom model without an architecture."""
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, Architecture):
         return None

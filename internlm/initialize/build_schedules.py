@@ -1,4 +1,4 @@
-"""Learning rate and beta2 schedules, from a config."""
+"""Builds the schedules of learning rate and beta2 from a config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from internlm.solver.lr_scheduler import LearningRateSchedule
 
 
 def build_schedules(config: Config) -> tuple[LearningRateSchedule, Beta2Schedule]:
-    """Learning rate and second AdamW coefficient by step."""
+    """The learning rate and AdamW's beta2 as functions of the step."""
     lr, beta2 = config.lr_scheduler, config.beta2_scheduler
     return (
         LearningRateSchedule(

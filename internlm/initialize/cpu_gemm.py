@@ -1,4 +1,4 @@
-"""One way of multiplying on CPUs for all ranks of a run."""
+"""Agreement of all ranks on one number format for CPU GEMMs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ logger = get_logger(__name__)
 
 
 def agree_on_cpu_gemm(dtype: torch.dtype, context: ParallelContext) -> None:
-    """Let all ranks multiply matrices of this dtype alike where their CPUs are of different kinds; collective.
+    """Make all ranks run the GEMMs of `dtype` in one number format, even if their CPUs differ; collective.
 
-    The key `model.cpu_gemm` decides. Where it leaves that to the CPUs and they differ, all ranks take fp32, which
-    every CPU multiplies well enough, and the log says so.
+    `model.cpu_gemm` takes precedence. If it leaves the choice to the CPUs and they disagree, all ranks use fp32, which
+    every CPU supports well, and a warning is logged.
     """
     if context.device.type != "cpu":
         return
     found = of_all_ranks(context, choice(dtype).implementation)
     if len(set(found)) > 1:
         logger.warning(
-            "the ranks' CPUs are of different kinds: rank %d multiplies faster in fp32, rank %d in %s; all multiply in "
-            "fp32, unless model.cpu_gemm is 'dtype'",
+            "the ranks have different CPUs: GEMMs are faster in fp32 on rank %d, in %s on rank %d; all ranks use fp32 "
+            "unless model.cpu_gemm is 'dtype'",
             found.index("fp32"),
-            found.index("dtype"),
             str(dtype).removeprefix("torch."),
+            found.index("dtype"),
         )
         choose_cpu_gemm("fp32")

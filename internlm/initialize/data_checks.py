@@ -1,4 +1,4 @@
-"""Looks into the data of a run before its first step."""
+"""Validates the data of a run before its first step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ logger = get_logger(__name__)
 
 
 def check_data(config: Config) -> list[str]:
-    """Read the data that a run with this config would, as far as a second or two suffice; for `--dry-run`.
+    """Read a sample of the data of a run, for a second or two; used by `--dry-run`.
 
     Returns:
-        What was read, one line a set; none for random data.
+        One line per data set that says what was read; empty for random data.
 
     Raises:
-        DataError: a folder is missing, a file is malformed or has an id outside of the vocabulary, or a valid set has
-            no token that contributes loss.
+        DataError: a folder is missing, a file is malformed or has an id outside the vocabulary, or a valid set has no
+            token that contributes loss.
     """
     data, lines = config.data, []
     if data.train_folder is not None:
@@ -32,7 +32,7 @@ def check_data(config: Config) -> list[str]:
 
 
 def check_valid_sets(config: Config, context: ParallelContext) -> None:
-    """Read every valid set now, and not in the middle of a run; collective. The main rank reads for all.
+    """Read every valid set on the main rank, so that a defect shows now and not at the first evaluation; collective.
 
     Raises:
         DataError: as `check_data`.
@@ -42,7 +42,7 @@ def check_valid_sets(config: Config, context: ParallelContext) -> None:
         return
     folder = data.valid_folder
 
-    def look() -> str | None:
+    def find_problem() -> str | None:
         try:
             for checked in check_valid_folder(folder, file_format(config), config.model.vocab_size):
                 logger.info("%s", checked)
@@ -50,6 +50,6 @@ def check_valid_sets(config: Config, context: ParallelContext) -> None:
             return str(error)
         return None
 
-    mistake = from_main_rank(context, look)
-    if mistake is not None:
-        raise DataError(mistake)
+    problem = from_main_rank(context, find_problem)
+    if problem is not None:
+        raise DataError(problem)

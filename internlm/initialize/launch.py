@@ -1,7 +1,7 @@
-"""How this process was started, and its connection to the others.
+"""Detects the launcher of this process and joins the job's process group.
 
-Three launchers: none (one process), torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and srun
-(SLURM_*).
+Three launchers are supported: none (one process), torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
+and srun (SLURM_*).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-# Its functions take the default group as a default argument when it is imported. Imported after `connect` (by torch
-# itself, with the first optimizer) it would keep that group, and its threads, beyond `disconnect`.
+# Its functions bind the default group as a default argument at import. If torch imported it after `connect`, with the
+# first optimizer, it would keep that group and its threads alive beyond `disconnect`.
 import torch.distributed.nn
 
 from internlm.core.context.parallel_context import ParallelContext
@@ -34,18 +34,20 @@ DEFAULT_PORT = 8888
 
 
 class LaunchError(UserError):
-    """The environment of the launcher is incomplete, or the ranks cannot reach each other."""
+    """The launcher's environment is incomplete, or the ranks cannot reach each other."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among all.
+    """How this process was launched.
 
     Attributes:
         launcher: "none", "torch" or "slurm".
-        rank, world_size: its number, and how many there are.
-        local_rank: its number on this machine, which chooses the GPU.
-        host, port: where the ranks meet.
+        rank: number of this process, in [0, world_size).
+        world_size: number of processes of the job.
+        local_rank: number of this process on its machine; selects the GPU.
+        host: host of the rendezvous.
+        port: port of the rendezvous.
     """
 
     launcher: str = "none"
@@ -62,9 +64,11 @@ def detect_launch(
     """Read the launcher's variables.
 
     Args:
-        launcher: one of LAUNCHERS; None recognises it from the environment (torchrun before srun, since torchrun may
-            run inside an srun allocation).
-        port: where the ranks of srun meet; None takes MASTER_PORT, or 8888. torchrun has chosen its own already.
+        launcher: one of LAUNCHERS; None detects it from the environment (torchrun before srun, since torchrun may run
+            inside an srun allocation).
+        port: of the rendezvous under srun; None takes MASTER_PORT, or 8888. Ignored under torchrun, which has chosen
+            one already.
+        environment: the environment variables.
 
     Raises:
         LaunchError: a variable of the launcher is missing or not a number.
@@ -106,7 +110,7 @@ def _text(environment: Mapping[str, str], name: str, launcher: str) -> str:
     if name not in environment:
         start = "torchrun --nproc_per_node=N train.py ..." if launcher == "torch" else "srun python train.py ..."
         raise LaunchError(
-            f"launcher '{launcher}' needs the variable {name}, which is not set; start with `{start}`, or leave out "
+            f"launcher '{launcher}' needs the variable {name}, which is not set; start with `{start}`, or omit "
             f"--launcher to run one process"
         )
     return environment[name]
@@ -132,8 +136,8 @@ def _first_host(environment: Mapping[str, str]) -> str:
 
 
 def first_host_of(node_list: str) -> str:
-    """The first host of a SLURM node list such as `node[03-05,9],other1`, for where scontrol is not installed."""
-    # Up to the first comma outside of brackets; of each bracket, the number before a comma or a dash.
+    """The first host of a SLURM node list such as `node[03-05,9],other1`; used where scontrol is not installed."""
+    # Take the text up to the first comma outside brackets, and of each bracket the number before a comma or a dash.
     entry = re.match(r"(?:[^\[,]|\[[^\]]*\])*", node_list)
     host = re.sub(r"\[(\d*)[^\]]*\]", r"\1", entry.group()) if entry else ""
     if not host or host.isdigit():
@@ -142,37 +146,35 @@ def first_host_of(node_list: str) -> str:
 
 
 def choose_device(launch: Launch) -> torch.device:
-    """The accelerator of this rank: a GPU when there is one, else the CPU.
-
-    It is `cuda:<local rank>`, or the only GPU that a SLURM task sees.
+    """The device of this rank: `cuda:<local rank>`, the only GPU visible to a SLURM task, or the CPU without GPUs.
 
     Raises:
-        LaunchError: more ranks than GPUs on this machine.
+        LaunchError: this machine has more ranks than GPUs.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if launch.launcher == "slurm" and torch.cuda.device_count() == 1:
-        # srun --gpus-per-task=1 shows each task its own GPU only.
+        # srun --gpus-per-task=1 makes only its own GPU visible to each task.
         return torch.device("cuda", 0)
     if launch.local_rank >= torch.cuda.device_count():
         raise LaunchError(
-            f"local rank {launch.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start at most "
-            f"that many ranks on it, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+            f"local rank {launch.local_rank} has no GPU: {torch.cuda.device_count()} are visible on this machine; "
+            f"start at most that many ranks on it, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     return torch.device("cuda", launch.local_rank)
 
 
 def connect(launch: Launch, device: torch.device, backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
-    """Join the process group of the job; with one process there is none to join.
+    """Join the process group of the job; does nothing in a job of one process.
 
     Args:
         launch: from `detect_launch`.
         device: from `choose_device`.
-        backend: for tensors on `device`; default nccl on cuda, gloo on the CPU. Host tensors always travel by gloo.
-        timeout_seconds: of one collective.
+        backend: for tensors on `device`; default nccl on cuda, gloo on the CPU. Host tensors always use gloo.
+        timeout_seconds: timeout of one collective.
 
     Raises:
-        LaunchError: the ranks cannot meet.
+        LaunchError: the rendezvous failed.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -193,19 +195,22 @@ def connect(launch: Launch, device: torch.device, backend: str | None = None, ti
         )
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise LaunchError(
-            f"rank {launch.rank} of {launch.world_size} could not meet the others at {launch.host}:{launch.port}: "
-            f"{error}; check that the host is reachable and the port free (--port)"
+            f"rank {launch.rank} of {launch.world_size} could not connect to the others at "
+            f"{launch.host}:{launch.port}: {error}; check that the host is reachable and the port free (--port)"
         ) from error
 
 
 def collective_timeout(
     configured: float | None, environment: Mapping[str, str] = os.environ
 ) -> tuple[float, str | None]:
-    """Seconds that a rank waits for another one, and what is to be said of it.
+    """Timeout of a collective.
 
     Args:
         configured: `monitor.collective_timeout_seconds`; None takes InternEvo's, which depends on the environment.
-        environment: INTERNLM_ENABLE_TIMEOUT, with any value, asks for a minute, or for NCCL_TIMEOUT seconds.
+        environment: INTERNLM_ENABLE_TIMEOUT, with any value, selects NCCL_TIMEOUT seconds, by default 60.
+
+    Returns:
+        The timeout in seconds, and a notice about the variable if it is set.
 
     Raises:
         LaunchError: NCCL_TIMEOUT is not a number above 0.
@@ -214,23 +219,23 @@ def collective_timeout(
     if variable not in environment:
         return configured or 1800.0, None
     if configured is not None:
-        return configured, f"{variable} is ignored: {key} = {configured:g} is given"
+        return configured, f"{variable} is ignored: {key} = {configured:g} is set"
     text = environment.get("NCCL_TIMEOUT", "60")
     if not text.isdecimal() or int(text) == 0:
         raise LaunchError(f"{variable} is set, and NCCL_TIMEOUT = '{text}' is not a whole number of seconds above 0")
-    notice = f"{variable} is set: {key} = {text}; InternEvo's further time limits, function by function, do not exist"
+    notice = f"{variable} is set: {key} = {text}; InternEvo's timeouts of single functions are not implemented"
     return float(text), notice
 
 
 def disconnect(context: ParallelContext | None = None) -> None:
-    """Leave the process group, if this process is in one, together with all others; not for use after a failure.
+    """Leave the process group together with all other ranks; does nothing outside one. Not for use after a failure.
 
     Args:
-        context: whose groups to give back too. The threads of a group end when nobody holds it; one that is still there
-            when the interpreter ends, and lets go of a tensor, aborts the process.
+        context: its groups are released too. A group's threads end with its last reference; a thread that is still
+            alive at interpreter exit and frees a tensor aborts the process.
     """
     if dist.is_initialized():
-        # Nobody leaves early: one rank holds the store that the others still look into.
+        # A barrier: one rank hosts the store that the others still read.
         dist.all_reduce(torch.zeros(()))
         if context is not None:
             context.close()

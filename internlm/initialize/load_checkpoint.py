@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the manager of the `ckpt` section, and what a run starts from."""
+"""Builds the checkpoint manager and loads what a run starts from, both from the `ckpt` section."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from internlm.checkpoint.save_folder import resolve
 from internlm.config.schema import Config
 from internlm.config.schema.ckpt import LoadCkptInfo
 from internlm.convert.checkpoint_types import open_weights, trained_as
-from internlm.convert.to_hf import export_beside
+from internlm.convert.to_hf import export_next_to
 from internlm.core.trainer import Trainer
 from internlm.initialize.build_schedules import build_schedules
 from internlm.initialize.model_changes import check_same_function, compare_configs, saved_config
@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 
 def build_manager(config: Config, config_text: str) -> CheckpointManager:
-    """The checkpoint manager that the `ckpt` section describes."""
+    """Build the checkpoint manager described by the `ckpt` section."""
     ckpt = config.ckpt
     return CheckpointManager(
         ckpt.save_ckpt_folder or None,
@@ -37,19 +37,19 @@ def build_manager(config: Config, config_text: str) -> CheckpointManager:
         snapshot_folder=ckpt.snapshot_ckpt_folder or None,
         keep_latest=ckpt.keep_latest,
         async_save=ckpt.enable_save_ckpt and ckpt.saves_in_background,
-        after_save=export_beside if ckpt.enable_internevo2hf_ckpt else None,
+        after_save=export_next_to if ckpt.enable_internevo2hf_ckpt else None,
     )
 
 
 def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer) -> None:
-    """Resume, or load `load_ckpt_info`, or start from scratch, and say which.
+    """Resume, load `ckpt.load_ckpt_info`, or start from scratch, and log which of these happened.
 
     Raises:
-        CheckpointError: a checkpoint is missing, damaged, or does not fit; or its model is another function.
+        CheckpointError: a checkpoint is missing, damaged or incompatible, or its model computes another function.
     """
     info = config.ckpt.load_ckpt_info
     check = partial(check_checkpoint, config)
-    # A run does not go on from a folder that it would not save to.
+    # A run only resumes from a folder that it also saves to.
     resumes = config.ckpt.auto_resume and config.ckpt.enable_save_ckpt
     found = manager.resume(trainer, check) if resumes else None
     if found is not None:
@@ -79,10 +79,10 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
 
 
 def check_finite(trainer: Trainer, path: StoragePath) -> None:
-    """Refuse what was loaded if it holds an inf or a NaN, which training would only spread; collective.
+    """Refuse a loaded checkpoint that contains an inf or NaN, which training would spread to every weight; collective.
 
     Raises:
-        CheckpointError: it does; names the first tensor, its layer and rank.
+        CheckpointError: names the first such tensor, its layer and rank.
     """
     optimizer = trainer.engine.optimizer
     found = nonfinite_weights(optimizer) or nonfinite_states(optimizer)
@@ -90,27 +90,27 @@ def check_finite(trainer: Trainer, path: StoragePath) -> None:
         raise CheckpointError(
             f"the checkpoint '{path}' has an inf or NaN in {found[0]}"
             + (f" and in {len(found) - 1} more tensors" if len(found) > 1 else "")
-            + ": training cannot go on from there. Name an earlier one in ckpt.load_ckpt_info, or remove this one"
+            + ": training cannot continue from it. Name an earlier one in ckpt.load_ckpt_info, or remove this one"
         )
 
 
 def check_checkpoint(config: Config, path: StoragePath, manifest: Manifest, contents: Collection[str]) -> None:
-    """Compare the config with that of a checkpoint of ours from which `contents` are to be loaded.
+    """Compare the config with that of a native checkpoint whose `contents` are to be loaded.
 
     Raises:
-        CheckpointError: the model is another function.
+        CheckpointError: the model computes another function.
     """
     saved = saved_config(path)
     if saved is not None:
-        next_rate = (lambda one: build_schedules(one)[0].lr(manifest.step)) if "scheduler" in contents else None
-        compare_configs(saved, config, f"the checkpoint '{path}'", contents, next_rate)
+        next_lr = (lambda config: build_schedules(config)[0].lr(manifest.step)) if "scheduler" in contents else None
+        compare_configs(saved, config, f"the checkpoint '{path}'", contents, next_lr)
 
 
 def check_foreign_weights(config: Config, info: LoadCkptInfo, path: StoragePath) -> None:
-    """Compare the config with that of weights in another format, as far as theirs is known.
+    """Compare the config with that of weights in another format, if they have one.
 
     Raises:
-        CheckpointError: the model is another function.
+        CheckpointError: the model computes another function.
     """
     trained = trained_as(info.ckpt_type, path, config)
     if trained is not None:
@@ -118,14 +118,17 @@ def check_foreign_weights(config: Config, info: LoadCkptInfo, path: StoragePath)
 
 
 def is_left_open(info: LoadCkptInfo) -> bool:
-    """Whether the path is an example's placeholder; not if a local folder of that name exists. No store is asked."""
+    """Whether the path is the unedited placeholder of an example config, and no local folder has that name.
+
+    Object stores are not queried.
+    """
     assert info.path is not None
     path = storage_path(info.path)
     return info.is_placeholder and not (path.is_local and path.exists())
 
 
 def _keep_files(config: Config, manager: CheckpointManager, path: StoragePath) -> None:
-    """Carry files of the checkpoint at `path` over into the checkpoints of this run."""
+    """Copy the tokenizer files of the checkpoint at `path` into the checkpoints of this run."""
     content = manager.files.get(DATA_TOKENIZER)
     known = None if content is None else KnownTokenizer.from_json(content)
     manager.files |= compare_with_checkpoint(config, path, known)

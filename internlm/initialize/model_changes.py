@@ -1,6 +1,7 @@
-"""A checkpoint's own config against that of the run that goes on from it, or starts with its weights.
+"""Compares the config stored in a checkpoint with that of the run that resumes it or loads its weights.
 
-What makes the model another function is an error, unless `ckpt.allow_model_changes` names it; other changes are told.
+A change that makes the model another function is an error unless `ckpt.allow_model_changes` names it. Other changes are
+logged.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from internlm.utils.storage import StoragePath
 
 logger = get_logger(__name__)
 
-_NOT_OF_THE_TRAINING = (
+_UNRELATED_TO_TRAINING = (
     *("JOB_NAME", "ckpt", "monitor", "tensorboard", "enable_tb", "tensorboard_folder", "resume_tb_folder"),
     *("generation", "grad_profiling"),
 )
-"""Top-level names that change nothing of what is trained, and are not told."""
+"""Top-level keys that do not affect what is trained; their changes are not logged."""
 
 
 def saved_config(path: StoragePath) -> Config | None:
-    """The config that a checkpoint of ours was written with; None, with a warning, where it cannot be read."""
+    """The config of the run that wrote a native checkpoint; None, with a warning, if it cannot be read."""
     try:
         return Config.model_validate(read_config_keys(path))
     except (OSError, ValueError) as error:
@@ -44,49 +45,49 @@ def compare_configs(
     contents: Collection[str],
     learning_rate: Callable[[Config], float] | None = None,
 ) -> None:
-    """Judge what a run has changed against a checkpoint of ours.
+    """Log the config changes since a native checkpoint was saved, and refuse those that change the model's function.
 
     Args:
         saved: config of the checkpoint.
         config: of this run.
-        what: the checkpoint, for messages.
-        contents: what of it is loaded; with weights alone, only changes of the model count.
-        learning_rate: config -> learning rate of the next step; None: it does not go on.
+        what: names the checkpoint in messages.
+        contents: the parts that are loaded; if only the weights, only changes of the model are logged.
+        learning_rate: config -> learning rate of the next step; None if the schedule is not resumed.
 
     Raises:
-        CheckpointError: the model is another function, and that is not allowed.
+        CheckpointError: the model computes another function, which the config does not allow.
     """
-    # As it would be read from a checkpoint: a tuple is no list there.
+    # Round-trip through JSON, as the saved config did: it turns tuples into lists.
     config = Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
     changes = changes_between(saved, config)
     if "model" in contents:
         check_same_function(saved, config, what)
-    counts = ("model", "model_type") if set(contents) == {"model"} else None
-    told = [
+    relevant = ("model", "model_type") if set(contents) == {"model"} else None
+    differences = [
         str(change)
         for change in changes
-        if (counts is None or _section(change) in counts) and _section(change) not in _NOT_OF_THE_TRAINING
+        if (relevant is None or _section(change) in relevant) and _section(change) not in _UNRELATED_TO_TRAINING
     ]
     if learning_rate is not None:
         before, after = learning_rate(saved), learning_rate(config)
         if before != after:
-            told.append(f"learning rate of the next step: {before:g} -> {after:g}")
-    if told:
-        logger.warning("the config differs from that of %s:%s", what, listed(told, most=100))
+            differences.append(f"learning rate of the next step: {before:g} -> {after:g}")
+    if differences:
+        logger.warning("the config differs from that of %s:%s", what, listed(differences, most=100))
 
 
 def check_same_function(saved: Config, config: Config, what: str, *, translated: bool = False) -> None:
-    """Refuse weights that were trained as another function.
+    """Refuse weights that were trained with a model of another function.
 
     Args:
-        saved: has the model that the weights were trained as.
+        saved: config of the model that the weights were trained with.
         config: of this run.
-        what: whose weights they are, for messages.
-        translated: the weights are brought into the form that the run wants: the order of rotated channels, and a
-            head of its own, which starts as the tied one was.
+        what: names the source of the weights in messages.
+        translated: the weights are converted to the run's form: the order of rotary channels is permuted, and an
+            untied head starts as a copy of the tied one.
 
     Raises:
-        CheckpointError: the function is another one, and that is not allowed.
+        CheckpointError: the functions differ, which the config does not allow.
     """
     marked = [change for change in changes_between(saved, config) if change.changes_outputs]
     if not marked:
@@ -95,15 +96,15 @@ def check_same_function(saved: Config, config: Config, what: str, *, translated:
     if old is not None and new is not None:
         if _same(old, new, translated):
             return
-        marked = _to_blame(config, new, marked, translated) or marked
+        marked = _changes_with_effect(config, new, marked, translated) or marked
     allowed = config.ckpt.allow_model_changes
     refused = [change for change in marked if not _is_allowed(change.path, allowed)]
     if refused:
         keys = tuple(change.path for change in refused)
         raise CheckpointError(
-            f"{what} was trained as another function than this config asks for; the same weights would give other "
+            f"{what} was trained as another function than this config defines; the same weights would give different "
             f"outputs:{listed([str(change) for change in refused])}\n"
-            f"set the keys back; or, if the change is meant, ckpt.allow_model_changes = {keys}"
+            f"restore the keys; or, if the change is intended, set ckpt.allow_model_changes = {keys}"
         )
     logger.warning(
         "%s was trained as another function, which ckpt.allow_model_changes allows:%s",
@@ -112,9 +113,13 @@ def check_same_function(saved: Config, config: Config, what: str, *, translated:
     )
 
 
-def _to_blame(config: Config, function: dict[str, Any], changes: list[Change], translated: bool) -> list[Change]:
-    """The changes that make another function, and not those that say the same in other words or that nothing reads:
-    each is taken back in turn, to see whether that matters."""
+def _changes_with_effect(
+    config: Config, function: dict[str, Any], changes: list[Change], translated: bool
+) -> list[Change]:
+    """The changes that alter the model's function, without synonyms and keys that nothing reads.
+
+    Each change is reverted in turn and the function compared.
+    """
     found = []
     for change in changes:
         values = config.model_dump(mode="json")
@@ -126,7 +131,7 @@ def _to_blame(config: Config, function: dict[str, Any], changes: list[Change], t
         try:
             config = Config.model_validate(values)
         except ValueError:
-            # It cannot be taken back alone.
+            # The config is invalid with this change alone reverted.
             found.append(change)
             continue
         without = _function(config, translated)
@@ -147,7 +152,7 @@ def _is_allowed(path: str, allowed: bool | tuple[str, ...]) -> bool:
 
 
 def _function(config: Config, translated: bool) -> dict[str, Any] | None:
-    """What the outputs follow from; None for a user's own model, and for keys that make none."""
+    """What determines a model's outputs; None for a custom model, and for keys that describe no valid model."""
     try:
         architecture = getattr(build_meta_model(config), "architecture", None)
     except ConfigError:

@@ -1,8 +1,8 @@
-"""What a run needs of its surroundings, checked before it begins: data, weights to start from, folders, packages.
+"""Checks of a run's environment before it starts: data, initial weights, folders, packages, hooks.
 
-One list of checks with two readers, the start of a run (on its main rank) and `--dry-run`. They look and write nothing,
-and are quick enough for every start. `--dry-run` also does what the start does itself, later: it builds the loaders,
-which reads the index of every file, and compares the config with the checkpoint that it would begin from.
+The checks are shared by the start of a run (on its main rank) and `--dry-run`. They write nothing and are fast enough
+for every start. `--dry-run` also rehearses later steps of the start: it builds the loaders, which reads the index of
+every file, and compares the config with the checkpoint that the run would start from.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from internlm.utils.optional_packages import why_unusable
 from internlm.utils.storage import StoragePath, storage_path
 
 Check = Callable[[Config, ParallelContext], list[str]]
-"""Returns what the user should know, and raises a UserError for what the run would fail with."""
+"""Returns notices for the user; raises the UserError that the run would fail with."""
 
 
 def check_surroundings(config: Config, context: ParallelContext) -> list[str]:
-    """Run every check.
+    """Run every check of `CHECKS`.
 
     Returns:
-        One line on each thing that is not as asked, but without which the run goes on.
+        Notices, one line each, about problems that do not stop the run.
 
     Raises:
-        UserError: the run would fail; with what every check found.
+        UserError: the run would fail; lists the errors of all checks.
     """
     return _run_all(CHECKS, config, context)
 
 
 def rehearse_start(config: Config, context: ParallelContext) -> list[str]:
-    """What the start of a run checks itself: loaders, tokenizers, the checkpoint it begins from, where it saves.
+    """Rehearse the start of a run: loaders, tokenizers, the checkpoint to start from, the save folder.
 
-    Checksums and tensors are not read. Nothing of it is kept.
+    Checksums and tensors are not read, and everything built is discarded.
 
     Returns:
-        One line on each thing that is not as asked, but without which the run goes on.
+        Notices, one line each, about problems that do not stop the run.
 
     Raises:
-        UserError: data is missing or malformed, a checkpoint does not fit, or saving would destroy what is not ours.
+        UserError: data is missing or malformed, a checkpoint is incompatible, or saving would overwrite foreign files.
     """
-    return _run_all((_train_loader, _valid_loaders, _data_tokenizer, _checkpoint, _room), config, context)
+    return _run_all((_train_loader, _valid_loaders, _data_tokenizer, _checkpoint, _save_folder), config, context)
 
 
 def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext) -> list[str]:
@@ -68,7 +68,7 @@ def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext
             errors.append(error)
     if len(errors) > 1:
         texts = (error.mistakes if isinstance(error, ConfigError) else [str(error)] for error in errors)
-        # One cause may stop several checks.
+        # One cause may fail several checks.
         raise ConfigError(dict.fromkeys(text for found in texts for text in found))
     if errors:
         raise errors[0]
@@ -78,7 +78,7 @@ def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext
 def _train_folder(config: Config, context: ParallelContext) -> list[str]:
     folder = config.data.train_folder
     if folder is None:
-        return ["the run trains on random tokens, for trials of speed: data.train_folder is None"]
+        return ["data.train_folder is None: the run trains on random tokens, which only serves to measure speed"]
     _require_local("data.train_folder", folder)
     find_train_files(folder, file_format(config))
     return []
@@ -103,7 +103,7 @@ def _valid_loaders(config: Config, context: ParallelContext) -> list[str]:
 
 
 def _require_local(key: str, folder: str) -> None:
-    """Training data is memory-mapped.
+    """Refuse a folder in an object store: training data is memory-mapped.
 
     Raises:
         DataError: the folder is in an object store.
@@ -113,70 +113,70 @@ def _require_local(key: str, folder: str) -> None:
 
 
 def _tokenizer(config: Config, context: ParallelContext) -> list[str]:
-    """Training reads tokens: without their tokenizer, only texts cannot be made of what a model says."""
+    """Check that the tokenizer exists. Training reads token ids, so only generation fails without it."""
     path = config.data.tokenizer_path
     if path is None or Path(path).exists():
         return []
-    return [f"data.tokenizer_path = {path!r}: no such tokenizer; training does without, `internlm generate` does not"]
+    return [f"data.tokenizer_path = {path!r}: no such tokenizer; training does not need it, `internlm generate` does"]
 
 
 def _data_tokenizer(config: Config, context: ParallelContext) -> list[str]:
     known = data_tokenizer(config)
-    begins_from = _begins_from(config)
-    if begins_from is not None:
-        compare_with_checkpoint(config, begins_from[0], known)
+    start = _find_start(config)
+    if start is not None:
+        compare_with_checkpoint(config, start[0], known)
     return []
 
 
 def _checkpoint(config: Config, context: ParallelContext) -> list[str]:
-    """The config is that of the checkpoint, or differs from it as it may."""
-    begins_from, info = _begins_from(config), config.ckpt.load_ckpt_info
-    if begins_from is None:
+    """Check that the checkpoint to start from is compatible with the config."""
+    start, info = _find_start(config), config.ckpt.load_ckpt_info
+    if start is None:
         return []
-    path, mark, contents = begins_from
-    if mark is not None:
-        check_contents(path, mark, contents)
-        check_checkpoint(config, path, mark, contents)
-        return [f"the run would go on from '{path}'" if _resumes(config) else f"the run would begin from '{path}'"]
+    path, manifest, contents = start
+    if manifest is not None:
+        check_contents(path, manifest, contents)
+        check_checkpoint(config, path, manifest, contents)
+        return [f"the run would resume from '{path}'" if _resumes(config) else f"the run would start from '{path}'"]
     assert info is not None
     check_foreign_weights(config, info, path)
-    return [f"the run would begin with the weights of '{path}'"]
+    return [f"the run would start with the weights of '{path}'"]
 
 
-def _room(config: Config, context: ParallelContext) -> list[str]:
-    """Nothing of others lies where the run saves."""
+def _save_folder(config: Config, context: ParallelContext) -> list[str]:
+    """Check that the save folder contains no foreign files where the run will save."""
     ckpt = config.ckpt
     if not (ckpt.enable_save_ckpt and ckpt.save_ckpt_folder):
         return []
-    begins_from = _begins_from(config)
-    # As many steps are behind the run as the counters say that it takes over.
-    mark = begins_from[1] if begins_from is not None and "scheduler" in begins_from[2] else None
+    start = _find_start(config)
+    # The run continues at the checkpoint's step only if it loads the counters.
+    manifest = start[1] if start is not None and "scheduler" in start[2] else None
     manager = CheckpointManager(
         ckpt.save_ckpt_folder,
         snapshot_folder=ckpt.snapshot_ckpt_folder or None,
         after_save=(lambda _: None) if ckpt.enable_internevo2hf_ckpt else None,
     )
-    first, last = (mark.step if mark is not None else 0) + 1, config.data.total_steps
+    first, last = (manifest.step if manifest is not None else 0) + 1, config.data.total_steps
     manager.check_room(context, first, last, snapshots=ckpt.oss_snapshot_freq is not None)
     return []
 
 
-def _begins_from(config: Config) -> tuple[StoragePath, Manifest | None, tuple[str, ...]] | None:
-    """The checkpoint or weights that the run begins from, the mark of one of ours, and what is loaded of it.
+def _find_start(config: Config) -> tuple[StoragePath, Manifest | None, tuple[str, ...]] | None:
+    """The checkpoint or weights that the run starts from, the manifest of a native one, and the contents to load.
 
     Raises:
-        CheckpointError: there is none where the config says, or only such as cannot be read.
+        CheckpointError: the configured checkpoint is missing, or no checkpoint to resume from can be read.
     """
     refused: list[str] = []
     found = _to_resume(config)
     for checkpoint in reversed(found):
         try:
-            mark = read_manifest(checkpoint.path)
+            manifest = read_manifest(checkpoint.path)
         except CheckpointError as error:
             refused.append(str(error))
             continue
-        if mark is not None:
-            return checkpoint.path, mark, mark.contents
+        if manifest is not None:
+            return checkpoint.path, manifest, manifest.contents
     if found:
         raise CheckpointError(
             f"ckpt.auto_resume: no checkpoint in '{config.ckpt.save_ckpt_folder}' can be read: {'; '.join(refused)}"
@@ -192,7 +192,7 @@ def _begins_from(config: Config) -> tuple[StoragePath, Manifest | None, tuple[st
 
 
 def _weights(config: Config, context: ParallelContext) -> list[str]:
-    """What `ckpt.load_ckpt_info` names is there, unless there is a checkpoint to resume."""
+    """Check that the weights in `ckpt.load_ckpt_info` exist, unless the run resumes from its own checkpoint."""
     info = config.ckpt.load_ckpt_info
     if info is None or info.path is None or is_left_open(info) or _resumes(config):
         return []
@@ -217,7 +217,7 @@ def _to_resume(config: Config) -> list[FoundCheckpoint]:
 
 
 def _folders(config: Config, context: ParallelContext) -> list[str]:
-    """Folders that the run writes to can be written, as far as looking tells."""
+    """Check that the folders of checkpoints and of the stop file are writable, without writing to them."""
     ckpt = config.ckpt
     saved = (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder) if ckpt.enable_save_ckpt else ()
     for folder in filter(None, saved):
@@ -236,13 +236,13 @@ def _folders(config: Config, context: ParallelContext) -> list[str]:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Why no file can be made in a local folder, which may have to be made first; None when one can."""
+    """Why no file can be created in a local folder, which need not exist yet; None if one can."""
     folder = folder.absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
-        return f"'{there}' is a file where a folder should be"
-    if not os.access(there, os.W_OK | os.X_OK):
-        return f"no permission to write to '{there}'"
+    existing = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        return f"'{existing}' is a file where a folder should be"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"no permission to write to '{existing}'"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Estimates for the ranks of a config: parameters, memory and bytes sent, without storage or processes."""
+"""Estimates the parameters, memory and traffic of single ranks from a config, without storage or processes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from internlm.initialize.stages import build_layer_split, build_meta_model, buil
 
 @dataclass(frozen=True)
 class RankEstimate:
-    """What one rank holds and sends.
+    """Parameters, memory and traffic of one rank.
 
     Attributes:
-        held: its parameters.
+        parameters: of this rank.
         memory: bytes of weights, gradients and optimizer states.
-        activations: most bytes of activations in its layers during a step; None where the model's layers are unknown.
-        sent: bytes that it sends in a step; None where the model's layers are unknown.
+        activations: peak bytes of its layers' activations during a step; None if the model's layers are unknown.
+        sent: bytes that it sends per step; None if the model's layers are unknown.
     """
 
-    held: RankParameters
+    parameters: RankParameters
     memory: RankMemory
     activations: float | None
     sent: BytesSent | None
@@ -44,8 +44,8 @@ def estimate_ranks(
     Args:
         config: a checked config.
         layout: of all ranks.
-        schedule: of a step.
-        ranks: ranks of the job.
+        schedule: of one step.
+        ranks: the ranks to estimate.
 
     Raises:
         ConfigError: the model cannot be cut into these stages.
@@ -54,12 +54,12 @@ def estimate_ranks(
     model, groups = build_meta_model(config), parameter_groups(config)
 
     def make_model() -> nn.Module:
-        """Much faster than building the model again for each stage."""
+        """Copy the model, which is much faster than rebuilding it for each stage."""
         return copy.deepcopy(model)
 
     estimates = []
     for rank in ranks:
-        held = rank_parameters(
+        parameters = rank_parameters(
             make_model,
             layout,
             rank,
@@ -69,13 +69,13 @@ def estimate_ranks(
             fsdp=config.parallel.uses_fsdp,
             groups=groups,
         )
-        memory = RankMemory.of_rank(held, form)
+        memory = RankMemory.of_rank(parameters, form)
         architecture = estimated_architecture(model)
         if architecture is None:
-            estimates.append(RankEstimate(held, memory, None, None))
+            estimates.append(RankEstimate(parameters, memory, None, None))
             continue
         dimensions = ModelDimensions.of(architecture)
-        layers = [layer for chunk in held.layers for layer in chunk]
+        layers = [layer for chunk in parameters.layers for layer in chunk]
         policies = save_policies(config, model, layout, layers)
         step = TrainingStep(
             dimensions=dimensions,
@@ -85,8 +85,9 @@ def estimate_ranks(
             options=options,
             form=form,
         )
-        actions = schedule.actions[held.context.index("pipeline")]
-        activations = peak_activations(actions, held.layers, layer_activations(config, dimensions, layout), policies)
-        sent = bytes_sent(held, step, actions, schedule.placement)
-        estimates.append(RankEstimate(held, memory, activations, sent))
+        actions = schedule.actions[parameters.context.index("pipeline")]
+        one_layer = layer_activations(config, dimensions, layout)
+        activations = peak_activations(actions, parameters.layers, one_layer, policies)
+        sent = bytes_sent(parameters, step, actions, schedule.placement)
+        estimates.append(RankEstimate(parameters, memory, activations, sent))
     return estimates

@@ -1,4 +1,4 @@
-"""Save policy of each layer of a rank, so that the activations of a micro-batch fit into a number of bytes."""
+"""Plans the save policies of a rank's layers, so that the activations of one micro-batch fit a budget in bytes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NAMES: dict[SavePolicy, str] = {
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """Save policy of each layer of a rank.
+    """Save policies of a rank's layers, with their cost.
 
     Attributes:
         policies: layer -> save policy.
-        saved_bytes: bytes that these layers save of one micro-batch.
+        saved_bytes: bytes that these layers save for one micro-batch.
         budget: upper limit of `saved_bytes`.
         recomputed_flops: FLOPs that backward recomputes for one micro-batch.
     """
@@ -36,7 +36,7 @@ class ActivationPlan:
     recomputed_flops: float
 
     def __str__(self) -> str:
-        """One line for people."""
+        """A summary of one line, for the log."""
         counts = Counter(self.policies.values())
         parts = ", ".join(f"{counts[policy]} {_NAMES[policy]}" for policy in reversed(SAVE_POLICIES) if counts[policy])
         return (
@@ -46,34 +46,34 @@ class ActivationPlan:
 
 
 def plan_activations(activations: LayerActivations, layers: Sequence[int], budget: float) -> ActivationPlan:
-    """The plan with the fewest recomputed FLOPs, and among those the one with the fewest recomputed layers.
+    """Find the plan with the fewest recomputed FLOPs; ties go to the plan with the fewest recomputed layers.
 
-    Under one policy all layers save the same, and only attention windows make them differ in FLOPs. So a plan is a
-    number of layers for each policy, and all of these are tried. The first layers recompute the most.
+    All layers save the same number of bytes under one policy, and differ in FLOPs only by their attention window. So
+    the search enumerates the number of layers per policy. The first layers recompute the most.
 
     Args:
-        activations: of a layer.
+        activations: of one layer.
         layers: layers of this rank.
-        budget: bytes that all of them may save of one micro-batch.
+        budget: bytes that these layers may save for one micro-batch.
 
     Raises:
-        ConfigError: it does not fit even if every layer saves its input alone.
+        ConfigError: the activations exceed the budget even if every layer saves only its input.
     """
     saved = [activations.saved_bytes(policy) for policy in SAVE_POLICIES]
     least = saved[-1] * len(layers)
     if least > budget:
         raise ConfigError(
             f"model.checkpoint_budget = {budget / _GIB:g}: a rank with {len(layers)} layers saves {least / _GIB:.3g} "
-            "GiB of a micro-batch even if it recomputes all that can be; give at least that, or make data.micro_bsz or "
-            "data.seq_len smaller, or split the sequence (parallel.tensor) or the layers (parallel.pipeline) over more "
-            "ranks"
+            "GiB per micro-batch even with full recomputation; raise the budget to at least that, reduce "
+            "data.micro_bsz or data.seq_len, or split the sequence (parallel.tensor) or the layers (parallel.pipeline) "
+            "over more ranks"
         )
 
     def full_flops(layer: int) -> float:
-        """FLOPs of a layer that saves its input alone."""
+        """FLOPs to recompute a layer that saves only its input."""
         return activations.recomputed_flops("nothing", activations.dimensions.window(layer))
 
-    # Layers whose attention is cheap are the first to recompute it.
+    # Layers with cheap attention recompute it first.
     by_cost = sorted(layers, key=full_flops)
     full_flops_of_first = [0.0]
     for layer in by_cost:
@@ -82,14 +82,14 @@ def plan_activations(activations: LayerActivations, layers: Sequence[int], budge
     best: tuple[float, int, int, int] | None = None
     for nothing in range(len(layers) + 1):
         for attention in range(len(layers) - nothing + 1):
-            left = len(layers) - nothing - attention
-            spare = budget - nothing * saved[3] - attention * saved[2] - left * saved[1]
+            remaining = len(layers) - nothing - attention
+            spare = budget - nothing * saved[3] - attention * saved[2] - remaining * saved[1]
             if spare < 0:
                 continue
-            # Of the rest, as many as fit recompute nothing at all.
-            more = saved[0] - saved[1]
-            everything = left if more <= 0 else min(left, int(spare / more))
-            matmuls = left - everything
+            # Of the remaining layers, as many as fit recompute nothing.
+            extra = saved[0] - saved[1]
+            everything = remaining if extra <= 0 else min(remaining, int(spare / extra))
+            matmuls = remaining - everything
             flops = full_flops_of_first[nothing] + attention * gemm_flops
             candidate = (flops, nothing + attention + matmuls, nothing, attention)
             if best is None or candidate < best:

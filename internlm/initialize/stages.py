@@ -1,4 +1,4 @@
-"""From a config to this rank's part of the model, and to the schedule of its pipeline."""
+"""Builds this rank's part of the model, and the pipeline schedule, from a config."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ logger = get_logger(__name__)
 
 
 def build_meta_model(config: Config) -> nn.Module:
-    """The whole model without storage, for counting and for `parallelize`."""
+    """Build the whole model on the meta device, for parameter counts and for `parallelize`."""
     with torch.device("meta"):
         return build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
 
 
 def build_pipeline_schedule(config: Config) -> Callable[[int], PipelineSchedule]:
-    """Number of micro batches -> what the ranks of the pipeline do."""
+    """Return a function: number of micro-batches -> schedule of the pipeline's ranks."""
     pipeline = config.parallel.pipeline
     return partial(make_schedule, pipeline.mode, pipeline.size, num_chunks=config.model.num_chunks)
 
@@ -60,12 +60,12 @@ def build_layer_split(config: Config) -> list[range]:
 
 
 def _layer_costs(config: Config) -> LayerCosts:
-    """By floating-point operations, of which looking up an embedding takes none."""
+    """Relative cost of layers and head in FLOPs; an embedding lookup costs none."""
     architecture = getattr(build_meta_model(config), "architecture", None)
     if not isinstance(architecture, Architecture):
         raise ConfigError(
-            f"parallel.pipeline.layer_split = 'cost': the dimensions of a {config.model_type} are not known here; give "
-            f"a list of layers a stage, or 'uniform'"
+            f"parallel.pipeline.layer_split = 'cost': a {config.model_type} has no architecture, so its FLOPs are "
+            f"unknown; give a list of layers per stage, or 'uniform'"
         )
     dimensions = ModelDimensions.of(architecture)
     head = head_flops_per_token(dimensions)
@@ -74,7 +74,7 @@ def _layer_costs(config: Config) -> LayerCosts:
 
 
 def build_options(config: Config) -> ParallelOptions:
-    """How the modes of the layout go about their work."""
+    """Collect the options of the parallel modes from the config."""
     weight = config.parallel.weight
     schedule = build_pipeline_schedule(config)(config.data.micro_num)
     return ParallelOptions(
@@ -96,13 +96,13 @@ def build_options(config: Config) -> ParallelOptions:
 
 
 def reduce_dtype(config: Config) -> torch.dtype:
-    """The dtype of the reduction of gradients."""
+    """The dtype in which gradients are reduced."""
     name = config.reduce_comm_dtype
     return _dtype(name) if name else wide(config.model.torch_dtype)
 
 
 def state_form(config: Config) -> StateForm:
-    """How gradients and the optimizer's state are kept."""
+    """Dtypes and location of gradients and optimizer state."""
     return StateForm(
         gradients=_dtype(config.hybrid_zero_optimizer.grad_accumulation_dtype),
         moments=_dtype(config.adam.moments_dtype),
@@ -120,11 +120,11 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
-    """This rank's chunks of the model, one without a pipeline.
+    """Build this rank's chunks of the model; without a pipeline, a single one.
 
     Raises:
-        ConfigError: the model cannot be cut into these stages, not be sharded as `parallel.fsdp` asks, or not be
-            compiled, run its GEMMs in float8 or compute in float64 here.
+        ConfigError: the model cannot be cut into these stages or sharded by FSDP, or this machine cannot compile it,
+            run its GEMMs in float8 or compute in float64.
     """
     if config.model.torch_dtype == torch.float64 and context.device.type == "cuda":
         raise ConfigError("model.dtype = 'torch.float64' is for comparisons on a CPU; set 'torch.bfloat16'")
@@ -151,7 +151,7 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         check_compiler(context.device, key="model.compile")
         has_graphs = config.model.cuda_graphs and context.device.type == "cuda"
         if config.model.cuda_graphs and not has_graphs:
-            logger.warning("model.cuda_graphs changes nothing here: there is no GPU")
+            logger.warning("model.cuda_graphs has no effect: there is no GPU")
         for chunk in chunks:
             compile_layers(chunk, cuda_graphs=has_graphs)
     if config.parallel.uses_fsdp:

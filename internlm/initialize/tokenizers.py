@@ -1,6 +1,7 @@
-"""The tokenizer of a run's data, compared with that of its config and of the checkpoint it starts from.
+"""Compares the tokenizer of a run's data with those of its config and of the checkpoint it starts from.
 
-Owns what checkpoints keep of it: which tokenizer made the training data, and the generation config of imported weights.
+Also chooses the files that checkpoints store about it: the identity of the tokenizer that made the training data, and
+the generation config of imported weights.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ logger = get_logger(__name__)
 
 
 def data_tokenizer(config: Config) -> KnownTokenizer | None:
-    """The tokenizer that made the training data; that of `data.tokenizer_path` where the data does not say.
+    """The tokenizer that made the training data, or that of `data.tokenizer_path` if the data does not record one.
 
     Raises:
-        ConfigError: files of the data were made by different tokenizers, or by another than `data.tokenizer_path`, or
-            with more ids than the model has. With `data.check_tokenizer = False` the first two are logged instead.
+        ConfigError: the data was made by different tokenizers, or by another than `data.tokenizer_path`, or by one with
+            more ids than the model. With `data.check_tokenizer = False` the first two are logged instead.
         DataError: a folder of data is missing, or a record in it is malformed.
     """
     data = config.data
@@ -55,20 +56,20 @@ def compare_with_checkpoint(config: Config, path: StoragePath, known: KnownToken
     """Compare the tokenizer of a run's data with that of the weights it starts from.
 
     Args:
-        path: a checkpoint of ours, or a folder of `ckpt_type` "hf".
+        path: a native checkpoint, or a folder of `ckpt_type` "hf".
         known: from `data_tokenizer`.
 
     Returns:
-        Files that every checkpoint of the run is to have: name -> content.
+        Files that every checkpoint of the run stores: name -> content.
 
     Raises:
-        ConfigError: they give different ids, unless `data.check_tokenizer = False`.
+        ConfigError: the tokenizers give different ids, unless `data.check_tokenizer = False`.
     """
     theirs = _of_checkpoint(path)
     if theirs is not None and known is not None:
         _compare(known, theirs, f"the checkpoint '{path}'", config)
-    kept = known or theirs
-    files = {} if kept is None else {DATA_TOKENIZER: kept.to_json()}
+    stored = known or theirs
+    files = {} if stored is None else {DATA_TOKENIZER: stored.to_json()}
     for place in (path / HF_FILES / GENERATION, path / GENERATION):
         if place.is_file():
             return files | {f"{HF_FILES}/{GENERATION}": place.read_text()}
@@ -76,9 +77,9 @@ def compare_with_checkpoint(config: Config, path: StoragePath, known: KnownToken
 
 
 def _of_checkpoint(path: StoragePath) -> KnownTokenizer | None:
-    own = trained_with(path)
-    if own is not None:
-        return own
+    recorded = trained_with(path)
+    if recorded is not None:
+        return recorded
     for folder in (path / HF_FILES, path):
         if any((folder / name).is_file() for name in (TOKENIZER_JSON, TOKENIZER_MODEL)):
             return _at(folder)
@@ -88,7 +89,7 @@ def _of_checkpoint(path: StoragePath) -> KnownTokenizer | None:
 def _compare(known: KnownTokenizer, other: KnownTokenizer, what: str, config: Config) -> None:
     if same_ids(known.fingerprint, other.fingerprint):
         return
-    message = f"the tokenizer of {what} is not that of the data: {known.against(other)}"
+    message = f"the tokenizer of {what} differs from that of the data: {known.against(other)}"
     if config.data.check_tokenizer:
         raise ConfigError(f"{message}. If the ids mean the same, set data.check_tokenizer = False")
     logger.info("%s", message)
@@ -106,13 +107,13 @@ def _of_folders(folders: Sequence[str], checked: bool) -> TokenizerRecord | None
 
 
 def _at(path: StoragePath) -> KnownTokenizer | None:
-    """The tokenizer that lies there; None, and a line in the log, where it cannot be read."""
+    """The tokenizer at `path`; None, and a log line, if it cannot be read."""
     if not path.is_local:
-        logger.info("%s: a tokenizer is read from a local disk only: it is not compared with the data's", path)
+        logger.info("%s: not compared with the tokenizer of the data: tokenizers are only read from a local disk", path)
         return None
     try:
         tokenizer = load_tokenizer(Path(path.local))
     except DataError as error:
-        logger.info("the tokenizer is not compared with the data's: %s", error)
+        logger.info("the tokenizer is not compared with that of the data: %s", error)
         return None
     return KnownTokenizer(tokenizer_fingerprint(tokenizer), str(path), tokenizer.vocab_size)

@@ -1,4 +1,4 @@
-"""Builds the hooks that a config names under `hooks`: import paths, with arguments, or objects."""
+"""Builds the hooks listed under `hooks` in a config, given as import paths with arguments, or as objects."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from internlm.utils.errors import ConfigError, nearest
 
 
 def build_user_hooks(entries: Sequence[Any]) -> list[Hook]:
-    """The hooks of `hooks = [...]`, in order.
+    """Build the hooks of `hooks = [...]`, in order.
 
     Args:
         entries: each an import path "package.module.Class"; a dict(type=<import path or class>, <argument>=...); a
             subclass of `Hook`; or an instance of one.
 
     Raises:
-        ConfigError: an entry cannot be imported, is not a hook, or does not take its arguments; or two hooks share a
-            name. Names the entry.
+        ConfigError: an entry cannot be imported, is not a hook, or does not accept its arguments; or two hooks share a
+            name. The message names the entry.
     """
     hooks = [_build(f"hooks[{number}]", entry) for number, entry in enumerate(entries)]
     names: dict[str, int] = {}
@@ -30,25 +30,25 @@ def build_user_hooks(entries: Sequence[Any]) -> list[Hook]:
         if hook.name in names:
             raise ConfigError(
                 f"hooks[{number}]: {type(hook).__name__}.name = {hook.name!r} is also that of "
-                f"hooks[{names[hook.name]}]; checkpoints store the state of a hook under its name: change `name` in "
+                f"hooks[{names[hook.name]}]; checkpoints store the state of a hook under its name, so change `name` in "
                 "one of the classes"
             )
         names[hook.name] = number
     return hooks
 
 
-def check_names(builtin: Sequence[Hook], own: Sequence[Hook]) -> None:
+def check_names(builtin: Sequence[Hook], user_hooks: Sequence[Hook]) -> None:
     """Refuse a user's hook with the name of a built-in one.
 
     Raises:
-        ConfigError: names both.
+        ConfigError: the message names both.
     """
     taken = {hook.name: type(hook).__name__ for hook in builtin}
-    for number, hook in enumerate(own):
+    for number, hook in enumerate(user_hooks):
         if hook.name in taken:
             raise ConfigError(
-                f"hooks[{number}]: {type(hook).__name__}.name = {hook.name!r} is that of the built-in "
-                f"{taken[hook.name]}; set `name` to another text in the class"
+                f"hooks[{number}]: {type(hook).__name__}.name = {hook.name!r} is taken by the built-in "
+                f"{taken[hook.name]}; choose another `name` in the class"
             )
 
 
@@ -75,7 +75,7 @@ def _build(key: str, entry: Any) -> Hook:
 
 
 def _import(key: str, path: str) -> Any:
-    """The object at an import path; modules are also searched in the current directory, as `python -m` does."""
+    """Import the object at `path`; modules are also searched in the current directory, as `python -m` does."""
     module_name, _, name = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(f'{key} = {path!r}: expected "package.module.Class"')

@@ -1,7 +1,7 @@
-"""What a decoder is built from: the `model` section of a config, with every open choice made.
+"""The complete specification of a decoder, resolved from the `model` section of a config and a model family.
 
-`Architecture.resolve(config, ...)` joins the user's keys (which may be None: the family's choice) with what a family
-says. Nothing below this file reads the config.
+`Architecture.resolve(config, ...)` replaces keys that are None by the defaults of the family. Modules and ops never
+read the config.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FamilyDefaults:
-    """What distinguishes a family of models: the value of each key that the user left None, and what no key says.
+    """The properties of a model family: defaults of config keys that are None, and properties without a key.
 
     Attributes:
         fused_qkv, fused_gate_up: one weight for wq, wk, wv / for w1, w3.
         qkv_bias, o_bias, mlp_bias: biases of the projections.
         qk_norm: RMSNorm of each query and key head.
         tie_word_embeddings: the output head is the embedding.
-        norm_head: the rows of the output head are normalised.
+        norm_head: the rows of the output head are normalized.
         activation: of the feed-forward gate.
         unit_offset_norm: norms scale by 1 + weight.
         scale_embedding: embeddings are multiplied by sqrt(hidden_size).
-        sliding_window: layers use a window whenever a size is given, without `use_sliding_window`.
+        sliding_window: layers have a window whenever its size is given, even without `use_sliding_window`.
     """
 
     fused_qkv: bool = False
@@ -71,13 +71,13 @@ class InitSettings:
     head: float = 0.02
 
     def initializer(self, std: float) -> Initializer:
-        """The recipe for weights of this standard deviation."""
+        """The initializer of weights with this standard deviation."""
         return Normal(std) if self.distribution == "normal" else Uniform(math.sqrt(3.0) * std)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder, fully specified. Fields without a comment are those of `FamilyDefaults`."""
+    """A fully specified decoder. Fields without a description are those of the config or of `FamilyDefaults`."""
 
     vocab_size: int
     hidden_size: int
@@ -99,53 +99,55 @@ class Architecture:
     activation: Activation
     rope: RopeSettings
     max_position_embeddings: int
-    """Positions the model is meant for, stretching included."""
+    """Supported context length in tokens, including context extension."""
     windows: tuple[int | None, ...]
     """The attention window of each layer."""
     tie_word_embeddings: bool
     norm_head: bool
     is_reward: bool
-    """The head gives one number a token instead of logits."""
+    """The head returns one number per token instead of logits."""
     embedding_multiplier: float
     embed_grad_scale: float
-    """The gradient of the embedding is multiplied by this (GLM-130B, https://arxiv.org/abs/2210.02414)."""
+    """Factor on the gradient of the embedding (GLM-130B, https://arxiv.org/abs/2210.02414)."""
     attention_backend: str
-    """Kernel of attention on CUDA: "auto" or a name of `internlm/model/ops/attention/cuda_backends.py`."""
+    """Attention kernel on CUDA: "auto" or a name in `internlm/model/ops/attention/cuda_backends.py`."""
     use_flash_attn: bool
     """Attention may use the flash-attn packages."""
     fused_kernels: str
-    """Whose kernels run between matrix products where nothing is compiled: "auto", "none", "liger"."""
+    """Fused kernels between GEMMs in uncompiled blocks: "auto", "none", "liger"."""
     residual_in_fp32: bool
-    """The residual stream is kept in fp32 between the blocks."""
+    """The residual stream is in fp32."""
     save_policies: tuple[SavePolicy, ...]
-    """What each layer saves for backward; the rest is recomputed."""
+    """Save policy of each layer."""
     dtype: torch.dtype
     init: InitSettings
     layer_kinds: Mapping[int, LayerKind] = field(default_factory=dict, hash=False)
-    """Attention and feed-forward of layers that differ from the standard ones, by number."""
+    """Kinds of the layers that are not standard, by layer number."""
 
     @property
     def function(self) -> dict[str, object]:
-        """What the outputs follow from, besides the weights, by name; number formats, kernels and the layout of fused
-        weights aside."""
+        """Everything except the weights that determines the function of the model, by name.
+
+        Dtypes, kernels and the fusion of weights are excluded.
+        """
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
         values["layer_kinds"] = {number: kind.name for number, kind in self.layer_kinds.items()}
         rope = {f"rope {name}": value for name, value in self.rope.function.items()}
-        return {name: value for name, value in values.items() if name not in _NOT_OF_THE_FUNCTION} | rope
+        return {name: value for name, value in values.items() if name not in _NOT_IN_FUNCTION} | rope
 
     @classmethod
     def resolve(
         cls, config: ModelConfig, defaults: FamilyDefaults | None = None, *, norm_dtype: torch.dtype | None = None
     ) -> Architecture:
-        """Join a config with a family.
+        """Combine a config with the defaults of a family.
 
         Args:
             config: the `model` section.
-            defaults: the family; None: a Llama.
+            defaults: the family; None: Llama.
             norm_dtype: dtype of the norms' weights; None: that of the model.
 
         Raises:
-            ConfigError: sizes that do not fit each other, or a key that contradicts the family.
+            ConfigError: sizes are inconsistent, or a key contradicts the family.
         """
         family = defaults or FamilyDefaults()
         mistakes: list[str] = []
@@ -159,18 +161,18 @@ class Architecture:
         if config.head_dim is None and config.hidden_size % num_heads:
             mistakes.append(
                 f"model.hidden_size ({config.hidden_size}) must be a multiple of model.num_attention_heads "
-                f"({num_heads}), or model.head_dim be given"
+                f"({num_heads}); change one of them, or set model.head_dim"
             )
         head_dim = _pick(config.head_dim, config.hidden_size // num_heads)
         if head_dim % 2:
-            mistakes.append(f"the head dimension ({head_dim}) must be even: rotary embedding turns pairs of channels")
+            mistakes.append(f"the head dimension ({head_dim}) must be even: rotary embedding rotates pairs of channels")
         if config.add_unit_offset not in (None, family.unit_offset_norm):
             mistakes.append(f"model.add_unit_offset: this model_type has {family.unit_offset_norm}; leave the key out")
         if config.use_swiglu not in (None, family.activation == "silu"):
             mistakes.append(f"model.use_swiglu: this model_type has {family.activation == 'silu'}; leave the key out")
         if mistakes:
             raise ConfigError(mistakes)
-        # `no_bias` speaks for the attention's projections together; the keys of each come first.
+        # `no_bias` applies to all attention projections; the keys of single projections take precedence.
         attention_bias = None if config.no_bias is None else not config.no_bias
         return cls(
             vocab_size=config.vocab_size,
@@ -218,14 +220,14 @@ class Architecture:
         )
 
 
-_NOT_OF_THE_FUNCTION = {
+_NOT_IN_FUNCTION = {
     *("fused_qkv", "fused_gate_up"),
-    # Only what the angles read of it counts.
+    # Covered by `RopeSettings.function`.
     *("rope", "max_position_embeddings"),
     *("norm_dtype", "dtype", "residual_in_fp32", "attention_backend", "use_flash_attn", "fused_kernels"),
     *("save_policies", "embed_grad_scale", "init"),
 }
-"""Fields of `Architecture`: any other, a new one too, makes a model another function."""
+"""Fields of `Architecture` that do not change the function of a model; any other field, also a new one, does."""
 
 
 def _pick(*choices: T | None) -> T:
@@ -245,7 +247,7 @@ def _windows(config: ModelConfig, family: FamilyDefaults) -> tuple[int | None, .
 
 
 def save_policies(config: ModelConfig) -> tuple[SavePolicy, ...]:
-    """The save policy of each layer, as `checkpoint` and `checkpoint_save_policy` say."""
+    """The save policy of each layer, from `checkpoint` and `checkpoint_save_policy`."""
     everything: tuple[SavePolicy, ...] = ("everything",)
     return (config.checkpoint_save_policy,) * config.num_recomputed + everything * (
         config.num_layers - config.num_recomputed

@@ -1,4 +1,4 @@
-"""The decoder: one class for every dense family. It knows one device and no parallelism.
+"""The decoder: one class for every dense family, written for a single device.
 
 Shapes: B sequences, S tokens, h hidden size, V vocabulary.
 """
@@ -44,9 +44,11 @@ DECODER_ROLES: dict[str, Role] = {
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream.
+    """Attention and feed-forward, each after a norm and added to the residual stream.
 
-    Attributes: those of `internlm.model.layer_protocol.RecomputableLayer`.
+    Attributes:
+        block_dtype: dtype of attention and feed-forward if it differs from that of the residual stream; else None.
+        save_policy, store: see `internlm.model.layer_protocol.RecomputableLayer`.
     """
 
     def __init__(self, architecture: Architecture, layer: int) -> None:
@@ -56,7 +58,7 @@ class DecoderLayer(nn.Module):
         self.attention = kind.attention(architecture, layer)
         self.ffn_norm = make_norm(architecture)
         self.feed_forward = kind.feed_forward(architecture, layer)
-        # With an fp32 residual stream the blocks still compute in the dtype of the model.
+        # With an fp32 residual stream, attention and feed-forward still run in the dtype of the model.
         self.block_dtype = architecture.dtype if architecture.residual_in_fp32 else None
         self.save_policy: SavePolicy = architecture.save_policies[layer]
         self.store: TensorStore | None = None
@@ -68,7 +70,7 @@ class DecoderLayer(nn.Module):
         varlen: VarlenMetadata | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """`[B, S, h]` -> `[B, S, h]`."""
+        """Residual stream `[B, S, h]` -> `[B, S, h]`."""
         return recomputed(self.compute, self.save_policy, self.store)(hidden, rotary, varlen, cache)
 
     def compute(
@@ -80,21 +82,21 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model: hidden states out, logits on request.
+    """A decoder-only language model that returns hidden states; `logits` applies the output head.
 
-    A stage of a pipeline is a decoder without some of its parts: `keep_stage` removes them.
+    A pipeline stage is a decoder from which `keep_stage` has removed all other parts.
 
     Attributes:
-        architecture: what it was built from.
+        architecture: its specification.
         roles: how each weight may be split (glob pattern over module names -> `Role`).
-        heads: the heads that attention roles are split by.
+        heads: the heads by which attention roles are split.
         vocab_size: V.
         has_tied_head: the output head is the embedding.
         layers: by number, "0" to "L - 1".
-        offloading: moves activations to host memory; None: they stay. May be set before training.
-        is_first: it embeds tokens; otherwise its input is the residual stream.
+        offloading: moves activations to host memory; None: they stay on the device. May be set before training.
+        is_first: its input is token ids; otherwise the residual stream.
         is_last: it ends with the final norm; otherwise its output is the residual stream.
-        residual_size, residual_dtype: of the residual stream, which goes from one stage to the next.
+        residual_size, residual_dtype: of the residual stream between stages.
     """
 
     roles: Mapping[str, Role]
@@ -124,7 +126,7 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(a.rope)
 
     def keep_stage(self, layers: range, *, is_first: bool, is_last: bool) -> None:
-        """Become one stage of a pipeline: these layers, with the embedding and the head only at the ends."""
+        """Remove everything that is not part of one pipeline stage; see `PipelineModel.keep_stage`."""
         for name in list(self.layers):
             if int(name) not in layers:
                 del self.layers[name]
@@ -146,13 +148,13 @@ class Decoder(nn.Module):
         """Hidden states after the final norm.
 
         Args:
-            inputs: token ids, int64 `[B, S]`; the residual stream `[B, S, h]` for a later stage of a pipeline.
+            inputs: token ids, int64 `[B, S]`; in a later pipeline stage the residual stream `[B, S, h]`.
             position_ids: int64 `[B, S]`, position of each token in its document; 0 in the padding of a row.
             varlen: documents of a packed row (B = 1); None: each row is one document.
-            cache: keys and values of the tokens before these; the new ones are appended. Not for packed rows.
+            cache: keys and values of earlier tokens; the new ones are appended. Not for packed rows.
 
         Returns:
-            `[B, S, h]` in the dtype of the model; the residual stream for an earlier stage of a pipeline.
+            `[B, S, h]` in the dtype of the model; in an earlier pipeline stage the residual stream.
         """
         hidden = self.embed(inputs) if self.is_first else inputs
         rotary = self.rotary.tables(position_ids, self.architecture.dtype, varlen)
@@ -169,7 +171,7 @@ class Decoder(nn.Module):
         if a.embed_grad_scale != 1.0:
             hidden = _ScaleGradient.apply(hidden, a.embed_grad_scale)
         if a.embedding_multiplier != 1.0:
-            # The published weights were trained with a factor rounded to the model's dtype.
+            # Published weights were trained with the factor rounded to the dtype of the model.
             hidden = hidden * torch.tensor(a.embedding_multiplier, dtype=hidden.dtype, device="cpu").item()
         return hidden.float() if a.residual_in_fp32 else hidden
 
@@ -183,12 +185,12 @@ class Decoder(nn.Module):
         return hidden.to(self.architecture.dtype) if self.architecture.residual_in_fp32 else hidden
 
     def head_weight(self) -> Tensor:
-        """Weight of the output head, `[V, h]` (`[1, h]` of a reward model): tied or not, normalised or not."""
+        """Weight of the output head, `[V, h]` (reward model: `[1, h]`), normalized if `norm_head` is set."""
         weight = self.tok_embeddings.weight if self.architecture.tie_word_embeddings else self.output.weight
         return F.normalize(weight) if self.architecture.norm_head else weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., h]` -> `[..., V]` (`[..., 1]` of a reward model)."""
+        """Hidden states `[..., h]` -> `[..., V]` (reward model: `[..., 1]`)."""
         return linear(hidden, self.head_weight(), None)
 
     def make_cache(self, batch_size: int, max_length: int) -> KeyValueCache:

@@ -17,7 +17,7 @@ _ATTRIBUTE = "internlm_initializer"
 
 
 class Initializer(Protocol):
-    """The distribution of a parameter's initial values. Elements are independent: a part may be filled alone."""
+    """The distribution of a parameter's initial values. Elements are independent, so parts can be filled separately."""
 
     def fill(self, tensor: Tensor, generator: torch.Generator | None = None) -> None:
         """Fill `tensor`, of any shape and on the generator's device, in place."""
@@ -72,7 +72,7 @@ def initializer_of(parameter: Tensor) -> Initializer:
     """The initializer attached to a parameter. Every parameter of a registered model has one.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the parameter has none.
     """
     initializer: Initializer | None = getattr(parameter, _ATTRIBUTE, None)
     if initializer is None:

@@ -1,4 +1,4 @@
-"""What a decoder layer is made of, chosen by its number: which attention and which feed-forward."""
+"""Kinds of decoder layers: the attention and feed-forward modules of a layer, chosen by layer number."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ if TYPE_CHECKING:
     from internlm.model.architecture import Architecture
 
 SubBlock = Callable[["Architecture", int], nn.Module]
-"""Builds a part of a layer from the architecture and the layer's number, under `torch.device("meta")`."""
+"""(architecture, layer number) -> attention or feed-forward module; called under `torch.device("meta")`."""
 
 
 def standard_attention(architecture: Architecture, layer: int) -> nn.Module:
-    """Grouped-query softmax attention, with the layer's window."""
+    """Grouped-query softmax attention with the layer's window."""
     return Attention(architecture, layer)
 
 
 def standard_feed_forward(architecture: Architecture, layer: int) -> nn.Module:
-    """A gated feed-forward."""
+    """Gated feed-forward network."""
     return FeedForward(architecture)
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """The parts of a decoder layer.
+    """The modules of a decoder layer.
 
     Attributes:
-        name: in errors, and where models are compared: two kinds of one name compute the same function.
-        attention: builds a module called as `attention(x, rotary, varlen, cache)`, `[B, S, h]` -> `[B, S, h]`.
-        feed_forward: builds a module called as `feed_forward(x)`, `[B, S, h]` -> `[B, S, h]`.
-        roles: roles of its weights, by glob pattern below `layers.N.`; they come after the decoder's own patterns, so
-            they win.
+        name: for errors, and to compare models: kinds with equal names must compute the same function.
+        attention: builds a module that is called as `attention(x, rotary, varlen, cache)`, `[B, S, h]` -> `[B, S, h]`.
+        feed_forward: builds a module that is called as `feed_forward(x)`, `[B, S, h]` -> `[B, S, h]`.
+        roles: roles of its weights, by glob pattern below `layers.N.`; they override the decoder's own patterns.
     """
 
     name: str
@@ -48,4 +47,4 @@ class LayerKind:
 
 
 STANDARD = LayerKind("standard")
-"""The kind of every layer that `Architecture.layer_kinds` does not name."""
+"""The kind of every layer that is not in `Architecture.layer_kinds`."""

@@ -1,6 +1,6 @@
-"""What compilation, recomputation, offloading and the activation budget ask of a model and of its layers.
+"""Protocols of a model and its layers for compilation, recomputation, offloading and the activation budget.
 
-`internlm.model.decoder` fulfils these protocols; so may any registered model. Nothing outside a model asks for the
+`internlm.model.decoder` implements them, and any registered model may. Code outside of a model never depends on the
 class of its layers.
 """
 
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class RecomputableLayer(Protocol):
-    """A layer that can recompute its activations; `forward` is `recomputed(self.compute, ...)`.
+    """A layer that can recompute its activations; its `forward` calls `recomputed(self.compute, ...)`.
 
     Attributes:
-        save_policy: what is saved for backward. Constant once the layer is compiled.
-        store: where results that the policy saves are held; None: on the device. Constant once the layer is compiled.
+        save_policy: what is saved for backward. Must not change after the layer is compiled.
+        store: holds the results that the policy saves; None: they stay on the device. Must not change after the layer
+            is compiled.
     """
 
     save_policy: SavePolicy
     store: TensorStore | None
 
     def compute(self, hidden: Tensor, *inputs: Any) -> Tensor:
-        """The layer without recomputation; compiled as a whole where linear layers communicate."""
+        """The layer without recomputation; compiled as a unit if linear layers communicate."""
 
 
 @runtime_checkable
 class LayeredModel(Protocol):
-    """A model, or a stage of one, whose forward pass goes through numbered layers with `run_layers`.
+    """A model or pipeline stage whose forward pass runs numbered layers with `run_layers`.
 
     Attributes:
-        offloading: moves activations to host memory; None: they stay. May be set before training.
+        offloading: moves activations to host memory; None: they stay on the device. May be set before training.
     """
 
     offloading: Offloading | None
@@ -63,16 +64,16 @@ class DescribedModel(Protocol):
 def run_layers(
     layers: Iterable[tuple[int, nn.Module]], hidden: Tensor, *inputs: Any, offloading: Offloading | None = None
 ) -> Tensor:
-    """The residual stream through layers, one after the other.
+    """Run layers one after another on the residual stream.
 
     Args:
         layers: (number, layer); each is called as `layer(hidden, *inputs)`.
-        hidden: `[B, S, h]`.
-        inputs: the same for all layers.
+        hidden: residual stream, `[B, S, h]`.
+        inputs: further inputs, the same for all layers.
         offloading: of the model.
 
     Returns:
-        `[B, S, h]`.
+        Residual stream, `[B, S, h]`.
     """
     if offloading is not None:
         offloading.begin_pass()

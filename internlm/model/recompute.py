@@ -1,7 +1,7 @@
-"""Activation recomputation: what a layer saves for backward, and what it recomputes there.
+"""Activation recomputation: what a layer saves for backward, and what it recomputes.
 
-A save policy names the operators whose results are saved; everything between them is recomputed from the layer's
-input. "everything" saves what autograd saves and recomputes nothing; "nothing" saves the input alone.
+A save policy names the operators whose results are saved; everything else is recomputed in backward from the layer's
+input. "everything" saves what autograd saves and recomputes nothing; "nothing" saves only the input.
 
 Sources: Chen et al. 2016, arXiv:1604.06174 (recomputation by layer); Korthikanti et al. 2022, arXiv:2205.05198
 (selective recomputation). The mechanism is torch's selective activation checkpointing.
@@ -46,7 +46,7 @@ ATTENTION_OPS = frozenset(
 """Operators that return attention's output and the softmax statistics that its backward pass needs."""
 
 GEMM_OPS = frozenset(
-    {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::products", "internlm::wide_product"}
+    {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::gemms", "internlm::fp32_gemm"}
 )
 """GEMMs of activations with weights. Batched GEMMs are excluded: they compute attention's scores, which are much larger
 than its output."""
@@ -66,23 +66,22 @@ class TensorStore(Protocol):
         """Store a tensor; returns the handle for `get`."""
 
     def get(self, stored: Any) -> Tensor:
-        """The tensor of a handle; called once for each."""
+        """The tensor of a handle; called once per handle."""
 
 
 def recomputed(
     function: Callable[..., R], save_policy: SavePolicy, store: TensorStore | None = None
 ) -> Callable[..., R]:
-    """`function`, recomputing in backward what its save policy does not save.
+    """Wrap `function` so that backward recomputes what the save policy does not save.
 
-    Without gradients it is called as it is. Results and gradients are bit-equal to those without recomputation, as long
-    as the function draws no random numbers. The result may be compiled, and so may `function`: where both are one
-    graph, the compiler follows the policy; around a compiled function, the policy sees only the operators that the
-    compiler left.
+    Without gradients, `function` is called directly. Results and gradients are bit-equal to those without recomputation
+    as long as the function draws no random numbers. The wrapper may be compiled together with `function`, and the
+    compiler follows the policy; around a compiled function, the policy sees only the operators that were not fused.
 
     Args:
-        function: of tensors and other values. All ranks that communicate in it must use the same policy.
+        function: takes tensors and other values. All ranks that communicate in it must use the same policy.
         save_policy: see `SavePolicy`.
-        store: holds the saved results; None: they stay where they were made. Not for compiled graphs.
+        store: holds the saved results; None: they stay on the device. Not for compiled graphs.
     """
     if save_policy == "everything":
         return function
@@ -112,20 +111,20 @@ def _decide(saved: frozenset[str], _: Any, op: Any, *args: Any, **kwargs: Any) -
 
 
 def _stored_contexts(saved: frozenset[str], store: TensorStore) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """As torch's selective contexts, which can save only to memory of their own."""
+    """Like torch's contexts for selective checkpointing, but with a store."""
     results: dict[str, deque[Any]] = defaultdict(deque)
     return _Store(saved, store, results), _Replay(saved, store, results)
 
 
 class _Stored:
-    """The handle of a stored tensor."""
+    """Wrapper of the store's handle, to distinguish it from other leaves of a result."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class _Store(TorchDispatchMode):
-    """Stores the results of some operators, by operator in order."""
+    """Stores the results of the saved operators, by operator in call order."""
 
     def __init__(self, saved: frozenset[str], store: TensorStore, results: dict[str, deque[Any]]) -> None:
         super().__init__()
@@ -150,34 +149,34 @@ class _Replay(_Store):
         return tree_map_only(_Stored, lambda stored: self._store.get(stored.value), result)
 
 
-# -- products with more around them than one operator ----------------------------------------------------------------
+# -- groups of operations as one operator ---------------------------------------------------------------------------
 
 _is_selective: ContextVar[bool] = ContextVar("is_selective", default=False)
 _computation: ContextVar[Callable[[], list[Tensor]]] = ContextVar("computation")
 
 
-def as_products(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
-    """`compute()`, which is one operator where operators are told apart.
+def as_gemm_operator(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
+    """`compute()`, as one operator in selective recomputation, which a policy that saves GEMMs saves.
 
-    Where products are kept, recomputation leaves out all that it does; where not, what it does besides multiplying need
-    not be the same the second time (weights may have been gathered ahead).
-
-    Args:
-        compute: makes new tensors, without gradients; gathering weights for them is part of it.
-        like: any tensor of the same device.
-    """
-    return _as_operator(_products, compute, like)
-
-
-def as_unkept(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
-    """`compute()`, which is one operator that no policy keeps, so that it may do something else in recomputation.
-
-    torch tells operators by name and count, and refuses a recomputation with other ones than the first time.
+    If its results are saved, recomputation skips it as a unit. If not, its other operations, such as gathers, may
+    differ the second time, because weights may have been prefetched.
 
     Args:
-        compute, like: as of `as_products`.
+        compute: runs GEMMs without autograd and returns new tensors; it may gather the weights for them.
+        like: any tensor on the same device.
     """
-    return _as_operator(_unkept, compute, like)
+    return _as_operator(_gemms, compute, like)
+
+
+def as_recomputed_operator(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
+    """`compute()`, as one operator that no policy saves, so that its operations may differ in recomputation.
+
+    torch counts operators by name, and refuses a recomputation that runs others than the first time.
+
+    Args:
+        compute, like: see `as_gemm_operator`.
+    """
+    return _as_operator(_recomputed, compute, like)
 
 
 def _as_operator(operator: Any, compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
@@ -188,13 +187,13 @@ def _as_operator(operator: Any, compute: Callable[[], list[Tensor]], like: Tenso
     return result
 
 
-@torch.library.custom_op("internlm::products", mutates_args=(), schema="(Tensor like) -> Tensor[]")
-def _products(like: Tensor) -> list[Tensor]:
+@torch.library.custom_op("internlm::gemms", mutates_args=(), schema="(Tensor like) -> Tensor[]")
+def _gemms(like: Tensor) -> list[Tensor]:
     return _computation.get()()
 
 
-@torch.library.custom_op("internlm::unkept", mutates_args=(), schema="(Tensor like) -> Tensor[]")
-def _unkept(like: Tensor) -> list[Tensor]:
+@torch.library.custom_op("internlm::recomputed", mutates_args=(), schema="(Tensor like) -> Tensor[]")
+def _recomputed(like: Tensor) -> list[Tensor]:
     return _computation.get()()
 
 

@@ -1,6 +1,7 @@
-"""Model types by name: those of this package, and those that a user registers.
+"""The registry of model types: those of this package, and those registered by users.
 
-A builder is a function `(config: ModelConfig, norm_dtype) -> nn.Module`; doc/models.md says what the module must offer.
+A builder is a function `(config: ModelConfig, norm_dtype) -> nn.Module`; doc/models.md describes the interface of the
+module.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _BUILDERS: dict[str, ModelBuilder] = {}
 
 
 def register_model(name: str) -> Callable[[ModelBuilder], ModelBuilder]:
-    """Decorator: make a builder known as `model_type = name`.
+    """Decorator that registers a builder for `model_type = name`.
 
     The builder takes the `model` section of the config and the dtype of the norms' weights (None: that of the model).
     It is called under `torch.device("meta")`.
@@ -62,7 +63,7 @@ def build_model(model_type: str, config: ModelConfig, *, norm_dtype: torch.dtype
         norm_dtype: dtype of the norms' weights, e.g. fp32 for `use_fp32_norm`; None: that of the model.
 
     Raises:
-        ConfigError: the name is unknown, or the config does not make a model.
+        ConfigError: the name is unknown, or the config is inconsistent.
     """
     known = known_models()
     if model_type not in known:

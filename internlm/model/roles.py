@@ -1,8 +1,8 @@
-"""What a weight is in the architecture: all that a parallel mode needs to know of a model.
+"""Roles of weights in the architecture: all that a parallel mode needs to know about a model.
 
-A model carries `roles`, a mapping from glob patterns over module names to a `Role`, for example
+A model has an attribute `roles`, a mapping from glob patterns over module names to a `Role`, for example
 `{"layers.*.attention.wqkv": Role.ATTENTION_QKV, "layers.*.feed_forward.w2": Role.ROW}`, and `heads`, a `HeadShape`,
-where it has attention. A module that no pattern matches is REPLICATED. The model knows nothing else of parallelism.
+if it has attention. A module that no pattern matches is REPLICATED. The model knows nothing else about parallelism.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ class Role(enum.Enum):
     """How a module's weight may be split over the tensor axis."""
 
     REPLICATED = "replicated"
-    """Every rank holds it whole and applies it to the residual stream: norms, gates."""
+    """Not split; applied to the residual stream: norms, gates."""
     PER_HEAD = "per_head"
-    """Every rank holds it whole and applies it to its own heads: norms of queries and keys."""
+    """Not split; every rank applies it to its own heads: norms of queries and keys."""
     COLUMN = "column"
     """Split on the output dimension: w1, w3."""
     COLUMN_PAIR = "column_pair"
-    """Two column weights stacked on the output dimension, each half split on its own: fused w13."""
+    """Two column weights stacked on the output dimension, each half split separately: fused w13."""
     ROW = "row"
     """Split on the input dimension: w2."""
     ATTENTION_QKV = "attention_qkv"
-    """Output dimension by key-value group (its queries, its key, its value), split in whole groups: fused wqkv."""
+    """Output dimension ordered by key-value group (its queries, key and value), split between groups: fused wqkv."""
     ATTENTION_Q = "attention_q"
-    """Output dimension split in whole query heads: wq."""
+    """Output dimension split between query heads: wq."""
     ATTENTION_KV = "attention_kv"
-    """Output dimension split in whole key-value heads: wk, wv."""
+    """Output dimension split between key-value heads: wk, wv."""
     ATTENTION_OUT = "attention_out"
-    """Input dimension split in whole query heads: wo."""
+    """Input dimension split between query heads: wo."""
     EMBEDDING = "embedding"
     """Token embedding `[V, h]`: split on vocabulary or on hidden."""
     HEAD = "head"

@@ -1,1 +1,1 @@
-"""Whether a layout trains as one process does: same losses, gradients and weights. `internlm verify` shows it."""
+"""Verifies that a layout trains as one process does: equal losses, gradients and weights. Used by `internlm verify`."""

@@ -1,6 +1,6 @@
-"""Global batches that are a pure function of the step, dealt to data ranks by index.
+"""Global batches that are a pure function of the step, distributed to data ranks by index.
 
-Legend of shapes: B sequences, S tokens a sequence, P = B * S.
+Shapes: B sequences, S tokens per sequence, P = B * S.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from internlm.data.batch import IGNORE_INDEX, Batch, MicroBatch
 from internlm.verify.case import Case
 
 UNEVEN_SHARES = (0.0, 0.9, 0.5, 0.2)
-"""Masked share of the labels of micro batches 0, 1, 2, 3, 4 (as 0) ..."""
+"""Masked share of the labels, by micro-batch number modulo 4."""
 
 
 class CaseBatches:
-    """The batches of one data rank, as a trainer takes them."""
+    """The batches of one data rank, with the interface that a trainer expects."""
 
     def __init__(self, case: Case, data_rank: int, data_size: int) -> None:
         self._case, self._data_rank, self._data_size = case, data_rank, data_size
         self._step = 0
 
     def seek(self, step: int, num_consumed_samples: int) -> None:
-        """Make the next batch that of `step`."""
+        """Continue with the batch of `step`."""
         assert num_consumed_samples == step * self._case.num_micro_batches
         self._step = step
 
@@ -36,7 +36,7 @@ class CaseBatches:
 
 
 def local_batch(case: Case, step: int, data_rank: int, data_size: int) -> Batch:
-    """What one data rank gets of global batch `step`: neighbouring micro batches of it."""
+    """One data rank's share of global batch `step`: consecutive micro-batches."""
     total = case.num_micro_batches
     share = total // data_size
     indices = [step * total + number for number in range(data_rank * share, (data_rank + 1) * share)]
@@ -44,7 +44,7 @@ def local_batch(case: Case, step: int, data_rank: int, data_size: int) -> Batch:
 
 
 def _micro_batch(case: Case, index: int) -> MicroBatch:
-    """Micro batch `index` of all since the start."""
+    """Micro-batch `index`, counted over all steps and ranks."""
     data, documents = case.config.data, case.documents
     generator = torch.Generator().manual_seed(1000 + index)
     lengths = _lengths(case, generator)
@@ -56,7 +56,7 @@ def _micro_batch(case: Case, index: int) -> MicroBatch:
     start = 0
     for length in lengths:
         position_ids[start : start + length] = torch.arange(length)
-        labels[start + length - 1] = IGNORE_INDEX  # the next token is another document's
+        labels[start + length - 1] = IGNORE_INDEX  # the next token belongs to another document
         start += length
         if not documents.packed:
             end = -(-start // width) * width
@@ -75,20 +75,20 @@ def _micro_batch(case: Case, index: int) -> MicroBatch:
 
 
 def _lengths(case: Case, generator: torch.Generator) -> tuple[int, ...]:
-    """Tokens of each document; packed, they fill the row, else there is one a row."""
+    """Tokens of each document. Packed documents fill the row; otherwise each row has one."""
     data, documents = case.config.data, case.documents
     if not documents.ragged:
         return (data.seq_len,) * data.micro_bsz
     if not documents.packed:
         return tuple(int(n) for n in torch.randint(1, data.seq_len + 1, (data.micro_bsz,), generator=generator))
-    lengths = [1]  # A document of one token has no label at all.
-    while (room := data.packed_length - sum(lengths)) > 0:
-        lengths.append(int(torch.randint(1, min(room, data.seq_len) + 1, (), generator=generator)))
+    lengths = [1]  # a document of one token has no label at all
+    while (remaining := data.packed_length - sum(lengths)) > 0:
+        lengths.append(int(torch.randint(1, min(remaining, data.seq_len) + 1, (), generator=generator)))
     return tuple(lengths)
 
 
 def _mask(case: Case, index: int, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Which of the labels `[P]` contribute no loss, bool `[P]`."""
+    """Bool `[P]`: which of the labels `[P]` are masked, so that they contribute no loss."""
     masked = case.documents.masked
     random = torch.rand(labels.shape, generator=generator)
     if masked == "uneven":

@@ -1,4 +1,4 @@
-"""One run that is to be compared: a config, the number of ranks, and what its batches are made of."""
+"""A run to be compared: a config, the number of ranks, and the composition of its batches."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from internlm.verify.choices import (
     to_text,
 )
 
-# A step of AdamW is lr * m / (sqrt(v) + eps). With the usual eps of 1e-8 an element whose true gradient is 0 moves by
-# lr in the direction of its rounding error, so that two correct runs part. With an eps of the size of the gradients the
-# update is a smooth function of them, and a difference in weights means a difference in gradients. The learning rate
-# moves weights of 0.02 by a few percent a step: enough to be seen, and not so much that rounding in one step makes a
-# different model in the next.
+# A step of AdamW is lr * m / (sqrt(v) + eps). With the usual eps of 1e-8 an element whose exact gradient is 0 moves by
+# lr in the direction of its rounding error, so two correct runs diverge. With an eps as large as the gradients the
+# update is a smooth function of them, and a difference in weights implies a difference in gradients. The learning rate
+# moves weights of 0.02 by a few percent per step: enough to be measured, but not so much that the rounding of one step
+# changes the model of the next.
 LEARNING_RATE = 1e-3
 ADAM_EPSILON = 1e-3
 
@@ -43,19 +43,19 @@ FLOAT8_KEYS: Mapping[str, Any] = {
     "float8.first_and_last_layer": True,
     "model.dtype": "torch.float64",
 }
-"""Float8 in every layer, computed and kept in float64. Another order of additions moves a number across the border
-between two of float8 with a probability of about its rounding error: 1e-16, and not the 1e-7 of fp32, of which some of
-the 1e5 numbers that are rounded would show, each as a difference of 6 %."""
+"""Float8 GEMMs in every layer, with everything else in float64. Another order of additions changes the float8 rounding
+of a number with a probability of about its own rounding error. That is 1e-16 in float64. With the 1e-7 of fp32, some of
+the 1e5 rounded numbers would differ, each by 6 %."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A config as it is run for verification.
+    """A run for verification.
 
     Attributes:
         config: checked or not; `model`, `parallel`, `data` (sizes), `adam` and `hybrid_zero_optimizer` are used.
         world_size: number of ranks.
-        documents: what its batches are made of.
+        documents: composition of its batches.
     """
 
     config: Config
@@ -64,25 +64,25 @@ class Case:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro batches of one step on all data ranks together."""
+        """Micro-batches per step, over all data ranks."""
         return self.config.data.micro_num * build_layout(self.config, self.world_size).data_size
 
     def reference(self) -> Case:
-        """The same run in one process: same model, same global batches, all on the device."""
+        """The same run in one process: same model and global batches, without offloading."""
         keys = {"hybrid_zero_optimizer.offload_optimizer": False}
-        alone = changed(self.config, {**LayoutChoices().keys(), **_micro_num(self.num_micro_batches), **keys})
-        return replace(self, config=alone, world_size=1)
+        config = changed(self.config, {**LayoutChoices().keys(), **_micro_num(self.num_micro_batches), **keys})
+        return replace(self, config=config, world_size=1)
 
     @property
     def fingerprint(self) -> str:
-        """The same for two cases that are the same run."""
+        """A hash that is equal for two cases of the same run."""
         text = f"{self.config.model_dump_json()} {self.world_size} {self.documents}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One point of the space of layouts, models, batches and optimizer settings."""
+    """One point in the space of layouts, models, batches and optimizer settings."""
 
     ranks: int = 1
     layout: LayoutChoices = field(default_factory=LayoutChoices)
@@ -91,17 +91,17 @@ class Combination:
     stepping: StepChoices = field(default_factory=StepChoices)
 
     def __str__(self) -> str:
-        """One line, from which `parse` makes the combination again."""
+        """One line of text, the inverse of `parse`."""
         parts = {"layout": self.layout, "model": self.model, "documents": self.documents, "stepping": self.stepping}
         texts = [f"ranks={self.ranks}", *(f"{name}:{to_text(part)}" for name, part in parts.items() if to_text(part))]
         return " ".join(texts)
 
     @classmethod
     def parse(cls, text: str) -> Combination:
-        """The combination that `str` wrote; a part may be given in several words.
+        """Parse the text of `str(combination)`; a part may be given in several words.
 
         Raises:
-            ConfigError: it did not.
+            ConfigError: the text has another form.
         """
         classes: dict[str, type] = {
             "layout": LayoutChoices,
@@ -122,31 +122,31 @@ class Combination:
             raise ConfigError(f"'{ranks}': expected ranks=N")
         return cls(int(number), **parts)
 
-    def mistakes(self) -> list[str]:
-        """Why a user's config with these choices would be refused; empty when it would not."""
+    def problems(self) -> list[str]:
+        """Why a config with these choices would be refused; empty if it is valid."""
         try:
             case = self.case()
             build_layout(case.config, self.ranks)
         except ConfigError as error:
             return error.mistakes
-        found = [mistake.text for mistake in find_problems(case.config, self.ranks)]
+        found = [problem.text for problem in find_problems(case.config, self.ranks)]
         if self.layout.weight > 1 and self.layout.mode != "isp":
-            found.append("weight parallelism is part of isp")
+            found.append("weight parallelism needs mode isp")
         if self.model.float8 and self.model.dtype != "float64":
             found.append("float8 is compared in float64")
         return found
 
     def case(self) -> Case:
-        """The run.
+        """The run that this combination describes.
 
         Raises:
-            ConfigError: the ranks do not fit the layout.
+            ConfigError: the number of ranks does not fit the layout.
         """
         layout, model = self.layout, self.model
         data_size = build_layout(_config({**_BASE, **layout.keys()}), self.ranks).data_size
         micro_batches = self.stepping.micro_batches or needed_micro_batches(layout) * data_size
         if micro_batches % data_size:
-            raise ConfigError(f"{micro_batches} micro batches cannot be dealt to {data_size} data ranks")
+            raise ConfigError(f"{micro_batches} micro-batches cannot be divided among {data_size} data ranks")
         keys = {
             **_BASE,
             **layout.keys(),
@@ -166,7 +166,7 @@ class Combination:
 
 
 def needed_micro_batches(layout: LayoutChoices) -> int:
-    """Micro batches a data rank for which every schedule has a warm-up, a steady and a cool-down phase."""
+    """Micro-batches per data rank with which every schedule has a warm-up, a steady and a cool-down phase."""
     if layout.pipeline == 1:
         return 2
     return (2 if layout.schedule in ("ZBV", "DUALPIPEV") or layout.chunks > 1 else 1) * layout.pipeline
@@ -174,7 +174,7 @@ def needed_micro_batches(layout: LayoutChoices) -> int:
 
 def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
     num_chunks = 2 if layout.schedule in ("ZBV", "DUALPIPEV") else layout.chunks
-    # With 8 ranks an odd multiple: halves and quarters of it do not fall on powers of two.
+    # 56 is an odd multiple of 8 ranks, so its halves and quarters are no powers of two.
     head_dim, intermediate_size, kv_heads, seq_len = HEAD_DIM, 56, model.kv_heads, SEQ_LEN
     if model.float8:
         head_dim, intermediate_size = FLOAT8_HEAD_DIM, 16 * layout.tensor * 3
@@ -198,7 +198,7 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "model.mlp_layer_fusion": model.fused,
         "model.embed_split_hidden": model.split_hidden,
         "model.checkpoint": model.checkpoint,
-        "model.checkpoint_save_policy": model.keep,
+        "model.checkpoint_save_policy": model.save_policy,
         "model.dtype": f"torch.{model.dtype}",
         "model.residual_in_fp32": model.fp32_residual,
         "data.seq_len": seq_len,
@@ -208,8 +208,10 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
 
 
 def float8_kv_heads(kv_heads: int, layout: LayoutChoices) -> int:
-    """Key-value heads with which float8 can be compared: of a head that ranks share, each would round its own part of
-    the gradient, where one process rounds their sum."""
+    """Number of key-value heads with which float8 can be compared.
+
+    Ranks that share a head would each round their own part of its gradient, while one process rounds the sum.
+    """
     return kv_heads if layout.mode == "isp" else max(kv_heads, layout.tensor)
 
 
@@ -237,10 +239,10 @@ def _micro_num(number: int) -> dict[str, Any]:
 
 
 def changed(config: Config, keys: Mapping[str, Any]) -> Config:
-    """A copy of a config with other values for some keys, given by dotted path; derived keys are derived anew.
+    """Copy a config with other values for some keys, given by dotted path; derived keys are recomputed.
 
     Raises:
-        ConfigError: a value that the schema does not take.
+        ConfigError: the schema refuses a value.
     """
     return _built(_set(config.model_dump(exclude_unset=True), keys))
 
@@ -250,17 +252,17 @@ def _config(keys: Mapping[str, Any]) -> Config:
 
 
 def _built(tree: dict[str, Any]) -> Config:
-    config, mistakes = build_config(tree)
-    if mistakes:
-        raise ConfigError(mistake.text for mistake in mistakes)
+    config, problems = build_config(tree)
+    if problems:
+        raise ConfigError(problem.text for problem in problems)
     return config
 
 
 def _set(tree: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     for path, value in keys.items():
         *sections, name = path.split(".")
-        place = tree
+        values = tree
         for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = value
+            values = values.setdefault(section, {})
+        values[name] = value
     return tree

@@ -1,6 +1,6 @@
-"""What may differ between two runs that are compared, as small records with a one-line text form.
+"""The options of a compared run, as small records with a one-line text form.
 
-The text form, such as `tensor=2,mode=isp,weight=4`, is what `internlm verify --layout` takes and the fuzzer prints.
+`internlm verify --layout` takes the text form, such as `tensor=2,mode=isp,weight=4`, and the fuzzer prints it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LayoutChoices:
-    """How a run is spread over its ranks, by the keys of the config.
+    """How a run is distributed over its ranks, as keys of the config.
 
     Attributes:
-        tensor, mode: `parallel.tensor`.
+        tensor: `parallel.tensor.size`.
+        mode: `parallel.tensor.mode`.
         weight: `parallel.weight.size`.
         overlap: `parallel.weight.overlap`.
-        pipeline, schedule: `parallel.pipeline`.
+        pipeline: `parallel.pipeline.size`.
+        schedule: `parallel.pipeline.mode`.
         chunks: `model.num_chunks`.
         zero: `parallel.zero1.size`.
         fsdp: `parallel.fsdp.enable`.
@@ -42,7 +44,7 @@ class LayoutChoices:
 
     @classmethod
     def of(cls, config: Config) -> LayoutChoices:
-        """The layout that a config asks for."""
+        """The layout of a config."""
         parallel = config.parallel
         return cls(
             tensor=parallel.tensor.size,
@@ -57,7 +59,7 @@ class LayoutChoices:
         )
 
     def keys(self) -> dict[str, Any]:
-        """The config's keys, by dotted path, that make this layout."""
+        """The config keys, by dotted path, that select this layout."""
         return {
             "parallel.tensor.size": self.tensor,
             "parallel.tensor.mode": self.mode,
@@ -74,21 +76,26 @@ class LayoutChoices:
 
 @dataclass(frozen=True)
 class ModelChoices:
-    """The features of a model that meet parallelism; sizes are chosen small.
+    """The features of a model that interact with parallelism; all sizes are small.
 
     Attributes:
         family: `model_type`.
-        heads, kv_heads: query heads and key-value heads.
-        layers: 0 for one a chunk of a pipeline stage, two at least.
+        heads: query heads.
+        kv_heads: key-value heads.
+        layers: 0 gives each model chunk one layer, and the model at least two.
         vocab: size of the vocabulary.
-        tied, norm_head, qk_norm, bias: flags of `model`; None is the family's choice. `bias` is of qkv, wo and the MLP.
-        fused: one weight for q, k and v, and one for both inputs of the MLP; None is the family's choice.
+        tied: `model.tie_word_embeddings`; None is the family's default.
+        norm_head: `model.norm_head`; None is the family's default.
+        qk_norm: `model.qk_norm`; None is the family's default.
+        bias: biases of qkv, wo and the MLP; None is the family's default.
+        fused: one weight for q, k and v, and one for gate and up; None is the family's default.
         split_hidden: `model.embed_split_hidden`.
         checkpoint: share of the layers that are recomputed in backward.
-        keep: save policy of these layers, `model.checkpoint_save_policy`.
+        save_policy: `model.checkpoint_save_policy` of these layers.
         dtype: of weights and computation.
-        fp32_norm, fp32_residual: `use_fp32_norm` and `model.residual_in_fp32`.
-        float8: `float8.enable_float8_linear`, in every layer; goes with float64.
+        fp32_norm: `use_fp32_norm`.
+        fp32_residual: `model.residual_in_fp32`.
+        float8: `float8.enable_float8_linear`, in every layer; requires float64.
     """
 
     family: str = "INTERNLM2"
@@ -103,7 +110,7 @@ class ModelChoices:
     fused: bool | None = None
     split_hidden: bool = True
     checkpoint: float = 0.0
-    keep: Literal["nothing", "attention", "matmuls"] = "nothing"
+    save_policy: Literal["nothing", "attention", "matmuls"] = "nothing"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     fp32_norm: bool = False
     fp32_residual: bool = False
@@ -112,13 +119,14 @@ class ModelChoices:
 
 @dataclass(frozen=True)
 class BatchChoices:
-    """What a global batch is made of, apart from its sizes.
+    """The composition of a global batch, apart from its sizes.
 
     Attributes:
-        packed: documents behind one another in one row; else one padded document a row.
-        ragged: documents of random length, one token the shortest; else of `data.seq_len` tokens.
-        masked: which labels contribute no loss: none; a different share of each micro batch; every third micro batch
-            whole; the last three quarters of each micro batch (whole ranks under sequence parallelism); or all.
+        packed: documents are concatenated in one row; otherwise each row has one padded document.
+        ragged: documents have random lengths of at least one token; otherwise `data.seq_len` tokens.
+        masked: which labels are masked: "none"; "uneven": a different share of each micro-batch; "micro_batches": all
+            of every third micro-batch; "ends": the last three quarters of each micro-batch, which under sequence
+            parallelism covers whole ranks; "all".
     """
 
     packed: bool = True
@@ -136,22 +144,23 @@ PARAMETER_GROUPS: Mapping[str, list[dict[str, Any]]] = {
     ],
     "factors": [{"match": "*norm*", "lr_factor": 0.5}, {"match": "layers.0.*", "lr_factor": 2.0, "weight_decay": 0.0}],
 }
-"""Name -> `optimizer.groups`, of names that every family has."""
+"""Name -> `optimizer.groups`, with parameter names that every family has."""
 
 
 @dataclass(frozen=True)
 class StepChoices:
-    """How an optimizer step is made of micro batches, and what the optimizer does.
+    """The micro-batches of an optimizer step, and the settings of the optimizer.
 
     Attributes:
-        micro_batches: of one step, on all data ranks together; 0 for what the pipeline's schedule needs.
-        clip: largest norm of the gradient; 0 leaves it as it is.
+        micro_batches: per step, over all data ranks; 0 for the number that the pipeline schedule needs.
+        clip: maximum norm of the gradient; 0 disables clipping.
         bucket: elements of a gradient bucket.
-        overlap_grad, overlap_param: `hybrid_zero_optimizer.overlap_sync_grad` and `overlap_sync_param`.
+        overlap_grad: `hybrid_zero_optimizer.overlap_sync_grad`.
+        overlap_param: `hybrid_zero_optimizer.overlap_sync_param`.
         reduce_bf16: gradients are reduced in bf16.
         grad_bf16: gradients are accumulated in bf16.
-        moments_bf16: moments are kept in bf16.
-        offload: masters and moments are kept on the host; not in the run in one process.
+        moments_bf16: moments are stored in bf16.
+        offload: masters and moments are stored on the host, except in the reference run of one process.
         groups: a set of `optimizer.groups`, see `PARAMETER_GROUPS`.
     """
 
@@ -168,7 +177,7 @@ class StepChoices:
 
 
 def to_text(choices: Any) -> str:
-    """`name=value` of all that differs from the default, joined by commas."""
+    """`name=value` of every field that differs from its default, joined by commas."""
     parts = []
     for field in dataclasses.fields(choices):
         value = getattr(choices, field.name)
@@ -178,28 +187,28 @@ def to_text(choices: Any) -> str:
 
 
 def from_text(cls: type[T], text: str) -> T:
-    """What `to_text` wrote.
+    """Parse the output of `to_text`.
 
     Args:
         cls: one of the classes above.
-        text: a flag that is to be on may stand without `=true`.
+        text: may have a flag without `=true`.
 
     Raises:
-        ConfigError: an unknown name, or a value that is not of its kind; all of them together.
+        ConfigError: lists all unknown names and invalid values.
     """
     hints = get_type_hints(cls)
-    values, mistakes = {}, []
+    values, problems = {}, []
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = (word.strip() for word in part.partition("="))
         if name not in hints:
-            mistakes.append(f"'{part}': unknown name '{name}', known: {', '.join(hints)}.{nearest(name, hints)}")
+            problems.append(f"'{part}': unknown name '{name}', known: {', '.join(hints)}.{nearest(name, hints)}")
             continue
         try:
             values[name] = _parse(hints[name], value if equals else "true")
         except ValueError as error:
-            mistakes.append(f"'{part}': {error}")
-    if mistakes:
-        raise ConfigError(mistakes)
+            problems.append(f"'{part}': {error}")
+    if problems:
+        raise ConfigError(problems)
     return cls(**values)
 
 

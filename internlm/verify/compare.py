@@ -1,4 +1,4 @@
-"""Compares a run in a layout with the same run in one process, within what rounding can explain."""
+"""Compares a run in a layout with the same run in one process, within the tolerance of rounding."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import torch
 from internlm.verify.case import Case
 from internlm.verify.record import Array, Record
 
-# GEMMs, element-wise operations and reductions that a value passes, one after the other, from a layer's input
-# to its output (norm, projection, rotary, scores, softmax, weighting, projection, sum; norm, projection, gate,
-# projection, sum), and about twice as many on the way back.
+# Successive GEMMs, element-wise operations and reductions from a layer's input to its output (norm, projection, rotary,
+# scores, softmax, weighting, projection, sum; norm, projection, gate, projection, sum), and about twice as many in
+# backward.
 ROUNDINGS_PER_LAYER = 40
 
-# Embedding, final norm, head, loss, and the sum over micro batches and ranks.
+# Embedding, final norm, head, loss, and the sum over micro-batches and ranks.
 ROUNDINGS_OUTSIDE = 20
 
 FP32_LOSS = 1e-5
-"""Relative difference of losses in fp32 that the project promises to stay below."""
+"""Upper limit that the project guarantees for the relative difference of losses in fp32."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest differences in the first step, relative to what is compared; see `tolerance_of`.
+    """Largest relative differences allowed in the first step; see `tolerance_of`.
 
     Attributes:
         loss: of the loss.
-        gradient: of the norm of the gradient, and of the L2 norm of each tensor's gradient.
+        gradient: of the global gradient norm, and of the L2 norm of each tensor's gradient.
         weight: rounding of a stored weight, relative to the L2 norm of the tensor.
-        update: how far a gradient's error moves a weight: the largest learning rate over AdamW's epsilon.
-        response: relative change of a gradient for one of all weights: every layer adds that of its own.
+        update: change of a weight per error of its gradient: the largest learning rate over AdamW's epsilon.
+        response: relative change of a gradient per relative change of all weights; every layer contributes 1.
     """
 
     loss: float
@@ -44,19 +44,20 @@ class Tolerance:
 
 
 def rounding_of_gradients(dtype: torch.dtype, num_layers: int, num_terms: int) -> float:
-    """Largest difference between the gradients of two runs, relative to the norm of a tensor, that rounding explains.
+    """Largest difference of gradients between two runs that rounding explains, relative to a tensor's norm.
 
-    A gradient passes `n = ROUNDINGS_PER_LAYER * layers + ROUNDINGS_OUTSIDE` roundings to `eps` of the model's dtype.
-    They are as good as independent, so that they add up to sqrt(n) of one. It is summed in fp32 over N terms; the error
-    of that is relative to the sum of the terms' sizes, which for terms of either sign is sqrt(N) times the size of the
-    sum. Both runs are off by as much. (In float64 sums are as good as exact; fp32 then stands for rounding what is
-    recorded.) So the difference is below
+    A gradient is rounded `n = ROUNDINGS_PER_LAYER * layers + ROUNDINGS_OUTSIDE` times with the `eps` of the model's
+    dtype. The errors are practically independent, so they add up to sqrt(n) times one of them. The gradient is a sum of
+    N terms in fp32, whose error is relative to the sum of the terms' magnitudes. For terms of random sign that is
+    sqrt(N) times the magnitude of the sum. Both runs have errors of this size. (Sums in float64 are practically exact;
+    the fp32 term then accounts for the rounding of the recorded values.) So the difference is below
 
         sqrt(2) * (eps * sqrt(n) + eps32 * sqrt(N)).
 
     Args:
         dtype: of weights and computation.
-        num_terms: tokens, times the heads that a norm of heads is summed over.
+        num_layers: layers of the model.
+        num_terms: tokens, times the heads that a per-head norm is summed over.
     """
     roundings = ROUNDINGS_PER_LAYER * num_layers + ROUNDINGS_OUTSIDE
     return math.sqrt(2) * (_unit(dtype) * math.sqrt(roundings) + _unit(torch.float32) * math.sqrt(num_terms))
@@ -68,25 +69,25 @@ def _unit(dtype: torch.dtype) -> float:
 
 
 def tolerance_of(case: Case) -> Tolerance:
-    """What rounding can explain.
+    """The largest differences that rounding explains.
 
-    For gradients see `rounding_of_gradients`. A weight is rounded to its dtype, and moves by lr / adam_eps times the
-    error of the gradient at most (`case.py` says why adam_eps is large here).
+    For gradients see `rounding_of_gradients`. A weight is rounded to its dtype, and moves by at most lr / adam_eps
+    times the error of its gradient (`case.py` explains why adam_eps is large here).
     """
     config = case.config
     dtype = config.model.torch_dtype
     terms = case.num_micro_batches * config.data.packed_length * config.model.num_attention_heads
     gradient = rounding_of_gradients(dtype, config.model.num_layers, terms)
     if config.reduce_comm_dtype not in (None, "torch.float32"):
-        # Each gradient is rounded once more where it enters a sum over ranks, and after every addition.
+        # Each gradient is rounded once more when it enters a sum over ranks, and after every addition.
         gradient += math.sqrt(2) * _unit(torch.bfloat16) * math.sqrt(case.world_size)
     if config.hybrid_zero_optimizer.grad_accumulation_dtype == "torch.bfloat16":
-        # The same where it enters the sum over micro batches, and over ranks.
+        # The same when it enters the sum over micro-batches and ranks.
         gradient += math.sqrt(2) * _unit(torch.bfloat16) * math.sqrt(case.num_micro_batches + case.world_size)
     if config.adam.moments_dtype == "torch.bfloat16":
-        # Moments that are rounded up in one run and down in the other move weights as such gradients would.
+        # A moment rounded up in one run and down in the other has the effect of a gradient with that difference.
         gradient += 2 * _unit(torch.bfloat16)
-    # Losses are summed, and all is recorded, in fp32 at best.
+    # Losses are summed and recorded in fp32 at best.
     loss = FP32_LOSS if dtype in (torch.float32, torch.float64) else gradient
     weight = 2 * max(_unit(dtype), _unit(torch.float32))
     lr = config.adam.lr * max([1.0, *(group.lr_factor for group in config.optimizer.groups)])
@@ -95,13 +96,14 @@ def tolerance_of(case: Case) -> Tolerance:
 
 @dataclass(frozen=True)
 class RunDifference:
-    """Two runs differ.
+    """One difference between two runs.
 
     Attributes:
-        step: 1 for the first; 0 for the weights before it.
+        step: 1 for the first step; 0 for the weights before it.
         what: "loss", "gradient norm", "gradient of <name>", "weight <name>" ...
-        amount, allowed: the relative difference, and the largest that rounding explains.
-        detail: the two values, or where the parameter is.
+        amount: the relative difference.
+        allowed: the largest relative difference that rounding explains.
+        detail: the two values, or the placement of the parameter.
     """
 
     step: int
@@ -122,9 +124,13 @@ class StepComparison:
     """Largest relative differences of one step, for the table.
 
     Attributes:
-        loss, reference_loss: the values.
-        grad_norm, gradient, weight: relative differences; of all tensors the largest.
-        within: the largest share that a difference has in what is allowed; above 1 it is a failure.
+        step: number of the step, from 1.
+        loss: of the layout.
+        reference_loss: of one process.
+        grad_norm: relative difference of the gradient norm.
+        gradient: relative difference of a gradient, the largest over all tensors.
+        weight: relative difference of a weight, the largest over all tensors.
+        within: the largest ratio of a difference to the allowed one; above 1 the comparison fails.
     """
 
     step: int
@@ -137,7 +143,7 @@ class StepComparison:
 
 
 def compare(record: Record, reference: Record, tolerance: Tolerance) -> list[RunDifference]:
-    """Every difference beyond the tolerance, by step; in a step first loss and norm, then tensors in model order."""
+    """All differences beyond the tolerance, by step; in a step, loss and norm come before tensors in model order."""
     differences = list(_initial_differences(record, reference))
     for number, _ in enumerate(reference.steps, start=1):
         differences += [found for found in _measure(record, reference, number, tolerance) if _is_beyond(found)]
@@ -145,7 +151,7 @@ def compare(record: Record, reference: Record, tolerance: Tolerance) -> list[Run
 
 
 def summarize(record: Record, reference: Record, tolerance: Tolerance) -> list[StepComparison]:
-    """The differences of each step, within the tolerance or not."""
+    """The largest differences of each step, whether within the tolerance or not."""
     rows = []
     for number, (step, other) in enumerate(zip(record.steps, reference.steps, strict=True), start=1):
         found = list(_measure(record, reference, number, tolerance))
@@ -164,10 +170,10 @@ def _is_beyond(difference: RunDifference) -> bool:
 
 
 def _initial_differences(record: Record, reference: Record) -> Iterator[RunDifference]:
-    """Weights start from the same bits in every layout."""
+    """Differences of the initial weights, which must be bit-equal in every layout."""
     for name in sorted(reference.initial.keys() ^ record.initial.keys()):
         side = "in one process" if name in reference.initial else "in this layout"
-        yield RunDifference(0, f"parameter {name}", math.inf, 0.0, f"it is there only {side}")
+        yield RunDifference(0, f"parameter {name}", math.inf, 0.0, f"it exists only {side}")
     for name, expected in reference.initial.items():
         if name in record.initial and not np.array_equal(expected, record.initial[name]):
             amount = _relative(record.initial[name], expected)
@@ -175,7 +181,7 @@ def _initial_differences(record: Record, reference: Record) -> Iterator[RunDiffe
 
 
 def _measure(record: Record, reference: Record, number: int, tolerance: Tolerance) -> Iterator[RunDifference]:
-    """All that is compared in step `number`."""
+    """All comparisons of step `number`."""
     step, other = record.steps[number - 1], reference.steps[number - 1]
     allowed_gradient = _allowed_gradient(reference, number, tolerance)
     for what, value, expected, allowed in (
@@ -191,24 +197,24 @@ def _measure(record: Record, reference: Record, number: int, tolerance: Toleranc
         yield RunDifference(
             number, f"gradient of {name}", amounts[name], allowed_gradient, record.placements.get(name, "")
         )
-    for name, wanted in other.weights.items():
-        norm = float(np.linalg.norm(wanted)) or 1.0
+    for name, expected_weight in other.weights.items():
+        norm = float(np.linalg.norm(expected_weight)) or 1.0
         errors = (
             _allowed_gradient(reference, past, tolerance)
             * max(float(np.linalg.norm(gradients[name])), _term_size(name, gradients))
             for past, gradients in enumerate((step.gradients for step in reference.steps[:number]), start=1)
-            if name in gradients  # not of a frozen weight
+            if name in gradients  # a frozen weight has none
         )
         allowed = tolerance.weight * number + tolerance.update * sum(errors) / norm
-        amount = _relative(step.weights.get(name), wanted)
+        amount = _relative(step.weights.get(name), expected_weight)
         yield RunDifference(number, f"weight {name}", amount, allowed, record.placements.get(name, ""))
 
 
 def _allowed_gradient(reference: Record, number: int, tolerance: Tolerance) -> float:
-    """Largest relative difference of a gradient of step `number`.
+    """Largest relative difference allowed for a gradient of step `number`.
 
-    Each step adds an error of the first one's size. And the errors of the gradients before have moved the weights, by
-    `tolerance.update` times as much, to which gradients respond.
+    Each step adds an error as large as that of the first one. In addition, the errors of earlier gradients have moved
+    the weights, by `tolerance.update` times as much, and gradients respond to this.
     """
     past = reference.steps[: number - 1]
     moved = sum(tolerance.update * _norm_of_all(step.gradients) / _norm_of_all(step.weights) for step in past)
@@ -220,9 +226,9 @@ def _norm_of_all(tensors: dict[str, Array]) -> float:
 
 
 def gradient_differences(gradients: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
-    """By name the L2 norm of each difference, relative to what rounding is relative to; infinite where one lacks.
+    """L2 norm of each gradient's difference, relative to the size that its rounding errors are relative to.
 
-    A frozen weight has no gradient in either run, and no entry.
+    It is infinite if only one run has the gradient. A frozen weight has a gradient in neither run, and no entry.
     """
     amounts = {
         name: _relative(gradients.get(name), value, _term_size(name, expected)) for name, value in expected.items()
@@ -231,18 +237,18 @@ def gradient_differences(gradients: Mapping[str, Array], expected: Mapping[str, 
 
 
 def _term_size(name: str, gradients: Mapping[str, Array]) -> float:
-    """A norm that the terms of a bias's gradient add up to when they do not cancel; 0 for other parameters.
+    """Norm of a bias's gradient without the cancellation of its terms; 0 for other parameters.
 
-    The gradient of a bias is that of its weight for an input of ones, so that the terms of both are as large. Those of
-    a key's bias cancel almost wholly: a constant on all keys moves all scores of a query alike, which softmax ignores.
-    What is left is rounding of the terms.
+    The gradient of a bias is that of its weight for an input of ones, so both have terms of the same size. Those of a
+    key bias cancel almost completely: a constant added to all keys shifts all scores of a query equally, which softmax
+    ignores. What remains is the rounding of the terms.
     """
     weight = gradients.get(f"{name.removesuffix('.bias')}.weight") if name.endswith(".bias") else None
     return 0.0 if weight is None or weight.ndim < 2 else float(np.linalg.norm(weight)) / math.sqrt(weight.shape[1])
 
 
 def _relative(values: Array | None, expected: Array, smallest: float = 0.0) -> float:
-    """L2 norm of the difference over that of `expected`, or over `smallest`; the norm itself where both are 0."""
+    """L2 norm of the difference, relative to that of `expected` or to `smallest`; absolute if both are 0."""
     if values is None or values.shape != expected.shape:
         return math.inf
     difference = float(np.linalg.norm((values - expected).astype(np.float64)))

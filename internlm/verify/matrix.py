@@ -1,7 +1,7 @@
-"""The layouts and models that are compared as a matter of course: every two options of different axes meet in a row.
+"""The matrix of layouts and models that the tests compare: a pairwise covering of the options of all axes.
 
-Most defects of parallel training need two features to meet (Kuhn et al. 2004, doi:10.1109/TSE.2004.24, found that for
-most software), so a set of rows in which each pair occurs finds most of them at a hundredth of the cost of all rows.
+Most defects need the interaction of at most two features (Kuhn et al. 2004, doi:10.1109/TSE.2004.24). So a set of rows
+in which every pair of options occurs finds most of them, at a hundredth of the cost of all rows.
 """
 
 from __future__ import annotations
@@ -75,21 +75,21 @@ AXES: Mapping[str, tuple[str, ...]] = {
         "",
         "model:checkpoint=0.5",
         "model:checkpoint=1",
-        "model:checkpoint=1,keep=attention",
-        "model:checkpoint=0.5,keep=matmuls",
+        "model:checkpoint=1,save_policy=attention",
+        "model:checkpoint=0.5,save_policy=matmuls",
     ),
     "tied": ("", "model:tied=true"),
 }
-"""Axis -> its options, in the words of `Combination`; `data=N` is the number of ranks with different data."""
+"""Axis -> its options, in the text form of `Combination`; `data=N` is the number of ranks with different data."""
 
 GROUPS = (
     "ranks=4 layout:tensor=2,mode=isp,weight=2,pipeline=2,schedule=ZBV stepping:groups=frozen_layer,overlap_param",
     "ranks=2 layout:fsdp model:checkpoint=1 stepping:groups=frozen_ends",
     "ranks=4 layout:tensor=2,mode=msp,zero=1 stepping:groups=factors,overlap_grad",
 )
-"""Rows of the matrix with parameter groups, which meet sharding and the schedule of a pipeline."""
+"""Rows with parameter groups, which interact with sharding and with the pipeline schedule."""
 
-# Whether options go together is a matter of these alone; all others go with everything.
+# Only the options of these axes can exclude each other; all others combine freely.
 CONSTRAINED = ("split", "pipeline", "data", "optimizer")
 
 Row = Mapping[str, str]
@@ -98,7 +98,7 @@ Choice = tuple[str, str]
 
 
 def combination_of(row: Row) -> Combination:
-    """The combination of one option of each axis (of some axes: the others have their first)."""
+    """The combination of one option per axis; an axis that is missing takes its first option."""
     words = " ".join(row.values()).split()
     data = next((int(word.removeprefix("data=")) for word in words if word.startswith("data=")), 1)
     text = " ".join(word for word in words if not word.startswith("data="))
@@ -107,7 +107,7 @@ def combination_of(row: Row) -> Combination:
 
 
 def pairwise_matrix() -> list[Combination]:
-    """Rows in which every two options that go together meet, then those of `GROUPS`; the same on every machine."""
+    """Rows in which every valid pair of options occurs, followed by `GROUPS`; equal on every machine."""
     names = list(AXES)
     missing = {
         pair
@@ -128,7 +128,7 @@ def pairwise_matrix() -> list[Combination]:
 
 
 def full_matrix() -> list[Combination]:
-    """Every layout of the matrix; the options of the other axes are drawn, always the same."""
+    """All layouts of the matrix, with options of the other axes sampled from a fixed seed."""
     names = [name for name in AXES if name not in CONSTRAINED]
     rows = []
     random = Random(0)
@@ -141,22 +141,22 @@ def full_matrix() -> list[Combination]:
 
 
 def _fill(row: dict[str, str], missing: set[tuple[Choice, Choice]], used: Counter[Choice]) -> dict[str, str]:
-    """Complete a row: on each axis the option that meets most partners for the first time, of equals the rarest."""
+    """Complete a row with, on each axis, the option that adds most missing pairs; ties go to the least used one."""
     for name in AXES:
         if name in row:
             continue
-        worth = {}
+        scores = {}
         for option in AXES[name]:
             choice = (name, option)
             if _can_be_completed({**row, name: option}):
-                news = sum((choice, other) in missing or (other, choice) in missing for other in row.items())
-                worth[option] = (news, -used[choice])
-        row[name] = max(worth, key=worth.__getitem__)
+                new_pairs = sum((choice, other) in missing or (other, choice) in missing for other in row.items())
+                scores[option] = (new_pairs, -used[choice])
+        row[name] = max(scores, key=scores.__getitem__)
     return row
 
 
 def _can_be_completed(row: Row) -> bool:
-    """Whether some row with these options is valid."""
+    """Whether a valid row with these options exists."""
     return _completes(tuple(row.get(name) for name in CONSTRAINED))
 
 
@@ -169,4 +169,4 @@ def _completes(given: Sequence[str | None]) -> bool:
 @cache
 def _fits(options: tuple[tuple[str, str], ...]) -> bool:
     combination = combination_of(dict(options))
-    return combination.ranks <= LARGEST_WORLD and not combination.mistakes()
+    return combination.ranks <= LARGEST_WORLD and not combination.problems()

@@ -1,4 +1,4 @@
-"""Ranks on this machine's CPU, started for verification: processes joined by gloo, ended when one of them fails."""
+"""Runs cases on local ranks: CPU processes connected by gloo, which are all killed when one of them fails."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from internlm.verify.record import RankRecord, Record, join_ranks
 from internlm.verify.run import run_case
 
 TIMEOUT_SECONDS = 600.0
-"""A case that takes longer hangs: those of `internlm verify` take seconds."""
+"""Seconds after which a case is considered to hang; those of `internlm verify` take a few."""
 
 GRACE_SECONDS = 2.0
-"""How long other ranks may still tell their failure when one has told its own: the first is the cause."""
+"""Seconds to collect the failures of other ranks after the first one; the earliest is reported as the cause."""
 
 
 class RankFailedError(Exception):
-    """A rank raised or died; the message has its traceback, and the cause in its last line."""
+    """A rank raised or died; the message has its traceback, with the cause in the last line."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class _Failure:
     when: float
     cause: str
     details: str
-    is_mistake: bool = False
+    is_user_error: bool = False
 
 
 class LocalRanks:
-    """N processes on this machine that run cases; use as a context manager.
+    """N processes on this machine that run cases; a context manager.
 
     Args:
-        world_size: number of ranks; with 1 there is no process group.
-        config_file: executed in each rank before its first case, when it registers a model type; None: there is none.
+        world_size: number of ranks; a single one has no process group.
+        config_file: executed by each rank before its first case, as it may register a model type; None for none.
     """
 
     def __init__(self, world_size: int, config_file: Path | None = None) -> None:
@@ -65,8 +65,9 @@ class LocalRanks:
         """Run a case on all ranks.
 
         Raises:
-            RankFailedError: a rank failed. The ranks are ended; the next call starts new ones.
-            InconsistentRanksError: ranks contradict each other.
+            RankFailedError: a rank failed. All ranks are killed; the next call starts new ones.
+            ConfigError: the first failure is a user error.
+            InconsistentRanksError: the ranks disagree.
         """
         if not self._processes:
             self._start()
@@ -76,13 +77,13 @@ class LocalRanks:
         if failures:
             self.close()
             first = min(failures, key=lambda failure: failure.when)
-            if first.is_mistake:
+            if first.is_user_error:
                 raise ConfigError(first.cause)
             raise RankFailedError(f"{first.details}{first.cause}")
         return join_ranks([records[rank] for rank in range(self.world_size)])
 
     def close(self) -> None:
-        """End all ranks."""
+        """Kill all ranks."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -92,13 +93,13 @@ class LocalRanks:
         self._processes, self._connections = [], []
 
     def _start(self) -> None:
-        # A server that has imported torch forks each rank: no wait for imports, and none of this process's threads.
+        # A server that has imported torch forks each rank, which needs no imports and inherits none of our threads.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["internlm.verify.ranks", "internlm.verify.warm_up"])
-        meeting = Path(tempfile.mkdtemp(prefix="internlm-verify-")) / "store"
+        rendezvous = Path(tempfile.mkdtemp(prefix="internlm-verify-")) / "store"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.world_size, str(meeting), self._config_file, theirs)
+            arguments = (rank, self.world_size, str(rendezvous), self._config_file, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -106,7 +107,7 @@ class LocalRanks:
             self._processes.append(process)
 
     def _collect(self) -> tuple[dict[int, RankRecord], list[_Failure]]:
-        """Each rank's record; or the failures, once a first one is known and the others had time to tell theirs."""
+        """Wait for each rank's record; after a first failure, collect those of other ranks for `GRACE_SECONDS`."""
         records: dict[int, RankRecord] = {}
         failures: list[_Failure] = []
         pending: dict[Any, int] = {connection: rank for rank, connection in enumerate(self._connections)}
@@ -116,7 +117,7 @@ class LocalRanks:
             if not ready:
                 if not failures:
                     late = sorted(pending.values())
-                    failures.append(_Failure(0.0, f"ranks {late} gave no answer in {TIMEOUT_SECONDS:.0f} s", ""))
+                    failures.append(_Failure(0.0, f"ranks {late} did not answer within {TIMEOUT_SECONDS:.0f} s", ""))
                 break
             for connection in cast(list[Connection], ready):
                 rank = pending.pop(connection)
@@ -135,17 +136,17 @@ class LocalRanks:
         except EOFError:
             process = self._processes[rank]
             process.join(GRACE_SECONDS)
-            # It had no time to tell anything: whatever others tell is a consequence.
+            # It died before it could report anything, so the failures of other ranks are consequences.
             return _Failure(0.0, f"rank {rank} ended without an answer, with exit code {process.exitcode}", "")
 
 
-def _serve(rank: int, world_size: int, meeting: str, config_file: Path | None, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, rendezvous: str, config_file: Path | None, connection: Connection) -> None:
     torch.set_num_threads(1)
     try:
         if config_file is not None:
             run_config_file(config_file)
         if world_size > 1:
-            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+            dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
         while True:
             case, steps = connection.recv()
             connection.send(run_case(case, steps))

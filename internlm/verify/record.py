@@ -1,6 +1,6 @@
-"""What a run computed, put together from what each of its ranks holds.
+"""The results of a run, assembled from the boxes of its ranks.
 
-Tensors are kept as fp32 NumPy arrays (exact for bf16): they travel between processes as plain bytes.
+Tensors are stored as fp32 NumPy arrays, which represent bf16 exactly and are sent between processes as plain bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class TensorBox:
     Attributes:
         name: of the global tensor.
         global_shape: of the global tensor.
-        offset: first corner of the box in it.
-        values: what the box holds.
+        offset: lowest index of the box in the global tensor.
+        values: content of the box.
     """
 
     name: str
@@ -42,12 +42,13 @@ class TensorBox:
 
 @dataclass
 class RankStep:
-    """One step as one rank saw it.
+    """Results of one step on one rank.
 
     Attributes:
-        loss, grad_norm: of the step, equal on every rank.
-        gradients: the boxes of the gradients that this rank applied.
-        weights: the boxes of the weights after the step.
+        loss: of the step, equal on every rank.
+        grad_norm: global gradient norm, equal on every rank.
+        gradients: boxes of the gradients that this rank applied.
+        weights: boxes of the weights after the step.
     """
 
     loss: float
@@ -58,12 +59,12 @@ class RankStep:
 
 @dataclass
 class RankRecord:
-    """A run as one rank saw it.
+    """Results of a run on one rank.
 
     Attributes:
-        initial: the boxes of the weights before the first step.
-        steps: one entry a step.
-        placements: for each parameter on this rank, in words over which axes it is split, copied and summed.
+        initial: boxes of the weights before the first step.
+        steps: one entry per step.
+        placements: for each parameter on this rank, the text of `describe_placement`.
     """
 
     initial: list[TensorBox]
@@ -83,12 +84,12 @@ class Step:
 
 @dataclass
 class Record:
-    """A run, put together.
+    """Results of a run, as global tensors.
 
     Attributes:
         initial: the weights before the first step.
-        steps: one entry a step.
-        placements: as of a RankRecord, of all ranks.
+        steps: one entry per step.
+        placements: those of the RankRecords of all ranks.
     """
 
     initial: dict[str, Array]
@@ -97,17 +98,17 @@ class Record:
 
 
 class InconsistentRanksError(Exception):
-    """Ranks contradict each other, or leave a part of a tensor to nobody."""
+    """Ranks disagree, or a part of a tensor is on no rank."""
 
 
 def boxes_of(spec: ShardSpec, boxes: Iterable[tuple[Box, Tensor]]) -> Iterator[TensorBox]:
-    """Boxes of a parameter as pieces; the tensors are copied."""
+    """Copy the boxes of a parameter into TensorBoxes."""
     for box, tensor in boxes:
         yield TensorBox(spec.name, spec.global_shape, box.global_offset, tensor.detach().float().cpu().numpy().copy())
 
 
 def describe_placement(spec: ShardSpec, context: ParallelContext) -> str:
-    """In words, over which axes a parameter is split, copied, and its gradient summed; not axes of one rank."""
+    """Name the axes over which a parameter is split and copied, and its gradient summed, without axes of one rank."""
     view = context.view(spec.view)
     split = [axis for axis in spec.sharded_over if view.size(axis) > 1]
     summed = [axis for axis in (spec.data_axis, *spec.partial_over) if view.size(axis) > 1]
@@ -118,10 +119,10 @@ def describe_placement(spec: ShardSpec, context: ParallelContext) -> str:
 
 
 def join_ranks(ranks: list[RankRecord]) -> Record:
-    """Put the records of all ranks together.
+    """Assemble the records of all ranks.
 
     Raises:
-        InconsistentRanksError: copies of a part differ in any bit, a part is on no rank, or losses or norms differ.
+        InconsistentRanksError: copies of a part are not bit-equal, a part is on no rank, or losses or norms differ.
     """
     steps = []
     placements = {name: words for rank in ranks for name, words in rank.placements.items()}
@@ -129,7 +130,7 @@ def join_ranks(ranks: list[RankRecord]) -> Record:
     for number, seen in enumerate(zip(*(rank.steps for rank in ranks), strict=True), start=1):
         for name in ("loss", "grad_norm"):
             values = [getattr(step, name) for step in seen]
-            # Not `!=` alone: NaN on every rank is a difference to the reference, not between ranks.
+            # Compared as text: NaN on every rank is a difference to the reference, not between ranks.
             if len({str(value) for value in values}) > 1:
                 raise InconsistentRanksError(f"step {number}: {name} differs between ranks: {values}")
         steps.append(
@@ -143,37 +144,38 @@ def join_ranks(ranks: list[RankRecord]) -> Record:
     return Record(initial, steps, placements)
 
 
-def join(pieces_by_rank: list[list[TensorBox]], what: str, placements: dict[str, str]) -> dict[str, Array]:
-    """The global tensors of which each rank has pieces.
+def join(boxes_by_rank: list[list[TensorBox]], what: str, placements: dict[str, str]) -> dict[str, Array]:
+    """Assemble global tensors from the boxes of all ranks.
 
     Args:
-        what: they are, and
-        placements: where they lie, for the message.
+        boxes_by_rank: for each rank, its boxes.
+        what: kind of the tensors, for messages.
+        placements: of each tensor, for messages.
 
     Raises:
-        InconsistentRanksError: copies of a part differ in any bit, or a part is on no rank.
+        InconsistentRanksError: copies of a part are not bit-equal, or a part is on no rank.
     """
     tensors: dict[str, Array] = {}
     owners: dict[str, NDArray[np.int32]] = {}
-    for rank, pieces in enumerate(pieces_by_rank):
-        for piece in pieces:
-            tensor = tensors.setdefault(piece.name, np.zeros(piece.global_shape, dtype=np.float32))
-            owner = owners.setdefault(piece.name, np.full(piece.global_shape, -1, dtype=np.int32))
-            if tensor.shape != piece.global_shape:
+    for rank, boxes in enumerate(boxes_by_rank):
+        for box in boxes:
+            tensor = tensors.setdefault(box.name, np.zeros(box.global_shape, dtype=np.float32))
+            owner = owners.setdefault(box.name, np.full(box.global_shape, -1, dtype=np.int32))
+            if tensor.shape != box.global_shape:
                 raise InconsistentRanksError(
-                    f"{what} of {piece.name}: shape {piece.global_shape} on rank {rank}, {tensor.shape} on another"
+                    f"{what} of {box.name}: shape {box.global_shape} on rank {rank}, {tensor.shape} on another"
                 )
-            there, filled = tensor[piece.slices], owner[piece.slices]
-            # Bits, not values: NaN is equal to itself, and 0 and -0 are apart.
-            differs = (filled >= 0) & (there.view(np.int32) != piece.values.view(np.int32))
+            present, owned = tensor[box.slices], owner[box.slices]
+            # Compare bits, not values: NaN equals itself, and 0 differs from -0.
+            differs = (owned >= 0) & (present.view(np.int32) != box.values.view(np.int32))
             if differs.any():
-                amount = np.abs(there - piece.values)[differs].max()
+                amount = np.abs(present - box.values)[differs].max()
                 raise InconsistentRanksError(
-                    f"{what} of {piece.name}: copies on rank {filled[differs].flat[0]} and rank {rank} differ by up to "
-                    f"{amount:.3g} ({placements.get(piece.name, 'place unknown')})"
+                    f"{what} of {box.name}: copies on rank {owned[differs].flat[0]} and rank {rank} differ by up to "
+                    f"{amount:.3g} ({placements.get(box.name, 'placement unknown')})"
                 )
-            there[...] = piece.values
-            filled[filled < 0] = rank
+            present[...] = box.values
+            owned[owned < 0] = rank
     for name, owner in owners.items():
         missing = int((owner < 0).sum())
         if missing:

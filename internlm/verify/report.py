@@ -1,4 +1,4 @@
-"""What a comparison found, for people: a table of one layout's steps, a table of many layouts."""
+"""Reports comparisons as text: a table of one layout's steps, and a table of many layouts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SHOWN_DIFFERENCES = 4
 
 @dataclass(frozen=True)
 class Verdict:
-    """One layout against one process.
+    """Result of comparing one layout with one process.
 
     Attributes:
-        steps: how far apart the runs are, step by step.
-        differences: those that rounding does not explain, the first one first.
-        failure: why there is nothing to compare; empty when there is.
+        steps: largest differences of each step.
+        differences: differences that rounding does not explain, in order of steps.
+        failure: why there was nothing to compare; empty otherwise.
     """
 
     steps: Sequence[StepComparison] = field(default_factory=tuple)
@@ -32,7 +32,7 @@ class Verdict:
         return not self.failure and not self.differences
 
     def explain(self) -> str:
-        """Why not; empty when it does."""
+        """Why the layout is not equal; empty if it is."""
         if self.failure:
             return self.failure
         lines = [str(difference) for difference in self.differences[:SHOWN_DIFFERENCES]]
@@ -63,8 +63,8 @@ def matrix_table(rows: Sequence[tuple[Combination, Verdict]]) -> str:
     lines = [
         f"{equal} of {len(rows)} combinations train as one process does.",
         "",
-        "Largest relative differences to one process, over all steps. `of allowed`: the largest share that one has in",
-        "what rounding explains.",
+        "Largest relative differences to one process, over all steps. `of allowed`: the largest one as a share of what",
+        "rounding explains.",
         "",
         "| ranks | layout, model, batch, optimizer | loss | gradients | weights | of allowed | result |",
         "|---|---|---|---|---|---|---|",

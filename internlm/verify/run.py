@@ -1,4 +1,4 @@
-"""Carries out a case on the ranks of the current process group, with the parts that a training run uses."""
+"""Runs a case on the ranks of the current process group, with the components of a training run."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from internlm.verify.case import Case
 from internlm.verify.record import RankRecord, RankStep, TensorBox, boxes_of, describe_placement
 
 DEFAULT_STEPS = 3
-"""The first step shows gradients, the second that they were forgotten and the moments kept, the third that it lasts."""
+"""The first step tests gradients, the second that they are cleared and moments carried over, the third steady state."""
 
 
 def run_case(case: Case, steps: int = DEFAULT_STEPS) -> RankRecord:
-    """Train `steps` steps and record what this rank sees. Collective over the `case.world_size` ranks of the job."""
+    """Train `steps` steps and record this rank's results; collective over the `case.world_size` ranks of the job."""
     context = start_case(case)
     run = CaseRun(case, context)
     run.train(steps)
-    # Not after a failure: to the other ranks, closed connections would come before its cause.
+    # Skipped after a failure: other ranks would see closed connections before the cause.
     context.close()
     return run.record
 
 
 def start_case(case: Case) -> ParallelContext:
-    """This process as a rank of a case, seeded; for one run after the other. The caller closes the context."""
+    """Seed this process as a rank of a case and create its context, which the caller closes."""
     seed_everything(case.config.seed)
     set_numerics(case.config)
     return ParallelContext.create(build_layout(case.config, case.world_size))
 
 
 class CaseRun:
-    """A case on this rank, freshly built.
+    """A newly built run of a case on this rank.
 
     Attributes:
-        trainer: trains it.
-        recorder: keeps what is seen of its steps.
+        trainer: of the run.
+        recorder: records the results of its steps.
     """
 
     def __init__(self, case: Case, context: ParallelContext) -> None:
@@ -61,20 +61,20 @@ class CaseRun:
 
     @property
     def record(self) -> RankRecord:
-        """What was seen."""
+        """The results so far."""
         return self.recorder.record
 
     def train(self, until: int) -> None:
-        """Train until that many steps are done since the start of the run."""
+        """Train up to step `until`, counted from the start of the run."""
         self.trainer.total_steps = until
         self.trainer.fit()
 
 
 class Recorder(Hook):
-    """Hangs on a trainer and keeps what this rank sees of its steps.
+    """Hook that records this rank's results of each step.
 
     Attributes:
-        record: since the recorder was made, or `restart`.
+        record: results since construction, or since `restart`.
     """
 
     name = "recorder"
@@ -85,7 +85,7 @@ class Recorder(Hook):
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was seen; the weights of now are the initial ones."""
+        """Start a new record, with the current weights as the initial ones."""
         self.record = RankRecord(list(_weights(self._engine)), placements=_placements(self._engine))
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:

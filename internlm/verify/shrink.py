@@ -1,4 +1,4 @@
-"""A user's config made small enough for a laptop, with all that meets parallelism kept."""
+"""Shrinks a user's config to the size of a laptop, and keeps every feature that interacts with parallelism."""
 
 from __future__ import annotations
 
@@ -27,29 +27,30 @@ from internlm.verify.choices import LayoutChoices
 
 LARGEST_GROUP_OF_HEADS = 4
 WINDOW = 6
-"""Shorter than a sequence, so that a sliding window is seen at work."""
+"""Shorter than a sequence, so that a sliding window has an effect."""
 
 
 def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool = False) -> Config:
-    """The config with fewer and narrower layers and short sequences; same family, flags and layout.
+    """Reduce a config to fewer and narrower layers and short sequences, with the same family, flags and layout.
 
-    The ratio of query to key-value heads stays up to 4, or to what gives each rank a query head, and key-value heads
-    stay below the tensor size or a multiple of it, as they were. A vocabulary that the ranks do not divide stays one.
-    The optimizer's learning rate and epsilon are those of `case.py`. A budget of activations, which such a model never
-    fills, is left out. Parameter groups stay where they match a parameter of the small model.
+    The ratio of query to key-value heads is kept up to 4, or up to what gives each rank a query head. The number of
+    key-value heads stays below the tensor size, or a multiple of it, as before. A vocabulary that the ranks do not
+    divide evenly stays indivisible. Learning rate and epsilon of the optimizer are those of `case.py`. A budget of
+    activations, which so small a model never exceeds, is removed. Parameter groups are kept if they match a parameter
+    of the small model.
 
     Args:
         config: a checked config.
-        dtype: of weights and computation; None keeps the config's. Float8 is off: its rounding magnifies the
-            differences that tell a defect from another order of additions.
-        float8: instead, float8 is on, in float64 (see `case.FLOAT8_KEYS`); all that would be in another dtype or on the
-            host is not, and there is a key-value head for each tensor rank (see `case.float8_kv_heads`).
+        dtype: of weights and computation; None keeps the config's. Float8 is turned off, because its rounding amplifies
+            a different order of additions to the size of a defect.
+        float8: keep float8, in float64 (see `case.FLOAT8_KEYS`). No tensor has another dtype or is offloaded, and every
+            tensor rank has a key-value head of its own (see `case.float8_kv_heads`).
     """
     layout, model = LayoutChoices.of(config), config.model
     tensor = layout.tensor
     heads, kv_heads = model.num_attention_heads, model.num_kv_attention_heads or model.num_attention_heads
     group = min(heads // kv_heads, LARGEST_GROUP_OF_HEADS)
-    # Two heads a rank show that heads are told apart; fewer heads than ranks stay as few.
+    # Two heads per rank detect heads that are mixed up; if there are fewer heads than ranks, their number is kept.
     small_kv = kv_heads if kv_heads <= tensor else tensor * min(kv_heads // tensor, 2)
     if float8:
         small_kv = float8_kv_heads(small_kv, layout)
@@ -93,7 +94,7 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
 
 
 def _matching_groups(small: Config) -> list[dict[str, Any]]:
-    """The config's parameter groups that match a parameter of the small model; none if they freeze all of it."""
+    """The parameter groups that match a parameter of the small model; none if they would freeze all parameters."""
     names = [name for name, _ in build_meta_model(small).named_parameters()]
     groups = [group for group in parameter_groups(small) if any(fnmatchcase(name, group.match) for name in names)]
     if all(is_frozen(name, groups) for name in names):

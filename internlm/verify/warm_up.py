@@ -1,4 +1,4 @@
-"""What every rank would import on its way, imported once: processes that are forked after it start at once."""
+"""Imports everything that ranks import later, so that processes forked from this one start immediately."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import torch
 import internlm.verify.run  # noqa: F401
 
 with torch.device("meta"):
-    torch.nn.Embedding(1, 1)  # PyTorch imports a lot for the first random tensor without storage
+    torch.nn.Embedding(1, 1)  # the first random tensor on the meta device triggers many imports in PyTorch

@@ -274,7 +274,7 @@ def test_verify_of_what_has_no_mark_or_a_damaged_one(save_folder: Path, capsys: 
     (save_folder / "5" / "5.step").unlink()
     assert "INCOMPLETE" in ckpt(capsys, "verify", save_folder / "5", code=1)[0]
     lines = ckpt(capsys, "verify", save_folder, "--all")
-    assert "incomplete, and never loaded" in lines[0] and ": good" in lines[1]
+    assert "incomplete, not loadable" in lines[0] and ": good" in lines[1]
     (save_folder / "10" / "10.step").write_text('{"format": 1}')
     assert "DAMAGED" in ckpt(capsys, "verify", save_folder / "10", code=1)[0]
 

@@ -77,7 +77,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "5", "GB", "0GB", "-1GB", "5XB"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no size; write it as 5GB"):
+    with pytest.raises(ConfigError, match=r"is not a size; write it as 5GB"):
         parse_size(text)
 
 

@@ -66,10 +66,10 @@ def test_a_healthy_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str], small_heads: Path) -> None:
     code, text = doctor(capsys, "--config", small_heads)
     assert code == 0 and "float8_linear" not in text
-    assert f"ops on cpu (float32, heads of 8, as of {small_heads})" in text
+    assert f"ops on cpu (float32, head size 8, from {small_heads})" in text
     for name, choice in describe("cpu", OpSettings(torch.float32, head_dim=8)).items():
         assert name in text and choice.implementation in text
-    assert text.splitlines()[-1] == "everything that would run is right"
+    assert text.splitlines()[-1] == "all ops pass"
 
 
 def test_how_the_cpu_multiplies_is_a_key_of_the_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -78,11 +78,11 @@ def test_how_the_cpu_multiplies_is_a_key_of_the_config(capsys: pytest.CaptureFix
     code, found = report(capsys, *arguments)
     assert code == 0 and found["ok"]
     assert found["ops"]["linear"] == {
-        "implementation": "PyTorch's products in fp32, block by block, rounded once",
+        "implementation": "PyTorch's GEMMs in fp32, block by block, rounded once",
         "reason": "model.cpu_gemm = 'fp32'",
     }
-    assert found["ops"]["attention"]["implementation"] == "SDPA in fp32, one call a document length"
-    assert report(capsys, "--config", config)[1]["ops"]["linear"]["implementation"] == "PyTorch's products"
+    assert found["ops"]["attention"]["implementation"] == "SDPA in fp32, one call per document length"
+    assert report(capsys, "--config", config)[1]["ops"]["linear"]["implementation"] == "PyTorch's GEMMs"
 
 
 def test_a_wrong_op_is_named(
@@ -96,7 +96,7 @@ def test_a_wrong_op_is_named(
     monkeypatch.setattr(self_test, "rms_norm", wrong)
     code, text = doctor(capsys, "--config", small_heads)
     assert code == 1
-    assert "PROBLEM: rms_norm, weight, float32: the result is off by" in text
+    assert "PROBLEM: rms_norm, weight, float32: the result has a relative error of" in text
     assert "rms_norm              2 case(s)  2 WRONG" in text
     assert "layer_norm            1 case(s)  ok" in text
     assert text.splitlines()[-1] == "2 problem(s)"
@@ -154,7 +154,7 @@ def test_a_config_that_asks_for_what_a_gpu_lacks(
     code, found = report(capsys, "--config", config)
     assert code == 1 and found["self_test"] == []
     (problem,) = found["problems"]
-    assert "'flash-attn-3' cannot be used: needs compute capability 9.x, this card has 8.0" in problem
+    assert "'flash-attn-3' cannot be used: needs compute capability 9.x, this GPU has 8.0" in problem
     assert "torch-varlen" in problem
     assert found["gpus"] == [
         {"index": 0, "name": "NVIDIA A100", "capability": "8.0", "memory_gib": 80.0, "bf16": True, "float8": False}

@@ -185,7 +185,7 @@ def test_an_empty_prompt_needs_the_beginning_of_text(
     (tmp_path / "tokenizer.json").write_text(tokenizer_path.read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None}))
     assert main([*arguments, "--bos", "--tokenizer", str(tmp_path)]) == 2
-    assert "names no beginning-of-text" in capsys.readouterr().err
+    assert "has no beginning-of-text" in capsys.readouterr().err
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +227,10 @@ def test_weights_that_are_not_finite_are_named(
     for choice in ([], ["--greedy"]):
         assert main(["generate", "--ckpt", str(tmp_path), "--prompt", PROMPT, *choice]) == 2
         error = capsys.readouterr().err
-        assert "the model's logits have inf or NaN; 2 of the 1,024 numbers of layers.1.attention.wo.weight are" in error
+        assert (
+            "the model's logits contain inf or NaN; 2 of the 1,024 elements of layers.1.attention.wo.weight are"
+            in error
+        )
         assert "Traceback" not in error
 
 
@@ -286,7 +289,7 @@ def test_stop_texts(checkpoint: Path, tokenizer_path: Path, capsys: pytest.Captu
     [
         (["--eos", "</sss>"], "--eos </sss>: the tokenizer has no such token, and ids end at 290 Did you mean '</s>'?"),
         (["--eos", "300"], "--eos 300: the tokenizer has no such token"),
-        (["--stop", ""], "--stop: an empty text ends nothing"),
+        (["--stop", ""], "--stop: the text must not be empty"),
     ],
 )
 def test_mistakes_in_what_ends_a_text(

@@ -67,8 +67,7 @@ def test_bytes_sent_are_shown_by_axis(config: Path, capsys: pytest.CaptureFixtur
     """An axis over which nothing is sent is left out."""
     lines = layout(capsys, config, "--world-size", 64, "--rank", 13)
     (line,) = [line for line in lines if line.startswith("rank 13 sends ")]
-    assert line.endswith(" (by axis)")
-    total, by_axis = line.removeprefix("rank 13 sends ").removesuffix(" (by axis)").split(" in a step: ")
+    total, by_axis = line.removeprefix("rank 13 sends ").removesuffix(")").split(" per step (")
     sizes = {part.split()[0]: size_of(part.split(maxsplit=1)[1]) for part in by_axis.split(", ")}
     assert list(sizes) == ["tensor", "data", "pipeline"]
     assert size_of(total) == pytest.approx(sum(sizes.values()), rel=0.01)
@@ -94,16 +93,16 @@ def test_the_timeline_is_that_of_the_schedule(config: Path, capsys: pytest.Captu
     timeline = simulate(make_schedule("ZBV", 8, 16, 2))
     assert lines[-8:] == draw_text(timeline, 200).splitlines()
     # 7 of the 103 units of time, see test_zb_v_has_no_bubble.
-    assert "step: ZB-V, 16 micro batch(es), 6.8% bubble" in lines
-    assert "most micro batches alive at a time, by rank of the pipeline: 8 8 8 8 8 8 8 8" in lines
+    assert "step: ZB-V, 16 micro-batch(es), 6.8% bubble" in lines
+    assert "peak number of live micro-batches, by pipeline rank: 8 8 8 8 8 8 8 8" in lines
     assert row(lines, "0")[1:9] == ["0-7", "embedding", "+", "0-1", "+", "37-39", "+", "head"]
 
 
 def test_one_rank(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["parallel.pipeline.size=1", "parallel.tensor.size=1", "parallel.zero1.size=1", "data.micro_num=2"]
     lines = layout(capsys, config, "--world-size", 1, *(word for change in changes for word in ("--set", change)))
-    assert "activation view, outermost axis first; rank 0 is at the only place" in lines
-    assert "step: no pipeline, 2 micro batch(es), 0.0% bubble" in lines
+    assert "activation view, outermost axis first" in lines
+    assert "step: no pipeline, 2 micro-batch(es), 0.0% bubble" in lines
     assert lines[-1] == "rank 0  F0 B0--- F1 B1---"
 
 
@@ -118,15 +117,15 @@ def test_a_deep_pipeline_shows_its_ends(config: Path, capsys: pytest.CaptureFixt
 def test_picture(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "step.png"
-    assert layout(capsys, config, "--world-size", 64, "--png", path)[-1] == f"picture: {path}"
+    assert layout(capsys, config, "--world-size", 64, "--png", path)[-1] == f"image: {path}"
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--world-size", "0"], "--world-size 0: give 1 or more"),
-        (["--world-size", "16", "--rank", "16"], "--rank 16: the ranks are 0 to 15"),
+        (["--world-size", "0"], "--world-size 0: must be at least 1"),
+        (["--world-size", "16", "--rank", "16"], "--rank 16: must be from 0 to 15"),
         (["--world-size", "12"], "parallel.pipeline.size = 8"),
         (["--world-size", "64", "--set", "model.num_chunks=5", "--set", "data.micro_num=9"], "data.micro_num"),
         (["--world-size", "64", "--set", "parallel.pipeline.layer_split=[40]"], "parallel.pipeline.layer_split"),

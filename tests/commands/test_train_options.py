@@ -36,8 +36,8 @@ def test_options_of_internevo_have_a_notice(train):
         f"notice: no effect: --rank 3 {here}",
         f"notice: no effect: --local-rank 1 {here}",
         f"notice: no effect: --port 8888 {here}",
-        "notice: no effect: --enable-ali-topology (ranks keep the order in which the launcher numbers them)",
-        "notice: no effect: --disable-volc-topology (ranks keep the order in which the launcher numbers them)",
+        "notice: no effect: --enable-ali-topology (ranks are numbered as the launcher numbers them)",
+        "notice: no effect: --disable-volc-topology (ranks are numbered as the launcher numbers them)",
     ]
 
 
@@ -78,7 +78,7 @@ def test_the_launcher_is_named(train):
         SLURM_LOCALID="0",
         MASTER_ADDR="head",
     )
-    assert "no effect: --rank 1 (this is rank 0 of 2 at head:7000, which srun chose)" in text
+    assert "no effect: --rank 1 (this is rank 0 of 2 at head:7000, as srun chose)" in text
     assert "no effect: --port" not in text
 
 
@@ -89,7 +89,7 @@ def test_a_config_is_shown_for_any_number_of_ranks(train, option):
     assert re.search(r"^parallel\.zero1\.size += 4 ", text, re.MULTILINE)
     assert "on 8 rank(s)" in train("--dry-run", option, "8", *more)
     assert "parallel.zero1.size = 4" in train("--print-config", *more, code=2)
-    assert "--world-size 0: give the number of ranks, 1 or more" in train("--dry-run", option, "0", code=2)
+    assert "--world-size 0: the number of ranks must be at least 1" in train("--dry-run", option, "0", code=2)
 
 
 def test_a_dry_run_tells_what_a_log_would(train):
@@ -136,7 +136,7 @@ def test_a_dry_run_finds_all_at_once(train):
 
 def test_a_dry_run_looks_for_the_tokenizer(train, tmp_path):
     text = train("--dry-run", "--set", "data.tokenizer_path=none.json")
-    assert "notice: data.tokenizer_path = 'none.json': no such tokenizer; training does without" in text
+    assert "notice: data.tokenizer_path = 'none.json': no such tokenizer; training does not need it" in text
     (tmp_path / "broken.json").write_text("{")
     text = train("--dry-run", "--set", "data.tokenizer_path=broken.json")
     assert "broken.json: the tokenizer cannot be read" in text

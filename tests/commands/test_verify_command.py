@@ -83,7 +83,7 @@ def test_a_difference_ends_with_1_and_names_the_parameter(tmp_path: Path, capsys
         (["--steps", "0"], "--steps 0"),
         (["--world-size", "1000"], "1 to 32"),
         (["--set", "model.num_layer=2"], "num_layers"),
-        (["--matrix"], "leave out --config"),
+        (["--matrix"], "remove --config"),
         (["--full"], "--matrix"),
     ],
 )

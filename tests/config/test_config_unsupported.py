@@ -35,7 +35,8 @@ def at(config, path):
 def other_value(path, field) -> Any:
     """Some value that the key takes and that is not its default."""
     kinds = (field.annotation, *get_args(field.annotation))
-    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    accepted = key_info(field).accepts
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind) if word not in accepted]
     for value in (
         *words,
         7,

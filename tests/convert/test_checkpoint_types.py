@@ -48,7 +48,7 @@ def test_an_unknown_type_is_refused_with_the_nearest() -> None:
 def test_a_model_of_the_users_own_needs_a_type_of_its_own(tmp_path: Path, ckpt_type: str) -> None:
     transformers.LlamaConfig().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    with pytest.raises(ConfigError, match="Linear is no decoder of this package; register a type of your own"):
+    with pytest.raises(ConfigError, match="Linear is not a decoder of this package; register your own type"):
         open_weights(ckpt_type, storage_path(tmp_path), nn.Linear(1, 1))
 
 
@@ -159,7 +159,9 @@ def test_params_of_another_form(tmp_path: Path, content: str) -> None:
 
 def test_frequencies_in_metas_files_that_contradict_params(tmp_path: Path) -> None:
     meta_folder(tmp_path, 1, 2, rope_theta=5e5)
-    with pytest.raises(CheckpointError, match=r"another model than its params\.json says: .*about 10000, .* 500000"):
+    with pytest.raises(
+        CheckpointError, match=r"another model than its params\.json describes: .*about 10000, .* 500000"
+    ):
         open_weights("llama", storage_path(tmp_path), tiny_model("LLAMA2", **LLAMA, rope_base=5e5))
 
 

@@ -134,7 +134,7 @@ def test_norms_in_another_format_are_kept(tmp_path: Path) -> None:
     state = write(tmp_path / "old", model, checkpoint, Split(tp=2))
     imported = import_internevo(tmp_path / "old", storage_path(tmp_path / "new"))
     assert_same(read_back(imported), state)
-    assert not any("kept as they are stored" in notice for notice in imported.notices)
+    assert not any("keep the dtype of the files" in notice for notice in imported.notices)
 
 
 # -- what the config is made of ----------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_the_command_shows_counters_and_what_was_left(tmp_path: Path, capsys: py
     out = capsys.readouterr().out
     assert "2 tensor parallel rank(s), 2 pipeline stage(s)" in out
     assert "step_count: 40" in out and "num_consumed_tokens: 163,840" in out
-    assert "notice: there are no optimizer files: moments start anew, and masters from the weights" in out
+    assert "notice: there are no optimizer files: moments start at zero, masters are copies of the weights" in out
     assert out.splitlines()[-1] == str(tmp_path / "new" / "40")
 
 
@@ -225,7 +225,7 @@ def test_nothing_is_replaced(tmp_path: Path, out: str) -> None:
     save(tmp_path / "runs" / "40", "LLAMA2", Split())
     import_internevo(tmp_path / "runs" / "40", storage_path(tmp_path / "new"))
     before = {path: path.read_bytes() for path in (tmp_path / out / "40").iterdir()}
-    with pytest.raises(CheckpointError, match=r"/40' exists already, and would be replaced; give another --out"):
+    with pytest.raises(CheckpointError, match=r"/40' already exists and would be replaced; give another --out"):
         import_internevo(tmp_path / "runs" / "40", storage_path(tmp_path / out))
     assert {path: path.read_bytes() for path in (tmp_path / out / "40").iterdir()} == before
 
@@ -233,7 +233,7 @@ def test_nothing_is_replaced(tmp_path: Path, out: str) -> None:
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     save(tmp_path / "old", "LLAMA2", Split(tp=2, pp=2))
     (tmp_path / "old" / "model_tp0_pp1.pt").unlink()
-    assert "model_tp0_pp1.pt is missing" in refused(tmp_path / "old", tmp_path / "new")
+    assert "missing: model_tp0_pp1.pt" in refused(tmp_path / "old", tmp_path / "new")
 
 
 @pytest.mark.parametrize("keep", [0, 100, 3000])
@@ -278,7 +278,7 @@ def test_weights_that_are_missing_or_left_over_are_named(tmp_path: Path) -> None
     state["model.layers.2.ffn_norm.weight"] = torch.zeros(32)
     torch.save(state, path)
     message = refused(tmp_path / "old", tmp_path / "new")
-    assert "model_tp0_pp0.pt lack(s) the weight" in message and "ffn_norm.weight" in message
+    assert "ffn_norm.weight' is missing in model_tp0_pp0.pt; other ranks have it" in message
 
 
 @pytest.mark.parametrize("name", ["layers.1.attention_norm.weight", "layers.1.attention.wo.bias"])
@@ -290,7 +290,7 @@ def test_replicas_that_differ_are_named(tmp_path: Path, name: str) -> None:
     changed[f"model.{name}"][0] += 1
     torch.save(changed, path)
     message = refused(tmp_path / "old", tmp_path / "new")
-    assert f"'{name}' should be the same on all ranks, but model_tp0_pp0.pt and model_tp1_pp0.pt differ" in message
+    assert f"'{name}' should be equal on all ranks, but model_tp0_pp0.pt and model_tp1_pp0.pt differ" in message
 
 
 def test_parts_of_a_head_that_ranks_share_are_compared(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_kinds_that_cannot_be_imported_are_refused_by_name(tmp_path: Path, name:
 def test_a_head_of_which_parts_were_never_saved_is_refused(tmp_path: Path) -> None:
     """isp with more sequence ranks than weight ranks, in versions that split the head over the sequence's ranks."""
     save(tmp_path / "old", "LLAMA2", Split(wp=2, head_ranks=4))
-    assert "the rest is not in this checkpoint" in refused(tmp_path / "old", tmp_path / "new")
+    assert "the others are not in this checkpoint" in refused(tmp_path / "old", tmp_path / "new")
 
 
 def test_fused_rows_under_other_names_are_refused(tmp_path: Path) -> None:

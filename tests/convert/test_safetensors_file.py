@@ -109,9 +109,9 @@ def test_garbage_anywhere_gives_tensors_or_an_error_of_ours(place: int, garbage:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}, "number format F8_E4M3"),
+        ({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}, "dtype F8_E4M3"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "'a' has 4 bytes for shape"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "cut off"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "truncated"),
         ({"a": {"dtype": "F32"}}, "header is damaged"),
     ],
 )

@@ -18,7 +18,7 @@ from helpers.pages import ROOT
 from internlm.checkpoint.tensor_files import write_weights
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
-from internlm.convert.to_hf import check_exportable, convert_to_hf, export_beside
+from internlm.convert.to_hf import check_exportable, convert_to_hf, export_next_to
 from internlm.model.huggingface.weight_names import to_hf
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.storage import StoragePath, storage_path
@@ -220,23 +220,23 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
 
 
-def test_export_beside_replaces_an_older_export(tmp_path: Path) -> None:
+def test_export_next_to_replaces_an_older_export(tmp_path: Path) -> None:
     model, checkpoint = save(tmp_path, "INTERNLM2", **GQA)
     (tmp_path / "0_hf").mkdir()
     (tmp_path / "0_hf" / "model-00001-of-00009.safetensors").write_bytes(b"old")
     (tmp_path / ".writing-0_hf").mkdir()
     (tmp_path / ".writing-0_hf" / "rest").write_bytes(b"of a killed export")
-    export_beside(checkpoint)
+    export_next_to(checkpoint)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "0_hf"]
     load_native(tmp_path / "0_hf")
     assert_same_tensors(tensors_of(tmp_path / "0_hf"), to_hf(model.state_dict(), model.architecture))
 
 
-def test_export_beside_in_an_object_store(tmp_path: Path) -> None:
+def test_export_next_to_in_an_object_store(tmp_path: Path) -> None:
     store = storage_path("memory://bucket/export")
     (store / "0_hf" / "model-00001-of-00009.safetensors").write_bytes(b"old")
     model = tiny_model("INTERNLM2", **GQA)
-    export_beside(write(store, model, "INTERNLM2", **GQA))
+    export_next_to(write(store, model, "INTERNLM2", **GQA))
     (tmp_path / "hf").mkdir()
     for name in (store / "0_hf").names():
         (tmp_path / "hf" / name).write_bytes((store / "0_hf" / name).read_bytes())

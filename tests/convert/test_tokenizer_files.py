@@ -13,7 +13,7 @@ import transformers
 from helpers.sentencepieces import AS_T5, train_sentencepiece
 
 from internlm.convert.sentencepiece_json import sentencepiece_json
-from internlm.convert.tokenizer_files import served_alike, tokenizer_files
+from internlm.convert.tokenizer_files import equivalent_files, tokenizer_files
 from internlm.data.tokenize.probes import PROBE_TEXTS
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenize.train_bpe import train_bpe
@@ -26,7 +26,9 @@ CONFIG = {"model_type": "llama", "vocab_size": 512}
 def export(path: Path, out: Path, **config: Any) -> Any:
     """Write what would lie beside the weights; returns transformers' tokenizer."""
     out.mkdir()
-    for name, data in served_alike(tokenizer_files(storage_path(path)), {**CONFIG, **config}, with_code=False).items():
+    for name, data in equivalent_files(
+        tokenizer_files(storage_path(path)), {**CONFIG, **config}, with_code=False
+    ).items():
         (out / name).write_bytes(data)
     (out / "config.json").write_text(json.dumps({**CONFIG, **config}))
     return transformers.AutoTokenizer.from_pretrained(out)
@@ -111,7 +113,7 @@ def test_a_tokenizer_that_agrees_is_copied(tmp_path: Path) -> None:
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_what_cannot_be_served_alike_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_equivalent_files_is_refused(tmp_path: Path) -> None:
     # A piece of the user's own, behind which SentencePiece puts no space before the text.
     path = train_sentencepiece(tmp_path / "own.model", user_defined_symbols=["return"])
     with pytest.raises(CheckpointError, match=r"other ids than it was trained on: .*return.* --no-tokenizer"):

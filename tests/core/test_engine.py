@@ -38,11 +38,11 @@ def test_the_phase_of_a_failure() -> None:
     fail_at(engine, 2)
     with pytest.raises(ArithmeticError):
         engine.train_step(global_batch(0), 1e-3)
-    assert engine.progress.phase == "forward of micro batch 2"
+    assert engine.progress.phase == "forward of micro-batch 2"
     fail_at(engine, 0)
     with pytest.raises(ArithmeticError):
         engine.evaluate(global_batch(0).micro_batches[0], TokenSums(1))
-    assert engine.progress.phase == "forward of micro batch 0"
+    assert engine.progress.phase == "forward of micro-batch 0"
 
 
 def phases_of_a_failure() -> tuple[str, str]:
@@ -61,8 +61,8 @@ def phases_of_a_failure() -> tuple[str, str]:
 
 def test_a_failed_stage_fails_the_others(ranks: Callable[[int], RankPool]) -> None:
     (waiting, consequence), (failed, cause) = ranks(2).run(phases_of_a_failure)
-    assert (failed, cause) == ("forward of micro batch 1, chunk 1", "on purpose")
-    assert waiting.startswith(("receive gradient of micro batch ", "receive activation of micro batch ", "send "))
+    assert (failed, cause) == ("forward of micro-batch 1, chunk 1", "on purpose")
+    assert waiting.startswith(("receive gradient of micro-batch ", "receive activation of micro-batch ", "send "))
     assert "closed" in consequence.lower()
 
 

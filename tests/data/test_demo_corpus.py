@@ -1,4 +1,4 @@
-"""The demo's corpus: made once, of real text, with the facts that the demo prints."""
+"""The corpus of the demo: made once, of real text, with the numbers that the demo prints."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def test_corpus_is_prepared_once(tmp_path):
         prepare_demo_corpus(tmp_path / "demo", DemoSettings(1_000_000, 700), 1)
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_content_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(DataError, match="exists and is not a demo corpus"):
         prepare_demo_corpus(tmp_path, DemoSettings(), 1)

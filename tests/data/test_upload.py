@@ -1,4 +1,4 @@
-"""Micro batches are copied once a step, all of them before the first pass. On a GPU: tests/cuda."""
+"""Micro-batches are copied once per step, all before the first forward pass. On a GPU: tests/cuda."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_an_exception_on_one_rank_ends_both_under_torchrun(tmp_path: Path) -> No
         env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
     )
     assert result.returncode != 0
-    cause = "rank 1 failed in phase 'forward of micro batch 0, step 3': RuntimeError: the trap has sprung"
+    cause = "rank 1 failed in phase 'forward of micro-batch 0, step 3': RuntimeError: the trap has sprung"
     assert last_log_line(run_dir, 1).endswith(": " + cause)
     assert last_log_line(run_dir, 0).endswith("stopped because " + cause)
     assert "rank 1" in result.stderr
@@ -113,7 +113,7 @@ def train_on_two_ranks(tmp_path: Path, *before: Any, more: str = "") -> list[For
 def test_a_rank_that_hangs_is_ended_when_the_other_fails(tmp_path: Path) -> None:
     ranks = train_on_two_ranks(tmp_path, trap(0, 3, hang), trap(1, 3, fail))
     assert wait_for_all(ranks, LIMIT_SECONDS) == [1, 1]
-    cause = "rank 1 failed in phase 'forward of micro batch 0, step 3': RuntimeError: the trap; has sprung"
+    cause = "rank 1 failed in phase 'forward of micro-batch 0, step 3': RuntimeError: the trap; has sprung"
     assert last_log_line(tmp_path / "run", 0).endswith("stopped because " + cause)
     assert last_log_line(tmp_path / "run", 1).endswith(": " + cause)
     # The main rank's terminal tells it, too, and the failing one's has the traceback.
@@ -210,7 +210,7 @@ def test_ranks_that_end_at_different_times_are_not_taken_for_dead(tmp_path: Path
 
     def dawdle(rank: int) -> None:
         if rank == 1:
-            original = train._say_goodbye
-            train._say_goodbye = lambda *args: (time.sleep(2), original(*args))  # type: ignore[assignment,func-returns-value]
+            original = train._log_end
+            train._log_end = lambda *args: (time.sleep(2), original(*args))  # type: ignore[assignment,func-returns-value]
 
     assert wait_for_all(train_on_two_ranks(tmp_path, quicker_watch, dawdle), LIMIT_SECONDS) == [0, 0]

@@ -33,7 +33,7 @@ LAYOUTS = {"msp-1F1B": ("msp", 1, "1F1B"), "isp-ZBV": ("isp", 2, "ZBV")}
 
 # Where a step can fail: what is called there, and how the log names the phase.
 PHASES: dict[str, tuple[Any, str, str]] = {
-    "forward": (Engine, "_forward", "forward of micro batch"),
+    "forward": (Engine, "_forward", "forward of micro-batch"),
     "send": (PipelineChannels, "send", "send "),
     "reduce": (FlatBucket, "start_reduction", "optimizer step"),
     "update": (hybrid_zero, "global_grad_norm", "optimizer step"),

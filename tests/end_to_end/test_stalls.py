@@ -104,7 +104,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
             rank.kill()
 
 
-IN_FORWARD = "in forward of micro batch 0, step 3"
+IN_FORWARD = "in forward of micro-batch 0, step 3"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -148,7 +148,7 @@ def test_a_slow_step_is_told_and_the_run_goes_on(runs: dict[str, Run]) -> None:
     run = runs["slow-1"]
     assert wait_for_all(run.ranks, LIMIT_SECONDS) == [0, 0]
     assert re.search(rf"step 3 has taken \d s; waiting for rank 1, {IN_FORWARD}", run.log(0))
-    assert "it has ended after" in run.log(0)
+    assert "it ended after" in run.log(0)
     assert len(metrics_of(run.folder)) == 5
     # Where a busy machine gives a rank no time, the interpreter's timer may have written stacks; the watch never does.
     written = [file.read_text() for file in (run.folder / "logs").glob("*.stacks")]

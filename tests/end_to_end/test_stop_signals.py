@@ -52,7 +52,7 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
     assert command.wait(30) == 0, command.output
     (stopped_at,) = steps_in(tmp_path / "checkpoints")
     last = command.output.splitlines()[-1]
-    assert f"stopped at step {stopped_at}: received {number.name}; the same command goes on from here" in last
+    assert f"stopped at step {stopped_at}: received {number.name}; run the same command to resume" in last
     assert "Traceback" not in command.output
     assert steps_of(run_dir) == list(range(1, stopped_at + 1))
 
@@ -77,7 +77,7 @@ def test_a_signal_to_ranks_stops_all_at_the_same_step(
     (stopped_at,) = steps_in(tmp_path / "checkpoints")
     assert steps_of(run_dir)[-1] == stopped_at
     reason = "received SIGTERM" if 0 in who else "requested on another rank"
-    assert f"stopped at step {stopped_at}: {reason}; the same command goes on" in ranks[0].output
+    assert f"stopped at step {stopped_at}: {reason}; run the same command" in ranks[0].output
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -149,7 +149,7 @@ def test_the_stop_file_saves_and_stops_at_its_step(tmp_path: Path, started: list
     assert wait_for_all(ranks, 30) == [0] * world_size, ranks[0].output
     assert complete_steps(tmp_path / "checkpoints") == [save_at, stop_at]
     assert steps_of(run_dir)[-1] == stop_at
-    assert f"stopped at step {stop_at}: requested for step {stop_at}; the same command goes on" in ranks[0].output
+    assert f"stopped at step {stop_at}: requested for step {stop_at}; run the same command" in ranks[0].output
 
     again = start_ranks([*arguments, "--set", f"data.total_steps={stop_at + 2}"], tmp_path, world_size)
     started += again
@@ -166,7 +166,9 @@ def test_a_stop_file_with_a_step_that_has_passed_stops_at_once(tmp_path: Path, s
     stop.write_text("2")
     assert command.wait(30) == 0, command.output
     (stopped_at,) = complete_steps(tmp_path / "checkpoints")
-    assert f"stopped at step {stopped_at}: requested for step 2, which had passed; the same command" in command.output
+    assert (
+        f"stopped at step {stopped_at}: requested for step 2, which had passed; run the same command" in command.output
+    )
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, started: list[Forked]) -> None:
@@ -220,7 +222,7 @@ def test_a_sigterm_before_the_loop_is_told_to_the_log(tmp_path: Path, started: l
     ("more", "message"),
     [
         ("ckpt = dict(enable_save_ckpt=False)", "nothing was saved, as ckpt.enable_save_ckpt is False"),
-        ("ckpt['auto_resume'] = False", "the checkpoint was saved; to go on from it, set ckpt.auto_resume = True"),
+        ("ckpt['auto_resume'] = False", "the checkpoint was saved; to resume from it, set ckpt.auto_resume = True"),
     ],
 )
 def test_the_message_claims_no_more_than_is_true(

@@ -281,15 +281,15 @@ def test_dry_run_shows_layout_and_sizes(look: Callable[..., Run]) -> None:
     assert re.search(r"activation +pipeline 1 x ", text)
     # 2 * 61 * 32 for embedding and head; a layer has wqkv 64 * 32, wo 32 * 32, 3 * 56 * 32 and two norms; and one norm.
     total = 2 * 61 * 32 + 2 * (64 * 32 + 32 * 32 + 3 * 56 * 32 + 2 * 32) + 32
-    assert re.search(rf"all +{total:,} parameters", text)
-    assert "64 tokens a step, 640 in 10 steps" in text
+    assert re.search(rf"total +{total:,} parameters", text)
+    assert "64 tokens per step, 640 in 10 steps" in text
     assert "the config is valid" in text
 
 
 def test_dry_run_for_more_ranks_than_there_are(look: Callable[..., Run]) -> None:
     text = look("--config", "config.py", "--dry-run", "--world-size", 8, "--set", "parallel.zero1.size=4").output
     assert re.search(r"activation +pipeline 1 x data_replica 2 x zero 4 x ", text)
-    assert "512 tokens a step" in text
+    assert "512 tokens per step" in text
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

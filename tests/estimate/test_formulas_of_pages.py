@@ -75,4 +75,4 @@ def test_flops_of_a_layer_for_a_token() -> None:
     """The forward pass that hides an offloaded layer's copies."""
     one = replace(INTERNLM2_7B, num_layers=1, vocab_size=0)
     flops = flops_per_token(one, TOKENS, "causal") / 3
-    assert f"a 7B layer computes {flops / 1e9:.2f} GFLOP" in " ".join(text_of("doc/memory.md").split())
+    assert f"a layer of a 7B model computes {flops / 1e9:.2f} GFLOP" in " ".join(text_of("doc/memory.md").split())

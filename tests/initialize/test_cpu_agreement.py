@@ -1,4 +1,4 @@
-"""Ranks whose CPUs are of different kinds multiply alike, and the log says so."""
+"""Ranks with different CPUs run their GEMMs in one number format, and log it."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_unlike_cpus_take_fp32(ranks: Callable[[int], RankPool]) -> None:
     for chosen, warnings in ranks(2).run(agree, "auto", KINDS):
         assert chosen == "fp32"
         assert warnings == [
-            "the ranks' CPUs are of different kinds: rank 1 multiplies faster in fp32, rank 0 in bfloat16; all "
-            "multiply in fp32, unless model.cpu_gemm is 'dtype'"
+            "the ranks have different CPUs: GEMMs are faster in fp32 on rank 1, in bfloat16 on rank 0; all ranks use "
+            "fp32 unless model.cpu_gemm is 'dtype'"
         ]
 
 

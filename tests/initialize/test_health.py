@@ -228,7 +228,7 @@ def test_a_short_run_without_a_label_fails_after_it_saved(tmp_path: Path) -> Non
     trainer = new(tmp_path, data__train_folder=folder, data__use_packed_dataset=False, data__total_steps=2)
     message = failure_of(trainer)
     assert message.startswith("no step of this run had a token with a label")
-    assert "or every prompt is longer than data.seq_len = 16, where documents are cut off" in message
+    assert "or every prompt is longer than data.seq_len = 16, where documents are truncated" in message
     assert (tmp_path / "checkpoints" / "2").is_dir()
 
 

@@ -112,7 +112,7 @@ def test_the_time_that_a_rank_waits_for_another_one() -> None:
     assert collective_timeout(None, {"INTERNLM_ENABLE_TIMEOUT": "0", "NCCL_TIMEOUT": "90"})[0] == 90.0
     assert collective_timeout(None, {"NCCL_TIMEOUT": "90"}) == (1800.0, None)
     given = collective_timeout(7.0, {"INTERNLM_ENABLE_TIMEOUT": "1"})
-    assert given == (7.0, "INTERNLM_ENABLE_TIMEOUT is ignored: monitor.collective_timeout_seconds = 7 is given")
+    assert given == (7.0, "INTERNLM_ENABLE_TIMEOUT is ignored: monitor.collective_timeout_seconds = 7 is set")
     with pytest.raises(LaunchError, match="NCCL_TIMEOUT = 'soon' is not a whole number of seconds"):
         collective_timeout(None, {"INTERNLM_ENABLE_TIMEOUT": "1", "NCCL_TIMEOUT": "soon"})
 
@@ -121,7 +121,7 @@ def test_more_ranks_than_gpus_are_refused_with_the_way_out(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device(Launch(local_rank=1)) == torch.device("cuda", 1)
-    with pytest.raises(LaunchError, match="local rank 2 has no GPU: this machine shows 2"):
+    with pytest.raises(LaunchError, match="local rank 2 has no GPU: 2 are visible on this machine"):
         choose_device(Launch(local_rank=2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device(Launch(local_rank=5)) == torch.device("cpu")

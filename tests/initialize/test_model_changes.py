@@ -145,7 +145,7 @@ def test_the_same_function_in_other_words_is_no_change() -> None:
     # Of a function that did change, only the keys that change it are named.
     with pytest.raises(CheckpointError) as error:
         check_same_function(small_config(old), small_config({**new, "model.rope_base": 5e5}), "it")
-    assert "outputs:\n  model.rope_base: 10000.0 -> 500000.0\nset the keys back" in str(error.value)
+    assert "outputs:\n  model.rope_base: 10000.0 -> 500000.0\nrestore the keys" in str(error.value)
 
 
 # -- resuming and loading ----------------------------------------------------------------------------------------------

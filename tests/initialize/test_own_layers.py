@@ -230,7 +230,7 @@ def test_a_budget_needs_layers_whose_size_is_known(tmp_path: Path) -> None:
 
 def test_a_model_that_names_no_layers_cannot_recompute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Mixer, "numbered_layers")
-    with pytest.raises(ConfigError, match="a MIXER does not name its layers"):
+    with pytest.raises(ConfigError, match="a MIXER does not expose its layers"):
         config = load_config(write_config(tmp_path), ["model_type=MIXER", "model.checkpoint=1.0"]).config
         check_buildable(config, 1)
     assert build_meta_model(load_config(write_config(tmp_path), ["model_type=MIXER"]).config) is not None

@@ -61,7 +61,7 @@ def test_steps_that_are_behind_a_resumed_run_are_not_in_its_way(tmp_path: Path, 
     saved_by_this_config(tmp_path / "config.py", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "3").mkdir()
     (tmp_path / "checkpoints" / "3" / "notes").write_text("mine")
-    assert f"the run would go on from '{tmp_path}/checkpoints/5'" in dry_run(0)
+    assert f"the run would resume from '{tmp_path}/checkpoints/5'" in dry_run(0)
     assert f"'{tmp_path}/checkpoints/3' has no manifest" in dry_run(2, "ckpt.auto_resume=False")
 
 
@@ -82,4 +82,7 @@ def test_content_that_the_checkpoint_lacks(tmp_path: Path, dry_run) -> None:
 
 
 def test_random_data_is_told(tmp_path: Path, dry_run) -> None:
-    assert "notice: the run trains on random tokens, for trials of speed: data.train_folder is None" in dry_run(0)
+    assert (
+        "notice: data.train_folder is None: the run trains on random tokens, which only serves to measure speed"
+        in dry_run(0)
+    )

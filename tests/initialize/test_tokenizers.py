@@ -69,10 +69,10 @@ def test_another_tokenizer_than_the_datas(
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
     caplog.set_level(logging.INFO, "internlm")
     path = str(places / "b")
-    with pytest.raises(ConfigError, match=r"data\.tokenizer_path is not that of the data: .*data\.check_tokenizer"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer_path differs from that of the data: .*check_tokenizer"):
         data_tokenizer(config_of(places, data__tokenizer_path=path))
     data_tokenizer(config_of(places, data__tokenizer_path=path, data__check_tokenizer=False))
-    assert "data.tokenizer_path is not that of the data" in caplog.text
+    assert "data.tokenizer_path differs from that of the data" in caplog.text
 
 
 def test_data_of_several_tokenizers(places: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_tokenizer_that_cannot_be_read_is_told(
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
     caplog.set_level(logging.INFO, "internlm")
     data_tokenizer(config_of(places, data__tokenizer_path=str(places / "gone")))
-    assert "is not compared with the data's" in caplog.text
+    assert "is not compared with that of the data" in caplog.text
 
 
 def test_the_checkpoint_a_run_starts_from(places: Path, tmp_path: Path) -> None:
@@ -115,7 +115,9 @@ def test_the_checkpoint_a_run_starts_from(places: Path, tmp_path: Path) -> None:
         files = compare_with_checkpoint(config, storage_path(folder), known(places, "a"))
         assert KnownTokenizer.from_json(files["data_tokenizer.json"]).fingerprint == known(places, "a").fingerprint
         assert ("hf/generation_config.json" in files) == (folder is not ours)
-        with pytest.raises(ConfigError, match=f"the tokenizer of the checkpoint '{folder}' is not that of the data"):
+        with pytest.raises(
+            ConfigError, match=f"the tokenizer of the checkpoint '{folder}' differs from that of the data"
+        ):
             compare_with_checkpoint(config, storage_path(folder), known(places, "b"))
     # Data that does not say goes on with what the checkpoint says.
     files = compare_with_checkpoint(config, storage_path(ours), None)

@@ -27,7 +27,7 @@ LINES = (
     "ranks=2 layout:tensor=2,mode=mtp",
     "ranks=2 layout:tensor=2,mode=fsp model:kv_heads=2,family=LLAMA2,bias=true",
     "ranks=2 layout:tensor=2,mode=isp model:kv_heads=1",
-    "ranks=2 layout:mode=isp,weight=2,overlap model:checkpoint=1,keep=matmuls",
+    "ranks=2 layout:mode=isp,weight=2,overlap model:checkpoint=1,save_policy=matmuls",
     "ranks=4 layout:tensor=2,mode=isp,weight=2,pipeline=2 model:family=QWEN3",
     "ranks=2 layout:pipeline=2,schedule=ZBH1 stepping:overlap_grad,overlap_param,bucket=1000",
     "ranks=2 layout:pipeline=2,schedule=DUALPIPEV",

@@ -144,7 +144,7 @@ def test_recomputed_layers_of_a_pipeline_stage_are_those_of_the_model(pipeline: 
 @pytest.mark.parametrize("layout", ["zero=2", "zero=1", "fsdp", *SPLITS, *PIPELINES])
 def test_fp32_norms_beside_bf16_weights_are_reduced_on_their_own(layout: str, ranks: Ranks) -> None:
     text = f"ranks=4 layout:{layout} model:dtype=bfloat16,fp32_norm,fp32_residual stepping:bucket=500,overlap_grad"
-    if Combination.parse(text).mistakes():  # ZBH1 takes no overlap
+    if Combination.parse(text).problems():  # ZBH1 takes no overlap
         text = text.removesuffix(",overlap_grad")
     assert_equal_to_one_process(text, ranks)
 

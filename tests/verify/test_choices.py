@@ -14,7 +14,7 @@ CHOICES = [
     LayoutChoices(
         tensor=2, mode="isp", weight=4, overlap=True, pipeline=2, schedule="ZBV", chunks=2, zero=2, fsdp=True
     ),
-    ModelChoices(family="QWEN3", tied=False, checkpoint=0.5, keep="matmuls", dtype="bfloat16"),
+    ModelChoices(family="QWEN3", tied=False, checkpoint=0.5, save_policy="matmuls", dtype="bfloat16"),
     BatchChoices(packed=False, masked="ends"),
     StepChoices(clip=0.0, overlap_grad=True, groups="frozen_layer"),
 ]

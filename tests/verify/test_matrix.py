@@ -35,7 +35,7 @@ def test_rows_are_few_valid_and_always_the_same() -> None:
     assert len(set(rows)) == len(rows)
     assert rows == matrix.pairwise_matrix()
     for row in rows:
-        assert row.ranks <= matrix.LARGEST_WORLD and not row.mistakes()
+        assert row.ranks <= matrix.LARGEST_WORLD and not row.problems()
 
 
 def test_the_full_matrix_has_every_layout() -> None:

@@ -1,7 +1,7 @@
 """Asynchronous sends and receives between the ranks of a pipeline.
 
 Each channel, from one rank to another for one kind of tensor, has its own process group: NCCL executes the operations
-of a group in order, so that in a shared group a receive that waits for its peer would block every send behind it. On a
+of a group in order, so that in a shared group a receive that waits for its peer would block every later send. On a
 channel, each side has only one kind of operation. Tensors are untagged and arrive in the order in which they were sent.
 This module knows no schedule: the caller decides what is sent when.
 """
@@ -25,12 +25,12 @@ class Channel(NamedTuple):
 
     Attributes:
         sender, receiver: indices along the pipeline axis.
-        carries: "activation" or "gradient".
+        kind: of the tensors, "activation" or "gradient".
     """
 
     sender: int
     receiver: int
-    carries: str
+    kind: str
 
 
 class PipelineChannels:
@@ -50,10 +50,10 @@ class PipelineChannels:
         result = cls(context)
         pipelines = context.view("activation").groups("pipeline")
         for channel in sorted(channels):
-            sender, receiver, carries = channel
+            sender, receiver, kind = channel
             for ranks in pipelines:
                 pair = ranks[sender], ranks[receiver]
-                context.make_named_group((*pair, carries), pair)
+                context.make_named_group((*pair, kind), pair)
             # NCCL connects at the first use of a group, and the host waits for its peer meanwhile. Here all ranks use
             # the groups in one order; in a step, a rank may post a receive long before its peer sends: a deadlock.
             stage = context.index("pipeline")
@@ -93,5 +93,5 @@ class PipelineChannels:
                 queue.popleft().wait()
 
     def _group(self, channel: Channel) -> dist.ProcessGroup:
-        sender, receiver, carries = channel
-        return self._context.named_group((self._ranks[sender], self._ranks[receiver], carries))
+        sender, receiver, kind = channel
+        return self._context.named_group((self._ranks[sender], self._ranks[receiver], kind))

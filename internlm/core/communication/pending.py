@@ -1,4 +1,4 @@
-"""A tensor that communication may still be writing: what everything that runs in the background returns."""
+"""A tensor that a collective may still be writing: the result of every asynchronous operation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Pending:
 
     Args:
         tensor: complete after `wait`.
-        work: writes the tensor, or reads it when it is sent; None where nothing is left to do.
+        work: writes the tensor, or reads it to send it; None if it is complete.
     """
 
     def __init__(self, tensor: Tensor, work: dist.Work | Pending | None = None) -> None:
@@ -24,7 +24,7 @@ class Pending:
         self._work = work
 
     def wait(self, timeout: timedelta = NO_TIMEOUT) -> Tensor:
-        """Block until the tensor may be used, and return it. On CUDA: order the current stream behind the operation.
+        """Block until the tensor may be used, and return it. On CUDA, the current stream waits instead of the host.
 
         Raises:
             RuntimeError: the operation failed, or took longer than the timeout.

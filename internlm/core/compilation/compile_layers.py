@@ -23,8 +23,8 @@ _RECOMPILE_LIMIT = 64
 def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: bool = False) -> nn.Module:
     """Compile every layer of `model` when it is first called. Changes and returns `model`.
 
-    A layer of plain modules becomes one graph, forward and backward. Where linear layers communicate or postpone weight
-    gradients, they run eagerly, and what lies between them is compiled.
+    A layer of plain modules becomes one graph, forward and backward. Linear layers that communicate or postpone weight
+    gradients run eagerly, and the code between them is compiled.
 
     Args:
         model: after `parallelize`, before FSDP.
@@ -40,14 +40,14 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for module in model.modules():
         if isinstance(module, ParallelGroupedLinear | ParallelLinear):
-            # Not at the class: importing the compiler takes a second, and most runs never compile.
+            # Not as a decorator of the class: importing the compiler takes a second, and most runs never compile.
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         if isinstance(module, UlyssesAttention):
-            # The exchanges alone: what is between them is compiled.
+            # Only the all-to-alls; attention between them is compiled.
             module.gather_tokens = torch.compiler.disable(module.gather_tokens)  # type: ignore[method-assign]
             module.scatter_tokens = torch.compiler.disable(module.scatter_tokens)  # type: ignore[method-assign]
     for layer in layers_of(model):
-        # The forward function and not the module: a hook that waits for weights cannot be compiled.
+        # The forward function, not the module: hooks that wait for weights cannot be compiled.
         if not parallel_of(model).replaces_linears:
             mode = graphs.MODE if cuda_graphs else None
             layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, mode=mode)

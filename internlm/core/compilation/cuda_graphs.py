@@ -1,8 +1,8 @@
 """CUDA graphs of compiled layers: the kernels of a layer's pass are launched as one.
 
 PyTorch's CUDA graph trees record and replay them (see its documentation). They manage the memory of recordings, but do
-not know when a pass of the model is over, nor which shapes are needed. This module tells them before each pass. No
-line of it has run on a GPU yet.
+not know when a pass of the model is over, nor which shapes are needed. This module tells them before each pass. It has
+not run on a GPU yet.
 
 A replay reads inputs and writes outputs at the addresses of the recording. So the outputs of a layer in one pass,
 activations and gradients alike, are overwritten by the next pass:
@@ -28,7 +28,7 @@ MODE = "reduce-overhead"
 
 
 def prepare_passes(model: nn.Module) -> None:
-    """Mark the start of every pass of `model`, and round its shapes to a few. Changes `model`.
+    """Mark the start of every pass of `model`, and round its shapes so that few graphs are needed. Changes `model`.
 
     From then on, a pass with gradients must be followed by its backward pass before the next pass begins.
 

@@ -34,7 +34,7 @@ class ParallelLayout:
         expert: expert degree.
         expert_inner: expert tensor degree; for isp expert weight degree.
         mode: use of the tensor axis.
-        kv_replicas: consecutive tensor ranks that hold the same key-value head, where there are fewer heads than ranks.
+        kv_replicas: consecutive tensor ranks that hold the same key-value head, if there are fewer heads than ranks.
     """
 
     world_size: int = 1

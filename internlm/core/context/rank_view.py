@@ -34,8 +34,8 @@ class RankView:
 
     def _ends_of(self, axis: str) -> str | None:
         """The axis of a name `<axis>_ends`; None for any other name."""
-        whole = axis.removesuffix("_ends")
-        return whole if axis != whole and whole in self.axes else None
+        base = axis.removesuffix("_ends")
+        return base if axis != base and base in self.axes else None
 
     def _members(self, axis: str) -> tuple[str, ...]:
         members = self.merged.get(axis, (axis,))
@@ -46,9 +46,9 @@ class RankView:
 
     def size(self, axis: str) -> int:
         """Number of ranks along an axis (or merged axis); for `<axis>_ends`: 2, or 1 where both ends are one."""
-        whole = self._ends_of(axis)
-        if whole is not None:
-            return min(self.axes[whole], 2)
+        base = self._ends_of(axis)
+        if base is not None:
+            return min(self.axes[base], 2)
         return math.prod(self.axes[member] for member in self._members(axis))
 
     def coordinate(self, rank: int) -> dict[str, int]:
@@ -69,9 +69,9 @@ class RankView:
 
         For `<axis>_ends`, the first and the last rank of each group along `axis`.
         """
-        whole = self._ends_of(axis)
-        if whole is not None:
-            return [(group[0], group[-1]) if len(group) > 1 else group for group in self.groups(whole)]
+        base = self._ends_of(axis)
+        if base is not None:
+            return [(group[0], group[-1]) if len(group) > 1 else group for group in self.groups(base)]
         members = self._members(axis)
         names = list(self.axes)
         array = np.arange(self.world_size).reshape(tuple(self.axes.values()))
@@ -83,9 +83,9 @@ class RankView:
 
         For `<axis>_ends`: the two ends of that group; a rank between them is a group of its own.
         """
-        whole = self._ends_of(axis)
-        if whole is not None:
-            ranks = self.group(whole, rank)
+        base = self._ends_of(axis)
+        if base is not None:
+            ranks = self.group(base, rank)
             ends = tuple(dict.fromkeys((ranks[0], ranks[-1])))
             return ends if rank in ends else (rank,)
         members = self._members(axis)

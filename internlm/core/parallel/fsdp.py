@@ -1,8 +1,8 @@
-"""Fully sharded data parallelism: weights, too, are split over the ranks that share the optimizer state (ZeRO stage 3).
+"""Fully sharded data parallelism (ZeRO stage 3): weights are split over the ranks that shard the optimizer state.
 
-torch's `fully_shard` gathers the weights of a layer before its forward and its backward, frees them after, and
-reduce-scatters its gradients after the backward of every micro batch, so that no rank ever holds the gradients of the
-whole model. What a rank keeps are rows of each weight, and that is all that its ShardSpec says.
+torch's `fully_shard` gathers the weights of a layer before its forward and its backward pass, frees them afterwards,
+and reduce-scatters its gradients after the backward pass of every micro-batch, so that no rank ever holds the gradients
+of the whole model. A rank stores rows of each weight, as described by its ShardSpec.
 
 Source: PyTorch FSDP, Zhao et al. 2023 (arXiv:2304.11277); the per-parameter form is torch's FSDP2.
 """
@@ -36,24 +36,24 @@ def apply_fsdp(
     reduce_dtype: torch.dtype = torch.float32,
     float8_scales: WeightScales | None = None,
 ) -> nn.Module:
-    """Split every weight by rows over the `zero` ranks, layer by layer. Changes and returns `model`.
+    """Shard every weight by rows over the `zero` ranks, layer by layer. Changes and returns `model`.
 
-    Over the replicas of `zero` (where `parallel.zero1.size` is less than the data ranks) weights are whole copies; the
-    optimizer sums gradients over them once a step. Gradients are sums, not means. The weights outside of layers stay
-    gathered from the forward to the end of the backward pass, so that the head may be read in between.
+    If `zero` is smaller than the data axis (`parallel.zero1.size`), its replicas hold equal shards; the optimizer sums
+    gradients over them once per step. Gradients are sums, not means. Weights outside of layers stay gathered from
+    the forward to the end of the backward pass, because the head is read in between.
 
-    Weights of another dtype than most of their layer (fp32 norms among bf16 matrices) and scalars stay whole on every
-    rank. In each backward pass, all ranks must use the same weights.
+    Scalars, and weights of another dtype than most of their layer (fp32 norms among bf16 matrices), are not sharded. In
+    each backward pass, all ranks must use the same weights.
 
     Args:
-        model: after `parallelize`, before the optimizer is made. With `ParallelOptions.defer_weights`, a rank has one
-            layer at a time in memory beside its rows.
-        context: where this rank stands.
+        model: after `parallelize`, before the optimizer is built. With `ParallelOptions.defer_weights`, a rank never
+            has more than one unsharded layer in memory.
+        context: this rank's position and process groups.
         reduce_dtype: dtype in which gradients are communicated and summed.
-        float8_scales: gather weights that are multiplied in float8 as float8, with these scales; None: as they are.
+        float8_scales: gather the weights of float8 GEMMs as float8, with these scales; None: in their own dtype.
 
     Raises:
-        LayoutError: the layout has pipeline stages, or its weights are sharded already (isp).
+        LayoutError: the layout has pipeline stages, or its weights are already sharded (isp).
     """
     layout = context.layout
     check_fsdp(True, layout.pipeline, layout.mode)
@@ -63,19 +63,19 @@ def apply_fsdp(
         return model
     specs = {name: shard_spec_of(parameter) for name, parameter in model.named_parameters()}
     layers = layers_of(model)
-    materialize(model, kept_whole(model))
-    kept = kept_whole(model)
+    materialize(model, unsharded_parameters(model))
+    unsharded = unsharded_parameters(model)
 
     mesh = DeviceMesh.from_group(group, context.device.type)
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for layer in layers:
         materialize(layer)
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=kept)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=unsharded)
     materialize(model)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=kept)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=unsharded)
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
-        # Otherwise torch divides by the factor of 1 with an operation that only NCCL has.
+        # Otherwise torch divides by the factor of 1 with a reduction that only NCCL implements.
         module.set_force_sum_reduction_for_comms(True)
     if float8_scales is not None:
         gather_in_float8(model, float8_scales, context.group("tensor"))
@@ -87,18 +87,18 @@ def apply_fsdp(
     return model
 
 
-def kept_whole(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that FSDP does not split, for they cannot travel with the rest of their layer."""
+def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that FSDP does not shard, because they cannot share a flat buffer with the rest of their layer."""
     layers = layers_of(model)
     inner = {parameter for layer in layers for parameter in layer.parameters()}
-    kept = {p for layer in layers for p in _odd_ones(layer.parameters())}
-    return kept | _odd_ones(p for p in model.parameters() if p not in inner)
+    unsharded = {p for layer in layers for p in _not_flattenable(layer.parameters())}
+    return unsharded | _not_flattenable(p for p in model.parameters() if p not in inner)
 
 
 def rows_of(spec: ShardSpec, size: int, index: int) -> ShardSpec:
-    """What rank `index` of `size` holds when the local tensor of `spec` is split by rows, as torch's Shard(0) does.
+    """The spec of rank `index` of `size` when the local tensor of `spec` is split by rows, as by torch's Shard(0).
 
-    The first ranks get `ceil(rows / size)` rows each; the last may get fewer, or none.
+    The first ranks get `ceil(rows / size)` rows each; the last ones may get fewer, or none.
     """
     rows, *other = spec.local_shape
     step = -(-rows // size)
@@ -114,9 +114,9 @@ def rows_of(spec: ShardSpec, size: int, index: int) -> ShardSpec:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights and what is known of them: `model.parameters()` are what this rank keeps, and may change.
+    """Free gathered weights and their scales: `model.parameters()` are this rank's shards again, and may be changed.
 
-    Not between a forward pass and its backward.
+    Must not be called between a forward pass and its backward pass.
     """
     parallel = getattr(model, "parallel", None)
     if parallel is not None:
@@ -127,7 +127,7 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The tensor of `ShardSpec.local_shape` behind a parameter or gradient, without autograd; shares its storage."""
+    """The local tensor of a parameter or gradient, shape `ShardSpec.local_shape`; detached, with shared storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -135,8 +135,8 @@ def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _odd_ones(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
-    """Those that cannot travel with the others: scalars, and all but the dtype with the most elements."""
+def _not_flattenable(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """Scalars, and all parameters whose dtype is not the one with the most elements."""
     parameters = list(parameters)
     elements: Counter[torch.dtype] = Counter()
     for parameter in parameters:

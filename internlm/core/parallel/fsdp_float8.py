@@ -1,7 +1,7 @@
-"""FSDP's gathers of weights that are multiplied in float8: as bytes of float8 numbers, half as many as in bf16.
+"""FSDP's all-gathers of the weights of float8 GEMMs: in float8, which is half the bytes of bf16.
 
-`fully_shard` asks the local tensor of a parameter what to send and what to make of what came, if it has these two
-functions ("all-gather extensions").
+`fully_shard` calls two methods of a parameter's local tensor if it has them ("all-gather extensions"): one returns the
+tensors to send, the other builds the full weight from the gathered ones.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from internlm.model.ops.float8.weight_tensor import Float8Weight
 
 
 def gather_in_float8(model: nn.Module, scales: WeightScales, tensor_group: dist.ProcessGroup | None) -> None:
-    """All-gather the weight of every linear layer that runs its GEMMs in float8 as float8; after `fully_shard`.
+    """All-gather the weights of linear layers that run their GEMMs in float8 as float8. Changes `model`.
 
-    The scale of a weight is that of the whole, so that the values are those of gathering the weight as it is and then
-    rounding it.
+    A weight has one scale, computed from its maximum over all ranks, so the values equal those of gathering the weight
+    in its own dtype and rounding it afterwards.
 
     Args:
-        tensor_group: over which weights were split before FSDP.
+        model: after `fully_shard`.
+        scales: computes and caches the scales of a step.
+        tensor_group: the ranks over which weights were split before FSDP; None if they were not.
     """
     weights = [[part for part in parts if isinstance(part, DTensor)] for parts in _float8_weights(model)]
     weights = [parts for parts in weights if parts]
-    together = _Weights(weights, scales, tensor_group)
+    scaled = _ScaledWeights(weights, scales, tensor_group)
     for number, parts in enumerate(weights):
         for parameter in parts:
-            rows = _Rows(parameter, together, number)
+            extension = _Float8AllGather(parameter, scaled, number)
             local: Any = parameter._local_tensor
-            local.fsdp_pre_all_gather, local.fsdp_post_all_gather = rows.before, rows.after
+            local.fsdp_pre_all_gather, local.fsdp_post_all_gather = extension.before, extension.after
 
 
 def _float8_weights(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The parts of each weight that is multiplied in float8."""
+    """The parameters that make up each weight of a float8 GEMM."""
     for module in model.modules():
         if isinstance(module, Float8Linear):
             yield [module.weight]
@@ -51,23 +53,23 @@ def _float8_weights(model: nn.Module) -> Iterator[list[Tensor]]:
             yield [shard.weight for shard in module.shards()]
 
 
-class _Weights(NamedTuple):
-    """The weights that have their scales computed together: all of the model, in two all-reduces a step at most."""
+class _ScaledWeights(NamedTuple):
+    """All float8 weights of the model; their scales are computed together, in at most two all-reduces per step."""
 
     parts: Sequence[Sequence[DTensor]]
     scales: WeightScales
     tensor_group: dist.ProcessGroup | None
 
     def scale(self, number: int, zero_group: dist.ProcessGroup) -> Tensor:
-        """The scale of one of them, over the ranks that hold its rows and those that hold its other parts."""
+        """The scale of weight `number`: its maximum is reduced over the ranks that hold its rows and other parts."""
         shards = [[part._local_tensor for part in parts] for parts in self.parts]
         return self.scales.of("fsdp", shards, (zero_group, self.tensor_group))[number]
 
 
-class _Rows:
-    """This rank's rows of a parameter, which is one of the weights or a part of it."""
+class _Float8AllGather:
+    """The all-gather extension of a parameter that is weight `number`, or a part of it."""
 
-    def __init__(self, parameter: DTensor, weights: _Weights, number: int) -> None:
+    def __init__(self, parameter: DTensor, weights: _ScaledWeights, number: int) -> None:
         self._parameter = parameter
         self._weights = weights
         self._number = number
@@ -76,7 +78,7 @@ class _Rows:
     def before(
         self, mesh: DeviceMesh, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor], Tensor]:
-        """What is sent, and what is kept for `after`: bytes `[padded rows, in]`, and the scale."""
+        """Tensors to send, uint8 `[padded rows, in]`, and the scale, which is passed on to `after`."""
         scale = self._weights.scale(self._number, mesh.get_group())
         values = quantize(self._parameter._local_tensor, scale, FORWARD_FORMAT).values.view(torch.uint8)
         padding = -(-outer_size[0] // mesh.size()) - values.shape[0]
@@ -86,7 +88,7 @@ class _Rows:
     def after(
         self, gathered: tuple[Tensor], scale: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor]] | None:
-        """The whole weight, and the tensors whose storage FSDP frees and fills again; `out`: filled already."""
+        """The full weight, and the tensors whose storage FSDP frees and refills. With `out`, they are refilled."""
         if out is not None:
             assert isinstance(out, Float8Weight)
             out.scale = scale

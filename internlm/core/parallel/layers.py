@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: the grain at which weights are gathered."""
+"""The layers of a model: the units of FSDP and of compilation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The members of the outermost ModuleLists and ModuleDicts of `model`, in their order."""
+    """The members of the outermost ModuleLists and ModuleDicts of `model`, in order."""
     layers: list[nn.Module] = []
     for child in model.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):

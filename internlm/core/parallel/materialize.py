@@ -1,7 +1,7 @@
-"""First values of parameters: the same in every layout, though a rank draws little more than it holds.
+"""Initial values of parameters: the same in every layout, while a rank draws little more than it holds.
 
 A parameter is drawn in fp32, block by block. The random numbers of a block depend only on the seed, the global name
-of the parameter and the number of the block, so a rank draws the blocks that meet its boxes, one at a time.
+of the parameter and the block number, so a rank draws only the blocks that intersect its boxes, one at a time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from internlm.model.initialization import Initializer, initializer_of
 _DRAW = "internlm_draw"
 
 BLOCK = 2**22
-"""Most elements of a block (16 MiB in fp32), unless a single row has more. It decides the initial weights."""
+"""Maximum number of elements in a block (16 MiB in fp32), unless one row has more. Initial weights depend on it."""
 
 
 def blocks_of(shape: Index) -> Iterator[tuple[Index, Index]]:
     """(offset, size) of the blocks of a global tensor, in order.
 
-    A block is a run of rows, and lies within one matrix where a tensor of several (as of experts) is more than a block.
+    A block consists of consecutive rows. If a tensor of several matrices (such as one per expert) exceeds one block, no
+    block spans two matrices.
     """
     if math.prod(shape) <= BLOCK:
         yield (0,) * len(shape), shape
@@ -43,12 +44,14 @@ def blocks_of(shape: Index) -> Iterator[tuple[Index, Index]]:
 
 
 def draw(spec: ShardSpec, initializer: Initializer, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """This rank's initial values of a parameter, of `spec.local_shape`; 0 where no box lies (padding).
+    """This rank's initial values of a parameter, shape `spec.local_shape`; 0 outside the boxes (padding).
 
     Args:
         spec: what the rank holds.
-        initializer: draws the values in fp32, which are then rounded to `dtype`.
+        initializer: draws the values in fp32.
         seed: of the run.
+        dtype: of the result; the values are rounded to it.
+        device: of the result, and of the random numbers.
     """
     local = torch.zeros(spec.local_shape, dtype=dtype, device=device)
     blocks = list(blocks_of(spec.global_shape))
@@ -60,7 +63,7 @@ def draw(spec: ShardSpec, initializer: Initializer, seed: int, dtype: torch.dtyp
             initializer.fill(block, torch.Generator(device=device).manual_seed(_seed_of(seed, key)))
             for part in parts:
                 local[part.local_slices()].copy_(block[_within(part, offset)])
-            # Before the next one is made.
+            # Freed before the next block is allocated.
             del block
     return local
 
@@ -69,9 +72,10 @@ def local_parameter(parameter: nn.Parameter, spec: ShardSpec, seed: int, device:
     """The local parameter of this rank, on the meta device until it is materialized on `device`.
 
     Args:
-        parameter: the global one, on the meta device; carries its initializer.
+        parameter: the global parameter, on the meta device; carries its initializer.
         spec: what the rank holds of it.
         seed: of the run.
+        device: see `draw`.
     """
     local = torch.empty(spec.local_shape, dtype=parameter.dtype, device="meta")
     result = nn.Parameter(local, requires_grad=parameter.requires_grad)
@@ -81,7 +85,7 @@ def local_parameter(parameter: nn.Parameter, spec: ShardSpec, seed: int, device:
 
 
 def materialized(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter with storage and initial values, in place of one from `local_parameter`."""
+    """A parameter with storage and initial values, to replace one from `local_parameter`."""
     draw_local: Callable[[], Tensor] = getattr(parameter, _DRAW)
     result = nn.Parameter(draw_local(), requires_grad=parameter.requires_grad)
     attach_shard_spec(result, shard_spec_of(parameter))
@@ -89,10 +93,12 @@ def materialized(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def materialize(module: nn.Module, only: Collection[nn.Parameter] | None = None) -> None:
-    """Exchange the parameters from `local_parameter` in a module and its children for materialized ones.
+    """Replace the parameters from `local_parameter` in a module and its children by materialized ones.
+
+    A parameter that is used in two places stays shared if both are in `module`.
 
     Args:
-        only: these; None for all. A parameter in two places stays one if both are in `module`.
+        only: the parameters to replace; None for all.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
@@ -104,7 +110,7 @@ def materialize(module: nn.Module, only: Collection[nn.Parameter] | None = None)
 
 
 def _within(part: Box, offset: Index) -> tuple[slice, ...]:
-    """Where a part of a block is in the block that begins at `offset`."""
+    """Index of a part of a block in the block that begins at `offset`."""
     return tuple(
         slice(start - origin, start - origin + extent)
         for start, origin, extent in zip(part.global_offset, offset, part.size, strict=True)

@@ -1,7 +1,7 @@
-"""How a model was parallelized: what the modes differ in. `parallelize` makes one for each chunk of a model.
+"""The interface of parallel modes; its base class is the trivial mode.
 
-This class is the trivial mode: weights and activations are whole on every rank, only samples differ. Each of
-`internlm.core.parallel.modes` is one file that says otherwise where it must.
+In the trivial mode, every rank holds full weights and activations, and only the samples differ. The modes in
+`internlm.core.parallel.modes` override what they split. `parallelize` makes one instance for each chunk of a model.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ from internlm.model.roles import HeadShape, Role
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """How the layout's modes go about their work. No option changes a result beyond rounding (to float8, if asked for).
+    """Options of the parallel modes. No option changes a result beyond rounding (to float8, where enabled).
 
     Attributes:
         split_embedding_hidden: split an untied embedding over its hidden dimension instead of its vocabulary.
-        weight_overlap: isp: gather weights ahead of their use, and reduce their gradients behind it.
-        gather_ahead: isp: gather the next module's weights, or those of the next layer.
-        gather_layer_before: isp, by layer: the point of a layer where the gather of the next one starts.
-        release_gradients_early: isp: free a reduced gradient's buffers when the next one is there, not with the step.
-        memory_pool: isp: keep gather buffers and use them again.
+        weight_overlap: isp: prefetch weights, and overlap the reduction of their gradients with the backward pass.
+        gather_ahead: isp: prefetch the weights of the next module, or those of the next layer.
+        gather_layer_before: isp, by layer: the module of a layer before which the prefetch of the next layer starts.
+        release_gradients_early: isp: free the buffers of a reduced gradient when the next one is reduced, not at the
+            end of the step.
+        memory_pool: isp: reuse gather buffers.
         reduce_dtype: isp: dtype in which weight gradients are communicated.
-        postpone_weight_gradients: linear layers can leave weight gradients for later, as zero-bubble schedules ask.
-        float8_layers: numbers of the model's layers whose linear layers multiply in float8.
-        gather_float8: isp and FSDP: gather weights that are multiplied in float8 as float8.
-        compile_casts: to float8, in layers that exchange or that postpone weight gradients.
-        defer_weights: leave the parameters on the meta device: `apply_fsdp` materializes and splits layer by layer.
+        postpone_weight_gradients: linear layers can compute weight gradients later, as zero-bubble schedules require.
+        float8_layers: numbers of the layers whose linear layers run their GEMMs in float8.
+        gather_float8: isp and FSDP: all-gather the weights of float8 GEMMs as float8.
+        compile_casts: compile the casts to float8 of parallel linear layers.
+        defer_weights: leave the parameters on the meta device; `apply_fsdp` materializes and shards layer by layer.
     """
 
     split_embedding_hidden: bool = True
@@ -75,8 +76,8 @@ class HeadOutput(NamedTuple):
     """The loss of this rank's tokens.
 
     Attributes:
-        loss: of them; sum over the ranks of `ModelParallel.token_axes` for the loss of all.
-        labels, type_ids: of the same tokens, `[B, S']`.
+        loss: of these tokens; its sum over the ranks of `ModelParallel.token_axes` is the loss of all tokens.
+        labels, type_ids: of the same tokens, int64 `[B, S']`.
     """
 
     loss: LossOutput
@@ -85,18 +86,18 @@ class HeadOutput(NamedTuple):
 
 
 class ModelParallel:
-    """The trivial mode, and what every mode must say.
+    """The trivial mode, and the base class of all modes.
 
     Attributes:
-        context: where this rank stands.
+        context: this rank's position and process groups.
         options: see `ParallelOptions`.
-        weight_gradients: where linear layers leave gradients that come later.
-        heads: of the model's attention, or None.
-        has_tied_head: the output head is the embedding.
-        weight_scales: of weights that are gathered in float8.
+        weight_gradients: holds weight gradients that are computed or delivered later.
+        heads: heads of the model's attention; None if the model does not state them.
+        has_tied_head: whether the output head is the embedding.
+        weight_scales: float8 scales of weights that are gathered in float8.
         token_axes: axes of the activation view whose ranks compute the loss of different tokens.
-        scale_axis: axis of the activation view over which inputs or weights of linear layers are split when they are
-            multiplied, if any.
+        scale_axis: axis of the activation view over which the operands of a GEMM are split, so that a float8 scale is
+            a maximum over its ranks; None if they are not split.
     """
 
     token_axes: ClassVar[tuple[str, ...]] = ("data",)
@@ -122,38 +123,46 @@ class ModelParallel:
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
     ) -> list[ParameterShard]:
-        """The local parameters that hold this rank's part of a global one.
+        """The local parameters that hold this rank's part of a global parameter.
 
         Args:
             name: global name.
-            attribute: its last part, "weight" or "bias".
-            shape: of the whole.
+            attribute: its last component, "weight" or "bias".
+            shape: global shape.
             role: of the module.
             heads: all heads of its attention block; for attention roles.
 
         Raises:
-            ConfigError: it cannot be split as the layout asks.
+            ConfigError: the parameter cannot be split as the layout requires.
         """
         return [ParameterShard(attribute, ShardSpec.whole(name, shape))]
 
     def local_heads(self, heads: HeadShape) -> HeadShape:
-        """Heads of an attention block -> those that the outputs of its projections have on this rank."""
+        """All heads of an attention block -> the heads in the outputs of its projections on this rank."""
         return heads
 
     # -- linear layers and embedding ------------------------------------------------------------------------------
 
     @property
     def splits_tokens_of_linears(self) -> bool:
-        """Whether linear layers of attention give a part of the tokens, so that an `InnerAttention` must join them."""
+        """Whether attention projections return only this rank's tokens, which `inner_attention` must then exchange."""
         return False
 
     @property
     def replaces_linears(self) -> bool:
-        """Whether linear layers must be `ParallelLinear`."""
+        """Whether linear layers are replaced by `ParallelLinear`."""
         return self.options.postpone_weight_gradients
 
     def make_group(self, name: str, layers: list[ParallelLinear]) -> LinearGroup:
-        """Join layers that are computed together from one input."""
+        """Group layers that are computed together from one input.
+
+        Args:
+            name: module name of the first layer.
+            layers: one or more, of equal kind.
+
+        Raises:
+            ConfigError: the group runs in float8, and the shape of a weight does not allow it.
+        """
         role = layers[0].role
         kernels = LinearKernels()
         if self.is_float8(name):
@@ -163,12 +172,12 @@ class ModelParallel:
             kernels = Float8Kernels(
                 weights[0].dtype,
                 on_hardware=float8.runs_on_hardware(self.context.device),
-                reduce_amax=self._largest_over_ranks,
+                reduce_amax=self._reduce_amax,
                 compiles_casts=self.options.compile_casts,
             )
         return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, kernels)
 
-    def _largest_over_ranks(self, amaxes: Tensor) -> Tensor:
+    def _reduce_amax(self, amaxes: Tensor) -> Tensor:
         axis = self.scale_axis
         return all_reduce(amaxes, None if axis is None else self.context.group(axis), dist.ReduceOp.MAX)
 
@@ -178,19 +187,19 @@ class ModelParallel:
         return number is not None and int(number[1]) in self.options.float8_layers
 
     def input_exchange(self, role: Role) -> InputExchange:
-        """How layers of this role get their input."""
+        """How linear layers of this role gather their input and reduce its gradient."""
         return InputExchange()
 
     def weights(self) -> WeightStore:
-        """Where linear layers get their weights."""
+        """The source of the full weights of linear layers."""
         return LocalWeights()
 
     def finish_output(self, role: Role) -> Callable[[Tensor], Tensor] | None:
-        """What completes the output of a linear layer of this role before its bias is added; None: nothing."""
+        """The reduction of the output of a linear layer of this role, applied before its bias; None if none."""
         return None
 
     def inner_attention(self, inner: InnerAttention, heads: HeadShape) -> nn.Module:
-        """The module that takes the place of an attention block's `InnerAttention`.
+        """The module that replaces the `InnerAttention` of an attention block.
 
         Args:
             inner: runs on full sequences.
@@ -202,47 +211,47 @@ class ModelParallel:
         """Token ids int64 `[B, S]` -> this rank's part of the residual stream, `[B, S', h]`.
 
         Args:
-            weight: of the local shape that `spec` says.
-            spec: as the mode placed it; FSDP splits the parameter further between its calls.
+            weight: shape `spec.local_shape`.
+            spec: as returned by `place`; between calls, FSDP shards the parameter further.
             input_ids: of all tokens.
         """
         return F.embedding(input_ids, weight)
 
-    # -- what the engine asks -------------------------------------------------------------------------------------
+    # -- for the engine -------------------------------------------------------------------------------------------
 
     def own_tokens(self, values: Tensor) -> Tensor:
         """Values of all tokens, `[B, S, ...]` -> those of the tokens in this rank's residual stream, `[B, S', ...]`."""
         return values
 
     def sequence_length(self, num_tokens: int) -> int:
-        """Tokens of a row of `num_tokens` that this rank's residual stream holds."""
+        """The length S' of this rank's residual stream, for rows of `num_tokens` tokens."""
         return num_tokens
 
     def head_loss(
         self, model: nn.Module, hidden: Tensor, labels: Tensor, type_ids: Tensor, loss: LossFunction
     ) -> HeadOutput:
-        """Head and loss of one micro batch.
+        """Output head and loss of one micro-batch.
 
         Args:
             model: the chunk that holds the head.
-            hidden: `[B, S', h]`, its output.
-            labels, type_ids: int64 `[B, S]` of all tokens of the micro batch.
+            hidden: output of that chunk, `[B, S', h]`.
+            labels, type_ids: int64 `[B, S]`, of all tokens of the micro-batch.
             loss: see `LossFunction`.
         """
         output = loss(hidden.flatten(0, 1), model.head_weight(), labels.flatten())  # type: ignore[operator]
         return HeadOutput(output, labels, type_ids)
 
     def end_backward(self) -> None:
-        """Called after the last backward pass of a step: all weight gradients are delivered."""
+        """Deliver all outstanding weight gradients; called after the last backward pass of a step."""
         self.weight_gradients.finish()
         self.weight_scales.forget()
 
 
 def parallel_of(model: nn.Module) -> ModelParallel:
-    """How `model` was parallelized.
+    """The mode of `model`.
 
     Raises:
-        ValueError: it was not.
+        ValueError: the model was not passed through `parallelize`.
     """
     parallel = getattr(model, "parallel", None)
     if parallel is None:

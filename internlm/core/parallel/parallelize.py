@@ -1,6 +1,6 @@
-"""From a model on the meta device to this rank's part of it, with the same weights under every layout.
+"""Turns a model on the meta device into this rank's part of it, with the same initial weights in every layout.
 
-This is the only place that gives parameters storage. It knows roles and modes, and nothing of any model family.
+Knows roles and modes, but no model family.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MODES: dict[str, type[ModelParallel]] = {"mtp": Mtp, "msp": Msp, "fsp": Fsp, "i
 
 
 class ParallelEmbedding(nn.Module):
-    """A token embedding of which this rank holds a part."""
+    """A token embedding, split as the mode requires."""
 
     def __init__(self, weight: nn.Parameter, parallel: ModelParallel) -> None:
         super().__init__()
@@ -45,7 +45,14 @@ class ParallelEmbedding(nn.Module):
 
 
 class Placed(NamedTuple):
-    """A local parameter of this rank, before it has storage."""
+    """A parameter, and this rank's spec of it.
+
+    Attributes:
+        module: name of the module that holds it.
+        attribute: name of the local parameter in that module.
+        spec: what this rank holds.
+        parameter: the global parameter, on the meta device.
+    """
 
     module: str
     attribute: str
@@ -64,27 +71,27 @@ def parallelize(
 ) -> nn.Module:
     """Give every parameter of `model` its ShardSpec and its local, initialized tensor. Changes and returns `model`.
 
-    Linear layers and the embedding are exchanged for those of the layout's mode. The result carries `parallel`, a
+    Linear layers and the embedding are replaced by those of the layout's mode, which becomes `model.parallel`, a
     `ModelParallel`.
 
     Args:
-        model: built under `torch.device("meta")`; may carry `roles` (see `internlm.model.roles`).
-        context: where this rank stands.
-        seed: random numbers of a parameter are keyed by this seed and the parameter's global name alone.
+        model: built under `torch.device("meta")`; may have `roles` (see `internlm.model.roles`).
+        context: this rank's position and process groups.
+        seed: initial values depend only on this seed and on the global name of a parameter; see `materialize`.
         options: see `ParallelOptions`.
-        shared: the parameters that other chunks of this rank hold already, by global name; a chunk that has one of them
-            too (a tied embedding where the first and the last stage are one rank) gets the same. Added to.
-        weight_gradients: the one object for all chunks of a rank; None makes one.
+        shared: the parameters of all chunks of this rank so far, by global name and attribute; extended by this call. A
+            parameter of several chunks (a tied embedding, if the first and the last stage are on one rank) is shared.
+        weight_gradients: shared by all chunks of a rank; None: a new object.
 
     Raises:
-        ConfigError: a weight cannot be split as the layout asks.
-        ValueError: a parameter already has storage, or a buffer is on meta.
+        ConfigError: a weight cannot be split as the layout requires.
+        ValueError: a parameter already has storage, or a buffer is on the meta device.
     """
     parallel = _mode_of(model, context, options, weight_gradients)
     shared = {} if shared is None else shared
     local: dict[str, dict[str, nn.Parameter]] = {}
     for placed in _place(model, parallel):
-        # Two parts of one global parameter are told apart by their attributes.
+        # Two local parameters may hold parts of one global parameter; their attributes differ.
         key = f"{placed.spec.name}/{placed.attribute}"
         if key not in shared:
             shared[key] = _new_parameter(placed, parallel, seed)
@@ -105,16 +112,16 @@ def parallelize(
 def shard_specs(
     model: nn.Module, context: ParallelContext, options: ParallelOptions | None = None
 ) -> Iterator[tuple[str, ShardSpec, nn.Parameter]]:
-    """What this rank would hold of a model on the meta device: (global name, spec, whole parameter).
+    """What this rank would hold of a model on the meta device: (global name, spec, global parameter).
 
-    Pure arithmetic: `context` may be one without process groups. A parameter held in two parts is given twice.
+    Pure arithmetic: `context` may lack process groups. A parameter held in two parts is yielded twice.
     """
     for placed in _place(model, _mode_of(model, context, options, None)):
         yield placed.spec.name, placed.spec, placed.parameter
 
 
 def roles_by_module(model: nn.Module) -> dict[str, Role]:
-    """Module name -> role, for every module that a pattern of `model.roles` names; a later pattern wins."""
+    """Module name -> role, for every module that a pattern of `model.roles` matches; later patterns win."""
     patterns: dict[str, Role] = dict(getattr(model, "roles", {}))
     return {
         name: role
@@ -147,7 +154,7 @@ def _place(model: nn.Module, parallel: ModelParallel) -> Iterator[Placed]:
     for module_name, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{attribute}" if module_name else attribute
-            # A weight used twice (tied embeddings) is one parameter under its first name.
+            # A weight used twice (tied embeddings) is one parameter, with the name of its first use.
             name, role = first.setdefault(parameter, (full_name, roles.get(module_name, Role.REPLICATED)))
             heads = _heads_of(model.get_submodule(module_name.rpartition(".")[0]), parallel)
             for part in parallel.place(name, attribute, tuple(parameter.shape), role, heads):
@@ -175,7 +182,7 @@ def _refuse_meta_buffers(model: nn.Module) -> None:
 def _install(
     model: nn.Module, name: str, role: Role, parameters: dict[str, nn.Parameter], parallel: ModelParallel
 ) -> None:
-    """Give a module its local parameters, or put the mode's module in its place."""
+    """Set the local parameters of a module, or replace it by the module of the mode."""
     module = model.get_submodule(name)
     if parallel.replaces_linears and role in (*COLUMN_ROLES, *ROW_ROLES):
         _refuse_unless(module, nn.Linear, name, role)
@@ -204,7 +211,7 @@ def _exchange_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _join_layers(model: nn.Module, parallel: ModelParallel) -> None:
-    """Let the layers of each `GroupedLinear` be computed together; any other layer is a group of its own."""
+    """Group the layers of each `GroupedLinear`; every other parallel linear layer is a group of its own."""
     first: dict[nn.Module, tuple[str, GroupedLinear]] = {}
     grouped: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -228,10 +235,10 @@ def _join_layers(model: nn.Module, parallel: ModelParallel) -> None:
 
 
 def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
-    """Let every attention block work on this rank's part of its heads or tokens.
+    """Adapt every attention block to this rank's heads or tokens.
 
     Raises:
-        ValueError: a block cannot be split, as its heads or its `InnerAttention` are not known.
+        ValueError: a block cannot be split, because it has no `heads` or no `InnerAttention`.
     """
     for name, module in list(model.named_modules()):
         heads = _heads_of(module, parallel)
@@ -240,14 +247,14 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
         for child_name, child in list(module.named_children()):
             if isinstance(child, InnerAttention):
                 if heads is None:
-                    raise ValueError(f"attention '{name}' needs an attribute heads, a HeadShape, or the model does")
+                    raise ValueError(f"attention '{name}': give it or the model an attribute `heads`, a HeadShape")
                 setattr(module, child_name, parallel.inner_attention(child, heads))
     for name, role in roles_by_module(model).items():
         block = name.rpartition(".")[0]
         has_inner = any(isinstance(m, InnerAttention) for m in model.get_submodule(block).modules())
         if role is Role.ATTENTION_OUT and parallel.splits_tokens_of_linears and not has_inner:
             raise ValueError(
-                f"attention '{block}' gets a part of each sequence in mode isp: put an InnerAttention between its "
+                f"attention '{block}' has only a part of each sequence in mode isp: put an InnerAttention between its "
                 f"projections and '{name}'"
             )
 

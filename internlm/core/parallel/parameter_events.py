@@ -1,8 +1,8 @@
-"""What happens to a parameter outside of autograd's sight: a gradient arrives, and a value becomes readable.
+"""Events of a parameter that autograd does not see: a gradient is delivered, or the value is read early.
 
-A gradient may be computed later than autograd would (zero-bubble schedules), or arrive when a collective ends (isp);
-and a weight may be read before its module is called (prefetching). The optimizer subscribes to the first and answers
-the second; the parallel modes do the rest.
+A gradient may be computed after the backward pass (zero-bubble schedules), or arrive when a collective completes (isp).
+A weight may be read before its module is called (prefetching). The optimizer subscribes to both events; the parallel
+modes raise them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 Receiver = Callable[[Tensor], None]
-"""Takes a gradient of the parameter, of its shape, in its dtype or in fp32; called once for each gradient."""
+"""Receives one gradient of the parameter, in the parameter's shape, in its dtype or in fp32."""
 
 
 def subscribe(parameter: nn.Parameter, receiver: Receiver, wait_until_readable: Callable[[], None]) -> None:
@@ -20,13 +20,13 @@ def subscribe(parameter: nn.Parameter, receiver: Receiver, wait_until_readable: 
 
     Args:
         parameter: a leaf.
-        receiver: called for gradients of autograd and for delivered ones alike.
+        receiver: called for gradients from autograd and for delivered ones.
         wait_until_readable: called before the parameter is read outside of its module's forward pass.
     """
 
     def take(leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
-        # The hook is called all the same where a backward pass gave no gradient because it comes later.
+        # Autograd calls the hook even if the gradient is None because it is delivered later.
         if gradient is not None:
             receiver(gradient)
 
@@ -36,7 +36,7 @@ def subscribe(parameter: nn.Parameter, receiver: Receiver, wait_until_readable: 
 
 
 def deliver_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Hand over a gradient, in any dtype, that autograd did not compute; without a receiver it is added to `.grad`."""
+    """Deliver a gradient, in any dtype, that autograd did not compute; without a receiver it is added to `.grad`."""
     receiver: Receiver | None = getattr(parameter, "gradient_receiver", None)
     if receiver is not None:
         receiver(gradient)

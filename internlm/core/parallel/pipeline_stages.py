@@ -1,6 +1,6 @@
-"""Which layers make a stage of a pipeline, and the stages that one rank holds.
+"""Splits the layers of a model into pipeline stages, and builds the stages of one rank.
 
-Knows of a model only what `PipelineModel` says, and of a schedule only where it places the stages.
+Depends on a model only through `PipelineModel`, and on a schedule only through its placement of stages.
 """
 
 from __future__ import annotations
@@ -27,37 +27,43 @@ LAYER_SPLIT, PIPELINE_SIZE = "parallel.pipeline.layer_split", "parallel.pipeline
 
 @runtime_checkable
 class PipelineModel(Protocol):
-    """What a model must have to be cut into stages; see `internlm.model.decoder.Decoder`.
+    """A model that can be cut into pipeline stages; see `internlm.model.decoder.Decoder`.
 
     Attributes:
-        residual_size, residual_dtype: of the residual stream `[B, S, residual_size]` that stages hand on.
+        residual_size, residual_dtype: of the residual stream `[B, S, residual_size]` that stages pass on.
     """
 
     residual_size: int
     residual_dtype: torch.dtype
 
     def keep_stage(self, layers: range, *, is_first: bool, is_last: bool) -> None:
-        """Become the stage with these layers, with the embedding and the head only at the ends."""
+        """Remove everything that is not part of one stage.
+
+        Args:
+            layers: the layers of the stage.
+            is_first: whether it has the embedding.
+            is_last: whether it has the final norm and the output head.
+        """
 
 
 class StagePlaces(Protocol):
-    """Where the stages are; see `internlm.core.scheduler.stage_placement.Placement`."""
+    """Which rank holds which stage; see `internlm.core.scheduler.stage_placement.Placement`."""
 
     @property
     def num_stages(self) -> int:
-        """Stages of the whole model."""
+        """Number of stages of the whole model."""
 
     @property
     def num_chunks(self) -> int:
-        """Stages that each rank holds."""
+        """Number of stages that each rank holds."""
 
     def stage_of(self, rank: int, chunk: int) -> int:
-        """The stage that a rank's chunk is."""
+        """The stage that is chunk `chunk` of rank `rank`."""
 
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What a stage costs beyond its layers, in units of one layer.
+    """Costs of a stage besides its layers, in units of one layer.
 
     Attributes:
         embedding: of the first stage.
@@ -71,16 +77,19 @@ class LayerCosts:
 def split_layers(
     num_layers: int, num_stages: int, *, sizes: Sequence[int] | None = None, costs: LayerCosts | None = None
 ) -> list[range]:
-    """The layers of each stage, contiguous and in order, at least one a stage.
+    """The layers of each stage: contiguous, in order, at least one per stage.
+
+    By default all stages get the same number of layers; the remaining ones go to the last stages, one each, as in
+    InternEvo.
 
     Args:
-        sizes: layers of each stage, as a user gives them.
-        costs: without `sizes`: make the most expensive stage as cheap as can be, and among such splits take the most
-            even one. By default all stages get the same number of layers, and what is left over goes to the last ones,
-            one each, as in InternEvo.
+        num_layers: layers of the model.
+        num_stages: stages of the pipeline.
+        sizes: number of layers of each stage, from the config.
+        costs: without `sizes`: minimize the cost of the most expensive stage; among such splits take the most even.
 
     Raises:
-        ConfigError: there are fewer layers than stages, or `sizes` do not fit.
+        ConfigError: there are fewer layers than stages, or `sizes` do not add up.
     """
     check_layer_split(num_layers, num_stages, sizes)
     if sizes is None:
@@ -89,19 +98,19 @@ def split_layers(
 
 
 def _uniform_sizes(num_layers: int, num_stages: int) -> list[int]:
-    whole, left = divmod(num_layers, num_stages)
-    return [whole + (stage >= num_stages - left) for stage in range(num_stages)]
+    quotient, remainder = divmod(num_layers, num_stages)
+    return [quotient + (stage >= num_stages - remainder) for stage in range(num_stages)]
 
 
 def _even_sizes(num_layers: int, num_stages: int, costs: LayerCosts) -> list[int]:
-    """Sizes of the smallest (largest cost, sum of squared costs): exact, by trying the last cut of every prefix."""
+    """Sizes that minimize (largest cost, sum of squared costs): exact, by dynamic programming over prefixes."""
 
     def cost(stage: int, size: int) -> float:
         return size + (costs.embedding if stage == 0 else 0) + (costs.head if stage == num_stages - 1 else 0)
 
     @cache
     def smallest_peak(stage: int, layers: int) -> float:
-        """The cost of the most expensive of the stages up to `stage`, which hold the first `layers` layers."""
+        """Smallest possible maximum cost of the stages up to `stage` when they hold the first `layers` layers."""
         if stage == 0:
             return cost(0, layers)
         sizes = range(1, layers - stage + 1)
@@ -111,7 +120,7 @@ def _even_sizes(num_layers: int, num_stages: int, costs: LayerCosts) -> list[int
 
     @cache
     def most_even(stage: int, layers: int) -> tuple[float, tuple[int, ...]]:
-        """Sum of squared costs, infinite where a stage costs more than `peak`, and the sizes."""
+        """(sum of squared costs, sizes); the sum is infinite if a stage costs more than `peak`."""
         if stage == 0:
             return (cost(0, layers) ** 2 if cost(0, layers) <= peak else float("inf")), (layers,)
         options = []
@@ -135,18 +144,18 @@ def build_stages(
 ) -> list[nn.Module]:
     """This rank's chunks of a model, in chunk order, after `parallelize`.
 
-    A weight that the first and the last stage both hold (a tied embedding) is one parameter where they are on one rank;
-    on two ranks both start with the same values, and their gradients are summed.
+    A weight that the first and the last stage share (a tied embedding) is one parameter if both are on one rank. On two
+    ranks, both copies start with the same values, and their gradients are summed.
 
     Args:
-        make_model: the whole model; called under `torch.device("meta")`.
-        context: where this rank stands.
+        make_model: returns the whole model; called under `torch.device("meta")`.
+        context: this rank's position and process groups.
         places: which rank holds which stage.
-        layers: of each stage, from `split_layers`.
+        layers: the layers of each stage, from `split_layers`.
         seed, options: see `parallelize`.
 
     Raises:
-        ConfigError: there are several stages, and the model cannot be cut.
+        ConfigError: there are several stages, and the model is not a `PipelineModel`.
     """
     rank, last = context.index("pipeline"), places.num_stages - 1
     stages = [places.stage_of(rank, chunk) for chunk in range(places.num_chunks)]
@@ -170,10 +179,10 @@ def build_stages(
 
 
 def meta_stage(make_model: Callable[[], nn.Module], stage: int, layers: Sequence[range]) -> nn.Module:
-    """One stage of a model on the meta device; the arguments are those of `build_stages`.
+    """One stage of a model on the meta device; for the arguments see `build_stages`.
 
     Raises:
-        ConfigError: there are several stages, and the model cannot be cut.
+        ConfigError: there are several stages, and the model is not a `PipelineModel`.
     """
     with torch.device("meta"):
         model = make_model()
@@ -181,8 +190,8 @@ def meta_stage(make_model: Callable[[], nn.Module], stage: int, layers: Sequence
         if not isinstance(model, PipelineModel):
             raise ConfigError(
                 f"{PIPELINE_SIZE} times model.num_chunks = {len(layers)} stages: {type(model).__name__} cannot be cut, "
-                f"as it has no keep_stage(layers, *, is_first, is_last), residual_size and residual_dtype; give it "
-                f"these (see internlm.model.decoder.Decoder) or set both keys to 1"
+                f"as it lacks keep_stage(layers, *, is_first, is_last), residual_size or residual_dtype; add them (see "
+                f"internlm.model.decoder.Decoder) or set both keys to 1"
             )
         model.keep_stage(layers[stage], is_first=stage == 0, is_last=stage == len(layers) - 1)
     return model

@@ -1,7 +1,7 @@
-"""What a rank holds of a parameter: the one statement from which all bookkeeping is derived.
+"""What a rank holds of a parameter: the single source from which all bookkeeping is derived.
 
-A `ShardSpec` says which boxes of the global tensor the local tensor covers. Initialisation, gradient reduction, the
-split of optimizer state, the gradient norm and checkpoints read it; none of them knows a parallel mode by name.
+A `ShardSpec` describes which boxes of the global tensor the local tensor covers. Initialization, gradient reduction,
+optimizer sharding, the gradient norm and checkpoints read it; none of them knows a parallel mode by name.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Box:
         return tuple(slice(start, start + size) for start, size in zip(self.global_offset, self.size, strict=True))
 
     def intersect_global(self, offset: Index, size: Index) -> Box | None:
-        """The part of this box inside a rectangle of the global tensor; None when they do not meet."""
+        """The intersection of this box with a rectangle of the global tensor; None if it is empty."""
         part = Box(self.local_offset, self.global_offset, self.size).intersect_local(offset, size)
         return None if part is None else Box(part.local_offset, part.global_offset, part.size)
 
     def intersect_local(self, offset: Index, size: Index) -> Box | None:
-        """The part of this box inside a rectangle of the local tensor; None when they do not meet."""
+        """The intersection of this box with a rectangle of the local tensor; None if it is empty."""
         start = [max(a, b) for a, b in zip(self.local_offset, offset, strict=True)]
         stop = [min(a + n, b + m) for a, n, b, m in zip(self.local_offset, self.size, offset, size, strict=True)]
         if any(a >= b for a, b in zip(start, stop, strict=True)):
@@ -66,12 +66,12 @@ class ShardSpec:
         global_shape: shape of the whole parameter.
         local_shape: shape of this rank's tensor.
         boxes: the pieces of the global tensor that fill the local one.
-        view: the rank view its axes belong to.
-        data_axis: the axis of `view` whose ranks see different data; gradients are summed over it, and its inner
+        view: the rank view that the axes belong to.
+        data_axis: the axis of `view` whose ranks process different data; gradients are summed over it, and its inner
             `zero` sub-axis shards the optimizer state.
-        sharded_over: axes of `view` whose ranks hold different boxes; over every other axis it is replicated.
-        partial_over: axes over which it is replicated while each rank computes only a part of the gradient (a norm
-            under sequence parallelism); the gradient is summed over them too.
+        sharded_over: axes of `view` whose ranks hold different boxes; the parameter is replicated over all others.
+        partial_over: axes over which the parameter is replicated, but each rank computes only a part of the gradient
+            (such as norms under sequence parallelism); the gradient is summed over them too.
     """
 
     name: str
@@ -85,7 +85,7 @@ class ShardSpec:
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> ShardSpec:
-        """Every rank holds the whole parameter."""
+        """The spec of a parameter that is replicated on all ranks."""
         shape = tuple(shape)
         origin = (0,) * len(shape)
         return cls(name, shape, shape, (Box(origin, origin, shape),))
@@ -98,8 +98,8 @@ class ShardSpec:
     def boxes_of_flat_range(self, start: int, stop: int) -> Iterator[Box]:
         """The boxes covered by elements `start` to `stop` of the flattened local tensor.
 
-        ZeRO splits flat buffers at any element; a range of a row-major tensor is a partial first row, whole rows and a
-        partial last row, recursively, each cut along this spec's boxes.
+        ZeRO splits flat buffers at any element. A range of a row-major tensor consists of a partial first row, full
+        rows and a partial last row, recursively; each is intersected with the boxes of this spec.
         """
         for offset, size in _rectangles(self.local_shape, start, stop):
             for box in self.boxes:
@@ -108,9 +108,9 @@ class ShardSpec:
                     yield part
 
     def padding(self) -> Iterator[tuple[Index, Index]]:
-        """(offset, size) of the rectangles of the local tensor that no box covers, as the vocabulary's padding.
+        """(offset, size) of the rectangles of the local tensor that no box covers, such as vocabulary padding.
 
-        Cut along the edges of all boxes, every cell lies in one box or in none.
+        The edges of all boxes cut the tensor into cells, each of which is inside one box or outside of all.
         """
         edges = [
             sorted({0, extent, *(edge for box in self.boxes for edge in (box.local_offset[d], box.local_stop[d]))})
@@ -149,12 +149,12 @@ def _rectangles(shape: Index, start: int, stop: int) -> Iterator[tuple[Index, In
 
 
 def attach_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> None:
-    """Record what `parameter` holds."""
+    """Set the ShardSpec of `parameter`."""
     parameter.shard_spec = spec  # type: ignore[attr-defined]
 
 
 def shard_spec_of(parameter: Tensor) -> ShardSpec:
-    """What `parameter` holds.
+    """The ShardSpec of `parameter`.
 
     Raises:
         ValueError: the model was not passed through `parallelize`.

@@ -1,6 +1,6 @@
-"""Attention over a sequence that is split over ranks: an all-to-all before it trades tokens for heads, another one
-behind it trades them back.
+"""Attention over a sequence that is split over ranks.
 
+An all-to-all before attention gathers the tokens and scatters the heads; another one after it does the reverse.
 Source: DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509.
 """
 
@@ -22,11 +22,11 @@ _HEADS = 2
 
 
 class UlyssesAttention(nn.Module):
-    """In the place of an `InnerAttention`; n ranks of the tensor axis hold S / n tokens each.
+    """Replaces an `InnerAttention` when each of the n ranks of the tensor axis holds S / n tokens.
 
     Args:
-        inner: run with all tokens and H / n heads.
-        context: of this rank.
+        inner: runs on all tokens and H / n heads.
+        context: this rank's position and process groups.
         heads: all heads of the layer.
 
     Raises:
@@ -46,7 +46,7 @@ class UlyssesAttention(nn.Module):
         return RotaryTables(cos, sin, tables.interleaved)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> Tensor:
-        """Q `[B, S / n, H, D]`, k and v `[B, S / n, K, D]` -> `[B, S / n, H, D]`; `varlen` is of all S tokens."""
+        """Q `[B, S / n, H, D]`, k and v `[B, S / n, K, D]` -> `[B, S / n, H, D]`; `varlen` covers all S tokens."""
         q, k, v = self.gather_tokens(q, k, v)
         return self.scatter_tokens(self.inner(q, k, v, varlen))
 

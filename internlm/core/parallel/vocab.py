@@ -1,4 +1,4 @@
-"""A vocabulary split over the tensor ranks, as the loss sees it."""
+"""The vocabulary split over the tensor ranks, as the loss uses it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from internlm.core.context.parallel_context import ParallelContext
 
 
 class VocabRanks:
-    """This rank's classes of the vocabulary, and reductions over the ranks that hold the others.
+    """This rank's token ids of the vocabulary, and reductions over the ranks that hold the others.
+
+    Args:
+        context: this rank's position and process groups.
+        block: rows of the head's weight on each rank.
+        total: size of the vocabulary.
 
     Attributes:
-        start: this rank's first class.
-        size: its classes; further rows of its weight are padding.
-        total: classes of the whole vocabulary.
+        start: this rank's first token id.
+        size: number of its token ids; the remaining rows of its weight are padding.
+        total: size of the vocabulary.
     """
 
     def __init__(self, context: ParallelContext, block: int, total: int) -> None:
@@ -25,13 +30,13 @@ class VocabRanks:
         self.size = min(block, total - self.start)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the ranks."""
+        """Sum over the ranks, in place."""
         return all_reduce(tensor, self._context.group("tensor"))
 
     def max(self, tensor: Tensor) -> Tensor:
-        """Largest value over the ranks, in place."""
+        """Maximum over the ranks, in place."""
         return all_reduce(tensor, self._context.group("tensor"), dist.ReduceOp.MAX)
 
     def min(self, tensor: Tensor) -> Tensor:
-        """Smallest value over the ranks, in place."""
+        """Minimum over the ranks, in place."""
         return all_reduce(tensor, self._context.group("tensor"), dist.ReduceOp.MIN)

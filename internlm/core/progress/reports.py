@@ -45,11 +45,11 @@ class Report:
 
 
 @dataclass
-class Heard:
+class ReceivedReport:
     """The newest report of a rank, as received by another rank.
 
     Attributes:
-        report: None when there was none yet.
+        report: None if the rank has written none yet.
         since: `time.monotonic()` of the reader when it first saw that report.
     """
 
@@ -60,8 +60,8 @@ class Heard:
 class ReportExchange:
     """Writes this rank's reports and, on request, reads those of others, in a thread of its own.
 
-    The store is held by one rank or by the launcher. If that process is stopped, a request to the store never returns;
-    no other thread may wait for this one.
+    The store is held by one rank or by the launcher. If that process is stopped, a request to the store never returns,
+    so no other thread may wait for this one.
 
     Args:
         store: a connection used only here.
@@ -71,13 +71,13 @@ class ReportExchange:
 
     Attributes:
         wanted: ranks whose reports are to be read; set from another thread.
-        heard: their newest reports.
+        received: their newest reports, by rank.
         answered: `time.monotonic()` of the last response of the store.
     """
 
     def __init__(self, store: Any, rank: int, progress: Progress, interval: float) -> None:
         self.wanted: tuple[int, ...] = ()
-        self.heard: dict[int, Heard] = {}
+        self.received: dict[int, ReceivedReport] = {}
         self.answered = time.monotonic()
         self._store = store
         self._rank = rank
@@ -97,8 +97,8 @@ class ReportExchange:
         self._thread.join(1.0)
 
     def restart(self) -> None:
-        """Forget all reports and times, after this process itself was suspended."""
-        self.heard.clear()
+        """Discard all reports and times, after this process itself was suspended."""
+        self.received.clear()
         self.answered = time.monotonic()
 
     def own(self) -> Report:
@@ -115,8 +115,8 @@ class ReportExchange:
 
     def is_silent(self, rank: int) -> bool:
         """Whether no new report of a rank was found for a while, although its reports were read."""
-        heard = self.heard.get(rank)
-        return heard is not None and time.monotonic() - heard.since > MISSED_REPORTS * self._interval
+        received = self.received.get(rank)
+        return received is not None and time.monotonic() - received.since > MISSED_REPORTS * self._interval
 
     @property
     def store_is_silent(self) -> bool:
@@ -124,7 +124,7 @@ class ReportExchange:
         return time.monotonic() - self.answered > (MISSED_REPORTS + 1) * self._interval
 
     def _run(self) -> None:
-        # It fails when the rank that holds the store ends, which the failure watch reports.
+        # Raises when the rank that holds the store ends, which the failure watch reports.
         with contextlib.suppress(Exception):
             while not self._stopped.is_set():
                 self._number += 1
@@ -137,12 +137,12 @@ class ReportExchange:
 
     def _read(self, rank: int) -> None:
         key = f"{KEY}/{rank}"
-        # `get` would wait for a rank that has written none yet.
+        # `get` would block until the rank has written its first report.
         report = Report(**json.loads(self._store.get(key))) if self._store.check([key]) else None
         self.answered = time.monotonic()
-        last = self.heard.get(rank)
+        last = self.received.get(rank)
         if last is None or (report is not None and report != last.report):
-            self.heard[rank] = Heard(report, self.answered)
+            self.received[rank] = ReceivedReport(report, self.answered)
 
 
 def this_machine() -> str:
@@ -179,7 +179,7 @@ def ranks_behind(collectives: Mapping[int, Mapping[str, int]]) -> list[int]:
 
 
 def end_of_process(report: Report, machine: str) -> str | None:
-    """Why the process of a rank on this machine cannot run any more; None where it may run, or is elsewhere."""
+    """Why the process of a rank on this machine can no longer run; None if it can, or is on another machine."""
     if report.machine != machine:
         return None
     try:
@@ -198,5 +198,5 @@ def state_of_process(report: Report, machine: str) -> str:
     """The probable reason why a rank is silent."""
     if report.machine != machine:
         return "its process is stopped, or its machine unreachable"
-    held_up = f"its process {report.pid} is alive, but all its Python threads are blocked"
-    return end_of_process(report, machine) or held_up
+    blocked = f"its process {report.pid} is alive, but all its Python threads are blocked"
+    return end_of_process(report, machine) or blocked

@@ -87,7 +87,7 @@ class StallWatch:
             self._exchange = ReportExchange(store.clone(), rank, progress, interval)
         self._usual: deque[float] = deque(maxlen=20)
         self._began = progress.began
-        self._told = 0
+        self._num_warnings = 0
         self._stacks: IO[str] | None = None
         self._stacks_of: float | None = None
         self._stopped = threading.Event()
@@ -150,9 +150,9 @@ class StallWatch:
             if now - last > 3 * self._poll + 1 and self._exchange is not None:
                 self._exchange.restart()
             last = now
-            self._look()
+            self._check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         progress, now = self.progress, time.monotonic()
         if progress.began != self._began:
             self._end_of_a_step(progress.began)
@@ -161,20 +161,20 @@ class StallWatch:
             is_near = seconds > limit / 2 or now - progress.changed > self.stuck_seconds / 2
             self._exchange.wanted = self._to_read() if is_near else ()
             if not is_near:
-                self._exchange.heard.clear()
-        if seconds >= limit * 2**self._told:
-            self._told += 1
-            if self._speaks():
+                self._exchange.received.clear()
+        if seconds >= limit * 2**self._num_warnings:
+            self._num_warnings += 1
+            if self._is_speaker():
                 logger.warning("%s has taken %.0f s; %s", self._what(), seconds, self._explain()[1])
         if now - progress.changed >= self.stuck_seconds:
             self._stuck(now - progress.changed)
 
     def _end_of_a_step(self, began: float) -> None:
         seconds = began - self._began
-        if self._told and self._speaks():
-            logger.warning("it has ended after %.0f s", seconds)
+        if self._num_warnings and self._is_speaker():
+            logger.warning("it ended after %.0f s", seconds)
         self._usual.append(seconds)
-        self._began, self._told = began, 0
+        self._began, self._num_warnings = began, 0
 
     def _limit(self) -> float:
         if self.progress.activity:
@@ -188,7 +188,7 @@ class StallWatch:
 
     def _stuck(self, seconds: float) -> None:
         self.write_stacks()
-        if self._exchange is None or not self._speaks():
+        if self._exchange is None or not self._is_speaker():
             return
         ranks, text = self._explain()
         # If no rank is behind, all may be working, and the timeout of the collectives decides.
@@ -201,7 +201,7 @@ class StallWatch:
 
     # -- the other ranks ------------------------------------------------------------------------------------------
 
-    def _speaks(self) -> bool:
+    def _is_speaker(self) -> bool:
         """Whether this rank reports for the job: all lower ranks are silent."""
         exchange = self._exchange
         if exchange is None or self.rank == 0:
@@ -217,45 +217,46 @@ class StallWatch:
         return tuple(range(self.world_size))
 
     def _explain(self) -> tuple[list[int], str]:
-        """The ranks that the job waits for, and a description of what they do."""
+        """The ranks that the job waits for, and a description of what they are doing."""
         exchange = self._exchange
         if exchange is None:
-            return [], self._doing(str(self.progress), time.monotonic() - self.progress.changed)
+            return [], self._describe_phase(str(self.progress), time.monotonic() - self.progress.changed)
         if exchange.store_is_silent:
             holder = [] if self.store_holder in (None, self.rank) else [self.store_holder]
             whose = f"rank {self.store_holder}" if holder else "the launcher"
             return holder or [self.rank], f"waiting for {whose}, which holds the job's store and does not respond"
-        all_heard = dict(exchange.heard)
-        reports = {rank: heard.report for rank, heard in all_heard.items() if heard.report is not None}
+        received = dict(exchange.received)
+        reports = {rank: entry.report for rank, entry in received.items() if entry.report is not None}
         reports[self.rank] = exchange.own()
-        silent = [rank for rank in sorted(all_heard) if rank != self.rank and exchange.is_silent(rank)]
+        silent = [rank for rank in sorted(received) if rank != self.rank and exchange.is_silent(rank)]
         if silent:
-            return silent, self._name(silent, [self._lost(rank, reports.get(rank)) for rank in silent[:MAX_NAMED]])
+            texts = [self._describe_silent(rank, reports.get(rank)) for rank in silent[:MAX_NAMED]]
+            return silent, self._waiting_for(silent, texts)
         behind = ranks_behind({rank: report.collectives for rank, report in reports.items()})
         shown = behind or sorted(reports)
-        doing = [self._told_of(rank, reports[rank]) for rank in shown[:MAX_NAMED]]
+        texts = [self._describe(rank, reports[rank]) for rank in shown[:MAX_NAMED]]
         if behind:
-            return behind, self._name(behind, doing)
-        return [], "; ".join(["no rank is behind the others", *doing]) + (" ..." if len(shown) > MAX_NAMED else "")
+            return behind, self._waiting_for(behind, texts)
+        return [], "; ".join(["no rank is behind the others", *texts]) + (" ..." if len(shown) > MAX_NAMED else "")
 
     @staticmethod
-    def _doing(phase: str, seconds: float) -> str:
+    def _describe_phase(phase: str, seconds: float) -> str:
         return f"in {phase} for {seconds:.0f} s"
 
-    def _told_of(self, rank: int, report: Report) -> str:
+    def _describe(self, rank: int, report: Report) -> str:
         # A rank that was stopped or killed just now is not silent yet.
         trouble = end_of_process(report, this_machine())
         if trouble is None:
-            return f"rank {rank}, {self._doing(report.phase, report.seconds)}"
+            return f"rank {rank}, {self._describe_phase(report.phase, report.seconds)}"
         return f"rank {rank}, last seen in {report.phase}: {trouble}"
 
     @staticmethod
-    def _lost(rank: int, report: Report | None) -> str:
+    def _describe_silent(rank: int, report: Report | None) -> str:
         if report is None:
             return f"rank {rank}, which has sent no report"
         return f"rank {rank}, last seen in {report.phase}: {state_of_process(report, this_machine())}"
 
     @staticmethod
-    def _name(ranks: list[int], texts: list[str]) -> str:
+    def _waiting_for(ranks: list[int], texts: list[str]) -> str:
         more = f" and {len(ranks) - MAX_NAMED} more" if len(ranks) > MAX_NAMED else ""
         return f"waiting for {'; '.join(texts)}{more}"

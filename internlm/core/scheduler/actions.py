@@ -1,4 +1,4 @@
-"""What a schedule is made of: what one rank of a pipeline does with one micro batch."""
+"""The elements of a schedule: what one rank of a pipeline does with one micro-batch."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 
 
 class ActionKind(enum.Enum):
-    """What is done with a micro batch in one model chunk."""
+    """What is done with a micro-batch in one model chunk."""
 
     FORWARD = "F"
     BACKWARD = "B"
     """Gradients of input and weights."""
     BACKWARD_INPUT = "I"
-    """Gradient of the input alone; a BACKWARD_WEIGHT follows some time later."""
+    """Gradient of the input only; a BACKWARD_WEIGHT follows later."""
     BACKWARD_WEIGHT = "W"
     SEND_ACTIVATION = "send activation "
-    """Of the chunk's output, to the next stage."""
+    """Send the chunk's output to the next stage."""
     RECV_ACTIVATION = "receive activation "
-    """Post the receive of the chunk's input; whoever uses the tensor waits for it."""
+    """Post the receive of the chunk's input; the action that uses the tensor waits for it."""
     SEND_GRADIENT = "send gradient "
-    """Of the chunk's input, to the stage before."""
+    """Send the gradient of the chunk's input to the previous stage."""
     RECV_GRADIENT = "receive gradient "
     """Post the receive of the gradient of the chunk's output."""
 
 
 COMPUTE = frozenset({ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT})
-"""Kinds that compute; the others move tensors between ranks."""
+"""Kinds that compute; the others transfer tensors between ranks."""
 
 RECEIVES = frozenset({ActionKind.RECV_ACTIVATION, ActionKind.RECV_GRADIENT})
 """Kinds that post a receive."""
@@ -34,12 +34,12 @@ RECEIVES = frozenset({ActionKind.RECV_ACTIVATION, ActionKind.RECV_GRADIENT})
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that a rank does.
+    """One entry of a schedule.
 
     Attributes:
         kind: what is done.
         micro_batch: its number within the step.
-        chunk: which of this rank's model chunks does it.
+        chunk: number of the model chunk on this rank.
     """
 
     kind: ActionKind

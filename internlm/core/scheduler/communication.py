@@ -1,4 +1,4 @@
-"""Puts the sends and receives into a schedule. Pure; the executor knows how tensors travel."""
+"""Inserts sends and receives into a schedule. Pure functions; the executor performs the communication."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from internlm.core.scheduler.schedules import PipelineSchedule
 from internlm.core.scheduler.stage_placement import Placement
 
 AHEAD = 1
-"""A receive is posted while this many actions still come before the one that uses it: the tensor travels meanwhile."""
+"""Number of actions between the post of a receive and the action that uses it, so that the transfer overlaps them."""
 
 
 class Message(NamedTuple):
-    """One tensor on a channel: what its sender and its receiver do."""
+    """The transfer of one tensor: its channel, and the actions of sender and receiver."""
 
     channel: Channel
     send: Action
@@ -25,20 +25,22 @@ class Message(NamedTuple):
 
 
 def message_from(placement: Placement, rank: int, action: Action) -> Message | None:
-    """What `rank` must send when it has done a compute action; None when nothing leaves it."""
+    """The transfer that follows a compute action of `rank`; None if its result stays on the rank."""
     if action.kind is ActionKind.FORWARD:
-        carries, to = "activation", placement.after(rank, action.chunk)
-        kinds = ActionKind.SEND_ACTIVATION, ActionKind.RECV_ACTIVATION
+        kind, to = "activation", placement.after(rank, action.chunk)
+        send, receive = ActionKind.SEND_ACTIVATION, ActionKind.RECV_ACTIVATION
     elif action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
-        carries, to = "gradient", placement.before(rank, action.chunk)
-        kinds = ActionKind.SEND_GRADIENT, ActionKind.RECV_GRADIENT
+        kind, to = "gradient", placement.before(rank, action.chunk)
+        send, receive = ActionKind.SEND_GRADIENT, ActionKind.RECV_GRADIENT
     else:
         return None
-    # Between two chunks of one rank, as at the turn of a V, nothing travels.
+    # Between two chunks of one rank, as at the turn of a V, nothing is sent.
     if to is None or to.rank == rank:
         return None
-    send, receive = Action(kinds[0], action.micro_batch, action.chunk), Action(kinds[1], action.micro_batch, to.chunk)
-    return Message(Channel(rank, to.rank, carries), send, receive)
+    micro_batch = action.micro_batch
+    return Message(
+        Channel(rank, to.rank, kind), Action(send, micro_batch, action.chunk), Action(receive, micro_batch, to.chunk)
+    )
 
 
 def channels_of(schedule: PipelineSchedule) -> set[Channel]:
@@ -52,7 +54,7 @@ def channels_of(schedule: PipelineSchedule) -> set[Channel]:
 
 
 def receive_before(action: Action) -> Action | None:
-    """The receive whose tensor a compute action uses, where that comes from another rank."""
+    """The receive whose tensor a compute action uses, if the tensor comes from another rank."""
     if action.kind is ActionKind.FORWARD:
         return Action(ActionKind.RECV_ACTIVATION, action.micro_batch, action.chunk)
     if action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
@@ -63,11 +65,11 @@ def receive_before(action: Action) -> Action | None:
 def with_communication(schedule: PipelineSchedule) -> PipelineSchedule:
     """The schedule with its sends and receives.
 
-    A send comes right after the action that makes the tensor. A receive is posted `AHEAD` actions before its use, or
-    earlier: on each channel receives are posted in the order of the sends, as tensors of equal shape carry no name.
+    A send directly follows the action that produces the tensor. A receive is posted `AHEAD` actions before its use, or
+    earlier: on each channel, receives are posted in the order of the sends, because tensors are untagged.
     """
     channels: dict[Channel, deque[Action]] = {}
-    # By receiving rank: the channel of a receive, as the queue of what is still to be posted on it.
+    # By receiving rank: receive -> the queue of receives that are still to be posted on its channel.
     queue_of: list[dict[Action, deque[Action]]] = [{} for _ in schedule.actions]
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
@@ -81,7 +83,7 @@ def with_communication(schedule: PipelineSchedule) -> PipelineSchedule:
 
 
 def _complete(schedule: PipelineSchedule, rank: int, queue_of: dict[Action, deque[Action]]) -> Iterator[Action]:
-    """One rank's actions with its sends and receives."""
+    """The actions of one rank, with its sends and receives."""
     actions = schedule.actions[rank]
     posted: set[Action] = set()
     for number, action in enumerate(actions):

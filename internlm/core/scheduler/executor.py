@@ -1,4 +1,4 @@
-"""Runs the list of actions of one rank of a pipeline. Knows no schedule by name, no model and no optimizer."""
+"""Executes the actions of one pipeline rank. Knows no schedule by name, no model and no optimizer."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ ACTIVATION, GRADIENT = "activation", "gradient"
 
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
-"""(micro batch, chunk, the residual stream before the chunk, or None where the model begins) -> the residual stream
-after it, or the scalar to differentiate where the model ends."""
+"""(micro-batch, chunk, input of the chunk; None for the first stage) -> output of the chunk; for the last stage, the
+scalar to differentiate. Inputs and outputs are residual streams `[B, S', h]`."""
 
 
 class Executor:
-    """One rank's part in a pipeline.
+    """Executes schedules on one rank of a pipeline.
 
     Args:
-        rank: of the pipeline.
-        weight_gradients: where the chunks leave weight gradients for later.
-        channels: to the other ranks; None when there is one.
-        progress: where each action is marked.
+        rank: index along the pipeline axis.
+        weight_gradients: holds weight gradients that are computed later.
+        channels: to the other ranks; None for a pipeline of one rank.
+        progress: records each action.
     """
 
     def __init__(
@@ -48,39 +48,50 @@ class Executor:
         self.progress = progress or Progress()
 
     def run(self, schedule: PipelineSchedule, forward: Forward, new_activation: Callable[[int], Tensor]) -> None:
-        """Carry out this rank's actions in order. Without gradients (`torch.no_grad`) there must be no backward.
+        """Execute this rank's actions in order. Under `torch.no_grad` the schedule must contain no backward action.
 
         Args:
-            schedule: with communication.
+            schedule: with communication; see `with_communication`.
             forward: see `Forward`.
-            new_activation: micro-batch number -> uninitialised memory for its residual stream.
+            new_activation: micro-batch number -> uninitialized receive buffer for its residual stream.
         """
         step = _Step(self, schedule, forward, new_activation)
         for action in schedule.actions[self.rank]:
             step.do(action)
         if self.channels is not None:
-            self.progress.mark("waiting until all is sent")
+            self.progress.mark("waiting for sends")
             self.channels.wait_for_sends()
 
 
 class _Key(NamedTuple):
-    """A tensor between two stages, by the chunk that it enters (an activation) or comes back to (a gradient)."""
+    """A tensor between two stages.
 
-    carries: str
+    Attributes:
+        kind: ACTIVATION or GRADIENT.
+        chunk: this rank's chunk that consumes the tensor (in `_Step.arriving`) or produced it (in `_Step.leaving`).
+        micro_batch: its number within the step.
+    """
+
+    kind: str
     chunk: int
     micro_batch: int
 
 
-class _Alive(NamedTuple):
-    """What a backward pass needs. The output itself is not among it: its memory is free once it was handed over."""
+class _SavedForward(NamedTuple):
+    """What the backward pass of a chunk needs. It does not keep the output tensor alive.
+
+    Attributes:
+        received: input of the chunk; None for the first stage.
+        output: edge of the autograd graph at the output; None if the output needs no gradient, because all weights
+            before it are frozen.
+    """
 
     received: Tensor | None
     output: GradientEdge | None
-    """None where nothing before it is trained: the weights of a first stage may all be frozen."""
 
 
 class _Step:
-    """The tensors of one run of a schedule. Each is dropped as soon as its last use was asked for."""
+    """The tensors of one run of a schedule. Each is released as soon as its last use is queued."""
 
     def __init__(
         self,
@@ -94,16 +105,17 @@ class _Step:
         self.placement = schedule.placement
         self.forward = forward
         self.new_activation = new_activation
-        # A rank that sent n activations ran n forward passes. Where n is more than any rank keeps alive, the gradient
-        # of one came back: so the receiver asked for that one, and on a channel for all before it. In the same way a
-        # rank that sends n gradients got n activations, and if their sender cannot keep n alive, it asked for one.
-        self.max_in_flight = schedule.max_alive
+        # The limit on unfinished sends of a channel. A rank that has sent n activations has run n forward passes. If n
+        # exceeds what any rank has in flight, the gradient of one has come back, so the receiver has posted the receive
+        # of that activation and of all before it. The same holds for gradients: a rank that sends n of them has got n
+        # activations, and if their sender cannot have n in flight, it has posted the receive of a gradient.
+        self.max_in_flight = schedule.max_in_flight
         self.arriving: dict[_Key, Pending] = {}
         self.leaving: dict[_Key, Tensor] = {}
-        self.alive: dict[tuple[int, int], _Alive] = {}
+        self.saved: dict[tuple[int, int], _SavedForward] = {}
 
     def do(self, action: Action) -> None:
-        """Carry out one action."""
+        """Execute one action."""
         match action.kind:
             case ActionKind.FORWARD:
                 self._forward(action)
@@ -113,7 +125,7 @@ class _Step:
                 with self.executor.weight_gradients.postpone((action.chunk, action.micro_batch)):
                     self._backward(action)
             case ActionKind.BACKWARD_WEIGHT:
-                self._announce("weight gradients", action)
+                self._mark("weight gradients", action)
                 with torch.no_grad():
                     self.executor.weight_gradients.run((action.chunk, action.micro_batch))
             case ActionKind.SEND_ACTIVATION:
@@ -125,61 +137,61 @@ class _Step:
             case ActionKind.RECV_GRADIENT:
                 self._receive(GRADIENT, action, self.placement.after(self.rank, action.chunk))
 
-    # -- computing ------------------------------------------------------------------------------------------------
+    # -- computation ----------------------------------------------------------------------------------------------
 
     def _forward(self, action: Action) -> None:
         received = None
         if self.placement.before(self.rank, action.chunk) is not None:
             received = self._take(ACTIVATION, action).requires_grad_(torch.is_grad_enabled())
-        self._announce("forward", action)
+        self._mark("forward", action)
         output = self.forward(action.micro_batch, action.chunk, received)
         if torch.is_grad_enabled():
-            # The edge of an autograd function written in Python does not keep its graph alive in every version of
-            # torch; that of a view does, and of the output only the shape is kept.
+            # In some versions of torch, the edge of a Python autograd function does not keep its graph alive; the edge
+            # of a view does, and saves only the shape of the output.
             edge = get_gradient_edge(output.view_as(output)) if output.requires_grad else None
-            self.alive[action.chunk, action.micro_batch] = _Alive(received, edge)
-        self._hand_over(ACTIVATION, action, self.placement.after(self.rank, action.chunk), output.detach())
+            self.saved[action.chunk, action.micro_batch] = _SavedForward(received, edge)
+        self._pass_on(ACTIVATION, action, self.placement.after(self.rank, action.chunk), output.detach())
 
     def _backward(self, action: Action) -> None:
         gradient = None
         if self.placement.after(self.rank, action.chunk) is not None:
             gradient = self._take(GRADIENT, action)
-        self._announce("backward", action)
-        received, output = self.alive.pop((action.chunk, action.micro_batch))
+        self._mark("backward", action)
+        received, output = self.saved.pop((action.chunk, action.micro_batch))
         if output is not None:
             torch.autograd.backward(output, gradient)
         if received is not None:
             assert received.grad is not None
-            self._hand_over(GRADIENT, action, self.placement.before(self.rank, action.chunk), received.grad)
+            self._pass_on(GRADIENT, action, self.placement.before(self.rank, action.chunk), received.grad)
 
-    # -- between the stages ---------------------------------------------------------------------------------------
+    # -- tensors between stages -----------------------------------------------------------------------------------
 
-    def _hand_over(self, carries: str, action: Action, to: Place | None, tensor: Tensor) -> None:
-        """Keep a result until it is sent, or for another chunk of this rank."""
+    def _pass_on(self, kind: str, action: Action, to: Place | None, tensor: Tensor) -> None:
+        """Store a result until it is sent, or until another chunk of this rank uses it."""
         if to is None:
             return
         if to.rank == self.rank:
-            self.arriving[_Key(carries, to.chunk, action.micro_batch)] = Pending(tensor)
+            self.arriving[_Key(kind, to.chunk, action.micro_batch)] = Pending(tensor)
         else:
-            self.leaving[_Key(carries, action.chunk, action.micro_batch)] = tensor.contiguous()
+            self.leaving[_Key(kind, action.chunk, action.micro_batch)] = tensor.contiguous()
 
-    def _take(self, carries: str, action: Action) -> Tensor:
-        self._announce(f"receive {carries}", action)
-        return self.arriving.pop(_Key(carries, action.chunk, action.micro_batch)).wait()
+    def _take(self, kind: str, action: Action) -> Tensor:
+        self._mark(f"receive {kind}", action)
+        return self.arriving.pop(_Key(kind, action.chunk, action.micro_batch)).wait()
 
-    def _send(self, carries: str, action: Action, to: Place | None) -> None:
-        self._announce(f"send {carries}", action)
+    def _send(self, kind: str, action: Action, to: Place | None) -> None:
+        self._mark(f"send {kind}", action)
         assert to is not None and self.executor.channels is not None
-        tensor = self.leaving.pop(_Key(carries, action.chunk, action.micro_batch))
-        self.executor.channels.send(Channel(self.rank, to.rank, carries), tensor, self.max_in_flight)
+        tensor = self.leaving.pop(_Key(kind, action.chunk, action.micro_batch))
+        self.executor.channels.send(Channel(self.rank, to.rank, kind), tensor, self.max_in_flight)
 
-    def _receive(self, carries: str, action: Action, source: Place | None) -> None:
-        self._announce(f"receive {carries}", action)
+    def _receive(self, kind: str, action: Action, source: Place | None) -> None:
+        self._mark(f"receive {kind}", action)
         assert source is not None and self.executor.channels is not None
         buffer = self.new_activation(action.micro_batch)
-        incoming = self.executor.channels.receive(Channel(source.rank, self.rank, carries), buffer)
-        self.arriving[_Key(carries, action.chunk, action.micro_batch)] = incoming
+        incoming = self.executor.channels.receive(Channel(source.rank, self.rank, kind), buffer)
+        self.arriving[_Key(kind, action.chunk, action.micro_batch)] = incoming
 
-    def _announce(self, what: str, action: Action) -> None:
+    def _mark(self, what: str, action: Action) -> None:
         chunk = f", chunk {action.chunk}" if self.placement.num_chunks > 1 else ""
-        self.executor.progress.mark(f"{what} of micro batch {action.micro_batch}{chunk}")
+        self.executor.progress.mark(f"{what} of micro-batch {action.micro_batch}{chunk}")

@@ -1,11 +1,11 @@
-"""Schedules: pure functions from the shape of a pipeline to what each of its ranks does, in order.
+"""Pipeline schedules: pure functions from the shape of a pipeline to the ordered actions of each rank.
 
-Each schedule is written as its source draws it: phases, each a few actions repeated. "F0" is the next forward of chunk
-0, "B1" the next backward of chunk 1, "I0" the next backward of chunk 0 for its input alone, and "W" the oldest weight
-gradient that is still due. In the formulas p is the number of ranks, m of micro batches, c of chunks, r the rank.
+Each schedule is written in phases, as in its source; a phase repeats a few actions. "F0" is the next forward of chunk
+0, "B1" the next backward of chunk 1, "I0" the next input gradient of chunk 0, and "W" the oldest weight gradient that
+is still due. In the formulas, p is the number of ranks, m of micro-batches, c of chunks, and r the rank.
 
-A list for more micro batches than there are is cut to those that exist: dependencies join actions of one micro batch
-only, so what remains can still run, in no more memory.
+Some formulas need a minimum number of micro-batches. With fewer, the actions of micro-batches that do not exist are
+removed: dependencies exist only between actions of one micro-batch, so the rest can still run, in no more memory.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from internlm.utils.layout_checks import check_schedule
 
 @dataclass(frozen=True)
 class PipelineSchedule:
-    """What every rank of a pipeline does in one step.
+    """The actions of all ranks of a pipeline in one step.
 
     Attributes:
-        name: for people.
+        name: for display.
         placement: which rank holds which stage.
-        actions: by rank along the pipeline, in order.
+        actions: by index along the pipeline axis, in order.
     """
 
     name: str
@@ -38,27 +38,33 @@ class PipelineSchedule:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro batches of the step."""
+        """Number of micro-batches of the step."""
         return 1 + max(action.micro_batch for action in self.actions[0])
 
     @cached_property
-    def max_alive(self) -> int:
-        """The most activations that any rank keeps for backward passes at once."""
+    def max_in_flight(self) -> int:
+        """Largest number of forward passes that any rank has run and whose input gradient it has not computed yet."""
         most = 0
         for actions in self.actions:
-            alive = 0
+            in_flight = 0
             for action in actions:
                 if action.kind is ActionKind.FORWARD:
-                    alive += 1
-                    most = max(most, alive)
+                    in_flight += 1
+                    most = max(most, in_flight)
                 elif action.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
-                    alive -= 1
+                    in_flight -= 1
         return most
 
 
 @dataclass(frozen=True)
 class _Mode:
-    """A kind of schedule: `phases(p, m, c, r)` gives the actions of a rank, `name` says it to people."""
+    """A kind of schedule.
+
+    Attributes:
+        name: for display.
+        shape: of the placement.
+        phases: (p, m, c, r) -> the actions of rank r, such as "F0 B0".
+    """
 
     name: str
     shape: Literal["loop", "v"]
@@ -66,29 +72,29 @@ class _Mode:
 
 
 def make_schedule(mode: str, num_ranks: int, num_micro_batches: int, num_chunks: int = 1) -> PipelineSchedule:
-    """The schedule of a step: what is computed, without the communication (see `with_communication`).
+    """The compute actions of a step; `with_communication` adds sends and receives.
 
     Args:
-        mode: one of `MODES`. With one rank there is nothing to schedule: each micro batch goes forward and back alone.
+        mode: one of `MODES`. Ignored for one rank, which runs one micro-batch at a time.
         num_ranks: ranks of the pipeline.
         num_micro_batches: of the step, 1 or more.
-        num_chunks: model chunks a rank holds; 1F1B with more than one is interleaved.
+        num_chunks: model chunks per rank; 1F1B with more than one is interleaved.
 
     Raises:
-        ConfigError: the schedule does not exist for these numbers.
+        ConfigError: the mode does not exist, or does not support these numbers.
     """
     if mode not in MODES:
         raise ConfigError(f"mode = {mode!r}: no such schedule; use one of {', '.join(MODES)}")
     chosen = MODES[mode]
     check_schedule(mode, num_ranks, num_chunks, num_micro_batches)
     if num_ranks == 1:
-        return _build("no pipeline", Placement(1, num_chunks), num_micro_batches, _alone)
+        return _build("no pipeline", Placement(1, num_chunks), num_micro_batches, _no_pipeline)
     name = "interleaved 1F1B" if mode == "1F1B" and num_chunks > 1 else chosen.name
     return _build(name, Placement(num_ranks, num_chunks, chosen.shape), num_micro_batches, chosen.phases)
 
 
 def forward_only(placement: Placement) -> PipelineSchedule:
-    """One micro batch through all stages, without a backward pass."""
+    """The forward pass of one micro-batch through all stages."""
     once = tuple(Action(ActionKind.FORWARD, 0, chunk) for chunk in range(placement.num_chunks))
     return PipelineSchedule("forward only", placement, (once,) * placement.num_ranks)
 
@@ -104,7 +110,7 @@ def _build(
 
 
 def _number(phases: Iterable[str]) -> Iterable[Action]:
-    """The actions that phases such as "F0 B0" stand for: each chunk takes its micro batches in order."""
+    """The actions of phases such as "F0 B0", with micro-batch numbers: each chunk takes its micro-batches in order."""
     counts: Counter[tuple[bool, int]] = Counter()
     due: deque[tuple[int, int]] = deque()
     for word in " ".join(phases).split():
@@ -121,16 +127,16 @@ def _number(phases: Iterable[str]) -> Iterable[Action]:
         yield Action(kind, micro_batch, chunk)
 
 
-def _alone(p: int, m: int, c: int, r: int) -> Iterable[str]:
-    """One rank: one micro batch is alive at a time."""
+def _no_pipeline(p: int, m: int, c: int, r: int) -> Iterable[str]:
+    """One rank: one micro-batch is in flight at a time."""
     once = [f"F{chunk}" for chunk in range(c)] + [f"B{chunk}" for chunk in reversed(range(c))]
     return once * m
 
 
 def _one_forward_one_backward(p: int, m: int, c: int, r: int) -> Iterable[str]:
-    """1F1B (PipeDream-Flush, arXiv:2006.09503), and interleaved as in Megatron-LM (arXiv:2104.04473, section 2.2).
+    """1F1B (PipeDream-Flush, arXiv:2006.09503); with c > 1 interleaved (Megatron-LM, arXiv:2104.04473, section 2.2).
 
-    Interleaved, a rank runs p micro batches through one chunk before it goes on to the next.
+    In the interleaved schedule, a rank runs p micro-batches through one chunk, then p through the next.
     """
     forwards = [f"F{k // p % c}" for k in range(m * c)]
     backwards = [f"B{c - 1 - k // p % c}" for k in range(m * c)]
@@ -142,7 +148,7 @@ def _one_forward_one_backward(p: int, m: int, c: int, r: int) -> Iterable[str]:
 
 
 def _zb_h1(p: int, m: int, c: int, r: int) -> Iterable[str]:
-    """ZB-H1 (Qi et al., arXiv:2401.10241, section 2.1): 1F1B with the weight gradients of rank r running r behind."""
+    """ZB-H1 (Qi et al., arXiv:2401.10241, section 2.1): 1F1B; weight gradients of rank r are r micro-batches late."""
     warm_up, behind = min(p - r - 1, m), min(r, m)
     backwards = ["F0 I0"] * (m - warm_up) + ["I0"] * warm_up
     yield from ["F0"] * warm_up
@@ -152,7 +158,7 @@ def _zb_h1(p: int, m: int, c: int, r: int) -> Iterable[str]:
 
 
 def _zb_v(p: int, m: int, c: int, r: int) -> Iterable[str]:
-    """ZB-V (Qi et al., arXiv:2405.15362): two chunks in a V; 2p chunk activations are alive on every rank."""
+    """ZB-V (Qi et al., arXiv:2405.15362): two chunks in a V; 2p chunk activations are live on every rank."""
     m = max(m, 2 * p - 1)
     yield "F0 " * (2 * (p - r) - 1)
     yield "F1 F0 " * r
@@ -165,9 +171,10 @@ def _zb_v(p: int, m: int, c: int, r: int) -> Iterable[str]:
 
 
 def _dual_pipe_v(p: int, m: int, c: int, r: int) -> Iterable[str]:
-    """DualPipeV: DualPipe (DeepSeek-V3, arXiv:2412.19437, section 3.2.1) cut in half, its eight phases.
+    """DualPipeV: DualPipe (DeepSeek-V3, arXiv:2412.19437, section 3.2.1) cut in half, in eight phases.
 
-    https://github.com/deepseek-ai/DualPipe. Where the source overlaps a forward with a backward, one follows the other.
+    Source: https://github.com/deepseek-ai/DualPipe. It overlaps a forward with a backward in some places; here the
+    backward follows the forward.
     """
     m = max(m, 2 * p)
     yield "F0 " * (2 * (p - r - 1))
@@ -175,7 +182,7 @@ def _dual_pipe_v(p: int, m: int, c: int, r: int) -> Iterable[str]:
     yield "I1 W F1 " * (p - r - 1)
     yield "F0 B1 F1 B0 " * (m - 2 * p + r + 1)
     yield "B1 F1 B0 " * (p - r - 1)
-    # r + 1 pairs "B1 B0"; the weight gradients of their second half fill the bubbles that come after.
+    # r + 1 pairs "B1 B0"; the weight gradients of the second half fill later bubbles.
     yield from (f"{'B' if k <= r else 'I'}{1 - k % 2}" for k in range(2 * (r + 1)))
     yield "W I0 " * (p - r - 1)
     yield "W " * (r + 1)
@@ -187,4 +194,4 @@ MODES: dict[str, _Mode] = {
     "ZBV": _Mode("ZB-V", "v", _zb_v),
     "DUALPIPEV": _Mode("DualPipeV", "v", _dual_pipe_v),
 }
-"""The schedules by the name that `parallel.pipeline.mode` gives them."""
+"""Value of `parallel.pipeline.mode` -> schedule."""

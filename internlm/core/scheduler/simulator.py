@@ -1,4 +1,4 @@
-"""Runs a schedule in virtual time, without processes: proves that it ends, and shows what it costs."""
+"""Simulates a schedule in virtual time, without processes: proves that it terminates, and yields its timeline."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from internlm.core.scheduler.timeline import Event, Timeline
 
 
 class ScheduleError(Exception):
-    """A schedule that would not compute a step: a defect of the schedule, not of what the user asked for."""
+    """An incorrect schedule. This is a bug in the schedule, never a user error."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Time that one action takes on one chunk, in any unit; all chunks are alike.
+    """Duration of one action on one chunk, in any unit; equal for all chunks.
 
     Attributes:
-        forward, backward_input, backward_weight: of these actions; a whole backward takes both of its parts.
-        transfer: of a tensor from one rank to another, beside the computation.
+        forward, backward_input, backward_weight: of these actions; a full backward takes the sum of its two parts.
+        transfer: of a tensor from one rank to another; overlaps computation.
     """
 
     forward: float = 1
@@ -31,7 +31,7 @@ class Costs:
     transfer: float = 0
 
     def of(self, kind: ActionKind) -> float:
-        """The time of a compute action."""
+        """The duration of a compute action."""
         return {
             ActionKind.FORWARD: self.forward,
             ActionKind.BACKWARD: self.backward_input + self.backward_weight,
@@ -41,21 +41,22 @@ class Costs:
 
 
 def simulate(schedule: PipelineSchedule, costs: Costs | None = None) -> Timeline:
-    """Run a step as its ranks would: each does its actions in order, and waits for the tensors that it uses.
+    """Simulate a step: each rank executes its actions in order, and waits for the tensors that they use.
 
-    With communication in the lists, a tensor leaves when it is sent and its receive is posted, one after the other on
-    each channel; a rank never waits in a send or in a post. Without, a tensor leaves as soon as it is made.
+    If the schedule contains communication, a transfer starts when the send and the receive are both posted; the
+    transfers of a channel run one after another, and posting never blocks. Otherwise a transfer starts as soon as the
+    tensor is produced.
 
     Raises:
-        ScheduleError: an action is missing or there twice, a receive meets the send of another tensor, or no rank can
-            go on; the message names the actions.
+        ScheduleError: an action is missing or duplicated, a receive is matched with the send of another tensor, or all
+            remaining ranks wait (deadlock); the message names the actions.
     """
     _check_complete(schedule)
     return _Simulation(schedule, costs or Costs()).run()
 
 
 def _check_complete(schedule: PipelineSchedule) -> None:
-    """Each forward is there once, and each backward once: whole, or as input and weight."""
+    """Check that each forward occurs once, and each backward once: in full, or as its two parts."""
     kinds = [kind for kind in ActionKind if kind in COMPUTE]
     for rank, actions in enumerate(schedule.actions):
         counts = Counter(action for action in actions if action.kind in COMPUTE)
@@ -64,7 +65,7 @@ def _check_complete(schedule: PipelineSchedule) -> None:
                 found = [counts.pop(Action(kind, micro_batch, chunk), 0) for kind in kinds]
                 if found not in ([1, 1, 0, 0], [1, 0, 1, 1]):
                     raise ScheduleError(
-                        f"{schedule.name}: rank {rank} does F, B, I, W {found} times for micro batch {micro_batch} in "
+                        f"{schedule.name}: rank {rank} has F, B, I, W {found} times for micro-batch {micro_batch}, "
                         f"chunk {chunk}; expected [1, 1, 0, 0] or [1, 0, 1, 1]"
                     )
         if counts:
@@ -72,7 +73,7 @@ def _check_complete(schedule: PipelineSchedule) -> None:
 
 
 class _Tensor(NamedTuple):
-    """What travels between stages: the output of a stage, or the gradient of its input."""
+    """A tensor between stages: the output of a stage, or the gradient of its input."""
 
     is_gradient: bool
     stage: int
@@ -81,7 +82,7 @@ class _Tensor(NamedTuple):
 
 @dataclass
 class _Channel:
-    """From one rank to another, activations or gradients: tensors and times of the sends and receives to come."""
+    """A channel from one rank to another: unmatched sends and receives, as (tensor, time of the post)."""
 
     sent: deque[tuple[_Tensor, float]] = field(default_factory=deque)
     posted: deque[tuple[_Tensor, float]] = field(default_factory=deque)
@@ -89,7 +90,14 @@ class _Channel:
 
 
 class _Simulation:
-    """How far each rank is, and which tensor is where."""
+    """The state of a simulation.
+
+    Attributes:
+        position: by rank, number of executed actions.
+        clock: by rank, time at the end of the last action.
+        produced: time at which each tensor was computed.
+        arrived: time at which each tensor had been transferred.
+    """
 
     def __init__(self, schedule: PipelineSchedule, costs: Costs) -> None:
         self.schedule = schedule
@@ -99,19 +107,19 @@ class _Simulation:
         self.position = [0] * self.placement.num_ranks
         self.clock = [0.0] * self.placement.num_ranks
         self.events: list[list[Event]] = [[] for _ in schedule.actions]
-        self.made: dict[_Tensor, float] = {}
+        self.produced: dict[_Tensor, float] = {}
         self.arrived: dict[_Tensor, float] = {}
         self.channels: defaultdict[tuple[int, int, bool], _Channel] = defaultdict(_Channel)
 
     def run(self) -> Timeline:
-        # Times follow from the lists alone, so it does not matter which rank goes on first.
+        # Times depend on the lists only, not on the order in which ranks advance.
         while sum(self._advance(rank) for rank in range(self.placement.num_ranks)):
             pass
         self._check_finished()
         return Timeline(self.schedule, tuple(tuple(row) for row in self.events))
 
     def _advance(self, rank: int) -> int:
-        """Do a rank's actions up to the first that must wait; how many were done."""
+        """Execute a rank's actions up to the first that must wait; returns their number."""
         actions = self.schedule.actions[rank]
         first = self.position[rank]
         while self.position[rank] < len(actions):
@@ -132,11 +140,11 @@ class _Simulation:
         self.clock[rank] = start + self.costs.of(action.kind)
         self.events[rank].append(Event(start, self.clock[rank], action))
         if action.kind is not ActionKind.BACKWARD_WEIGHT:
-            self.made[self._tensor(rank, action)] = self.clock[rank]
+            self.produced[self._tensor(rank, action)] = self.clock[rank]
         return True
 
     def _used(self, rank: int, action: Action) -> Iterator[_Tensor]:
-        """The tensors without which a compute action cannot start."""
+        """The tensors that a compute action uses."""
         stage, micro_batch = self.placement.stage_of(rank, action.chunk), action.micro_batch
         if action.kind is ActionKind.FORWARD:
             if stage > 0:
@@ -149,15 +157,15 @@ class _Simulation:
                 yield _Tensor(True, stage + 1, micro_batch)
 
     def _available(self, rank: int, tensor: _Tensor) -> float | None:
-        """When a tensor can be used on a rank; None while that is not known."""
+        """Time from which a tensor can be used on a rank; None while it is unknown."""
         if self.placement.place_of(tensor.stage).rank == rank:
-            return self.made.get(tensor)
+            return self.produced.get(tensor)
         if self.has_communication:
             return self.arrived.get(tensor)
-        return self.made[tensor] + self.costs.transfer if tensor in self.made else None
+        return self.produced[tensor] + self.costs.transfer if tensor in self.produced else None
 
     def _tensor(self, rank: int, action: Action) -> _Tensor:
-        """What an action makes, sends or receives."""
+        """The tensor that an action produces, sends or receives."""
         stage = self.placement.stage_of(rank, action.chunk)
         if action.kind is ActionKind.RECV_ACTIVATION:
             return _Tensor(False, stage - 1, action.micro_batch)
@@ -173,14 +181,16 @@ class _Simulation:
         channel = self.channels[sender, receiver, tensor.is_gradient]
         if action.kind in RECEIVES:
             channel.posted.append((tensor, self.clock[rank]))
-        elif tensor in self.made:
+        elif tensor in self.produced:
             channel.sent.append((tensor, self.clock[rank]))
         else:
             return False
         if channel.sent and channel.posted:
             (sent, sent_at), (posted, posted_at) = channel.sent.popleft(), channel.posted.popleft()
             if sent != posted:
-                raise ScheduleError(f"{self.schedule.name}: rank {receiver} posts {posted}, rank {sender} sends {sent}")
+                raise ScheduleError(
+                    f"{self.schedule.name}: rank {receiver} receives {posted}, but rank {sender} sends {sent}"
+                )
             channel.free_at = max(channel.free_at, sent_at, posted_at) + self.costs.transfer
             self.arrived[sent] = channel.free_at
         return True
@@ -192,10 +202,10 @@ class _Simulation:
             if position < len(actions)
         ]
         if stuck:
-            raise ScheduleError(f"{self.schedule.name}: no rank can go on; {'; '.join(stuck)}")
+            raise ScheduleError(f"{self.schedule.name}: deadlock; {'; '.join(stuck)}")
         for (sender, receiver, _), channel in self.channels.items():
-            left = [tensor for tensor, _ in (*channel.sent, *channel.posted)]
-            if left:
+            unmatched = [tensor for tensor, _ in (*channel.sent, *channel.posted)]
+            if unmatched:
                 raise ScheduleError(
-                    f"{self.schedule.name}: between rank {sender} and {receiver} one side only has {left}"
+                    f"{self.schedule.name}: only one of ranks {sender} and {receiver} sends or receives {unmatched}"
                 )

@@ -1,4 +1,4 @@
-"""When each rank of a pipeline does what: the result of a simulation, with its bubbles and its memory."""
+"""The result of a simulation: when each rank of a pipeline computes, its bubbles and its live activations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from internlm.core.scheduler.schedules import PipelineSchedule
 
 
 class Event(NamedTuple):
-    """A compute action and the time it takes."""
+    """A compute action with its start and end times."""
 
     start: float
     end: float
@@ -20,11 +20,11 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """A step in virtual time, from 0 on.
+    """A step in virtual time, which starts at 0.
 
     Attributes:
-        schedule: what was run.
-        events: by rank, in order of time.
+        schedule: the simulated schedule.
+        events: by rank, in chronological order.
     """
 
     schedule: PipelineSchedule
@@ -32,34 +32,34 @@ class Timeline:
 
     @cached_property
     def end(self) -> float:
-        """When the last rank is done."""
+        """Time at which the last rank finishes."""
         return max(row[-1].end for row in self.events)
 
     def busy(self, rank: int) -> float:
-        """Time in which a rank computes."""
+        """Time during which a rank computes."""
         return sum(event.end - event.start for event in self.events[rank])
 
     def idle(self, rank: int) -> float:
-        """Time of the step in which a rank does not compute."""
+        """Time during which a rank does not compute."""
         return self.end - self.busy(rank)
 
     def idle_between(self, rank: int) -> float:
         """Time without computation between the first and the last action of a rank.
 
-        The rest of its idle time lies at the ends of the step, where it is a bubble only if the steps do not overlap.
+        The rest of its idle time is at the ends of the step, where it is a bubble only if steps do not overlap.
         """
         row = self.events[rank]
         return row[-1].end - row[0].start - self.busy(rank)
 
     def bubble(self, rank: int | None = None) -> float:
-        """The share of the step in which a rank is idle; None: the mean over all ranks."""
+        """Fraction of the step during which a rank is idle; None: the mean over all ranks."""
         ranks = range(len(self.events)) if rank is None else (rank,)
         return sum(self.idle(rank) for rank in ranks) / (len(ranks) * self.end)
 
     def peak_live(self, rank: int) -> int:
-        """The most chunk activations that a rank holds at a time, each from its forward to its last backward.
+        """Peak number of live chunk activations on a rank; each lives from its forward to its last backward action.
 
-        Divided by the number of chunks these are micro batches through all layers of the rank.
+        Divided by the number of chunks, this is a number of micro-batches through all layers of the rank.
         """
         live = peak = 0
         for _, _, action in self.events[rank]:

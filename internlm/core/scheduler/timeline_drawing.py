@@ -1,4 +1,4 @@
-"""Draws the timeline of a schedule: as text, or as a picture."""
+"""Draws the timeline of a schedule, as text or as a PNG image."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ NAMES = {
     ActionKind.BACKWARD_INPUT: "backward of the input",
     ActionKind.BACKWARD_WEIGHT: "backward of the weights",
 }
-CUT = " .. "
-"""Stands for what is left out."""
+ELLIPSIS = " .. "
+"""Replaces the omitted part of a row."""
 
 MAX_NUMBERED = 160
-"""Units of time up to which a picture has room for the numbers of the micro batches."""
+"""Units of time up to which an image has room for micro-batch numbers."""
 
 
 def label(action: Action, num_chunks: int) -> str:
-    """A short name such as "F12", or "F12b" for the second of several chunks."""
+    """A short label such as "F12", or "F12b" for the second of several chunks."""
     chunk = chr(ord("a") + action.chunk) if num_chunks > 1 else ""
     return f"{action.kind.value}{action.micro_batch}{chunk}"
 
 
 def draw_text(timeline: Timeline, width: int | None = None, max_ranks: int = 16) -> str:
-    """One row a rank, one column a unit of time; an action of several units is drawn out with "-".
+    """One row per rank, one column per unit of time; an action of several units is extended with "-".
 
     Args:
-        timeline: with times that are multiples of 1.
-        width: characters of a row; of a longer step the middle is left out. None: as long as it is.
-        max_ranks: rows; of a deeper pipeline the middle is left out.
+        timeline: its times are integers.
+        width: maximum characters of a row; the middle of a longer step is omitted. None: no limit.
+        max_ranks: maximum rows; the middle of a deeper pipeline is omitted.
     """
     num_chunks = timeline.schedule.placement.num_chunks
     cell = 1 + max(len(label(event.action, num_chunks)) for row in timeline.events for event in row)
@@ -57,22 +57,22 @@ def draw_text(timeline: Timeline, width: int | None = None, max_ranks: int = 16)
     lines = [head.ljust(margin) + line.rstrip() for head, line in rows]
     if len(lines) > max_ranks:
         half = max_ranks // 2
-        lines = [*lines[:half], CUT.strip().ljust(margin), *lines[-half:]]
+        lines = [*lines[:half], ELLIPSIS.strip().ljust(margin), *lines[-half:]]
     return "\n".join(lines)
 
 
 def _shorten(line: str, room: int, cell: int, full: int) -> str:
-    """The first and the last cells of a line of `full` characters that fit, the same ones in every line."""
+    """The first and last cells of a line of `full` characters that fit into `room`; the same cells in every line."""
     if full <= room + 1:
         return line
-    cells = max((room + 1 - len(CUT)) // cell, 2)
+    cells = max((room + 1 - len(ELLIPSIS)) // cell, 2)
     left, right = (cells + 1) // 2 * cell, cells // 2 * cell
     line = line.ljust(full)
-    return line[:left].rstrip().ljust(left - 1) + CUT + line[-right:]
+    return line[:left].rstrip().ljust(left - 1) + ELLIPSIS + line[-right:]
 
 
 def draw_png(timeline: Timeline, path: Path) -> None:
-    """Write the timeline as a picture, one row a rank, one color a kind of action, paler for later chunks.
+    """Write the timeline as a PNG image: one row per rank, one color per kind of action, paler for later chunks.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
@@ -81,14 +81,14 @@ def draw_png(timeline: Timeline, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError:
-        raise UserError(f"{path}: a picture needs matplotlib, which is not installed: pip install matplotlib") from None
+        raise UserError(f"{path}: an image needs matplotlib, which is not installed: pip install matplotlib") from None
     schedule = timeline.schedule
     num_ranks, num_chunks = schedule.placement.num_ranks, schedule.placement.num_chunks
     units = timeline.end
     figure = Figure(figsize=(min(max(units * 0.3, 6), 40), 1.2 + 0.4 * num_ranks), layout="constrained")
     axes = figure.subplots()
     for rank, events in enumerate(timeline.events):
-        # One collection for all alike: a patch of its own for each action takes seconds.
+        # One collection per color: a separate patch for each action takes seconds.
         bars: dict[tuple[ActionKind, int], list[tuple[float, float]]] = {}
         for start, end, action in events:
             bars.setdefault((action.kind, action.chunk), []).append((start, end - start))
@@ -99,7 +99,7 @@ def draw_png(timeline: Timeline, path: Path) -> None:
             axes.broken_barh(spans, (rank - 0.45, 0.9), facecolor=COLORS[kind], alpha=opacity, edgecolor="white")
     axes.set(
         xlim=(0, units), ylim=(num_ranks - 0.5, -0.5), yticks=range(num_ranks), xlabel="time", ylabel="rank",
-        title=f"{schedule.name}: {schedule.num_micro_batches} micro batches, {timeline.bubble():.1%} bubble",
+        title=f"{schedule.name}: {schedule.num_micro_batches} micro-batches, {timeline.bubble():.1%} bubble",
     )  # fmt: skip
     kinds = sorted({event.action.kind for row in timeline.events for event in row}, key=list(COLORS).index)
     handles = [Patch(color=COLORS[kind], label=NAMES[kind]) for kind in kinds]
@@ -107,4 +107,4 @@ def draw_png(timeline: Timeline, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120, format="png")
     except OSError as error:
-        raise UserError(f"{path}: the picture cannot be written: {error.strerror}") from None
+        raise UserError(f"{path}: the image cannot be written: {error.strerror}") from None

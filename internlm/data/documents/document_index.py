@@ -71,7 +71,7 @@ class DocumentIndex:
 
     def __init__(self, file: DocumentFile, min_length: int, count_documents: bool = False) -> None:
         self._num_documents = len(file)
-        self._ends = _cumulative(file, min_length, count_documents)
+        self._ends = _cumulative_lengths(file, min_length, count_documents)
 
     def locate(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Find the documents that cover the positions [start, stop), start < stop.
@@ -90,22 +90,24 @@ class DocumentIndex:
         return documents, starts[present].astype(np.int64)
 
 
-def _cumulative(file: DocumentFile, min_length: int, count_documents: bool) -> NDArray[np.int64]:
+def _cumulative_lengths(file: DocumentFile, min_length: int, count_documents: bool) -> NDArray[np.int64]:
     """End position of every document in shuffled order, dropped ones with length 0: int64 [documents]."""
     kind = f"{'documents' if count_documents else 'tokens'}-{min_length}-{DOCUMENT_SEED}"
     found = cached(file, kind, ".npy")
     if found is None:
-        found = store(file, kind, ".npy", lambda target: _write_cumulative(target, file, min_length, count_documents))
+        found = store(
+            file, kind, ".npy", lambda target: _write_cumulative_lengths(target, file, min_length, count_documents)
+        )
     return np.load(found, mmap_mode="r")
 
 
-def _write_cumulative(target: Path, file: DocumentFile, min_length: int, count_documents: bool) -> None:
+def _write_cumulative_lengths(target: Path, file: DocumentFile, min_length: int, count_documents: bool) -> None:
     ends = np.lib.format.open_memmap(target, mode="w+", dtype=np.int64, shape=(len(file),))
     total = 0
     for start in range(0, len(file), _BLOCK):
         stop = min(start + _BLOCK, len(file))
         counts = file.counts_of(permute(np.arange(start, stop), len(file), DOCUMENT_SEED))
-        kept = counts >= max(1, min_length)
-        ends[start:stop] = total + np.cumsum(kept if count_documents else np.where(kept, counts, 0))
+        selected = counts >= max(1, min_length)
+        ends[start:stop] = total + np.cumsum(selected if count_documents else np.where(selected, counts, 0))
         total = int(ends[stop - 1])
     ends.flush()

@@ -17,7 +17,7 @@ from internlm.utils.errors import DataError
 MAX_TOKENS = 32_000_000
 """Tokens to read over all sets; takes about a second."""
 
-MAX_TOKENS_A_DOCUMENT = 65_536
+MAX_TOKENS_PER_DOCUMENT = 65_536
 """Tokens to read at the start of each chosen document, in sets that are not read entirely."""
 
 
@@ -79,7 +79,7 @@ def _check(
     num_tokens = sum(summary.kept_tokens for summary in summaries)
     # Every `stride`-th document is read, counted over all files.
     stride = max(1, -(-num_tokens // max_tokens))
-    limit = None if stride == 1 else MAX_TOKENS_A_DOCUMENT
+    limit = None if stride == 1 else MAX_TOKENS_PER_DOCUMENT
     num_documents = num_read = 0
     has_label = False
     for path, summary in zip(paths, summaries, strict=True):

@@ -93,13 +93,13 @@ class WorkerProcesses(Generic[T]):
             # A worker closes the readers that it inherits: writing then fails once the parent has exited.
             inherited = self._readers if context.get_start_method() == "fork" else []
             process = context.Process(
-                target=_work, args=(make, arguments, worker, num_workers, writer, inherited), daemon=True
+                target=_run_worker, args=(make, arguments, worker, num_workers, writer, inherited), daemon=True
             )
             process.start()
             writer.close()
             self._processes.append(process)
         self._next_item = 0
-        # At exit, Python sends SIGTERM to child processes and joins them; these ignore SIGTERM.
+        # At exit, Python sends SIGTERM to child processes and joins them. These ignore SIGTERM, so kill them before.
         self._finalize = util.Finalize(None, _kill, args=(self._processes,), exitpriority=1)
 
     def __iter__(self) -> Iterator[T]:
@@ -137,7 +137,7 @@ def _kill(processes: list[Any]) -> None:
         process.join()
 
 
-def _work(
+def _run_worker(
     make: Callable[[Any], Any],
     arguments: Callable[[], Iterable[Any]],
     worker: int,

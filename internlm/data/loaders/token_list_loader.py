@@ -91,7 +91,7 @@ class TokenListLoader:
         slices: list[DocumentSlice] = []
         remaining = self._sample_length
         for number, document in enumerate(self._documents):
-            ids, loss_mask = self._check(number, document)
+            ids, loss_mask = self._parse(number, document)
             start = 0
             while start < len(ids):
                 size = min(remaining, len(ids) - start)
@@ -106,7 +106,8 @@ class TokenListLoader:
         if slices:
             yield slices
 
-    def _check(self, number: int, document: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _parse(self, number: int, document: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Check a document and split it into ids and loss mask."""
         signed = np.asarray(document if len(document) else np.zeros(0, dtype=np.int64))
         if signed.ndim != 1 or signed.dtype.kind not in "iu":
             raise DataError(

@@ -18,7 +18,7 @@ class DocumentSlice:
         input_ids: int64 [n].
         labels: int64 [n].
         unreadable: why the document could not be read; the slice is then padding.
-        is_truncated_answer: whether truncation at seq_len removed every label of the document.
+        is_truncated_answer: whether truncation at seq_len removed all labels of the document.
     """
 
     input_ids: NDArray[np.int64]

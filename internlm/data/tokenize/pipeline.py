@@ -35,6 +35,13 @@ _VERSION = 2
 _SHARD_BYTES = (2 << 20, 256 << 20)
 _SHARDS_PER_PROCESS = 32
 _STDIN_NAME = "stdin"
+_MANIFEST_NAMES = {
+    "version": "file version",
+    "text": "text options",
+    "ends": "bos or eos",
+    "valid": "validation options",
+}
+"""How messages call the entries of the manifest."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,9 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
             other options.
     """
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
-    before_and_after = _bos_and_eos(options, tokenizer)
+    bos, eos = _bos_and_eos(options, tokenizer)
     _check_options(options)
-    record = TokenizerRecord.of(
-        tokenizer, options.tokenizer, add_bos=bool(before_and_after[0]), add_eos=bool(before_and_after[1])
-    )
+    record = TokenizerRecord.of(tokenizer, options.tokenizer, add_bos=bool(bos), add_eos=bool(eos))
     _check_appended(options, record)
     parts = _parts_folder(options.output)
     inputs = [name for name in options.inputs if name != "-"]
@@ -122,15 +127,13 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
         "inputs": [[str(path.resolve()), format, *_stamp(path)] for path, format in files],
         "text": asdict(options.text),
         "tokenizer": record.fingerprint,
-        "ends": before_and_after,
+        "ends": [bos, eos],
         "valid": [options.valid_fraction, str(options.valid_output)],
     }
     manifest = _begin_or_continue(options, parts, manifest, shard_bytes)
     shards = plan_shards(files, options.text, manifest["shard_bytes"])
     load = partial(load_tokenizer, options.tokenizer, trust_remote_code=options.trust_remote_code)
-    tokenize_shard = ShardTokenizer(
-        load, options.text, *before_and_after, options.valid_fraction, parts, len(options.outputs)
-    )
+    tokenize_shard = ShardTokenizer(load, options.text, bos, eos, options.valid_fraction, parts, len(options.outputs))
     results: list[TokenizedShard] = []
     with TokenizeProgress(total) as progress:
         for shard, part in zip(shards, _tokenize_shards(tokenize_shard, shards, options.processes), strict=True):
@@ -247,8 +250,9 @@ def _begin_or_continue(
         # Without a finished part, as after an error in the first file, there is nothing to lose.
         starts_over = bool(changed) and not any(parts.glob("*.done"))
         if changed and not starts_over:
+            names = ", ".join(_MANIFEST_NAMES.get(key, key) for key in changed)
             raise DataError(
-                f"{parts} has parts of an interrupted run with other {', '.join(changed)}: repeat that run to finish "
+                f"{parts} has parts of an interrupted run with other {names}: repeat that run to finish "
                 "it, or discard it with --restart"
             )
         if not starts_over:

@@ -19,7 +19,7 @@ from internlm.data.tokenized_files.writer import TokenizedWriter
 
 _BATCH_CHARACTERS = 1 << 18
 """Characters of a batch of texts: enough to amortize a call, few enough to fit the caches."""
-_NO_TOKEN = "texts that give no token"
+_NO_TOKEN = "texts without a token"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Baichuan2: multi-head attention with one fused projection, output head with normalised rows."""
+"""Baichuan2: multi-head attention with one fused projection, output head with normalized rows."""
 
 from __future__ import annotations
 

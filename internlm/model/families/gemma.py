@@ -1,5 +1,7 @@
-"""Gemma: GeGLU, norms that scale by 1 + weight, embeddings times sqrt(hidden_size), tied head unless
-`tie_word_embeddings = False` (InternEvo's way: a head of its own)."""
+"""Gemma: GeGLU, norms that scale by 1 + weight, embeddings times sqrt(hidden_size), tied head.
+
+InternEvo's Gemma has a separate head: `tie_word_embeddings = False`.
+"""
 
 from __future__ import annotations
 

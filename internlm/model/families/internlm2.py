@@ -1,4 +1,4 @@
-"""InternLM2: a Llama with grouped key-value heads, fused wqkv by key-value group."""
+"""InternLM2: Llama with grouped-query attention and wqkv fused by key-value group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InternLM3: as InternLM2, with separate wq, wk, wv."""
+"""InternLM3: InternLM2 with separate wq, wk, wv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama 2 and 3: no biases, separate projections. Llama 3 brings its rope scaling in `rope_scaling`."""
+"""Llama 2 and 3: no biases, separate projections. Llama 3 sets `rope_scaling`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose layers all have a sliding window when `sliding_window` is given."""
+"""Mistral: Llama with a sliding window in all layers if `sliding_window` is given."""
 
 from __future__ import annotations
 

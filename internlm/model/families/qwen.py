@@ -1,5 +1,7 @@
-"""Qwen2 and Qwen3. Qwen2: biases on q, k and v; windows from layer `max_window_layers` on when asked for.
-Qwen3: no biases, RMSNorm of every query and key head."""
+"""Qwen2: biases on q, k and v; with `use_sliding_window`, windows from layer `max_window_layers` on.
+
+Qwen3: no biases, RMSNorm of every query and key head.
+"""
 
 from __future__ import annotations
 

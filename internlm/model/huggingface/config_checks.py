@@ -1,4 +1,4 @@
-"""Values that a config.json may have: of the right kind, and none that changes the function without being read."""
+"""Checks of a Hugging Face config.json: values have the right type, and no unread key changes the function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIZES = {
     "head_dim": 1 << 16,
     "max_position_embeddings": 1 << 40,
 }
-"""Key -> the largest value; more is a mistake, and would be slow to build."""
+"""Key -> largest accepted value; a larger one is an error, and would be slow to build."""
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "rope_theta")
 _NUMBERS = ("rms_norm_eps", "rope_theta")
 _SWITCHES = (
@@ -32,7 +32,7 @@ _SECTIONS = ("rope_scaling", "rope_parameters", "rotary")
 
 _INERT = frozenset(
     {
-        # Of the file, the library or training, not of the function.
+        # Keys of the file, the library or training, not of the function.
         *("_name_or_path", "_attn_implementation", "architectures", "auto_map", "model_type", "transformers_version"),
         *("dtype", "torch_dtype", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
         *(
@@ -45,9 +45,9 @@ _INERT = frozenset(
         ),
         *("initializer_range", "tokenizer_class", "model_max_length", "task_specific_params", "finetuning_task"),
         *("use_flash_attn", "_flash_attn_2_enabled", "unsloth_version", "unsloth_fixed", "neftune_noise_alpha"),
-        # Of tensor parallel pretraining, which gives the same up to rounding.
+        # Of tensor-parallel pretraining, which is equal up to rounding.
         "pretraining_tp",
-        # Of the tokenizer and of generation.
+        # Keys of the tokenizer and of generation.
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "prefix"),
         *("is_decoder", "add_cross_attention", "max_length", "min_length", "do_sample", "num_beams", "temperature"),
         *("top_k", "top_p", "repetition_penalty", "num_return_sequences", "max_new_tokens", "early_stopping"),
@@ -70,11 +70,11 @@ _OTHER_FUNCTIONS = (
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok"),
     *("kv_lora_rank", "q_lora_rank", "num_nextn_predict_layers", "mlp_only_layers", "vision_config", "kv_sharing"),
 )
-"""Keys of other families that make another function wherever code reads them."""
+"""Keys of other families that change the function in any code that reads them."""
 
 
 def mistakes(values: Mapping[str, Any]) -> list[str]:
-    """What is not of the kind that its key wants, one line each."""
+    """Values of the wrong type or range, one line each."""
     found = [
         f"{key} must be a whole number from 1 to {most:,}, got {values[key]!r}"
         for key, most in _SIZES.items()
@@ -105,7 +105,7 @@ def mistakes(values: Mapping[str, Any]) -> list[str]:
             found.append(f"{key} must be the name of a number format, got {values[key]!r}")
     window = values.get("sliding_window")
     if window is not None and not _is_whole(window, 1):
-        # transformers does not take 0 for none: no token would attend to any.
+        # In transformers, 0 does not mean "no window": no token would attend to any.
         found.append(f"sliding_window must be a whole number from 1, or null for no window; got {window!r}")
     if values.get("layer_types") is not None and not _is_list_of(values["layer_types"], str):
         found.append(f"layer_types must be a list of names, got {values['layer_types']!r}")
@@ -116,13 +116,14 @@ def mistakes(values: Mapping[str, Any]) -> list[str]:
 
 
 def unread(values: Mapping[str, Any], read: Collection[str]) -> tuple[list[str], list[str]]:
-    """Keys that nothing reads: those that make another function, and all others.
+    """Unread keys: those that change the function, and all others.
 
     Args:
-        read: keys that the family's class or its reader look at.
+        values: content of the config.json.
+        read: keys that the family's class or its reader uses.
 
     Returns:
-        "key = value" of each; none whose value says "off".
+        "key = value" of each key whose value does not mean "off".
     """
     other_functions, others = [], []
     for key, value in values.items():
@@ -136,7 +137,7 @@ def unread(values: Mapping[str, Any], read: Collection[str]) -> tuple[list[str],
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    """A factor of one changes nothing."""
+    """Whether the value is a factor of 1."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == 1 and not key.startswith("num_")
 
 

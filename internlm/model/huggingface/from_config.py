@@ -1,7 +1,6 @@
-"""What a Hugging Face config.json says in our words: `model_type` and the `model` section of the same function.
+"""Translates a Hugging Face config.json into the `model_type` and `model` section that compute the same function.
 
-Whatever would make it another function is refused by name. The defaults of keys that a config.json leaves out are those
-of transformers' own classes.
+Keys and values with no equivalent are refused by name. Missing keys have the defaults of transformers' classes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from internlm.utils.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_NEEDED = (
+_REQUIRED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -45,7 +44,7 @@ _OWN_KEYS = {
     "internlm3": ("bias", "qkv_bias"),
     "baichuan": ("z_loss_weight",),
 }
-"""Keys of a family's published code that its reader looks at, or that are of training."""
+"""Keys of a family's published code that its reader uses or that concern training only."""
 _KNOWN = (
     "num_key_value_heads",
     "head_dim",
@@ -62,13 +61,13 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class HfModel:
-    """A model of Hugging Face in our words.
+    """A translated Hugging Face config.
 
     Attributes:
         model_type: our family.
-        keys: of the `model` section, but for `dtype`.
-        dtype: "torch.bfloat16", ...: what the config.json names; None if it names none.
-        notices: one line each on keys that nothing reads.
+        keys: of the `model` section, except `dtype`.
+        dtype: dtype in the config.json, such as "torch.bfloat16"; None without one.
+        notices: one line for each key that has no effect.
     """
 
     model_type: str
@@ -78,14 +77,14 @@ class HfModel:
 
 
 def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
-    """Read a config.json.
+    """Translate a config.json.
 
     Args:
         values: its content.
         where: the file, for messages.
 
     Raises:
-        ConfigError: a family or feature that this package does not have, or a value of the wrong kind; names every one.
+        ConfigError: the family or a feature is not supported, or a value has the wrong type; names every problem.
     """
     kind = str(values.get("model_type", ""))
     if kind not in _READERS:
@@ -112,7 +111,7 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
         keys |= _windows(kind, config, refused)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError(f"{where}: transformers cannot read it: {error!r}") from error
-    other_functions, others = unread(values, {*type(config)().to_dict(), *_NEEDED, *_KNOWN, *_OWN_KEYS.get(kind, ())})
+    other_functions, others = unread(values, {*type(config)().to_dict(), *_REQUIRED, *_KNOWN, *_OWN_KEYS.get(kind, ())})
     refused += [f"{key}: this family's class does not read it" for key in other_functions]
     if refused:
         raise ConfigError([f"{where}: not supported: {reason}" for reason in refused])
@@ -121,22 +120,26 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
     if model_type == "LLAMA2" and keys.get("rope_scaling", {}).get("type") == "llama3":
         model_type = "LLAMA3"
     notices = [
-        f"{key} = {values[key]!r}: models are trained without dropout here" for key in values if _drops(key, values)
+        f"{key} = {values[key]!r}: ignored, as this package trains without dropout"
+        for key in values
+        if _is_dropout(key, values)
     ]
     notices += [
-        f"{key}: nothing reads it, neither here nor in transformers' class" for key in others if "drop" not in key
+        f"{key}: ignored, as neither this package nor transformers' class reads it"
+        for key in others
+        if "drop" not in key
     ]
     return HfModel(
         model_type, keys, None if dtype is None else f"torch.{str(dtype).removeprefix('torch.')}", tuple(notices)
     )
 
 
-def _drops(key: str, values: Mapping[str, Any]) -> bool:
+def _is_dropout(key: str, values: Mapping[str, Any]) -> bool:
     return key.endswith(("dropout", "pdrop", "dropout_prob")) and values[key] not in (None, 0, False)
 
 
 def _check(keys: Mapping[str, Any], where: str) -> None:
-    """Refuse values that make no model, by the names of config.json where they differ."""
+    """Refuse values that the `model` section does not accept, under their names in config.json."""
     try:
         ModelConfig.model_validate(keys)
     except ValidationError as error:
@@ -147,7 +150,7 @@ def _check(keys: Mapping[str, Any], where: str) -> None:
 
 
 def _common(config: PretrainedConfig, activation: str, refused: list[str]) -> dict[str, Any]:
-    """The keys that every family has."""
+    """The keys that all families have in common."""
     if config.hidden_act not in (activation, "swish" if activation == "silu" else activation):
         refused.append(f"hidden_act '{config.hidden_act}' (this family has '{activation}')")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -188,7 +191,7 @@ def _rope(config: PretrainedConfig, refused: list[str]) -> dict[str, Any]:
     if kind == "yarn" and values.pop("truncate", True) is not True:
         refused.append("rope_parameters.truncate")
     if kind in ("default", "linear", "dynamic"):
-        # transformers does not look at it: the pretrained length is max_position_embeddings.
+        # transformers ignores it: the pretrained length is max_position_embeddings.
         values.pop("original_max_position_embeddings", None)
     if kind == "default":
         values.pop("factor", None)
@@ -228,7 +231,7 @@ Reader = Callable[[dict[str, Any], list[str]], "tuple[str, PretrainedConfig]"]
 
 
 def _own_class(model_type: str, class_name: str) -> Reader:
-    """A family that transformers has."""
+    """The reader of a family with a class in transformers."""
 
     def read(values: dict[str, Any], refused: list[str]) -> tuple[str, PretrainedConfig]:
         import transformers
@@ -238,20 +241,22 @@ def _own_class(model_type: str, class_name: str) -> Reader:
     return read
 
 
-def _as_llama(values: Mapping[str, Any], needed: tuple[str, ...] = (), **changes: Any) -> PretrainedConfig:
-    """A family that is a Llama in function: its keys as those of transformers' Llama.
+def _as_llama(values: Mapping[str, Any], required: tuple[str, ...] = (), **changes: Any) -> PretrainedConfig:
+    """The keys of a family that computes the function of a Llama, as a config of transformers' Llama.
 
     Args:
-        needed: further keys whose default in the family's own code is not that of a Llama.
+        values: content of the config.json.
+        required: further keys whose default in the family's own code differs from that of a Llama.
+        changes: values of other keys.
     """
     import transformers
 
-    needed = _NEEDED + needed
-    missing = [key for key in needed if key not in values]
+    required = _REQUIRED + required
+    missing = [key for key in required if key not in values]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    kept = {key: values[key] for key in needed + _KNOWN if key in values}
-    return transformers.LlamaConfig.from_dict({**kept, **changes})
+    shared = {key: values[key] for key in required + _KNOWN if key in values}
+    return transformers.LlamaConfig.from_dict({**shared, **changes})
 
 
 def _internlm(values: dict[str, Any], refused: list[str]) -> tuple[str, PretrainedConfig]:
@@ -276,7 +281,7 @@ def _baichuan2(values: dict[str, Any], refused: list[str]) -> tuple[str, Pretrai
     if "max_position_embeddings" not in values:
         refused.append("ALiBi positions (Baichuan 13B, which names no max_position_embeddings)")
     if "BaiChuanForCausalLM" in (values.get("architectures") or []):
-        refused.append("Baichuan of the first generation, whose head is not normalised")
+        refused.append("Baichuan of the first generation, whose head is not normalized")
     return "BAICHUAN2", _as_llama(values)
 
 

@@ -1,5 +1,7 @@
-"""The Hugging Face config that computes the same function as an `Architecture`: transformers' own classes, and the
-config.json of families that were published with code of their own. The way back is `from_hf_config.py`."""
+"""The Hugging Face config of an `Architecture`: for transformers' classes, and for families published with their code.
+
+`from_config.py` is the inverse.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,15 @@ if TYPE_CHECKING:
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 PUBLISHED_LAYOUTS: dict[str, Layout] = {"INTERNLM2": "internlm2", "BAICHUAN2": "baichuan2"}
-"""Model types whose published checkpoints have weight names of their own; all others have transformers' names."""
+"""Model types whose published checkpoints have their own weight names; all others have transformers' names."""
 
 
 def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedConfig:
     """The config of the transformers class that computes the same function as this architecture.
 
     Args:
-        model_type: the family; INTERNLM3 gets its own class where transformers has it, which is a Llama.
+        architecture: of the model.
+        model_type: the family; "INTERNLM3" gets its own class, if this version of transformers has it.
 
     Raises:
         ConfigError: transformers has no such class.
@@ -44,7 +47,7 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
         "tie_word_embeddings": a.tie_word_embeddings,
         "rope_parameters": {"rope_theta": a.rope.base, **_rope_scaling(a)},
         "dtype": a.dtype,
-        # The classes have token ids of their own as defaults, which need not be those of this model's tokenizer.
+        # The default token ids of the classes may differ from those of this model's tokenizer.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     windows = {window for window in a.windows if window is not None}
@@ -64,7 +67,7 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
             and (gemma or a.qk_norm or bool(windows) or a.qkv_bias != a.o_bias),
             "qk_norm with bias on qkv alone": a.qk_norm and a.qkv_bias != a.o_bias,
             "a window with o_bias": bool(windows) and a.o_bias and not a.qk_norm,
-            "o_bias or mlp_bias with a hidden_size that is no multiple of the heads": (a.o_bias or a.mlp_bias)
+            "o_bias or mlp_bias with a hidden_size that is not a multiple of the heads": (a.o_bias or a.mlp_bias)
             and not (a.qk_norm or gemma or fits_llama),
         },
     )
@@ -85,7 +88,7 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
     if windows:
         raise ConfigError("transformers has no class for this model: windows in some layers and no bias on q, k, v")
     if not fits_llama:
-        # transformers' Llama refuses such sizes; its Mistral is the same without biases.
+        # transformers' Llama rejects such sizes; its Mistral is equal to a Llama without biases.
         return transformers.MistralConfig(**keys, sliding_window=None)
     if model_type == "INTERNLM3" and a.qkv_bias == a.mlp_bias and hasattr(transformers, "InternLM3Config"):
         return transformers.InternLM3Config(**keys, attention_bias=a.qkv_bias, mlp_bias=a.mlp_bias)
@@ -93,9 +96,9 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
 
 
 def transformers_config_json(architecture: Architecture, model_type: str = "") -> dict[str, Any]:
-    """The config.json of `hf_config`, with the rotary keys of transformers 4 beside those of 5.
+    """The config.json of `hf_config`, with the rotary keys of transformers 4 in addition to those of 5.
 
-    Version 4 knows no `rope_parameters`, and would silently take its default base.
+    Version 4 does not read `rope_parameters`, and would silently use its default base.
 
     Raises:
         ConfigError: transformers has no such class.
@@ -110,8 +113,8 @@ def transformers_config_json(architecture: Architecture, model_type: str = "") -
 def published_config_json(architecture: Architecture, model_type: str) -> dict[str, Any]:
     """The config.json of the family's published checkpoints.
 
-    INTERNLM, INTERNLM2 and BAICHUAN2 were published with code of their own (`auto_map` names its files, which lie
-    beside the published weights); all other families are those of transformers.
+    INTERNLM, INTERNLM2 and BAICHUAN2 were published with their own code (`auto_map` names its files, which are next to
+    the published weights); all other families have classes in transformers.
 
     Raises:
         ConfigError: the published code does not compute this model.
@@ -195,11 +198,11 @@ def _auto_map(config: str, model: str) -> dict[str, str]:
 
 def _refuse(what: str, refused: dict[str, bool]) -> None:
     if any(refused.values()):
-        raise ConfigError(f"{what}: {', '.join(reason for reason, holds in refused.items() if holds)}")
+        raise ConfigError(f"{what}: {', '.join(reason for reason, applies in refused.items() if applies)}")
 
 
 def _max_positions(a: Architecture) -> int:
-    """Of "dynamic" Hugging Face's key is the pretrained length."""
+    """Value of `max_position_embeddings`; for "dynamic" this is the pretrained length."""
     return a.rope.max_positions if a.rope.rope_type == "dynamic" else a.max_position_embeddings
 
 

@@ -1,10 +1,10 @@
-"""Weights of a `Decoder` under their Hugging Face names and layouts, and back.
+"""Translation of weights between a `Decoder` and Hugging Face names and layouts, in both directions.
 
-Three layouts: "transformers" (what the library's own classes read: separate projections, half-split rotary pairs), and
-those in which two families were published with code of their own: "internlm2" (wqkv by key-value group) and "baichuan2"
-(W_pack: rows q, k, v; the head is normalised by the code, not in the file). Every translation goes through one
-canonical form: our names, nothing fused, half-split pairs. It takes any closed set of tensors (`group_of`): all of a
-model, or one group after the other, so that no whole model need be in memory.
+There are three layouts: "transformers" (the library's own classes: separate projections, half-split rotary pairs), and
+those of two families published with their own code: "internlm2" (wqkv by key-value group) and "baichuan2" (W_pack: rows
+q, k, v; the head is normalized by the code, not in the file). Every translation goes through a canonical form: our
+names, nothing fused, half-split pairs. It takes any closed set of tensors (`group_of`), such as one group at a time, so
+the whole model need not be in memory.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ _PROJECTIONS = re.compile(r"(?<=\.attention)\.w[qkv]\.|(?<=\.feed_forward)\.w[13
 def to_hf(
     state: Mapping[str, Tensor], architecture: Architecture, layout: Layout = "transformers"
 ) -> dict[str, Tensor]:
-    """Translate a state dict of ours.
+    """Translate a state dict from our names.
 
     Args:
-        state: global (unsplit) tensors by our names.
-        architecture: of the model they belong to.
-        layout: see the module.
+        state: global (unsharded) tensors by our names.
+        architecture: of the model.
+        layout: see the module docstring.
 
     Returns:
-        The tensors under Hugging Face names; views where nothing had to move. With `norm_head` the head is exported
-        normalised, so that a plain head gives the same logits; but not for "baichuan2", whose head normalises.
+        The tensors by Hugging Face names; views if no rows move. With `norm_head` the exported head is normalized, so
+        that a plain head gives the same logits, except for "baichuan2", whose code normalizes it.
     """
     plain = _to_canonical(state, architecture)
     if architecture.norm_head and layout != "baichuan2" and "output.weight" in plain:
@@ -82,10 +82,15 @@ def to_hf(
 def from_hf(
     state: Mapping[str, Tensor], architecture: Architecture, layout: Layout = "transformers"
 ) -> dict[str, Tensor]:
-    """Translate a Hugging Face state dict to our names; the inverse of `to_hf` (but for a head that it normalised).
+    """Translate a Hugging Face state dict to our names; the inverse of `to_hf`, except for a normalized head.
+
+    Args:
+        state: full tensors by Hugging Face names.
+        architecture: of the model.
+        layout: see the module docstring.
 
     Raises:
-        CheckpointError: a name that the layout does not have, or a head that differs from the embedding it is tied to.
+        CheckpointError: the layout has no weight of a name, or a tied head differs from the embedding.
     """
     if layout == "internlm2":
         ours = {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -98,7 +103,10 @@ def from_hf(
         if architecture.tie_word_embeddings and name == "lm_head.weight":
             embedding = state.get("model.embed_tokens.weight")
             if embedding is not None and not torch.equal(tensor, embedding.to(tensor.dtype)):
-                raise CheckpointError(f"'{name}' is not the embedding, but this model has no head of its own")
+                raise CheckpointError(
+                    f"'{name}' differs from the embedding, but the head of this model is tied: set "
+                    "model.tie_word_embeddings = False"
+                )
             continue
         if layout == "baichuan2" and _PACKED in name:
             for part, rows in zip(("q_proj", "k_proj", "v_proj"), tensor.split(sizes), strict=True):
@@ -109,10 +117,12 @@ def from_hf(
 
 
 def from_plain(state: Mapping[str, Tensor], architecture: Architecture, *, interleaved: bool) -> dict[str, Tensor]:
-    """Fuse and reorder separate projections (our names, nothing fused) as `architecture` has them.
+    """Fuse and reorder separate projections as in `architecture`.
 
     Args:
-        interleaved: the rotary pairs of `state` are adjacent rows, not halves.
+        state: full tensors by our names, nothing fused.
+        architecture: of the model.
+        interleaved: whether the rotary pairs of `state` are adjacent rows instead of halves.
     """
     source = dataclasses.replace(
         architecture,
@@ -124,16 +134,16 @@ def from_plain(state: Mapping[str, Tensor], architecture: Architecture, *, inter
 
 
 def plain_shapes(shapes: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """The meta tensors of a model with nothing fused, by our names."""
+    """Meta tensors of a model (by our names) -> those of the same model with nothing fused."""
     return _to_canonical(shapes, architecture)
 
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Weights that are translated together: those of a fused projection and their parts, or one alone.
+    """Weights that are translated together: a fused projection and its parts, or a single weight.
 
     Attributes:
-        ours, theirs: name -> meta tensor (shape) on either side.
+        ours, theirs: our names and Hugging Face names -> meta tensors (shapes).
     """
 
     ours: Mapping[str, Tensor]
@@ -143,10 +153,12 @@ class WeightGroup:
 def weight_groups(
     shapes: Mapping[str, Tensor], architecture: Architecture, layout: Layout = "transformers"
 ) -> list[WeightGroup]:
-    """All weights of a model in closed groups, in the order of `shapes`: what can be translated one by one.
+    """All weights of a model in closed groups, which can be translated one at a time, in the order of `shapes`.
 
     Args:
         shapes: meta tensors by our names (the state dict of a model on the meta device).
+        architecture: of the model.
+        layout: see the module docstring.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in shapes.items():
@@ -155,12 +167,12 @@ def weight_groups(
 
 
 def group_of(name: str) -> str:
-    """The closed group of one of our names: weights are fused and split only inside of one."""
+    """The closed group of one of our names; weights are fused and split only within a group."""
     return _PROJECTIONS.sub(lambda match: ".w13." if match[0][2].isdigit() else ".wqkv.", name)
 
 
 def _rename(name: str, outer: Mapping[str, str], inner: Mapping[str, str], old: str, new: str) -> str:
-    """Translate one canonical or transformers name; `old` and `new` are what precedes `layers.` on either side."""
+    """Translate a canonical or transformers name; `old` and `new` are the prefixes of `layers.` before and after."""
     match = _LAYER.fullmatch(name.removeprefix(old))
     if match and match[2] in inner:
         return f"{new}layers.{match[1]}.{inner[match[2]]}.{match[3]}"
@@ -214,7 +226,7 @@ def _fuse_qkv(state: Mapping[str, Tensor], a: Architecture) -> dict[str, Tensor]
 
 
 def _reorder_pairs(state: Mapping[str, Tensor], a: Architecture, *, to_halves: bool) -> dict[str, Tensor]:
-    """Move the rows of q and k between adjacent pairs and halves; the heads' norms go along."""
+    """Reorder the rows of q, k and their norms between adjacent pairs and halves."""
     if not a.rope.interleaved:
         return dict(state)
     parts = (".attention.wq.", ".attention.wk.", ".attention.q_norm.", ".attention.k_norm.")

@@ -9,12 +9,12 @@ from torch import Tensor
 class KeyValueCache:
     """Preallocated keys and values of every layer; K key-value heads of dimension D.
 
-    All rows hold the same number of tokens. A forward pass appends its tokens to every layer with `update`; the decoder
-    then moves the common length on with `advance`.
+    All rows have the same number of tokens. A forward pass appends its tokens to every layer with `update`; the decoder
+    then advances the common length with `advance`.
 
     Attributes:
-        length: tokens held.
-        max_length: tokens there is room for.
+        length: number of cached tokens per row.
+        max_length: capacity per row, in tokens.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class KeyValueCache:
         """Append `[B, S, K, D]` keys and values to a layer; returns all of its `[B, length + S, K, D]` (views).
 
         Raises:
-            ValueError: there is no room for them.
+            ValueError: they exceed `max_length`.
         """
         stop = self.length + k.shape[1]
         if stop > self.max_length:
@@ -47,11 +47,11 @@ class KeyValueCache:
         return self._keys[layer, :, :stop], self._values[layer, :, :stop]
 
     def advance(self, num_tokens: int) -> None:
-        """Count the tokens that every layer has just appended."""
+        """Increase the length by the tokens that every layer has appended."""
         self.length += num_tokens
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from position `length` on."""
+        """Discard the tokens from position `length` on."""
         assert 0 <= length <= self.length
         self.length = length
 

@@ -17,12 +17,12 @@ class _Options(TypedDict):
 
 
 class InnerAttention(nn.Module):
-    """Causal softmax attention over this rank's tokens, which are all tokens of the micro batch.
+    """Causal softmax attention over all tokens of the micro-batch.
 
-    A parallel mode that splits the sequence puts a module in its place that works on a part of the tokens.
+    A parallel mode that splits the sequence replaces this module by one that works on a part of the tokens.
 
     Args:
-        window: number of keys that a query sees at most, itself included; None: all before it.
+        window: maximum number of keys that a query attends to, itself included; None: no limit.
         attention_backend, use_flash_attn: see `attention`.
     """
 
@@ -37,12 +37,13 @@ class InnerAttention(nn.Module):
         return tables
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> Tensor:
-        """Attend, after rotary embedding and norms.
+        """Compute attention.
 
         Args:
-            q: `[B, S, H, D]`.
-            k, v: `[B, T, K, D]`; T > S with cached keys.
-            varlen: documents of the packed sequence, of all ranks that share it; None: each row is one document.
+            q: `[B, S, H, D]`, after rotary embedding and norm.
+            k: `[B, T, K, D]`, likewise; T > S with cached keys.
+            v: `[B, T, K, D]`.
+            varlen: documents of the whole packed sequence, even if ranks split it; None: each row is one document.
 
         Returns:
             `[B, S, H, D]`.

@@ -1,4 +1,4 @@
-"""Normalisation layers: a weight and a call of the op."""
+"""Normalization layers: modules that hold the weight and call the op."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ explain_former_names(__name__)
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension (size `dim`); the result has the dtype of its input.
+    """RMSNorm over the last dimension; the result has the dtype of its input.
 
-    `unit_offset` (Gemma): the scale is 1 + weight, and weight starts at 0.
+    Args:
+        dim: size of the last dimension.
+        eps: added to the mean square.
+        dtype: of the weight.
+        unit_offset: scale by 1 + weight, and initialize the weight to 0 (Gemma).
+        fused_kernels: see `model.fused_kernels`.
     """
 
     def __init__(
@@ -33,7 +38,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with bias over the last dimension (size `dim`); the result has the dtype of its input."""
+    """LayerNorm with bias over the last dimension, of size `dim`; the result has the dtype of its input."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Angles of the rotary position embedding: plain, and stretched to longer contexts.
+"""Angles of the rotary position embedding, with the usual kinds of context extension.
 
-Computed from the positions of each forward pass and never stored with the model: there is no buffer to materialise,
-to move or to save.
+They are computed from the positions of each forward pass and never stored with the model, so there is no buffer to
+materialize, move or save.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ class RopeSettings:
     """Rotary embedding of a model.
 
     Attributes:
-        head_dim: channels that are turned (even).
+        head_dim: channels that are rotated (even).
         base: the longest wavelength is about 2 pi base positions.
-        rope_type: how angles are stretched beyond the trained context:
+        rope_type: how the context is extended:
             "default": not at all;
-            "linear": positions divided by factor;
-            "dynamic": a base that grows once a document is longer than `max_positions` (dynamic NTK);
-            "llama3": long wavelengths divided by factor, short ones kept, a ramp between;
-            "yarn": the same by number of turns, and warmer attention (https://arxiv.org/abs/2309.00071).
-        factor: by how much the context is stretched.
-        max_positions: positions of the pretrained context.
-        low_freq_factor, high_freq_factor: llama3: the ramp, in turns within the pretrained context.
-        beta_slow, beta_fast: yarn: the ramp, in turns within the pretrained context.
-        attention_factor: multiplies cosines and sines.
+            "linear": positions are divided by factor;
+            "dynamic": the base grows if a document is longer than `max_positions` (dynamic NTK);
+            "llama3": frequencies of long wavelengths are divided by factor, short ones unchanged, with a linear ramp
+            between;
+            "yarn": likewise, by number of rotations, with a scaled attention temperature
+            (https://arxiv.org/abs/2309.00071).
+        factor: ratio of the extended to the pretrained context.
+        max_positions: length of the pretrained context, in tokens.
+        low_freq_factor, high_freq_factor: llama3: ends of the ramp, in rotations within the pretrained context.
+        beta_slow, beta_fast: yarn: ends of the ramp, in rotations within the pretrained context.
+        attention_factor: factor on cosines and sines.
         interleaved: pairs are adjacent channels instead of halves.
-        fp32: turn in fp32 instead of in the dtype of the model.
+        fp32: rotate in fp32 instead of the dtype of the model.
     """
 
     head_dim: int
@@ -57,7 +59,7 @@ class RopeSettings:
 
     @property
     def function(self) -> dict[str, object]:
-        """What the angles follow from, by name: of the settings those that this `rope_type` reads, rounding aside."""
+        """The settings that determine the angles, by name: those that this `rope_type` uses, except rounding."""
         names = ["head_dim", "base", "rope_type", "attention_factor", "interleaved"]
         names += {
             "default": [],
@@ -70,10 +72,11 @@ class RopeSettings:
 
 
 def dynamic_frequencies(settings: RopeSettings, lengths: Tensor) -> Tensor:
-    """Radians a position for each pair of channels under dynamic NTK: fp32 `[..., D/2]` on the device of `lengths`.
+    """Radians per position for each pair of channels with dynamic NTK: fp32 `[..., D/2]` on the device of `lengths`.
 
     Args:
-        lengths: tokens of each document, `[...]`; up to `max_positions` it does not matter.
+        settings: of type "dynamic".
+        lengths: tokens of each document, `[...]`; lengths up to `max_positions` give equal frequencies.
     """
     dim = settings.head_dim
     ratio = lengths.to(torch.float64).clamp(min=settings.max_positions) / settings.max_positions
@@ -83,36 +86,36 @@ def dynamic_frequencies(settings: RopeSettings, lengths: Tensor) -> Tensor:
 
 
 def inverse_frequencies(settings: RopeSettings) -> Tensor:
-    """Radians a position for each pair of channels: fp32 `[D/2]` on CPU. For all types but "dynamic"."""
+    """Radians per position for each pair of channels: fp32 `[D/2]` on CPU. For all types except "dynamic"."""
     dim = settings.head_dim
     base = settings.base
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     plain = 1.0 / base**exponents
     if settings.rope_type == "default":
         return plain
-    stretched = plain / settings.factor
+    interpolated = plain / settings.factor
     if settings.rope_type == "linear":
-        return stretched
-    # Share of each channel pair that keeps its plain frequency, from 0 (long wavelength) to 1 (short).
+        return interpolated
+    # Weight of the plain frequency for each pair, from 0 (long wavelength) to 1 (short).
     if settings.rope_type == "llama3":
-        turns = settings.max_positions * plain / (2 * math.pi)
-        kept = (turns - settings.low_freq_factor) / (settings.high_freq_factor - settings.low_freq_factor)
+        rotations = settings.max_positions * plain / (2 * math.pi)
+        ramp = (rotations - settings.low_freq_factor) / (settings.high_freq_factor - settings.low_freq_factor)
     else:
 
-        def pair_with(turns: float) -> float:
-            """The (fractional) pair of channels that makes this many turns within the pretrained context."""
-            return dim * math.log(settings.max_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
+        def pair_with(rotations: float) -> float:
+            """The (fractional) pair of channels with this many rotations within the pretrained context."""
+            return dim * math.log(settings.max_positions / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
         low, high = math.floor(pair_with(settings.beta_fast)), math.ceil(pair_with(settings.beta_slow))
         low, high = max(low, 0), min(high, dim - 1)
         width = high - low if high != low else 0.001
-        kept = 1 - (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width
-    kept = kept.clamp(0, 1)
-    return stretched * (1 - kept) + plain * kept
+        ramp = 1 - (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width
+    ramp = ramp.clamp(0, 1)
+    return interpolated * (1 - ramp) + plain * ramp
 
 
 class RotaryEmbedding:
-    """Makes the `RotaryTables` of a forward pass. Keeps the frequencies of each device it was used on."""
+    """Computes the `RotaryTables` of a forward pass. Caches the frequencies on each device."""
 
     def __init__(self, settings: RopeSettings) -> None:
         self.settings = settings
@@ -121,16 +124,16 @@ class RotaryEmbedding:
     def tables(self, position_ids: Tensor, dtype: torch.dtype, varlen: VarlenMetadata | None = None) -> RotaryTables:
         """Cosines and sines of the positions.
 
-        "dynamic" stretches each document by its own length, whatever it is packed or padded with: that of a segment,
-        or, where a row is one document, its largest position plus 1 (padding has position 0).
+        "dynamic" depends on the length of each document, not on packing or padding: the length of a packed document;
+        or, if a row is one document, its largest position plus 1 (padding has position 0).
 
         Args:
-            position_ids: `[B, S]`.
-            dtype: dtype of the model; that of the arithmetic unless the settings ask for fp32.
+            position_ids: int64 `[B, S]`.
+            dtype: dtype of the model; the tables have it unless the settings require fp32.
             varlen: documents of a packed row.
         """
         settings = self.settings
-        # A float64 model (a reference in tests) keeps its precision.
+        # Not less precise than a float64 model (a reference in tests).
         dtype = torch.promote_types(dtype, torch.float32) if settings.fp32 else dtype
         if settings.rope_type == "dynamic":
             angles = self._dynamic_angles(position_ids, varlen)
@@ -147,14 +150,14 @@ class RotaryEmbedding:
         if varlen is None:
             frequencies = dynamic_frequencies(self.settings, position_ids.amax(dim=1, keepdim=True) + 1)
             return position_ids.unsqueeze(-1) * frequencies
-        # On the host, which knows the lengths; one copy for all of them.
+        # Computed on the host, which has the lengths; one copy for all documents.
         frequencies = dynamic_frequencies(self.settings, torch.from_numpy(np.asarray(varlen.lengths)))
-        pieces = [
-            positions.unsqueeze(-1) * own
-            for positions, own in zip(
+        angles = [
+            positions.unsqueeze(-1) * document_frequencies
+            for positions, document_frequencies in zip(
                 position_ids.split(varlen.lengths, dim=1),
                 frequencies.to(position_ids.device, non_blocking=True),
                 strict=True,
             )
         ]
-        return torch.cat(pieces, dim=1)
+        return torch.cat(angles, dim=1)

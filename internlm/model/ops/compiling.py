@@ -1,4 +1,4 @@
-"""How ops behave inside compiled blocks."""
+"""Helpers for ops inside compiled blocks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant_when_compiled(function: F) -> F:
-    """Mark a function whose result a compiled block may keep as a constant: it runs while the block is compiled.
+    """Mark a function whose result is constant in a compiled block: it runs once, during compilation.
 
-    This is `torch.compiler.assume_constant_result`, which would import the whole compiler (over a second) for its mark.
+    Equivalent to `torch.compiler.assume_constant_result`, which would import the compiler (over a second).
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,7 +1,7 @@
-"""Output head and cross entropy in one, over chunks of tokens, so that the logits never exist all at once.
+"""Fused output head and cross entropy over chunks of tokens, so that the full logits are never materialized.
 
-The gradient of a sum of token losses does not depend on what comes after it but for a factor. So it is computed in the
-forward pass, while a chunk's probabilities are at hand, and the backward pass only scales it.
+The gradient of a sum of token losses is known up to a factor before backward begins. So it is computed in the forward
+pass from a chunk's probabilities, and the backward pass only scales it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from internlm.model.ops.cpu.gemm import product, widens
+from internlm.model.ops.cpu.gemm import gemm, widens
 from internlm.model.ops.implementation_choice import Choice
 from internlm.model.ops.linear import weight_gradient
 
@@ -21,14 +21,14 @@ IGNORE_INDEX = -100
 """The label of a token that contributes no loss."""
 
 _CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once: enough for a full-speed matrix product."""
+"""Tokens per chunk: enough for a full-speed GEMM."""
 
 _CACHE_ELEMENTS = 1 << 19
-"""Logits widened to fp32 at once on CPU: 2 MiB, what a core's cache holds."""
+"""Logits converted to fp32 at once on CPU: 2 MiB, which fits into a core's cache."""
 
 
 def choice(device: torch.device) -> Choice:
-    """What `linear_cross_entropy` runs on."""
+    """The implementation of `linear_cross_entropy`."""
     return Choice("own autograd function", "chunked over tokens, gradient in the forward pass, on every device")
 
 
@@ -36,9 +36,9 @@ class LossOutput(NamedTuple):
     """Result of `linear_cross_entropy`; T tokens.
 
     Attributes:
-        loss_sum: fp32 scalar with gradient: the sum over valid tokens, label smoothing and z-loss included.
-        token_losses: fp32 `[T]` without gradient: plain negative log-likelihood, 0 at ignored tokens.
-        correct: bool `[T]`: the label has the largest logit (the first of equals); None unless asked for.
+        loss_sum: fp32 scalar with gradient: the sum over valid tokens, with label smoothing and z-loss.
+        token_losses: fp32 `[T]` without gradient: negative log-likelihood in nats, 0 at ignored tokens.
+        correct: bool `[T]`, whether the label has the largest logit (the first of equal ones); None if not requested.
     """
 
     loss_sum: Tensor
@@ -47,17 +47,17 @@ class LossOutput(NamedTuple):
 
 
 LossFunction = Callable[..., LossOutput]
-"""`(hidden [T, h], head weight [V, h], labels [T])` -> the sum of the losses of valid tokens and their details. Where a
-layout splits the vocabulary over ranks it is also given `vocab`, a `VocabShard`, and a part of the weight's rows."""
+"""`(hidden [T, h], head weight [V, h], labels [T])` -> `LossOutput`. If a layout splits the vocabulary over ranks, it
+gets only this rank's rows of the weight, and the keyword argument `vocab`, a `VocabShard`."""
 
 
 class VocabShard(Protocol):
-    """This rank's classes of a vocabulary that is split over ranks, and reductions (in place) over these ranks.
+    """This rank's token ids of a vocabulary that is split over ranks, and in-place reductions over these ranks.
 
     Attributes:
-        start: this rank's first class.
-        size: its classes: rows of its weight; further rows are padding.
-        total: V, classes of all ranks.
+        start: this rank's first token id.
+        size: number of its token ids; the remaining rows of its weight are padding.
+        total: V, size of the vocabulary.
     """
 
     start: int
@@ -89,18 +89,19 @@ def linear_cross_entropy(
         hidden: `[T, h]`.
         weight: `[V, h]`, the output head, in the dtype of hidden.
         labels: int64 `[T]` in [0, V), or `IGNORE_INDEX`.
-        label_smoothing: as in `torch.nn.functional.cross_entropy`: this share of the target is spread over all V.
-        z_loss_coeff: adds this times the squared log-partition of each valid token (PaLM, section 5).
-        chunk_tokens: tokens whose logits exist at once.
-        with_accuracy: also tell which tokens are predicted right.
-        compiled: compile what is done with a chunk's logits on GPUs. On CPU it is not worth it, as rows go through the
-            cache; and with `vocab` it is not done, as ranks communicate in between.
-        vocab: the classes of which `weight` holds the rows, when other ranks hold the others; all of these ranks call
-            with the same tokens. Two small reductions a chunk (Shoeybi et al. 2019, arXiv:1909.08053).
+        label_smoothing: fraction of the target distribution that is spread over the vocabulary, as in
+            `torch.nn.functional.cross_entropy`.
+        z_loss_coeff: factor on the squared log-partition of each valid token, added to its loss (PaLM, section 5).
+        chunk_tokens: tokens per chunk; only the logits of one chunk are in memory.
+        with_accuracy: also return which tokens are predicted correctly.
+        compiled: compile the loss of a chunk on GPUs. Ignored on CPU, where rows stay in the cache, and with `vocab`,
+            where ranks communicate in between.
+        vocab: this rank's part of the vocabulary, if it is split over ranks. All these ranks call with the same tokens.
+            Costs two small reductions per chunk (Shoeybi et al. 2019, arXiv:1909.08053).
 
     Returns:
-        `LossOutput`. Without a valid token the loss is 0 and so is every gradient. With `vocab` every rank has the same
-        losses, and the gradient of `hidden` is this rank's share of a sum over the ranks.
+        `LossOutput`. Without a valid token, the loss and every gradient are 0. With `vocab`, the losses are equal on
+        all ranks, and the gradient of `hidden` is this rank's term of a sum over the ranks.
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
     wants_grad = torch.is_grad_enabled()
@@ -126,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compiled: bool,
         vocab: VocabShard | None,
     ) -> tuple[Tensor, Tensor]:
-        """`correct`: written to when given; it takes no part in differentiation."""
+        """`correct` is an output buffer, not part of the graph."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         num_tokens = hidden.shape[0]
         grads_hidden = wants_grad and ctx.needs_input_grad[0]
@@ -137,29 +138,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if grads_weight else None
         compiled = compiled and hidden.is_cuda and vocab is None
         rows_loss = _compiled_rows_loss() if compiled else _rows_loss
-        # One buffer for all chunks: fresh memory would have to be mapped anew for each.
+        # One buffer for all chunks, as newly allocated memory would have to be mapped for each.
         buffer = hidden.new_empty(min(chunk_tokens, num_tokens), weight.shape[0])
 
         for start in range(0, num_tokens, chunk_tokens):
             tokens = slice(start, min(start + chunk_tokens, num_tokens))
-            logits = _product_into(buffer[: tokens.stop - start], hidden[tokens], weight.t())
-            # A block of rows is what a cache holds, or what one exchange between ranks serves.
+            logits = _gemm_into(buffer[: tokens.stop - start], hidden[tokens], weight.t())
+            # On CPU, a block of rows fits into the cache; with `vocab`, one reduction serves the whole chunk.
             one_block = hidden.is_cuda or vocab is not None
             rows = logits.shape[0] if one_block else max(1, _CACHE_ELEMENTS // weight.shape[0])
             for first in range(0, logits.shape[0], rows):
                 block = slice(first, first + rows)
-                place = slice(start + first, min(start + first + rows, tokens.stop))
-                objectives[place], token_losses[place] = rows_loss(
+                block_tokens = slice(start + first, min(start + first + rows, tokens.stop))
+                objectives[block_tokens], token_losses[block_tokens] = rows_loss(
                     logits[block],
-                    labels[place],
+                    labels[block_tokens],
                     label_smoothing,
                     z_loss_coeff,
                     grads_hidden or grads_weight,
-                    None if correct is None else correct[place],
+                    None if correct is None else correct[block_tokens],
                     vocab,
                 )
             if grad_hidden is not None:
-                _product_into(grad_hidden[tokens], logits, weight)
+                _gemm_into(grad_hidden[tokens], logits, weight)
             if grad_weight is not None:
                 if grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.t(), hidden[tokens])
@@ -176,16 +177,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            # Not in bf16: a factor rounded to it would scale all gradients but the head's by up to 0.4 %.
+            # Not in bf16: rounding the factor would scale all gradients except the head's by up to 0.4 %.
             grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None, None
 
 
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _gemm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`a b`, written to `out`."""
-    return out.copy_(product(a, b)) if widens(a.device, a.dtype) else torch.mm(a, b, out=out)
+    return out.copy_(gemm(a, b)) if widens(a.device, a.dtype) else torch.mm(a, b, out=out)
 
 
 def _rows_loss(
@@ -197,8 +198,10 @@ def _rows_loss(
     correct: Tensor | None,
     vocab: VocabShard | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the plain loss of each row of logits `[t, V]`. Overwrites the logits with the gradient of the summed
-    loss when `wants_grad`, and `correct` `[t]` when given."""
+    """(loss, negative log-likelihood) of each row of logits `[t, V]`.
+
+    With `wants_grad`, overwrites the logits with the gradient of the summed loss; writes `correct` `[t]` if given.
+    """
     valid = labels != IGNORE_INDEX
     targets = labels.clamp(min=0).unsqueeze(-1)
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -210,7 +213,7 @@ def _rows_loss(
         if correct is not None:
             correct.copy_(_first_largest(scores, targets, largest) & valid)
         probabilities = torch.softmax(scores, dim=-1)
-        # The most likely class has probability exp(0) / sum(exp(score - largest)); its logarithm gives the partition.
+        # The largest probability is exp(0) / sum(exp(score - largest)), whose logarithm yields the log-partition.
         log_partition = largest - probabilities.amax(-1, keepdim=True).log_()
         mean_scores = scores.mean(-1) if label_smoothing else None
     else:
@@ -245,8 +248,8 @@ def _rows_loss(
         if label_smoothing:
             gradient.sub_(label_smoothing / num_classes)
         if torch.compiler.is_compiling():
-            # Written out, it is part of the same pass.
-            gradient.add_(torch.where(_places(scores) == targets.int(), label_smoothing - 1.0, 0.0))
+            # As an elementwise operator, which the compiler fuses.
+            gradient.add_(torch.where(_class_indices(scores) == targets.int(), label_smoothing - 1.0, 0.0))
         else:
             at_target = gradient.new_full(targets.shape, label_smoothing - 1.0)
             gradient.scatter_add_(-1, targets, at_target if is_here is None else at_target.masked_fill_(~is_here, 0.0))
@@ -259,49 +262,49 @@ def _rows_loss(
 
 @functools.cache
 def _compiled_rows_loss() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Three passes over the logits instead of ten. To ask for it imports the compiler (two seconds)."""
+    """`_rows_loss` in three passes over the logits instead of ten. The first call imports the compiler (2 s)."""
     return torch.compile(_rows_loss)
 
 
 def _clear_rows(gradient: Tensor, rows: Tensor) -> None:
-    """Zeros where bool `[t]` says so. Not by a product: a row with infinite logits must give 0 as well, not NaN."""
+    """Set rows (bool `[t]`) to zero. Not by multiplication, which would turn infinite values into NaN."""
     if gradient.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Few rows, mostly none, are worth finding.
+        # Usually few rows or none, so finding them is faster than a pass over all.
         gradient.index_fill_(0, rows.nonzero().squeeze(-1), 0.0)
     else:
         gradient.masked_fill_(rows.unsqueeze(-1), 0.0)
 
 
 def _row_max(scores: Tensor) -> Tensor:
-    """The largest score of each row `[t, 1]`; minus infinity where a rank has no classes at all."""
+    """The largest score of each row `[t, 1]`; -inf on a rank whose part of the vocabulary is empty."""
     if scores.shape[-1] == 0:
         return scores.new_full((scores.shape[0], 1), -torch.inf)
     return scores.amax(-1, keepdim=True)
 
 
 def _is_first_largest_of_all(own: Tensor, labels: Tensor, largest: Tensor, vocab: VocabShard) -> Tensor:
-    """Whether the label is the first class that has the largest score over all ranks: bool `[t]`."""
+    """Whether the label is the first class with the largest score over all ranks: bool `[t]`."""
     first = labels.new_full(labels.shape, vocab.total)
     if own.shape[-1]:
-        place = own.argmax(-1, keepdim=True)
-        has_it = (own.gather(-1, place) == largest).squeeze(-1)
-        first = torch.where(has_it, place.squeeze(-1) + vocab.start, first)
+        index = own.argmax(-1, keepdim=True)
+        is_largest = (own.gather(-1, index) == largest).squeeze(-1)
+        first = torch.where(is_largest, index.squeeze(-1) + vocab.start, first)
     return vocab.min(first) == labels
 
 
-def _places(scores: Tensor) -> Tensor:
-    """The number of each class: int32 `[V]`."""
+def _class_indices(scores: Tensor) -> Tensor:
+    """The index of each class: int32 `[V]`."""
     return torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
 
 
 def _first_largest(scores: Tensor, targets: Tensor, largest: Tensor) -> Tensor:
-    """Whether the target `[t, 1]` is the first place of the largest score in its row: bool `[t]`."""
+    """Whether the target `[t, 1]` is the first class with the largest score of its row: bool `[t]`."""
     if torch.compiler.is_compiling():
-        is_before = (scores == largest) & (_places(scores) < targets.int())
+        is_before = (scores == largest) & (_class_indices(scores) < targets.int())
         return (scores.gather(-1, targets) == largest).squeeze(-1) & ~is_before.any(-1)
     if scores.is_cuda:
         return (scores.argmax(-1, keepdim=True) == targets).squeeze(-1)
-    # On CPU a maximum is vectorised and its place is not: look for the place only where others reach it, too.
+    # On CPU, `amax` is vectorized and `argmax` is not, so it is called only for rows with ties.
     hit = (scores.gather(-1, targets) == largest).squeeze(-1)
     rows = hit.nonzero().squeeze(-1)
     without_target = scores[rows].scatter_(-1, targets[rows], -torch.inf)

@@ -1,7 +1,7 @@
 """Gated activations of the feed-forward network: SwiGLU and GeGLU (https://arxiv.org/abs/2002.05202).
 
-`activation(gate) * up`. The backward pass recomputes the activation instead of saving it: it costs one
-elementwise kernel and saves a tensor as wide as the feed-forward network in every layer.
+`activation(gate) * up`. The backward pass recomputes the activation instead of saving it: this costs one elementwise
+kernel, and saves the memory of one tensor of shape `[tokens, f]` per layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Activation = Literal["silu", "gelu_tanh"]
 
 
 def choice(device: torch.device, fused_kernels: str = "auto", *, compiled: bool = False) -> Choice:
-    """What `gated_activation` runs on."""
+    """The implementation of `gated_activation`."""
     own = Choice("own autograd function", "recomputes the activation in backward, on every device")
     name = "LigerSiLUMulFunction, LigerGELUMulFunction"
     return liger.choice(device, fused_kernels, compiled=compiled, name=name, otherwise=own)
@@ -31,11 +31,11 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation, *, fused_
     Args:
         gate: `[..., f]`, the output of w1.
         up: `[..., f]`, the output of w3.
-        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU with the tanh approximation, as Gemma has it).
+        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU with the tanh approximation, as in Gemma).
         fused_kernels: the config's `model.fused_kernels`.
     """
     if torch.compiler.is_compiling():
-        # Written out, a compiler joins it with its neighbours, and decides what to compute again.
+        # As plain operators: the compiler fuses them with their neighbors, and decides what to recompute.
         return _activate(gate, activation) * up
     if liger.serves(gate, fused_kernels):
         return liger.gated_activation(gate, up, activation)

@@ -1,4 +1,4 @@
-"""The answer to "what runs?": which implementation an op uses on a device, and why."""
+"""The record of which implementation an op uses on a device, and why."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Choice(NamedTuple):
-    """The implementation that an op uses, and the reason for it."""
+    """The implementation of an op, and the reason for it; both for display."""
 
     implementation: str
     reason: str

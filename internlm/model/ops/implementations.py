@@ -1,7 +1,7 @@
 """Which implementation of each op runs on a device, and why.
 
-Each op module dispatches on what is installed and what the device can do, and its `choice` function tells what comes of
-the same facts. Nothing falls back silently: what `describe` returns is for `doctor` and the training log to print.
+Each op module dispatches on installed packages and on the device; its `choice` function reports the result for the
+same facts. No fallback is silent: `doctor` and the training log print the result of `describe`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpSettings:
-    """What of a model decides on implementations; the defaults are those of the config and of a common model.
+    """Settings of a model that the choice of implementations depends on; defaults as in the config.
 
     Attributes:
         dtype, head_dim: of queries and keys.
         attention_backend, use_flash_attn, fused_kernels: the keys of these names in the config's `model` section.
         compiled: the ops run inside compiled blocks.
-        use_float8: linear layers multiply in float8; without it, there is no such op.
+        use_float8: linear layers run their GEMMs in float8; otherwise the float8 op is left out.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -56,7 +56,7 @@ class OpSettings:
         )
 
     def attention_needs(self, device: torch.device) -> AttentionNeeds:
-        """What packed attention needs on this device."""
+        """The needs of packed attention on this device."""
         return AttentionNeeds(capability_of(device), self.dtype, self.head_dim, compiled=self.compiled)
 
 
@@ -64,7 +64,7 @@ def describe(device: torch.device | str, settings: OpSettings | None = None) -> 
     """Op name -> `Choice` for every op, on `device`.
 
     Raises:
-        ConfigError: a setting asks for what is not there or cannot serve.
+        ConfigError: a setting requires an implementation that cannot be used.
     """
     device, settings = torch.device(device), settings or OpSettings()
     kernels, compiled = settings.fused_kernels, settings.compiled
@@ -84,6 +84,6 @@ def describe(device: torch.device | str, settings: OpSettings | None = None) -> 
         "rotary": rotary.choice(device),
     }
     if compiled:
-        fused = Choice("its formula, compiled with the layer", "compiled code joins it with its neighbours")
+        fused = Choice("plain operators, compiled with the layer", "in a compiled block, fused with their neighbors")
         choices |= dict.fromkeys(("gated_activation", "layer_norm", "rms_norm", "rotary"), fused)
     return choices

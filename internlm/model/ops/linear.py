@@ -1,4 +1,4 @@
-"""Linear layers, multiplied in the number format and the layout that the CPU's matrix products are fast in."""
+"""Linear layers, with the dtype and memory layout in which the GEMMs of a CPU are fast."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from internlm.model.ops.cpu import gemm as cpu_gemm
-from internlm.model.ops.cpu.gemm import linear_product, product, widens
+from internlm.model.ops.cpu.gemm import gemm, linear_gemm, widens
 from internlm.model.ops.cpu.native import has_matrix_units, has_native_ops
 from internlm.model.ops.implementation_choice import Choice
 
-_WORTHWHILE_WIDTH = 1024
-"""Of the wider side of a weight: below, transposing costs what it gains, or products are not split over threads."""
+_MIN_TRANSPOSED_WIDTH = 1024
+"""Smallest size of a weight's wider side for which transposing pays off."""
 
 
 def choice(device: torch.device, dtype: torch.dtype) -> Choice:
-    """What `linear` and `weight_gradient` run on."""
+    """The implementation of `linear` and `weight_gradient`."""
     if device.type != "cpu":
-        return Choice("PyTorch's products", "fastest here")
+        return Choice("PyTorch's GEMMs", "fastest on this device")
     format = cpu_gemm.choice(dtype)
     if format.implementation == "fp32":
-        return Choice("PyTorch's products in fp32, block by block, rounded once", format.reason)
+        return Choice("PyTorch's GEMMs in fp32, block by block, rounded once", format.reason)
     if _transposes(device, dtype):
-        return Choice("PyTorch's products; our C++ transpose before wide weight gradients", "they are faster so")
-    return Choice("PyTorch's products", format.reason)
+        return Choice(
+            "PyTorch's GEMMs; own C++ transpose before wide weight gradients", "faster than transposed views on AMX"
+        )
+    return Choice("PyTorch's GEMMs", format.reason)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -41,34 +43,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `[..., out]`.
     """
-    if widens(x.device, x.dtype) or (_transposes(x.device, x.dtype) and max(weight.shape) >= _WORTHWHILE_WIDTH):
+    if widens(x.device, x.dtype) or (_transposes(x.device, x.dtype) and max(weight.shape) >= _MIN_TRANSPOSED_WIDTH):
         out: Tensor = _Linear.apply(x, weight, bias)
         return out
     return F.linear(x, weight, bias)
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient `[..., in]` of the input of a linear layer, given that of its output `[..., out]` and its weight
-    `[out, in]`."""
+    """Gradient of the input of a linear layer, `[..., in]`.
+
+    Args:
+        grad: gradient of the output, `[..., out]`.
+        weight: `[out, in]`.
+    """
     if widens(grad.device, grad.dtype):
-        return product(grad.flatten(0, -2), weight).unflatten(0, grad.shape[:-1])
+        return gemm(grad.flatten(0, -2), weight).unflatten(0, grad.shape[:-1])
     return grad @ weight
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient `[out, in]` of the weight of a linear layer, given that of its output `[..., out]` and its input
-    `[..., in]`."""
+    """Gradient of the weight of a linear layer, `[out, in]`.
+
+    Args:
+        grad: gradient of the output, `[..., out]`.
+        x: input, `[..., in]`.
+    """
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    if not _transposes(x.device, x.dtype) or max(grad.shape[1], x.shape[1]) < _WORTHWHILE_WIDTH:
-        return product(grad.t(), x)
-    # oneDNN multiplies at half its rate where the left factor is a transposed view. The narrower matrix is turned.
+    if not _transposes(x.device, x.dtype) or max(grad.shape[1], x.shape[1]) < _MIN_TRANSPOSED_WIDTH:
+        return gemm(grad.t(), x)
+    # oneDNN's GEMM is half as fast if its left operand is a transposed view. The narrower matrix is transposed.
     if grad.shape[1] <= x.shape[1]:
         return _transposed(grad) @ x
     return _transposed(_transposed(x) @ grad)
 
 
 def _transposes(device: torch.device, dtype: torch.dtype) -> bool:
-    # Where there is no AMX, a transposed view costs nothing.
+    # Without AMX, a transposed view costs nothing.
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
@@ -88,7 +98,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear_product(x, weight, bias)
+        return linear_gemm(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""Normalisation over the last dimension: RMSNorm (https://arxiv.org/abs/1910.07467) and LayerNorm, computed in fp32."""
+"""Normalization over the last dimension: RMSNorm (https://arxiv.org/abs/1910.07467) and LayerNorm, computed in fp32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from internlm.model.ops.implementation_choice import Choice
 
 
 def rms_norm_choice(device: torch.device, fused_kernels: str = "auto", *, compiled: bool = False) -> Choice:
-    """What `rms_norm` runs on."""
+    """The implementation of `rms_norm`."""
     return liger.choice(
         device, fused_kernels, compiled=compiled, name="LigerRMSNormFunction", otherwise=_own_rms_norm_choice(device)
     )
@@ -26,7 +26,7 @@ def _own_rms_norm_choice(device: torch.device) -> Choice:
 
 
 def layer_norm_choice(device: torch.device) -> Choice:
-    """What `layer_norm` runs on."""
+    """The implementation of `layer_norm`."""
     return Choice("torch.nn.functional.layer_norm", "a fused kernel exists on every device")
 
 
@@ -36,7 +36,7 @@ def rms_norm(
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 
     Args:
-        x: `[..., h]`, any floating dtype; the arithmetic is fp32 (or wider, when x or weight is).
+        x: `[..., h]`, any floating-point dtype; computed in fp32, or in float64 if x or weight is.
         weight: `[h]`.
         eps: added to the mean square.
         unit_offset: scale by `1 + weight` (Gemma).
@@ -47,7 +47,7 @@ def rms_norm(
     """
     dtype = _compute_dtype(x, weight)
     if torch.compiler.is_compiling():
-        # Written out, a compiler joins it with its neighbours.
+        # As plain operators, which the compiler fuses with their neighbors.
         wide = x.to(dtype)
         wide_weight = weight.to(dtype) + 1 if unit_offset else weight.to(dtype)
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * wide_weight).to(x.dtype)
@@ -63,8 +63,8 @@ def rms_norm(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm over the last dimension; arguments and result as for `rms_norm`, and a bias `[h]`."""
-    # PyTorch's kernel for 16 bits on CPU also sums the gradients of weight and bias over tokens in 16 bits.
+    """LayerNorm over the last dimension; arguments and result as for `rms_norm`, with a bias `[h]`."""
+    # PyTorch's 16-bit CPU kernel also sums the gradients of weight and bias over tokens in 16 bits.
     sums_in_16_bits = x.device.type == "cpu" and x.dtype.itemsize == 2
     if x.dtype == weight.dtype and not sums_in_16_bits:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
@@ -78,8 +78,11 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Saves the input and one number a row. With t = grad * x * rstd, both reductions of the backward pass (over rows
-    for the weight, over columns for the input) are matrix-vector products with t."""
+    """RMSNorm that saves the input and one number per row for backward.
+
+    With t = grad * x * rstd, the weight's gradient is the sum of t over rows, and the input's needs the matrix-vector
+    product of t with the scale.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
@@ -88,7 +91,7 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype).square_().div_(rows.shape[-1])
         rstd = mean_square.add_(eps).rsqrt_()
         scale = weight.to(dtype) + 1 if unit_offset else weight.to(dtype)
-        # Not a view of `rows`: FSDP warns of outputs that are views.
+        # Not a view of `rows`: FSDP warns about outputs that are views.
         out = torch.mul(x, rstd.view(*x.shape[:-1], 1)).mul_(scale)
         ctx.save_for_backward(x, weight, rstd)
         ctx.unit_offset = unit_offset

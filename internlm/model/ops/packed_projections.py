@@ -1,6 +1,6 @@
-"""Separate outputs of a projection whose weight packs the rows of several.
+"""Splits the output of a fused projection into the outputs of its parts.
 
-Slicing would do; but autograd would then fill one zero tensor of the packed width for each slice and add them up.
+With plain slices, autograd would fill a zero tensor of the full width for each slice, and sum them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def unpack_query_key_value(packed: Tensor, group_size: int, head_dim: int) -> tu
         head_dim: D.
 
     Returns:
-        q `[..., K g D]`, k `[..., K D]` and v `[..., K D]`, contiguous: none keeps the packed tensor alive.
+        q `[..., K g D]`, k `[..., K D]` and v `[..., K D]`, contiguous, so that none keeps the packed tensor alive.
     """
     groups = packed.unflatten(-1, (-1, group_size + 2, head_dim))
     if torch.compiler.is_compiling():
@@ -30,7 +30,7 @@ def unpack_query_key_value(packed: Tensor, group_size: int, head_dim: int) -> tu
 
 
 def unpack_gate_up(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and up projection `[..., f]` of the packed `[..., 2 f]`, gate first: two views."""
+    """Gate and up projection, `[..., f]` each, as views of `[..., 2 f]`, gate first."""
     if torch.compiler.is_compiling():
         gate, up = packed.chunk(2, dim=-1)
     else:
@@ -47,7 +47,7 @@ class _UnpackQueryKeyValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.shape = groups.shape
-        # With one key-value head, flattening gives views.
+        # With one key-value head, flattening returns views.
         q, k, v = (part.contiguous() for part in _split_groups(groups))
         return q, k, v
 

@@ -1,8 +1,8 @@
-"""Every op as its formula in plain PyTorch: what the implementations are compared with, and a last resort.
+"""Reference implementations: the formula of every op in plain PyTorch.
 
-On any device, in any dtype; nothing is fused, padded or recomputed, and all but the rounding to float8 is
-differentiable by autograd alone. In float64 these are the truth that tests, `internlm doctor` and the checks on a GPU
-measure errors against; in 16 bits they show what error plain code has. Shapes and meanings are those of the ops.
+They run on any device in any dtype. Nothing is fused, padded or recomputed, and everything except the rounding to
+float8 is differentiable by autograd alone. In float64 they are the ground truth of tests, `internlm doctor` and the
+checks on a GPU; in 16 bits they show the error of plain code. Arguments and results are those of the ops.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention through one mask over all scores; memory grows with S x T.
+    """Causal attention with one mask over all scores; memory grows with S x T.
 
     Args:
         q: `[B, S, H, D]`.
         k, v: `[B, T, K, D]`, T >= S; the queries are the last S positions.
         cu_seqlens: `[n + 1]`, bounds of the documents of a packed row (T = S); None: each row is one document.
-        window: keys that a query sees at most, itself included.
-        scale: factor of the scores; None: 1 / sqrt(D).
+        window: maximum number of keys that a query attends to, itself included; None: no limit.
+        scale: factor on the scores; None: 1 / sqrt(D).
     """
     return _weighted_values(_scores(q, k, cu_seqlens, window, scale), v)
 
@@ -50,13 +50,13 @@ def attention_with_lse(
     window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, and the logarithm of the sum of the exponentials of each query's scores, `[B, S, H]`."""
+    """`attention`, and the log-sum-exp of each query's scores, `[B, S, H]`."""
     scores = _scores(q, k, cu_seqlens, window, scale)
     return _weighted_values(scores, v), scores.logsumexp(-1).flatten(1, 2).transpose(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float | None) -> Tensor:
-    """`[B, K, H / K, S, T]`, -inf where a query does not see a key."""
+    """`[B, K, H / K, S, T]`, -inf where a key is masked."""
     num_queries, num_keys = q.shape[1], k.shape[1]
     keys = torch.arange(num_keys, device=q.device)
     distance = keys[num_keys - num_queries :, None] - keys
@@ -77,20 +77,20 @@ def _weighted_values(scores: Tensor, v: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps)` times `weight`, or `1 + weight`."""
+    """`x / sqrt(mean(x^2) + eps) * weight`; with `unit_offset`, `1 + weight` instead of `weight`."""
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return normed * (1 + weight if unit_offset else weight)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """`(x - mean) / sqrt(variance + eps) * weight + bias`."""
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight
+    centered = x - x.mean(-1, keepdim=True)
+    scaled = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps) * weight
     return scaled if bias is None else scaled + bias
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """`silu(gate) * up`, or with the tanh approximation of GELU."""
+    """`silu(gate) * up`, or `gelu(gate) * up` with the tanh approximation."""
     if activation == "silu":
         return gate * torch.sigmoid(gate) * up
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate.pow(3))
@@ -98,42 +98,43 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def rotary(x: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:
-    """`x` `[B, S, N, D]` with its pairs turned by `angles` `[B, S, D/2]`, as a two-by-two rotation."""
+    """`x` `[B, S, N, D]` with its pairs rotated by `angles` `[B, S, D/2]`."""
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     cos, sin = angles.cos().unsqueeze(2).to(x.dtype), angles.sin().unsqueeze(2).to(x.dtype)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, z_loss_coeff: float = 0.0
 ) -> Tensor:
-    """The sum over valid tokens, from whole logits."""
+    """Sum of the losses of valid tokens, from full logits."""
     logits = hidden @ weight.t()
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORE_INDEX)
     return loss + z_loss_coeff * logits.logsumexp(-1)[labels != IGNORE_INDEX].square().sum()
 
 
 def float8_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight^T` of both rounded to e4m3; in the gradients the output's gradient is rounded to e5m2."""
+    """`x @ weight^T`, both rounded to e4m3; in backward, the gradient of the output is rounded to e5m2."""
     result: Tensor = _RoundedLinear.apply(x, weight)
     return result
 
 
 def rounded_to_float8(x: Tensor, format: torch.dtype) -> Tensor:
-    """The nearest numbers of a float8 format, times the smallest power of two with which the largest of x fits.
+    """Round to a float8 format, scaled by the smallest power of two with which the largest value does not overflow.
 
-    In the dtype of x, which holds them exactly; computed in float64, in which each step is exact.
+    Computed in float64, where each step is exact. The result has the dtype of x, which represents it exactly.
 
     Args:
         x: not all zero.
+        format: a float8 dtype.
     """
     limits, wide = torch.finfo(format), x.double()
     scale = 2.0 ** math.ceil(math.log2(wide.abs().max().item() / limits.max))
     scaled = wide / scale
-    # Twice the power of two at or below the number.
+    # Twice the largest power of two that does not exceed the number.
     above = torch.where(scaled == 0, 0.0, scaled / torch.frexp(scaled).mantissa)
-    # The smallest numbers are as far apart as those above the smallest power.
+    # Subnormal numbers have the spacing of the smallest normal ones.
     step = (above / 2).clamp(min=limits.smallest_normal) * 2.0 ** -_FRACTION_BITS[format]
     return ((scaled / step).round() * step * scale).to(x.dtype)
 

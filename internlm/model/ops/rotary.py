@@ -1,7 +1,7 @@
-"""Rotary position embedding (https://arxiv.org/abs/2104.09864): turning pairs of channels by position-dependent angles.
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864): rotates pairs of channels by position-dependent angles.
 
-A pair is channels (i, i + D/2) in the half-split layout, (2i, 2i + 1) in the interleaved one. The angles come from
-`internlm/model/modules/rotary.py`; this module only turns.
+A pair is channels (i, i + D/2) in the half-split layout, (2i, 2i + 1) in the interleaved one. The angles are computed
+in `internlm/model/modules/rotary.py`.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from internlm.model.ops.implementation_choice import Choice
 
 
 def choice(device: torch.device) -> Choice:
-    """What `apply_rotary` runs on."""
-    return Choice("own autograd function", "turns back by the same tables in backward; keeps no activations")
+    """The implementation of `apply_rotary`."""
+    return Choice("own autograd function", "backward rotates by the same tables, so no activations are saved")
 
 
 _CHUNK_ELEMENTS = 1 << 17
-"""Elements turned at once on CPU: their fp32 copies stay in the cache."""
+"""Elements rotated at once on CPU, so that their fp32 copies stay in the cache."""
 
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """Cosines and sines of one forward pass, shared by its layers.
+    """Cosines and sines of one forward pass, shared by all layers.
 
-    A turned vector is `x * cos + partner(x) * sin`, where the partner of a channel is the other one of its pair and
-    `sin` carries the sign: minus for the first of a pair.
+    A rotated vector is `x * cos + partner(x) * sin`, where the partner of a channel is the other channel of its pair,
+    and `sin` includes the sign: minus for the first of a pair.
 
     Attributes:
-        cos, sin: `[B, S, 1, D]`; their dtype is the dtype of the arithmetic (fp32, or that of the model).
-        interleaved: which channels make a pair.
+        cos, sin: `[B, S, 1, D]`; the rotation is computed in their dtype (fp32, or that of the model).
+        interleaved: whether a pair is two adjacent channels.
     """
 
     cos: Tensor
@@ -52,9 +52,9 @@ class RotaryTables:
 
 
 def apply_rotary(x: Tensor, tables: RotaryTables) -> Tensor:
-    """Turn `x` `[B, S, N, D]`; the result has its dtype and is contiguous."""
+    """Rotate `x` `[B, S, N, D]`; the result has its dtype and is contiguous."""
     if torch.compiler.is_compiling():
-        # Written out, a compiler joins it with its neighbours.
+        # As plain operators, which the compiler fuses with their neighbors.
         wide = x.to(torch.promote_types(tables.cos.dtype, x.dtype))
         return (wide * tables.cos + _partners(wide, tables.interleaved) * tables.sin).to(x.dtype)
     result: Tensor = _Rotate.apply(x, tables.cos, tables.sin, tables.interleaved)
@@ -62,7 +62,7 @@ def apply_rotary(x: Tensor, tables: RotaryTables) -> Tensor:
 
 
 def _partners(x: Tensor, interleaved: bool) -> Tensor:
-    """x with the channels of each pair exchanged."""
+    """x with the channels of each pair swapped."""
     if interleaved:
         return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     first, second = x.chunk(2, dim=-1)
@@ -70,7 +70,7 @@ def _partners(x: Tensor, interleaved: bool) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor, sign: int = 1) -> None:
-    """Write x, turned by `sign` times the angles, to `out`; both are `[B, S, N, D]`, of any strides."""
+    """Write x, rotated by `sign` times the angles, to `out`; both are `[B, S, N, D]`, of any strides."""
     dtype = torch.promote_types(cos.dtype, x.dtype)
     batch, length = x.shape[:2]
     if x.device.type != "cpu":
@@ -80,10 +80,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor,
     step = max(1, _CHUNK_ELEMENTS // (x.shape[2] * x.shape[3]))
     for row in range(batch):
         for start in range(0, length, step):
-            place = (row, slice(start, start + step))
-            wide = x[place].to(dtype)
-            turned = torch.mul(wide, cos[place])
-            out[place] = turned.addcmul_(_partners(wide, interleaved), sin[place], value=sign)
+            index = (row, slice(start, start + step))
+            wide = x[index].to(dtype)
+            rotated = torch.mul(wide, cos[index])
+            out[index] = rotated.addcmul_(_partners(wide, interleaved), sin[index], value=sign)
 
 
 class _Rotate(torch.autograd.Function):

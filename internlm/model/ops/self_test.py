@@ -1,9 +1,9 @@
-"""Every op against its formula: forward and backward, on tensors small enough to take no time.
+"""Compares every op with its reference implementation, forward and backward, on small tensors.
 
-`internlm doctor` runs these cases on the machine at hand, `tests/cuda` with more shapes. The truth is the formula in
-float64 on the same, already rounded, inputs. What an implementation in a 16-bit type may be off by follows from what
-the plain formula in that type is off by: it rounds as often as any implementation, or more often. Where the result is a
-number of that type, as of rounding to float8, it must be that number.
+`internlm doctor` runs these cases on the current machine, `tests/cuda` with more shapes. The ground truth is the
+reference in float64 on the same, already rounded, inputs. The tolerance of an implementation in a 16-bit dtype follows
+from the error of the reference in that dtype, which rounds at least as often. If the result is exactly representable,
+such as a rounding to float8, it must be exact.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from internlm.model.ops.norm import layer_norm, rms_norm
 from internlm.model.ops.rotary import RotaryTables, apply_rotary
 
 LENGTHS = (37, 0, 1, 90)
-"""Documents of a packed row: an empty one, one of a single token, none a multiple of a kernel's tile."""
+"""Lengths of the documents of a packed row: one is 0, one is 1, none is a multiple of a kernel's tile."""
 
 _EPS = 1e-5
 
@@ -38,10 +38,10 @@ class OpCase:
     """One op on one set of inputs.
 
     Attributes:
-        op, name: what is compared.
-        run, formula: inputs -> result or results.
+        op, name: the op and a description of the case.
+        run, formula: implementation and reference: inputs -> result or results.
         shapes: of the inputs, which are normally distributed.
-        is_exact: no rounding to the dtype excuses a difference.
+        is_exact: the results must be equal.
     """
 
     op: str
@@ -54,7 +54,7 @@ class OpCase:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case went; `problem` is None when the op is right."""
+    """The outcome of a case; `problem` is None if the op is correct."""
 
     op: str
     name: str
@@ -63,9 +63,9 @@ class Outcome:
 
 
 def self_tests(device: torch.device, settings: OpSettings | None = None) -> Iterator[Outcome]:
-    """Judge every op, and every backend of attention that can be used, on `device` in the model's dtype and in fp32.
+    """Test every op, and every usable attention backend, on `device` in the model's dtype and in fp32.
 
-    Float8 goes with bf16 alone, and with settings that have it.
+    The float8 op is tested in bf16 only, and only if the settings use it.
     """
     settings = settings or OpSettings()
     for dtype in dict.fromkeys((settings.dtype, torch.float32)):
@@ -84,10 +84,15 @@ def attention_cases(
     heads: tuple[int, int] = (6, 2),
     windows: Sequence[int | None] = (None, 33),
 ) -> Iterator[OpCase]:
-    """Packed documents and rows, with and without a window, by every backend that can be used.
+    """Packed documents and rows of equal length, with and without a window, for every usable backend.
 
     Args:
-        heads: query heads and key-value heads.
+        device: of the tensors.
+        settings: head dimension and kernels.
+        dtype: of queries, keys and values.
+        lengths: of the documents.
+        heads: numbers of query heads and key-value heads.
+        windows: see `attention`.
     """
     backends = ["auto"]
     if device.type == "cuda":
@@ -151,29 +156,30 @@ def other_cases(
         )
     yield from _linear_cases(tokens, width)
     yield from _rotary_cases(device, settings.head_dim, tokens)
-    # Logits grow with the width, and fp16 ends at 65,504.
+    # Logits grow with the width, and the largest fp16 number is 65,504.
     yield from _loss_cases(device, min(width, 64))
 
 
 def _linear_cases(tokens: tuple[int, int], width: int) -> Iterator[OpCase]:
-    # On a CPU the weight gradient of wide layers is computed in one of two ways, that of others in a third.
+    # On a CPU, the weight gradient of wide layers is computed in one of two ways, that of other layers in a third.
     for name, shape in (("narrow", (width, 30)), ("wider than its input", (1030, width)), ("narrower", (width, 1030))):
         formula = torch.nn.functional.linear
         yield OpCase("linear", name, linear, formula, ((*tokens, shape[1]), shape, shape[:1]))
 
 
 def float8_cases(device: torch.device, tokens: int = 48, inputs: int = 64, outputs: int = 32) -> Iterator[OpCase]:
-    """The three products of a linear layer in float8, of numbers rounded by their definition; and the rounding alone.
+    """The three GEMMs of a float8 linear layer, with operands rounded by definition; and the rounding alone.
 
     Args:
+        device: of the tensors.
         tokens, inputs, outputs: multiples of `float8.MULTIPLE`.
     """
     yield OpCase(
-        "float8_linear", "products", float8_linear, reference.float8_linear, ((2, tokens, inputs), (outputs, inputs))
+        "float8_linear", "GEMMs", float8_linear, reference.float8_linear, ((2, tokens, inputs), (outputs, inputs))
     )
-    # A product with ones on the diagonal is the other operand, rounded; and so are the gradients.
+    # A GEMM with the identity returns the other operand, rounded; so do the gradients.
     ones = torch.eye(inputs, device=device)
-    # From the largest number of the formats, e4m3 with 18 powers of two and e5m2 with 32, to what is rounded to zero.
+    # From the largest number to those that round to zero: e4m3 spans 18 powers of two, e5m2 32.
     sizes = torch.exp2(-(torch.arange(inputs, device=device) % 36).float())
 
     def both(linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +198,7 @@ def float8_cases(device: torch.device, tokens: int = 48, inputs: int = 64, outpu
 
 def _rotary_cases(device: torch.device, head_dim: int, tokens: tuple[int, int]) -> Iterator[OpCase]:
     generator = torch.Generator().manual_seed(0)
-    # The angles of a model are exact in fp32, and so they are here: they are no source of errors.
+    # The angles are in fp32 in every case, as in a model, so they cause no error.
     angles = torch.randn(*tokens, head_dim // 2, generator=generator).to(device)
     for interleaved in (False, True):
         tables = RotaryTables.of(angles, interleaved, torch.float32)
@@ -222,8 +228,14 @@ def _loss_cases(device: torch.device, width: int, tokens: int = 37, vocab: int =
 
 
 def judge(case: OpCase, device: torch.device, dtype: torch.dtype, seed: int = 0) -> str | None:
-    """None when results and gradients are right within the rounding of `dtype`; else what is wrong, also when the op
-    raises."""
+    """The problem of a case, including an exception of the op; None if results and gradients are within tolerance.
+
+    Args:
+        case: what to compare.
+        device: of the tensors.
+        dtype: of the inputs.
+        seed: of the random inputs and output gradients.
+    """
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in case.shapes]
     exact = _results(case.formula, [x.double() for x in inputs], dtype, seed)
@@ -235,37 +247,40 @@ def judge(case: OpCase, device: torch.device, dtype: torch.dtype, seed: int = 0)
     if len(ours) != len(exact):
         return f"{len(ours)} results and gradients instead of {len(exact)}"
     num_results = len(exact) - len(inputs)
-    for number, (mine, truth, rough) in enumerate(zip(ours, exact, plain, strict=True)):
+    for number, (value, truth, rounded) in enumerate(zip(ours, exact, plain, strict=True)):
         what = "the result" if number < num_results else f"the gradient of input {number - num_results + 1}"
-        if mine.shape != truth.shape:
-            return f"{what} is {list(mine.shape)} instead of {list(truth.shape)}"
-        distance = _relative_error(mine, truth)
-        allowed = 0.0 if case.is_exact else 4 * _relative_error(rough, truth) + torch.finfo(dtype).eps
-        # Not `distance > allowed`: NaN is an error too.
-        if not distance <= allowed:
-            return f"{what} is off by {distance:.1e} of its size; rounding explains {allowed:.1e}"
+        if value.shape != truth.shape:
+            return f"{what} has shape {list(value.shape)} instead of {list(truth.shape)}"
+        deviation = _relative_error(value, truth)
+        tolerance = 0.0 if case.is_exact else 4 * _relative_error(rounded, truth) + torch.finfo(dtype).eps
+        # Not `deviation > tolerance`: NaN is an error too.
+        if not deviation <= tolerance:
+            return f"{what} has a relative error of {deviation:.1e}, above the tolerance of {tolerance:.1e}"
     return None
 
 
 def _results(
     function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], dtype: torch.dtype, seed: int
 ) -> list[Tensor]:
-    """Results and gradients of all inputs, for one random gradient of the results, of the values of `dtype`."""
+    """Results, and gradients of all inputs for a random gradient of the results, rounded to `dtype`."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     results = (out,) if isinstance(out, Tensor) else out
     generator = torch.Generator().manual_seed(seed + 1)
     grads = []
     for result in results:
-        # The gradient of a loss is a whole number, as good in any dtype.
+        # The gradient of a scalar is 1, which is exact in any dtype.
         grad = torch.randn(result.shape, generator=generator).to(dtype) if result.dim() else torch.ones(())
         grads.append(grad.to(result.device, result.dtype))
     return [*(result.detach() for result in results), *torch.autograd.grad(results, leaves, grads)]
 
 
 def _relative_error(value: Tensor, truth: Tensor) -> float:
-    """The error's size over that of the truth. Where the truth is zero (the gradient of queries that see a single key),
-    over four a number: all inputs are of size one, and zero comes of a difference of two terms that are rounded."""
-    one_a_number = max(truth.numel(), 1) ** 0.5
-    size = truth.norm().item()
-    return (value.double() - truth).norm().item() / (size if size > 1e-9 * one_a_number else 4 * one_a_number)
+    """Norm of the error, relative to the norm of the truth.
+
+    If the truth is zero (the gradient of queries that attend to a single key), relative to 4 per element: inputs are of
+    order one, and zero is the difference of two rounded terms.
+    """
+    norm_of_ones = max(truth.numel(), 1) ** 0.5
+    norm = truth.norm().item()
+    return (value.double() - truth).norm().item() / (norm if norm > 1e-9 * norm_of_ones else 4 * norm_of_ones)

@@ -126,7 +126,7 @@ def refuse() -> str:
 
 def test_a_model_that_cannot_be_cut_is_refused(ranks: Callable[[int], RankPool]) -> None:
     for message in ranks(2).run(refuse):
-        assert "2 stages: Linear cannot be cut, as it has no keep_stage" in message
+        assert "2 stages: Linear cannot be cut, as it lacks keep_stage" in message
 
 
 def test_without_a_pipeline_any_model_will_do() -> None:

@@ -111,7 +111,9 @@ def test_projections_are_grouped_and_names_of_weights_do_not_tell() -> None:
 
 def test_attention_without_an_inner_attention_is_refused_where_tokens_are_split(ranks: Any) -> None:
     assert (
-        ranks(2).run(refusal)[0].startswith("attention 'layers.0.attention' gets a part of each sequence in mode isp")
+        ranks(2)
+        .run(refusal)[0]
+        .startswith("attention 'layers.0.attention' has only a part of each sequence in mode isp")
     )
 
 

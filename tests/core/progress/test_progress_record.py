@@ -11,13 +11,13 @@ def test_steps_activities_and_phases() -> None:
     progress = Progress()
     assert str(progress) == "start"
     progress.begin_step(3)
-    progress.mark("forward of micro batch 1")
-    assert str(progress) == "forward of micro batch 1, step 3"
+    progress.mark("forward of micro-batch 1")
+    assert str(progress) == "forward of micro-batch 1, step 3"
     began = progress.began
     with progress.announce("evaluation of 'wiki'"):
         assert str(progress) == "evaluation of 'wiki', step 3"
-        progress.mark("forward of micro batch 0")
-        assert str(progress) == "evaluation of 'wiki', forward of micro batch 0, step 3"
+        progress.mark("forward of micro-batch 0")
+        assert str(progress) == "evaluation of 'wiki', forward of micro-batch 0, step 3"
     assert progress.activity == ""
     # What the activity took does not count in the time of the step.
     assert progress.began > began

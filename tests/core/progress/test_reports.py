@@ -1,4 +1,4 @@
-"""Whom the others wait for, and what is known of a rank that is not heard of."""
+"""The rank that the others wait for, and what is known of a silent rank."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_a_rank_that_sends_nothing_is_silent_once_it_was_looked_for() -> None:
     wait_until(lambda: reader.is_silent(2))
     assert not reader.is_silent(1)
     assert not reader.is_silent(3)  # nobody looked
-    heard = reader.heard[1].report
-    assert heard is not None and heard.phase == "start" and heard.pid == os.getpid()
+    report = reader.received[1].report
+    assert report is not None and report.phase == "start" and report.pid == os.getpid()
     there.stop()
     wait_until(lambda: reader.is_silent(1))
     reader.stop()

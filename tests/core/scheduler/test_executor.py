@@ -70,16 +70,16 @@ def phases_of(schedule: PipelineSchedule, chunks: Chunks) -> list[str]:
 def test_phases_name_what_was_being_done() -> None:
     phases = phases_of(make_schedule("1F1B", 1, 1, 2), Chunks(2))
     assert phases == [
-        "forward of micro batch 0, chunk 0",
-        "receive activation of micro batch 0, chunk 1",
-        "forward of micro batch 0, chunk 1",
-        "backward of micro batch 0, chunk 1",
-        "receive gradient of micro batch 0, chunk 0",
-        "backward of micro batch 0, chunk 0",
+        "forward of micro-batch 0, chunk 0",
+        "receive activation of micro-batch 0, chunk 1",
+        "forward of micro-batch 0, chunk 1",
+        "backward of micro-batch 0, chunk 1",
+        "receive gradient of micro-batch 0, chunk 0",
+        "backward of micro-batch 0, chunk 0",
     ]
     assert phases_of(make_schedule("1F1B", 1, 1), Chunks(1)) == [
-        "forward of micro batch 0",
-        "backward of micro batch 0",
+        "forward of micro-batch 0",
+        "backward of micro-batch 0",
     ]
 
 

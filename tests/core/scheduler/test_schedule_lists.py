@@ -212,9 +212,9 @@ def test_lists_are_those_of_torch(p: int, name: str, mode: str, c: int) -> None:
 
 
 def test_the_most_activations_that_a_rank_keeps() -> None:
-    assert make_schedule("1F1B", 1, 5).max_alive == 1
-    assert make_schedule("1F1B", 4, 8).max_alive == 4
-    assert make_schedule("1F1B", 4, 2).max_alive == 2
+    assert make_schedule("1F1B", 1, 5).max_in_flight == 1
+    assert make_schedule("1F1B", 4, 8).max_in_flight == 4
+    assert make_schedule("1F1B", 4, 2).max_in_flight == 2
     # Megatron-LM's count for the first of 4 ranks with 2 chunks: 2 (p - 1) + p in the warm-up, and the one at work.
-    assert make_schedule("1F1B", 4, 8, 2).max_alive == 2 * 3 + 4 + 1
-    assert make_schedule("ZBV", 4, 8, 2).max_alive == 8
+    assert make_schedule("1F1B", 4, 8, 2).max_in_flight == 2 * 3 + 4 + 1
+    assert make_schedule("ZBV", 4, 8, 2).max_in_flight == 8

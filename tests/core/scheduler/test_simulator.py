@@ -45,11 +45,11 @@ def test_input_gradients_travel_before_weight_gradients_are_there() -> None:
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ("F0 F1 B0", r"rank 0 does F, B, I, W \[1, 0, 0, 0\] times for micro batch 1"),
-        ("F0 F1 B0 B1 B1", r"\[1, 2, 0, 0\] times for micro batch 1"),
+        ("F0 F1 B0", r"rank 0 has F, B, I, W \[1, 0, 0, 0\] times for micro-batch 1"),
+        ("F0 F1 B0 B1 B1", r"\[1, 2, 0, 0\] times for micro-batch 1"),
         ("F0 F1 B0 I1", r"\[1, 0, 1, 0\]"),
         ("F0 F1 B0 B1 W1", r"\[1, 1, 0, 1\]"),
-        ("B0 F0 F1 B1", "no rank can go on; rank 0 waits at action 0, B0; rank 1 waits at action 0, F0"),
+        ("B0 F0 F1 B1", "deadlock; rank 0 waits at action 0, B0; rank 1 waits at action 0, F0"),
         ("F0 F1 W0 I0 B1", "rank 0 waits at action 2, W0"),
     ],
 )
@@ -102,11 +102,11 @@ def test_communication_that_does_not_fit_is_refused() -> None:
 
     posts = [a for a in last if a.kind is ActionKind.RECV_ACTIVATION]
     swapped = (*reversed(posts), *(a for a in last if a not in posts))
-    with pytest.raises(ScheduleError, match=r"rank 1 posts .*micro_batch=1.*, rank 0 sends .*micro_batch=0"):
+    with pytest.raises(ScheduleError, match=r"rank 1 receives .*micro_batch=1.*, but rank 0 sends .*micro_batch=0"):
         simulate(replace(schedule, actions=(first, swapped)))
 
     twice = (*last, posts[0])
-    with pytest.raises(ScheduleError, match="between rank 0 and 1 one side only has"):
+    with pytest.raises(ScheduleError, match="only one of ranks 0 and 1 sends or receives"):
         simulate(replace(schedule, actions=(first, twice)))
 
     early = (first[1], first[0], *first[2:])

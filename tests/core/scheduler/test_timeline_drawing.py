@@ -1,4 +1,4 @@
-"""Timelines as text and as pictures."""
+"""Timelines as text and as images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_deep_pipeline_is_shown_by_its_ends() -> None:
     assert [row.split()[:2] for row in rows] == [["rank", "0"], ["rank", "1"], [".."], ["rank", "38"], ["rank", "39"]]
 
 
-def test_a_picture_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timeline = simulate(make_schedule("DUALPIPEV", 3, 6, 2))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
@@ -48,5 +48,5 @@ def test_a_picture_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("matplotlib")
     draw_png(timeline, tmp_path / "pipeline.png")
     assert (tmp_path / "pipeline.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match=r"nowhere/pipeline.png: the picture cannot be written: No such file"):
+    with pytest.raises(UserError, match=r"nowhere/pipeline.png: the image cannot be written: No such file"):
         draw_png(timeline, tmp_path / "nowhere" / "pipeline.png")

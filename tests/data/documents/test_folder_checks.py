@@ -1,4 +1,4 @@
-"""What reading files before a run finds, and how much of them it reads."""
+"""Checks of folders before a run: what they find, and how much they read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_of_large_sets_documents_of_all_files_are_read(tmp_path: Path, monkeypat
 
 def test_of_large_sets_long_documents_are_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_checks, "MAX_TOKENS", 1000)
-    monkeypatch.setattr(folder_checks, "MAX_TOKENS_A_DOCUMENT", 50)
+    monkeypatch.setattr(folder_checks, "MAX_TOKENS_PER_DOCUMENT", 50)
     write(tmp_path / "a.bin", [[1, 2] * 1000] * 4)
     (checked,) = check_valid_folder(tmp_path, TOKENIZED, 10)
     assert (checked.num_tokens, checked.num_read) == (8000, 50)

@@ -1,4 +1,4 @@
-"""Worker processes: order, errors, and that none outlives its parent."""
+"""Prefetching: order, errors, and that no worker outlives its parent."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def test_order_and_end(num_workers):
         (killed_at_five, RuntimeError, r"data worker 1 \(pid \d+\) exited unexpectedly, exit code -9"),
     ],
 )
-def test_errors_come_in_their_turn(make, kind, message):
+def test_errors_are_raised_in_order(make, kind, message):
     workers = WorkerProcesses(make, counting, 2)
     for _ in range(5):
         next(workers)

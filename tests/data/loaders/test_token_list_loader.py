@@ -74,7 +74,7 @@ def test_endless_iterators_are_read_as_far_as_needed() -> None:
     assert next(taken) <= 2
 
 
-def test_mistakes_name_the_document() -> None:
+def test_errors_name_the_document() -> None:
     for documents, message in (
         ([[1, 2], [3, 90]], "document 1 .* token 90 at position 1 is outside the vocabulary of 90"),
         ([[1, 2], "text"], "document 1 .* is not a list of token ids but str"),

@@ -59,7 +59,7 @@ def content(micro):
 
 
 def global_batches(folder, steps, data_size, **options):
-    """[step][place in the global batch] -> content."""
+    """[step][position in the global batch] -> content."""
     loaders = [build(folder, data_rank=rank, data_size=data_size, **options) for rank in range(data_size)]
     try:
         result = []
@@ -97,7 +97,7 @@ def test_every_epoch_has_every_sample_once_in_another_order(folder):
     loader.close()
 
 
-def test_order_is_that_of_the_order_module(folder):
+def test_order_is_that_of_sample_order(folder):
     loader = build(folder, micro_num=3, data_rank=1, data_size=2)
     next(loader)
     batch = next(loader)
@@ -127,7 +127,7 @@ def test_resume_by_state_is_exact_and_prefetch_does_not_move_the_cursor(folder, 
         loader.close()
 
 
-def test_resume_with_another_number_of_ranks_goes_on_at_the_next_sample(folder):
+def test_resume_with_another_number_of_ranks_continues_with_the_next_sample(folder):
     (everything,) = global_batches(folder, 1, 1, micro_num=30)
     before = build(folder, micro_num=2, data_size=3)
     next(before)
@@ -155,7 +155,7 @@ def test_ramp_up_is_a_function_of_the_step(folder):
     resumed.close()
 
 
-def test_changed_data_is_said_when_resuming(folder, caplog, monkeypatch):
+def test_changed_data_is_logged_when_resuming(folder, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
     loader = build(folder)
     next(loader)
@@ -218,7 +218,7 @@ def damaged(folder, request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("packing", ["cut", "unpacked"])
-def test_a_bad_document_can_be_left_out_and_all_else_stays(folder, damaged, caplog, packing):
+def test_a_skipped_document_changes_no_other(folder, damaged, caplog, packing):
     root, path, number, tokens = damaged
     # With three documents a sample, the bad one is followed by others.
     micro_bsz = 3 if packing == "unpacked" else MICRO_BSZ
@@ -260,7 +260,7 @@ def test_a_skipped_batch_is_not_read(folder, damaged, num_workers):
         assert len(micro[0]) == len(read[0]) and set(micro[1]) == {-100}
 
 
-def test_answers_behind_the_cut_are_counted(tmp_path, caplog):
+def test_truncated_answers_are_counted(tmp_path, caplog):
     with TokenizedWriter(tmp_path / "a.bin") as writer:
         for prompt in (2, SEQ_LEN, 3 * SEQ_LEN):
             writer.write([-5] * prompt + [7, 8])
@@ -277,7 +277,7 @@ def test_answers_behind_the_cut_are_counted(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("packing", ["cut", "unpacked"])
-def test_documents_of_one_token_are_nothing_to_learn_from(tmp_path, packing):
+def test_folders_of_one_token_documents_are_refused(tmp_path, packing):
     with TokenizedWriter(tmp_path / "a.bin") as writer:
         for token in range(40):
             writer.write([token])
@@ -285,7 +285,7 @@ def test_documents_of_one_token_are_nothing_to_learn_from(tmp_path, packing):
         build(tmp_path, packing=packing)
 
 
-def test_no_thread_is_left_behind(folder):
+def test_close_ends_the_thread(folder):
     def threads():
         return sum(thread.name == "data-read-ahead" for thread in threading.enumerate())
 
@@ -314,7 +314,7 @@ def test_bad_arguments(folder):
 
 
 class CountingSource:
-    """A source of one's own: sample i holds the token i + 1."""
+    """A custom source: sample i has the token i + 1."""
 
     type_names = ("numbers",)
 
@@ -333,7 +333,7 @@ class CountingSource:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_source_of_ones_own_is_loaded_and_continued(num_workers):
+def test_a_custom_source_is_loaded_and_resumed(num_workers):
     def tokens(loader, count):
         return [int(micro.input_ids[0, 0]) for _ in range(count) for micro in next(loader).micro_batches]
 
@@ -347,6 +347,6 @@ def test_a_source_of_ones_own_is_loaded_and_continued(num_workers):
     resumed.close()
 
 
-def test_a_source_may_not_name_its_facts_like_the_cursor():
+def test_facts_with_names_of_the_cursor_are_refused():
     with pytest.raises(ValueError, match=r"must not name its facts \['seed', 'step'\]"):
         build_train_loader(CountingSource(step=1, seed=2), micro_num=1, seed=1)

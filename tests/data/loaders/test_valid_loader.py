@@ -1,4 +1,4 @@
-"""Valid loaders: every label exactly once, with the same context whatever the layout."""
+"""Validation loaders: every label exactly once, with the same context for any layout."""
 
 import itertools
 
@@ -103,7 +103,7 @@ def test_no_folder_means_no_sets():
     assert build_valid_loaders(None, seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100) == {}
 
 
-def test_mistakes(folder, tmp_path):
+def test_errors(folder, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         build_valid_loaders(tmp_path / "none", seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)
     with pytest.raises(DataError, match=r"no \.bin file"):

@@ -187,7 +187,7 @@ def test_dummy_samples_are_a_function_of_their_index(packing, fixed_lengths):
 # --- Mistakes in folders. ---
 
 
-def test_folder_mistakes(tmp_path):
+def test_folder_errors(tmp_path):
     with pytest.raises(DataError, match="missing: no such folder"):
         source(tmp_path / "missing", "cut")
     (tmp_path / "en").mkdir()

@@ -1,4 +1,4 @@
-"""Instruction data: what is masked, what is learned, and which record goes where."""
+"""Instruction data: masks, prompt formats, and the split of records."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ def tokenizer_path(tmp_path_factory):
 
 
 def split_documents(path, tokenizer):
-    """(masked text, learned text) of every document."""
+    """(masked text, text with loss) of every document."""
     file = TokenizedFile(path)
     found = []
     for index in range(len(file)):
@@ -144,14 +144,14 @@ def test_missing_file(tmp_path, tokenizer_path):
         tokenize_alpaca(tmp_path / "none.json", tmp_path / "out", tokenizer_path)
 
 
-# --- Nothing silent: what is left out, cut or without a label is counted and named. ---
+# --- Records that are skipped, truncated or without a label are counted and named. ---
 
 
 def tool(*arguments):
     return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
 
 
-def test_what_is_left_out_or_cannot_be_learned_is_named(tmp_path, tokenizer_path):
+def test_skipped_and_unusable_records_are_named(tmp_path, tokenizer_path):
     records = [
         {"instruction": "short", "input": None, "output": "yes"},
         {"instruction": "nothing to learn", "output": ""},

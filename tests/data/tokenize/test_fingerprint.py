@@ -51,11 +51,11 @@ def test_equal_for_the_same_tokenizer_in_another_form(bpe, tmp_path):
     ],
     ids=["merges", "normalizer", "pre-tokenizer", "special token", "no longer special", "vocabulary"],
 )
-def test_another_function_has_another_fingerprint(bpe, tmp_path, change):
+def test_a_different_tokenizer_has_a_different_fingerprint(bpe, tmp_path, change):
     assert fingerprint(changed(bpe, tmp_path / "other", change)) != fingerprint(bpe)
 
 
-def test_the_choice_of_eos_counts(bpe, tmp_path):
+def test_the_fingerprint_covers_eos(bpe, tmp_path):
     other = changed(bpe, tmp_path / "other", lambda values: None)
     config = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|pad|>"}))

@@ -1,4 +1,4 @@
-"""Which files are read: every format, compressed or not, in any case; what is not is named."""
+"""Input files: every format, compressed or not; ignored files and skipped content are named."""
 
 import bz2
 import gzip
@@ -117,7 +117,7 @@ def test_what_is_empty_is_named(tmp_path, tokenizer_path, capsys):
     assert "1 file(s) named more than once and read each time" in error and "g.txt" in error
 
 
-def test_a_folder_without_any_readable_file_says_what_it_holds(tmp_path):
+def test_a_folder_without_any_readable_file_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(
         DataError, match=r"no file named \*\.txt, .*\*\.ndjson.*or compressed, with \.gz.*it contains a\.csv"
@@ -170,7 +170,7 @@ def test_folders_that_cannot_be_searched_and_links(tmp_path):
     ],
 )
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
-def test_json_that_is_none_is_refused(tmp_path, monkeypatch, content, message, block):
+def test_invalid_json_is_refused(tmp_path, monkeypatch, content, message, block):
     monkeypatch.setattr("internlm.data.tokenize.json_values._BLOCK", block)
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=rf"a\.json: .*{message}"):

@@ -12,7 +12,7 @@ from internlm.data.tokenized_files.tokenizer_record import read_record
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tokenizer that keeps every space, so that what is stripped shows."""
+    """A tokenizer that preserves every space, so that stripping shows."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "text.txt").write_text("\n".join(make_texts(200)), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -60,7 +60,7 @@ def test_json_records_are_texts_and_raw_json_on_request(tmp_path, model, capsys)
         assert documents_of(output) == expected(model, texts)
 
 
-def test_the_tokenizer_that_is_built_into_theirs_is_asked_for(tmp_path, capsys):
+def test_internevos_options_need_a_tokenizer(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
     assert main(["--text_input_path", str(tmp_path / "a.txt"), "--bin_output_path", str(tmp_path / "a.bin")]) == 2
     assert "tools/tokenizer_internlm.model: name that file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Tokenizing: the same ids as the libraries give, from every format, with any number of processes, after any crash."""
+"""Tokenization: the ids of the libraries, for every format and number of processes, after any crash."""
 
 import gzip
 import json
@@ -142,7 +142,7 @@ def test_continues_after_being_killed(tmp_path, tokenizer_path, small_shards, ap
     assert not parts.exists()
 
 
-def test_a_crash_behind_the_join_adds_nothing_twice(tmp_path, tokenizer_path, small_shards, monkeypatch):
+def test_a_crash_after_the_merge_adds_nothing_twice(tmp_path, tokenizer_path, small_shards, monkeypatch):
     texts = make_texts(50)
     write_jsonl(tmp_path / "a.jsonl", texts)
     options = TokenizeOptions((str(tmp_path / "a.jsonl"),), tmp_path / "x.bin", tokenizer_path, append=True)
@@ -166,13 +166,15 @@ def test_other_options_do_not_continue_an_interrupted_run(tmp_path, tokenizer_pa
         with pytest.raises(ZeroDivisionError):
             tokenize(options)
     changed = {"inputs": options.inputs, "output": options.output, "tokenizer": tokenizer_path, "add_eos": False}
-    with pytest.raises(DataError, match=r"x\.bin\.parts has parts of an interrupted run with other ends.*--restart"):
+    with pytest.raises(
+        DataError, match=r"x\.bin\.parts has parts of an interrupted run with other bos or eos.*--restart"
+    ):
         tokenize(TokenizeOptions(**changed))
     tokenize(TokenizeOptions(**changed, restart=True))
     assert all(document[-1] != 1 for document in documents_of(tmp_path / "x.bin"))
 
 
-def test_a_mended_input_begins_anew_where_no_part_was_done(tmp_path, tokenizer_path):
+def test_a_corrected_input_starts_over_if_no_part_was_done(tmp_path, tokenizer_path):
     path = tmp_path / "a.json"
     options = TokenizeOptions((str(path),), tmp_path / "x.bin", tokenizer_path)
     path.write_text('[{"text": "one"}] [{"text": "two"}]')
@@ -367,7 +369,7 @@ def test_bad_input_is_named_across_processes(tmp_path, tokenizer_path, capsys):
         (["in.jsonl", "--tokenizer", "new.json", "--train", "50000"], "too little text for 50000 ids"),
     ],
 )
-def test_mistakes_on_the_command_line(tmp_path, tokenizer_path, monkeypatch, capsys, arguments, message):
+def test_command_line_errors(tmp_path, tokenizer_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "in.jsonl", make_texts(3))
     (tmp_path / "empty").mkdir()

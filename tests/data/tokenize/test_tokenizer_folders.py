@@ -1,4 +1,4 @@
-"""Which file of a tokenizer folder counts, and what the others add to it."""
+"""Tokenizer folders: precedence of the files, and special tokens from the other files."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_special_tokens_of_the_folder_are_found_in_the_text(tmp_path, model_file
     assert 2 not in load_tokenizer(model_file).encode_batch(["a</s>"])[0]
 
 
-def test_special_tokens_that_take_white_space_along_or_stand_alone(tmp_path, model_file):
+def test_special_tokens_that_strip_white_space_or_are_single_words(tmp_path, model_file):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     size = processor.vocab_size()
     added = [
@@ -99,7 +99,7 @@ def test_special_tokens_that_take_white_space_along_or_stand_alone(tmp_path, mod
     assert load_tokenizer(folder).encode_batch([text]) == [expected]
 
 
-def test_two_tokenizers_in_a_folder_that_differ_are_told(tmp_path, model_file, json_file, caplog):
+def test_a_folder_with_two_different_tokenizers_is_reported(tmp_path, model_file, json_file, caplog):
     folder = folder_of(tmp_path, model_file)
     shutil.copy(json_file, folder)
     tokenizer = load_tokenizer(folder)
@@ -119,7 +119,7 @@ def test_eos_named_in_the_special_tokens_map_alone(tmp_path, request, kind):
 
 
 @pytest.mark.parametrize("with_decoder", [False, True])
-def test_files_that_name_different_tokens_are_told(tmp_path, json_file, caplog, with_decoder):
+def test_files_that_name_different_tokens_are_reported(tmp_path, json_file, caplog, with_decoder):
     one, other = load_tokenizer(json_file).pieces()[7:9]
     config = {"eos_token": one, **({"added_tokens_decoder": {}} if with_decoder else {})}
     folder = folder_of(tmp_path, json_file, tokenizer_config=config, special_tokens_map={"eos_token": other})
@@ -130,7 +130,7 @@ def test_files_that_name_different_tokens_are_told(tmp_path, json_file, caplog, 
 
 @pytest.mark.parametrize("kind", ["json_file", "model_file"])
 @pytest.mark.parametrize("key", ["eos_token", "bos_token"])
-def test_an_end_that_the_vocabulary_lacks(tmp_path, request, kind, key):
+def test_bos_or_eos_missing_from_the_vocabulary(tmp_path, request, kind, key):
     folder = folder_of(tmp_path, request.getfixturevalue(kind), tokenizer_config={key: "<|end_of_turn|>"})
     with pytest.raises(DataError, match=rf"{key} is '<\|end_of_turn\|>', but the vocabulary has no such token"):
         load_tokenizer(folder)
@@ -146,12 +146,12 @@ def test_an_end_that_the_vocabulary_lacks(tmp_path, request, kind, key):
         ("added_tokens", {"a": "b"}),
     ],
 )
-def test_files_of_another_form(tmp_path, model_file, name, content):
+def test_malformed_files(tmp_path, model_file, name, content):
     with pytest.raises(DataError, match=rf"{name}\.json: "):
         load_tokenizer(folder_of(tmp_path, model_file, **{name: content}))
 
 
-def test_code_of_a_tokenizer_is_not_run_unasked(tmp_path, json_file, monkeypatch):
+def test_custom_code_is_not_run_by_default(tmp_path, json_file, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the standard input"))
     folder = tmp_path / "own"
     folder.mkdir()
@@ -187,7 +187,7 @@ def test_stop_ids(tmp_path, json_file):
 
 
 def test_what_a_chat_template_puts_around_the_response(tmp_path, model_file):
-    """A bos of the template is not learned; the end of the turn and the newline behind it are."""
+    """The bos of the template has no loss; the end of the turn and the newline after it have."""
     size = sentencepiece.SentencePieceProcessor(model_file=str(model_file)).vocab_size()
     template = (
         "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"

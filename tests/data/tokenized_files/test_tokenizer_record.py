@@ -1,4 +1,4 @@
-"""Which tokenizer made a file is kept beside it, and files of two are not mixed."""
+"""Records of the tokenizer of a file; files of two tokenizers are not mixed."""
 
 import json
 import logging
@@ -101,7 +101,7 @@ def test_a_newer_record_is_read(tmp_path, tokenizers):
     assert read_record(tmp_path / "x.bin").vocab_size == 290
 
 
-def test_files_that_no_reader_looks_at_are_named(tmp_path, tokenizers, caplog, monkeypatch):
+def test_ignored_files_are_named(tmp_path, tokenizers, caplog, monkeypatch):
     text = write_jsonl(tmp_path / "t.jsonl", make_texts(30))
     folder = tmp_path / "train"
     for name in ("x.bin", "y.bin"):
@@ -121,7 +121,7 @@ def test_files_that_no_reader_looks_at_are_named(tmp_path, tokenizers, caplog, m
     assert caplog.text.count(line) == 2
 
 
-def test_what_an_append_finds_broken_is_named(tmp_path, tokenizers, capsys):
+def test_append_to_a_broken_file_is_refused(tmp_path, tokenizers, capsys):
     text = write_jsonl(tmp_path / "t.jsonl", make_texts(3))
     options = ("--tokenizer", tokenizers / "a" / "tokenizer.json", "--output", tmp_path / "x.bin", "--append")
     (tmp_path / "x.bin").write_text('{"tokens": [1]}\n')

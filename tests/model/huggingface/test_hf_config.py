@@ -203,8 +203,8 @@ def test_odd_values_give_a_model_or_an_error_for_people(kind: str) -> None:
 def test_keys_that_nothing_reads_are_named() -> None:
     changes = {"attention_dropout": 0.1, "use_cache": True, "my_switch": 3, "off": None, "logit_scale": 1.0}
     assert from_hf_config({**LLAMA, **changes}, "config.json").notices == (
-        "attention_dropout = 0.1: models are trained without dropout here",
-        "my_switch = 3: nothing reads it, neither here nor in transformers' class",
+        "attention_dropout = 0.1: ignored, as this package trains without dropout",
+        "my_switch = 3: ignored, as neither this package nor transformers' class reads it",
     )
 
 

@@ -20,7 +20,7 @@ from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.parameter_events import deliver_gradient
 from internlm.model.ops.float8.scaled_gemm import as_scaled
 from internlm.model.ops.linear_kernels import LinearKernels, Operand
-from internlm.model.recompute import as_products, as_unkept
+from internlm.model.recompute import as_gemm_operator, as_recomputed_operator
 from internlm.model.roles import Role
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ class _LinearGroupFunction(torch.autograd.Function):
             group.weights.release(group)
             return outputs if scales is None else [*outputs, scales]
 
-        outputs = as_products(run_gemms, x)
+        outputs = as_gemm_operator(run_gemms, x)
         scales = outputs.pop() if kernels.is_float8 else None
         saved = x if gathered is None else gathered
         if gathered is not None and kernels.is_float8:
@@ -233,7 +233,7 @@ class _LinearGroupFunction(torch.autograd.Function):
                 operand = operands[0] if operands else kernels.quantize_input(gathered, scales)
                 return [kernels.saved_input(operand)]
 
-            (saved,) = as_unkept(quantized, x)
+            (saved,) = as_recomputed_operator(quantized, x)
         # Parameters are leaves: kept as they are, as recomputation would return bare copies of saved ones.
         ctx.group, ctx.slots, ctx.parameters = group, slots, parameters
         ctx.save_for_backward(saved, scales)

@@ -1,5 +1,8 @@
-"""fsp: msp that keeps only this rank's part of a column layer's input for backward, and gathers it again there, while
-the gradient of the input is computed. One more gather a block for n times less memory of these inputs."""
+"""fsp: msp that saves only this rank's shard of a column layer's input for backward.
+
+Backward gathers the input again, overlapped with the GEMM of its gradient. One more all-gather per column layer reduces
+the memory of saved inputs by the tensor degree n.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,6 @@ from internlm.core.parallel.modes.msp import Msp
 
 
 class Fsp(Msp):
-    """See the module."""
+    """The mode fsp; see the module docstring."""
 
     saves_gathered_input: ClassVar[bool] = False

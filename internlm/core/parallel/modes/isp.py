@@ -1,8 +1,8 @@
-"""isp: tokens stay split over the sequence, weights are split over ranks of their own and gathered where they are used.
+"""isp: activations are split over the sequence, weights over the weight axis; full weights are gathered before use.
 
-Linear layers, norms and the loss work on this rank's tokens; attention, which needs all tokens of a sequence, is
-replaced by `UlyssesAttention`. Weights are split over the `weight` axis of the weight view, which is independent of the
-sequence degree (InternEvo, Chen et al. 2024, arXiv:2401.09149).
+Linear layers, norms and the loss work on this rank's tokens. Attention, which needs all tokens of a sequence, is
+replaced by `UlyssesAttention`. Weights are split over the `weight` axis of the weight view, whose size is independent
+of the sequence degree. Source: InternEvo, Chen et al. 2024, arXiv:2401.09149.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from internlm.model.roles import HeadShape, Role
 
 
 class Isp(ModelParallel):
-    """See the module."""
+    """The mode isp; see the module docstring."""
 
     token_axes: ClassVar[tuple[str, ...]] = ("data", "tensor")
     scale_axis: ClassVar[str | None] = "tensor"
 
     @cached_property
     def gathered_weights(self) -> GatheredWeights:
-        """Where whole weights come from when they are split."""
+        """Gathers full weights from their shards."""
         options = self.options
         return GatheredWeights(
             self.context,
@@ -55,7 +55,7 @@ class Isp(ModelParallel):
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The sequence group."""
+        """The ranks that share the tokens of a sequence."""
         return self.context.group("tensor")
 
     @property
@@ -124,7 +124,7 @@ class Isp(ModelParallel):
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows of a weight; its gradient is summed in `reduce_dtype` and scattered."""
+    """All-gather of the rows of a weight; its gradient is reduce-scattered in `reduce_dtype`."""
 
     @staticmethod
     def forward(ctx: Any, shard: Tensor, group: dist.ProcessGroup, reduce_dtype: torch.dtype) -> Tensor:

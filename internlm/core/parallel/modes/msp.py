@@ -1,7 +1,8 @@
-"""msp: tensor parallelism whose residual stream is split over the sequence, so norms and dropout work on 1/n of it.
+"""msp: tensor parallelism with sequence-parallel activations.
 
-The all-reduces of mtp become a gather before the column layers and a reduce-scatter behind the row layers, at the same
-cost. The gathered input is kept for backward. Source: Korthikanti et al. 2022, arXiv:2205.05198.
+The residual stream is split over the sequence, so norms and residual additions work on 1 / n of the tokens. The
+all-reduces of mtp become an all-gather before column layers and a reduce-scatter after row layers, which send as many
+bytes. The gathered input is saved for backward. Source: Korthikanti et al. 2022, arXiv:2205.05198.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from internlm.model.roles import Role
 
 
 class GatheredInput(InputExchange):
-    """Every rank holds a part of the sequence; the layers multiply the whole."""
+    """The input is split over the sequence: gathered for the GEMM; its gradient is reduce-scattered."""
 
     def __init__(self, context: ParallelContext, *, saves_gathered: bool) -> None:
         self._context = context
@@ -44,7 +45,7 @@ class GatheredInput(InputExchange):
 
 
 class Msp(Mtp):
-    """See the module."""
+    """The mode msp; see the module docstring."""
 
     residual_is_split: ClassVar[bool] = True
     saves_gathered_input: ClassVar[bool] = True

@@ -1,7 +1,7 @@
-"""mtp: Megatron's tensor parallelism. The residual stream is whole on every tensor rank.
+"""mtp: Megatron's tensor parallelism. The residual stream is replicated on the tensor ranks.
 
-Column layers multiply the whole input by their rows; row layers multiply their columns, and the sum over the ranks is
-the output. A pair of them costs one all-reduce forward (of the output) and one backward (of the input's gradient).
+A column layer splits its output features, a row layer its input features; the output of a row layer is summed over the
+ranks. A pair of them costs one all-reduce in forward (of the output) and one in backward (of the input's gradient).
 Source: Shoeybi et al. 2019, arXiv:1909.08053.
 """
 
@@ -36,7 +36,7 @@ ROW_ROLES = (Role.ROW, Role.ATTENTION_OUT)
 
 
 class CopiedInput(InputExchange):
-    """The input is whole on every rank; its gradient is the sum over the ranks."""
+    """The input is replicated; its gradient is all-reduced (sum)."""
 
     def __init__(self, context: ParallelContext) -> None:
         self._context = context
@@ -46,7 +46,11 @@ class CopiedInput(InputExchange):
 
 
 class Mtp(ModelParallel):
-    """See the module; msp and fsp share its weights and differ in the residual stream."""
+    """The mode mtp; see the module docstring. Msp and fsp split weights in the same way, but not the residual stream.
+
+    Attributes:
+        residual_is_split: whether the residual stream is split over the sequence.
+    """
 
     residual_is_split: ClassVar[bool] = False
     scale_axis: ClassVar[str | None] = "tensor"
@@ -68,7 +72,7 @@ class Mtp(ModelParallel):
         if role is Role.REPLICATED:
             return [ParameterShard(attribute, on_tokens)]
         if role is Role.PER_HEAD:
-            # Each rank sees its own heads only, whatever the residual stream is.
+            # Each rank computes the gradient of its own heads, whether or not the residual stream is split.
             return [ParameterShard(attribute, replace(whole, partial_over=("tensor",)))]
         if role in (Role.EMBEDDING, Role.HEAD):
             return [ParameterShard(attribute, self._place_vocabulary(whole, role))]
@@ -112,16 +116,16 @@ class Mtp(ModelParallel):
         vocab = VocabRanks(self.context, weight.shape[0], model.vocab_size)  # type: ignore[arg-type]
         return HeadOutput(loss(hidden.flatten(0, 1), weight, labels.flatten(), vocab=vocab), labels, type_ids)
 
-    # -- the residual stream, where msp and fsp differ --------------------------------------------------------------
+    # -- the residual stream: overridden by msp and fsp -----------------------------------------------------------
 
     def reduce_output(self, out: Tensor) -> Tensor:
-        """Sum of every rank's `[B, S, h]` -> residual stream."""
+        """This rank's partial sum, `[B, S, h]` -> residual stream."""
         return sum_over_ranks(out, self.group)
 
     def gather_hidden(self, embedded: Tensor) -> Tensor:
-        """This rank's channels `[B, S, h / n]` -> residual stream."""
+        """This rank's channels, `[B, S, h / n]` -> residual stream."""
         return gather_replicated(embedded, self.group, dim=2)
 
     def gather_residual(self, hidden: Tensor) -> Tensor:
-        """Residual stream -> `[B, S, h]`, of which every rank uses its own part of the head."""
+        """Residual stream -> input of the vocabulary-parallel head, `[B, S, h]`."""
         return copy_to_ranks(hidden, self.group)

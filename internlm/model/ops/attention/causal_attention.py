@@ -2,9 +2,9 @@
 
 Shapes: B sequences, S tokens, H query heads, K key-value heads (H a multiple of K), D head dimension.
 
-Packed documents are never attended through a mask over the whole pack. On CUDA a variable-length kernel takes them in
-one call (`cuda_backends.py` says which), on CPU one of the kernels of `cpu/attention.py`; elsewhere documents of
-equal length make one call of PyTorch's scaled dot product attention (SDPA).
+Packed documents are not computed with a mask over the whole row. On CUDA, a variable-length kernel takes them in one
+call (see `cuda_backends.py`); on CPU, one of the kernels in `cpu/attention.py`. On other devices, PyTorch's scaled dot
+product attention (SDPA) is called once for all documents of equal length.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from internlm.model.ops.cpu.native import has_bf16_units, has_native_ops, why_no
 from internlm.model.ops.implementation_choice import Choice
 
 _BAND = 64
-"""Queries that are attended together under a smaller window."""
+"""Minimum number of queries per SDPA call with a window."""
 
-_FEWEST_DOCUMENTS = 16
-"""Of `VarlenMetadata.rounded`: empty ones cost a kernel next to nothing, another shape costs a recording."""
+_MIN_ROUNDED_DOCUMENTS = 16
+"""Smallest number of documents in `VarlenMetadata.rounded`: empty ones cost little, a new shape costs a recording."""
 
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -53,7 +53,7 @@ _CUDNN_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""The order in which SDPA tries its kernels where cuDNN's is the fastest."""
+"""SDPA's order of kernels on GPUs where cuDNN's is the fastest."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class VarlenMetadata:
 
     Attributes:
         cu_seqlens: int32 `[n + 1]` on the device, from 0 to P.
-        lengths: the n lengths, as host integers, so that nothing waits for the device. Zeros are allowed.
-        max_seqlen: the largest of them, or more.
+        lengths: the n lengths as host integers, so that nothing waits for the device. Zeros are allowed.
+        max_seqlen: an upper bound on the lengths, such as their maximum.
     """
 
     cu_seqlens: Tensor
@@ -72,25 +72,28 @@ class VarlenMetadata:
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], cu_seqlens: Tensor | None = None) -> VarlenMetadata:
-        """VarlenMetadata of these lengths; `cu_seqlens` is made (on CPU) when it is not given."""
+        """The metadata of these lengths; `cu_seqlens` is computed on the CPU if it is not given."""
         if cu_seqlens is None:
             cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
         return cls(cu_seqlens, tuple(lengths), max(lengths, default=0))
 
     def rounded(self) -> VarlenMetadata:
-        """The same documents as few shapes can tell them: empty ones behind them make their number a power of two, of
-        `_FEWEST_DOCUMENTS` or more, and `max_seqlen` is one too, unless that is more than the row."""
+        """The same documents with rounded shapes, so that few different shapes occur.
+
+        Empty documents at the end round the number of documents up to a power of two, at least
+        `_MIN_ROUNDED_DOCUMENTS`; `max_seqlen` is rounded up to a power of two, at most the length of the row.
+        """
         num_tokens, num_documents = sum(self.lengths), len(self.lengths)
-        num_empty = _power_of_two(max(num_documents, _FEWEST_DOCUMENTS)) - num_documents
+        num_empty = _next_power_of_two(max(num_documents, _MIN_ROUNDED_DOCUMENTS)) - num_documents
         return VarlenMetadata(
             F.pad(self.cu_seqlens, (0, num_empty), value=num_tokens),
             self.lengths + (0,) * num_empty,
-            min(_power_of_two(self.max_seqlen), num_tokens),
+            min(_next_power_of_two(self.max_seqlen), num_tokens),
         )
 
 
-def _power_of_two(number: int) -> int:
-    """The smallest one that is not below `number`."""
+def _next_power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()
 
 
@@ -107,10 +110,10 @@ def _cpu_kernel(dtype: torch.dtype) -> CpuKernel:
 def choice(
     device: torch.device, needs: AttentionNeeds, *, attention_backend: str = "auto", use_flash_attn: bool = True
 ) -> Choice:
-    """What `attention` runs on.
+    """The implementation of `attention`.
 
     Raises:
-        ConfigError: the wanted backend cannot serve.
+        ConfigError: the configured backend cannot be used.
     """
     if device.type == "cuda":
         packed = BACKEND_BY_NAME[choose_attention(needs, attention_backend, use_flash_attn)]
@@ -118,19 +121,19 @@ def choice(
         if attention_backend != "auto":
             return Choice(packed.implementation, reason)
         return Choice(f"rows: SDPA ({_sdpa_kernels(needs)}); packed or windowed: {packed.implementation}", reason)
-    # Not a mistake: a config made for a GPU also runs on a CPU.
+    # Not an error: a config for GPUs also runs on CPUs.
     ignored = "" if attention_backend == "auto" else f"; model.attention_backend = {attention_backend!r} is for GPUs"
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "native":
-        return Choice("our C++ kernel, all documents in one call", f"this CPU multiplies bf16 in hardware{ignored}")
+        return Choice("own C++ kernel, all documents in one call", f"this CPU has bf16 units{ignored}")
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "wide":
-        return Choice("SDPA in fp32, one call a document length", f"{cpu_gemm.choice(needs.dtype).reason}{ignored}")
+        return Choice("SDPA in fp32, one call per document length", f"{cpu_gemm.choice(needs.dtype).reason}{ignored}")
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "blocks":
         return Choice(
-            "SDPA, one call a document length; backward by blocks of queries",
-            f"this CPU multiplies bf16 in hardware; no C++ kernel, as {why_no_native_ops()}{ignored}",
+            "SDPA, one call per document length; backward by blocks of queries",
+            f"this CPU has bf16 units; no C++ kernel: {why_no_native_ops()}{ignored}",
         )
     return Choice(
-        "SDPA, one call a document length", f"PyTorch has no variable-length kernel on {device.type}{ignored}"
+        "SDPA, one call per document length", f"PyTorch has no variable-length kernel on {device.type}{ignored}"
     )
 
 
@@ -184,27 +187,28 @@ def attention(
 
     Args:
         q: `[B, S, H, D]`.
-        k, v: `[B, T, K, D]` with T >= S. When T > S (cached keys), the queries are the last S positions. Query head i
+        k, v: `[B, T, K, D]` with T >= S. If T > S (cached keys), the queries are the last S positions. Query head i
             uses key-value head i // (H / K).
-        varlen: the documents of a packed sequence (B = 1, T = S); None: every row is one sequence.
-        window: a query sees at most this many keys, itself included; None: all before it.
-        scale: factor of the scores; None: 1 / sqrt(D).
-        attention_backend: on CUDA, for rows without a cache: a name of `BACKENDS`, or "auto".
-        use_flash_attn: "auto" may take the flash-attn packages.
+        varlen: the documents of a packed sequence (B = 1, T = S); None: every row is one document.
+        window: maximum number of keys that a query attends to, itself included; None: no limit.
+        scale: factor on the scores; None: 1 / sqrt(D).
+        attention_backend: on CUDA, without a cache: a name in `BACKENDS`, or "auto".
+        use_flash_attn: whether "auto" may choose the flash-attn packages.
         return_lse: also return the log-sum-exp of each query's scores, with which results over parts of the keys can be
-            merged. Computed by the formula, document by document, so memory grows with the square of the longest.
+            merged. Uses the reference implementation, document by document, so memory grows with the square of the
+            longest document.
 
     Returns:
         `[B, S, H, D]` in the dtype of q; with `return_lse` also fp32 (float64 for float64) `[B, S, H]`. Both are
         differentiable.
 
     Raises:
-        ValueError: `return_lse` on a backend that does not give it.
+        ValueError: `return_lse` with a backend that does not return it.
     """
     assert window is None or window > 0
     if varlen is not None:
         assert q.shape[0] == 1 and q.shape[1] == k.shape[1], "packed attention takes one row and no cache"
-        # Not under a compiler, which would compile anew for other lengths.
+        # Not in a compiled block, which would be recompiled for other lengths.
         assert torch.compiler.is_compiling() or sum(varlen.lengths) == q.shape[1], (
             "varlen.lengths do not add up to the packed length"
         )
@@ -235,13 +239,13 @@ def _on_cuda(
     attention_backend: str,
     use_flash_attn: bool,
 ) -> Tensor:
-    """Rows without a cache by the kernel that was chosen for them."""
+    """Attention without a cache on CUDA."""
     name = backend_for(
         q.device,
         q.dtype,
         q.shape[-1],
         packed=varlen is not None or window is not None,
-        # Rows of equal length make the same calls of SDPA in every batch.
+        # Without varlen metadata, the SDPA calls are the same in every batch.
         compiled=varlen is not None and torch.compiler.is_compiling(),
         wanted=attention_backend,
         use_flash_attn=use_flash_attn,
@@ -249,7 +253,7 @@ def _on_cuda(
     if name == "sdpa":
         if varlen is not None:
             return _by_document(q, k, v, varlen, window, scale)
-        # cuDNN prepares a plan for each new shape: only training has few of them.
+        # cuDNN builds a plan for each new shape, and only training has few shapes.
         if window is None and torch.is_grad_enabled() and _cudnn_first(q.device):
             with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
                 return _dense(q, k, v, window, scale)
@@ -267,7 +271,7 @@ def _on_cuda(
 def _with_lse(
     q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None, window: int | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The formula in fp32 or wider, one document at a time."""
+    """The reference implementation in fp32 or float64, one document at a time."""
     wide = torch.promote_types(q.dtype, torch.float32)
     if varlen is None:
         out, lse = reference.attention_with_lse(q.to(wide), k.to(wide), v.to(wide), window=window, scale=scale)
@@ -283,18 +287,18 @@ def _cudnn_first(device: torch.device) -> bool:
 
 
 def _prefers_cudnn(capability: tuple[int, int] | None) -> bool:
-    """Whether cuDNN's kernel is the fastest that SDPA has on a card: from Hopper on."""
+    """Whether cuDNN's kernel is SDPA's fastest on a GPU: Hopper and later."""
     return capability is not None and capability[0] >= 9
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor | None = None) -> Tensor:
-    """SDPA in this module's layout: causal without a mask (S = T), or with a boolean mask `[S, T]` (True: visible)."""
+    """SDPA in this module's layout: causal without a mask (S = T), or with a boolean mask `[S, T]` (True: attended)."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        # One query sees every key it is given: without the flag the kernel skips the masking work.
+        # A single query attends to every key: without the flag, the kernel does no masking.
         is_causal=mask is None and q.shape[1] > 1,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
@@ -303,7 +307,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor 
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """Rows of equal length, perhaps with a cache and a window, by SDPA."""
+    """Rows of equal length with SDPA, with or without a cache and a window."""
     num_queries, num_keys = q.shape[1], k.shape[1]
     if window is not None and window >= num_keys:
         window = None
@@ -311,7 +315,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | N
         if num_queries in (1, num_keys):
             return _sdpa(q, k, v, scale)
         return _sdpa(q, k, v, scale, mask=_band(num_queries, num_keys, None, q.device))
-    # A band of queries needs only its own keys and the window before them: work and mask grow with S x window.
+    # A band of queries needs only its own keys and the window before them, so work and mask grow with S x window.
     offset = num_keys - num_queries
     size = max(window, _BAND)
     bands = []
@@ -325,7 +329,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | N
 
 
 def _band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Mask of a causal band whose last query is level with the last key."""
+    """Boolean causal mask `[num_queries, num_keys]`; the last query is at the position of the last key."""
     distance = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None] - torch.arange(
         num_keys, device=device
     )

@@ -1,16 +1,16 @@
-"""Kernels for attention on CUDA as data: what each can do, whether it is there, in which order they are preferred.
+"""Attention kernels for CUDA as data: what each supports, whether it is installed, and the order of preference.
 
-A choice depends on what the model asks of attention (`AttentionNeeds`) and on the machine, never on a batch: it is made
+The choice depends on the model's requirements (`AttentionNeeds`) and on the machine, never on a batch, so it is made
 once for each configuration of a process. The order of `BACKENDS` is the preference for packed and windowed rows:
 
-1. flash-attn 3, written for Hopper; flash-attn 4, for Blackwell; flash-attn 2, newer than the copy of it in PyTorch;
-2. PyTorch's varlen attention, that copy: nothing to install;
-3. SDPA, one call a document length, where those kernels do not serve (fp32, old cards, odd head sizes); its calls
-   follow the lengths of a batch, so compiled blocks go on to
+1. flash-attn 3, written for Hopper; flash-attn 4, for Blackwell; flash-attn 2, newer than its copy in PyTorch;
+2. PyTorch's varlen attention, which is that copy: nothing to install;
+3. SDPA, one call per document length, where those kernels are not supported (fp32, old GPUs, odd head dimensions). Its
+   calls depend on the lengths of a batch, so compiled blocks use the next one instead;
 4. flex attention, a Triton kernel for any dtype;
-5. the formula itself, with a mask over the whole row.
+5. the reference, with a mask over the whole row.
 
-Rows of equal length without a window go to SDPA, which has cuDNN's kernel, the fastest for them on Hopper and later.
+Rows of equal length without a window use SDPA, which includes cuDNN's kernel, the fastest for them on Hopper and later.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What a model asks of attention on a CUDA device.
+    """Requirements of a model on attention on a CUDA device.
 
     Attributes:
-        capability: the card's compute capability; None when there is no card to ask.
+        capability: compute capability of the GPU; None without a GPU.
         dtype: of queries, keys and values.
         head_dim: D.
-        packed: rows hold several documents, or a window: SDPA's own causal mask does not do.
-        compiled: it runs inside a compiled block.
+        packed: rows hold several documents or have a window, so SDPA's causal mask does not suffice.
+        compiled: attention runs inside a compiled block.
     """
 
     capability: tuple[int, int] | None
@@ -54,16 +54,18 @@ class AttentionNeeds:
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """A kernel, by its name in `model.attention_backend`, and its limits.
+    """An attention kernel and its limits.
 
     Attributes:
-        module, attributes: what must be importable; an empty module is always there.
-        install: how to get it; empty: it comes with PyTorch.
-        capabilities: the first and the last major compute capability that it serves.
-        dtypes: None: all.
-        head_dims: the smallest and the largest head dimension; all are multiples of `head_dim_multiple`.
-        is_flash_attn: a package that `model.use_flash_attn = False` rules out.
-        implementation: what the log shows.
+        name: its value in `model.attention_backend`.
+        implementation: description for the log.
+        module, attributes: what must be importable; an empty module needs no import.
+        install: how to install it; empty: part of PyTorch.
+        capabilities: the smallest and largest supported major compute capability.
+        dtypes: supported dtypes; None: all.
+        head_dims: the smallest and largest supported head dimension.
+        head_dim_multiple: supported head dimensions are multiples of this.
+        is_flash_attn: whether `model.use_flash_attn = False` excludes it.
     """
 
     name: str
@@ -78,13 +80,15 @@ class AttentionBackend:
     is_flash_attn: bool = False
 
     def refusal(self, needs: AttentionNeeds) -> str | None:
-        """Why it cannot serve these needs on this machine; None when it can."""
+        """Why it cannot be used for these needs on this machine; None if it can."""
         if needs.capability is not None and not self.capabilities[0] <= needs.capability[0] <= self.capabilities[1]:
             first, last = self.capabilities
-            wanted = f"{first}.x" if first == last else f"{first}.x to {last}.x" if last < 99 else f"{first}.0 or later"
-            return f"needs compute capability {wanted}, this card has {needs.capability[0]}.{needs.capability[1]}"
+            required = (
+                f"{first}.x" if first == last else f"{first}.x to {last}.x" if last < 99 else f"{first}.0 or later"
+            )
+            return f"needs compute capability {required}, this GPU has {needs.capability[0]}.{needs.capability[1]}"
         if self.dtypes is not None and needs.dtype not in self.dtypes:
-            return f"has no {_short(needs.dtype)} (only {', '.join(map(_short, self.dtypes))})"
+            return f"does not support {_short(needs.dtype)} (only {', '.join(map(_short, self.dtypes))})"
         if not self.head_dims[0] <= needs.head_dim <= self.head_dims[1] or needs.head_dim % self.head_dim_multiple:
             step = f", multiples of {self.head_dim_multiple}" if self.head_dim_multiple > 1 else ""
             bounds = (
@@ -92,11 +96,11 @@ class AttentionBackend:
                 if self.head_dims[1] < 1 << 30
                 else (f"{self.head_dims[0]} or more")
             )
-            return f"serves head dimensions {bounds}{step}, the model has {needs.head_dim}"
+            return f"supports head dimensions {bounds}{step}, the model has {needs.head_dim}"
         return self.why_missing()
 
     def why_missing(self) -> str | None:
-        """Why it is not there at all, and how to get it."""
+        """Why it cannot be imported, and how to install it; None if it can."""
         if not self.module:
             return None
         reason = why_unusable(self.module, *self.attributes)
@@ -149,21 +153,21 @@ BACKENDS = (
         head_dims=(8, 256),
         head_dim_multiple=8,
     ),
-    AttentionBackend("sdpa", "SDPA, one call a document length"),
+    AttentionBackend("sdpa", "SDPA, one call per document length"),
     AttentionBackend(
         "flex",
-        "torch.nn.attention.flex_attention with a mask by documents",
+        "torch.nn.attention.flex_attention with a document mask",
         module="triton",
         capabilities=(8, 99),
         dtypes=(*_SIXTEEN_BITS, torch.float32),
         head_dims=(16, 256),
     ),
-    AttentionBackend("reference", "the formula, with a mask over the whole row"),
+    AttentionBackend("reference", "reference implementation, with a mask over the whole row"),
 )
 BACKEND_BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 _FLASH_IMPLEMENTATIONS = {"flash-attn-3": "FA3", "flash-attn-4": "FA4"}
-"""Names under which PyTorch puts these packages in the place of its own flash kernels."""
+"""Names under which PyTorch replaces its own flash kernels by these packages."""
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -173,14 +177,21 @@ def _short(dtype: torch.dtype) -> str:
 def why_not(
     backend: AttentionBackend, needs: AttentionNeeds, *, wanted: str = "auto", use_flash_attn: bool = True
 ) -> str | None:
-    """Why this backend is not taken, whatever the others can do; None when it may be."""
+    """Why this backend is excluded, regardless of the others; None if it is not.
+
+    Args:
+        backend: one of `BACKENDS`.
+        needs: see `AttentionNeeds`.
+        wanted: the config's `model.attention_backend`.
+        use_flash_attn: the config's `model.use_flash_attn`.
+    """
     if wanted not in ("auto", backend.name):
         return f"model.attention_backend is {wanted!r}"
     if backend.is_flash_attn and not use_flash_attn:
         return "model.use_flash_attn is off"
     reason = backend.refusal(needs)
     if reason is None and wanted == "auto" and backend.name == "sdpa" and needs.packed and needs.compiled:
-        return "its calls follow the lengths of each batch, for which a compiled block would be compiled anew"
+        return "its calls depend on the lengths of each batch, so a compiled block would be recompiled"
     return reason
 
 
@@ -189,11 +200,12 @@ def choose_attention(needs: AttentionNeeds, wanted: str = "auto", use_flash_attn
     """The name of the backend for these needs.
 
     Args:
+        needs: see `AttentionNeeds`.
         wanted: the config's `model.attention_backend`.
         use_flash_attn: the config's `model.use_flash_attn`.
 
     Raises:
-        ConfigError: the wanted one is not there or cannot serve.
+        ConfigError: the configured backend does not exist, is not installed, or does not support the needs.
     """
     if wanted == "auto" and not needs.packed:
         return "sdpa"
@@ -202,22 +214,22 @@ def choose_attention(needs: AttentionNeeds, wanted: str = "auto", use_flash_attn
         if reason is None:
             return backend.name
         if wanted == backend.name:
-            able = [b.name for b in BACKENDS if why_not(b, needs, use_flash_attn=use_flash_attn) is None]
+            usable = [b.name for b in BACKENDS if why_not(b, needs, use_flash_attn=use_flash_attn) is None]
             raise ConfigError(
-                f"model.attention_backend = {wanted!r} cannot be used: {reason}; here the model can use "
-                f"{', '.join(able)}, or leave it at 'auto'"
+                f"model.attention_backend = {wanted!r} cannot be used: {reason}; use one of "
+                f"{', '.join(usable)}, or leave it at 'auto'"
             )
-    raise ConfigError(f"model.attention_backend = {wanted!r} is unknown; known are auto, {', '.join(BACKEND_BY_NAME)}")
+    raise ConfigError(f"model.attention_backend = {wanted!r} is unknown; use auto, {', '.join(BACKEND_BY_NAME)}")
 
 
 def reason_of(backend: AttentionBackend, needs: AttentionNeeds, *, wanted: str, use_flash_attn: bool) -> str:
-    """Why this backend was chosen: what the user asked for, or what keeps the preferred ones out."""
+    """Why this backend was chosen: it was configured, or the preferred ones are excluded."""
     if wanted != "auto":
         return f"model.attention_backend is {wanted!r}"
-    refused = []
+    excluded = []
     for other in BACKENDS[: BACKENDS.index(backend)]:
-        refused.append(f"{other.name}: {why_not(other, needs, use_flash_attn=use_flash_attn)}")
-    return f"the first that serves; {'; '.join(refused)}" if refused else "the first choice"
+        excluded.append(f"{other.name}: {why_not(other, needs, use_flash_attn=use_flash_attn)}")
+    return f"the first usable one; {'; '.join(excluded)}" if excluded else "the first choice"
 
 
 @constant_when_compiled
@@ -231,15 +243,14 @@ def backend_for(
     wanted: str,
     use_flash_attn: bool,
 ) -> str:
-    """`choose_attention` for a call on this device. A compiled block has the answer as a constant: it asks while it is
-    being compiled, and looks into no package."""
+    """`choose_attention` for a call on this device. In a compiled block the result is a constant."""
     needs = AttentionNeeds(capability_of(device), dtype, head_dim, packed, compiled)
     return choose_attention(needs, wanted, use_flash_attn)
 
 
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device; None when there is no such device to ask."""
+    """The compute capability of a CUDA device; None for any other device, or without a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)
@@ -255,14 +266,16 @@ def packed_attention(
     window: int | None,
     scale: float | None,
 ) -> Tensor:
-    """Causal attention inside the documents of a packed row by the backend `name`, any but "sdpa".
+    """Causal attention within the documents of a packed row.
 
     Args:
+        name: of a backend other than "sdpa".
         q: `[P, H, D]`.
-        k, v: `[P, K, D]`; no backend repeats them for the query heads of a group.
+        k, v: `[P, K, D]`; no backend materializes copies of them for the query heads of a group.
         cu_seqlens: int32 `[n + 1]`, from 0 to P.
-        max_seqlen: the longest document, on the host.
-        window: keys that a query sees at most, itself included.
+        max_seqlen: length of the longest document, or more.
+        window: maximum number of keys that a query attends to, itself included; None: no limit.
+        scale: factor on the scores; None: 1 / sqrt(D).
 
     Returns:
         `[P, H, D]`.
@@ -274,7 +287,7 @@ def packed_attention(
 
         return flex_document_attention(q, k, v, cu_seqlens, window, scale)
     bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    # The kernels count the keys before the query and after it, without itself; (-1, 0) is plain causal.
+    # (keys before the query, keys after it), without the query itself; -1: no limit.
     window_size = (-1 if window is None else window - 1, 0)
     if name == "flash-attn-2":
         from flash_attn import flash_attn_varlen_func
@@ -283,7 +296,7 @@ def packed_attention(
             q, k, v, *bounds, softmax_scale=scale, causal=True, window_size=window_size
         )
         return result
-    # Imported here: it brings the whole compiler along.
+    # Imported here because it imports the compiler.
     from torch.nn.attention import varlen as torch_varlen
 
     _use_flash_implementation(_FLASH_IMPLEMENTATIONS.get(name))
@@ -296,7 +309,7 @@ def packed_attention(
 
 @constant_when_compiled
 def _varlen_has_gqa_flag() -> bool:
-    """PyTorch 2.12 began to refuse grouped heads without this flag; before, the flag did not exist."""
+    """Whether grouped heads need a flag: PyTorch 2.12 introduced it, and refuses them without."""
     from torch.nn.attention import varlen as torch_varlen
 
     return _has_parameter(torch_varlen.varlen_attn, "enable_gqa")
@@ -309,8 +322,10 @@ def _has_parameter(function: Callable[..., Any], name: str) -> bool:
 
 @constant_when_compiled
 def _use_flash_implementation(name: str | None) -> bool:
-    """Let PyTorch's flash attention operators run flash-attn 3 ("FA3"), 4 ("FA4") or its own kernels (None); returns
-    whether that changed anything."""
+    """Make PyTorch's flash attention operators run flash-attn 3 ("FA3"), 4 ("FA4") or PyTorch's own kernels (None).
+
+    Returns whether that changed anything.
+    """
     if torch_attention.current_flash_attention_impl() == name:
         return False
     if name is None:

@@ -1,7 +1,7 @@
-"""Ops in C++ for CPUs that multiply bf16 in hardware: by AMX, the matrix units of Intel's servers, or AVX512-BF16.
+"""C++ ops for CPUs with bf16 units: AMX, the matrix units of Intel's servers, or AVX512-BF16.
 
-They are compiled for the machine at hand when they are first asked for, which takes some seconds once, and live in
-`torch.ops.internlm_native`. Nothing needs them: where they cannot be had, PyTorch's own operators serve, more slowly.
+They are compiled for the current machine at first use, which takes some seconds, and are registered in
+`torch.ops.internlm_native`. They are optional: without them, slower PyTorch operators are used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _log = get_logger(__name__)
 
 @constant_when_compiled
 def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 in hardware: AVX512-BF16, or AMX, which comes with it."""
+    """Whether this CPU has units for bf16: AVX512-BF16, or AMX, which implies it."""
     return _has("_is_avx512_bf16_supported")
 
 
@@ -34,32 +34,32 @@ def has_matrix_units() -> bool:
     return has_bf16_units() and _has("_is_amx_tile_supported")
 
 
-def _has(question: str) -> bool:
-    # A private name: where a version of PyTorch lacks it, ops go without.
-    supported = getattr(torch.cpu, question, None)
+def _has(query: str) -> bool:
+    # A private function of PyTorch; if a version lacks it, the feature counts as missing.
+    supported = getattr(torch.cpu, query, None)
     return supported is not None and bool(supported())
 
 
 @constant_when_compiled
 def has_native_ops() -> bool:
-    """Whether `torch.ops.internlm_native` is there; the first call may compile it."""
+    """Whether `torch.ops.internlm_native` is available; the first call may compile it."""
     return why_no_native_ops() is None
 
 
 @functools.cache
 def why_no_native_ops() -> str | None:
-    """Why `torch.ops.internlm_native` is not there, in words; None when it is."""
+    """Why `torch.ops.internlm_native` is not available; None if it is."""
     if not has_bf16_units():
-        return "this CPU does not multiply bf16 in hardware, for which they are"
+        return "this CPU has no bf16 units"
     try:
         torch.ops.load_library(str(compile_library(_SOURCES, _FLAGS)))
     except (CompileError, OSError) as error:
         reason = str(error)
     else:
-        # Once more is no mistake, for PyTorch 2.11 neither: the cache may have been cleared.
+        # May run again after the cache was cleared; PyTorch 2.11 refuses a second registration without the flag.
         torch.library.register_fake("internlm_native::transposed", _fake_transposed, allow_override=True)
         return None
-    _log.warning("bf16 is slower than it could be on this CPU: %s", reason)
+    _log.warning("bf16 is slower than possible on this CPU: %s", reason)
     return reason
 
 

@@ -107,12 +107,16 @@ def test_flash_attn_can_be_switched_off(installed: Any) -> None:
     ("wanted", "needs", "message"),
     [
         ("flash-attn-2", _needs(AMPERE), "'flash-attn-2' cannot be used: flash_attn is not installed .pip install"),
-        ("flash-attn-3", _needs(AMPERE), r"compute capability 9\.x, this card has 8\.0; here .* torch-varlen, sdpa"),
-        ("torch-varlen", _needs(TURING), r"8\.0 or later, this card has 7\.5"),
-        ("torch-varlen", _needs(dtype=torch.float32), r"has no float32 \(only float16, bfloat16\)"),
+        (
+            "flash-attn-3",
+            _needs(AMPERE),
+            r"compute capability 9\.x, this GPU has 8\.0; use one of .*torch-varlen, sdpa",
+        ),
+        ("torch-varlen", _needs(TURING), r"8\.0 or later, this GPU has 7\.5"),
+        ("torch-varlen", _needs(dtype=torch.float32), r"does not support float32 \(only float16, bfloat16\)"),
         ("torch-varlen", _needs(head_dim=100), "head dimensions 8 to 256, multiples of 8, the model has 100"),
         ("flex", _needs(head_dim=8), "head dimensions 16 to 256, the model has 8"),
-        ("flash", _needs(), "'flash' is unknown; known are auto, flash-attn-3"),
+        ("flash", _needs(), "'flash' is unknown; use auto, flash-attn-3"),
     ],
 )
 def test_a_wanted_backend_that_cannot_serve(installed: Any, wanted: str, needs: AttentionNeeds, message: str) -> None:

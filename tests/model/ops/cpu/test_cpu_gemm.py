@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internlm.model.ops import linear
 from internlm.model.ops.attention import causal_attention as attention_module
 from internlm.model.ops.cpu.attention import cpu_attention
-from internlm.model.ops.cpu.gemm import CpuFeatures, choose_cpu_gemm, features_in, product, rule
+from internlm.model.ops.cpu.gemm import CpuFeatures, choose_cpu_gemm, features_in, gemm, rule
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.ops.implementations import describe
 from internlm.model.ops.self_test import self_tests
@@ -84,10 +84,10 @@ def test_products_are_rounded_once(
     a, b = _random(rows, inner).to(dtype), _random(inner, columns, seed=1).to(dtype)
     if turned:
         a, b = a.t().contiguous().t(), b.t().contiguous().t()
-    ours = product(a, b)
+    ours = gemm(a, b)
     assert ours.dtype == dtype and ours.is_contiguous()
     _exactly(ours, a.double() @ b.double(), dtype)
-    assert torch.equal(ours, product(a, b))
+    assert torch.equal(ours, gemm(a, b))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,9 +111,9 @@ def test_few_rows_stay_as_they_are(in_fp32: None) -> None:
 def test_every_op_is_right(in_fp32: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_module, "has_native_ops", lambda: False)
     choices = describe(CPU)
-    assert choices["linear"].implementation == "PyTorch's products in fp32, block by block, rounded once"
+    assert choices["linear"].implementation == "PyTorch's GEMMs in fp32, block by block, rounded once"
     assert choices["linear"].reason == "model.cpu_gemm = 'fp32'"
-    assert choices["attention"].implementation == "SDPA in fp32, one call a document length"
+    assert choices["attention"].implementation == "SDPA in fp32, one call per document length"
     outcomes = [one for one in self_tests(CPU) if one.dtype == torch.bfloat16]
     assert len(outcomes) > 10
     assert not [one for one in outcomes if one.problem]
@@ -161,7 +161,7 @@ def test_recomputation_keeps_the_rounded_product(in_fp32: None) -> None:
 
     class Counter(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            counts[keep] += func.name() == "internlm::wide_product"
+            counts[keep] += func.name() == "internlm::fp32_gemm"
             return func(*args, **(kwargs or {}))
 
     for keep in get_args(SavePolicy):

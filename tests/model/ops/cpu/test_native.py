@@ -77,9 +77,9 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _results(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    out, partition = torch.ops.internlm_native.attention(q, k, v, None, None, 0.1)
-    grads = torch.ops.internlm_native.attention_backward(grad, q, k, v, out, partition, None, None, 0.1)
-    return out, partition, *grads
+    out, lse = torch.ops.internlm_native.attention(q, k, v, None, None, 0.1)
+    grads = torch.ops.internlm_native.attention_backward(grad, q, k, v, out, lse, None, None, 0.1)
+    return out, lse, *grads
 
 
 @needs_native_ops
@@ -129,21 +129,21 @@ def test_strides() -> None:
 
 
 @needs_native_ops
-def test_logarithms_of_partitions() -> None:
+def test_log_sum_exp() -> None:
     q, k, v = _random(1, 150, 2, 40), _random(1, 150, 2, 40, seed=1), _random(1, 150, 2, 40, seed=2)
-    _, partition = torch.ops.internlm_native.attention(q, k, v, None, None, 0.2)
+    _, lse = torch.ops.internlm_native.attention(q, k, v, None, None, 0.2)
     scores = 0.2 * torch.einsum("bihd,bjhd->bhij", q.double(), k.double())
     truth = scores.masked_fill(torch.ones(150, 150).triu(1).bool(), -math.inf).logsumexp(-1)
     # Scores are sums of 40 products in fp32 and of size 2: a few of its roundings; exponentials are good to 1e-6.
-    torch.testing.assert_close(partition.double(), truth, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), truth, rtol=0, atol=1e-5)
 
 
 @needs_native_ops
 def test_large_scores() -> None:
     """Exponentials of what is far below the largest score are zero, and nothing overflows."""
     q, k, v = 100 * _random(1, 90, 1, 16), 100 * _random(1, 90, 1, 16, seed=1), _random(1, 90, 1, 16, seed=2)
-    out, partition, *grads = _results(q, k, v, _random(1, 90, 1, 16, seed=3))
-    assert all(x.isfinite().all() for x in (out, partition, *grads))
+    out, lse, *grads = _results(q, k, v, _random(1, 90, 1, 16, seed=3))
+    assert all(x.isfinite().all() for x in (out, lse, *grads))
     best = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()).masked_fill(
         torch.ones(90, 90).triu(1).bool(), -math.inf
     )
@@ -169,7 +169,7 @@ def test_without_a_compiler_the_log_says_what_serves(
     try:
         choice = attention_module.choice(CPU, AttentionNeeds(None, torch.bfloat16, 64))
         assert choice.implementation.startswith("SDPA")
-        assert "no C++ kernel, as no C++ compiler was found" in choice.reason
-        assert "bf16 is slower than it could be" in caplog.text
+        assert "no C++ kernel: no C++ compiler was found" in choice.reason
+        assert "bf16 is slower than possible" in caplog.text
     finally:
         native.why_no_native_ops.cache_clear()

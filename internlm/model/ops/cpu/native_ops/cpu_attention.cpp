@@ -1,16 +1,16 @@
 // Causal attention in bf16 over documents of any lengths.
 //
-// The method is that of FlashAttention-2 (Dao, 2023, arXiv:2307.08691): scores live by blocks, in fp32, in a core's cache;
-// the forward pass keeps the logarithm of each row's sum of exponentials, from which the backward pass makes the
-// probabilities again. Matrix products are oneDNN's where there is AMX, as PyTorch offers them to its own kernels
-// (at::native::cpublas::brgemm), and those of tiles.h elsewhere, where oneDNN's are slow for small tiles.
+// Method: FlashAttention-2 (Dao, 2023, arXiv:2307.08691). Blocks of scores stay in a core's cache, in fp32. The forward
+// pass saves the log-sum-exp (lse) of each row of scores, from which the backward pass recomputes the probabilities. With
+// AMX, GEMMs of tiles are oneDNN's, through the interface for PyTorch's own kernels (at::native::cpublas::brgemm);
+// without, where oneDNN is slow for small tiles, those of tiles.h.
 //
-// A document and a key-value head, with all query heads that share it, are one piece of work for one thread, so results
-// do not depend on the number of threads. Lengths are padded to whole blocks of queries and head dimensions to whole
-// tiles, in copies: no shape of the input makes a new kernel.
+// A work item of a thread is a document and a key-value head with all query heads that share it, so results do not depend
+// on the number of threads. Inputs are copied, with lengths padded to blocks of queries and head dimensions padded to
+// tiles, so no input shape needs a new kernel.
 //
 // Names: S queries and keys of a document, D head dimension (padded), R = kRows queries of a block, N keys of a block.
-// "Paired" is the layout in which matrix units read the right-hand factor [K, N]: [K / 2, N, 2].
+// "Paired" is the layout of the right operand [K, N] for matrix units: [K / 2, N, 2]. The suffix _t means transposed.
 
 #include <algorithm>
 #include <atomic>
@@ -36,8 +36,8 @@ using at::Tensor;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kRows = 64;     // queries of a block
-constexpr int64_t kColumns = 256; // keys of a block, at most; a multiple of kRows
-constexpr float kNever = 1e30f;   // finite, so that no difference of two is NaN
+constexpr int64_t kColumns = 256; // maximum keys of a block; a multiple of kRows
+constexpr float kMasked = 1e30f;  // finite, so that the difference of two is not NaN
 
 int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
@@ -50,7 +50,7 @@ __mmask16 lanes(int64_t first, int64_t last) {
   return static_cast<__mmask16>(below(last) & ~below(first));
 }
 
-// Whether oneDNN's tile products run on AMX here.
+// Whether oneDNN's tile GEMMs use AMX on this CPU.
 bool has_matrix_units() {
   static const bool found = at::native::cpublas::could_pack(at::kBFloat16);
   return found;
@@ -67,12 +67,12 @@ void multiply(
         m, n, k, ld_a, ld_b, ld_c, add, reinterpret_cast<const uint16_t*>(a), reinterpret_cast<const uint32_t*>(b), c);
 }
 
-// e^x for x <= 0, to a relative error of 1e-6 where the result is not tiny: 2^n 2^f, and a polynomial for 2^f.
+// e^x for x <= 0 as 2^n 2^f, with a polynomial for 2^f. Relative error 1e-6 unless the result is tiny.
 __m512 exponential(__m512 x) {
   const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
   const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(t, n);
-  // The Taylor series of 2^f for |f| <= 1/2: its next term is below 2e-7.
+  // Taylor series of 2^f for |f| <= 1/2; the next term is below 2e-7.
   __m512 y = _mm512_set1_ps(1.3333558e-3f);
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291e-3f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504109e-2f));
@@ -94,21 +94,21 @@ __m512 from_bf16(__m256i x) {
 void transpose_words(const void* from, int64_t rows, int64_t columns, void* to, int64_t ld_to) {
   const auto* source = static_cast<const uint32_t*>(from);
   auto* target = static_cast<uint32_t*>(to);
-  __m512i square[16], turned[16];
+  __m512i square[16], transposed[16];
   for (int64_t i = 0; i < rows; i += 16)
     for (int64_t j = 0; j < columns; j += 16) {
       for (int64_t k = 0; k < 16; ++k) square[k] = _mm512_loadu_si512(source + (i + k) * columns + j);
-      internlm::transpose_square(square, turned);
-      for (int64_t k = 0; k < 16; ++k) _mm512_storeu_si512(target + (j + k) * ld_to + i, turned[k]);
+      internlm::transpose_square(square, transposed);
+      for (int64_t k = 0; k < 16; ++k) _mm512_storeu_si512(target + (j + k) * ld_to + i, transposed[k]);
     }
 }
 
-// The right-hand factor X^T [D, rows] of X [rows, D], paired.
+// X [rows, D] -> the right operand X^T [D, rows], paired.
 void pair_transposed(const BFloat16* x, int64_t rows, int64_t dim, BFloat16* to) {
   transpose_words(x, rows, dim / 2, to, rows);
 }
 
-// The right-hand factor X [rows, D], paired.
+// X [rows, D] -> the right operand X, paired.
 void pair_rows(const BFloat16* x, int64_t rows, int64_t dim, BFloat16* to) {
   for (int64_t i = 0; i < rows; i += 2)
     for (int64_t j = 0; j < dim; j += kLanes) {
@@ -120,7 +120,7 @@ void pair_rows(const BFloat16* x, int64_t rows, int64_t dim, BFloat16* to) {
     }
 }
 
-// X^T [D, rows] from its paired form.
+// X^T [D, rows], paired -> X^T, not paired.
 void unpair(const BFloat16* paired, int64_t rows, int64_t dim, BFloat16* to) {
   for (int64_t d = 0; d < dim; d += 2)
     for (int64_t i = 0; i < rows; i += kLanes) {
@@ -131,22 +131,22 @@ void unpair(const BFloat16* paired, int64_t rows, int64_t dim, BFloat16* to) {
     }
 }
 
-// Tokens of one head of a tensor [B, S, heads, D] with the numbers of a head side by side.
+// The tokens of one head of a tensor [B, S, heads, D] with stride 1 in the last dimension.
 struct Head {
   BFloat16* first;
   int64_t stride; // from token to token
   int64_t dim;
 
-  // Copies tokens [start, start + rows) of `length`, each to `padded` numbers; zeros beyond.
+  // Copies tokens [start, start + rows) to [rows, padded], with zeros from token `length` and element `dim` on.
   void read(int64_t start, int64_t rows, int64_t length, int64_t padded, BFloat16* to) const {
     for (int64_t i = 0; i < rows; ++i, to += padded) {
-      const int64_t known = start + i < length ? dim : 0;
-      if (known) std::memcpy(to, first + (start + i) * stride, dim * sizeof(BFloat16));
-      std::memset(static_cast<void*>(to + known), 0, (padded - known) * sizeof(BFloat16));
+      const int64_t valid = start + i < length ? dim : 0;
+      if (valid) std::memcpy(to, first + (start + i) * stride, dim * sizeof(BFloat16));
+      std::memset(static_cast<void*>(to + valid), 0, (padded - valid) * sizeof(BFloat16));
     }
   }
 
-  // Writes numbers of fp32 rows [rows, padded], times `factor`, or times `factors[i]`.
+  // Writes fp32 rows [rows, padded] as bf16 tokens, multiplied by `factor` or, if given, row i by `factors[i]`.
   void write(int64_t start, int64_t rows, const float* from, int64_t padded, float factor, const float* factors = nullptr)
       const {
     for (int64_t i = 0; i < rows; ++i, from += padded) {
@@ -164,7 +164,7 @@ struct Document {
   int64_t row, start, length;
 };
 
-// The call: what all pieces of work share.
+// The arguments of a call, shared by all work items.
 struct Call {
   std::vector<Document> documents; // the longest first
   int64_t num_heads, num_kv_heads, length, head_dim, dim, longest;
@@ -200,16 +200,16 @@ struct Call {
     return {first, x.stride(1), head_dim};
   }
 
-  // Keys that queries [start, start + kRows) of a document see: [first, last), from one block's edge to another's.
+  // First key that any of the queries [start, start + kRows) attends to, rounded down to a block of queries.
   int64_t first_key(int64_t start) const {
     return std::max<int64_t>(0, start - window + 1) / kRows * kRows;
   }
 
-  // Runs work(document, key-value head, floats, halves) for every piece, with room of a thread's own.
+  // Runs work(document, key-value head, floats, halves) for every item; floats and halves are buffers of the thread.
   template <typename Work>
   void run(int64_t num_floats, int64_t num_halves, const Work& work) const {
-    const int64_t pieces = static_cast<int64_t>(documents.size()) * num_kv_heads;
-    const int64_t threads = std::min<int64_t>(pieces, at::get_num_threads());
+    const int64_t num_items = static_cast<int64_t>(documents.size()) * num_kv_heads;
+    const int64_t threads = std::min<int64_t>(num_items, at::get_num_threads());
     const Tensor floats = at::empty({threads, num_floats}, at::kFloat);
     const Tensor halves = at::empty({threads, num_halves}, at::kBFloat16);
     std::atomic<int64_t> next{0};
@@ -217,18 +217,18 @@ struct Call {
       if (thread == end) return;
       auto* own_floats = floats.data_ptr<float>() + thread * num_floats;
       auto* own_halves = halves.data_ptr<BFloat16>() + thread * num_halves;
-      // Not dealt beforehand: pieces are of different sizes.
-      for (int64_t piece = next++; piece < pieces; piece = next++)
-        work(documents[piece / num_kv_heads], piece % num_kv_heads, own_floats, own_halves);
+      // Dynamic scheduling, because items have different sizes.
+      for (int64_t item = next++; item < num_items; item = next++)
+        work(documents[item / num_kv_heads], item % num_kv_heads, own_floats, own_halves);
       if (has_matrix_units()) at::native::cpublas::brgemm_release();
     });
   }
 };
 
-// Rows of probabilities that are not divided by their sums yet, and what changes for what was there before.
-//   scores [kRows, kColumns] of keys `begin` to `begin + width` -> weights, bf16, zero where a key is not seen
-//   largest, sum: of all keys so far; total [kRows, dim]: the weighted values so far
-void soften(
+// One step of the online softmax: unnormalized probabilities of a block of keys, and the rescaling of earlier results.
+//   scores [kRows, kColumns] of keys `begin` to `begin + width` -> weights, bf16, zero where a key is masked
+//   largest, sum: maximum score and sum of weights over all keys so far; total [kRows, dim]: weighted values so far
+void online_softmax(
     const Call& call, int64_t start, int64_t begin, int64_t width, const float* scores, BFloat16* weights, float* largest,
     float* sum, float* total) {
   for (int64_t i = 0; i < kRows; ++i) {
@@ -266,17 +266,16 @@ void soften(
   }
 }
 
-// Attention of q [B, S, H, D] to k, v [B, S, K, D], bf16: the result [B, S, H, D], and the logarithms of the sums of
-// exponentials [B, H, S], fp32.
-//   bounds: int32 [n + 1], where the documents of the one row begin and end; none: each row is one.
-//   window: keys that a query sees at most, itself included.
+// Attention of q [B, S, H, D] to k, v [B, S, K, D], bf16 -> result [B, S, H, D], and lse [B, H, S], fp32.
+//   bounds: int32 [n + 1], bounds of the documents of the only row; none: each row is one document.
+//   window: maximum number of keys that a query attends to, itself included.
 std::tuple<Tensor, Tensor> forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bounds, std::optional<int64_t> window,
     double scale) {
   const Call call(q, k, bounds, window, scale);
   const int64_t dim = call.dim, longest = call.longest;
   Tensor out = at::empty(q.sizes(), q.options());
-  Tensor partition = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
+  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
   const int64_t num_floats = kRows * (kColumns + dim + 2), num_halves = 3 * longest * dim + kRows * (dim + kColumns);
   call.run(num_floats, num_halves, [&](const Document& document, int64_t kv_head, float* floats, BFloat16* halves) {
     const int64_t length = document.length, padded = round_up(length, kRows);
@@ -290,41 +289,41 @@ std::tuple<Tensor, Tensor> forward(
     for (int64_t head = kv_head * call.group(); head < (kv_head + 1) * call.group(); ++head)
       for (int64_t start = 0; start < length; start += kRows) {
         call.head(q, document, head).read(start, kRows, length, dim, queries);
-        std::fill_n(largest, kRows, -kNever);
+        std::fill_n(largest, kRows, -kMasked);
         std::fill_n(sum, kRows, 0.0f);
         const int64_t first = call.first_key(start), last = start + kRows;
         std::memset(total, 0, kRows * dim * sizeof(float));
         for (int64_t begin = first; begin < last; begin += kColumns) {
           const int64_t width = std::min(kColumns, last - begin);
           multiply(kRows, width, dim, dim, padded, kColumns, false, queries, keys + 2 * begin, scores);
-          soften(call, start, begin, width, scores, weights, largest, sum, total);
+          online_softmax(call, start, begin, width, scores, weights, largest, sum, total);
           multiply(kRows, dim, width, kColumns, dim, dim, true, weights, values + begin * dim, total);
         }
-        const int64_t known = std::min(kRows, length - start);
-        float* logarithms = partition.data_ptr<float>() + (document.row * call.num_heads + head) * call.length;
-        for (int64_t i = 0; i < known; ++i) {
-          logarithms[document.start + start + i] = largest[i] * call.scale + std::log(sum[i]);
+        const int64_t valid = std::min(kRows, length - start);
+        float* row_lse = lse.data_ptr<float>() + (document.row * call.num_heads + head) * call.length;
+        for (int64_t i = 0; i < valid; ++i) {
+          row_lse[document.start + start + i] = largest[i] * call.scale + std::log(sum[i]);
           sum[i] = 1.0f / sum[i];
         }
-        call.head(out, document, head).write(start, known, total, dim, 0.0f, sum);
+        call.head(out, document, head).write(start, valid, total, dim, 0.0f, sum);
       }
   });
-  return {out, partition};
+  return {out, lse};
 }
 
-// From transposed scores and gradients of probabilities [width, kRows] of keys `begin` to `begin + width`: probabilities
-// and, without the factor of the scores, the gradients of scores, the latter also paired.
-void differentiate(
+// Transposed scores and gradients of probabilities [width, kRows] of keys `begin` to `begin + width` -> probabilities, and
+// gradients of scores (without the factor `scale`), the latter also paired.
+void softmax_backward(
     const Call& call, int64_t start, int64_t begin, int64_t width, const float* scores, const float* gradients,
-    const float* partition, const float* delta, BFloat16* probabilities, BFloat16* score_gradients, BFloat16* paired) {
+    const float* lse, const float* delta, BFloat16* probabilities, BFloat16* score_gradients, BFloat16* paired) {
   const __m512 scale = _mm512_set1_ps(call.scale);
   for (int64_t n = 0; n < width; n += 2)
     for (int64_t c = 0; c < kRows; c += kLanes) {
-      const __m512 logarithm = _mm512_loadu_ps(partition + c), mean = _mm512_loadu_ps(delta + c);
+      const __m512 row_lse = _mm512_loadu_ps(lse + c), mean = _mm512_loadu_ps(delta + c);
       __m512i words[2];
       for (int64_t i = 0; i < 2; ++i) {
         const int64_t at = (n + i) * kRows + c, key = begin + n + i - start - c; // the lane of the query at this key
-        const __m512 exponent = _mm512_fmsub_ps(scale, _mm512_loadu_ps(scores + at), logarithm);
+        const __m512 exponent = _mm512_fmsub_ps(scale, _mm512_loadu_ps(scores + at), row_lse);
         const __m512 p = _mm512_maskz_mov_ps(lanes(key, key + call.window), exponential(exponent));
         const __m512 d = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(gradients + at), mean));
         const __m256i rounded = to_bf16(d);
@@ -336,9 +335,9 @@ void differentiate(
     }
 }
 
-// Gradients of q, k, v, given that of the result, and what `forward` gave.
+// Gradients of q, k, v. `grad` is the gradient of the result; out and lse are from `forward`.
 std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& partition,
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     const std::optional<Tensor>& bounds, std::optional<int64_t> window, double scale) {
   const Call call(q, k, bounds, window, scale);
   const int64_t dim = call.dim, longest = call.longest;
@@ -350,55 +349,55 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const int64_t length = document.length, padded = round_up(length, kRows);
     float *key_sums = floats, *value_sums = key_sums + longest * dim, *scores = value_sums + longest * dim,
           *gradients = scores + kRows * kColumns, *query_sums = gradients + kRows * kColumns,
-          *turned = query_sums + kRows * dim, *logarithms = turned + kRows * dim, *delta = logarithms + kRows;
-    BFloat16 *keys = halves, *values = keys + longest * dim, *turned_keys = values + longest * dim,
-             *spare = turned_keys + longest * dim, *queries = spare + longest * dim, *outer = queries + kRows * dim,
-             *paired_queries = outer + kRows * dim, *paired_outer = paired_queries + kRows * dim,
-             *turned_queries = paired_outer + kRows * dim, *turned_outer = turned_queries + kRows * dim,
-             *probabilities = turned_outer + kRows * dim, *score_gradients = probabilities + kRows * kColumns,
+          *transposed = query_sums + kRows * dim, *row_lse = transposed + kRows * dim, *delta = row_lse + kRows;
+    BFloat16 *keys = halves, *values = keys + longest * dim, *keys_t = values + longest * dim,
+             *scratch = keys_t + longest * dim, *queries = scratch + longest * dim, *out_grads = queries + kRows * dim,
+             *paired_queries = out_grads + kRows * dim, *paired_out_grads = paired_queries + kRows * dim,
+             *queries_t = paired_out_grads + kRows * dim, *out_grads_t = queries_t + kRows * dim,
+             *probabilities = out_grads_t + kRows * dim, *score_gradients = probabilities + kRows * kColumns,
              *paired_gradients = score_gradients + kRows * kColumns;
     call.head(k, document, kv_head).read(0, padded, length, dim, keys);
     call.head(v, document, kv_head).read(0, padded, length, dim, values);
-    pair_transposed(keys, padded, dim, spare);
-    unpair(spare, padded, dim, turned_keys);
+    pair_transposed(keys, padded, dim, scratch);
+    unpair(scratch, padded, dim, keys_t);
     std::memset(key_sums, 0, padded * dim * sizeof(float));
     std::memset(value_sums, 0, padded * dim * sizeof(float));
     for (int64_t head = kv_head * call.group(); head < (kv_head + 1) * call.group(); ++head)
       for (int64_t start = 0; start < length; start += kRows) {
-        const int64_t known = std::min(kRows, length - start);
+        const int64_t valid = std::min(kRows, length - start);
         call.head(out, document, head).read(start, kRows, length, dim, queries);
-        call.head(grad, document, head).read(start, kRows, length, dim, outer);
-        const float* known_logarithms =
-            partition.const_data_ptr<float>() + (document.row * call.num_heads + head) * call.length + document.start + start;
+        call.head(grad, document, head).read(start, kRows, length, dim, out_grads);
+        const float* saved_lse =
+            lse.const_data_ptr<float>() + (document.row * call.num_heads + head) * call.length + document.start + start;
         for (int64_t i = 0; i < kRows; ++i) {
           __m512 sum = _mm512_setzero_ps();
           for (int64_t j = i * dim; j < (i + 1) * dim; j += kLanes)
             sum = _mm512_fmadd_ps(
                 from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(queries + j))),
-                from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(outer + j))),
+                from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(out_grads + j))),
                 sum);
           delta[i] = _mm512_reduce_add_ps(sum);
-          logarithms[i] = i < known ? known_logarithms[i] : kNever;
+          row_lse[i] = i < valid ? saved_lse[i] : kMasked;
         }
         call.head(q, document, head).read(start, kRows, length, dim, queries);
         pair_rows(queries, kRows, dim, paired_queries);
-        pair_rows(outer, kRows, dim, paired_outer);
-        pair_transposed(queries, kRows, dim, turned_queries);
-        pair_transposed(outer, kRows, dim, turned_outer);
+        pair_rows(out_grads, kRows, dim, paired_out_grads);
+        pair_transposed(queries, kRows, dim, queries_t);
+        pair_transposed(out_grads, kRows, dim, out_grads_t);
         const int64_t first = call.first_key(start), last = start + kRows;
         for (int64_t begin = first; begin < last; begin += kColumns) {
           const int64_t width = std::min(kColumns, last - begin), at = begin * dim;
-          multiply(width, kRows, dim, dim, kRows, kRows, false, keys + at, turned_queries, scores);
-          multiply(width, kRows, dim, dim, kRows, kRows, false, values + at, turned_outer, gradients);
-          differentiate(
-              call, start, begin, width, scores, gradients, logarithms, delta, probabilities, score_gradients,
+          multiply(width, kRows, dim, dim, kRows, kRows, false, keys + at, queries_t, scores);
+          multiply(width, kRows, dim, dim, kRows, kRows, false, values + at, out_grads_t, gradients);
+          softmax_backward(
+              call, start, begin, width, scores, gradients, row_lse, delta, probabilities, score_gradients,
               paired_gradients);
-          multiply(width, dim, kRows, kRows, dim, dim, true, probabilities, paired_outer, value_sums + at);
+          multiply(width, dim, kRows, kRows, dim, dim, true, probabilities, paired_out_grads, value_sums + at);
           multiply(width, dim, kRows, kRows, dim, dim, true, score_gradients, paired_queries, key_sums + at);
-          multiply(dim, kRows, width, padded, kRows, kRows, begin > first, turned_keys + begin, paired_gradients, query_sums);
+          multiply(dim, kRows, width, padded, kRows, kRows, begin > first, keys_t + begin, paired_gradients, query_sums);
         }
-        transpose_words(query_sums, dim, kRows, turned, dim);
-        call.head(grad_q, document, head).write(start, known, turned, dim, call.scale);
+        transpose_words(query_sums, dim, kRows, transposed, dim);
+        call.head(grad_q, document, head).write(start, valid, transposed, dim, call.scale);
       }
     call.head(grad_k, document, kv_head).write(0, length, key_sums, dim, call.scale);
     call.head(grad_v, document, kv_head).write(0, length, value_sums, dim, 1.0f);
@@ -411,7 +410,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 TORCH_LIBRARY_FRAGMENT(internlm_native, library) {
   library.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bounds, int? window, float scale) -> (Tensor, Tensor)");
   library.def(
-      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor partition, Tensor? bounds,"
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bounds,"
       " int? window, float scale) -> (Tensor, Tensor, Tensor)");
 }
 

@@ -1,4 +1,4 @@
-// Products of small bf16 matrices by AVX512-BF16, for CPUs without AMX.
+// GEMMs of small bf16 matrices with AVX512-BF16, for CPUs without AMX.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 
 namespace internlm {
 
-// c [rows, 16 vectors] (= or +=) a [rows, 2 pairs] b, with sums in registers. Of b, two numbers that meet lie side by side:
-// [pairs, N, 2]. Leading dimensions are those of a, b (in pairs) and c.
+// c [rows, 16 vectors] (= or +=) a [rows, 2 pairs] b, with sums in registers. The layout of b is [pairs, N, 2]: consecutive
+// rows are interleaved. Leading dimensions are those of a, b (in pairs) and c.
 template <int rows, int vectors>
 void multiply_tile(
     int64_t pairs, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const uint16_t* a, const uint32_t* b, float* c) {
@@ -38,7 +38,7 @@ template <int vectors>
 void multiply_rows(
     int64_t m, int64_t pairs, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const uint16_t* a, const uint32_t* b,
     float* c) {
-  // 24 sums and 5 factors in 32 registers; what remains of a block of 64 rows is 4.
+  // 24 sums and 5 operands fit into 32 registers; a block of 64 rows leaves a remainder of 4.
   constexpr int64_t kMost = 6;
   for (; m >= kMost; m -= kMost, a += kMost * ld_a, c += kMost * ld_c)
     multiply_tile<kMost, vectors>(pairs, ld_a, ld_b, ld_c, add, a, b, c);
@@ -46,7 +46,7 @@ void multiply_rows(
   for (; m >= 1; --m, a += ld_a, c += ld_c) multiply_tile<1, vectors>(pairs, ld_a, ld_b, ld_c, add, a, b, c);
 }
 
-// c [m, n] (= or +=) a [m, k] b [k, n]; n a multiple of 32, k an even number; b as above.
+// c [m, n] (= or +=) a [m, k] b [k, n]; n is a multiple of 32, k is even; layout of b as above.
 inline void multiply(
     int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const uint16_t* a,
     const uint32_t* b, float* c) {

@@ -1,4 +1,4 @@
-// Turning matrices over their diagonals, 16 x 16 words of 32 bits at a time.
+// Transposition of squares of 16 x 16 words of 32 bits.
 
 #pragma once
 
