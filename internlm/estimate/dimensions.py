@@ -1,4 +1,4 @@
-"""Dimensions of a decoder: the one description from which FLOPs, activations and traffic are computed."""
+"""Dimensions of a decoder: the one description from which FLOPs, activations and communication are computed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class ModelDimensions:
     """The dimensions of a decoder with a gated feed-forward (three matrices) in every layer.
 
     Attributes:
-        intermediate_size: width of the feed-forward.
+        intermediate_size: width of the feed-forward network.
         vocab_size: rows of the output head; 1 for a reward model.
         windows: attention window of each layer in tokens, None for full attention; empty: full attention everywhere.
         dtype: dtype of weights and activations.
         residual_dtype: dtype of the residual stream between blocks and between pipeline stages.
-        norm_type: kind of the norms, which decides what they save for backward.
+        norm_type: kind of the norms, which determines what they save for backward.
         has_qk_norm: whether query and key heads are normalized.
         has_fused_qkv: whether queries, keys and values are one projection.
         has_tied_head: whether the output head is the embedding.
