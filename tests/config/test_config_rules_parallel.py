@@ -92,7 +92,7 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {STAGES: 2, SCHEDULE: "ZBH1", CHUNKS: 2},
         2,
-        "model.num_chunks = 2 does not go with parallel.pipeline.mode = 'ZBH1'; set it to 1",
+        "model.num_chunks = 2 does not work with parallel.pipeline.mode = 'ZBH1'; set it to 1",
     ),
     ({STAGES: 2, SCHEDULE: "ZBH1", "hybrid_zero_optimizer.overlap_sync_grad": True}, 2, None),
     ({STAGES: 2, SCHEDULE: "ZBH1", MODE: "isp", "parallel.weight.overlap": True}, 2, None),
