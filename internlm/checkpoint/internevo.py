@@ -14,8 +14,10 @@ EXPERT_FILE = re.compile(r"model_moe_layer\d+_expert\d+_(tp|wp)\d+\.pt")
 
 
 def is_internevo(path: StoragePath) -> bool:
-    """Whether the folder contains weight files of InternEvo. It may also contain a `<step>.step`, as our checkpoints
-    do."""
+    """Whether the folder contains weight files of InternEvo.
+
+    It may also contain a `<step>.step`, as the checkpoints of this project do.
+    """
     return any(RANK_FILE.fullmatch(name) for name in path.names())
 
 

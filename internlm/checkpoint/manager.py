@@ -125,8 +125,9 @@ class CheckpointManager:
         check_overwrites(self.save_folder, slots, first, last, context, exports=self.after_save is not None)
 
     def save(self, trainer: Trainer, *, snapshot: bool = False) -> None:
-        """Save the current state, or start a save in the background; collective. `poll` and `finish` report the
-        outcome.
+        """Save the current state, or start a save in the background; collective.
+
+        `poll` and `finish` report the outcome.
 
         Raises:
             CheckpointError: the run has no folder to save to.

@@ -296,7 +296,8 @@ def collect_parts(
     Args:
         task: the save.
         own: the part of this rank.
-        timeout: seconds to wait; at most `ORPHAN_TIMEOUT` once `run_has_ended`.
+        timeout: seconds to wait; at most `ORPHAN_TIMEOUT` once the run has ended.
+        run_has_ended: whether the run has ended.
 
     Returns:
         The parts by rank.

@@ -21,12 +21,12 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {"parallel.fsdp.enable": True, STAGES: 2},
         2,
-        "parallel.fsdp.enable = True does not go with parallel.pipeline.size = 2; set one of them to its default",
+        "parallel.fsdp.enable = True does not work with parallel.pipeline.size = 2; set one of them to its default",
     ),
     (
         {"parallel.zero1.fsdp": True, MODE: "isp"},
         2,
-        "parallel.zero1.fsdp = True does not go with parallel.tensor.mode = 'isp', which splits weights itself; turn "
+        "parallel.zero1.fsdp = True does not work with parallel.tensor.mode = 'isp', which splits weights itself; turn "
         "it off",
     ),
     *[({"parallel.fsdp.enable": True, TENSOR: 2, MODE: mode}, 4, None) for mode in ("mtp", "msp", "fsp")],

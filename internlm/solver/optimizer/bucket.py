@@ -163,8 +163,7 @@ class Bucket(ABC):
         self._reduction = reduce_scatter_async(reduced, sent, self.groups.zero)
 
     def continue_reduction(self) -> None:
-        """Start the all-reduce over the replicas; separate from `start_reduction`, as it waits for the
-        reduce-scatter."""
+        """Start the all-reduce over the replicas, which first waits for the reduce-scatter of `start_reduction`."""
         if self.groups.zero is not None and self.groups.replica is not None:
             self._reduction = all_reduce_async(self._reduction.wait(), self.groups.replica)
 

@@ -1,5 +1,4 @@
-"""What the parameters of a bucket have in common, and the process groups over which gradients and masters are
-shared."""
+"""What the parameters of a bucket have in common, and the process groups of their gradients and masters."""
 
 from __future__ import annotations
 

@@ -252,11 +252,10 @@ class HybridZeroOptimizer:
                     yield f"{kind}/{shard_spec_of(parameter).name}", parameter, pieces
 
     def sharded_gradients(self) -> Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]:
-        """Gradients of the last step, summed over all ranks, without loss scale; fp32, or float64 for float64
-        parameters.
+        """Gradients of the last step, summed over all ranks, without loss scale.
 
-        Clipped after `step`, not clipped between `reduce_gradients` and `step`. Valid after `reduce_gradients` or
-        `step` until the next `begin_step`.
+        In fp32, or in float64 for float64 parameters. Clipped after `step`, not clipped between `reduce_gradients` and
+        `step`. Valid after `reduce_gradients` or `step` until the next `begin_step`.
 
         Yields:
             (name of the ShardSpec, parameter, pieces), where the pieces are this rank's shard and read-only.

@@ -57,7 +57,7 @@ class StochasticRounding:
         Args:
             bits: int32, of the shape of `box`.
             box: position of the elements in the global tensor.
-        key: name of the tensor; different names get different numbers.
+            key: name of the tensor; different names get different numbers.
         """
         # A scalar is a row of one element.
         offsets, extents = (box.global_offset, box.size) if box.size else ((0,), (1,))
