@@ -111,11 +111,7 @@ class CheckpointManager:
     def check_room(self, context: ParallelContext, first: int, last: int, *, snapshots: bool = False) -> None:
         """Check that the saves of a run will overwrite nothing but checkpoints; collective.
 
-        Args:
-            context: where this rank stands.
-            first: first step that may be saved.
-            last: last step that may be saved.
-            snapshots: whether the run saves snapshots.
+        See `check_overwrites`; `snapshots` tells whether the run saves snapshots.
 
         Raises:
             CheckpointError: a save would overwrite something else.
@@ -125,9 +121,7 @@ class CheckpointManager:
         check_overwrites(self.save_folder, slots, first, last, context, exports=self.after_save is not None)
 
     def save(self, trainer: Trainer, *, snapshot: bool = False) -> None:
-        """Save the current state, or start a save in the background; collective.
-
-        `poll` and `finish` report the outcome.
+        """Save the current state, or start to in the background; collective. `poll` and `finish` report the outcome.
 
         Raises:
             CheckpointError: the run has no folder to save to.
@@ -332,8 +326,7 @@ class CheckpointManager:
             content: any of "model", "optimizer" (moments, scaler, and together with "model" the fp32 masters),
                 "scheduler" (the step, from which learning rate and beta2 follow) and "sampler" (the data cursor and
                 token counter), or "all".
-            strict: refuse a checkpoint with missing or unknown weights; otherwise log them and leave missing ones
-                unchanged.
+            strict: refuse missing or unknown weights; otherwise log them and leave missing ones unchanged.
             check: as in `resume`.
 
         Raises:

@@ -321,8 +321,7 @@ def test_notices(write):
             "no effect: model.parallel_output = False (the loss of split logits equals that of full ones)",
             "no effect: use_apex_adam = True (torch's fused AdamW is used)",
             "no effect: parallel.fsdp.mode = 'v1' (torch's fully_shard, which is v2, is always used)",
-            "no effect: parallel.fsdp.init_method = 'cuda' (models are built on the meta device and materialized "
-            "on the training device)",
+            "no effect: parallel.fsdp.init_method = 'cuda' (models are built on the meta device, then materialized)",
             "no effect: parallel.weight.layer_fuse_isp_comm = True (weights that share an input are always gathered "
             "together)",
             "no effect: loss.op_type = 'flash_vocab_parallel' (one fused cross entropy serves every kind)",

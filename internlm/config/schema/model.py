@@ -224,16 +224,10 @@ class ModelConfig(Section):
         True, "Divide the standard deviation of output projections by sqrt(2 * num_layers).", changes_outputs=False
     )
     embedding_init_std: float = key(0.02, "Standard deviation of the embedding.", ge=0, changes_outputs=False)
-    attn_wqkv_init_std: float = key(
-        0.02, "Standard deviation of the query, key and value weights.", ge=0, changes_outputs=False
-    )
-    attn_other_init_std: float = key(
-        0.02, "Standard deviation of the attention's output weight.", ge=0, changes_outputs=False
-    )
-    ffn_uplayer_init_std: float = key(
-        0.02, "Standard deviation of the MLP's input weights.", ge=0, changes_outputs=False
-    )
-    ffn_other_init_std: float = key(0.02, "Standard deviation of the MLP's output weight.", ge=0, changes_outputs=False)
+    attn_wqkv_init_std: float = key(0.02, "Standard deviation of wq, wk and wv.", ge=0, changes_outputs=False)
+    attn_other_init_std: float = key(0.02, "Standard deviation of wo.", ge=0, changes_outputs=False)
+    ffn_uplayer_init_std: float = key(0.02, "Standard deviation of w1 and w3.", ge=0, changes_outputs=False)
+    ffn_other_init_std: float = key(0.02, "Standard deviation of w2.", ge=0, changes_outputs=False)
     out_head_init_std: float = key(0.02, "Standard deviation of the head.", ge=0, changes_outputs=False)
     embed_grad_scale: float = key(1.0, "Factor on the gradient of the embedding.", ge=0, changes_outputs=False)
 
@@ -256,9 +250,7 @@ class ModelConfig(Section):
     )
     dropout_selective_checkpoint: bool = no_effect(True, "Leave dropout out of recomputation.", "there is no dropout")
     device: Literal["cuda", "cpu", "meta"] = no_effect(
-        "cuda",
-        "Device to build the model on.",
-        "models are built on the meta device and materialized on the training device",
+        "cuda", "Device to build the model on.", "models are built on the meta device, then materialized"
     )
 
     # Mixture of experts.
@@ -311,11 +303,7 @@ class ModelConfig(Section):
         None, "The vision tower.", "multimodal models", accepts=({},), changes_outputs=True
     )
     vision_proj_cfg: dict[str, Any] | None = later(
-        None,
-        "The projection from the vision tower to the language model.",
-        "multimodal models",
-        accepts=({},),
-        changes_outputs=True,
+        None, "Projection of the vision tower's outputs.", "multimodal models", accepts=({},), changes_outputs=True
     )
 
     @model_validator(mode="after")

@@ -157,7 +157,7 @@ class FsdpConfig(Section):
     init_method: Literal["cuda", "cpu", "meta"] = no_effect(
         "meta",
         "Device to create parameters on.",
-        "models are built on the meta device and materialized on the training device",
+        "models are built on the meta device, then materialized",
     )
 
 
