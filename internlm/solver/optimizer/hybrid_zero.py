@@ -96,14 +96,14 @@ class HybridZeroOptimizer:
         self.overlap_sync_grad = overlap_sync_grad
         self.overlap_sync_param = overlap_sync_param
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
-        num_holders = Counter(p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
+        chunk_counts = Counter(p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
         if rule.works_on != "elements":
             raise ValueError(f"{type(rule).__name__} works on {rule.works_on}: only rules on elements are supported")
-        if not num_holders and context.size("pipeline") == 1:
+        if not chunk_counts and context.size("pipeline") == 1:
             raise ValueError("the model has no parameter that requires a gradient")
-        check_frozen(num_holders, groups)
+        check_frozen(chunk_counts, groups)
         self.buckets = build_buckets(
-            list(num_holders),
+            list(chunk_counts),
             context,
             groups=groups,
             weight_decay=weight_decay,
@@ -112,7 +112,7 @@ class HybridZeroOptimizer:
             reduce_dtype=reduce_dtype,
             form=form,
         )
-        self._num_chunks = [[num_holders[parameter] for parameter in bucket.parameters] for bucket in self.buckets]
+        self._num_chunks = [[chunk_counts[parameter] for parameter in bucket.parameters] for bucket in self.buckets]
         self._defaults: HyperParameters = dict(rule.hyper_parameters)
         self.hyper_parameters = self._defaults
         self.states, self._num_updates, self._updater = build_states(self.buckets, form, rule, context.device)
