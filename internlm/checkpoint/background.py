@@ -1,7 +1,7 @@
 """Checkpoints that a background process writes while training continues, from a copy in shared memory.
 
-The shared memory is anonymous, so that nothing of it remains when the processes are killed. Training waits only for the
-copy; the next save waits until the last one is written.
+The shared memory is anonymous, so it is freed with the processes, however they end. Training waits only for the copy;
+the next save waits until the previous one is written.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class SaveOutcome:
 
     Attributes:
         step: step of the save.
-        error: why it failed; None when it is complete.
-        notice: a problem that occurred after it was complete.
-        ended: time of the end by `time.monotonic`, which all processes of a machine share.
+        error: reason of the failure; None if the checkpoint is complete.
+        notice: a problem that occurred after the checkpoint was complete.
+        ended: end of the save by `time.monotonic`, a clock that all processes of a machine share.
     """
 
     step: int
@@ -102,9 +102,9 @@ class SharedMemory:
         if self._map is None or len(self._map) < size:
             self._tensor = self._map = None
             try:
-                held = os.fstat(self.descriptor).st_size
-                if held < size:
-                    _check_available(size - held)
+                allocated = os.fstat(self.descriptor).st_size
+                if allocated < size:
+                    _check_available(size - allocated)
                     os.ftruncate(self.descriptor, size)
                 self._map = mmap.mmap(self.descriptor, size)
             except OSError as error:
@@ -178,7 +178,7 @@ class BackgroundWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save has begun whose outcome was not received yet."""
+        """Whether a save is in progress whose outcome has not been received."""
         return self._pending is not None
 
     def begin(self, task: SaveTask, plan: RankPlan, resolver: Resolver) -> None:
@@ -245,7 +245,7 @@ class BackgroundWriter:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def close(self) -> None:

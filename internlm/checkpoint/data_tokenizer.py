@@ -26,10 +26,10 @@ class KnownTokenizer(NamedTuple):
 
     @classmethod
     def from_json(cls, content: str) -> KnownTokenizer:
-        """The inverse.
+        """Inverse of `to_json`.
 
         Raises:
-            ValueError, TypeError: it is something else.
+            ValueError, TypeError: the content is malformed.
         """
         return cls(**json.loads(content))
 
@@ -51,4 +51,4 @@ def trained_with(checkpoint: StoragePath) -> KnownTokenizer | None:
     try:
         return KnownTokenizer.from_json(path.read_text())
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: is not what a run writes: {error}") from error
+        raise CheckpointError(f"'{path}' is malformed: {error}") from error

@@ -1,7 +1,7 @@
 """Tensors of a checkpoint in any storage, in the file format of torch.distributed.checkpoint.
 
-The library plans; this module writes and reads the files, below any `StoragePath`, with a checksum of every file, one
-tensor at a time. A rank reads only the rows that it needs.
+The library plans; this module writes and reads the files in any `StoragePath`, one tensor at a time, and computes a
+checksum of every file. A rank reads only the rows that it needs.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from internlm.utils.storage import StoragePath
 
 BLOCK_BYTES = 64 * 2**20
-"""Bytes of a tensor that are read at a time where they cannot be read into the target itself."""
+"""Bytes of a tensor per read."""
 
 METADATA_FILE = ".metadata"
 """The library's name of the file that lists all tensors."""
 
 CHECKSUM_BLOCK_BYTES = 4 * 2**20
-"""Bytes that are read at a time to compute the checksum of a file."""
+"""Bytes per read when the checksum of a file is computed."""
 
 RUN_BYTES = {True: 4096, False: 2**20}
-"""Is the file local -> bytes from which on a part of a row is read without the rest of the row."""
+"""Whether the file is local -> size in bytes from which a part of a row is read without the rest of the row."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ChecksumFile(io.RawIOBase):
 
     @property
     def checksum(self) -> FileChecksum:
-        """Of everything written so far."""
+        """Size and checksum of everything written so far."""
         return FileChecksum(self._size, self._hash.hexdigest())
 
 
@@ -95,7 +95,7 @@ def file_checksum(path: StoragePath) -> FileChecksum:
 
 
 class Resolver(Protocol):
-    """Provides what is to be written, as the save planners of the library do."""
+    """Provides the data of write items, as the library's save planners do."""
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         """The tensor of an item of a plan, or the bytes of its value."""
@@ -114,7 +114,7 @@ def write_tensors(path: StoragePath, plan: SavePlan, resolver: Resolver) -> tupl
             offset = hashed.tell()
             data = resolver.resolve_data(item)
             if isinstance(data, Tensor):
-                torch.save(_alone(data), cast(Any, hashed))
+                torch.save(_with_own_storage(data), cast(Any, hashed))
             else:
                 hashed.write(data.getbuffer())
             info = _StorageInfo(path.name, offset, hashed.tell() - offset)
@@ -122,9 +122,9 @@ def write_tensors(path: StoragePath, plan: SavePlan, resolver: Resolver) -> tupl
     return results, hashed.checksum
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The elements on the CPU in a storage of their own: torch.save writes the whole storage."""
-    # Normalizes the strides of dimensions of size 1, which are written too: equal tensors make equal files.
+def _with_own_storage(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU in a storage of its own, because torch.save writes the whole storage."""
+    # Normalizes the strides of dimensions of size 1, which are written too, so that equal tensors give equal files.
     tensor = tensor.detach().cpu().contiguous().view(-1).view(tensor.shape)
     if tensor.numel() == tensor.untyped_storage().nbytes() // tensor.dtype.itemsize or tensor.numel() == 0:
         return tensor.clone() if tensor.numel() == 0 else tensor
@@ -134,7 +134,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _without_zip_checksums() -> Iterator[None]:
-    """Without the zip format's CRC32: the file as a whole has a checksum."""
+    """Disable the zip format's CRC32, as the whole file has a checksum."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -144,7 +144,7 @@ def _without_zip_checksums() -> Iterator[None]:
 
 
 class StorageReader(FileSystemReader):
-    """Reads boxes of tensors below a folder; of a file only the rows that contain them."""
+    """Reads boxes of tensors from the files in a folder; from each file, only the rows that contain them."""
 
     def __init__(self, folder: StoragePath) -> None:
         # The base class knows local paths only, and none of its file methods is used.
@@ -264,9 +264,9 @@ class _SavedBox:
             return
         part = tuple(slice(start, start + length) for start, length in zip(part_offset, part_shape, strict=True))
         for start, stop in _blocks(count, row_bytes):
-            whole = torch.empty(stop - start, *row_shape, dtype=self.dtype)
-            self._read(file, self.start + (first + start) * row_bytes, whole)
-            rows[start:stop].copy_(whole[(slice(None), *part)])
+            block = torch.empty(stop - start, *row_shape, dtype=self.dtype)
+            self._read(file, self.start + (first + start) * row_bytes, block)
+            rows[start:stop].copy_(block[(slice(None), *part)])
 
     def _read(self, file: BinaryIO, position: int, target: Tensor) -> None:
         """Fill a tensor with consecutive elements of the file."""
@@ -285,7 +285,7 @@ def _fill(file: BinaryIO, position: int, view: memoryview) -> None:
     while done < len(view):
         count = cast(Any, file).readinto(view[done:])
         if not count:
-            raise EOFError(f"the file ends {len(view) - done} bytes before what was saved does")
+            raise EOFError(f"the file is truncated: {len(view) - done} bytes are missing")
         done += count
 
 

@@ -1,10 +1,10 @@
-"""Projections that a checkpoint stores in the other form than the model: fused into one weight, or apart.
+"""Loads projections that a checkpoint stores fused and the model holds separately, or the other way round.
 
     wqkv <-> wq, wk, wv     rows by key-value group: its query heads, its key, its value
     w13  <-> w1, w3         the rows of w1, then those of w3
 
-The forms hold the same rows in another order, so a wanted box is a list of boxes of what is stored. The reader fetches
-only these, for weights, biases, masters and moments alike.
+Both forms contain the same rows in different orders, so a box of one form is a list of boxes of the other. The reader
+fetches only these, for weights, biases, masters and moments alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from internlm.model.roles import HeadShape
 from internlm.utils.errors import CheckpointError
 
 _PARTS = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
-"""Fused weight -> the weights whose rows it holds."""
+"""Fused weight -> the weights whose rows it contains."""
 
 _NAME = re.compile(r"(?P<module>.*\.)(?P<projection>wqkv|w[qkv]|w13|w[13])(?P<attribute>\.(?:weight|bias))")
 
@@ -43,7 +43,7 @@ class RowRange(NamedTuple):
 
 
 def other_form(name: str) -> tuple[str, ...]:
-    """Names of the tensors that hold the rows of `name` in the other form; empty for a tensor that has one form only.
+    """Names of the tensors that contain the rows of `name` in the other form; empty for a tensor with only one form.
 
     Args:
         name: a global name or a key of a checkpoint, such as `optimizer/exp_avg/layers.0.attention.wq.weight`.
@@ -57,7 +57,7 @@ def other_form(name: str) -> tuple[str, ...]:
 
 
 def stored_names(name: str, stored: Collection[str]) -> tuple[str, ...]:
-    """Names of the tensors in a checkpoint that hold the tensor `name`: itself, or those of its other form."""
+    """Names of the tensors in a checkpoint that contain the tensor `name`: itself, or those of its other form."""
     others = other_form(name)
     return others if name not in stored and others and all(other in stored for other in others) else (name,)
 
@@ -65,16 +65,16 @@ def stored_names(name: str, stored: Collection[str]) -> tuple[str, ...]:
 def row_ranges(
     key: str, shape: tuple[int, ...], stored: Mapping[str, tuple[int, ...] | None], heads: HeadShape | None
 ) -> list[RowRange]:
-    """Where the rows of a tensor are stored in its other form, in their order.
+    """Where the rows of a tensor are stored in its other form, in row order.
 
     Args:
-        key: of the tensor, as in a checkpoint.
-        shape: of the tensor.
-        stored: key -> shape of everything in the checkpoint; `other_form(key)` is among it.
-        heads: of the block; only fused query, key and value need it.
+        key: key of the tensor, as in a checkpoint.
+        shape: shape of the tensor.
+        stored: key -> shape of everything in the checkpoint, including `other_form(key)`.
+        heads: heads of the block; required only for query, key and value.
 
     Raises:
-        CheckpointError: the stored tensors are not those of this model.
+        CheckpointError: the stored shapes do not fit this model.
     """
     others = other_form(key)
     parts = others if len(others) > 1 else other_form(others[0])
@@ -96,8 +96,8 @@ def row_ranges(
         found = stored[other]
         fits &= found is not None and found[1:] == shape[1:] and (fused != key or found[0] == expected[other])
     if not fits:
-        held = ", ".join(f"'{other}' {list(stored[other] or ())}" for other in others)
-        raise CheckpointError(f"'{key}' has shape {list(shape)}, and the checkpoint holds its rows as {held}")
+        found_shapes = ", ".join(f"'{other}' {list(stored[other] or ())}" for other in others)
+        raise CheckpointError(f"'{key}' has shape {list(shape)}, but the checkpoint stores its rows as {found_shapes}")
     return ranges
 
 
@@ -108,7 +108,7 @@ def _rows_of_fused(parts: tuple[str, ...], num_rows: int, heads: HeadShape | Non
             yield part, 0, num_rows // 2
         return
     if heads is None:
-        raise CheckpointError(f"'{parts[0]}' cannot be regrouped: the model does not say its heads (`model.heads`)")
+        raise CheckpointError(f"'{parts[0]}' cannot be regrouped: the model does not declare `heads`")
     q, k, v = parts
     key_rows = heads.head_dim
     query_rows = heads.num_heads // heads.num_kv_heads * key_rows
@@ -121,18 +121,19 @@ def _rows_of_fused(parts: tuple[str, ...], num_rows: int, heads: HeadShape | Non
 def in_stored_form(
     tensors: Mapping[str, Any], stored: Mapping[str, tuple[int, ...] | None], heads: Mapping[str, HeadShape]
 ) -> dict[str, Any]:
-    """Wanted tensors under the keys and in the shapes in which a checkpoint stores them.
+    """Rename and regroup requested tensors to the keys and shapes of a checkpoint.
 
     Args:
-        tensors: key -> `BoxedTensor`, or a value that is no tensor.
+        tensors: key -> `BoxedTensor`, or a value that is not a tensor.
         stored: key -> shape of everything in the checkpoint.
-        heads: name of a block -> its heads; under "" those of every other block. See `heads_of`.
+        heads: see `heads_of`.
 
     Returns:
-        What to read. Its pieces are views of the wanted ones. Keys that the checkpoint has in neither form stay.
+        The tensors to read, whose pieces are views of the given ones. Keys that the checkpoint has in neither form are
+        unchanged.
 
     Raises:
-        CheckpointError: the stored tensors are not those of this model.
+        CheckpointError: the stored shapes do not fit this model.
     """
     unchanged: dict[str, Any] = {}
     regrouped: list[tuple[str, BoxedTensor]] = []
@@ -163,7 +164,7 @@ def _regrouped(
 
 
 def heads_of(chunks: Iterable[nn.Module]) -> dict[str, HeadShape]:
-    """Name of a block -> its heads, as far as blocks say them; under "" those of the model, for all other blocks."""
+    """Name of a block -> its heads, for blocks that declare them; under "" those of the model, for all other blocks."""
     modules = (named for chunk in chunks for named in chunk.named_modules())
     found = ((name, getattr(module, "heads", None)) for name, module in modules)
     return {name: heads for name, heads in found if isinstance(heads, HeadShape)}
@@ -177,7 +178,7 @@ def _heads_of_block(key: str, heads: Mapping[str, HeadShape]) -> HeadShape | Non
 
 
 def describe_regrouping(keys: Collection[str], stored: Collection[str]) -> list[str]:
-    """What a model reads in another form, one line a kind: `24 x attention.wqkv from wq, wk, wv`.
+    """Describe the regrouped projections, one line per kind: `24 x attention.wqkv from wq, wk, wv`.
 
     Args:
         keys: keys or names of the model's tensors.

@@ -44,21 +44,21 @@ class CheckpointHook(Hook):
             logger.info("step %d: saving a checkpoint: %s", step, trainer.save_reason)
         is_last = step == trainer.total_steps or trainer.stop_reason is not None
         if step % self.every == 0 or trainer.save_reason is not None or is_last:
-            self._save(trainer, goes_on=not is_last)
+            self._save(trainer, continues=not is_last)
         elif self._snapshot_is_due(step):
             trainer.save_checkpoint(snapshot=True)
             self._report(trainer)
 
     def on_fit_end(self, trainer: RunningTrainer) -> None:
         if trainer.state.step != self._saved_step:
-            # The data ended before the steps did.
+            # The data ended before the last step.
             trainer.save_checkpoint()
         try:
             trainer.finish_saving()
         except CheckpointError:
-            self._report(trainer, goes_on=False)
+            self._report(trainer, continues=False)
             if trainer.is_main_rank:
-                logger.warning("step %d: the run ends here: the checkpoint is tried once more", trainer.state.step)
+                logger.warning("step %d: the run ends here, so the failed save is retried once", trainer.state.step)
             trainer.save_checkpoint()
             self._finish_or_fail(trainer)
         self._report(trainer)
@@ -69,30 +69,30 @@ class CheckpointHook(Hook):
             return
         try:
             trainer.drain_saves(DRAIN_SECONDS)
-            self._report(trainer, goes_on=False)
+            self._report(trainer, continues=False)
         except Exception:
-            logger.warning("the save in the background could not be waited for", exc_info=True)
+            logger.warning("waiting for the save in the background failed", exc_info=True)
 
     def _snapshot_is_due(self, step: int) -> bool:
         return self.snapshot_every is not None and step % self.snapshot_every == 0
 
-    def _save(self, trainer: RunningTrainer, *, goes_on: bool) -> None:
+    def _save(self, trainer: RunningTrainer, *, continues: bool) -> None:
         trainer.save_checkpoint()
         self._saved_step = trainer.state.step
-        self._report(trainer, goes_on=goes_on)
+        self._report(trainer, continues=continues)
 
     def _finish_or_fail(self, trainer: RunningTrainer) -> None:
         try:
             trainer.finish_saving()
         except CheckpointError as error:
-            self._report(trainer, goes_on=False)
+            self._report(trainer, continues=False)
             raise CheckpointError(f"the run ended at step {trainer.state.step}, but {error}") from error
 
-    def _report(self, trainer: RunningTrainer, *, goes_on: bool = True) -> None:
+    def _report(self, trainer: RunningTrainer, *, continues: bool = True) -> None:
         for result in trainer.poll_saves():
-            self._tell(result, "; the run goes on" if goes_on else "")
+            self._log(result, "; the run continues" if continues else "")
 
-    def _tell(self, result: SaveResult, then: str) -> None:
+    def _log(self, result: SaveResult, consequence: str) -> None:
         what = "snapshot" if result.snapshot else "checkpoint"
         if result.error is None:
             self._newest, self._num_failures = str(result.path), 0
@@ -114,6 +114,6 @@ class CheckpointHook(Hook):
             what,
             f" ({self._num_failures} failures in a row)" if self._num_failures > 1 else "",
             result.error,
-            f"the newest complete one is {self._newest}" if self._newest else "none of this run is complete yet",
-            then,
+            f"the newest complete one is {self._newest}" if self._newest else "this run has no complete one yet",
+            consequence,
         )

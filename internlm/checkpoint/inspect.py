@@ -24,10 +24,10 @@ _CONFIG_SECTIONS = ("model", "data", "adam")
 """Keys of `config.json` that are read here and whose values are objects."""
 
 _CONTEXT_SECTIONS = ("state", "data", "scaler", "hooks")
-"""The same of `context.json`."""
+"""Likewise for `context.json`."""
 
 COMPARED_AT_ONCE = 2**24
-"""Number of elements that are compared at a time."""
+"""Number of elements compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Listed:
     """One line of a listing.
 
     Attributes:
-        name: name of the folder, below the one that was listed.
+        name: name of the folder, relative to the listed one.
         path: the folder.
         kind: "checkpoint", "snapshot", "incomplete", "leftover" of a killed save, "export" or "InternEvo".
         manifest: manifest of a complete checkpoint or snapshot.
         num_bytes: size of all its files.
         context: content of `context.json`; empty without one.
-        problem: what is wrong with it; empty if nothing is.
+        problem: description of a defect; empty if there is none.
     """
 
     name: str
@@ -68,7 +68,7 @@ def list_checkpoints(folder: StoragePath, snapshot_folder: StoragePath | None = 
         snapshot_folder: None: `<folder>/snapshot`.
     """
     if _has_manifest(folder) or is_internevo(folder):
-        return [_look_at(folder, str(folder), is_snapshot=False)]
+        return [_examine(folder, str(folder), is_snapshot=False)]
     found = []
     for name in folder.names():
         path = folder / name
@@ -77,7 +77,7 @@ def list_checkpoints(folder: StoragePath, snapshot_folder: StoragePath | None = 
             is_snapshot = (
                 name in SNAPSHOT_SLOTS and _has_manifest(path) and f"{name}{MANIFEST_SUFFIX}" not in path.names()
             )
-            found.append(_look_at(path, name, is_snapshot))
+            found.append(_examine(path, name, is_snapshot))
         elif name.startswith((WRITING_PREFIX, REPLACED_PREFIX, REMOVING_PREFIX)):
             found.append(Listed(name, path, "leftover", num_bytes=tree_size(path)))
         elif re.fullmatch(r"\d+_hf", name):
@@ -86,7 +86,7 @@ def list_checkpoints(folder: StoragePath, snapshot_folder: StoragePath | None = 
     shown = f"{snapshots}/" if snapshot_folder else "snapshot/"
     for name in snapshots.names():
         if name in SNAPSHOT_SLOTS:
-            found.append(_look_at(snapshots / name, f"{shown}{name}", is_snapshot=True))
+            found.append(_examine(snapshots / name, f"{shown}{name}", is_snapshot=True))
         elif name.startswith((WRITING_PREFIX, REPLACED_PREFIX, REMOVING_PREFIX)):
             path = snapshots / name
             found.append(Listed(f"{shown}{name}", path, "leftover", num_bytes=tree_size(path)))
@@ -97,7 +97,7 @@ def _has_manifest(path: StoragePath) -> bool:
     return any(name.endswith(MANIFEST_SUFFIX) and name.removesuffix(MANIFEST_SUFFIX).isdigit() for name in path.names())
 
 
-def _look_at(path: StoragePath, name: str, is_snapshot: bool) -> Listed:
+def _examine(path: StoragePath, name: str, is_snapshot: bool) -> Listed:
     if is_internevo(path):
         return Listed(
             name, path, "InternEvo", num_bytes=tree_size(path), problem="internlm convert from-internevo reads it"
@@ -108,7 +108,7 @@ def _look_at(path: StoragePath, name: str, is_snapshot: bool) -> Listed:
     except CheckpointError as error:
         return Listed(name, path, kind, num_bytes=tree_size(path), problem=str(error))
     if manifest is None:
-        problem = "its manifest is missing: the save did not finish, or is under way"
+        problem = "its manifest is missing: the save did not finish, or is in progress"
         return Listed(name, path, "incomplete", num_bytes=tree_size(path), problem=problem)
     num_bytes = sum(file.size for file in manifest.files.values())
     try:
@@ -137,7 +137,7 @@ def context_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
 
 
 def config_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
-    """Keys of `config.json`, unchecked: it may be of another version; empty without one.
+    """Keys of `config.json`, unvalidated because another version may have written it; empty without one.
 
     Raises:
         CheckpointError: it is damaged.
@@ -154,7 +154,7 @@ def config_of(path: StoragePath, manifest: Manifest) -> dict[str, Any]:
 def _checked(values: dict[str, Any], sections: Sequence[str], file: StoragePath) -> dict[str, Any]:
     for name in sections:
         if not isinstance(values.get(name, {}), dict):
-            raise CheckpointError(f"'{file}' is damaged: '{name}' is {values[name]!r}, where a section belongs")
+            raise CheckpointError(f"'{file}' is damaged: '{name}' is {values[name]!r}, not a section")
     return values
 
 

@@ -14,7 +14,10 @@ EXPERT_FILE = re.compile(r"model_moe_layer\d+_expert\d+_(tp|wp)\d+\.pt")
 
 
 def is_internevo(path: StoragePath) -> bool:
-    """Whether the folder holds weights as InternEvo writes them. It may also hold a `<step>.step`, as ours do."""
+    """Whether the folder contains weight files of InternEvo.
+
+    It may also contain a `<step>.step`, as the checkpoints of this project do.
+    """
     return any(RANK_FILE.fullmatch(name) for name in path.names())
 
 
@@ -23,5 +26,5 @@ def refuse_internevo(path: StoragePath) -> None:
     if is_internevo(path):
         raise CheckpointError(
             f"'{path}' is a checkpoint of InternEvo: convert it with `internlm convert from-internevo --ckpt {path} "
-            "--out DIR` and give DIR"
+            "--out DIR` and load DIR"
         )

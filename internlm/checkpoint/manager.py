@@ -30,7 +30,7 @@ from internlm.checkpoint.save_folder import (
     begin_writing,
     find_checkpoints,
     oldest_slot,
-    put_back_replaced,
+    restore_replaced,
 )
 from internlm.checkpoint.save_folder_checks import check_overwrites, check_writable
 from internlm.checkpoint.saving import (
@@ -55,14 +55,14 @@ from internlm.utils.storage import StoragePath, storage_path
 logger = get_logger(__name__)
 
 CheckBeforeLoading = Callable[[StoragePath, Manifest, Collection[str]], None]
-"""(checkpoint, its manifest, the parts that are to be loaded)"""
+"""Called with (checkpoint, its manifest, the parts to load)."""
 
 
 class CheckpointManager:
     """Saves and restores the whole state of a trainer.
 
     Args:
-        save_folder: gets one folder per saved step; local or in an object store. None saves nothing.
+        save_folder: gets one folder per saved step; local or in an object store. None: the run cannot save.
         files: name -> text, written into every checkpoint (the config, for other tools).
         snapshot_folder: holds the two newest snapshots; None: `<save_folder>/snapshot`.
         keep_latest: number of complete checkpoints to keep; None keeps all.
@@ -93,7 +93,7 @@ class CheckpointManager:
         self._plan: tuple[Optimizer, RankPlan] | None = None
         # Started early, so that it is ready for the first save.
         self._background = BackgroundWriter() if async_save else None
-        self._under_way: tuple[SaveTask, float, float] | None = None
+        self._in_progress: tuple[SaveTask, float, float] | None = None
         self._results: list[SaveResult] = []
         self._newest: SaveResult | None = None
         self._context: ParallelContext | None = None
@@ -104,23 +104,24 @@ class CheckpointManager:
         """Check that every machine of the job can write the folders; collective.
 
         Raises:
-            CheckpointError: one cannot.
+            CheckpointError: a machine cannot.
         """
         check_writable(self._roots, context)
 
     def check_room(self, context: ParallelContext, first: int, last: int, *, snapshots: bool = False) -> None:
-        """Check that saves of steps `first` to `last`, and snapshots if asked, overwrite nothing but checkpoints;
-        collective.
+        """Check that the saves of a run will overwrite nothing but checkpoints; collective.
+
+        See `check_overwrites`; `snapshots` tells whether the run saves snapshots.
 
         Raises:
-            CheckpointError: something is in the way.
+            CheckpointError: a save would overwrite something else.
         """
         assert self.save_folder is not None
         slots = self.snapshot_folder if snapshots else None
         check_overwrites(self.save_folder, slots, first, last, context, exports=self.after_save is not None)
 
     def save(self, trainer: Trainer, *, snapshot: bool = False) -> None:
-        """Save the current state, or start to; collective. `poll` and `finish` report the outcome.
+        """Save the current state, or start to in the background; collective. `poll` and `finish` report the outcome.
 
         Raises:
             CheckpointError: the run has no folder to save to.
@@ -188,7 +189,7 @@ class CheckpointManager:
         try:
             self._background.begin(task, plan, planner)
         except CheckpointError as error:
-            # The main rank waits for the parts of other ranks only.
+            # The main rank only waits for other ranks' parts, so it need not announce its own.
             if task.rank == 0:
                 discard(task)
             else:
@@ -196,7 +197,7 @@ class CheckpointManager:
             stalled = time.monotonic() - started
             self._report(SaveResult(task.step, task.final, task.is_snapshot, stalled, 0.0, str(error)))
             return
-        self._under_way = task, started, time.monotonic() - started
+        self._in_progress = task, started, time.monotonic() - started
 
     def poll(self) -> list[SaveResult]:
         """The saves that ended since the last call, successful or not; never waits. Empty but on the main rank."""
@@ -229,8 +230,8 @@ class CheckpointManager:
     def _finish_background(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:
             return
-        assert self._under_way is not None
-        (task, started, stalled), self._under_way = self._under_way, None
+        assert self._in_progress is not None
+        (task, started, stalled), self._in_progress = self._in_progress, None
         result = SaveResult(task.step, task.final, task.is_snapshot, stalled, outcome.ended - started)
         self._report(replace(result, error=outcome.error, notice=outcome.notice))
 
@@ -254,7 +255,7 @@ class CheckpointManager:
                 assert self.save_folder is not None and self.snapshot_folder is not None
                 for folder in (self.save_folder, self.snapshot_folder):
                     if folder.is_local:
-                        put_back_replaced(folder)
+                        restore_replaced(folder)
                 return find_checkpoints(self.save_folder, self.snapshot_folder)
             except OSError as error:
                 return f"cannot look for checkpoints in '{self.save_folder}': {error}"
@@ -267,13 +268,13 @@ class CheckpointManager:
         return found
 
     def warn_of_later(self, context: ParallelContext, step: int) -> None:
-        """Warn of checkpoints of steps after `step`, at which a run starts, in the folder it saves to; collective."""
+        """Warn if the save folder has checkpoints later than `step`, where the run starts; collective."""
         later = [str(found.path) for found in self.candidates(context) if found.step > step]
         if later:
             logger.warning(
-                "this run starts at step %d, and its folder has checkpoints of later steps:%s\nthey stay until this "
-                "run saves the same step (snapshots: any), and a start with ckpt.auto_resume = True takes the newest "
-                "of all; to keep runs apart, set another ckpt.save_ckpt_folder",
+                "this run starts at step %d, and its folder has checkpoints of later steps:%s\nthey remain until "
+                "this run saves the same step (snapshots: any step), and ckpt.auto_resume = True resumes from the "
+                "newest of all; to separate the runs, set another ckpt.save_ckpt_folder",
                 step,
                 listed(later),
             )
@@ -293,7 +294,7 @@ class CheckpointManager:
             try:
                 manifest = check_files(checkpoint.path, trainer.context)
             except CheckpointError as error:
-                logger.error("checkpoint refused, the one before is tried: %s", error)
+                logger.error("checkpoint refused, trying the previous one: %s", error)
                 continue
             if check is not None:
                 check(checkpoint.path, manifest, manifest.contents)
@@ -303,8 +304,8 @@ class CheckpointManager:
             return checkpoint
         if found:
             raise CheckpointError(
-                f"none of the {len(found)} checkpoints in '{self.save_folder}' is whole: see the reasons above; to "
-                f"start anew, give another ckpt.save_ckpt_folder or set ckpt.auto_resume = False"
+                f"none of the {len(found)} checkpoints in '{self.save_folder}' is intact: see the reasons above; "
+                f"to start from scratch, set another ckpt.save_ckpt_folder or ckpt.auto_resume = False"
             )
         return None
 
@@ -325,8 +326,7 @@ class CheckpointManager:
             content: any of "model", "optimizer" (moments, scaler, and together with "model" the fp32 masters),
                 "scheduler" (the step, from which learning rate and beta2 follow) and "sampler" (the data cursor and
                 token counter), or "all".
-            strict: refuse a checkpoint whose weights are not exactly those of the model; otherwise log missing and
-                unknown weights, and leave the missing ones unchanged.
+            strict: refuse missing or unknown weights; otherwise log them and leave missing ones unchanged.
             check: as in `resume`.
 
         Raises:

@@ -31,7 +31,7 @@ class Manifest:
 
     Attributes:
         step: step of the checkpoint.
-        contents: the parts of `WHOLE_RUN` that it holds.
+        contents: the parts of `WHOLE_RUN` that it contains.
         files: file name (with folders, below the checkpoint) -> size and checksum.
         saved_at: seconds since 1970, by the clock of the main rank.
     """
@@ -89,12 +89,12 @@ def read_manifest(path: StoragePath) -> Manifest | None:
 
 
 def check_contents(path: StoragePath, manifest: Manifest, wanted: Collection[str]) -> None:
-    """Raise CheckpointError if the checkpoint lacks a part that is to be loaded."""
+    """Raise CheckpointError if the checkpoint lacks a requested part."""
     absent = set(wanted) - set(manifest.contents)
     if absent:
         raise CheckpointError(
-            f"the checkpoint '{path}' holds only {', '.join(manifest.contents)}, not {', '.join(sorted(absent))}: "
-            f"set the content of what you load to {manifest.contents}"
+            f"the checkpoint '{path}' contains only {', '.join(manifest.contents)}, not {', '.join(sorted(absent))}: "
+            f"set the content to load to {manifest.contents}"
         )
 
 
@@ -104,7 +104,8 @@ def find_damage(path: StoragePath, manifest: Manifest, share: int = 0, num_share
     Args:
         path: the checkpoint.
         manifest: its manifest.
-        share, num_shares: check only every `num_shares`-th file, starting at number `share`.
+        share: number of this share.
+        num_shares: check only every `num_shares`-th file, starting at file number `share`.
 
     Returns:
         One line for each file that is missing or differs from what was written.
@@ -125,6 +126,6 @@ def _damage(path: StoragePath, manifest: Manifest, share: int, num_shares: int) 
             yield f"{name} cannot be read: {error}"
             continue
         if found.size != expected.size:
-            yield f"{name} has {found.size:,} bytes, {expected.size:,} were written"
+            yield f"{name} has {found.size:,} bytes, but {expected.size:,} were written"
         elif found != expected:
-            yield f"{name} is not what was written: its checksum is {found.xxh3}, and was {expected.xxh3}"
+            yield f"{name} has checksum {found.xxh3}, but {expected.xxh3} was written"

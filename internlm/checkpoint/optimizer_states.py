@@ -25,7 +25,7 @@ def compare_states(context: ParallelContext, wanted: Collection[str], saved: Col
 
     Args:
         context: where this rank stands.
-        wanted: keys of the tensors that this rank would load.
+        wanted: keys of the tensors that this rank expects.
         saved: keys of the checkpoint.
 
     Returns:
@@ -48,7 +48,7 @@ def compare_states(context: ParallelContext, wanted: Collection[str], saved: Col
     missing = sorted(set(missing))
     if missing:
         logger.warning(
-            "%d parameters start with an empty optimizer state, as the checkpoint has none of them: %s",
+            "%d parameters start with an empty optimizer state, as the checkpoint has none for them: %s",
             len(missing),
             ", ".join(missing),
         )
@@ -61,7 +61,7 @@ def compare_states(context: ParallelContext, wanted: Collection[str], saved: Col
 
 @torch.no_grad()
 def reset_masters_of(optimizer: Optimizer, names: Collection[str]) -> None:
-    """Copy the parameters of these names into their masters, where they have any."""
+    """Copy the named parameters into their masters, if they have any."""
     for key, parameter, pieces in optimizer.sharded_state():
         kind, _, name = key.partition("/")
         if kind == "master" and name in names:

@@ -35,7 +35,7 @@ def read_metadata(path: StoragePath) -> Any:
         return StorageReader(path).read_metadata()
     except OSError as error:
         raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}") from error
-    except Exception as error:  # unpickling bytes that are no pickle raises nearly anything
+    except Exception as error:  # unpickling damaged bytes may raise nearly anything
         raise CheckpointError(
             f"the checkpoint '{path}' cannot be read: its {METADATA_FILE} is damaged ({describe_error(error)})"
         ) from error
@@ -58,14 +58,14 @@ def load_tensors(path: StoragePath, tensors: dict[str, Any], *, no_dist: bool) -
         CheckpointError: a tensor is missing or has another shape, or the files are damaged.
     """
     saved = saved_shapes(path)
-    mistakes = []
+    misfits = []
     for key, value in tensors.items():
         if key not in saved:
-            mistakes.append(f"'{key}' is missing")
+            misfits.append(f"'{key}' is missing")
         elif isinstance(value, BoxedTensor) and saved[key] != tuple(value.size()):
-            mistakes.append(f"'{key}' has shape {list(saved[key] or [])}, the model wants {list(value.size())}")
-    if mistakes:
-        raise CheckpointError(f"the checkpoint '{path}' does not fit this model:{listed(mistakes)}")
+            misfits.append(f"'{key}' has shape {list(saved[key] or [])}, the model expects {list(value.size())}")
+    if misfits:
+        raise CheckpointError(f"the checkpoint '{path}' does not fit this model:{listed(misfits)}")
     try:
         with without_single_process_warning():
             dcp.load(tensors, storage_reader=StorageReader(path), planner=BoxLoadPlanner(), no_dist=no_dist)
@@ -125,7 +125,7 @@ def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
             return str(error)
         return (
             manifest
-            or f"'{path}' is no complete checkpoint: it has no manifest (a file named by its step, such as 100.step)"
+            or f"'{path}' is not a complete checkpoint: it has no manifest (a file named by its step, such as 100.step)"
         )
 
     manifest = from_main_rank(context, read)
@@ -138,16 +138,16 @@ def check_files(path: StoragePath, context: ParallelContext) -> Manifest:
     return manifest
 
 
-def listed(lines: list[str], most: int = 20) -> str:
-    """Lines of a list, for a message."""
-    more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
-    return "".join(f"\n  {line}" for line in lines[:most]) + more
+def listed(lines: list[str], limit: int = 20) -> str:
+    """Format lines as an indented list, at most `limit` of them, for a message."""
+    more = f"\n  and {len(lines) - limit} more" if len(lines) > limit else ""
+    return "".join(f"\n  {line}" for line in lines[:limit]) + more
 
 
 @contextmanager
 def without_single_process_warning() -> Iterator[None]:
     """A context without torch's warning about a run of one process."""
     with warnings.catch_warnings():
-        # A single process without a process group is what no_dist asks for.
+        # With no_dist, a single process without a process group is intended.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield

@@ -1,4 +1,4 @@
-"""The state of a run as tensors and counters of a checkpoint, and its restoration."""
+"""Converts the state of a run into tensors and counters of a checkpoint, and restores it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     if "optimizer" in wanted:
         tensors.update(optimizer_tensors(optimizer))
         if "model" not in wanted:
-            # Masters are weights: the next update would overwrite the weights that the user wants with them.
+            # Masters are weights: the next update would overwrite the user's weights with them.
             tensors = {key: value for key, value in tensors.items() if not key.startswith(MASTER_PREFIX)}
     saved = saved_shapes(path)
     if "model" in wanted:
@@ -141,7 +141,7 @@ def _restore_counters(trainer: Trainer, state: dict[str, Any], wanted: set[str])
 
 
 def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: bool = True) -> None:
-    """Load weights of another format into a trainer, one tensor at a time; collective. fp32 masters are reset to them.
+    """Load weights of another format into a trainer, one tensor at a time; collective. fp32 masters are reset.
 
     Args:
         trainer: freshly built, before its first step.
@@ -160,13 +160,13 @@ def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: b
     _log_regrouping(what, tensors, names, trainer.context)
     tensors = in_stored_form(tensors, shapes, heads_of(optimizer.chunks))
     wanted = {name: boxed for name, boxed in tensors.items() if name in names}
-    mistakes = [
-        f"'{name}' has shape {list(shapes[name])}, the model wants {list(boxed.size())}"
+    misfits = [
+        f"'{name}' has shape {list(shapes[name])}, the model expects {list(boxed.size())}"
         for name, boxed in wanted.items()
         if shapes[name] != tuple(boxed.size())
     ]
-    if mistakes:
-        raise CheckpointError(f"{what} does not fit this model:{listed(mistakes)}")
+    if misfits:
+        raise CheckpointError(f"{what} does not fit this model:{listed(misfits)}")
     for name, boxed in wanted.items():
         whole: Tensor = finite(source.read(name), name, what)
         for box, piece in boxed.pieces:
@@ -185,14 +185,12 @@ def _compare_names(
     own = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
     names = {stored for name in set().union(*of_all_ranks(context, own)) for stored in stored_names(name, found)}
     lines = [f"'{MODEL_PREFIX}{name}' is missing" for name in sorted(names - found)]
-    lines += [f"'{MODEL_PREFIX}{name}' is no part of the model" for name in sorted(found - names)]
+    lines += [f"'{MODEL_PREFIX}{name}' is not part of the model" for name in sorted(found - names)]
     if not lines:
         return
     if strict:
-        raise CheckpointError(
-            f"{what} does not fit this model (to load it all the same, set strict=False):{listed(lines)}"
-        )
-    logger.warning("%s does not fit this model in all, and is loaded as far as it does:%s", what, listed(lines))
+        raise CheckpointError(f"{what} does not fit this model (to load what fits, set strict=False):{listed(lines)}")
+    logger.warning("%s does not fit this model completely; only what fits is loaded:%s", what, listed(lines))
 
 
 def _log_regrouping(what: str, keys: Iterable[str], found: Collection[str], context: ParallelContext) -> None:

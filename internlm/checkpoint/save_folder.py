@@ -1,16 +1,16 @@
-"""The folders of checkpoints: where they are, when one is complete, and what a save may replace.
+"""The layout of save folders: where checkpoints are, when one is complete, and what a save may replace.
 
 <save>/<step>/                      tensors (torch.distributed.checkpoint), context.json, config.json, config_file.py
 <save>/<step>/<step>.step           the manifest, see `internlm.checkpoint.manifest`
-<snapshots>/0/<step>.step           the same of a snapshot, whose folder is one of two that alternate
-<save>/.writing-<name>-<id>         a save in progress, or the leftover of one that was killed
+<snapshots>/0/<step>.step           the same for a snapshot, in one of two alternating folders
+<save>/.writing-<name>-<id>         a save in progress, or the leftover of a killed one
 
 <save>/<step>/.unfinished           the same in an object store, which cannot rename
 
-The manifest is written last. On a local disk a folder also gets its final name only when everything in it is on disk.
+The manifest is written last. On a local disk, a folder gets its final name only after all its files are on disk.
 An object store has no folders; there, only the manifest makes a checkpoint complete.
 
-A save replaces only what an earlier save wrote: a checkpoint with a readable manifest, or an unfinished one.
+A save replaces only what an earlier save wrote: a checkpoint with a readable manifest, or an unfinished checkpoint.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def find_checkpoints(save_folder: StoragePath, snapshot_folder: StoragePath | No
 
 def oldest_slot(save_folder: StoragePath, snapshot_folder: StoragePath, step: int) -> StoragePath:
     """The folder of the older snapshot, which that of `step` replaces."""
-    # A snapshot of a later step is of another run, or was refused on resuming: it is replaced first.
+    # A snapshot of a later step belongs to another run or was refused on resuming, so it is replaced first.
     snapshots = {
         found.path.name: found.step
         for found in find_checkpoints(save_folder, snapshot_folder)
@@ -94,8 +94,8 @@ def resolve(path: StoragePath) -> StoragePath:
 # -- what a save may replace ------------------------------------------------------------------------------------------
 
 
-def why_not_ours(path: StoragePath, step: int | None) -> str | None:
-    """Why a save must not replace what is at `path`; None where nothing is, or what an earlier save wrote.
+def why_not_replaceable(path: StoragePath, step: int | None) -> str | None:
+    """Why a save must not replace `path`; None if there is nothing, or an earlier save wrote it.
 
     Args:
         path: the folder of the checkpoint to be saved.
@@ -114,7 +114,7 @@ def why_not_ours(path: StoragePath, step: int | None) -> str | None:
     try:
         manifest = read_manifest(path)
     except CheckpointError:
-        return "has the manifest of a checkpoint, and it cannot be read"
+        return "has a manifest that cannot be read"
     if manifest is None:
         return "has no manifest of a complete checkpoint"
     if step is not None and manifest.step != step:
@@ -123,11 +123,11 @@ def why_not_ours(path: StoragePath, step: int | None) -> str | None:
 
 
 def check_replaceable(path: StoragePath, step: int | None) -> None:
-    """Raise CheckpointError if a save to `path` would destroy what no save wrote; see `why_not_ours`."""
-    reason = why_not_ours(path, step)
+    """Raise CheckpointError if `path` exists and no save wrote it; see `why_not_replaceable`."""
+    reason = why_not_replaceable(path, step)
     if reason is not None:
         raise CheckpointError(
-            f"'{path}' {reason}: it is not replaced; move it away, or save to another folder (ckpt.save_ckpt_folder)"
+            f"'{path}' {reason}, so it is not replaced: move it away, or save to another folder (ckpt.save_ckpt_folder)"
         )
 
 
@@ -137,7 +137,7 @@ def check_replaceable(path: StoragePath, step: int | None) -> None:
 def begin_writing(final: StoragePath, save_id: str, step: int | None) -> StoragePath:
     """Prepare a save of the checkpoint `final`; returns the folder to write into.
 
-    Removes the leftovers of killed saves. In an object store, a checkpoint that is replaced becomes incomplete here.
+    Removes the leftovers of killed saves. In an object store, this makes a replaced checkpoint incomplete.
 
     Args:
         final: folder of the complete checkpoint.
@@ -160,7 +160,7 @@ def begin_writing(final: StoragePath, save_id: str, step: int | None) -> Storage
             if other != UNFINISHED:
                 (final / other).remove()
         return final
-    put_back_replaced(parent)
+    restore_replaced(parent)
     for name in parent.names():
         if name.startswith((WRITING_PREFIX, REMOVING_PREFIX)):
             (parent / name).remove()
@@ -170,7 +170,7 @@ def begin_writing(final: StoragePath, save_id: str, step: int | None) -> Storage
 
 
 def finish_writing(writing: StoragePath, final: StoragePath, manifest: Manifest, *, is_snapshot: bool = False) -> None:
-    """Turn what was written into the checkpoint `final`, replacing an earlier one.
+    """Complete the checkpoint `final` from the folder `writing`, replacing an earlier one.
 
     Raises:
         CheckpointError: another program has created `final` meanwhile.
@@ -184,9 +184,9 @@ def finish_writing(writing: StoragePath, final: StoragePath, manifest: Manifest,
     replaced = final.parent / f"{REPLACED_PREFIX}{final.name}"
     if final.exists():
         check_replaceable(final, step)
-        # Two renames are not atomic: `put_back_replaced` repairs what a kill leaves in between.
+        # Two renames are not atomic: `restore_replaced` repairs the state after a kill between them.
         final.rename_to(replaced)
-        if why_not_ours(replaced, step) is not None:
+        if why_not_replaceable(replaced, step) is not None:
             # Another program has replaced the folder since the check.
             replaced.rename_to(final)
             check_replaceable(final, step)
@@ -195,8 +195,8 @@ def finish_writing(writing: StoragePath, final: StoragePath, manifest: Manifest,
     replaced.remove()
 
 
-def put_back_replaced(folder: StoragePath) -> None:
-    """Restore the name of a checkpoint that a killed save had renamed and not replaced; local folders only."""
+def restore_replaced(folder: StoragePath) -> None:
+    """Restore the name of a checkpoint that a killed save renamed but did not replace; local folders only."""
     for name in folder.names():
         if name.startswith(REPLACED_PREFIX):
             final = folder / name.removeprefix(REPLACED_PREFIX)

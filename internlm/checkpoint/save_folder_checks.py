@@ -1,4 +1,4 @@
-"""Checks before the first step of a run: its folders can be written, and no save will overwrite what no save wrote."""
+"""Checks before the first step of a run: its folders are writable, and saves overwrite nothing but checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator, Sequence
 
 from internlm.checkpoint.reading import listed
-from internlm.checkpoint.save_folder import SNAPSHOT_SLOTS, WRITING_PREFIX, why_not_ours
+from internlm.checkpoint.save_folder import SNAPSHOT_SLOTS, WRITING_PREFIX, why_not_replaceable
 from internlm.core.communication.objects import from_main_rank, of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.utils.errors import CheckpointError
@@ -48,10 +48,18 @@ def check_overwrites(
     *,
     exports: bool,
 ) -> None:
-    """Refuse a run whose saves would overwrite what no save wrote; collective. Arguments as of `overwritten_folders`.
+    """Refuse a run whose saves would overwrite anything but checkpoints; collective.
+
+    Args:
+        save_folder: the run's folder of checkpoints.
+        snapshot_folder: its folder of snapshots; None for a run without snapshots.
+        first: first step that may be saved.
+        last: last step that may be saved.
+        context: where this rank stands.
+        exports: whether the run writes `<step>_hf/` beside each checkpoint.
 
     Raises:
-        CheckpointError: there is such a folder, of a checkpoint, a snapshot, or an export beside a checkpoint.
+        CheckpointError: a folder of a checkpoint, a snapshot or an export would be overwritten.
     """
 
     def look() -> list[str]:
@@ -63,7 +71,7 @@ def check_overwrites(
     found = from_main_rank(context, look)
     if found:
         raise CheckpointError(
-            f"this run saves its steps {first} to {last} in '{save_folder}', and would destroy what it has not "
+            f"this run saves its steps {first} to {last} in '{save_folder}', and would overwrite what it has not "
             f"written:{listed(found)}\nmove that away, or set ckpt.save_ckpt_folder to another folder; to start "
             f"from a checkpoint, name it in ckpt.load_ckpt_info (doc/checkpoints.md)"
         )
@@ -72,12 +80,13 @@ def check_overwrites(
 def overwritten_folders(
     save_folder: StoragePath, snapshot_folder: StoragePath | None, first: int, last: int, *, exports: bool
 ) -> list[str]:
-    """What the saves of a run would destroy, one line each.
+    """Folders that the saves of a run would overwrite though no save wrote them, one line each.
 
     Args:
         save_folder: the run's folder of checkpoints.
         snapshot_folder: its folder of snapshots; None for a run without snapshots.
-        first, last: steps of the run, any of which may be saved.
+        first: first step that may be saved.
+        last: last step that may be saved.
         exports: whether the run writes `<step>_hf/` beside each checkpoint.
 
     Raises:
@@ -89,7 +98,7 @@ def overwritten_folders(
 def _lines(save_folder: StoragePath, snapshot_folder: StoragePath | None, steps: range, exports: bool) -> Iterator[str]:
     names = save_folder.names()
     reasons = {
-        int(name): why_not_ours(save_folder / name, int(name))
+        int(name): why_not_replaceable(save_folder / name, int(name))
         for name in names
         if name.isdigit() and str(int(name)) == name and int(name) in steps
     }
@@ -98,13 +107,13 @@ def _lines(save_folder: StoragePath, snapshot_folder: StoragePath | None, steps:
             yield f"'{save_folder / str(step)}' {reason}"
     for slot in SNAPSHOT_SLOTS if snapshot_folder is not None else ():
         assert snapshot_folder is not None
-        reason = why_not_ours(snapshot_folder / slot, None)
+        reason = why_not_replaceable(snapshot_folder / slot, None)
         if reason is not None:
             yield f"'{snapshot_folder / slot}' {reason}"
     for name in names if exports else ():
         match = re.fullmatch(r"(\d+)_hf", name)
         if match is None or int(match[1]) not in steps:
             continue
-        # Nothing in an export says who wrote it: the checkpoint beside it does.
+        # An export does not record which run wrote it; the checkpoint beside it does.
         if reasons.get(int(match[1]), "is not there") is not None:
             yield f"'{save_folder / name}' is an export, and its checkpoint is not there"

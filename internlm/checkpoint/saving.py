@@ -39,7 +39,7 @@ PARTS_TIMEOUT = 1800.0
 """Seconds that the main rank waits for the other parts after it has written its own."""
 
 ORPHAN_TIMEOUT = 60.0
-"""The same after the run has ended, when other ranks may be gone."""
+"""Likewise after the run has ended, when other ranks may be gone."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RankPlan:
 
     Attributes:
         plan: the boxes; exactly one rank writes a box that several hold.
-        metadata: of all ranks; on the main rank only.
+        metadata: metadata of all ranks' boxes; on the main rank only.
     """
 
     plan: SavePlan
@@ -57,17 +57,18 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class SaveTask:
-    """A save, as one rank knows it. Picklable.
+    """One rank's task in a save. Picklable.
 
     Attributes:
         step: step of the run.
         final: folder of the complete checkpoint.
         writing: folder to write into.
         is_snapshot: whether `final` is one of the two alternating folders of snapshots.
-        rank, world_size: this rank, and the number of ranks that write.
-        contents: parts of a run that the checkpoint holds.
+        rank: this rank.
+        world_size: number of ranks that write.
+        contents: parts of a run that the checkpoint contains.
         files: name -> content of small files, written by the main rank.
-        save_folder: folder in which `keep_latest` counts.
+        save_folder: folder whose checkpoints `keep_latest` limits.
         keep_latest: number of complete checkpoints up to this step to keep; None keeps all.
         after_save: called by the main rank with `final`, once the checkpoint is complete.
     """
@@ -87,7 +88,7 @@ class SaveTask:
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """What a rank has written: results of the library, checksums by file name; or why it failed."""
+    """What a rank has written: the library's write results and checksums by file name; or the reason of a failure."""
 
     rank: int
     results: list[WriteResult]
@@ -105,15 +106,15 @@ def make_plan(tensors: dict[str, Any], rank: int = 0, world_size: int = 1) -> Ra
     planner.set_up_planner(tensors, is_coordinator=rank == 0)
     local = planner.create_local_plan()
     if world_size == 1:
-        plans, of_all = _plan_of_all(planner, [local])
-        return RankPlan(plans[0], of_all)
+        plans, metadata_of_all = _global_plan(planner, [local])
+        return RankPlan(plans[0], metadata_of_all)
     gathered: list[Any] | None = [None] * world_size if rank == 0 else None
     dist.gather_object(local, gathered)
     answers: list[Any] | None = None
     metadata: Metadata | None = None
     if gathered is not None:
         try:
-            answers, metadata = _plan_of_all(planner, gathered)
+            answers, metadata = _global_plan(planner, gathered)
         except CheckpointError as error:
             answers = [str(error)] * world_size
     answer: list[Any] = [None]
@@ -123,11 +124,11 @@ def make_plan(tensors: dict[str, Any], rank: int = 0, world_size: int = 1) -> Ra
     return RankPlan(answer[0], metadata)
 
 
-def _plan_of_all(planner: BoxSavePlanner, local: list[SavePlan]) -> tuple[list[Any], Metadata]:
+def _global_plan(planner: BoxSavePlanner, local: list[SavePlan]) -> tuple[list[Any], Metadata]:
     try:
         plans, metadata = planner.create_global_plan(local)
     except ValueError as error:
-        raise CheckpointError(f"the ranks do not hold every tensor exactly: {error}") from error
+        raise CheckpointError(f"the boxes of all ranks do not cover every tensor exactly: {error}") from error
     return plans, metadata
 
 
@@ -137,7 +138,7 @@ class Copies:
     Args:
         plan: the plan that the copy was made for.
         tensors: the tensors of the plan, in its order.
-        values: name -> bytes of the items that are no tensors.
+        values: name -> bytes of the items that are not tensors.
     """
 
     def __init__(self, plan: SavePlan, tensors: Sequence[Tensor], values: dict[str, bytes]) -> None:
@@ -153,7 +154,7 @@ class Copies:
 
 
 def write_part(task: SaveTask, plan: RankPlan, resolver: Resolver) -> WrittenPart:
-    """Write this rank's part. The result holds the error of a failure."""
+    """Write this rank's part; a failure is returned as `WrittenPart.error`."""
     # The name that torch.distributed.checkpoint would give it.
     path = task.writing / f"__{task.rank}_0.distcp"
     try:
@@ -168,7 +169,7 @@ def complete(task: SaveTask, metadata: Metadata, parts: Sequence[WrittenPart]) -
     """Complete the checkpoint once all parts are written; on the main rank. A failure removes what was written.
 
     Raises:
-        CheckpointError: a rank failed to write its part, or the final folder holds what no save wrote.
+        CheckpointError: a rank failed to write its part, or the final folder exists and no save wrote it.
         StorageError: the storage cannot be written.
     """
     try:
@@ -253,7 +254,7 @@ def discard(task: SaveTask) -> None:
     try:
         task.writing.remove()
     except OSError:
-        # The storage is why the save failed. The next save removes the leftovers.
+        # The storage made the save fail; the next save removes the leftovers.
         return
 
 
@@ -263,10 +264,10 @@ def _remove_old(task: SaveTask) -> None:
     kept = [
         found
         for found in save_folder.find_checkpoints(task.save_folder)
-        # Later steps are of another run or were refused as damaged; counting them would remove the newest of this run.
+        # Later steps belong to another run or were refused as damaged; counting them would remove this run's newest.
         if found.step <= task.step
         and not found.is_snapshot
-        and save_folder.why_not_ours(found.path, found.step) is None
+        and save_folder.why_not_replaceable(found.path, found.step) is None
     ]
     for found in kept[: -task.keep_latest]:
         save_folder.remove_checkpoint(found.path)
@@ -290,12 +291,13 @@ def announce_part(task: SaveTask, part: WrittenPart) -> None:
 def collect_parts(
     task: SaveTask, own: WrittenPart, timeout: float = PARTS_TIMEOUT, run_has_ended: Callable[[], bool] = lambda: False
 ) -> list[WrittenPart]:
-    """Wait for all parts, or for that of a rank that failed.
+    """Wait until all ranks have reported their parts, or one has failed.
 
     Args:
         task: the save.
         own: the part of this rank.
-        timeout: seconds to wait; at most `ORPHAN_TIMEOUT` once `run_has_ended`.
+        timeout: seconds to wait; at most `ORPHAN_TIMEOUT` once the run has ended.
+        run_has_ended: whether the run has ended.
 
     Returns:
         The parts by rank.
@@ -322,10 +324,10 @@ def collect_parts(
 
 
 def describe_failure(error: Exception) -> str:
-    """Why a save failed: one line for a user error or a failing storage, a traceback for a defect."""
-    hidden = storage_failure(error)
-    if hidden is not None:
-        return str(hidden)
+    """Why a save failed: one line for a user error or a storage failure, a traceback for a defect."""
+    failure = storage_failure(error)
+    if failure is not None:
+        return str(failure)
     if isinstance(error, OSError | UserError):
         return str(error)
     return f"{describe_error(error)}\n{''.join(traceback.format_exception(error))}"

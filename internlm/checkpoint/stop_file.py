@@ -32,7 +32,7 @@ class StopFileHook(Hook):
             self.path.write_text("0\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
-                f"ckpt.stop_file_path = '{self.path}' cannot be written: {error}; give another file, or None"
+                f"ckpt.stop_file_path = '{self.path}' cannot be written: {error}; set another file, or None"
             ) from error
 
     def on_step_start(self, trainer: RunningTrainer) -> None:
@@ -42,12 +42,12 @@ class StopFileHook(Hook):
     def _read(self) -> int:
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace").strip()
-            # An editor truncates the file before it writes: an empty file asks for nothing.
+            # An editor truncates the file before it writes: an empty file is no request.
             return int(text) if text else 0
         except OSError as error:
             self._complain(f"cannot be read: {error}")
         except ValueError:
-            self._complain(f"holds {text[:40]!r}, not a step")
+            self._complain(f"contains {text[:40]!r}, not a step")
         return 0
 
     def _complain(self, complaint: str) -> None:

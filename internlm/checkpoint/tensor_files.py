@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """Of its elements."""
+        """Size of the elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -67,7 +67,7 @@ class TensorReader:
         """A tensor by its key.
 
         Raises:
-            CheckpointError: there is none, or the file is damaged.
+            CheckpointError: there is no such tensor, or the file is damaged.
         """
         if key not in self.entries:
             raise CheckpointError(f"the checkpoint '{self.path}' has no tensor '{key}'")
@@ -119,9 +119,9 @@ class _LazyPlanner(BoxSavePlanner):
 
     def resolve_data(self, write_item: Any) -> Tensor | io.BytesIO:
         key = write_item.index.fqn
-        wanted = self._tensors[key]
-        tensor = wanted.read()
-        assert (tuple(tensor.shape), tensor.dtype) == (wanted.shape, wanted.dtype), key
+        lazy = self._tensors[key]
+        tensor = lazy.read()
+        assert (tuple(tensor.shape), tensor.dtype) == (lazy.shape, lazy.dtype), key
         return tensor.contiguous()
 
 
@@ -155,10 +155,10 @@ def write_weights(
         config: config of the model.
         step: step of the checkpoint.
         files: name (with folders) -> content of further files.
-        optimizer: None: the checkpoint holds only weights.
+        optimizer: None for a checkpoint of weights only.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the checkpoint cannot be written.
         CheckpointError: a tensor could not be computed or written.
     """
     final = save_folder / str(step)

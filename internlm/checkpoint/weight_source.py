@@ -29,8 +29,10 @@ def finite(tensor: Tensor, name: str, what: str, dtype: torch.dtype | None = Non
     """Cast a tensor and check that all its values are finite before and after.
 
     Args:
-        name, what: the tensor and its origin, for messages.
-        dtype: None: keep its dtype.
+        tensor: the values to check.
+        name: name of the tensor, for messages.
+        what: origin of the tensor, for messages.
+        dtype: dtype of the result; None: that of the tensor.
 
     Raises:
         CheckpointError: a value is not finite, or too large for the dtype.
@@ -48,8 +50,8 @@ def finite(tensor: Tensor, name: str, what: str, dtype: torch.dtype | None = Non
         largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
         fits = "bf16 or fp32" if largest <= torch.finfo(torch.bfloat16).max else "fp32"
         raise CheckpointError(
-            f"{what}: '{name}' has values up to {largest:.4g}, and {str(dtype).removeprefix('torch.')} ends at "
-            f"{limit:.4g}: they would become inf; {fits} holds them"
+            f"{what}: '{name}' has values up to {largest:.4g}, above the largest {str(dtype).removeprefix('torch.')}, "
+            f"{limit:.4g}: they would become inf; use {fits}"
         )
     return cast
 

@@ -229,8 +229,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _signals_outside_the_loop() -> Iterator[None]:
-    """Treat SIGTERM as a failure, which is logged and shared with the other ranks, and ignore the signals that request
-    a save: there is nothing to save yet, and their default action ends the process."""
+    """Treat SIGTERM as a failure, which is logged and shared with the other ranks, and ignore requests to save.
+
+    There is nothing to save yet, and the default action of those signals ends the process.
+    """
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated("received SIGTERM")

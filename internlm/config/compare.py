@@ -1,4 +1,4 @@
-"""Compares two configs key by key, and tells which differences change the function that the model computes."""
+"""Compares two configs key by key, and marks the differences that change the model's outputs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Change:
     """One key whose value differs.
 
     Attributes:
-        path: dotted.
-        old, new: its values; of a section, those that differ from its defaults.
+        path: dotted path of the key.
+        old: value in the first config; of a section, the values that differ from its defaults.
+        new: likewise in the second config.
         changes_outputs: whether the same weights give other outputs.
     """
 
@@ -35,7 +36,7 @@ def changes_between(old: Config, new: Config) -> list[Change]:
 
 
 def keys_that_change_outputs() -> frozenset[str]:
-    """Dotted paths of the keys that say so in the schema."""
+    """Dotted paths of the keys that the schema declares to change outputs."""
     infos = {path: key_info(field) for path, field in walk_schema(Config)}
     return frozenset(path for path, info in infos.items() if info is not None and info.changes_outputs)
 

@@ -1,7 +1,7 @@
-"""Defaults that differ from InternEvo's for keys that a config leaves out, so that the same file means another run.
+"""Defaults that differ from InternEvo's, so that a config that leaves out the key describes a different run.
 
-One description with three readers: the notices at load, the page doc/from_internevo.md, and its test. Sections and keys
-that one of the two programs lacks are the schema's business (their status), older spellings that of `legacy.py`.
+One description with three readers: the notices at load, the page doc/from_internevo.md, and its test. Keys that one of
+the two programs lacks are covered by their status in the schema, older spellings by `legacy.py`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class DefaultDifference:
     """One default that differs.
 
     Attributes:
-        keys: the keys that the difference is about; those that the user gave are settled.
-        here, theirs: what a run gets without them, here and from InternEvo, in words of a config.
-        effect: what it changes.
-        families: model types that it concerns; empty: all.
-        counts: whether it changes the numbers of a given config.
-        is_always_told: for configs that were not written for InternEvo, too.
+        keys: the keys concerned; the difference does not apply to those that the user set.
+        here: value without the key in this project, as written in a config.
+        theirs: value without the key in InternEvo.
+        effect: what the value changes.
+        families: model types concerned; empty: all.
+        applies: whether the difference changes the numbers of a config.
+        is_always_reported: whether it is reported for configs that were not written for InternEvo, too.
     """
 
     keys: tuple[str, ...]
@@ -45,8 +46,8 @@ class DefaultDifference:
     theirs: str
     effect: str
     families: tuple[str, ...] = ()
-    counts: Callable[[Config], bool] = lambda config: True
-    is_always_told: bool = False
+    applies: Callable[[Config], bool] = lambda config: True
+    is_always_reported: bool = False
 
 
 def _from_scratch(config: Config) -> bool:
@@ -58,22 +59,22 @@ DIFFERENCES: tuple[DefaultDifference, ...] = (
         ("model.dtype",),
         "torch.bfloat16",
         "torch.float16",
-        "number format; bfloat16 needs no loss scale",
-        is_always_told=True,
+        "dtype; bfloat16 needs no loss scale",
+        is_always_reported=True,
     ),
     DefaultDifference(
         ("reduce_comm_dtype",),
         "torch.float32",
         "model.dtype",
-        "number format in which gradients are summed over ranks",
-        counts=lambda config: config.model.dtype in _HALF,
+        "dtype in which gradients are reduced over ranks",
+        applies=lambda config: config.model.dtype in _HALF,
     ),
     DefaultDifference(
         ("adam.weight_decay_norms_and_biases",),
         "False",
         "True, without such a key",
         "weight decay of norms and biases",
-        counts=lambda config: config.adam.weight_decay > 0,
+        applies=lambda config: config.adam.weight_decay > 0,
     ),
     DefaultDifference(
         ("model.embed_grad_scale",),
@@ -85,24 +86,24 @@ DIFFERENCES: tuple[DefaultDifference, ...] = (
         ("model.use_scaled_init",),
         "by the number of layers",
         "by the number of the layer",
-        "deviation of the initial wo and w2, divided by sqrt(2 * that number)",
-        counts=_from_scratch,
+        "standard deviation of the initial wo and w2, divided by sqrt(2 * that number)",
+        applies=_from_scratch,
     ),
     DefaultDifference(
         _STDS,
         "0.02",
         "0.0052 for embedding and head, 0.006 for all others",
-        "deviations of the initial weights",
+        "standard deviations of the initial weights",
         families=("INTERNLM",),
-        counts=_from_scratch,
+        applies=_from_scratch,
     ),
     DefaultDifference(
         _STDS,
         "0.02",
         "0.0052 for embedding and head, 0.006 for wqkv, w1 and w3, 0.0015 for wo and w2",
-        "deviations of the initial weights",
+        "standard deviations of the initial weights",
         families=("BAICHUAN2",),
-        counts=_from_scratch,
+        applies=_from_scratch,
     ),
     DefaultDifference(
         ("model.no_bias",),
@@ -110,7 +111,7 @@ DIFFERENCES: tuple[DefaultDifference, ...] = (
         "False",
         "biases in attention",
         families=("INTERNLM2", "INTERNLM3", "LLAMA2", "BAICHUAN2", "GEMMA"),
-        counts=lambda config: config.model.qkv_bias is None,
+        applies=lambda config: config.model.qkv_bias is None,
     ),
     DefaultDifference(
         ("model.norm_head",),
@@ -128,7 +129,7 @@ DIFFERENCES: tuple[DefaultDifference, ...] = (
     ),
     DefaultDifference(
         ("model.add_unit_offset",),
-        "True, nothing else",
+        "True, required",
         "False",
         "Gemma's norms multiply by 1 + weight",
         families=("GEMMA",),
@@ -137,7 +138,7 @@ DIFFERENCES: tuple[DefaultDifference, ...] = (
 
 
 def comes_from_internevo(config: Config, given: Callable[[str], Any]) -> bool:
-    """Whether a config was written for InternEvo: it has a key that exists here for InternEvo's sake alone.
+    """Whether a config was written for InternEvo: it sets a key that exists here only for compatibility.
 
     `given(path)` is the value that the user gave for a path, or None.
     """
@@ -149,12 +150,12 @@ def comes_from_internevo(config: Config, given: Callable[[str], Any]) -> bool:
 
 
 def find_differences(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
-    """One line for each default that makes this another run than InternEvo's, if the config was written for it."""
+    """One line for each default by which the run differs from InternEvo's, if the config was written for it."""
     is_theirs = comes_from_internevo(config, given)
     lines = []
     for difference in DIFFERENCES:
         keys = [key for key in difference.keys if given(key) is None]
-        if keys and (is_theirs or difference.is_always_told) and _concerns(difference, config):
+        if keys and (is_theirs or difference.is_always_reported) and _concerns(difference, config):
             name = keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
             lines.append(f"{name} not set: {difference.here}, with InternEvo {difference.theirs} ({difference.effect})")
     info = config.ckpt.load_ckpt_info
@@ -171,9 +172,9 @@ def find_differences(config: Config, given: Callable[[str], Any]) -> Iterator[st
         )
     yield from lines
     if is_theirs and lines:
-        yield f"all that differs from InternEvo is in {PAGE}"
+        yield f"all differences from InternEvo are listed in {PAGE}"
 
 
 def _concerns(difference: DefaultDifference, config: Config) -> bool:
-    """Whether a default that differs makes a config another run."""
-    return (not difference.families or config.model_type in difference.families) and difference.counts(config)
+    """Whether a difference changes the run that a config describes."""
+    return (not difference.families or config.model_type in difference.families) and difference.applies(config)

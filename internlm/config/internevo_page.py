@@ -1,6 +1,6 @@
 """Regenerates the tables of doc/from_internevo.md from the schema: `python -m internlm.config.internevo_page FILE`.
 
-A table stands between two comments that name it; what lies outside of them is written by hand.
+Each table is enclosed by two comments; the rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def update(text: str) -> str:
     """The page with each of its tables regenerated.
 
     Raises:
-        ValueError: a table has no place in it.
+        ValueError: the comment of a table does not occur exactly once.
     """
     for name, table in TABLES.items():
         begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
@@ -37,7 +37,7 @@ def _defaults() -> str:
         rows.append(
             (keys, ", ".join(difference.families) or "all", difference.here, difference.theirs, difference.effect)
         )
-    return _table(("not given", "families", "here", "InternEvo", "what it is"), rows)
+    return _table(("key left out", "families", "here", "InternEvo", "meaning"), rows)
 
 
 def _refused() -> str:

@@ -18,12 +18,12 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Legacy:
-    """One older spelling: where it stood, what it means now, and the function that brings it there."""
+    """One older spelling: its path, its current meaning, and the function that translates it."""
 
     path: str
     meaning: str
     apply: Callable[[Edit], str | None]
-    """Returns what it did (the notice), or None when the spelling is not there."""
+    """Returns a notice, or None if the spelling does not occur."""
 
 
 class Edit:
@@ -34,7 +34,7 @@ class Edit:
         self.origins = origins
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path, or the marker that `has` tests for."""
+        """The value at a dotted path, or `_ABSENT`."""
         value: Any = self.tree
         for name in path.split("."):
             if not isinstance(value, dict) or name not in value:
@@ -46,7 +46,7 @@ class Edit:
         return self.get(path) is not _ABSENT
 
     def put(self, path: str, value: Any) -> bool:
-        """Set a value, making the sections on its way. False when something else than a section is in the way."""
+        """Set a value and create missing sections; False if a parent is not a section."""
         *outer, name = path.split(".")
         place = self.tree
         for part in outer:
@@ -65,7 +65,7 @@ class Edit:
         return place.pop(name)
 
     def rename(self, old: str, new: str) -> str | None:
-        """Bring a value to its new place, unless that is taken."""
+        """Move a value to a new path, unless that one is set."""
         if not self.has(old):
             return None
         if self.has(new):
@@ -77,7 +77,7 @@ class Edit:
 
 
 def translate_legacy(tree: Tree, origins: dict[str, Origin]) -> list[str]:
-    """Translate all older spellings in place. Returns one notice for each that was there."""
+    """Translate all older spellings in place. Returns one notice for each one found."""
     edit = Edit(tree, origins)
     return [notice for spelling in LEGACY if (notice := spelling.apply(edit)) is not None]
 
@@ -160,7 +160,7 @@ def _load_given(edit: Edit) -> str | None:
 
 
 _CHECKPOINT_TYPES = {"normal": "internevo", "internlm": "internevo", "hf_llama": "hf"}
-"""Names that InternEvo gave, now or once, to what has another one here; in lower case."""
+"""InternEvo's current and former names of checkpoint types, in lower case -> names here."""
 
 
 def _checkpoint_type(edit: Edit) -> str | None:
@@ -169,7 +169,7 @@ def _checkpoint_type(edit: Edit) -> str | None:
     if not isinstance(old, str):
         return None
     new = _CHECKPOINT_TYPES.get(old.lower(), old.lower())
-    # In capitals only what is known: other names may be those of types that a user has registered.
+    # Only known names are lowered: others may be types that a user has registered.
     if new == old or new not in ("internevo", "hf", "llama"):
         return None
     edit.put(path, new)
@@ -177,7 +177,7 @@ def _checkpoint_type(edit: Edit) -> str | None:
 
 
 def _read_as(path: str, old: str, new: object, is_old: Callable[[Any], bool]) -> Legacy:
-    """A value that InternEvo takes for another one; `old` says which, in words of a config."""
+    """A value that InternEvo treats as another one; `old` describes it, as written in a config."""
 
     def apply(edit: Edit) -> str | None:
         value = edit.get(path)
@@ -194,7 +194,7 @@ def _empty(path: str) -> Legacy:
 
 
 def _unset(path: str) -> Legacy:
-    """None for a key that has a default."""
+    """None given for a key that has a default."""
 
     def apply(edit: Edit) -> str | None:
         if edit.get(path) is not None:
@@ -210,7 +210,7 @@ def _not_positive(value: Any) -> bool:
 
 
 def _universal(old: str) -> Legacy:
-    """InternEvo writes universal checkpoints in the background where it writes them at all."""
+    """InternEvo's option to write universal checkpoints in the background, if it writes them."""
     section, new = "ckpt.universal_ckpt", "ckpt.async_save"
 
     def apply(edit: Edit) -> str | None:
@@ -280,7 +280,7 @@ LEGACY: tuple[Legacy, ...] = (
     Legacy("ckpt.load_given_ckpt", "the opposite of `ckpt.auto_resume`", _load_given),
     Legacy(
         "ckpt.load_ckpt_info.ckpt_type = 'normal', 'internlm', 'hf_llama', or a type in capitals",
-        "`'internevo'`, `'internevo'`, `'hf'`, the type in small letters",
+        "`'internevo'`, `'internevo'`, `'hf'`, the type in lower case",
         _checkpoint_type,
     ),
     _value("model_type", "LLAMA", "LLAMA2"),

@@ -1,7 +1,7 @@
-"""From a config file to a checked `Config`.
+"""Loads a config file into a checked `Config`.
 
 Order: run the file, translate older spellings, apply `--set` and other options, build the schema's objects, check the
-rules and what is not supported yet. Every problem of all these is collected into one ConfigError.
+    rules and refuse unsupported features. All problems are collected in one ConfigError.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def load_config(
     """Read and check a config file.
 
     Args:
-        path: a Python file whose globals are the keys; `with read_base():` inherits from others. Names in capitals
-            that are no key, and names that begin with an underscore, are the file's own helpers.
-        overrides: `key.path=value` texts that win over the file.
+        path: a Python file whose globals are the keys; `with read_base():` inherits from others. Names in capitals that
+            are not keys, and names with a leading underscore, are the file's own helpers.
+        overrides: `key.path=value` texts that override the file.
         world_size: number of ranks the run will have; sizes of groups are checked against it.
-        options: option of the command line, as its user wrote it -> values by dotted path that it stands for; they win
-            over `overrides`, and problems in them name the option.
+        options: command-line option as written -> the values that it sets, by dotted path. They take precedence over
+            `overrides`, and their problems name the option.
 
     Raises:
         ConfigError: with every problem, each with its key, its value and (where it can be known) its file and line.
@@ -95,10 +95,10 @@ def load_config(
 
 
 def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
-    """The keys of a config file as it has them, unchecked, and where each was set.
+    """The keys of a config file, unchecked, and their origins.
 
     Raises:
-        ConfigError: the file is missing or is not valid Python, or raises.
+        ConfigError: the file is missing, is not valid Python, or raises an exception.
     """
     file = run_config_file(path)
     tree = {
@@ -115,7 +115,7 @@ def check_config(config: Config, world_size: int = 1) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Sections that a config file built as objects as dicts, mappings copied, paths as text."""
+    """Convert section objects to dicts and paths to text, and copy mappings."""
     if isinstance(value, Section):
         return {name: _plain(getattr(value, name)) for name in value.model_fields_set}
     if isinstance(value, Mapping):
@@ -124,15 +124,15 @@ def _plain(value: Any) -> Any:
 
 
 def _touches(key: str, bad: str) -> bool:
-    """Whether one path is the other or lies below it."""
+    """Whether the paths are equal or one is below the other."""
     return key == bad or key.startswith(bad + ".") or bad.startswith(key + ".")
 
 
 def _describe(problem: Problem, origins: Mapping[str, Origin], path: Path) -> str:
-    """The text, led by the place of the first key that has one."""
-    places: Iterable[Origin | None] = (locate(key, origins) for key in problem.keys)
-    place = next((str(origin) for origin in places if origin is not None), str(path))
-    return f"{place}: {problem.text}"
+    """The text, prefixed by the location of the first key that has one."""
+    found: Iterable[Origin | None] = (locate(key, origins) for key in problem.keys)
+    location = next((str(origin) for origin in found if origin is not None), str(path))
+    return f"{location}: {problem.text}"
 
 
 def _origins_of(config: Config, tree: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str, Origin]:

@@ -44,7 +44,7 @@ def find_notices(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
     if config.reduce_comm_dtype == "torch.float16" and config.model.dtype == "torch.bfloat16":
         yield (
             "reduce_comm_dtype = 'torch.float16' with model.dtype = 'torch.bfloat16': there is no loss scale, so "
-            "elements of gradients below 3e-8 become 0 on their way, those below 6e-5 lose digits, and a sum above "
+            "elements of gradients below 3e-8 become 0 in communication, those below 6e-5 lose digits, and a sum above "
             "65,504 skips the update; 'torch.bfloat16' takes as many bytes and has the range of fp32"
         )
     for key, field, value in walk_values(config):
@@ -61,7 +61,7 @@ def _values(config: Config) -> Iterator[str]:
     if schedule.eta_min > config.adam.lr and schedule.type != "constant":
         yield (
             f"lr_scheduler.eta_min = {schedule.eta_min} is above adam.lr = {config.adam.lr}: after the warm-up the "
-            "learning rate grows"
+            "learning rate rises"
         )
     if data.pack_sample_into_one and not data.use_packed_dataset:
         yield "no effect: data.pack_sample_into_one = True (data.use_packed_dataset = False: nothing is packed)"
@@ -70,10 +70,10 @@ def _values(config: Config) -> Iterator[str]:
 def _recomputation(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
     model, offloading = config.model, config.cpu_offloading
     keys = ("model.checkpoint_save_policy", "selective_checkpoint", "selective_checkpoint_offload")
-    asked = [f"{key} = {given(key)!r}" for key in keys if given(key)]
-    if asked and model.num_recomputed == 0:
+    requested = [f"{key} = {given(key)!r}" for key in keys if given(key)]
+    if requested and model.num_recomputed == 0:
         share = f"model.checkpoint = {model.checkpoint}"
-        yield f"no effect: {', '.join(asked)} (no layer is recomputed: {share}; set it to 1 for all layers)"
+        yield f"no effect: {', '.join(requested)} (no layer is recomputed: {share}; set it to 1 for all layers)"
     if offloading.enable and offloading.num_layers == 0:
         yield "no effect: cpu_offloading.enable = True (cpu_offloading.num_layers = 0: give the number of layers)"
 
@@ -105,7 +105,7 @@ def _shards(config: Config) -> Iterator[str]:
     if model.vocab_size % size:
         yield (
             f"model.vocab_size = {model.vocab_size} is not divisible by parallel.{name}.size = {size}: the last shards "
-            "are filled up with rows that nothing reads"
+            "are padded with unused rows"
         )
     if not is_isp and model.embed_split_hidden and model.hidden_size % size:
         yield (
@@ -113,4 +113,4 @@ def _shards(config: Config) -> Iterator[str]:
             f"parallel.tensor.size = {size}, so the vocabulary of the embedding is split"
         )
     if parallel.uses_fsdp and parallel.zero1.size == 1:
-        yield "parallel.zero1.size = 1: FSDP splits weights over these ranks, thus not at all; set it to -1"
+        yield "parallel.zero1.size = 1: FSDP shards weights over these ranks, so they are not sharded; set it to -1"

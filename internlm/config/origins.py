@@ -1,8 +1,8 @@
 """Where the value of a key comes from, down to the line of a config file.
 
 Lines are found by reading the file's syntax tree: assignments, `dict(...)` and `{...}` literals, `x["key"] = ...` and
-`x.update(...)`. A key that is set in a way this cannot see gets the line of the nearest part that it can; of the
-branches of an `if`, the last one counts.
+`x.update(...)`. A key that is set in another way gets the line of the nearest enclosing part. Of the branches of an
+`if`, the last one counts.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def locate(path: str, origins: Mapping[str, Origin]) -> Origin | None:
 
 
 def forget(path: str, origins: dict[str, Origin]) -> None:
-    """Drop a path and all below it."""
+    """Drop a path and everything below it."""
     for known in [p for p in origins if p == path or p.startswith(path + ".")]:
         del origins[known]
 
 
 def move(old: str, new: str, origins: dict[str, Origin]) -> None:
-    """Let `new` and all below it have the origins of `old`."""
+    """Move the origins of `old` and everything below it to `new`."""
     for known in [p for p in origins if p == old or p.startswith(old + ".")]:
         origins[new + known[len(old) :]] = origins.pop(known)
 

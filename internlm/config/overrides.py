@@ -1,4 +1,4 @@
-"""Values from the command line: `--set key.path=value`, typed by the schema, and other options that stand for keys."""
+"""Values from the command line: `--set key.path=value`, typed by the schema, and other options that set keys."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ _OTHER_NULLS = ("null", "nil", "undefined")
 
 
 def parse_override(text: str, schema: type[Section]) -> tuple[str, Any]:
-    """`key.path=value` as (path, value).
+    """Parse `key.path=value` into (path, value).
 
-    The value is a Python literal, or `dict(...)` of literals, where it is one, otherwise the text itself. Where the
-    schema wants a string, the text itself is taken even if it is a literal (JOB_NAME=7). Raises ConfigError without an
-    equals sign or a key, and for the null of other languages, which is None here.
+    The value is parsed as a Python literal, or `dict(...)` of literals; any other text is a string. A text for which
+    the schema expects a string is a string even if it is a literal (JOB_NAME=7).
+
+    Raises:
+        ConfigError: there is no equals sign or no key, or the value is the null of another language.
     """
     path, equals, raw = text.partition("=")
     path, raw = path.strip(), raw.strip()
@@ -28,7 +30,7 @@ def parse_override(text: str, schema: type[Section]) -> tuple[str, Any]:
         raise ConfigError(f"--set {text}: expected key.path=value, such as --set data.total_steps=100")
     wanted = _type_of(path, schema)
     if raw.lower() in _OTHER_NULLS and wanted is not None and _fits(None, wanted):
-        raise ConfigError(f"--set {text}: values are written as in Python; say --set {path}=None")
+        raise ConfigError(f"--set {text}: values are written as in Python: use --set {path}=None")
     try:
         value = _literal(raw)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -57,7 +59,7 @@ class _DictCalls(ast.NodeTransformer):
 def apply_override(
     path: str, value: Any, origin: Origin, tree: dict[str, Any], origins: dict[str, Origin], schema: type[Section]
 ) -> list[str]:
-    """Set one value in the tree of a config file, older spellings included. Returns the notices of those."""
+    """Set one value in the tree of a config file. Returns the notices of older spellings."""
     single: dict[str, Any] = {}
     place = single
     *outer, name = path.split(".")
@@ -78,7 +80,7 @@ def _merge(
     target: str,
     prefix: str,
 ) -> None:
-    """Put `new` over `tree`: section by section, and key by key on the way to `target`; other dicts are replaced."""
+    """Merge `new` into `tree`: sections, and dicts on the path to `target`, key by key; other dicts are replaced."""
     for name, value in new.items():
         field = cls.model_fields.get(name) if cls is not None else None
         nested = section_class(field) if field is not None else None

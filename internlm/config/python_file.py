@@ -30,9 +30,10 @@ class PythonFile:
 
 
 def run_config_file(path: Path) -> PythonFile:
-    """Run the file and the files it inherits from.
+    """Run a config file and the files it inherits from.
 
-    Raises ConfigError when a file is missing or is not valid Python, or raises; with file and line.
+    Raises:
+        ConfigError: a file is missing, is not valid Python, or raises an exception; with file and line.
     """
     result = _run(path, ())
     result.values = {name: value for name, value in result.values.items() if not isinstance(value, _NOT_VALUES)}
@@ -40,7 +41,7 @@ def run_config_file(path: Path) -> PythonFile:
 
 
 def _run(path: Path, including: tuple[Path, ...]) -> PythonFile:
-    real = Path(os.path.realpath(path))  # of a link to itself, too, which Path.resolve refuses
+    real = Path(os.path.realpath(path))  # accepts a link to itself, unlike Path.resolve
     if real in including:
         chain = " -> ".join(str(p) for p in (*including, real))
         raise ConfigError(f"{path}: the config inherits from itself: {chain}")
@@ -89,7 +90,7 @@ def _parse(path: Path) -> ast.Module:
         return ast.parse(source, str(path))
     except SyntaxError as error:
         raise ConfigError(f"{path}:{error.lineno or 1}: {type(error).__name__}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # A null byte, on some versions of Python; brackets without end.
+    except (ValueError, RecursionError) as error:  # A null byte, on some versions of Python; too many brackets.
         raise ConfigError(f"{path}: not a Python file: {error}") from None
 
 
@@ -175,7 +176,7 @@ def _take(base: PythonFile, name: str, alias: str, into: PythonFile, place: str)
 
 
 def _line_of(error: BaseException, path: Path) -> str:
-    """file:line of the deepest frame of an exception that lies in the config file."""
+    """file:line of the deepest frame of an exception in the config file."""
     line, frame = 0, error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_filename == str(path):

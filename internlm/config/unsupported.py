@@ -48,7 +48,7 @@ _ONLY_WHILE_SAVING = (
 
 
 def find_unsupported(config: Config) -> Iterator[Problem]:
-    """One problem for each value that asks for a missing feature."""
+    """One problem for each value that needs a missing feature."""
     wants_hf_class = False
     for path, field, value in walk_values(config):
         info = key_info(field)
@@ -78,14 +78,14 @@ def feature_of(path: str) -> str | None:
 
 
 def drop_what_hf_replaces(problems: list[Problem]) -> list[Problem]:
-    """Without the problems of the model section if a Hugging Face class is requested, which would fill that section."""
+    """Drop problems of the model section if a Hugging Face class is requested, which would fill that section."""
     if not any(_HF_CLASSES in problem.text for problem in problems):
         return problems
     return [problem for problem in problems if problem.keys[0].partition(".")[0] != "model"]
 
 
 def find_refused_in_training(config: Config) -> Iterator[Problem]:
-    """One problem for each value that is reserved to users of the library."""
+    """One problem for each value that only works for users of the library."""
     for path, field, value in walk_values(config):
         info = key_info(field)
         assert info is not None, path
@@ -102,11 +102,11 @@ def find_ineffective(config: Config, given: Callable[[str], Any]) -> Iterator[st
     for path, field, value in walk_values(config):
         info = key_info(field)
         assert info is not None, path
-        asked = given(path)
+        requested = given(path)
         if info.status is Status.NO_EFFECT and value != default_of(field):
             by_reason.setdefault(info.detail, []).append(f"{path} = {value!r}")
-        elif info.forced and asked is not None and asked != value:
-            yield f"{path} = {asked!r} is ignored: it is always {info.derived} = {value!r}"
+        elif info.forced and requested is not None and requested != value:
+            yield f"{path} = {requested!r} is ignored: it is always {info.derived} = {value!r}"
     for reason, keys in by_reason.items():
         yield f"no effect: {', '.join(keys)} ({reason})"
     if not config.ckpt.enable_save_ckpt:

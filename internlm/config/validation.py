@@ -1,4 +1,4 @@
-"""Validates a plain dict against the schema; words each type error for the user."""
+"""Validates a plain dict against the schema, and translates each type error for the user."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from internlm.config.unsupported import feature_of
 from internlm.utils.errors import ConfigError, nearest
 
 _DEPTH = 8
-"""More rounds than sections nest: each round removes the problems that the previous one uncovered."""
+"""Rounds of validation, more than the nesting depth of sections: each removes the problems that the previous one
+uncovered."""
 
 
 def build_config(tree: dict[str, Any]) -> tuple[Config, list[Problem]]:
     """Build the Config of a tree of sections; return it with the problems found.
 
-    Where there are problems, the Config holds defaults (1 where a key has none) in place of the invalid values, so that
+    If there are problems, the Config has defaults (1 for a key without one) in place of the invalid values, so that
     rules between the other keys can still run. Use it for nothing else.
     """
     tree = copy.deepcopy(tree)
@@ -52,7 +53,7 @@ def _translate(error: ValidationError) -> list[Problem]:
         elif known and kind == "missing":
             texts[path] = [f"{item} is missing"]
         elif known:
-            texts[path] = [f"{item} = {_short(value)}: it must be {_wish(kind, part.get('ctx', {}), part['msg'])}"]
+            texts[path] = [f"{item} = {_short(value)}: it must be {_expected(kind, part.get('ctx', {}), part['msg'])}"]
         elif kind == "extra_forbidden":
             feature = feature_of(path)
             named = f"{path} = {_short(value)}: {feature} is not yet supported; leave it out"
@@ -61,18 +62,18 @@ def _translate(error: ValidationError) -> list[Problem]:
             texts[path] = [_missing(path)]
         else:
             values.setdefault(path, value)
-            texts.setdefault(path, []).append(_wish(kind, part.get("ctx", {}), part["msg"]))
+            texts.setdefault(path, []).append(_expected(kind, part.get("ctx", {}), part["msg"]))
     result = []
-    for path, wishes in texts.items():
+    for path, expected in texts.items():
         if path in values:
-            text = f"{path} = {_short(values[path])}: it must be {' or '.join(dict.fromkeys(wishes))}"
+            text = f"{path} = {_short(values[path])}: it must be {' or '.join(dict.fromkeys(expected))}"
         else:
-            text = wishes[0]
+            text = expected[0]
         result.append(Problem((path,), text))
     return result
 
 
-def _wish(kind: str, context: dict[str, Any], message: str) -> str:
+def _expected(kind: str, context: dict[str, Any], message: str) -> str:
     if kind == "literal_error":
         return f"one of {context['expected']}"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
@@ -137,7 +138,7 @@ def _key_path(location: tuple[int | str, ...]) -> str:
 
 
 def _item_key(path: str, location: tuple[int | str, ...]) -> tuple[str, list[str]]:
-    """Of an error inside a list of sections: the key, as `list[number].key`, and the keys that items have."""
+    """The key of an error inside a list of sections, as `list[number].key`, and the known keys of its items."""
     field = _field(path)
     cls = item_class(field) if field is not None else None
     inside = location[path.count(".") + 1 :]

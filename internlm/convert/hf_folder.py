@@ -253,8 +253,11 @@ class HfWeights:
         logger.info("%s: dropped %d buffers, which agree with %s", self.folder.path, len(names), CONFIG)
 
     def _resolve_tied_head(self, entries: dict[str, HfEntry]) -> dict[str, str]:
-        """Drop a tied head that was saved in addition to its embedding. For a model with an untied head, return the
-        embedding as the source of the missing head: name -> name to read instead."""
+        """Drop a tied head that was saved in addition to its embedding.
+
+        Returns:
+            Name -> name to read instead: in a model with an untied head, the embedding for a missing head.
+        """
         if not self.folder.model.keys["tie_word_embeddings"]:
             return {}
         head, embedding = (

@@ -78,8 +78,11 @@ class RunningTrainer(Protocol):
         """Why a save of the step just counted was requested; None when it was not. The same on all ranks."""
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate every valid set on all its tokens; collective. Returns `val/<set>_loss`, `_acc`, `_plex`. A set that
-        cannot be read is logged as an error and left out."""
+        """Evaluate every valid set on all its tokens; collective.
+
+        Returns:
+            `val/<set>_loss`, `_acc` and `_plex`. A set that cannot be read is logged as an error and left out.
+        """
 
     def save_checkpoint(self, *, snapshot: bool = False) -> None:
         """Save the current state, or start to; collective. `poll_saves` returns the outcome."""
@@ -113,8 +116,10 @@ class Hook:
     name = "hook"
 
     def on_checkpoint_loaded(self, trainer: RunningTrainer, path: StoragePath) -> None:
-        """Called before `on_fit_start`, after weights (or a whole run, see `trainer.resumed_from`) were loaded from
-        `path`, and after `load_state_dict`."""
+        """Called after weights (or a whole run, see `trainer.resumed_from`) were loaded from `path`.
+
+        That is after `load_state_dict` and before `on_fit_start`.
+        """
 
     def on_fit_start(self, trainer: RunningTrainer) -> None:
         """Called once before the first step, whether or not a checkpoint was loaded."""
@@ -123,21 +128,24 @@ class Hook:
         """Called before the batch of a step is loaded."""
 
     def on_before_optimizer_step(self, trainer: RunningTrainer) -> None:
-        """Called after the last backward pass of a step, on gradients that are summed over all ranks and micro-batches
-        and not clipped yet: `trainer.engine.optimizer.sharded_gradients()` yields this rank's share of them. Not called
-        for a skipped batch. `trainer.state.step` does not count this step yet."""
+        """Called after the last backward pass of a step; not for a skipped batch.
+
+        `trainer.engine.optimizer.sharded_gradients()` yields this rank's shard of the gradients, which are summed over
+        all ranks and micro-batches and not clipped yet. `trainer.state.step` does not count this step yet.
+        """
 
     def on_after_optimizer_step(self, trainer: RunningTrainer) -> None:
         """Called when weights and optimizer state are updated (or the update was skipped for a non-finite gradient).
+
         Call `trainer.engine.optimizer.finish_gathering()` before reading weights. `trainer.state.step` does not count
-        this step yet."""
+        this step yet.
+        """
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         """Called after the optimizer step; not for a skipped batch. `trainer.state.step` counts this step."""
 
     def on_step_counted(self, trainer: RunningTrainer) -> None:
-        """Called at the end of every step, trained or skipped, after all `on_step_end`: for what is due at a step
-        number."""
+        """Called at the end of every step, trained or skipped, after all `on_step_end`; for work due at a step."""
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
         """Called after an evaluation; `results` maps `val/<set>_loss`, `_acc`, `_plex` to numbers."""

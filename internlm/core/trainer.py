@@ -340,8 +340,11 @@ class Trainer:
         return self.run_control.save_reason
 
     def _wait_for_the_end_of_all_data(self) -> None:
-        """Wait until the data of every rank has ended. Otherwise the remaining ranks would hang in the collectives of
-        their next step until a timeout that does not name the reason."""
+        """Wait until the data of every rank has ended.
+
+        Otherwise the remaining ranks would hang in the collectives of their next step until a timeout that does not
+        name the reason.
+        """
         if self.context.world_group is None:
             return
         vote = all_reduce_async(torch.ones(()), self.context.world_group)

@@ -1,6 +1,7 @@
-"""Activations that a decoder layer saves for backward, in bytes, and what it recomputes there, in FLOPs.
+"""Activations that a decoder layer saves for backward, in bytes, and its recomputation, in FLOPs.
 
-The formulas are those of doc/memory.md; tests/estimate/test_activation_memory.py compares them with what is allocated.
+The formulas are those of doc/memory.md; tests/estimate/test_activation_memory.py compares them with the allocated
+memory.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Activations of one layer on one rank, of one micro-batch.
+    """Activations of one layer on one rank for one micro-batch.
 
     Args:
-        dimensions: of the model.
-        layout: of all ranks.
+        dimensions: dimensions of the model.
+        layout: layout of all ranks.
         tokens: tokens of a micro-batch, before they are split over ranks.
-        row_length: tokens of a row, the longest distance at which attention looks back.
+        row_length: tokens of a row, the largest distance over which attention reaches.
     """
 
     dimensions: ModelDimensions
@@ -34,7 +35,7 @@ class LayerActivations:
     def saved_bytes(self, policy: SavePolicy) -> float:
         """Bytes that the layer saves for backward.
 
-        Attention counts as kernels that save the softmax's statistics; the blockwise kernel on the CPU saves none.
+        Assumes attention kernels that save the softmax statistics; the blockwise kernel on the CPU saves none.
         """
         m, t, size = self.dimensions, self.layout.tensor, self.dimensions.dtype.itemsize
         residual = m.hidden_size / self._residual_split * m.residual_dtype.itemsize
@@ -46,7 +47,7 @@ class LayerActivations:
         if policy == "matmuls":
             kv_heads = m.num_kv_heads if self.layout.is_isp else max(m.num_kv_heads, t)
             columns = ((m.num_heads + 2 * kv_heads) * m.head_dim + 2 * m.intermediate_size) / t
-            # Row layers of isp output a part of the tokens; those of the other modes a partial sum for all tokens.
+            # Row layers of isp output a shard of the tokens; those of the other modes a partial sum for all tokens.
             rows = 2 * m.hidden_size / (t if self.layout.is_isp else 1)
             return self.tokens * (residual + attention + (columns + rows) * size)
         kv_heads = max(m.num_kv_heads, t)
@@ -54,20 +55,19 @@ class LayerActivations:
         inputs = 2 * m.hidden_size / (1 if self.layout.mode == "msp" else self._residual_split) * size
         inner = ((m.num_heads + 2 * kv_heads) * m.head_dim + 3 * m.intermediate_size) / t * size
         if self.layout.is_isp and t > 1:
-            # Attention's output is saved by attention and, after the all-to-all, by wo.
+            # The output of attention is saved by attention and, after the all-to-all, by wo.
             inner += m.num_heads * m.head_dim / t * size
         if m.has_qk_norm:
-            # The projection, of which values are a view, is saved beside the normalized queries and keys.
+            # Queries and keys are saved before and after their norms.
             heads = (m.num_heads + kv_heads) / t
             inner += heads * (m.head_dim * size + _FLOAT32)
-            inner += m.num_heads / t * m.head_dim * size if m.has_fused_qkv else 0
         return self.tokens * (2 * residual + inputs + 2 * statistics / self._residual_split + inner + attention)
 
     def recomputed_flops(self, policy: SavePolicy, window: int | None) -> float:
         """FLOPs of the GEMMs and of attention that backward recomputes.
 
         Args:
-            policy: what the layer saves.
+            policy: save policy of the layer.
             window: attention window of the layer; None for full attention.
         """
         if policy in ("everything", "matmuls"):

@@ -50,14 +50,14 @@ class BytesSent:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What of a config decides how much is sent in a step.
+    """The parts of a config that determine the bytes sent in a step.
 
     Attributes:
-        dimensions: of the model.
+        dimensions: dimensions of the model.
         tokens: tokens of a micro-batch, before they are split over ranks.
         num_micro_batches: micro-batches of a step.
-        policies: save policy of each layer of the rank, by its number.
-        options: of `parallelize`; `reduce_dtype` is that of gradients in collectives.
+        policies: save policy of each layer of the rank, by layer number.
+        options: options of `parallelize`; `reduce_dtype` is the dtype of gradients in collectives.
         form: dtypes of gradients and optimizer states.
     """
 
@@ -73,8 +73,8 @@ def all_gather_bytes(num_bytes: float, ranks: int) -> float:
     """Bytes sent by an all-gather, a reduce-scatter or an all-to-all.
 
     Args:
-        num_bytes: bytes of the full tensor; for an all-to-all those of each rank's input.
-        ranks: ranks of the group.
+        num_bytes: bytes of the full tensor; for an all-to-all, bytes of each rank's input.
+        ranks: number of ranks in the group.
     """
     return num_bytes * (ranks - 1) / ranks
 
@@ -90,8 +90,8 @@ def bytes_sent(held: RankParameters, step: TrainingStep, actions: Sequence[Actio
     Args:
         held: parameters of the rank.
         step: see `TrainingStep`.
-        actions: what the rank does in a step, in order.
-        placement: which rank along the pipeline holds which stage.
+        actions: the rank's actions in a step, in order.
+        placement: which pipeline rank computes which stage.
     """
     context, m = held.context, step.num_micro_batches
     layers = [layer for chunk in held.layers for layer in chunk]
@@ -114,7 +114,7 @@ def bytes_sent(held: RankParameters, step: TrainingStep, actions: Sequence[Actio
 
 
 def layer_activations_sent(held: RankParameters, step: TrainingStep, policy: SavePolicy) -> float:
-    """Bytes that a layer sends over the tensor axis for one micro-batch, repeats by recomputation included."""
+    """Bytes that a layer sends over the tensor axis for one micro-batch, including those of recomputation."""
     layout, m = held.context.layout, step.dimensions
     t, size = layout.tensor, m.dtype.itemsize
     is_recomputed = policy != "everything"
@@ -124,10 +124,10 @@ def layer_activations_sent(held: RankParameters, step: TrainingStep, policy: Sav
         one_way = all_gather_bytes(step.tokens / t * heads * size, t)
         return one_way * (3 if is_recomputed else 2)
     if layout.mode == "mtp":
-        # Forward the outputs of wo and w2, backward the gradients of two inputs; recomputation repeats the one of wo.
+        # In forward the outputs of wo and w2, in backward two input gradients; recomputation repeats that of wo.
         return all_reduce_bytes(residual, t) * (5 if is_recomputed else 4)
     one_way = all_gather_bytes(residual, t)
-    # Two gathers and two reduce-scatters, forward and backward; recomputation repeats the reduce-scatter behind wo.
+    # Two gathers and two reduce-scatters, in forward and backward; recomputation repeats the reduce-scatter of wo.
     num_exchanges = 9 if is_recomputed else 8
     if layout.mode == "msp":
         return one_way * (num_exchanges + (2 if is_recomputed else 0))
@@ -147,12 +147,12 @@ def ends_sent(held: RankParameters, step: TrainingStep) -> float:
         if layout.mode == "mtp":
             sent += all_gather_bytes(residual, t) if by_hidden else all_reduce_bytes(residual, t)
         else:
-            # An all-to-all of a part of the channels each way, or a reduce-scatter and a gather.
+            # An all-to-all of a shard of the channels in each direction, or a reduce-scatter and a gather.
             sent += 2 * all_gather_bytes(residual / t if by_hidden else residual, t)
     if held.has_head:
         # mtp: an all-reduce of the gradient; msp and fsp: a gather of hidden states, a reduce-scatter of the gradient.
         sent += all_reduce_bytes(residual, t)
-        # Largest score, its class, and three sums for each token.
+        # Largest score, its class, and three sums per token.
         scores = max(_FLOAT32, m.dtype.itemsize)
         sent += all_reduce_bytes(step.tokens * (4 * scores + _INT64), t)
     return sent
@@ -186,7 +186,7 @@ def fsdp_sent(parameter: HeldParameter, held: RankParameters, step: TrainingStep
 
 
 def synchronization_sent(parameter: HeldParameter, held: RankParameters, step: TrainingStep) -> dict[str, float]:
-    """Bytes by axis that the optimizer sends for a parameter in one step: sums of gradients, gathers of weights."""
+    """Bytes by axis that the optimizer sends for a parameter in one step: gradient reductions and weight gathers."""
     if not parameter.is_trained:
         return {}
     spec, view = parameter.spec, held.context.view(parameter.spec.view)
@@ -215,7 +215,7 @@ def stage_message_bytes(held: RankParameters, step: TrainingStep) -> float:
 
 
 def _gathered_itemsize(parameter: HeldParameter, step: TrainingStep) -> int:
-    """Bytes of an element of a gathered weight: 1 where it is gathered in float8."""
+    """Bytes per element of a gathered weight: 1 if it is gathered in float8."""
     options = step.options
     is_float8 = options.gather_float8 and parameter.layer in options.float8_layers
     return 1 if is_float8 and len(parameter.spec.local_shape) == 2 else parameter.dtype.itemsize

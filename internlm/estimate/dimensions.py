@@ -1,4 +1,4 @@
-"""Dimensions of a decoder: the one description from which FLOPs, activations and traffic are computed."""
+"""Dimensions of a decoder: the one description from which FLOPs, activations and communication are computed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ class ModelDimensions:
     """The dimensions of a decoder with a gated feed-forward (three matrices) in every layer.
 
     Attributes:
-        intermediate_size: width of the feed-forward.
+        intermediate_size: width of the feed-forward network.
         vocab_size: rows of the output head; 1 for a reward model.
         windows: attention window of each layer in tokens, None for full attention; empty: full attention everywhere.
         dtype: dtype of weights and activations.
         residual_dtype: dtype of the residual stream between blocks and between pipeline stages.
-        norm_type: kind of the norms, which decides what they save for backward.
+        norm_type: kind of the norms, which determines what they save for backward.
         has_qk_norm: whether query and key heads are normalized.
-        has_fused_qkv: whether queries, keys and values are one projection.
         has_tied_head: whether the output head is the embedding.
     """
 
@@ -38,7 +37,6 @@ class ModelDimensions:
     residual_dtype: torch.dtype = torch.bfloat16
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     has_qk_norm: bool = False
-    has_fused_qkv: bool = False
     has_tied_head: bool = False
 
     @classmethod
@@ -58,7 +56,6 @@ class ModelDimensions:
             residual_dtype=torch.float32 if a.residual_in_fp32 else a.dtype,
             norm_type=a.norm_type,
             has_qk_norm=a.qk_norm,
-            has_fused_qkv=a.fused_qkv,
             has_tied_head=a.tie_word_embeddings,
         )
 

@@ -1,7 +1,7 @@
 """FLOPs of training, and the datasheet peaks that an MFU is relative to.
 
-Model FLOPs (MFU, not HFU) are three times the forward pass, without recomputation, and only those of GEMMs, which is
-all that a datasheet peak is about. Two conventions are in use for the scores of causal attention, and their MFUs must
+Model FLOPs (MFU, not HFU) are three times those of the forward pass, without recomputation. Only GEMMs count, as in a
+datasheet peak. Two conventions are in use for the scores of causal attention, and their MFUs must
 not be compared with each other:
 
 - "full": the S x S square, as if every token attended to every other (PaLM, https://arxiv.org/abs/2204.02311, app. B);
@@ -24,8 +24,8 @@ def flops_per_token(dimensions: ModelDimensions, seq_len: int, convention: Conve
     """Model FLOPs to train on one token: forward and backward, without recomputation.
 
     Args:
-        dimensions: of the model.
-        seq_len: tokens of a sequence. Packed documents that are shorter count as if they were whole sequences.
+        dimensions: dimensions of the model.
+        seq_len: tokens of a sequence; packed documents count as one document of this length.
         convention: how attention scores are counted, "full" or "causal".
     """
     scores = sum(
@@ -41,13 +41,13 @@ def attention_flops_per_token(
     """Forward FLOPs of one layer's attention for one token: scores, and the sum of values.
 
     Args:
-        dimensions: of the model.
+        dimensions: dimensions of the model.
         seq_len: tokens of a sequence.
         window: attention window of the layer; None for full attention.
         convention: how attention scores are counted, "full" or "causal".
     """
     width = min(window or seq_len, seq_len)
-    # Within a window, the queries of its first `width` positions see half of it on average, the others all of it.
+    # The first `width` queries of a row attend to half a window on average, all others to a full window.
     keys_seen = float(width) if convention == "full" else width - width**2 / (2 * seq_len)
     return 4.0 * dimensions.num_heads * dimensions.head_dim * keys_seen
 
@@ -58,7 +58,7 @@ def head_flops_per_token(dimensions: ModelDimensions) -> float:
 
 
 # Dense bf16 tensor TFLOP/s of the vendors' datasheets, without sparsity. The first name found in the device's name
-# counts, so that variants come before their family.
+# counts, so variants precede their family.
 _PEAK_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
     ("gb200", 2500.0),
     ("b200", 2250.0),
@@ -84,7 +84,7 @@ _PEAK_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """The datasheet peak of a device in FLOP/s; None where it is not known.
+    """The datasheet peak of a device in FLOP/s; None if it is unknown.
 
     Args:
         device_name: as `torch.cuda.get_device_name()` gives it, for example "NVIDIA H100 80GB HBM3".
@@ -92,6 +92,6 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
-    # Whole words only: an "H20" is no "H200", and an "L4" no "L40".
+    # Whole words only: "H20" must not match "H200", nor "L4" "L40".
     words = f" {re.sub(r'[^a-z0-9]+', ' ', device_name.lower())} "
     return next((tflops * 1e12 for name, tflops in _PEAK_BF16_TFLOPS if f" {name} " in words), None)

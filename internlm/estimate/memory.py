@@ -11,20 +11,20 @@ from internlm.core.scheduler.actions import Action, ActionKind
 from internlm.estimate.activations import LayerActivations
 from internlm.estimate.parameters import HeldParameter, RankParameters
 from internlm.model.recompute import SavePolicy
-from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, master_dtype
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Weights, gradients and optimizer states of a rank, in bytes, from the start of a run on.
+    """Weights, gradients and optimizer states of a rank, in bytes, which are allocated from the start of a run on.
 
     Without activations, and without the padding of flat buffers.
 
     Attributes:
-        parameters: elements, not bytes.
-        weights: weights in the dtype that the model computes with.
+        parameters: number of elements, not bytes.
+        weights: weights in the dtype of the model.
         gradients: gradients accumulated over micro-batches, and this rank's shard of their sum over the data ranks.
-        masters: fp32 weights of the optimizer; fp32 parameters are their own, except with FSDP.
+        masters: fp32 masters of the optimizer; fp32 parameters are their own, except with FSDP.
         moments: both moments of AdamW.
         host: masters and moments that are offloaded to host memory; these are not counted above.
     """
@@ -46,7 +46,7 @@ class RankMemory:
         zero = context.size("zero", spec.view)
         # With FSDP the parameter itself is this rank's shard.
         shard = numel if parameter.is_fsdp else -(-numel // zero)
-        masters = wide(dtype).itemsize * shard if parameter.is_fsdp or form.has_master(dtype) else 0
+        masters = master_dtype(dtype).itemsize * shard if parameter.is_fsdp or form.has_master(dtype) else 0
         moments = 2 * form.moment_dtype(dtype).itemsize * shard
         has_own_shard = not parameter.is_fsdp and zero > 1
         return cls(
@@ -65,7 +65,7 @@ class RankMemory:
 
     @classmethod
     def sum(cls, memories: Iterable[RankMemory]) -> RankMemory:
-        """The sum, attribute by attribute."""
+        """The sum of all attributes."""
         return cls(*(sum(column) for column in zip(*map(astuple, memories), strict=True)))
 
     @property
@@ -80,15 +80,15 @@ def peak_activations(
     activations: LayerActivations,
     policies: Mapping[int, SavePolicy],
 ) -> float:
-    """Most bytes of activations that the layers of a rank hold at any moment of a step.
+    """Peak bytes of the activations that the layers of a rank save, over a step.
 
-    What operators need while they run, the loss and tensors in flight between stages are not counted.
+    Temporary memory of operators, the loss and tensors in flight between stages are not counted.
 
     Args:
-        actions: what the rank does in a step, in order.
+        actions: the rank's actions in a step, in order.
         chunk_layers: layers of each of its chunks.
-        activations: of a layer.
-        policies: save policy of each of these layers, by its number.
+        activations: activations of a layer.
+        policies: save policy of each of these layers, by layer number.
     """
     chunks = [sum(activations.saved_bytes(policies[layer]) for layer in layers) for layers in chunk_layers]
     live = peak = 0.0

@@ -1,4 +1,4 @@
-"""Parameters that a rank holds, as ShardSpecs: exact, without storage and without processes."""
+"""The exact parameters of a rank, as ShardSpecs: without storage and without processes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from internlm.solver.optimizer.parameter_groups import ParameterGroup, is_frozen
 
 @dataclass(frozen=True)
 class HeldParameter:
-    """A parameter, or a part of one, that a rank holds.
+    """A parameter, or a shard of one, on a rank.
 
     Attributes:
-        spec: what of the global parameter the rank holds; with FSDP the rows that it keeps.
-        full: the spec of what the model computes with: without FSDP `spec` itself.
+        spec: the rank's boxes of the global parameter; with FSDP, its rows.
+        full: the spec of the tensor that the model computes with; without FSDP, `spec`.
         dtype: dtype of the weight.
         is_trained: whether it has a gradient and an optimizer state.
     """
@@ -37,13 +37,13 @@ class HeldParameter:
 
     @property
     def layer(self) -> int | None:
-        """The number of its layer; None outside of layers."""
+        """The number of its layer; None outside all layers."""
         numbers = [part for part in self.spec.name.split(".") if part.isdigit()]
         return int(numbers[0]) if numbers else None
 
     @property
     def is_fsdp(self) -> bool:
-        """Whether FSDP splits it over the zero ranks."""
+        """Whether FSDP shards it over the zero ranks."""
         return "zero" in self.spec.sharded_over
 
 
@@ -52,10 +52,11 @@ class RankParameters:
     """All parameters of a rank.
 
     Attributes:
-        context: where the rank stands; without process groups.
+        context: position of the rank, without process groups.
         layers: layers of each of its chunks.
-        has_embedding, has_head: whether it holds an end of the model.
-        parameters: each once, also one that two chunks share (a tied embedding).
+        has_embedding: whether it has the first stage.
+        has_head: whether it has the last stage.
+        parameters: each parameter once, even if two chunks share it (a tied embedding).
     """
 
     context: ParallelContext
@@ -79,13 +80,13 @@ def rank_parameters(
     """The parameters of one rank.
 
     Args:
-        make_model: makes the whole model, on the meta device.
-        layout: of all ranks.
+        make_model: builds the whole model on the meta device.
+        layout: layout of all ranks.
         rank: rank of the job.
-        placement: which rank along the pipeline holds which stage.
+        placement: which pipeline rank computes which stage.
         stage_layers: layers of each stage.
-        options: of `parallelize`.
-        fsdp: whether FSDP splits the weights.
+        options: options of `parallelize`.
+        fsdp: whether FSDP shards the weights.
         groups: parameter groups of the optimizer; frozen ones have no gradient and no state.
 
     Raises:
@@ -102,18 +103,18 @@ def rank_parameters(
     held: dict[str, list[HeldParameter]] = {}
     for stage in stages:
         model = meta_stage(make_model, stage, stage_layers)
-        not_split = _not_split_by_fsdp(model, context, fsdp)
+        not_sharded = _not_sharded_by_fsdp(model, context, fsdp)
         own: dict[str, list[HeldParameter]] = {}
         for name, spec, parameter in shard_specs(model, context, options):
             if name in other_end:
                 spec = replace(spec, partial_over=(*spec.partial_over, "pipeline_ends"))
-            kept = spec if parameter in not_split else rows_of(spec, context.size("zero"), context.index("zero"))
+            stored = spec if parameter in not_sharded else rows_of(spec, context.size("zero"), context.index("zero"))
             is_trained = parameter.requires_grad and not is_frozen(spec.name, groups)
-            own.setdefault(name, []).append(HeldParameter(kept, spec, parameter.dtype, is_trained))
+            own.setdefault(name, []).append(HeldParameter(stored, spec, parameter.dtype, is_trained))
         held = {**own, **held}
     parameters = tuple(parameter for parts in held.values() for parameter in parts)
     return RankParameters(context, tuple(stage_layers[stage] for stage in stages), has_embedding, has_head, parameters)
 
 
-def _not_split_by_fsdp(model: nn.Module, context: ParallelContext, fsdp: bool) -> set[nn.Parameter]:
+def _not_sharded_by_fsdp(model: nn.Module, context: ParallelContext, fsdp: bool) -> set[nn.Parameter]:
     return unsharded_parameters(model) if fsdp and context.size("zero") > 1 else set(model.parameters())

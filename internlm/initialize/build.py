@@ -65,8 +65,7 @@ def build_layout(config: Config, world_size: int) -> ParallelLayout:
 
 
 def check_buildable(config: Config, world_size: int) -> None:
-    """Check a config before any rank connects, including problems that only show when parts are built (layer sizes,
-    phases of schedules).
+    """Check a config before any rank connects, including the construction of its parts (layers, schedules).
 
     Raises:
         ConfigError: the config has problems; all of them are listed.

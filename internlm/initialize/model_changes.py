@@ -73,7 +73,7 @@ def compare_configs(
         if before != after:
             differences.append(f"learning rate of the next step: {before:g} -> {after:g}")
     if differences:
-        logger.warning("the config differs from that of %s:%s", what, listed(differences, most=100))
+        logger.warning("the config differs from that of %s:%s", what, listed(differences, limit=100))
 
 
 def check_same_function(saved: Config, config: Config, what: str, *, translated: bool = False) -> None:

@@ -25,7 +25,7 @@ from internlm.model.architecture import Architecture
 from internlm.model.ops.float8.scaled_gemm import why_not_on_hardware
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.parameter_groups import ParameterGroup, check_groups, freeze_parameters
-from internlm.solver.optimizer.state_form import StateForm, wide
+from internlm.solver.optimizer.state_form import StateForm, master_dtype
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
 
@@ -98,7 +98,7 @@ def build_options(config: Config) -> ParallelOptions:
 def reduce_dtype(config: Config) -> torch.dtype:
     """The dtype in which gradients are reduced."""
     name = config.reduce_comm_dtype
-    return _dtype(name) if name else wide(config.model.torch_dtype)
+    return _dtype(name) if name else master_dtype(config.model.torch_dtype)
 
 
 def state_form(config: Config) -> StateForm:

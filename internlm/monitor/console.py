@@ -1,4 +1,4 @@
-"""Progress of a run for people: a progress bar on a terminal, a log line every few steps elsewhere.
+"""Shows the progress of a run: a progress bar on a terminal, otherwise a log line every few steps.
 
 Owns the wording and rounding of the numbers, not the numbers.
 """
@@ -29,7 +29,7 @@ def describe(numbers: Mapping[str, float | str]) -> str:
     """The most important numbers in one line: loss, learning rate, gradient norm, throughput.
 
     Args:
-        numbers: those of `MetricsCollector.numbers`.
+        numbers: result of `MetricsCollector.numbers`.
     """
     parts = ["no label"] if numbers.get("valid_tokens") == 0 else []
     for name, text in (("loss", "{:.4f}"), ("lr", "{:.3e}"), ("grad_norm", "{:.3f}"), ("acc", "{:.4f}")):

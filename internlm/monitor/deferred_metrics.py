@@ -8,7 +8,7 @@ from internlm.core.step_metrics import StepMetrics
 from internlm.monitor.metrics_collector import MetricsCollector
 
 SECONDS_AFTER_AN_EXCEPTION = 2.0
-"""How long numbers are waited for after an exception. The step that computes them may never end."""
+"""How long to wait for numbers after an exception, as the step that computes them may never end."""
 
 
 class DeferredMetrics:

@@ -1,7 +1,7 @@
 """Garbage collection at chosen steps, with a log line of the memory in use.
 
-By default Python's collector runs after a number of allocations, on each rank at another moment, and all other ranks
-then wait in their next collective.
+By default, Python's collector runs after a number of allocations, at a different moment on each rank, while all other
+ranks wait in their next collective.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GarbageCollectionHook(Hook):
     loop ends, also by an exception, the collector is enabled again if it was before.
 
     Args:
-        every: steps between two collections; 0 leaves Python's collector alone.
+        every: steps between two collections; 0 does not change Python's collector.
     """
 
     name = "garbage_collection"

@@ -24,8 +24,10 @@ _WAYS_OUT = (
 
 
 class HealthHook(Hook):
-    """Raises TrainingError on all ranks after too many consecutive skipped updates, after an epoch without a label, and
-    at the end of a run without any update or label.
+    """Raises TrainingError on all ranks when a run learns nothing.
+
+    That is after too many consecutive skipped updates, after an epoch without a label, and at the end of a run without
+    any update or label.
 
     An overflow while the loss scale can still decrease is expected, because dynamic scaling starts that way. It neither
     counts nor resets the count, unless the loss itself is not finite.

@@ -10,7 +10,7 @@ from internlm.utils.logging import get_logger
 from internlm.utils.storage import full_disk
 
 MAX_WAITING = 100_000
-"""Lines that wait in memory at most. Older ones are dropped, and their number is logged."""
+"""Maximum number of lines that wait in memory. Older ones are dropped, and their number is logged."""
 
 logger = get_logger(__name__)
 
@@ -58,7 +58,7 @@ class LineWriter:
         except OSError as error:
             if not self._failed:
                 error.filename = error.filename or str(self._path)
-                logger.error("%s; lines wait in memory, and the run goes on", full_disk(error) or error)
+                logger.error("%s; lines wait in memory, and the run continues", full_disk(error) or error)
             self._failed = True
             return
         if self._failed:

@@ -1,7 +1,7 @@
 """All numbers of a step in one flat mapping, under the names that console, metrics file and TensorBoard show.
 
-Owns the one wait for the device per step, which all sinks share. Knows nothing of where the numbers go. A sink that
-can wait one step reads them through `DeferredMetrics`, which does not stall the device.
+Owns the one wait for the device per step, which all sinks share. Knows no sink. A sink that can wait one step reads the
+numbers through `DeferredMetrics`, which does not stall the device.
 """
 
 from __future__ import annotations

@@ -150,5 +150,5 @@ class TensorBoardHook(Hook):
     def _give_up(self, error: OSError) -> None:
         assert self._writer is not None
         error.filename = error.filename or self._writer.get_logdir()
-        logger.error("TensorBoard is off from here on, and the run goes on: %s", full_disk(error) or error)
+        logger.error("TensorBoard is off from now on, and the run continues: %s", full_disk(error) or error)
         self._writer = None

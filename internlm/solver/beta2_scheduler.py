@@ -1,4 +1,4 @@
-"""AdamW's second coefficient as a pure function of the step. Keeps no state and knows no optimizer."""
+"""AdamW's beta2 as a pure function of the step; stateless and independent of the optimizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Beta2Schedule:
 
     Attributes:
         init_beta2: the lowest value, in [0, 1).
-        c: the exponent; the larger, the sooner beta2 leaves `init_beta2`.
-        cur_iter: steps of the schedule already used up, minus one: -1 starts at its beginning.
+        c: the exponent; the larger it is, the earlier beta2 rises above `init_beta2`.
+        cur_iter: number of steps to skip at the start of the schedule, minus one; -1 skips none.
 
     Raises:
-        ConfigError: listing every value that makes no sense.
+        ConfigError: lists every invalid value.
     """
 
     init_beta2: float
@@ -30,13 +30,13 @@ class Beta2Schedule:
     cur_iter: int = -1
 
     def __post_init__(self) -> None:
-        mistakes = []
+        problems = []
         if not 0.0 <= self.init_beta2 < 1.0:
-            mistakes.append(f"beta2_scheduler.init_beta2 = {self.init_beta2}: must be at least 0 and below 1")
+            problems.append(f"beta2_scheduler.init_beta2 = {self.init_beta2}: must be at least 0 and below 1")
         if self.cur_iter < -1:
-            mistakes.append(f"beta2_scheduler.cur_iter = {self.cur_iter}: must be -1 (from the start) or more")
-        if mistakes:
-            raise ConfigError(mistakes)
+            problems.append(f"beta2_scheduler.cur_iter = {self.cur_iter}: must be -1 (from the start) or more")
+        if problems:
+            raise ConfigError(problems)
 
     def beta2(self, step: int) -> float:
         """The coefficient of an optimizer step; `step` is 0 for the first one."""

@@ -1,7 +1,7 @@
-"""The factor by which the loss is multiplied so that half-precision gradients do not underflow.
+"""Loss scaling: a factor on the loss that keeps half-precision gradients from underflowing.
 
-Owns the scale and the rule by which it moves. Everything stays on the device: whether a step overflowed is a tensor
-here, never a Python bool, so that no step waits. Unscaling and skipping an update are the optimizer's business.
+Owns the scale and the rule that adjusts it. All state is on the device: whether a step overflowed is a tensor, never a
+Python bool, so that no step waits. The optimizer unscales gradients and skips updates.
 """
 
 from __future__ import annotations
@@ -23,45 +23,46 @@ class GradScaler(Protocol):
         """Scalar fp32 tensor: the factor of the loss in the coming step."""
 
     def update(self, found_inf: Tensor) -> None:
-        """Learn whether the gradients of a step held an inf or NaN.
+        """Adjust the scale after a step.
 
         Args:
-            found_inf: scalar fp32 tensor on the scaler's device, 1.0 for yes and 0.0 for no, equal on all ranks.
+            found_inf: scalar fp32 tensor on the scaler's device; 1.0 if the gradients contain an inf or NaN, else 0.0;
+                equal on all ranks.
         """
 
     def state_dict(self) -> dict[str, float]:
         """The state as plain numbers; waits for the device."""
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
 
 
 class ConstantGradScaler:
-    """A scale of 1 that never moves: for bf16 and fp32, whose exponent range is wide enough."""
+    """A constant scale of 1, for bf16 and fp32, whose exponent range is wide enough."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.scale = torch.ones((), dtype=torch.float32, device=device)
 
     def update(self, found_inf: Tensor) -> None:
-        """Nothing moves."""
+        """Does nothing."""
 
     def state_dict(self) -> dict[str, float]:
         return {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """There is no state: what a dynamic scaler saved is not needed."""
+        """Ignores the state, which a dynamic scaler may have saved."""
 
 
 class DynamicGradScaler:
-    """The scale rises after a run of clean steps and falls after overflows: for fp16.
+    """A scale that grows after consecutive steps without overflow and backs off after overflows, for fp16.
 
-    - A clean step counts towards `growth_interval`; when that many came in a row, the scale is multiplied by
-      `growth_factor` (at most `max_scale`), and the count of overflows starts anew.
-    - An overflow ends the row. From the `hysteresis`-th overflow since the last growth on, each one multiplies the
-      scale by `backoff_factor` (at least `min_scale`).
+    - After `growth_interval` consecutive steps without overflow, the scale is multiplied by `growth_factor` (up to
+      `max_scale`) and the overflow count is reset.
+    - From the `hysteresis`-th overflow since the last growth on, each overflow multiplies the scale by
+      `backoff_factor` (down to `min_scale`).
 
     Raises:
-        ConfigError: listing every value that makes no sense.
+        ConfigError: lists every invalid value.
     """
 
     def __init__(
@@ -75,22 +76,22 @@ class DynamicGradScaler:
         hysteresis: int = 2,
         device: torch.device | str = "cpu",
     ) -> None:
-        mistakes = []
+        problems = []
         if not (0 < min_scale <= initial_scale <= max_scale and math.isfinite(max_scale)):
-            mistakes.append(
+            problems.append(
                 f"grad_scaler: needs 0 < min_scale <= initial_scale <= max_scale, "
                 f"got {min_scale}, {initial_scale}, {max_scale}"
             )
         if not growth_factor >= 1:
-            mistakes.append(f"grad_scaler.growth_factor = {growth_factor}: must be at least 1")
+            problems.append(f"grad_scaler.growth_factor = {growth_factor}: must be at least 1")
         if not 0 < backoff_factor <= 1:
-            mistakes.append(f"grad_scaler.backoff_factor = {backoff_factor}: must be above 0 and at most 1")
+            problems.append(f"grad_scaler.backoff_factor = {backoff_factor}: must be above 0 and at most 1")
         if growth_interval < 1:
-            mistakes.append(f"grad_scaler.fp16.growth_interval = {growth_interval}: must be at least 1")
+            problems.append(f"grad_scaler.fp16.growth_interval = {growth_interval}: must be at least 1")
         if hysteresis < 0:
-            mistakes.append(f"grad_scaler.hysteresis = {hysteresis}: must be at least 0")
-        if mistakes:
-            raise ConfigError(mistakes)
+            problems.append(f"grad_scaler.hysteresis = {hysteresis}: must be at least 0")
+        if problems:
+            raise ConfigError(problems)
         self.min_scale = min_scale
         self.max_scale = max_scale
         self.growth_factor = growth_factor
@@ -123,10 +124,10 @@ class DynamicGradScaler:
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes back what `state_dict` gave; an empty state (saved by a run without loss scaling) changes nothing.
+        """Restore the state that `state_dict` returned; an empty one (of a run without loss scaling) changes nothing.
 
         Raises:
-            CheckpointError: when a number is missing.
+            CheckpointError: a value is missing.
         """
         if not state:
             return

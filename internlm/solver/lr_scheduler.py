@@ -1,7 +1,6 @@
 """The learning rate as a pure function of the step.
 
-Owns the shapes and their exact definition. Keeps no state, so there is nothing to save with a checkpoint, and knows
-nothing of optimizers: the engine asks for a number and sets it.
+Stateless, so checkpoints save nothing of it, and independent of the optimizer, to which the engine passes the result.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "linear": _linear,
     "constant": _constant,
 }
-"""Shape name -> height above `eta_min` as a fraction of `base_lr - eta_min`, for progress 0..1 of the decay."""
+"""Shape -> function from the progress of the decay (0 to 1) to the height above `eta_min` in units of `base_lr -
+eta_min`."""
 
 
 def steps_of_ratio(total_steps: int, ratio: float) -> int:
@@ -44,17 +44,18 @@ def steps_of_ratio(total_steps: int, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """Zeros, linear warm-up, then a decay.
+    """A learning rate of zero, a linear warm-up, then a decay.
 
     With I = init_steps, W = warmup_ratio * total_steps (rounded down) and t = 0 for the first optimizer step:
 
     - t < I: the learning rate is 0;
-    - I <= t < I + W: `base_lr * (t - I + 1) / W`, so the first warm-up step learns and the last has base_lr;
-    - t >= I + W: `eta_min + (base_lr - eta_min) * decay(progress)`, where progress rises by equal amounts from 0 at
-      t = begin to 1 at t = total_steps and stays there. `begin` is I + W, for "wsd" it is total_steps - D, with
-      D = decay_ratio * total_steps (rounded down), and the rate is base_lr from the warm-up to there.
+    - I <= t < I + W: `base_lr * (t - I + 1) / W`, so the first warm-up step has a positive rate and the last has
+    base_lr;
+    - t >= I + W: `eta_min + (base_lr - eta_min) * decay(progress)`, where progress rises linearly from 0 at t = begin
+    to 1 at t = total_steps and stays 1. `begin` is I + W; for "wsd" it is total_steps - D with D = decay_ratio *
+    total_steps (rounded down), and the rate is base_lr between the warm-up and `begin`.
 
-    `decay` is half a cosine ("cosine"), a line ("linear", "wsd") or 1 ("constant", which does not use `eta_min`).
+    `decay` is half a cosine period ("cosine"), linear ("linear", "wsd") or 1 ("constant", which ignores `eta_min`).
 
     Attributes:
         shape: "cosine", "wsd" (warm-up, stable, decay), "linear" or "constant".
@@ -62,12 +63,12 @@ class LearningRateSchedule:
         total_steps: optimizer steps over which the schedule runs.
         init_steps: steps at learning rate 0 before the warm-up.
         warmup_ratio: length of the warm-up as a fraction of `total_steps`.
-        eta_min: the learning rate at which the decay ends; above base_lr, the rate grows to it.
+        eta_min: the learning rate at the end of the decay; if above base_lr, the rate rises to it.
         decay_ratio: length of the decay of "wsd" as a fraction of `total_steps`.
-        last_epoch: steps of the schedule already used up, minus one: -1 starts at its beginning.
+        last_epoch: number of steps to skip at the start of the schedule, minus one; -1 skips none.
 
     Raises:
-        ConfigError: listing every value that makes no sense.
+        ConfigError: lists every invalid value.
     """
 
     shape: str
@@ -80,36 +81,36 @@ class LearningRateSchedule:
     last_epoch: int = -1
 
     def __post_init__(self) -> None:
-        mistakes = []
+        problems = []
         if self.shape not in DECAYS:
-            mistakes.append(
+            problems.append(
                 f"lr_scheduler.type = '{self.shape}' is unknown; use one of {', '.join(DECAYS)}."
                 f"{nearest(self.shape, DECAYS)}"
             )
         if not (self.base_lr >= 0 and math.isfinite(self.base_lr)):
-            mistakes.append(f"adam.lr = {self.base_lr}: must be a finite number >= 0")
+            problems.append(f"adam.lr = {self.base_lr}: must be a finite number >= 0")
         if self.total_steps < 1:
-            mistakes.append(f"lr_scheduler.total_steps = {self.total_steps}: must be at least 1")
+            problems.append(f"lr_scheduler.total_steps = {self.total_steps}: must be at least 1")
         if self.init_steps < 0:
-            mistakes.append(f"lr_scheduler.init_steps = {self.init_steps}: must be at least 0")
+            problems.append(f"lr_scheduler.init_steps = {self.init_steps}: must be at least 0")
         if self.last_epoch < -1:
-            mistakes.append(f"lr_scheduler.last_epoch = {self.last_epoch}: must be -1 (from the start) or more")
+            problems.append(f"lr_scheduler.last_epoch = {self.last_epoch}: must be -1 (from the start) or more")
         for name, ratio in (("warmup_ratio", self.warmup_ratio), ("decay_ratio", self.decay_ratio)):
             if not 0.0 <= ratio <= 1.0:
-                mistakes.append(f"lr_scheduler.{name} = {ratio}: must be between 0 and 1, a fraction of total_steps")
+                problems.append(f"lr_scheduler.{name} = {ratio}: must be between 0 and 1, a fraction of total_steps")
         if not (self.eta_min >= 0 and math.isfinite(self.eta_min)):
-            mistakes.append(f"lr_scheduler.eta_min = {self.eta_min}: must be a finite number >= 0")
-        if not mistakes:
+            problems.append(f"lr_scheduler.eta_min = {self.eta_min}: must be a finite number >= 0")
+        if not problems:
             decay_steps = self.total_steps - self._decay_begin if self.shape == "wsd" else 0
             used = self.init_steps + self.warmup_steps + decay_steps
             if used > self.total_steps:
-                mistakes.append(
+                problems.append(
                     f"lr_scheduler: init_steps ({self.init_steps}) + warm-up ({self.warmup_steps}) + decay "
                     f"({decay_steps}) = {used} steps do not fit in total_steps = {self.total_steps}; "
-                    "make init_steps, warmup_ratio or decay_ratio smaller"
+                    "reduce init_steps, warmup_ratio or decay_ratio"
                 )
-        if mistakes:
-            raise ConfigError(mistakes)
+        if problems:
+            raise ConfigError(problems)
 
     @property
     def warmup_steps(self) -> int:

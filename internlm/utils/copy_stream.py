@@ -1,7 +1,7 @@
-"""Copies between device and host memory that run beside the computation.
+"""Copies between device and host memory that overlap with computation.
 
-On CUDA a `CopyStream` is a stream of its own. Activation offload, offloaded optimizer states and the upload of batches
-have one each. Tests inject a stream whose copies stay undone until something waits for them.
+On CUDA, a `CopyStream` is a CUDA stream. Activation offload, offloaded optimizer states and the upload of batches have
+one each. Tests inject a stream that postpones copies until something waits for them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class QueuedCopy(Generic[T]):
-    """A copy that may still be running; this class is a finished one.
+    """A copy that may still be running; this base class is a finished one.
 
     Attributes:
         result: what the copying function returned; complete after `wait` or `synchronize`.
@@ -35,9 +35,9 @@ class QueuedCopy(Generic[T]):
 
 
 class CopyStream:
-    """A queue of copies, executed in the order in which they are queued.
+    """A queue of copies, executed in order.
 
-    This class serves devices whose memory is host memory: it copies at once.
+    This base class is for devices whose memory is host memory; it copies immediately.
     """
 
     def new_host_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -50,7 +50,7 @@ class CopyStream:
     def run(self, copy: Callable[[], T]) -> QueuedCopy[T]:
         """Queue the copies that `copy` makes.
 
-        Memory that they use may be freed or overwritten only by something that waits for them.
+        Their memory must not be freed or overwritten before something has waited for them.
         """
         return QueuedCopy(copy())
 

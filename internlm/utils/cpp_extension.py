@@ -23,7 +23,7 @@ _log = get_logger(__name__)
 
 
 class CompileError(Exception):
-    """The sources could not be compiled; the message says why."""
+    """The sources could not be compiled, for the reason in the message."""
 
 
 def cpp_compilers() -> tuple[str, ...]:
@@ -42,8 +42,8 @@ def compile_library(folder: Path, flags: Sequence[str]) -> Path:
     Concurrent processes compile it once; the others wait.
 
     Args:
-        folder: contains `*.cpp` and the `*.h` that they include; its name becomes the library's.
-        flags: for the compiler, in addition to those that PyTorch's headers need.
+        folder: contains `*.cpp` and the `*.h` that they include; the library gets its name.
+        flags: compiler flags in addition to those that PyTorch's headers need.
 
     Raises:
         CompileError: there is no compiler, compilation fails, or the library cannot be written.
@@ -65,7 +65,7 @@ def compile_library(folder: Path, flags: Sequence[str]) -> Path:
     texts = [path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))]
     key = hashlib.sha256(repr((torch.__version__, compiler, options, texts)).encode()).hexdigest()[:16]
     library = user_cache() / "native" / f"{folder.name}-{key}.so"
-    # The file appears atomically. A cache filled by somebody else need not be writable.
+    # The file appears atomically. A cache that another user has filled need not be writable.
     if library.exists():
         return library
     try:

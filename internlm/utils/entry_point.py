@@ -22,7 +22,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 def run_command(work: Callable[[], int]) -> int:
     """Run a command.
 
-    Characters that the encoding of a stream lacks are escaped. A closed output pipe, as of `head`, ends the command
+    Escapes characters that the encoding of a stream lacks. A closed output pipe, as with `head`, ends the command
     silently.
 
     Args:

@@ -1,7 +1,7 @@
 """User errors.
 
 Every entry point prints them without a traceback and exits with code 2. The message names the thing, its place (file,
-key path, document, rank ...) and the fix. A defect of this project is never one of these: it keeps its traceback.
+key path, document, rank ...) and the fix. A defect of this project is never a user error and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class StorageError(UserError, OSError):
 
 
 class MissingFileError(StorageError, FileNotFoundError):
-    """A file, folder or bucket that is to be read does not exist."""
+    """A file, folder or bucket to read does not exist."""
 
 
 def user_message(error: BaseException) -> str | None:
@@ -59,8 +59,8 @@ def user_message(error: BaseException) -> str | None:
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
         return f"{name}: {error.strerror}"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
-        asked = re.search(r"allocate (\d+) bytes", str(error))
-        amount = f" for another {int(asked[1]):,} bytes" if asked else ""
+        requested = re.search(r"allocate (\d+) bytes", str(error))
+        amount = f" for another {int(requested[1]):,} bytes" if requested else ""
         return f"this machine is out of memory{amount}: use a smaller model or batch, or more ranks on more machines"
     return None
 

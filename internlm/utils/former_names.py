@@ -1,4 +1,4 @@
-"""Import errors for InternEvo's names that say what replaced them.
+"""Import errors for InternEvo's names that name the replacement.
 
 This package shares InternEvo's name but not its modules. The names are a table (`internevo_names`), loaded only when an
 import is about to fail.
@@ -22,7 +22,7 @@ class FormerNames:
         """Find no module.
 
         Raises:
-            ImportError: it is a module or name of InternEvo.
+            ImportError: `fullname` is a module or name of InternEvo.
         """
         if fullname.startswith(f"{_PACKAGE}."):
             from internlm.utils.internevo_names import explain_module, explain_name
@@ -32,14 +32,14 @@ class FormerNames:
 
 
 def install() -> None:
-    """Let failing imports say what replaced InternEvo's modules and names."""
+    """Make failing imports of InternEvo's modules and names report the replacement."""
     if not any(isinstance(finder, FormerNames) for finder in sys.meta_path):
         sys.meta_path.append(FormerNames())
     explain_former_names(_PACKAGE)
 
 
 def explain_former_names(module_name: str) -> None:
-    """As `install`, for names missing in an existing module, about which the import system asks no finder."""
+    """Like `install`, for missing names of an existing module, for which the import system asks no finder."""
 
     def explain(name: str) -> object:
         if not name.startswith("__"):

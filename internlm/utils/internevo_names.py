@@ -1,4 +1,4 @@
-"""What replaces InternEvo's modules and names: the table behind `former_names` and doc/from_internevo.md."""
+"""The replacements of InternEvo's modules and names: the table behind `former_names` and doc/from_internevo.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _gone(note: str) -> Former:
 
 _CONTEXT = _now(
     "core.context.parallel_context.ParallelContext",
-    "there is no global context: `context = ParallelContext.create(layout)` is passed to what needs it; "
+    "there is no global context: `context = ParallelContext.create(layout)` is passed as an argument; "
     "context.size('tensor'), .index('data'), .group('pipeline'), .rank, .world_size, .is_main_rank",
 )
 _MODE = _now(
@@ -42,15 +42,15 @@ _MODE = _now(
     "axes are words: 'data', 'tensor', 'pipeline', 'weight' ..., as in context.size('data')",
 )
 _ATTRIBUTE = _now(
-    "core.parallel.shard_spec.ShardSpec", "a parameter's ShardSpec says over which axes it is split and summed"
+    "core.parallel.shard_spec.ShardSpec", "the axes over which a parameter is sharded and its gradient is summed"
 )
-_CONFIG = _now("config.schema.Config", "typed and frozen; load_config gives one, config.model.hidden_size reads it")
+_CONFIG = _now("config.schema.Config", "typed and frozen; load_config returns one; read config.model.hidden_size")
 _LAUNCH = _now(
     "initialize.launch.detect_launch",
     "launch = detect_launch(); device = choose_device(launch); connect(launch, device); the config is load_config's",
 )
 _PARSER = _now("commands.train.add_arguments", "the options of `internlm train`")
-_SANITY = _now("config.loader.check_config", "load_config checks, and names every mistake at once")
+_SANITY = _now("config.loader.check_config", "load_config checks, and reports every problem at once")
 _TRAINER = _now("initialize.build.build_trainer", "trainer = build_trainer(config, context, run_dir); trainer.fit()")
 _MODEL = _now("model.registry.build_model", "under torch.device('meta'), then parallelize(model, context, seed=...)")
 _OPTIMIZER = _now(
@@ -64,7 +64,7 @@ _VALID_DATA = _now(
 )
 _STATE = _now("core.hooks.TrainState", "trainer.state: step, num_consumed_samples, num_consumed_tokens")
 _LOSS = _now(
-    "model.ops.cross_entropy.linear_cross_entropy", "takes hidden states and the head; returns a sum over tokens"
+    "model.ops.cross_entropy.linear_cross_entropy", "takes hidden states and the head weight; returns a sum over tokens"
 )
 _ACCURACY = _now("core.token_statistics.TypeMetrics", "loss and accuracy by data type; perplexity is exp of the loss")
 _STEP = _now("core.engine.Engine", "engine.train_step(batch, lr) runs forward, backward and the update of one batch")
@@ -83,11 +83,11 @@ _STORAGE = _now(
     "utils.storage.storage_path", "storage_path(url) has open_read, open_write, names, exists ... on any storage"
 )
 _ALERT = _gone("alerts are not supported yet; a failed run ends non-zero, with the cause on every rank")
-_EVALUATE = _now("eval.hook.EvaluationHook", "data.valid_every and valid_folder switch it on")
+_EVALUATE = _now("eval.hook.EvaluationHook", "data.valid_every and valid_folder enable it")
 _SKIP = _now("data.loaders.batch_plan.parse_skip_batches", "data.skip_batches in the config")
-_FLOPS = _now("estimate.flops.flops_per_token", "tflops and mfu count what a model needs; hfu adds what is recomputed")
+_FLOPS = _now("estimate.flops.flops_per_token", "tflops and mfu count model FLOPs; hfu adds recomputation")
 _DEVICE = _now("initialize.launch.choose_device", "a torch.device, which the context holds: context.device")
-_SEED = _now("core.context.random.seed_everything", "one seed a process; dropout and its states by mode are not here")
+_SEED = _now("core.context.random.seed_everything", "one seed per process; there is no dropout and no state by mode")
 _COLLECT = _now("monitor.garbage_collection.GarbageCollectionHook", "data.empty_cache_and_diag_interval in the config")
 _TIMER = _gone("times are in the metrics of a step (fwd_bwd_time ...); the flag --profiling shows each kernel")
 _GENERATE = _now(
@@ -96,23 +96,23 @@ _GENERATE = _now(
 _REGISTRY = _now("model.registry.register_model", "a decorator: @register_model('NAME')")
 _LR = _now("solver.lr_scheduler.LearningRateSchedule", "a function of the step: schedule.lr(step)")
 _BETA2 = _now("solver.beta2_scheduler.Beta2Schedule", "a function of the step: schedule.beta2(step)")
-_SCALER = _now("solver.grad_scaler.DynamicGradScaler", "of fp16; bf16 and fp32 have none")
+_SCALER = _now("solver.grad_scaler.DynamicGradScaler", "for fp16; bf16 and fp32 need none")
 _PIPELINE = _now(
     "core.scheduler.schedules.make_schedule", "make_schedule('1F1B', ...); one executor runs every schedule"
 )
 _LINEAR = _now(
-    "model.modules.linear.Linear", "models are written for one device; parallelize(model, context) splits them"
+    "model.modules.linear.Linear", "models are written for one device; parallelize(model, context) shards them"
 )
-_PARALLELIZE = _now("core.parallel.parallelize.parallelize", "splits a model that is written for one device")
+_PARALLELIZE = _now("core.parallel.parallelize.parallelize", "shards a model that is written for one device")
 _ISP = _now("core.parallel.modes.isp.Isp", "parallel.tensor.mode = 'isp' in the config chooses it")
 _MOE = _gone("mixture of experts is not supported yet")
 _FSDP = _now("core.parallel.fsdp.apply_fsdp", "parallel.fsdp in the config")
 _PROFILER = _now("monitor.profiler.ProfilerHook", "the flag --profiling of train.py")
 _WRITER = _now("monitor.tensorboard.TensorBoardHook", "enable_tb in the config; metrics.jsonl has the same numbers")
-_AMP = _gone("parameters have model.dtype, and the optimizer holds fp32 masters: no wrapper is needed")
+_AMP = _gone("parameters have model.dtype, and the optimizer has fp32 masters: no wrapper is needed")
 _NORM = _now("model.modules.norm.RMSNorm", "and LayerNorm beside it; the kernel is chosen by the device")
 _NO_ACCELERATOR = _now(
-    "initialize.launch.choose_device", "CPU or CUDA, by what the machine has; `internlm doctor` shows it"
+    "initialize.launch.choose_device", "CPU or CUDA, whichever the machine has; `internlm doctor` shows it"
 )
 
 NAMES: dict[str, dict[str, Former]] = {
@@ -123,10 +123,10 @@ NAMES: dict[str, dict[str, Former]] = {
     ),
     "internlm.apis.inference": {
         "SequenceGenerator": _GENERATE,
-        "batch_tokenize": _gone("generate takes prompts of one length: prompts of different lengths go one by one"),
+        "batch_tokenize": _gone("generate takes prompts of equal length: pass prompts of different lengths one by one"),
     },
     "internlm.apis.inference_utils": {
-        "InferenceParams": _now("model.modules.cache.KeyValueCache", "generate makes it")
+        "InferenceParams": _now("model.modules.cache.KeyValueCache", "generate creates it")
     },
     "internlm.checkpoint": {"CheckpointManager": _MANAGER},
     "internlm.checkpoint.checkpoint_manager": {
@@ -189,9 +189,7 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.core.communication.utils": {"ParamAsyncBcastHandler": _OPTIMIZER},
     "internlm.core.fsdp": {"wrap_FSDP_model": _FSDP},
     "internlm.core.gradient_handler": {
-        "PipelineSharedModuleGradientHandler": _gone(
-            "gradients of tied weights are summed over their stages by themselves"
-        )
+        "PipelineSharedModuleGradientHandler": _gone("gradients of tied weights are always summed over their stages")
     },
     "internlm.core.model": {"create_model": _MODEL},
     "internlm.core.naive_amp": dict.fromkeys(("NaiveAMPModel", "set_fp32_attr_to_module", "unwrap_naive_amp"), _AMP),
@@ -225,9 +223,7 @@ NAMES: dict[str, dict[str, Former]] = {
         "get_dataset_type_ids_map": _now(
             "data.documents.folders.find_train_files", "types are the folders below train_folder"
         ),
-        "unpack_data": _now(
-            "data.packing.collate.to_micro_batch", "a micro batch is packed, or has rows, from the start"
-        ),
+        "unpack_data": _now("data.packing.collate.to_micro_batch", "a micro-batch is built packed, or in rows"),
         "packed_data_normalizer": _now("data.packing.collate.to_micro_batch", "lengths are counted in the loader"),
     },
     "internlm.data.collaters": {
@@ -282,15 +278,15 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.model.modeling_llama": {"Llama2": _now("model.families.llama", "model_type = 'LLAMA2'")},
     "internlm.model.modules.embedding": {
         "Embedding1D": _PARALLELIZE,
-        "RotaryEmbedding": _now("model.modules.rotary.RotaryEmbedding", "tables, made once a batch"),
-        "new_rotary_embedding": _now("model.modules.rotary.RotaryEmbedding", "tables, made once a batch"),
+        "RotaryEmbedding": _now("model.modules.rotary.RotaryEmbedding", "tables, computed once per batch"),
+        "new_rotary_embedding": _now("model.modules.rotary.RotaryEmbedding", "tables, computed once per batch"),
     },
     "internlm.model.modules.linear": dict.fromkeys(
         ("new_linear", "ColumnParallelLinear", "RowParallelLinear", "ScaleColumnParallelLinear", "RewardModelLinear"),
         _LINEAR,
     ),
     "internlm.model.modules.mha": dict.fromkeys(
-        ("MHA", "GQA", "SWA"), _now("model.modules.attention.Attention", "heads, groups and window are its settings")
+        ("MHA", "GQA", "SWA"), _now("model.modules.attention.Attention", "heads, groups and window are its arguments")
     ),
     "internlm.model.modules.mlp": dict.fromkeys(
         ("FeedForward", "new_feed_forward", "split_fused_mlp_weight"),
@@ -306,8 +302,8 @@ NAMES: dict[str, dict[str, Former]] = {
         "initialize_monitor_manager": _ALERT,
         "internevo_monitor": _ALERT,
         "send_alert_message": _ALERT,
-        "send_heartbeat": _gone("no heartbeat is sent; metrics.jsonl gets a line a step"),
-        "set_env_var": _gone("the state of a run is not kept in the environment"),
+        "send_heartbeat": _gone("no heartbeat is sent; metrics.jsonl gets a line per step"),
+        "set_env_var": _gone("the state of a run is not stored in the environment"),
     },
     "internlm.monitor.monitor": dict.fromkeys(
         ("monitor_manager", "send_alert_message", "initialize_monitor_manager"), _ALERT
@@ -392,7 +388,7 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.utils.registry": {"MODEL_INITIALIZER": _REGISTRY, "Registry": _REGISTRY},
     "internlm.utils.simple_memory_profiler": {
         "SimpleMemoryProfiler": _gone(
-            "`internlm layout` gives the memory of a layout, and torch.cuda.memory's snapshots that of a run"
+            "`internlm layout` shows the memory of a layout, and torch.cuda.memory's snapshots that of a run"
         )
     },
     "internlm.utils.storage_manager": dict.fromkeys(
@@ -409,7 +405,7 @@ NAMES: dict[str, dict[str, Former]] = {
         _STORAGE,
     ),
     "internlm.utils.timeout": {
-        "llm_timeout": _gone("functions have no time limits; monitor.collective_timeout_seconds is that of collectives")
+        "llm_timeout": _gone("functions have no time limit; monitor.collective_timeout_seconds limits collectives")
     },
     "internlm.utils.utils": {
         "DataType": _gone("words: data.type in the config"),
@@ -422,13 +418,13 @@ NAMES: dict[str, dict[str, Former]] = {
 
 
 def explain_name(module: str, name: str) -> str | None:
-    """What to tell someone who wants this name of a module; None when InternEvo has no such name there."""
+    """The message for the import of a name from a module; None if InternEvo has no such name there."""
     former = NAMES.get(module, {}).get(name)
     return None if former is None else _sentence(f"{module}.{name}", f"{former.text()}. ")
 
 
 def explain_module(module: str) -> str | None:
-    """What to tell someone who imports this module, which is not here; None when InternEvo has none of this name."""
+    """The message for the import of a module; None if InternEvo has no such module."""
     prefix = f"{module}."
     names = {
         f"{known}.{name}".removeprefix(prefix): former
@@ -441,7 +437,7 @@ def explain_module(module: str) -> str | None:
 
 
 def _sentence(fullname: str, where: str) -> str:
-    return f"{fullname} is InternEvo's and not here: {where}See {PAGE}"
+    return f"{fullname} is InternEvo's and does not exist here: {where}See {PAGE}"
 
 
 def markdown() -> str:

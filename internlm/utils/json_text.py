@@ -1,4 +1,4 @@
-"""JSON from people or other programs."""
+"""Parsing of JSON that users or other programs wrote."""
 
 from __future__ import annotations
 

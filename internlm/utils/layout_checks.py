@@ -127,10 +127,10 @@ def check_fsdp(fsdp: bool, pipeline: int, mode: str) -> None:
         LayoutError: it is on with one of them.
     """
     if fsdp and pipeline > 1:
-        text = "{fsdp} does not go with {pipeline}; set one of them to its default"
+        text = "{fsdp} does not work with {pipeline}; set one of them to its default"
         raise LayoutError(text, fsdp=fsdp, pipeline=pipeline)
     if fsdp and mode == "isp":
-        text = "{fsdp} does not go with {mode}, which splits weights itself; turn it off"
+        text = "{fsdp} does not work with {mode}, which splits weights itself; turn it off"
         raise LayoutError(text, fsdp=fsdp, mode=mode)
 
 
@@ -152,7 +152,7 @@ def check_schedule(schedule: str, num_ranks: int, num_chunks: int, num_micro_bat
         return
     needed = CHUNKS_OF_SCHEDULES.get(schedule, num_chunks)
     if num_chunks != needed:
-        text = "{num_chunks} does not go with {schedule}; set it to " + str(needed)
+        text = "{num_chunks} does not work with {schedule}; set it to " + str(needed)
         raise LayoutError(text, num_chunks=num_chunks, schedule=schedule)
     if schedule == "1F1B" and num_chunks > 1 and num_micro_batches % num_ranks:
         text = "{num_micro_batches}: the interleaved schedule ({num_chunks}) needs a multiple of {num_ranks}"

@@ -1,8 +1,8 @@
 """How long OpenMP threads spin at a barrier before they sleep.
 
 The threads of PyTorch's operators meet at barriers thousands of times a second. By default, GNU OpenMP spins for
-milliseconds: on a busy machine, a thread then spends its share of a core waiting for one that has none. With too few
-spins it sleeps too soon, and an idle machine pays for the wake-up.
+milliseconds: on a busy machine, a thread then occupies a core while the thread it waits for has none. With too few
+spins, threads sleep too early, and an idle machine pays for the wake-up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 
 _SPIN_COUNT = "GOMP_SPINCOUNT"
 _DEFAULT = "3000"
-"""The fewest spins that cost an idle machine no more than 3 % (benchmarks/LOG.md)."""
+"""The smallest count that costs an idle machine no more than 3 % (benchmarks/LOG.md)."""
 
 
 def set_spin_count(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -24,5 +24,5 @@ def set_spin_count(environment: MutableMapping[str, str] = os.environ) -> None:
 
 def waiting_of_threads(environment: MutableMapping[str, str] = os.environ) -> str:
     """Describe the wait policy, for the log."""
-    told = [f"{name} = {environment[name]}" for name in ("OMP_WAIT_POLICY", _SPIN_COUNT) if name in environment]
-    return f"threads wait by {', '.join(told)}" if told else "threads wait as OpenMP does by default"
+    settings = [f"{name} = {environment[name]}" for name in ("OMP_WAIT_POLICY", _SPIN_COUNT) if name in environment]
+    return f"OpenMP threads wait by {', '.join(settings) or 'default'}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
-    """Format rows as aligned columns, one line a row.
+    """Format rows as aligned columns, one line per row.
 
     Args:
         rows: cells; the first row is the header.

@@ -130,11 +130,11 @@ def test_failures_are_alerts_and_the_run_goes_on(
     trainer = run(tmp_path, 10, 2, failing={2: 1, 6: 1, 8: 1}, steps_late=steps_late)
     assert trainer.saved == ["2", "4", "6", "8", "10"]
     assert [record.getMessage() for record in told.records if record.levelno == logging.ERROR] == [
-        "step 2: the checkpoint could not be saved: no space; none of this run is complete yet; the run goes on",
+        "step 2: the checkpoint could not be saved: no space; this run has no complete one yet; the run continues",
         f"step 6: the checkpoint could not be saved: no space; the newest complete one is {tmp_path}/4; "
-        "the run goes on",
+        "the run continues",
         "step 8: the checkpoint could not be saved (2 failures in a row): no space; the newest complete one is "
-        f"{tmp_path}/4; the run goes on",
+        f"{tmp_path}/4; the run continues",
     ]
 
 
@@ -144,14 +144,14 @@ def test_the_checkpoint_that_the_run_goes_on_from_is_the_newest_at_first(
     trainer = Saves(tmp_path, [CheckpointHook(2)], 4, {2: 1})
     trainer.resumed_from = "/data/100"
     trainer.fit()
-    assert "the newest complete one is /data/100; the run goes on" in told.messages[0]
+    assert "the newest complete one is /data/100; the run continues" in told.messages[0]
 
 
 @pytest.mark.parametrize("total_steps", [6, 7])
 def test_the_last_one_is_tried_twice(tmp_path: Path, told: pytest.LogCaptureFixture, total_steps: int) -> None:
     trainer = run(tmp_path, total_steps, 3, failing={total_steps: 1})
     assert trainer.saved == ["3", "6", "6"] if total_steps == 6 else ["3", "6", "7", "7"]
-    assert f"step {total_steps}: the run ends here: the checkpoint is tried once more" in told.messages
+    assert f"step {total_steps}: the run ends here, so the failed save is retried once" in told.messages
     assert told.messages[-1].startswith(f"step {total_steps}: saved checkpoint")
 
 
@@ -188,4 +188,4 @@ def test_a_failure_while_waiting_does_not_hide_the_cause(tmp_path: Path, told: p
     trainer.drain_saves = lambda seconds: 1 / 0  # type: ignore[assignment,method-assign,return-value]
     with pytest.raises(RuntimeError, match="failed on purpose"):
         trainer.fit(fail_at=4)
-    assert "the save in the background could not be waited for" in told.messages
+    assert "waiting for the save in the background failed" in told.messages

@@ -142,7 +142,7 @@ def test_other_sizes_are_refused_by_name(name: str, shape: tuple[int, int], stor
     held = {f"model/layers.1.{module}.{part}.weight": size for part, size in stored.items()}
     key = f"model/layers.1.{name}.weight"
     wanted = BoxedTensor(shape, torch.float32, [(Box((0, 0), (0, 0), shape), torch.zeros(shape))])
-    with pytest.raises(CheckpointError, match=rf"'{key}' has shape \[{shape[0]}, 3\], and the checkpoint holds"):
+    with pytest.raises(CheckpointError, match=rf"'{key}' has shape \[{shape[0]}, 3\], but the checkpoint stores"):
         in_stored_form({key: wanted}, held, {"": HeadShape(2, 2, 2)})
 
 

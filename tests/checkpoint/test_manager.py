@@ -149,7 +149,7 @@ def test_the_newest_checkpoint_that_is_whole_is_resumed(tmp_path: Path, caplog: 
     with caplog.at_level(logging.ERROR, "internlm"):
         found = trainer.checkpointer.resume(trainer)
     assert (found.step, trainer.state.step) == (2, 2)
-    assert "6' is damaged:\n  __0_0.distcp is not what was written" in caplog.text
+    assert "6' is damaged:\n  __0_0.distcp has checksum " in caplog.text
     assert "4' is damaged:\n  context.json is missing" in caplog.text
 
 
@@ -157,7 +157,7 @@ def test_a_folder_of_damaged_checkpoints_is_no_reason_to_start_from_scratch(tmp_
     train(tmp_path, 2, every=2)
     (tmp_path / "2" / "2.step").write_text("{")
     trainer: Any = new_trainer(tmp_path, 6)
-    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is intact"):
         trainer.checkpointer.resume(trainer)
     (tmp_path / "2" / "2.step").write_text('{"format": 99, "step": 2, "contents": [], "files": {}}')
     with pytest.raises(CheckpointError, match="format 99, and this version reads 1"):
@@ -344,7 +344,7 @@ def test_weights_alone_are_a_checkpoint_that_a_run_starts_from(tmp_path: Path, t
     other: Any = new_trainer(tmp_path, 2, dtype="torch.bfloat16", seed=5)
     assert other.checkpointer.resume(other).step == 0
     assert_same_bits(weights_of(other.engine.model), weights)
-    with pytest.raises(CheckpointError, match="holds only model, not optimizer"):
+    with pytest.raises(CheckpointError, match="contains only model, not optimizer"):
         other.checkpointer.load(other, path, ("model", "optimizer"))
     with pytest.raises(CheckpointError, match="has no tensor 'model/nothing'"):
         reader.read_key("model/nothing")
@@ -364,7 +364,7 @@ def test_missing_and_unexpected_weights_are_named(
         else:
             other.checkpointer.load(other, path, ("model",), strict=strict)
 
-    message = "'model/norm.weight' is missing\n  'model/norm.scale' is no part of the model"
+    message = "'model/norm.weight' is missing\n  'model/norm.scale' is not part of the model"
     with pytest.raises(CheckpointError, match=message):
         load(strict=True)
     assert_same_bits(weights_of(other.engine.model), before)

@@ -14,7 +14,7 @@ from helpers.runs import new_trainer, steps_in
 from internlm.checkpoint import save_folder
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.checkpoint.manifest import Manifest
-from internlm.checkpoint.save_folder import SNAPSHOT_SLOTS, begin_writing, finish_writing, why_not_ours
+from internlm.checkpoint.save_folder import SNAPSHOT_SLOTS, begin_writing, finish_writing, why_not_replaceable
 from internlm.utils.errors import CheckpointError, StorageError
 from internlm.utils.storage import StoragePath, storage_path
 
@@ -85,7 +85,7 @@ def fill(folder: Path, kind: str, trainer: Any) -> None:
 REASONS = {
     "file": "is a file",
     "no manifest": "has no manifest of a complete checkpoint",
-    "damaged manifest": "has the manifest of a checkpoint, and it cannot be read",
+    "damaged manifest": "has a manifest that cannot be read",
     "another step": "holds the checkpoint of step 2",
 }
 
@@ -104,7 +104,7 @@ def test_what_lies_there_is_named(tmp_path: Path, trainer: Any, kind: str) -> No
         manager.check_room(trainer.context, 5, 5)
     trainer.state.step = 5
     manager.save(trainer)
-    with pytest.raises(CheckpointError, match=f"saved/5' {REASONS[kind]}: it is not replaced; move it away"):
+    with pytest.raises(CheckpointError, match=f"saved/5' {REASONS[kind]}, so it is not replaced: move it away"):
         manager.finish()
 
 
@@ -220,7 +220,7 @@ def test_in_an_object_store_a_killed_save_is_ours_and_other_objects_are_not(trai
     for _ in range(2):
         manager.save(trainer)
         manager.finish()
-    assert why_not_ours(final, 2) is None
+    assert why_not_replaceable(final, 2) is None
     assert steps_in(url) == [2]
     assert save_folder.UNFINISHED not in final.names()
 
@@ -237,7 +237,7 @@ def test_a_replacement_that_is_killed_at_any_instant_leaves_what_the_next_save_m
             patch.setattr(StoragePath, "remove", killed_after(killed_at, StoragePath.remove))
             begin_writing(final, "newer", 5)
             raise KeyboardInterrupt
-        assert why_not_ours(final, 5) is None, killed_at
+        assert why_not_replaceable(final, 5) is None, killed_at
 
 
 def killed_after(count: int, remove: Callable[[StoragePath], None]) -> Callable[[StoragePath], None]:

@@ -60,7 +60,7 @@ def test_what_is_not_a_number_is_told_once_and_ignored(tmp_path: Path, caplog: p
     with heard(caplog):
         assert requests(path, {2: "soon", 4: "", 5: "7"}) == [0, 0, 0, 0, 7, 7]
     (message,) = caplog.messages
-    assert "holds 'soon', not a step; it is ignored. Write N into it" in message and str(path) in message
+    assert "contains 'soon', not a step; it is ignored. Write N into it" in message and str(path) in message
 
 
 def test_a_file_that_cannot_be_read_is_told_once_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -77,5 +77,5 @@ def test_only_the_main_rank_touches_it(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ckpt.stop_file_path = '.*' cannot be written: .*; give another file"):
+    with pytest.raises(ConfigError, match=r"ckpt.stop_file_path = '.*' cannot be written: .*; set another file"):
         requests(tmp_path, {})

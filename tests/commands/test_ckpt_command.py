@@ -97,7 +97,7 @@ def test_ls_shows_checkpoints_snapshots_exports_and_leftovers(
     assert row(lines, "5")[:4] == ["5", "5", "400", "checkpoint"]
     assert row(lines, "snapshot/1")[1] == "5" and row(lines, "snapshot/1")[3] == "snapshot"
     assert row(lines, "7")[3:7] == ["incomplete", "-", "2.00", "KiB"]
-    assert "7: its manifest is missing: the save did not finish, or is under way" in lines
+    assert "7: its manifest is missing: the save did not finish, or is in progress" in lines
     assert row(lines, ".writing-15-abc")[3] == "leftover"
     assert any(line.startswith("1 leftover(s), 3.00 KiB") for line in lines)
     assert not any("notes" in line for line in lines)
@@ -262,7 +262,7 @@ def test_verify_names_every_damaged_file(save_folder: Path, name: str, capsys: p
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     lines = ckpt(capsys, "verify", save_folder / "5", code=1)
-    assert "DAMAGED" in lines[0] and lines[1].startswith(f"  {name} is not what was written")
+    assert "DAMAGED" in lines[0] and lines[1].startswith(f"  {name} has checksum ")
     path.write_bytes(content[:-1])
     assert f"  {name} has {len(content) - 1:,} bytes" in ckpt(capsys, "verify", save_folder / "5", code=1)[1]
     path.unlink()

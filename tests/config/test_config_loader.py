@@ -315,17 +315,15 @@ def test_notices(write):
     ]
     assert sorted(notices) == sorted(
         [
-            "all that differs from InternEvo is in doc/from_internevo.md",
-            "model.dtype not set: torch.bfloat16, with InternEvo torch.float16 (number format; bfloat16 needs no loss "
-            "scale)",
+            "all differences from InternEvo are listed in doc/from_internevo.md",
+            "model.dtype not set: torch.bfloat16, with InternEvo torch.float16 (dtype; bfloat16 needs no loss scale)",
             "data.packed_length = 999 is ignored: it is always data.seq_len * data.micro_bsz = 32",
-            "no effect: model.parallel_output = False (the loss of split logits equals that of whole ones)",
+            "no effect: model.parallel_output = False (the loss of split logits equals that of full ones)",
             "no effect: use_apex_adam = True (torch's fused AdamW is used)",
-            "no effect: parallel.fsdp.mode = 'v1' (torch's fully_shard, which is v2, is what runs)",
-            "no effect: parallel.fsdp.init_method = 'cuda' (models are built on the meta device and filled where they "
-            "train)",
-            "no effect: parallel.weight.layer_fuse_isp_comm = True (weights that share an input are gathered at once "
-            "already)",
+            "no effect: parallel.fsdp.mode = 'v1' (torch's fully_shard, which is v2, is always used)",
+            "no effect: parallel.fsdp.init_method = 'cuda' (models are built on the meta device, then materialized)",
+            "no effect: parallel.weight.layer_fuse_isp_comm = True (weights that share an input are always gathered "
+            "together)",
             "no effect: loss.op_type = 'flash_vocab_parallel' (one fused cross entropy serves every kind)",
             "no effect: ckpt.oss_snapshot_freq (saving is off)",
             "ckpt.load_ckpt_info has no path: nothing is loaded from it",
@@ -366,14 +364,14 @@ def test_a_number_of_chunks_that_cannot_be_is_told(write, pipeline, chunks, noti
         (
             ["parallel.tensor.size=2", "model.vocab_size=63"],
             2,
-            "model.vocab_size = 63 is not divisible by parallel.tensor.size = 2: the last shards are filled up with "
-            "rows that nothing reads",
+            "model.vocab_size = 63 is not divisible by parallel.tensor.size = 2: the last shards are padded "
+            "with unused rows",
         ),
         (
             ["parallel.weight.size=4", "parallel.tensor.mode=isp", "model.vocab_size=63"],
             4,
-            "model.vocab_size = 63 is not divisible by parallel.weight.size = 4: the last shards are filled up with "
-            "rows that nothing reads",
+            "model.vocab_size = 63 is not divisible by parallel.weight.size = 4: the last shards are padded "
+            "with unused rows",
         ),
         (["parallel.tensor.size=2", "parallel.tensor.mode=isp", "model.vocab_size=63"], 2, None),
         (
@@ -386,7 +384,7 @@ def test_a_number_of_chunks_that_cannot_be_is_told(write, pipeline, chunks, noti
         (
             ["parallel.fsdp.enable=True", "parallel.zero1.size=1"],
             2,
-            "parallel.zero1.size = 1: FSDP splits weights over these ranks, thus not at all; set it to -1",
+            "parallel.zero1.size = 1: FSDP shards weights over these ranks, so they are not sharded; set it to -1",
         ),
         (["parallel.fsdp.enable=True"], 2, None),
         (
@@ -419,7 +417,7 @@ def test_a_number_of_chunks_that_cannot_be_is_told(write, pipeline, chunks, noti
             ["model.dtype=torch.bfloat16", "reduce_comm_dtype=torch.float16"],
             1,
             "reduce_comm_dtype = 'torch.float16' with model.dtype = 'torch.bfloat16': there is no loss scale, so "
-            "elements of gradients below 3e-8 become 0 on their way, those below 6e-5 lose digits, and a sum above "
+            "elements of gradients below 3e-8 become 0 in communication, those below 6e-5 lose digits, and a sum above "
             "65,504 skips the update; 'torch.bfloat16' takes as many bytes and has the range of fp32",
         ),
         (["model.dtype=torch.float16", "reduce_comm_dtype=torch.float16"], 1, None),

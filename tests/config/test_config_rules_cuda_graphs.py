@@ -27,44 +27,45 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {"parallel.pipeline.size": 2},
         2,
-        f"{GRAPHS} does not go with parallel.pipeline.size = 2: a stage begins the next micro-batch before the "
-        "backward pass of the one before, whose activations the replay would overwrite; set model.cuda_graphs = False",
+        f"{GRAPHS} does not work with parallel.pipeline.size = 2: a stage begins the next micro-batch before the "
+        "backward pass of the previous one, whose activations the replay would overwrite; "
+        "set model.cuda_graphs = False",
     ),
     (
         {"parallel.tensor.size": 2},
         2,
-        f"{GRAPHS} does not go with parallel.tensor.size = 2: layers that exchange tensors with other ranks are not "
+        f"{GRAPHS} does not work with parallel.tensor.size = 2: layers that exchange tensors with other ranks are not "
         "compiled whole; set model.cuda_graphs = False",
     ),
     (
         {"parallel.tensor.mode": "isp"},
         1,
-        f"{GRAPHS} does not go with parallel.tensor.mode = 'isp': its layers take their weights from buffers that "
+        f"{GRAPHS} does not work with parallel.tensor.mode = 'isp': its layers take their weights from buffers that "
         "move, and are not compiled whole; set model.cuda_graphs = False",
     ),
     (
         {"parallel.fsdp.enable": True},
         2,
-        f"{GRAPHS} does not go with parallel.fsdp.enable = True: weights are gathered at other addresses each time; "
+        f"{GRAPHS} does not work with parallel.fsdp.enable = True: weights are gathered at other addresses each time; "
         "set model.cuda_graphs = False",
     ),
     (
         {"parallel.zero1.fsdp": True},
         2,
-        f"{GRAPHS} does not go with parallel.zero1.fsdp = True: weights are gathered at other addresses each time; "
+        f"{GRAPHS} does not work with parallel.zero1.fsdp = True: weights are gathered at other addresses each time; "
         "set model.cuda_graphs = False",
     ),
     (
         {"cpu_offloading.enable": True, "cpu_offloading.num_layers": 2},
         1,
-        f"{GRAPHS} does not go with cpu_offloading.enable = True: the next layer's replay may overwrite activations "
+        f"{GRAPHS} does not work with cpu_offloading.enable = True: the next layer's replay may overwrite activations "
         "while they are copied to the host; set model.cuda_graphs = False",
     ),
     (
         {"model.attention_backend": "sdpa"},
         1,
-        f"{GRAPHS} does not go with model.attention_backend = 'sdpa': its calls follow the lengths of the documents of "
-        "each batch; set model.cuda_graphs = False",
+        f"{GRAPHS} does not work with model.attention_backend = 'sdpa': its calls follow the lengths of the documents "
+        "of each batch; set model.cuda_graphs = False",
     ),
     ({"model.attention_backend": "sdpa", "data.use_packed_dataset": False}, 1, None),
 ]

@@ -26,7 +26,7 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
             {f"float8.scaling_type_{what}": "delayed"},
             1,
             f"float8.scaling_type_{what} = 'delayed': scales from earlier steps are not supported, as torchao has "
-            "removed them; use 'dynamic', which takes each scale from the tensor at hand",
+            "removed them; use 'dynamic', which computes each scale from its tensor",
         )
         for what in ("input", "weight", "grad_output")
     ],
@@ -60,8 +60,8 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {"model.head_dim": 8, "model.num_kv_attention_heads": 2, TENSOR: 2},
         2,
-        "model.num_kv_attention_heads = 2 heads of 8 channels, dealt to 2 tensor rank(s), are 8 channels a rank, which "
-        "must be a multiple of 16 for float8; set model.head_dim = 16, or another parallel.tensor.size",
+        "model.num_kv_attention_heads = 2 heads of 8 channels, split over 2 tensor rank(s), are 8 channels a rank, "
+        "which must be a multiple of 16 for float8; set model.head_dim = 16, or another parallel.tensor.size",
     ),
     ({"model.head_dim": 8, "model.num_kv_attention_heads": 2, TENSOR: 2, MODE: "isp"}, 2, None),
     ({"model.num_kv_attention_heads": 1, TENSOR: 4}, 4, None),

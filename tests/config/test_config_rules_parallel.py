@@ -21,12 +21,12 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {"parallel.fsdp.enable": True, STAGES: 2},
         2,
-        "parallel.fsdp.enable = True does not go with parallel.pipeline.size = 2; set one of them to its default",
+        "parallel.fsdp.enable = True does not work with parallel.pipeline.size = 2; set one of them to its default",
     ),
     (
         {"parallel.zero1.fsdp": True, MODE: "isp"},
         2,
-        "parallel.zero1.fsdp = True does not go with parallel.tensor.mode = 'isp', which splits weights itself; turn "
+        "parallel.zero1.fsdp = True does not work with parallel.tensor.mode = 'isp', which splits weights itself; turn "
         "it off",
     ),
     *[({"parallel.fsdp.enable": True, TENSOR: 2, MODE: mode}, 4, None) for mode in ("mtp", "msp", "fsp")],
@@ -92,7 +92,7 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {STAGES: 2, SCHEDULE: "ZBH1", CHUNKS: 2},
         2,
-        "model.num_chunks = 2 does not go with parallel.pipeline.mode = 'ZBH1'; set it to 1",
+        "model.num_chunks = 2 does not work with parallel.pipeline.mode = 'ZBH1'; set it to 1",
     ),
     ({STAGES: 2, SCHEDULE: "ZBH1", "hybrid_zero_optimizer.overlap_sync_grad": True}, 2, None),
     ({STAGES: 2, SCHEDULE: "ZBH1", MODE: "isp", "parallel.weight.overlap": True}, 2, None),

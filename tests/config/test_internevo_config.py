@@ -178,8 +178,7 @@ def test_each_habit_gets_one_notice(path):
     assert "no effect: ckpt.oss_snapshot_freq, ckpt.async_upload (saving is off)" in notices
     assert sum(notice.startswith("no effect: generation.ckpt_folder") for notice in notices) == 1
     assert (
-        "no effect: parallel.pipeline.interleaved_overlap = True (messages always travel while stages compute)"
-        in notices
+        "no effect: parallel.pipeline.interleaved_overlap = True (messages always overlap with computation)" in notices
     )
     assert any(notice.startswith("no effect: data.valid_every = 50 (data.valid_folder is None") for notice in notices)
     assert any(
@@ -193,7 +192,7 @@ def test_defaults_that_make_it_another_run_are_told(path):
     keys = ["reduce_comm_dtype", "adam.weight_decay_norms_and_biases"]
     assert [notice.split(" not set")[0] for notice in told[:2]] == keys
     assert told[-2].startswith("ckpt.load_ckpt_info: 'local:pretrained/step_100' is loaded when there is nothing")
-    assert told[-1] == "all that differs from InternEvo is in doc/from_internevo.md" and len(told) == 4
+    assert told[-1] == "all differences from InternEvo are listed in doc/from_internevo.md" and len(told) == 4
     path.write_text(
         path.read_text()
         + "ckpt.update(load_ckpt_info=None, load_ckpt_folder=None)\nmodel_type = 'GEMMA'\nmodel['no_bias'] = True\n"

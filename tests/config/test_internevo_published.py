@@ -50,7 +50,7 @@ def test_a_dense_one_runs_dry(name, tmp_path):
     if name in MISSING:
         assert MISSING[name] in out
     else:
-        assert "the config is valid" in out and "notice: all that differs from InternEvo is in doc/" in out
+        assert "the config is valid" in out and "notice: all differences from InternEvo are listed in doc/" in out
     assert "Traceback" not in out
 
 

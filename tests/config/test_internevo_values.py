@@ -50,7 +50,7 @@ def at(config, path):
         (
             "cpu_offloading.offloading_activations=False",
             False,
-            "no effect: cpu_offloading.offloading_activations = False (activations are all that moves",
+            "no effect: cpu_offloading.offloading_activations = False (only activations are moved",
         ),
         ("adam.clip_grad=4.0", 4.0, "no effect: adam.clip_grad = 4.0 (hybrid_zero_optimizer.clip_grad_norm decides)"),
         ("model.attn_drop_rate=0", 0.0, None),
@@ -116,7 +116,7 @@ def test_loss_scales_without_bounds(load):
     unbounded = load("grad_scaler.max_scale=None", "grad_scaler.fp16.min_scale=None", "model.dtype=torch.float16")
     scaler = build_scaler(unbounded.config, torch.device("cpu"))
     assert (scaler.min_scale, scaler.max_scale) == (2.0**-126, 2.0**127)
-    with pytest.raises(ConfigError, match=r"grad_scaler\.fp16\.initial_scale = 65536\.0 must lie between"):
+    with pytest.raises(ConfigError, match=r"grad_scaler\.fp16\.initial_scale = 65536\.0 must be between"):
         load("grad_scaler.fp16.min_scale=None", "grad_scaler.max_scale=4")
 
 
@@ -159,6 +159,6 @@ def test_an_empty_train_folder_is_not_random_data(load):
 
 def test_a_reward_head_is_for_the_library(load):
     config = load("model.is_reward=True").config
-    with pytest.raises(ConfigError, match=r"model\.is_reward = True: the loop trains on the next token"):
+    with pytest.raises(ConfigError, match=r"model\.is_reward = True: the training loop predicts the next token"):
         check_buildable(config, 1)
     assert key_info(type(config.model).model_fields["is_reward"]).status.value == "library only"

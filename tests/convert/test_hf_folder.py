@@ -216,7 +216,7 @@ def test_values_that_the_dtype_cannot_hold_are_named(tmp_path: Path) -> None:
     save_one_file(tmp_path / "hf", tensors)
     source, message = (
         storage_path(tmp_path / "hf"),
-        "'{}' has values up to 1e\\+05, and float16 ends at 6.55e\\+04.*bf16 or",
+        "'{}' has values up to 1e\\+05, above the largest float16, 6.55e\\+04.*bf16 or",
     )
     with pytest.raises(CheckpointError, match=message.format("norm.weight")):
         convert_from_hf(source, storage_path(tmp_path / "half"), dtype=torch.float16)

@@ -120,7 +120,7 @@ def fill(disk: Path) -> None:
 def check_told(log: str, newest: Path, cause: str) -> None:
     """The alerts name the step, the cause, the newest good checkpoint, and how many failed in a row."""
     alerts = [line for line in log.splitlines() if " ERROR " in line]
-    first = re.search(rf"{FAILED}: (.*); the newest complete one is (\S+); the run goes on", alerts[0])
+    first = re.search(rf"{FAILED}: (.*); the newest complete one is (\S+); the run continues", alerts[0])
     assert first, alerts[0]
     assert cause in first[1]
     assert first[2] == str(newest)
@@ -244,7 +244,7 @@ def test_a_last_save_that_fails_is_tried_once_more_and_then_an_error(
     for rank, process in enumerate(job.ranks):
         last = process.output.splitlines()[-1]
         assert "but the last checkpoint could not be saved" in last, (rank, last)
-    assert "the run ends here: the checkpoint is tried once more" in job.log
+    assert "the run ends here, so the failed save is retried once" in job.log
     assert "Traceback" not in job.log
     assert complete_steps(away)[-1] >= kept[-1]
 
@@ -271,7 +271,7 @@ def test_a_last_save_that_works_at_the_second_try_is_no_error(tmp_path: Path, st
     started.append(command)
     assert command.wait() == 0, command.output
     assert "step 10: the checkpoint could not be saved: cannot write" in command.output
-    assert "step 10: the run ends here: the checkpoint is tried once more" in command.output
+    assert "step 10: the run ends here, so the failed save is retried once" in command.output
     assert complete_steps(tmp_path / "checkpoints") == [10]
 
 

@@ -495,7 +495,7 @@ REFUSED: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
 
 def is_difference(notice: str) -> bool:
     """Whether a notice tells where a config means another run than InternEvo's."""
-    return any(words in notice for words in ("with InternEvo", "InternEvo ignores", "differs from InternEvo"))
+    return any(words in notice for words in ("with InternEvo", "InternEvo ignores", "differences from InternEvo"))
 
 
 def text(keys: dict[str, Any]) -> str:

@@ -115,7 +115,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, limit: int, last: 
         return
     message = failure_of(trainer)
     assert message.startswith(f"step {last}: 3 consecutive updates")
-    assert "the weights themselves are not finite, 1 of them, the first one is 'layers.1.attention.wo.w" in message
+    assert "not finite: 1 weight(s), the first one is 'layers.1.attention.wo.w" in message
     assert "(layer 1, on rank 0)" in message
 
 

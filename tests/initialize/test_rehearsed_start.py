@@ -52,7 +52,7 @@ def test_a_checkpoint_of_internevo_in_the_save_folder(tmp_path: Path, dry_run, s
     assert refused.count(f"'{tmp_path}/checkpoints/{step}' is a checkpoint of InternEvo: convert it") == 1
     if step == 3:
         refused = dry_run(2, "ckpt.auto_resume=False")
-        assert "this run saves its steps 1 to 10" in refused and "would destroy" in refused
+        assert "this run saves its steps 1 to 10" in refused and "would overwrite" in refused
     else:
         assert "the config is valid" in dry_run(0, "ckpt.auto_resume=False")
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_another_function(tmp_path: Path, dry_run, resumes: bool
 def test_content_that_the_checkpoint_lacks(tmp_path: Path, dry_run) -> None:
     saved_by_this_config(tmp_path / "config.py", tmp_path / "old", ("model",))
     refused = dry_run(2, f"ckpt.load_ckpt_info.path={tmp_path}/old", "ckpt.load_ckpt_info.content=all")
-    assert "holds only model, not optimizer, sampler, scheduler" in refused
+    assert "contains only model, not optimizer, sampler, scheduler" in refused
 
 
 def test_random_data_is_told(tmp_path: Path, dry_run) -> None:

@@ -32,7 +32,7 @@ def test_lines_wait_and_are_whole(tmp_path: Path, told: pytest.LogCaptureFixture
     (error,) = told.messages
     assert error == (
         f"cannot write '{path}': file too large; free space on that disk (or in your quota), or choose another folder; "
-        "lines wait in memory, and the run goes on"
+        "lines wait in memory, and the run continues"
     )
     lines.write("b")
     lines.close()

@@ -199,7 +199,9 @@ def test_the_loss_scale_leaves_no_trace() -> None:
 
 def test_an_unknown_hyper_parameter_is_named() -> None:
     engine = tiny_engine(ParallelContext.create())
-    with pytest.raises(ValueError, match=r"no hyper-parameter \['beta3'\], but \['beta1', 'beta2', 'eps', 'lr'\]"):
+    with pytest.raises(
+        ValueError, match=r"unknown hyper-parameters \['beta3'\]: the update rule has \['beta1', 'beta2', 'eps', 'lr'\]"
+    ):
         engine.train_step(global_batch(0), {"lr": 1e-3, "beta3": 0.9})
 
 

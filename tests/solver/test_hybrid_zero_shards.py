@@ -85,7 +85,7 @@ def test_a_gradient_after_the_reduction_is_an_error_that_names_the_parameter() -
     optimizer.begin_step(1)
     deliver_gradient(second, torch.ones(3))
     deliver_gradient(first, torch.ones(3))
-    with pytest.raises(RuntimeError, match='a gradient of "w0" came after its reduction had begun'):
+    with pytest.raises(RuntimeError, match='a gradient of "w0" arrived after its reduction had started'):
         deliver_gradient(first, torch.ones(3))
 
 

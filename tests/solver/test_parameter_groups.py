@@ -249,5 +249,5 @@ def test_another_set_of_frozen_weights_on_resume(tmp_path: Path) -> None:
     for name in before.names():
         assert torch.equal(before.read(name), after.read(name)), name
     log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
-    assert "start with an empty optimizer state, as the checkpoint has none of them: layers.0." in log
+    assert "start with an empty optimizer state, as the checkpoint has none for them: layers.0." in log
     assert "frozen now, so their optimizer state is not loaded: output.weight" in log

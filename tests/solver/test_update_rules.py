@@ -114,7 +114,7 @@ def test_a_rule_on_whole_matrices_is_refused() -> None:
 
 def test_unknown_hyper_parameters_are_refused() -> None:
     engine = tiny_engine(ParallelContext.create(), rule=SignMomentum())
-    with pytest.raises(ValueError, match=r"the update rule has no hyper-parameter \['beta2'\], but \['beta', 'lr'\]"):
+    with pytest.raises(ValueError, match=r"unknown hyper-parameters \['beta2'\]: the update rule has \['beta', 'lr'\]"):
         engine.train_step(global_batch(0), {"lr": 1e-3, "beta2": 0.9})
 
 

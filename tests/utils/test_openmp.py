@@ -14,9 +14,13 @@ from internlm.utils.openmp import set_spin_count, waiting_of_threads
 @pytest.mark.parametrize(
     ("given", "expected", "text"),
     [
-        ({}, {"GOMP_SPINCOUNT": "3000"}, "threads wait by GOMP_SPINCOUNT = 3000"),
-        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}, "threads wait by GOMP_SPINCOUNT = 7"),
-        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}, "threads wait by OMP_WAIT_POLICY = active"),
+        ({}, {"GOMP_SPINCOUNT": "3000"}, "OpenMP threads wait by GOMP_SPINCOUNT = 3000"),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}, "OpenMP threads wait by GOMP_SPINCOUNT = 7"),
+        (
+            {"OMP_WAIT_POLICY": "active"},
+            {"OMP_WAIT_POLICY": "active"},
+            "OpenMP threads wait by OMP_WAIT_POLICY = active",
+        ),
     ],
 )
 def test_what_the_user_has_set_wins(
@@ -33,7 +37,7 @@ def test_not_when_torch_has_read_it() -> None:
     environment: dict[str, str] = {}
     set_spin_count(environment)
     assert environment == {}
-    assert waiting_of_threads(environment) == "threads wait as OpenMP does by default"
+    assert waiting_of_threads(environment) == "OpenMP threads wait by default"
 
 
 def test_the_command_chooses_before_it_imports_torch() -> None:

@@ -140,7 +140,7 @@ def test_a_time_that_is_no_number_of_seconds_is_named(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str
 ) -> None:
     monkeypatch.setenv(variable, text)
-    with pytest.raises(ConfigError, match=f"the environment variable {variable} is '{text}'; give a number"):
+    with pytest.raises(ConfigError, match=f"the environment variable {variable} is '{text}'; set it to a number"):
         storage_path("s3://bucket/a")
 
 

@@ -1,10 +1,8 @@
-"""What must hold between keys. Every check runs before a process group exists, and all problems are reported together.
+"""Rules between keys. They run before any process group exists, and all problems are reported together.
 
-The numbers in the rules are those of InternEvo's 24 groups of checks; a rule without one is ours. Groups 1, 2, 4, 7, 8
-and 12 are the loader's and the schema's own types; 13 concerns accelerators that this project does not have. Not needed
-are 11, as a vocabulary that the ranks do not divide is filled up inside their shards; 15, as messages between stages
-always travel beside the work; the micro-batches of 16, as fewer leave a schedule idle but do not break it; and for ZBH1
-the overlaps of 17, as the gradient of a weight is counted when it is there, early or late.
+Some checks of InternEvo have no counterpart. A vocabulary that is not divisible by the ranks is padded inside the
+shards; messages between stages always overlap with computation; too few micro-batches leave a schedule idle but do not
+break it; and a gradient of ZBH1 counts when it arrives, whatever overlaps are enabled.
 """
 
 from internlm.config.rules.all_rules import find_problems

@@ -1,4 +1,4 @@
-"""What CUDA graphs go with: a replay reads and writes the addresses that were recorded."""
+"""Rules on CUDA graphs: a replay reads and writes the recorded addresses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KEY = "model.cuda_graphs"
 
 
 def graphs(config: Config, world_size: int) -> Iterator[Problem]:
-    """Compiled layers that compute from what stays in place, one micro-batch after the other."""
+    """Layers must be compiled, tensors must stay at their addresses, and micro-batches must not overlap."""
     model, parallel = config.model, config.parallel
     if not model.cuda_graphs:
         return
@@ -24,7 +24,7 @@ def graphs(config: Config, world_size: int) -> Iterator[Problem]:
         "parallel.pipeline.size": (
             parallel.pipeline.size > 1,
             parallel.pipeline.size,
-            "a stage begins the next micro-batch before the backward pass of the one before, whose activations the "
+            "a stage begins the next micro-batch before the backward pass of the previous one, whose activations the "
             "replay would overwrite",
         ),
         "parallel.tensor.size": (
@@ -55,4 +55,4 @@ def graphs(config: Config, world_size: int) -> Iterator[Problem]:
     }
     for key, (is_refused, value, reason) in refusals.items():
         if is_refused:
-            yield Problem((KEY, key), f"{KEY} = True does not go with {key} = {value!r}: {reason}; set {KEY} = False")
+            yield Problem((KEY, key), f"{KEY} = True does not work with {key} = {value!r}: {reason}; set {KEY} = False")

@@ -10,7 +10,7 @@ from internlm.config.schema import Config
 
 
 def experts(config: Config, world_size: int) -> Iterator[Problem]:
-    """What experts need, and that dense models have none."""
+    """Requirements of experts; a dense model must not have expert parallelism."""
     parallel, experts = config.parallel, config.model.num_experts
     if experts <= 1:
         for path, size in (
@@ -26,7 +26,7 @@ def experts(config: Config, world_size: int) -> Iterator[Problem]:
     if parallel.uses_fsdp:
         yield Problem(
             ("model.num_experts", "parallel.fsdp.enable", "parallel.zero1.fsdp"),
-            f"model.num_experts = {experts} does not go with FSDP; turn FSDP off",
+            f"model.num_experts = {experts} does not work with FSDP; turn FSDP off",
         )
     zero = config.hybrid_zero_optimizer
     if zero.overlap_sync_grad and zero.overlap_sync_param:

@@ -1,6 +1,6 @@
-"""Rules on float8: the hardware multiplies in tiles of 16, in bfloat16 models, with scales of the tensors at hand.
+"""Rules on float8: GEMMs in tiles of 16, a bfloat16 model, and dynamic scales.
 
-Comparisons are in float64.
+Layouts are compared in float64, which is therefore accepted too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from internlm.config.schema import Config
 ENABLE, SIZE = "float8.enable_float8_linear", "parallel.tensor.size"
 
 MULTIPLE = 16
-"""What tokens, and input and output features of a layer as a rank multiplies them, must be multiples of."""
+"""Tokens, and a layer's input and output features on a rank, must be multiples of this."""
 
 
 def formats(config: Config, world_size: int) -> Iterator[Problem]:
-    """What float8 goes with: dynamic scales, bfloat16, and a layer to be used in."""
+    """Float8 needs dynamic scales, bfloat16, and a layer that uses it."""
     if not config.float8.enable_float8_linear:
         return
     for name in ("scaling_type_input", "scaling_type_weight", "scaling_type_grad_output"):
@@ -26,7 +26,7 @@ def formats(config: Config, world_size: int) -> Iterator[Problem]:
             yield Problem(
                 (f"float8.{name}",),
                 f"float8.{name} = 'delayed': scales from earlier steps are not supported, as torchao has removed them; "
-                "use 'dynamic', which takes each scale from the tensor at hand",
+                "use 'dynamic', which computes each scale from its tensor",
             )
     if config.model.dtype not in ("torch.bfloat16", "torch.float64"):
         yield Problem(
@@ -43,7 +43,7 @@ def formats(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def dimensions(config: Config, world_size: int) -> Iterator[Problem]:
-    """Whole tiles in every product of a layer, as a rank computes it."""
+    """Every GEMM of a layer consists of whole tiles on each rank."""
     if not config.float8.enable_float8_linear:
         return
     model, tensor = config.model, config.parallel.tensor
@@ -62,7 +62,7 @@ def dimensions(config: Config, world_size: int) -> Iterator[Problem]:
         if width % MULTIPLE:
             yield Problem(
                 (key, "model.head_dim", SIZE, ENABLE),
-                f"{key} = {heads} heads of {head_dim} channels, dealt to {of_weights} tensor rank(s), are {width} "
+                f"{key} = {heads} heads of {head_dim} channels, split over {of_weights} tensor rank(s), are {width} "
                 f"channels a rank, which {_must(MULTIPLE)}; set model.head_dim = {_next(head_dim, MULTIPLE)}, or "
                 f"another {SIZE}",
             )

@@ -9,7 +9,7 @@ from internlm.config.schema import Config
 
 
 def interleaving_of_heads(config: Config, world_size: int) -> Iterator[Problem]:
-    """Adapt_hf is the opposite of qk_interleaved."""
+    """`adapt_hf` must be the opposite of `qk_interleaved`."""
     model = config.model
     if model.adapt_hf is not None and model.adapt_hf == model.qk_interleaved:
         yield Problem(
@@ -20,7 +20,7 @@ def interleaving_of_heads(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def shape(config: Config, world_size: int) -> Iterator[Problem]:
-    """Heads fit the width, windows and scaled positions are complete."""
+    """Heads must divide the width, and windows, biases and position scaling must be consistent."""
     model = config.model
     heads, kv_heads = model.num_attention_heads, model.num_kv_attention_heads
     if model.head_dim is None and model.hidden_size % heads:
@@ -54,7 +54,7 @@ def shape(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def attention_backend(config: Config, world_size: int) -> Iterator[Problem]:
-    """A flash-attn package is asked for and ruled out."""
+    """A flash-attn backend must not be both requested and ruled out."""
     model = config.model
     if model.attention_backend.startswith("flash-attn") and not model.use_flash_attn:
         yield Problem(
@@ -65,25 +65,25 @@ def attention_backend(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def recomputation(config: Config, world_size: int) -> Iterator[Problem]:
-    """The keys that say what is recomputed, and what moves to host memory, do not contradict each other."""
+    """The keys of recomputation and of activation offload must not contradict each other."""
     model = config.model
-    keep = f"model.checkpoint_save_policy = {model.checkpoint_save_policy!r}"
+    policy = f"model.checkpoint_save_policy = {model.checkpoint_save_policy!r}"
     if config.selective_checkpoint and model.checkpoint_save_policy != "attention":
         yield Problem(
             ("selective_checkpoint", "model.checkpoint_save_policy"),
-            f"selective_checkpoint = True contradicts {keep}: it is the older spelling of 'attention'; keep one",
+            f"selective_checkpoint = True contradicts {policy}: it is the older spelling of 'attention'; keep one",
         )
     elif config.selective_checkpoint_offload and model.checkpoint_save_policy != "attention":
         yield Problem(
             ("selective_checkpoint_offload", "model.checkpoint_save_policy"),
-            f"selective_checkpoint_offload = True moves attention's outputs, which {keep} does not save alone; set "
+            f"selective_checkpoint_offload = True moves attention's outputs, which {policy} does not save alone; set "
             "model.checkpoint_save_policy = 'attention'",
         )
     if config.selective_checkpoint_offload and model.compile:
         yield Problem(
             ("selective_checkpoint_offload", "model.compile"),
-            "selective_checkpoint_offload = True does not go with model.compile = True: what a compiled layer saves "
-            "belongs to its graph; set one of them to False, or use cpu_offloading",
+            "selective_checkpoint_offload = True does not work with model.compile = True: the saved tensors of a "
+            "compiled layer belong to its graph; set one of them to False, or use cpu_offloading",
         )
     if model.checkpoint_budget is None:
         return
@@ -91,7 +91,7 @@ def recomputation(config: Config, world_size: int) -> Iterator[Problem]:
     if model.checkpoint > 0 or model.checkpoint_save_policy != "nothing":
         yield Problem(
             ("model.checkpoint_budget", "model.checkpoint", "model.checkpoint_save_policy"),
-            f"{budget} chooses what each layer recomputes, and so do model.checkpoint = {model.checkpoint} and {keep}"
+            f"{budget} chooses what each layer recomputes, and so do model.checkpoint = {model.checkpoint} and {policy}"
             f"{' (selective_checkpoint)' if config.selective_checkpoint else ''}; use the budget or the others",
         )
     if config.cpu_offloading.enable:

@@ -1,4 +1,4 @@
-"""Rules on pipelines: what each schedule needs, and which layers a stage gets."""
+"""Rules on pipelines: chunks and micro-batches of each schedule, and the layers of each stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZE = "parallel.pipeline.size"
 
 
 def schedule(config: Config, world_size: int) -> Iterator[Problem]:
-    """Chunks and micro-batches that a schedule works with."""
+    """The schedule must support the numbers of chunks and micro-batches."""
     pipeline, data = config.parallel.pipeline, config.data
     ramp = f"data.rampup_batch_size = {data.rampup_batch_size!r} gives steps with data.micro_num"
     steps = [(data.micro_num, "data.micro_num"), *((number, ramp) for number in _micro_nums_of_ramp(config))]
@@ -34,7 +34,7 @@ def schedule(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def _micro_nums_of_ramp(config: Config) -> list[int]:
-    """Micro-batches of the steps before the ramp has come to data.micro_num, in order."""
+    """Micro-batches of the steps before the ramp reaches data.micro_num, in order."""
     ramp = parse_ramp(config.data.rampup_batch_size)
     if ramp is None:
         return []
@@ -44,7 +44,7 @@ def _micro_nums_of_ramp(config: Config) -> list[int]:
 
 
 def layers(config: Config, world_size: int) -> Iterator[Problem]:
-    """Every chunk of every stage has a layer; a list of layers says how many each has."""
+    """Every chunk of every stage must have a layer; a given split must cover all layers."""
     pipeline, model = config.parallel.pipeline, config.model
     if pipeline.size == 1:
         return

@@ -84,7 +84,7 @@ def sequence_2d(config: Config, world_size: int) -> Iterator[Problem]:
     if placement.head_first and two.head_size > 1 and placement.interleaved:
         yield Problem(
             (f"{path}.device_placement_strategy.interleaved",),
-            f"{path}.device_placement_strategy.interleaved = True does not go with head_first = True and "
+            f"{path}.device_placement_strategy.interleaved = True does not work with head_first = True and "
             f"head_size = {two.head_size}; set it to False",
         )
     if config.data.use_packed_dataset:

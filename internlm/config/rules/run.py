@@ -1,4 +1,4 @@
-"""Rules on the steps of a run: batches, saving, schedules, number formats."""
+"""Rules on the steps of a run: batches, saving, schedules, dtypes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RAMP = re.compile(r"\d+ +\d+ +\d+")
 
 
 def accumulation(config: Config, world_size: int) -> Iterator[Problem]:
-    """Without a pipeline, accumulation is the number of micro-batches."""
+    """Without a pipeline, `gradient_accumulation` must be the number of micro-batches."""
     data = config.data
     if config.parallel.pipeline.size == 1 and data.gradient_accumulation != data.micro_num:
         yield Problem(
@@ -51,12 +51,12 @@ def saving(config: Config, world_size: int) -> Iterator[Problem]:
         yield Problem(
             ("ckpt.snapshot_ckpt_folder", "ckpt.save_ckpt_folder"),
             f"ckpt.snapshot_ckpt_folder = {ckpt.snapshot_ckpt_folder!r} is also ckpt.save_ckpt_folder: the snapshots "
-            "0 and 1 would be taken for steps; give another folder, or leave it out",
+            "0 and 1 would be mistaken for steps; set another folder, or leave it out",
         )
 
 
 def places(config: Config, world_size: int) -> Iterator[Problem]:
-    """Folders of checkpoints in a storage that is known, and the stop file on a local disk."""
+    """Checkpoint folders must be in a known storage, and the stop file on a local disk."""
     ckpt = config.ckpt
     folders = {
         "ckpt.save_ckpt_folder": ckpt.save_ckpt_folder,
@@ -77,20 +77,20 @@ def places(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def model_changes(config: Config, world_size: int) -> Iterator[Problem]:
-    """What may differ from a checkpoint is a key whose difference would be refused."""
+    """`allow_model_changes` may only name keys whose difference would otherwise be refused."""
     allowed = config.ckpt.allow_model_changes
     known = keys_that_change_outputs()
     for name in () if isinstance(allowed, bool) else allowed:
         if name not in known:
             yield Problem(
                 ("ckpt.allow_model_changes",),
-                f"ckpt.allow_model_changes names '{name}', which is no key that makes a model another function; one is "
-                f"'model.rope_base'.{nearest(name, known)}",
+                f"ckpt.allow_model_changes names '{name}', which is not a key that changes the model's outputs, such "
+                f"as 'model.rope_base'.{nearest(name, known)}",
             )
 
 
 def batches(config: Config, world_size: int) -> Iterator[Problem]:
-    """The little languages of the data section, and data that is named."""
+    """The texts of the data section must parse, and a data folder must not be empty."""
     data = config.data
     if data.train_folder == "":
         yield Problem(("data.train_folder",), "data.train_folder = '': give a folder, or None for random data")
@@ -112,7 +112,7 @@ def batches(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def parse_ramp(text: str) -> tuple[int, int, int] | None:
-    """Start, increment and steps of data.rampup_batch_size, each above 0; None when it is anything else."""
+    """Start, increment and steps of data.rampup_batch_size, each above 0; None if the text is malformed."""
     if not _RAMP.fullmatch(text.strip()):
         return None
     start, increment, steps = map(int, text.split())
@@ -120,7 +120,7 @@ def parse_ramp(text: str) -> tuple[int, int, int] | None:
 
 
 def numerics(config: Config, world_size: int) -> Iterator[Problem]:
-    """Schedules, gradient format and what may be loaded."""
+    """Schedules, dtypes, loss scaling, loaded parts and offloading must be consistent."""
     schedule = config.lr_scheduler
     if schedule.type == "wsd" and schedule.warmup_ratio + schedule.decay_ratio > 1:
         yield Problem(
@@ -146,8 +146,8 @@ def numerics(config: Config, world_size: int) -> Iterator[Problem]:
             if value != wanted:
                 yield Problem(
                     (key, "model.dtype"),
-                    f"{key} = {value!r}: with model.dtype = 'torch.float64', which is for comparisons, all is kept and "
-                    "summed in float64 where the weights are; leave it out",
+                    f"{key} = {value!r}: with model.dtype = 'torch.float64', which is for comparisons, everything is "
+                    "stored and reduced in float64 on the device of the weights; leave it out",
                 )
     accumulation = config.hybrid_zero_optimizer.grad_accumulation_dtype
     if accumulation == "torch.bfloat16" and config.model.dtype != "torch.bfloat16":
@@ -157,29 +157,29 @@ def numerics(config: Config, world_size: int) -> Iterator[Problem]:
         yield Problem(
             ("hybrid_zero_optimizer.grad_accumulation_dtype", "model.dtype"),
             f"hybrid_zero_optimizer.grad_accumulation_dtype = {accumulation!r} is for model.dtype = 'torch.bfloat16': "
-            f"gradients in {dtype} have {bits} bits more, which it would cut off; leave it out",
+            f"gradients in {dtype} have {bits} bits more, which would be lost; leave it out",
         )
     scaler = config.grad_scaler
     low, high = scaler.scale_bounds
     if not low <= scaler.fp16.initial_scale <= high:
         yield Problem(
             ("grad_scaler.fp16.initial_scale", "grad_scaler.fp16.min_scale", "grad_scaler.max_scale"),
-            f"grad_scaler.fp16.initial_scale = {scaler.fp16.initial_scale} must lie between min_scale = "
+            f"grad_scaler.fp16.initial_scale = {scaler.fp16.initial_scale} must be between min_scale = "
             f"{scaler.fp16.min_scale} and max_scale = {scaler.max_scale}",
         )
     info = config.ckpt.load_ckpt_info
     if info is not None and info.ckpt_type in ("internlm_test", "internlm2_test"):
         yield Problem(
             ("ckpt.load_ckpt_info.ckpt_type",),
-            f"ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}: a checkpoint of InternEvo is converted first, of "
-            "whatever layout: internlm convert from-internevo --ckpt DIR --out NEW; then path = NEW and ckpt_type = "
-            "'internevo'",
+            f"ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}: convert a checkpoint of InternEvo first, "
+            "whatever its layout: internlm convert from-internevo --ckpt DIR --out NEW; then path = NEW and ckpt_type "
+            "= 'internevo'",
         )
     elif info is not None and info.ckpt_type != "internevo" and info.content != ("model",):
         yield Problem(
             ("ckpt.load_ckpt_info.content", "ckpt.load_ckpt_info.ckpt_type"),
-            f"ckpt.load_ckpt_info.content = {info.content}: a checkpoint of type {info.ckpt_type!r} holds weights "
-            "only; use ('model',)",
+            f"ckpt.load_ckpt_info.content = {info.content}: a checkpoint of type {info.ckpt_type!r} contains "
+            "only weights; use ('model',)",
         )
     if config.cpu_offloading.num_layers > 0 and not config.cpu_offloading.enable:
         yield Problem(

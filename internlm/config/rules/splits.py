@@ -19,8 +19,10 @@ SIZE = "parallel.tensor.size"
 
 
 def heads(config: Config, world_size: int) -> Iterator[Problem]:
-    """A rank computes whole query heads (isp: after the exchange of sequence for heads), and whole key-value heads or
-    copies of one."""
+    """A rank must compute whole query heads, and whole key-value heads or a copy of one.
+
+    With isp, that is after the all-to-all from sequence to heads.
+    """
     model = config.model
     names = {
         "num_heads": "model.num_attention_heads",
@@ -47,8 +49,10 @@ def feed_forward(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def sequence(config: Config, world_size: int) -> Iterator[Problem]:
-    """The modes that split activations give each rank as many tokens of a row: of training, evaluation and dummy data
-    alike, as all their rows have the same length."""
+    """The modes that split activations must give each rank equal numbers of tokens of a row.
+
+    All rows of training, evaluation and dummy data have the same length.
+    """
     data, tensor = config.data, config.parallel.tensor
     rows = data.micro_bsz if data.use_packed_dataset else 1
     if tensor.mode == "mtp" or rows * data.seq_len % tensor.size == 0:

@@ -1,8 +1,8 @@
-"""What every section of the schema is made of: the `Section` class and the ways to declare a key.
+"""The building blocks of the schema: the `Section` class and the functions that declare a key.
 
-Each key is declared with its default, one line of documentation and what this version does with it (`Status`). The
-documentation, the refusals of `config/unsupported.py` and the notices are all derived from these declarations.
-Knows nothing of single keys, of config files or of rules between keys.
+Each key is declared with its default, one line of documentation and its `Status`. The documentation, the refusals of
+`config/unsupported.py` and the notices are derived from these declarations. Knows nothing of individual keys, config
+files or rules between keys.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ class KeyInfo:
 
     status: Status
     detail: str = ""
-    """LATER: the missing feature; NO_EFFECT: why; DEPENDENT: the key without which this one means nothing;
-    LIBRARY_ONLY: why training refuses it."""
+    """LATER: the missing feature; NO_EFFECT: the reason; DEPENDENT: the key that this one refines; LIBRARY_ONLY: why
+    training refuses it."""
     accepts: tuple[Any, ...] = ()
-    """LATER: values besides the default that ask for nothing new."""
+    """LATER: values besides the default that do not need the feature."""
     derived: str = ""
-    """In words, what the value is when the key is absent; empty for a plain default."""
+    """Description of the value when the key is absent; empty for a plain default."""
     forced: bool = False
-    """The derived value wins even when the user gives another one."""
+    """The derived value overrides one that the user sets."""
     changes_outputs: bool | None = None
-    """Keys of the model: whether the same weights give other outputs under another value, number formats and kernels
-    aside. A run may then not go on from a checkpoint of another value, unless `ckpt.allow_model_changes` says so."""
+    """Keys of the model: whether another value changes the outputs of the same weights, apart from dtypes and kernels.
+    A run may then not continue from a checkpoint with another value, unless `ckpt.allow_model_changes` permits it."""
 
 
 _EXTRA = "internlm"
@@ -99,7 +99,7 @@ def later(
 def no_effect(
     default: Any, doc: str, reason: str, *, derived: str = "", forced: bool = False, **constraints: Any
 ) -> Any:
-    """A key accepted for compatibility with existing configs, without effect; `reason` says why."""
+    """A key accepted for compatibility with existing configs, without effect for the given reason."""
     info = KeyInfo(Status.NO_EFFECT, reason, derived=derived, forced=forced, changes_outputs=False)
     return _field(default, doc, info, constraints)
 
@@ -122,14 +122,14 @@ def section(cls: type[Section] | None, doc: str) -> Any:
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and a built config never changes."""
+    """Base of all sections: unknown keys are errors, and a built config is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _absent_when_none(cls, values: Any) -> Any:
-        """A derived key or a section that is given as None counts as not given."""
+        """Treat a derived key or a section that is None as absent."""
         if not isinstance(values, Mapping):
             return values
         return {
@@ -145,7 +145,7 @@ class Section(BaseModel):
 
 
 def key_info(field: FieldInfo) -> KeyInfo | None:
-    """The declaration behind a field, or None for a section or a field that was declared without one."""
+    """The declaration of a key; None for a section or a field without one."""
     extra = field.json_schema_extra
     written: Any = extra.get(_EXTRA) if isinstance(extra, dict) else None
     return None if written is None else KeyInfo(**{**written, "status": Status(written["status"])})

@@ -13,7 +13,7 @@ from internlm.utils.storage import storage_path
 
 
 def _never(value: Any) -> Any:
-    """InternEvo writes "never" as an infinite interval."""
+    """Convert InternEvo's infinite interval to None."""
     return None if value == math.inf or value == "inf" else value
 
 
@@ -21,7 +21,7 @@ Interval = Annotated[int | None, BeforeValidator(_never)]
 """Steps between two events; None (or inf) is never."""
 
 SnapshotInterval = Annotated[int | None, BeforeValidator(lambda value: None if value == 0 else _never(value))]
-"""An `Interval` for which 0 is never, too: InternEvo's configs halve checkpoint_every."""
+"""An `Interval` for which 0 is never, too, as InternEvo's configs compute it as half of checkpoint_every."""
 
 Content = Literal["model", "sampler", "optimizer", "scheduler", "all"]
 
@@ -36,15 +36,13 @@ class LoadCkptInfo(Section):
     ckpt_type: str = key(
         "internevo",
         "Format of the folder: internevo (written by this project), hf (Hugging Face), llama (Meta), or a type that "
-        "you registered. All but the first hold weights only.",
+        "you registered. All but the first contain only weights.",
     )
-    strict: bool = key(
-        True, "Refuse when weights are missing or left over; False loads what fits and logs the names of the rest."
-    )
+    strict: bool = key(True, "Refuse missing or unknown weights; False loads what fits and logs the names of the rest.")
 
     @property
     def is_placeholder(self) -> bool:
-        """Whether the path is one of those that examples leave to be filled in, such as `local:llm_ckpts/xxxx`."""
+        """Whether the path is a placeholder of an example, such as `local:llm_ckpts/xxxx`."""
         return self.path is not None and any(re.fullmatch("[xX]{3,}", part) for part in re.split("[/:]", self.path))
 
 
@@ -63,25 +61,23 @@ class CkptConfig(Section):
     enable_save_ckpt: bool = key(True, "Save checkpoints.")
     save_ckpt_folder: PathText = key(
         None,
-        "Folder of the checkpoints, one subfolder a step: a path, with or without `local:`, or a place in an object "
+        "Folder of the checkpoints, one subfolder per step: a path, with or without `local:`, or the URL of an object "
         "store (doc/checkpoints.md).",
     )
-    checkpoint_every: Interval = key(None, "Steps between two checkpoints; needed when saving is on.")
+    checkpoint_every: Interval = key(None, "Steps between two checkpoints; required when saving is on.")
     keep_latest: int | None = key(
         None, "Checkpoints to keep; older ones are deleted after a save is complete. None: all.", ge=1
     )
     oss_snapshot_freq: SnapshotInterval = key(
         None,
-        "Steps between two snapshots: whole checkpoints that replace each other, in two places in turn. 0, as None: "
-        "no snapshots.",
+        "Steps between two snapshots: complete checkpoints that alternate between two folders. 0 or None: no "
+        "snapshots.",
     )
     snapshot_ckpt_folder: PathText = used_with(
         None, "Folder of the snapshots; None: <save_ckpt_folder>/snapshot.", "ckpt.oss_snapshot_freq"
     )
-    async_save: bool = key(
-        False, "Training goes on while a checkpoint is written; it waits only for a copy to the host's memory."
-    )
-    async_upload: bool = key(False, "async_save, if the folder is in an object store.")
+    async_save: bool = key(False, "Write checkpoints in the background; training waits only for a copy to host memory.")
+    async_upload: bool = key(False, "Like async_save, but only if the folder is in an object store.")
     async_upload_tmp_folder: PathText = no_effect(
         None, "Local folder that uploads start from.", "uploads start from memory"
     )
@@ -95,14 +91,14 @@ class CkptConfig(Section):
     )
     allow_model_changes: bool | tuple[str, ...] = key(
         False,
-        "Keys of the model, such as ('model.rope_base',), that may differ from those of the checkpoint that is resumed "
-        "or loaded, although the same weights give other outputs then; True: any.",
+        "Keys of the model, such as ('model.rope_base',), that may differ from the resumed or loaded checkpoint "
+        "although this changes the outputs of the weights; True: any.",
     )
     stop_file_path: PathText = key(
         None,
-        "Local file with a number N: save and stop at step N; with -N: save at step N. The start writes 0.",
+        "Local file with a number: N saves and stops at step N, -N saves at step N. A run writes 0 when it starts.",
     )
-    enable_internevo2hf_ckpt: bool = key(False, "Also write the weights in Hugging Face's format, as <step>_hf/.")
+    enable_internevo2hf_ckpt: bool = key(False, "Also write the weights in Hugging Face's format, to <step>_hf/.")
     universal_ckpt: UniversalCkptConfig = section(UniversalCkptConfig, "InternEvo's layout-free checkpoints.")
     generate_meta_data: bool | dict[str, Any] = no_effect(
         False, "Write metadata for offline resharding.", "checkpoints reshard without it"
@@ -110,7 +106,7 @@ class CkptConfig(Section):
 
     @property
     def saves_in_background(self) -> bool:
-        """Whether training goes on while a checkpoint is written."""
+        """Whether checkpoints are written in the background."""
         return self.async_save or (self.async_upload and not self.is_local)
 
     @property

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, model_validator
 from internlm.config.schema.base import PathText, Section, key, later, no_effect, used_with
 
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
-"""A string that is empty for None."""
+"""A string; None is converted to an empty one."""
 
 
 class DataConfig(Section):
@@ -28,22 +28,20 @@ class DataConfig(Section):
     array_separator: int | None = key(
         None, "`arrays`: id that ends each document, such as the tokenizer's eos; None: a file is one document.", ge=0
     )
-    seq_len: int = key(..., "Longest piece of one document, in tokens.", ge=1)
+    seq_len: int = key(..., "Maximum length of a sequence in tokens; longer documents are cut.", ge=1)
     micro_bsz: int = key(..., "Size of a micro-batch in sequences of seq_len tokens.", ge=1)
-    micro_num: int = key(1, "Micro-batches that one data rank accumulates for one optimizer step.", ge=1)
+    micro_num: int = key(1, "Micro-batches per optimizer step on each data rank.", ge=1)
     gradient_accumulation: int = key(None, "Must equal micro_num without a pipeline.", derived="data.micro_num", ge=1)
     packed_length: int = key(
         None,
-        "Tokens of one packed sample; a given value is ignored.",
+        "Tokens per packed sample; a given value is ignored.",
         derived="data.seq_len * data.micro_bsz",
         forced=True,
     )
-    batch_size: int = key(None, "Samples of one step of one data rank.", derived="data.micro_num", forced=True)
+    batch_size: int = key(None, "Samples per step on each data rank.", derived="data.micro_num", forced=True)
     total_steps: int = key(..., "Optimizer steps of the whole run.", ge=1)
     min_length: int = key(0, "Documents with fewer tokens are dropped.", ge=0)
-    min_length_dict: dict[str, int] | None = key(
-        None, "min_length of single type folders, by the folder's name; wins over min_length."
-    )
+    min_length_dict: dict[str, int] | None = key(None, "min_length by name of a type folder; overrides min_length.")
     train_folder: PathText = key(None, "Folder of <type>/**/*.bin for training; None trains on dummy data.")
     valid_folder: PathText = key(
         None, "Folder in which each directory with .bin files is a validation set; None: no evaluation."
@@ -51,24 +49,26 @@ class DataConfig(Section):
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
     skip_batches: Text = key(
-        "", 'Steps (from 0) whose batches are neither read nor trained on, though counted, such as "2-5,7".'
+        "", 'Steps (from 0) whose batches are counted but neither read nor trained on, such as "2-5,7".'
     )
     skip_bad_documents: bool = key(
-        False, "Leave out documents that cannot be read, with a line in the log for each; False ends the run."
+        False, "Leave out unreadable documents, with a log line for each; False: they end the run."
     )
     rampup_batch_size: Text = key(
-        "", 'Ramp of micro_num as "start increment steps": from start, by increment every so many steps.'
+        "", 'Ramp of micro_num as "start increment steps": start at start, add increment every `steps` steps.'
     )
     pack_sample_into_one: bool = key(
-        False, "Let attention run across the documents of a sequence, cut every seq_len tokens."
+        False, "Let attention cross document boundaries within a sequence, cut every seq_len tokens."
     )
-    use_packed_dataset: bool = key(True, "False gives one document a row, padded to [micro_bsz, seq_len].")
-    fixed_random_dataset_seqlen: bool = key(True, "Dummy data: documents of one length (True) or of random length.")
+    use_packed_dataset: bool = key(
+        True, "Pack several documents into a row; False: one document per row, padded to [micro_bsz, seq_len]."
+    )
+    fixed_random_dataset_seqlen: bool = key(True, "Dummy data: documents of equal length (True) or of random length.")
     empty_cache_and_diag_interval: int = key(
         50, "Steps between garbage collection, release of cached device memory and a memory line in the log.", ge=1
     )
     diag_outlier_ratio: float = no_effect(
-        1.1, "Slow-rank threshold of InternEvo's diagnosis.", "slow ranks are not searched for; nor does InternEvo"
+        1.1, "Slow-rank threshold of InternEvo's diagnosis.", "slow ranks are not searched for, neither by InternEvo"
     )
     use_shm: bool = no_effect(
         False, "Keep document indices in shared memory.", "document indices are memory-mapped, thus shared already"
@@ -77,16 +77,16 @@ class DataConfig(Section):
     num_worker: int = key(4, "Loader processes of training; 0 loads in the training process.", ge=0)
     seed: int = key(1024, "Seed of the data order.", ge=0)
     tokenizer_path: PathText = key(
-        None, "tokenizer.json, tokenizer folder or SentencePiece .model that made the tokens; used to generate text."
+        None, "tokenizer.json, tokenizer folder or SentencePiece .model of the tokenized data; used to generate text."
     )
     check_tokenizer: bool = key(
         True,
-        "Refuse data that several tokenizers made, or another one than tokenizer_path or the checkpoint the run starts "
-        "from; False logs it.",
+        "Refuse data of several tokenizers, or of another tokenizer than tokenizer_path or the run's initial "
+        "checkpoint; False logs it.",
     )
     content_name: str = later("text", "Column with the text.", "data.type='streaming'")
     subset_name: str | None = later(None, "Subset of a Hugging Face data set.", "data.type='streaming'")
-    is_multimodal: bool = later(False, "Samples carry images.", "multimodal data")
+    is_multimodal: bool = later(False, "Samples contain images.", "multimodal data")
     data_impl: str | None = used_with(None, "Kind of index of data.type='megatron'.", "data.type")
     data_yaml: str | None = used_with(None, "List of the files of data.type='lumina_pickle'.", "data.type")
     base_path: PathText = used_with(None, "Folder of the files of data.type='lumina_pickle'.", "data.type")

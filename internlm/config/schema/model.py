@@ -1,6 +1,6 @@
 """The `model` section: the one place for model defaults.
 
-A key with default None is the family's choice (biases, head norm, tied embeddings ...): the model floor resolves it.
+A key with default None is the family's choice (biases, head norm, tied embeddings ...): `internlm.model` resolves it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class RopeScalingConfig(Section):
         1.0, "llama3: wavelengths above original length / this are scaled fully.", gt=0, changes_outputs=True
     )
     high_freq_factor: float = key(
-        4.0, "llama3: wavelengths below original length / this stay.", gt=0, changes_outputs=True
+        4.0, "llama3: wavelengths below original length / this are unchanged.", gt=0, changes_outputs=True
     )
-    beta_fast: float = key(32.0, "yarn: rotations above which a dimension stays.", gt=0, changes_outputs=True)
+    beta_fast: float = key(32.0, "yarn: rotations above which a dimension is unchanged.", gt=0, changes_outputs=True)
     beta_slow: float = key(1.0, "yarn: rotations below which a dimension is scaled fully.", gt=0, changes_outputs=True)
     attention_factor: float | None = key(
         None, "yarn: factor on cos and sin; None: 0.1 ln(factor) + 1.", gt=0, changes_outputs=True
@@ -47,7 +47,7 @@ class InjectInfoConfig(Section):
         (), "Kinds to exchange: embed, linear, norm.", "model.inject_info.inject", changes_outputs=False
     )
     reset_params: bool = used_with(
-        False, "Initialise the exchanged layers anew.", "model.inject_info.inject", changes_outputs=False
+        False, "Reinitialize the exchanged layers.", "model.inject_info.inject", changes_outputs=False
     )
     extra_linear2newlinear: dict[str, Any] | None = used_with(
         None, "Further linear classes to exchange.", "model.inject_info.inject", changes_outputs=False
@@ -69,42 +69,42 @@ class ModelConfig(Section):
         None, "Key and value heads (GQA); None: the family's choice.", ge=1, changes_outputs=True
     )
     head_dim: int | None = key(
-        None, "Size of a head; None: the family's choice, mostly hidden / heads.", ge=1, changes_outputs=True
+        None, "Size of a head; None: the family's choice, usually hidden_size / heads.", ge=1, changes_outputs=True
     )
     mlp_ratio: float = key(
         4.0, "Width of the MLP / hidden_size, before rounding up to multiple_of.", gt=0, changes_outputs=True
     )
     multiple_of: int = key(256, "The MLP's width is rounded up to a multiple of this.", ge=1, changes_outputs=True)
     intermediate_size: int | None = key(
-        None, "Width of the MLP as it is; wins over mlp_ratio and multiple_of.", ge=1, changes_outputs=True
+        None, "Exact width of the MLP; overrides mlp_ratio and multiple_of.", ge=1, changes_outputs=True
     )
     tie_word_embeddings: bool | None = key(
-        None, "Use the embedding as head weight; None: the family's choice.", changes_outputs=True
+        None, "Use the embedding as the head weight; None: the family's choice.", changes_outputs=True
     )
     is_reward: bool = library_only(
         False,
-        "One scalar a token instead of logits; the library builds, loads and imports such a model.",
-        "the loop trains on the next token; a reward head needs a loop of your own",
+        "One scalar per token instead of logits; the library builds, loads and imports such a model.",
+        "the training loop predicts the next token; a reward head needs your own loop",
         changes_outputs=True,
     )
 
     # Numerics.
     dtype: Annotated[Dtype, BeforeValidator(str)] = key(
         "torch.bfloat16",
-        "Number format of weights and computation (InternEvo's default is float16); torch.float64, on a CPU, is for "
+        "Dtype of weights and computation (InternEvo's default is float16); torch.float64, on a CPU, is for "
         "comparisons.",
         changes_outputs=False,
     )
     cpu_gemm: Literal["auto", "dtype", "fp32"] = key(
         "auto",
-        "Number format of a CPU's GEMMs of a 16-bit dtype: that dtype, or fp32 (operands widened, the result rounded "
-        "once); auto: whichever was faster on CPUs of its kind.",
+        "Dtype of the GEMMs of 16-bit models on CPUs: that dtype, or fp32 (operands converted, the result rounded "
+        "once); auto: whichever was faster on CPUs with the same features.",
         changes_outputs=False,
     )
     residual_in_fp32: bool = key(False, "Keep the residual stream in float32.", changes_outputs=False)
     use_flash_attn: bool = key(
         True,
-        "Use a flash-attn package where one is installed; the log and `internlm doctor` name what runs.",
+        "Use a flash-attn package if installed; the log and `internlm doctor` name the kernel in use.",
         changes_outputs=False,
     )
     attention_backend: Literal[
@@ -112,7 +112,7 @@ class ModelConfig(Section):
     ] = key("auto", "Attention kernel on GPUs; auto: the best one available (see kernels.md).", changes_outputs=False)
     fused_kernels: Literal["auto", "none", "liger"] = key(
         "auto",
-        "Kernels of norms and activations on GPUs where blocks are not compiled; auto: Liger's where it is installed.",
+        "Kernels of norms and activations on GPUs in uncompiled blocks; auto: Liger's if installed.",
         changes_outputs=False,
     )
     checkpoint: float = key(
@@ -124,21 +124,21 @@ class ModelConfig(Section):
     )
     checkpoint_save_policy: Literal["nothing", "attention", "matmuls"] = used_with(
         "nothing",
-        "What a recomputed layer saves besides its input: attention's output, or the results of all GEMMs.",
+        "What a recomputed layer saves besides its input: nothing, the output of attention, or of all GEMMs too.",
         "model.checkpoint",
         changes_outputs=False,
     )
     checkpoint_budget: float | None = key(
         None,
-        "GiB of a micro-batch's layer activations that a rank may hold: each layer recomputes as little as fits. In "
-        "place of model.checkpoint.",
+        "Budget in GiB for the saved layer activations of a micro-batch on a rank: each layer recomputes as little as "
+        "fits. Replaces model.checkpoint.",
         gt=0,
         changes_outputs=False,
     )
 
     compile: bool = key(
         False,
-        "Compile each layer with torch.compile: faster steps and less memory, after a minute of compiling.",
+        "Compile each layer with torch.compile: faster steps and less memory, after about a minute of compilation.",
         changes_outputs=False,
     )
     cuda_graphs: bool = used_with(
@@ -153,10 +153,10 @@ class ModelConfig(Section):
     norm_type: Literal["rmsnorm", "layernorm"] | None = key(
         None, "Kind of norm; None: the family's choice.", changes_outputs=True
     )
-    layer_norm_epsilon: float = key(1e-5, "Added to the variance in norms.", gt=0, changes_outputs=True)
+    layer_norm_epsilon: float = key(1e-5, "Epsilon that norms add to the variance.", gt=0, changes_outputs=True)
     add_unit_offset: bool | None = key(
         None,
-        "Norms multiply by 1 + weight; None: the family's choice, from which it must not differ.",
+        "Norms multiply by 1 + weight; None: the family's choice, which any value must equal.",
         changes_outputs=True,
     )
     qk_norm: bool | None = key(
@@ -178,7 +178,7 @@ class ModelConfig(Section):
     mlp_bias: bool | None = key(None, "Bias of the MLP; None: the family's choice.", changes_outputs=True)
     use_swiglu: bool | None = key(
         None,
-        "Gated SiLU (True) or the family's other gate; None: the family's choice, from which it must not differ.",
+        "Gated SiLU (True) or the family's other gate; None: the family's choice, which any value must equal.",
         changes_outputs=True,
     )
     enable_qkv_fusion: bool | None = key(
@@ -190,7 +190,7 @@ class ModelConfig(Section):
 
     # Positions and attention.
     max_position_embeddings: int = key(
-        2048, "Longest sequence that the positions were trained for.", ge=1, changes_outputs=True
+        2048, "Maximum sequence length of pretraining, for scaled positions.", ge=1, changes_outputs=True
     )
     rope_base: float = key(10000.0, "Base of the rotary frequencies.", gt=0, changes_outputs=True)
     rope_scaling: RopeScalingConfig | None = key(
@@ -213,7 +213,7 @@ class ModelConfig(Section):
     use_sliding_window: bool = key(False, "Attend to the last sliding_window tokens only.", changes_outputs=True)
     sliding_window: int | None = key(None, "Tokens of the window.", ge=1, changes_outputs=True)
     max_window_layers: int = key(
-        0, "First layer with a window; the layers before attend to everything.", ge=0, changes_outputs=True
+        0, "First layer with a window; earlier layers have full attention.", ge=0, changes_outputs=True
     )
 
     # Initialisation.
@@ -221,43 +221,43 @@ class ModelConfig(Section):
         "normal", "Distribution of the initial weights.", changes_outputs=False
     )
     use_scaled_init: bool = key(
-        True, "Divide the deviation of output projections by sqrt(2 * num_layers).", changes_outputs=False
+        True, "Divide the standard deviation of output projections by sqrt(2 * num_layers).", changes_outputs=False
     )
-    embedding_init_std: float = key(0.02, "Deviation of the embedding.", ge=0, changes_outputs=False)
-    attn_wqkv_init_std: float = key(0.02, "Deviation of query, key and value weights.", ge=0, changes_outputs=False)
-    attn_other_init_std: float = key(0.02, "Deviation of the attention's output weight.", ge=0, changes_outputs=False)
-    ffn_uplayer_init_std: float = key(0.02, "Deviation of the MLP's input weights.", ge=0, changes_outputs=False)
-    ffn_other_init_std: float = key(0.02, "Deviation of the MLP's output weight.", ge=0, changes_outputs=False)
-    out_head_init_std: float = key(0.02, "Deviation of the head.", ge=0, changes_outputs=False)
+    embedding_init_std: float = key(0.02, "Standard deviation of the embedding.", ge=0, changes_outputs=False)
+    attn_wqkv_init_std: float = key(0.02, "Standard deviation of wq, wk and wv.", ge=0, changes_outputs=False)
+    attn_other_init_std: float = key(0.02, "Standard deviation of wo.", ge=0, changes_outputs=False)
+    ffn_uplayer_init_std: float = key(0.02, "Standard deviation of w1 and w3.", ge=0, changes_outputs=False)
+    ffn_other_init_std: float = key(0.02, "Standard deviation of w2.", ge=0, changes_outputs=False)
+    out_head_init_std: float = key(0.02, "Standard deviation of the head.", ge=0, changes_outputs=False)
     embed_grad_scale: float = key(1.0, "Factor on the gradient of the embedding.", ge=0, changes_outputs=False)
 
     # Layout of the model over ranks.
     num_chunks: int = key(
         1,
-        "Model chunks of a pipeline stage; always 1 without a pipeline, 2 with the modes ZBV and DUALPIPEV.",
+        "Model chunks per pipeline stage; always 1 without a pipeline, 2 with the modes ZBV and DUALPIPEV.",
         ge=1,
         changes_outputs=False,
     )
     embed_split_hidden: bool = used_with(
         True,
-        "Tensor ranks (not of isp) split the embedding over hidden (True) or vocabulary (False); a tied one is split "
-        "over the vocabulary, as its head.",
+        "Tensor ranks (except isp) split the embedding along the hidden (True) or vocabulary dimension (False); a tied "
+        "one is split along the vocabulary, like the head.",
         "parallel.tensor.size",
         changes_outputs=False,
     )
     parallel_output: bool = no_effect(
-        True, "Leave logits split over the vocabulary.", "the loss of split logits equals that of whole ones"
+        True, "Leave logits split over the vocabulary.", "the loss of split logits equals that of full ones"
     )
     dropout_selective_checkpoint: bool = no_effect(True, "Leave dropout out of recomputation.", "there is no dropout")
     device: Literal["cuda", "cpu", "meta"] = no_effect(
-        "cuda", "Device to build the model on.", "models are built on the meta device and filled where they train"
+        "cuda", "Device to build the model on.", "models are built on the meta device, then materialized"
     )
 
     # Mixture of experts.
     num_experts: int = later(1, "Experts of a layer.", "mixture of experts", ge=1, changes_outputs=True)
-    top_k: int = used_with(1, "Experts that a token visits.", "model.num_experts", ge=1, changes_outputs=True)
+    top_k: int = used_with(1, "Experts per token.", "model.num_experts", ge=1, changes_outputs=True)
     num_shared_experts: int = used_with(
-        0, "Experts that every token visits.", "model.num_experts", ge=0, changes_outputs=True
+        0, "Experts that process every token.", "model.num_experts", ge=0, changes_outputs=True
     )
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-Dropless", "MegaBlock-D"] = used_with(
         "GShard", "Kind of expert layer.", "model.num_experts", changes_outputs=True
@@ -267,7 +267,7 @@ class ModelConfig(Section):
     )
     inject_info: InjectInfoConfig = section(InjectInfoConfig, "Exchange of layers of a foreign model.")
 
-    # What InternEvo's models have besides.
+    # Further keys of InternEvo's models.
     attn_drop_rate: float = later(
         0.0, "Dropout rate of attention weights.", "dropout", ge=0, le=1, changes_outputs=True
     )
@@ -294,7 +294,7 @@ class ModelConfig(Section):
         False, "InternEvo's QWEN2: scale queries by log n.", "log-n attention (Qwen 1)", changes_outputs=True
     )
     extra_pred_tokens: int = later(
-        0, "Further heads, each for a later token.", "multi-token prediction", ge=0, changes_outputs=True
+        0, "Additional heads, each predicting a later token.", "multi-token prediction", ge=0, changes_outputs=True
     )
     image_token_id: int | None = later(
         None, "Token that stands for an image.", "multimodal models", changes_outputs=True
@@ -303,7 +303,7 @@ class ModelConfig(Section):
         None, "The vision tower.", "multimodal models", accepts=({},), changes_outputs=True
     )
     vision_proj_cfg: dict[str, Any] | None = later(
-        None, "From the vision tower to the language model.", "multimodal models", accepts=({},), changes_outputs=True
+        None, "Projection of the vision tower's outputs.", "multimodal models", accepts=({},), changes_outputs=True
     )
 
     @model_validator(mode="after")
@@ -315,7 +315,7 @@ class ModelConfig(Section):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype of weights and computation; torch.tf32 is float32 (see `uses_tf32`)."""
-        import torch  # Here, so that reading or printing a config does not wait seconds for torch.
+        import torch  # Imported here, so that reading or printing a config does not wait seconds for torch.
 
         return {
             "torch.bfloat16": torch.bfloat16,
@@ -328,12 +328,12 @@ class ModelConfig(Section):
 
     @property
     def uses_tf32(self) -> bool:
-        """Whether float32 matrix products may use TensorFloat-32."""
+        """Whether float32 GEMMs may use TensorFloat-32."""
         return self.dtype == "torch.tf32"
 
     @property
     def num_kv_heads(self) -> int:
-        """Key and value heads: num_kv_attention_heads, or as many as query heads."""
+        """Number of key and value heads: num_kv_attention_heads, or the number of query heads."""
         return self.num_kv_attention_heads or self.num_attention_heads
 
     @property

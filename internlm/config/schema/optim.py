@@ -1,4 +1,4 @@
-"""The sections of one optimisation step: loss, gradient scaling, ZeRO, AdamW and the schedules."""
+"""The sections of an optimizer step: loss, gradient scaling, ZeRO, AdamW and the schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Fp16ScalerConfig(Section):
     """Bounds and growth of the dynamic loss scale."""
 
     initial_scale: float = key(2.0**16, "Loss scale of the first step.", gt=0)
-    min_scale: float | None = key(1.0, "The scale never falls below this; None: no bound but float32's.", gt=0)
+    min_scale: float | None = key(1.0, "Lower bound of the scale; None: that of float32.", gt=0)
     growth_interval: int = key(1000, "Steps without overflow after which the scale grows.", ge=1)
 
 
@@ -23,9 +23,9 @@ class GradScalerConfig(Section):
     fp16: Fp16ScalerConfig = section(Fp16ScalerConfig, "Bounds and growth of the dynamic loss scale.")
     growth_factor: float = key(2.0, "Factor by which the scale grows.", ge=1)
     backoff_factor: float = key(0.5, "Factor by which the scale shrinks on overflow.", gt=0, le=1)
-    max_scale: float | None = key(2.0**24, "The scale never grows above this; None: no bound but float32's.", gt=0)
+    max_scale: float | None = key(2.0**24, "Upper bound of the scale; None: that of float32.", gt=0)
     hysteresis: int = key(
-        2, "The scale shrinks at this overflow since it last grew, and at each one after it; 0 is 1.", ge=0
+        2, "Number of overflows since the last growth from which on each one shrinks the scale; 0 is 1.", ge=0
     )
 
     @property
@@ -38,13 +38,13 @@ class GradScalerConfig(Section):
 class HybridZeroOptimizerConfig(Section):
     """Gradient reduction, parameter gathering and clipping."""
 
-    overlap_sync_grad: bool = key(False, "Reduce gradients while backward still runs.")
-    overlap_sync_param: bool = key(False, "Gather updated parameters while the next forward already runs.")
+    overlap_sync_grad: bool = key(False, "Reduce gradients during backward.")
+    overlap_sync_param: bool = key(False, "Gather updated parameters during the next forward.")
     reduce_bucket_size: int = key(512 * 1024 * 1024, "Largest bucket of reduced gradients, in elements.", ge=1)
-    clip_grad_norm: float = key(0.0, "Clip gradients to this global norm; 0 turns clipping off.", ge=0)
+    clip_grad_norm: float = key(0.0, "Clip gradients to this global norm; 0 disables clipping.", ge=0)
     grad_accumulation_dtype: Literal["torch.float32", "torch.bfloat16"] = key(
         "torch.float32",
-        "Dtype in which gradients of half-precision weights are accumulated over micro batches, and kept.",
+        "Dtype in which gradients of half-precision weights are accumulated over micro-batches and stored.",
     )
     offload_optimizer: bool = key(
         False, "Keep fp32 masters and moments in host memory, where the CPU updates them; see doc/memory.md."
@@ -58,13 +58,15 @@ class HybridZeroOptimizerConfig(Section):
 
 
 Share = Annotated[float, BeforeValidator(lambda value: 0.0 if value is None else value)]
-"""A number that is 0 for None."""
+"""A number; None is converted to 0."""
 
 
 class LossConfig(Section):
-    """Cross entropy and what is added to it."""
+    """Cross entropy and additional loss terms."""
 
-    label_smoothing: Share = key(0.0, "Share of the target probability that is spread over the vocabulary.", ge=0, lt=1)
+    label_smoothing: Share = key(
+        0.0, "Fraction of the target probability that is spread over the vocabulary.", ge=0, lt=1
+    )
     op_type: Literal["py_vocab_parallel", "torch_naive", "apex_naive", "py_naive", "flash_vocab_parallel"] = no_effect(
         "py_vocab_parallel", "InternEvo's cross entropy kernel.", "one fused cross entropy serves every kind"
     )
@@ -77,17 +79,17 @@ class AdamConfig(Section):
     """AdamW (Loshchilov and Hutter, 2019)."""
 
     lr: float = key(1e-4, "Peak learning rate.", ge=0)
-    adam_beta1: float = key(0.9, "Decay of the first moment.", ge=0, lt=1)
-    adam_beta2: float = key(0.95, "Decay of the second moment.", ge=0, lt=1)
+    adam_beta1: float = key(0.9, "Decay rate of the first moment.", ge=0, lt=1)
+    adam_beta2: float = key(0.95, "Decay rate of the second moment.", ge=0, lt=1)
     adam_beta2_c: float = key(0.0, "Exponent of the beta2 schedule; 0 keeps beta2 constant.")
-    adam_eps: float = key(1e-8, "Added to the denominator.", ge=0)
+    adam_eps: float = key(1e-8, "Epsilon added to the denominator.", ge=0)
     weight_decay: float = key(0.01, "Decoupled weight decay.", ge=0)
     clip_grad: float | None = no_effect(
         None, "Clipping, as some configs of InternEvo have it.", "hybrid_zero_optimizer.clip_grad_norm decides"
     )
     moments_dtype: Literal["torch.float32", "torch.bfloat16"] = key(
         "torch.float32",
-        "Dtype of both moments between steps; torch.bfloat16 is rounded to stochastically.",
+        "Dtype of both moments between steps; torch.bfloat16 uses stochastic rounding.",
     )
     weight_decay_norms_and_biases: bool = key(
         False, "Decay norm weights and biases too, as InternEvo does; False leaves them undecayed."
@@ -95,12 +97,12 @@ class AdamConfig(Section):
 
 
 class ParameterGroupConfig(Section):
-    """Parameters by name, which are updated in another way."""
+    """Options for the parameters whose names match a pattern."""
 
     match: str = key(..., "Glob pattern over the names of parameters, such as '*.attention_norm.*'.", min_length=1)
-    weight_decay: float | None = key(None, "Their weight decay; None: as without the group.", ge=0)
-    lr_factor: float = key(1.0, "Factor on their learning rate.", ge=0)
-    freeze: bool = key(False, "Do not train them: no gradient, no optimizer state.")
+    weight_decay: float | None = key(None, "Weight decay; None: as without the group.", ge=0)
+    lr_factor: float = key(1.0, "Factor on the learning rate.", ge=0)
+    freeze: bool = key(False, "Do not train these parameters: no gradient, no optimizer state.")
 
 
 class OptimizerConfig(Section):
@@ -108,33 +110,33 @@ class OptimizerConfig(Section):
 
     groups: list[ParameterGroupConfig] = key(
         [],
-        "Parameters that are updated in another way, as dict(match, weight_decay, lr_factor, freeze). Of several "
-        "groups that match a parameter the last one applies alone; a group that matches none is an error.",
+        "Options by parameter name, as dict(match, weight_decay, lr_factor, freeze). Only the last group that matches "
+        "a parameter applies; a group that matches no parameter is an error.",
     )
 
 
 class LrSchedulerConfig(Section):
-    """Learning rate over the steps: zeros, linear warm-up, then the shape down to eta_min."""
+    """Learning rate over the steps: zero, linear warm-up, then a decay to eta_min."""
 
     type: Literal["cosine", "wsd", "linear", "constant"] = key(
-        "cosine", "Shape after the warm-up; wsd is warm-up, stable, decay."
+        "cosine", "Shape of the decay; wsd is warm-up, stable, decay."
     )
-    total_steps: int = key(None, "Step at which the shape ends.", derived="data.total_steps", ge=1)
-    init_steps: int = key(0, "First steps, with learning rate 0.", ge=0)
-    warmup_ratio: float = key(0.01, "Share of total_steps in which the rate rises linearly.", ge=0, le=1)
+    total_steps: int = key(None, "Step at which the decay ends.", derived="data.total_steps", ge=1)
+    init_steps: int = key(0, "Number of first steps with learning rate 0.", ge=0)
+    warmup_ratio: float = key(0.01, "Fraction of total_steps for the linear warm-up.", ge=0, le=1)
     eta_min: float = key(0.0, "Final learning rate.", ge=0)
     advance: Literal["step", "update"] = key(
         "step",
-        "What moves learning rate and beta2 on. step: every step. update: those that updated the weights, not an "
-        "overflow or a batch of data.skip_batches, as in InternEvo.",
+        "What advances learning rate and beta2. step: every step. update: only steps that update the weights, as in "
+        "InternEvo; not an overflow or a batch of data.skip_batches.",
     )
-    last_epoch: int = key(-1, "Steps already done when the schedule starts, less one.", ge=-1)
-    decay_ratio: float = key(0.1, "wsd: share of total_steps spent in the final decay.", ge=0, le=1)
+    last_epoch: int = key(-1, "Number of steps to skip at the start of the schedule, minus one.", ge=-1)
+    decay_ratio: float = key(0.1, "wsd: fraction of total_steps for the final decay.", ge=0, le=1)
 
 
 class Beta2SchedulerConfig(Section):
     """beta2 over the steps: constant for c <= 0, else max(init_beta2, 1 - step ** -c)."""
 
-    init_beta2: float = key(None, "First and smallest beta2.", derived="adam.adam_beta2", ge=0, lt=1)
+    init_beta2: float = key(None, "Initial and smallest beta2.", derived="adam.adam_beta2", ge=0, lt=1)
     c: float = key(None, "Exponent; c <= 0 keeps beta2 constant.", derived="adam.adam_beta2_c")
-    cur_iter: int = key(-1, "Steps already done when the schedule starts, less one.", ge=-1)
+    cur_iter: int = key(-1, "Number of steps to skip at the start of the schedule, minus one.", ge=-1)

@@ -26,7 +26,7 @@ class TensorConfig(Section):
 
     size: int = key(1, "Ranks of a tensor (isp: sequence) group.", ge=1)
     mode: Literal["mtp", "msp", "fsp", "isp"] = key(
-        "mtp", "How a group shares the work: see doc/parallelism.md. All are the same at size 1."
+        "mtp", "How a group splits the work, see doc/parallelism.md; irrelevant at size 1."
     )
 
 
@@ -36,27 +36,27 @@ class PipelineConfig(Section):
     size: int = key(1, "Pipeline stages.", ge=1)
     mode: PipelineMode = used_with(
         "1F1B",
-        "Schedule, in any case of letters; 1F1B with model.num_chunks above 1 is interleaved, ZBV and DUALPIPEV have "
-        "2 chunks.",
+        "Schedule, not case-sensitive; 1F1B with model.num_chunks above 1 is interleaved, ZBV and DUALPIPEV have 2 "
+        "chunks.",
         "parallel.pipeline.size",
     )
     layer_split: Literal["uniform", "cost"] | tuple[int, ...] = used_with(
         "uniform",
-        "Layers of each stage: as many on each, by the cost of embedding and head too, or a list of numbers, one for "
-        "each chunk of each stage in the order of the layers.",
+        "Layers of each stage: uniform: equal numbers; cost: balanced with the cost of embedding and head; or a list "
+        "of numbers, one for each chunk of each stage in the order of the layers.",
         "parallel.pipeline.size",
     )
     use_zeropp: bool = later(False, "InternEvo's ZeroPP.", "the ZeroPP schedule")
     decouple_grad: bool = used_with(
-        False, "ZeroPP: compute gradients of weights apart.", "parallel.pipeline.use_zeropp"
+        False, "ZeroPP: compute weight gradients separately.", "parallel.pipeline.use_zeropp"
     )
     interleaved_overlap: bool = no_effect(
-        False, "Overlap messages with computation, when interleaved.", "messages always travel while stages compute"
+        False, "Overlap messages with computation, when interleaved.", "messages always overlap with computation"
     )
 
     @property
     def forced_num_chunks(self) -> int | None:
-        """The model chunks of a stage where the pipeline leaves no choice: no pipeline, or one shaped as a V."""
+        """The model chunks per stage if the schedule determines them: no pipeline, or a V-shaped one."""
         if self.size == 1:
             return 1
         return 2 if self.mode in ("ZBV", "DUALPIPEV") else None
@@ -69,10 +69,10 @@ def _weight_keys(owner: str) -> dict[str, Any]:
         "overlap": used_with(False, "Gather weights and reduce gradients while computing.", size),
         "before": used_with("wo", "Module before which the next layer's gather starts.", overlap),
         "per": used_with("layer", "Gather ahead by layer or by module.", overlap),
-        "early": used_with(True, "Free a reduced gradient as soon as the next one is reduced.", overlap),
-        "pool": used_with(False, "Keep the buffers of gathered weights and use them again.", size),
+        "early": used_with(True, "Release a reduced gradient as soon as the next one is reduced.", overlap),
+        "pool": used_with(False, "Reuse the buffers of gathered weights.", size),
         "fuse": no_effect(
-            False, "One gather for all weights of a layer.", "weights that share an input are gathered at once already"
+            False, "One gather for all weights of a layer.", "weights that share an input are always gathered together"
         ),
     }
 
@@ -82,9 +82,9 @@ _EXPERT_WEIGHT = _weight_keys("parallel.expert_weight")
 
 
 class WeightConfig(Section):
-    """Weight parallelism (isp): each rank holds a part of every weight."""
+    """Weight parallelism (isp): each rank holds a shard of every weight."""
 
-    size: int = key(1, "Ranks that share one copy of the weights; above 1 with parallel.tensor.mode 'isp'.", ge=1)
+    size: int = key(1, "Ranks that share one copy of the weights; above 1 only with parallel.tensor.mode 'isp'.", ge=1)
     overlap: bool = _WEIGHT["overlap"]
     launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = _WEIGHT["before"]
     forward_overlap_per: Literal["layer", "module"] = _WEIGHT["per"]
@@ -149,13 +149,15 @@ class FsdpConfig(Section):
     """Fully sharded data parallelism."""
 
     enable: bool = key(
-        False, "Shard parameters and gradients too over the ranks that share one optimizer state (zero1.size)."
+        False, "Also shard parameters and gradients over the ranks that share one optimizer state (zero1.size)."
     )
     mode: Literal["v1", "v2"] = no_effect(
-        "v2", "Generation of torch's FSDP.", "torch's fully_shard, which is v2, is what runs"
+        "v2", "Generation of torch's FSDP.", "torch's fully_shard, which is v2, is always used"
     )
     init_method: Literal["cuda", "cpu", "meta"] = no_effect(
-        "meta", "Where parameters are made.", "models are built on the meta device and filled where they train"
+        "meta",
+        "Device to create parameters on.",
+        "models are built on the meta device, then materialized",
     )
 
 
@@ -172,7 +174,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = key(
         None, "Activations are split over the sequence.", derived="parallel.tensor.mode is not mtp", forced=True
     )
-    sequence_2D: Sequence2DConfig = section(  # noqa: N815 (the name users know)
+    sequence_2D: Sequence2DConfig = section(  # noqa: N815 (InternEvo's name)
         Sequence2DConfig, "Sequence parallelism over heads and context."
     )
     fsdp: FsdpConfig = section(FsdpConfig, "Fully sharded data parallelism.")
@@ -184,5 +186,5 @@ class ParallelConfig(Section):
 
     @property
     def uses_fsdp(self) -> bool:
-        """Whether either spelling asks for FSDP."""
+        """Whether either spelling enables FSDP."""
         return self.fsdp.enable or self.zero1.fsdp

@@ -38,13 +38,13 @@ class Config(Section):
 
     JOB_NAME: str = key("AnonymousJob", "Name of the run; logs go to RUN/<JOB_NAME>/<time>/.", min_length=1)
     model_type: str = key("INTERNLM", "Model family, as registered.", min_length=1, changes_outputs=True)
-    seed: int = key(1024, "Seed of weights and everything random but the data order (data.seed).", ge=0)
+    seed: int = key(1024, "Seed of weights and of everything random except the data order (data.seed).", ge=0)
 
     data: DataConfig = section(None, "Where tokens come from and how they become batches.")
     model: ModelConfig = section(None, "Shape and numerics of the model.")
     parallel: ParallelConfig = section(ParallelConfig, "How the ranks are laid out.")
     ckpt: CkptConfig = section(CkptConfig, "Saving, resuming and loading.")
-    loss: LossConfig = section(LossConfig, "Cross entropy and what is added to it.")
+    loss: LossConfig = section(LossConfig, "Cross entropy and additional loss terms.")
     adam: AdamConfig = section(AdamConfig, "AdamW.")
     optimizer: OptimizerConfig = section(OptimizerConfig, "Parameter groups.")
     lr_scheduler: LrSchedulerConfig = section(LrSchedulerConfig, "Learning rate over the steps.")
@@ -58,7 +58,7 @@ class Config(Section):
     generation: GenerationConfig = section(GenerationConfig, "InternEvo's batch generation.")
     grad_profiling: GradProfilingConfig = section(GradProfilingConfig, "Gradients, layer by layer.")
     cpu_offloading: CpuOffloadingConfig = section(CpuOffloadingConfig, "Activations in host memory.")
-    float8: Float8Config = section(Float8Config, "Matrix products in float8.")
+    float8: Float8Config = section(Float8Config, "GEMMs in float8.")
     hf: HfConfig = section(HfConfig, "A Hugging Face model class by import path.")
     hooks: list[Any] = key(
         [],
@@ -66,7 +66,7 @@ class Config(Section):
         "dict(type=<import path>, <argument>=...), or subclasses and instances of Hook (see hooks.md).",
     )
 
-    use_fp32_norm: bool = key(False, "Weights and computation of norms in float32.")
+    use_fp32_norm: bool = key(False, "Keep the weights of norms and compute norms in float32.")
     enable_tb: bool = key(True, "Write TensorBoard events.")
     tensorboard_folder: PathText = key(
         None, "Folder of the events; None: the environment's tensorboard_folder, else <run directory>/tensorboards."
@@ -77,11 +77,11 @@ class Config(Section):
     cudnn_benchmark: bool = key(False, "Let cuDNN search for its fastest kernels.")
     cudnn_deterministic: bool = key(False, "Use only deterministic cuDNN kernels.")
     reduce_comm_dtype: Literal["torch.bfloat16", "torch.float16", "torch.float32"] | None = key(
-        None, "Dtype in which gradients are communicated; None: float32, where InternEvo takes model.dtype."
+        None, "Dtype in which gradients are communicated; None: float32 (InternEvo: model.dtype)."
     )
-    metric_dtype: str = no_effect("fp32", "Number format of metrics.", "metrics are always computed in float32")
+    metric_dtype: str = no_effect("fp32", "Dtype of metrics.", "metrics are always computed in float32")
     pad_token_id: int | None = no_effect(
-        None, "Token that fills short rows.", "filled positions are masked from attention and loss"
+        None, "Token that pads short rows.", "padding is masked from attention and loss"
     )
     use_apex_adam: bool = no_effect(False, "Use Apex's AdamW.", "torch's fused AdamW is used")
     DO_ALERT: bool = no_effect(False, "Shorthand of example configs.", "monitor.alert decides")
@@ -101,7 +101,7 @@ class Config(Section):
         "gradient handlers",
         accepts=([], [{"type": "PipelineSharedModuleGradientHandler"}]),
     )
-    TENSOR_SHAPE: Any = no_effect(None, "Shape of pipeline messages.", "every stage knows the shapes without it")
+    TENSOR_SHAPE: Any = no_effect(None, "Shape of pipeline messages.", "every stage computes the shapes")
     fsdp_wrap_cls: list[dict[str, str]] | None = no_effect(
         None, "Classes that FSDP wraps, as dict(mod, mod_cls).", "FSDP wraps each layer, and the rest of the model"
     )
@@ -112,14 +112,14 @@ class Config(Section):
         None, "InternEvo's Transformer Engine.", "fp8 by Transformer Engine (use float8 instead)", accepts=({},)
     )
     full_kv_zigzag_with_full_dkv: bool = used_with(
-        False, "Ring attention sums whole gradients of keys and values.", "parallel.sequence_2D.enable"
+        False, "Ring attention sums full gradients of keys and values.", "parallel.sequence_2D.enable"
     )
-    int8_training: bool = later(False, "Matrix products in int8.", "int8 training")
+    int8_training: bool = later(False, "GEMMs in int8.", "int8 training")
     int8_mode: str | None = used_with(None, "Granularity of int8 scales.", "int8_training")
 
     @field_serializer("hooks", when_used="json")
     def _hooks_as_text(self, hooks: list[Any]) -> list[Any]:
-        """Classes and instances as their import paths: a checkpoint's copy of the config is JSON."""
+        """Convert classes and instances to their import paths, for the JSON copy of the config in a checkpoint."""
         return [_as_text(entry) for entry in hooks]
 
     @model_validator(mode="after")
@@ -154,7 +154,7 @@ def _as_text(entry: Any) -> Any:
 
 
 def _derived(part: _S, **values: Any) -> _S:
-    """A copy of a section with derived keys filled in; the user's own object stays as it is."""
+    """A copy of a section with derived keys filled in; the user's own object is unchanged."""
     copy = part.model_copy()
     copy._derive(**values)
     return copy

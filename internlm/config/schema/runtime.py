@@ -9,7 +9,7 @@ from internlm.config.schema.base import PathText, Section, key, later, no_effect
 
 
 class AlertConfig(Section):
-    """Messages to people."""
+    """Alerts."""
 
     enable_feishu_alert: bool = later(False, "Send alerts to Feishu.", "sending alerts")
     feishu_alert_address: str | None = used_with(
@@ -24,17 +24,17 @@ class AlertConfig(Section):
 class MonitorConfig(Section):
     """What a run reports, and how often."""
 
-    alert: AlertConfig = section(AlertConfig, "Messages to people.")
+    alert: AlertConfig = section(AlertConfig, "Alerts.")
     log_every: int = key(1, "Steps between two lines on the console.", ge=1)
     log_format: Literal["default", "internevo"] = key(
-        "default", "internevo: the console and the log have InternEvo's line of numbers, and no progress bar."
+        "default", "internevo: InternEvo's line of numbers on the console and in the log, and no progress bar."
     )
     peak_tflops: float | None = key(
-        None, "Peak of one device in TFLOP/s, for mfu; None: the known peak of the device, else no mfu.", gt=0
+        None, "Peak of one device in TFLOP/s, for the MFU; None: the known peak of the device, else no MFU.", gt=0
     )
     max_skipped_updates: int = key(
         10,
-        "Updates skipped in a row for an inf or NaN gradient that end the run; 0: any number. Those of fp16 that "
+        "Consecutive updates skipped for an inf or NaN gradient that end the run; 0: no limit. Overflows of fp16 that "
         "lower the loss scale do not count.",
         ge=0,
     )
@@ -47,8 +47,8 @@ class MonitorConfig(Section):
     )
     collective_timeout_seconds: float | None = key(
         None,
-        "Seconds that a rank waits for another one before the run ends with the stacks of all ranks; None: 1800, or 60 "
-        "where INTERNLM_ENABLE_TIMEOUT is set.",
+        "Seconds that a rank waits for another before the run ends with the stacks of all ranks; None: 1800, or 60 if "
+        "INTERNLM_ENABLE_TIMEOUT is set.",
         gt=0,
     )
 
@@ -56,7 +56,7 @@ class MonitorConfig(Section):
 class TensorboardConfig(Section):
     """The TensorBoard writer."""
 
-    queue_max_length: int = key(1, "Events held back before they are written.", ge=1)
+    queue_max_length: int = key(1, "Events buffered before they are written.", ge=1)
 
 
 class GradProfilingConfig(Section):
@@ -81,12 +81,12 @@ class GenerationConfig(Section):
     batch_size: int | None = _generation(None, "Prompts at a time.")
     eos_id: int | tuple[int, ...] = _generation(2, "Tokens that end a text.")
     bos_id: int = _generation(1, "Token that begins a text.")
-    pad_id: int | None = _generation(None, "Token that fills short prompts; None: bos_id.")
+    pad_id: int | None = _generation(None, "Token that pads short prompts; None: bos_id.")
     max_length: int = _generation(100, "Tokens of prompt and answer together.")
-    do_sample: bool = _generation(True, "Sample instead of taking the likeliest token.")
+    do_sample: bool = _generation(True, "Sample instead of taking the most likely token.")
     temperature: float = _generation(1.0, "Divides the logits.")
     num_beams: int = _generation(1, "Beams of beam search.")
-    top_k: int = _generation(50, "Sample from the k likeliest tokens.")
+    top_k: int = _generation(50, "Sample from the k most likely tokens.")
     top_p: float = _generation(1.0, "Sample from the smallest set with this probability.")
     repetition_penalty: float = _generation(1.0, "Penalty on tokens that occurred.")
     length_penalty: float = _generation(1.0, "Exponent on the length in beam search.")
@@ -96,20 +96,21 @@ class GenerationConfig(Section):
 class CpuOffloadingConfig(Section):
     """Activations in host memory."""
 
-    enable: bool = key(False, "Move activations to host memory while they wait for backward.")
+    enable: bool = key(False, "Move activations to host memory until backward needs them.")
     num_layers: int = used_with(
         0, "Layers whose activations move: the first ones of each chunk of a rank.", "cpu_offloading.enable", ge=0
     )
     offloading_activations: bool = no_effect(
-        True, "Move activations.", "activations are all that moves; cpu_offloading.enable decides"
+        True, "Move activations.", "only activations are moved; cpu_offloading.enable decides"
     )
 
 
 class Float8Config(Section):
-    """Matrix products in 8-bit floating point."""
+    """GEMMs in 8-bit floating point."""
 
     enable_float8_linear: bool = key(
-        False, "Linear layers of attention and MLP multiply in float8 (not head, embedding, norms); needs bfloat16."
+        False,
+        "Linear layers of attention and MLP run their GEMMs in float8 (not head, embedding, norms); needs bfloat16.",
     )
     scaling_type_input: Literal["dynamic", "delayed"] = used_with(
         "dynamic", "Scaling of inputs; delayed is refused.", "float8.enable_float8_linear"
@@ -122,19 +123,19 @@ class Float8Config(Section):
     )
     compile: bool = used_with(
         False,
-        "Compile the casts of layers that exchange (tensor, isp) or postpone weight gradients; those of other layers "
-        "are compiled with their layer by model.compile.",
+        "Compile the casts of layers that communicate (tensor, isp) or postpone weight gradients; model.compile "
+        "compiles those of other layers.",
         "float8.enable_float8_linear",
     )
     first_and_last_layer: bool = used_with(
-        False, "The first and the last layer of the model too.", "float8.enable_float8_linear"
+        False, "Include the first and the last layer of the model.", "float8.enable_float8_linear"
     )
     gather_weights: bool = used_with(
-        True, "isp and FSDP gather these weights in float8: half the bytes.", "float8.enable_float8_linear"
+        True, "isp and FSDP gather these weights in float8, in half the bytes.", "float8.enable_float8_linear"
     )
 
     def layers(self, num_layers: int) -> range:
-        """The numbers of the layers of a model whose linear layers multiply in float8."""
+        """Numbers of the layers whose linear layers run their GEMMs in float8."""
         if not self.enable_float8_linear:
             return range(0)
         return range(num_layers) if self.first_and_last_layer else range(1, num_layers - 1)

@@ -1,7 +1,7 @@
-"""What all buckets share: flat gradients over some parameters, and an fp32 master shard of them.
+"""The base class of buckets: flat gradients of several parameters, and an fp32 shard of their masters.
 
-One collective and one kernel then serve many tensors. How parameters are kept in step with the masters is what the
-kinds of buckets differ in; see `flat_bucket` and `fsdp_bucket`.
+One collective and one kernel then process many tensors. Subclasses (`flat_bucket`, `fsdp_bucket`) differ in how updated
+masters reach the parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from internlm.core.communication.collectives import all_reduce, all_reduce_async
 from internlm.core.communication.pending import Pending
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
-from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, master_dtype
 
 # Rows over which a norm is summed in fp32; a single fp32 sum over millions of elements is wrong in the fourth digit.
 NORM_ROW = 1024
@@ -27,27 +27,28 @@ ALIGNMENT = 32
 
 
 def part_size(device: torch.device) -> int:
-    """Elements of a flat tensor that are converted at once, so that no buffer ever exists in two dtypes.
+    """Number of elements of a flat tensor that are converted at a time, so that no whole buffer exists in two dtypes.
 
-    A multiple of `NORM_ROW`. On a device, launches should not outweigh the work. On the host, more than 32 MiB
-    (M_MMAP_THRESHOLD of glibc) would be taken from the system anew each time.
+    A multiple of `NORM_ROW`. On a device, parts are large enough to amortize kernel launches. On the host, allocations
+    above 32 MiB (glibc's largest M_MMAP_THRESHOLD) would be mapped anew each time.
     """
     return 2**22 if device.type == "cpu" else 2**24
 
 
 class Bucket(ABC):
-    """The gradients of a run of parameters in one flat buffer, and this rank's share of sums and masters.
+    """The gradients of several parameters in one flat buffer, and this rank's shard of reduced gradients and masters.
 
     Rank z of the zero group owns the z-th equal slice of the buffer: its summed gradients are `grad_shard`, its fp32
     weights `master`. A subclass sets `master`.
 
     Attributes:
-        parameters: of this bucket; each fills `shard_spec.local_shape` of the buffer.
-        offsets: where each starts in the buffer.
-        shard_start, shard_stop: this rank's slice of the buffer.
-        grad_shard: `[shard_stop - shard_start]` in the dtype that the form says.
-        master: fp32, of the shape of `grad_shard`, where the form says.
-        has_grad: for each parameter, whether a gradient came in this step.
+        parameters: parameters of this bucket; each occupies its `ShardSpec.local_shape` of the buffer.
+        offsets: first element of each parameter in the buffer.
+        shard_start: first element of this rank's slice of the buffer.
+        shard_stop: end of this rank's slice of the buffer.
+        grad_shard: `[shard_stop - shard_start]`, of `StateForm.gradient_dtype`.
+        master: shape of `grad_shard`, fp32 (float64 for float64 parameters), on `state_device`.
+        has_grad: for each parameter, whether a gradient has arrived in this step.
     """
 
     master: Tensor
@@ -64,7 +65,7 @@ class Bucket(ABC):
         self.kind = kind
         self.groups = groups
         grad_dtype = form.gradient_dtype(kind.dtype)
-        # Buffers in bf16 are there to save memory, which a copy in fp32 for the way would undo; float64 to be exact.
+        # bf16 buffers save memory, which an fp32 copy for communication would undo; float64 remains exact.
         self.reduce_dtype = reduce_dtype if grad_dtype == torch.float32 else grad_dtype
         self.specs = [shard_spec_of(parameter) for parameter in parameters]
         self.offsets: list[int] = []
@@ -72,7 +73,7 @@ class Bucket(ABC):
         for spec in self.specs:
             self.offsets.append(end)
             end += -(-math.prod(spec.local_shape) // ALIGNMENT) * ALIGNMENT
-        # A bucket is never empty, though all its parameters may be: FSDP leaves some ranks without a row.
+        # A bucket is never empty, even if all its parameters are: FSDP leaves some ranks without a row.
         slice_size = max(1, -(-end // (groups.zero_size * NORM_ROW))) * NORM_ROW
         self.shard_start = groups.zero_index * slice_size
         self.shard_stop = self.shard_start + slice_size
@@ -82,7 +83,7 @@ class Bucket(ABC):
         self.state_device = form.state_device(device)
         self.grad_buffer = torch.zeros(self.numel, dtype=grad_dtype, device=device)
         self.grad_views = self.views(self.grad_buffer)
-        # Local elements outside of every box (padding of the vocabulary) are no part of the model.
+        # Local elements outside all boxes (padding of the vocabulary) are not part of the model.
         self._padding = [
             view[tuple(slice(start, start + size) for start, size in zip(*rectangle, strict=True))]
             for view, spec in zip(self.grad_views, self.specs, strict=True)
@@ -99,7 +100,7 @@ class Bucket(ABC):
         self._reduction = Pending(self.grad_shard)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """A buffer of `numel` elements as one tensor a parameter, each of its local shape."""
+        """Views of a buffer of `numel` elements, one per parameter, each of its local shape."""
         return [
             buffer[offset : offset + math.prod(spec.local_shape)].view(spec.local_shape)
             for offset, spec in zip(self.offsets, self.specs, strict=True)
@@ -108,10 +109,10 @@ class Bucket(ABC):
     # -- gradients ------------------------------------------------------------------------------------------------
 
     def begin_step(self, num_gradients: Sequence[int]) -> None:
-        """Forget the gradients of the step before.
+        """Discard the gradients of the previous step.
 
         Args:
-            num_gradients: for each parameter, after how many gradients it is complete.
+            num_gradients: for each parameter, how many gradients it receives in this step.
         """
         self.has_grad = [False] * len(self.parameters)
         self._missing = list(num_gradients)
@@ -120,19 +121,19 @@ class Bucket(ABC):
 
     @property
     def is_complete(self) -> bool:
-        """Whether every parameter got all its gradients."""
+        """Whether every parameter has received all its gradients."""
         return self._num_incomplete == 0
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
-        """Add a gradient of parameter `index`, of its local shape and any dtype, to the buffer.
+        """Add a gradient of parameter `index` to the buffer; of its local shape, in any dtype.
 
         Raises:
-            RuntimeError: the bucket is being reduced already, as more gradients came than were expected.
+            RuntimeError: the bucket is already being reduced, because more gradients arrived than expected.
         """
         if self._is_reducing:
             raise RuntimeError(
-                f'a gradient of "{self.specs[index].name}" came after its reduction had begun: it gets more gradients '
-                f"a backward pass than one for each chunk that holds it; set overlap_sync_grad=False"
+                f'a gradient of "{self.specs[index].name}" arrived after its reduction had started: it gets more '
+                f"than one gradient per backward pass and chunk; set overlap_sync_grad=False"
             )
         if self.has_grad[index]:
             self.grad_views[index].add_(gradient)
@@ -143,26 +144,26 @@ class Bucket(ABC):
         self._num_incomplete -= self._missing[index] == 0
 
     def start_reduction(self) -> None:
-        """Start summing gradients over the zero group, or over the replicas where there is none.
+        """Start summing gradients over the zero group, or over the replicas if there is none.
 
         Every rank of the groups must call this, `continue_reduction` and `finish_reduction` of all buckets in the same
         order.
         """
         self._is_reducing = True
-        self._fill_gaps()
-        is_sent_as_it_is = self.reduce_dtype == self.grad_buffer.dtype or self.groups.are_trivial
+        self._zero_missing()
+        needs_no_cast = self.reduce_dtype == self.grad_buffer.dtype or self.groups.are_trivial
         if self.groups.zero is None:
-            reduced = self.grad_shard if is_sent_as_it_is else self.grad_shard.to(self.reduce_dtype)
+            reduced = self.grad_shard if needs_no_cast else self.grad_shard.to(self.reduce_dtype)
             self._reduction = all_reduce_async(reduced, self.groups.replica)
             return
         sent, reduced = self.grad_buffer, self.grad_shard
-        if not is_sent_as_it_is:
+        if not needs_no_cast:
             sent = sent.to(self.reduce_dtype)
             reduced = torch.empty_like(self.grad_shard, dtype=self.reduce_dtype)
         self._reduction = reduce_scatter_async(reduced, sent, self.groups.zero)
 
     def continue_reduction(self) -> None:
-        """Start summing over the replicas what the zero group has summed; later than `start_reduction`, as it waits."""
+        """Start the all-reduce over the replicas, which first waits for the reduce-scatter of `start_reduction`."""
         if self.groups.zero is not None and self.groups.replica is not None:
             self._reduction = all_reduce_async(self._reduction.wait(), self.groups.replica)
 
@@ -170,14 +171,14 @@ class Bucket(ABC):
         """Wait until `grad_shard` holds the sum over all ranks that contribute to it; after the last backward pass."""
         reduced = self._reduction.wait()
         self._reduction = Pending(self.grad_shard)
-        # Not earlier: the other end of a pipeline gets there when this rank has sent on its last gradient.
+        # Not earlier: the other end of the pipeline gets here only after this rank has sent its last gradient.
         for group in self.groups.partial:
             all_reduce(reduced, group)
         if reduced is not self.grad_shard:
             self.grad_shard.copy_(reduced)
 
-    def _fill_gaps(self) -> None:
-        """No gradient, and none of what lies outside of the model, is a gradient of zero."""
+    def _zero_missing(self) -> None:
+        """Zero the gradients of parameters that received none, and those of padding."""
         for view, has_grad in zip(self.grad_views, self.has_grad, strict=True):
             if not has_grad:
                 view.zero_()
@@ -187,7 +188,7 @@ class Bucket(ABC):
     def squared_grad_norm(self) -> Tensor:
         """Sum of the squares of `grad_shard`, a scalar fp64 tensor."""
         rows = [
-            torch.linalg.vector_norm(part.view(-1, NORM_ROW), dim=1, dtype=wide(part.dtype))
+            torch.linalg.vector_norm(part.view(-1, NORM_ROW), dim=1, dtype=master_dtype(part.dtype))
             for part in self.grad_shard.split(part_size(self.grad_shard.device))
         ]
         return torch.cat(rows).double().square().sum()
@@ -201,16 +202,16 @@ class Bucket(ABC):
 
     @abstractmethod
     def write_back(self, part: slice, values: Tensor) -> None:
-        """Write updated weights into the parameters, without waiting for a copy between devices to end.
+        """Write updated weights into the parameters; a copy between devices is only started.
 
         Args:
-            part: which elements of the shard.
-            values: of `master` there, in any dtype and on any device.
+            part: range of elements of the shard.
+            values: values of `master` in that range, in any dtype and on any device.
         """
 
     @abstractmethod
     def start_gathering(self) -> None:
-        """Start collecting what other ranks have written back."""
+        """Start gathering the weights that other ranks have updated."""
 
     @abstractmethod
     def finish_gathering(self) -> None:
@@ -218,10 +219,10 @@ class Bucket(ABC):
 
     @abstractmethod
     def reset_master(self) -> None:
-        """Take the masters anew from the parameters, after somebody else wrote the parameters."""
+        """Overwrite the masters with the parameters, after these were changed from outside."""
 
     def range_in_shard(self, index: int) -> slice:
-        """Which elements of `master` are parameter `index`; empty when this rank's slice holds none of it."""
+        """Range of `master` that is parameter `index`; empty if this rank's slice contains none of it."""
         start = self.offsets[index]
         stop = start + self.grad_views[index].numel()
         size = self.shard_stop - self.shard_start
@@ -231,26 +232,26 @@ class Bucket(ABC):
         )
 
     def pieces(self, shard: Tensor, start: int = 0) -> Iterator[tuple[nn.Parameter, list[tuple[Box, Tensor]]]]:
-        """For each parameter of this bucket, the boxes of it that a flat tensor laid out like `master` holds.
+        """Boxes of each parameter that are in a flat tensor laid out like `master`.
 
         Args:
             shard: a flat tensor, for example `master` or a moment of it, or a part of one.
-            start: the element of `master` that is the first of `shard`.
+            start: index in `master` of the first element of `shard`.
 
         Yields:
-            (parameter, [(box, view of `shard` with the box's shape)]); the list is empty when `shard` holds nothing of
+            (parameter, [(box, view of `shard` with the box's shape)]); the list is empty if `shard` contains nothing of
             the parameter.
         """
         for index, parameter in enumerate(self.parameters):
             spec, view = self.specs[index], self.grad_views[index]
-            held = self.range_in_shard(index)
-            own = slice(max(held.start - start, 0), min(held.stop - start, shard.numel()))
+            in_master = self.range_in_shard(index)
+            own = slice(max(in_master.start - start, 0), min(in_master.stop - start, shard.numel()))
             if own.start >= own.stop:
                 yield parameter, []
                 continue
-            # Where `shard` begins, in elements of this parameter.
+            # Position of the first element of `shard`, in elements of this parameter.
             origin = self.shard_start + start - self.offsets[index]
-            # A virtual whole-tensor view of the flat shard: boxes address it in the parameter's own coordinates.
+            # A virtual full-tensor view of the flat shard, addressed in the parameter's own coordinates.
             strides = view.stride()
             pieces = []
             for box in spec.boxes_of_flat_range(origin + own.start, origin + own.stop):

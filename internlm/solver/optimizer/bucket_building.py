@@ -1,4 +1,4 @@
-"""Which parameters share a bucket, in which order buckets are reduced, and who waits for which one."""
+"""Assigns parameters to buckets in the order of backward, and makes modules wait for their weights."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def build_buckets(
     """Buckets in the order in which backward completes them.
 
     Args:
-        parameters: in forward order.
+        parameters: parameters in forward order.
         context: where this rank stands.
         groups: parameter groups by name; see `ParameterGroup`.
-        weight_decay: of parameters whose group does not say.
-        decay_all: that applies to one-dimensional parameters too.
-        bucket_size: elements a bucket holds at most, unless it is one parameter.
+        weight_decay: default for parameters whose group does not set it.
+        decay_all: whether the default applies to one-dimensional parameters (norms, biases) too.
+        bucket_size: maximum number of elements in a bucket; a larger parameter gets a bucket of its own.
         reduce_dtype: dtype in which gradients are communicated.
-        form: how gradients and masters are kept.
+        form: dtypes and device of gradients and optimizer state.
     """
     open_buckets: dict[BucketKind, list[nn.Parameter]] = {}
     runs: list[tuple[BucketKind, list[nn.Parameter]]] = []
-    # Backward reaches the last parameters first; buckets in that order are complete one after the other.
+    # Backward reaches the last parameters first, so buckets are completed in this order.
     for parameter in reversed(parameters):
         kind = BucketKind.of(parameter, options_of(parameter, groups, weight_decay, decay_all=decay_all))
         run = open_buckets.get(kind)
@@ -65,9 +65,9 @@ def build_buckets(
 
 
 def wait_before_forward(chunk: nn.Module, buckets: Sequence[Bucket]) -> None:
-    """Let the layers of `chunk` wait for their own weights when they are called, and the chunk for all others.
+    """Make each layer of `chunk` wait for its weights when it is called, and the chunk for all others.
 
-    Except for the head: it is read, not called, so whoever reads it waits (`parameter_events.wait_until_readable`).
+    The head is excluded: it is read, not called, so its readers wait (`parameter_events.wait_until_readable`).
     """
     layers = layers_of(chunk)
     outer = set(chunk.parameters())

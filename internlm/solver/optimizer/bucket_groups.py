@@ -1,4 +1,4 @@
-"""What the parameters of a bucket have in common, and the process groups that share their gradients and masters."""
+"""What the parameters of a bucket have in common, and the process groups of their gradients and masters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.solver.optimizer.parameter_groups import GroupOptions
-from internlm.solver.optimizer.state_form import wide
+from internlm.solver.optimizer.state_form import master_dtype
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class BucketKind:
     """What the parameters of one bucket have in common.
 
     Attributes:
-        dtype: of the parameters.
-        options: of their parameter group.
+        dtype: dtype of the parameters.
+        options: options of their parameter group.
         view: the rank view of the axes below.
         data_axis: gradients are summed over it; its inner `zero` sub-axis shards the optimizer state.
         partial_over: further axes over which gradients are summed.
-        sharded_over: axes over which the parameters themselves are sharded; with `zero` among them (FSDP) gradients
-            arrive summed over it.
+        sharded_over: axes over which the parameters themselves are sharded; if `zero` is among them (FSDP), gradients
+            arrive already summed over it.
     """
 
     dtype: torch.dtype
@@ -40,23 +40,23 @@ class BucketKind:
 
     @classmethod
     def of(cls, parameter: nn.Parameter, options: GroupOptions) -> BucketKind:
-        """The kind that follows from a parameter's dtype, ShardSpec and group."""
+        """The kind of a parameter, from its dtype, ShardSpec and group options."""
         spec = shard_spec_of(parameter)
         return cls(parameter.dtype, options, spec.view, spec.data_axis, spec.partial_over, spec.sharded_over)
 
     @property
     def has_master(self) -> bool:
         """Whether the masters are more precise than the parameters."""
-        return self.dtype != wide(self.dtype)
+        return self.dtype != master_dtype(self.dtype)
 
     @property
     def is_sharded_over_zero(self) -> bool:
-        """Whether the parameters are split over the ranks that elsewhere share the optimizer state."""
+        """Whether the parameters themselves are sharded over the zero axis (FSDP)."""
         return "zero" in self.sharded_over
 
     def groups(self, context: ParallelContext) -> BucketGroups:
         """The process groups over which gradients are summed and masters sharded."""
-        # The axis is split in two parts where there is ZeRO; an expert's data axis is not.
+        # ZeRO splits the data axis into two sub-axes; an expert's data axis is not split.
         has_zero = self.data_axis in context.view(self.view).merged
         replica = f"{self.data_axis}_replica" if has_zero else self.data_axis
         return BucketGroups(
@@ -66,23 +66,23 @@ class BucketKind:
         )
 
     def replication_factor(self, context: ParallelContext) -> int:
-        """On how many ranks of the job each element of the summed gradient exists; the gradient norm divides by it.
+        """Number of ranks on which each element of the summed gradient exists; the gradient norm divides by it.
 
-        Pipeline stages hold different parameters, except one that is on both the first and the last stage.
+        Pipeline stages have different parameters, except one that is shared by the first and the last stage.
         """
         view = context.view(self.view)
         axes = {"pipeline", *self.sharded_over}
         if self.data_axis in view.merged:
             axes.add("zero")
-        holders = view.world_size // math.prod(view.size(axis) for axis in axes)
-        return holders * math.prod(view.size(axis) for axis in self.partial_over if axis == "pipeline_ends")
+        num_replicas = view.world_size // math.prod(view.size(axis) for axis in axes)
+        return num_replicas * math.prod(view.size(axis) for axis in self.partial_over if axis == "pipeline_ends")
 
 
 class BucketGroups:
     """The process groups of a bucket; None where this rank is alone.
 
-    The groups stay the property of the `ParallelContext`: a group's threads end when nobody holds it any more, so what
-    is kept here are weak references.
+    The `ParallelContext` owns the groups: a group's threads end with its last strong reference, so only weak references
+    are stored here.
 
     Args:
         zero: ranks that share one copy of the optimizer state.

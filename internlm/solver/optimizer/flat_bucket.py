@@ -1,4 +1,4 @@
-"""Parameters that every data rank holds whole, laid out flat and updated in shares: ZeRO stage 1."""
+"""Replicated parameters in a flat buffer, of which each rank updates a slice: ZeRO stage 1."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from internlm.core.communication.collectives import all_gather_async
 from internlm.core.communication.pending import Pending
 from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
-from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, master_dtype
 
 
 class FlatBucket(Bucket):
     """A bucket whose parameters become views of one flat buffer of their dtype, `parameter_buffer`.
 
-    Every rank of the zero group updates its slice, `parameter_shard`; an all-gather brings the others'.
+    Every rank of the zero group updates its slice, `parameter_shard`; an all-gather delivers the other slices.
     """
 
     def __init__(
@@ -32,10 +32,12 @@ class FlatBucket(Bucket):
             view.copy_(parameter.detach())
             parameter.data = view
         self.parameter_shard = self.parameter_buffer[self.shard_start : self.shard_stop]
-        # Beside the state, fp32 and float64 parameters are their own master copy.
+        # fp32 and float64 parameters on the device of the state are their own masters.
         self.master = self.parameter_shard
         if form.has_master(kind.dtype):
-            self.master = torch.empty_like(self.parameter_shard, dtype=wide(kind.dtype), device=self.state_device)
+            self.master = torch.empty_like(
+                self.parameter_shard, dtype=master_dtype(kind.dtype), device=self.state_device
+            )
             self.reset_master()
         self._gathering: Pending | None = None
 
@@ -45,7 +47,7 @@ class FlatBucket(Bucket):
             self.parameter_shard[part].copy_(values, non_blocking=True)
 
     def start_gathering(self) -> None:
-        """Start collecting the other ranks' shares."""
+        """Start the all-gather of the other ranks' slices."""
         if self.groups.zero is not None:
             self._gathering = all_gather_async(self.parameter_buffer, self.parameter_shard.clone(), self.groups.zero)
 
@@ -56,6 +58,6 @@ class FlatBucket(Bucket):
             self._gathering = None
 
     def reset_master(self) -> None:
-        """Take the masters anew from the parameters, after somebody else wrote the parameters."""
+        """Overwrite the masters with the parameters, after these were changed from outside."""
         if self.master is not self.parameter_shard:
             self.master.copy_(self.parameter_shard)

@@ -1,4 +1,4 @@
-"""Parameters of which every rank keeps only its rows, whose communication FSDP does: ZeRO stage 3."""
+"""Parameters sharded by rows, which FSDP gathers and whose gradients it reduces: ZeRO stage 3."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from internlm.core.parallel.fsdp import local_tensor
 from internlm.solver.optimizer.bucket import Bucket
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
-from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, wide
+from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, master_dtype
 
 
 class FsdpBucket(Bucket):
-    """A bucket over this rank's rows. FSDP has summed its gradients over the zero ranks when they arrive.
+    """A bucket of this rank's rows, whose gradients arrive already summed over the zero ranks.
 
-    The rows stay where FSDP keeps them, so that `master` is a copy, of fp32 parameters too.
+    FSDP owns the memory of the rows, so `master` is a copy even for fp32 parameters.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class FsdpBucket(Bucket):
         form: StateForm = FP32_STATE,
     ) -> None:
         super().__init__(parameters, kind, groups, reduce_dtype, form)
-        self.master = torch.zeros_like(self.grad_shard, dtype=wide(kind.dtype), device=self.state_device)
+        self.master = torch.zeros_like(self.grad_shard, dtype=master_dtype(kind.dtype), device=self.state_device)
         self._master_views = self.views(self.master)
         self.reset_master()
 
@@ -35,7 +35,7 @@ class FsdpBucket(Bucket):
         super().accumulate(index, local_tensor(gradient))
 
     def start_reduction(self) -> None:
-        """Nothing to start yet: what FSDP sums arrives on a stream of its own until the backward pass has ended."""
+        """Starts nothing yet: FSDP reduces gradients on its own stream until the end of backward."""
         self._is_reducing = True
 
     def continue_reduction(self) -> None:
@@ -49,20 +49,20 @@ class FsdpBucket(Bucket):
     def write_back(self, part: slice, values: Tensor) -> None:
         """Write updated weights into this rank's rows."""
         for index, parameter in enumerate(self.parameters):
-            held = self.range_in_shard(index)
-            start, stop = max(held.start, part.start), min(held.stop, part.stop)
+            own = self.range_in_shard(index)
+            start, stop = max(own.start, part.start), min(own.stop, part.stop)
             if start < stop:
-                rows = local_tensor(parameter).view(-1)[start - held.start : stop - held.start]
+                rows = local_tensor(parameter).view(-1)[start - own.start : stop - own.start]
                 rows.copy_(values[start - part.start : stop - part.start], non_blocking=True)
 
     def start_gathering(self) -> None:
-        """There is nothing to start: FSDP gathers rows when a layer is called."""
+        """Does nothing: FSDP gathers rows when a layer is called."""
 
     def finish_gathering(self) -> None:
-        """There is nothing to wait for."""
+        """Does nothing; see `start_gathering`."""
 
     @torch.no_grad()
     def reset_master(self) -> None:
-        """Take the masters anew from this rank's rows."""
+        """Overwrite the masters with this rank's rows."""
         for parameter, view in zip(self.parameters, self._master_views, strict=True):
             view.copy_(local_tensor(parameter))

@@ -18,7 +18,7 @@ CLIP_EPSILON = 1e-6
 def global_grad_norm(buckets: Sequence[Bucket], context: ParallelContext) -> Tensor:
     """L2 norm of the reduced gradients of the whole model, loss scale included; scalar fp32. Collective.
 
-    Every element counts once, however many ranks hold it.
+    Every element counts once, on however many ranks it is replicated.
     """
     squares = [bucket.squared_grad_norm() / bucket.kind.replication_factor(context) for bucket in buckets]
     # A pipeline stage whose weights are all frozen has no bucket.
@@ -26,14 +26,14 @@ def global_grad_norm(buckets: Sequence[Bucket], context: ParallelContext) -> Ten
     return all_reduce(own, context.world_group).sqrt().float()
 
 
-def clip_divisor(grad_norm: Tensor, loss_scale: Tensor, largest: float) -> Tensor:
-    """The scalar fp32 by which gradients are divided: the loss scale, times what clips them.
+def clip_divisor(grad_norm: Tensor, loss_scale: Tensor, max_norm: float) -> Tensor:
+    """The divisor of gradients, scalar fp32: loss scale times clipping factor.
 
     Args:
         grad_norm: scalar fp32, loss scale removed.
         loss_scale: scalar fp32.
-        largest: norm after clipping; 0 does not clip.
+        max_norm: largest norm after clipping; 0 disables clipping.
     """
-    if largest <= 0:
+    if max_norm <= 0:
         return loss_scale
-    return loss_scale * ((grad_norm + CLIP_EPSILON) / largest).clamp(min=1.0)
+    return loss_scale * ((grad_norm + CLIP_EPSILON) / max_norm).clamp(min=1.0)

@@ -1,9 +1,9 @@
 """An optimizer whose fp32 masters are sharded over (a part of) the data ranks: ZeRO stage 1, "hybrid" as in InternEvo.
 
 With `parallel.zero1.size = k` the optimizer state is sharded over k neighbouring data ranks and replicated over the
-rest: gradients are reduce-scattered over the k ranks and the shards summed over the replicas; updated parameters are
-gathered over the k ranks. Which groups those are follows from each parameter's ShardSpec. The optimizer knows nothing
-of models, and of an update rule only its protocol (`rules/update_rule.py`).
+rest: gradients are reduce-scattered over the k ranks and the shards all-reduced over the replicas; updated parameters
+are all-gathered over the k ranks. The groups follow from each parameter's ShardSpec. The optimizer knows nothing of
+models, and only the protocol of an update rule (`rules/update_rule.py`).
 
 A step is four parts: reduction (`bucket.py`), norm and clipping (`gradient_clipping.py`), update (`shard_updaters.py`),
 gathering of the parameters (`flat_bucket.py`). Source: ZeRO, Rajbhandari et al. 2020 (arXiv:1910.02054).
@@ -50,26 +50,26 @@ class UpdateResult:
 class HybridZeroOptimizer:
     """Sharded flat fp32 masters and optimizer state, with gradient reduction, one global norm, clipping and skipping.
 
-    A step is: `begin_step(num_backwards)`, so many backward passes, then `step(hyper_parameters)`. Gradients are
-    *summed* over data ranks: the loss must already be divided by the global number of valid tokens. Nothing in a step
-    waits for the device, except the first one, which finds the untrained parameters, and all with an offloaded state.
+    A step is `begin_step(num_backwards)`, that many backward passes, then `step(hyper_parameters)`. Gradients are
+    *summed* over data ranks: the loss must already be divided by the global number of valid tokens. No step waits for
+    the device, except while there are untrained parameters (usually only the first step), and with an offloaded state.
 
     Args:
         model: after `parallelize`; or the chunks of a pipeline that this rank holds, in forward order. A parameter may
             be in several chunks. Parameters that require a gradient become views of flat buffers, except under FSDP.
         context: where this rank stands.
-        scaler: the loss scaler; None (bf16 and fp32 need none) is a constant 1.
-        rule: how weights are updated; the learning rate comes with each step.
-        weight_decay: decoupled, of parameters whose group does not say.
-        weight_decay_norms_and_biases: decay one-dimensional parameters too (InternEvo's way).
+        scaler: the loss scaler; None: a constant scale of 1, for bf16 and fp32.
+        rule: the update rule; `step` takes the learning rate.
+        weight_decay: default for parameters whose group does not set it.
+        weight_decay_norms_and_biases: decay one-dimensional parameters too, as InternEvo does.
         groups: parameter groups by name. Frozen ones must be frozen already: see `freeze_parameters`.
-        clip_grad_norm: largest global norm; 0 leaves gradients as they are.
+        clip_grad_norm: largest global norm after clipping; 0 disables clipping.
         overlap_sync_grad: start reducing a bucket while backward still runs.
-        overlap_sync_param: gather parameters while the next forward runs; whoever reads them outside of a forward pass
-            calls `finish_gathering` first.
-        reduce_bucket_size: elements a bucket holds at most (a larger single parameter has a bucket of its own).
+        overlap_sync_param: gather parameters while the next forward runs; a reader outside a forward pass must call
+            `finish_gathering` first.
+        reduce_bucket_size: maximum number of elements in a bucket; a larger parameter gets a bucket of its own.
         reduce_dtype: dtype in which gradients that are accumulated in fp32 are communicated.
-        form: how gradients and the optimizer's state are kept.
+        form: dtypes and device of gradients and optimizer state.
     """
 
     def __init__(
@@ -96,16 +96,14 @@ class HybridZeroOptimizer:
         self.overlap_sync_grad = overlap_sync_grad
         self.overlap_sync_param = overlap_sync_param
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
-        held = Counter(p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
+        chunk_counts = Counter(p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad)
         if rule.works_on != "elements":
-            raise ValueError(
-                f"{type(rule).__name__} works on {rule.works_on}: only rules on elements are supported yet"
-            )
-        if not held and context.size("pipeline") == 1:
+            raise ValueError(f"{type(rule).__name__} works on {rule.works_on}: only rules on elements are supported")
+        if not chunk_counts and context.size("pipeline") == 1:
             raise ValueError("the model has no parameter that requires a gradient")
-        check_frozen(held, groups)
+        check_frozen(chunk_counts, groups)
         self.buckets = build_buckets(
-            list(held),
+            list(chunk_counts),
             context,
             groups=groups,
             weight_decay=weight_decay,
@@ -114,7 +112,7 @@ class HybridZeroOptimizer:
             reduce_dtype=reduce_dtype,
             form=form,
         )
-        self._num_chunks = [[held[parameter] for parameter in bucket.parameters] for bucket in self.buckets]
+        self._num_chunks = [[chunk_counts[parameter] for parameter in bucket.parameters] for bucket in self.buckets]
         self._defaults: HyperParameters = dict(rule.hyper_parameters)
         self.hyper_parameters = self._defaults
         self.states, self._num_updates, self._updater = build_states(self.buckets, form, rule, context.device)
@@ -141,11 +139,11 @@ class HybridZeroOptimizer:
         return self.scaler.scale
 
     def begin_step(self, num_backwards: int) -> None:
-        """Start a step with no gradients.
+        """Start a step without gradients.
 
         Args:
-            num_backwards: backward passes that each chunk will see. A parameter is complete after as many gradients for
-                each chunk that holds it; then the reduction of its bucket may start under the passes that remain.
+            num_backwards: number of backward passes of each chunk. A parameter is complete after that many gradients
+                from each chunk that contains it; the reduction of its bucket may then overlap the remaining passes.
         """
         for bucket, num_chunks in zip(self.buckets, self._num_chunks, strict=True):
             bucket.begin_step([num_backwards * count for count in num_chunks])
@@ -163,7 +161,7 @@ class HybridZeroOptimizer:
     def _start_next_reduction(self) -> None:
         self.buckets[self._next_reduction].start_reduction()
         if self._next_reduction > 0:
-            # Its first part had the time of a whole bucket's backward pass.
+            # Its reduce-scatter has overlapped the backward pass of a whole bucket.
             self.buckets[self._next_reduction - 1].continue_reduction()
         self._next_reduction += 1
 
@@ -172,17 +170,17 @@ class HybridZeroOptimizer:
         """Reduce the remaining gradients, clip, update the masters and start gathering the parameters.
 
         Args:
-            hyper_parameters: "lr" and others of the rule for this step; those left out have the rule's defaults. A
-                number is the learning rate.
+            hyper_parameters: "lr" and those of the rule, for this step; omitted ones have the rule's defaults. A number
+                is the learning rate.
 
         Raises:
-            ValueError: the rule does not know a hyper-parameter.
+            ValueError: the rule has no hyper-parameter of a given name.
         """
         given = hyper_parameters if isinstance(hyper_parameters, Mapping) else {"lr": hyper_parameters}
         unknown = given.keys() - {"lr", *self._defaults}
         if unknown:
             known = sorted({"lr", *self._defaults})
-            raise ValueError(f"the update rule has no hyper-parameter {sorted(unknown)}, but {known}")
+            raise ValueError(f"unknown hyper-parameters {sorted(unknown)}: the update rule has {known}")
         self.hyper_parameters = {**self._defaults, **given}
         self.reduce_gradients()
         loss_scale = self.scaler.scale
@@ -198,7 +196,7 @@ class HybridZeroOptimizer:
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Finish summing the gradients over ranks; collective. Afterwards `sharded_gradients` can be read."""
+        """Finish the reduction of gradients; collective. Afterwards `sharded_gradients` can be read."""
         if self._is_reduced:
             return
         while self._next_reduction < len(self.buckets):
@@ -213,7 +211,7 @@ class HybridZeroOptimizer:
     # -- parameters -----------------------------------------------------------------------------------------------
 
     def gather_parameters(self) -> None:
-        """Collect on all ranks what each has updated."""
+        """All-gather the updated parameters."""
         # Forward needs the first parameters first.
         for bucket in reversed(self.buckets):
             bucket.start_gathering()
@@ -226,10 +224,10 @@ class HybridZeroOptimizer:
             bucket.finish_gathering()
 
     def reset_masters(self, *, keep_loaded: bool = False) -> None:
-        """Take the fp32 masters anew from the parameters, after a checkpoint's weights were loaded into them.
+        """Overwrite the fp32 masters with the parameters, after a checkpoint's weights were loaded.
 
         Args:
-            keep_loaded: leave masters alone that `sharded_state` has, as they were loaded too.
+            keep_loaded: keep the masters that `sharded_state` yields, as they were loaded too.
         """
         for bucket in self.buckets:
             if not (keep_loaded and bucket.kind.has_master):
@@ -243,7 +241,7 @@ class HybridZeroOptimizer:
         Yields:
             (key, parameter, pieces) with keys `master/<name>` (fp32; absent for fp32 parameters, their own masters) and
             `<state>/<name>` for each of the rule's `state_names` (of `form.moment_dtype`), where the name is that of
-            the ShardSpec; writing into the pieces writes into the state. Several parameters may hold parts of one name.
+            the ShardSpec; writing into the pieces writes into the state. Several parameters may be parts of one name.
         """
         for state in self.states:
             shards = dict(state.tensors)
@@ -254,14 +252,13 @@ class HybridZeroOptimizer:
                     yield f"{kind}/{shard_spec_of(parameter).name}", parameter, pieces
 
     def sharded_gradients(self) -> Iterator[tuple[str, nn.Parameter, list[tuple[Box, Tensor]]]]:
-        """The gradient of the last step, summed over all ranks, without loss scale; in fp32, of float64 parameters in
-        float64. Clipped, as it was applied, after `step`; not clipped between `reduce_gradients` and `step`.
+        """Gradients of the last step, summed over all ranks, without loss scale.
 
-        Valid after `reduce_gradients` or `step` until the next `begin_step`.
+        In fp32, or in float64 for float64 parameters. Clipped after `step`, not clipped between `reduce_gradients` and
+        `step`. Valid after `reduce_gradients` or `step` until the next `begin_step`.
 
         Yields:
-            (name of the ShardSpec, parameter, pieces), where the pieces are this rank's share; nothing may be written
-            into them.
+            (name of the ShardSpec, parameter, pieces), where the pieces are this rank's shard and read-only.
         """
         for bucket in self.buckets:
             is_divided = self._is_updated and self._updater.divides(bucket.grad_shard.dtype)
@@ -272,7 +269,7 @@ class HybridZeroOptimizer:
 
     @property
     def num_updates(self) -> int:
-        """Updates taken so far (skipped ones do not count); waits for the device."""
+        """Number of updates so far, without skipped ones; waits for the device."""
         return int(self._num_updates.item())
 
     @num_updates.setter

@@ -1,6 +1,6 @@
-"""Finds the weights, gradients and optimizer states that hold an inf or a NaN, by name, layer and rank.
+"""Finds the weights, gradients and optimizer states that contain an inf or NaN, by name, layer and rank.
 
-For the moment in which a run fails, and for the start: everything here waits for the device.
+For the start and the failure of a run: everything here waits for the device.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 @dataclass(frozen=True, order=True)
 class NonFinite:
-    """A tensor with an inf or a NaN; sorted as the model's forward pass goes.
+    """A tensor with an inf or NaN; sorts in forward order.
 
     Attributes:
-        layer: number of its layer; -1 before the layers, infinite behind them.
+        layer: number of its layer; -1 before the layers, infinity after them.
         name: global name.
         rank: the first rank whose part of it is not finite.
     """
@@ -41,12 +41,12 @@ class NonFinite:
 
 
 def nonfinite_weights(optimizer: Optimizer) -> list[NonFinite]:
-    """Those of the whole model, in forward order; collective."""
+    """Non-finite weights of the whole model, in forward order; collective."""
     return _of_all_ranks(optimizer, _weights(optimizer))
 
 
 def nonfinite_gradients(optimizer: Optimizer) -> list[NonFinite]:
-    """Those of the last step, in forward order; collective. Valid until the next step begins."""
+    """Non-finite gradients of the last step, in forward order; collective. Valid until the next step begins."""
     return _of_all_ranks(
         optimizer,
         ((name, piece) for name, _, pieces in optimizer.sharded_gradients() for _, piece in pieces),
@@ -54,21 +54,21 @@ def nonfinite_gradients(optimizer: Optimizer) -> list[NonFinite]:
 
 
 def nonfinite_states(optimizer: Optimizer) -> list[NonFinite]:
-    """fp32 masters and moments (`master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`); collective."""
+    """Non-finite fp32 masters and state tensors (`master/<name>`, `exp_avg/<name>` ...); collective."""
     return _of_all_ranks(
         optimizer, ((key, piece) for key, _, pieces in optimizer.sharded_state() for _, piece in pieces)
     )
 
 
 def describe_failed_update(optimizer: Optimizer) -> str:
-    """What is not finite after a step whose update was skipped, in one line; collective."""
+    """Describe in one line which tensors are not finite after a skipped update; collective."""
     weights = nonfinite_weights(optimizer)
     if weights:
-        return f"the weights themselves are not finite, {len(weights)} of them, the first one is {weights[0]}"
+        return f"not finite: {len(weights)} weight(s), the first one is {weights[0]}"
     gradients = nonfinite_gradients(optimizer)
     if not gradients:
         return "all weights are finite, and so are the gradients of the last step"
-    # Backward runs from the last layer to the first, and all that follows an inf or a NaN has some too.
+    # Backward runs from the last layer to the first, and everything computed from an inf or NaN is not finite either.
     return (
         f"all weights are finite, the gradients of {len(gradients)} are not, and the first one that backward reaches "
         f"is that of {gradients[-1]}"

@@ -56,13 +56,13 @@ def is_frozen(name: str, groups: Sequence[ParameterGroup]) -> bool:
 def options_of(
     parameter: nn.Parameter, groups: Sequence[ParameterGroup], weight_decay: float, *, decay_all: bool
 ) -> GroupOptions:
-    """How a parameter is updated.
+    """The update options of a parameter.
 
     Args:
         parameter: after `parallelize`.
         groups: see `ParameterGroup`.
-        weight_decay: of parameters without a group, or whose group leaves it open.
-        decay_all: that applies to one-dimensional parameters (norms, biases) too.
+        weight_decay: default for parameters without a group, or whose group does not set it.
+        decay_all: whether the default applies to one-dimensional parameters (norms, biases) too.
     """
     default = weight_decay if decay_all or parameter.ndim > 1 else 0.0
     group = group_of(shard_spec_of(parameter).name, groups)
@@ -72,7 +72,7 @@ def options_of(
 
 
 def freeze_parameters(chunks: Iterable[nn.Module], groups: Sequence[ParameterGroup]) -> None:
-    """Let the parameters of frozen groups require no gradient; before FSDP and the optimizer see them."""
+    """Clear `requires_grad` of the parameters of frozen groups; before FSDP is applied and the optimizer is built."""
     for chunk in chunks:
         for parameter in chunk.parameters():
             if is_frozen(shard_spec_of(parameter).name, groups):

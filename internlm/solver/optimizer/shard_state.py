@@ -16,7 +16,7 @@ from internlm.solver.optimizer.stochastic_rounding import StochasticRounding, st
 
 @dataclass(frozen=True)
 class UpdateStep:
-    """What all shards have in common in one step.
+    """The arguments of an update that all shards share.
 
     Attributes:
         hyper_parameters: "lr", and those of the rule.
@@ -41,8 +41,8 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
         self._numel, self._device = numel, device
 
-    def of(self, name: str, source: Tensor) -> Tensor:
-        """A copy of `source` in fp32, valid until the next one of that name."""
+    def fp32_copy(self, name: str, source: Tensor) -> Tensor:
+        """Copy `source` to fp32; valid until the next copy of the same name."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(self._numel, dtype=torch.float32, device=self._device)
         return self._buffers[name][: source.numel()].copy_(source)
@@ -52,10 +52,11 @@ class ShardState:
     """The optimizer state of one bucket on this rank.
 
     Args:
-        bucket: its `master` is a part of the state.
+        bucket: the bucket, whose `master` is part of the state.
         rule: see `UpdateRule`.
-        num_updates: scalar fp32 beside the masters, shared by all buckets: updates taken; skipped ones do not count.
-        scratch: for state in bf16.
+        num_updates: scalar fp32 on the device of the masters, shared by all buckets: number of updates, without skipped
+            ones.
+        scratch: memory for fp32 copies of bf16 state.
         rounding: rounds the state to bf16, with random numbers drawn for this update; None keeps the master's dtype.
 
     Attributes:
@@ -82,8 +83,8 @@ class ShardState:
         """Update the masters and the state of one part.
 
         Args:
-            part: elements of the shard, from a multiple of `ALIGNMENT` to another: vectorized loops then start and end
-                as they would over the whole shard, so that the division into parts changes no bit.
+            part: range of the shard between multiples of `ALIGNMENT`: vectorized loops then start and end as they would
+                over the whole shard, so the division into parts changes no bit.
             gradient: of the part, in the dtype of the master; divided by `step.divisor` in place, unless the step is
                 skipped.
             step: the same for all parts.
@@ -91,13 +92,13 @@ class ShardState:
         stored = {name: tensor[part] for name, tensor in self.tensors.items()}
         state = stored
         if self._rounding is not None:
-            state = {name: self._scratch.of(name, tensor) for name, tensor in stored.items()}
+            state = {name: self._scratch.fp32_copy(name, tensor) for name, tensor in stored.items()}
         self.rule.update(
             self.bucket.master[part],
             gradient,
             state,
             self._num_updates,
-            self._of_group(step.hyper_parameters),
+            self._group_hyper_parameters(step.hyper_parameters),
             divisor=step.divisor,
             skipped=step.skipped,
         )
@@ -106,7 +107,7 @@ class ShardState:
                 self._round(self._rounding, name, part, tensor)
                 store_truncated(stored[name], tensor)
 
-    def _of_group(self, hyper_parameters: HyperParameters) -> Mapping[str, float]:
+    def _group_hyper_parameters(self, hyper_parameters: HyperParameters) -> Mapping[str, float]:
         options = self.bucket.kind.options
         lr = hyper_parameters["lr"] * options.lr_factor
         return {**hyper_parameters, "lr": lr, "weight_decay": options.weight_decay}

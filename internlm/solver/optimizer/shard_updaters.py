@@ -1,6 +1,6 @@
-"""Updates the shards of all buckets in a step: on the device or on the host, part by part where a dtype is converted.
+"""Updates the shards of all buckets, on the device or on the host; part by part if a dtype is converted.
 
-The division into parts changes no bit of the result, and no buffer ever exists in two dtypes.
+The division into parts changes no bit of the result, and no whole buffer exists in two dtypes.
 """
 
 from __future__ import annotations
@@ -16,72 +16,73 @@ from torch import Tensor
 from internlm.solver.optimizer.bucket import Bucket, part_size
 from internlm.solver.optimizer.rules.update_rule import UpdateRule
 from internlm.solver.optimizer.shard_state import Scratch, ShardState, UpdateStep
-from internlm.solver.optimizer.state_form import StateForm, wide
+from internlm.solver.optimizer.state_form import StateForm, master_dtype
 from internlm.solver.optimizer.stochastic_rounding import StochasticRounding
 from internlm.utils.copy_stream import CopyStream, QueuedCopy, copy_stream_of
 
 Parts = Sequence[tuple[ShardState, Sequence[slice]]]
-"""Of every bucket, the parts of its shard that take part in a step; see `ShardState.update`."""
+"""For every bucket, the parts of its shard to update in a step; see `ShardState.update`."""
 
 
 class Updater(Protocol):
     """Updates masters and moments from the gradients of a step, and the parameters from the masters."""
 
     def run(self, parts: Parts, step: UpdateStep) -> None:
-        """Update; afterwards parameters may be read by the device's current stream."""
+        """Update; afterwards the device's current stream may read the parameters."""
 
     def divides(self, gradients: torch.dtype) -> bool:
-        """Whether a step that is not skipped leaves gradients of a dtype divided by `UpdateStep.divisor`."""
+        """Whether a step that is not skipped divides gradients of this dtype by `UpdateStep.divisor` in place."""
 
 
 class ResidentUpdater:
     """Updates on the device of the parameters. Nothing waits for the device.
 
     Args:
-        scratch: for gradients that are not in the dtype of the masters.
+        scratch: memory for fp32 copies of gradients in another dtype than the masters.
         num_updates: that of the states.
         rounding: that of the states.
-        at_once: elements of a part; None for whole shards, where nothing is converted.
+        part_numel: number of elements in a part; None for whole shards, if no dtype is converted.
     """
 
     def __init__(
-        self, scratch: Scratch, num_updates: Tensor, rounding: StochasticRounding | None, at_once: int | None
+        self, scratch: Scratch, num_updates: Tensor, rounding: StochasticRounding | None, part_numel: int | None
     ) -> None:
         self._scratch = scratch
         self._num_updates = num_updates
         self._rounding = rounding
-        self._at_once = at_once
+        self._part_numel = part_numel
 
     def run(self, parts: Parts, step: UpdateStep) -> None:
         """Update part by part."""
         if self._rounding is not None:
             self._rounding.draw(self._num_updates)
-        for state, part in _cut(parts, self._at_once):
+        for state, part in _cut(parts, self._part_numel):
             gradient = state.bucket.grad_shard[part]
             if gradient.dtype != state.bucket.master.dtype:
-                gradient = self._scratch.of("gradient", gradient)
+                gradient = self._scratch.fp32_copy("gradient", gradient)
             state.update(part, gradient, step)
             state.bucket.write_back(part, state.bucket.master[part])
         self._num_updates.add_(1.0 - step.skipped)
 
     def divides(self, gradients: torch.dtype) -> bool:
-        """What is updated in place."""
-        return gradients == wide(gradients)
+        """True for gradients that are updated without a copy."""
+        return gradients == master_dtype(gradients)
 
 
 class OffloadedUpdater:
-    """Updates on the host, where masters and moments are: gradients go down and parameters up, both in their own dtype.
+    """Updates on the host, where masters and state are; gradients and parameters are copied in their own dtypes.
 
-    While the CPU updates one part, the gradients of the next one and the parameters of the one before are on their way.
-    The host waits for the gradients, of which the first come when the global norm is known. Only what travels lies in
-    pinned memory: two parts each way.
+    While the CPU updates one part, the gradients of the next and the parameters of the previous part are copied. The
+    host waits for the gradients, which are copied once the global norm is known. Pinned memory contains only data in
+    transit: two parts in each direction.
 
     Args:
-        scratch: on the host, for gradients that are not in fp32.
+        scratch: host memory for fp32 copies of gradients in another dtype.
         num_updates: that of the states.
         rounding: that of the states.
-        down, up: carry copies from and to the device.
-        at_once: elements of a part.
+        down: copy stream from the device.
+        up: copy stream to the device.
+        part_numel: number of elements in a part.
     """
 
     def __init__(
@@ -91,14 +92,14 @@ class OffloadedUpdater:
         rounding: StochasticRounding | None,
         down: CopyStream,
         up: CopyStream,
-        at_once: int,
+        part_numel: int,
     ) -> None:
         self._scratch = scratch
         self._num_updates = num_updates
         self._rounding = rounding
         self._down, self._up = down, up
-        self._at_once = at_once
-        num_bytes = 2 * at_once * torch.float32.itemsize
+        self._part_numel = part_numel
+        num_bytes = 2 * part_numel * torch.float32.itemsize
         self._arrived = down.new_host_buffer(num_bytes, torch.uint8).view(2, -1)
         self._leaving = up.new_host_buffer(num_bytes, torch.uint8).view(2, -1)
 
@@ -111,7 +112,7 @@ class OffloadedUpdater:
             self._rounding.draw(self._num_updates)
         self._down.wait_for_compute()
         self._up.wait_for_compute()
-        work = list(_cut(parts, self._at_once))
+        work = list(_cut(parts, self._part_numel))
         arriving = [self._fetch(*work[0], slot=0)] if work else []
         left: list[QueuedCopy[None] | None] = [None, None]
         for number, (state, part) in enumerate(work):
@@ -120,9 +121,9 @@ class OffloadedUpdater:
                 arriving.append(self._fetch(*work[number + 1], slot=1 - slot))
             gradient = arriving[number].synchronize()
             if gradient.dtype != torch.float32:
-                gradient = self._scratch.of("gradient", gradient)
+                gradient = self._scratch.fp32_copy("gradient", gradient)
             state.update(part, gradient, step)
-            # The part before the last one may still be leaving from there.
+            # The copy of the part before the previous one may still read this slot.
             if (copy := left[slot]) is not None:
                 copy.synchronize()
             leaving = _typed(self._leaving[slot], state.bucket.kind.dtype, part).copy_(state.bucket.master[part])
@@ -131,7 +132,7 @@ class OffloadedUpdater:
         self._up.join()
 
     def divides(self, gradients: torch.dtype) -> bool:
-        """Those on the device stay as they are."""
+        """False: gradients on the device are unchanged."""
         return False
 
     def _fetch(self, state: ShardState, part: slice, slot: int) -> QueuedCopy[Tensor]:
@@ -144,18 +145,19 @@ class OffloadedUpdater:
 def build_states(
     buckets: Sequence[Bucket], form: StateForm, rule: UpdateRule, device: torch.device
 ) -> tuple[list[ShardState], Tensor, Updater]:
-    """The state of every bucket, their common number of updates (scalar fp32), and what updates them.
+    """The state of every bucket, the shared number of updates (scalar fp32), and the updater.
 
     Args:
-        buckets: of the optimizer, made with the same form; none where all weights of a pipeline stage are frozen.
-        form: how the state is kept.
-        rule: how weights are updated, element by element.
-        device: of the parameters.
+        buckets: buckets of the optimizer, built with the same form; empty if all weights of a pipeline stage are
+            frozen.
+        form: dtypes and device of the state.
+        rule: an update rule on elements.
+        device: device of the parameters.
     """
     state_device = form.state_device(device)
     numel = max((bucket.grad_shard.numel() for bucket in buckets), default=1)
-    at_once = min(numel, part_size(state_device))
-    scratch = Scratch(at_once, state_device)
+    part_numel = min(numel, part_size(state_device))
+    scratch = Scratch(part_numel, state_device)
     num_updates = torch.zeros((), dtype=torch.float32, device=state_device)
     rounding = None
     if form.moments != torch.float32:
@@ -164,17 +166,17 @@ def build_states(
     updater: Updater
     if form.is_offloaded:
         down, up = copy_stream_of(device), copy_stream_of(device)
-        updater = OffloadedUpdater(scratch, num_updates, rounding, down, up, at_once)
+        updater = OffloadedUpdater(scratch, num_updates, rounding, down, up, part_numel)
     else:
         is_converted = rounding is not None or any(b.grad_buffer.dtype != b.master.dtype for b in buckets)
-        updater = ResidentUpdater(scratch, num_updates, rounding, at_once if is_converted else None)
+        updater = ResidentUpdater(scratch, num_updates, rounding, part_numel if is_converted else None)
     return states, num_updates, updater
 
 
-def _cut(parts: Parts, at_once: int | None) -> Iterator[tuple[ShardState, slice]]:
+def _cut(parts: Parts, part_numel: int | None) -> Iterator[tuple[ShardState, slice]]:
     for state, slices in parts:
         for whole in slices:
-            size = at_once or whole.stop - whole.start
+            size = part_numel or whole.stop - whole.start
             for start in range(whole.start, whole.stop, size):
                 yield state, slice(start, min(start + size, whole.stop))
 

@@ -1,7 +1,7 @@
-"""Parameters that never had a gradient: weight decay must not shrink what is not trained.
+"""Parameters that never had a gradient, which weight decay must not shrink.
 
-A parameter without a gradient in one step counts as having a gradient of zero in that step, in every layout. Only a
-parameter that has had none since the start of the run, on any rank, is left unchanged, as torch.optim does.
+A parameter without a gradient in one step has a zero gradient in that step, in every layout. Only a parameter that has
+had none on any rank since the start of the run is left unchanged, as by torch.optim.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from internlm.solver.optimizer.shard_state import ShardState
 class UntrainedParameters:
     """Tracks which parameters are untrained.
 
-    All ranks that share a bucket agree on them. After the first step there are usually none, and no message is sent any
-    more; while there is one, every step waits for the device.
+    All ranks that share a bucket agree on them. After the first step there are usually none, which costs no
+    communication; while there is one, every step waits for the device.
 
     Args:
-        states: of all buckets; in a resumed run they show which parameters were trained before.
+        states: states of all buckets; in a resumed run they show which parameters were trained before.
     """
 
     def __init__(self, states: Sequence[ShardState]) -> None:
@@ -32,7 +32,7 @@ class UntrainedParameters:
         self._untrained = [list(range(len(state.bucket.parameters))) for state in states]
 
     def update(self) -> None:
-        """Remove the parameters that got a gradient in this step; call it in every step, before the update."""
+        """Remove the parameters that received a gradient in this step; call it in every step, before the update."""
         for number, state in enumerate(self._states):
             untrained = self._untrained[number]
             if not untrained:
@@ -45,7 +45,7 @@ class UntrainedParameters:
             self._untrained[number] = [index for index, trained in pairs if not trained]
 
     def trained_parts(self) -> list[tuple[ShardState, list[slice]]]:
-        """Of every shard, the ranges between untrained parameters. Each range starts and ends aligned."""
+        """The ranges of every shard between untrained parameters, aligned at both ends."""
         return [
             (state, _between(state, untrained)) for state, untrained in zip(self._states, self._untrained, strict=True)
         ]

@@ -13,7 +13,7 @@ from internlm.utils.errors import MissingFileError, StorageError
 
 @dataclass(frozen=True)
 class Explanation:
-    """Cause and fix of a failure, in words."""
+    """Cause and fix of a failure, as text for the user."""
 
     cause: str
     fix: str
@@ -24,7 +24,7 @@ class Explains(Protocol):
     """A store that can explain its own errors."""
 
     def explain(self, error: Exception) -> Explanation | None:
-        """The cause and fix of an error, for a user; None for a defect of this project."""
+        """Cause and fix of an error; None for a defect of this project."""
 
 
 @contextmanager
@@ -52,32 +52,32 @@ def storage_failure(error: BaseException) -> StorageError | None:
     A library whose file fails during a write (torch.save) raises its own error in the clean-up; the cause is in the
     `__context__` of that error.
     """
-    found = next((one for one in _behind(error) if isinstance(one, StorageError)), None)
+    found = next((one for one in _chain(error) if isinstance(one, StorageError)), None)
     return found or full_disk(error)
 
 
 def full_disk(error: BaseException) -> StorageError | None:
-    """As `storage_failure`, for a full disk only: never caused by a defect, whatever error it is hidden behind."""
-    full = next((one for one in _behind(error) if isinstance(one, OSError) and one.errno in FULL), None)
+    """Like `storage_failure`, for a full disk only, which is never a defect, whatever error it is hidden behind."""
+    full = next((one for one in _chain(error) if isinstance(one, OSError) and one.errno in FULL), None)
     if full is None:
         return None
-    named = next((one for one in _behind(error) if isinstance(one, StorageError) and one.__cause__ is full), None)
-    return named or StorageError(_told(full))
+    named = next((one for one in _chain(error) if isinstance(one, StorageError) and one.__cause__ is full), None)
+    return named or StorageError(_write_failure(full))
 
 
-def _behind(error: BaseException) -> Iterator[BaseException]:
+def _chain(error: BaseException) -> Iterator[BaseException]:
     """An error, its causes, and the errors during whose handling it was raised."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
-        one = waiting.pop()
-        if id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            waiting += [other for other in (one.__context__, one.__cause__) if other is not None]
+        current = waiting.pop()
+        if id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            waiting += [other for other in (current.__context__, current.__cause__) if other is not None]
 
 
-def _told(error: OSError) -> str:
+def _write_failure(error: OSError) -> str:
     where = f"'{error.filename}'" if error.filename else "a file"
     why = (error.strerror or str(error)).lower()
     return f"cannot write {where}: {why}; free space on that disk (or in your quota), or choose another folder"

@@ -49,7 +49,7 @@ class FsspecStore:
             # Other processes write too: listings must not be cached.
             return fsspec.filesystem(self._address.protocol, use_listings_cache=False)
         except ImportError as error:
-            install = PACKAGES.get(self._address.protocol, "install the package that it names")
+            install = PACKAGES.get(self._address.protocol, "install that package")
             raise ConfigError(f"'{self._address.protocol}://' needs a package: {error}. Fix: {install}") from error
 
     def path(self, key: str) -> str:

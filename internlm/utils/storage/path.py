@@ -29,8 +29,7 @@ class StoragePath:
     time first.
 
     Attributes:
-        url: as the user wrote it, without trailing slashes; local paths without 'local:'. Use `storage_path` to make
-            one.
+        url: as the user wrote it, without trailing slashes; local paths without 'local:'. `storage_path` normalizes it.
     """
 
     url: str
@@ -50,7 +49,7 @@ class StoragePath:
 
     @property
     def parent(self) -> StoragePath:
-        """The folder that this is in; the root of a store is its own parent."""
+        """The parent folder; the root of a store is its own parent."""
         if self.is_local:
             return StoragePath(str(self.local.parent))
         return StoragePath(self._location.url_of(self._location.key.rpartition("/")[0]))
@@ -84,7 +83,7 @@ class StoragePath:
             return self._store.is_file(self._location.key)
 
     def is_folder(self) -> bool:
-        """Whether it is a folder; in an object store, whether any object lies below it."""
+        """Whether it is a folder; in an object store, whether there is any object below it."""
         with named_failures(self._store, "look for", self.url):
             return self._store.is_folder(self._location.key)
 
@@ -99,15 +98,15 @@ class StoragePath:
             return self._store.size(self._location.key)
 
     def open_read(self) -> BinaryIO:
-        """Open a file for reading. It can seek; little more than what is read is fetched."""
+        """Open a file for reading, with seeking; little more is fetched than is read."""
         with named_failures(self._store, "read", self.url):
             return io.BufferedReader(self._store.open_read(self._location.key, self.url), self._store.block_bytes)
 
     def open_write(self) -> WriteStream:
         """Open a file for sequential writing, replacing an existing one; its folder must exist.
 
-        The file is complete once closed: a local file is then on disk, an object visible in its store. An exception in
-        its `with` block, or `abort()`, leaves nothing.
+        The file is complete once closed: a local file is then on disk, an object is visible in its store. An exception
+        in its `with` block, or `abort()`, leaves no file.
         """
         with named_failures(self._store, "write", self.url):
             return WriteStream(self._store.open_write(self._location.key, self.url))
@@ -150,8 +149,8 @@ def storage_path(url: str | os.PathLike[str] | StoragePath) -> StoragePath:
     """The file or folder that a user means by `url`; doc/storage.md lists the spellings.
 
     Raises:
-        ConfigError: the URL cannot be read, its prefix is unknown, the package for it is not installed, or it begins
-            with `~` and there is no home.
+        ConfigError: the URL is malformed, its prefix is unknown, its package is not installed, or it begins with `~`
+            and there is no home folder.
     """
     if isinstance(url, StoragePath):
         return url

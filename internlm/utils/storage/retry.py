@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When a failed request is repeated.
+    """When a failed request is retried.
 
     Attributes:
         retry_seconds: time after which no further attempt starts.
@@ -62,7 +62,7 @@ class RetryPolicy:
             try:
                 return attempt()
             except Exception as error:
-                # Jitter: many ranks fail at once and must not return at once.
+                # Jitter: many ranks fail at the same time and must not retry at the same time.
                 pause = random.uniform(0.5, 1.0) * longest_pause
                 if not is_transient(error) or time.monotonic() + pause > deadline:
                     raise
@@ -82,5 +82,5 @@ def _seconds(variable: str, default: float, least: float) -> float:
     except ValueError:
         seconds = -1.0
     if not seconds >= least:
-        raise ConfigError(f"the environment variable {variable} is '{text}'; give a number of seconds")
+        raise ConfigError(f"the environment variable {variable} is '{text}'; set it to a number of seconds")
     return seconds

@@ -24,10 +24,10 @@ class S3Address:
     """A bucket of a service.
 
     Attributes:
-        service: chooses the credentials.
-        bucket: its name.
+        service: kind of service, which determines the credentials.
+        bucket: name of the bucket.
         endpoint: URL of the service; None for AWS or the one in AWS_ENDPOINT_URL.
-        region: of the bucket; None for the one in the environment.
+        region: region of the bucket; None for the one in the environment.
     """
 
     service: Service
@@ -36,7 +36,7 @@ class S3Address:
     region: str | None = None
 
     def open(self) -> Store:
-        """The bucket, by the credentials and retry policy in the environment."""
+        """The bucket, with the credentials and retry policy of the environment."""
         credentials = Credentials.from_environment(self.service)
         connection = Connection(self.service, self.endpoint, self.region, credentials, RetryPolicy.from_environment())
         return _open_store(connection, self.bucket)
@@ -91,7 +91,7 @@ class S3Store(S3Bucket):
         keys += [file["Key"] for page in self._pages(_folder(key)) for file in page.get("Contents", [])]
 
         def remove_one(key: str) -> None:
-            # One by one: the batch request needs a checksum on which the stores do not agree.
+            # One by one: the batch request needs a checksum that differs between stores.
             self.call(self.client.delete_object, f"remove '{key}'", Key=key)
 
         with ThreadPoolExecutor(min(NUM_REMOVERS, max(1, len(keys)))) as removers:

@@ -25,7 +25,7 @@ class S3Bucket:
         self.bucket = bucket
         self._connection = connection
         self._bucket_was_seen = False
-        # Imports botocore, which is installed: there is a client.
+        # Imports botocore, which is installed if there is a client.
         from internlm.utils.storage import s3_errors
 
         self._errors = s3_errors
@@ -42,8 +42,8 @@ class S3Bucket:
         Args:
             operation: a method of the client.
             what: for the log, such as "write 's3://bucket/key'".
-            is_wanted: whether a failed request is still worth a retry.
-            arguments: of the operation, beside the bucket.
+            is_wanted: whether a failed request should still be retried.
+            **arguments: arguments of the operation besides the bucket.
         """
         request = functools.partial(operation, Bucket=self.bucket, **arguments)
         return self._connection.retry_policy.run(
@@ -58,7 +58,7 @@ class S3Bucket:
         except self.client.exceptions.ClientError as error:
             if not self._errors.is_missing(error):
                 raise
-        self._look_for_bucket()
+        self._check_bucket()
         return None
 
     def explain(self, error: Exception) -> Explanation | None:
@@ -66,7 +66,7 @@ class S3Bucket:
             return Explanation("it does not exist", "check the spelling", is_missing=True)
         return self._errors.explain(error, self._connection, self.bucket, self.client.meta.endpoint_url)
 
-    def _look_for_bucket(self) -> None:
+    def _check_bucket(self) -> None:
         if self._bucket_was_seen:
             return
         try:

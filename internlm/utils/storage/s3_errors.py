@@ -26,7 +26,7 @@ REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLoc
 
 
 class NoBucketError(Exception):
-    """The bucket does not exist. (The 404 of a HEAD request does not say whether bucket or key is missing.)"""
+    """The bucket does not exist. (The 404 of a HEAD request does not tell whether bucket or key is missing.)"""
 
 
 def code_of(error: Exception) -> str:
@@ -90,7 +90,7 @@ def explain(error: Exception, connection: Connection, bucket: str, endpoint: str
     if isinstance(error, (boto.ParamValidationError, ValueError)) and "bucket" in str(error).lower():
         return Explanation(f"'{bucket}' cannot be a bucket's name", "check the URL; doc/storage.md lists the spellings")
     if isinstance(error, ResponseParserError) or code in ("404", "405", "MethodNotAllowed"):
-        # The response of a web server that is no object store; a 404 of a store carries one of the codes above.
+        # The response of a web server that is not an object store; a 404 of a store has one of the codes above.
         return Explanation(f"the server at {endpoint} does not speak the S3 protocol", "check the endpoint")
     seconds = f"{connection.retry_policy.retry_seconds:g} s"
     if isinstance(error, boto.ClientError):

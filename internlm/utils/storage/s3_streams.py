@@ -13,7 +13,7 @@ from internlm.utils.storage.streams import Sink, Source
 NUM_TRANSFERS = 4
 READ_PART_BYTES = 8 * 1024**2
 WRITE_PART_BYTES = 16 * 1024**2
-# A store allows 10,000 parts. With a part size that doubles every thousand, they hold any object that it allows.
+# A store allows 10,000 parts. With a part size that doubles every thousand parts, any allowed object fits.
 PARTS_OF_A_SIZE = 1000
 
 
@@ -113,7 +113,7 @@ class S3Sink(Sink):
         if self._transfers is not None:
             self._transfers.shutdown(cancel_futures=True)
         if self._upload_id is not None:
-            # The error that led here is the one to report. Removing the folder removes what stays.
+            # The error that led here is the one to report. Removing the folder also removes unfinished uploads.
             with suppress(Exception):
                 self._bucket.client.abort_multipart_upload(
                     Bucket=self._bucket.bucket, Key=self._key, UploadId=self._upload_id
@@ -151,10 +151,10 @@ class S3Sink(Sink):
             self._call(complete, UploadId=self._upload_id)
         except self._bucket.client.exceptions.NoSuchUpload:
             # An earlier attempt may have succeeded although its response was lost.
-            if num_attempts == 1 or not self._is_there(len(parts)):
+            if num_attempts == 1 or not self._exists(len(parts)):
                 raise
 
-    def _is_there(self, num_parts: int) -> bool:
+    def _exists(self, num_parts: int) -> bool:
         head = self._bucket.head(self._key)
         return head is not None and head["ContentLength"] == self._size and head["ETag"].endswith(f'-{num_parts}"')
 

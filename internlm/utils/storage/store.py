@@ -15,7 +15,7 @@ class Store(Explains, Protocol):
     A key is a path below the root of the store, without leading or trailing slashes. URLs are only for messages.
 
     Attributes:
-        block_bytes: buffer size for reads: smaller ones fetch a block of this size, larger ones bypass it.
+        block_bytes: buffer size of reads: smaller reads fetch a block of this size, larger ones bypass the buffer.
     """
 
     block_bytes: int
@@ -23,7 +23,7 @@ class Store(Explains, Protocol):
     def is_file(self, key: str) -> bool: ...
 
     def is_folder(self, key: str) -> bool:
-        """Whether the folder exists; in an object store, whether any object lies below it."""
+        """Whether the folder exists; in an object store, whether there is any object below it."""
 
     def names(self, key: str) -> list[str]:
         """Names of the files and folders in a folder, in any order; empty when it does not exist."""

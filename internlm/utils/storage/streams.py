@@ -1,4 +1,4 @@
-"""Streams for reading and writing files: the part that all stores share, and the base classes of each store's part."""
+"""Streams for reading and writing files: what all stores share, and the base classes of their own streams."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sink(io.RawIOBase):
     A store implements `put`, `finish` and `discard`.
 
     Attributes:
-        is_aborted: whether nothing of the file is to stay.
+        is_aborted: whether the file is to be discarded.
     """
 
     def __init__(self, store: Explains, url: str) -> None:
@@ -88,7 +88,7 @@ class WriteStream(io.BufferedWriter):
             self.abort()
 
     def __del__(self) -> None:
-        # Never closed, so never declared complete.
+        # Never closed, so never complete.
         if not self.closed:
             self.abort()
 

@@ -18,7 +18,7 @@ from internlm.utils.storage.store import Store
 
 
 class StoreAddress(Protocol):
-    """Identifies a store; hashable, and holds no connection."""
+    """Identifies a store; hashable, without a connection."""
 
     def open(self) -> Store:
         """The store; one connection per process.
@@ -41,7 +41,7 @@ class Location:
     """A parsed URL, `<root>/<key>`; for a local path, the key is the path.
 
     Attributes:
-        address: of the store.
+        address: address of the store.
         root: the URL up to the key; empty for a local path.
         key: see `Store`.
     """
@@ -94,35 +94,35 @@ def locate(url: str) -> Location:
     url = url.removeprefix("local:")
     if not _PREFIX.match(url):
         if not url:
-            raise ConfigError("a path is empty; give a folder, or a URL such as 's3://bucket/key'")
+            raise ConfigError("a path is empty; set a folder, or a URL such as 's3://bucket/key'")
         return Location(LocalAddress(), "", str(Path(url)))
     if url.startswith("memory://"):
         return Location(FsspecAddress("memory", ""), "memory://", url.removeprefix("memory://").strip("/"))
     match = _BUCKET_AND_KEY.fullmatch(url)
-    if match and match["prefix"] in _READERS:
-        return Location(_READERS[match["prefix"]](url, match["bucket"]), match["root"], match["key"].strip("/"))
+    if match and match["prefix"] in _PARSERS:
+        return Location(_PARSERS[match["prefix"]](url, match["bucket"]), match["root"], match["key"].strip("/"))
     prefix = url[: url.find("://") + 3] if "://" in url else url.partition(":")[0] + ":"
     raise ConfigError(
-        f"'{url}' has an unknown prefix.{nearest(prefix, _beginnings())} Known are: "
+        f"'{url}' has an unknown prefix.{nearest(prefix, _known_prefixes())} Known are: "
         f"{', '.join(KNOWN)}; write './{url}' for a local file of that name"
     )
 
 
-def _beginnings() -> list[str]:
+def _known_prefixes() -> list[str]:
     return [spelling[: spelling.find("://") + 3] for spelling in KNOWN if "://" in spelling]
 
 
-def _read_gs(url: str, bucket: str) -> StoreAddress:
+def _parse_gs(url: str, bucket: str) -> StoreAddress:
     return FsspecAddress("gs", bucket)
 
 
-def _read_s3(url: str, bucket: str) -> StoreAddress:
+def _parse_s3(url: str, bucket: str) -> StoreAddress:
     host = bucket.partition(".")[2]
     # InternEvo also accepts 's3://bucket.10.0.0.1/key'; no AWS bucket can have such a name.
-    return _read_boto3(url, bucket) if _NUMERIC_HOST.fullmatch(host) else S3Address("s3", bucket)
+    return _parse_boto3(url, bucket) if _NUMERIC_HOST.fullmatch(host) else S3Address("s3", bucket)
 
 
-def _read_boto3(url: str, bucket: str) -> StoreAddress:
+def _parse_boto3(url: str, bucket: str) -> StoreAddress:
     name, _, host = bucket.partition(".")
     if not host:
         return S3Address("s3", bucket)
@@ -131,7 +131,7 @@ def _read_boto3(url: str, bucket: str) -> StoreAddress:
     return S3Address("s3", name, f"http://{host}" if is_plain else f"https://{host}")
 
 
-def _read_tos(url: str, bucket: str) -> StoreAddress:
+def _parse_tos(url: str, bucket: str) -> StoreAddress:
     name, host = _name_and_host(url, bucket, "tos-cn-beijing.volces.com")
     # The service has separate hosts for the S3 protocol.
     match = re.fullmatch(r"tos-(?:s3-)?((?:[a-z]+-)+[a-z0-9]+)(\..+)", host)
@@ -140,16 +140,16 @@ def _read_tos(url: str, bucket: str) -> StoreAddress:
     )
 
 
-def _read_ali(url: str, bucket: str) -> StoreAddress:
+def _parse_ali(url: str, bucket: str) -> StoreAddress:
     name, host = _name_and_host(url, bucket, "oss-cn-hangzhou.aliyuncs.com")
     return _oss_address(name, host)
 
 
-def _read_oss(url: str, bucket: str) -> StoreAddress:
+def _parse_oss(url: str, bucket: str) -> StoreAddress:
     host = os.environ.get(OSS_ENDPOINT, "")
     if not host:
         raise ConfigError(
-            f"'{url}' does not say where the bucket is; set {OSS_ENDPOINT} in the environment, for example "
+            f"'{url}' has no endpoint for the bucket; set {OSS_ENDPOINT} in the environment, for example "
             f"{OSS_ENDPOINT}=oss-cn-hangzhou.aliyuncs.com"
         )
     return _oss_address(bucket, host)
@@ -169,13 +169,13 @@ def _name_and_host(url: str, bucket: str, example: str) -> tuple[str, str]:
     return name, host
 
 
-_READERS: dict[str, Callable[[str, str], StoreAddress]] = {
-    "s3": _read_s3,
-    "gs": _read_gs,
-    "oss": _read_oss,
-    "boto3:s3": _read_boto3,
-    "volc:vc": _read_tos,
-    "vc": _read_tos,
-    "oss2:ali": _read_ali,
-    "ali": _read_ali,
+_PARSERS: dict[str, Callable[[str, str], StoreAddress]] = {
+    "s3": _parse_s3,
+    "gs": _parse_gs,
+    "oss": _parse_oss,
+    "boto3:s3": _parse_boto3,
+    "volc:vc": _parse_tos,
+    "vc": _parse_tos,
+    "oss2:ali": _parse_ali,
+    "ali": _parse_ali,
 }

@@ -267,8 +267,11 @@ def test_without_zero_ranks_nothing_is_sharded() -> None:
 
 def layouts_that_are_refused() -> None:
     for layout, message in (
-        (ParallelLayout(world_size=2, pipeline=2), "fsdp = True does not go with pipeline = 2"),
-        (ParallelLayout(world_size=2, mode="isp", weight=2), "fsdp = True does not go with mode = 'isp', which splits"),
+        (ParallelLayout(world_size=2, pipeline=2), "fsdp = True does not work with pipeline = 2"),
+        (
+            ParallelLayout(world_size=2, mode="isp", weight=2),
+            "fsdp = True does not work with mode = 'isp', which splits",
+        ),
     ):
         context = ParallelContext.create(layout)
         with pytest.raises(ConfigError, match=message):

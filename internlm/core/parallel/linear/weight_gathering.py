@@ -1,5 +1,7 @@
-"""Weights of isp: each rank holds some rows of every weight, all-gathers the full weight before its GEMMs, forward and
-backward, and reduce-scatters the gradient. With overlap, the next weights are prefetched while this layer computes.
+"""Weights of isp: gathering of full weights, and reduction of their gradients.
+
+Each rank holds some rows of every weight, all-gathers the full weight before its GEMMs in forward and backward, and
+reduce-scatters the gradient. With overlap, the next weights are prefetched while this layer computes.
 
 Source: InternEvo, Chen et al. 2024, arXiv:2401.09149.
 """

@@ -1,5 +1,8 @@
-"""Weight gradients that are computed or delivered later than autograd would: by a zero-bubble schedule, or when a
-collective ends. One `WeightGradients` serves all chunks of a rank."""
+"""Weight gradients that are computed or delivered later than by autograd.
+
+A zero-bubble schedule postpones them, or a collective delivers them when it ends. One `WeightGradients` serves all
+chunks of a rank.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,10 @@ def document_mask(cu_seqlens: Tensor, length: int, window: int | None) -> BlockM
 
 
 def _sparse_rows(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """A boolean matrix `[n, n]` -> number of set entries per row `[1, 1, n]`, and column indices, those of set entries
-    first, `[1, 1, n, n]`."""
+    """The sparse form of a boolean matrix `[n, n]`.
+
+    Returns:
+        (number of set entries per row `[1, 1, n]`, column indices `[1, 1, n, n]`, those of set entries first).
+    """
     columns = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], columns.int()[None, None]

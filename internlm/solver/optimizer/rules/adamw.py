@@ -17,7 +17,7 @@ class AdamW:
     """Adam with decoupled weight decay.
 
     Attributes:
-        betas: decay of the first and second moment.
+        betas: decay rates of the first and second moment.
         eps: added to the denominator.
     """
 
@@ -50,10 +50,11 @@ class AdamW:
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],
-            # The kernel counts up in place; several parts of a shard take the same update.
+            # The kernel increments it in place, but several parts of a shard take the same update.
             [num_updates.clone()],
             fused=True,
-            # The kernel reads both on the device: it divides by the one, and changes nothing when the other is 1.
+            # The kernel reads both on the device: it divides the gradient by grad_scale, and does nothing if found_inf
+            # is 1.
             grad_scale=divisor,
             found_inf=skipped,
             amsgrad=False,

@@ -1,7 +1,7 @@
-"""The protocol of an update rule: how a weight changes, given its gradient and the state kept for it.
+"""The protocol of an update rule: how a weight changes, given its gradient and its state.
 
-A rule knows tensors and numbers. Sharding, reduction, mixed precision, parts and checkpoints are the optimizer's
-(`internlm.solver.optimizer.hybrid_zero`), which works with any rule.
+A rule knows only tensors and numbers. Sharding, reduction, mixed precision, parts and checkpoints are left to the
+optimizer (`internlm.solver.optimizer.hybrid_zero`), which works with any rule.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ class UpdateRule(Protocol):
     """How weights are updated.
 
     Attributes:
-        state_names: the tensors kept for each weight, of its shape, zero at the start; also their keys in checkpoints.
-        works_on: "elements" where each element is updated by itself, so that any flat part of a shard can be updated
-            alone; "matrices" where a rule needs a whole weight, which no optimizer here supports yet.
+        state_names: names of the state tensors of a weight, which have its shape and start at zero; also their keys in
+            checkpoints.
+        works_on: "elements" if each element is updated independently, so that any flat part of a shard can be updated
+            alone; "matrices" if the rule needs a full weight, which no optimizer here supports yet.
         hyper_parameters: defaults of the rule's own hyper-parameters.
     """
 
@@ -50,7 +51,7 @@ class UpdateRule(Protocol):
             weights: flat, fp32 or float64.
             gradient: of the same shape and dtype; divided by `divisor` in place, unless the step is skipped.
             state: name -> tensor of the same shape and dtype, for each of `state_names`.
-            num_updates: scalar fp32, updates taken before this one; not to be changed.
+            num_updates: scalar fp32, number of updates before this one; read-only.
             hyper_parameters: of the parameter group: "lr", "weight_decay" and the rule's own.
             divisor: scalar fp32; dividing the gradient by it removes the loss scale and clips.
             skipped: scalar fp32; with 1.0 nothing may change.
