@@ -60,6 +60,6 @@ def test_the_import_does_with_each_file_what_the_page_says() -> None:
             refused = bool(EXPERT_FILE.fullmatch(file)) or bool(rank_file and rank_file["fsdp"])
             is_read = bool(rank_file or SHARD_FILE.fullmatch(file) or PLAN_FILE.fullmatch(file)) or file in read
             expected = (
-                "refused" if refused else "read" if is_read else ("looked for" if file == "3.step" else "not read")
+                "refused" if refused else "read" if is_read else ("if missing" if file == "3.step" else "not read")
             )
             assert import_does.startswith(expected), pattern

@@ -165,5 +165,5 @@ def test_one_process_tells_a_slow_step_and_is_never_ended(tmp_path: Path) -> Non
     command = start_training(arguments, tmp_path / "out.txt", before=before)
     assert command.wait(LIMIT_SECONDS) == 0, command.output
     assert f"step 2 has taken 0 s; {IN_FORWARD.replace('3', '2')} for 0 s" in command.output
-    assert "INTERNLM_ENABLE_TIMEOUT is ignored: monitor.collective_timeout_seconds = 0.6 is given" in command.output
+    assert "INTERNLM_ENABLE_TIMEOUT is ignored: monitor.collective_timeout_seconds = 0.6 is set" in command.output
     assert "trapped" in (tmp_path / "run" / "logs" / "rank0.stacks").read_text()

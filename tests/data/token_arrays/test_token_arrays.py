@@ -1,0 +1,80 @@
+"""Arrays of token ids: .npy, raw integers and datatrove's files, with their documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from internlm.data.sources.open_source import open_source
+from internlm.data.token_arrays.file_format import ArrayFormat
+from internlm.data.token_arrays.reader import TokenArray
+from internlm.utils.errors import DataError
+
+IDS = [5, 6, 0, 7, 0, 0, 8, 9]
+BY_SEPARATOR = [[5, 6, 0], [7, 0], [0], [8, 9]]
+
+
+def documents_of(array: TokenArray) -> list[list[int]]:
+    documents = [array.read(number)[0].tolist() for number in range(len(array))]
+    assert array.counts().tolist() == [len(document) for document in documents]
+    assert array.counts_of(np.arange(len(array))[::-1]).tolist() == [len(each) for each in documents[::-1]]
+    return documents
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int64"])
+def test_a_npy_knows_its_dtype(dtype: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array(IDS, dtype))
+    assert documents_of(TokenArray(tmp_path / "a.npy", 10)) == [IDS]
+    assert documents_of(TokenArray(tmp_path / "a.npy", 10, separator=0)) == BY_SEPARATOR
+    assert TokenArray(tmp_path / "a.npy").read(0, 2, 5)[0].tolist() == IDS[2:5]
+
+
+@pytest.mark.parametrize("name", ["train.bin", "part-0.npy"])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_raw_integers_need_a_dtype(dtype: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(np.array(IDS, dtype).tobytes())
+    assert documents_of(TokenArray(path, 10, dtype=dtype, separator=0)) == BY_SEPARATOR
+    with pytest.raises(DataError, match=r"raw integers without a header; set data.array_dtype to 'uint16' or 'uint32'"):
+        TokenArray(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"no whole number of {dtype}"):
+        TokenArray(path, dtype=dtype)
+
+
+def test_ends_beside_a_file_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.ds"
+    path.write_bytes(np.array(IDS, "uint16").tobytes())
+    (tmp_path / "a.ds.index").write_bytes(np.array([2, 2, 8], "<u8").tobytes())
+    assert documents_of(TokenArray(path, dtype="uint16", separator=0)) == [IDS[:2], [], IDS[2:]]
+    with pytest.raises(DataError, match=r"a.ds.index: the document ends do not ascend to the 4 tokens of a.ds"):
+        TokenArray(path, dtype="uint32")
+
+
+def test_ends_are_found_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("internlm.data.token_arrays.reader._BLOCK", 3)
+    np.save(tmp_path / "a.npy", np.array(IDS, "uint16"))
+    assert documents_of(TokenArray(tmp_path / "a.npy", separator=0)) == BY_SEPARATOR
+
+
+def test_wrong_ids_and_arrays_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([3, -1]))
+    with pytest.raises(DataError, match="token 1 is -1, below 0"):
+        TokenArray(tmp_path / "a.npy").read(0)
+    np.save(tmp_path / "a.npy", np.array(IDS, "uint16"))
+    with pytest.raises(DataError, match="token 7 is 9, outside the vocabulary of 9"):
+        TokenArray(tmp_path / "a.npy", 9).read(0)
+    with pytest.raises(DataError, match=r"an array of uint16, but data.array_dtype is 'uint32'"):
+        TokenArray(tmp_path / "a.npy", dtype="uint32")
+    np.save(tmp_path / "a.npy", np.zeros((2, 2)))
+    with pytest.raises(DataError, match=r"float64 of shape \(2, 2\); expected integers"):
+        TokenArray(tmp_path / "a.npy")
+
+
+def test_samples_of_a_file_cover_its_tokens(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(1, 100, 64).astype("uint16")
+    np.save(tmp_path / "a.npy", ids)
+    source = open_source(tmp_path, seq_len=8, micro_bsz=2, packing="cut", vocab_size=100, format=ArrayFormat())
+    assert np.concatenate([source.sample(number).input_ids for number in range(len(source))]).tolist() == ids.tolist()
