@@ -108,7 +108,7 @@ def counters_of(trainer: Trainer) -> dict[str, Any]:
         "scaler": optimizer.scaler.state_dict(),
         # The cursor of the loader is the trainer's own.
         "data": loader.state_dict() if isinstance(loader, StatefulSource) else {},
-        "hooks": {hook.name: hook.state_dict() for hook in trainer.hooks},
+        "hooks": trainer.hook_states(),
         "world_size": trainer.context.world_size,
         "layout": trainer.context.layout.describe(),
     }
@@ -134,6 +134,7 @@ def _restore_counters(trainer: Trainer, state: dict[str, Any], wanted: set[str])
         saved_hooks: dict[str, Any] = dict(state["hooks"])
         for hook in trainer.hooks:
             if hook.name in saved_hooks:
+                trainer.progress.mark(f"{hook.name}: load_state_dict")
                 hook.load_state_dict(saved_hooks.pop(hook.name))
         unused = sorted(name for name, saved_state in saved_hooks.items() if saved_state)
         if unused:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,7 +24,7 @@ def build_config(tree: dict[str, Any]) -> tuple[Config, list[Problem]]:
     If there are problems, the Config has defaults (1 for a key without one) in place of the invalid values, so that
     rules between the other keys can still run. Use it for nothing else.
     """
-    tree = copy.deepcopy(tree)
+    tree = _copy(tree)
     problems: list[Problem] = []
     for _ in range(_DEPTH):
         try:
@@ -36,6 +35,11 @@ def build_config(tree: dict[str, Any]) -> tuple[Config, list[Problem]]:
             for problem in found:
                 _remove_invalid(problem.keys[0], tree)
     raise ConfigError(problem.text for problem in problems)
+
+
+def _copy(tree: dict[str, Any]) -> dict[str, Any]:
+    """Copy the sections of a tree. Values are shared: a hook may be an object that cannot be copied."""
+    return {name: _copy(value) if isinstance(value, dict) else value for name, value in tree.items()}
 
 
 def _translate(error: ValidationError) -> list[Problem]:
@@ -80,6 +84,8 @@ def _expected(kind: str, context: dict[str, Any], message: str) -> str:
         return "a dict"
     if kind == "none_required":
         return "None"
+    if kind == "string_too_short":
+        return "a non-empty string"
     for start in ("Input should be ", "Value error, "):
         message = message.removeprefix(start)
     return message

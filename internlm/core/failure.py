@@ -54,6 +54,7 @@ class FailureWatch:
             # A separate connection: the thread must not wait behind a collective's use of the store.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()
+        self._first_cause: str | None = None
         self._has_reported = False
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -91,6 +92,8 @@ class FailureWatch:
             # The first writer wins: compare_set stores only when the key is absent.
             first = self._store.compare_set(KEY, "", cause).decode()
         except Exception:  # the rank that holds the store is gone
+            if self._first_cause is not None:
+                return ECHO + self._first_cause
             return f"{cause} (the rank that held the job's store is gone: look at its log for the first cause)"
         return cause if first == cause else ECHO + first
 
@@ -120,7 +123,7 @@ class FailureWatch:
             try:
                 if not self._store.check([KEY]):
                     continue
-                cause = self._store.get(KEY).decode()
+                cause = self._first_cause = self._store.get(KEY).decode()
             except Exception:
                 cause = "the rank that held the job's store is gone"
             if self._stopped.wait(GRACE_SECONDS):

@@ -163,7 +163,10 @@ class Hook:
         """Called once when the loop ends, also after a stop request; not after an exception."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State to save with every checkpoint, as JSON values; the main rank's is saved."""
+        """State to save with every checkpoint, as JSON values; the main rank's is saved.
+
+        Tuples are restored as lists. The main rank also calls it after `on_fit_start`, to check the values.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from internlm.core.batch_source import BatchSource, ClosableSource, SeekableSour
 from internlm.core.communication.collectives import all_reduce_async
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
+from internlm.core.hook_checks import find_problem, state_of
 from internlm.core.hooks import Hook, SaveResult, TrainState, overrides
 from internlm.core.run_control import RunControl, SignalRequests
 from internlm.core.step_metrics import StepMetrics
@@ -94,6 +95,8 @@ class Trainer:
         repeated = [name for name, count in Counter(hook.name for hook in self.hooks).items() if count > 1]
         if repeated:
             raise ValueError(f"two hooks are named '{repeated[0]}': the state of a hook is saved under its name")
+        for reason in filter(None, map(find_problem, self.hooks)):
+            raise ValueError(reason)
         self.run_dir = Path(run_dir)
         self.valid_sets = dict(valid_sets or {})
         self.checkpointer = checkpointer
@@ -120,6 +123,8 @@ class Trainer:
         with SignalRequests(self.run_control):
             try:
                 self._call("on_fit_start")
+                if self.checkpointer is not None and self.is_main_rank:
+                    self.hook_states()  # what cannot be saved must not cost the steps up to the first save
                 self._loop()
                 self.run_control.finish()
                 # Hooks and the caller may read the weights of the last update.
@@ -230,6 +235,18 @@ class Trainer:
                 hook.on_exception(self, error)
             except Exception:
                 logger.exception("hook '%s' raised in on_exception", hook.name)
+
+    def hook_states(self) -> dict[str, dict[str, Any]]:
+        """The state of each hook, by name, for a checkpoint.
+
+        Raises:
+            CheckpointError: a state is not a dict of JSON values.
+        """
+        states = {}
+        for hook in self.hooks:
+            self.progress.mark(f"{hook.name}: state_dict")
+            states[hook.name] = state_of(hook)
+        return states
 
     def _listens(self, event: str) -> bool:
         return any(overrides(hook, event) for hook in self.hooks)

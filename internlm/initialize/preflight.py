@@ -20,10 +20,11 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.folders import find_train_files, find_valid_sets
 from internlm.initialize.build_data import build_loader, build_valid_sets, file_format
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
-from internlm.initialize.stages import build_meta_model
+from internlm.initialize.stages import build_meta_model, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
-from internlm.initialize.user_hooks import build_user_hooks
+from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
 from internlm.model.ops.implementations import OpSettings, describe
+from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
 from internlm.utils.errors import CheckpointError, ConfigError, DataError, UserError
 from internlm.utils.optional_packages import why_unusable
 from internlm.utils.storage import StoragePath, storage_path
@@ -45,9 +46,10 @@ def check_surroundings(config: Config, context: ParallelContext) -> list[str]:
 
 
 def rehearse_start(config: Config, context: ParallelContext) -> list[str]:
-    """Rehearse the start of a run: loaders, tokenizers, the checkpoint to start from, the save folder.
+    """Rehearse the start of a run.
 
-    Checksums and tensors are not read, and everything built is discarded.
+    Checks loaders, tokenizers, the checkpoint to start from, the save folder, hooks and parameter groups. Checksums and
+    tensors are not read, and everything built is discarded.
 
     Returns:
         Notices, one line each, about problems that do not stop the run.
@@ -55,7 +57,16 @@ def rehearse_start(config: Config, context: ParallelContext) -> list[str]:
     Raises:
         UserError: data is missing or malformed, a checkpoint is incompatible, or saving would overwrite foreign files.
     """
-    return _run_all((_train_loader, _valid_loaders, _data_tokenizer, _checkpoint, _save_folder), config, context)
+    checks = (
+        _train_loader,
+        _valid_loaders,
+        _data_tokenizer,
+        _checkpoint,
+        _save_folder,
+        _built_hooks,
+        _parameter_groups,
+    )
+    return _run_all(checks, config, context)
 
 
 def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext) -> list[str]:
@@ -253,8 +264,24 @@ def _packages(config: Config, context: ParallelContext) -> list[str]:
 
 
 def _hooks(config: Config, context: ParallelContext) -> list[str]:
+    check_user_hooks(config.hooks)
+    return []
+
+
+def _built_hooks(config: Config, context: ParallelContext) -> list[str]:
     build_user_hooks(config.hooks)
     return []
+
+
+def _parameter_groups(config: Config, context: ParallelContext) -> list[str]:
+    """Check that every group of `optimizer.groups` applies to a parameter, and report what is frozen."""
+    groups = parameter_groups(config)
+    if not groups:
+        return []
+    parameters = dict(build_meta_model(config).named_parameters())
+    check_groups(groups, parameters)
+    frozen = [parameter.numel() for name, parameter in parameters.items() if is_frozen(name, groups)]
+    return [f"optimizer.groups freezes {sum(frozen):,} parameters, in {len(frozen)} tensors"] if frozen else []
 
 
 CHECKS: tuple[Check, ...] = (_train_folder, _valid_folder, _tokenizer, _weights, _folders, _packages, _hooks)

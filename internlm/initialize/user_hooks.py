@@ -6,9 +6,11 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from internlm.core.hook_checks import find_problem
 from internlm.core.hooks import Hook
 from internlm.utils.errors import ConfigError, nearest
 
@@ -21,12 +23,15 @@ def build_user_hooks(entries: Sequence[Any]) -> list[Hook]:
             subclass of `Hook`; or an instance of one.
 
     Raises:
-        ConfigError: an entry cannot be imported, is not a hook, or does not accept its arguments; or two hooks share a
-            name. The message names the entry.
+        ConfigError: an entry cannot be imported, is not a hook, does not accept its arguments, or has a method that the
+            loop cannot call; or two hooks share a name. The message names the entry.
     """
     hooks = [_build(f"hooks[{number}]", entry) for number, entry in enumerate(entries)]
     names: dict[str, int] = {}
     for number, hook in enumerate(hooks):
+        problem = find_problem(hook)
+        if problem is not None:
+            raise ConfigError(f"hooks[{number}]: {problem}")
         if hook.name in names:
             raise ConfigError(
                 f"hooks[{number}]: {type(hook).__name__}.name = {hook.name!r} is also that of "
@@ -35,6 +40,16 @@ def build_user_hooks(entries: Sequence[Any]) -> list[Hook]:
             )
         names[hook.name] = number
     return hooks
+
+
+def check_user_hooks(entries: Sequence[Any]) -> None:
+    """Check entries as `build_user_hooks` does, without building a hook, which may have side effects.
+
+    Raises:
+        ConfigError: an entry cannot be imported, is not a hook, or does not accept its arguments.
+    """
+    for number, entry in enumerate(entries):
+        _class_of(f"hooks[{number}]", entry)
 
 
 def check_names(builtin: Sequence[Hook], user_hooks: Sequence[Hook]) -> None:
@@ -55,6 +70,17 @@ def check_names(builtin: Sequence[Hook], user_hooks: Sequence[Hook]) -> None:
 def _build(key: str, entry: Any) -> Hook:
     if isinstance(entry, Hook):
         return entry
+    cls, arguments = _class_of(key, entry)
+    try:
+        return cls(**arguments)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{key}: {cls.__name__} could not be built: {_describe(error)}") from error
+
+
+def _class_of(key: str, entry: Any) -> tuple[Any, dict[str, Any]]:
+    """The class of the hook that an entry names, and its arguments (none for an instance)."""
+    if isinstance(entry, Hook):
+        return type(entry), {}
     arguments: dict[str, Any] = {}
     if isinstance(entry, dict):
         arguments = {name: value for name, value in entry.items() if name != "type"}
@@ -68,10 +94,14 @@ def _build(key: str, entry: Any) -> Hook:
         inspect.signature(cls).bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"{key}: {cls.__name__}{inspect.signature(cls)}: {error}") from None
-    try:
-        return cls(**arguments)
-    except Exception as error:
-        raise ConfigError(f"{key}: {cls.__name__} could not be built: {type(error).__name__}: {error}") from error
+    return cls, arguments
+
+
+def _describe(error: BaseException) -> str:
+    """An error, with the line of the user's module that raised it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def _import(key: str, path: str) -> Any:
@@ -84,12 +114,12 @@ def _import(key: str, path: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(f"{key} = {path!r}: importing '{module_name}' raised {_describe(error)}") from error
         searched = f"; modules are searched in {os.getcwd()} and where Python finds packages"
         raise ConfigError(f"{key} = {path!r}: {error}{searched}") from None
-    except Exception as error:
-        raise ConfigError(
-            f"{key} = {path!r}: importing '{module_name}' raised {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{key} = {path!r}: importing '{module_name}' raised {_describe(error)}") from error
     if not hasattr(module, name):
         raise ConfigError(f"{key} = {path!r}: '{module_name}' has no '{name}'.{nearest(name, list(vars(module)))}")
     return getattr(module, name)

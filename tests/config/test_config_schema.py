@@ -267,6 +267,14 @@ def test_infinite_intervals_are_never():
     assert ckpt.checkpoint_every is None and ckpt.oss_snapshot_freq is None
 
 
+def test_numbers_are_finite():
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(ValidationError, match="finite number"):
+            small(adam=dict(lr=value))
+    # As others write "no clipping".
+    assert small(hybrid_zero_optimizer=dict(clip_grad_norm=float("inf"))).hybrid_zero_optimizer.clip_grad_norm > 0
+
+
 def test_load_info_without_path_loads_nothing():
     assert small(ckpt=dict(load_ckpt_info=dict(path=None))).ckpt.load_ckpt_info is None
     one = small(ckpt=dict(load_ckpt_info=dict(path="x", content="all"))).ckpt.load_ckpt_info

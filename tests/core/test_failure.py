@@ -114,6 +114,25 @@ def test_an_error_after_the_holder_of_the_store_was_killed_says_so(tmp_path: Pat
     assert "the rank that held the job's store is gone" in last_line(tmp_path, 1)
 
 
+def test_the_cause_is_known_after_the_holder_of_the_store_has_failed_and_left(tmp_path: Path) -> None:
+    """Rank 0 fails and exits; only then does rank 1 see a broken connection."""
+    gone = tmp_path / "gone"
+
+    def work(rank: int, watch: FailureWatch) -> int:
+        if rank == 0:
+            return fail(rank, watch)
+        failure.GRACE_SECONDS = 10.0
+        while not gone.exists():
+            time.sleep(0.001)
+        return fail(rank, watch, "Connection closed by peer")
+
+    holder, other = start(tmp_path, work)
+    assert holder.wait(20) == 1
+    gone.touch()
+    assert other.wait(20) == 1
+    assert last_line(tmp_path, 1).endswith("stopped because " + CAUSE.format(0))
+
+
 def test_nobody_is_ended_in_a_run_that_goes_well(tmp_path: Path) -> None:
     """Several polls long, and with ranks that leave at different times."""
 

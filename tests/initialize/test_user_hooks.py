@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import metrics_of, write_config
+from helpers.commands import last_log_line, metrics_of, write_config
 from helpers.pages import blocks, text_of
 from helpers.ranks import RankPool
 from helpers.runs import new_trainer
@@ -72,6 +72,36 @@ class Needs(Hook):
         if every < 1:
             raise ValueError("every must be positive")
         self.target, self.every = target, every
+
+
+class CountsBuilds(Hook):
+    """Counts its instances."""
+
+    name = "counts_builds"
+    built = 0
+
+    def __init__(self) -> None:
+        type(self).built += 1
+
+
+class Listens(Hook):
+    """Misspells an event."""
+
+    name = "listens"
+
+    def on_checkpoint_save(self, trainer: Any, path: Any) -> None: ...
+
+
+class FailsToLoad(Hook):
+    """Cannot restore its state."""
+
+    name = "fails_to_load"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": 1.0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise KeyError("worst")
 
 
 class Namesake(Hook):
@@ -232,12 +262,55 @@ def test_entries_of_every_kind() -> None:
         ({"target": 1}, r"give dict\(type="),
         ({"type": Needs}, r"Needs\(target.*missing a required argument: 'target'"),
         ({"type": Needs, "target": 1, "evry": 2}, "unexpected keyword argument 'evry'"),
+        (Listens, r"hooks\[0\]: Listens.on_checkpoint_save is never called. Did you mean 'on_checkpoint_saved'\?"),
         ({"type": Needs, "target": 1, "every": 0}, "Needs could not be built: ValueError: every must be positive"),
     ],
 )
 def test_mistakes_are_named(entry: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build_user_hooks([entry])
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("x = 1\n1 / 0\n", "raised ZeroDivisionError: division by zero .*own_hooks.py, line 2"),
+        ("import sys\nsys.exit(0)\n", "raised SystemExit: 0 .*own_hooks.py, line 2"),
+        ("import not_installed\n", "raised ModuleNotFoundError: No module named 'not_installed' .*hooks.py, line 1"),
+        ("def broken(:\n", "raised SyntaxError: "),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named_with_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: str
+) -> None:
+    (tmp_path / "own_hooks.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"hooks\[0\] = 'own_hooks.Mine': importing 'own_hooks' {words}"):
+        build_user_hooks(["own_hooks.Mine"])
+
+
+def test_a_start_builds_each_hook_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path, f"hooks = ['{__name__}.CountsBuilds']\ndata['total_steps'] = 1\n")
+    CountsBuilds.built = 0
+    assert main(["train", "--config", str(config), "--run-dir", str(tmp_path / "run")]) == 0
+    assert CountsBuilds.built == 1
+
+
+def test_a_hook_that_cannot_restore_its_state_is_named(tmp_path: Path) -> None:
+    config = write_config(tmp_path, f"hooks = ['{__name__}.FailsToLoad']\n")
+    run = ["train", "--config", str(config), "--run-dir", str(tmp_path / "run")]
+    assert main([*run, "--set", "data.total_steps=5"]) == 0
+    assert main([*run, "--set", "data.total_steps=6"]) == 1
+    assert "in phase 'start, fails_to_load: load_state_dict': KeyError" in last_log_line(tmp_path / "run", 0)
+
+
+def test_a_hook_that_cannot_be_copied(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        f"import threading\nimport {__name__} as own\nhooks = [own.Recorder()]\nhooks[0].lock = threading.Lock()\n",
+    )
+    (hook,) = load_config(config).config.hooks
+    assert isinstance(hook, Recorder) and hook.lock.acquire()  # type: ignore[attr-defined]
 
 
 def test_names_are_unique(tmp_path: Path) -> None:

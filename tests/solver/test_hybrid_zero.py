@@ -205,6 +205,14 @@ def test_an_unknown_hyper_parameter_is_named() -> None:
         engine.train_step(global_batch(0), {"lr": 1e-3, "beta3": 0.9})
 
 
+def test_a_second_update_in_one_step_is_refused() -> None:
+    engine = tiny_engine(ParallelContext.create())
+    engine.train_step(global_batch(0), LR)
+    with pytest.raises(RuntimeError, match="the update of this step was already made"):
+        engine.optimizer.step(LR)  # type: ignore[arg-type]
+    engine.train_step(global_batch(1), LR)
+
+
 def test_a_frozen_group_that_nobody_froze_is_refused() -> None:
     context = ParallelContext.create()
     model, groups = tiny_model(context), [ParameterGroup("tok_embeddings.*", freeze=True)]

@@ -219,12 +219,29 @@ def test_patterns_that_match_nothing_are_errors() -> None:
     with pytest.raises(ConfigError, match="every parameter of the model is frozen"):
         check_groups([ParameterGroup("*", freeze=True)], names)
     check_groups([ParameterGroup("*", freeze=True), ParameterGroup("output.*")], names)
+    for general in ("*", "output.*"):
+        with pytest.raises(ConfigError, match=r"groups\[0\].match = 'output.*' has no effect: later groups match all"):
+            check_groups([ParameterGroup("output.*", freeze=True), ParameterGroup(general)], names)
+
+
+def test_a_dry_run_checks_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["train", "--config", str(write_config(tmp_path)), "--dry-run", "--set"]
+    assert main([*run, 'optimizer.groups=[dict(match="outptu.*", freeze=True)]']) == 2
+    assert "optimizer.groups[0].match = 'outptu.*' matches no parameter" in capsys.readouterr().err
+    assert main([*run, 'optimizer.groups=[dict(match="output.*", freeze=True)]']) == 0
+    assert "optimizer.groups freezes 1,952 parameters, in 1 tensors" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
         ('[dict(match="*", freez=True)]', r"optimizer.groups\[0\].freez is not a known key. Did you mean 'freeze'?"),
+        (
+            '[dict(match="*", freeze=True, lr_factor=2)]',
+            "a dict without weight_decay and lr_factor, as it sets freeze=True",
+        ),
+        ('[dict(match="*", weight_decay=float("inf"))]', r"groups\[0\].weight_decay = inf: it must be a finite number"),
+        ('[dict(match="")]', r"groups\[0\].match = '': it must be a non-empty string"),
         ("[dict(freeze=True)]", r"optimizer.groups\[0\].match is missing"),
         ('[dict(match="*"), dict(match="*", lr_factor=-1)]', r"optimizer.groups\[1\].lr_factor = -1: it must be"),
         ('[dict(match="*", weight_decay="much")]', r"optimizer.groups\[0\].weight_decay = 'much': it must be"),

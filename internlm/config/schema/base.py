@@ -124,7 +124,7 @@ def section(cls: type[Section] | None, doc: str) -> Any:
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, and a built config is immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

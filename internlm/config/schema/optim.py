@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
 from internlm.config.schema.base import Section, key, later, no_effect, section, used_with
 
@@ -41,7 +41,9 @@ class HybridZeroOptimizerConfig(Section):
     overlap_sync_grad: bool = key(False, "Reduce gradients during backward.")
     overlap_sync_param: bool = key(False, "Gather updated parameters during the next forward.")
     reduce_bucket_size: int = key(512 * 1024 * 1024, "Largest bucket of reduced gradients, in elements.", ge=1)
-    clip_grad_norm: float = key(0.0, "Clip gradients to this global norm; 0 disables clipping.", ge=0)
+    clip_grad_norm: float = key(
+        0.0, "Clip gradients to this global norm; 0 disables clipping.", ge=0, allow_inf_nan=True
+    )
     grad_accumulation_dtype: Literal["torch.float32", "torch.bfloat16"] = key(
         "torch.float32",
         "Dtype in which gradients of half-precision weights are accumulated over micro-batches and stored.",
@@ -103,6 +105,12 @@ class ParameterGroupConfig(Section):
     weight_decay: float | None = key(None, "Weight decay; None: as without the group.", ge=0)
     lr_factor: float = key(1.0, "Factor on the learning rate.", ge=0)
     freeze: bool = key(False, "Do not train these parameters: no gradient, no optimizer state.")
+
+    @model_validator(mode="after")
+    def _frozen_alone(self) -> ParameterGroupConfig:
+        if self.freeze and (self.weight_decay or self.lr_factor != 1.0):
+            raise ValueError("a dict without weight_decay and lr_factor, as it sets freeze=True")
+        return self
 
 
 class OptimizerConfig(Section):

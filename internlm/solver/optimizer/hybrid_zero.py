@@ -176,6 +176,8 @@ class HybridZeroOptimizer:
         Raises:
             ValueError: the rule has no hyper-parameter of a given name.
         """
+        if self._is_updated:
+            raise RuntimeError("the update of this step was already made: call begin_step and backward before the next")
         given = hyper_parameters if isinstance(hyper_parameters, Mapping) else {"lr": hyper_parameters}
         unknown = given.keys() - {"lr", *self._defaults}
         if unknown:

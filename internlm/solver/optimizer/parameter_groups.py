@@ -102,13 +102,20 @@ def check_groups(groups: Sequence[ParameterGroup], names: Collection[str]) -> No
         names: global names of all parameters.
 
     Raises:
-        ConfigError: a pattern matches no parameter, or all parameters are frozen.
+        ConfigError: a group applies to no parameter, or all parameters are frozen.
     """
     for number, group in enumerate(groups):
         if not any(fnmatchcase(name, group.match) for name in names):
             raise ConfigError(
                 f"optimizer.groups[{number}].match = {group.match!r} matches no parameter; names are such as "
                 f"'{min(names)}'.{nearest(group.match.replace('*', ''), names)}"
+            )
+    applied = {id(group_of(name, groups)) for name in names}
+    for number, group in enumerate(groups):
+        if id(group) not in applied:
+            raise ConfigError(
+                f"optimizer.groups[{number}].match = {group.match!r} has no effect: later groups match all of its "
+                "parameters, and the last group that matches applies alone; put the more general pattern first"
             )
     if names and all(is_frozen(name, groups) for name in names):
         raise ConfigError("optimizer.groups: every parameter of the model is frozen, so there is nothing to train")
