@@ -15,6 +15,7 @@ from internlm.convert.hf_folder import HF_FILES
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.data.tokenize.text_tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, load_tokenizer
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
@@ -34,6 +35,8 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
     data = config.data
     evaluates = data.valid_every > 0 and data.valid_folder is not None
     folders = [folder for folder in (data.train_folder, data.valid_folder if evaluates else None) if folder is not None]
+    if data.type != TOKENIZED.name:
+        folders = []  # other formats have no record of their tokenizer
     record = _of_folders(tuple(folders), data.check_tokenizer)
     named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))
     found = (

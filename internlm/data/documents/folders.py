@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from internlm.data.documents.document_file import FileFormat, TypedFile
+from internlm.data.documents.index_cache import CACHE_FOLDER
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -106,5 +107,9 @@ def _sorted_files(directory: Path, format: FileFormat, recursive: bool) -> list[
     if not recursive:
         return sorted(path for path in directory.iterdir() if path.name.endswith(format.suffixes) and path.is_file())
     # Not rglob, which does not follow links: large data is often linked into a folder.
-    walk = os.walk(directory, followlinks=True)
-    return sorted(Path(folder, name) for folder, _, names in walk for name in names if name.endswith(format.suffixes))
+    files = []
+    for folder, subfolders, names in os.walk(directory, followlinks=True):
+        # The cache has .npy files of its own.
+        subfolders[:] = [name for name in subfolders if name != CACHE_FOLDER]
+        files += [Path(folder, name) for name in names if name.endswith(format.suffixes)]
+    return sorted(files)
