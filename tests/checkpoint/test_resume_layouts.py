@@ -43,9 +43,9 @@ def trainer_of(engine: Any, context: ParallelContext) -> Any:
         context=context,
         train_loader=None,
         hooks=[],
+        hook_states=dict,
         notify_checkpoint_loaded=lambda path: None,
         num_skipped_updates=torch.zeros(()),
-        tell_loaded=lambda path: None,
     )
 
 
