@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import torch
 
+from internlm.checkpoint.fused_weights import other_form
 from internlm.checkpoint.reading import listed
 from internlm.core.communication.objects import of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
@@ -46,6 +47,8 @@ def compare_states(context: ParallelContext, wanted: Collection[str], saved: Col
     trained = set(map(_parameter_of, own))
     dropped = sorted({_parameter_of(key) for key in saved if key.startswith(OPTIMIZER_PREFIX)} - trained)
     missing = sorted(set(missing))
+    incomplete = [name for name in dropped if not set(missing).isdisjoint(other_form(name))]
+    dropped = [name for name in dropped if name not in incomplete]
     if missing:
         logger.warning(
             "%d parameters start with an empty optimizer state, as the checkpoint has none for them: %s",
@@ -55,6 +58,13 @@ def compare_states(context: ParallelContext, wanted: Collection[str], saved: Col
     if dropped:
         logger.warning(
             "%d parameters are frozen now, so their optimizer state is not loaded: %s", len(dropped), ", ".join(dropped)
+        )
+    if incomplete:
+        logger.warning(
+            "the optimizer state of %d projections is not loaded, as the checkpoint lacks that of the projections that "
+            "are fused with them here: %s",
+            len(incomplete),
+            ", ".join(incomplete),
         )
     return set(missing)
 

@@ -17,6 +17,7 @@ from internlm.estimate.memory import RankMemory, peak_activations
 from internlm.estimate.parameters import RankParameters, rank_parameters
 from internlm.initialize.activation_memory import estimated_architecture, layer_activations, save_policies
 from internlm.initialize.stages import build_layer_split, build_meta_model, build_options, parameter_groups, state_form
+from internlm.solver.optimizer.parameter_groups import check_groups
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ def estimate_ranks(
         ranks: the ranks to estimate.
 
     Raises:
-        ConfigError: the model cannot be cut into these stages.
+        ConfigError: the model cannot be cut into these stages, or a parameter group applies to no parameter.
     """
     stage_layers, options, form = build_layer_split(config), build_options(config), state_form(config)
     model, groups = build_meta_model(config), parameter_groups(config)
+    check_groups(groups, dict(model.named_parameters()))
 
     def make_model() -> nn.Module:
         """Copy the model, which is much faster than rebuilding it for each stage."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from typing import Any
 
 from internlm.config.schema import Config
 from internlm.initialize.stages import build_meta_model, parameter_groups
-from internlm.solver.optimizer.parameter_groups import is_frozen
+from internlm.solver.optimizer.parameter_groups import group_of, is_frozen
 from internlm.verify.case import (
     ADAM_EPSILON,
     FLOAT8_HEAD_DIM,
@@ -94,9 +93,10 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
 
 
 def _matching_groups(small: Config) -> list[dict[str, Any]]:
-    """The parameter groups that match a parameter of the small model; none if they would freeze all parameters."""
+    """The parameter groups that apply to a parameter of the small model; none if they would freeze all parameters."""
     names = [name for name, _ in build_meta_model(small).named_parameters()]
-    groups = [group for group in parameter_groups(small) if any(fnmatchcase(name, group.match) for name in names)]
+    groups = parameter_groups(small)
+    groups = [group for group in groups if any(group_of(name, groups) is group for name in names)]
     if all(is_frozen(name, groups) for name in names):
         return []
     return [asdict(group) for group in groups]

@@ -268,3 +268,23 @@ def test_another_set_of_frozen_weights_on_resume(tmp_path: Path) -> None:
     log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
     assert "start with an empty optimizer state, as the checkpoint has none for them: layers.0." in log
     assert "frozen now, so their optimizer state is not loaded: output.weight" in log
+
+
+def test_a_projection_frozen_before_and_fused_with_trained_ones_now(tmp_path: Path) -> None:
+    """The fused weight starts with an empty state, as a part of it has none; nothing is called frozen."""
+    frozen = 'optimizer = dict(groups=[dict(match="layers.*.attention.wq.*", freeze=True)])\n'
+    config = write_config(tmp_path, f'model_type = "LLAMA2"\n{frozen}')
+    run = ["train", "--config", str(config), "--run-dir", str(tmp_path / "run"), "--set", "ckpt.checkpoint_every=2"]
+    assert main([*run, "--set", "data.total_steps=2"]) == 0
+    fused = ["--set", "model_type=INTERNLM2", "--set", "optimizer.groups=[]"]
+    assert main([*run, "--set", "data.total_steps=3", *fused]) == 0
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert "as the checkpoint has none for them: layers.0.attention.wqkv.weight, layers.1.attention.wqkv.weight" in log
+    assert "the optimizer state of 4 projections is not loaded, as the checkpoint lacks that of the proj" in log
+    assert "frozen now" not in log
+
+
+def test_the_layout_command_checks_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, 'optimizer = dict(groups=[dict(match="nothing.*", freeze=True)])\n')
+    assert main(["layout", "--config", str(config), "--world-size", "1"]) == 2
+    assert "optimizer.groups[0].match = 'nothing.*' matches no parameter" in capsys.readouterr().err
