@@ -21,6 +21,10 @@ CASES = [
     ({"data.gradient_accumulation": 4}, 1, "data.gradient_accumulation"),
     ({"data.gradient_accumulation": 8}, 1, None),
     ({"data.gradient_accumulation": 4, "parallel.pipeline.size": 2}, 2, None),
+    # Keys of token arrays.
+    ({"data.array_dtype": "uint16"}, 1, "data.array_dtype"),
+    ({"data.type": "megatron", "data.array_separator": 0}, 1, "data.array_separator"),
+    ({"data.type": "arrays", "data.array_dtype": "uint16", "data.array_separator": 0}, 1, None),
     # 6.
     ({"ckpt.enable_save_ckpt": True, "ckpt.checkpoint_every": 5}, 1, "ckpt.save_ckpt_folder"),
     ({"ckpt.enable_save_ckpt": True, "ckpt.save_ckpt_folder": "x"}, 1, "ckpt.checkpoint_every"),

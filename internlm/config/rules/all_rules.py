@@ -32,6 +32,7 @@ RULES: tuple[Rule, ...] = (
     splits.feed_forward,
     splits.sequence,
     run.batches,
+    run.token_arrays,
     model.shape,
     run.numerics,
     float8.formats,

@@ -26,6 +26,18 @@ def accumulation(config: Config, world_size: int) -> Iterator[Problem]:
         )
 
 
+def token_arrays(config: Config, world_size: int) -> Iterator[Problem]:
+    """The keys of token arrays are for no other type of data."""
+    data = config.data
+    for name in ("array_dtype", "array_separator"):
+        value = getattr(data, name)
+        if value is not None and data.type != "arrays":
+            key = f"data.{name}"
+            yield Problem(
+                (key, "data.type"), f"{key} = {value!r} needs data.type = 'arrays', which is {data.type!r}; remove it"
+            )
+
+
 def saving(config: Config, world_size: int) -> Iterator[Problem]:
     """Saving needs a folder and an interval."""
     ckpt = config.ckpt

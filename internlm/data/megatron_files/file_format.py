@@ -13,7 +13,7 @@ class MegatronFormat:
 
     name = "megatron"
     suffixes = (".bin",)
-    hint = "Make Megatron datasets with Megatron's tools/preprocess_data.py, or convert them: internlm data convert"
+    hint = "Make Megatron datasets with Megatron's tools/preprocess_data.py"
 
     def companions(self, name: str) -> Sequence[str]:
         return (index_path(Path(name)).name,)
