@@ -96,6 +96,12 @@ class MegatronFile:
         self._bounds = data[at : at + 8 * boundaries].view(np.int64)
         if boundaries < 1 or self._bounds[0] != 0 or self._bounds[-1] != sequences:
             raise DataError(f"{index}: the document boundaries do not run from 0 to the {sequences:,} sequences")
+        modes = data[expected:]
+        if modes.any():
+            raise DataError(
+                f"{index}: {np.count_nonzero(modes):,} of its {sequences:,} sequences are not text (multimodal data), "
+                "which is not supported"
+            )
         self._tokens = np.memmap(self.path, mode="r", dtype=np.uint8) if self.size else np.zeros(0, np.uint8)
 
     def __len__(self) -> int:

@@ -127,7 +127,12 @@ class DocumentSource:
     @property
     def facts(self) -> Mapping[str, Any]:
         """See `SampleSource`."""
-        return {"packing": self.packing, "seq_len": self.seq_len, "micro_bsz": self.micro_bsz}
+        return {
+            "type": self._format.name,
+            "packing": self.packing,
+            "seq_len": self.seq_len,
+            "micro_bsz": self.micro_bsz,
+        }
 
     def __len__(self) -> int:
         """Samples of one epoch."""

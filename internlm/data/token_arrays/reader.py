@@ -61,7 +61,7 @@ class TokenArray:
         if is_npy:
             try:
                 tokens = np.load(self.path, mmap_mode="r")
-            except (ValueError, OSError, EOFError) as error:
+            except Exception as error:  # NumPy parses the header as Python, which fails in many ways
                 raise DataError(f"{self.path}: not a complete .npy array ({error}); copy it again") from error
             if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
                 raise DataError(
@@ -97,6 +97,11 @@ class TokenArray:
             self, kind, ".npy", lambda target: np.save(target, _ends_after(self._tokens, separator))
         )
         ends: NDArray[np.int64] = np.load(found, mmap_mode="r")
+        if len(ends) == 1 and self._tokens[-1] != separator:
+            raise DataError(
+                f"{self.path}: the id {separator} (data.array_separator) does not occur in it; set the id that ends a "
+                "document, or None if the file is one document"
+            )
         return ends
 
     def __len__(self) -> int:

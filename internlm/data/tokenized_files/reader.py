@@ -48,11 +48,13 @@ class TokenizedFile:
         self.vocab_size = vocab_size
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file")
+        if not meta_path(self.path).is_file() and self.path.with_suffix(".idx").is_file():
+            raise DataError(f"{self.path}: a Megatron dataset, as it has an .idx; set data.type = 'megatron'")
         if not meta_path(self.path).is_file():
             raise DataError(f"{meta_path(self.path)} is missing; {rebuild_hint(self.path)}")
         try:
             meta = np.load(meta_path(self.path), mmap_mode="r")
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # NumPy parses the header as Python, which fails in many ways
             raise DataError(
                 f"{meta_path(self.path)} is not a .npy array ({error}); {rebuild_hint(self.path)}"
             ) from error

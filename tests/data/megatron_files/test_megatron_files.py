@@ -13,6 +13,7 @@ from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.megatron_files.reader import DTYPES, HEADER, MAGIC, MegatronFile, index_path
 from internlm.data.megatron_files.writer import MegatronWriter, smallest_dtype
 from internlm.data.sources.open_source import open_source
+from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.utils.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [], [1], list(range(2, 40))]
@@ -58,6 +59,21 @@ def test_a_document_of_several_sequences_is_joined(tmp_path: Path) -> None:
     assert file.counts().tolist() == [3, 3] and file.counts_of(np.array([0])).tolist() == [3]
     assert [file.read(number)[0].tolist() for number in (0, 1)] == [[1, 2, 3], [4, 5, 6]]
     assert file.read(0, 1, 3)[0].tolist() == [2, 3]
+
+
+def test_modes_are_read_and_images_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.bin")
+    index = index_path(path).read_bytes()
+    index_path(path).write_bytes(index + bytes(4))
+    assert MegatronFile(path).read(0)[0].tolist() == DOCUMENTS[0]
+    index_path(path).write_bytes(index + bytes([0, 1, 0, 0]))
+    with pytest.raises(DataError, match=r"a.idx: 1 of its 4 sequences are not text \(multimodal data\)"):
+        MegatronFile(path)
+
+
+def test_a_reader_of_tokenized_files_knows_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.bin: a Megatron dataset, as it has an .idx; set data.type = 'megatron'"):
+        TokenizedFile(write(tmp_path / "a.bin"))
 
 
 @pytest.mark.parametrize(

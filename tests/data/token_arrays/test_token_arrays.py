@@ -73,6 +73,24 @@ def test_wrong_ids_and_arrays_are_refused(tmp_path: Path) -> None:
         TokenArray(tmp_path / "a.npy")
 
 
+def test_a_separator_that_never_occurs_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([5, 6, 7]))
+    with pytest.raises(DataError, match=r"the id 3 \(data.array_separator\) does not occur in it"):
+        TokenArray(tmp_path / "a.npy", separator=3)
+    assert documents_of(TokenArray(tmp_path / "a.npy", separator=7)) == [[5, 6, 7]]
+
+
+@pytest.mark.parametrize("position", range(10, 100, 9))
+def test_a_damaged_header_is_named(position: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.array(IDS))
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x9A
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a.npy: "):
+        TokenArray(path, 10).read(0)
+
+
 def test_samples_of_a_file_cover_its_tokens(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(1, 100, 64).astype("uint16")
     np.save(tmp_path / "a.npy", ids)
