@@ -134,11 +134,11 @@ def check_fsdp(fsdp: bool, pipeline: int, mode: str) -> None:
         raise LayoutError(text, fsdp=fsdp, mode=mode)
 
 
-def check_schedule(schedule: str, num_ranks: int, num_chunks: int, num_micro_batches: int) -> None:
+def check_schedule(mode: str, num_ranks: int, num_chunks: int, num_micro_batches: int) -> None:
     """A pipeline schedule works with these numbers.
 
     Args:
-        schedule: "1F1B", "ZBH1", "ZBV" or "DUALPIPEV".
+        mode: "1F1B", "ZBH1", "ZBV" or "DUALPIPEV".
         num_ranks: ranks of the pipeline.
         num_chunks: model chunks of a rank.
         num_micro_batches: of a step.
@@ -150,11 +150,11 @@ def check_schedule(schedule: str, num_ranks: int, num_chunks: int, num_micro_bat
         raise LayoutError("{num_micro_batches}: a step has 1 or more", num_micro_batches=num_micro_batches)
     if num_ranks == 1:
         return
-    needed = CHUNKS_OF_SCHEDULES.get(schedule, num_chunks)
+    needed = CHUNKS_OF_SCHEDULES.get(mode, num_chunks)
     if num_chunks != needed:
-        text = "{num_chunks} does not work with {schedule}; set it to " + str(needed)
-        raise LayoutError(text, num_chunks=num_chunks, schedule=schedule)
-    if schedule == "1F1B" and num_chunks > 1 and num_micro_batches % num_ranks:
+        text = "{num_chunks} does not work with {mode}; set it to " + str(needed)
+        raise LayoutError(text, num_chunks=num_chunks, mode=mode)
+    if mode == "1F1B" and num_chunks > 1 and num_micro_batches % num_ranks:
         text = "{num_micro_batches}: the interleaved schedule ({num_chunks}) needs a multiple of {num_ranks}"
         raise LayoutError(text, num_micro_batches=num_micro_batches, num_chunks=num_chunks, num_ranks=num_ranks)
 

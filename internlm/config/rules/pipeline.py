@@ -21,7 +21,7 @@ def schedule(config: Config, world_size: int) -> Iterator[Problem]:
     steps = [(data.micro_num, "data.micro_num"), *((number, ramp) for number in _micro_nums_of_ramp(config))]
     for micro_num, name in steps:
         names = {
-            "schedule": "parallel.pipeline.mode",
+            "mode": "parallel.pipeline.mode",
             "num_ranks": SIZE,
             "num_chunks": "model.num_chunks",
             "num_micro_batches": name,

@@ -25,6 +25,7 @@ from internlm.model.ops.gated_activation import gated_activation
 from internlm.model.ops.implementations import OpSettings
 from internlm.model.ops.linear import linear
 from internlm.model.ops.norm import layer_norm, rms_norm
+from internlm.model.ops.packed_projections import unpack_gate_up, unpack_query_key_value
 from internlm.model.ops.rotary import RotaryTables, apply_rotary
 
 LENGTHS = (37, 0, 1, 90)
@@ -155,6 +156,7 @@ def other_cases(
             ((*tokens, width), (*tokens, width)),
         )
     yield from _linear_cases(tokens, width)
+    yield from _packed_cases(tokens, width)
     yield from _rotary_cases(device, settings.head_dim, tokens)
     # Logits grow with the width, and the largest fp16 number is 65,504.
     yield from _loss_cases(device, min(width, 64))
@@ -165,6 +167,31 @@ def _linear_cases(tokens: tuple[int, int], width: int) -> Iterator[OpCase]:
     for name, shape in (("narrow", (width, 30)), ("wider than its input", (1030, width)), ("narrower", (width, 1030))):
         formula = torch.nn.functional.linear
         yield OpCase("linear", name, linear, formula, ((*tokens, shape[1]), shape, shape[:1]))
+
+
+def _packed_cases(tokens: tuple[int, int], width: int, group_size: int = 3, kv_heads: int = 2) -> Iterator[OpCase]:
+    def slices(packed: Tensor) -> tuple[Tensor, ...]:
+        groups = packed.unflatten(-1, (kv_heads, group_size + 2, -1))
+        parts = (groups[..., :group_size, :], groups[..., group_size, :], groups[..., group_size + 1, :])
+        return tuple(part.flatten(2) for part in parts)
+
+    head_dim = 4
+    yield OpCase(
+        "linear",
+        "packed queries, keys and values",
+        partial(unpack_query_key_value, group_size=group_size, head_dim=head_dim),
+        slices,
+        ((*tokens, kv_heads * (group_size + 2) * head_dim),),
+        is_exact=True,
+    )
+    yield OpCase(
+        "linear",
+        "packed gate and up",
+        unpack_gate_up,
+        lambda packed: (packed[..., :width], packed[..., width:]),
+        ((*tokens, 2 * width),),
+        is_exact=True,
+    )
 
 
 def float8_cases(device: torch.device, tokens: int = 48, inputs: int = 64, outputs: int = 32) -> Iterator[OpCase]:

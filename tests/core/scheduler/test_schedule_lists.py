@@ -125,8 +125,8 @@ def test_peaks_of_live_activations(p: int) -> None:
     [
         (("GPIPE", 2, 2, 1), ["mode = 'GPIPE'", "1F1B, ZBH1, ZBV, DUALPIPEV"]),
         (("1F1B", 4, 6, 2), ["num_micro_batches = 6", "num_ranks = 4", "num_chunks = 2"]),
-        (("ZBH1", 2, 2, 2), ["num_chunks = 2", "schedule = 'ZBH1'", "set it to 1"]),
-        (("ZBV", 2, 4, 1), ["num_chunks = 1", "schedule = 'ZBV'", "set it to 2"]),
+        (("ZBH1", 2, 2, 2), ["num_chunks = 2", "mode = 'ZBH1'", "set it to 1"]),
+        (("ZBV", 2, 4, 1), ["num_chunks = 1", "mode = 'ZBV'", "set it to 2"]),
         (("1F1B", 2, 0, 1), ["num_micro_batches = 0"]),
     ],
 )
