@@ -6,14 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from internlm.data.batch import Batch
+from internlm.data.documents.document_file import FileFormat
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.loaders.valid_loader import build_valid_loaders
 from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.megatron_files.reader import DTYPES, HEADER, MAGIC, MegatronFile, index_path
 from internlm.data.megatron_files.writer import MegatronWriter, smallest_dtype
 from internlm.data.sources.open_source import open_source
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.reader import TokenizedFile
+from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.utils.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [], [1], list(range(2, 40))]
@@ -105,29 +110,39 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packing", ["cut", "pack_sample_into_one", "unpacked"])
-def test_it_trains_and_validates_like_any_format(packing: str, tmp_path: Path) -> None:
+def test_its_batches_are_those_of_tokenized_files(packing: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    documents = [random.integers(1, 100, random.integers(2, 30)).tolist() for _ in range(40)]
-    write(tmp_path / "en" / "a.bin", documents=documents[:20])
-    write(tmp_path / "cn" / "b.bin", documents=documents[20:])
-    source = open_source(
-        tmp_path,
-        seq_len=8,
-        micro_bsz=2,
-        packing=packing,
-        vocab_size=100,
-        format=MEGATRON,  # type: ignore[arg-type]
-    )
-    loader = build_train_loader(source, micro_num=len(source), seed=1)
-    batch = next(loader)
-    loader.close()
-    assert loader.type_names == ["cn", "en"] and {int(micro.type_ids.max()) for micro in batch.micro_batches} == {0, 1}
-    whole = {token for document in documents for token in document}
-    read = {int(token) for micro in batch.micro_batches for token in micro.input_ids.flatten()}
-    assert read - {0} <= whole and len(read) > len(whole) // 2
-    sets = build_valid_loaders(tmp_path, seq_len=8, micro_bsz=2, vocab_size=100, format=MEGATRON)
-    labels = {name: sum(batch.num_valid_tokens for batch in loader) for name, loader in sets.items()}
-    assert labels == {
-        "en": sum(len(document) - 1 for document in documents[:20]),
-        "cn": sum(len(document) - 1 for document in documents[20:]),
-    }
+    for name in ("en/a", "cn/b"):
+        documents = [random.integers(1, 100, random.integers(1, 30)).tolist() for _ in range(20)]
+        write(tmp_path / "megatron" / f"{name}.bin", documents=documents)
+        with TokenizedWriter(tmp_path / "tokenized" / f"{name}.bin") as writer:
+            for document in documents:
+                writer.write(document)
+
+    def batches(format: FileFormat) -> tuple[list[str], list[Batch], dict[str, list[Batch]]]:
+        folder = tmp_path / format.name
+        source = open_source(
+            folder,
+            seq_len=8,
+            micro_bsz=2,
+            packing=packing,  # type: ignore[arg-type]
+            vocab_size=100,
+            min_length=2,
+            format=format,
+        )
+        loader = build_train_loader(source, micro_num=1, seed=1)
+        train = [next(loader) for _ in range(len(source) + 1)]
+        loader.close()
+        sets = build_valid_loaders(folder, seq_len=8, micro_bsz=2, vocab_size=100, format=format)
+        return loader.type_names, train, {name: list(loader) for name, loader in sets.items()}
+
+    types, train, valid = batches(MEGATRON)
+    expected_types, expected_train, expected_valid = batches(TOKENIZED)
+    assert types == expected_types == ["cn", "en"] and valid.keys() == expected_valid.keys() == {"cn", "en"}
+    pairs = [*zip(train, expected_train, strict=True)]
+    pairs += [pair for name in valid for pair in zip(valid[name], expected_valid[name], strict=True)]
+    for batch, expected in pairs:
+        for micro, other in zip(batch.micro_batches, expected.micro_batches, strict=True):
+            for field in ("input_ids", "labels", "position_ids", "type_ids"):
+                assert torch.equal(getattr(micro, field), getattr(other, field))
+            assert micro.lengths == other.lengths
