@@ -78,6 +78,18 @@ def test_a_tensor_of_one_block_is_drawn_at_once() -> None:
     assert torch.equal(drawn(ShardSpec.whole("layers.0.w", (2048, 2048))), expected)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_a_block_is_keyed_by_seed_name_and_number_from_0() -> None:
+    """Another key would give a run of the same seed other weights than an earlier version."""
+    whole = drawn(ShardSpec.whole("layers.0.w", (10, 30)))
+    for number, (offset, size) in enumerate(blocks_of((10, 30))):
+        key = int.from_bytes(hashlib.sha256(f"7/layers.0.w/{number}".encode()).digest()[:8], "little") >> 1
+        expected = torch.empty(size)
+        NORMAL.fill(expected, torch.Generator().manual_seed(key))
+        assert torch.equal(whole[offset[0] : offset[0] + size[0]], expected)
+    assert number == 3
+
+
 @pytest.mark.parametrize("initializer", [Normal(0.02), Uniform(0.5)])
 def test_blocks_are_independent_and_of_the_recipe(initializer: Initializer) -> None:
     whole = drawn(ShardSpec.whole("w", (4096, 2048)), initializer)
