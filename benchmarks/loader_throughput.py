@@ -20,6 +20,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.sources.open_source import open_source
+from internlm.data.sources.sample_stream import ShuffledSource
 
 
 class PeakMemory:
@@ -67,7 +68,7 @@ def main() -> None:
             vocab_size=args.vocab,
             seed=0,
         )
-        loader = build_train_loader(source, micro_num=args.micro_num, seed=0, num_workers=num_workers)
+        loader = build_train_loader(ShuffledSource(source, seed=0), micro_num=args.micro_num, num_workers=num_workers)
         opened = time.monotonic() - began
         next(loader)
         first = time.monotonic() - began - opened

@@ -42,6 +42,7 @@ def build_ours(options: argparse.Namespace) -> tuple[Callable[[int], None], Call
     from internlm.core.parallel.parallelize import parallelize
     from internlm.data.loaders.train_loader import build_train_loader
     from internlm.data.sources.open_source import open_source
+    from internlm.data.sources.sample_stream import ShuffledSource
     from internlm.model.ops.cross_entropy import linear_cross_entropy
     from internlm.model.registry import build_model
     from internlm.solver.grad_scaler import ConstantGradScaler
@@ -63,9 +64,11 @@ def build_ours(options: argparse.Namespace) -> tuple[Callable[[int], None], Call
     engine = Engine(model, optimizer, context, linear_cross_entropy)
     batches = iter(
         build_train_loader(
-            open_source(options.train, seq_len=SEQ, micro_bsz=options.batch, packing="cut", vocab_size=VOCAB),
+            ShuffledSource(
+                open_source(options.train, seq_len=SEQ, micro_bsz=options.batch, packing="cut", vocab_size=VOCAB),
+                seed=1,
+            ),
             micro_num=1,
-            seed=1,
         )
     )
 
@@ -88,16 +91,23 @@ def build_plain(options: argparse.Namespace) -> tuple[Callable[[int], None], Cal
 
     from internlm.data.loaders.train_loader import build_train_loader
     from internlm.data.sources.open_source import open_source
+    from internlm.data.sources.sample_stream import ShuffledSource
 
     model = Llama(VOCAB, HIDDEN, LAYERS, HEADS, FFN, SEQ)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batches = iter(
         build_train_loader(
-            open_source(
-                options.train, seq_len=SEQ, micro_bsz=options.batch, packing="pack_sample_into_one", vocab_size=VOCAB
+            ShuffledSource(
+                open_source(
+                    options.train,
+                    seq_len=SEQ,
+                    micro_bsz=options.batch,
+                    packing="pack_sample_into_one",
+                    vocab_size=VOCAB,
+                ),
+                seed=1,
             ),
             micro_num=1,
-            seed=1,
         )
     )
 

@@ -21,6 +21,7 @@ from internlm.checkpoint.manifest import WHOLE_RUN, Manifest, check_contents
 from internlm.checkpoint.reading import CONTEXT_FILE, check_files, listed
 from internlm.checkpoint.run_state import (
     counters_of,
+    data_state_of,
     load_run,
     model_tensors,
     optimizer_tensors,
@@ -145,6 +146,7 @@ class CheckpointManager:
         if error is not None:
             self._report(SaveResult(step, final, snapshot, time.monotonic() - started, 0.0, error))
             return
+        data = data_state_of(trainer)
         task = SaveTask(
             step=step,
             final=final,
@@ -152,7 +154,7 @@ class CheckpointManager:
             is_snapshot=snapshot,
             rank=context.rank,
             world_size=context.world_size,
-            files=self._small_files(trainer) if context.is_main_rank else None,
+            files=self._small_files(trainer, data) if context.is_main_rank else None,
             save_folder=self.save_folder,
             keep_latest=self.keep_latest,
             after_save=None if snapshot else self.after_save,
@@ -166,8 +168,8 @@ class CheckpointManager:
             seconds = time.monotonic() - started
             self._report(SaveResult(step, final, snapshot, seconds, seconds, error, notice))
 
-    def _small_files(self, trainer: Trainer) -> dict[str, bytes]:
-        files = {CONTEXT_FILE: json.dumps(counters_of(trainer), indent=1), **self.files}
+    def _small_files(self, trainer: Trainer, data: dict[str, Any]) -> dict[str, bytes]:
+        files = {CONTEXT_FILE: json.dumps(counters_of(trainer, data), indent=1), **self.files}
         return {name: text.encode() for name, text in files.items()}
 
     def _begin(self, step: int, snapshot: bool) -> tuple[StoragePath, StoragePath, str | None]:

@@ -14,7 +14,7 @@ from internlm.checkpoint.manifest import WHOLE_RUN
 from internlm.checkpoint.optimizer_states import MASTER_PREFIX, OPTIMIZER_PREFIX, compare_states, reset_masters_of
 from internlm.checkpoint.reading import listed, load_tensors, read_context, saved_shapes
 from internlm.checkpoint.weight_source import WeightSource, finite
-from internlm.core.batch_source import StatefulSource
+from internlm.core.batch_source import MergeableSource, StatefulSource
 from internlm.core.communication.objects import of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.context.random import set_random_state
@@ -97,17 +97,29 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
         set_random_state(tensors[rng_key])
 
 
-def counters_of(trainer: Trainer) -> dict[str, Any]:
-    """The content of `context.json`; `_restore_counters` is the inverse."""
-    optimizer = trainer.engine.optimizer
+def data_state_of(trainer: Trainer) -> dict[str, Any]:
+    """State of the train data, merged over the ranks where each rank knows a part of it; collective."""
     loader = trainer.train_loader
+    if isinstance(loader, MergeableSource):
+        return loader.merge_states(of_all_ranks(trainer.context, loader.state_dict()))
+    return loader.state_dict() if isinstance(loader, StatefulSource) else {}
+
+
+def counters_of(trainer: Trainer, data: dict[str, Any]) -> dict[str, Any]:
+    """The content of `context.json`; `_restore_counters` is the inverse.
+
+    Args:
+        trainer: trainer to save.
+        data: see `data_state_of`.
+    """
+    optimizer = trainer.engine.optimizer
     return {
         "state": asdict(trainer.state),
         "inf_nan_skip_batches": float(trainer.num_skipped_updates),
         "num_updates": optimizer.num_updates,
         "scaler": optimizer.scaler.state_dict(),
         # The cursor of the loader is the trainer's own.
-        "data": loader.state_dict() if isinstance(loader, StatefulSource) else {},
+        "data": data,
         "hooks": trainer.hook_states(),
         "world_size": trainer.context.world_size,
         "layout": trainer.context.layout.describe(),

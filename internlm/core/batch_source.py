@@ -6,7 +6,7 @@ used through it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from internlm.data.batch import Batch
@@ -41,6 +41,14 @@ class StatefulSource(Protocol):
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Continue from a state of `state_dict`, and warn if the data differ."""
+
+
+@runtime_checkable
+class MergeableSource(StatefulSource, Protocol):
+    """A stateful source of which each data rank knows a part of the state."""
+
+    def merge_states(self, states: Sequence[dict[str, Any]], /) -> dict[str, Any]:
+        """Merge the states of all ranks, in rank order, into the one that is saved."""
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ Legend of shapes: M micro-batches, B sequences, S tokens of a sequence, P packed
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,7 @@ class Batch:
             documents.
         unreadable: one message for each document of this rank that could not be read and was replaced by padding.
         num_truncated_answers: number of documents of this rank that lost every label by truncation at seq_len.
+        cursors: for the loader: `Sample.cursor` of each micro-batch.
     """
 
     micro_batches: list[MicroBatch]
@@ -91,6 +93,7 @@ class Batch:
     sample_indices: list[int] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     num_truncated_answers: int = 0
+    cursors: list[Any] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

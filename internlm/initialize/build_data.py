@@ -10,6 +10,7 @@ from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
 from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.packing.sample import Packing
 from internlm.data.sources.open_source import open_source
+from internlm.data.sources.sample_stream import ShuffledSource
 from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenized_files.file_format import TOKENIZED
 
@@ -31,9 +32,8 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         format=file_format(config),
     )
     return build_train_loader(
-        source,
+        ShuffledSource(source, data.seed),
         micro_num=data.micro_num,
-        seed=data.seed,
         data_rank=context.index("data"),
         data_size=context.size("data"),
         num_workers=data.num_worker,

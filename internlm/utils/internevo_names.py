@@ -231,7 +231,7 @@ NAMES: dict[str, dict[str, Former]] = {
     },
     "internlm.data.tokenized": dict.fromkeys(
         ("StaticBatchSampler", "get_dpsampler_dataloader"),
-        _now("data.loaders.sample_order.sample_order", "the order is a function of seed and index"),
+        _now("data.sources.sample_order.sample_order", "the order is a function of seed and index"),
     ),
     "internlm.data.tokenized.packed_dataset": {
         "PackedDataset": _now("data.sources.document_source.DocumentSource", "packs documents of a folder")

@@ -14,6 +14,7 @@ from internlm.data.documents.unigram_entropy import token_counts, unigram_entrop
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.loaders.valid_loader import build_valid_loaders
 from internlm.data.sources.open_source import open_source
+from internlm.data.sources.sample_stream import ShuffledSource
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.reader import TokenizedFile
@@ -60,7 +61,7 @@ def test_corpus_is_prepared_once(tmp_path):
     assert facts["train_tokens"] + facts["valid_tokens"] == tokens
     assert 4 < facts["unigram_entropy"] < math.log(600)
     source = open_source(tmp_path / "demo" / "train", seq_len=64, micro_bsz=2, packing="cut", vocab_size=600)
-    loader = build_train_loader(source, micro_num=1, seed=1)
+    loader = build_train_loader(ShuffledSource(source, seed=1), micro_num=1)
     assert loader.type_names == ["packages", "python"]
     assert next(loader).num_tokens == 128
     loader.close()

@@ -11,23 +11,23 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from internlm.data.batch import Batch
 from internlm.data.loaders.batch_plan import NO_SKIPS, RampUp, SkipBatches, parse_skip_batches
 from internlm.data.loaders.read_ahead import ReadAheadThread, WorkerProcesses
-from internlm.data.loaders.sample_order import sample_order
 from internlm.data.packing.collate import pin, to_micro_batch
 from internlm.data.packing.sample import Sample
-from internlm.data.sources.sample_source import SampleSource
+from internlm.data.sources.sample_stream import SampleStream, StreamEndError
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+_CURSOR_KEYS = {"step", "consumed_samples", "stream"}
+"""Of a state, beside the facts of the stream."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class _Request:
 
 
 def build_train_loader(
-    source: SampleSource,
+    stream: SampleStream,
     *,
     micro_num: int,
-    seed: int,
     data_rank: int = 0,
     data_size: int = 1,
     num_workers: int = 0,
@@ -54,12 +53,11 @@ def build_train_loader(
     pin_memory: bool = False,
     prefetch: int = 2,
 ) -> TrainLoader:
-    """Build a loader over the samples of a source.
+    """Build a loader over the samples of a stream.
 
     Args:
-        source: see `SampleSource`; `open_source` opens that of a train folder.
+        stream: see `SampleStream`; `ShuffledSource` makes one of a `SampleSource`.
         micro_num: micro-batches of a step on each data rank, after the ramp-up.
-        seed: seed of the order of samples.
         data_rank, data_size: this data rank, and the number of data ranks.
         num_workers: number of prefetching processes; 0 prefetches in a thread of this process.
         rampup_batch_size: "start increment steps", see `RampUp`.
@@ -72,10 +70,9 @@ def build_train_loader(
         ConfigError: an argument is out of range.
     """
     return TrainLoader(
-        source,
+        stream,
         ramp_up=RampUp.parse(rampup_batch_size, micro_num),
         skipped=parse_skip_batches(skip_batches),
-        seed=seed,
         data_rank=data_rank,
         data_size=data_size,
         num_workers=num_workers,
@@ -90,18 +87,17 @@ class TrainLoader:
 
     Attributes:
         type_names: the names that `MicroBatch.type_ids` index.
-        num_samples_per_epoch: samples of one epoch, over all ranks.
+        num_samples_per_epoch: samples of one epoch, over all ranks; None where the stream knows none.
         step: the next step to deliver, counted from 0.
         consumed_samples: samples, over all ranks, of the batches delivered so far; prefetching does not advance it.
     """
 
     def __init__(
         self,
-        source: SampleSource,
+        stream: SampleStream,
         *,
         ramp_up: RampUp,
         skipped: SkipBatches = NO_SKIPS,
-        seed: int,
         data_rank: int = 0,
         data_size: int = 1,
         num_workers: int = 0,
@@ -111,23 +107,23 @@ class TrainLoader:
     ) -> None:
         if not 0 <= data_rank < data_size:
             raise ConfigError(f"data_rank = {data_rank} is not in [0, data_size = {data_size})")
-        self.type_names = source.type_names
-        self.num_samples_per_epoch = len(source)
+        self.type_names = stream.type_names
+        self.num_samples_per_epoch = stream.samples_per_epoch
         self.step = 0
         self.consumed_samples = 0
-        self._fetch = _Fetch(source, seed, skipped)
+        self._stream = stream
+        self._fetch = _Fetch(stream, skipped)
         self._num_unreadable = self._num_truncated_answers = 0
         self._ramp_up = ramp_up
         self._data_rank, self._data_size = data_rank, data_size
         self._num_workers, self._prefetch = num_workers, prefetch
         self._total_steps, self._pin_memory = total_steps, pin_memory
-        own_facts = {"seed": seed, "num_samples_per_epoch": len(source)}
-        reserved = source.facts.keys() & {"step", "consumed_samples", *own_facts}
+        reserved = stream.facts.keys() & _CURSOR_KEYS
         if reserved:
             raise ValueError(
                 f"a source must not name its facts {sorted(reserved)}: the loader saves values of these names"
             )
-        self._order_facts = {**source.facts, **own_facts}
+        self._order_facts = dict(stream.facts)
         self._batches: Iterator[Batch] | None = None
         self._stop: Callable[[], None] | None = None
 
@@ -158,6 +154,7 @@ class TrainLoader:
             raise
         self.step += 1
         self.consumed_samples += batch.num_samples
+        self._stream.note_delivered(batch.sample_indices, batch.cursors)
         self._log_defects(batch)
         return batch
 
@@ -168,10 +165,21 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor and the facts on which the order of samples depends."""
-        return {"step": self.step, "consumed_samples": self.consumed_samples, **self._order_facts}
+        return {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "stream": self._stream.state_at(self.consumed_samples),
+            **self._order_facts,
+        }
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of all data ranks, of which each has delivered its own samples."""
+        return {**states[0], "stream": self._stream.merge_states([state["stream"] for state in states])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the cursor of `state`, with a warning if the data, the packing or the seed has changed."""
+        """Continue at the cursor of a state of `merge_states`, with a warning if the data or the order has changed."""
+        consumed_samples = int(state["consumed_samples"])
+        notices = self._stream.load_state(consumed_samples, state.get("stream", {}))
         changed = {
             name: (state[name], value) for name, value in self._order_facts.items() if state.get(name, value) != value
         }
@@ -182,7 +190,10 @@ class TrainLoader:
                 ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items()),
                 state["consumed_samples"],
             )
-        self.seek(int(state["step"]), int(state["consumed_samples"]))
+        if self._data_rank == 0:
+            for notice in notices:
+                logger.info("%s", notice)
+        self.seek(int(state["step"]), consumed_samples)
 
     def close(self) -> None:
         """Stop prefetching. The cursor is kept; the next request for a batch starts prefetching again."""
@@ -262,16 +273,16 @@ def _requests(
 class _Fetch:
     """Reads the samples of a request, except those of a skipped step, which may be unreadable."""
 
-    def __init__(self, source: SampleSource, seed: int, skipped: SkipBatches) -> None:
-        self.source, self.seed, self.skipped = source, seed, skipped
+    def __init__(self, stream: SampleStream, skipped: SkipBatches) -> None:
+        self.stream, self.skipped = stream, skipped
 
     def __call__(self, request: _Request) -> tuple[_Request, list[Sample]]:
         if self.skipped.contains(request.step):
-            return request, [self.source.padding()] * request.count
-        indices = np.arange(request.first, request.first + request.count, dtype=np.int64)
-        order = sample_order(indices, len(self.source), self.seed)
+            return request, [self.stream.padding()] * request.count
         try:
-            return request, [self.source.sample(int(index)) for index in order]
+            return request, self.stream.samples(request.first, request.count)
+        except StreamEndError:
+            raise
         except DataError as error:
             raise DataError(
                 f"{error}. Step {request.step + 1} needs this document. To train without it, set "
@@ -291,4 +302,5 @@ def _to_batches(fetched: Iterator[tuple[_Request, list[Sample]]], pin_memory: bo
             list(range(request.first, request.first + request.count)),
             unreadable=[message for sample in samples for message in sample.unreadable],
             num_truncated_answers=sum(sample.num_truncated_answers for sample in samples),
+            cursors=[sample.cursor for sample in samples],
         )

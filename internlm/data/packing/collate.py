@@ -28,7 +28,7 @@ def to_micro_batch(sample: Sample) -> MicroBatch:
         input_ids=input_ids,
         labels=labels,
         position_ids=position_ids,
-        type_ids=torch.full_like(input_ids, sample.type_id),
+        type_ids=torch.from_numpy(np.broadcast_to(sample.type_ids, input_ids.shape).astype(np.int64)),
         cu_seqlens=cu_seqlens,
         lengths=sample.lengths,
         num_valid_tokens=num_valid_tokens,

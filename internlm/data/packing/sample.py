@@ -30,21 +30,23 @@ class Sample:
         input_ids: int64 [P], or [B, S] when unpacked.
         labels: int64 of the same shape.
         lengths: lengths of the attention segments, with sum P; None when unpacked.
-        type_id: the type of all tokens.
+        type_ids: the type of all tokens, or int64 of the same shape as the ids.
         num_documents: number of documents, or parts of documents, in the sample.
         row_lengths: tokens of each row without padding; None when packed.
         unreadable: one message for each document that could not be read and was replaced by padding.
         num_truncated_answers: number of documents that lost every label by truncation at seq_len.
+        cursor: where its stream continues after it, for a stream that has to remember this; see `SampleStream`.
     """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     lengths: tuple[int, ...] | None
-    type_id: int
+    type_ids: int | NDArray[np.int64]
     num_documents: int
     row_lengths: tuple[int, ...] | None = None
     unreadable: tuple[str, ...] = ()
     num_truncated_answers: int = 0
+    cursor: Any = None
 
 
 def concatenate_slices(

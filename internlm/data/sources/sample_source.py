@@ -16,7 +16,7 @@ class SampleSource(Protocol):
     """Samples by index, each the tokens of one micro-batch. Sources are sent to worker processes.
 
     Attributes:
-        type_names: the names that `Sample.type_id` indexes.
+        type_names: the names that `Sample.type_ids` index.
         facts: settings that decide the content of samples, as JSON values; saved with the cursor and compared when a
             run resumes. Log messages show "seq_len".
     """

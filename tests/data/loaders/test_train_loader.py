@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from internlm.data.documents.index_cache import CACHE_FOLDER
-from internlm.data.loaders.sample_order import sample_order
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.packing.document_slice import make_slice
 from internlm.data.packing.sample import concatenate_slices, padding_sample
 from internlm.data.sources.open_source import open_source
+from internlm.data.sources.sample_order import sample_order
+from internlm.data.sources.sample_stream import ShuffledSource
 from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.utils.errors import ConfigError, DataError
 
@@ -49,7 +50,8 @@ def build(folder, **options):
     }
     options = defaults | options
     of_source = {name: options.pop(name) for name in list(options) if name in SOURCE_OPTIONS}
-    return build_train_loader(open_source(folder, seed=options["seed"], **of_source), **options)
+    seed = options.pop("seed")
+    return build_train_loader(ShuffledSource(open_source(folder, seed=seed, **of_source), seed), **options)
 
 
 def content(micro):
@@ -103,7 +105,7 @@ def test_order_is_that_of_sample_order(folder):
     batch = next(loader)
     assert batch.sample_indices == [9, 10, 11]
     order = sample_order(np.array(batch.sample_indices), loader.num_samples_per_epoch, 7)
-    source = loader._fetch.source
+    source = loader._fetch.stream.source
     for micro, index in zip(batch.micro_batches, order, strict=True):
         assert micro.input_ids[0].tolist() == source.sample(int(index)).input_ids.tolist()
     loader.close()
@@ -337,10 +339,10 @@ def test_a_custom_source_is_loaded_and_resumed(num_workers):
     def tokens(loader, count):
         return [int(micro.input_ids[0, 0]) for _ in range(count) for micro in next(loader).micro_batches]
 
-    straight = build_train_loader(CountingSource(), micro_num=2, seed=1, num_workers=num_workers)
+    straight = build_train_loader(ShuffledSource(CountingSource(), 1), micro_num=2, num_workers=num_workers)
     expected = tokens(straight, 5)
     assert sorted(expected) == list(range(1, 11))
-    resumed = build_train_loader(CountingSource(), micro_num=2, seed=1, num_workers=num_workers)
+    resumed = build_train_loader(ShuffledSource(CountingSource(), 1), micro_num=2, num_workers=num_workers)
     resumed.seek(3, 6)
     assert tokens(resumed, 2) == expected[6:]
     straight.close()
@@ -348,5 +350,7 @@ def test_a_custom_source_is_loaded_and_resumed(num_workers):
 
 
 def test_facts_with_names_of_the_cursor_are_refused():
-    with pytest.raises(ValueError, match=r"must not name its facts \['seed', 'step'\]"):
-        build_train_loader(CountingSource(step=1, seed=2), micro_num=1, seed=1)
+    with pytest.raises(ValueError, match=r"must not name its facts \['seed'\]"):
+        build_train_loader(ShuffledSource(CountingSource(seed=2), 1), micro_num=1)
+    with pytest.raises(ValueError, match=r"must not name its facts \['step'\]"):
+        build_train_loader(ShuffledSource(CountingSource(step=1), 1), micro_num=1)

@@ -169,7 +169,7 @@ def test_dummy_samples_are_a_function_of_their_index(packing, fixed_lengths):
     assert first.type_names == ["en", "cn", "code"]
     for index in (0, 7, len(first) - 1):
         sample = first.sample(index)
-        assert sample.type_id == index % 3
+        assert sample.type_ids == index % 3
         assert (sample.input_ids == again.sample(index).input_ids).all()
         assert not np.array_equal(sample.input_ids, other.sample(index).input_ids)
         assert sample.input_ids.shape == ((4, 16) if packing == "unpacked" else (64,))
@@ -229,7 +229,7 @@ def test_type_folder_without_files_keeps_its_id(tmp_path):
     (tmp_path / "cn").mkdir()
     write_documents(tmp_path / "en" / "a.bin", [[(1, True)] * 50])
     samples = source(tmp_path, "cut")
-    assert samples.type_names == ["cn", "en"] and samples.sample(0).type_id == 1
+    assert samples.type_names == ["cn", "en"] and samples.sample(0).type_ids == 1
 
 
 def test_dropped_tail_is_reported(tmp_path, caplog, monkeypatch):

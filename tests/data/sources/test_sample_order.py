@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from internlm.data.loaders.sample_order import sample_order
+from internlm.data.sources.sample_order import sample_order
 
 
 def test_each_epoch_and_seed_has_its_own_permutation():

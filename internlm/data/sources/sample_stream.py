@@ -1,0 +1,137 @@
+"""The protocol of an endless sequence of samples, which a train loader deals to ranks.
+
+Sample g is a pure function of (files, settings, seed, g), not of the ranks, of the worker processes, or of what was
+read before. A stream may remember where it is, so that ascending indices are cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from internlm.data.packing.sample import Sample
+from internlm.data.sources.sample_order import sample_order
+from internlm.data.sources.sample_source import SampleSource
+from internlm.utils.errors import DataError
+
+
+class StreamEndError(DataError):
+    """A stream ends, as its settings ask for, such as after the last epoch of a source."""
+
+
+class SampleStream(Protocol):
+    """Samples 0, 1, 2, ... without end. Streams are sent to worker processes, each of which reads some of the samples.
+
+    Attributes:
+        type_names: names that the type ids of samples index.
+        facts: settings that decide the content of samples, as JSON values; saved with the cursor and compared when a
+            run resumes.
+        samples_per_epoch: None where no number is known, or sources have epochs of their own.
+    """
+
+    @property
+    def type_names(self) -> list[str]: ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+    @property
+    def samples_per_epoch(self) -> int | None: ...
+
+    def samples(self, first: int, count: int) -> list[Sample]:
+        """Return the samples [first, first + count): the same arrays on every call, in every process.
+
+        Raises:
+            DataError: a sample cannot be read.
+            StreamEndError: the stream ends before `first + count`.
+        """
+
+    def padding(self) -> Sample:
+        """Return a sample of padding alone, for a step whose batch is skipped."""
+
+    def note_delivered(self, indices: Sequence[int], cursors: Sequence[Any]) -> None:
+        """Note in the process of the consumer that samples have been delivered: their indices and `Sample.cursor`s."""
+
+    def state_at(self, index: int) -> dict[str, Any]:
+        """What makes sample `index` and those after it cheap to read in another run; JSON values.
+
+        All samples of this rank below `index` have been delivered.
+        """
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of all ranks, of which each saw its own samples."""
+
+    def load_state(self, index: int, state: Mapping[str, Any]) -> list[str]:
+        """Continue at sample `index` with a state of `merge_states`, maybe of a run with other settings.
+
+        Returns:
+            What differs from that run, and what it means for the samples from `index` on; one sentence each.
+        """
+
+    def progress_at(self, index: int) -> dict[str, float]:
+        """Samples and epochs of each source after `index` samples, by the name of a metric."""
+
+
+class ShuffledSource:
+    """The samples of a `SampleSource`, in another order in every epoch. Random access; needs no state.
+
+    Args:
+        source: finite.
+        seed: of the order.
+    """
+
+    def __init__(self, source: SampleSource, seed: int) -> None:
+        self.source, self.seed = source, seed
+
+    @property
+    def type_names(self) -> list[str]:
+        """See `SampleStream`."""
+        return self.source.type_names
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """See `SampleStream`."""
+        return len(self.source)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Facts of the source, the seed and the samples of one epoch.
+
+        Raises:
+            ValueError: the source has facts of these names.
+        """
+        own = {"seed": self.seed, "num_samples_per_epoch": len(self.source)}
+        reserved = self.source.facts.keys() & own.keys()
+        if reserved:
+            raise ValueError(f"a source must not name its facts {sorted(reserved)}: its order has such facts")
+        return {**self.source.facts, **own}
+
+    def samples(self, first: int, count: int) -> list[Sample]:
+        """See `SampleStream`."""
+        order = sample_order(np.arange(first, first + count, dtype=np.int64), len(self.source), self.seed)
+        return [self.source.sample(int(index)) for index in order]
+
+    def padding(self) -> Sample:
+        """See `SampleStream`."""
+        return self.source.padding()
+
+    def note_delivered(self, indices: Sequence[int], cursors: Sequence[Any]) -> None:
+        """See `SampleStream`."""
+
+    def state_at(self, index: int) -> dict[str, Any]:
+        """See `SampleStream`."""
+        return {}
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See `SampleStream`."""
+        return {}
+
+    def load_state(self, index: int, state: Mapping[str, Any]) -> list[str]:
+        """See `SampleStream`."""
+        return []
+
+    def progress_at(self, index: int) -> dict[str, float]:
+        """See `SampleStream`."""
+        return {}
