@@ -1,0 +1,159 @@
+"""Reads rows of text files by number: JSON lines, a JSON array, and plain text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internlm.data.rows.file_version import RandomAccessFile, check_version, version_of_file
+from internlm.data.rows.process_cache import OPEN_FILES
+from internlm.data.rows.row_file import checked_row, missing_column
+from internlm.data.rows.row_offsets import TextUnit, map_offsets, offset_index
+from internlm.data.rows.text_copy import text_copy
+from internlm.data.tokenize.input_files import is_compressed
+from internlm.data.tokenize.json_values import decode_utf8
+from internlm.utils.errors import DataError
+
+TEXT_COLUMN = "text"
+"""The column of a row that has no names: a line of text, or a string in JSON lines."""
+
+
+class TextRows:
+    """Random access to the rows of a text file: its lines or paragraphs without their newlines, or the whole file.
+
+    Args:
+        path: the file, which may be compressed.
+        unit: what is a row. Blank lines are none.
+
+    Raises:
+        DataError: no such file.
+    """
+
+    block_starts: NDArray[np.int64] | None = None
+
+    def __init__(self, path: str | Path, unit: TextUnit = "line") -> None:
+        self.path = Path(path)
+        self._unit = unit
+        self._version = version_of_file(self.path)
+        self._indexed: tuple[Path, Path] | None = None
+
+    @property
+    def inputs(self) -> Sequence[Path]:
+        """The file."""
+        return (self.path,)
+
+    def __len__(self) -> int:
+        """Number of rows in the file."""
+        return len(self._offsets()) - 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_indexed": None}
+
+    def read(self, row: int) -> dict[str, Any]:
+        """Read a row: `{"text": text}`.
+
+        Raises:
+            DataError: not UTF-8; names the file, the byte and the row.
+        """
+        return {TEXT_COLUMN: self._decode(row, self._read_bytes(row))}
+
+    def _needs_copy(self) -> bool:
+        return is_compressed(self.path)
+
+    def _index(self) -> tuple[Path, Path]:
+        """The file with the bytes, which is a copy if the file itself has no offsets, and the index of its rows."""
+        if self._indexed is None:
+            path = self.path
+            check_version(path, self._version)
+            if self._needs_copy():
+                path = text_copy(path, self._version, is_array=self._is_array())
+            self._indexed = (path, offset_index(path, self._unit))
+        return self._indexed
+
+    def _offsets(self) -> NDArray[np.int64]:
+        index = self._index()[1]
+        # A mapped file is an open file.
+        offsets: NDArray[np.int64] = OPEN_FILES.get(("offsets", str(index)), lambda: map_offsets(index))
+        return offsets
+
+    def _is_array(self) -> bool:
+        return False
+
+    def _read_bytes(self, row: int) -> bytes:
+        path, offsets = self._index()[0], self._offsets()
+        row = checked_row(row, len(offsets) - 1, self.path)
+        key = ("text", str(path), self._version)
+        version = self._version if path == self.path else version_of_file(path)
+        file = OPEN_FILES.get(key, lambda: RandomAccessFile(path, version))
+        data: bytes = file.read(int(offsets[row]), int(offsets[row + 1]))
+        if self._unit == "file":
+            return data
+        # Blank lines may follow; white space at the end of the last line with text belongs to the row.
+        end = data.find(b"\n", len(data.rstrip()))
+        return data if end < 0 else data[:end].removesuffix(b"\r")
+
+    def _decode(self, row: int, data: bytes) -> str:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            try:
+                decode_utf8(data, self.path, int(self._offsets()[row]))
+            except DataError as error:
+                raise DataError(f"{error} (row {row})") from error
+            raise
+        return text.removeprefix("\ufeff") if row == 0 else text
+
+
+class JsonRows(TextRows):
+    """Random access to the rows of JSON lines, or of a file with one JSON array.
+
+    A string is the row `{"text": string}`.
+
+    Args:
+        path: the file, which may be compressed.
+        columns: to read; None: all.
+        is_array: whether the file has one array (.json) instead of lines. Values without an array are accepted too.
+
+    Raises:
+        DataError: no such file.
+    """
+
+    def __init__(self, path: str | Path, columns: Sequence[str] | None = None, *, is_array: bool = False) -> None:
+        super().__init__(path)
+        self._columns = None if columns is None else tuple(columns)
+        self._array = is_array
+
+    def read(self, row: int) -> dict[str, Any]:
+        """Read a row.
+
+        Raises:
+            DataError: not UTF-8, not JSON, not an object, or without one of the columns; names the file and the row.
+        """
+        text = self._decode(row, self._read_bytes(row))
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            offset = int(self._offsets()[row])
+            raise DataError(f"{self.path}: row {row} (byte {offset}) is not JSON: {error}") from error
+        if isinstance(values, str):
+            values = {TEXT_COLUMN: values}
+        if not isinstance(values, dict):
+            hint = "; if the file is a single array, name it .json" if isinstance(values, list) else ""
+            raise DataError(f"{self.path}: row {row} is {type(values).__name__}, not an object {{...}}{hint}")
+        if self._columns is None:
+            return values
+        for column in self._columns:
+            if column not in values:
+                raise missing_column(self.path, row, column, values)
+        return {column: values[column] for column in self._columns}
+
+    def _needs_copy(self) -> bool:
+        return self._array or is_compressed(self.path)
+
+    def _is_array(self) -> bool:
+        return self._array
