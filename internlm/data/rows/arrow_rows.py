@@ -39,6 +39,7 @@ class ArrowRows:
         self.path = Path(path)
         self._columns = None if columns is None else list(columns)
         self._version = version_of_file(self.path)
+        self._key = ("arrow", str(self.path), self._version.size, self._version.mtime_ns)
         self._starts: NDArray[np.int64] | None = None
 
     @property
@@ -76,7 +77,7 @@ class ArrowRows:
         return self._starts
 
     def _batches(self) -> list[Any]:
-        batches: list[Any] = OPEN_FILES.get(("arrow", str(self.path), self._version), self._open)
+        batches: list[Any] = OPEN_FILES.get(self._key, self._open)
         return batches
 
     def _open(self) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ class ParquetRows:
 
     def __init__(self, path: str | Path, columns: Sequence[str] | None = None) -> None:
         self.path = Path(path)
-        self._columns = None if columns is None else list(columns)
+        self._columns = None if columns is None else tuple(columns)
         self._version = version_of_file(self.path)
+        self._key = ("parquet", str(self.path), self._version.size, self._version.mtime_ns)
         self._starts: NDArray[np.int64] | None = None
 
     @property
@@ -59,23 +61,23 @@ class ParquetRows:
         starts = self._group_starts()
         row = checked_row(row, int(starts[-1]), self.path)
         group = int(np.searchsorted(starts, row, side="right")) - 1
-        table = BLOCKS.get((*self._key(), group, str(self._columns)), lambda: self._read_group(group, row))
+        table = BLOCKS.get((self._key, group, self._columns), lambda: self._read_group(group, row))
         position = row - int(starts[group])
-        return {name: value_at(table.column(name), position, self.path, row, name) for name in table.column_names}
+        names = table.column_names if self._columns is None else self._columns
+        return {name: value_at(table.column(name), position, self.path, row, name) for name in names}
 
-    def _key(self) -> tuple[str, str, object]:
-        return ("parquet", str(self.path), self._version)
+    def _file(self) -> tuple[Any, threading.Lock]:
+        """The open file, and the lock of its reader, which one thread may use at a time."""
+        file: tuple[Any, threading.Lock] = OPEN_FILES.get(self._key, self._open)
+        return file
 
-    def _file(self) -> Any:
-        return OPEN_FILES.get(self._key(), self._open)
-
-    def _open(self) -> Any:
+    def _open(self) -> tuple[Any, threading.Lock]:
         import pyarrow.parquet
 
         check_version(self.path, self._version)
         try:
             # Not mapped: a mapped file that is truncated while it is read kills the process.
-            return pyarrow.parquet.ParquetFile(str(self.path), memory_map=False)
+            return pyarrow.parquet.ParquetFile(str(self.path), memory_map=False), threading.Lock()
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
                 f"{self.path}: not a readable parquet file ({error}): its download may be incomplete; copy it again"
@@ -84,7 +86,7 @@ class ParquetRows:
     def _group_starts(self) -> NDArray[np.int64]:
         """First row of each row group, and the number of rows: int64 [groups + 1]."""
         if self._starts is None:
-            metadata = self._file().metadata
+            metadata = self._file()[0].metadata
             counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             self._starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64))).astype(np.int64)
         return self._starts
@@ -92,14 +94,16 @@ class ParquetRows:
     def _read_group(self, group: int, row: int) -> Any:
         import pyarrow
 
-        file = self._file()
+        file, lock = self._file()
         names = file.schema_arrow.names
         for column in self._columns or ():
             if column not in names:
                 raise missing_column(self.path, row, column, names)
+        columns = None if self._columns is None else list(self._columns)
         try:
-            # Without threads: data workers are forked processes, one for each core.
-            table = file.read_row_group(group, columns=self._columns, use_threads=False)
+            with lock:
+                # Without threads: data workers are processes, one for each core.
+                table = file.read_row_group(group, columns=columns, use_threads=False)
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
                 f"{self.path}: row {row}: row group {group} is damaged ({str(error).strip()}); copy the file again"

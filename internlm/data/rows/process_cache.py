@@ -23,7 +23,7 @@ class ProcessCache(Generic[T]):
     """
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
-        self._limit, self._size = limit, size
+        self.limit, self._size = limit, size
         self._clear()
         # A lock that another thread held during the fork would never be released in the new process.
         os.register_at_fork(after_in_child=self._clear)
@@ -51,7 +51,7 @@ class ProcessCache(Generic[T]):
             if key not in self._values:
                 self._values[key] = (value, size)
                 self._total += size
-            while self._total > self._limit and len(self._values) > 1:
+            while self._total > self.limit and len(self._values) > 1:
                 self._total -= self._values.popitem(last=False)[1][1]
         return value
 

@@ -15,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from internlm.data.documents.index_cache import cached, store
+from internlm.data.rows.machine_lock import machine_lock
 from internlm.utils.logging import get_logger
 
 TextUnit = Literal["line", "paragraph", "file"]
@@ -22,6 +23,9 @@ TextUnit = Literal["line", "paragraph", "file"]
 
 _BLOCK = 1 << 24
 """Bytes searched for line ends at once."""
+
+_LOGGED_BYTES = 256 * 2**20
+"""Size of a file whose index takes a noticeable time."""
 
 _WHITE_SPACE = np.zeros(256, dtype=np.bool_)
 _WHITE_SPACE[list(b" \t\r\n\v\f")] = True
@@ -44,12 +48,16 @@ class OffsetFile:
 def offset_index(path: Path, unit: TextUnit) -> Path:
     """The cached index of the rows of a file, built if it is missing or its checksum is wrong."""
     file, kind = OffsetFile(path), f"{unit}-offsets"
-    found = cached(file, kind, ".bin")
-    if found is not None:
-        if _is_intact(found):
-            return found
-        logger.warning("%s: the cached index is damaged (checksum); building it again", found)
-    return store(file, kind, ".bin", lambda target: _write(target, path, unit))
+    found = _intact(cached(file, kind, ".bin"))
+    if found is None:
+        with machine_lock(path, "builds the index of its rows"):
+            found = _intact(cached(file, kind, ".bin"))
+            if found is None:
+                size = path.stat().st_size
+                if size >= _LOGGED_BYTES:
+                    logger.info("%s: building the index of the rows of %s bytes; it is cached", path, f"{size:,}")
+                found = store(file, kind, ".bin", lambda target: _write(target, path, unit))
+    return found
 
 
 def map_offsets(index: Path) -> NDArray[np.int64]:
@@ -58,6 +66,14 @@ def map_offsets(index: Path) -> NDArray[np.int64]:
     Blank lines are no rows; a row is followed by those up to the next one.
     """
     return np.memmap(index, mode="r", dtype="<i8")[:-1]
+
+
+def _intact(index: Path | None) -> Path | None:
+    """The index if its checksum is right."""
+    if index is None or _is_intact(index):
+        return index
+    logger.warning("%s: the cached index is damaged (checksum); building it again", index)
+    return None
 
 
 def _is_intact(index: Path) -> bool:

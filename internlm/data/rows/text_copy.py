@@ -1,11 +1,10 @@
 """A copy of a file in the user's cache that has byte offsets: a compressed file decompressed, a JSON array as lines.
 
-Owns where copies are, and that only one process of a machine makes one.
+Owns where copies are.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from internlm.data.rows.file_version import FileVersion, check_version
+from internlm.data.rows.machine_lock import machine_lock
 from internlm.data.tokenize.input_files import is_compressed, open_input
 from internlm.data.tokenize.json_values import iterate_json_array
 from internlm.utils.errors import DataError
@@ -44,9 +44,7 @@ def text_copy(path: Path, version: FileVersion, *, is_array: bool) -> Path:
     check_version(path, version)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The other processes of the machine wait for the copy instead of each making one.
-        with open(copy.with_name(f".{copy.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with machine_lock(path, "decompresses it once"):
             if not copy.is_file():
                 _make(path, copy, is_array)
     except OSError as error:

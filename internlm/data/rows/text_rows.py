@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from internlm.data.rows.file_version import RandomAccessFile, check_version, version_of_file
+from internlm.data.rows.file_version import FileVersion, RandomAccessFile, check_version, version_of_file
 from internlm.data.rows.process_cache import OPEN_FILES
 from internlm.data.rows.row_file import checked_row, missing_column
 from internlm.data.rows.row_offsets import TextUnit, map_offsets, offset_index
@@ -21,6 +22,23 @@ from internlm.utils.errors import DataError
 
 TEXT_COLUMN = "text"
 """The column of a row that has no names: a line of text, or a string in JSON lines."""
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """A file with offsets.
+
+    Attributes:
+        path, version: the file with the bytes, which is a copy if the file of the rows has no offsets itself.
+        index: its cached index.
+        bytes_key, offsets_key: of both among the open files.
+    """
+
+    path: Path
+    version: FileVersion
+    index: Path
+    bytes_key: Hashable
+    offsets_key: Hashable
 
 
 class TextRows:
@@ -40,7 +58,8 @@ class TextRows:
         self.path = Path(path)
         self._unit = unit
         self._version = version_of_file(self.path)
-        self._indexed: tuple[Path, Path] | None = None
+        self._array = False
+        self._indexed: _Indexed | None = None
 
     @property
     def inputs(self) -> Sequence[Path]:
@@ -62,34 +81,28 @@ class TextRows:
         """
         return {TEXT_COLUMN: self._decode(row, self._read_bytes(row))}
 
-    def _needs_copy(self) -> bool:
-        return is_compressed(self.path)
-
-    def _index(self) -> tuple[Path, Path]:
-        """The file with the bytes, which is a copy if the file itself has no offsets, and the index of its rows."""
+    def _index(self) -> _Indexed:
         if self._indexed is None:
-            path = self.path
-            check_version(path, self._version)
-            if self._needs_copy():
-                path = text_copy(path, self._version, is_array=self._is_array())
-            self._indexed = (path, offset_index(path, self._unit))
+            path, version = self.path, self._version
+            check_version(path, version)
+            if self._array or is_compressed(path):
+                path = text_copy(path, version, is_array=self._array)
+                version = version_of_file(path)
+            index = offset_index(path, self._unit)
+            key = (str(path), version.size, version.mtime_ns)
+            self._indexed = _Indexed(path, version, index, ("text", *key), ("offsets", *key, self._unit))
         return self._indexed
 
     def _offsets(self) -> NDArray[np.int64]:
-        index = self._index()[1]
+        indexed = self._index()
         # A mapped file is an open file.
-        offsets: NDArray[np.int64] = OPEN_FILES.get(("offsets", str(index)), lambda: map_offsets(index))
+        offsets: NDArray[np.int64] = OPEN_FILES.get(indexed.offsets_key, lambda: map_offsets(indexed.index))
         return offsets
 
-    def _is_array(self) -> bool:
-        return False
-
     def _read_bytes(self, row: int) -> bytes:
-        path, offsets = self._index()[0], self._offsets()
+        indexed, offsets = self._index(), self._offsets()
         row = checked_row(row, len(offsets) - 1, self.path)
-        key = ("text", str(path), self._version)
-        version = self._version if path == self.path else version_of_file(path)
-        file = OPEN_FILES.get(key, lambda: RandomAccessFile(path, version))
+        file = OPEN_FILES.get(indexed.bytes_key, lambda: RandomAccessFile(indexed.path, indexed.version))
         data: bytes = file.read(int(offsets[row]), int(offsets[row + 1]))
         if self._unit == "file":
             return data
@@ -151,9 +164,3 @@ class JsonRows(TextRows):
             if column not in values:
                 raise missing_column(self.path, row, column, values)
         return {column: values[column] for column in self._columns}
-
-    def _needs_copy(self) -> bool:
-        return self._array or is_compressed(self.path)
-
-    def _is_array(self) -> bool:
-        return self._array

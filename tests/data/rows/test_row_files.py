@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import logging
@@ -10,6 +11,7 @@ import multiprocessing
 import pickle
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from internlm.data.rows import row_offsets
 from internlm.data.rows.arrow_rows import ArrowRows
 from internlm.data.rows.open_rows import open_row_files, open_rows
 from internlm.data.rows.parquet_rows import ParquetRows
@@ -191,7 +194,63 @@ def test_a_copy_is_made_once_and_logged(tmp_path: Path, caplog: pytest.LogCaptur
     assert str(tmp_path / "user_cache") in record.message and f"{path.stat().st_size:,}" in record.message
     (copy,) = (tmp_path / "user_cache/internlm/text_copies").glob("*.txt")
     assert f"{copy.stat().st_size:,} bytes" in record.message
-    assert {path.suffix for path in copy.parent.iterdir() if path.is_file()} == {".txt", ".lock"}
+    assert {path.suffix for path in copy.parent.iterdir() if path.is_file()} == {".txt"}
+
+
+def _length_in_worker(path: Path, started: Any, results: Any) -> None:
+    started.wait()
+    results.put((len(open_rows(path)), open_rows(path).read(17)))
+
+
+def test_processes_share_one_copy_and_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.jsonl.gz")
+    made = tmp_path / "made"
+    original = row_offsets._write
+
+    def count(target: Path, *arguments: Any) -> None:
+        with open(made, "a") as file:
+            file.write("x")
+        original(target, *arguments)
+
+    monkeypatch.setattr(row_offsets, "_write", count)
+    context = multiprocessing.get_context("fork")
+    started, results = context.Barrier(4), context.Queue()
+    workers = [context.Process(target=_length_in_worker, args=(path, started, results)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    assert [results.get(timeout=60) for _ in workers] == [(len(ROWS), ROWS[17])] * 4
+    for worker in workers:
+        worker.join()
+    assert made.read_text() == "x"
+    assert len(list((tmp_path / "user_cache/internlm/text_copies").glob("*.txt"))) == 1
+
+
+def test_threads_share_open_files(tmp_path: Path) -> None:
+    for name in NAMES:
+        file = open_rows(write(tmp_path, name))
+        order = list(range(len(ROWS))) * 3
+        random.Random(0).shuffle(order)
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(file.read, order)) == [ROWS[row] for row in order]
+
+
+def test_columns_with_dots(tmp_path: Path) -> None:
+    table = pyarrow.table({"a": [1], "a.b": ["dotted"], "c": [{"b": 1}]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for columns in (["a"], ["a.b"], ["c"], ["a", "c"]):
+        assert open_rows(tmp_path / "a.parquet", columns).read(0) == table.select(columns).to_pylist()[0]
+
+
+def test_full_disks_name_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.jsonl.gz")
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", fail)
+    with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be written .* bytes free: No space left.*XDG_CACHE_HOME"):
+        len(open_rows(path))
+    assert not list((tmp_path / "user_cache/internlm/text_copies").iterdir())
 
 
 def test_empty_files(tmp_path: Path) -> None:
