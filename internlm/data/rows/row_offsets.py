@@ -48,16 +48,19 @@ class OffsetFile:
 def offset_index(path: Path, unit: TextUnit) -> Path:
     """The cached index of the rows of a file, built if it is missing or its checksum is wrong."""
     file, kind = OffsetFile(path), f"{unit}-offsets"
-    found = _intact(cached(file, kind, ".bin"))
-    if found is None:
-        with machine_lock(path, "builds the index of its rows"):
-            found = _intact(cached(file, kind, ".bin"))
-            if found is None:
-                size = path.stat().st_size
-                if size >= _LOGGED_BYTES:
-                    logger.info("%s: building the index of the rows of %s bytes; it is cached", path, f"{size:,}")
-                found = store(file, kind, ".bin", lambda target: _write(target, path, unit))
-    return found
+    found = cached(file, kind, ".bin")
+    if found is not None and _is_intact(found):
+        return found
+    with machine_lock(path, "builds the index of its rows"):
+        found = cached(file, kind, ".bin")
+        if found is not None:
+            if _is_intact(found):
+                return found
+            logger.warning("%s: the cached index is damaged (checksum); building it again", found)
+        size = path.stat().st_size
+        if size >= _LOGGED_BYTES:
+            logger.info("%s: building the index of the rows of %s bytes; it is cached", path, f"{size:,}")
+        return store(file, kind, ".bin", lambda target: _write(target, path, unit))
 
 
 def map_offsets(index: Path) -> NDArray[np.int64]:
@@ -66,14 +69,6 @@ def map_offsets(index: Path) -> NDArray[np.int64]:
     Blank lines are no rows; a row is followed by those up to the next one.
     """
     return np.memmap(index, mode="r", dtype="<i8")[:-1]
-
-
-def _intact(index: Path | None) -> Path | None:
-    """The index if its checksum is right."""
-    if index is None or _is_intact(index):
-        return index
-    logger.warning("%s: the cached index is damaged (checksum); building it again", index)
-    return None
 
 
 def _is_intact(index: Path) -> bool:

@@ -89,8 +89,10 @@ class TextRows:
                 path = text_copy(path, version, is_array=self._array)
                 version = version_of_file(path)
             index = offset_index(path, self._unit)
-            key = (str(path), version.size, version.mtime_ns)
-            self._indexed = _Indexed(path, version, index, ("text", *key), ("offsets", *key, self._unit))
+            bytes_key = ("text", str(path), version.size, version.mtime_ns)
+            # By its inode too: an index that is built again replaces a damaged one that may still be open.
+            offsets_key = ("offsets", str(index), index.stat().st_ino)
+            self._indexed = _Indexed(path, version, index, bytes_key, offsets_key)
         return self._indexed
 
     def _offsets(self) -> NDArray[np.int64]:

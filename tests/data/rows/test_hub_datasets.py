@@ -1,10 +1,16 @@
-"""Datasets by name: from a cache folder of Hugging Face, and errors of the network."""
+"""Datasets by name: from a cache folder of Hugging Face, from a server on loopback, and errors of the network."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -100,3 +106,75 @@ def test_refusals_of_the_hub(hub: Path, monkeypatch: pytest.MonkeyPatch, kind: t
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(DataError, match=text):
         locate_dataset("org/name")
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Answers what `snapshot_download` asks for a dataset of three files."""
+
+    files: ClassVar[dict[str, bytes]] = {
+        "README.md": b"# A dataset\n",
+        "data/train-00000-of-00001.jsonl": b'{"text": "a row"}\n',
+        "image.png": b"not read",
+    }
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?", maxsplit=1)[0]
+        self.asked.append(path)
+        entries = [
+            {"type": "file", "path": name, "size": len(data), "oid": "1" * 40} for name, data in self.files.items()
+        ]
+        siblings = [{"rfilename": name} for name in self.files]
+        name = path.partition(f"/resolve/{COMMIT}/")[2]
+        if name in self.files:
+            self.answer(self.files[name], etag=f'"{name}"')
+        elif "/tree/" in path:
+            self.answer(json.dumps(entries).encode())
+        elif path.startswith("/api/datasets/org/name"):
+            self.answer(json.dumps({"_id": "1", "id": "org/name", "sha": COMMIT, "siblings": siblings}).encode())
+        else:
+            self.send_error(404)
+
+    def answer(self, data: bytes, etag: str | None = None) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("X-Repo-Commit", COMMIT)
+        if etag:
+            self.send_header("ETag", etag)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_downloads_once_over_http(tmp_path: Path) -> None:
+    """In a process of its own: the address of the hub is read when huggingface_hub is imported."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "from internlm.data.rows.hub_datasets import locate_dataset\n"
+        "from internlm.data.rows.row_folders import find_row_files\n"
+        "from internlm.data.rows.open_rows import open_rows\n"
+        "folder = locate_dataset('org/name')\n"
+        "assert folder == locate_dataset('org/name')\n"
+        "assert not (folder / 'image.png').exists()\n"
+        "print(open_rows(find_row_files(folder).files[0].path).read(0))"
+    )
+    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    environment |= {"HF_HUB_OFFLINE": "0", "XDG_CACHE_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{'text': 'a row'}"
+    assert not [path for path in FakeHub.asked if "image.png" in path]
