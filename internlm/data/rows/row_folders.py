@@ -86,7 +86,7 @@ def find_row_files(folder: str | Path, subset: str | None = None, split: str = "
         label = name if len(subsets) > 1 else label
     elif splits is None:
         splits = default_splits(name for name in names if _is_data(name))
-    chosen = _of_one_format(_files_of(splits, split, root, names))
+    chosen = _of_one_format(_files_of(splits, split, root, names, unmatched))
     types, files = _typed(root, chosen, label, has_card=bool(subsets))
     ignored = [root / name for name in names if name not in set(chosen) and name.rsplit("/", 1)[-1] not in _METADATA]
     _log(root, split, chosen, ignored, unmatched)
@@ -122,10 +122,15 @@ def _is_data(name: str) -> bool:
     return row_format(name) is not None and name.rsplit("/", 1)[-1] not in _METADATA
 
 
-def _files_of(splits: Splits, split: str, root: Path, names: Sequence[str]) -> list[str]:
+def _files_of(splits: Splits, split: str, root: Path, names: Sequence[str], unmatched: Sequence[str]) -> list[str]:
     splits = {name: [file for file in files if row_format(file)] for name, files in splits.items()}
     splits = {name: files for name, files in splits.items() if files}
     if not splits:
+        if unmatched:
+            raise DataError(
+                f"{root}: no file matches {', '.join(map(repr, unmatched))}, which README.md names for this subset: "
+                "download the dataset again, completely"
+            )
         content = f"it has {name_some(map(Path, names))}" if names else "it is empty"
         raise DataError(f"{root}: no file of rows ({READABLE}); {content}")
     canonical = next((name for name, words in SPLIT_WORDS.items() if split in words), split)

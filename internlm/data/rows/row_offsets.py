@@ -122,6 +122,9 @@ def _starts_of_rows(path: Path, size: int, *, is_paragraph: bool) -> Iterator[ND
 def _is_blank(data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether the lines [start, end), without their newlines, have only white space: bool [lines]."""
     blank = starts == ends
-    for line in np.flatnonzero(~blank & _WHITE_SPACE[data[starts]]):
+    last = data[np.maximum(ends - 1, starts)]
+    last = np.where(last == ord("\r"), data[np.maximum(ends - 2, starts)], last)
+    # Most lines with text begin or end with it; the others are rare enough for Python.
+    for line in np.flatnonzero(~blank & _WHITE_SPACE[data[starts]] & _WHITE_SPACE[last]):
         blank[line] = bytes(data[starts[line] : ends[line]]).isspace()
     return blank

@@ -226,6 +226,10 @@ def test_errors_tell_what_is_there(tmp_path: Path) -> None:
         find_row_files(root)
     with pytest.raises(DataError, match=r"no subset 'fr' in the configs of README.md; data.subset_name is one of 'zh'"):
         find_row_files(root, "fr")
+    (root / "zh").rename(root / "moved")
+    with pytest.raises(DataError, match=r"no file matches 'zh/\*.jsonl', which README.md names for this subset"):
+        find_row_files(root, "zh")
+    (root / "moved").rename(root / "zh")
     with pytest.raises(DataError, match=r"no split 'test'; the folder has 'train' \(2 files\)"):
         find_row_files(root, "zh", "test")
     for card, problem in {
