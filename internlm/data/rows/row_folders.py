@@ -57,8 +57,8 @@ def find_row_files(folder: str | Path, subset: str | None = None, split: str = "
 
     The splits are, in this order: those of `save_to_disk`; the `configs` in the YAML of README.md; those that names of
     files and folders tell, as `datasets` finds them. A folder without any is the split "train". Of several formats, the
-    one with most files is read. If all files are in subfolders, `<type>/**`, these are their types; otherwise all files
-    have one type, named after the subset or the folder.
+    one with most files of a type is read. If all files are in subfolders, `<type>/**`, these are their types;
+    otherwise all files have one type, named after the subset or the folder.
 
     Args:
         folder: the folder, or a single file.
@@ -86,11 +86,13 @@ def find_row_files(folder: str | Path, subset: str | None = None, split: str = "
         label = name if len(subsets) > 1 else label
     elif splits is None:
         splits = default_splits(name for name in names if _is_data(name))
-    chosen = _of_one_format(_files_of(splits, split, root, names, unmatched))
-    types, files = _typed(root, chosen, label, has_card=bool(subsets))
-    ignored = [root / name for name in names if name not in set(chosen) and name.rsplit("/", 1)[-1] not in _METADATA]
-    _log(root, split, chosen, ignored, unmatched)
-    return RowFiles(files, types, ignored)
+    candidates = _files_of(splits, split, root, names, unmatched)
+    types, type_ids = _types(root, candidates, label, has_card=bool(subsets))
+    taken = _of_one_format(type_ids)
+    ignored = [root / name for name in names if name not in taken and name.rsplit("/", 1)[-1] not in _METADATA]
+    files = [name for name in candidates if name in taken]
+    _log(root, split, files, [name for name in candidates if name not in taken], ignored, unmatched)
+    return RowFiles([TypedFile(root / name, type_ids[name]) for name in files], types, ignored)
 
 
 def _subfolder(root: Path, subset: str) -> Path:
@@ -141,11 +143,13 @@ def _files_of(splits: Splits, split: str, root: Path, names: Sequence[str], unma
     return chosen
 
 
-def _of_one_format(names: Sequence[str]) -> list[str]:
-    families = [_family(name) for name in names]
-    counts = Counter(families)
-    most = max(counts, key=lambda family: (counts[family], _PREFERRED.index(family)))
-    return [name for name, family in zip(names, families, strict=True) if family == most]
+def _of_one_format(type_ids: dict[str, int]) -> set[str]:
+    """The files of each type that have its most frequent format."""
+    counts = Counter((type_id, _family(name)) for name, type_id in type_ids.items())
+    best: dict[int, str] = {}
+    for type_id, family in sorted(counts, key=lambda key: (counts[key], _PREFERRED.index(key[1]))):
+        best[type_id] = family
+    return {name for name, type_id in type_ids.items() if _family(name) == best[type_id]}
 
 
 def _family(name: str) -> str:
@@ -154,14 +158,15 @@ def _family(name: str) -> str:
     return _FAMILIES.get(format, format)
 
 
-def _typed(root: Path, names: Sequence[str], label: str, *, has_card: bool) -> tuple[list[str], list[TypedFile]]:
+def _types(root: Path, names: Sequence[str], label: str, *, has_card: bool) -> tuple[list[str], dict[str, int]]:
+    """(names of the types, type id of each file)."""
     folders = {name.split("/", 1)[0] for name in names if "/" in name}
     is_layout = "data" in folders or any(_has_split_word(folder) for folder in folders)
     if has_card or is_layout or not folders or any("/" not in name for name in names):
-        return [label], [TypedFile(root / name, 0) for name in names]
+        return [label], dict.fromkeys(names, 0)
     # A subfolder without files keeps its type id, as in folders of tokenized files.
     types = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-    return types, [TypedFile(root / name, types.index(name.split("/", 1)[0])) for name in names]
+    return types, {name: types.index(name.split("/", 1)[0]) for name in names}
 
 
 def _has_split_word(folder: str) -> bool:
@@ -169,12 +174,25 @@ def _has_split_word(folder: str) -> bool:
     return any(word in words for names in SPLIT_WORDS.values() for word in names)
 
 
-def _log(root: Path, split: str, chosen: Sequence[str], ignored: Sequence[Path], unmatched: Sequence[str]) -> None:
+def _log(
+    root: Path,
+    split: str,
+    chosen: Sequence[str],
+    other_formats: Sequence[str],
+    ignored: Sequence[Path],
+    unmatched: Sequence[str],
+) -> None:
     others = f"; ignoring {len(ignored):,} other files: {name_some(ignored, root)}" if ignored else ""
+    formats = " and ".join(sorted(set(map(_family, chosen))))
     logger.info(
-        "%s: split '%s' is %d %s file%s: %s%s", root, split, len(chosen), _family(chosen[0]),
+        "%s: split '%s' is %d %s file%s: %s%s", root, split, len(chosen), formats,
         "s" if len(chosen) > 1 else "", name_some(map(Path, chosen)), others,
     )  # fmt: skip
+    if other_formats:
+        logger.warning(
+            "%s: split '%s' also has files of other formats, which are not read: %s. If they have other rows, put each "
+            "format into a subfolder", root, split, name_some(map(Path, other_formats)),
+        )  # fmt: skip
     problems = [*missing_shards(chosen), *(f"no file matches '{pattern}' of README.md" for pattern in unmatched)]
     if problems:
         logger.warning("%s: the download is incomplete, and what is missing is not read: %s", root, "; ".join(problems))

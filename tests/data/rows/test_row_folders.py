@@ -180,6 +180,21 @@ def test_type_folders(tmp_path: Path) -> None:
     assert find_row_files(folder_of(tmp_path / "splits", ["train/a.jsonl", "test/a.jsonl"])).types == ["splits"]
 
 
+def test_formats_are_chosen_by_type(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folder_of(tmp_path / "set", ["en/a.jsonl", "en/b.json", "code/a.parquet", "code/b.parquet", "code/a.txt"])
+    with caplog.at_level(logging.INFO, "internlm"):
+        found = find_row_files(root)
+    assert [(file.path.relative_to(root).as_posix(), file.type_id) for file in found.files] == [
+        ("code/a.parquet", 0),
+        ("code/b.parquet", 0),
+        ("en/a.jsonl", 1),
+        ("en/b.json", 1),
+    ]
+    assert "split 'train' is 4 json and parquet files" in caplog.text
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "also has files of other formats, which are not read: code/a.txt" in warning
+
+
 def test_linked_files_are_read(tmp_path: Path) -> None:
     folder_of(tmp_path / "blobs", ["0.parquet"])
     data = tmp_path / "snapshot/data"
