@@ -11,7 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from internlm.data.conversations.chat_template import ChatTemplate
-from internlm.data.conversations.row_forms import Conversation
+from internlm.data.conversations.row_forms import Conversation, Message
 from internlm.utils.errors import DataError
 
 MASK_METHODS = ("auto", "marks", "prefix")
@@ -39,7 +39,10 @@ def find_answers(
         DataError: the template has no marks for "marks", or the answers cannot be separated exactly; names the place.
     """
     chosen = [number for number, has_loss in enumerate(conversation.has_loss) if has_loss]
-    chosen = chosen[-1:] if learn == "last" else chosen
+    if learn == "last":
+        # The last answer without loss leaves none: an earlier one is not the last.
+        last = max((number for number, message in enumerate(conversation.messages) if _is_answer(message)), default=-1)
+        chosen = [number for number in chosen if number == last]
     if method == "marks" and not template.has_marks(conversation.tools):
         raise DataError(
             f"{place}: the chat template of {template.name} has no {{% generation %}} marks: add them around the "
@@ -54,11 +57,16 @@ def find_answers(
     return text, _join_adjacent(spans)
 
 
+def _is_answer(message: Message) -> bool:
+    """Whether the assistant says a message."""
+    return bool(message["role"] == "assistant")
+
+
 def _by_marks(
     conversation: Conversation, template: ChatTemplate, chosen: list[int], place: str
 ) -> tuple[str, list[tuple[int, int]]]:
     text, spans = template.render(conversation.messages, conversation.tools, place, with_marks=True)
-    answers = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    answers = [number for number, message in enumerate(conversation.messages) if _is_answer(message)]
     if chosen == answers and len(spans) >= len(answers):
         return text, spans
     if len(spans) != len(answers):
@@ -94,9 +102,9 @@ def _by_prefixes(
     return text, spans
 
 
-def _fix(number: int, messages: list[dict[str, object]]) -> str:
+def _fix(number: int, messages: list[Message]) -> str:
     marks = "mark the answers in the template with {% generation %} ... {% endgeneration %}"
-    is_last = not any(message["role"] == "assistant" for message in messages[number + 1 :])
+    is_last = not any(_is_answer(message) for message in messages[number + 1 :])
     return f"Either {marks}, or remove the row" if is_last else f"Use learn = 'last' (--learn last), or {marks}"
 
 

@@ -78,7 +78,9 @@ class ChatTemplate:
                     "does (--chat-template), or remove the row"
                 )
         try:
-            texts, marks = render_jinja_template(
+            # Annotated as returning a string, but it returns a pair of lists.
+            render: Any = render_jinja_template
+            texts, marks = render(
                 [list(messages)],
                 tools=tools,
                 chat_template=source,
@@ -128,15 +130,16 @@ def load_chat_template(
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{template_file}: the chat template cannot be read: {error}") from error
         return ChatTemplate(source, source, special_tokens, str(template_file))
-    templates = tokenizer.chat_template
+    templates: Any = tokenizer.chat_template
     if isinstance(templates, dict):
+        templates = {str(name): str(source) for name, source in templates.items()}
         if "default" not in templates:
             raise DataError(
                 f"{folder}: none of the chat templates {sorted(templates)} is named 'default': write the one to use to "
                 "a file and name that (--chat-template FILE)"
             )
         return ChatTemplate(
-            templates["default"], templates.get("tool_use", templates["default"]), special_tokens, str(folder)
+            templates["default"], str(templates.get("tool_use", templates["default"])), special_tokens, str(folder)
         )
     if not templates:
         raise DataError(

@@ -45,7 +45,8 @@ class Conversation:
 
     Attributes:
         messages: the messages, without keys that are None.
-        has_loss: whether the loss may include each message: those of the assistant, except of weight 0 and in a prompt.
+        has_loss: whether the loss may include each message: those of the assistant, except empty ones, those of weight
+            0, and those of a prompt.
         tools: JSON schemas of the tools that the assistant may call; None without tools.
     """
 
@@ -182,7 +183,8 @@ def _conversation(row: Mapping[str, Any], messages: list[Message], place: str) -
         weight = message.pop("weight", 1)
         if weight not in (0, 1):
             raise DataError(f"{place}: message {number}: 'weight' is {weight!r}; only 0 (no loss) and 1 are known")
-        has_loss.append(bool(weight) and message["role"] == "assistant")
+        is_answer = message["role"] == "assistant" and not _is_empty(message)
+        has_loss.append(bool(weight) and is_answer)
     return Conversation(messages, has_loss, _tools(row.get("tools"), place))
 
 
@@ -278,6 +280,12 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_empty(message: Message) -> bool:
+    """Whether a message has no content but white space, as answers that a data set lacks."""
+    values = [value for name, value in message.items() if name not in ("role", "name")]
+    return not any(value.strip() if isinstance(value, str) else value for value in values)
 
 
 def _turn(role: str, content: str) -> Message:

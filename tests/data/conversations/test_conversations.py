@@ -203,8 +203,12 @@ def test_completions_have_no_template(folders, tmp_path):
 
 
 def test_without_an_answer_nothing_is_learned(folders):
+    empty = [*MESSAGES[:4], {"role": "assistant", "content": " "}]
     for name in ("chatml", "marked"):
         assert build(folders[name]).encode({"messages": MESSAGES[:2]}, "row").num_labels == 0
+        assert build(folders[name], learn="last").encode({"messages": empty}, "row").num_labels == 0
+        found = build(folders[name]).encode({"messages": empty}, "row")
+        assert [text.split("<|im_end|>")[0] for text in learned(folders[name], found)] == ANSWERS[:1]
 
 
 def test_a_tokenizer_without_a_template_is_refused_with_the_fix(folders, tmp_path):

@@ -1,14 +1,20 @@
 """Conversations to tokenized files: every format and number of processes, with the masks of each row."""
 
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers.chat_templates import CHATML, LLAMA3, save_chat_tokenizer, write_rows
+from helpers.pages import blocks, commands, text_of
 
+from internlm.cli import main as internlm
+from internlm.config.loader import load_config
 from internlm.data.conversations.chat_template import load_chat_template
 from internlm.data.conversations.encoder import ConversationEncoder, ConversationOptions
+from internlm.data.conversations.row_forms import FORMS
+from internlm.data.sources.open_source import open_source
 from internlm.data.tokenize import pipeline
 from internlm.data.tokenize.command import main
 from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
@@ -144,3 +150,24 @@ def test_command_line(tmp_path, folder, capsys):
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err, wrong
+
+
+def test_the_page_on_data(tmp_path, monkeypatch, capsys):
+    """The section on conversations as a user follows it: its command, its forms, its config."""
+    section = text_of("doc/data.md").split("\n### Conversations\n")[1].split("\n### ")[0]
+    monkeypatch.chdir(tmp_path)
+    folder = save_chat_tokenizer(tmp_path / "my_tokenizer", CHATML)
+    forms = [json.loads(row) for row in re.findall(r"^\| `\w+` \| `(.+?)`", section, re.MULTILINE)]
+    assert len(forms) == len(FORMS)
+    write_rows(tmp_path / "chats.jsonl", forms)
+    (command,) = commands(section)
+    assert command[0] == "internlm" and internlm([*command[1:], "--processes", "1"]) == 0
+    assert "5 documents" in capsys.readouterr().out
+    assert documents(tmp_path / "data/chats/train/en/chats.bin") == expected(folder, forms)
+    (source,) = blocks(section, "python")
+    model = {"vocab_size": 600, "hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "dtype": "torch.float32"}
+    (tmp_path / "config.py").write_text(f"model = {model}\n{source}")
+    data = load_config(tmp_path / "config.py").config.data
+    samples = open_source(data.train_folder, seq_len=64, micro_bsz=5, packing="unpacked", vocab_size=600)
+    labels = sum(sum(mask[1:]) for _, mask in expected(folder, forms))
+    assert (samples.sample(0).labels != -100).sum() == labels
