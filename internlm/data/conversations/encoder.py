@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ class ConversationEncoder:
     """Encodes rows.
 
     Ids are those of the whole rendered text, which has all special tokens. A row is verified: each border of an answer
-    must be one of tokens, which holds if the ids of the text up to it, or some that decode to it, are a prefix.
+    must be one of tokens, which holds if the ids of the parts between borders are those of the text, or if the ids of
+    the text up to the border, or ids that decode to it, are a prefix of them.
 
     A completion without messages has no template: prompt and completion are encoded separately, as generation does,
     and the eos of the tokenizer follows.
@@ -112,33 +114,33 @@ class ConversationEncoder:
         return MaskedTokens(ids, [False] * len(prompt) + [has_loss] * (len(completion) + 1))
 
     def _mask(self, text: str, spans: Sequence[tuple[int, int]], place: str) -> MaskedTokens:
-        borders = sorted({border for span in spans for border in span} - {0, len(text)})
-        ids, *prefixes = self._tokenizer.encode_batch([text, *(text[:border] for border in borders)])
-        positions = {0: 0, len(text): len(ids)}
-        for border, prefix in zip(borders, prefixes, strict=True):
-            position = self._position(ids, prefix, text[:border])
-            if position is None:
-                raise DataError(
-                    f"{place}: a token crosses the border of an answer, between {text[max(0, border - 16) : border]!r} "
-                    f"and {text[border : border + 16]!r}: strip white space from the answers, or make the template end "
-                    "its header and the answer with a special token"
-                )
-            positions[border] = position
+        borders = sorted({0, len(text)}.union(*spans))
+        ids, *parts = self._tokenizer.encode_batch([text, *(text[a:b] for a, b in pairwise(borders))])
+        positions = [0, *accumulate(map(len, parts))]
+        if list(chain.from_iterable(parts)) != ids:
+            positions = [0, *(self._position(ids, text, border, place) for border in borders[1:-1]), len(ids)]
+        position_of = dict(zip(borders, positions, strict=True))
         loss_mask = [False] * len(ids)
         for start, end in spans:
-            loss_mask[positions[start] : positions[end]] = [True] * (positions[end] - positions[start])
+            first, last = position_of[start], position_of[end]
+            loss_mask[first:last] = [True] * (last - first)
         return MaskedTokens(ids, loss_mask)
 
-    def _position(self, ids: list[int], prefix: list[int], text: str) -> int | None:
-        """The number of ids whose text is exactly `text`, which `prefix` encodes; None if a token crosses its end."""
+    def _position(self, ids: list[int], text: str, border: int, place: str) -> int:
+        """The number of ids whose text is exactly `text[:border]`."""
+        [prefix] = self._tokenizer.encode_batch([text[:border]])
         if ids[: len(prefix)] == prefix:
             return len(prefix)
         # Alone, white space at the end may become other tokens than before a word, although none crosses the border.
         common = next(i for i, (a, b) in enumerate(zip([*ids, None], prefix, strict=False)) if a != b)
         for position in range(common, min(common + _MAX_SEARCH, len(ids)) + 1):
-            if self._tokenizer.decode(ids[:position]) == text:
+            if self._tokenizer.decode(ids[:position]) == text[:border]:
                 return position
-        return None
+        raise DataError(
+            f"{place}: a token crosses the border of an answer, between {text[max(0, border - 16) : border]!r} "
+            f"and {text[border : border + 16]!r}: strip white space from the answers, or make the template end "
+            "its header and the answer with a special token"
+        )
 
 
 def load_template_for(
