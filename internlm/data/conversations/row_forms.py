@@ -24,6 +24,13 @@ _COLUMNS = {
 }
 """The columns that a row of each form must have."""
 FORMS = tuple(_COLUMNS)
+READ_COLUMNS = frozenset(name for names in _COLUMNS.values() for name in names) | {
+    "input",
+    "history",
+    "system",
+    "tools",
+}
+"""All columns that have a meaning; others are ignored."""
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -84,7 +91,7 @@ def detect_form(columns: Collection[str], place: str) -> str:
     if found:
         raise DataError(
             f"{place} fits the forms {', '.join(found)} by its columns {sorted(columns)}: choose one with "
-            f"form = '{found[0]}' (--form {found[0]})"
+            f"form = '{found[0]}' (--conversations {found[0]})"
         )
     known = "; ".join(f"{form}: {', '.join(needed)}" for form, needed in _COLUMNS.items())
     raise DataError(

@@ -6,7 +6,7 @@ Owns the places that errors name. Must not know what the columns mean.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from internlm.data.tokenize.text_inputs import BLANK, PARQUET_ROWS, Extent, open
 from internlm.utils.errors import DataError
 
 
-def read_rows(extent: Extent, counts: Counter[str]) -> Iterator[tuple[str, Any]]:
+def read_rows(extent: Extent, counts: Counter[str], columns: Container[str]) -> Iterator[tuple[str, Any]]:
     """Iterate over the rows of an extent, as (file and position, row).
 
     Args:
         extent: the part of a file to read.
         counts: incremented for blank lines.
+        columns: columns to read from a parquet file; all, if it has none of them.
 
     Raises:
         DataError: the file has text instead of rows, bytes that are not UTF-8, or a line that is not JSON.
@@ -30,7 +31,8 @@ def read_rows(extent: Extent, counts: Counter[str]) -> Iterator[tuple[str, Any]]
         file = open_parquet(path)
         number = sum(file.metadata.row_group(group).num_rows for group in range(extent.start))
         groups = list(range(extent.start, extent.stop))
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups):
+        chosen = [name for name in file.schema_arrow.names if name in columns] or None
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=chosen):
             for row in batch.to_pylist():
                 yield f"{path}: row {number}", row
                 number += 1

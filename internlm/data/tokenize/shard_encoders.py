@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from internlm.data.conversations.chat_template import ChatTemplate
 from internlm.data.conversations.encoder import ConversationEncoder, ConversationOptions
+from internlm.data.conversations.row_forms import READ_COLUMNS
 from internlm.data.tokenize.row_inputs import read_rows
 from internlm.data.tokenize.text_inputs import Extent, TextOptions, read_documents
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
@@ -95,7 +96,7 @@ class ConversationShardEncoder:
     def encode(self, shard: tuple[Extent, ...], counts: ShardCounts) -> Iterator[tuple[str, bytes, int]]:
         """See `ShardEncoder`."""
         for extent in shard:
-            for place, row in read_rows(extent, counts.content):
+            for place, row in read_rows(extent, counts.content, READ_COLUMNS):
                 counts.by_file[extent.path] += 1
                 try:
                     found = self._encoder.encode(row, place)
@@ -107,8 +108,7 @@ class ConversationShardEncoder:
                         counts.bad_rows.append(str(error))
                     continue
                 if found.num_labels:
-                    key = json.dumps(row, sort_keys=True, default=str)
-                    yield key, encode_masked_line(found.ids, found.loss_mask), len(found.ids)
+                    yield _identity(row), encode_masked_line(found.ids, found.loss_mask), len(found.ids)
                 else:
                     counts.content[_NO_LABEL] += 1
 
@@ -132,6 +132,12 @@ def load_conversation_encoder(
     """Load the encoder of conversations; see `ConversationShardEncoder` and `load_tokenizer`."""
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
     return ConversationShardEncoder(ConversationEncoder(tokenizer, template, options), skip_bad_rows=skip_bad_rows)
+
+
+def _identity(row: dict[str, Any]) -> str:
+    """A text that is the same for a row in any file format, whatever other columns it has."""
+    known = {name: value for name, value in row.items() if name in READ_COLUMNS and value is not None}
+    return json.dumps(known, sort_keys=True, default=str)
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

@@ -231,7 +231,10 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_fix(folders, tmp_pat
     [
         (5, r"^f: 3 is int, not an object"),
         ({"text": "a"}, r"^f: 3 is not a conversation: its columns are \['text'\]"),
-        ({"messages": MESSAGES, "prompt": "a", "response": "b"}, r"fits the forms messages, prompt_response .*--form"),
+        (
+            {"messages": MESSAGES, "prompt": "a", "response": "b"},
+            r"fits the forms messages, prompt_response .*--conversations m",
+        ),
         ({"messages": []}, r"'messages': expected a list of messages, not an empty list"),
         ({"messages": "abc"}, r"'messages' is text, but not JSON"),
         ({"messages": [5]}, r"'messages', message 0: expected an object with 'role' and 'content', not int"),

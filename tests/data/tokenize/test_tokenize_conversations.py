@@ -67,7 +67,8 @@ def test_files_have_the_masks_of_every_row(tmp_path, folder, monkeypatch, kind, 
     elif kind == "json":
         path.write_text(json.dumps(ROWS))
     else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=25)
+        table = pyarrow.Table.from_pylist([row | {"id": 1} for row in ROWS])
+        pyarrow.parquet.write_table(table, path, row_group_size=25)
     result = run(tmp_path / "x.bin", [path], folder, processes=processes)
     assert documents(tmp_path / "x.bin") == expected(folder, ROWS)
     assert result.documents == 120 and not result.notices
@@ -98,6 +99,9 @@ def test_bad_rows_stop_the_run_or_are_counted(tmp_path, folder, capsys):
     skipped, first = result.notices
     assert skipped == "skipped 1 conversations without an answer to learn from, 1 rows that cannot be used"
     assert first.startswith("the first of the rows that cannot be used: ") and f"byte {offset}" in first
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"other\.parquet: row 0 is not a conversation: its columns are \['a'\]"):
+        run(tmp_path / "z.bin", [tmp_path / "other.parquet"], folder)
     path = write_rows(tmp_path / "none.jsonl", rows[3:])
     with pytest.raises(
         DataError, match="the input has no conversation to learn from, so nothing is written; skipped 1"
