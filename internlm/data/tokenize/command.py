@@ -1,4 +1,4 @@
-"""The command line of tools/tokenizer.py: parses, calls, prints."""
+"""The command lines of tools/tokenizer.py and `internlm data tokenize`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from internlm.data.conversations.answer_spans import LEARN, MASK_METHODS
+from internlm.data.conversations.encoder import ConversationOptions
+from internlm.data.conversations.row_forms import FORMS
 from internlm.data.tokenize.input_files import FORMATS, find_inputs, name_some
-from internlm.data.tokenize.pipeline import TokenizeOptions, tokenize
+from internlm.data.tokenize.pipeline import ON_BAD_DATA, TokenizeOptions, tokenize
 from internlm.data.tokenize.text_inputs import TextOptions
 from internlm.data.tokenize.train_bpe import sample_texts, train_bpe
 from internlm.data.tokenized_files.writer import rebuild_meta
@@ -23,7 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    args = _parser().parse_args(arguments)
+    return run_tokenize(_parser().parse_args(arguments))
+
+
+def run_tokenize(args: argparse.Namespace) -> int:
+    """Tokenize with the options of `add_tokenize_options`; returns the exit code.
+
+    Raises:
+        UserError: an option or the data is invalid.
+    """
     try:
         _run(args)
     except KeyboardInterrupt:
@@ -48,6 +59,7 @@ def _run(args: argparse.Namespace) -> None:
         raise DataError("--output and --bin_output_path are the same option: give one")
     if args.train is None and output is None:
         raise DataError("--output is missing")
+    conversations = _conversations(args)
     text = TextOptions(args.text_key, args.whole_files, strip_lines=as_internevo, raw_json=args.raw_json)
     if args.train is not None:
         found = find_inputs([name for name in inputs if name != "-"], args.format)
@@ -70,6 +82,8 @@ def _run(args: argparse.Namespace) -> None:
             append=args.append,
             add_bos=args.bos if args.bos is not None or as_internevo else False,
             add_eos=args.eos,
+            conversations=conversations,
+            on_bad_data=args.on_bad_data,
             valid_fraction=args.valid_fraction,
             valid_output=args.valid_output,
             restart=args.restart,
@@ -83,6 +97,31 @@ def _run(args: argparse.Namespace) -> None:
             f"{output}: {result.documents:,} documents, {result.tokens:,} tokens{ratio}, "
             f"{result.megabytes_per_second:.1f} MB/s"
         )
+
+
+def _conversations(args: argparse.Namespace) -> ConversationOptions | None:
+    """The options of conversations; None for texts.
+
+    Raises:
+        DataError: an option of conversations is given without --conversations, or one of texts with it.
+    """
+    # None where an option is not given, so that it can be told from its default.
+    given = {"learn": args.learn, "mask": args.mask, "chat_template": args.chat_template}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.conversations is None:
+        if names := [f"--{name.replace('_', '-')}" for name in given]:
+            raise DataError(f"{', '.join(names)} belongs to conversations: add --conversations")
+        return None
+    for is_given, name in (
+        (args.raw_json, "--raw-json"),
+        (args.whole_files, "--whole-files"),
+        (args.train is not None, "--train"),
+    ):
+        if is_given:
+            raise DataError(f"{name} belongs to texts: drop it, or drop --conversations")
+    if "chat_template" in given:
+        given["chat_template"] = str(given["chat_template"])
+    return ConversationOptions(form=None if args.conversations == "auto" else args.conversations, **given)
 
 
 def _print_notice(notice: str) -> None:
@@ -105,19 +144,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenizer.py", description="Tokenize text into .bin / .bin.meta files, or train a tokenizer on it."
     )
-    parser.add_argument(
-        "inputs",
-        nargs="*",
-        type=path_text,
-        help="txt, json, jsonl (ndjson) and parquet files, plain or compressed (gz, bz2, xz, zst), folders of them, or "
-        "- for stdin",
-    )
+    add_tokenize_options(parser)
     parser.add_argument(
         "--text_input_path",
         "--text-input-path",
         nargs="+",
         type=path_text,
         help="inputs, tokenized to the ids of InternEvo's tool",
+    )
+    parser.add_argument(
+        "--bin_output_path", "--bin-output-path", type=local_path, help="--output, with the ids of InternEvo's tool"
+    )
+    return parser
+
+
+def add_tokenize_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options, except those of InternEvo's tool."""
+    parser.set_defaults(text_input_path=None, bin_output_path=None)
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        type=path_text,
+        help="txt, json, jsonl (ndjson) and parquet files, plain or compressed (gz, bz2, xz, zst), folders of them, or "
+        "- for stdin",
     )
     parser.add_argument(
         "--tokenizer",
@@ -128,9 +177,6 @@ def _parser() -> argparse.ArgumentParser:
         "write the tokenizer.json",
     )
     parser.add_argument("--output", type=local_path, help="the .bin file to write")
-    parser.add_argument(
-        "--bin_output_path", "--bin-output-path", type=local_path, help="--output, with the ids of InternEvo's tool"
-    )
     parser.add_argument("--append", action="store_true", help="append to an existing output")
     parser.add_argument("--text-key", default="text", help="field or column with the text (default: text)")
     parser.add_argument("--raw-json", action="store_true", help="tokenize the JSON of a record, not only its text")
@@ -163,4 +209,31 @@ def _parser() -> argparse.ArgumentParser:
         help="bytes of text to train it on (default: 1e8, about 2 GB of memory)",
     )
     parser.add_argument("--rebuild-meta", type=local_path, metavar="BIN", help="rebuild the .meta of a .bin file")
-    return parser
+    _add_conversation_options(parser)
+
+
+def _add_conversation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conversations (json, jsonl and parquet)")
+    group.add_argument(
+        "--conversations",
+        nargs="?",
+        const="auto",
+        choices=("auto", *FORMS),
+        help="tokenize rows of messages, prompts and answers; the form (default: detected from the columns)",
+    )
+    group.add_argument("--learn", choices=LEARN, help="answers with loss (default: all)")
+    group.add_argument(
+        "--mask",
+        choices=MASK_METHODS,
+        help="find answers by the {%% generation %%} marks of the template, or by prefixes (default: auto, by marks if "
+        "there are any)",
+    )
+    group.add_argument(
+        "--chat-template", type=local_path, metavar="FILE", help="a Jinja template (default: the tokenizer's)"
+    )
+    group.add_argument(
+        "--on-bad-data",
+        choices=ON_BAD_DATA,
+        default="stop",
+        help="stop at a row that cannot be used, or skip and count it (default: stop)",
+    )

@@ -1,4 +1,4 @@
-"""Tokenizes text files into one tokenized file, in parallel and restartably.
+"""Tokenizes text files or conversations into one tokenized file, in parallel and restartably.
 
 Owns the parts folder `NAME.bin.parts`. The input is partitioned into shards; a worker tokenizes a shard into a part (a
 tokenized file) and marks it as done; finally the parts are concatenated in input order, so the result does not depend
@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,19 @@ from typing import Any
 
 import numpy as np
 
+from internlm.data.conversations.chat_template import ChatTemplate
+from internlm.data.conversations.encoder import ConversationOptions, load_template_for
 from internlm.data.loaders.read_ahead import WorkerProcesses
-from internlm.data.tokenize.input_files import InputFiles, find_inputs, name_some
+from internlm.data.tokenize.input_files import InputFiles, find_inputs
+from internlm.data.tokenize.notices import describe_notices
 from internlm.data.tokenize.progress import TokenizeProgress
+from internlm.data.tokenize.shard_encoders import (
+    ShardEncoder,
+    load_conversation_encoder,
+    load_text_encoder,
+)
 from internlm.data.tokenize.shard_tokenizer import ShardTokenizer, TokenizedShard, part_path
-from internlm.data.tokenize.text_inputs import WITH_NUL, Extent, TextOptions, plan_shards
+from internlm.data.tokenize.text_inputs import Extent, TextOptions, plan_shards
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, read_record, write_record
@@ -35,11 +42,13 @@ _VERSION = 2
 _SHARD_BYTES = (2 << 20, 256 << 20)
 _SHARDS_PER_PROCESS = 32
 _STDIN_NAME = "stdin"
+ON_BAD_DATA = ("stop", "skip")
 _MANIFEST_NAMES = {
     "version": "file version",
     "text": "text options",
     "ends": "bos or eos",
     "valid": "validation options",
+    "conversations": "options of conversations, chat template or treatment of bad data",
 }
 """How messages call the entries of the manifest."""
 
@@ -57,7 +66,9 @@ class TokenizeOptions:
         processes: number of worker processes; 1 works in this process.
         append: whether to append to an existing output.
         add_bos, add_eos: whether every document starts with bos / ends with eos; None if the tokenizer has it.
-        valid_fraction: share of documents, chosen by a hash of their text, for `valid_output`.
+        conversations: how rows of conversations are encoded; None tokenizes texts.
+        on_bad_data: "stop", or "skip" and count rows of conversations that cannot be used.
+        valid_fraction: share of documents, chosen by a hash of their content, for `valid_output`.
         valid_output: the .bin file of validation documents.
         restart: whether to discard the parts of an interrupted run.
         trust_remote_code: whether to run custom code of the tokenizer folder.
@@ -72,6 +83,8 @@ class TokenizeOptions:
     append: bool = False
     add_bos: bool | None = False
     add_eos: bool | None = None
+    conversations: ConversationOptions | None = None
+    on_bad_data: str = "stop"
     valid_fraction: float = 0.0
     valid_output: Path | None = None
     restart: bool = False
@@ -102,17 +115,20 @@ class TokenizeResult:
 
 
 def tokenize(options: TokenizeOptions) -> TokenizeResult:
-    """Tokenize text files into the outputs of `options`.
+    """Tokenize text files or conversations into the outputs of `options`.
 
     Raises:
         DataError: an output exists and `append` is False or its tokenizer differs, an input is missing or malformed,
-            there is no text, the tokenizer lacks a requested token, or there are parts of an interrupted run with
-            other options.
+            there is nothing to write, the tokenizer lacks a requested token or the chat template, a row cannot be used,
+            or there are parts of an interrupted run with other options.
     """
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     bos, eos = _bos_and_eos(options, tokenizer)
     _check_options(options)
-    record = TokenizerRecord.of(tokenizer, options.tokenizer, add_bos=bool(bos), add_eos=bool(eos))
+    template = _load_template(options)
+    record = TokenizerRecord.of(
+        tokenizer, options.tokenizer, add_bos=bool(bos), add_eos=bool(eos), format=_record_format(options, template)
+    )
     _check_appended(options, record)
     parts = _parts_folder(options.output)
     inputs = [name for name in options.inputs if name != "-"]
@@ -129,21 +145,23 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
         "tokenizer": record.fingerprint,
         "ends": [bos, eos],
         "valid": [options.valid_fraction, str(options.valid_output)],
+        "conversations": _conversation_entry(options, template),
     }
     manifest = _begin_or_continue(options, parts, manifest, shard_bytes)
     shards = plan_shards(files, options.text, manifest["shard_bytes"])
-    load = partial(load_tokenizer, options.tokenizer, trust_remote_code=options.trust_remote_code)
-    tokenize_shard = ShardTokenizer(load, options.text, bos, eos, options.valid_fraction, parts, len(options.outputs))
+    load = _encoder_loader(options, template, bos, eos)
+    tokenize_shard = ShardTokenizer(load, options.valid_fraction, parts, len(options.outputs))
     results: list[TokenizedShard] = []
     with TokenizeProgress(total) as progress:
         for shard, part in zip(shards, _tokenize_shards(tokenize_shard, shards, options.processes), strict=True):
             progress.advance(sum(extent.num_bytes for extent in shard), part.tokens, resumed=not part.fresh)
             results.append(part)
         speed = progress.megabytes_per_second
-    notices = _notices(found, results)
+    notices = describe_notices(found, results)
     if not any(part.documents for part in results):
         shutil.rmtree(parts)
-        raise DataError("; ".join(["the input has no text, so nothing is written", *notices]))
+        content = "text" if options.conversations is None else "conversation to learn from"
+        raise DataError("; ".join([f"the input has no {content}, so nothing is written", *notices]))
     documents = tokens = 0
     for number, (output, before) in enumerate(zip(options.outputs, manifest["documents_before"], strict=True)):
         added = _merge_parts(parts, len(shards), number, output, before, record)
@@ -154,29 +172,12 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     return TokenizeResult(documents, tokens, total, speed, notices)
 
 
-def _notices(found: InputFiles, results: list[TokenizedShard]) -> list[str]:
-    """Describe ignored files, files without text, duplicates and skipped content, one line each."""
-    counts: Counter[str] = Counter()
-    by_file: Counter[str] = Counter()
-    for part in results:
-        counts.update(part.counts)
-        by_file.update(part.by_file)
-    skipped = [f"{counts[name]:,} {name}" for name in sorted(counts) if counts[name] and name != WITH_NUL]
-    empty = [path for path, _ in found.files if not by_file[str(path)]]
-    occurrences = Counter(path.resolve() for path, _ in found.files)
-    duplicates = [path for path, number in occurrences.items() if number > 1]
-    lines = [
-        (found.ignored, f"ignored {len(found.ignored):,} file(s) of unknown format: {name_some(found.ignored)}"),
-        (empty, f"{len(empty):,} file(s) without any text: {name_some(empty)}"),
-        (duplicates, f"{len(duplicates):,} file(s) named more than once and read each time: {name_some(duplicates)}"),
-        (skipped, f"skipped {', '.join(skipped)}"),
-        (counts[WITH_NUL], f"{counts[WITH_NUL]:,} {WITH_NUL}, kept unchanged"),
-    ]
-    return [line for condition, line in lines if condition]
-
-
 def _bos_and_eos(options: TokenizeOptions, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
     """The ids to put before and after every document."""
+    if options.conversations is not None:
+        if options.add_bos or options.add_eos is not None:
+            raise DataError("conversations have the bos and eos of the chat template: drop --bos, --eos and --no-eos")
+        return [], []
     if options.add_bos and tokenizer.bos_id is None:
         raise DataError(f"{options.tokenizer}: the tokenizer names no bos token; drop --bos")
     if options.add_eos and tokenizer.eos_id is None:
@@ -189,6 +190,8 @@ def _bos_and_eos(options: TokenizeOptions, tokenizer: TextTokenizer) -> tuple[li
 def _check_options(options: TokenizeOptions) -> None:
     if options.processes < 1:
         raise DataError(f"--processes {options.processes}: must be at least 1")
+    if options.on_bad_data not in ON_BAD_DATA:
+        raise DataError(f"--on-bad-data {options.on_bad_data}: expected one of {', '.join(ON_BAD_DATA)}")
     if bool(options.valid_output) != (options.valid_fraction > 0) or not 0 <= options.valid_fraction < 1:
         raise DataError("--valid-fraction (in (0, 1)) and --valid-output must be given together")
     if options.valid_output == options.output:
@@ -196,6 +199,43 @@ def _check_options(options: TokenizeOptions) -> None:
     for output in options.outputs:
         if output.suffix != ".bin":
             raise DataError(f"{output}: the output must be named *.bin")
+
+
+def _encoder_loader(
+    options: TokenizeOptions, template: ChatTemplate | None, bos: list[int], eos: list[int]
+) -> Callable[[], ShardEncoder]:
+    """A function that loads the encoder, to be called in a worker."""
+    trust = options.trust_remote_code
+    if options.conversations is None:
+        return partial(load_text_encoder, options.tokenizer, options.text, bos, eos, trust_remote_code=trust)
+    return partial(
+        load_conversation_encoder,
+        options.tokenizer,
+        template,
+        options.conversations,
+        skip_bad_rows=options.on_bad_data == "skip",
+        trust_remote_code=trust,
+    )
+
+
+def _load_template(options: TokenizeOptions) -> ChatTemplate | None:
+    if options.conversations is None:
+        return None
+    return load_template_for(options.conversations, options.tokenizer, trust_remote_code=options.trust_remote_code)
+
+
+def _conversation_entry(options: TokenizeOptions, template: ChatTemplate | None) -> list[Any] | None:
+    """The entry of the manifest for everything that changes the ids of conversations; None for texts."""
+    if options.conversations is None:
+        return None
+    return [asdict(options.conversations), template.fingerprint if template else None, options.on_bad_data]
+
+
+def _record_format(options: TokenizeOptions, template: ChatTemplate | None) -> str:
+    """The format that the record of the tokenizer names; it differs between chat templates."""
+    if options.conversations is None:
+        return "text"
+    return f"conversations, template {template.fingerprint}" if template else "completions"
 
 
 def _check_appended(options: TokenizeOptions, record: TokenizerRecord) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from internlm.data.tokenize.text_tokenizer import TextTokenizer, check_code
+from internlm.data.conversations.chat_template import load_chat_template
+from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.utils.errors import DataError
 
 PROMPT_FORMATS = ("alpaca", "chat-template", "internevo")
@@ -148,29 +148,19 @@ def encode_examples(records: Iterable[Record], prompts: PromptFormat, tokenizer:
 
 def _chat_segments(path: Path, trust_remote_code: bool) -> Callable[[Record], list[PromptSegment]]:
     """Prompt and response by the chat template of the tokenizer, which provides all special tokens."""
-    from transformers import AutoTokenizer
-
-    folder = path if path.is_dir() else path.parent
-    check_code(folder, trust_remote_code)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, OSError) as error:
-        raise DataError(f"{folder}: --chat-template needs a Hugging Face tokenizer folder: {error}") from error
-    if not tokenizer.chat_template:
-        raise DataError(f"{folder}: the tokenizer has no chat template; drop --chat-template")
+    template = load_chat_template(path, trust_remote_code=trust_remote_code)
 
     def segments(record: Record) -> list[PromptSegment]:
         question = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
         user_turn = [{"role": "user", "content": question}]
         both_turns = [*user_turn, {"role": "assistant", "content": record["output"]}]
-        prompt = tokenizer.apply_chat_template(user_turn, tokenize=False, add_generation_prompt=True)
-        conversation = tokenizer.apply_chat_template(both_turns, tokenize=False)
+        place = f"the record with the instruction {record['instruction'][:40]!r}"
+        prompt, _ = template.render(user_turn, None, place, add_generation_prompt=True)
+        conversation, _ = template.render(both_turns, None, place)
         if not conversation.startswith(prompt):
             raise DataError(
-                f"{folder}: a conversation in the chat template does not start with its generation prompt {prompt!r}, "
-                "so prompt and response cannot be separated; drop --chat-template"
+                f"{template.name}: a conversation in the chat template does not start with its generation prompt "
+                f"{prompt!r}, so prompt and response cannot be separated; drop --chat-template"
             )
         return [PromptSegment(prompt, False), PromptSegment(conversation[len(prompt) :], True)]
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internlm.data.conversations.row_forms import fitting_forms
 from internlm.data.tokenize.input_files import is_compressed, open_input
 from internlm.data.tokenize.json_values import decode_utf8, iterate_json_array, parse_line
 from internlm.utils.errors import DataError, nearest
 
-_PARQUET_ROWS = 256
+PARQUET_ROWS = 256
 BLANK, EMPTY, NULL = "blank lines", "empty texts", "texts that are null"
 """Content that is skipped and counted."""
 WITH_NUL = "texts with a NUL character"
@@ -102,7 +103,7 @@ def read_documents(extent: Extent, options: TextOptions, counts: Counter[str] | 
     elif options.whole_files:
         texts = _read_whole(path)
     else:
-        texts = _read_lines(path, extent, options, counts)
+        texts = _read_text_lines(path, extent, options, counts)
     for text in texts:
         if text is None:
             counts[NULL] += 1
@@ -117,7 +118,7 @@ def read_documents(extent: Extent, options: TextOptions, counts: Counter[str] | 
 def _extents(path: Path, format: str, options: TextOptions, shard_bytes: int) -> Iterator[Extent]:
     size = path.stat().st_size
     if format == "parquet":
-        groups = _parquet_file(path).metadata
+        groups = open_parquet(path).metadata
         for group in range(groups.num_row_groups):
             share = size * groups.row_group(group).num_rows // max(1, groups.num_rows)
             yield Extent(str(path), format, group, group + 1, share)
@@ -129,8 +130,8 @@ def _extents(path: Path, format: str, options: TextOptions, shard_bytes: int) ->
             yield Extent(str(path), format, start, stop, stop - start)
 
 
-def _lines(path: Path, extent: Extent) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, line) of the lines that start in [start, stop), or of all lines of a compressed file."""
+def read_lines(path: Path, extent: Extent) -> Iterator[tuple[int, bytes]]:
+    """Iterate over (byte offset, line) of the lines that start in [start, stop), or of all of a compressed file."""
     stop = sys.maxsize if is_compressed(path) else extent.stop
     with open_input(path) as file:
         offset = 0
@@ -148,8 +149,8 @@ def _read_whole(path: Path) -> Iterator[str]:
         yield decode_utf8(file.read(), path, 0)
 
 
-def _read_lines(path: Path, extent: Extent, options: TextOptions, counts: Counter[str]) -> Iterator[str]:
-    for offset, line in _lines(path, extent):
+def _read_text_lines(path: Path, extent: Extent, options: TextOptions, counts: Counter[str]) -> Iterator[str]:
+    for offset, line in read_lines(path, extent):
         text = decode_utf8(line, path, offset)
         text = text.strip() if options.strip_lines else text.rstrip("\r\n")
         if text and not text.isspace():
@@ -159,7 +160,7 @@ def _read_lines(path: Path, extent: Extent, options: TextOptions, counts: Counte
 
 
 def _read_jsonl(path: Path, extent: Extent, options: TextOptions, counts: Counter[str]) -> Iterator[str | None]:
-    for offset, line in _lines(path, extent):
+    for offset, line in read_lines(path, extent):
         if line.isspace():
             counts[BLANK] += 1
             continue
@@ -178,7 +179,12 @@ def _read_json(path: Path, options: TextOptions) -> Iterator[str | None]:
             yield _text_of(record, options.text_key, f"{path}: record {number}")
 
 
-def _parquet_file(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """Open a parquet file.
+
+    Raises:
+        DataError: it is damaged, or another kind of file.
+    """
     import pyarrow.parquet
 
     try:
@@ -188,16 +194,16 @@ def _parquet_file(path: Path) -> Any:
 
 
 def _read_parquet(path: Path, extent: Extent, text_key: str) -> Iterator[str | None]:
-    file = _parquet_file(path)
+    file = open_parquet(path)
     names = file.schema_arrow.names
     if text_key not in names:
         raise DataError(
             f"{path}: no column '{text_key}'; its columns are {names}. "
-            f"Choose one with --text-key.{nearest(text_key, names)}"
+            f"Choose one with --text-key.{nearest(text_key, names)}{_conversation_hint(names)}"
         )
     row = 0
     for batch in file.iter_batches(
-        batch_size=_PARQUET_ROWS, row_groups=list(range(extent.start, extent.stop)), columns=[text_key]
+        batch_size=PARQUET_ROWS, row_groups=list(range(extent.start, extent.stop)), columns=[text_key]
     ):
         for value in batch.column(0).to_pylist():
             yield _as_text(value, f"{path}: row {row} of row group {extent.start}", text_key)
@@ -215,7 +221,12 @@ def _text_of(record: Any, text_key: str, place: str) -> str | None:
     found = f"its fields are {keys}" if keys else f"it is {type(record).__name__}"
     raise DataError(
         f"{place} has no text '{text_key}'; {found}. Choose a field with --text-key.{nearest(text_key, keys)}"
+        f"{_conversation_hint(keys)}"
     )
+
+
+def _conversation_hint(columns: list[str]) -> str:
+    return " Or tokenize conversations: add --conversations" if fitting_forms(columns) else ""
 
 
 def _as_text(value: Any, place: str, text_key: str) -> str | None:

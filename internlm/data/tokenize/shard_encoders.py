@@ -1,0 +1,153 @@
+"""Turns the documents of a shard into lines of a tokenized file, in a worker process: texts, or conversations.
+
+Owns what is skipped and counted while encoding. Must not know parts and outputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from internlm.data.conversations.chat_template import ChatTemplate
+from internlm.data.conversations.encoder import ConversationEncoder, ConversationOptions
+from internlm.data.conversations.row_forms import READ_COLUMNS
+from internlm.data.tokenize.row_inputs import read_rows
+from internlm.data.tokenize.text_inputs import Extent, TextOptions, read_documents
+from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
+from internlm.data.tokenized_files.writer import encode_line, encode_masked_line
+from internlm.utils.errors import DataError
+
+_BATCH_CHARACTERS = 1 << 18
+"""Characters of a batch of texts: enough to amortize a call, few enough to fit the caches."""
+_NO_TOKEN = "texts without a token"
+_NO_LABEL = "conversations without an answer to learn from"
+BAD_ROWS = "rows that cannot be used"
+"""Rows that `on_bad_data = "skip"` skips and counts."""
+_MAX_MESSAGES = 4
+
+
+@dataclass
+class ShardCounts:
+    """Counts while a shard is encoded.
+
+    Attributes:
+        content: number of skipped or suspicious texts, by kind.
+        by_file: number of documents, by input file.
+        bad_rows: the errors of the first few rows that were skipped.
+    """
+
+    content: Counter[str] = field(default_factory=Counter)
+    by_file: Counter[str] = field(default_factory=Counter)
+    bad_rows: list[str] = field(default_factory=list)
+
+
+class ShardEncoder(Protocol):
+    """Encodes the documents of shards."""
+
+    def encode(self, shard: tuple[Extent, ...], counts: ShardCounts) -> Iterator[tuple[str, bytes, int]]:
+        """Iterate over (text that identifies the document, its line, number of tokens)."""
+
+
+class TextShardEncoder:
+    """Encodes plain text.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: how documents are found.
+        before, after: ids to put before and after every document.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, text: TextOptions, before: list[int], after: list[int]) -> None:
+        self._tokenizer, self._text = tokenizer, text
+        self._before, self._after = before, after
+
+    def encode(self, shard: tuple[Extent, ...], counts: ShardCounts) -> Iterator[tuple[str, bytes, int]]:
+        """See `ShardEncoder`."""
+        for texts in _batches(self._documents(shard, counts)):
+            for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True):
+                if ids:
+                    document = self._before + ids + self._after
+                    yield text, encode_line(document), len(document)
+                else:
+                    counts.content[_NO_TOKEN] += 1
+
+    def _documents(self, shard: tuple[Extent, ...], counts: ShardCounts) -> Iterator[str]:
+        for extent in shard:
+            for text in read_documents(extent, self._text, counts.content):
+                counts.by_file[extent.path] += 1
+                yield text
+
+
+class ConversationShardEncoder:
+    """Encodes rows of conversations.
+
+    Args:
+        encoder: encodes one row.
+        skip_bad_rows: whether rows that cannot be used are skipped and counted, instead of ending the run.
+    """
+
+    def __init__(self, encoder: ConversationEncoder, *, skip_bad_rows: bool) -> None:
+        self._encoder, self._skip_bad_rows = encoder, skip_bad_rows
+
+    def encode(self, shard: tuple[Extent, ...], counts: ShardCounts) -> Iterator[tuple[str, bytes, int]]:
+        """See `ShardEncoder`."""
+        for extent in shard:
+            for place, row in read_rows(extent, counts.content, READ_COLUMNS):
+                counts.by_file[extent.path] += 1
+                try:
+                    found = self._encoder.encode(row, place)
+                except DataError as error:
+                    if not self._skip_bad_rows:
+                        raise
+                    counts.content[BAD_ROWS] += 1
+                    if len(counts.bad_rows) < _MAX_MESSAGES:
+                        counts.bad_rows.append(str(error))
+                    continue
+                if found.num_labels:
+                    yield _identity(row), encode_masked_line(found.ids, found.loss_mask), len(found.ids)
+                else:
+                    counts.content[_NO_LABEL] += 1
+
+
+def load_text_encoder(
+    tokenizer_path: Path, text: TextOptions, before: list[int], after: list[int], *, trust_remote_code: bool
+) -> TextShardEncoder:
+    """Load the encoder of texts; see `TextShardEncoder` and `load_tokenizer`."""
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
+    return TextShardEncoder(tokenizer, text, before, after)
+
+
+def load_conversation_encoder(
+    tokenizer_path: Path,
+    template: ChatTemplate | None,
+    options: ConversationOptions,
+    *,
+    skip_bad_rows: bool,
+    trust_remote_code: bool,
+) -> ConversationShardEncoder:
+    """Load the encoder of conversations; see `ConversationShardEncoder` and `load_tokenizer`."""
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
+    return ConversationShardEncoder(ConversationEncoder(tokenizer, template, options), skip_bad_rows=skip_bad_rows)
+
+
+def _identity(row: dict[str, Any]) -> str:
+    """A text that is the same for a row in any file format, whatever other columns it has."""
+    known = {name: value for name, value in row.items() if name in READ_COLUMNS and value is not None}
+    return json.dumps(known, sort_keys=True, default=str)
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
