@@ -42,9 +42,11 @@ class DataConfig(Section):
     total_steps: int = key(..., "Optimizer steps of the whole run.", ge=1)
     min_length: int = key(0, "Documents with fewer tokens are dropped.", ge=0)
     min_length_dict: dict[str, int] | None = key(None, "min_length by name of a type folder; overrides min_length.")
-    train_folder: PathText = key(None, "Folder of <type>/**/*.bin for training; None trains on dummy data.")
+    train_folder: PathText = key(
+        None, "Folder of <type>/**/*.bin for training, or one file or its prefix; None trains on dummy data."
+    )
     valid_folder: PathText = key(
-        None, "Folder in which each directory with .bin files is a validation set; None: no evaluation."
+        None, "Folder in which each directory with .bin files is a validation set, or one file; None: no evaluation."
     )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
@@ -87,7 +89,9 @@ class DataConfig(Section):
     content_name: str = later("text", "Column with the text.", "data.type='streaming'")
     subset_name: str | None = later(None, "Subset of a Hugging Face data set.", "data.type='streaming'")
     is_multimodal: bool = later(False, "Samples contain images.", "multimodal data")
-    data_impl: str | None = used_with(None, "Kind of index of data.type='megatron'.", "data.type")
+    data_impl: str | None = no_effect(
+        None, "InternEvo's kind of index of Megatron datasets.", "the .idx of a dataset tells its kind"
+    )
     data_yaml: str | None = used_with(None, "List of the files of data.type='lumina_pickle'.", "data.type")
     base_path: PathText = used_with(None, "Folder of the files of data.type='lumina_pickle'.", "data.type")
     unit_schedule_size: int | None = used_with(

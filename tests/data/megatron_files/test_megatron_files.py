@@ -79,7 +79,9 @@ def test_damage_is_named(damage, message: str, tmp_path: Path) -> None:  # type:
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="document 3: token 39 at position 37 is outside the vocabulary of 39"):
+    with pytest.raises(
+        DataError, match="document 3 at byte 82: token 39 at position 37 is outside the vocabulary of 39"
+    ):
         MegatronFile(write(tmp_path / "a.bin"), 39).read(3)
     with pytest.raises(DataError, match="document 0 has ids that uint8 cannot hold"):
         write(tmp_path / "b.bin", np.uint8, [[256]])
