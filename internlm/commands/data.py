@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description=f"{_verify.__doc__} Exits with 0 when there is no problem, else 1.",
         parents=[inputs],
     )
+    verify.add_argument(
+        "--vocab-size", type=int, metavar="N", help="ids must be smaller (default: that of the recorded tokenizer)"
+    )
     verify.add_argument("--limit", type=int, default=20, metavar="N", help="problems shown of a file (default: 20)")
     verify.set_defaults(act=_verify)
 
@@ -83,7 +86,6 @@ def _input_options() -> argparse.ArgumentParser:
     )
     options.add_argument("--array-dtype", choices=RAW_DTYPES, help="dtype of raw arrays")
     options.add_argument("--array-separator", type=int, metavar="ID", help="id that ends a document of an array")
-    options.add_argument("--vocab-size", type=int, metavar="N", help="ids must be smaller")
     return options
 
 
@@ -94,6 +96,7 @@ def _output_options() -> argparse.ArgumentParser:
     options.add_argument(
         "--dtype", choices=DTYPES, help="of megatron and arrays (default: that of the inputs, or by vocabulary)"
     )
+    options.add_argument("--vocab-size", type=int, metavar="N", help="chooses the dtype (default: the tokenizer's)")
     options.add_argument("--separator", type=int, metavar="ID", help="id that ends a document of a .npy or raw .bin")
     options.add_argument(
         "--drop-mask", action="store_true", help="let tokens without loss contribute loss where it cannot be marked"
@@ -124,7 +127,7 @@ def _inspect(options: argparse.Namespace) -> int:
         _count(inputs, path, by_type.setdefault(type_name, LengthHistogram()))
         files[type_name] = files.get(type_name, 0) + 1
     total = LengthHistogram().merged(by_type.values())
-    rows = [("type", "files", "documents", "tokens", "share", "mean", "longest")]
+    rows: list[tuple[str, ...]] = [("type", "files", "documents", "tokens", "share", "mean", "longest")]
     rows += [_row(name, files[name], each, total) for name, each in by_type.items()]
     if len(by_type) > 1:
         rows.append(_row("all", len(inputs.paths), total, total))
@@ -250,10 +253,12 @@ def _output(options: argparse.Namespace, inputs: Inputs) -> OutputFormat:
     if options.output.suffix not in _SUFFIXES[name]:
         raise UserError(f"--output {options.output}: files of '{name}' are named *{', *'.join(_SUFFIXES[name])}")
     record = _record(inputs)
-    dtype = options.dtype or _default_dtype(name, inputs, options.vocab_size or (record and record.vocab_size))
-    separator = options.separator
-    if separator is None and name == "arrays":
-        separator = options.array_separator if options.array_separator is not None else (record and record.eos_id)
+    vocab_size = options.vocab_size
+    if vocab_size is None and record is not None:
+        vocab_size = record.vocab_size
+    candidates = (options.separator, options.array_separator, record.eos_id if record is not None else None)
+    separator = next((each for each in candidates if each is not None), None)
+    dtype = options.dtype or _default_dtype(name, inputs, vocab_size)
     return OutputFormat(name, dtype, separator, options.drop_mask, record)
 
 

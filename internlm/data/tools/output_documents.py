@@ -105,4 +105,4 @@ def _open(path: Path, output: OutputFormat, stack: ExitStack) -> Callable[[Docum
 
 def _line(document: Document) -> bytes:
     signed = np.where(document.loss_mask, document.ids, -document.ids)
-    return encode_line(signed, np.flatnonzero((document.ids == 0) & ~document.loss_mask).tolist())
+    return encode_line(signed.tolist(), np.flatnonzero((document.ids == 0) & ~document.loss_mask).tolist())
