@@ -71,7 +71,7 @@ class TokenArray:
         if start.startswith(_NPY_MAGIC):
             try:
                 tokens = np.load(self.path, mmap_mode="r")
-            except (ValueError, OSError, EOFError) as error:
+            except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError ...
                 raise DataError(f"{self.path}: not a complete .npy array ({error}); copy it again") from error
             if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
                 raise DataError(

@@ -52,7 +52,7 @@ class TokenizedFile:
             raise DataError(f"{meta_path(self.path)} is missing; {rebuild_hint(self.path)}")
         try:
             meta = np.load(meta_path(self.path), mmap_mode="r")
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError ...
             raise DataError(
                 f"{meta_path(self.path)} is not a .npy array ({error}); {rebuild_hint(self.path)}"
             ) from error
