@@ -17,7 +17,7 @@ COMMANDS = {
     "doctor": "show hardware and software, the implementation of each op with the reason, and a self-test",
     "generate": "continue prompts with a trained model",
     "verify": "compare a layout with one process",
-    "data": "tokenize text and conversations",
+    "data": "tokenize, inspect, verify, convert, merge, split and shuffle tokenized data",
     "ckpt": "list, show, compare and check checkpoints",
     "convert": "convert checkpoints to and from Hugging Face, and from InternEvo",
 }

@@ -24,6 +24,7 @@ from torch.distributed.run import get_args_parser
 from internlm.cli import COMMANDS, main
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
+from internlm.data.tokenized_files.writer import TokenizedWriter
 
 # Files that a page tells the reader to write, or commands to make.
 READERS_FILES = {"my_config.py", "train_my_lists.py"}
@@ -161,6 +162,24 @@ def metric_names() -> list[str]:
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     names = [re.sub(r"<\w+>|\.\.\.", "*", name) for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
     return [name for name in [*names, "tflops_full"] if name != "mfu"]
+
+
+def test_the_data_tools_do_what_the_page_shows(tmp_path: Path) -> None:
+    section = text_of("doc/data.md").split("\n### Inspect, verify, convert\n")[1].split("\n### ")[0]
+    for kind in ("en", "cn"):
+        (tmp_path / "data" / "train" / kind).mkdir(parents=True)
+        with TokenizedWriter(tmp_path / "data" / "train" / kind / "a.bin") as writer:
+            for number in range(1, 40):
+                writer.write([number] * number)
+    config = f"data, model = {DATA | {'train_folder': 'data/train'}}, {MODEL | {'vocab_size': 300}}\n"
+    (tmp_path / "my_config.py").write_text(config + "ckpt = dict(enable_save_ckpt=False)\n")
+    (block,) = blocks(section, "bash")
+    printed = run_forked(tmp_path, run_commands, f"```bash\n{block}\n```\n")
+    for expected in ("cn", "78 documents, 1,560 tokens", "sample 0", "good, 39 documents", "type='arrays'"):
+        assert expected in printed, expected
+    made = {path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.*")}
+    assert made >= {"megatron/en.idx", "arrays/en.ds.index", "arrays/en.npy", "parquet/en.parquet", "shuffled.bin.meta"}
+    assert (tmp_path / "lengths.png").is_file()
 
 
 # -- commands ------------------------------------------------------------

@@ -12,11 +12,12 @@ from pathlib import Path
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer, trained_with
 from internlm.config.schema import Config
 from internlm.convert.hf_folder import HF_FILES
+from internlm.data.documents.document_file import FileFormat
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.data.tokenize.text_tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, load_tokenizer
-from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
+from internlm.initialize.build_data import file_format
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -35,9 +36,7 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
     data = config.data
     evaluates = data.valid_every > 0 and data.valid_folder is not None
     folders = [folder for folder in (data.train_folder, data.valid_folder if evaluates else None) if folder is not None]
-    if data.type != TOKENIZED.name:
-        folders = []  # other formats have no record of their tokenizer
-    record = _of_folders(tuple(folders), data.check_tokenizer)
+    record = _of_folders(tuple(folders), file_format(config), data.check_tokenizer)
     named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))
     found = (
         None
@@ -98,8 +97,8 @@ def _compare(known: KnownTokenizer, other: KnownTokenizer, what: str, config: Co
     logger.info("%s", message)
 
 
-def _of_folders(folders: Sequence[str], checked: bool) -> TokenizerRecord | None:
-    records = {path: record for folder in folders for path, record in tokenizer_records(folder).items()}
+def _of_folders(folders: Sequence[str], format: FileFormat, checked: bool) -> TokenizerRecord | None:
+    records = {path: record for folder in folders for path, record in tokenizer_records(folder, format).items()}
     try:
         return common_record(records)
     except DataError as error:

@@ -43,10 +43,10 @@ class DataConfig(Section):
     min_length: int = key(0, "Documents with fewer tokens are dropped.", ge=0)
     min_length_dict: dict[str, int] | None = key(None, "min_length by name of a type folder; overrides min_length.")
     train_folder: PathText = key(
-        None, "Folder of <type>/**/NAME for training, with files of data.type; None trains on dummy data."
+        None, "Folder of <type>/**/NAME with files of data.type for training, or one file or prefix; None: dummy data."
     )
     valid_folder: PathText = key(
-        None, "Folder in which each directory with files of data.type is a validation set; None: no evaluation."
+        None, "Folder in which each directory with files of data.type is a validation set, or one file; None: none."
     )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)

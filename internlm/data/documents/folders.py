@@ -22,7 +22,8 @@ def find_train_files(folder: str | Path, format: FileFormat) -> tuple[list[Typed
     """Find all `<folder>/<type>/**/NAME` of a format, and the names of the types.
 
     The types are the first-level subfolders in sorted order; a subfolder without such a file keeps its type id. If
-    the files are directly in the folder, they form a single type named after it.
+    the files are directly in the folder, they form a single type named after it. `folder` may also be one file, or its
+    path without the suffix (Megatron's prefix), whose type is named after it.
 
     Returns:
         (files in sorted order, type names by type id).
@@ -30,6 +31,8 @@ def find_train_files(folder: str | Path, format: FileFormat) -> tuple[list[Typed
     Raises:
         DataError: the folder is missing, has no such file, or mixes the two layouts.
     """
+    if alone := _single_file(folder, format):
+        return [TypedFile(alone, 0)], [alone.stem]
     root, suffix = _existing(folder, format), _suffixes(format)
     direct = _sorted_files(root, format, recursive=False)
     type_dirs = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -54,11 +57,14 @@ def find_valid_sets(folder: str | Path, format: FileFormat) -> dict[str, list[Pa
     """Find the validation sets: the directories with files of a format at or below `folder`.
 
     Returns:
-        Path relative to `folder` -> files, both sorted. Files directly in `folder` form a set named after it.
+        Path relative to `folder` -> files, both sorted. Files directly in `folder` form a set named after it; `folder`
+        may also be one file, see `find_train_files`.
 
     Raises:
         DataError: the folder is missing or has no such file.
     """
+    if alone := _single_file(folder, format):
+        return {alone.stem: [alone]}
     root = _existing(folder, format)
     sets: dict[str, list[Path]] = {}
     for path in _sorted_files(root, format, recursive=True):
@@ -96,9 +102,30 @@ def _suffixes(format: FileFormat) -> str:
     return " or ".join(format.suffixes)
 
 
+def _single_file(path: str | Path, format: FileFormat) -> Path | None:
+    """The file that `path` names, with or without its suffix; None for a folder, or if there is none.
+
+    Raises:
+        DataError: it is a file, but not of the format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return None
+    if path.is_file() and not path.name.endswith(format.suffixes):
+        raise DataError(f"{path}: not a {_suffixes(format)} file (data.type = '{format.name}'). {format.hint}")
+    names = [path.name, *(path.name + suffix for suffix in format.suffixes)]
+    return next((each for each in map(path.with_name, names) if path.name and each.is_file()), None)
+
+
 def _existing(folder: str | Path, format: FileFormat) -> Path:
     root = Path(folder)
     if not root.is_dir():
+        text = str(folder)
+        if len(text.split()) > 1:
+            raise DataError(
+                f"{text!r} is neither a folder nor a file: one path is expected, not Megatron's list of weights and "
+                "prefixes; put the files of each kind into a subfolder of one folder"
+            )
         raise DataError(f"{root}: no such folder. {format.hint}, or set the folder to None")
     return root
 

@@ -16,7 +16,7 @@ class MegatronFormat:
     hint = "Make Megatron datasets with Megatron's tools/preprocess_data.py"
 
     def companions(self, name: str) -> Sequence[str]:
-        return (index_path(Path(name)).name,)
+        return index_path(Path(name)).name, f"{name}.tokenizer.json"
 
     def open(self, path: Path, vocab_size: int | None = None) -> MegatronFile:
         return MegatronFile(path, vocab_size)

@@ -181,11 +181,25 @@ class MegatronFile:
         if int(ids.min()) < 0:
             position = start + int(ids.argmin())
             raise DataError(
-                f"{self.path}: document {document}: token {int(ids.min())} at position {position} is below 0"
+                f"{self._at(document, position)}token {int(ids.min())} at position {position} is below 0: the .bin is "
+                "damaged, or the .idx belongs to another file"
             )
         if self.vocab_size is not None and int(ids.max()) >= self.vocab_size:
             position = start + int(ids.argmax())
             raise DataError(
-                f"{self.path}: document {document}: token {int(ids.max())} at position {position} is outside the "
+                f"{self._at(document, position)}token {int(ids.max())} at position {position} is outside the "
                 f"vocabulary of {self.vocab_size}. Set model.vocab_size to the size of the tokenizer that made it"
             )
+
+    def sequence_lengths(self, document: int) -> NDArray[np.int64]:
+        """Token counts of the sequences of a document: int64 [sequences]."""
+        return np.asarray(self._lengths[int(self._bounds[document]) : int(self._bounds[document + 1])], dtype=np.int64)
+
+    def _at(self, document: int, position: int) -> str:
+        """Where a token is, for messages."""
+        first, last = int(self._bounds[document]), int(self._bounds[document + 1])
+        ends = np.cumsum(self._lengths[first:last], dtype=np.int64)
+        sequence = int(np.searchsorted(ends, position, side="right"))
+        within = position - (int(ends[sequence - 1]) if sequence else 0)
+        offset = int(self._offsets[first + sequence]) + within * self.dtype.itemsize
+        return f"{self.path}: document {document} at byte {offset}: "

@@ -26,7 +26,7 @@ class ArrayFormat:
     hint: ClassVar[str] = "Expected .npy arrays of ids, raw .bin files (nanoGPT, OLMo), or datatrove's .ds"
 
     def companions(self, name: str) -> Sequence[str]:
-        return f"{name}.index", f"{name}.metadata"
+        return tuple(name + suffix for suffix in (".index", ".metadata", ".loss", ".tokenizer.json"))
 
     def open(self, path: Path, vocab_size: int | None = None) -> TokenArray:
         return TokenArray(path, vocab_size, dtype=self.dtype, separator=self.separator)

@@ -1,7 +1,8 @@
 """Reads arrays of token ids, one after the other without a format of documents, memory-mapped.
 
-Three kinds of files: a .npy with NumPy's header; raw little-endian integers (nanoGPT's .bin; OLMo's files, which are
-named .npy without being any); and datatrove's .ds, raw uint16 or uint32 with document ends in .ds.index.
+Four kinds of files: a .npy with NumPy's header; raw little-endian integers (nanoGPT's .bin; OLMo's files, which are
+named .npy without being any); llm.c's .bin, raw integers after a header of 256 int32; and datatrove's .ds, raw integers
+with document ends in .ds.index, the width of a token in .ds.metadata, and a loss mask, a byte a token, in .ds.loss.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ _BLOCK = 1 << 24
 
 RAW_DTYPES = ("uint16", "uint32")
 
+_LLMC_HEADER_BYTES = 1024
+_LLMC_DTYPES = {20240520: "uint16", 20240801: "uint32"}
+"""First int32 of the header of llm.c -> dtype of its tokens; the third is their number."""
+
 
 class TokenArray:
     """Random access to the documents of an array of token ids.
@@ -27,12 +32,13 @@ class TokenArray:
     Args:
         path: the file.
         vocab_size: ids must be smaller; checked when a document is read. None accepts any.
-        dtype: of raw integers; a .npy knows its own. None: raw files are refused.
+        dtype: of raw integers; the other kinds know their own. None: raw files are refused.
         separator: id that ends a document and is its last token; None: the file is one document. Files of datatrove
             have their document ends beside them, with which this id is not searched.
 
     Attributes:
         inputs: the file, and its .index if it has one.
+        dtype: of the tokens.
 
     Raises:
         DataError: the file is missing or malformed, or its dtype is not known.
@@ -53,23 +59,34 @@ class TokenArray:
         ends = ends_path(self.path)
         self.inputs = (self.path, ends) if ends.is_file() else (self.path,)
         self._tokens = self._map(dtype)
+        self._loss_mask = self._map_loss_mask()
+        self.dtype = self._tokens.dtype
+        # Of the first token; the rest of the file is tokens.
+        self._offset = self.path.stat().st_size - self._tokens.nbytes
         self._ends = self._read_ends(ends) if ends.is_file() else self._find_ends(separator)
 
     def _map(self, dtype: str | None) -> NDArray[np.integer]:
         with open(self.path, "rb") as file:
-            is_npy = file.read(len(_NPY_MAGIC)) == _NPY_MAGIC
-        if is_npy:
+            start = file.read(3 * 4)
+        if start.startswith(_NPY_MAGIC):
             try:
                 tokens = np.load(self.path, mmap_mode="r")
-            except Exception as error:  # NumPy parses the header as Python, which fails in many ways
+            except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError ...
                 raise DataError(f"{self.path}: not a complete .npy array ({error}); copy it again") from error
             if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
                 raise DataError(
                     f"{self.path}: {tokens.dtype} of shape {tokens.shape}; expected integers of shape [tokens]"
                 )
-            if dtype is not None and tokens.dtype != np.dtype(dtype):
-                raise DataError(f"{self.path}: an array of {tokens.dtype}, but data.array_dtype is '{dtype}'")
+            self._check_dtype(tokens.dtype.name, dtype)
             return tokens
+        magic, _, count = np.frombuffer(start, dtype="<i4") if len(start) == 12 else (0, 0, 0)
+        if int(magic) in _LLMC_DTYPES:
+            self._check_dtype(_LLMC_DTYPES[int(magic)], dtype)
+            return self._map_llmc(_LLMC_DTYPES[int(magic)], int(count))
+        recorded = _metadata_dtype(self.path)
+        if recorded is not None:
+            self._check_dtype(recorded, dtype)
+        dtype = dtype or recorded
         if dtype is None:
             raise DataError(
                 f"{self.path}: raw integers without a header; set data.array_dtype to "
@@ -79,6 +96,31 @@ class TokenArray:
         if size % width:
             raise DataError(f"{self.path}: {size:,} bytes are no whole number of {dtype}: another dtype, or truncated")
         return np.memmap(self.path, mode="r", dtype=np.dtype(dtype).newbyteorder("<")) if size else np.zeros(0, dtype)
+
+    def _map_llmc(self, dtype: str, count: int) -> NDArray[np.integer]:
+        size = self.path.stat().st_size - _LLMC_HEADER_BYTES
+        if size != count * np.dtype(dtype).itemsize:
+            raise DataError(
+                f"{self.path}: its header (of llm.c) announces {count:,} tokens of {dtype}, but {max(size, 0):,} bytes "
+                "follow it; copy it again"
+            )
+        raw = np.dtype(dtype).newbyteorder("<")
+        return np.memmap(self.path, mode="r", dtype=raw, offset=_LLMC_HEADER_BYTES) if count else np.zeros(0, raw)
+
+    def _map_loss_mask(self) -> NDArray[np.uint8] | None:
+        path = self.path.with_name(self.path.name + ".loss")
+        if not path.is_file():
+            return None
+        if path.stat().st_size != len(self._tokens):
+            raise DataError(
+                f"{path}: {path.stat().st_size:,} bytes for the {len(self._tokens):,} tokens of {self.path.name}: "
+                "another dtype than data.array_dtype, or it belongs to another file"
+            )
+        return np.memmap(path, mode="r", dtype=np.uint8) if len(self._tokens) else np.zeros(0, np.uint8)
+
+    def _check_dtype(self, actual: str, dtype: str | None) -> None:
+        if dtype is not None and actual != np.dtype(dtype).name:
+            raise DataError(f"{self.path}: an array of {actual}, but data.array_dtype is '{dtype}'")
 
     def _read_ends(self, path: Path) -> NDArray[np.int64]:
         ends = np.fromfile(path, dtype="<u8").astype(np.int64)
@@ -126,7 +168,7 @@ class TokenArray:
         """Read tokens [start, stop) of a document.
 
         Returns:
-            (ids int64, loss_mask bool), both [stop - start]; every token has a loss.
+            (ids int64, loss_mask bool), both [stop - start]; every token has a loss, unless a .loss says otherwise.
 
         Raises:
             DataError: an id is below 0 or outside the vocabulary.
@@ -137,14 +179,20 @@ class TokenArray:
         if len(ids):
             largest, smallest = int(ids.argmax()), int(ids.argmin())
             if ids[smallest] < 0:
-                raise DataError(f"{self.path}: token {first + start + smallest} is {ids[smallest]}, below 0")
+                raise DataError(f"{self._at(document, first + start + smallest)} is {ids[smallest]}, below 0")
             if self.vocab_size is not None and ids[largest] >= self.vocab_size:
                 raise DataError(
-                    f"{self.path}: token {first + start + largest} is {ids[largest]}, outside the vocabulary of "
+                    f"{self._at(document, first + start + largest)} is {ids[largest]}, outside the vocabulary of "
                     f"{self.vocab_size}: set model.vocab_size to that of the tokenizer that made the file; if it is, "
                     "check data.array_dtype"
                 )
+        if self._loss_mask is not None:
+            return ids, self._loss_mask[min(first + start, last) : last] != 0
         return ids, np.ones(len(ids), dtype=np.bool_)
+
+    def _at(self, document: int, token: int) -> str:
+        """Where a token of the file is, for messages."""
+        return f"{self.path}: document {document} at byte {self._offset + token * self.dtype.itemsize}: token {token}"
 
     def _starts_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.where(documents > 0, self._ends[np.maximum(documents - 1, 0)], 0)
@@ -153,6 +201,15 @@ class TokenArray:
 def ends_path(path: Path) -> Path:
     """Datatrove's file of document ends, uint64 in tokens, beside a .ds."""
     return path.with_name(path.name + ".index")
+
+
+def _metadata_dtype(path: Path) -> str | None:
+    """The dtype by datatrove's file beside a .ds, whose first line is "TOKENIZER|BYTES"; None if there is none."""
+    metadata = path.with_name(path.name + ".metadata")
+    if not metadata.is_file():
+        return None
+    first = metadata.read_text(encoding="utf-8", errors="replace").split("\n", maxsplit=1)[0]
+    return {"2": "uint16", "4": "uint32"}.get(first.rpartition("|")[2].strip())
 
 
 def _ends_after(tokens: NDArray[np.integer], separator: int) -> NDArray[np.int64]:

@@ -54,7 +54,7 @@ class TokenizedFile:
             raise DataError(f"{meta_path(self.path)} is missing; {rebuild_hint(self.path)}")
         try:
             meta = np.load(meta_path(self.path), mmap_mode="r")
-        except Exception as error:  # NumPy parses the header as Python, which fails in many ways
+        except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError ...
             raise DataError(
                 f"{meta_path(self.path)} is not a .npy array ({error}); {rebuild_hint(self.path)}"
             ) from error

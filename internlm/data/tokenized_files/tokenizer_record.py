@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from internlm import __version__
+from internlm.data.documents.document_file import FileFormat
 from internlm.data.documents.folders import find_valid_sets
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
@@ -114,13 +115,13 @@ def read_record(bin_path: Path) -> TokenizerRecord | None:
         ) from error
 
 
-def tokenizer_records(folder: str | Path) -> dict[Path, TokenizerRecord | None]:
-    """Read the records of all .bin files at or below a folder, in sorted order; None for a file without one.
+def tokenizer_records(folder: str | Path, format: FileFormat = TOKENIZED) -> dict[Path, TokenizerRecord | None]:
+    """Read the records of all files of a format at or below a folder, in sorted order; None for a file without one.
 
     Raises:
-        DataError: the folder is missing or has no .bin file, or a record is malformed.
+        DataError: the folder is missing or has no file of the format, or a record is malformed.
     """
-    paths = sorted(path for paths in find_valid_sets(folder, TOKENIZED).values() for path in paths)
+    paths = sorted(path for paths in find_valid_sets(folder, format).values() for path in paths)
     return {path: read_record(path) for path in paths}
 
 

@@ -16,6 +16,7 @@ from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.megatron_files.reader import DTYPES, HEADER, MAGIC, MegatronFile, index_path
 from internlm.data.megatron_files.writer import MegatronWriter, smallest_dtype
 from internlm.data.sources.open_source import open_source
+from internlm.data.sources.sample_stream import ShuffledSource
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.data.tokenized_files.writer import TokenizedWriter
@@ -100,7 +101,9 @@ def test_damage_is_named(damage, message: str, tmp_path: Path) -> None:  # type:
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="document 3: token 39 at position 37 is outside the vocabulary of 39"):
+    with pytest.raises(
+        DataError, match="document 3 at byte 82: token 39 at position 37 is outside the vocabulary of 39"
+    ):
         MegatronFile(write(tmp_path / "a.bin"), 39).read(3)
     with pytest.raises(DataError, match="document 0 has ids that uint8 cannot hold"):
         write(tmp_path / "b.bin", np.uint8, [[256]])
@@ -130,7 +133,7 @@ def test_its_batches_are_those_of_tokenized_files(packing: str, tmp_path: Path) 
             min_length=2,
             format=format,
         )
-        loader = build_train_loader(source, micro_num=1, seed=1)
+        loader = build_train_loader(ShuffledSource(source, seed=1), micro_num=1)
         train = [next(loader) for _ in range(len(source) + 1)]
         loader.close()
         sets = build_valid_loaders(folder, seq_len=8, micro_bsz=2, vocab_size=100, format=format)

@@ -61,10 +61,10 @@ def test_ends_are_found_across_blocks(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_wrong_ids_and_arrays_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([3, -1]))
-    with pytest.raises(DataError, match="token 1 is -1, below 0"):
+    with pytest.raises(DataError, match="document 0 at byte 136: token 1 is -1, below 0"):
         TokenArray(tmp_path / "a.npy").read(0)
     np.save(tmp_path / "a.npy", np.array(IDS, "uint16"))
-    with pytest.raises(DataError, match="token 7 is 9, outside the vocabulary of 9"):
+    with pytest.raises(DataError, match="document 0 at byte 142: token 7 is 9, outside the vocabulary of 9"):
         TokenArray(tmp_path / "a.npy", 9).read(0)
     with pytest.raises(DataError, match=r"an array of uint16, but data.array_dtype is 'uint32'"):
         TokenArray(tmp_path / "a.npy", dtype="uint32")

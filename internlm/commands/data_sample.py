@@ -1,0 +1,60 @@
+"""Prints the n-th global sample of a run, for `internlm data inspect --config`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from internlm.config.loader import load_config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.data.tokenize.text_tokenizer import load_tokenizer
+from internlm.data.tools.sample_text import describe_sample
+from internlm.initialize.build import build_layout
+from internlm.initialize.build_data import build_loader
+from internlm.utils.errors import UserError
+
+# The order of samples does not depend on these; the first step of one process has sample `number` alone.
+_ALONE = {
+    "data.num_worker": 0,
+    "data.micro_num": 1,
+    "data.gradient_accumulation": 1,
+    "data.skip_batches": "",
+    "data.rampup_batch_size": "",
+    "parallel": {},
+}
+
+
+def print_sample(config_path: str, overrides: Sequence[str], number: int, output: TextIO) -> int:
+    """Print sample `number` of a config, as its run reads it; returns the exit code.
+
+    Raises:
+        UserError: `number` is negative.
+        ConfigError, DataError: the config or its data is wrong.
+    """
+    if number < 0:
+        raise UserError(f"--sample {number}: must be at least 0")
+    config = load_config(Path(config_path), overrides, options={"--sample": _ALONE}).config
+    context = ParallelContext(build_layout(config, 1), 0, torch.device("cpu"))
+    loader = build_loader(config, context)
+    try:
+        per_epoch = loader.num_samples_per_epoch
+        loader.seek(0, number)
+        batch = next(loader)
+        type_names = loader.type_names
+    finally:
+        loader.close()
+    tokenizer = load_tokenizer(config.data.tokenizer_path) if config.data.tokenizer_path is not None else None
+    micro = batch.micro_batches[0]
+    types = sorted({type_names[index] for index in micro.type_ids.unique().tolist()})
+    epoch = f"epoch {number // per_epoch + 1} of {per_epoch:,} samples each; " if per_epoch is not None else ""
+    print(f"sample {number:,}: {epoch}type {', '.join(types)}", file=output)
+    notation = "dimmed" if output.isatty() else "in ⟦⟧"
+    print(f"tokens that are never a label are {notation}", file=output)
+    if tokenizer is None:
+        print("token ids, as data.tokenizer_path is not set", file=output)
+    lines = describe_sample(micro, None if tokenizer is None else tokenizer.decode, output.isatty())
+    print("\n".join(lines), file=output)
+    return 0
