@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,6 @@ from internlm.utils.logging import get_logger
 
 _MAX_OPEN_FILES = 128
 """Each open file takes three descriptors; the usual limit of a process is 1024."""
-_MAX_THREADS = 8
-"""Threads that build indices."""
 _MAX_WHOLE_DOCUMENT = 1 << 20
 """Tokens of a document that is read entirely for each of its samples."""
 
@@ -109,8 +106,7 @@ class DocumentSource:
             self._sample_length = micro_bsz * seq_len
         files, self.type_names = find_train_files(folder, format)
         limits = [_min_length_of(file, folder, self.type_names, min_length, min_length_dict) for file in files]
-        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
-            opened = list(threads.map(self._summarize, files, limits))
+        opened = self._open_all(files, limits)
         self._entries = [
             _FileEntry(file.path, file.type_id, limit, length)
             for file, limit, (_, length) in zip(files, limits, opened, strict=True)
@@ -196,6 +192,18 @@ class DocumentSource:
     def padding(self) -> Sample:
         """Return a sample of padding alone."""
         return padding_sample(self.seq_len, self.micro_bsz, self.packing, self.document_mask)
+
+    def _open_all(self, files: list[TypedFile], limits: list[int]) -> list[tuple[FileSummary, int]]:
+        """Results of `_summarize` for all files.
+
+        Processes that open a folder at once begin at different files, so that each builds some of the indices. Not
+        threads: NumPy parses headers of .npy files with `ast`, which fails in threads of Python 3.11.
+        """
+        results: dict[int, tuple[FileSummary, int]] = {}
+        for position in range(len(files)):
+            number = (position + os.getpid()) % len(files)
+            results[number] = self._summarize(files[number], limits[number])
+        return [results[number] for number in range(len(files))]
 
     def _summarize(self, typed_file: TypedFile, min_length: int) -> tuple[FileSummary, int]:
         """Build the indices of a file; return its summary, and its length in tokens, documents or bins."""
