@@ -8,11 +8,13 @@ from internlm.data.documents.document_file import FileFormat
 from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
 from internlm.data.megatron_files.file_format import MEGATRON
-from internlm.data.packing.sample import Packing
+from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.sources.open_source import open_source
 from internlm.data.sources.sample_stream import ShuffledSource
 from internlm.data.token_arrays.file_format import ArrayFormat
+from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
+from internlm.utils.errors import ConfigError, nearest
 
 
 def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
@@ -22,7 +24,7 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         data.train_folder,
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
-        packing=packing(config),
+        packing=data.packing,
         vocab_size=config.model.vocab_size,
         seed=data.seed,
         min_length=data.min_length,
@@ -30,6 +32,8 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         skip_bad_documents=data.skip_bad_documents,
         fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
         format=file_format(config),
+        document_mask=data.document_mask,
+        fim=fill_in_the_middle(config),
     )
     return build_train_loader(
         ShuffledSource(source, data.seed),
@@ -51,11 +55,36 @@ def file_format(config: Config) -> FileFormat:
     return next(each for each in formats if each.name == data.type)
 
 
-def packing(config: Config) -> Packing:
-    """How samples are made from documents."""
-    if not config.data.use_packed_dataset:
-        return "unpacked"
-    return "pack_sample_into_one" if config.data.pack_sample_into_one else "cut"
+def fill_in_the_middle(config: Config) -> FillInTheMiddle | None:
+    """The fill-in-the-middle of a config, with the ids of its tokens; None if it is off.
+
+    Raises:
+        ConfigError: a token is not in the vocabulary of the tokenizer, or two sentinels are one token.
+        DataError: the tokenizer cannot be read.
+    """
+    data, fim = config.data, config.data.fim
+    if fim is None:
+        return None
+    tokens = {name: getattr(fim, name) for name in ("prefix", "middle", "suffix", "bos", "eos")}
+    if any(isinstance(token, str) for token in tokens.values()):
+        assert data.tokenizer_path is not None
+        tokenizer = load_tokenizer(data.tokenizer_path)
+        ids = {piece: number for number, piece in enumerate(tokenizer.pieces()) if piece}
+        ends = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+        for name, token in tokens.items():
+            if name in ends and token == "tokenizer":
+                tokens[name] = ends[name]
+            elif isinstance(token, str):
+                if token not in ids:
+                    raise ConfigError(
+                        f"data.fim.{name} = {token!r} is not a token of {data.tokenizer_path}; give an id, or add it "
+                        f"to the tokenizer.{nearest(token, ids)}"
+                    )
+                tokens[name] = ids[token]
+    sentinels = [tokens[name] for name in ("prefix", "middle", "suffix")]
+    if len(set(sentinels)) < len(sentinels):
+        raise ConfigError(f"data.fim.prefix, middle and suffix have the ids {sentinels}: give three different tokens")
+    return FillInTheMiddle(rate=fim.rate, spm_rate=fim.spm_rate, level=fim.level, seed=data.seed, **tokens)
 
 
 def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, ValidLoader]:
@@ -71,6 +100,6 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
         valid_micro_num=data.valid_micro_num,
         data_rank=context.index("data"),
         data_size=context.size("data"),
-        packed=data.use_packed_dataset,
+        packed=data.packing != "unpacked",
         format=file_format(config),
     )

@@ -10,6 +10,8 @@ from internlm.config.schema.base import walk_schema
 TWO = "parallel.sequence_2D."
 SAVING = {"ckpt.enable_save_ckpt": True, "ckpt.save_ckpt_folder": "x", "ckpt.checkpoint_every": 5}
 
+FIM = {"rate": 0.5, "prefix": 1, "middle": 2, "suffix": 3, "bos": None, "eos": 0}
+
 # changes, world size, first key of the only mistake (None: there is none).
 CASES = [
     ({}, 1, None),
@@ -238,6 +240,27 @@ CASES = [
     ({"ckpt.load_ckpt_info": dict(path="x", content=("all",))}, 1, None),
     ({"cpu_offloading.num_layers": 3}, 1, "cpu_offloading.num_layers"),
     ({"cpu_offloading.num_layers": 3, "cpu_offloading.enable": True}, 1, None),
+    # Packing: InternEvo's keys, the key that names all modes, and the document mask.
+    ({"data.packing": "best_fit"}, 1, None),
+    ({"data.packing": "best_fit", "data.pack_sample_into_one": False, "data.use_packed_dataset": True}, 1, None),
+    ({"data.packing": "best_fit", "data.pack_sample_into_one": True}, 1, "data.packing"),
+    ({"data.packing": "best_fit", "data.use_packed_dataset": False}, 1, "data.packing"),
+    ({"data.packing": "unpacked", "data.use_packed_dataset": True}, 1, "data.packing"),
+    ({"data.packing": "pack_sample_into_one", "data.pack_sample_into_one": False}, 1, "data.packing"),
+    ({"data.packing": "pack_sample_into_one"}, 1, None),
+    ({"data.packing": "pack_sample_into_one", "data.document_mask": True}, 1, "data.document_mask"),
+    ({"data.packing": "unpacked", "data.document_mask": False}, 1, "data.document_mask"),
+    ({"data.use_packed_dataset": False, "data.document_mask": False}, 1, "data.document_mask"),
+    ({"data.pack_sample_into_one": True, "data.document_mask": True}, 1, "data.document_mask"),
+    ({"data.packing": "best_fit", "data.document_mask": False}, 1, None),
+    ({"data.document_mask": False}, 1, None),
+    ({"data.fim": FIM, "data.train_folder": "x"}, 1, None),
+    ({"data.fim": FIM}, 1, "data.fim"),
+    ({"data.fim": {**FIM, "prefix": 2}, "data.train_folder": "x"}, 1, "data.fim.prefix"),
+    ({"data.fim": {**FIM, "suffix": 64}, "data.train_folder": "x"}, 1, "data.fim.suffix"),
+    ({"data.fim": {**FIM, "middle": "<mid>"}, "data.train_folder": "x"}, 1, "data.fim.middle"),
+    ({"data.fim": {**FIM, "middle": "<mid>"}, "data.train_folder": "x", "data.tokenizer_path": "y"}, 1, None),
+    ({"data.fim": {**FIM, "eos": "tokenizer"}, "data.train_folder": "x"}, 1, "data.fim.eos"),
     # Exactly on the border is good.
     ({"lr_scheduler.eta_min": 1e-4, "adam.lr": 1e-4}, 1, None),
     ({"lr_scheduler.type": "wsd", "lr_scheduler.decay_ratio": 0.5, "lr_scheduler.warmup_ratio": 0.5}, 1, None),
@@ -304,3 +327,24 @@ def test_the_divisors_are_offered():
 def test_ranks(changes, world_size, data, weights):
     config = small_config(changes)
     assert (data_ranks(config, world_size), weight_data_ranks(config, world_size)) == (data, weights)
+
+
+@pytest.mark.parametrize(
+    "changes, packing, document_mask, use_packed_dataset, pack_sample_into_one",
+    [
+        ({}, "cut", True, True, False),
+        ({"document_mask": False}, "cut", False, True, False),
+        ({"pack_sample_into_one": True}, "pack_sample_into_one", False, True, True),
+        ({"packing": "pack_sample_into_one"}, "pack_sample_into_one", False, True, True),
+        ({"use_packed_dataset": False}, "unpacked", True, False, False),
+        ({"use_packed_dataset": False, "pack_sample_into_one": True}, "unpacked", True, False, True),
+        ({"packing": "unpacked"}, "unpacked", True, False, False),
+        ({"packing": "best_fit"}, "best_fit", True, True, False),
+    ],
+)
+def test_packing_and_the_keys_of_internevo(changes, packing, document_mask, use_packed_dataset, pack_sample_into_one):
+    config = small_config({f"data.{name}": value for name, value in changes.items()})
+    for data in (config.data, Config.model_validate(config.model_dump()).data):
+        assert (data.packing, data.document_mask) == (packing, document_mask)
+        assert (data.use_packed_dataset, data.pack_sample_into_one) == (use_packed_dataset, pack_sample_into_one)
+    assert not list(find_problems(Config.model_validate(config.model_dump()), 1))

@@ -16,12 +16,17 @@ BASE = {
 }
 
 
+FIM = {"rate": 0.5, "prefix": 1, "middle": 2, "suffix": 3}
+# What optional sections need at least.
+REQUIRED: dict[str, dict[str, Any]] = {"load_ckpt_info": {"path": "x"}, "fim": FIM}
+
+
 def build(path, value):
     tree = {name: dict(section) for name, section in BASE.items()}
     place = tree
     *outer, name = path.split(".")
     for part in outer:
-        place = place.setdefault(part, {"path": "x"} if part == "load_ckpt_info" else {})
+        place = place.setdefault(part, dict(REQUIRED.get(part, {})))
     place[name] = value
     return Config.model_validate(tree)
 
@@ -51,6 +56,7 @@ def other_value(path, field) -> Any:
         [{"a": "b"}],
         {"a": 1},
         [{"match": "*"}],
+        FIM,
     ):
         try:
             config = build(path, value)

@@ -2,7 +2,7 @@
 
 from internlm.config.schema.base import Section
 from internlm.config.schema.ckpt import CkptConfig, LoadCkptInfo, UniversalCkptConfig
-from internlm.config.schema.data import DataConfig
+from internlm.config.schema.data import DataConfig, FimConfig
 from internlm.config.schema.model import InjectInfoConfig, ModelConfig, RopeScalingConfig
 from internlm.config.schema.optim import (
     AdamConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "ExpertConfig",
     "ExpertWeightConfig",
     "ExpertZero1Config",
+    "FimConfig",
     "Float8Config",
     "Fp16ScalerConfig",
     "FsdpConfig",

@@ -7,9 +7,32 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, model_validator
 
 from internlm.config.schema.base import PathText, Section, key, later, no_effect, used_with
+from internlm.utils.packing_modes import Packing, default_document_mask
 
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 """A string; None is converted to an empty one."""
+
+
+class FimConfig(Section):
+    """Fill-in-the-middle. Tokens are given as ids, or as strings of the tokenizer at data.tokenizer_path."""
+
+    rate: float = key(..., "Probability that a document, or a part of one, is transformed.", ge=0, le=1)
+    spm_rate: float = key(
+        0.5,
+        "Share with the suffix before the prefix (SPM) among the transformed; the others have the prefix first (PSM).",
+        ge=0,
+        le=1,
+    )
+    prefix: int | str = key(..., "Sentinel of the prefix, such as `<fim_prefix>`.")
+    middle: int | str = key(..., "Sentinel of the middle.")
+    suffix: int | str = key(..., "Sentinel of the suffix.")
+    level: Literal["document", "context"] = key(
+        "document",
+        "`document`: whole documents, before packing cuts them; `context`: each part of a document within an attention "
+        "segment.",
+    )
+    bos: int | str | None = key("tokenizer", "Token that stays first; `tokenizer`: of data.tokenizer_path; None: none.")
+    eos: int | str | None = key("tokenizer", "Token that stays last; `tokenizer`: of data.tokenizer_path; None: none.")
 
 
 class DataConfig(Section):
@@ -59,11 +82,31 @@ class DataConfig(Section):
     rampup_batch_size: Text = key(
         "", 'Ramp of micro_num as "start increment steps": start at start, add increment every `steps` steps.'
     )
+    packing: Packing = key(
+        None,
+        "`cut`: documents one after the other, cut every micro_bsz * seq_len tokens; `pack_sample_into_one`: the same "
+        "without a document mask; `best_fit`: documents remain whole where they fit, with padding at the end; "
+        "`unpacked`: one document per row, padded to [micro_bsz, seq_len].",
+        derived="by use_packed_dataset and pack_sample_into_one; `cut` without them",
+    )
+    document_mask: bool = key(
+        None,
+        "Whether attention stays within documents. False: attention and positions run through rows of seq_len tokens; "
+        "labels stay within documents.",
+        derived="True; False for packing='pack_sample_into_one'",
+    )
     pack_sample_into_one: bool = key(
-        False, "Let attention cross document boundaries within a sequence, cut every seq_len tokens."
+        None,
+        "InternEvo's name of packing='pack_sample_into_one'.",
+        derived="data.packing == 'pack_sample_into_one'",
     )
     use_packed_dataset: bool = key(
-        True, "Pack several documents into a row; False: one document per row, padded to [micro_bsz, seq_len]."
+        None, "False: InternEvo's name of packing='unpacked'.", derived="data.packing != 'unpacked'"
+    )
+    fim: FimConfig | None = key(
+        None,
+        "dict(rate, spm_rate, prefix, middle, suffix, level, bos, eos): fill-in-the-middle, which moves the middle of "
+        "documents behind their end.",
     )
     fixed_random_dataset_seqlen: bool = key(True, "Dummy data: documents of equal length (True) or of random length.")
     empty_cache_and_diag_interval: int = key(
@@ -108,4 +151,13 @@ class DataConfig(Section):
             self._derive(gradient_accumulation=self.micro_num)
         if self.valid_micro_num is None:
             self._derive(valid_micro_num=self.micro_num)
+        if self.packing is None:
+            one = "pack_sample_into_one" if self.pack_sample_into_one else "cut"
+            self._derive(packing="unpacked" if self.use_packed_dataset is False else one)
+        if self.pack_sample_into_one is None:
+            self._derive(pack_sample_into_one=self.packing == "pack_sample_into_one")
+        if self.use_packed_dataset is None:
+            self._derive(use_packed_dataset=self.packing != "unpacked")
+        if self.document_mask is None:
+            self._derive(document_mask=default_document_mask(self.packing))
         return self

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.documents.document_file import DocumentFile
-from internlm.data.documents.index_cache import cached, store
+from internlm.data.documents.index_cache import cached_or_built
 from internlm.data.permutation import permute
 
 DOCUMENT_SEED = 1024
@@ -31,11 +31,13 @@ class FileSummary:
         documents: number of documents in the file.
         kept_documents: number of documents with at least max(1, min_length) tokens.
         kept_tokens: tokens of these documents.
+        longest: tokens of the longest document.
     """
 
     documents: int
     kept_documents: int
     kept_tokens: int
+    longest: int
 
 
 def summarize(file: DocumentFile, min_length: int) -> FileSummary:
@@ -44,20 +46,23 @@ def summarize(file: DocumentFile, min_length: int) -> FileSummary:
     Raises:
         DataError: a document is not inside the file.
     """
-    found = cached(file, f"summary-{min_length}", ".json")
-    if found is not None:
-        return FileSummary(**json.loads(found.read_text()))
-    kept_documents = kept_tokens = 0
+    stored = cached_or_built(
+        file, f"summary-{min_length}", ".json", lambda target: _write_summary(target, file, min_length)
+    )
+    return FileSummary(**json.loads(stored.read_text()))
+
+
+def _write_summary(target: Path, file: DocumentFile, min_length: int) -> None:
+    kept_documents = kept_tokens = longest = 0
     for start in range(0, len(file), _BLOCK):
         stop = min(start + _BLOCK, len(file))
         file.check_offsets(start, stop)
         counts = file.counts(start, stop)
+        longest = max(longest, int(counts.max()))
         counts = counts[counts >= max(1, min_length)]
         kept_documents += len(counts)
         kept_tokens += int(counts.sum())
-    summary = FileSummary(len(file), kept_documents, kept_tokens)
-    store(file, f"summary-{min_length}", ".json", lambda target: target.write_text(json.dumps(asdict(summary))))
-    return summary
+    target.write_text(json.dumps(asdict(FileSummary(len(file), kept_documents, kept_tokens, longest))))
 
 
 class DocumentIndex:
@@ -93,12 +98,10 @@ class DocumentIndex:
 def _cumulative_lengths(file: DocumentFile, min_length: int, count_documents: bool) -> NDArray[np.int64]:
     """End position of every document in shuffled order, dropped ones with length 0: int64 [documents]."""
     kind = f"{'documents' if count_documents else 'tokens'}-{min_length}-{DOCUMENT_SEED}"
-    found = cached(file, kind, ".npy")
-    if found is None:
-        found = store(
-            file, kind, ".npy", lambda target: _write_cumulative_lengths(target, file, min_length, count_documents)
-        )
-    return np.load(found, mmap_mode="r")
+    stored = cached_or_built(
+        file, kind, ".npy", lambda target: _write_cumulative_lengths(target, file, min_length, count_documents)
+    )
+    return np.load(stored, mmap_mode="r")
 
 
 def _write_cumulative_lengths(target: Path, file: DocumentFile, min_length: int, count_documents: bool) -> None:

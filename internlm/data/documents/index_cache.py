@@ -1,23 +1,29 @@
 """The cache of what is computed once for a file of documents, beside the file or in the user's cache.
 
-The name of a cached file depends on everything that its content depends on. Several processes may write the same one at
-once: each writes a temporary file and renames it.
+The name of a cached file depends on everything that its content depends on. One process builds it under a lock while
+others wait. Where the file system has no locks, several may build the same one at once: each writes a temporary file
+and renames it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from internlm.utils.errors import DataError
+from internlm.utils.logging import get_logger
 from internlm.utils.user_cache import user_cache
 
 CACHE_FOLDER = ".index_cache"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+
+_log = get_logger(__name__)
 
 
 class IndexedFile(Protocol):
@@ -49,6 +55,75 @@ def cached(file: IndexedFile, kind: str, suffix: str) -> Path | None:
     name = _cache_name(file, kind, suffix)
     candidates = (folder / name for folder in _cache_folders(file.path))
     return next((path for path in candidates if path.is_file() and os.access(path, os.R_OK)), None)
+
+
+def cached_or_built(file: IndexedFile, kind: str, suffix: str, write: Callable[[Path], object]) -> Path:
+    """The cached index of a kind of the present version of a file, built by one process if there is none.
+
+    Args:
+        file: that the index is made of.
+        kind: part of the cached file's name; everything but the file that its content depends on.
+        suffix: of the cached file.
+        write: writes the index to a path.
+
+    Raises:
+        DataError: no cache folder is writable.
+    """
+    found = cached(file, kind, suffix)
+    if found is None:
+        with _locked(file, kind):
+            # Another process may have built it before this one got the lock.
+            found = cached(file, kind, suffix) or store(file, kind, suffix, write)
+    return found
+
+
+@contextmanager
+def _locked(file: IndexedFile, kind: str) -> Iterator[None]:
+    """Hold the lock of an index, in the first cache folder that has locks; without one if there is none.
+
+    The system releases a lock when its holder ends, even if killed.
+    """
+    name = f".lock-{_cache_name(file, kind, '')}"
+    for folder in _cache_folders(file.path):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder / name, f"{kind} of {file.path}")
+        except OSError:  # read-only, or a network file system without locks
+            continue
+        try:
+            yield
+        finally:
+            (folder / name).unlink(missing_ok=True)
+            os.close(lock)
+        return
+    yield
+
+
+def _lock(path: Path, index: str) -> int:
+    """Create and lock a file; return its descriptor."""
+    while True:
+        # Writable for all: data is shared between users.
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.debug("Waiting for another process to build the index %s", index)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            # The holder that this process has waited for has deleted the file: others lock a new one.
+            if _is_same_file(path, lock):
+                return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def store(file: IndexedFile, kind: str, suffix: str, write: Callable[[Path], object]) -> Path:

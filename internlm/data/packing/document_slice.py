@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +20,19 @@ class DocumentSlice:
         labels: int64 [n].
         unreadable: why the document could not be read; the slice is then padding.
         is_truncated_answer: whether truncation at seq_len removed all labels of the document.
+        is_padding: whether it is padding between documents.
     """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     unreadable: str | None = None
     is_truncated_answer: bool = False
+    is_padding: bool = False
 
     @property
     def has_text(self) -> bool:
         """Whether the slice has tokens of a document, not padding alone."""
-        return len(self.input_ids) > 0 and self.unreadable is None
+        return len(self.input_ids) > 0 and self.unreadable is None and not self.is_padding
 
 
 def make_slice(ids: NDArray[np.int64], loss_mask: NDArray[np.bool_], length: int) -> DocumentSlice:
@@ -47,4 +50,20 @@ def make_slice(ids: NDArray[np.int64], loss_mask: NDArray[np.bool_], length: int
 
 def unreadable_slice(length: int, reason: str) -> DocumentSlice:
     """`length` tokens of padding in place of a document that cannot be read."""
-    return DocumentSlice(np.zeros(length, dtype=np.int64), np.full(length, IGNORE_INDEX, dtype=np.int64), reason)
+    return replace(padding_slice(length), unreadable=reason, is_padding=False)
+
+
+def padding_slice(length: int) -> DocumentSlice:
+    """`length` tokens of padding."""
+    return DocumentSlice(
+        np.zeros(length, dtype=np.int64), np.full(length, IGNORE_INDEX, dtype=np.int64), is_padding=True
+    )
+
+
+def join_slices(slices: Sequence[DocumentSlice]) -> DocumentSlice:
+    """Join consecutive slices of one document that were read together."""
+    if len(slices) == 1:
+        return slices[0]
+    return DocumentSlice(
+        np.concatenate([each.input_ids for each in slices]), np.concatenate([each.labels for each in slices])
+    )

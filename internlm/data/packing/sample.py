@@ -10,16 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.batch import IGNORE_INDEX
 from internlm.data.packing.document_slice import DocumentSlice
+from internlm.utils.errors import ConfigError
+from internlm.utils.packing_modes import PACKINGS as PACKINGS
+from internlm.utils.packing_modes import Packing as Packing
+from internlm.utils.packing_modes import default_document_mask, document_mask_problem
 
-Packing = Literal["cut", "pack_sample_into_one", "unpacked"]
-PACKINGS: tuple[Packing, ...] = ("cut", "pack_sample_into_one", "unpacked")
+
+def check_document_mask(packing: Packing, document_mask: bool | None) -> bool:
+    """The document mask of a source: the given one, or the default of the packing if it is None.
+
+    Raises:
+        ConfigError: it contradicts the packing.
+    """
+    if document_mask is None:
+        return default_document_mask(packing)
+    if problem := document_mask_problem(packing, document_mask):
+        raise ConfigError(problem)
+    return document_mask
 
 
 @dataclass
@@ -50,9 +64,26 @@ class Sample:
 
 
 def concatenate_slices(
-    slices: Sequence[DocumentSlice], seq_len: int, total: int, packing: Packing, type_id: int
+    slices: Sequence[DocumentSlice],
+    seq_len: int,
+    total: int,
+    packing: Packing,
+    type_id: int,
+    document_mask: bool | None = None,
 ) -> Sample:
-    """Build a packed sample of `total` tokens, padded at its end with id 0 and label `IGNORE_INDEX`."""
+    """Build a packed sample of `total` tokens, padded at its end with id 0 and label `IGNORE_INDEX`.
+
+    Args:
+        slices: of documents; no longer than `total` together.
+        seq_len: maximum length of an attention segment, in tokens.
+        total: tokens of the sample.
+        packing: decides the default of `document_mask`.
+        type_id: of all tokens.
+        document_mask: whether a slice has attention segments of its own. Without, the sample is cut every seq_len
+            tokens: attention and positions run across documents, and labels remain within them.
+    """
+    if document_mask is None:
+        document_mask = default_document_mask(packing)
     input_ids = np.zeros(total, dtype=np.int64)
     labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
     lengths: list[int] = []
@@ -64,7 +95,7 @@ def concatenate_slices(
         lengths += _segment_lengths(size, seq_len)
         filled += size
     lengths += _segment_lengths(total - filled, seq_len)
-    if packing == "pack_sample_into_one":
+    if not document_mask:
         lengths = _segment_lengths(total, seq_len)
     return Sample(input_ids, labels, tuple(lengths), type_id, **_counts(slices))
 
@@ -80,11 +111,11 @@ def stack_slices(slices: Sequence[DocumentSlice], seq_len: int, rows: int, type_
     return Sample(input_ids, labels, None, type_id, row_lengths=row_lengths, **_counts(slices))
 
 
-def padding_sample(seq_len: int, micro_bsz: int, packing: Packing) -> Sample:
+def padding_sample(seq_len: int, micro_bsz: int, packing: Packing, document_mask: bool | None = None) -> Sample:
     """Build a sample of padding alone, with the shape of all others."""
     if packing == "unpacked":
         return stack_slices([], seq_len, micro_bsz, type_id=0)
-    return concatenate_slices([], seq_len, micro_bsz * seq_len, packing, type_id=0)
+    return concatenate_slices([], seq_len, micro_bsz * seq_len, packing, 0, document_mask)
 
 
 def _segment_lengths(length: int, seq_len: int) -> list[int]:

@@ -5,6 +5,7 @@ Owns the map from a sample's index to its documents. Must not know order, ranks 
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,17 +14,30 @@ from typing import Any
 
 import numpy as np
 
-from internlm.data.batch import IGNORE_INDEX
-from internlm.data.documents.document_file import DocumentFile, FileFormat
-from internlm.data.documents.document_index import DocumentIndex, summarize
+from internlm.data.documents.best_fit_index import BestFitIndex
+from internlm.data.documents.document_file import DocumentFile, FileFormat, TypedFile
+from internlm.data.documents.document_index import DocumentIndex, FileSummary, summarize
 from internlm.data.documents.folders import find_train_files
-from internlm.data.packing.document_slice import DocumentSlice, make_slice, unreadable_slice
-from internlm.data.packing.sample import Packing, Sample, concatenate_slices, padding_sample, stack_slices
-from internlm.utils.errors import DataError, nearest
+from internlm.data.packing.document_slice import padding_slice
+from internlm.data.packing.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle
+from internlm.data.packing.sample import (
+    Packing,
+    Sample,
+    check_document_mask,
+    concatenate_slices,
+    padding_sample,
+    stack_slices,
+)
+from internlm.data.sources.slice_reader import SliceReader
+from internlm.utils.errors import ConfigError, DataError, nearest
 from internlm.utils.logging import get_logger
 
 _MAX_OPEN_FILES = 128
 """Each open file takes three descriptors; the usual limit of a process is 1024."""
+_MAX_WHOLE_DOCUMENT = 1 << 20
+"""Tokens of a document that is read entirely for each of its samples."""
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +46,7 @@ class _FileEntry:
     type_id: int
     min_length: int
     length: int
-    """Tokens (packed) or documents (unpacked) after the min_length filter."""
+    """After the min_length filter: tokens (packed), documents (unpacked) or bins (best fit)."""
 
 
 class DocumentSource:
@@ -40,7 +54,8 @@ class DocumentSource:
 
     Packed: the shuffled documents of a file are concatenated and cut every P = micro_bsz * seq_len tokens; the
     incomplete last sample of each file is dropped. Unpacked: a sample has micro_bsz documents, each truncated at
-    seq_len tokens; the last sample of a file may have fewer.
+    seq_len tokens; the last sample of a file may have fewer. Best fit: documents of up to seq_len tokens remain whole,
+    and nothing is dropped; a sample is one bin of P tokens or, without a document mask, micro_bsz bins of seq_len.
 
     Args:
         folder: see `find_train_files`.
@@ -53,10 +68,13 @@ class DocumentSource:
         min_length_dict: type name -> minimum that replaces `min_length` for that type.
         skip_bad_documents: replace a document that cannot be read by padding of the same length, and report it in
             `Sample.unreadable`.
+        document_mask: whether attention stays within documents; None: the default of the packing.
+        fim: fill-in-the-middle.
 
     Raises:
-        DataError: the folder or a file is malformed, no file is long enough for one sample, or no document has two
-            tokens.
+        DataError: the folder or a file is malformed, no file is long enough for one sample, no document has two
+            tokens, or a document is too long for fill-in-the-middle at document level.
+        ConfigError: `document_mask` contradicts `packing`, or a sentinel of `fim` is outside the vocabulary.
     """
 
     def __init__(
@@ -71,58 +89,39 @@ class DocumentSource:
         min_length: int = 0,
         min_length_dict: Mapping[str, int] | None = None,
         skip_bad_documents: bool = False,
+        document_mask: bool | None = None,
+        fim: FillInTheMiddle | None = None,
     ) -> None:
-        files, self.type_names = find_train_files(folder, format)
-        self._format = format
-        limits = dict(min_length_dict or {})
-        for name in limits:
-            if name not in self.type_names:
-                raise DataError(
-                    f"min_length_dict names the type '{name}', but {folder} has {self.type_names}."
-                    + nearest(name, self.type_names)
-                )
         self.seq_len, self.micro_bsz, self.packing, self.vocab_size = seq_len, micro_bsz, packing, vocab_size
-        self.skip_bad_documents = skip_bad_documents
-        unpacked = packing == "unpacked"
-        self._sample_length = micro_bsz if unpacked else micro_bsz * seq_len
-        self._entries: list[_FileEntry] = []
-        counts, num_tokens, num_dropped, num_documents = [], 0, 0, 0
-        for file in files:
-            limit = limits.get(self.type_names[file.type_id], min_length)
-            summary = summarize(format.open(file.path), limit)
-            length = summary.kept_documents if unpacked else summary.kept_tokens
-            if unpacked:
-                count = -(-length // self._sample_length)
-            else:
-                count = length // self._sample_length
-                num_dropped += length % self._sample_length
-            num_tokens += summary.kept_tokens
-            num_documents += summary.kept_documents
-            self._entries.append(_FileEntry(file.path, file.type_id, limit, length))
-            counts.append(count)
-        self._ends = np.cumsum(counts)
-        self.num_tokens = num_tokens
-        self._open: OrderedDict[int, tuple[DocumentFile, DocumentIndex]] = OrderedDict()
-        if len(self) == 0:
-            unit = "documents" if unpacked else "tokens (micro_bsz * seq_len)"
-            raise DataError(
-                f"{folder}: {len(files)} files with {num_tokens} tokens (after min_length), but none has "
-                f"enough for one sample of {self._sample_length} {unit}. "
-                "Lower data.micro_bsz, data.seq_len or data.min_length, or merge small files"
-            )
-        if num_tokens == num_documents:
-            raise DataError(
-                f"{folder}: each of the {num_documents} documents has a single token, and the last token of a document "
-                "has no label, so there is nothing to learn. Tokenize longer documents"
-            )
-        if num_dropped * 100 > num_tokens:
-            get_logger(__name__).info(
-                "%s: %d of %d tokens are dropped (the incomplete last sample of each of %d files)",
-                folder,
-                num_dropped,
-                num_tokens,
-                len(files),
-            )
+        self.skip_bad_documents, self.fim = skip_bad_documents, fim
+        self.document_mask = check_document_mask(packing, document_mask)
+        self._format = format
+        # Without a document mask, attention segments are rows, so a document that remains whole must be within one.
+        self._capacity = micro_bsz * seq_len if self.document_mask else seq_len
+        if packing == "unpacked":
+            self._sample_length = micro_bsz
+        elif packing == "best_fit":
+            self._sample_length = micro_bsz * seq_len // self._capacity
+        else:
+            self._sample_length = micro_bsz * seq_len
+        files, self.type_names = find_train_files(folder, format)
+        limits = [_min_length_of(file, folder, self.type_names, min_length, min_length_dict) for file in files]
+        opened = self._open_all(files, limits)
+        self._entries = [
+            _FileEntry(file.path, file.type_id, limit, length)
+            for file, limit, (_, length) in zip(files, limits, opened, strict=True)
+        ]
+        keeps_rest = packing in ("unpacked", "best_fit")
+        self._ends = np.cumsum(
+            [(entry.length + keeps_rest * (self._sample_length - 1)) // self._sample_length for entry in self._entries]
+        )
+        summaries = [summary for summary, _ in opened]
+        self.num_tokens = sum(summary.kept_tokens for summary in summaries)
+        self._open: OrderedDict[int, tuple[DocumentFile, DocumentIndex | BestFitIndex]] = OrderedDict()
+        self._check_tokens(folder, sum(summary.kept_documents for summary in summaries))
+        if fim is not None:
+            self._check_fim(fim, files, summaries)
+        self._log_size(folder)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -130,6 +129,8 @@ class DocumentSource:
         return {
             "type": self._format.name,
             "packing": self.packing,
+            "document_mask": self.document_mask,
+            "fim": None if self.fim is None else self.fim.facts,
             "seq_len": self.seq_len,
             "micro_bsz": self.micro_bsz,
         }
@@ -138,8 +139,12 @@ class DocumentSource:
         """Samples of one epoch."""
         return int(self._ends[-1])
 
-    def sample(self, index: int) -> Sample:
-        """Read and pack sample `index` in [0, len).
+    def sample(self, index: int, epoch: int = 0) -> Sample:
+        """Read and pack sample `index`.
+
+        Args:
+            index: in [0, len).
+            epoch: the documents are those of every epoch, with the draws of fill-in-the-middle of this one.
 
         Raises:
             DataError: a document of the sample is malformed.
@@ -147,45 +152,147 @@ class DocumentSource:
         file_index = int(np.searchsorted(self._ends, index, side="right"))
         entry = self._entries[file_index]
         within = index - (int(self._ends[file_index - 1]) if file_index else 0)
-        file, index_of_file = self._open_file(file_index)
         start = within * self._sample_length
         stop = min(start + self._sample_length, entry.length)
-        documents, starts = index_of_file.locate(start, stop)
-        if self.packing == "unpacked":
-            rows = [self._read_slice(file, int(document), 0, self.seq_len) for document in documents]
-            return stack_slices(rows, self.seq_len, self.micro_bsz, entry.type_id)
-        slices = [
-            self._read_slice(file, int(document), max(start - int(begin), 0), stop - int(begin))
-            for document, begin in zip(documents, starts, strict=True)
-        ]
-        return concatenate_slices(slices, self.seq_len, self._sample_length, self.packing, entry.type_id)
+        file, index_of_file = self._open_file(file_index)
+        reader = SliceReader(
+            file,
+            (epoch, file_index),
+            seq_len=self.seq_len,
+            is_unpacked=self.packing == "unpacked",
+            skip_bad_documents=self.skip_bad_documents,
+            fim=self.fim,
+        )
+        if isinstance(index_of_file, BestFitIndex):
+            slices = []
+            for number in range(start, stop):
+                pieces = [
+                    reader.read(int(document), int(first), int(first) + self.seq_len)
+                    for document, first in zip(*index_of_file.pieces(number), strict=True)
+                ]
+                filled = sum(len(piece.input_ids) for piece in pieces)
+                slices += [*pieces, padding_slice(self._capacity - filled)]
+        else:
+            documents, starts = index_of_file.locate(start, stop)
+            if self.packing == "unpacked":
+                rows = [reader.read(int(document), 0, self.seq_len) for document in documents]
+                return stack_slices(rows, self.seq_len, self.micro_bsz, entry.type_id)
+            slices = [
+                reader.read(
+                    int(document),
+                    max(start - int(begin), 0),
+                    stop - int(begin),
+                    0 if self.document_mask else max(int(begin) - start, 0) % self.seq_len,
+                )
+                for document, begin in zip(documents, starts, strict=True)
+            ]
+        total = self.micro_bsz * self.seq_len
+        return concatenate_slices(slices, self.seq_len, total, self.packing, entry.type_id, self.document_mask)
 
     def padding(self) -> Sample:
         """Return a sample of padding alone."""
-        return padding_sample(self.seq_len, self.micro_bsz, self.packing)
+        return padding_sample(self.seq_len, self.micro_bsz, self.packing, self.document_mask)
 
-    def _read_slice(self, file: DocumentFile, document: int, start: int, stop: int) -> DocumentSlice:
-        count = int(file.counts(document, document + 1)[0])
-        stop = min(stop, count)
-        try:
-            # One more token, if the document has it: the label at a cut is the next token of the document.
-            result = make_slice(*file.read(document, start, stop + 1), stop - start)
-            if self.packing == "unpacked" and stop < count and (result.labels == IGNORE_INDEX).all():
-                result.is_truncated_answer = bool(file.read(document, stop + 1)[1].any())
-        except DataError as error:
-            if not self.skip_bad_documents:
-                raise
-            return unreadable_slice(0 if self.packing == "unpacked" else stop - start, str(error))
-        return result
+    def _open_all(self, files: list[TypedFile], limits: list[int]) -> list[tuple[FileSummary, int]]:
+        """Results of `_summarize` for all files.
 
-    def _open_file(self, file_index: int) -> tuple[DocumentFile, DocumentIndex]:
+        Processes that open a folder at once begin at different files, so that each builds some of the indices. Not
+        threads: NumPy parses headers of .npy files with `ast`, which fails in threads of Python 3.11.
+        """
+        results: dict[int, tuple[FileSummary, int]] = {}
+        for position in range(len(files)):
+            number = (position + os.getpid()) % len(files)
+            results[number] = self._summarize(files[number], limits[number])
+        return [results[number] for number in range(len(files))]
+
+    def _summarize(self, typed_file: TypedFile, min_length: int) -> tuple[FileSummary, int]:
+        """Build the indices of a file; return its summary, and its length in tokens, documents or bins."""
+        file = self._format.open(typed_file.path)
+        summary = summarize(file, min_length)
+        index = self._index(file, min_length)
+        if isinstance(index, BestFitIndex):
+            return summary, len(index)
+        return summary, summary.kept_documents if self.packing == "unpacked" else summary.kept_tokens
+
+    def _index(self, file: DocumentFile, min_length: int) -> DocumentIndex | BestFitIndex:
+        if self.packing == "best_fit":
+            return BestFitIndex(file, min_length, self.seq_len, self._capacity)
+        return DocumentIndex(file, min_length, count_documents=self.packing == "unpacked")
+
+    def _open_file(self, file_index: int) -> tuple[DocumentFile, DocumentIndex | BestFitIndex]:
         if file_index in self._open:
             self._open.move_to_end(file_index)
             return self._open[file_index]
         entry = self._entries[file_index]
         file = self._format.open(entry.path, self.vocab_size)
-        opened = (file, DocumentIndex(file, entry.min_length, count_documents=self.packing == "unpacked"))
-        self._open[file_index] = opened
+        self._open[file_index] = file, self._index(file, entry.min_length)
         if len(self._open) > _MAX_OPEN_FILES:
             self._open.popitem(last=False)
-        return opened
+        return self._open[file_index]
+
+    def _check_tokens(self, folder: str | Path, num_documents: int) -> None:
+        if len(self) == 0:
+            unit = {"unpacked": "documents", "best_fit": "bins"}.get(self.packing, "tokens (micro_bsz * seq_len)")
+            raise DataError(
+                f"{folder}: {len(self._entries)} files with {self.num_tokens} tokens (after min_length), but none has "
+                f"enough for one sample of {self._sample_length} {unit}. "
+                "Lower data.micro_bsz, data.seq_len or data.min_length, or merge small files"
+            )
+        if self.num_tokens == num_documents:
+            raise DataError(
+                f"{folder}: each of the {num_documents} documents has a single token, and the last token of a document "
+                "has no label, so there is nothing to learn. Tokenize longer documents"
+            )
+
+    def _check_fim(self, fim: FillInTheMiddle, files: list[TypedFile], summaries: list[FileSummary]) -> None:
+        for name in ("prefix", "middle", "suffix"):
+            sentinel = getattr(fim, name)
+            if self.vocab_size is not None and sentinel >= self.vocab_size:
+                raise ConfigError(
+                    f"data.fim.{name} = {sentinel} is outside model.vocab_size = {self.vocab_size}: give the id of a "
+                    "special token of the tokenizer"
+                )
+        for file, summary in zip(files, summaries, strict=True):
+            if fim.level == "document" and summary.longest > _MAX_WHOLE_DOCUMENT:
+                raise DataError(
+                    f"{file.path}: a document has {summary.longest:,} tokens, and data.fim.level = 'document' reads "
+                    f"whole documents of up to {_MAX_WHOLE_DOCUMENT:,}; set data.fim.level = 'context', or split it"
+                )
+        logger.info(
+            "fill-in-the-middle: each transformed %s loses its last %d tokens before eos, which make room for the "
+            "sentinels; those without another token remain as they are",
+            "document" if fim.level == "document" else "part of a document",
+            NUM_SENTINELS,
+        )
+
+    def _log_size(self, folder: str | Path) -> None:
+        num_places = len(self) * self.micro_bsz * self.seq_len
+        if self.packing == "best_fit":
+            share = 1 - self.num_tokens / num_places
+            logger.info("%s: best-fit packing: %d samples, %.3f %% padding", folder, len(self), 100 * share)
+        elif self.packing != "unpacked":
+            num_dropped = self.num_tokens - num_places
+            if num_dropped * 100 > self.num_tokens:
+                logger.info(
+                    "%s: %d of %d tokens are dropped (the incomplete last sample of each of %d files)",
+                    folder,
+                    num_dropped,
+                    self.num_tokens,
+                    len(self._entries),
+                )
+
+
+def _min_length_of(
+    file: TypedFile, folder: str | Path, type_names: list[str], min_length: int, by_type: Mapping[str, int] | None
+) -> int:
+    """The minimum length of the documents of a file.
+
+    Raises:
+        DataError: `by_type` names an unknown type.
+    """
+    for name in by_type or {}:
+        if name not in type_names:
+            raise DataError(
+                f"min_length_dict names the type '{name}', but {folder} has {type_names}." + nearest(name, type_names)
+            )
+    return (by_type or {}).get(type_names[file.type_id], min_length)

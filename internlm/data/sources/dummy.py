@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from internlm.data.packing.document_slice import DocumentSlice, make_slice
-from internlm.data.packing.sample import Packing, Sample, concatenate_slices, padding_sample, stack_slices
+from internlm.data.packing.sample import (
+    Packing,
+    Sample,
+    check_document_mask,
+    concatenate_slices,
+    padding_sample,
+    stack_slices,
+)
 from internlm.data.permutation import derive_key
 
 _NUM_SAMPLES = 100_000
@@ -28,11 +35,21 @@ class DummySource:
         vocab_size: ids are in [1, vocab_size).
         seed: seed of all samples.
         fixed_lengths: give every document seq_len tokens; otherwise lengths are uniform in [1, seq_len].
+        document_mask: whether attention stays within documents; None: the default of the packing.
     """
 
     def __init__(
-        self, *, seq_len: int, micro_bsz: int, packing: Packing, vocab_size: int, seed: int, fixed_lengths: bool = True
+        self,
+        *,
+        seq_len: int,
+        micro_bsz: int,
+        packing: Packing,
+        vocab_size: int,
+        seed: int,
+        fixed_lengths: bool = True,
+        document_mask: bool | None = None,
     ) -> None:
+        self.document_mask = check_document_mask(packing, document_mask)
         self.type_names = ["en", "cn", "code"]
         self.seq_len, self.micro_bsz, self.packing = seq_len, micro_bsz, packing
         self.vocab_size, self.seed, self.fixed_lengths = vocab_size, seed, fixed_lengths
@@ -40,14 +57,19 @@ class DummySource:
     @property
     def facts(self) -> Mapping[str, Any]:
         """See `SampleSource`."""
-        return {"packing": self.packing, "seq_len": self.seq_len, "micro_bsz": self.micro_bsz}
+        return {
+            "packing": self.packing,
+            "document_mask": self.document_mask,
+            "seq_len": self.seq_len,
+            "micro_bsz": self.micro_bsz,
+        }
 
     def __len__(self) -> int:
         """Samples of one epoch."""
         return _NUM_SAMPLES
 
-    def sample(self, index: int) -> Sample:
-        """Generate sample `index` in [0, len)."""
+    def sample(self, index: int, epoch: int = 0) -> Sample:
+        """Generate sample `index` in [0, len), the same in every epoch."""
         random = np.random.default_rng(derive_key(self.seed, index))
         type_id = index % len(self.type_names)
         if self.packing == "unpacked":
@@ -58,11 +80,11 @@ class DummySource:
         while remaining > 0:
             documents.append(self._random_document(random, min(self.seq_len, remaining)))
             remaining -= len(documents[-1].input_ids)
-        return concatenate_slices(documents, self.seq_len, total, self.packing, type_id)
+        return concatenate_slices(documents, self.seq_len, total, self.packing, type_id, self.document_mask)
 
     def padding(self) -> Sample:
         """Return a sample of padding alone."""
-        return padding_sample(self.seq_len, self.micro_bsz, self.packing)
+        return padding_sample(self.seq_len, self.micro_bsz, self.packing, self.document_mask)
 
     def _random_document(self, random: np.random.Generator, max_length: int) -> DocumentSlice:
         length = max_length if self.fixed_lengths else int(random.integers(1, max_length + 1))

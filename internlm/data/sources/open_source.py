@@ -7,6 +7,7 @@ from pathlib import Path
 
 from internlm.data.documents.document_file import FileFormat
 from internlm.data.documents.folders import log_unread_files
+from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.packing.sample import PACKINGS, Packing
 from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.dummy import DummySource
@@ -28,6 +29,8 @@ def open_source(
     skip_bad_documents: bool = False,
     fixed_random_dataset_seqlen: bool = True,
     format: FileFormat = TOKENIZED,
+    document_mask: bool | None = None,
+    fim: FillInTheMiddle | None = None,
 ) -> SampleSource:
     """Open the source of the files of documents in `folder`, or a dummy source if it is None.
 
@@ -35,8 +38,7 @@ def open_source(
         folder: see `find_train_files`.
         seq_len: maximum length of an attention segment, in tokens.
         micro_bsz: rows of a micro-batch; a packed sample has micro_bsz * seq_len tokens.
-        packing: "cut" (use_packed_dataset True, pack_sample_into_one False), "pack_sample_into_one", or "unpacked"
-            (use_packed_dataset False); see doc/data.md.
+        packing: "cut", "pack_sample_into_one", "unpacked" or "best_fit"; see doc/data.md.
         vocab_size: ids must be smaller; checked as documents are read.
         seed: seed of dummy samples.
         min_length: minimum number of tokens; shorter documents are dropped.
@@ -44,10 +46,13 @@ def open_source(
         skip_bad_documents: replace a document that cannot be read by padding of the same length, and log it.
         fixed_random_dataset_seqlen: whether all dummy documents have the same length.
         format: of the files in `folder`.
+        document_mask: whether attention stays within documents; None: the default of the packing.
+        fim: fill-in-the-middle; not used for dummy data.
 
     Raises:
         DataError: the data is missing or malformed.
-        ConfigError: `packing` is unknown.
+        ConfigError: `packing` is unknown or contradicts `document_mask`, or a sentinel of `fim` is outside the
+            vocabulary.
     """
     if packing not in PACKINGS:
         raise ConfigError(f"packing = {packing!r}: expected one of {PACKINGS}")
@@ -59,6 +64,7 @@ def open_source(
             vocab_size=vocab_size,
             seed=seed,
             fixed_lengths=fixed_random_dataset_seqlen,
+            document_mask=document_mask,
         )
     log_unread_files(folder, format)
     return DocumentSource(
@@ -71,4 +77,6 @@ def open_source(
         min_length=min_length,
         min_length_dict=min_length_dict,
         skip_bad_documents=skip_bad_documents,
+        document_mask=document_mask,
+        fim=fim,
     )

@@ -29,8 +29,8 @@ class SampleSource(Protocol):
     def __len__(self) -> int:
         """Samples of one epoch."""
 
-    def sample(self, index: int) -> Sample:
-        """Return sample `index` in [0, len): the same arrays on every call, in every process."""
+    def sample(self, index: int, epoch: int = 0) -> Sample:
+        """Return sample `index` in [0, len) of an epoch: the same arrays on every call, in every process."""
 
     def padding(self) -> Sample:
         """Return a sample of padding alone, for a step whose batch is skipped."""

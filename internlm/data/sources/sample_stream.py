@@ -110,8 +110,10 @@ class ShuffledSource:
 
     def samples(self, first: int, count: int) -> list[Sample]:
         """See `SampleStream`."""
-        order = sample_order(np.arange(first, first + count, dtype=np.int64), len(self.source), self.seed)
-        return [self.source.sample(int(index)) for index in order]
+        indices = np.arange(first, first + count, dtype=np.int64)
+        order = sample_order(indices, len(self.source), self.seed)
+        epochs = indices // len(self.source)
+        return [self.source.sample(int(index), int(epoch)) for index, epoch in zip(order, epochs, strict=True)]
 
     def padding(self) -> Sample:
         """See `SampleStream`."""

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from internlm.data.documents import document_index
+from internlm.data.documents import document_index, index_cache
 from internlm.data.documents.document_index import DocumentIndex, summarize
 from internlm.data.documents.index_cache import CACHE_FOLDER
 from internlm.data.permutation import permute
@@ -56,7 +56,7 @@ def test_cache_is_used_and_renewed(tmp_path, monkeypatch):
         raise AssertionError("built again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(document_index, "store", fail)
+        patch.setattr(index_cache, "store", fail)
         assert positions(path) == before
     write(path, [4, 3])
     os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns + 1))

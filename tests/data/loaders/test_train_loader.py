@@ -326,7 +326,7 @@ class CountingSource:
     def __len__(self):
         return 10
 
-    def sample(self, index):
+    def sample(self, index, epoch=0):
         ids = np.full(4, index + 1)
         return concatenate_slices([make_slice(ids, np.ones(4, dtype=bool), 4)], 4, 4, "cut", 0)
 
