@@ -7,7 +7,7 @@ read before. A stream may remember where it is, so that ascending indices are ch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -75,6 +75,14 @@ class SampleStream(Protocol):
 
     def progress_at(self, index: int) -> dict[str, float]:
         """Samples and epochs of each source after `index` samples, by the name of a metric."""
+
+
+@runtime_checkable
+class FiniteStream(Protocol):
+    """A stream that may end, and knows where without reading."""
+
+    def why_ended(self, index: int) -> str | None:
+        """Why the stream has fewer than `index` samples; None if it has as many. Called with ascending indices."""
 
 
 class ShuffledSource:
