@@ -148,9 +148,13 @@ def _item_key(path: str, location: tuple[int | str, ...]) -> tuple[str, list[str
     field = _field(path)
     cls = item_class(field) if field is not None else None
     inside = location[path.count(".") + 1 :]
-    if cls is None or len(inside) < 2:
-        return path, []
-    return f"{path}[{inside[0]}].{inside[1]}", list(cls.model_fields)
+    known: list[str] = []
+    while cls is not None and len(inside) >= 2:
+        path, known = f"{path}[{inside[0]}].{inside[1]}", list(cls.model_fields)
+        field = cls.model_fields.get(str(inside[1]))
+        cls = item_class(field) if field is not None else None
+        inside = inside[2:]
+    return path, known
 
 
 def _remove_invalid(path: str, tree: dict[str, Any]) -> None:

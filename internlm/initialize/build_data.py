@@ -7,36 +7,17 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.document_file import FileFormat
 from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
-from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
-from internlm.data.sources.open_source import open_source
-from internlm.data.sources.sample_stream import ShuffledSource
-from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
-from internlm.data.tokenized_files.file_format import TOKENIZED
+from internlm.initialize.train_sources import data_source, open_train_stream
 from internlm.utils.errors import ConfigError, nearest
 
 
 def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
     """Build the training loader of this data rank."""
     data = config.data
-    source = open_source(
-        data.train_folder,
-        seq_len=data.seq_len,
-        micro_bsz=data.micro_bsz,
-        packing=data.packing,
-        vocab_size=config.model.vocab_size,
-        seed=data.seed,
-        min_length=data.min_length,
-        min_length_dict=data.min_length_dict,
-        skip_bad_documents=data.skip_bad_documents,
-        fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
-        format=file_format(config),
-        document_mask=data.document_mask,
-        fim=fill_in_the_middle(config),
-    )
     return build_train_loader(
-        ShuffledSource(source, data.seed),
+        open_train_stream(config, fill_in_the_middle(config)),
         micro_num=data.micro_num,
         data_rank=context.index("data"),
         data_size=context.size("data"),
@@ -49,10 +30,8 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
 
 
 def file_format(config: Config) -> FileFormat:
-    """The format of the files in the folders of a config."""
-    data = config.data
-    formats: tuple[FileFormat, ...] = (TOKENIZED, MEGATRON, ArrayFormat(data.array_dtype, data.array_separator))
-    return next(each for each in formats if each.name == data.type)
+    """The format of `data.type`, that of validation sets."""
+    return data_source(config.data).format
 
 
 def fill_in_the_middle(config: Config) -> FillInTheMiddle | None:

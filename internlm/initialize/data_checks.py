@@ -7,6 +7,7 @@ from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
 from internlm.initialize.build_data import file_format
+from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -24,8 +25,9 @@ def check_data(config: Config) -> list[str]:
             token that contributes loss.
     """
     data, lines = config.data, []
-    if data.train_folder is not None:
-        lines.append(str(check_train_folder(data.train_folder, file_format(config), config.model.vocab_size)))
+    for source in train_sources(config):
+        if source.path is not None:
+            lines.append(str(check_train_folder(source.path, source.format, config.model.vocab_size)))
     if data.valid_every > 0 and data.valid_folder is not None:
         lines += map(str, check_valid_folder(data.valid_folder, file_format(config), config.model.vocab_size))
     return lines

@@ -22,6 +22,7 @@ from internlm.initialize.build_data import build_loader, build_valid_sets, file_
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
+from internlm.initialize.train_sources import train_sources
 from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
@@ -87,11 +88,11 @@ def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext
 
 
 def _train_folder(config: Config, context: ParallelContext) -> list[str]:
-    folder = config.data.train_folder
-    if folder is None:
-        return ["data.train_folder is None: the run trains on random tokens, which only serves to measure speed"]
-    _require_local("data.train_folder", folder)
-    find_train_files(folder, file_format(config))
+    for source in train_sources(config):
+        if source.path is None:
+            return ["data.train_folder is None: the run trains on random tokens, which only serves to measure speed"]
+        _require_local(source.key, source.path)
+        find_train_files(source.path, source.format)
     return []
 
 

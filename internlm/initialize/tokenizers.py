@@ -18,6 +18,7 @@ from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.data.tokenize.text_tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, load_tokenizer
 from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
 from internlm.initialize.build_data import file_format
+from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -34,9 +35,10 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
         DataError: a folder of data is missing, or a record in it is malformed.
     """
     data = config.data
-    evaluates = data.valid_every > 0 and data.valid_folder is not None
-    folders = [folder for folder in (data.train_folder, data.valid_folder if evaluates else None) if folder is not None]
-    record = _of_folders(tuple(folders), file_format(config), data.check_tokenizer)
+    folders = [(source.path, source.format) for source in train_sources(config) if source.path is not None]
+    if data.valid_every > 0 and data.valid_folder is not None:
+        folders.append((data.valid_folder, file_format(config)))
+    record = _of_folders(folders, data.check_tokenizer)
     named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))
     found = (
         None
@@ -97,8 +99,8 @@ def _compare(known: KnownTokenizer, other: KnownTokenizer, what: str, config: Co
     logger.info("%s", message)
 
 
-def _of_folders(folders: Sequence[str], format: FileFormat, checked: bool) -> TokenizerRecord | None:
-    records = {path: record for folder in folders for path, record in tokenizer_records(folder, format).items()}
+def _of_folders(folders: Sequence[tuple[str, FileFormat]], checked: bool) -> TokenizerRecord | None:
+    records = {path: record for folder, format in folders for path, record in tokenizer_records(folder, format).items()}
     try:
         return common_record(records)
     except DataError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, model_validator
@@ -33,6 +34,48 @@ class FimConfig(Section):
     )
     bos: int | str | None = key("tokenizer", "Token that stays first; `tokenizer`: of data.tokenizer_path; None: none.")
     eos: int | str | None = key("tokenizer", "Token that stays last; `tokenizer`: of data.tokenizer_path; None: none.")
+
+
+class BlendEntryConfig(Section):
+    """One source of a blend, or a group of sources. Keys that are not given have the values of the data section."""
+
+    path: PathText = key(None, "Folder or file of the source, as data.train_folder.")
+    blend: list[BlendEntryConfig] = key([], "Sources that share the weight of this group, in place of path.")
+    name: str | None = key(
+        None,
+        "Name in metrics and checkpoints; a resumed run recognizes the source by it.",
+        derived="last part of path",
+        min_length=1,
+    )
+    weight: float | list[tuple[int, float]] = key(
+        ...,
+        "Share of the tokens, relative to the weights beside it; or [(0, weight), (tokens, weight), ...]: each weight "
+        "from that many consumed tokens of the run on.",
+    )
+    epochs_max: float | None = key(None, "Epochs after which the source ends; None: it repeats without end.", gt=0)
+    on_end: Literal["stop", "repeat", "drop"] | None = key(
+        None,
+        "With epochs_max, which needs it. `stop`: training ends; `drop`: the other weights keep their proportions. "
+        "Without: `repeat`.",
+    )
+    type: Literal["tokenized", "megatron", "arrays", "streaming"] | None = key(None, "Kind of files, as data.type.")
+    min_length: int | None = key(None, "As data.min_length.", ge=0)
+    min_length_dict: dict[str, int] | None = key(None, "min_length by name of a type folder of the source.")
+    array_dtype: Literal["uint16", "uint32"] | None = key(None, "As data.array_dtype.")
+    array_separator: int | None = key(None, "As data.array_separator.", ge=0)
+    content_name: str | None = key(None, "As data.content_name.")
+    subset_name: str | None = key(None, "As data.subset_name.")
+
+    @model_validator(mode="after")
+    def _fill(self) -> BlendEntryConfig:
+        if self.name is None and self.path is not None:
+            self._derive(name=PurePath(self.path).name or self.path)
+        return self
+
+    @property
+    def steps(self) -> list[tuple[int, float]]:
+        """The weights as (tokens, weight)."""
+        return [(0, self.weight)] if isinstance(self.weight, float) else self.weight
 
 
 class DataConfig(Section):
@@ -67,6 +110,11 @@ class DataConfig(Section):
     min_length_dict: dict[str, int] | None = key(None, "min_length by name of a type folder; overrides min_length.")
     train_folder: PathText = key(
         None, "Folder of <type>/**/NAME with files of data.type for training, or one file or prefix; None: dummy data."
+    )
+    blend: list[BlendEntryConfig] = key(
+        [],
+        "Sources that are mixed by weight, in place of train_folder, as dict(path, weight, name, epochs_max, on_end, "
+        "type, ...) or dict(blend, weight).",
     )
     valid_folder: PathText = key(
         None, "Folder in which each directory with files of data.type is a validation set, or one file; None: none."

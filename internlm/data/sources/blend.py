@@ -45,6 +45,11 @@ class BlendedStream:
             for a stream without a number of samples per epoch.
     """
 
+    _reading: BlendCursor
+    """Of the process or thread that reads samples."""
+    _delivered: BlendCursor
+    """Of the consumer, which is behind."""
+
     def __init__(self, members: Sequence[BlendSource | BlendGroup]) -> None:
         found = list(sources_of(members))
         if not found:
@@ -186,10 +191,7 @@ class BlendedStream:
 
     def _start_at(self, position: BlendPosition) -> None:
         self._origin = self._previous = position
-        self._reading: BlendCursor = BlendCursor(self._order, position)
-        """Of the process or thread that reads samples."""
-        self._delivered: BlendCursor = BlendCursor(self._order, position)
-        """Of the consumer, which is behind."""
+        self._reading, self._delivered = BlendCursor(self._order, position), BlendCursor(self._order, position)
         self._logged = -1
         self._log_changes()
 
