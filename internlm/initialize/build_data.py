@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from internlm.config.schema import Config
+from collections.abc import Sequence
+from pathlib import Path
+
+from internlm.config.schema import BlendEntryConfig, Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.document_file import FileFormat
 from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
+from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
+from internlm.data.sources.blend import BlendedStream
+from internlm.data.sources.blend_members import BlendGroup, BlendSource
+from internlm.data.sources.open_source import open_source
+from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
+from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
-from internlm.initialize.train_sources import data_source, open_train_stream
+from internlm.data.tokenized_files.file_format import TOKENIZED
+from internlm.initialize.text_stream import build_text_stream, valid_folder_of_rows
+from internlm.initialize.train_sources import config_of
 from internlm.utils.errors import ConfigError, nearest
 
 
@@ -17,7 +28,7 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
     """Build the training loader of this data rank."""
     data = config.data
     return build_train_loader(
-        open_train_stream(config, fill_in_the_middle(config)),
+        build_stream(config, context),
         micro_num=data.micro_num,
         data_rank=context.index("data"),
         data_size=context.size("data"),
@@ -29,9 +40,55 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
     )
 
 
+def build_stream(config: Config, context: ParallelContext) -> SampleStream:
+    """Build the stream of training samples: of `data.blend`, or of one source."""
+    if config.data.blend:
+        return BlendedStream(_members(config, config.data.blend, context))
+    return open_stream(config, context)
+
+
+def _members(
+    config: Config, entries: Sequence[BlendEntryConfig], context: ParallelContext
+) -> list[BlendSource | BlendGroup]:
+    members: list[BlendSource | BlendGroup] = []
+    for entry in entries:
+        if entry.blend:
+            members.append(BlendGroup(entry.steps, _members(config, entry.blend, context)))
+        else:
+            assert entry.name is not None
+            stream = open_stream(config_of(config, entry), context)
+            members.append(BlendSource(entry.name, stream, entry.steps, entry.epochs_max, entry.on_end or "repeat"))
+    return members
+
+
+def open_stream(config: Config, context: ParallelContext) -> SampleStream:
+    """Open the stream of one source, that of `data.train_folder`."""
+    data = config.data
+    if data.type == "streaming":
+        return build_text_stream(config, context, fill_in_the_middle(config))
+    source = open_source(
+        data.train_folder,
+        seq_len=data.seq_len,
+        micro_bsz=data.micro_bsz,
+        packing=data.packing,
+        vocab_size=config.model.vocab_size,
+        seed=data.seed,
+        min_length=data.min_length,
+        min_length_dict=data.min_length_dict,
+        skip_bad_documents=data.skip_bad_documents,
+        fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
+        format=file_format(config),
+        document_mask=data.document_mask,
+        fim=fill_in_the_middle(config),
+    )
+    return ShuffledSource(source, data.seed)
+
+
 def file_format(config: Config) -> FileFormat:
-    """The format of `data.type`, that of validation sets."""
-    return data_source(config.data).format
+    """The format of the files in the folders of a config that has documents."""
+    data = config.data
+    formats: tuple[FileFormat, ...] = (TOKENIZED, MEGATRON, ArrayFormat(data.array_dtype, data.array_separator))
+    return next(each for each in formats if each.name == data.type)
 
 
 def fill_in_the_middle(config: Config) -> FillInTheMiddle | None:
@@ -71,8 +128,9 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
     data = config.data
     if data.valid_every == 0:
         return {}
+    folder, format = valid_files(config)
     return build_valid_loaders(
-        data.valid_folder,
+        folder,
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
         vocab_size=config.model.vocab_size,
@@ -80,5 +138,12 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
         data_rank=context.index("data"),
         data_size=context.size("data"),
         packed=data.packing != "unpacked",
-        format=file_format(config),
+        format=format,
     )
+
+
+def valid_files(config: Config) -> tuple[str | Path | None, FileFormat]:
+    """The folder of the validation sets, None without any, and the format of their files; rows are tokenized before."""
+    if config.data.type == "streaming":
+        return valid_folder_of_rows(config), TOKENIZED
+    return config.data.valid_folder, file_format(config)

@@ -6,7 +6,8 @@ from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
-from internlm.initialize.build_data import file_format
+from internlm.initialize.build_data import file_format, valid_files
+from internlm.initialize.text_stream import check_train_rows
 from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
@@ -26,10 +27,15 @@ def check_data(config: Config) -> list[str]:
     """
     data, lines = config.data, []
     for source in train_sources(config):
-        if source.path is not None:
-            lines.append(str(check_train_folder(source.path, source.format, config.model.vocab_size)))
+        folder = source.config.data.train_folder
+        if source.config.data.type == "streaming":
+            lines.append(check_train_rows(source.config))
+        elif folder is not None:
+            lines.append(str(check_train_folder(folder, file_format(source.config), config.model.vocab_size)))
     if data.valid_every > 0 and data.valid_folder is not None:
-        lines += map(str, check_valid_folder(data.valid_folder, file_format(config), config.model.vocab_size))
+        valid_folder, format = valid_files(config)
+        assert valid_folder is not None
+        lines += map(str, check_valid_folder(valid_folder, format, config.model.vocab_size))
     return lines
 
 
@@ -42,11 +48,12 @@ def check_valid_sets(config: Config, context: ParallelContext) -> None:
     data = config.data
     if data.valid_every == 0 or data.valid_folder is None:
         return
-    folder = data.valid_folder
 
     def find_problem() -> str | None:
         try:
-            for checked in check_valid_folder(folder, file_format(config), config.model.vocab_size):
+            folder, format = valid_files(config)
+            assert folder is not None
+            for checked in check_valid_folder(folder, format, config.model.vocab_size):
                 logger.info("%s", checked)
         except (DataError, OSError) as error:
             return str(error)

@@ -35,8 +35,13 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
         DataError: a folder of data is missing, or a record in it is malformed.
     """
     data = config.data
-    folders = [(source.path, source.format) for source in train_sources(config) if source.path is not None]
-    if data.valid_every > 0 and data.valid_folder is not None:
+    folders = [
+        (source.config.data.train_folder, file_format(source.config))
+        for source in train_sources(config)
+        # Rows are tokenized by data.tokenizer_path itself.
+        if source.config.data.train_folder is not None and source.config.data.type != "streaming"
+    ]
+    if data.valid_every > 0 and data.valid_folder is not None and data.type != "streaming":
         folders.append((data.valid_folder, file_format(config)))
     record = _of_folders(folders, data.check_tokenizer)
     named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))

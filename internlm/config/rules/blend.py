@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 
 from internlm.config.problem import Problem
-from internlm.config.schema import BlendEntryConfig, Config, DataConfig
-from internlm.config.schema.base import Status, key_info
+from internlm.config.rules import rows, run
+from internlm.config.schema import BlendEntryConfig, Config
 
+_DATA_KEY = re.compile(r"\bdata\.(\w+)")
 _OF_GROUPS = ("blend", "weight")
 """Keys of a group of sources."""
 
@@ -24,8 +26,10 @@ def blend(config: Config, world_size: int) -> Iterator[Problem]:
             yield Problem((f"data.{name}", "data.blend"), f"data.{name} is given beside data.blend; {fix}")
     entries = list(_walk(data.blend, "data.blend"))
     for key, entry in entries:
-        for text in (*_problems_of(entry, data), *_weight_problems(entry)):
+        for text in (*_problems_of(entry), *_weight_problems(entry)):
             yield Problem(("data.blend",), f"{key}{text}")
+        if entry.path is not None:
+            yield from _problems_alone(entry, key, config)
     names: dict[str, str] = {}
     for key, entry in entries:
         if entry.path is None or entry.name is None:
@@ -44,7 +48,21 @@ def _walk(entries: list[BlendEntryConfig], key: str) -> Iterator[tuple[str, Blen
         yield from _walk(entry.blend, f"{key}[{number}].blend")
 
 
-def _problems_of(entry: BlendEntryConfig, data: DataConfig) -> Iterator[str]:
+def _problems_alone(entry: BlendEntryConfig, key: str, config: Config) -> Iterator[Problem]:
+    """The problems that the keys of a source would have in the data section, under the name of the entry."""
+    alone = config.model_copy(update={"data": entry.applied_to(config.data)})
+    for rule in (run.token_arrays, rows.streaming):
+        for problem in rule(alone, 1):
+            if "data.tokenizer_path" in problem.keys and config.data.type == "streaming":
+                continue  # the same problem of the data section
+            yield Problem(("data.blend",), _DATA_KEY.sub(lambda found: _in_entry(found, key), problem.text))
+
+
+def _in_entry(found: re.Match[str], key: str) -> str:
+    return f"{key}.{found[1]}" if found[1] in BlendEntryConfig.model_fields else found[0]
+
+
+def _problems_of(entry: BlendEntryConfig) -> Iterator[str]:
     if (entry.path is None) == (not entry.blend):
         yield ": give either path, for a source, or blend, for a group of sources"
         return
@@ -61,17 +79,6 @@ def _problems_of(entry: BlendEntryConfig, data: DataConfig) -> Iterator[str]:
         )
     if entry.epochs_max is None and entry.on_end in ("stop", "drop"):
         yield f".on_end = {entry.on_end!r} needs epochs_max, the number of epochs after which the source ends"
-    info, kind = key_info(DataConfig.model_fields["type"]), entry.type or data.type
-    if entry.type is not None and info is not None and info.status is Status.LATER and entry.type not in info.accepts:
-        yield f".type = {entry.type!r}: this source is not yet supported; use one of {info.accepts}"
-    for name, needed in (
-        ("array_dtype", "arrays"),
-        ("array_separator", "arrays"),
-        ("content_name", "streaming"),
-        ("subset_name", "streaming"),
-    ):
-        if getattr(entry, name) is not None and kind != needed:
-            yield f".{name} = {getattr(entry, name)!r} needs type = {needed!r}, which is {kind!r}; remove it"
 
 
 def _weight_problems(entry: BlendEntryConfig) -> Iterator[str]:

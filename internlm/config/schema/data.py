@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from internlm.config.schema.base import PathText, Section, key, later, no_effect, used_with
+from internlm.config.schema.base import PathText, Section, default_of, key, later, no_effect, used_with
 from internlm.utils.packing_modes import Packing, default_document_mask
 
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
@@ -36,8 +36,39 @@ class FimConfig(Section):
     eos: int | str | None = key("tokenizer", "Token that stays last; `tokenizer`: of data.tokenizer_path; None: none.")
 
 
+class ConversationConfig(Section):
+    """Conversations, tokenized with the chat template; only the answers contribute loss."""
+
+    form: Literal["messages", "sharegpt", "alpaca", "prompt_response", "prompt_completion"] | None = key(
+        None, "Form of the rows; None: told by the columns of each row."
+    )
+    learn: Literal["all", "last"] = key("all", "Answers that contribute loss: all, or the last one.")
+    mask: Literal["auto", "marks", "prefix"] = key(
+        "auto",
+        "How answers are found: `marks` of the template ({% generation %}), exact difference of `prefix`es; `auto`: "
+        "marks if the template has them.",
+    )
+    chat_template: str | None = key(None, "File with a chat template; None: that of data.tokenizer_path.")
+
+
+KEYS_OF_TYPES = (
+    "array_dtype",
+    "array_separator",
+    "content_name",
+    "subset_name",
+    "text_unit",
+    "add_bos",
+    "add_eos",
+    "conversations",
+)
+"""Keys of the data section that only some types have."""
+
+
 class BlendEntryConfig(Section):
-    """One source of a blend, or a group of sources. Keys that are not given have the values of the data section."""
+    """One source of a blend, or a group of sources.
+
+    Keys that are not given have the values of the data section, except those of another type than data.type.
+    """
 
     path: PathText = key(None, "Folder or file of the source, as data.train_folder.")
     blend: list[BlendEntryConfig] = key([], "Sources that share the weight of this group, in place of path.")
@@ -65,6 +96,10 @@ class BlendEntryConfig(Section):
     array_separator: int | None = key(None, "As data.array_separator.", ge=0)
     content_name: str | None = key(None, "As data.content_name.")
     subset_name: str | None = key(None, "As data.subset_name.")
+    text_unit: Literal["line", "paragraph", "file"] | None = key(None, "As data.text_unit.")
+    add_bos: bool | None = key(None, "As data.add_bos.")
+    add_eos: bool | None = key(None, "As data.add_eos.")
+    conversations: ConversationConfig | None = key(None, "As data.conversations.")
 
     @model_validator(mode="after")
     def _fill(self) -> BlendEntryConfig:
@@ -77,16 +112,27 @@ class BlendEntryConfig(Section):
         """The weights as (tokens, weight)."""
         return [(0, self.weight)] if isinstance(self.weight, float) else self.weight
 
+    def applied_to(self, data: DataConfig) -> DataConfig:
+        """The data section of a run on this source alone."""
+        fields = type(data).model_fields
+        changes: dict[str, Any] = {"train_folder": self.path, "blend": [], "min_length_dict": self.min_length_dict}
+        if self.type is not None and self.type != data.type:
+            changes |= {name: default_of(fields[name]) for name in KEYS_OF_TYPES}
+        for name in ("type", "min_length", *KEYS_OF_TYPES):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name)
+        return data.model_copy(update=changes)
+
 
 class DataConfig(Section):
     """Sizes of a batch, the token folders, packing and evaluation."""
 
     type: Literal["tokenized", "megatron", "arrays", "streaming", "mocked", "hf", "lumina_pickle"] = later(
         "tokenized",
-        "Kind of files: `tokenized` .bin/.meta, `megatron` .bin/.idx, `arrays` .npy, raw .bin or .ds of token ids. "
-        "Without a folder: dummy data.",
+        "Kind of files: `tokenized` .bin/.meta, `megatron` .bin/.idx, `arrays` .npy, raw .bin or .ds of token ids, "
+        "`streaming` parquet, Arrow, JSON or text, tokenized during training. Without a folder: dummy data.",
         "this source",
-        accepts=("tokenized", "megatron", "arrays"),
+        accepts=("tokenized", "megatron", "arrays", "streaming"),
     )
     array_dtype: Literal["uint16", "uint32"] | None = key(
         None, "`arrays`: dtype of files without a header (nanoGPT, OLMo, datatrove)."
@@ -177,8 +223,20 @@ class DataConfig(Section):
         "Refuse data of several tokenizers, or of another tokenizer than tokenizer_path or the run's initial "
         "checkpoint; False logs it.",
     )
-    content_name: str = later("text", "Column with the text.", "data.type='streaming'")
-    subset_name: str | None = later(None, "Subset of a Hugging Face data set.", "data.type='streaming'")
+    content_name: str = key("text", "`streaming`: column with the text.")
+    subset_name: str | None = key(
+        None, "`streaming`: subset of the dataset, a config of its README.md or a subfolder; None: the default one."
+    )
+    text_unit: Literal["line", "paragraph", "file"] | None = key(
+        None, "`streaming`: what is a document in .txt files; None: a line, with a line in the log."
+    )
+    add_bos: bool = key(False, "`streaming`: start each document with the bos token of the tokenizer.")
+    add_eos: bool | None = key(
+        None, "`streaming`: end each document with the eos token; None: if the tokenizer has one."
+    )
+    conversations: ConversationConfig | None = key(
+        None, "`streaming`: dict(form, learn, mask, chat_template): rows are conversations; {} for the defaults."
+    )
     is_multimodal: bool = later(False, "Samples contain images.", "multimodal data")
     data_impl: str | None = no_effect(
         None, "Kind of index of data.type='megatron'.", "an index tells its format; only that of 'mmap' is read"

@@ -179,13 +179,15 @@ class BlendedStream:
         return notices
 
     def progress_at(self, index: int) -> dict[str, float]:
-        """See `SampleStream`: `source_tokens/<name>`, and `source_epochs/<name>` where epochs have a length."""
+        """See `SampleStream`: `source_tokens/<name>`, and `source_epochs/<name>` where epochs are known."""
         progress: dict[str, float] = {}
         for source, count in zip(self.sources, self._deliver_to(index).counts, strict=True):
             progress[f"source_tokens/{source.name}"] = count * self.tokens_per_sample
+            own = dict(source.stream.progress_at(count))
             if source.stream.samples_per_epoch is not None:
-                progress[f"source_epochs/{source.name}"] = count / source.stream.samples_per_epoch
-            own = source.stream.progress_at(count)
+                own["epoch"] = count / source.stream.samples_per_epoch
+            if "epoch" in own:
+                progress[f"source_epochs/{source.name}"] = own.pop("epoch")
             progress |= {f"{metric}/{source.name}": value for metric, value in own.items()}
         return progress
 
