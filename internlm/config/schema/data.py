@@ -65,10 +65,7 @@ KEYS_OF_TYPES = (
 
 
 class BlendEntryConfig(Section):
-    """One source of a blend, or a group of sources.
-
-    Keys that are not given have the values of the data section, except those of another type than data.type.
-    """
+    """A source of a blend, or a group of sources. Keys left out are those of the data section, for the same type."""
 
     path: PathText = key(None, "Folder or file of the source, as data.train_folder.")
     blend: list[BlendEntryConfig] = key([], "Sources that share the weight of this group, in place of path.")
