@@ -30,6 +30,11 @@ def blend(config: Config, world_size: int) -> Iterator[Problem]:
             yield Problem(("data.blend",), f"{key}{text}")
         if entry.path is not None:
             yield from _problems_alone(entry, key, config)
+    changes = sorted({tokens for _, entry in entries for tokens, _ in entry.steps})
+    first_empty = next((tokens for tokens in changes if not _has_weight(data.blend, tokens)), None)
+    if first_empty is not None:
+        text = f"data.blend: all weights are 0 from token {first_empty:,} on; give one above 0"
+        yield Problem(("data.blend",), text)
     names: dict[str, str] = {}
     for key, entry in entries:
         if entry.path is None or entry.name is None:
@@ -79,6 +84,15 @@ def _problems_of(entry: BlendEntryConfig) -> Iterator[str]:
         )
     if entry.epochs_max is None and entry.on_end in ("stop", "drop"):
         yield f".on_end = {entry.on_end!r} needs epochs_max, the number of epochs after which the source ends"
+
+
+def _has_weight(entries: list[BlendEntryConfig], tokens: int) -> bool:
+    """Whether any source has a weight above 0 after that many tokens."""
+    return any(
+        next((weight for first, weight in reversed(entry.steps) if first <= tokens), 1) != 0
+        and (not entry.blend or _has_weight(entry.blend, tokens))
+        for entry in entries
+    )
 
 
 def _weight_problems(entry: BlendEntryConfig) -> Iterator[str]:
