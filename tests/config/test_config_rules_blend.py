@@ -63,6 +63,11 @@ def test_accepted(blend: Any, data: dict[str, Any]) -> None:
         ([{"weight": 1, "blend": [A], "name": "g"}], {}, "data.blend[0].name = 'g' is for a source"),
         ([{**A, "epochs_max": 2}], {}, "data.blend[0].epochs_max = 2 needs on_end = 'stop'"),
         ([{**A, "epochs_max": 2, "on_end": "repeat"}], {}, "data.blend[0].epochs_max = 2 needs on_end = 'stop'"),
+        (
+            [{**A, "type": "streaming", "epochs_max": 2, "on_end": "stop"}],
+            {"tokenizer_path": "t"},
+            "data.blend[0].epochs_max = 2: rows that are tokenized during training have no known number",
+        ),
         ([{**A, "on_end": "drop"}], {}, "data.blend[0].on_end = 'drop' needs epochs_max"),
         ([{**A, "weight": -1}], {}, "data.blend[0].weight = -1.0: weights must be at least 0"),
         ([{**A, "weight": [(0, 1), (5, -1)]}], {}, "data.blend[0].weight = [(0, 1.0), (5, -1.0)]: weights must be"),

@@ -28,6 +28,13 @@ def blend(config: Config, world_size: int) -> Iterator[Problem]:
     for key, entry in entries:
         for text in (*_problems_of(entry), *_weight_problems(entry)):
             yield Problem(("data.blend",), f"{key}{text}")
+        if entry.path is not None and entry.epochs_max is not None and (entry.type or data.type) == "streaming":
+            text = (
+                f"{key}.epochs_max = {entry.epochs_max:g}: rows that are tokenized during training have no known number"
+            )
+            yield Problem(
+                ("data.blend",), f"{text} of samples; leave epochs_max and on_end out, or tokenize them before"
+            )
         if entry.path is not None:
             yield from _problems_alone(entry, key, config)
     changes = sorted({tokens for _, entry in entries for tokens, _ in entry.steps})
@@ -55,6 +62,12 @@ def _walk(entries: list[BlendEntryConfig], key: str) -> Iterator[tuple[str, Blen
 
 def _problems_alone(entry: BlendEntryConfig, key: str, config: Config) -> Iterator[Problem]:
     """The problems that the keys of a source would have in the data section, under the name of the entry."""
+    if entry.epochs_max is not None and (entry.type or config.data.type) == "streaming":
+        yield Problem(
+            ("data.blend",),
+            f"{key}.epochs_max = {entry.epochs_max:g}: rows that are tokenized during training have no known number of "
+            "samples; leave epochs_max and on_end out, or tokenize them before",
+        )
     alone = config.model_copy(update={"data": entry.applied_to(config.data)})
     for rule in (run.token_arrays, rows.streaming):
         for problem in rule(alone, 1):

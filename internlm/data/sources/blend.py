@@ -219,7 +219,7 @@ class BlendedStream:
                 continue
             self._logged = index
             ended = [
-                f"'{source.name}' has ended after {source.epochs_max:g} epochs"
+                f"'{source.name}' has ended after {source.epochs_max:g} epoch{'' if source.epochs_max == 1 else 's'}"
                 for source, share, count in zip(self.sources, self._order.sources, cursor.counts, strict=True)
                 if source.name not in weights and share.on_end == "drop" and count == share.limit
             ]
