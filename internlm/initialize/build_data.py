@@ -19,7 +19,7 @@ from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
 from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
-from internlm.initialize.text_stream import build_text_stream, valid_folder_of_rows
+from internlm.initialize.row_stream import build_row_stream, valid_folder_of_rows
 from internlm.initialize.train_sources import config_of
 from internlm.utils.errors import ConfigError, nearest
 
@@ -65,7 +65,7 @@ def open_stream(config: Config, context: ParallelContext) -> SampleStream:
     """Open the stream of one source, that of `data.train_folder`."""
     data = config.data
     if data.type == "streaming":
-        return build_text_stream(config, context, fill_in_the_middle(config))
+        return build_row_stream(config, context, fill_in_the_middle(config))
     source = open_source(
         data.train_folder,
         seq_len=data.seq_len,

@@ -7,7 +7,7 @@ from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
 from internlm.initialize.build_data import file_format, valid_files
-from internlm.initialize.text_stream import check_train_rows
+from internlm.initialize.row_stream import check_train_rows
 from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger

@@ -28,13 +28,6 @@ def blend(config: Config, world_size: int) -> Iterator[Problem]:
     for key, entry in entries:
         for text in (*_problems_of(entry), *_weight_problems(entry)):
             yield Problem(("data.blend",), f"{key}{text}")
-        if entry.path is not None and entry.epochs_max is not None and (entry.type or data.type) == "streaming":
-            text = (
-                f"{key}.epochs_max = {entry.epochs_max:g}: rows that are tokenized during training have no known number"
-            )
-            yield Problem(
-                ("data.blend",), f"{text} of samples; leave epochs_max and on_end out, or tokenize them before"
-            )
         if entry.path is not None:
             yield from _problems_alone(entry, key, config)
     changes = sorted({tokens for _, entry in entries for tokens, _ in entry.steps})

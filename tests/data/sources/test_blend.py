@@ -25,9 +25,9 @@ from internlm.data.sources.blend import BlendedStream
 from internlm.data.sources.blend_members import BlendGroup, BlendSource, source_seed
 from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.row_encoder import TextRowEncoder
+from internlm.data.sources.row_stream import RowStream
 from internlm.data.sources.sample_stream import SampleStream, ShuffledSource, StreamEndError
 from internlm.data.sources.shard_reader import RowPacking
-from internlm.data.sources.text_stream import TextStream
 from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
@@ -114,7 +114,7 @@ def of_documents(folder: Path, format: FileFormat, name: str, packing: str) -> S
 
 def of_rows(root: Path, packing: str, num_shards: int) -> SampleStream:
     found, tokenizer = find_row_files(root / "rows"), load_tokenizer(root / "tokenizer")
-    return TextStream(
+    return RowStream(
         open_row_files([each.path for each in found.files], ["text"]),
         [each.type_id for each in found.files],
         found.types,
