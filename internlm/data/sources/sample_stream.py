@@ -146,7 +146,9 @@ class ShuffledSource:
 
     def load_state(self, index: int, state: Mapping[str, Any]) -> list[str]:
         """See `SampleStream`."""
-        return []
+        if not state:
+            return []
+        return [f"the checkpoint has the state of another kind of data: this source continues at its sample {index:,}"]
 
     def progress_at(self, index: int) -> dict[str, float]:
         """See `SampleStream`."""

@@ -405,3 +405,9 @@ def test_mistakes_are_named() -> None:
     wide.source.padding = lambda: padding_sample(SEQ_LEN, 5, "cut")  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match=r"different numbers of tokens: .*'a': 32"):
         BlendedStream([numbered("a", 0, 5, 1), BlendSource("b", wide, 1)])
+
+
+def test_a_single_source_after_a_blend_is_named() -> None:
+    state = state_after(BlendedStream([numbered("a", 0, 50, 1), numbered("b", 100, 70, 1)]), 30)
+    [notice] = numbered("a", 0, 50, 1).stream.load_state(30, state)
+    assert "the state of another kind of data: this source continues at its sample 30" in notice
