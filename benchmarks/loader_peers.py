@@ -167,9 +167,8 @@ def of_megatron(folder: Path, length: int, seconds: float) -> float:
 
         eod, pad, vocab_size, unique_identifiers = 0, 0, VOCAB, {"class": "Ends"}
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{time.time()}", world_size=1, rank=0
-    )
+    store = f"file://{folder}/store{time.time()}"
+    torch.distributed.init_process_group("gloo", init_method=store, world_size=1, rank=0)
     try:
         config = GPTDatasetConfig(
             random_seed=1,
