@@ -2,7 +2,7 @@
 
     python benchmarks/loader_peers.py [--documents 20000] [--seconds 4] [--megatron FOLDER]
 
-The peers pack the same documents, in an order of their own, into samples of --seq-len tokens. DataLoaders have one worker:
+The peers pack the same documents, in an order of their own, into samples of --seq-len tokens, in one worker:
 
 - token ids: `datasets` with a column of ids, shuffled and grouped by an iterable dataset, in a DataLoader;
 - Megatron datasets also: GPTDataset of megatron-core in a DataLoader, if megatron-core is installed, or found in the
