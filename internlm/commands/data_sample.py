@@ -19,15 +19,8 @@ from internlm.initialize.build import build_layout
 from internlm.initialize.build_data import build_stream
 from internlm.utils.errors import UserError
 
-# The order of samples does not depend on these; the first step of one process has sample `number` alone.
-_ALONE = {
-    "data.num_worker": 0,
-    "data.micro_num": 1,
-    "data.gradient_accumulation": 1,
-    "data.skip_batches": "",
-    "data.rampup_batch_size": "",
-    "parallel": {},
-}
+# The layout of the run, which may need more ranks than one.
+_ALONE: dict[str, object] = {"parallel": {}}
 
 
 def print_sample(config_path: Path, overrides: Sequence[str], number: int, output: TextIO) -> int:
@@ -45,6 +38,9 @@ def print_sample(config_path: Path, overrides: Sequence[str], number: int, outpu
     micro = to_micro_batch(stream.sample(number))
     tokenizer = load_tokenizer(config.data.tokenizer_path) if config.data.tokenizer_path is not None else None
     types = sorted({stream.type_names[index] for index in micro.type_ids.unique().tolist()})
+    if config.data.type == "streaming" and config.data.num_shards is None:
+        ranks = f"a run that starts with {config.data.micro_num:,} samples a step over all data ranks"
+        print(f"rows are dealt as in {ranks}; --set data.num_shards=N for 8 times those of another run", file=output)
     print(f"sample {number:,}: {_place(stream, number)}type {', '.join(types)}", file=output)
     notation = "dimmed" if output.isatty() else "in ⟦⟧"
     print(f"tokens that are never a label are {notation}", file=output)

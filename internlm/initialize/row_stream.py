@@ -62,7 +62,7 @@ def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMid
         found.types,
         encoder,
         packing,
-        num_shards=_SHARDS_PER_SAMPLE * data.micro_num * context.size("data"),
+        num_shards=data.num_shards or _SHARDS_PER_SAMPLE * data.micro_num * context.size("data"),
         seed=data.seed,
         facts={"type": "streaming", "files": _digest(files), **facts},
     )

@@ -11,6 +11,7 @@ _DEFAULTS = {
     "content_name": "text",
     "subset_name": None,
     "text_unit": None,
+    "num_shards": None,
     "add_bos": False,
     "add_eos": None,
     "conversations": None,

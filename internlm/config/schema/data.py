@@ -227,6 +227,12 @@ class DataConfig(Section):
     text_unit: Literal["line", "paragraph", "file"] | None = key(
         None, "`streaming`: what is a document in .txt files; None: a line, with a line in the log."
     )
+    num_shards: int | None = key(
+        None,
+        "`streaming`: shards that rows are dealt to, best a multiple of the samples of a step; None: 8 times these. A "
+        "run that resumes keeps those of its checkpoint.",
+        ge=1,
+    )
     add_bos: bool = key(False, "`streaming`: start each document with the bos token of the tokenizer.")
     add_eos: bool | None = key(
         None, "`streaming`: end each document with the eos token; None: if the tokenizer has one."
