@@ -148,7 +148,7 @@ class Hook:
         """Called at the end of every step, trained or skipped, after all `on_step_end`; for work due at a step."""
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
-        """Called after an evaluation; `results` maps `val/<set>_loss`, `_acc`, `_plex` to numbers."""
+        """Called after an evaluation; `results` maps `val/<set>_loss`, `_acc`, `_plex`, `_bpb` to numbers."""
 
     def on_save_start(self, trainer: RunningTrainer) -> None:
         """Called before a checkpoint of the current state: write now whatever must survive a resume from it."""

@@ -23,6 +23,7 @@ from internlm.core.step_metrics import StepMetrics
 from internlm.core.synchronized_reading import read_together
 from internlm.core.token_statistics import TokenSums, evaluation_results
 from internlm.data.batch import Batch
+from internlm.data.documents.label_bytes import LabelBytes
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
@@ -62,6 +63,7 @@ class Trainer:
         hooks: called in this order.
         run_dir: folder for the output of the run.
         valid_sets: name -> batches of this data rank, as many micro-batches as on every other data rank.
+        label_bytes: name of a valid set -> labels and bytes of all data ranks, for bits per byte.
         checkpointer: saves the run; None disables saving.
         is_skipped: step (0 for the first) -> whether its batch is skipped. A skipped batch has no metrics, but counts
             as a step: periodic saves and evaluations are not affected.
@@ -79,6 +81,7 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         run_dir: Path | str = "runs/anonymous",
         valid_sets: Mapping[str, Iterable[Batch]] | None = None,
+        label_bytes: Mapping[str, LabelBytes] | None = None,
         checkpointer: Checkpointer | None = None,
         is_skipped: Callable[[int], bool] = lambda step: False,
     ) -> None:
@@ -99,6 +102,7 @@ class Trainer:
             raise ValueError(reason)
         self.run_dir = Path(run_dir)
         self.valid_sets = dict(valid_sets or {})
+        self.label_bytes = dict(label_bytes or {})
         self.checkpointer = checkpointer
         self.is_skipped = is_skipped
         self.state = TrainState()
@@ -269,14 +273,16 @@ class Trainer:
         exception of the model is not caught, because other ranks may be waiting in its collectives.
 
         Returns:
-            `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` of each set.
+            `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` of each set, and
+            `val/<set>_bpb` (bits per byte of text) where `label_bytes` has it.
         """
         results: dict[str, float] = {}
         for name, batches in self.valid_sets.items():
             try:
                 with self.progress.announce(f"evaluation of '{name}'"):
                     sums = self._evaluate_set(batches)
-                    results.update(evaluation_results(name, sums, self.engine.sum_over_tokens))
+                    size = self.label_bytes.get(name)
+                    results.update(evaluation_results(name, sums, self.engine.sum_over_tokens, label_bytes=size))
             except DataError as error:
                 logger.error("step %d: '%s' was not evaluated: %s; the run goes on", self.state.step, name, error)
         if results:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.documents.document_file import FileFormat
 from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
-from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.sources.open_source import open_source
 from internlm.data.sources.sample_stream import ShuffledSource
-from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
-from internlm.data.tokenized_files.file_format import TOKENIZED
+from internlm.initialize.file_formats import file_format
+from internlm.initialize.valid_sets import find_sets, log_unread_valid_files
 from internlm.utils.errors import ConfigError, nearest
 
 
@@ -34,6 +32,7 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         format=file_format(config),
         document_mask=data.document_mask,
         fim=fill_in_the_middle(config),
+        valid_fraction=data.valid_fraction,
     )
     return build_train_loader(
         ShuffledSource(source, data.seed),
@@ -46,13 +45,6 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         total_steps=data.total_steps,
         pin_memory=context.device.type == "cuda",
     )
-
-
-def file_format(config: Config) -> FileFormat:
-    """The format of the files in the folders of a config."""
-    data = config.data
-    formats: tuple[FileFormat, ...] = (TOKENIZED, MEGATRON, ArrayFormat(data.array_dtype, data.array_separator))
-    return next(each for each in formats if each.name == data.type)
 
 
 def fill_in_the_middle(config: Config) -> FillInTheMiddle | None:
@@ -90,10 +82,9 @@ def fill_in_the_middle(config: Config) -> FillInTheMiddle | None:
 def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, ValidLoader]:
     """Build a loader of this data rank's part of every valid set; empty when evaluation is off."""
     data = config.data
-    if data.valid_every == 0:
-        return {}
+    log_unread_valid_files(config)
     return build_valid_loaders(
-        data.valid_folder,
+        find_sets(config),
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
         vocab_size=config.model.vocab_size,
@@ -101,5 +92,4 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
         data_rank=context.index("data"),
         data_size=context.size("data"),
         packed=data.packing != "unpacked",
-        format=file_format(config),
     )

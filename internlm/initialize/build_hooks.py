@@ -67,7 +67,7 @@ def build_hooks(
         assert config.ckpt.checkpoint_every is not None
         hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
     # After the checkpoint hook: a failing evaluation must not lose the steps before it.
-    if config.data.valid_every > 0 and config.data.valid_folder is not None:
+    if config.data.valid_every > 0 and config.data.has_valid_sets:
         hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
-from internlm.initialize.build_data import file_format
-from internlm.utils.errors import DataError
+from internlm.data.documents import folder_checks
+from internlm.initialize.file_formats import file_format
+from internlm.initialize.valid_sets import find_sets
+from internlm.utils.errors import DataError, UserError
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -25,9 +26,10 @@ def check_data(config: Config) -> list[str]:
     """
     data, lines = config.data, []
     if data.train_folder is not None:
-        lines.append(str(check_train_folder(data.train_folder, file_format(config), config.model.vocab_size)))
-    if data.valid_every > 0 and data.valid_folder is not None:
-        lines += map(str, check_valid_folder(data.valid_folder, file_format(config), config.model.vocab_size))
+        lines.append(
+            str(folder_checks.check_train_folder(data.train_folder, file_format(config), config.model.vocab_size))
+        )
+    lines += map(str, folder_checks.check_valid_sets(find_sets(config), config.model.vocab_size))
     return lines
 
 
@@ -37,16 +39,12 @@ def check_valid_sets(config: Config, context: ParallelContext) -> None:
     Raises:
         DataError: as `check_data`.
     """
-    data = config.data
-    if data.valid_every == 0 or data.valid_folder is None:
-        return
-    folder = data.valid_folder
 
     def find_problem() -> str | None:
         try:
-            for checked in check_valid_folder(folder, file_format(config), config.model.vocab_size):
+            for checked in folder_checks.check_valid_sets(find_sets(config), config.model.vocab_size):
                 logger.info("%s", checked)
-        except (DataError, OSError) as error:
+        except (UserError, OSError) as error:
             return str(error)
         return None
 

@@ -17,12 +17,14 @@ from internlm.checkpoint.save_folder import FoundCheckpoint, find_checkpoints, r
 from internlm.config.schema import Config
 from internlm.convert.checkpoint_types import open_weights
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.documents.folders import find_train_files, find_valid_sets
-from internlm.initialize.build_data import build_loader, build_valid_sets, file_format
+from internlm.data.documents.folders import find_train_files
+from internlm.initialize.build_data import build_loader, build_valid_sets
+from internlm.initialize.file_formats import file_format
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
+from internlm.initialize.valid_sets import find_sets, valid_places
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
 from internlm.utils.errors import CheckpointError, ConfigError, DataError, UserError
@@ -96,10 +98,10 @@ def _train_folder(config: Config, context: ParallelContext) -> list[str]:
 
 
 def _valid_folder(config: Config, context: ParallelContext) -> list[str]:
-    folder = config.data.valid_folder
-    if folder is not None and config.data.valid_every > 0:
-        _require_local("data.valid_folder", folder)
-        find_valid_sets(folder, file_format(config))
+    if config.data.valid_every > 0:
+        for key, folder in valid_places(config):
+            _require_local(key, folder)
+        find_sets(config)
     return []
 
 

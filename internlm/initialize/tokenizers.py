@@ -12,12 +12,17 @@ from pathlib import Path
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer, trained_with
 from internlm.config.schema import Config
 from internlm.convert.hf_folder import HF_FILES
-from internlm.data.documents.document_file import FileFormat
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.data.tokenize.text_tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, load_tokenizer
-from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
-from internlm.initialize.build_data import file_format
+from internlm.data.tokenized_files.tokenizer_record import (
+    TokenizerRecord,
+    common_record,
+    read_record,
+    tokenizer_records,
+)
+from internlm.initialize.file_formats import file_format
+from internlm.initialize.valid_sets import find_sets
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -34,9 +39,9 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
         DataError: a folder of data is missing, or a record in it is malformed.
     """
     data = config.data
-    evaluates = data.valid_every > 0 and data.valid_folder is not None
-    folders = [folder for folder in (data.train_folder, data.valid_folder if evaluates else None) if folder is not None]
-    record = _of_folders(tuple(folders), file_format(config), data.check_tokenizer)
+    paths = list(tokenizer_records(data.train_folder, file_format(config))) if data.train_folder is not None else []
+    paths += [path for each in find_sets(config) for path in each.paths]
+    record = _common(paths, data.check_tokenizer)
     named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))
     found = (
         None
@@ -97,10 +102,9 @@ def _compare(known: KnownTokenizer, other: KnownTokenizer, what: str, config: Co
     logger.info("%s", message)
 
 
-def _of_folders(folders: Sequence[str], format: FileFormat, checked: bool) -> TokenizerRecord | None:
-    records = {path: record for folder in folders for path, record in tokenizer_records(folder, format).items()}
+def _common(paths: Sequence[Path], checked: bool) -> TokenizerRecord | None:
     try:
-        return common_record(records)
+        return common_record({path: read_record(path) for path in paths})
     except DataError as error:
         if checked:
             raise DataError(f"{error}. If the ids mean the same, set data.check_tokenizer = False") from error

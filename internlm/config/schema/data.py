@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from internlm.config.schema.base import PathText, Section, key, later, no_effect, used_with
+from internlm.config.schema.base import EXPAND_HOME, PathText, Section, key, later, no_effect, used_with
+from internlm.config.schema.valid_folders import VALID_FOLDERS
 from internlm.utils.packing_modes import Packing, default_document_mask
 
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
@@ -68,8 +69,17 @@ class DataConfig(Section):
     train_folder: PathText = key(
         None, "Folder of <type>/**/NAME with files of data.type for training, or one file or prefix; None: dummy data."
     )
-    valid_folder: PathText = key(
-        None, "Folder in which each directory with files of data.type is a validation set, or one file; None: none."
+    valid_folder: Annotated[str | dict[str, dict[str, Any]] | None, EXPAND_HOME, VALID_FOLDERS] = key(
+        None,
+        "Folder in which each directory with files of data.type is a validation set, or one file; or dict(NAME=path, "
+        "...) or dict(NAME=dict(path=..., type=...), ...), one set for each name; None: none.",
+    )
+    valid_fraction: float = key(
+        0.0,
+        "Share of the documents of train_folder that are held out of training and evaluated as the set `held_out`, or "
+        "`held_out/TYPE` for each type.",
+        ge=0,
+        lt=1,
     )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
@@ -143,6 +153,11 @@ class DataConfig(Section):
     image_folder: PathText = used_with(None, "Folder that image paths are relative to.", "data.is_multimodal")
     image_size: int | None = used_with(None, "Side of an image in pixels.", "data.is_multimodal", ge=1)
     patch_size: int | None = used_with(None, "Side of an image patch in pixels.", "data.is_multimodal", ge=1)
+
+    @property
+    def has_valid_sets(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return self.valid_folder is not None or self.valid_fraction > 0
 
     @model_validator(mode="after")
     def _fill(self) -> DataConfig:

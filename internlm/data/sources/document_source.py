@@ -17,7 +17,8 @@ import numpy as np
 from internlm.data.documents.best_fit_index import BestFitIndex
 from internlm.data.documents.document_file import DocumentFile, FileFormat, TypedFile
 from internlm.data.documents.document_index import DocumentIndex, FileSummary, summarize
-from internlm.data.documents.folders import find_train_files
+from internlm.data.documents.folders import find_train_files, min_length_of
+from internlm.data.documents.held_out import num_held_out
 from internlm.data.packing.document_slice import padding_slice
 from internlm.data.packing.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle
 from internlm.data.packing.sample import (
@@ -29,7 +30,7 @@ from internlm.data.packing.sample import (
     stack_slices,
 )
 from internlm.data.sources.slice_reader import SliceReader
-from internlm.utils.errors import ConfigError, DataError, nearest
+from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 
 _MAX_OPEN_FILES = 128
@@ -45,8 +46,9 @@ class _FileEntry:
     path: Path
     type_id: int
     min_length: int
+    held_out: int
     length: int
-    """After the min_length filter: tokens (packed), documents (unpacked) or bins (best fit)."""
+    """Of what is neither held out nor shorter than min_length: tokens (packed), documents (unpacked) or bins."""
 
 
 class DocumentSource:
@@ -70,6 +72,7 @@ class DocumentSource:
             `Sample.unreadable`.
         document_mask: whether attention stays within documents; None: the default of the packing.
         fim: fill-in-the-middle.
+        valid_fraction: share of the documents of each file that are held out; see `num_held_out`.
 
     Raises:
         DataError: the folder or a file is malformed, no file is long enough for one sample, no document has two
@@ -91,7 +94,9 @@ class DocumentSource:
         skip_bad_documents: bool = False,
         document_mask: bool | None = None,
         fim: FillInTheMiddle | None = None,
+        valid_fraction: float = 0.0,
     ) -> None:
+        self.valid_fraction, self._folder = valid_fraction, folder
         self.seq_len, self.micro_bsz, self.packing, self.vocab_size = seq_len, micro_bsz, packing, vocab_size
         self.skip_bad_documents, self.fim = skip_bad_documents, fim
         self.document_mask = check_document_mask(packing, document_mask)
@@ -105,11 +110,11 @@ class DocumentSource:
         else:
             self._sample_length = micro_bsz * seq_len
         files, self.type_names = find_train_files(folder, format)
-        limits = [_min_length_of(file, folder, self.type_names, min_length, min_length_dict) for file in files]
+        limits = [min_length_of(file, folder, self.type_names, min_length, min_length_dict) for file in files]
         opened = self._open_all(files, limits)
         self._entries = [
-            _FileEntry(file.path, file.type_id, limit, length)
-            for file, limit, (_, length) in zip(files, limits, opened, strict=True)
+            _FileEntry(file.path, file.type_id, limit, self._held_out(file.path, summary.documents), length)
+            for file, limit, (summary, length) in zip(files, limits, opened, strict=True)
         ]
         keeps_rest = packing in ("unpacked", "best_fit")
         self._ends = np.cumsum(
@@ -133,6 +138,7 @@ class DocumentSource:
             "fim": None if self.fim is None else self.fim.facts,
             "seq_len": self.seq_len,
             "micro_bsz": self.micro_bsz,
+            "valid_fraction": self.valid_fraction,
         }
 
     def __len__(self) -> int:
@@ -208,16 +214,20 @@ class DocumentSource:
     def _summarize(self, typed_file: TypedFile, min_length: int) -> tuple[FileSummary, int]:
         """Build the indices of a file; return its summary, and its length in tokens, documents or bins."""
         file = self._format.open(typed_file.path)
-        summary = summarize(file, min_length)
-        index = self._index(file, min_length)
+        held_out = self._held_out(typed_file.path, len(file))
+        summary = summarize(file, min_length, held_out)
+        index = self._index(file, min_length, held_out)
         if isinstance(index, BestFitIndex):
             return summary, len(index)
         return summary, summary.kept_documents if self.packing == "unpacked" else summary.kept_tokens
 
-    def _index(self, file: DocumentFile, min_length: int) -> DocumentIndex | BestFitIndex:
+    def _held_out(self, path: Path, num_documents: int) -> int:
+        return num_held_out(num_documents, self.valid_fraction, path, self._folder)
+
+    def _index(self, file: DocumentFile, min_length: int, held_out: int) -> DocumentIndex | BestFitIndex:
         if self.packing == "best_fit":
-            return BestFitIndex(file, min_length, self.seq_len, self._capacity)
-        return DocumentIndex(file, min_length, count_documents=self.packing == "unpacked")
+            return BestFitIndex(file, min_length, self.seq_len, self._capacity, held_out)
+        return DocumentIndex(file, min_length, self.packing == "unpacked", held_out)
 
     def _open_file(self, file_index: int) -> tuple[DocumentFile, DocumentIndex | BestFitIndex]:
         if file_index in self._open:
@@ -225,7 +235,7 @@ class DocumentSource:
             return self._open[file_index]
         entry = self._entries[file_index]
         file = self._format.open(entry.path, self.vocab_size)
-        self._open[file_index] = file, self._index(file, entry.min_length)
+        self._open[file_index] = file, self._index(file, entry.min_length, entry.held_out)
         if len(self._open) > _MAX_OPEN_FILES:
             self._open.popitem(last=False)
         return self._open[file_index]
@@ -234,8 +244,8 @@ class DocumentSource:
         if len(self) == 0:
             unit = {"unpacked": "documents", "best_fit": "bins"}.get(self.packing, "tokens (micro_bsz * seq_len)")
             raise DataError(
-                f"{folder}: {len(self._entries)} files with {self.num_tokens} tokens (after min_length), but none has "
-                f"enough for one sample of {self._sample_length} {unit}. "
+                f"{folder}: {len(self._entries)} files with {self.num_tokens} tokens (after min_length and "
+                f"valid_fraction), but none has enough for one sample of {self._sample_length} {unit}. "
                 "Lower data.micro_bsz, data.seq_len or data.min_length, or merge small files"
             )
         if self.num_tokens == num_documents:
@@ -280,19 +290,3 @@ class DocumentSource:
                     self.num_tokens,
                     len(self._entries),
                 )
-
-
-def _min_length_of(
-    file: TypedFile, folder: str | Path, type_names: list[str], min_length: int, by_type: Mapping[str, int] | None
-) -> int:
-    """The minimum length of the documents of a file.
-
-    Raises:
-        DataError: `by_type` names an unknown type.
-    """
-    for name in by_type or {}:
-        if name not in type_names:
-            raise DataError(
-                f"min_length_dict names the type '{name}', but {folder} has {type_names}." + nearest(name, type_names)
-            )
-    return (by_type or {}).get(type_names[file.type_id], min_length)
