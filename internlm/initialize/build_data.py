@@ -8,9 +8,10 @@ from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.sources.open_source import open_source
-from internlm.data.sources.sample_stream import ShuffledSource
+from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.initialize.file_formats import file_format
+from internlm.initialize.text_stream import build_text_stream
 from internlm.initialize.valid_sets import find_sets, log_unread_valid_files
 from internlm.utils.errors import ConfigError, nearest
 
@@ -18,6 +19,24 @@ from internlm.utils.errors import ConfigError, nearest
 def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
     """Build the training loader of this data rank."""
     data = config.data
+    return build_train_loader(
+        build_stream(config, context),
+        micro_num=data.micro_num,
+        data_rank=context.index("data"),
+        data_size=context.size("data"),
+        num_workers=data.num_worker,
+        rampup_batch_size=data.rampup_batch_size,
+        skip_batches=data.skip_batches,
+        total_steps=data.total_steps,
+        pin_memory=context.device.type == "cuda",
+    )
+
+
+def build_stream(config: Config, context: ParallelContext) -> SampleStream:
+    """Build the stream of training samples."""
+    data = config.data
+    if data.type == "streaming":
+        return build_text_stream(config, context, fill_in_the_middle(config))
     source = open_source(
         data.train_folder,
         seq_len=data.seq_len,
@@ -34,17 +53,7 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         fim=fill_in_the_middle(config),
         valid_fraction=data.valid_fraction,
     )
-    return build_train_loader(
-        ShuffledSource(source, data.seed),
-        micro_num=data.micro_num,
-        data_rank=context.index("data"),
-        data_size=context.size("data"),
-        num_workers=data.num_worker,
-        rampup_batch_size=data.rampup_batch_size,
-        skip_batches=data.skip_batches,
-        total_steps=data.total_steps,
-        pin_memory=context.device.type == "cuda",
-    )
+    return ShuffledSource(source, data.seed)
 
 
 def fill_in_the_middle(config: Config) -> FillInTheMiddle | None:

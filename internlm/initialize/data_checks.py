@@ -7,6 +7,7 @@ from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents import folder_checks
 from internlm.initialize.file_formats import file_format
+from internlm.initialize.text_stream import check_train_rows
 from internlm.initialize.valid_sets import find_sets
 from internlm.utils.errors import DataError, UserError
 from internlm.utils.logging import get_logger
@@ -25,11 +26,12 @@ def check_data(config: Config) -> list[str]:
             token that contributes loss.
     """
     data, lines = config.data, []
-    if data.train_folder is not None:
-        lines.append(
-            str(folder_checks.check_train_folder(data.train_folder, file_format(config), config.model.vocab_size))
-        )
-    lines += map(str, folder_checks.check_valid_sets(find_sets(config), config.model.vocab_size))
+    vocab_size = config.model.vocab_size
+    if data.type == "streaming":
+        lines.append(check_train_rows(config))
+    elif data.train_folder is not None:
+        lines.append(str(folder_checks.check_train_folder(data.train_folder, file_format(config), vocab_size)))
+    lines += map(str, folder_checks.check_valid_sets(find_sets(config), vocab_size))
     return lines
 
 

@@ -39,8 +39,11 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
         DataError: a folder of data is missing, or a record in it is malformed.
     """
     data = config.data
-    paths = list(tokenizer_records(data.train_folder, file_format(config))) if data.train_folder is not None else []
-    paths += [path for each in find_sets(config) for path in each.paths]
+    # Rows are tokenized by data.tokenizer_path itself.
+    paths: list[Path] = []
+    if data.train_folder is not None and data.type != "streaming":
+        paths += tokenizer_records(data.train_folder, file_format(config))
+    paths += [path for each in find_sets(config, with_rows=False) for path in each.paths]
     record = _common(paths, data.check_tokenizer)
     named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))
     found = (

@@ -3,28 +3,77 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 from internlm.config.schema import Config
-from internlm.data.documents.document_file import FileFormat
 from internlm.data.documents.folders import log_unread_files
 from internlm.data.documents.valid_sets import ValidSet, folder_sets, held_out_sets, named_set
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.file_formats import file_format, format_of_type
+from internlm.initialize.text_stream import rows_as_documents
 from internlm.utils.errors import CheckpointError, ConfigError
 
 
-def find_sets(config: Config) -> list[ValidSet]:
+@dataclass(frozen=True)
+class ValidPlace:
+    """One folder or file that `data.valid_folder` names.
+
+    Attributes:
+        key: that names it, for messages.
+        name: of its set; None where its subfolders are sets.
+        folder: folder or file.
+        type: as `data.type`.
+        array_dtype, array_separator: see `TokenArray`.
+    """
+
+    key: str
+    name: str | None
+    folder: str
+    type: str
+    array_dtype: str | None
+    array_separator: int | None
+
+
+def valid_places(config: Config) -> list[ValidPlace]:
+    """Every folder and file that `data.valid_folder` names, whether or not it is evaluated."""
+    data = config.data
+    own = (data.array_dtype, data.array_separator)
+    if isinstance(data.valid_folder, str):
+        return [ValidPlace("data.valid_folder", None, data.valid_folder, data.type, *own)]
+    places = []
+    for name, each in (data.valid_folder or {}).items():
+        type = each.get("type", data.type)
+        dtype, separator = own if type == data.type else (None, None)
+        dtype, separator = each.get("array_dtype", dtype), each.get("array_separator", separator)
+        places.append(ValidPlace(f"data.valid_folder[{name!r}]", name, each["path"], type, dtype, separator))
+    return places
+
+
+def find_sets(config: Config, *, with_rows: bool = True) -> list[ValidSet]:
     """Find the validation sets of a run; none if evaluation is off.
 
+    Args:
+        config: of the run.
+        with_rows: whether to include sets of rows, which are tokenized first.
+
     Raises:
-        DataError: a folder is missing, has no file of its type, or is in an object store.
+        DataError: a folder is missing, has no file of its type, or a row cannot be read.
         ConfigError: two sets have the same name.
     """
     data = config.data
     if data.valid_every == 0:
         return []
     sets: list[ValidSet] = []
-    for name, folder, format in _folders(config):
-        sets += folder_sets(folder, format) if name is None else [named_set(name, folder, format)]
+    for place in valid_places(config):
+        folder: str | Path = place.folder
+        if place.type != "streaming":
+            format = format_of_type(place.type, place.array_dtype, place.array_separator)
+        elif with_rows:
+            folder, format = rows_as_documents(config, place.folder), TOKENIZED
+        else:
+            continue
+        sets += folder_sets(folder, format) if place.name is None else [named_set(place.name, folder, format)]
     if data.valid_fraction > 0:
         assert data.train_folder is not None
         sets += held_out_sets(
@@ -61,29 +110,6 @@ def check_held_out(saved: Config, config: Config, what: str) -> None:
 
 def log_unread_valid_files(config: Config) -> None:
     """Log the files in validation folders that are not read, such as text."""
-    if config.data.valid_every > 0:
-        for _, folder, format in _folders(config):
-            log_unread_files(folder, format)
-
-
-def valid_places(config: Config) -> list[tuple[str, str]]:
-    """(config key, folder or file) of every validation folder, whether or not it is evaluated."""
-    folder = config.data.valid_folder
-    if isinstance(folder, dict):
-        return [(f"data.valid_folder[{name!r}]", each["path"]) for name, each in folder.items()]
-    return [] if folder is None else [("data.valid_folder", folder)]
-
-
-def _folders(config: Config) -> list[tuple[str | None, str, FileFormat]]:
-    """(name of the set, folder, format) of every validation folder; the name is None where subfolders are sets."""
-    data = config.data
-    if isinstance(data.valid_folder, dict):
-        result: list[tuple[str | None, str, FileFormat]] = []
-        for name, each in data.valid_folder.items():
-            type_name = each.get("type", data.type)
-            inherits = type_name == data.type
-            dtype = each.get("array_dtype", data.array_dtype if inherits else None)
-            separator = each.get("array_separator", data.array_separator if inherits else None)
-            result.append((name, each["path"], format_of_type(type_name, dtype, separator)))
-        return result
-    return [] if data.valid_folder is None else [(None, data.valid_folder, file_format(config))]
+    for place in valid_places(config) if config.data.valid_every > 0 else ():
+        if place.type != "streaming":
+            log_unread_files(place.folder, format_of_type(place.type))

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from internlm.config.problem import Problem
-from internlm.config.rules import cuda_graphs, experts, float8, model, packing, pipeline, ranks, run, splits, valid_sets
+from internlm.config.rules import (
+    cuda_graphs,
+    experts,
+    float8,
+    model,
+    packing,
+    pipeline,
+    ranks,
+    rows,
+    run,
+    splits,
+    valid_sets,
+)
 from internlm.config.schema import Config
 
 Rule = Callable[[Config, int], Iterator[Problem]]
@@ -35,6 +47,7 @@ RULES: tuple[Rule, ...] = (
     run.token_arrays,
     valid_sets.held_out_documents,
     valid_sets.named_sets,
+    rows.streaming,
     packing.packing,
     packing.fill_in_the_middle,
     model.shape,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from internlm.config.problem import Problem
 from internlm.config.schema import Config
-from internlm.config.schema.valid_folders import DOCUMENT_TYPES
+from internlm.config.schema.valid_folders import DOCUMENT_TYPES, VALID_TYPES
 
 
 def held_out_documents(config: Config, world_size: int) -> Iterator[Problem]:
@@ -31,7 +31,7 @@ def held_out_documents(config: Config, world_size: int) -> Iterator[Problem]:
 def named_sets(config: Config, world_size: int) -> Iterator[Problem]:
     """Every validation set has a type of files, and keys of that type."""
     data = config.data
-    if isinstance(data.valid_folder, str) and data.valid_every > 0 and data.type not in DOCUMENT_TYPES:
+    if isinstance(data.valid_folder, str) and data.valid_every > 0 and data.type not in VALID_TYPES:
         yield Problem(
             ("data.valid_folder", "data.type"),
             f"data.valid_folder = {data.valid_folder!r}: data.type = {data.type!r} has no validation files; name their "
@@ -42,11 +42,16 @@ def named_sets(config: Config, world_size: int) -> Iterator[Problem]:
     for name, each in data.valid_folder.items():
         place = f"data.valid_folder[{name!r}]"
         type_name = each.get("type", data.type)
-        if type_name not in DOCUMENT_TYPES:
+        if type_name not in VALID_TYPES:
             yield Problem(
                 ("data.valid_folder", "data.type"),
                 f"{place} has no type, and data.type = {data.type!r} has no validation files; give dict(path=..., "
                 "type='tokenized')",
+            )
+        if type_name == "streaming" and data.tokenizer_path is None:
+            yield Problem(
+                ("data.valid_folder", "data.tokenizer_path"),
+                f"{place}: type = 'streaming' needs data.tokenizer_path, the tokenizer of its rows",
             )
         for item in ("array_dtype", "array_separator"):
             if item in each and type_name != "arrays":

@@ -12,9 +12,12 @@ from internlm.utils.paths import expand_home
 DOCUMENT_TYPES = ("tokenized", "megatron", "arrays")
 """Values of `data.type` whose files have documents by number."""
 
+VALID_TYPES = (*DOCUMENT_TYPES, "streaming")
+"""Types of validation sets."""
+
 _KEYS: dict[str, tuple[type, str]] = {
     "path": (str, "a folder or file"),
-    "type": (str, f"one of {', '.join(map(repr, DOCUMENT_TYPES))}"),
+    "type": (str, f"one of {', '.join(map(repr, VALID_TYPES))}"),
     "array_dtype": (str, "'uint16' or 'uint32'"),
     "array_separator": (int, "an id"),
 }
@@ -43,7 +46,7 @@ def _named_sets(value: Any) -> Any:
                 raise ValueError(f"{place}{item!r} is not one of {', '.join(_KEYS)})")
             kind, meaning = _KEYS[item]
             wrong = isinstance(inner, bool) or not isinstance(inner, kind) or inner == ""
-            wrong = wrong or (item == "type" and inner not in DOCUMENT_TYPES)
+            wrong = wrong or (item == "type" and inner not in VALID_TYPES)
             wrong = wrong or (item == "array_dtype" and inner not in ("uint16", "uint32"))
             if wrong or (item == "array_separator" and inner < 0):
                 raise ValueError(f"{place}{item} = {inner!r} must be {meaning})")

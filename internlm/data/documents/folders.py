@@ -77,10 +77,10 @@ def find_valid_sets(folder: str | Path, format: FileFormat) -> dict[str, list[Pa
     return dict(sorted(sets.items()))
 
 
-def min_length_of(
-    file: TypedFile, folder: str | Path, type_names: list[str], min_length: int, by_type: Mapping[str, int] | None
+def min_length_of_type(
+    type_name: str, folder: str | Path, type_names: list[str], min_length: int, by_type: Mapping[str, int] | None
 ) -> int:
-    """The minimum length of the documents of a file.
+    """The minimum length of the documents of a type.
 
     Raises:
         DataError: `by_type` names an unknown type.
@@ -90,7 +90,7 @@ def min_length_of(
             raise DataError(
                 f"min_length_dict names the type '{name}', but {folder} has {type_names}." + nearest(name, type_names)
             )
-    return (by_type or {}).get(type_names[file.type_id], min_length)
+    return (by_type or {}).get(type_name, min_length)
 
 
 def unread_files(folder: str | Path, format: FileFormat) -> list[Path]:

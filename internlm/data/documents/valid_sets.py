@@ -12,7 +12,7 @@ from typing import Protocol
 
 from internlm.data.documents.document_file import DocumentFile, FileFormat
 from internlm.data.documents.document_index import summarize
-from internlm.data.documents.folders import find_train_files, find_valid_sets, min_length_of
+from internlm.data.documents.folders import find_train_files, find_valid_sets, min_length_of_type
 from internlm.data.documents.held_out import DocumentSelection, OpenFiles, held_out_documents, num_held_out
 from internlm.utils.errors import DataError
 
@@ -152,7 +152,7 @@ def held_out_sets(
     for type_id in used:
         name = HELD_OUT if len(used) == 1 else f"{HELD_OUT}/{type_names[type_id]}"
         members = [file for file in files if file.type_id == type_id]
-        limit = min_length_of(members[0], folder, type_names, min_length, by_type)
+        limit = min_length_of_type(type_names[type_id], folder, type_names, min_length, by_type)
         paths = [file.path for file in members]
         sets.append(HeldOutSet(name, paths, format, str(folder), fraction, limit))
     return sets

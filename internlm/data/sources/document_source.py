@@ -17,7 +17,7 @@ import numpy as np
 from internlm.data.documents.best_fit_index import BestFitIndex
 from internlm.data.documents.document_file import DocumentFile, FileFormat, TypedFile
 from internlm.data.documents.document_index import DocumentIndex, FileSummary, summarize
-from internlm.data.documents.folders import find_train_files, min_length_of
+from internlm.data.documents.folders import find_train_files, min_length_of_type
 from internlm.data.documents.held_out import num_held_out
 from internlm.data.packing.document_slice import padding_slice
 from internlm.data.packing.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle
@@ -110,7 +110,10 @@ class DocumentSource:
         else:
             self._sample_length = micro_bsz * seq_len
         files, self.type_names = find_train_files(folder, format)
-        limits = [min_length_of(file, folder, self.type_names, min_length, min_length_dict) for file in files]
+        limits = [
+            min_length_of_type(self.type_names[file.type_id], folder, self.type_names, min_length, min_length_dict)
+            for file in files
+        ]
         opened = self._open_all(files, limits)
         self._entries = [
             _FileEntry(file.path, file.type_id, limit, self._held_out(file.path, summary.documents), length)
