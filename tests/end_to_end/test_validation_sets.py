@@ -162,3 +162,27 @@ def test_a_set_of_the_name_of_the_held_out_one_is_refused(corpus: tuple[Path, li
     keys = {"train_folder": str(folder / "train" / "en"), "valid_folder": {"held_out": str(folder / "code")}}
     code, output, _ = train(tmp_path, config_of(tmp_path, folder, valid_fraction=0.1, **keys), "--dry-run")
     assert code == 2 and "has a set 'held_out', and data.valid_fraction makes one of that name" in output, output
+
+
+@pytest.mark.parametrize("train_type", ["streaming", "tokenized"])
+def test_rows_are_a_validation_set_of_any_run(corpus: tuple[Path, list[str]], tmp_path: Path, train_type: str) -> None:
+    folder, texts = corpus
+    for name in ("rows/train", "rows_of_another/valid"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        lines = [json.dumps({"text": text}) for text in texts[:30]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    train_folder = tmp_path / "rows" if train_type == "streaming" else folder / "train"
+    named = {
+        "rows": {"path": str(tmp_path / "rows_of_another"), "type": "streaming"},
+        "code": {"path": str(folder / "code"), "type": "tokenized"},
+    }
+    keys: dict[str, Any] = {"type": train_type, "train_folder": str(train_folder), "valid_folder": named}
+    code, output, found = train(tmp_path, config_of(tmp_path, folder, **keys))
+    assert code == 0, output
+    num_bytes = sum(len(text.encode()) for text in texts[:30])
+    # Rows end with eos and have no bos, so that the first byte of each is no label.
+    firsts = len(texts[:30])
+    for line in found:
+        bits = line["val/rows_loss"] * num_bytes / math.log(2)
+        assert line["val/rows_bpb"] == pytest.approx(bits / (num_bytes - firsts), rel=1e-6)
+        assert "val/code_bpb" in line
