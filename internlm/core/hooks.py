@@ -81,7 +81,8 @@ class RunningTrainer(Protocol):
         """Evaluate every valid set on all its tokens; collective.
 
         Returns:
-            `val/<set>_loss`, `_acc`, `_plex` and, if known, `_bpb`. A set that cannot be read is logged as an error and left out.
+            `val/<set>_loss`, `_acc`, `_plex` and, if known, `_bpb`. A set that cannot be read is logged as an error and
+            left out.
         """
 
     def save_checkpoint(self, *, snapshot: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from internlm.core.batch_source import BatchSource, ClosableSource, SeekableSource
-from internlm.core.communication.collectives import all_reduce_async
+from internlm.core.communication.collectives import all_reduce, all_reduce_async
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hook_checks import find_problem, state_of
@@ -64,6 +64,8 @@ class Trainer:
         run_dir: folder for the output of the run.
         valid_sets: name -> batches of this data rank, as many micro-batches as on every other data rank.
         label_bytes: name of a valid set -> labels and bytes of all data ranks, for bits per byte.
+        counts_bad_documents: whether the metric "bad_documents" counts what batches list as unreadable, over all data
+            ranks since the start of the run.
         checkpointer: saves the run; None disables saving.
         is_skipped: step (0 for the first) -> whether its batch is skipped. A skipped batch has no metrics, but counts
             as a step: periodic saves and evaluations are not affected.
@@ -82,6 +84,7 @@ class Trainer:
         run_dir: Path | str = "runs/anonymous",
         valid_sets: Mapping[str, Iterable[Batch]] | None = None,
         label_bytes: Mapping[str, LabelBytes] | None = None,
+        counts_bad_documents: bool = False,
         checkpointer: Checkpointer | None = None,
         is_skipped: Callable[[int], bool] = lambda step: False,
     ) -> None:
@@ -109,6 +112,8 @@ class Trainer:
         self.is_main_rank = self.context.is_main_rank
         self.resumed_from: str | None = None
         self.num_skipped_updates = torch.zeros((), dtype=torch.float32, device=self.context.device)
+        self.counts_bad_documents = counts_bad_documents
+        self.num_bad_documents = torch.zeros((), dtype=torch.float64, device=self.context.device)
         self.progress = engine.progress
         self.run_control = RunControl(self.context.world_group)
 
@@ -188,6 +193,11 @@ class Trainer:
         if self._listens("on_after_optimizer_step"):
             self._call("on_after_optimizer_step")
         self.num_skipped_updates = self.num_skipped_updates + result.skipped
+        extra = dict(result.statistics)
+        if self.counts_bad_documents:
+            count = torch.full_like(self.num_bad_documents, len(batch.unreadable))
+            self.num_bad_documents = self.num_bad_documents + all_reduce(count, self.context.group("data"))
+            extra["bad_documents"] = self.num_bad_documents
         num_tokens = self._count(batch)
         documents = batch.num_documents
         metrics = StepMetrics(
@@ -208,7 +218,7 @@ class Trainer:
             num_consumed_samples=self.state.num_consumed_samples,
             inf_nan_skip_batches=self.num_skipped_updates,
             seconds=dict(result.seconds),
-            extra=dict(result.statistics),
+            extra=extra,
         )
         if self.advance == "update":
             metrics.start_copy()

@@ -46,7 +46,7 @@ def build_stream(config: Config, context: ParallelContext) -> SampleStream:
         seed=data.seed,
         min_length=data.min_length,
         min_length_dict=data.min_length_dict,
-        skip_bad_documents=data.skip_bad_documents,
+        skip_bad_documents=data.on_bad_data == "skip",
         fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
         format=file_format(config),
         document_mask=data.document_mask,

@@ -91,6 +91,7 @@ def build_health(config: Config, collector: MetricsCollector, engine: Engine, tr
         smallest_scale=scaler.scale_bounds[0] if scale_can_shrink else math.inf,
         find_cause=partial(describe_failed_update, optimizer),
         samples_per_epoch=train_loader.num_samples_per_epoch,
+        max_bad_documents=data.max_bad_documents,
         why_no_label=f"The likely reason: {reasons}; see doc/data.md",
     )
 

@@ -54,7 +54,7 @@ def build_text_stream(config: Config, context: ParallelContext, fim: FillInTheMi
             min_length_of_type(name, data.train_folder, found.types, data.min_length, data.min_length_dict)
             for name in found.types
         ),
-        skip_bad_documents=data.skip_bad_documents,
+        skip_bad_documents=data.on_bad_data == "skip",
     )
     return TextStream(
         files,
@@ -83,7 +83,7 @@ def check_train_rows(config: Config) -> str:
     chosen = [order.locate(row) for row in range(0, order.num_rows, stride)]
     encoded = encoder.encode([(files[file], row) for file, row in chosen])
     errors = [each.error for each in encoded if each.error is not None]
-    if errors and not data.skip_bad_documents:
+    if errors and data.on_bad_data == "stop":
         raise errors[0]
     num_tokens = sum(len(each.ids) for each in encoded)
     if num_tokens == 0:

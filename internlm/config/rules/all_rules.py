@@ -45,6 +45,7 @@ RULES: tuple[Rule, ...] = (
     splits.sequence,
     run.batches,
     run.token_arrays,
+    run.bad_data,
     valid_sets.held_out_documents,
     valid_sets.named_sets,
     rows.streaming,

@@ -38,6 +38,17 @@ def token_arrays(config: Config, world_size: int) -> Iterator[Problem]:
             )
 
 
+def bad_data(config: Config, world_size: int) -> Iterator[Problem]:
+    """The two names of skipping bad data must not contradict each other."""
+    data = config.data
+    if data.skip_bad_documents != (data.on_bad_data == "skip"):
+        yield Problem(
+            ("data.on_bad_data", "data.skip_bad_documents"),
+            f"data.on_bad_data = {data.on_bad_data!r} contradicts data.skip_bad_documents = {data.skip_bad_documents}; "
+            "give data.on_bad_data alone",
+        )
+
+
 def saving(config: Config, world_size: int) -> Iterator[Problem]:
     """Saving needs a folder and an interval."""
     ckpt = config.ckpt

@@ -101,9 +101,19 @@ class DataConfig(Section):
     skip_batches: Text = key(
         "", 'Steps (from 0) whose batches are counted but neither read nor trained on, such as "2-5,7".'
     )
-    skip_bad_documents: bool = key(
-        False, "Leave out unreadable documents, with a log line for each; False: they end the run."
+    on_bad_data: Literal["stop", "skip"] = key(
+        None,
+        "What a document that cannot be read does: `stop` ends the run; `skip` replaces it by padding, with a line in "
+        "the log.",
+        derived="`skip` with skip_bad_documents, else `stop`",
     )
+    max_bad_documents: int | None = key(
+        100,
+        "on_bad_data='skip': number of skipped documents, over all ranks since the first step of the run, above which "
+        "the run ends; None: no limit.",
+        ge=1,
+    )
+    skip_bad_documents: bool = key(None, "Former name of on_bad_data='skip'.", derived="data.on_bad_data == 'skip'")
     rampup_batch_size: Text = key(
         "", 'Ramp of micro_num as "start increment steps": start at start, add increment every `steps` steps.'
     )
@@ -200,6 +210,10 @@ class DataConfig(Section):
             self._derive(pack_sample_into_one=self.packing == "pack_sample_into_one")
         if self.use_packed_dataset is None:
             self._derive(use_packed_dataset=self.packing != "unpacked")
+        if self.on_bad_data is None:
+            self._derive(on_bad_data="skip" if self.skip_bad_documents else "stop")
+        if self.skip_bad_documents is None:
+            self._derive(skip_bad_documents=self.on_bad_data == "skip")
         if self.document_mask is None:
             self._derive(document_mask=default_document_mask(self.packing))
         return self

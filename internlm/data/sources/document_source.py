@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class _FileEntry:
     type_id: int
     min_length: int
     held_out: int
+    sizes: tuple[int, ...]
+    """Of the inputs of the file when the source was built, in bytes."""
     length: int
     """Of what is neither held out nor shorter than min_length: tokens (packed), documents (unpacked) or bins."""
 
@@ -115,15 +117,12 @@ class DocumentSource:
             for file in files
         ]
         opened = self._open_all(files, limits)
-        self._entries = [
-            _FileEntry(file.path, file.type_id, limit, self._held_out(file.path, summary.documents), length)
-            for file, limit, (summary, length) in zip(files, limits, opened, strict=True)
-        ]
+        self._entries = [entry for entry, _ in opened]
         keeps_rest = packing in ("unpacked", "best_fit")
         self._ends = np.cumsum(
             [(entry.length + keeps_rest * (self._sample_length - 1)) // self._sample_length for entry in self._entries]
         )
-        summaries = [summary for summary, _ in opened]
+        summaries = [summary for _, summary in opened]
         self.num_tokens = sum(summary.kept_tokens for summary in summaries)
         self._open: OrderedDict[int, tuple[DocumentFile, DocumentIndex | BestFitIndex]] = OrderedDict()
         self._check_tokens(folder, sum(summary.kept_documents for summary in summaries))
@@ -156,14 +155,20 @@ class DocumentSource:
             epoch: the documents are those of every epoch, with the draws of fill-in-the-middle of this one.
 
         Raises:
-            DataError: a document of the sample is malformed.
+            DataError: a document of the sample is malformed, or its file has vanished or changed its size since the
+                source was built.
         """
         file_index = int(np.searchsorted(self._ends, index, side="right"))
         entry = self._entries[file_index]
         within = index - (int(self._ends[file_index - 1]) if file_index else 0)
         start = within * self._sample_length
         stop = min(start + self._sample_length, entry.length)
-        file, index_of_file = self._open_file(file_index)
+        try:
+            file, index_of_file = self._open_file(file_index)
+        except DataError as error:
+            if not self.skip_bad_documents:
+                raise
+            return replace(self.padding(), unreadable=(str(error),))
         reader = SliceReader(
             file,
             (epoch, file_index),
@@ -202,30 +207,30 @@ class DocumentSource:
         """Return a sample of padding alone."""
         return padding_sample(self.seq_len, self.micro_bsz, self.packing, self.document_mask)
 
-    def _open_all(self, files: list[TypedFile], limits: list[int]) -> list[tuple[FileSummary, int]]:
-        """Results of `_summarize` for all files.
+    def _open_all(self, files: list[TypedFile], limits: list[int]) -> list[tuple[_FileEntry, FileSummary]]:
+        """Results of `_index_file` for all files.
 
         Processes that open a folder at once begin at different files, so that each builds some of the indices. Not
         threads: NumPy parses headers of .npy files with `ast`, which fails in threads of Python 3.11.
         """
-        results: dict[int, tuple[FileSummary, int]] = {}
+        results: dict[int, tuple[_FileEntry, FileSummary]] = {}
         for position in range(len(files)):
             number = (position + os.getpid()) % len(files)
-            results[number] = self._summarize(files[number], limits[number])
+            results[number] = self._index_file(files[number], limits[number])
         return [results[number] for number in range(len(files))]
 
-    def _summarize(self, typed_file: TypedFile, min_length: int) -> tuple[FileSummary, int]:
-        """Build the indices of a file; return its summary, and its length in tokens, documents or bins."""
-        file = self._format.open(typed_file.path)
-        held_out = self._held_out(typed_file.path, len(file))
+    def _index_file(self, typed_file: TypedFile, min_length: int) -> tuple[_FileEntry, FileSummary]:
+        """Build the indices of a file."""
+        path, type_id = typed_file.path, typed_file.type_id
+        file = self._format.open(path)
+        held_out = num_held_out(len(file), self.valid_fraction, path, self._folder)
         summary = summarize(file, min_length, held_out)
         index = self._index(file, min_length, held_out)
+        length = summary.kept_documents if self.packing == "unpacked" else summary.kept_tokens
         if isinstance(index, BestFitIndex):
-            return summary, len(index)
-        return summary, summary.kept_documents if self.packing == "unpacked" else summary.kept_tokens
-
-    def _held_out(self, path: Path, num_documents: int) -> int:
-        return num_held_out(num_documents, self.valid_fraction, path, self._folder)
+            length = len(index)
+        sizes = tuple(each.stat().st_size for each in file.inputs)
+        return _FileEntry(path, type_id, min_length, held_out, sizes, length), summary
 
     def _index(self, file: DocumentFile, min_length: int, held_out: int) -> DocumentIndex | BestFitIndex:
         if self.packing == "best_fit":
@@ -233,11 +238,14 @@ class DocumentSource:
         return DocumentIndex(file, min_length, self.packing == "unpacked", held_out)
 
     def _open_file(self, file_index: int) -> tuple[DocumentFile, DocumentIndex | BestFitIndex]:
+        entry = self._entries[file_index]
         if file_index in self._open:
             self._open.move_to_end(file_index)
+            # Reading a mapped file that has become shorter would kill the process.
+            _check_unchanged(self._open[file_index][0], entry)
             return self._open[file_index]
-        entry = self._entries[file_index]
         file = self._format.open(entry.path, self.vocab_size)
+        _check_unchanged(file, entry)
         self._open[file_index] = file, self._index(file, entry.min_length, entry.held_out)
         if len(self._open) > _MAX_OPEN_FILES:
             self._open.popitem(last=False)
@@ -293,3 +301,23 @@ class DocumentSource:
                     self.num_tokens,
                     len(self._entries),
                 )
+
+
+def _check_unchanged(file: DocumentFile, entry: _FileEntry) -> None:
+    """Check that the inputs of a file have the sizes with which the source was built.
+
+    Raises:
+        DataError: one has vanished, or has another size.
+    """
+    for path, size in zip(file.inputs, entry.sizes, strict=True):
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read any more ({error.strerror}): it was there when this run started. Restore it"
+            ) from error
+        if found != size:
+            raise DataError(
+                f"{path} has {found:,} bytes, and had {size:,} when this run started: it has been cut or replaced. "
+                "Restore it, or restart the run with the new file"
+            )
