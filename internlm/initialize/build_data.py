@@ -8,8 +8,10 @@ from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.sources.open_source import open_source
+from internlm.data.sources.replay_stream import ReplayStream
 from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.text_stream import build_text_stream
 from internlm.initialize.valid_sets import find_sets, log_unread_valid_files
@@ -37,6 +39,8 @@ def build_stream(config: Config, context: ParallelContext) -> SampleStream:
     data = config.data
     if data.type == "streaming":
         return build_text_stream(config, context, fill_in_the_middle(config))
+    if data.type == "mocked" and data.train_folder is not None:
+        return build_replay_stream(config, context)
     source = open_source(
         data.train_folder,
         seq_len=data.seq_len,
@@ -48,12 +52,37 @@ def build_stream(config: Config, context: ParallelContext) -> SampleStream:
         min_length_dict=data.min_length_dict,
         skip_bad_documents=data.on_bad_data == "skip",
         fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
-        format=file_format(config),
+        format=TOKENIZED if data.type == "mocked" else file_format(config),
         document_mask=data.document_mask,
         fim=fill_in_the_middle(config),
         valid_fraction=data.valid_fraction,
     )
     return ShuffledSource(source, data.seed)
+
+
+def build_replay_stream(config: Config, context: ParallelContext) -> ReplayStream:
+    """Build the stream of the recorded batches of data.train_folder.
+
+    Raises:
+        DataError: a file is missing or malformed.
+        ConfigError: the run has more steps than the recording.
+    """
+    data = config.data
+    assert data.train_folder is not None
+    stream = ReplayStream(
+        data.train_folder,
+        seq_len=data.seq_len,
+        micro_bsz=data.micro_bsz,
+        rows_per_step=data.micro_num * data.micro_bsz * context.size("data"),
+        packing=data.packing,
+        vocab_size=config.model.vocab_size,
+    )
+    if data.total_steps > stream.num_steps:
+        raise ConfigError(
+            f"data.total_steps = {data.total_steps}, but {data.train_folder} has {stream.num_steps} recorded steps; "
+            f"set data.total_steps = {stream.num_steps}"
+        )
+    return stream
 
 
 def fill_in_the_middle(config: Config) -> FillInTheMiddle | None:

@@ -29,7 +29,7 @@ def check_data(config: Config) -> list[str]:
     vocab_size = config.model.vocab_size
     if data.type == "streaming":
         lines.append(check_train_rows(config))
-    elif data.train_folder is not None:
+    elif data.train_folder is not None and data.type != "mocked":
         lines.append(str(folder_checks.check_train_folder(data.train_folder, file_format(config), vocab_size)))
     lines += map(str, folder_checks.check_valid_sets(find_sets(config), vocab_size))
     return lines

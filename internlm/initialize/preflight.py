@@ -21,7 +21,7 @@ from internlm.data.documents.folders import find_train_files
 from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.row_folders import find_row_files
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
-from internlm.initialize.build_data import build_loader, build_valid_sets
+from internlm.initialize.build_data import build_loader, build_replay_stream, build_valid_sets
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model, parameter_groups
@@ -98,6 +98,8 @@ def _train_folder(config: Config, context: ParallelContext) -> list[str]:
     _require_local("data.train_folder", folder)
     if config.data.type == "streaming":
         find_row_files(locate_dataset(folder), config.data.subset_name)
+    elif config.data.type == "mocked":
+        build_replay_stream(config, context)
     else:
         find_train_files(folder, file_format(config))
     return []

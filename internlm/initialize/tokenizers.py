@@ -11,6 +11,7 @@ from pathlib import Path
 
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer, trained_with
 from internlm.config.schema import Config
+from internlm.config.schema.valid_folders import DOCUMENT_TYPES
 from internlm.convert.hf_folder import HF_FILES
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
@@ -41,7 +42,7 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
     data = config.data
     # Rows are tokenized by data.tokenizer_path itself.
     paths: list[Path] = []
-    if data.train_folder is not None and data.type != "streaming":
+    if data.train_folder is not None and data.type in DOCUMENT_TYPES:
         paths += tokenizer_records(data.train_folder, file_format(config))
     paths += [path for each in find_sets(config, with_rows=False) for path in each.paths]
     record = _common(paths, data.check_tokenizer)

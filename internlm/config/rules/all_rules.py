@@ -46,6 +46,8 @@ RULES: tuple[Rule, ...] = (
     run.batches,
     run.token_arrays,
     run.bad_data,
+    run.mocked,
+    run.xtuner_names,
     valid_sets.held_out_documents,
     valid_sets.named_sets,
     rows.streaming,

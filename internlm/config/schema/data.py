@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
@@ -51,15 +52,20 @@ class ConversationConfig(Section):
     chat_template: str | None = key(None, "File with a chat template; None: that of data.tokenizer_path.")
 
 
+XTUNER_NAMES = {"dataset_folder": "train_folder", "max_length": "seq_len"}
+"""XTuner's names of keys -> the keys."""
+
+
 class DataConfig(Section):
     """Sizes of a batch, the token folders, packing and evaluation."""
 
     type: Literal["tokenized", "megatron", "arrays", "streaming", "mocked", "hf", "lumina_pickle"] = later(
         "tokenized",
         "Kind of files: `tokenized` .bin/.meta, `megatron` .bin/.idx, `arrays` .npy, raw .bin or .ds of token ids, "
-        "`streaming` parquet, Arrow, JSON or text, tokenized during training. Without a folder: dummy data.",
+        "`streaming` parquet, Arrow, JSON or text, tokenized during training, `mocked` recorded batches. Without a "
+        "folder: dummy data.",
         "this source",
-        accepts=("tokenized", "megatron", "arrays", "streaming"),
+        accepts=("tokenized", "megatron", "arrays", "streaming", "mocked"),
     )
     array_dtype: Literal["uint16", "uint32"] | None = key(
         None, "`arrays`: dtype of files without a header (nanoGPT, OLMo, datatrove)."
@@ -83,6 +89,11 @@ class DataConfig(Section):
     min_length_dict: dict[str, int] | None = key(None, "min_length by name of a type folder; overrides min_length.")
     train_folder: PathText = key(
         None, "Folder of <type>/**/NAME with files of data.type for training, or one file or prefix; None: dummy data."
+    )
+    dataset_folder: PathText = key(None, "XTuner's name of train_folder.")
+    max_length: int | None = key(None, "XTuner's name of seq_len.", ge=1)
+    pack_to_max_length: bool | None = key(
+        None, "XTuner's name of a packing: True is `cut`, unless packing is another that packs; False is `unpacked`."
     )
     valid_folder: Annotated[str | dict[str, dict[str, Any]] | None, EXPAND_HOME, VALID_FOLDERS] = key(
         None,
@@ -122,7 +133,7 @@ class DataConfig(Section):
         "`cut`: documents one after the other, cut every micro_bsz * seq_len tokens; `pack_sample_into_one`: the same "
         "without a document mask; `best_fit`: documents remain whole where they fit, with padding at the end; "
         "`unpacked`: one document per row, padded to [micro_bsz, seq_len].",
-        derived="by use_packed_dataset and pack_sample_into_one; `cut` without them",
+        derived="by use_packed_dataset, pack_sample_into_one and pack_to_max_length; `cut` without them",
     )
     document_mask: bool = key(
         None,
@@ -191,6 +202,18 @@ class DataConfig(Section):
     image_size: int | None = used_with(None, "Side of an image in pixels.", "data.is_multimodal", ge=1)
     patch_size: int | None = used_with(None, "Side of an image patch in pixels.", "data.is_multimodal", ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_xtuner_names(cls, values: Any) -> Any:
+        """Fill the keys that XTuner's names stand for. Contradictions are found by a rule."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        for theirs, ours in XTUNER_NAMES.items():
+            if filled.get(theirs) is not None and filled.get(ours) is None:
+                filled[ours] = filled[theirs]
+        return filled
+
     @property
     def has_valid_sets(self) -> bool:
         """Whether there is anything to evaluate."""
@@ -205,7 +228,8 @@ class DataConfig(Section):
             self._derive(valid_micro_num=self.micro_num)
         if self.packing is None:
             one = "pack_sample_into_one" if self.pack_sample_into_one else "cut"
-            self._derive(packing="unpacked" if self.use_packed_dataset is False else one)
+            is_unpacked = False in (self.use_packed_dataset, self.pack_to_max_length)
+            self._derive(packing="unpacked" if is_unpacked else one)
         if self.pack_sample_into_one is None:
             self._derive(pack_sample_into_one=self.packing == "pack_sample_into_one")
         if self.use_packed_dataset is None:
