@@ -57,6 +57,7 @@ def other_value(path, field) -> Any:
         {"a": 1},
         [{"match": "*"}],
         FIM,
+        {},
     ):
         try:
             config = build(path, value)
