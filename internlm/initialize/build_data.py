@@ -13,7 +13,7 @@ from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.file_formats import file_format
-from internlm.initialize.text_stream import build_text_stream
+from internlm.initialize.row_stream import build_row_stream
 from internlm.initialize.valid_sets import find_sets, log_unread_valid_files
 from internlm.utils.errors import ConfigError, nearest
 
@@ -38,7 +38,7 @@ def build_stream(config: Config, context: ParallelContext) -> SampleStream:
     """Build the stream of training samples."""
     data = config.data
     if data.type == "streaming":
-        return build_text_stream(config, context, fill_in_the_middle(config))
+        return build_row_stream(config, context, fill_in_the_middle(config))
     if data.type == "mocked" and data.train_folder is not None:
         return build_replay_stream(config, context)
     source = open_source(

@@ -7,7 +7,7 @@ from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents import folder_checks
 from internlm.initialize.file_formats import file_format
-from internlm.initialize.text_stream import check_train_rows
+from internlm.initialize.row_stream import check_train_rows
 from internlm.initialize.valid_sets import find_sets
 from internlm.utils.errors import DataError, UserError
 from internlm.utils.logging import get_logger

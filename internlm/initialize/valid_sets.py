@@ -11,7 +11,7 @@ from internlm.data.documents.folders import log_unread_files
 from internlm.data.documents.valid_sets import ValidSet, folder_sets, held_out_sets, named_set
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.file_formats import file_format, format_of_type
-from internlm.initialize.text_stream import rows_as_documents
+from internlm.initialize.row_stream import rows_as_documents
 from internlm.utils.errors import CheckpointError, ConfigError
 
 

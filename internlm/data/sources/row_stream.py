@@ -16,7 +16,7 @@ from typing import Any
 
 from internlm.data.packing.sample import Sample
 from internlm.data.rows.row_file import RowFile
-from internlm.data.rows.row_order import RowOrder
+from internlm.data.rows.shuffled_rows import ShuffledRows
 from internlm.data.sources.row_encoder import RowEncoder
 from internlm.data.sources.shard_reader import RowPacking, ShardCursor, ShardReader
 from internlm.utils.errors import DataError
@@ -28,7 +28,7 @@ _LONG_SKIP = 16
 logger = get_logger(__name__)
 
 
-class TextStream:
+class RowStream:
     """A `SampleStream` over the rows of files, tokenized as they are needed.
 
     Args:
@@ -60,7 +60,7 @@ class TextStream:
         self.type_names = type_names
         self._files, self._type_ids, self._encoder, self._packing = files, type_ids, encoder, packing
         self._seed = seed
-        self._order = RowOrder(files, num_shards, seed)
+        self._order = ShuffledRows(files, num_shards, seed)
         if self._order.num_rows == 0:
             raise DataError(f"{files[0].path.parent}: the {len(files):,} files have no row")
         self._facts = dict(facts)
@@ -143,7 +143,7 @@ class TextStream:
         self._readers, self._changed = {}, set()
         saved = state.get("num_shards", self.num_shards)
         if saved != self.num_shards:
-            self._order = RowOrder(self._files, saved, self._seed)
+            self._order = ShuffledRows(self._files, saved, self._seed)
         if "cursors" in state and saved == self.num_shards:
             self._known = {
                 int(shard): (number, ShardCursor.from_json(cursor))
