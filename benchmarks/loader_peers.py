@@ -2,11 +2,11 @@
 
     python benchmarks/loader_peers.py [--documents 20000] [--seconds 4] [--megatron FOLDER]
 
-The peers pack the same documents, in an order of their own, into samples of --seq-len tokens:
+The peers pack the same documents, in an order of their own, into samples of --seq-len tokens, in one worker:
 
-- token ids: `datasets` with a column of ids, shuffled and grouped by an iterable dataset, in a DataLoader with a worker;
-- Megatron datasets also: GPTDataset of megatron-core in a DataLoader with one worker, if megatron-core is installed, or
-  found in the folder --megatron;
+- token ids: `datasets` with a column of ids, shuffled and grouped by an iterable dataset, in a DataLoader;
+- Megatron datasets also: GPTDataset of megatron-core in a DataLoader, if megatron-core is installed, or found in the
+  folder --megatron;
 - texts: `datasets` with a column of text, tokenized in the same place by the `tokenizers` library in batches of 100.
 
 Rounds alternate, and the best of each is compared. What a peer prepares before (Arrow files, GPTDataset's indices) is
@@ -167,9 +167,8 @@ def of_megatron(folder: Path, length: int, seconds: float) -> float:
 
         eod, pad, vocab_size, unique_identifiers = 0, 0, VOCAB, {"class": "Ends"}
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{time.time()}", world_size=1, rank=0
-    )
+    store = f"file://{folder}/store{time.time()}"
+    torch.distributed.init_process_group("gloo", init_method=store, world_size=1, rank=0)
     try:
         config = GPTDatasetConfig(
             random_seed=1,
