@@ -136,9 +136,12 @@ def held_out_rows(folder: str, count: int) -> Any:
     """int64 `[count, 2, SEQ]`: inputs and labels of a valid folder's rows that have no padding."""
     import torch
 
+    from internlm.data.documents.valid_sets import folder_sets
     from internlm.data.loaders.valid_loader import build_valid_loaders
+    from internlm.data.tokenized_files.file_format import TOKENIZED
 
-    loaders = build_valid_loaders(folder, seq_len=SEQ, micro_bsz=1, vocab_size=VOCAB, packed=False)
+    sets = folder_sets(folder, TOKENIZED)
+    loaders = build_valid_loaders(sets, seq_len=SEQ, micro_bsz=1, vocab_size=VOCAB, packed=False)
     rows = (
         torch.stack((micro.input_ids, micro.labels), dim=1)
         for loader in loaders.values()

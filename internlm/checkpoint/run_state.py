@@ -116,6 +116,7 @@ def counters_of(trainer: Trainer, data: dict[str, Any]) -> dict[str, Any]:
     return {
         "state": asdict(trainer.state),
         "inf_nan_skip_batches": float(trainer.num_skipped_updates),
+        "bad_documents": float(trainer.num_bad_documents),
         "num_updates": optimizer.num_updates,
         "scaler": optimizer.scaler.state_dict(),
         # The cursor of the loader is the trainer's own.
@@ -140,6 +141,7 @@ def _restore_counters(trainer: Trainer, state: dict[str, Any], wanted: set[str])
         saved = TrainState(**state["state"])
         trainer.state.num_consumed_samples = saved.num_consumed_samples
         trainer.state.num_consumed_tokens = saved.num_consumed_tokens
+        trainer.num_bad_documents.fill_(state.get("bad_documents", 0.0))
         if isinstance(trainer.train_loader, StatefulSource) and state.get("data"):
             trainer.train_loader.load_state_dict(state["data"])
     if wanted == set(WHOLE_RUN):

@@ -31,7 +31,7 @@ def find_notices(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
         )
     if given(_INTERLEAVED) and not config.parallel.sequence_2D.device_placement_strategy.interleaved:
         yield f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context"
-    if config.data.valid_every > 0 and config.data.valid_folder is None:
+    if config.data.valid_every > 0 and not config.data.has_valid_sets:
         yield (
             f"no effect: data.valid_every = {config.data.valid_every} (data.valid_folder is None: there is nothing to "
             "evaluate, where InternEvo takes random tokens)"
@@ -41,6 +41,11 @@ def find_notices(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
             f"no effect: data.valid_folder = {config.data.valid_folder!r} (data.valid_every = 0 turns evaluation off: "
             "give the steps between evaluations)"
         )
+    if config.data.valid_every == 0 and config.data.valid_fraction > 0:
+        yield (
+            f"data.valid_fraction = {config.data.valid_fraction} holds documents out of training, but data.valid_every "
+            "= 0 turns evaluation off: give the steps between evaluations"
+        )
     if config.reduce_comm_dtype == "torch.float16" and config.model.dtype == "torch.bfloat16":
         yield (
             "reduce_comm_dtype = 'torch.float16' with model.dtype = 'torch.bfloat16': there is no loss scale, so "
@@ -48,7 +53,7 @@ def find_notices(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
             "65,504 skips the update; 'torch.bfloat16' takes as many bytes and has the range of fp32"
         )
     for key, field, value in walk_values(config):
-        if is_path(field) and value is not None and "$" in value:
+        if is_path(field) and isinstance(value, str) and "$" in value:
             yield f"{key} = {value!r}: '$' is part of the name; for a variable write os.environ[...] in the config"
     yield from _values(config)
     yield from _recomputation(config, given)

@@ -81,7 +81,8 @@ class RunningTrainer(Protocol):
         """Evaluate every valid set on all its tokens; collective.
 
         Returns:
-            `val/<set>_loss`, `_acc` and `_plex`. A set that cannot be read is logged as an error and left out.
+            `val/<set>_loss`, `_acc`, `_plex` and, if known, `_bpb`. A set that cannot be read is logged as an error and
+            left out.
         """
 
     def save_checkpoint(self, *, snapshot: bool = False) -> None:
@@ -148,7 +149,7 @@ class Hook:
         """Called at the end of every step, trained or skipped, after all `on_step_end`; for work due at a step."""
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
-        """Called after an evaluation; `results` maps `val/<set>_loss`, `_acc`, `_plex` to numbers."""
+        """Called after an evaluation; `results` maps `val/<set>_loss`, `_acc`, `_plex`, `_bpb` to numbers."""
 
     def on_save_start(self, trainer: RunningTrainer) -> None:
         """Called before a checkpoint of the current state: write now whatever must survive a resume from it."""

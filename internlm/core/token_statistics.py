@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from internlm.data.batch import IGNORE_INDEX
+from internlm.data.documents.label_bytes import LabelBytes
 from internlm.utils.errors import DataError
 
 Reduce = Callable[[Tensor], Tensor]
@@ -96,7 +97,11 @@ class TypeMetrics:
 
 
 def evaluation_results(
-    set_name: str, sums: TokenSums, reduce: Reduce, type_names: Sequence[str] = ()
+    set_name: str,
+    sums: TokenSums,
+    reduce: Reduce,
+    type_names: Sequence[str] = (),
+    label_bytes: LabelBytes | None = None,
 ) -> dict[str, float]:
     """Results of one valid set over all its tokens; collective. Waits for the device.
 
@@ -105,9 +110,11 @@ def evaluation_results(
         sums: sums over this rank's tokens of the set.
         reduce: sums a tensor over the ranks.
         type_names: the types of the set. If tokens of several types are present, each type gets results of its own.
+        label_bytes: of the set; None if they are not known.
 
     Returns:
         `val/<set>_loss` (mean cross entropy per token, nats), `val/<set>_acc` and `val/<set>_plex` (exp of the loss);
+        with `label_bytes` also `val/<set>_bpb` (sum of the cross entropy in bits by bytes of text);
         with several types also `val/<set>_loss/<type>` and `val/<set>_acc/<type>`.
 
     Raises:
@@ -126,6 +133,13 @@ def evaluation_results(
         f"val/{set_name}_acc": correct / valid,
         f"val/{set_name}_plex": _exp(mean),
     }
+    if label_bytes is not None:
+        if label_bytes.labels != valid:
+            raise DataError(
+                f"valid set '{set_name}': {int(valid)} labels were evaluated, but {label_bytes.labels} were counted at "
+                "the start of the run: its files have changed"
+            )
+        results[f"val/{set_name}_bpb"] = loss / math.log(2) / label_bytes.bytes
     if type_names and sum(row[2] > 0 for row in by_type) > 1:
         for name, (type_loss, type_correct, type_valid) in zip(type_names, by_type, strict=True):
             if type_valid > 0:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from internlm.core.batch_source import BatchSource, ClosableSource, SeekableSource
-from internlm.core.communication.collectives import all_reduce_async
+from internlm.core.communication.collectives import all_reduce, all_reduce_async
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hook_checks import find_problem, state_of
@@ -23,6 +23,7 @@ from internlm.core.step_metrics import StepMetrics
 from internlm.core.synchronized_reading import read_together
 from internlm.core.token_statistics import TokenSums, evaluation_results
 from internlm.data.batch import Batch
+from internlm.data.documents.label_bytes import LabelBytes
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
@@ -62,6 +63,9 @@ class Trainer:
         hooks: called in this order.
         run_dir: folder for the output of the run.
         valid_sets: name -> batches of this data rank, as many micro-batches as on every other data rank.
+        label_bytes: name of a valid set -> labels and bytes of all data ranks, for bits per byte.
+        counts_bad_documents: whether the metric "bad_documents" counts what batches list as unreadable, over all data
+            ranks since the start of the run.
         checkpointer: saves the run; None disables saving.
         is_skipped: step (0 for the first) -> whether its batch is skipped. A skipped batch has no metrics, but counts
             as a step: periodic saves and evaluations are not affected.
@@ -79,6 +83,8 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         run_dir: Path | str = "runs/anonymous",
         valid_sets: Mapping[str, Iterable[Batch]] | None = None,
+        label_bytes: Mapping[str, LabelBytes] | None = None,
+        counts_bad_documents: bool = False,
         checkpointer: Checkpointer | None = None,
         is_skipped: Callable[[int], bool] = lambda step: False,
     ) -> None:
@@ -99,12 +105,15 @@ class Trainer:
             raise ValueError(reason)
         self.run_dir = Path(run_dir)
         self.valid_sets = dict(valid_sets or {})
+        self.label_bytes = dict(label_bytes or {})
         self.checkpointer = checkpointer
         self.is_skipped = is_skipped
         self.state = TrainState()
         self.is_main_rank = self.context.is_main_rank
         self.resumed_from: str | None = None
         self.num_skipped_updates = torch.zeros((), dtype=torch.float32, device=self.context.device)
+        self.counts_bad_documents = counts_bad_documents
+        self.num_bad_documents = torch.zeros((), dtype=torch.float64, device=self.context.device)
         self.progress = engine.progress
         self.run_control = RunControl(self.context.world_group)
 
@@ -184,6 +193,11 @@ class Trainer:
         if self._listens("on_after_optimizer_step"):
             self._call("on_after_optimizer_step")
         self.num_skipped_updates = self.num_skipped_updates + result.skipped
+        extra = dict(result.statistics)
+        if self.counts_bad_documents:
+            count = torch.full_like(self.num_bad_documents, len(batch.unreadable))
+            self.num_bad_documents = self.num_bad_documents + all_reduce(count, self.context.group("data"))
+            extra["bad_documents"] = self.num_bad_documents
         num_tokens = self._count(batch)
         documents = batch.num_documents
         metrics = StepMetrics(
@@ -204,7 +218,7 @@ class Trainer:
             num_consumed_samples=self.state.num_consumed_samples,
             inf_nan_skip_batches=self.num_skipped_updates,
             seconds=dict(result.seconds),
-            extra=dict(result.statistics),
+            extra=extra,
         )
         if self.advance == "update":
             metrics.start_copy()
@@ -269,14 +283,16 @@ class Trainer:
         exception of the model is not caught, because other ranks may be waiting in its collectives.
 
         Returns:
-            `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` of each set.
+            `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` of each set, and
+            `val/<set>_bpb` (bits per byte of text) where `label_bytes` has it.
         """
         results: dict[str, float] = {}
         for name, batches in self.valid_sets.items():
             try:
                 with self.progress.announce(f"evaluation of '{name}'"):
                     sums = self._evaluate_set(batches)
-                    results.update(evaluation_results(name, sums, self.engine.sum_over_tokens))
+                    size = self.label_bytes.get(name)
+                    results.update(evaluation_results(name, sums, self.engine.sum_over_tokens, label_bytes=size))
             except DataError as error:
                 logger.error("step %d: '%s' was not evaluated: %s; the run goes on", self.state.step, name, error)
         if results:

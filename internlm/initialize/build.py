@@ -25,6 +25,7 @@ from internlm.initialize.build_data import build_loader, build_valid_sets
 from internlm.initialize.build_hooks import build_hooks
 from internlm.initialize.build_schedules import build_schedules
 from internlm.initialize.data_checks import check_valid_sets
+from internlm.initialize.label_bytes import label_bytes
 from internlm.initialize.load_checkpoint import build_manager, load_checkpoint
 from internlm.initialize.stages import (
     build_chunks,
@@ -139,6 +140,8 @@ def build_trainer(
         hooks=build_hooks(config, context, run_dir, engine, train_loader, profiling=profiling),
         run_dir=run_dir,
         valid_sets=build_valid_sets(config, context),
+        label_bytes=label_bytes(config, context),
+        counts_bad_documents=config.data.on_bad_data == "skip",
         checkpointer=manager if config.ckpt.enable_save_ckpt else None,
         is_skipped=parse_skip_batches(config.data.skip_batches).contains,
     )

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from internlm.config.schema import BlendEntryConfig, Config
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.documents.document_file import FileFormat
 from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
-from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.sources.blend import BlendedStream
 from internlm.data.sources.blend_members import BlendGroup, BlendSource
 from internlm.data.sources.open_source import open_source
+from internlm.data.sources.replay_stream import ReplayStream
 from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
-from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
-from internlm.initialize.row_stream import build_row_stream, valid_folder_of_rows
+from internlm.initialize.file_formats import file_format
+from internlm.initialize.row_stream import build_row_stream
 from internlm.initialize.train_sources import config_of
+from internlm.initialize.valid_sets import find_sets, log_unread_valid_files
 from internlm.utils.errors import ConfigError, nearest
 
 
@@ -66,6 +65,8 @@ def open_stream(config: Config, context: ParallelContext) -> SampleStream:
     data = config.data
     if data.type == "streaming":
         return build_row_stream(config, context, fill_in_the_middle(config))
+    if data.type == "mocked" and data.train_folder is not None:
+        return build_replay_stream(config, context)
     source = open_source(
         data.train_folder,
         seq_len=data.seq_len,
@@ -75,20 +76,39 @@ def open_stream(config: Config, context: ParallelContext) -> SampleStream:
         seed=data.seed,
         min_length=data.min_length,
         min_length_dict=data.min_length_dict,
-        skip_bad_documents=data.skip_bad_documents,
+        skip_bad_documents=data.on_bad_data == "skip",
         fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
-        format=file_format(config),
+        format=TOKENIZED if data.type == "mocked" else file_format(config),
         document_mask=data.document_mask,
         fim=fill_in_the_middle(config),
+        valid_fraction=data.valid_fraction,
     )
     return ShuffledSource(source, data.seed)
 
 
-def file_format(config: Config) -> FileFormat:
-    """The format of the files in the folders of a config that has documents."""
+def build_replay_stream(config: Config, context: ParallelContext) -> ReplayStream:
+    """Build the stream of the recorded batches of data.train_folder.
+
+    Raises:
+        DataError: a file is missing or malformed.
+        ConfigError: the run has more steps than the recording.
+    """
     data = config.data
-    formats: tuple[FileFormat, ...] = (TOKENIZED, MEGATRON, ArrayFormat(data.array_dtype, data.array_separator))
-    return next(each for each in formats if each.name == data.type)
+    assert data.train_folder is not None
+    stream = ReplayStream(
+        data.train_folder,
+        seq_len=data.seq_len,
+        micro_bsz=data.micro_bsz,
+        rows_per_step=data.micro_num * data.micro_bsz * context.size("data"),
+        packing=data.packing,
+        vocab_size=config.model.vocab_size,
+    )
+    if data.total_steps > stream.num_steps:
+        raise ConfigError(
+            f"data.total_steps = {data.total_steps}, but {data.train_folder} has {stream.num_steps} recorded steps; "
+            f"set data.total_steps = {stream.num_steps}"
+        )
+    return stream
 
 
 def fill_in_the_middle(config: Config) -> FillInTheMiddle | None:
@@ -126,11 +146,9 @@ def fill_in_the_middle(config: Config) -> FillInTheMiddle | None:
 def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, ValidLoader]:
     """Build a loader of this data rank's part of every valid set; empty when evaluation is off."""
     data = config.data
-    if data.valid_every == 0:
-        return {}
-    folder, format = valid_files(config)
+    log_unread_valid_files(config)
     return build_valid_loaders(
-        folder,
+        find_sets(config),
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
         vocab_size=config.model.vocab_size,
@@ -138,12 +156,4 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
         data_rank=context.index("data"),
         data_size=context.size("data"),
         packed=data.packing != "unpacked",
-        format=format,
     )
-
-
-def valid_files(config: Config) -> tuple[str | Path | None, FileFormat]:
-    """The folder of the validation sets, None without any, and the format of their files; rows are tokenized before."""
-    if config.data.type == "streaming":
-        return valid_folder_of_rows(config), TOKENIZED
-    return config.data.valid_folder, file_format(config)

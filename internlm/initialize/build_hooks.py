@@ -68,7 +68,7 @@ def build_hooks(
         assert config.ckpt.checkpoint_every is not None
         hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
     # After the checkpoint hook: a failing evaluation must not lose the steps before it.
-    if config.data.valid_every > 0 and config.data.valid_folder is not None:
+    if config.data.valid_every > 0 and config.data.has_valid_sets:
         hooks.append(EvaluationHook(config.data.valid_every))
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
@@ -92,6 +92,7 @@ def build_health(config: Config, collector: MetricsCollector, engine: Engine, tr
         smallest_scale=scaler.scale_bounds[0] if scale_can_shrink else math.inf,
         find_cause=partial(describe_failed_update, optimizer),
         samples_per_epoch=train_loader.num_samples_per_epoch,
+        max_bad_documents=data.max_bad_documents,
         why_no_label=f"The likely reason: {reasons}; see doc/data.md",
     )
 

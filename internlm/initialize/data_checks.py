@@ -5,11 +5,12 @@ from __future__ import annotations
 from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
-from internlm.initialize.build_data import file_format, valid_files
+from internlm.data.documents import folder_checks
+from internlm.initialize.file_formats import file_format
 from internlm.initialize.row_stream import check_train_rows
 from internlm.initialize.train_sources import train_sources
-from internlm.utils.errors import DataError
+from internlm.initialize.valid_sets import find_sets
+from internlm.utils.errors import DataError, UserError
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -25,17 +26,15 @@ def check_data(config: Config) -> list[str]:
         DataError: a folder is missing, a file is malformed or has an id outside the vocabulary, or a valid set has no
             token that contributes loss.
     """
-    data, lines = config.data, []
+    lines: list[str] = []
+    vocab_size = config.model.vocab_size
     for source in train_sources(config):
         folder = source.config.data.train_folder
         if source.config.data.type == "streaming":
             lines.append(check_train_rows(source.config))
-        elif folder is not None:
-            lines.append(str(check_train_folder(folder, file_format(source.config), config.model.vocab_size)))
-    if data.valid_every > 0 and data.valid_folder is not None:
-        valid_folder, format = valid_files(config)
-        assert valid_folder is not None
-        lines += map(str, check_valid_folder(valid_folder, format, config.model.vocab_size))
+        elif folder is not None and source.config.data.type != "mocked":
+            lines.append(str(folder_checks.check_train_folder(folder, file_format(source.config), vocab_size)))
+    lines += map(str, folder_checks.check_valid_sets(find_sets(config), vocab_size))
     return lines
 
 
@@ -45,17 +44,12 @@ def check_valid_sets(config: Config, context: ParallelContext) -> None:
     Raises:
         DataError: as `check_data`.
     """
-    data = config.data
-    if data.valid_every == 0 or data.valid_folder is None:
-        return
 
     def find_problem() -> str | None:
         try:
-            folder, format = valid_files(config)
-            assert folder is not None
-            for checked in check_valid_folder(folder, format, config.model.vocab_size):
+            for checked in folder_checks.check_valid_sets(find_sets(config), config.model.vocab_size):
                 logger.info("%s", checked)
-        except (DataError, OSError) as error:
+        except (UserError, OSError) as error:
             return str(error)
         return None
 

@@ -20,6 +20,7 @@ from internlm.core.trainer import Trainer
 from internlm.initialize.build_schedules import build_schedules
 from internlm.initialize.model_changes import check_same_function, compare_configs, saved_config
 from internlm.initialize.tokenizers import compare_with_checkpoint
+from internlm.initialize.valid_sets import check_held_out
 from internlm.solver.optimizer.nonfinite import nonfinite_states, nonfinite_weights
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
@@ -98,12 +99,13 @@ def check_checkpoint(config: Config, path: StoragePath, manifest: Manifest, cont
     """Compare the config with that of a native checkpoint whose `contents` are to be loaded.
 
     Raises:
-        CheckpointError: the model computes another function.
+        CheckpointError: the model computes another function, or has been trained on documents that this run holds out.
     """
     saved = saved_config(path)
     if saved is not None:
         next_lr = (lambda config: build_schedules(config)[0].lr(manifest.step)) if "scheduler" in contents else None
         compare_configs(saved, config, f"the checkpoint '{path}'", contents, next_lr)
+        check_held_out(saved, config, f"the checkpoint '{path}'")
 
 
 def check_foreign_weights(config: Config, info: LoadCkptInfo, path: StoragePath) -> None:

@@ -17,16 +17,18 @@ from internlm.checkpoint.save_folder import FoundCheckpoint, find_checkpoints, r
 from internlm.config.schema import Config
 from internlm.convert.checkpoint_types import open_weights
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.data.documents.folders import find_train_files, find_valid_sets
+from internlm.data.documents.folders import find_train_files
 from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.row_folders import find_row_files
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
-from internlm.initialize.build_data import build_loader, build_valid_sets, file_format
+from internlm.initialize.build_data import build_loader, build_replay_stream, build_valid_sets
+from internlm.initialize.file_formats import file_format
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.initialize.train_sources import train_sources
 from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
+from internlm.initialize.valid_sets import find_sets, valid_places
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
 from internlm.utils.errors import CheckpointError, ConfigError, DataError, UserError
@@ -98,19 +100,20 @@ def _train_folder(config: Config, context: ParallelContext) -> list[str]:
         _require_local(source.key, data.train_folder)
         if data.type == "streaming":
             find_row_files(locate_dataset(data.train_folder), data.subset_name)
+        elif data.type == "mocked":
+            build_replay_stream(source.config, context)
         else:
             find_train_files(data.train_folder, file_format(source.config))
     return []
 
 
 def _valid_folder(config: Config, context: ParallelContext) -> list[str]:
-    folder = config.data.valid_folder
-    if folder is not None and config.data.valid_every > 0:
-        _require_local("data.valid_folder", folder)
-        if config.data.type == "streaming":
-            locate_dataset(folder)
-        else:
-            find_valid_sets(folder, file_format(config))
+    if config.data.valid_every > 0:
+        for place in valid_places(config):
+            _require_local(place.key, place.folder)
+            if place.type == "streaming":
+                locate_dataset(place.folder)
+        find_sets(config, with_rows=False)
     return []
 
 

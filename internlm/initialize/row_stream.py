@@ -9,13 +9,13 @@ from pathlib import Path
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.conversations.encoder import ConversationEncoder, ConversationOptions, load_template_for
+from internlm.data.documents.folders import min_length_of_type
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.open_rows import open_row_files
 from internlm.data.rows.row_file import RowFile
 from internlm.data.rows.row_folders import RowFiles, find_row_files
 from internlm.data.rows.shuffled_rows import ShuffledRows
-from internlm.data.sources.document_source import min_length_of_type
 from internlm.data.sources.encoded_rows import encoded_sets
 from internlm.data.sources.row_encoder import ConversationRowEncoder, RowEncoder, TextRowEncoder
 from internlm.data.sources.row_stream import RowStream
@@ -54,7 +54,7 @@ def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMid
             min_length_of_type(name, data.train_folder, found.types, data.min_length, data.min_length_dict)
             for name in found.types
         ),
-        skip_bad_documents=data.skip_bad_documents,
+        skip_bad_documents=data.on_bad_data == "skip",
     )
     return RowStream(
         files,
@@ -83,7 +83,7 @@ def check_train_rows(config: Config) -> str:
     chosen = [order.locate(row) for row in range(0, order.num_rows, stride)]
     encoded = encoder.encode([(files[file], row) for file, row in chosen])
     errors = [each.error for each in encoded if each.error is not None]
-    if errors and not data.skip_bad_documents:
+    if errors and data.on_bad_data == "stop":
         raise errors[0]
     num_tokens = sum(len(each.ids) for each in encoded)
     if num_tokens == 0:
@@ -96,8 +96,8 @@ def check_train_rows(config: Config) -> str:
     )
 
 
-def valid_folder_of_rows(config: Config) -> Path | None:
-    """The rows of data.valid_folder as tokenized files, a subfolder for each set, in the user's cache.
+def rows_as_documents(config: Config, valid_folder: str) -> Path:
+    """The rows of a validation folder as tokenized files, a subfolder for each set, in the user's cache.
 
     The sets are the types of its split "validation" or, without one, of its only split.
 
@@ -105,14 +105,12 @@ def valid_folder_of_rows(config: Config) -> Path | None:
         DataError: the folder, a file, a row or the tokenizer cannot be read.
     """
     data = config.data
-    if data.valid_folder is None:
-        return None
-    folder = locate_dataset(data.valid_folder)
+    folder = locate_dataset(valid_folder)
     try:
         found = find_row_files(folder, data.subset_name, "validation")
     except DataError:
         # Files without the name of a split are the split "train".
-        if data.valid_folder == data.train_folder:
+        if valid_folder == data.train_folder:
             raise
         found = find_row_files(folder, data.subset_name, "train")
     encoder, facts = _encoder(config)

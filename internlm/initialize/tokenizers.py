@@ -11,14 +11,20 @@ from pathlib import Path
 
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer, trained_with
 from internlm.config.schema import Config
+from internlm.config.schema.valid_folders import DOCUMENT_TYPES
 from internlm.convert.hf_folder import HF_FILES
-from internlm.data.documents.document_file import FileFormat
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.data.tokenize.text_tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, load_tokenizer
-from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
-from internlm.initialize.build_data import file_format
+from internlm.data.tokenized_files.tokenizer_record import (
+    TokenizerRecord,
+    common_record,
+    read_record,
+    tokenizer_records,
+)
+from internlm.initialize.file_formats import file_format
 from internlm.initialize.train_sources import train_sources
+from internlm.initialize.valid_sets import find_sets
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -35,15 +41,14 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
         DataError: a folder of data is missing, or a record in it is malformed.
     """
     data = config.data
-    folders = [
-        (source.config.data.train_folder, file_format(source.config))
-        for source in train_sources(config)
-        # Rows are tokenized by data.tokenizer_path itself.
-        if source.config.data.train_folder is not None and source.config.data.type != "streaming"
-    ]
-    if data.valid_every > 0 and data.valid_folder is not None and data.type != "streaming":
-        folders.append((data.valid_folder, file_format(config)))
-    record = _of_folders(folders, data.check_tokenizer)
+    # Rows are tokenized by data.tokenizer_path itself.
+    paths: list[Path] = []
+    for source in train_sources(config):
+        folder = source.config.data.train_folder
+        if folder is not None and source.config.data.type in DOCUMENT_TYPES:
+            paths += tokenizer_records(folder, file_format(source.config))
+    paths += [path for each in find_sets(config, with_rows=False) for path in each.paths]
+    record = _common(paths, data.check_tokenizer)
     named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))
     found = (
         None
@@ -104,10 +109,9 @@ def _compare(known: KnownTokenizer, other: KnownTokenizer, what: str, config: Co
     logger.info("%s", message)
 
 
-def _of_folders(folders: Sequence[tuple[str, FileFormat]], checked: bool) -> TokenizerRecord | None:
-    records = {path: record for folder, format in folders for path, record in tokenizer_records(folder, format).items()}
+def _common(paths: Sequence[Path], checked: bool) -> TokenizerRecord | None:
     try:
-        return common_record(records)
+        return common_record({path: read_record(path) for path in paths})
     except DataError as error:
         if checked:
             raise DataError(f"{error}. If the ids mean the same, set data.check_tokenizer = False") from error

@@ -1,4 +1,4 @@
-"""Ends a run that no longer learns, because every update is skipped or no token has a label.
+"""Ends a run that no longer learns, because every update is skipped or no token has a label, or whose data is bad.
 
 Reads the numbers of a step when the next one is queued, so that no step waits for the device. They are the same on all
 ranks, which therefore end at the same step.
@@ -13,7 +13,7 @@ from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.step_metrics import StepMetrics
 from internlm.monitor.deferred_metrics import DeferredMetrics
 from internlm.monitor.metrics_collector import MetricsCollector
-from internlm.utils.errors import TrainingError
+from internlm.utils.errors import DataError, TrainingError
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -24,10 +24,10 @@ _WAYS_OUT = (
 
 
 class HealthHook(Hook):
-    """Raises TrainingError on all ranks when a run learns nothing.
+    """Raises TrainingError on all ranks when a run learns nothing, and DataError when too much data is bad.
 
-    That is after too many consecutive skipped updates, after an epoch without a label, and at the end of a run without
-    any update or label.
+    A run learns nothing after too many consecutive skipped updates, after an epoch without a label, and at the end of a
+    run without any update or label.
 
     An overflow while the loss scale can still decrease is expected, because dynamic scaling starts that way. It neither
     counts nor resets the count, unless the loss itself is not finite.
@@ -41,6 +41,7 @@ class HealthHook(Hook):
         find_cause: describes which tensors are not finite; called on all ranks.
         samples_per_epoch: None if the data has no epochs.
         why_no_label: likely reasons why no token has a label, one sentence.
+        max_bad_documents: number of skipped documents above which the run ends; None for no limit.
     """
 
     name = "health"
@@ -54,6 +55,7 @@ class HealthHook(Hook):
         find_cause: Callable[[], str],
         samples_per_epoch: int | None,
         why_no_label: str,
+        max_bad_documents: int | None = None,
     ) -> None:
         self._deferred = DeferredMetrics(collector)
         self.max_skipped = max_skipped
@@ -61,6 +63,7 @@ class HealthHook(Hook):
         self.find_cause = find_cause
         self.samples_per_epoch = samples_per_epoch
         self.why_no_label = why_no_label
+        self.max_bad_documents = max_bad_documents
 
     def on_fit_start(self, trainer: RunningTrainer) -> None:
         self._skipped = 0
@@ -95,8 +98,18 @@ class HealthHook(Hook):
     def _examine(self, trainer: RunningTrainer) -> None:
         numbers = self._deferred.pop_numbers()
         if numbers is not None:
+            self._check_bad_documents(numbers)
             self._check_labels(trainer, numbers)
             self._check_update(numbers)
+
+    def _check_bad_documents(self, numbers: Mapping[str, float | str]) -> None:
+        count = int(numbers.get("bad_documents", 0))
+        if self.max_bad_documents is not None and count > self.max_bad_documents:
+            raise DataError(
+                f"step {numbers['step']}: {count:,} documents could not be read since the start of the run, over all "
+                f"ranks; data.max_bad_documents = {self.max_bad_documents:,} permits no more. The logs of the ranks "
+                "name them. Repair the data (`internlm data verify` lists the damage), or raise data.max_bad_documents"
+            )
 
     def _check_labels(self, trainer: RunningTrainer, numbers: Mapping[str, float | str]) -> None:
         step, consumed = int(numbers["step"]), int(numbers["num_consumed_samples"])

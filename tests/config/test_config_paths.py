@@ -46,9 +46,12 @@ def test_every_key_that_names_a_path_is_one():
 
 def test_home_folders_are_expanded_in_every_path(load, tmp_path):
     paths = [path for path, field in walk_schema(Config) if is_path(field) and not path.startswith("ckpt.load")]
-    loaded = load(*(f"{path}=~/{path}" for path in paths), "ckpt.load_ckpt_info={'path': 'local:~/w'}")
+    values = {path: f"~/{path}" for path in paths}
+    # Another name of a key must not contradict it.
+    values["data.dataset_folder"] = values["data.train_folder"]
+    loaded = load(*(f"{path}={value}" for path, value in values.items()), "ckpt.load_ckpt_info={'path': 'local:~/w'}")
     for path in paths:
-        assert value_of(loaded.config, path) == f"{tmp_path}/home/{path}"
+        assert value_of(loaded.config, path) == values[path].replace("~", f"{tmp_path}/home")
     assert loaded.config.ckpt.load_ckpt_info.path == f"local:{tmp_path}/home/w"
     assert CkptConfig(save_ckpt_folder="~/a").save_ckpt_folder == f"{tmp_path}/home/a"
 

@@ -11,12 +11,14 @@ import pytest
 
 from internlm.data.demo_corpus import DemoSettings, prepare_demo_corpus
 from internlm.data.documents.unigram_entropy import token_counts, unigram_entropy
+from internlm.data.documents.valid_sets import folder_sets
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.loaders.valid_loader import build_valid_loaders
 from internlm.data.sources.open_source import open_source
 from internlm.data.sources.sample_stream import ShuffledSource
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.data.tokenized_files.tokenizer_record import common_record, tokenizer_records
 from internlm.data.tokenized_files.writer import TokenizedWriter
@@ -65,7 +67,8 @@ def test_corpus_is_prepared_once(tmp_path):
     assert loader.type_names == ["packages", "python"]
     assert next(loader).num_tokens == 128
     loader.close()
-    assert build_valid_loaders(tmp_path / "demo" / "valid", seq_len=64, micro_bsz=2, vocab_size=600)
+    sets = folder_sets(tmp_path / "demo" / "valid", TOKENIZED)
+    assert build_valid_loaders(sets, seq_len=64, micro_bsz=2, vocab_size=600)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "already prepared" in again.stdout
     with pytest.raises(DataError, match=r"is a demo corpus made with .*'vocab_size': 600.*choose another --out"):

@@ -17,6 +17,7 @@ from internlm.config.rules import (
     rows,
     run,
     splits,
+    valid_sets,
 )
 from internlm.config.schema import Config
 
@@ -45,6 +46,11 @@ RULES: tuple[Rule, ...] = (
     splits.sequence,
     run.batches,
     run.token_arrays,
+    run.bad_data,
+    run.mocked,
+    run.xtuner_names,
+    valid_sets.held_out_documents,
+    valid_sets.named_sets,
     rows.streaming,
     blend.blend,
     packing.packing,

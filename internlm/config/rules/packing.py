@@ -15,6 +15,8 @@ def packing(config: Config, world_size: int) -> Iterator[Problem]:
     contradictions = {
         "use_packed_dataset": data.use_packed_dataset != (data.packing != "unpacked"),
         # Without packing, InternEvo's key has no effect.
+        "pack_to_max_length": data.pack_to_max_length is not None
+        and data.pack_to_max_length != (data.packing != "unpacked"),
         "pack_sample_into_one": data.packing != "unpacked"
         and data.pack_sample_into_one != (data.packing == "pack_sample_into_one"),
     }

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from internlm.config.compare import keys_that_change_outputs
 from internlm.config.problem import Problem
 from internlm.config.schema import Config
+from internlm.config.schema.data import XTUNER_NAMES
 from internlm.utils.errors import ConfigError, nearest
 from internlm.utils.storage import storage_path
 
@@ -35,6 +36,44 @@ def token_arrays(config: Config, world_size: int) -> Iterator[Problem]:
             key = f"data.{name}"
             yield Problem(
                 (key, "data.type"), f"{key} = {value!r} needs data.type = 'arrays', which is {data.type!r}; remove it"
+            )
+
+
+def bad_data(config: Config, world_size: int) -> Iterator[Problem]:
+    """The two names of skipping bad data must not contradict each other."""
+    data = config.data
+    if data.skip_bad_documents != (data.on_bad_data == "skip"):
+        yield Problem(
+            ("data.on_bad_data", "data.skip_bad_documents"),
+            f"data.on_bad_data = {data.on_bad_data!r} contradicts data.skip_bad_documents = {data.skip_bad_documents}; "
+            "give data.on_bad_data alone",
+        )
+
+
+def xtuner_names(config: Config, world_size: int) -> Iterator[Problem]:
+    """XTuner's name of a key must not contradict the key."""
+    for theirs, ours in XTUNER_NAMES.items():
+        given, value = getattr(config.data, theirs), getattr(config.data, ours)
+        if given is not None and given != value:
+            yield Problem(
+                (f"data.{theirs}", f"data.{ours}"),
+                f"data.{theirs} = {given!r} contradicts data.{ours} = {value!r}, of which it is XTuner's name; "
+                "give one of them",
+            )
+
+
+def mocked(config: Config, world_size: int) -> Iterator[Problem]:
+    """Recorded batches are replayed as they are."""
+    data = config.data
+    if data.type != "mocked":
+        return
+    needed = {"rampup_batch_size": "", "fim": None, "min_length": 0, "min_length_dict": None, "on_bad_data": "stop"}
+    for name, value in needed.items():
+        if getattr(data, name) != value:
+            yield Problem(
+                (f"data.{name}", "data.type"),
+                f"data.{name} = {getattr(data, name)!r}, but data.type = 'mocked' replays recorded batches as they "
+                "are; remove it",
             )
 
 

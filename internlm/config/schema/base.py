@@ -27,8 +27,8 @@ def _expand(value: Any) -> Any:
         raise ValueError(f"a path that can be found: {error}") from error
 
 
-_EXPAND = BeforeValidator(_expand)
-PathText = Annotated[str | None, _EXPAND]
+EXPAND_HOME = BeforeValidator(_expand)
+PathText = Annotated[str | None, EXPAND_HOME]
 """A path or URL; a leading `~` is the home folder."""
 
 
@@ -153,7 +153,7 @@ def key_info(field: FieldInfo) -> KeyInfo | None:
 
 def is_path(field: FieldInfo) -> bool:
     """Whether a key is a path or URL."""
-    return _EXPAND in field.metadata
+    return EXPAND_HOME in field.metadata
 
 
 def is_derived(field: FieldInfo) -> bool:

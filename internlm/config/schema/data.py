@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from internlm.config.schema.base import PathText, Section, default_of, key, later, no_effect, used_with
+from internlm.config.schema.base import (
+    EXPAND_HOME,
+    PathText,
+    Section,
+    default_of,
+    key,
+    later,
+    no_effect,
+    used_with,
+)
+from internlm.config.schema.valid_folders import VALID_FOLDERS
 from internlm.utils.packing_modes import Packing, default_document_mask
 
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
@@ -121,15 +132,20 @@ class BlendEntryConfig(Section):
         return data.model_copy(update=changes)
 
 
+XTUNER_NAMES = {"dataset_folder": "train_folder", "max_length": "seq_len"}
+"""XTuner's names of keys -> the keys."""
+
+
 class DataConfig(Section):
     """Sizes of a batch, the token folders, packing and evaluation."""
 
     type: Literal["tokenized", "megatron", "arrays", "streaming", "mocked", "hf", "lumina_pickle"] = later(
         "tokenized",
         "Kind of files: `tokenized` .bin/.meta, `megatron` .bin/.idx, `arrays` .npy, raw .bin or .ds of token ids, "
-        "`streaming` parquet, Arrow, JSON or text, tokenized during training. Without a folder: dummy data.",
+        "`streaming` parquet, Arrow, JSON or text, tokenized during training, `mocked` recorded batches. Without a "
+        "folder: dummy data.",
         "this source",
-        accepts=("tokenized", "megatron", "arrays", "streaming"),
+        accepts=("tokenized", "megatron", "arrays", "streaming", "mocked"),
     )
     array_dtype: Literal["uint16", "uint32"] | None = key(
         None, "`arrays`: dtype of files without a header (nanoGPT, OLMo, datatrove)."
@@ -159,17 +175,41 @@ class DataConfig(Section):
         "Sources that are mixed by weight, in place of train_folder, as dict(path, weight, name, epochs_max, on_end, "
         "type, ...) or dict(blend, weight).",
     )
-    valid_folder: PathText = key(
-        None, "Folder in which each directory with files of data.type is a validation set, or one file; None: none."
+    dataset_folder: PathText = key(None, "XTuner's name of train_folder.")
+    max_length: int | None = key(None, "XTuner's name of seq_len.", ge=1)
+    pack_to_max_length: bool | None = key(
+        None, "XTuner's name of a packing: True is `cut`, unless packing is another that packs; False is `unpacked`."
+    )
+    valid_folder: Annotated[str | dict[str, dict[str, Any]] | None, EXPAND_HOME, VALID_FOLDERS] = key(
+        None,
+        "Folder in which each directory with files of data.type is a validation set, or one file; or dict(NAME=path, "
+        "...) or dict(NAME=dict(path=..., type=...), ...), one set for each name; None: none.",
+    )
+    valid_fraction: float = key(
+        0.0,
+        "Share of the documents of train_folder that are held out of training and evaluated as the set `held_out`, or "
+        "`held_out/TYPE` for each type.",
+        ge=0,
+        lt=1,
     )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
     skip_batches: Text = key(
         "", 'Steps (from 0) whose batches are counted but neither read nor trained on, such as "2-5,7".'
     )
-    skip_bad_documents: bool = key(
-        False, "Leave out unreadable documents, with a log line for each; False: they end the run."
+    on_bad_data: Literal["stop", "skip"] = key(
+        None,
+        "What a document that cannot be read does: `stop` ends the run; `skip` replaces it by padding, with a line in "
+        "the log.",
+        derived="`skip` with skip_bad_documents, else `stop`",
     )
+    max_bad_documents: int | None = key(
+        100,
+        "on_bad_data='skip': number of skipped documents, over all ranks since the first step of the run, above which "
+        "the run ends; None: no limit.",
+        ge=1,
+    )
+    skip_bad_documents: bool = key(None, "Former name of on_bad_data='skip'.", derived="data.on_bad_data == 'skip'")
     rampup_batch_size: Text = key(
         "", 'Ramp of micro_num as "start increment steps": start at start, add increment every `steps` steps.'
     )
@@ -178,7 +218,7 @@ class DataConfig(Section):
         "`cut`: documents one after the other, cut every micro_bsz * seq_len tokens; `pack_sample_into_one`: the same "
         "without a document mask; `best_fit`: documents remain whole where they fit, with padding at the end; "
         "`unpacked`: one document per row, padded to [micro_bsz, seq_len].",
-        derived="by use_packed_dataset and pack_sample_into_one; `cut` without them",
+        derived="by use_packed_dataset, pack_sample_into_one and pack_to_max_length; `cut` without them",
     )
     document_mask: bool = key(
         None,
@@ -253,6 +293,23 @@ class DataConfig(Section):
     image_size: int | None = used_with(None, "Side of an image in pixels.", "data.is_multimodal", ge=1)
     patch_size: int | None = used_with(None, "Side of an image patch in pixels.", "data.is_multimodal", ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_xtuner_names(cls, values: Any) -> Any:
+        """Fill the keys that XTuner's names stand for. Contradictions are found by a rule."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        for theirs, ours in XTUNER_NAMES.items():
+            if filled.get(theirs) is not None and filled.get(ours) is None:
+                filled[ours] = filled[theirs]
+        return filled
+
+    @property
+    def has_valid_sets(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return self.valid_folder is not None or self.valid_fraction > 0
+
     @model_validator(mode="after")
     def _fill(self) -> DataConfig:
         self._derive(packed_length=self.seq_len * self.micro_bsz, batch_size=self.micro_num)
@@ -262,11 +319,16 @@ class DataConfig(Section):
             self._derive(valid_micro_num=self.micro_num)
         if self.packing is None:
             one = "pack_sample_into_one" if self.pack_sample_into_one else "cut"
-            self._derive(packing="unpacked" if self.use_packed_dataset is False else one)
+            is_unpacked = False in (self.use_packed_dataset, self.pack_to_max_length)
+            self._derive(packing="unpacked" if is_unpacked else one)
         if self.pack_sample_into_one is None:
             self._derive(pack_sample_into_one=self.packing == "pack_sample_into_one")
         if self.use_packed_dataset is None:
             self._derive(use_packed_dataset=self.packing != "unpacked")
+        if self.on_bad_data is None:
+            self._derive(on_bad_data="skip" if self.skip_bad_documents else "stop")
+        if self.skip_bad_documents is None:
+            self._derive(skip_bad_documents=self.on_bad_data == "skip")
         if self.document_mask is None:
             self._derive(document_mask=default_document_mask(self.packing))
         return self

@@ -36,13 +36,16 @@ class BestFitIndex:
         min_length: minimum number of tokens; shorter documents are dropped.
         seq_len: maximum length of a piece, in tokens.
         capacity: tokens of a bin, at least `seq_len`.
+        held_out: number of documents at the end of the shuffled order that are in no bin.
     """
 
-    def __init__(self, file: DocumentFile, min_length: int, seq_len: int, capacity: int) -> None:
+    def __init__(self, file: DocumentFile, min_length: int, seq_len: int, capacity: int, held_out: int = 0) -> None:
         self._seq_len = seq_len
         kind = f"best_fit-{min_length}-{seq_len}-{capacity}-{_WINDOW}-{_MAX_PIECES}-{DOCUMENT_SEED}"
+        if held_out:
+            kind += f"-without-{held_out}"
         stored = cached_or_built(
-            file, kind, ".npy", lambda target: _write_bins(target, file, min_length, seq_len, capacity)
+            file, kind, ".npy", lambda target: _write_bins(target, file, min_length, seq_len, capacity, held_out)
         )
         values = np.load(stored, mmap_mode="r")
         num_pieces, self._num_bins, self._stride = (int(value) for value in values[:_HEADER])
@@ -65,12 +68,12 @@ class BestFitIndex:
         return codes // self._stride, codes % self._stride * self._seq_len
 
 
-def _write_bins(target: Path, file: DocumentFile, min_length: int, seq_len: int, capacity: int) -> None:
+def _write_bins(target: Path, file: DocumentFile, min_length: int, seq_len: int, capacity: int, held_out: int) -> None:
     """Write the header, the pieces by bin as document * stride + piece, and the end of each bin among them."""
     stride = max(1, -(-summarize(file, min_length).longest // seq_len))
     num_pieces = num_bins = 0
     with TemporaryFile(dir=target.parent) as pieces_file, TemporaryFile(dir=target.parent) as ends_file:
-        for documents, numbers, lengths in _windows(file, min_length, seq_len):
+        for documents, numbers, lengths in _windows(file, min_length, seq_len, held_out):
             bins = pack_best_fit(lengths, capacity)
             by_bin = np.argsort(bins, kind="stable")
             pieces_file.write((documents * stride + numbers)[by_bin].tobytes())
@@ -87,11 +90,12 @@ def _write_bins(target: Path, file: DocumentFile, min_length: int, seq_len: int,
 
 
 def _windows(
-    file: DocumentFile, min_length: int, seq_len: int
+    file: DocumentFile, min_length: int, seq_len: int, held_out: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
     """Cut the shuffled documents into pieces: (document, number within it, length), each int64 [pieces of a window]."""
-    for start in range(0, len(file), _WINDOW):
-        documents = permute(np.arange(start, min(start + _WINDOW, len(file))), len(file), DOCUMENT_SEED)
+    num_documents = len(file) - held_out
+    for start in range(0, num_documents, _WINDOW):
+        documents = permute(np.arange(start, min(start + _WINDOW, num_documents)), len(file), DOCUMENT_SEED)
         counts = file.counts_of(documents)
         kept = counts >= max(1, min_length)
         documents, counts = documents[kept], counts[kept]

@@ -1,14 +1,15 @@
 """The offset of each document in a file's shuffled concatenation; built once and cached on disk.
 
-Owns the shuffle of the documents of one file and the `min_length` filter. The cache has a summary of each file, so that
-its counts are read only once, and the cumulative lengths, built at first use and memory-mapped. Building takes bounded
-memory: `permute` stores nothing, and counts are read in blocks.
+Owns the shuffle of the documents of one file and the `min_length` filter. Held-out documents are the last of the
+shuffled order, so an index without them is the beginning of the cached one. The cache has a summary of each file, so
+that its counts are read only once, and the cumulative lengths, built at first use and memory-mapped. Building takes
+bounded memory: `permute` stores nothing, and counts are read in blocks.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ class FileSummary:
 
     Attributes:
         documents: number of documents in the file.
-        kept_documents: number of documents with at least max(1, min_length) tokens.
+        kept_documents: number of documents with at least max(1, min_length) tokens that are not held out.
         kept_tokens: tokens of these documents.
         longest: tokens of the longest document.
     """
@@ -40,8 +41,13 @@ class FileSummary:
     longest: int
 
 
-def summarize(file: DocumentFile, min_length: int) -> FileSummary:
+def summarize(file: DocumentFile, min_length: int, held_out: int = 0) -> FileSummary:
     """Count the documents and tokens of a file, and check that they are inside it.
+
+    Args:
+        file: a whole file, of any format.
+        min_length: minimum number of tokens; shorter documents are dropped.
+        held_out: number of documents at the end of the shuffled order that are not kept.
 
     Raises:
         DataError: a document is not inside the file.
@@ -49,7 +55,16 @@ def summarize(file: DocumentFile, min_length: int) -> FileSummary:
     stored = cached_or_built(
         file, f"summary-{min_length}", ".json", lambda target: _write_summary(target, file, min_length)
     )
-    return FileSummary(**json.loads(stored.read_text()))
+    summary = FileSummary(**json.loads(stored.read_text()))
+    if held_out:
+        counts = file.counts_of(permute(np.arange(len(file) - held_out, len(file)), len(file), DOCUMENT_SEED))
+        counts = counts[counts >= max(1, min_length)]
+        summary = replace(
+            summary,
+            kept_documents=summary.kept_documents - len(counts),
+            kept_tokens=summary.kept_tokens - int(counts.sum()),
+        )
+    return summary
 
 
 def _write_summary(target: Path, file: DocumentFile, min_length: int) -> None:
@@ -72,11 +87,12 @@ class DocumentIndex:
         file: of any format.
         min_length: minimum number of tokens; shorter documents are dropped.
         count_documents: whether positions count documents instead of tokens.
+        held_out: number of documents at the end of the shuffled order that have no position.
     """
 
-    def __init__(self, file: DocumentFile, min_length: int, count_documents: bool = False) -> None:
+    def __init__(self, file: DocumentFile, min_length: int, count_documents: bool = False, held_out: int = 0) -> None:
         self._num_documents = len(file)
-        self._ends = _cumulative_lengths(file, min_length, count_documents)
+        self._ends = _cumulative_lengths(file, min_length, count_documents)[: len(file) - held_out]
 
     def locate(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Find the documents that cover the positions [start, stop), start < stop.

@@ -5,13 +5,15 @@ Owns how much is read: small sets entirely, of large ones documents at equal int
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from internlm.data.documents.document_file import FileFormat
+from internlm.data.documents.document_file import DocumentFile, FileFormat
 from internlm.data.documents.document_index import summarize
-from internlm.data.documents.folders import find_train_files, find_valid_sets
+from internlm.data.documents.folders import find_train_files
+from internlm.data.documents.valid_sets import ValidSet
 from internlm.utils.errors import DataError
 
 MAX_TOKENS = 32_000_000
@@ -43,22 +45,27 @@ class FolderCheck:
         return f"{self.name}: {size}, of which {self.num_read:,} were read, spread evenly over the documents"
 
 
-def check_valid_folder(folder: str | Path, format: FileFormat, vocab_size: int | None) -> list[FolderCheck]:
-    """Check every validation set of a folder.
+def check_valid_sets(sets: Sequence[ValidSet], vocab_size: int | None) -> list[FolderCheck]:
+    """Check every validation set.
 
     Args:
-        folder: see `find_valid_sets`.
-        format: of its files.
+        sets: to check.
         vocab_size: ids must be smaller; None accepts any.
 
     Raises:
         DataError: a file is malformed, or a set has no token that contributes loss.
     """
-    sets = find_valid_sets(folder, format)
-    return [
-        _check(f"validation set '{name}'", paths, format, vocab_size, MAX_TOKENS // len(sets), needs_label=True)
-        for name, paths in sets.items()
-    ]
+    results = []
+    for each in sets:
+        files = [_File.of(file) for file in each.open(vocab_size)]
+        checked, has_label = _check(f"validation set '{each.name}'", files, MAX_TOKENS // len(sets))
+        if not has_label and not _has_label(files):
+            raise DataError(
+                f"{checked.name} ({each.place}): no token contributes loss: every document has fewer than two tokens, "
+                f"or only negative (masked) ones. Tokenize it again, or remove it from {each.origin}"
+            )
+        results.append(checked)
+    return results
 
 
 def check_train_folder(folder: str | Path, format: FileFormat, vocab_size: int | None) -> FolderCheck:
@@ -67,39 +74,48 @@ def check_train_folder(folder: str | Path, format: FileFormat, vocab_size: int |
     Raises:
         DataError: a file is malformed, or has an id outside the vocabulary.
     """
-    files, _ = find_train_files(folder, format)
-    paths = [file.path for file in files]
-    return _check(f"train folder '{folder}'", paths, format, vocab_size, MAX_TOKENS, needs_label=False)
+    found, _ = find_train_files(folder, format)
+    summaries = [summarize(format.open(file.path), 0) for file in found]
+    files = [
+        _File(summary.documents, summary.kept_tokens, partial(format.open, file.path, vocab_size))
+        for file, summary in zip(found, summaries, strict=True)
+    ]
+    return _check(f"train folder '{folder}'", files, MAX_TOKENS)[0]
 
 
-def _check(
-    name: str, paths: Sequence[Path], format: FileFormat, vocab_size: int | None, max_tokens: int, *, needs_label: bool
-) -> FolderCheck:
-    summaries = [summarize(format.open(path), 0) for path in paths]
-    num_tokens = sum(summary.kept_tokens for summary in summaries)
+@dataclass(frozen=True)
+class _File:
+    num_documents: int
+    num_tokens: int
+    open: Callable[[], DocumentFile]
+
+    @classmethod
+    def of(cls, file: DocumentFile) -> _File:
+        """A file that is open already."""
+        return cls(len(file), int(file.counts().sum()), lambda: file)
+
+
+def _check(name: str, files: Sequence[_File], max_tokens: int) -> tuple[FolderCheck, bool]:
+    """Read documents of a set; also returns whether one has a label."""
+    num_tokens = sum(file.num_tokens for file in files)
     # Every `stride`-th document is read, counted over all files.
     stride = max(1, -(-num_tokens // max_tokens))
     limit = None if stride == 1 else MAX_TOKENS_PER_DOCUMENT
     num_documents = num_read = 0
     has_label = False
-    for path, summary in zip(paths, summaries, strict=True):
-        chosen = range(-num_documents % stride, summary.documents, stride)
-        num_documents += summary.documents
-        file = format.open(path, vocab_size) if chosen else None
+    for each in files:
+        chosen = range(-num_documents % stride, each.num_documents, stride)
+        num_documents += each.num_documents
+        file = each.open() if chosen else None
         for document in chosen:
             assert file is not None
             ids, loss_mask = file.read(document, 0, limit)
             num_read += len(ids)
             has_label = has_label or bool(loss_mask[1:].any())
-    if needs_label and not has_label and not _has_label(paths, format, vocab_size):
-        raise DataError(
-            f"{name} ({paths[0].parent}): no token contributes loss: every document has fewer than two tokens, or only "
-            "negative (masked) ones. Tokenize it again, or remove it from data.valid_folder"
-        )
-    return FolderCheck(name, num_documents, num_tokens, num_read)
+    return FolderCheck(name, num_documents, num_tokens, num_read), has_label
 
 
-def _has_label(paths: Sequence[Path], format: FileFormat, vocab_size: int | None) -> bool:
+def _has_label(files: Sequence[_File]) -> bool:
     """Whether any document has a label. Reads up to the first one, if the chosen documents had none, which is rare."""
-    files = (format.open(path, vocab_size) for path in paths)
-    return any(bool(file.read(document)[1][1:].any()) for file in files for document in range(len(file)))
+    opened = (each.open() for each in files)
+    return any(bool(file.read(document)[1][1:].any()) for file in opened for document in range(len(file)))

@@ -6,11 +6,12 @@ Owns the folder layout; opens no file.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from internlm.data.documents.document_file import FileFormat, TypedFile
 from internlm.data.documents.index_cache import CACHE_FOLDER
-from internlm.utils.errors import DataError
+from internlm.utils.errors import DataError, nearest
 from internlm.utils.logging import get_logger
 
 _MAX_NAMES = 5
@@ -74,6 +75,22 @@ def find_valid_sets(folder: str | Path, format: FileFormat) -> dict[str, list[Pa
         suffix = _suffixes(format)
         raise DataError(f"{root}: no {suffix} file in this folder; expected {root}/<set>/NAME{suffix}. {format.hint}")
     return dict(sorted(sets.items()))
+
+
+def min_length_of_type(
+    type_name: str, folder: str | Path, type_names: list[str], min_length: int, by_type: Mapping[str, int] | None
+) -> int:
+    """The minimum length of the documents of a type.
+
+    Raises:
+        DataError: `by_type` names an unknown type.
+    """
+    for name in by_type or {}:
+        if name not in type_names:
+            raise DataError(
+                f"min_length_dict names the type '{name}', but {folder} has {type_names}." + nearest(name, type_names)
+            )
+    return (by_type or {}).get(type_name, min_length)
 
 
 def unread_files(folder: str | Path, format: FileFormat) -> list[Path]:

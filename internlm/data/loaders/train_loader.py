@@ -233,7 +233,7 @@ class TrainLoader:
         for message in batch.unreadable:
             self._num_unreadable += 1
             logger.warning(
-                "step %d: skipped an unreadable document (data.skip_bad_documents; %d so far on data rank %d): %s",
+                "step %d: skipped an unreadable document (data.on_bad_data = 'skip'; %d so far on data rank %d): %s",
                 self.step,
                 self._num_unreadable,
                 self._data_rank,
@@ -314,7 +314,7 @@ class _ReadSample:
         except DataError as error:
             raise DataError(
                 f"{error}. Step {step + 1} needs this document. To train without it, set "
-                "data.skip_bad_documents = True, which skips every document that cannot be read, or add "
+                "data.on_bad_data = 'skip', which skips up to data.max_bad_documents that cannot be read, or add "
                 f"{step} to data.skip_batches (counted from 0), which skips this batch"
             ) from error
 

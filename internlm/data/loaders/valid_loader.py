@@ -8,25 +8,21 @@ take the same number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.batch import Batch, MicroBatch
-from internlm.data.documents.document_file import FileFormat
-from internlm.data.documents.document_index import summarize
-from internlm.data.documents.folders import find_valid_sets, log_unread_files
+from internlm.data.documents.valid_sets import ValidSet
 from internlm.data.packing.collate import to_micro_batch
 from internlm.data.packing.document_slice import DocumentSlice, make_slice
 from internlm.data.packing.sample import concatenate_slices, stack_slices
-from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.utils.errors import ConfigError, DataError
 
 
 def build_valid_loaders(
-    folder: str | Path | None,
+    sets: Iterable[ValidSet],
     *,
     seq_len: int,
     micro_bsz: int,
@@ -35,12 +31,11 @@ def build_valid_loaders(
     data_rank: int = 0,
     data_size: int = 1,
     packed: bool = True,
-    format: FileFormat = TOKENIZED,
 ) -> dict[str, ValidLoader]:
-    """Build one loader for each validation set of `folder`, by name; none if `folder` is None.
+    """Build one loader for each validation set, by name.
 
     Args:
-        folder: see `find_valid_sets`.
+        sets: with different names; `folder_sets` finds those of a folder.
         seq_len: maximum length of a slice of a document, in tokens.
         micro_bsz: rows of a micro-batch.
         vocab_size: ids must be smaller; None accepts any.
@@ -48,18 +43,13 @@ def build_valid_loaders(
         data_rank, data_size: this data rank, and the number of data ranks.
         packed: whether micro-batches are packed, [1, micro_bsz * seq_len], or have one slice a row,
             [micro_bsz, seq_len].
-        format: of the files.
 
     Raises:
         DataError: the data is missing or malformed, or a set has no label.
     """
-    if folder is None:
-        return {}
-    log_unread_files(folder, format)
     return {
-        name: ValidLoader(
-            name,
-            paths,
+        each.name: ValidLoader(
+            each,
             seq_len=seq_len,
             micro_bsz=micro_bsz,
             vocab_size=vocab_size,
@@ -67,9 +57,8 @@ def build_valid_loaders(
             data_rank=data_rank,
             data_size=data_size,
             packed=packed,
-            format=format,
         )
-        for name, paths in find_valid_sets(folder, format).items()
+        for each in sets
     }
 
 
@@ -85,8 +74,7 @@ class ValidLoader:
 
     def __init__(
         self,
-        name: str,
-        paths: Sequence[Path],
+        valid_set: ValidSet,
         *,
         seq_len: int,
         micro_bsz: int,
@@ -95,23 +83,23 @@ class ValidLoader:
         data_rank: int = 0,
         data_size: int = 1,
         packed: bool = True,
-        format: FileFormat = TOKENIZED,
     ) -> None:
         if not 0 <= data_rank < data_size:
             raise ConfigError(f"data_rank = {data_rank} is not in [0, data_size = {data_size})")
-        self.type_names = [name]
+        self.type_names = [valid_set.name]
         self._seq_len, self._micro_bsz, self._packed = seq_len, micro_bsz, packed
         self._micro_num, self._rank, self._size = valid_micro_num, data_rank, data_size
-        self._files = [format.open(path, vocab_size) for path in paths]
-        for file in self._files:
-            summarize(file, 0)  # fails here, not during the run, if documents are not inside the file
+        self._files = valid_set.open(vocab_size)
         counts = np.concatenate([file.counts() for file in self._files])
         self._first_document = np.concatenate(([0], np.cumsum([len(file) for file in self._files])))
         # A slice of one token has no label: the last token of a document predicts nothing.
         num_slices = -(-(counts - 1) // seq_len)
         self._slice_ends = np.cumsum(np.maximum(num_slices, 0))
         if not len(self._slice_ends) or not self._slice_ends[-1]:
-            raise DataError(f"{paths[0].parent}: no document of this validation set has two tokens, so it has no label")
+            raise DataError(
+                f"{valid_set.place}: no document of the validation set '{valid_set.name}' has two tokens, so it has no "
+                "label"
+            )
         self._starts = self._micro_batch_starts(counts)
 
     def _micro_batch_starts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 from internlm.data.documents.best_fit_index import BestFitIndex
 from internlm.data.documents.document_file import DocumentFile, FileFormat, TypedFile
 from internlm.data.documents.document_index import DocumentIndex, FileSummary, summarize
-from internlm.data.documents.folders import find_train_files
+from internlm.data.documents.folders import find_train_files, min_length_of_type
+from internlm.data.documents.held_out import num_held_out
 from internlm.data.packing.document_slice import padding_slice
 from internlm.data.packing.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle
 from internlm.data.packing.sample import (
@@ -29,7 +30,7 @@ from internlm.data.packing.sample import (
     stack_slices,
 )
 from internlm.data.sources.slice_reader import SliceReader
-from internlm.utils.errors import ConfigError, DataError, nearest
+from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 
 _MAX_OPEN_FILES = 128
@@ -45,8 +46,11 @@ class _FileEntry:
     path: Path
     type_id: int
     min_length: int
+    held_out: int
+    sizes: tuple[int, ...]
+    """Of the inputs of the file when the source was built, in bytes."""
     length: int
-    """After the min_length filter: tokens (packed), documents (unpacked) or bins (best fit)."""
+    """Of what is neither held out nor shorter than min_length: tokens (packed), documents (unpacked) or bins."""
 
 
 class DocumentSource:
@@ -70,6 +74,7 @@ class DocumentSource:
             `Sample.unreadable`.
         document_mask: whether attention stays within documents; None: the default of the packing.
         fim: fill-in-the-middle.
+        valid_fraction: share of the documents of each file that are held out; see `num_held_out`.
 
     Raises:
         DataError: the folder or a file is malformed, no file is long enough for one sample, no document has two
@@ -91,7 +96,9 @@ class DocumentSource:
         skip_bad_documents: bool = False,
         document_mask: bool | None = None,
         fim: FillInTheMiddle | None = None,
+        valid_fraction: float = 0.0,
     ) -> None:
+        self.valid_fraction, self._folder = valid_fraction, folder
         self.seq_len, self.micro_bsz, self.packing, self.vocab_size = seq_len, micro_bsz, packing, vocab_size
         self.skip_bad_documents, self.fim = skip_bad_documents, fim
         self.document_mask = check_document_mask(packing, document_mask)
@@ -110,15 +117,12 @@ class DocumentSource:
             for file in files
         ]
         opened = self._open_all(files, limits)
-        self._entries = [
-            _FileEntry(file.path, file.type_id, limit, length)
-            for file, limit, (_, length) in zip(files, limits, opened, strict=True)
-        ]
+        self._entries = [entry for entry, _ in opened]
         keeps_rest = packing in ("unpacked", "best_fit")
         self._ends = np.cumsum(
             [(entry.length + keeps_rest * (self._sample_length - 1)) // self._sample_length for entry in self._entries]
         )
-        summaries = [summary for summary, _ in opened]
+        summaries = [summary for _, summary in opened]
         self.num_tokens = sum(summary.kept_tokens for summary in summaries)
         self._open: OrderedDict[int, tuple[DocumentFile, DocumentIndex | BestFitIndex]] = OrderedDict()
         self._check_tokens(folder, sum(summary.kept_documents for summary in summaries))
@@ -136,6 +140,7 @@ class DocumentSource:
             "fim": None if self.fim is None else self.fim.facts,
             "seq_len": self.seq_len,
             "micro_bsz": self.micro_bsz,
+            "valid_fraction": self.valid_fraction,
         }
 
     def __len__(self) -> int:
@@ -150,14 +155,20 @@ class DocumentSource:
             epoch: the documents are those of every epoch, with the draws of fill-in-the-middle of this one.
 
         Raises:
-            DataError: a document of the sample is malformed.
+            DataError: a document of the sample is malformed, or its file has vanished or changed its size since the
+                source was built.
         """
         file_index = int(np.searchsorted(self._ends, index, side="right"))
         entry = self._entries[file_index]
         within = index - (int(self._ends[file_index - 1]) if file_index else 0)
         start = within * self._sample_length
         stop = min(start + self._sample_length, entry.length)
-        file, index_of_file = self._open_file(file_index)
+        try:
+            file, index_of_file = self._open_file(file_index)
+        except DataError as error:
+            if not self.skip_bad_documents:
+                raise
+            return replace(self.padding(), unreadable=(str(error),))
         reader = SliceReader(
             file,
             (epoch, file_index),
@@ -196,39 +207,46 @@ class DocumentSource:
         """Return a sample of padding alone."""
         return padding_sample(self.seq_len, self.micro_bsz, self.packing, self.document_mask)
 
-    def _open_all(self, files: list[TypedFile], limits: list[int]) -> list[tuple[FileSummary, int]]:
-        """Results of `_summarize` for all files.
+    def _open_all(self, files: list[TypedFile], limits: list[int]) -> list[tuple[_FileEntry, FileSummary]]:
+        """Results of `_index_file` for all files.
 
         Processes that open a folder at once begin at different files, so that each builds some of the indices. Not
         threads: NumPy parses headers of .npy files with `ast`, which fails in threads of Python 3.11.
         """
-        results: dict[int, tuple[FileSummary, int]] = {}
+        results: dict[int, tuple[_FileEntry, FileSummary]] = {}
         for position in range(len(files)):
             number = (position + os.getpid()) % len(files)
-            results[number] = self._summarize(files[number], limits[number])
+            results[number] = self._index_file(files[number], limits[number])
         return [results[number] for number in range(len(files))]
 
-    def _summarize(self, typed_file: TypedFile, min_length: int) -> tuple[FileSummary, int]:
-        """Build the indices of a file; return its summary, and its length in tokens, documents or bins."""
-        file = self._format.open(typed_file.path)
-        summary = summarize(file, min_length)
-        index = self._index(file, min_length)
+    def _index_file(self, typed_file: TypedFile, min_length: int) -> tuple[_FileEntry, FileSummary]:
+        """Build the indices of a file."""
+        path, type_id = typed_file.path, typed_file.type_id
+        file = self._format.open(path)
+        held_out = num_held_out(len(file), self.valid_fraction, path, self._folder)
+        summary = summarize(file, min_length, held_out)
+        index = self._index(file, min_length, held_out)
+        length = summary.kept_documents if self.packing == "unpacked" else summary.kept_tokens
         if isinstance(index, BestFitIndex):
-            return summary, len(index)
-        return summary, summary.kept_documents if self.packing == "unpacked" else summary.kept_tokens
+            length = len(index)
+        sizes = tuple(each.stat().st_size for each in file.inputs)
+        return _FileEntry(path, type_id, min_length, held_out, sizes, length), summary
 
-    def _index(self, file: DocumentFile, min_length: int) -> DocumentIndex | BestFitIndex:
+    def _index(self, file: DocumentFile, min_length: int, held_out: int) -> DocumentIndex | BestFitIndex:
         if self.packing == "best_fit":
-            return BestFitIndex(file, min_length, self.seq_len, self._capacity)
-        return DocumentIndex(file, min_length, count_documents=self.packing == "unpacked")
+            return BestFitIndex(file, min_length, self.seq_len, self._capacity, held_out)
+        return DocumentIndex(file, min_length, self.packing == "unpacked", held_out)
 
     def _open_file(self, file_index: int) -> tuple[DocumentFile, DocumentIndex | BestFitIndex]:
+        entry = self._entries[file_index]
         if file_index in self._open:
             self._open.move_to_end(file_index)
+            # Reading a mapped file that has become shorter would kill the process.
+            _check_unchanged(self._open[file_index][0], entry)
             return self._open[file_index]
-        entry = self._entries[file_index]
         file = self._format.open(entry.path, self.vocab_size)
-        self._open[file_index] = file, self._index(file, entry.min_length)
+        _check_unchanged(file, entry)
+        self._open[file_index] = file, self._index(file, entry.min_length, entry.held_out)
         if len(self._open) > _MAX_OPEN_FILES:
             self._open.popitem(last=False)
         return self._open[file_index]
@@ -237,8 +255,8 @@ class DocumentSource:
         if len(self) == 0:
             unit = {"unpacked": "documents", "best_fit": "bins"}.get(self.packing, "tokens (micro_bsz * seq_len)")
             raise DataError(
-                f"{folder}: {len(self._entries)} files with {self.num_tokens} tokens (after min_length), but none has "
-                f"enough for one sample of {self._sample_length} {unit}. "
+                f"{folder}: {len(self._entries)} files with {self.num_tokens} tokens (after min_length and "
+                f"valid_fraction), but none has enough for one sample of {self._sample_length} {unit}. "
                 "Lower data.micro_bsz, data.seq_len or data.min_length, or merge small files"
             )
         if self.num_tokens == num_documents:
@@ -285,17 +303,21 @@ class DocumentSource:
                 )
 
 
-def min_length_of_type(
-    type_name: str, folder: str | Path, type_names: list[str], min_length: int, by_type: Mapping[str, int] | None
-) -> int:
-    """The minimum length of the documents of a type.
+def _check_unchanged(file: DocumentFile, entry: _FileEntry) -> None:
+    """Check that the inputs of a file have the sizes with which the source was built.
 
     Raises:
-        DataError: `by_type` names an unknown type.
+        DataError: one has vanished, or has another size.
     """
-    for name in by_type or {}:
-        if name not in type_names:
+    for path, size in zip(file.inputs, entry.sizes, strict=True):
+        try:
+            found = path.stat().st_size
+        except OSError as error:
             raise DataError(
-                f"min_length_dict names the type '{name}', but {folder} has {type_names}." + nearest(name, type_names)
+                f"{path} cannot be read any more ({error.strerror}): it was there when this run started. Restore it"
+            ) from error
+        if found != size:
+            raise DataError(
+                f"{path} has {found:,} bytes, and had {size:,} when this run started: it has been cut or replaced. "
+                "Restore it, or restart the run with the new file"
             )
-    return (by_type or {}).get(type_name, min_length)

@@ -31,6 +31,7 @@ def open_source(
     format: FileFormat = TOKENIZED,
     document_mask: bool | None = None,
     fim: FillInTheMiddle | None = None,
+    valid_fraction: float = 0.0,
 ) -> SampleSource:
     """Open the source of the files of documents in `folder`, or a dummy source if it is None.
 
@@ -48,6 +49,7 @@ def open_source(
         format: of the files in `folder`.
         document_mask: whether attention stays within documents; None: the default of the packing.
         fim: fill-in-the-middle; not used for dummy data.
+        valid_fraction: share of the documents of each file that are held out; not used for dummy data.
 
     Raises:
         DataError: the data is missing or malformed.
@@ -79,4 +81,5 @@ def open_source(
         skip_bad_documents=skip_bad_documents,
         document_mask=document_mask,
         fim=fim,
+        valid_fraction=valid_fraction,
     )

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from internlm.data.tokenize.special_tokens import AddedToken, SpecialTokens, warn
+from internlm.data.tokenize.token_bytes import TokenBytes, bytes_of_sentencepiece
 
 
 class SentencePieceTokenizer:
@@ -102,6 +103,11 @@ class SentencePieceTokenizer:
     def pieces(self) -> list[str]:
         """See `TextTokenizer`."""
         return list(self._pieces)
+
+    def token_bytes(self) -> TokenBytes:
+        """See `TextTokenizer`."""
+        added = {id: (token.content, token.special) for id, token in self.added.items()}
+        return bytes_of_sentencepiece(self._processor, self._pieces, added)
 
 
 def _pattern(token: AddedToken) -> str:

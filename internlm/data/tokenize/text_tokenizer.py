@@ -13,6 +13,7 @@ from internlm.data.tokenize.memo_encoder import MemoEncoder, build_memo_encoder
 from internlm.data.tokenize.probes import PROBE_TEXTS, first_difference, special_texts
 from internlm.data.tokenize.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm.data.tokenize.special_tokens import SpecialTokens, own_code, read_special_tokens, warn
+from internlm.data.tokenize.token_bytes import TokenBytes, bytes_of_json
 from internlm.utils.errors import DataError
 
 TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
@@ -45,6 +46,13 @@ class TextTokenizer(Protocol):
 
     def pieces(self) -> list[str]:
         """Return the `vocab_size` pieces of the vocabulary as the tokenizer spells them; "" for an unused id."""
+
+    def token_bytes(self) -> TokenBytes:
+        """How many bytes of text each token stands for.
+
+        Raises:
+            DataError: this cannot be known by token; the message continues "the tokenizer: ...".
+        """
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> TextTokenizer:
@@ -177,6 +185,10 @@ class _JsonTokenizer:
         """See `TextTokenizer`."""
         return _by_id(self._tokenizer.get_vocab(with_added_tokens=True), self.vocab_size)
 
+    def token_bytes(self) -> TokenBytes:
+        """See `TextTokenizer`."""
+        return bytes_of_json(self._tokenizer.to_str())
+
 
 class TransformersTokenizer:
     """A tokenizer of `transformers`, for folders with neither a tokenizer.json nor a SentencePiece model."""
@@ -204,6 +216,12 @@ class TransformersTokenizer:
     def pieces(self) -> list[str]:
         """See `TextTokenizer`."""
         return _by_id(self._tokenizer.get_vocab(), self.vocab_size)
+
+    def token_bytes(self) -> TokenBytes:
+        """See `TextTokenizer`."""
+        if not self._tokenizer.is_fast:
+            raise DataError("it is Python code of transformers, which does not tell the bytes of a token")
+        return bytes_of_json(self._tokenizer.backend_tokenizer.to_str())
 
 
 def _by_id(vocabulary: dict[Any, int], size: int) -> list[str]:

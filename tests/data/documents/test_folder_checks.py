@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from internlm.data.documents import folder_checks
-from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
+from internlm.data.documents.document_file import FileFormat
+from internlm.data.documents.folder_checks import check_train_folder, check_valid_sets
+from internlm.data.documents.valid_sets import folder_sets
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.utils.errors import DataError
@@ -20,6 +22,10 @@ def write(path: Path, documents: Sequence[Sequence[int]]) -> None:
     with TokenizedWriter(path) as writer:
         for document in documents:
             writer.write(list(document))
+
+
+def check_valid_folder(folder: Path, format: FileFormat, vocab_size: int) -> list[folder_checks.FolderCheck]:
+    return check_valid_sets(folder_sets(folder, format), vocab_size)
 
 
 def test_small_sets_are_read_whole(tmp_path: Path) -> None:

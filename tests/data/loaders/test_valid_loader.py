@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from internlm.data.documents.valid_sets import folder_sets
 from internlm.data.loaders.valid_loader import build_valid_loaders
+from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.utils.errors import DataError
 
@@ -63,7 +65,7 @@ def test_every_label_once(folder, packed, micro_bsz, data_size, valid_micro_num)
     root, documents = folder
     ranks = [
         build_valid_loaders(
-            root,
+            folder_sets(root, TOKENIZED),
             seq_len=SEQ_LEN,
             micro_bsz=micro_bsz,
             vocab_size=100,
@@ -94,24 +96,24 @@ def test_every_label_once(folder, packed, micro_bsz, data_size, valid_micro_num)
 
 
 def test_iterating_again_gives_the_same(folder):
-    loader = build_valid_loaders(folder[0], seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)["en"]
+    loader = build_valid_loaders(folder_sets(folder[0], TOKENIZED), seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)["en"]
     first, second = ([micro.input_ids.tolist() for batch in loader for micro in batch.micro_batches] for _ in range(2))
     assert first == second
 
 
-def test_no_folder_means_no_sets():
-    assert build_valid_loaders(None, seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100) == {}
+def test_no_sets_mean_no_loaders():
+    assert build_valid_loaders([], seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100) == {}
 
 
 def test_errors(folder, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
-        build_valid_loaders(tmp_path / "none", seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)
+        build_valid_loaders(folder_sets(tmp_path / "none", TOKENIZED), seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)
     with pytest.raises(DataError, match=r"no \.bin file"):
-        build_valid_loaders(tmp_path, seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)
+        build_valid_loaders(folder_sets(tmp_path, TOKENIZED), seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)
     with TokenizedWriter(tmp_path / "a.bin") as writer:
         writer.write([1])
-    with pytest.raises(DataError, match="no document of this validation set has two tokens"):
-        build_valid_loaders(tmp_path, seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)
-    loader = build_valid_loaders(folder[0], seq_len=SEQ_LEN, micro_bsz=2, vocab_size=50)["en"]
+    with pytest.raises(DataError, match=r"no document of the validation set '.*' has two tokens"):
+        build_valid_loaders(folder_sets(tmp_path, TOKENIZED), seq_len=SEQ_LEN, micro_bsz=2, vocab_size=100)
+    loader = build_valid_loaders(folder_sets(folder[0], TOKENIZED), seq_len=SEQ_LEN, micro_bsz=2, vocab_size=50)["en"]
     with pytest.raises(DataError, match="outside the vocabulary of 50"):
         list(loader)

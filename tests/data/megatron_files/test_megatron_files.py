@@ -10,6 +10,7 @@ import torch
 
 from internlm.data.batch import Batch
 from internlm.data.documents.document_file import FileFormat
+from internlm.data.documents.valid_sets import folder_sets
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.loaders.valid_loader import build_valid_loaders
 from internlm.data.megatron_files.file_format import MEGATRON
@@ -136,7 +137,7 @@ def test_its_batches_are_those_of_tokenized_files(packing: str, tmp_path: Path) 
         loader = build_train_loader(ShuffledSource(source, seed=1), micro_num=1)
         train = [next(loader) for _ in range(len(source) + 1)]
         loader.close()
-        sets = build_valid_loaders(folder, seq_len=8, micro_bsz=2, vocab_size=100, format=format)
+        sets = build_valid_loaders(folder_sets(folder, format), seq_len=8, micro_bsz=2, vocab_size=100)
         return loader.type_names, train, {name: list(loader) for name, loader in sets.items()}
 
     types, train, valid = batches(MEGATRON)

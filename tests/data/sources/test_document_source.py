@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import re
 from collections.abc import Iterable
 from itertools import chain, pairwise
 from pathlib import Path
@@ -355,3 +356,39 @@ def test_one_process_builds_the_index_while_others_wait(tmp_path: Path) -> None:
         num_builds += builds.get() > 0
     assert num_builds == len(FILES)
     assert not list(tmp_path.rglob(".lock-*")) and not list(tmp_path.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("packing", ["cut", "unpacked", "best_fit"])
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("damage", ["vanished", "cut", "companion"])
+def test_a_file_that_is_damaged_in_mid_run(tmp_path: Path, packing: str, is_open: bool, damage: str) -> None:
+    for name in "ab":
+        with TokenizedWriter(tmp_path / f"{name}.bin") as writer:
+            for number in range(20):
+                writer.write(np.arange(1, 30) + number)
+    options: dict[str, Any] = {"seq_len": 8, "micro_bsz": 2, "packing": packing, "vocab_size": 100}
+    stopping = DocumentSource(tmp_path, TOKENIZED, **options)
+    skipping = DocumentSource(tmp_path, TOKENIZED, **options, skip_bad_documents=True)
+    expected = [stopping.sample(index) for index in range(len(stopping))] if is_open else []
+    if is_open:
+        assert [skipping.sample(index).unreadable for index in range(len(skipping))] == [()] * len(skipping)
+    path = tmp_path / ("b.bin.meta" if damage == "companion" else "b.bin")
+    if damage == "cut":
+        with open(path, "r+b") as file:
+            file.truncate(100)
+    else:
+        path.unlink()
+    if damage == "cut":
+        message = re.escape(f"{path} has 100 bytes, and had ")
+    else:
+        message = re.escape(str(path)) + " (is missing|cannot be read any more)|b.bin: no such file"
+    last = len(stopping) - 1
+    with pytest.raises(DataError, match=message):
+        stopping.sample(last)
+    sample = skipping.sample(last)
+    assert (sample.labels == -100).all() and sample.input_ids.shape == skipping.padding().input_ids.shape
+    assert len(sample.unreadable) == 1 and re.search(message, sample.unreadable[0])
+    # The other file is read as before.
+    assert skipping.sample(0).unreadable == () and (skipping.sample(0).labels != -100).any()
+    if expected:
+        assert (stopping.sample(0).input_ids == expected[0].input_ids).all()

@@ -1,0 +1,26 @@
+"""The formats of files of documents that a config names."""
+
+from __future__ import annotations
+
+from internlm.config.schema import Config
+from internlm.data.documents.document_file import FileFormat
+from internlm.data.megatron_files.file_format import MEGATRON
+from internlm.data.token_arrays.file_format import ArrayFormat
+from internlm.data.tokenized_files.file_format import TOKENIZED
+
+
+def file_format(config: Config) -> FileFormat:
+    """The format of the files in the folders of a config."""
+    data = config.data
+    return format_of_type(data.type, data.array_dtype, data.array_separator)
+
+
+def format_of_type(type: str, array_dtype: str | None = None, array_separator: int | None = None) -> FileFormat:
+    """The format of a type of documents.
+
+    Args:
+        type: as `data.type`; one of files of documents.
+        array_dtype, array_separator: see `TokenArray`.
+    """
+    formats: tuple[FileFormat, ...] = (TOKENIZED, MEGATRON, ArrayFormat(array_dtype, array_separator))
+    return next(each for each in formats if each.name == type)

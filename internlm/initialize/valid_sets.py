@@ -1,0 +1,115 @@
+"""The validation sets that a config names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from internlm.config.schema import Config
+from internlm.data.documents.folders import log_unread_files
+from internlm.data.documents.valid_sets import ValidSet, folder_sets, held_out_sets, named_set
+from internlm.data.tokenized_files.file_format import TOKENIZED
+from internlm.initialize.file_formats import file_format, format_of_type
+from internlm.initialize.row_stream import rows_as_documents
+from internlm.utils.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class ValidPlace:
+    """One folder or file that `data.valid_folder` names.
+
+    Attributes:
+        key: that names it, for messages.
+        name: of its set; None where its subfolders are sets.
+        folder: folder or file.
+        type: as `data.type`.
+        array_dtype, array_separator: see `TokenArray`.
+    """
+
+    key: str
+    name: str | None
+    folder: str
+    type: str
+    array_dtype: str | None
+    array_separator: int | None
+
+
+def valid_places(config: Config) -> list[ValidPlace]:
+    """Every folder and file that `data.valid_folder` names, whether or not it is evaluated."""
+    data = config.data
+    own = (data.array_dtype, data.array_separator)
+    if isinstance(data.valid_folder, str):
+        return [ValidPlace("data.valid_folder", None, data.valid_folder, data.type, *own)]
+    places = []
+    for name, each in (data.valid_folder or {}).items():
+        type = each.get("type", data.type)
+        dtype, separator = own if type == data.type else (None, None)
+        dtype, separator = each.get("array_dtype", dtype), each.get("array_separator", separator)
+        places.append(ValidPlace(f"data.valid_folder[{name!r}]", name, each["path"], type, dtype, separator))
+    return places
+
+
+def find_sets(config: Config, *, with_rows: bool = True) -> list[ValidSet]:
+    """Find the validation sets of a run; none if evaluation is off.
+
+    Args:
+        config: of the run.
+        with_rows: whether to include sets of rows, which are tokenized first.
+
+    Raises:
+        DataError: a folder is missing, has no file of its type, or a row cannot be read.
+        ConfigError: two sets have the same name.
+    """
+    data = config.data
+    if data.valid_every == 0:
+        return []
+    sets: list[ValidSet] = []
+    for place in valid_places(config):
+        folder: str | Path = place.folder
+        if place.type != "streaming":
+            format = format_of_type(place.type, place.array_dtype, place.array_separator)
+        elif with_rows:
+            folder, format = rows_as_documents(config, place.folder), TOKENIZED
+        else:
+            continue
+        sets += folder_sets(folder, format) if place.name is None else [named_set(place.name, folder, format)]
+    if data.valid_fraction > 0:
+        assert data.train_folder is not None
+        sets += held_out_sets(
+            data.train_folder, file_format(config), data.valid_fraction, data.min_length, data.min_length_dict
+        )
+    repeated = [name for name, count in Counter(each.name for each in sets).items() if count > 1]
+    if repeated:
+        raise ConfigError(
+            f"data.valid_folder has a set '{repeated[0]}', and data.valid_fraction makes one of that name; rename the "
+            "former, as in data.valid_folder = dict(NAME=path)"
+        )
+    return sets
+
+
+def check_held_out(saved: Config, config: Config, what: str) -> None:
+    """Refuse to evaluate documents that the run of a checkpoint has been trained on.
+
+    Args:
+        saved: config of the checkpoint.
+        config: of this run.
+        what: names the checkpoint in messages.
+
+    Raises:
+        CheckpointError: this run holds out more documents of the same train folder.
+    """
+    before, now = saved.data, config.data
+    if now.valid_fraction > before.valid_fraction and now.train_folder == before.train_folder:
+        raise CheckpointError(
+            f"data.valid_fraction = {now.valid_fraction} holds out more documents of {now.train_folder} than "
+            f"{before.valid_fraction}, that of {what}, which has been trained on some of them: their loss would be too "
+            f"low. Restore data.valid_fraction = {before.valid_fraction} (a smaller one is possible)"
+        )
+
+
+def log_unread_valid_files(config: Config) -> None:
+    """Log the files in validation folders that are not read, such as text."""
+    for place in valid_places(config) if config.data.valid_every > 0 else ():
+        if place.type != "streaming":
+            log_unread_files(place.folder, format_of_type(place.type))
