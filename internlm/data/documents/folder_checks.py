@@ -12,6 +12,7 @@ from pathlib import Path
 from internlm.data.documents.document_file import FileFormat
 from internlm.data.documents.document_index import summarize
 from internlm.data.documents.folders import find_train_files, find_valid_sets
+from internlm.data.remote.local_file import find_mirrored
 from internlm.utils.errors import DataError
 
 MAX_TOKENS = 32_000_000
@@ -84,6 +85,9 @@ def _check(
     has_label = False
     for path, summary in zip(paths, summaries, strict=True):
         chosen = range(-num_documents % stride, summary.documents, stride)
+        if not needs_label and path != paths[0] and find_mirrored(path) is not None:
+            # Each file would be fetched whole.
+            chosen = range(0)
         num_documents += summary.documents
         file = format.open(path, vocab_size) if chosen else None
         for document in chosen:

@@ -21,6 +21,7 @@ from internlm.data.documents.folders import find_valid_sets, log_unread_files
 from internlm.data.packing.collate import to_micro_batch
 from internlm.data.packing.document_slice import DocumentSlice, make_slice
 from internlm.data.packing.sample import concatenate_slices, stack_slices
+from internlm.data.remote.mirror import local_folder
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.utils.errors import ConfigError, DataError
 
@@ -40,7 +41,7 @@ def build_valid_loaders(
     """Build one loader for each validation set of `folder`, by name; none if `folder` is None.
 
     Args:
-        folder: see `find_valid_sets`.
+        folder: see `find_valid_sets`; or the URL of one, see `local_folder`.
         seq_len: maximum length of a slice of a document, in tokens.
         micro_bsz: rows of a micro-batch.
         vocab_size: ids must be smaller; None accepts any.
@@ -55,6 +56,7 @@ def build_valid_loaders(
     """
     if folder is None:
         return {}
+    folder = local_folder(folder)
     log_unread_files(folder, format)
     return {
         name: ValidLoader(

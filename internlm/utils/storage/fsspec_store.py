@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from internlm.utils.errors import ConfigError
-from internlm.utils.storage.failures import Explanation
-from internlm.utils.storage.store import Store
+from internlm.utils.storage.failures import Explanation, ReplacedError
+from internlm.utils.storage.store import Store, StoredFile
 from internlm.utils.storage.streams import Sink, Source
 
 PACKAGES = {"gs": "pip install 'internlm[gcs]'"}
@@ -72,7 +73,19 @@ class FsspecStore:
     def size(self, key: str) -> int:
         return int(self.connect().size(self.path(key)))
 
-    def open_read(self, key: str, url: str) -> FsspecSource:
+    def files(self, key: str) -> Iterator[StoredFile]:
+        root = self.path(key)
+        for path, info in self.connect().find(root, detail=True).items():
+            name = path.strip("/").removeprefix(root.strip("/")).strip("/")
+            if name:
+                yield StoredFile(name, int(info["size"]), _version(info))
+
+    def version(self, key: str) -> str:
+        return _version(self.connect().info(self.path(key)))
+
+    def open_read(self, key: str, url: str, version: str | None = None) -> FsspecSource:
+        if version is not None and self.version(key) != version:
+            raise ReplacedError(key)
         return FsspecSource(self, key, url)
 
     def open_write(self, key: str, url: str) -> Sink:
@@ -94,6 +107,11 @@ class FsspecStore:
             return Explanation(f"permission denied ({error})", "check the credentials and what they may do")
         # The libraries below fsspec raise errors of their own, without a common base class.
         return Explanation(f"{type(error).__name__}: {error}", "check the URL, the network and the credentials")
+
+
+def _version(info: dict[str, Any]) -> str:
+    """The version in the description of a file: an ETag or, of a file in memory, its time."""
+    return str(info.get("etag") or info.get("created"))
 
 
 class FsspecSource(Source):

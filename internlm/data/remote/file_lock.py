@@ -1,0 +1,71 @@
+"""Locks of files among the processes of a machine; released when a process ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+@contextmanager
+def locked(path: Path, purpose: str) -> Iterator[int]:
+    """Hold the exclusive lock of a file, which is created; yields its descriptor.
+
+    The file may be renamed or removed meanwhile: another process then locks a new one.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.debug("waiting for another process: %s", purpose)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if is_same_file(path, descriptor):
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def open_shared(path: Path) -> int | None:
+    """Open a file with a shared lock, so that `remove_unused` leaves it; None if it does not exist."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if is_same_file(path, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a file unless a process has a lock on it; returns whether it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def is_same_file(path: Path, descriptor: int) -> bool:
+    """Whether a descriptor is of the file that now has a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
