@@ -7,6 +7,7 @@ removed from the cache is opened again at its next use. Local files cost one com
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -68,8 +69,9 @@ def local_file(path: Path) -> LocalFile:
     while (descriptor := open_shared(content)) is None:
         _OPENED.drop_all()
         fetch(mirror, name)
-    # The order of removal.
-    os.utime(descriptor)
+    # The order of removal; by a finer clock than that of the file system.
+    now = time.time_ns()
+    os.utime(descriptor, ns=(now, now))
     return LocalFile(content, descriptor)
 
 

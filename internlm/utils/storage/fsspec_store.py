@@ -78,10 +78,15 @@ class FsspecStore:
         for path, info in self.connect().find(root, detail=True).items():
             name = path.strip("/").removeprefix(root.strip("/")).strip("/")
             if name:
-                yield StoredFile(name, int(info["size"]), _version(info))
+                yield StoredFile(name, int(info["size"]), info.get("etag") or self._version(path))
 
     def version(self, key: str) -> str:
-        return _version(self.connect().info(self.path(key)))
+        return self._version(self.path(key))
+
+    def _version(self, path: str) -> str:
+        """The ETag of a file or, in memory, the time of its last change."""
+        info = self.connect().info(path)
+        return str(info.get("etag") or info["created"])
 
     def open_read(self, key: str, url: str, version: str | None = None) -> FsspecSource:
         if version is not None and self.version(key) != version:
@@ -107,11 +112,6 @@ class FsspecStore:
             return Explanation(f"permission denied ({error})", "check the credentials and what they may do")
         # The libraries below fsspec raise errors of their own, without a common base class.
         return Explanation(f"{type(error).__name__}: {error}", "check the URL, the network and the credentials")
-
-
-def _version(info: dict[str, Any]) -> str:
-    """The version in the description of a file: an ETag or, of a file in memory, its time."""
-    return str(info.get("etag") or info.get("created"))
 
 
 class FsspecSource(Source):

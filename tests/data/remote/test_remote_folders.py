@@ -158,7 +158,7 @@ def test_rows_are_those_of_the_local_folder(bucket: Bucket, tmp_path: Path) -> N
     rows = write_rows(tmp_path / "rows")
     url = upload(tmp_path / "rows", bucket, "rows")
     folder = locate_dataset(url)
-    assert find_row_files(url).files[0].path.name == "rows.jsonl"
+    assert [file.path.name for file in find_row_files(url).files] == ["rows.json", "rows.jsonl"]
     for name in ("rows.parquet", "rows.arrow", "rows.jsonl", "rows.json"):
         file = open_rows(folder / name)
         assert len(file) == len(rows)
