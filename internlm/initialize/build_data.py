@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.document_file import FileFormat
@@ -10,16 +12,35 @@ from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
 from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.sources.open_source import open_source
-from internlm.data.sources.sample_stream import ShuffledSource
+from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
 from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
+from internlm.initialize.text_stream import build_text_stream, valid_folder_of_rows
 from internlm.utils.errors import ConfigError, nearest
 
 
 def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
     """Build the training loader of this data rank."""
     data = config.data
+    return build_train_loader(
+        build_stream(config, context),
+        micro_num=data.micro_num,
+        data_rank=context.index("data"),
+        data_size=context.size("data"),
+        num_workers=data.num_worker,
+        rampup_batch_size=data.rampup_batch_size,
+        skip_batches=data.skip_batches,
+        total_steps=data.total_steps,
+        pin_memory=context.device.type == "cuda",
+    )
+
+
+def build_stream(config: Config, context: ParallelContext) -> SampleStream:
+    """Build the stream of training samples."""
+    data = config.data
+    if data.type == "streaming":
+        return build_text_stream(config, context, fill_in_the_middle(config))
     source = open_source(
         data.train_folder,
         seq_len=data.seq_len,
@@ -35,21 +56,11 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         document_mask=data.document_mask,
         fim=fill_in_the_middle(config),
     )
-    return build_train_loader(
-        ShuffledSource(source, data.seed),
-        micro_num=data.micro_num,
-        data_rank=context.index("data"),
-        data_size=context.size("data"),
-        num_workers=data.num_worker,
-        rampup_batch_size=data.rampup_batch_size,
-        skip_batches=data.skip_batches,
-        total_steps=data.total_steps,
-        pin_memory=context.device.type == "cuda",
-    )
+    return ShuffledSource(source, data.seed)
 
 
 def file_format(config: Config) -> FileFormat:
-    """The format of the files in the folders of a config."""
+    """The format of the files in the folders of a config that has documents."""
     data = config.data
     formats: tuple[FileFormat, ...] = (TOKENIZED, MEGATRON, ArrayFormat(data.array_dtype, data.array_separator))
     return next(each for each in formats if each.name == data.type)
@@ -92,8 +103,9 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
     data = config.data
     if data.valid_every == 0:
         return {}
+    folder, format = valid_files(config)
     return build_valid_loaders(
-        data.valid_folder,
+        folder,
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
         vocab_size=config.model.vocab_size,
@@ -101,5 +113,12 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
         data_rank=context.index("data"),
         data_size=context.size("data"),
         packed=data.packing != "unpacked",
-        format=file_format(config),
+        format=format,
     )
+
+
+def valid_files(config: Config) -> tuple[str | Path | None, FileFormat]:
+    """The folder of the validation sets, None without any, and the format of their files; rows are tokenized before."""
+    if config.data.type == "streaming":
+        return valid_folder_of_rows(config), TOKENIZED
+    return config.data.valid_folder, file_format(config)

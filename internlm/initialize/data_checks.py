@@ -6,7 +6,8 @@ from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
-from internlm.initialize.build_data import file_format
+from internlm.initialize.build_data import file_format, valid_files
+from internlm.initialize.text_stream import check_train_rows
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -24,10 +25,14 @@ def check_data(config: Config) -> list[str]:
             token that contributes loss.
     """
     data, lines = config.data, []
-    if data.train_folder is not None:
+    if data.type == "streaming":
+        lines.append(check_train_rows(config))
+    elif data.train_folder is not None:
         lines.append(str(check_train_folder(data.train_folder, file_format(config), config.model.vocab_size)))
     if data.valid_every > 0 and data.valid_folder is not None:
-        lines += map(str, check_valid_folder(data.valid_folder, file_format(config), config.model.vocab_size))
+        folder, format = valid_files(config)
+        assert folder is not None
+        lines += map(str, check_valid_folder(folder, format, config.model.vocab_size))
     return lines
 
 
@@ -40,11 +45,12 @@ def check_valid_sets(config: Config, context: ParallelContext) -> None:
     data = config.data
     if data.valid_every == 0 or data.valid_folder is None:
         return
-    folder = data.valid_folder
 
     def find_problem() -> str | None:
         try:
-            for checked in check_valid_folder(folder, file_format(config), config.model.vocab_size):
+            folder, format = valid_files(config)
+            assert folder is not None
+            for checked in check_valid_folder(folder, format, config.model.vocab_size):
                 logger.info("%s", checked)
         except (DataError, OSError) as error:
             return str(error)

@@ -18,6 +18,9 @@ from internlm.config.schema import Config
 from internlm.convert.checkpoint_types import open_weights
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.folders import find_train_files, find_valid_sets
+from internlm.data.rows.hub_datasets import locate_dataset
+from internlm.data.rows.row_folders import find_row_files
+from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.initialize.build_data import build_loader, build_valid_sets, file_format
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model, parameter_groups
@@ -91,7 +94,10 @@ def _train_folder(config: Config, context: ParallelContext) -> list[str]:
     if folder is None:
         return ["data.train_folder is None: the run trains on random tokens, which only serves to measure speed"]
     _require_local("data.train_folder", folder)
-    find_train_files(folder, file_format(config))
+    if config.data.type == "streaming":
+        find_row_files(locate_dataset(folder), config.data.subset_name)
+    else:
+        find_train_files(folder, file_format(config))
     return []
 
 
@@ -99,7 +105,10 @@ def _valid_folder(config: Config, context: ParallelContext) -> list[str]:
     folder = config.data.valid_folder
     if folder is not None and config.data.valid_every > 0:
         _require_local("data.valid_folder", folder)
-        find_valid_sets(folder, file_format(config))
+        if config.data.type == "streaming":
+            locate_dataset(folder)
+        else:
+            find_valid_sets(folder, file_format(config))
     return []
 
 
@@ -124,8 +133,10 @@ def _require_local(key: str, folder: str) -> None:
 
 
 def _tokenizer(config: Config, context: ParallelContext) -> list[str]:
-    """Check that the tokenizer exists. Training reads token ids, so only generation fails without it."""
+    """Check that the tokenizer exists. Training on token ids does not need it, so only generation fails without it."""
     path = config.data.tokenizer_path
+    if path is not None and config.data.type == "streaming":
+        load_tokenizer(path)
     if path is None or Path(path).exists():
         return []
     return [f"data.tokenizer_path = {path!r}: no such tokenizer; training does not need it, `internlm generate` does"]

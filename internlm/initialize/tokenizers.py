@@ -36,7 +36,9 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
     data = config.data
     evaluates = data.valid_every > 0 and data.valid_folder is not None
     folders = [folder for folder in (data.train_folder, data.valid_folder if evaluates else None) if folder is not None]
-    record = _of_folders(tuple(folders), file_format(config), data.check_tokenizer)
+    # Rows are tokenized by data.tokenizer_path itself.
+    has_documents = data.type != "streaming"
+    record = _of_folders(tuple(folders), file_format(config), data.check_tokenizer) if has_documents else None
     named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))
     found = (
         None

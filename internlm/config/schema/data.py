@@ -35,15 +35,30 @@ class FimConfig(Section):
     eos: int | str | None = key("tokenizer", "Token that stays last; `tokenizer`: of data.tokenizer_path; None: none.")
 
 
+class ConversationConfig(Section):
+    """Conversations, tokenized with the chat template; only the answers contribute loss."""
+
+    form: Literal["messages", "sharegpt", "alpaca", "prompt_response", "prompt_completion"] | None = key(
+        None, "Form of the rows; None: told by the columns of each row."
+    )
+    learn: Literal["all", "last"] = key("all", "Answers that contribute loss: all, or the last one.")
+    mask: Literal["auto", "marks", "prefix"] = key(
+        "auto",
+        "How answers are found: `marks` of the template ({% generation %}), exact difference of `prefix`es; `auto`: "
+        "marks if the template has them.",
+    )
+    chat_template: str | None = key(None, "File with a chat template; None: that of data.tokenizer_path.")
+
+
 class DataConfig(Section):
     """Sizes of a batch, the token folders, packing and evaluation."""
 
     type: Literal["tokenized", "megatron", "arrays", "streaming", "mocked", "hf", "lumina_pickle"] = later(
         "tokenized",
-        "Kind of files: `tokenized` .bin/.meta, `megatron` .bin/.idx, `arrays` .npy, raw .bin or .ds of token ids. "
-        "Without a folder: dummy data.",
+        "Kind of files: `tokenized` .bin/.meta, `megatron` .bin/.idx, `arrays` .npy, raw .bin or .ds of token ids, "
+        "`streaming` parquet, Arrow, JSON or text, tokenized during training. Without a folder: dummy data.",
         "this source",
-        accepts=("tokenized", "megatron", "arrays"),
+        accepts=("tokenized", "megatron", "arrays", "streaming"),
     )
     array_dtype: Literal["uint16", "uint32"] | None = key(
         None, "`arrays`: dtype of files without a header (nanoGPT, OLMo, datatrove)."
@@ -129,8 +144,20 @@ class DataConfig(Section):
         "Refuse data of several tokenizers, or of another tokenizer than tokenizer_path or the run's initial "
         "checkpoint; False logs it.",
     )
-    content_name: str = later("text", "Column with the text.", "data.type='streaming'")
-    subset_name: str | None = later(None, "Subset of a Hugging Face data set.", "data.type='streaming'")
+    content_name: str = key("text", "`streaming`: column with the text.")
+    subset_name: str | None = key(
+        None, "`streaming`: subset of the dataset, a config of its README.md or a subfolder; None: the default one."
+    )
+    text_unit: Literal["line", "paragraph", "file"] | None = key(
+        None, "`streaming`: what is a document in .txt files; None: a line, with a line in the log."
+    )
+    add_bos: bool = key(False, "`streaming`: start each document with the bos token of the tokenizer.")
+    add_eos: bool | None = key(
+        None, "`streaming`: end each document with the eos token; None: if the tokenizer has one."
+    )
+    conversations: ConversationConfig | None = key(
+        None, "`streaming`: dict(form, learn, mask, chat_template): rows are conversations; {} for the defaults."
+    )
     is_multimodal: bool = later(False, "Samples contain images.", "multimodal data")
     data_impl: str | None = no_effect(
         None, "Kind of index of data.type='megatron'.", "an index tells its format; only that of 'mmap' is read"

@@ -31,13 +31,22 @@ _CURSOR_KEYS = {"step", "consumed_samples", "stream"}
 
 
 @dataclass(frozen=True)
-class _Request:
-    """The samples of one rank in one step: global sample indices [first, first + count)."""
+class _StepPlan:
+    """The samples of one rank in one step: global sample indices [first, first + count).
+
+    Attributes:
+        num_samples: of all ranks.
+    """
 
     step: int
     first: int
     count: int
     num_samples: int
+
+    @property
+    def indices(self) -> range:
+        """Global sample indices of this rank."""
+        return range(self.first, self.first + self.count)
 
 
 def build_train_loader(
@@ -112,7 +121,7 @@ class TrainLoader:
         self.step = 0
         self.consumed_samples = 0
         self._stream = stream
-        self._fetch = _Fetch(stream, skipped)
+        self._read = _ReadSample(stream, skipped)
         self._num_unreadable = self._num_truncated_answers = 0
         self._ramp_up = ramp_up
         self._data_rank, self._data_size = data_rank, data_size
@@ -231,8 +240,8 @@ class TrainLoader:
         self._num_truncated_answers += batch.num_truncated_answers
 
     def _start(self) -> Iterator[Batch]:
-        requests = functools.partial(
-            _requests,
+        plans = functools.partial(
+            _step_plans,
             self.step,
             self.consumed_samples,
             self._ramp_up,
@@ -240,14 +249,15 @@ class TrainLoader:
             self._data_size,
             self._total_steps,
         )
+        requests = functools.partial(_requests, plans)
         if self._num_workers > 0:
-            workers = WorkerProcesses(self._fetch, requests, self._num_workers)
-            thread = ReadAheadThread(_to_batches(workers, self._pin_memory), max(1, self._prefetch))
+            workers = WorkerProcesses(self._read, requests, self._num_workers)
+            thread = ReadAheadThread(_to_batches(plans(), workers, self._pin_memory), max(1, self._prefetch))
             # Finalizers also run when the loader is garbage-collected or the interpreter exits. Workers stop first: the
             # thread may be waiting for them.
             self._stop = weakref.finalize(self, _stop_all, workers, thread)
             return thread
-        batches = _to_batches(map(self._fetch, requests()), self._pin_memory)
+        batches = _to_batches(plans(), map(self._read, requests()), self._pin_memory)
         if self._prefetch == 0:
             return batches
         thread = ReadAheadThread(batches, self._prefetch)
@@ -260,46 +270,55 @@ def _stop_all(*running: ReadAheadThread[Any] | WorkerProcesses[Any]) -> None:
         each.stop()
 
 
-def _requests(
+def _step_plans(
     step: int, cursor: int, ramp_up: RampUp, rank: int, size: int, total_steps: int | None
-) -> Iterator[_Request]:
+) -> Iterator[_StepPlan]:
     while total_steps is None or step < total_steps:
         count = ramp_up.micro_num_at(step)
-        yield _Request(step, cursor + rank * count, count, count * size)
+        yield _StepPlan(step, cursor + rank * count, count, count * size)
         cursor += count * size
         step += 1
 
 
-class _Fetch:
-    """Reads the samples of a request, except those of a skipped step, which may be unreadable."""
+def _requests(plans: Callable[[], Iterator[_StepPlan]]) -> Iterator[tuple[int, int]]:
+    """(step, global sample index) of each sample of this rank; workers take them in turn."""
+    for plan in plans():
+        for index in plan.indices:
+            yield plan.step, index
+
+
+class _ReadSample:
+    """Reads the sample of a request, except one of a skipped step, which may be unreadable."""
 
     def __init__(self, stream: SampleStream, skipped: SkipBatches) -> None:
         self.stream, self.skipped = stream, skipped
 
-    def __call__(self, request: _Request) -> tuple[_Request, list[Sample]]:
-        if self.skipped.contains(request.step):
-            return request, [self.stream.padding()] * request.count
+    def __call__(self, request: tuple[int, int]) -> Sample:
+        step, index = request
+        if self.skipped.contains(step):
+            return self.stream.padding()
         try:
-            return request, self.stream.samples(request.first, request.count)
+            return self.stream.sample(index)
         except StreamEndError:
             raise
         except DataError as error:
             raise DataError(
-                f"{error}. Step {request.step + 1} needs this document. To train without it, set "
+                f"{error}. Step {step + 1} needs this document. To train without it, set "
                 "data.skip_bad_documents = True, which skips every document that cannot be read, or add "
-                f"{request.step} to data.skip_batches (counted from 0), which skips this batch"
+                f"{step} to data.skip_batches (counted from 0), which skips this batch"
             ) from error
 
 
-def _to_batches(fetched: Iterator[tuple[_Request, list[Sample]]], pin_memory: bool) -> Iterator[Batch]:
-    for request, samples in fetched:
+def _to_batches(plans: Iterator[_StepPlan], read: Iterator[Sample], pin_memory: bool) -> Iterator[Batch]:
+    for plan in plans:
+        samples = [next(read) for _ in plan.indices]
         micro_batches = [to_micro_batch(sample) for sample in samples]
         if pin_memory:
             micro_batches = [pin(micro) for micro in micro_batches]
         yield Batch(
             micro_batches,
-            request.num_samples,
-            list(range(request.first, request.first + request.count)),
+            plan.num_samples,
+            list(plan.indices),
             unreadable=[message for sample in samples for message in sample.unreadable],
             num_truncated_answers=sum(sample.num_truncated_answers for sample in samples),
             cursors=[sample.cursor for sample in samples],

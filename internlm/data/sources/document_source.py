@@ -105,7 +105,10 @@ class DocumentSource:
         else:
             self._sample_length = micro_bsz * seq_len
         files, self.type_names = find_train_files(folder, format)
-        limits = [_min_length_of(file, folder, self.type_names, min_length, min_length_dict) for file in files]
+        limits = [
+            min_length_of_type(self.type_names[file.type_id], folder, self.type_names, min_length, min_length_dict)
+            for file in files
+        ]
         opened = self._open_all(files, limits)
         self._entries = [
             _FileEntry(file.path, file.type_id, limit, length)
@@ -282,10 +285,10 @@ class DocumentSource:
                 )
 
 
-def _min_length_of(
-    file: TypedFile, folder: str | Path, type_names: list[str], min_length: int, by_type: Mapping[str, int] | None
+def min_length_of_type(
+    type_name: str, folder: str | Path, type_names: list[str], min_length: int, by_type: Mapping[str, int] | None
 ) -> int:
-    """The minimum length of the documents of a file.
+    """The minimum length of the documents of a type.
 
     Raises:
         DataError: `by_type` names an unknown type.
@@ -295,4 +298,4 @@ def _min_length_of(
             raise DataError(
                 f"min_length_dict names the type '{name}', but {folder} has {type_names}." + nearest(name, type_names)
             )
-    return (by_type or {}).get(type_names[file.type_id], min_length)
+    return (by_type or {}).get(type_name, min_length)

@@ -16,6 +16,9 @@ from internlm.data.sources.sample_order import sample_order
 from internlm.data.sources.sample_source import SampleSource
 from internlm.utils.errors import DataError
 
+_ORDER_BLOCK = 256
+"""Indices whose order is evaluated together, as NumPy's overhead is that of one."""
+
 
 class StreamEndError(DataError):
     """A stream ends, as its settings ask for, such as after the last epoch of a source."""
@@ -40,12 +43,12 @@ class SampleStream(Protocol):
     @property
     def samples_per_epoch(self) -> int | None: ...
 
-    def samples(self, first: int, count: int) -> list[Sample]:
-        """Return the samples [first, first + count): the same arrays on every call, in every process.
+    def sample(self, index: int) -> Sample:
+        """Return sample `index`: the same arrays on every call, in every process. Indices ascend within a process.
 
         Raises:
-            DataError: a sample cannot be read.
-            StreamEndError: the stream ends before `first + count`.
+            DataError: the sample cannot be read.
+            StreamEndError: the stream ends before it.
         """
 
     def padding(self) -> Sample:
@@ -84,6 +87,8 @@ class ShuffledSource:
 
     def __init__(self, source: SampleSource, seed: int) -> None:
         self.source, self.seed = source, seed
+        self._block = -1
+        self._order = np.zeros(0, dtype=np.int64)
 
     @property
     def type_names(self) -> list[str]:
@@ -108,12 +113,13 @@ class ShuffledSource:
             raise ValueError(f"a source must not name its facts {sorted(reserved)}: its order has such facts")
         return {**self.source.facts, **own}
 
-    def samples(self, first: int, count: int) -> list[Sample]:
+    def sample(self, index: int) -> Sample:
         """See `SampleStream`."""
-        indices = np.arange(first, first + count, dtype=np.int64)
-        order = sample_order(indices, len(self.source), self.seed)
-        epochs = indices // len(self.source)
-        return [self.source.sample(int(index), int(epoch)) for index, epoch in zip(order, epochs, strict=True)]
+        block, within = divmod(index, _ORDER_BLOCK)
+        if block != self._block:
+            indices = np.arange(block * _ORDER_BLOCK, (block + 1) * _ORDER_BLOCK, dtype=np.int64)
+            self._block, self._order = block, sample_order(indices, len(self.source), self.seed)
+        return self.source.sample(int(self._order[within]), index // len(self.source))
 
     def padding(self) -> Sample:
         """See `SampleStream`."""

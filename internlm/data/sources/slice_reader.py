@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from internlm.data.batch import IGNORE_INDEX
-from internlm.data.documents.document_file import DocumentFile
 from internlm.data.packing.document_slice import DocumentSlice, join_slices, make_slice, unreadable_slice
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.utils.errors import DataError, RemoteDataError
+
+
+class ReadableDocuments(Protocol):
+    """What is needed of a `DocumentFile` to read slices."""
+
+    def counts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """See `DocumentFile`."""
+
+    def read(
+        self, document: int, start: int = 0, stop: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """See `DocumentFile`."""
 
 
 class SliceReader:
@@ -25,7 +40,7 @@ class SliceReader:
 
     def __init__(
         self,
-        file: DocumentFile,
+        file: ReadableDocuments,
         key: tuple[int, ...],
         *,
         seq_len: int,

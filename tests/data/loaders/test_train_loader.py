@@ -105,7 +105,7 @@ def test_order_is_that_of_sample_order(folder):
     batch = next(loader)
     assert batch.sample_indices == [9, 10, 11]
     order = sample_order(np.array(batch.sample_indices), loader.num_samples_per_epoch, 7)
-    source = loader._fetch.stream.source
+    source = loader._read.stream.source
     for micro, index in zip(batch.micro_batches, order, strict=True):
         assert micro.input_ids[0].tolist() == source.sample(int(index)).input_ids.tolist()
     loader.close()

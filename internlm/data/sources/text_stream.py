@@ -1,0 +1,190 @@
+"""Tokenizes rows of text or conversations while a run trains, as a stream of samples.
+
+The token counts of rows are known only once they are tokenized, so sample g cannot be found without those before it.
+The stream therefore has V shards, each a sequence of its own: sample g is sample g // V of shard g % V. A shard is read
+in order from a cursor of four numbers, whatever the number of ranks and workers. Each sample carries the cursor behind
+it; the loader notes the cursors of delivered samples, and a checkpoint merges those of all ranks.
+
+A process that gets a sample of a shard whose cursor it does not know reads the shard from the last one that it knows.
+With V a multiple of the samples of a step, as built, each shard is always read by the same rank and worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from internlm.data.packing.sample import Sample
+from internlm.data.rows.row_file import RowFile
+from internlm.data.rows.row_order import RowOrder
+from internlm.data.sources.row_encoder import RowEncoder
+from internlm.data.sources.shard_reader import RowPacking, ShardCursor, ShardReader
+from internlm.utils.errors import DataError
+from internlm.utils.logging import get_logger
+
+_LONG_SKIP = 16
+"""Samples of a shard to read and drop, after which a line of the log says so."""
+
+logger = get_logger(__name__)
+
+
+class TextStream:
+    """A `SampleStream` over the rows of files, tokenized as they are needed.
+
+    Args:
+        files: of rows.
+        type_ids: of the files.
+        type_names: that type ids index.
+        encoder: of rows.
+        packing: of documents.
+        num_shards: V above, unless a run resumes with another number, or there are fewer rows.
+        seed: of the order.
+        facts: what rows and tokens depend on besides, as JSON values.
+
+    Raises:
+        DataError: the files have no row.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[RowFile],
+        type_ids: Sequence[int],
+        type_names: list[str],
+        encoder: RowEncoder,
+        packing: RowPacking,
+        *,
+        num_shards: int,
+        seed: int,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.type_names = type_names
+        self._files, self._type_ids, self._encoder, self._packing = files, type_ids, encoder, packing
+        self._seed = seed
+        self._order = RowOrder(files, num_shards, seed)
+        if self._order.num_rows == 0:
+            raise DataError(f"{files[0].path.parent}: the {len(files):,} files have no row")
+        self._facts = dict(facts)
+        self._known: dict[int, tuple[int, ShardCursor]] = {}
+        self._changed: set[int] = set()
+        self._readers: dict[int, tuple[int, ShardReader]] = {}
+        self._num_left_out = 0
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Everything that the samples depend on, but for the number of shards, which is in the state."""
+        packing = self._packing
+        return {
+            **self._facts,
+            "packing": packing.packing,
+            "document_mask": packing.document_mask,
+            "fim": None if packing.fim is None else packing.fim.facts,
+            "seq_len": packing.seq_len,
+            "micro_bsz": packing.micro_bsz,
+            "min_lengths": list(packing.min_lengths),
+            "num_rows": self._order.num_rows,
+            "seed": self._seed,
+        }
+
+    @property
+    def samples_per_epoch(self) -> None:
+        """Not known: shards have epochs of their own."""
+        return None
+
+    @property
+    def num_shards(self) -> int:
+        """The number of shards."""
+        return self._order.num_shards
+
+    def sample(self, index: int) -> Sample:
+        """See `SampleStream`."""
+        number, shard = divmod(index, self.num_shards)
+        at, reader = self._readers.get(shard, (number + 1, None))
+        known, cursor = self._known.get(shard, (0, ShardCursor()))
+        if reader is None or at > number or at < known <= number:
+            if known > number:
+                known, cursor = 0, ShardCursor()
+            at, reader = known, self._reader(shard, cursor)
+        if number - at > _LONG_SKIP:
+            logger.info("shard %d: reading %d samples to get to sample %d", shard, number - at, index)
+        for _ in range(number - at):
+            reader.skip_sample()
+        sample = reader.next_sample()
+        self._readers[shard] = number + 1, reader
+        return sample
+
+    def padding(self) -> Sample:
+        """See `SampleStream`."""
+        return self._packing.padding()
+
+    def note_delivered(self, indices: Sequence[int], cursors: Sequence[Any]) -> None:
+        """See `SampleStream`."""
+        for index, cursor in zip(indices, cursors, strict=True):
+            # The samples of skipped steps are padding, which has no cursor.
+            if cursor is not None:
+                number, shard = divmod(index, self.num_shards)
+                self._known[shard] = number + 1, ShardCursor.from_json(cursor)
+                self._changed.add(shard)
+
+    def state_at(self, index: int) -> dict[str, Any]:
+        """See `SampleStream`; the cursors of the shards that this rank has read."""
+        return self._state(self._changed)
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See `SampleStream`."""
+        merged = self._state(self._known)
+        for state in states:
+            for shard, entry in state["cursors"].items():
+                if entry[0] > merged["cursors"].get(shard, (0,))[0]:
+                    merged["cursors"][shard] = entry
+        return merged
+
+    def load_state(self, index: int, state: Mapping[str, Any]) -> list[str]:
+        """See `SampleStream`."""
+        self._readers, self._changed = {}, set()
+        saved = state.get("num_shards", self.num_shards)
+        if saved != self.num_shards:
+            self._order = RowOrder(self._files, saved, self._seed)
+        if "cursors" in state and saved == self.num_shards:
+            self._known = {
+                int(shard): (number, ShardCursor.from_json(cursor))
+                for shard, (number, *cursor) in state["cursors"].items()
+            }
+            return []
+        # Each shard starts at its beginning, with the number of its next sample.
+        delivered = {shard: max(0, -(-(index - shard) // self.num_shards)) for shard in range(self.num_shards)}
+        self._known = {shard: (number, ShardCursor()) for shard, number in delivered.items()}
+        if not index:
+            return []
+        return [
+            "The checkpoint has no position in these rows, as its data were others: they are read from the beginning"
+        ]
+
+    def progress_at(self, index: int) -> dict[str, float]:
+        """See `SampleStream`; the mean over the shards that this rank has read."""
+        epochs = [self._order.progress(shard, cursor.position) for shard, (_, cursor) in self._known.items()]
+        return {"epoch": sum(epochs) / len(epochs)} if epochs else {}
+
+    def _state(self, shards: Any) -> dict[str, Any]:
+        cursors = {shard: self._known[shard] for shard in sorted(shards)}
+        return {
+            "num_shards": self.num_shards,
+            "cursors": {str(shard): [number, *cursor.to_json()] for shard, (number, cursor) in cursors.items()},
+        }
+
+    def _reader(self, shard: int, cursor: ShardCursor) -> ShardReader:
+        return ShardReader(
+            shard,
+            self._order,
+            self._files,
+            self._type_ids,
+            self._encoder,
+            self._packing,
+            self._note_left_out,
+            cursor,
+        )
+
+    def _note_left_out(self, place: str, reason: str) -> None:
+        """Log the first rows that are left out, and then ever fewer of them."""
+        self._num_left_out += 1
+        if self._num_left_out <= 3 or self._num_left_out & (self._num_left_out - 1) == 0:
+            logger.warning("%s is left out: %s (%d so far in this process)", place, reason, self._num_left_out)

@@ -1,0 +1,164 @@
+"""Builds the stream of rows that are tokenized during training, and the documents of its validation sets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from internlm.config.schema import Config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.data.conversations.encoder import ConversationEncoder, ConversationOptions, load_template_for
+from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
+from internlm.data.rows.hub_datasets import locate_dataset
+from internlm.data.rows.open_rows import open_row_files
+from internlm.data.rows.row_file import RowFile
+from internlm.data.rows.row_folders import RowFiles, find_row_files
+from internlm.data.rows.row_order import RowOrder
+from internlm.data.sources.document_source import min_length_of_type
+from internlm.data.sources.encoded_rows import encoded_sets
+from internlm.data.sources.row_encoder import ConversationRowEncoder, RowEncoder, TextRowEncoder
+from internlm.data.sources.shard_reader import RowPacking
+from internlm.data.sources.text_stream import TextStream
+from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
+from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
+from internlm.utils.errors import DataError
+
+_SHARDS_PER_SAMPLE = 8
+"""Shards of each micro-batch of a step: with up to as many workers, each shard stays with one worker."""
+
+
+_CHECKED_ROWS = 1000
+"""Rows that are encoded before a run; parquet decodes a row group for each."""
+
+
+def build_text_stream(config: Config, context: ParallelContext, fim: FillInTheMiddle | None) -> TextStream:
+    """Build the stream of the rows of data.train_folder.
+
+    Raises:
+        DataError: the folder, a file or the tokenizer cannot be read, or they have no row.
+        ConfigError: a type of data.min_length_dict does not exist.
+    """
+    data = config.data
+    assert data.train_folder is not None
+    found = find_row_files(locate_dataset(data.train_folder), data.subset_name)
+    files = _open(config, found)
+    encoder, facts = _encoder(config)
+    packing = RowPacking(
+        seq_len=data.seq_len,
+        micro_bsz=data.micro_bsz,
+        packing=data.packing,
+        document_mask=data.document_mask,
+        fim=fim,
+        min_lengths=tuple(
+            min_length_of_type(name, data.train_folder, found.types, data.min_length, data.min_length_dict)
+            for name in found.types
+        ),
+        skip_bad_documents=data.skip_bad_documents,
+    )
+    return TextStream(
+        files,
+        [each.type_id for each in found.files],
+        found.types,
+        encoder,
+        packing,
+        num_shards=_SHARDS_PER_SAMPLE * data.micro_num * context.size("data"),
+        seed=data.seed,
+        facts={"type": "streaming", "files": _digest(files), **facts},
+    )
+
+
+def check_train_rows(config: Config) -> str:
+    """Encode some rows of data.train_folder, at equal intervals over all files; a line that says what was read.
+
+    Raises:
+        DataError: the folder, a file, one of the rows or the tokenizer cannot be read, or no row has a token.
+    """
+    data = config.data
+    assert data.train_folder is not None
+    files = _open(config, find_row_files(locate_dataset(data.train_folder), data.subset_name))
+    encoder, _ = _encoder(config)
+    order = RowOrder(files, 1, seed=0)
+    stride = max(1, order.num_rows // _CHECKED_ROWS)
+    chosen = [order.locate(row) for row in range(0, order.num_rows, stride)]
+    encoded = encoder.encode([(files[file], row) for file, row in chosen])
+    errors = [each.error for each in encoded if each.error is not None]
+    if errors and not data.skip_bad_documents:
+        raise errors[0]
+    num_tokens = sum(len(each.ids) for each in encoded)
+    if num_tokens == 0:
+        reason = errors[0] if errors else encoded[0].left_out if encoded else "there is none"
+        raise DataError(f"{data.train_folder}: none of {len(encoded):,} rows that were read has a token: {reason}")
+    empty = sum(each.left_out is not None for each in encoded)
+    return (
+        f"train folder '{data.train_folder}': {order.num_rows:,} rows, of which {len(encoded):,} were read: "
+        f"{num_tokens / len(encoded):,.0f} tokens a row; {empty:,} rows have none, {len(errors):,} are unreadable"
+    )
+
+
+def valid_folder_of_rows(config: Config) -> Path | None:
+    """The rows of data.valid_folder as tokenized files, a subfolder for each set, in the user's cache.
+
+    The sets are the types of its split "validation" or, without one, of its only split.
+
+    Raises:
+        DataError: the folder, a file, a row or the tokenizer cannot be read.
+    """
+    data = config.data
+    if data.valid_folder is None:
+        return None
+    folder = locate_dataset(data.valid_folder)
+    try:
+        found = find_row_files(folder, data.subset_name, "validation")
+    except DataError:
+        # Files without the name of a split are the split "train".
+        if data.valid_folder == data.train_folder:
+            raise
+        found = find_row_files(folder, data.subset_name, "train")
+    encoder, facts = _encoder(config)
+    files = _open(config, found)
+    sets: dict[str, list[RowFile]] = {name: [] for name in found.types}
+    for file, typed in zip(files, found.files, strict=True):
+        sets[found.types[typed.type_id]].append(file)
+    return encoded_sets({name: files for name, files in sets.items() if files}, encoder, repr(sorted(facts.items())))
+
+
+def _open(config: Config, found: RowFiles) -> list[RowFile]:
+    data = config.data
+    columns = None if data.conversations is not None else [data.content_name]
+    return open_row_files([each.path for each in found.files], columns, data.text_unit)
+
+
+def _encoder(config: Config) -> tuple[RowEncoder, dict[str, str]]:
+    """(the encoder of rows, what its ids depend on)."""
+    data = config.data
+    assert data.tokenizer_path is not None
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    facts = {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    if data.conversations is not None:
+        options = ConversationOptions(**data.conversations.model_dump())
+        template = load_template_for(options, Path(data.tokenizer_path))
+        facts["conversations"] = repr(
+            (options.form, options.learn, options.mask, None if template is None else template.fingerprint)
+        )
+        return ConversationRowEncoder(ConversationEncoder(tokenizer, template, options)), facts
+    before, after = _ends(config, tokenizer)
+    facts |= {"column": data.content_name, "ends": repr((before, after)), "text_unit": repr(data.text_unit)}
+    return TextRowEncoder(tokenizer, data.content_name, before, after), facts
+
+
+def _ends(config: Config, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
+    """The ids to put before and after every document."""
+    data = config.data
+    if data.add_bos and tokenizer.bos_id is None:
+        raise DataError(f"{data.tokenizer_path}: the tokenizer names no bos token; remove data.add_bos")
+    if data.add_eos and tokenizer.eos_id is None:
+        raise DataError(f"{data.tokenizer_path}: the tokenizer names no eos token; remove data.add_eos")
+    before = [tokenizer.bos_id] if data.add_bos and tokenizer.bos_id is not None else []
+    after = [tokenizer.eos_id] if data.add_eos is not False and tokenizer.eos_id is not None else []
+    return before, after
+
+
+def _digest(files: Sequence[RowFile]) -> str:
+    """A digest of the names and row numbers of files; not of their places, which may differ between machines."""
+    return hashlib.sha256(repr([(file.path.name, len(file)) for file in files]).encode()).hexdigest()[:16]

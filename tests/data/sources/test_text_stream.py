@@ -1,0 +1,312 @@
+"""The stream of rows against the tokenizer itself; ranks, workers and interruptions; rows that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers.batch_order import SAMPLES, batches_of
+from helpers.chat_templates import save_chat_tokenizer
+from tokenizers import Tokenizer
+
+from internlm.data.batch import IGNORE_INDEX
+from internlm.data.loaders.train_loader import build_train_loader
+from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
+from internlm.data.rows.open_rows import open_row_files
+from internlm.data.rows.row_file import RowFile
+from internlm.data.rows.row_folders import find_row_files
+from internlm.data.rows.row_order import RowOrder, RowPosition
+from internlm.data.sources.row_encoder import EncodedRow, TextRowEncoder
+from internlm.data.sources.shard_reader import RowPacking
+from internlm.data.sources.text_stream import TextStream
+from internlm.data.tokenize.text_tokenizer import load_tokenizer
+from internlm.utils.errors import DataError
+
+TEXTS = {
+    "code": [f"What is {number}? " + "The sum of two and three. " * (number % 4) for number in range(90)],
+    "en": [f"user {number} answer " + "system tool " * (number % 9) for number in range(150)],
+}
+NUM_ROWS = sum(map(len, TEXTS.values()))
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rows")
+    for name in TEXTS:
+        (root / name).mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS["en"]]
+    (root / "en" / "a.jsonl").write_text("".join(lines[:40]))
+    (root / "en" / "b.jsonl").write_text("".join(lines[40:]))
+    table = pyarrow.table({"text": TEXTS["code"]})
+    pyarrow.parquet.write_table(table, root / "code" / "a.parquet", row_group_size=25)
+    return root
+
+
+def packing_of(
+    packing: str = "cut", seq_len: int = 16, micro_bsz: int = 2, mask: bool | None = None, **more: Any
+) -> RowPacking:
+    settings: dict[str, Any] = {"fim": None, "min_lengths": (0, 0), "skip_bad_documents": False} | more
+    mask = packing != "pack_sample_into_one" if mask is None else mask
+    return RowPacking(seq_len, micro_bsz, packing, mask, **settings)  # type: ignore[arg-type]
+
+
+def open_stream(
+    folder: Path, tokenizer: Path, packing: RowPacking | None = None, num_shards: int = 16, seed: int = 3
+) -> TextStream:
+    found = find_row_files(folder)
+    loaded = load_tokenizer(tokenizer)
+    assert loaded.eos_id is not None
+    return TextStream(
+        open_row_files([each.path for each in found.files], ["text"]),
+        [each.type_id for each in found.files],
+        found.types,
+        TextRowEncoder(loaded, "text", [], [loaded.eos_id]),
+        packing or packing_of(),
+        num_shards=num_shards,
+        seed=seed,
+        facts={},
+    )
+
+
+def documents(tokenizer: Path) -> dict[str, list[list[int]]]:
+    """The ids of each row, by the `tokenizers` library itself."""
+    peer = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    eos = peer.token_to_id("<|endoftext|>")
+    return {name: [[*peer.encode(text).ids, eos] for text in texts] for name, texts in TEXTS.items()}
+
+
+def test_one_epoch_has_every_row_once(folder: Path, tokenizer: Path) -> None:
+    stream = open_stream(folder, tokenizer, packing_of("unpacked", seq_len=256, micro_bsz=1), num_shards=1)
+    found: dict[str, list[list[int]]] = {"code": [], "en": []}
+    orders = []
+    for epoch in range(2):
+        order = []
+        for index in range(epoch * NUM_ROWS, (epoch + 1) * NUM_ROWS):
+            sample = stream.sample(index)
+            [length] = sample.row_lengths or ()
+            ids = sample.input_ids[0, :length].tolist()
+            assert sample.labels[0, :length].tolist() == [*ids[1:], IGNORE_INDEX]
+            assert isinstance(sample.type_ids, int)
+            found[stream.type_names[sample.type_ids]].append(ids)
+            order.append(ids)
+        orders.append(order)
+    expected = documents(tokenizer)
+    assert {name: sorted(rows) for name, rows in found.items()} == {
+        name: sorted(2 * rows) for name, rows in expected.items()
+    }
+    assert orders[0] != orders[1]
+
+
+def of_shard(stream: TextStream, shard: int, count: int) -> list[Any]:
+    return [stream.sample(shard + number * stream.num_shards) for number in range(count)]
+
+
+def test_cut_samples_are_the_documents_of_a_shard_one_after_the_other(folder: Path, tokenizer: Path) -> None:
+    cut = of_shard(open_stream(folder, tokenizer), 5, 40)
+    ids = np.concatenate([sample.input_ids for sample in cut]).tolist()
+    labels = np.concatenate([sample.labels for sample in cut]).tolist()
+    types = np.concatenate([np.broadcast_to(sample.type_ids, 32) for sample in cut]).tolist()
+    whole = of_shard(open_stream(folder, tokenizer, packing_of("unpacked", seq_len=256, micro_bsz=1)), 5, 120)
+    expected_ids, expected_labels, expected_types = [], [], []
+    for sample in whole:
+        length = sample.row_lengths[0]
+        expected_ids += sample.input_ids[0, :length].tolist()
+        expected_labels += sample.labels[0, :length].tolist()
+        expected_types += [sample.type_ids] * length
+    assert len(set(types)) == 2
+    assert (ids, labels, types) == tuple(each[: len(ids)] for each in (expected_ids, expected_labels, expected_types))
+
+
+def test_best_fit_keeps_documents_whole(folder: Path, tokenizer: Path) -> None:
+    stream = open_stream(folder, tokenizer, packing_of("best_fit", seq_len=64, micro_bsz=1), num_shards=1)
+    known = [ids for rows in documents(tokenizer).values() for ids in rows]
+    assert max(map(len, known)) <= 64
+    left = [*known]
+    for index in range(40):
+        sample = stream.sample(index)
+        start = 0
+        for length in sample.lengths:
+            ids = sample.input_ids[start : start + length].tolist()
+            start += length
+            if any(ids):
+                left.remove(ids)
+    # What is left would have followed.
+    assert 0 < len(left) < len(known) // 2
+
+
+FIM = FillInTheMiddle(rate=0.5, spm_rate=0.5, prefix=1, middle=2, suffix=3, level="document", bos=None, eos=0, seed=1)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"packing": "cut"},
+        {"packing": "cut", "fim": FIM},
+        {"packing": "pack_sample_into_one"},
+        {"packing": "unpacked"},
+        {"packing": "best_fit"},
+        {"packing": "best_fit", "mask": False},
+    ],
+    ids=lambda mode: "-".join(map(str, mode.values()))[:24],
+)
+def test_ranks_workers_and_interruptions_change_nothing(folder: Path, tokenizer: Path, mode: dict[str, Any]) -> None:
+    def open_it() -> TextStream:
+        return open_stream(folder, tokenizer, packing_of(**mode), num_shards=8 * SAMPLES)
+
+    expected = batches_of(open_it, 30)
+    assert batches_of(open_it, 30, sizes=(2, 1, 4), workers=(0, 3), stops=(7, 8, 20)) == expected
+
+
+def test_two_hundred_steps(folder: Path, tokenizer: Path) -> None:
+    def open_it() -> TextStream:
+        return open_stream(folder, tokenizer, num_shards=8 * SAMPLES)
+
+    expected = batches_of(open_it, 200)
+    stops = (20, 21, 60, 99, 150)
+    assert batches_of(open_it, 200, sizes=(2, 8, 1, 4), workers=(0, 1, 4), stops=stops) == expected
+
+
+def test_shards_that_no_rank_owns_change_nothing(folder: Path, tokenizer: Path) -> None:
+    def open_it() -> TextStream:
+        return open_stream(folder, tokenizer, num_shards=5)
+
+    expected = batches_of(open_it, 30)
+    assert batches_of(open_it, 30, sizes=(4, 2), workers=(3, 0), stops=(11, 12)) == expected
+
+
+class CountingEncoder:
+    def __init__(self, encoder: TextRowEncoder) -> None:
+        self.encoder, self.num_rows = encoder, 0
+
+    def encode(self, rows: Sequence[tuple[RowFile, int]]) -> list[EncodedRow]:
+        self.num_rows += len(rows)
+        return self.encoder.encode(rows)
+
+
+def test_resuming_reads_nothing_again(folder: Path, tokenizer: Path) -> None:
+    first = build_train_loader(open_stream(folder, tokenizer), micro_num=8)
+    for _ in range(50):
+        next(first)
+    state = first.merge_states([first.state_dict()])
+    expected = next(first).micro_batches[0].input_ids.tolist()
+    first.close()
+    stream = open_stream(folder, tokenizer)
+    stream._encoder = encoder = CountingEncoder(stream._encoder)  # type: ignore[arg-type]
+    loader = build_train_loader(stream, micro_num=8, prefetch=0)
+    loader.load_state_dict(state)
+    assert next(loader).micro_batches[0].input_ids.tolist() == expected
+    # About a sample of 32 tokens for each of the 8 shards of this step.
+    assert encoder.num_rows < 60
+
+
+def test_another_number_of_shards_continues_with_that_of_the_checkpoint(folder: Path, tokenizer: Path) -> None:
+    first = build_train_loader(open_stream(folder, tokenizer, num_shards=16), micro_num=8)
+    for _ in range(5):
+        next(first)
+    state = first.merge_states([first.state_dict()])
+    expected = [next(first).micro_batches[0].input_ids.tolist() for _ in range(20)]
+    first.close()
+    second = build_train_loader(open_stream(folder, tokenizer, num_shards=48), micro_num=8)
+    second.load_state_dict(state)
+    assert [next(second).micro_batches[0].input_ids.tolist() for _ in range(20)] == expected
+    second.close()
+
+
+def test_a_checkpoint_of_other_data_starts_at_the_beginning(
+    folder: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    stream = open_stream(folder, tokenizer, num_shards=16)
+    loader = build_train_loader(stream, micro_num=8)
+    loader.load_state_dict({"step": 3, "consumed_samples": 24, "packing": "cut", "stream": {}})
+    batch = next(loader)
+    assert batch.sample_indices == list(range(24, 32))
+    fresh = open_stream(folder, tokenizer, num_shards=16)
+    # Sample 24 is the first of shard 8.
+    assert batch.micro_batches[0].input_ids[0].tolist() == fresh.sample(8).input_ids.tolist()
+    assert "has no position in these rows" in caplog.text
+    loader.close()
+
+
+def test_rows_that_are_no_documents_are_named(
+    tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": "What is the sum? " * 9}, {"text": ""}, {"text": "answer"}] * 4
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = open_stream(tmp_path, tokenizer, packing_of(min_lengths=(20,)), num_shards=1)
+    ids = {tuple(stream.sample(index).input_ids.tolist()) for index in range(30)}
+    assert len(ids) > 1
+    assert "it has no token" in caplog.text and "data.min_length is 20" in caplog.text
+    with pytest.raises(DataError, match=r"no row with enough tokens: the data has too few documents"):
+        open_stream(tmp_path, tokenizer, packing_of(min_lengths=(10_000,)), num_shards=1).sample(0)
+
+
+def test_unreadable_rows(tmp_path: Path, tokenizer: Path) -> None:
+    good = json.dumps({"text": "What is the sum of two and three? " * 3})
+    (tmp_path / "a.jsonl").write_text("\n".join([good, '{"other": 1}', good, "{broken", good]) + "\n")
+    stream = open_stream(tmp_path, tokenizer, num_shards=1)
+    with pytest.raises(DataError, match=r"a.jsonl: row (1 has no column 'text'|3 \(byte \d+\) is not JSON)"):
+        for index in range(20):
+            stream.sample(index)
+    loader = build_train_loader(
+        open_stream(tmp_path, tokenizer, packing_of(skip_bad_documents=True), num_shards=1), micro_num=2
+    )
+    batches = [next(loader) for _ in range(10)]
+    loader.close()
+    messages = [message for batch in batches for message in batch.unreadable]
+    assert any("row 1 has no column" in each for each in messages) and any("row 3" in each for each in messages)
+    skipping = build_train_loader(open_stream(tmp_path, tokenizer, num_shards=1), micro_num=2, skip_batches="0-8")
+    for step, expected in enumerate(batches[:9]):
+        assert next(skipping).num_valid_tokens == 0 < expected.num_valid_tokens, step
+    skipping.close()
+
+
+def test_a_folder_where_nothing_can_be_read_stops(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"other": 1}\n' * 50)
+    stream = open_stream(tmp_path, tokenizer, packing_of(skip_bad_documents=True), num_shards=1)
+    with pytest.raises(DataError, match=r"more than 1,000 rows in sequence cannot be read, at last: .*'text'"):
+        stream.sample(0)
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="no row"):
+        open_stream(tmp_path, tokenizer)
+
+
+def test_row_order_of_blocks_and_single_rows(folder: Path) -> None:
+    found = find_row_files(folder)
+    files = open_row_files([each.path for each in found.files], ["text"])
+    for chosen in (files, files[:1], files[1:]):
+        total = sum(map(len, chosen))
+        for num_shards in (1, 3, 16, 1000):
+            order = RowOrder(chosen, num_shards, seed=1)
+            for epoch in (0, 2):
+                rows = []
+                for shard in range(order.num_shards):
+                    for row in order.rows(shard, RowPosition(epoch), total):
+                        if row.position.epoch > epoch:
+                            break
+                        rows.append((row.file, row.row))
+                assert sorted(rows) == [(file, row) for file, each in enumerate(chosen) for row in range(len(each))]
+            # In parts as at once.
+            whole = order.rows(0, RowPosition(), 300)
+            position, parts = RowPosition(), []
+            while len(parts) < 300:
+                parts += order.rows(0, position, 7)
+                position = parts[-1].following
+            assert parts[:300] == whole
