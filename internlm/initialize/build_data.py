@@ -16,6 +16,7 @@ from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
 from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
+from internlm.initialize.data_folders import check_same_listing, train_folder, valid_folder
 from internlm.initialize.text_stream import build_text_stream, valid_folder_of_rows
 from internlm.utils.errors import ConfigError, nearest
 
@@ -39,10 +40,11 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
 def build_stream(config: Config, context: ParallelContext) -> SampleStream:
     """Build the stream of training samples."""
     data = config.data
+    check_same_listing(config, context)
     if data.type == "streaming":
         return build_text_stream(config, context, fill_in_the_middle(config))
     source = open_source(
-        data.train_folder,
+        train_folder(config),
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
         packing=data.packing,
@@ -121,4 +123,4 @@ def valid_files(config: Config) -> tuple[str | Path | None, FileFormat]:
     """The folder of the validation sets, None without any, and the format of their files; rows are tokenized before."""
     if config.data.type == "streaming":
         return valid_folder_of_rows(config), TOKENIZED
-    return config.data.valid_folder, file_format(config)
+    return valid_folder(config), file_format(config)

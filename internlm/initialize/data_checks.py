@@ -7,6 +7,7 @@ from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
 from internlm.initialize.build_data import file_format, valid_files
+from internlm.initialize.data_folders import train_folder
 from internlm.initialize.text_stream import check_train_rows
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
@@ -27,12 +28,12 @@ def check_data(config: Config) -> list[str]:
     data, lines = config.data, []
     if data.type == "streaming":
         lines.append(check_train_rows(config))
-    elif data.train_folder is not None:
-        lines.append(str(check_train_folder(data.train_folder, file_format(config), config.model.vocab_size)))
+    elif (folder := train_folder(config)) is not None:
+        lines.append(str(check_train_folder(folder, file_format(config), config.model.vocab_size)))
     if data.valid_every > 0 and data.valid_folder is not None:
-        folder, format = valid_files(config)
-        assert folder is not None
-        lines += map(str, check_valid_folder(folder, format, config.model.vocab_size))
+        sets, format = valid_files(config)
+        assert sets is not None
+        lines += map(str, check_valid_folder(sets, format, config.model.vocab_size))
     return lines
 
 

@@ -22,13 +22,14 @@ from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.row_folders import find_row_files
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.initialize.build_data import build_loader, build_valid_sets, file_format
+from internlm.initialize.data_folders import train_folder, valid_folder
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
-from internlm.utils.errors import CheckpointError, ConfigError, DataError, UserError
+from internlm.utils.errors import CheckpointError, ConfigError, UserError
 from internlm.utils.optional_packages import why_unusable
 from internlm.utils.storage import StoragePath, storage_path
 
@@ -90,10 +91,9 @@ def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext
 
 
 def _train_folder(config: Config, context: ParallelContext) -> list[str]:
-    folder = config.data.train_folder
+    folder = train_folder(config)
     if folder is None:
         return ["data.train_folder is None: the run trains on random tokens, which only serves to measure speed"]
-    _require_local("data.train_folder", folder)
     if config.data.type == "streaming":
         find_row_files(locate_dataset(folder), config.data.subset_name)
     else:
@@ -102,9 +102,8 @@ def _train_folder(config: Config, context: ParallelContext) -> list[str]:
 
 
 def _valid_folder(config: Config, context: ParallelContext) -> list[str]:
-    folder = config.data.valid_folder
-    if folder is not None and config.data.valid_every > 0:
-        _require_local("data.valid_folder", folder)
+    folder = valid_folder(config) if config.data.valid_every > 0 else None
+    if folder is not None:
         if config.data.type == "streaming":
             locate_dataset(folder)
         else:
@@ -120,16 +119,6 @@ def _train_loader(config: Config, context: ParallelContext) -> list[str]:
 def _valid_loaders(config: Config, context: ParallelContext) -> list[str]:
     build_valid_sets(config, context)
     return []
-
-
-def _require_local(key: str, folder: str) -> None:
-    """Refuse a folder in an object store: training data is memory-mapped.
-
-    Raises:
-        DataError: the folder is in an object store.
-    """
-    if "://" in folder:
-        raise DataError(f"{key} = {folder!r}: data is read from a local disk; copy the folder there, or mount it")
 
 
 def _tokenizer(config: Config, context: ParallelContext) -> list[str]:

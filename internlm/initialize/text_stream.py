@@ -22,6 +22,7 @@ from internlm.data.sources.shard_reader import RowPacking
 from internlm.data.sources.text_stream import TextStream
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
+from internlm.initialize.data_folders import train_folder, valid_folder
 from internlm.utils.errors import DataError
 
 _SHARDS_PER_SAMPLE = 8
@@ -41,7 +42,7 @@ def build_text_stream(config: Config, context: ParallelContext, fim: FillInTheMi
     """
     data = config.data
     assert data.train_folder is not None
-    found = find_row_files(locate_dataset(data.train_folder), data.subset_name)
+    found = find_row_files(_train_dataset(config), data.subset_name)
     files = _open(config, found)
     encoder, facts = _encoder(config)
     packing = RowPacking(
@@ -76,7 +77,7 @@ def check_train_rows(config: Config) -> str:
     """
     data = config.data
     assert data.train_folder is not None
-    files = _open(config, find_row_files(locate_dataset(data.train_folder), data.subset_name))
+    files = _open(config, find_row_files(_train_dataset(config), data.subset_name))
     encoder, _ = _encoder(config)
     order = RowOrder(files, 1, seed=0)
     stride = max(1, order.num_rows // _CHECKED_ROWS)
@@ -107,7 +108,9 @@ def valid_folder_of_rows(config: Config) -> Path | None:
     data = config.data
     if data.valid_folder is None:
         return None
-    folder = locate_dataset(data.valid_folder)
+    place = valid_folder(config)
+    assert place is not None
+    folder = locate_dataset(place)
     try:
         found = find_row_files(folder, data.subset_name, "validation")
     except DataError:
@@ -121,6 +124,12 @@ def valid_folder_of_rows(config: Config) -> Path | None:
     for file, typed in zip(files, found.files, strict=True):
         sets[found.types[typed.type_id]].append(file)
     return encoded_sets({name: files for name, files in sets.items() if files}, encoder, repr(sorted(facts.items())))
+
+
+def _train_dataset(config: Config) -> Path:
+    folder = train_folder(config)
+    assert folder is not None
+    return locate_dataset(folder)
 
 
 def _open(config: Config, found: RowFiles) -> list[RowFile]:

@@ -18,6 +18,7 @@ from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.data.tokenize.text_tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, load_tokenizer
 from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
 from internlm.initialize.build_data import file_format
+from internlm.initialize.data_folders import train_folder, valid_folder
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -35,7 +36,8 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
     """
     data = config.data
     evaluates = data.valid_every > 0 and data.valid_folder is not None
-    folders = [folder for folder in (data.train_folder, data.valid_folder if evaluates else None) if folder is not None]
+    places = (train_folder(config), valid_folder(config) if evaluates else None)
+    folders = [folder for folder in places if folder is not None]
     # Rows are tokenized by data.tokenizer_path itself.
     has_documents = data.type != "streaming"
     record = _of_folders(tuple(folders), file_format(config), data.check_tokenizer) if has_documents else None
@@ -99,7 +101,7 @@ def _compare(known: KnownTokenizer, other: KnownTokenizer, what: str, config: Co
     logger.info("%s", message)
 
 
-def _of_folders(folders: Sequence[str], format: FileFormat, checked: bool) -> TokenizerRecord | None:
+def _of_folders(folders: Sequence[str | Path], format: FileFormat, checked: bool) -> TokenizerRecord | None:
     records = {path: record for folder in folders for path, record in tokenizer_records(folder, format).items()}
     try:
         return common_record(records)

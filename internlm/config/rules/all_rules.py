@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from internlm.config.problem import Problem
-from internlm.config.rules import cuda_graphs, experts, float8, model, packing, pipeline, ranks, rows, run, splits
+from internlm.config.rules import (
+    cuda_graphs,
+    experts,
+    float8,
+    model,
+    packing,
+    pipeline,
+    ranks,
+    remote,
+    rows,
+    run,
+    splits,
+)
 from internlm.config.schema import Config
 
 Rule = Callable[[Config, int], Iterator[Problem]]
@@ -33,6 +45,7 @@ RULES: tuple[Rule, ...] = (
     splits.sequence,
     run.batches,
     run.token_arrays,
+    remote.remote_data,
     rows.streaming,
     packing.packing,
     packing.fill_in_the_middle,

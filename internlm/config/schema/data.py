@@ -86,6 +86,14 @@ class DataConfig(Section):
     valid_folder: PathText = key(
         None, "Folder in which each directory with files of data.type is a validation set, or one file; None: none."
     )
+    cache_folder: PathText = key(
+        None, "Folders in object stores: where their files are kept; None: `remote` in the user's cache."
+    )
+    cache_bytes: int | None = key(
+        None,
+        "Folders in object stores: bound on the files that are kept; the least recently used are removed. None: none.",
+        ge=1,
+    )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
     skip_batches: Text = key(

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from internlm.data.remote.file_lock import locked, remove_unused
 from internlm.data.remote.transfer import disk_error, download
-from internlm.utils.errors import ConfigError, RemoteDataError, StorageError
+from internlm.utils.errors import RemoteDataError, StorageError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, StoredFile, storage_path
 from internlm.utils.user_cache import user_cache
@@ -133,6 +133,14 @@ def read_mirror(path: Path) -> Mirror | None:
     except OSError:
         return None
     return _parse(path, status.st_mtime_ns, status.st_size)
+
+
+def listing_digest(folder: Path) -> str:
+    """A digest of all names and versions of the mirror that a folder or file is in."""
+    path = next(each for each in (folder, *folder.parents) if each.name.endswith(MIRROR_SUFFIX))
+    mirror = read_mirror(path)
+    assert mirror is not None
+    return hashlib.sha256("".join(map(version_hash, mirror.files.values())).encode()).hexdigest()[:16]
 
 
 def is_companion(file: StoredFile) -> bool:
@@ -272,13 +280,3 @@ def _label(url: str) -> str:
 
 def _readable(url: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", url).strip("-.")[-60:]
-
-
-def check_cache_folder(folder: str | None) -> None:
-    """Refuse a cache in an object store.
-
-    Raises:
-        ConfigError: it is in one.
-    """
-    if folder is not None and is_remote(folder):
-        raise ConfigError(f"data.cache_folder = {folder!r}: give a folder on a local disk")
