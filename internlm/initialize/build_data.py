@@ -11,12 +11,14 @@ from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
 from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
+from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.open_source import open_source
 from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
+from internlm.data.sources.windowed_source import WindowedSource
 from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
-from internlm.initialize.data_folders import check_same_listing, train_folder, valid_folder
+from internlm.initialize.data_folders import check_same_listing, log_small_cache, train_folder, valid_folder
 from internlm.initialize.text_stream import build_text_stream, valid_folder_of_rows
 from internlm.utils.errors import ConfigError, nearest
 
@@ -58,6 +60,10 @@ def build_stream(config: Config, context: ParallelContext) -> SampleStream:
         document_mask=data.document_mask,
         fim=fill_in_the_middle(config),
     )
+    if isinstance(source, DocumentSource):
+        log_small_cache(config, source.paths)
+        if data.shuffle_files is not None:
+            return WindowedSource(source, data.seed, data.shuffle_files)
     return ShuffledSource(source, data.seed)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from internlm.config.schema import Config
 from internlm.core.communication.objects import of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.data.remote.fetch_ahead import size_to_fetch
 from internlm.data.remote.mirror import DataCache, is_remote, listing_digest, local_folder
 from internlm.utils.errors import RemoteDataError
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 _FRESH_SECONDS = 60.0
 """A folder is listed once for the checks and the build of a run."""
@@ -48,6 +53,26 @@ def check_same_listing(config: Config, context: ParallelContext) -> None:
             f"data.train_folder = {folder!r}: ranks have found different files there, so something writes to it; start "
             "the run again when the folder is complete"
         )
+
+
+def log_small_cache(config: Config, paths: Sequence[Path]) -> None:
+    """Warn if the order of samples needs more files at a time than the cache has room for."""
+    size, bound = size_to_fetch(paths)
+    window = config.data.shuffle_files
+    if bound is None or size <= bound:
+        return
+    if window is None:
+        logger.warning(
+            "data.cache_bytes = %s is less than the %s bytes of the files in %s, read in random order, "
+            "so they are fetched again and again; set data.shuffle_files, or raise data.cache_bytes",
+            f"{bound:,}", f"{size:,}", config.data.train_folder,
+        )  # fmt: skip
+    elif (needed := 2 * window * max(path.stat().st_size for path in paths)) > bound:
+        logger.warning(
+            "data.cache_bytes = %s is less than two times data.shuffle_files = %d files of %s (%s bytes), so files are "
+            "not all fetched before they are needed; raise it, or lower data.shuffle_files",
+            f"{bound:,}", window, config.data.train_folder, f"{needed:,}",
+        )  # fmt: skip
 
 
 def _local(config: Config, folder: str | None) -> str | Path | None:

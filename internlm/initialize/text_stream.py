@@ -22,7 +22,7 @@ from internlm.data.sources.shard_reader import RowPacking
 from internlm.data.sources.text_stream import TextStream
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
-from internlm.initialize.data_folders import train_folder, valid_folder
+from internlm.initialize.data_folders import log_small_cache, train_folder, valid_folder
 from internlm.utils.errors import DataError
 
 _SHARDS_PER_SAMPLE = 8
@@ -44,6 +44,7 @@ def build_text_stream(config: Config, context: ParallelContext, fim: FillInTheMi
     assert data.train_folder is not None
     found = find_row_files(_train_dataset(config), data.subset_name)
     files = _open(config, found)
+    log_small_cache(config, [file.path for file in files])
     encoder, facts = _encoder(config)
     packing = RowPacking(
         seq_len=data.seq_len,
@@ -66,6 +67,7 @@ def build_text_stream(config: Config, context: ParallelContext, fim: FillInTheMi
         num_shards=_SHARDS_PER_SAMPLE * data.micro_num * context.size("data"),
         seed=data.seed,
         facts={"type": "streaming", "files": _digest(files), **facts},
+        num_files=data.shuffle_files,
     )
 
 

@@ -20,6 +20,12 @@ def remote_data(config: Config, world_size: int) -> Iterator[Problem]:
             storage_path(folder)
         except ConfigError as error:
             yield Problem((key,), f"{key} = {folder!r}: {error}")
+    if data.shuffle_files is not None and data.train_folder is None:
+        yield Problem(
+            ("data.shuffle_files", "data.train_folder"),
+            f"data.shuffle_files = {data.shuffle_files} is the number of files to mix, and data.train_folder = None "
+            "trains on random tokens; remove it",
+        )
     if data.cache_folder is not None and "://" in data.cache_folder:
         yield Problem(
             ("data.cache_folder",), f"data.cache_folder = {data.cache_folder!r}: give a folder on a local disk"

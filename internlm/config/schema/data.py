@@ -143,6 +143,12 @@ class DataConfig(Section):
     )
     shm_path: str = used_with("/dev/shm/metacache", "Folder of the shared indices.", "data.use_shm")
     num_worker: int = key(4, "Loader processes of training; 0 loads in the training process.", ge=0)
+    shuffle_files: int | None = key(
+        None,
+        "Number of files whose samples are mixed at a time, in an order of files that every epoch shuffles; for data "
+        "larger than the disk. None: the samples of all files.",
+        ge=1,
+    )
     seed: int = key(1024, "Seed of the data order.", ge=0)
     tokenizer_path: PathText = key(
         None, "tokenizer.json, tokenizer folder or SentencePiece .model of the tokenized data; used to generate text."

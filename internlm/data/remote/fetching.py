@@ -37,18 +37,18 @@ def fetch(mirror: Mirror, name: str) -> Path:
     content, file, url = mirror.content(name), mirror.files[name], mirror.url_of(name)
     partial = mirror.path / _PARTIAL / f"{version_hash(file)}.{file.size}"
     try:
-        content.parent.mkdir(parents=True, exist_ok=True)
-        partial.parent.mkdir(exist_ok=True)
-        while not content.is_file():
-            with locked(partial, f"fetches {url}") as descriptor:
-                if content.is_file():
-                    # Fetched between the two looks; the lock has made an empty file.
-                    partial.unlink(missing_ok=True)
-                    break
-                if mirror.max_bytes is not None:
-                    _make_room(mirror.path.parent, mirror.max_bytes, partial)
-                _resume(mirror, name, descriptor)
-                os.replace(partial, content)
+        for folder in (content.parent, partial.parent, mirror.path / "locks"):
+            folder.mkdir(parents=True, exist_ok=True)
+        # Not the lock of the file itself, which its readers hold once it is there.
+        lock = mirror.path / "locks" / partial.stem
+        with locked(lock, f"fetches {url}"):
+            if not content.is_file():
+                with locked(partial, "is removed") as descriptor:
+                    if mirror.max_bytes is not None:
+                        _make_room(mirror.path.parent, mirror.max_bytes, partial)
+                    _resume(mirror, name, descriptor)
+                    os.replace(partial, content)
+            lock.unlink(missing_ok=True)
     except RemoteDataError:
         raise
     except OSError as error:

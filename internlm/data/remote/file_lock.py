@@ -12,15 +12,28 @@ from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+_held: set[int] = set()
+"""Descriptors of exclusive locks of this process. A forked process would hold the locks of its parent's threads."""
+
+
+def _close_inherited() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
 
 @contextmanager
 def locked(path: Path, purpose: str) -> Iterator[int]:
     """Hold the exclusive lock of a file, which is created; yields its descriptor.
 
-    The file may be renamed or removed meanwhile: another process then locks a new one.
+    Its holder may rename or remove the file: those that wait for it then lock a new one.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _held.add(descriptor)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,6 +44,7 @@ def locked(path: Path, purpose: str) -> Iterator[int]:
                 yield descriptor
                 return
         finally:
+            _held.discard(descriptor)
             os.close(descriptor)
 
 

@@ -401,3 +401,46 @@ def test_a_fetched_file_is_not_fetched_again(bucket: Bucket, tmp_path: Path) -> 
         fetch(found, "f0")
         read(folder / "f0")
         assert not proxy.seen
+
+
+def test_a_process_that_waited_for_a_file_does_not_wait_for_its_readers(bucket: Bucket, tmp_path: Path) -> None:
+    fill(bucket, 1)
+    with FaultProxy(bucket.port) as proxy:
+        proxy.plan(Fault(cut_download=SIZE // 2, silence=1.0), method="GET", text="/d/f0")
+        folder = Path(local_folder(f"{bucket.url_through(proxy.port)}/d", DataCache(tmp_path)))
+        first: list[Any] = []
+        reader = threading.Thread(target=lambda: first.append(local_file(folder / "f0")))
+        reader.start()
+        while not any("/d/f0" in seen.path and seen.method == "GET" for seen in proxy.seen):
+            assert reader.is_alive()
+        found = read_mirror(next(tmp_path.glob("*.internlm-mirror")))
+        assert found is not None
+        waiting = [threading.Thread(target=fetch, args=(found, "f0"), daemon=True) for _ in range(3)]
+        for each in waiting:
+            each.start()
+        reader.join()
+        # The first reader still has the file open.
+        for each in waiting:
+            each.join(timeout=20)
+            assert not each.is_alive()
+        first[0].close()
+    assert not list(tmp_path.glob("*/locks/*"))
+
+
+def test_a_forked_process_does_not_keep_the_locks_of_its_parent(bucket: Bucket, tmp_path: Path) -> None:
+    contents = fill(bucket, 1)
+    with FaultProxy(bucket.port) as proxy:
+        proxy.plan(Fault(cut_download=SIZE // 2, silence=1.0), method="GET", text="/d/f0")
+        folder = Path(local_folder(f"{bucket.url_through(proxy.port)}/d", DataCache(tmp_path)))
+        reader = threading.Thread(target=read, args=(folder / "f0",))
+        reader.start()
+        while not any("/d/f0" in seen.path and seen.method == "GET" for seen in proxy.seen):
+            assert reader.is_alive()
+        context = multiprocessing.get_context("fork")
+        end = context.Event()
+        process = context.Process(target=end.wait)
+        process.start()
+        reader.join()
+        assert process.is_alive() and read(folder / "f0") == contents["f0"]
+        end.set()
+        process.join()
