@@ -109,17 +109,30 @@ class RowOrder:
                     found.append(OrderedRow(here, *self.locate(global_row), following))
                 unit = stop
             else:
-                [chosen] = self._shuffled_units(shard, epoch, unit, unit + 1)
-                first, end = int(self._unit_starts[chosen]), int(self._unit_starts[chosen + 1])
-                stop = min(row + count - len(found), end - first)
-                inside = permute(np.arange(row, max(row, stop)), end - first, derive_key(self._seed, epoch, chosen, 1))
-                for number, within in enumerate(inside, row):
-                    here, following = RowPosition(epoch, unit, number), RowPosition(epoch, unit, number + 1)
-                    found.append(OrderedRow(here, *self.locate(first + int(within)), following))
-                row = stop
-                if stop >= end - first:
+                stop = min(unit + count - len(found), self.num_units_of(shard))
+                for chosen in self._shuffled_units(shard, epoch, unit, stop):
+                    found += self._rows_of_unit(epoch, unit, chosen, row, count - len(found))
+                    if len(found) == count:
+                        break
                     unit, row = unit + 1, 0
         return found
+
+    def _rows_of_unit(self, epoch: int, unit: int, chosen: int, start: int, count: int) -> list[OrderedRow]:
+        """At most `count` rows of unit `chosen`, the shard's unit number `unit`, from its shuffled row `start` on."""
+        assert self._unit_starts is not None
+        first, end = int(self._unit_starts[chosen]), int(self._unit_starts[chosen + 1])
+        stop = min(start + count, end - first)
+        inside = np.arange(start, max(start, stop))
+        if end - first > 1:
+            inside = permute(inside, end - first, derive_key(self._seed, epoch, chosen, 1))
+        return [
+            OrderedRow(
+                RowPosition(epoch, unit, number),
+                *self.locate(first + int(within)),
+                RowPosition(epoch, unit, number + 1),
+            )
+            for number, within in enumerate(inside, start)
+        ]
 
     def _shuffled_units(self, shard: int, epoch: int, start: int, stop: int) -> list[int]:
         places = shard + self.num_shards * np.arange(start, stop, dtype=np.int64)

@@ -293,12 +293,12 @@ def test_row_order_of_blocks_and_single_rows(folder: Path) -> None:
     files = open_row_files([each.path for each in found.files], ["text"])
     for chosen in (files, files[:1], files[1:]):
         total = sum(map(len, chosen))
-        for num_shards in (1, 3, 16, 1000):
+        for num_shards in (1, 3, 60):
             order = RowOrder(chosen, num_shards, seed=1)
             for epoch in (0, 2):
                 rows = []
                 for shard in range(order.num_shards):
-                    for row in order.rows(shard, RowPosition(epoch), total):
+                    for row in order.rows(shard, RowPosition(epoch), total // order.num_shards + 40):
                         if row.position.epoch > epoch:
                             break
                         rows.append((row.file, row.row))
