@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inspect", help="show counts, lengths and samples", description=_inspect.__doc__, parents=[inputs]
     )
     inspect.add_argument("--png", type=local_path, metavar="FILE", help="also draw the histogram into this file")
-    inspect.add_argument("--config", metavar="FILE.py", help="show a sample of this run instead")
+    inspect.add_argument("--config", type=local_path, metavar="FILE.py", help="show a sample of this run instead")
     inspect.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     inspect.add_argument("--sample", type=int, metavar="N", help="with --config: the N-th global sample (from 0)")
     inspect.set_defaults(act=_inspect)

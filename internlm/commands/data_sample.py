@@ -27,7 +27,7 @@ _ALONE = {
 }
 
 
-def print_sample(config_path: str, overrides: Sequence[str], number: int, output: TextIO) -> int:
+def print_sample(config_path: Path, overrides: Sequence[str], number: int, output: TextIO) -> int:
     """Print sample `number` of a config, as its run reads it; returns the exit code.
 
     Raises:
@@ -36,7 +36,7 @@ def print_sample(config_path: str, overrides: Sequence[str], number: int, output
     """
     if number < 0:
         raise UserError(f"--sample {number}: must be at least 0")
-    config = load_config(Path(config_path), overrides, options={"--sample": _ALONE}).config
+    config = load_config(config_path, overrides, options={"--sample": _ALONE}).config
     context = ParallelContext(build_layout(config, 1), 0, torch.device("cpu"))
     loader = build_loader(config, context)
     try:

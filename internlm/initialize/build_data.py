@@ -19,7 +19,7 @@ from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.data_folders import check_same_listing, log_small_cache, train_folder, valid_folder
-from internlm.initialize.text_stream import build_text_stream, valid_folder_of_rows
+from internlm.initialize.row_stream import build_row_stream, valid_folder_of_rows
 from internlm.utils.errors import ConfigError, nearest
 
 
@@ -44,7 +44,7 @@ def build_stream(config: Config, context: ParallelContext) -> SampleStream:
     data = config.data
     check_same_listing(config, context)
     if data.type == "streaming":
-        return build_text_stream(config, context, fill_in_the_middle(config))
+        return build_row_stream(config, context, fill_in_the_middle(config))
     source = open_source(
         train_folder(config),
         seq_len=data.seq_len,

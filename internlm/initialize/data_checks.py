@@ -8,7 +8,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.folder_checks import check_train_folder, check_valid_folder
 from internlm.initialize.build_data import file_format, valid_files
 from internlm.initialize.data_folders import train_folder
-from internlm.initialize.text_stream import check_train_rows
+from internlm.initialize.row_stream import check_train_rows
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 

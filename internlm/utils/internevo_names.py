@@ -243,7 +243,7 @@ NAMES: dict[str, dict[str, Former]] = {
         "RandomDataset": _now("data.sources.dummy.DummySource", "train_folder = None")
     },
     "internlm.data.streaming": {
-        "StreamingDataset": _now("data.sources.text_stream.TextStream", "data.type = 'streaming'")
+        "StreamingDataset": _now("data.sources.row_stream.RowStream", "data.type = 'streaming'")
     },
     "internlm.eval.evaluation": {"evaluate_on_val_dls": _EVALUATE, "switch_evaluation_mode": _EVALUATE},
     "internlm.initialize": {

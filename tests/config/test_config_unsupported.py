@@ -18,7 +18,7 @@ BASE = {
 
 FIM = {"rate": 0.5, "prefix": 1, "middle": 2, "suffix": 3}
 # What optional sections need at least.
-REQUIRED: dict[str, dict[str, Any]] = {"load_ckpt_info": {"path": "x"}, "fim": FIM}
+REQUIRED: dict[str, dict[str, Any]] = {"load_ckpt_info": {"path": "x"}, "fim": FIM, "conversations": {}}
 
 
 def build(path, value):
@@ -57,6 +57,7 @@ def other_value(path, field) -> Any:
         {"a": 1},
         [{"match": "*"}],
         FIM,
+        {"learn": "last"},
     ):
         try:
             config = build(path, value)

@@ -408,7 +408,7 @@ REFUSED: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
             "parallel.tensor": {"size": 4, "mode": "mtp"},
             "parallel.pipeline": {"size": 4, "interleaved_overlap": True},
         },
-        ("data.type = 'streaming': this source", "int8_training = True: int8 training"),
+        ("int8_training = True: int8 training",),
     ),
     "demo_llava": (
         1,

@@ -17,7 +17,7 @@ from internlm.data.packing.document_slice import DocumentSlice, padding_slice, u
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.packing.sample import Packing, Sample, concatenate_slices, padding_sample, stack_slices
 from internlm.data.rows.row_file import RowFile
-from internlm.data.rows.row_order import OrderedRow, RowOrder, RowPosition
+from internlm.data.rows.shuffled_rows import OrderedRow, RowPosition, ShuffledRows
 from internlm.data.sources.row_encoder import RowEncoder
 from internlm.data.sources.slice_reader import SliceReader
 from internlm.utils.errors import DataError
@@ -122,7 +122,7 @@ class ShardReader:
     def __init__(
         self,
         shard: int,
-        order: RowOrder,
+        order: ShuffledRows,
         files: Sequence[RowFile],
         type_ids: Sequence[int],
         encoder: RowEncoder,

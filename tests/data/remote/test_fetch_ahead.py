@@ -21,7 +21,7 @@ from internlm.data.remote import mirror
 from internlm.data.remote.fetch_ahead import FetchAhead
 from internlm.data.remote.mirror import DataCache, local_folder
 from internlm.data.rows.open_rows import open_rows
-from internlm.data.rows.row_order import RowOrder, RowPosition
+from internlm.data.rows.shuffled_rows import RowPosition, ShuffledRows
 from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
 from internlm.data.sources.windowed_source import WindowedSource
@@ -151,7 +151,7 @@ def test_rows_with_windows(tmp_path: Path, name: str) -> None:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4)
         paths.append(path)
     files = [open_rows(path) for path in paths]
-    order = RowOrder(files, 3, seed=1, num_files=2)
+    order = ShuffledRows(files, 3, seed=1, num_files=2)
     for epoch in (0, 1):
         found = []
         for shard in range(3):

@@ -14,12 +14,12 @@ from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.open_rows import open_row_files
 from internlm.data.rows.row_file import RowFile
 from internlm.data.rows.row_folders import RowFiles, find_row_files
-from internlm.data.rows.row_order import RowOrder
+from internlm.data.rows.shuffled_rows import ShuffledRows
 from internlm.data.sources.document_source import min_length_of_type
 from internlm.data.sources.encoded_rows import encoded_sets
 from internlm.data.sources.row_encoder import ConversationRowEncoder, RowEncoder, TextRowEncoder
+from internlm.data.sources.row_stream import RowStream
 from internlm.data.sources.shard_reader import RowPacking
-from internlm.data.sources.text_stream import TextStream
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.initialize.data_folders import log_small_cache, train_folder, valid_folder
@@ -33,7 +33,7 @@ _CHECKED_ROWS = 1000
 """Rows that are encoded before a run; parquet decodes a row group for each."""
 
 
-def build_text_stream(config: Config, context: ParallelContext, fim: FillInTheMiddle | None) -> TextStream:
+def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMiddle | None) -> RowStream:
     """Build the stream of the rows of data.train_folder.
 
     Raises:
@@ -58,7 +58,7 @@ def build_text_stream(config: Config, context: ParallelContext, fim: FillInTheMi
         ),
         skip_bad_documents=data.skip_bad_documents,
     )
-    return TextStream(
+    return RowStream(
         files,
         [each.type_id for each in found.files],
         found.types,
@@ -81,7 +81,7 @@ def check_train_rows(config: Config) -> str:
     assert data.train_folder is not None
     files = _open(config, find_row_files(_train_dataset(config), data.subset_name))
     encoder, _ = _encoder(config)
-    order = RowOrder(files, 1, seed=0)
+    order = ShuffledRows(files, 1, seed=0)
     stride = max(1, order.num_rows // _CHECKED_ROWS)
     chosen = [order.locate(row) for row in range(0, order.num_rows, stride)]
     encoded = encoder.encode([(files[file], row) for file, row in chosen])

@@ -48,7 +48,7 @@ class OrderedRow(NamedTuple):
     following: RowPosition
 
 
-class RowOrder:
+class ShuffledRows:
     """The rows of files in `num_shards` shards.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 from internlm.data.packing.sample import Sample
 from internlm.data.remote.fetch_ahead import FetchAhead, size_to_fetch
 from internlm.data.rows.row_file import RowFile
-from internlm.data.rows.row_order import RowOrder
+from internlm.data.rows.shuffled_rows import ShuffledRows
 from internlm.data.sources.row_encoder import RowEncoder
 from internlm.data.sources.shard_reader import RowPacking, ShardCursor, ShardReader
 from internlm.utils.errors import DataError
@@ -29,7 +29,7 @@ _LONG_SKIP = 16
 logger = get_logger(__name__)
 
 
-class TextStream:
+class RowStream:
     """A `SampleStream` over the rows of files, tokenized as they are needed.
 
     Args:
@@ -64,7 +64,7 @@ class TextStream:
         self._files, self._type_ids, self._encoder, self._packing = files, type_ids, encoder, packing
         self._seed = seed
         self._num_files = num_files
-        self._order = RowOrder(files, num_shards, seed, num_files)
+        self._order = ShuffledRows(files, num_shards, seed, num_files)
         self._fetch_ahead = FetchAhead()
         size, bound = size_to_fetch(file.path for file in files)
         self._is_remote, self._fits_cache = size > 0, bound is None or size <= bound
@@ -154,7 +154,7 @@ class TextStream:
         self._readers, self._changed = {}, set()
         saved = state.get("num_shards", self.num_shards)
         if saved != self.num_shards:
-            self._order = RowOrder(self._files, saved, self._seed, self._num_files)
+            self._order = ShuffledRows(self._files, saved, self._seed, self._num_files)
         if "cursors" in state and saved == self.num_shards:
             self._known = {
                 int(shard): (number, ShardCursor.from_json(cursor))

@@ -22,10 +22,10 @@ from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.rows.open_rows import open_row_files
 from internlm.data.rows.row_file import RowFile
 from internlm.data.rows.row_folders import find_row_files
-from internlm.data.rows.row_order import RowOrder, RowPosition
+from internlm.data.rows.shuffled_rows import RowPosition, ShuffledRows
 from internlm.data.sources.row_encoder import EncodedRow, TextRowEncoder
+from internlm.data.sources.row_stream import RowStream
 from internlm.data.sources.shard_reader import RowPacking
-from internlm.data.sources.text_stream import TextStream
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.utils.errors import DataError
 
@@ -69,11 +69,11 @@ def packing_of(
 
 def open_stream(
     folder: Path, tokenizer: Path, packing: RowPacking | None = None, num_shards: int = 16, seed: int = 3
-) -> TextStream:
+) -> RowStream:
     found = find_row_files(folder)
     loaded = load_tokenizer(tokenizer)
     assert loaded.eos_id is not None
-    return TextStream(
+    return RowStream(
         open_row_files([each.path for each in found.files], ["text"]),
         [each.type_id for each in found.files],
         found.types,
@@ -114,7 +114,7 @@ def test_one_epoch_has_every_row_once(folder: Path, tokenizer: Path) -> None:
     assert orders[0] != orders[1]
 
 
-def of_shard(stream: TextStream, shard: int, count: int) -> list[Any]:
+def of_shard(stream: RowStream, shard: int, count: int) -> list[Any]:
     return [stream.sample(shard + number * stream.num_shards) for number in range(count)]
 
 
@@ -167,7 +167,7 @@ FIM = FillInTheMiddle(rate=0.5, spm_rate=0.5, prefix=1, middle=2, suffix=3, leve
     ids=lambda mode: "-".join(map(str, mode.values()))[:24],
 )
 def test_ranks_workers_and_interruptions_change_nothing(folder: Path, tokenizer: Path, mode: dict[str, Any]) -> None:
-    def open_it() -> TextStream:
+    def open_it() -> RowStream:
         return open_stream(folder, tokenizer, packing_of(**mode), num_shards=8 * SAMPLES)
 
     expected = batches_of(open_it, 30)
@@ -175,7 +175,7 @@ def test_ranks_workers_and_interruptions_change_nothing(folder: Path, tokenizer:
 
 
 def test_two_hundred_steps(folder: Path, tokenizer: Path) -> None:
-    def open_it() -> TextStream:
+    def open_it() -> RowStream:
         return open_stream(folder, tokenizer, num_shards=8 * SAMPLES)
 
     expected = batches_of(open_it, 200)
@@ -184,7 +184,7 @@ def test_two_hundred_steps(folder: Path, tokenizer: Path) -> None:
 
 
 def test_shards_that_no_rank_owns_change_nothing(folder: Path, tokenizer: Path) -> None:
-    def open_it() -> TextStream:
+    def open_it() -> RowStream:
         return open_stream(folder, tokenizer, num_shards=5)
 
     expected = batches_of(open_it, 30)
@@ -294,7 +294,7 @@ def test_row_order_of_blocks_and_single_rows(folder: Path) -> None:
     for chosen in (files, files[:1], files[1:]):
         total = sum(map(len, chosen))
         for num_shards in (1, 3, 60):
-            order = RowOrder(chosen, num_shards, seed=1)
+            order = ShuffledRows(chosen, num_shards, seed=1)
             for epoch in (0, 2):
                 rows = []
                 for shard in range(order.num_shards):
