@@ -17,6 +17,7 @@ from internlm.data.documents.folders import find_train_files, find_valid_sets
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.loaders.valid_loader import build_valid_loaders
 from internlm.data.remote import mirror
+from internlm.data.remote.fetch_ahead import FetchAhead
 from internlm.data.remote.mirror import DataCache, local_folder
 from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.open_rows import open_rows
@@ -78,7 +79,11 @@ def test_valid_sets_are_those_of_the_local_folder(bucket: Bucket, tmp_path: Path
 @pytest.mark.parametrize(
     ("format", "fetched"), [("tokenized", 0), ("megatron", 0), ("ds", 0), ("npy", 4), ("arrays", 4)]
 )
-def test_opening_fetches_only_what_counts_need(bucket: Bucket, tmp_path: Path, format: str, fetched: int) -> None:
+def test_opening_fetches_only_what_counts_need(
+    bucket: Bucket, tmp_path: Path, format: str, fetched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is fetched ahead of need has tests of its own.
+    monkeypatch.setattr(FetchAhead, "request", lambda *given: None)
     folder = write_folder(tmp_path / "train", format)
     upload(folder, bucket, "train")
     settings: dict[str, Any] = {"seq_len": 32, "micro_bsz": 2, "packing": "cut", "vocab_size": 1000}
