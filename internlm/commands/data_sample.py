@@ -10,10 +10,13 @@ import torch
 
 from internlm.config.loader import load_config
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.data.packing.collate import to_micro_batch
+from internlm.data.sources.blend import BlendedStream
+from internlm.data.sources.sample_stream import SampleStream
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tools.sample_text import describe_sample
 from internlm.initialize.build import build_layout
-from internlm.initialize.build_data import build_loader
+from internlm.initialize.build_data import build_stream
 from internlm.utils.errors import UserError
 
 # The order of samples does not depend on these; the first step of one process has sample `number` alone.
@@ -38,19 +41,11 @@ def print_sample(config_path: Path, overrides: Sequence[str], number: int, outpu
         raise UserError(f"--sample {number}: must be at least 0")
     config = load_config(config_path, overrides, options={"--sample": _ALONE}).config
     context = ParallelContext(build_layout(config, 1), 0, torch.device("cpu"))
-    loader = build_loader(config, context)
-    try:
-        per_epoch = loader.num_samples_per_epoch
-        loader.seek(0, number)
-        batch = next(loader)
-        type_names = loader.type_names
-    finally:
-        loader.close()
+    stream = build_stream(config, context)
+    micro = to_micro_batch(stream.sample(number))
     tokenizer = load_tokenizer(config.data.tokenizer_path) if config.data.tokenizer_path is not None else None
-    micro = batch.micro_batches[0]
-    types = sorted({type_names[index] for index in micro.type_ids.unique().tolist()})
-    epoch = f"epoch {number // per_epoch + 1} of {per_epoch:,} samples each; " if per_epoch is not None else ""
-    print(f"sample {number:,}: {epoch}type {', '.join(types)}", file=output)
+    types = sorted({stream.type_names[index] for index in micro.type_ids.unique().tolist()})
+    print(f"sample {number:,}: {_place(stream, number)}type {', '.join(types)}", file=output)
     notation = "dimmed" if output.isatty() else "in ⟦⟧"
     print(f"tokens that are never a label are {notation}", file=output)
     if tokenizer is None:
@@ -58,3 +53,15 @@ def print_sample(config_path: Path, overrides: Sequence[str], number: int, outpu
     lines = describe_sample(micro, None if tokenizer is None else tokenizer.decode, output.isatty())
     print("\n".join(lines), file=output)
     return 0
+
+
+def _place(stream: SampleStream, number: int) -> str:
+    """Source and epoch of a sample, as far as they are known."""
+    name = ""
+    if isinstance(stream, BlendedStream):
+        source, number = stream.source_at(number)
+        name = f"sample {number:,} of source {source}; "
+        stream = next(each.stream for each in stream.sources if each.name == source)
+    per_epoch = stream.samples_per_epoch
+    epoch = f"epoch {number // per_epoch + 1} of {per_epoch:,} samples each; " if per_epoch is not None else ""
+    return name + epoch

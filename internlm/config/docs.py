@@ -10,7 +10,16 @@ from pydantic.fields import FieldInfo
 
 from internlm.config.legacy import LEGACY
 from internlm.config.schema import Config
-from internlm.config.schema.base import KeyInfo, Section, Status, default_of, is_required, key_info, section_class
+from internlm.config.schema.base import (
+    KeyInfo,
+    Section,
+    Status,
+    default_of,
+    is_required,
+    item_class,
+    key_info,
+    section_class,
+)
 
 _HEAD = """\
 # Configuration reference
@@ -62,12 +71,14 @@ def render() -> str:
 
 
 def _sections(path: str, cls: type[Section]) -> Iterator[str]:
-    """The table of one section, then those of its sections."""
+    """The table of one section, then those of its sections and of the dicts in its lists."""
     rows, nested = [], []
     for name, field in cls.model_fields.items():
-        inner = section_class(field)
-        if inner is not None:
+        inner, item = section_class(field), item_class(field)
+        if inner is not None and "[" not in path:
             nested.append((f"{path}.{name}" if path else name, inner))
+        if item is not None and item is not cls:
+            nested.append((f"{path}.{name}[i]" if path else f"{name}[i]", item))
         info = key_info(field)
         if info is not None:
             meaning = (field.description or "").replace("<", "&lt;")

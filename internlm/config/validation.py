@@ -43,21 +43,21 @@ def _copy(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _translate(error: ValidationError) -> list[Problem]:
-    """One problem per key; the branches of a union are joined."""
+    """One problem per key, also of the dicts in a list; the branches of a union are joined."""
     texts: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
+    paths: dict[str, str] = {}
     for part in error.errors(include_url=False):
         path = _key_path(part["loc"])
         item, known = _item_key(path, part["loc"])
         kind, value = part["type"], part["input"]
+        paths[item] = path
         if known and kind == "extra_forbidden":
-            texts[path] = [
+            texts[item] = [
                 f"{item} is not a known key.{nearest(item.rpartition('.')[2], known) or f' Known: {known}.'}"
             ]
         elif known and kind == "missing":
-            texts[path] = [f"{item} is missing"]
-        elif known:
-            texts[path] = [f"{item} = {_short(value)}: it must be {_expected(kind, part.get('ctx', {}), part['msg'])}"]
+            texts[item] = [f"{item} is missing"]
         elif kind == "extra_forbidden":
             feature = feature_of(path)
             named = f"{path} = {_short(value)}: {feature} is not yet supported; leave it out"
@@ -65,15 +65,15 @@ def _translate(error: ValidationError) -> list[Problem]:
         elif kind == "missing":
             texts[path] = [_missing(path)]
         else:
-            values.setdefault(path, value)
-            texts.setdefault(path, []).append(_expected(kind, part.get("ctx", {}), part["msg"]))
+            values.setdefault(item, value)
+            texts.setdefault(item, []).append(_expected(kind, part.get("ctx", {}), part["msg"]))
     result = []
-    for path, expected in texts.items():
-        if path in values:
-            text = f"{path} = {_short(values[path])}: it must be {' or '.join(dict.fromkeys(expected))}"
+    for item, expected in texts.items():
+        if item in values:
+            text = f"{item} = {_short(values[item])}: it must be {' or '.join(dict.fromkeys(expected))}"
         else:
             text = expected[0]
-        result.append(Problem((path,), text))
+        result.append(Problem((paths[item],), text))
     return result
 
 
@@ -148,9 +148,13 @@ def _item_key(path: str, location: tuple[int | str, ...]) -> tuple[str, list[str
     field = _field(path)
     cls = item_class(field) if field is not None else None
     inside = location[path.count(".") + 1 :]
-    if cls is None or len(inside) < 2:
-        return path, []
-    return f"{path}[{inside[0]}].{inside[1]}", list(cls.model_fields)
+    known: list[str] = []
+    while cls is not None and len(inside) >= 2:
+        path, known = f"{path}[{inside[0]}].{inside[1]}", list(cls.model_fields)
+        field = cls.model_fields.get(str(inside[1]))
+        cls = item_class(field) if field is not None else None
+        inside = inside[2:]
+    return path, known
 
 
 def _remove_invalid(path: str, tree: dict[str, Any]) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from internlm.config.schema import Config
+from internlm.config.schema import BlendEntryConfig, Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents.document_file import FileFormat
 from internlm.data.loaders.train_loader import TrainLoader, build_train_loader
 from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
 from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
+from internlm.data.sources.blend import BlendedStream
+from internlm.data.sources.blend_members import BlendGroup, BlendSource
 from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.open_source import open_source
 from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
@@ -20,6 +23,7 @@ from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.data_folders import check_same_listing, log_small_cache, train_folder, valid_folder
 from internlm.initialize.row_stream import build_row_stream, valid_folder_of_rows
+from internlm.initialize.train_sources import config_of
 from internlm.utils.errors import ConfigError, nearest
 
 
@@ -40,7 +44,28 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
 
 
 def build_stream(config: Config, context: ParallelContext) -> SampleStream:
-    """Build the stream of training samples."""
+    """Build the stream of training samples: of `data.blend`, or of one source."""
+    if config.data.blend:
+        return BlendedStream(_members(config, config.data.blend, context))
+    return open_stream(config, context)
+
+
+def _members(
+    config: Config, entries: Sequence[BlendEntryConfig], context: ParallelContext
+) -> list[BlendSource | BlendGroup]:
+    members: list[BlendSource | BlendGroup] = []
+    for entry in entries:
+        if entry.blend:
+            members.append(BlendGroup(entry.steps, _members(config, entry.blend, context)))
+        else:
+            assert entry.name is not None
+            stream = open_stream(config_of(config, entry), context)
+            members.append(BlendSource(entry.name, stream, entry.steps, entry.epochs_max, entry.on_end or "repeat"))
+    return members
+
+
+def open_stream(config: Config, context: ParallelContext) -> SampleStream:
+    """Open the stream of one source, that of `data.train_folder`."""
     data = config.data
     check_same_listing(config, context)
     if data.type == "streaming":

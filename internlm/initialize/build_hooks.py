@@ -44,7 +44,8 @@ def build_hooks(
     profiling: bool = False,
 ) -> list[Hook]:
     """The hooks of the loop in call order: built-in ones, then those of `config.hooks`."""
-    collector = MetricsCollector(Throughput(context.world_size, build_flops(config, context.device, engine.chunks[0])))
+    flops = build_flops(config, context.device, engine.chunks[0])
+    collector = MetricsCollector(Throughput(context.world_size, flops), progress_at=train_loader.progress_at)
     hooks: list[Hook] = [GarbageCollectionHook(config.data.empty_cache_and_diag_interval)]
     hooks.append(ConsoleHook(collector, config.monitor.log_every, config.monitor.log_format))
     if config.monitor.metrics_file:

@@ -9,6 +9,7 @@ from internlm.data.documents.folder_checks import check_train_folder, check_vali
 from internlm.initialize.build_data import file_format, valid_files
 from internlm.initialize.data_folders import train_folder
 from internlm.initialize.row_stream import check_train_rows
+from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -26,14 +27,16 @@ def check_data(config: Config) -> list[str]:
             token that contributes loss.
     """
     data, lines = config.data, []
-    if data.type == "streaming":
-        lines.append(check_train_rows(config))
-    elif (folder := train_folder(config)) is not None:
-        lines.append(str(check_train_folder(folder, file_format(config), config.model.vocab_size)))
+    for source in train_sources(config):
+        folder = train_folder(source.config)
+        if source.config.data.type == "streaming":
+            lines.append(check_train_rows(source.config))
+        elif folder is not None:
+            lines.append(str(check_train_folder(folder, file_format(source.config), config.model.vocab_size)))
     if data.valid_every > 0 and data.valid_folder is not None:
-        sets, format = valid_files(config)
-        assert sets is not None
-        lines += map(str, check_valid_folder(sets, format, config.model.vocab_size))
+        valid_folder, format = valid_files(config)
+        assert valid_folder is not None
+        lines += map(str, check_valid_folder(valid_folder, format, config.model.vocab_size))
     return lines
 
 

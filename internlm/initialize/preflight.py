@@ -26,6 +26,7 @@ from internlm.initialize.data_folders import train_folder, valid_folder
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
+from internlm.initialize.train_sources import train_sources
 from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
@@ -91,13 +92,14 @@ def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext
 
 
 def _train_folder(config: Config, context: ParallelContext) -> list[str]:
-    folder = train_folder(config)
-    if folder is None:
-        return ["data.train_folder is None: the run trains on random tokens, which only serves to measure speed"]
-    if config.data.type == "streaming":
-        find_row_files(locate_dataset(folder), config.data.subset_name)
-    else:
-        find_train_files(folder, file_format(config))
+    for source in train_sources(config):
+        folder = train_folder(source.config)
+        if folder is None:
+            return ["data.train_folder is None: the run trains on random tokens, which only serves to measure speed"]
+        if source.config.data.type == "streaming":
+            find_row_files(locate_dataset(folder), source.config.data.subset_name)
+        else:
+            find_train_files(folder, file_format(source.config))
     return []
 
 
@@ -124,7 +126,7 @@ def _valid_loaders(config: Config, context: ParallelContext) -> list[str]:
 def _tokenizer(config: Config, context: ParallelContext) -> list[str]:
     """Check that the tokenizer exists. Training on token ids does not need it, so only generation fails without it."""
     path = config.data.tokenizer_path
-    if path is not None and config.data.type == "streaming":
+    if path is not None and any(source.config.data.type == "streaming" for source in train_sources(config)):
         load_tokenizer(path)
     if path is None or Path(path).exists():
         return []

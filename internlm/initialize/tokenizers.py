@@ -19,6 +19,7 @@ from internlm.data.tokenize.text_tokenizer import TOKENIZER_JSON, TOKENIZER_MODE
 from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, common_record, tokenizer_records
 from internlm.initialize.build_data import file_format
 from internlm.initialize.data_folders import train_folder, valid_folder
+from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -35,12 +36,16 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
         DataError: a folder of data is missing, or a record in it is malformed.
     """
     data = config.data
-    evaluates = data.valid_every > 0 and data.valid_folder is not None
-    places = (train_folder(config), valid_folder(config) if evaluates else None)
-    folders = [folder for folder in places if folder is not None]
-    # Rows are tokenized by data.tokenizer_path itself.
-    has_documents = data.type != "streaming"
-    record = _of_folders(tuple(folders), file_format(config), data.check_tokenizer) if has_documents else None
+    places = [
+        (train_folder(source.config), file_format(source.config))
+        for source in train_sources(config)
+        # Rows are tokenized by data.tokenizer_path itself.
+        if source.config.data.type != "streaming"
+    ]
+    if data.valid_every > 0 and data.type != "streaming":
+        places.append((valid_folder(config), file_format(config)))
+    folders = [(folder, format) for folder, format in places if folder is not None]
+    record = _of_folders(folders, data.check_tokenizer)
     named = None if data.tokenizer_path is None else _at(storage_path(data.tokenizer_path))
     found = (
         None
@@ -101,8 +106,8 @@ def _compare(known: KnownTokenizer, other: KnownTokenizer, what: str, config: Co
     logger.info("%s", message)
 
 
-def _of_folders(folders: Sequence[str | Path], format: FileFormat, checked: bool) -> TokenizerRecord | None:
-    records = {path: record for folder in folders for path, record in tokenizer_records(folder, format).items()}
+def _of_folders(folders: Sequence[tuple[str | Path, FileFormat]], checked: bool) -> TokenizerRecord | None:
+    records = {path: record for folder, format in folders for path, record in tokenizer_records(folder, format).items()}
     try:
         return common_record(records)
     except DataError as error:

@@ -22,12 +22,14 @@ class _CountedStep:
 
     Attributes:
         metrics: identifies the step.
+        progress: of the sources of data, at its end.
         rates: `Throughput.rates` while it was the last step.
         seconds: its wall time.
         numbers: the result of `MetricsCollector.numbers`.
     """
 
     metrics: StepMetrics
+    progress: dict[str, float]
     rates: dict[str, float | str] | None = None
     seconds: float = math.nan
     numbers: dict[str, float | str] | None = None
@@ -45,11 +47,19 @@ class MetricsCollector:
     Args:
         throughput: counts the steps; by default for one rank and without FLOPs.
         clock: returns seconds since any origin.
+        progress_at: samples consumed -> further numbers, such as those of the sources of a blend; called in ascending
+            order. None: there are none.
     """
 
-    def __init__(self, throughput: Throughput | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        throughput: Throughput | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        progress_at: Callable[[int], dict[str, float]] | None = None,
+    ) -> None:
         self.throughput = throughput or Throughput()
         self._clock = clock
+        self._progress_at = progress_at
         self._steps: deque[_CountedStep] = deque(maxlen=2)
 
     def count(self, metrics: StepMetrics) -> None:
@@ -58,7 +68,8 @@ class MetricsCollector:
             return
         if self._steps:
             self._store_rates(self._steps[-1])
-        self._steps.append(_CountedStep(metrics))
+        progress = {} if self._progress_at is None else self._progress_at(metrics.num_consumed_samples)
+        self._steps.append(_CountedStep(metrics, progress))
         self.throughput.add(metrics.num_tokens, metrics.seconds.get("total", math.nan))
 
     def numbers(self, metrics: StepMetrics) -> dict[str, float | str]:
@@ -75,7 +86,7 @@ class MetricsCollector:
             step = self._steps[-1]
         if step.numbers is None:
             before = self._clock()
-            numbers: dict[str, float | str] = dict(metrics.numbers())
+            numbers: dict[str, float | str] = {**metrics.numbers(), **step.progress}
             self.throughput.extend(self._clock() - before)
             self._store_rates(step)
             step.numbers = self._complete(numbers, step)

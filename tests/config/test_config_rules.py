@@ -357,6 +357,8 @@ def test_packing_and_the_keys_of_internevo(changes, packing, document_mask, use_
     [
         ({"train_folder": "s3://b/x", "cache_bytes": 10, "cache_folder": "/c", "shuffle_files": 2}, None),
         ({"train_folder": "/x", "valid_folder": "s3://b/x", "cache_bytes": 10}, None),
+        ({"blend": [{"path": "s3://b/x", "weight": 1.0}], "cache_bytes": 10, "shuffle_files": 2}, None),
+        ({"blend": [{"path": "s9://b/x", "weight": 1.0}]}, r"data\.blend\[0\]\.path = 's9://b/x': .* unknown prefix"),
         ({"train_folder": "/x", "cache_bytes": 10}, "data.cache_bytes = 10 is for data in an object store"),
         ({"train_folder": "/x", "cache_folder": "/c"}, "data.cache_folder = '/c' is for data in an object store"),
         (

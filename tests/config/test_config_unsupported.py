@@ -56,6 +56,8 @@ def other_value(path, field) -> Any:
         [{"a": "b"}],
         {"a": 1},
         [{"match": "*"}],
+        [{"path": "x", "weight": 1}],
+        {"learn": "last"},
         FIM,
         {"learn": "last"},
     ):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from internlm.config.problem import Problem
 from internlm.config.rules import (
+    blend,
     cuda_graphs,
     experts,
     float8,
@@ -47,6 +48,7 @@ RULES: tuple[Rule, ...] = (
     run.token_arrays,
     remote.remote_data,
     rows.streaming,
+    blend.blend,
     packing.packing,
     packing.fill_in_the_middle,
     model.shape,

@@ -34,7 +34,7 @@ def fill_in_the_middle(config: Config, world_size: int) -> Iterator[Problem]:
     data, fim = config.data, config.data.fim
     if fim is None:
         return
-    if data.train_folder is None:
+    if data.train_folder is None and not data.blend:
         yield Problem(
             ("data.fim", "data.train_folder"),
             "data.fim is given, but data.train_folder = None trains on random tokens; leave data.fim out",

@@ -27,7 +27,7 @@ def streaming(config: Config, world_size: int) -> Iterator[Problem]:
             yield Problem((key, "data.type"), f"{key} needs data.type = 'streaming', which is {data.type!r}; remove it")
         return
     for name, what in (("train_folder", "the folder or name of the dataset"), ("tokenizer_path", "the tokenizer")):
-        if getattr(data, name) is None:
+        if getattr(data, name) is None and not (name == "train_folder" and data.blend):
             key = f"data.{name}"
             yield Problem(("data.type", key), f"data.type = 'streaming' needs {key}: {what}")
     if data.conversations is not None:

@@ -2,7 +2,7 @@
 
 from internlm.config.schema.base import Section
 from internlm.config.schema.ckpt import CkptConfig, LoadCkptInfo, UniversalCkptConfig
-from internlm.config.schema.data import DataConfig, FimConfig
+from internlm.config.schema.data import BlendEntryConfig, DataConfig, FimConfig
 from internlm.config.schema.model import InjectInfoConfig, ModelConfig, RopeScalingConfig
 from internlm.config.schema.optim import (
     AdamConfig,
@@ -43,6 +43,7 @@ __all__ = [
     "AdamConfig",
     "AlertConfig",
     "Beta2SchedulerConfig",
+    "BlendEntryConfig",
     "CkptConfig",
     "Config",
     "CpuOffloadingConfig",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from internlm.config.schema.base import PathText, Section, key, later, no_effect, used_with
+from internlm.config.schema.base import PathText, Section, default_of, key, later, no_effect, used_with
 from internlm.utils.packing_modes import Packing, default_document_mask
 
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
@@ -50,6 +51,76 @@ class ConversationConfig(Section):
     chat_template: str | None = key(None, "File with a chat template; None: that of data.tokenizer_path.")
 
 
+KEYS_OF_TYPES = (
+    "array_dtype",
+    "array_separator",
+    "content_name",
+    "subset_name",
+    "text_unit",
+    "add_bos",
+    "add_eos",
+    "conversations",
+)
+"""Keys of the data section that only some types have."""
+
+
+class BlendEntryConfig(Section):
+    """A source of a blend, or a group of sources. Keys left out are those of the data section, for the same type."""
+
+    path: PathText = key(None, "Folder or file of the source, as data.train_folder.")
+    blend: list[BlendEntryConfig] = key([], "Sources that share the weight of this group, in place of path.")
+    name: str | None = key(
+        None,
+        "Name in metrics and checkpoints; a resumed run recognizes the source by it.",
+        derived="last part of path",
+        min_length=1,
+    )
+    weight: float | list[tuple[int, float]] = key(
+        ...,
+        "Share of the tokens, relative to the weights beside it; or [(0, weight), (tokens, weight), ...]: each weight "
+        "from that many consumed tokens of the run on.",
+    )
+    epochs_max: float | None = key(None, "Epochs after which the source ends; None: it repeats without end.", gt=0)
+    on_end: Literal["stop", "repeat", "drop"] | None = key(
+        None,
+        "With epochs_max, which needs it. `stop`: training ends; `drop`: the other weights keep their proportions. "
+        "Without: `repeat`.",
+    )
+    type: Literal["tokenized", "megatron", "arrays", "streaming"] | None = key(None, "Kind of files, as data.type.")
+    min_length: int | None = key(None, "As data.min_length.", ge=0)
+    min_length_dict: dict[str, int] | None = key(None, "min_length by name of a type folder of the source.")
+    array_dtype: Literal["uint16", "uint32"] | None = key(None, "As data.array_dtype.")
+    array_separator: int | None = key(None, "As data.array_separator.", ge=0)
+    content_name: str | None = key(None, "As data.content_name.")
+    subset_name: str | None = key(None, "As data.subset_name.")
+    text_unit: Literal["line", "paragraph", "file"] | None = key(None, "As data.text_unit.")
+    add_bos: bool | None = key(None, "As data.add_bos.")
+    add_eos: bool | None = key(None, "As data.add_eos.")
+    conversations: ConversationConfig | None = key(None, "As data.conversations.")
+
+    @model_validator(mode="after")
+    def _fill(self) -> BlendEntryConfig:
+        if self.name is None and self.path is not None:
+            self._derive(name=PurePath(self.path).name or self.path)
+        return self
+
+    @property
+    def steps(self) -> list[tuple[int, float]]:
+        """The weights as (tokens, weight)."""
+        return [(0, self.weight)] if isinstance(self.weight, float) else self.weight
+
+    def applied_to(self, data: DataConfig) -> DataConfig:
+        """The data section of a run on this source alone."""
+        fields = type(data).model_fields
+        changes: dict[str, Any] = {"train_folder": self.path, "blend": [], "min_length_dict": self.min_length_dict}
+        if self.type is not None and self.type != data.type:
+            changes |= {name: default_of(fields[name]) for name in KEYS_OF_TYPES}
+        for name in ("type", "min_length", *KEYS_OF_TYPES):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name)
+        return data.model_copy(update=changes)
+
+
 class DataConfig(Section):
     """Sizes of a batch, the token folders, packing and evaluation."""
 
@@ -82,6 +153,11 @@ class DataConfig(Section):
     min_length_dict: dict[str, int] | None = key(None, "min_length by name of a type folder; overrides min_length.")
     train_folder: PathText = key(
         None, "Folder of <type>/**/NAME with files of data.type for training, or one file or prefix; None: dummy data."
+    )
+    blend: list[BlendEntryConfig] = key(
+        [],
+        "Sources that are mixed by weight, in place of train_folder, as dict(path, weight, name, epochs_max, on_end, "
+        "type, ...) or dict(blend, weight).",
     )
     valid_folder: PathText = key(
         None, "Folder in which each directory with files of data.type is a validation set, or one file; None: none."

@@ -124,7 +124,7 @@ def _existing(folder: str | Path, format: FileFormat) -> Path:
         if len(text.split()) > 1:
             raise DataError(
                 f"{text!r} is neither a folder nor a file: one path is expected, not Megatron's list of weights and "
-                "prefixes; put the files of each kind into a subfolder of one folder"
+                "prefixes; give each prefix with its weight in data.blend"
             )
         raise DataError(f"{root}: no such folder. {format.hint}, or set the folder to None")
     return root

@@ -20,7 +20,7 @@ from internlm.data.loaders.batch_plan import NO_SKIPS, RampUp, SkipBatches, pars
 from internlm.data.loaders.read_ahead import ReadAheadThread, WorkerProcesses
 from internlm.data.packing.collate import pin, to_micro_batch
 from internlm.data.packing.sample import Sample
-from internlm.data.sources.sample_stream import SampleStream, StreamEndError
+from internlm.data.sources.sample_stream import FiniteStream, SampleStream, StreamEndError
 from internlm.utils.errors import ConfigError, DataError, RemoteDataError
 from internlm.utils.logging import get_logger
 
@@ -149,11 +149,17 @@ class TrainLoader:
 
         Raises:
             DataError: a document of the batch is malformed.
-            StopIteration: `total_steps` is reached.
+            StopIteration: `total_steps` is reached, or the stream ends within the batches of this step on all ranks.
         """
         if self._total_steps is not None and self.step >= self._total_steps:
             self.close()
             raise StopIteration
+        if isinstance(self._stream, FiniteStream):
+            following = self.consumed_samples + self.micro_num_at(self.step) * self._data_size
+            if (reason := self._stream.why_ended(following)) is not None:
+                logger.warning("the training data ends at step %d: %s", self.step, reason)
+                self.close()
+                raise StopIteration
         if self._batches is None:
             self._batches = self._start()
         try:
@@ -203,6 +209,10 @@ class TrainLoader:
             for notice in notices:
                 logger.info("%s", notice)
         self.seek(int(state["step"]), consumed_samples)
+
+    def progress_at(self, consumed_samples: int) -> dict[str, float]:
+        """Tokens and epochs of each source after that many samples, by name of a metric; empty for a single source."""
+        return self._stream.progress_at(consumed_samples)
 
     def close(self) -> None:
         """Stop prefetching. The cursor is kept; the next request for a batch starts prefetching again."""

@@ -7,7 +7,7 @@ read before. A stream may remember where it is, so that ascending indices are ch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -77,6 +77,14 @@ class SampleStream(Protocol):
         """Samples and epochs of each source after `index` samples, by the name of a metric."""
 
 
+@runtime_checkable
+class FiniteStream(Protocol):
+    """A stream that may end, and knows where without reading."""
+
+    def why_ended(self, index: int) -> str | None:
+        """Why the stream has fewer than `index` samples; None if it has as many. Called with ascending indices."""
+
+
 class ShuffledSource:
     """The samples of a `SampleSource`, in another order in every epoch. Random access; needs no state.
 
@@ -138,7 +146,9 @@ class ShuffledSource:
 
     def load_state(self, index: int, state: Mapping[str, Any]) -> list[str]:
         """See `SampleStream`."""
-        return []
+        if not state:
+            return []
+        return [f"the checkpoint has the state of another kind of data: this source continues at its sample {index:,}"]
 
     def progress_at(self, index: int) -> dict[str, float]:
         """See `SampleStream`."""
