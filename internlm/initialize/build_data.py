@@ -11,11 +11,14 @@ from internlm.data.loaders.valid_loader import ValidLoader, build_valid_loaders
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.sources.blend import BlendedStream
 from internlm.data.sources.blend_members import BlendGroup, BlendSource
+from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.open_source import open_source
 from internlm.data.sources.replay_stream import ReplayStream
 from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
+from internlm.data.sources.windowed_source import WindowedSource
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
+from internlm.initialize.data_folders import check_same_listing, log_small_cache, train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.row_stream import build_row_stream
 from internlm.initialize.train_sources import config_of
@@ -63,12 +66,13 @@ def _members(
 def open_stream(config: Config, context: ParallelContext) -> SampleStream:
     """Open the stream of one source, that of `data.train_folder`."""
     data = config.data
+    check_same_listing(config, context)
     if data.type == "streaming":
         return build_row_stream(config, context, fill_in_the_middle(config))
     if data.type == "mocked" and data.train_folder is not None:
         return build_replay_stream(config, context)
     source = open_source(
-        data.train_folder,
+        train_folder(config),
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
         packing=data.packing,
@@ -83,6 +87,10 @@ def open_stream(config: Config, context: ParallelContext) -> SampleStream:
         fim=fill_in_the_middle(config),
         valid_fraction=data.valid_fraction,
     )
+    if isinstance(source, DocumentSource):
+        log_small_cache(config, source.paths)
+        if data.shuffle_files is not None:
+            return WindowedSource(source, data.seed, data.shuffle_files)
     return ShuffledSource(source, data.seed)
 
 

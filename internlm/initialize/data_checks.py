@@ -6,6 +6,7 @@ from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents import folder_checks
+from internlm.initialize.data_folders import train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.row_stream import check_train_rows
 from internlm.initialize.train_sources import train_sources
@@ -29,7 +30,7 @@ def check_data(config: Config) -> list[str]:
     lines: list[str] = []
     vocab_size = config.model.vocab_size
     for source in train_sources(config):
-        folder = source.config.data.train_folder
+        folder = train_folder(source.config)
         if source.config.data.type == "streaming":
             lines.append(check_train_rows(source.config))
         elif folder is not None and source.config.data.type != "mocked":

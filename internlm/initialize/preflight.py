@@ -22,6 +22,7 @@ from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.row_folders import find_row_files
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.initialize.build_data import build_loader, build_replay_stream, build_valid_sets
+from internlm.initialize.data_folders import train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import build_meta_model, parameter_groups
@@ -31,7 +32,7 @@ from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
 from internlm.initialize.valid_sets import find_sets, valid_places
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
-from internlm.utils.errors import CheckpointError, ConfigError, DataError, UserError
+from internlm.utils.errors import CheckpointError, ConfigError, UserError
 from internlm.utils.optional_packages import why_unusable
 from internlm.utils.storage import StoragePath, storage_path
 
@@ -94,23 +95,22 @@ def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext
 
 def _train_folder(config: Config, context: ParallelContext) -> list[str]:
     for source in train_sources(config):
-        data = source.config.data
-        if data.train_folder is None:
+        folder = train_folder(source.config)
+        if folder is None:
             return ["data.train_folder is None: the run trains on random tokens, which only serves to measure speed"]
-        _require_local(source.key, data.train_folder)
+        data = source.config.data
         if data.type == "streaming":
-            find_row_files(locate_dataset(data.train_folder), data.subset_name)
+            find_row_files(locate_dataset(folder), data.subset_name)
         elif data.type == "mocked":
             build_replay_stream(source.config, context)
         else:
-            find_train_files(data.train_folder, file_format(source.config))
+            find_train_files(folder, file_format(source.config))
     return []
 
 
 def _valid_folder(config: Config, context: ParallelContext) -> list[str]:
     if config.data.valid_every > 0:
         for place in valid_places(config):
-            _require_local(place.key, place.folder)
             if place.type == "streaming":
                 locate_dataset(place.folder)
         find_sets(config, with_rows=False)
@@ -125,16 +125,6 @@ def _train_loader(config: Config, context: ParallelContext) -> list[str]:
 def _valid_loaders(config: Config, context: ParallelContext) -> list[str]:
     build_valid_sets(config, context)
     return []
-
-
-def _require_local(key: str, folder: str) -> None:
-    """Refuse a folder in an object store: training data is memory-mapped.
-
-    Raises:
-        DataError: the folder is in an object store.
-    """
-    if "://" in folder:
-        raise DataError(f"{key} = {folder!r}: data is read from a local disk; copy the folder there, or mount it")
 
 
 def _tokenizer(config: Config, context: ParallelContext) -> list[str]:

@@ -22,6 +22,7 @@ from internlm.data.sources.row_stream import RowStream
 from internlm.data.sources.shard_reader import RowPacking
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
+from internlm.initialize.data_folders import log_small_cache, train_folder
 from internlm.utils.errors import DataError
 
 _SHARDS_PER_SAMPLE = 8
@@ -41,8 +42,9 @@ def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMid
     """
     data = config.data
     assert data.train_folder is not None
-    found = find_row_files(locate_dataset(data.train_folder), data.subset_name)
+    found = find_row_files(_train_dataset(config), data.subset_name)
     files = _open(config, found)
+    log_small_cache(config, [file.path for file in files])
     encoder, facts = _encoder(config)
     packing = RowPacking(
         seq_len=data.seq_len,
@@ -65,6 +67,7 @@ def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMid
         num_shards=data.num_shards or _SHARDS_PER_SAMPLE * data.micro_num * context.size("data"),
         seed=data.seed,
         facts={"type": "streaming", "files": _digest(files), **facts},
+        num_files=data.shuffle_files,
     )
 
 
@@ -76,7 +79,7 @@ def check_train_rows(config: Config) -> str:
     """
     data = config.data
     assert data.train_folder is not None
-    files = _open(config, find_row_files(locate_dataset(data.train_folder), data.subset_name))
+    files = _open(config, find_row_files(_train_dataset(config), data.subset_name))
     encoder, _ = _encoder(config)
     order = ShuffledRows(files, 1, seed=0)
     stride = max(1, order.num_rows // _CHECKED_ROWS)
@@ -96,7 +99,7 @@ def check_train_rows(config: Config) -> str:
     )
 
 
-def rows_as_documents(config: Config, valid_folder: str) -> Path:
+def rows_as_documents(config: Config, valid_folder: str | Path) -> Path:
     """The rows of a validation folder as tokenized files, a subfolder for each set, in the user's cache.
 
     The sets are the types of its split "validation" or, without one, of its only split.
@@ -110,7 +113,7 @@ def rows_as_documents(config: Config, valid_folder: str) -> Path:
         found = find_row_files(folder, data.subset_name, "validation")
     except DataError:
         # Files without the name of a split are the split "train".
-        if valid_folder == data.train_folder:
+        if str(valid_folder) == str(train_folder(config)):
             raise
         found = find_row_files(folder, data.subset_name, "train")
     encoder, facts = _encoder(config)
@@ -119,6 +122,12 @@ def rows_as_documents(config: Config, valid_folder: str) -> Path:
     for file, typed in zip(files, found.files, strict=True):
         sets[found.types[typed.type_id]].append(file)
     return encoded_sets({name: files for name, files in sets.items() if files}, encoder, repr(sorted(facts.items())))
+
+
+def _train_dataset(config: Config) -> Path:
+    folder = train_folder(config)
+    assert folder is not None
+    return locate_dataset(folder)
 
 
 def _open(config: Config, found: RowFiles) -> list[RowFile]:

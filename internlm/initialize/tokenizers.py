@@ -22,6 +22,7 @@ from internlm.data.tokenized_files.tokenizer_record import (
     read_record,
     tokenizer_records,
 )
+from internlm.initialize.data_folders import train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.train_sources import train_sources
 from internlm.initialize.valid_sets import find_sets
@@ -44,7 +45,7 @@ def data_tokenizer(config: Config) -> KnownTokenizer | None:
     # Rows are tokenized by data.tokenizer_path itself.
     paths: list[Path] = []
     for source in train_sources(config):
-        folder = source.config.data.train_folder
+        folder = train_folder(source.config)
         if folder is not None and source.config.data.type in DOCUMENT_TYPES:
             paths += tokenizer_records(folder, file_format(source.config))
     paths += [path for each in find_sets(config, with_rows=False) for path in each.paths]

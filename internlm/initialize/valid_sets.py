@@ -10,6 +10,7 @@ from internlm.config.schema import Config
 from internlm.data.documents.folders import log_unread_files
 from internlm.data.documents.valid_sets import ValidSet, folder_sets, held_out_sets, named_set
 from internlm.data.tokenized_files.file_format import TOKENIZED
+from internlm.initialize.data_folders import local_data, train_folder
 from internlm.initialize.file_formats import file_format, format_of_type
 from internlm.initialize.row_stream import rows_as_documents
 from internlm.utils.errors import CheckpointError, ConfigError
@@ -22,14 +23,14 @@ class ValidPlace:
     Attributes:
         key: that names it, for messages.
         name: of its set; None where its subfolders are sets.
-        folder: folder or file.
+        folder: folder or file; the mirror of one in an object store.
         type: as `data.type`.
         array_dtype, array_separator: see `TokenArray`.
     """
 
     key: str
     name: str | None
-    folder: str
+    folder: str | Path
     type: str
     array_dtype: str | None
     array_separator: int | None
@@ -40,13 +41,14 @@ def valid_places(config: Config) -> list[ValidPlace]:
     data = config.data
     own = (data.array_dtype, data.array_separator)
     if isinstance(data.valid_folder, str):
-        return [ValidPlace("data.valid_folder", None, data.valid_folder, data.type, *own)]
+        return [ValidPlace("data.valid_folder", None, local_data(config, data.valid_folder), data.type, *own)]
     places = []
     for name, each in (data.valid_folder or {}).items():
         type = each.get("type", data.type)
         dtype, separator = own if type == data.type else (None, None)
         dtype, separator = each.get("array_dtype", dtype), each.get("array_separator", separator)
-        places.append(ValidPlace(f"data.valid_folder[{name!r}]", name, each["path"], type, dtype, separator))
+        folder = local_data(config, each["path"])
+        places.append(ValidPlace(f"data.valid_folder[{name!r}]", name, folder, type, dtype, separator))
     return places
 
 
@@ -66,7 +68,7 @@ def find_sets(config: Config, *, with_rows: bool = True) -> list[ValidSet]:
         return []
     sets: list[ValidSet] = []
     for place in valid_places(config):
-        folder: str | Path = place.folder
+        folder = place.folder
         if place.type != "streaming":
             format = format_of_type(place.type, place.array_dtype, place.array_separator)
         elif with_rows:
@@ -75,9 +77,10 @@ def find_sets(config: Config, *, with_rows: bool = True) -> list[ValidSet]:
             continue
         sets += folder_sets(folder, format) if place.name is None else [named_set(place.name, folder, format)]
     if data.valid_fraction > 0:
-        assert data.train_folder is not None
+        folder_of_train = train_folder(config)
+        assert folder_of_train is not None
         sets += held_out_sets(
-            data.train_folder, file_format(config), data.valid_fraction, data.min_length, data.min_length_dict
+            folder_of_train, file_format(config), data.valid_fraction, data.min_length, data.min_length_dict
         )
     repeated = [name for name, count in Counter(each.name for each in sets).items() if count > 1]
     if repeated:

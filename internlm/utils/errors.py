@@ -32,6 +32,10 @@ class DataError(UserError):
     """Training or evaluation data is missing, truncated or malformed."""
 
 
+class RemoteDataError(DataError):
+    """Data in an object store cannot be fetched: it is unreachable, gone or replaced, or the local disk is full."""
+
+
 class TrainingError(UserError):
     """The run learns nothing: every update is skipped, or no token has a label."""
 
@@ -46,6 +50,10 @@ class StorageError(UserError, OSError):
 
 class MissingFileError(StorageError, FileNotFoundError):
     """A file, folder or bucket to read does not exist."""
+
+
+class ReplacedFileError(StorageError):
+    """A file to read is not the version that was asked for."""
 
 
 def user_message(error: BaseException) -> str | None:

@@ -104,7 +104,7 @@ def test_a_dry_run_tells_what_a_log_would(train):
         (["data.train_folder=nowhere"], "nowhere: no such folder"),
         (["data.train_folder=."], r"\.: no \.bin file in this folder"),
         (["data.valid_folder=nowhere", "data.valid_every=5"], "nowhere: no such folder"),
-        (["data.train_folder=s3://bucket/x"], "data.train_folder = 's3://bucket/x': data is read from a local disk"),
+        (["data.cache_bytes=1000"], "data.cache_bytes = 1000 is for data in an object store"),
         (["ckpt.load_ckpt_info=dict(path='nowhere')"], "there is no checkpoint at 'nowhere'"),
         (
             ["ckpt.load_ckpt_info=dict(path='nowhere', content=('model',), ckpt_type='hff')"],

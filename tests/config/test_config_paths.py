@@ -46,6 +46,10 @@ def test_every_key_that_names_a_path_is_one():
 
 def test_home_folders_are_expanded_in_every_path(load, tmp_path):
     paths = [path for path, field in walk_schema(Config) if is_path(field) and not path.startswith("ckpt.load")]
+    # Which is for data in an object store.
+    paths.remove("data.cache_folder")
+    remote = load("data.train_folder=s3://b/x", "data.cache_folder=~/c").config.data
+    assert (remote.train_folder, remote.cache_folder) == ("s3://b/x", f"{tmp_path}/home/c")
     values = {path: f"~/{path}" for path in paths}
     # Another name of a key must not contradict it.
     values["data.dataset_folder"] = values["data.train_folder"]

@@ -1,5 +1,7 @@
 """Each rule: what it refuses (with the key to mend), and that it stays silent on the nearest good neighbour."""
 
+import re
+
 import pytest
 from helpers.configs import small_config
 
@@ -348,3 +350,27 @@ def test_packing_and_the_keys_of_internevo(changes, packing, document_mask, use_
         assert (data.packing, data.document_mask) == (packing, document_mask)
         assert (data.use_packed_dataset, data.pack_sample_into_one) == (use_packed_dataset, pack_sample_into_one)
     assert not list(find_problems(Config.model_validate(config.model_dump()), 1))
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"train_folder": "s3://b/x", "cache_bytes": 10, "cache_folder": "/c", "shuffle_files": 2}, None),
+        ({"train_folder": "/x", "valid_folder": "s3://b/x", "cache_bytes": 10}, None),
+        ({"blend": [{"path": "s3://b/x", "weight": 1.0}], "cache_bytes": 10, "shuffle_files": 2}, None),
+        ({"blend": [{"path": "s9://b/x", "weight": 1.0}]}, r"data\.blend\[0\]\.path = 's9://b/x': .* unknown prefix"),
+        ({"train_folder": "/x", "cache_bytes": 10}, "data.cache_bytes = 10 is for data in an object store"),
+        ({"train_folder": "/x", "cache_folder": "/c"}, "data.cache_folder = '/c' is for data in an object store"),
+        (
+            {"train_folder": "s3://b/x", "cache_folder": "s3://b/c"},
+            "data.cache_folder = 's3://b/c': give a folder on a",
+        ),
+        ({"train_folder": "s33://b/x"}, "data.train_folder = 's33://b/x': .* unknown prefix"),
+        ({"valid_folder": "oss2:ali://b/x"}, "data.valid_folder = 'oss2:ali://b/x': .* has no endpoint"),
+        ({"shuffle_files": 2}, "data.train_folder = None trains on random tokens"),
+    ],
+)
+def test_data_in_object_stores(changes, text):
+    config = small_config({f"data.{name}": value for name, value in changes.items()})
+    problems = [problem.text for problem in find_problems(config, 1)]
+    assert not problems if text is None else len(problems) == 1 and re.search(text, problems[0]), problems

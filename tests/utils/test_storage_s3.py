@@ -15,7 +15,7 @@ from helpers.forked import run_forked
 from helpers.processes import free_port
 from helpers.s3 import ACCESS_KEY, SECRET, Bucket
 
-from internlm.utils.errors import MissingFileError, StorageError
+from internlm.utils.errors import MissingFileError, ReplacedFileError, StorageError
 from internlm.utils.storage import StoragePath, s3_streams, storage_path
 
 PART = 64 * 1024
@@ -251,3 +251,38 @@ def test_no_credentials_at_all_are_named(bucket: Bucket, monkeypatch: pytest.Mon
             StorageError, match=r"no credentials were found; set S3_ACCESS_KEY_ID and .*AWS_ACCESS_KEY_ID"
         ):
             path.write_text("x")
+
+
+def test_files_of_a_folder_are_listed_with_sizes_and_versions(bucket: Bucket, tmp_path: Path) -> None:
+    contents = {f"{number % 3}/deep/f{number:02}": os.urandom(number) for number in range(25)}
+    bucket.client.put_object(Bucket=bucket.name, Key="folder/0/", Body=b"")
+    bucket.client.put_object(Bucket=bucket.name, Key="folder.old/x", Body=b"another folder")
+    listed = {}
+    for root in (storage_path(bucket.url) / "folder", storage_path(tmp_path), storage_path("memory://listed/folder")):
+        for name, data in contents.items():
+            (root / name).parent.make_folder()
+            (root / name).write_bytes(data)
+        files = root.files()
+        assert [file.name for file in files] == sorted(contents)
+        assert [file.size for file in files] == [len(contents[file.name]) for file in files]
+        assert [file.version for file in files] == [(root / file.name).version() for file in files]
+        assert (root / "nothing").files() == []
+        listed[root.url] = files
+    assert len(listed) == 3
+
+
+@pytest.mark.parametrize("kind", ["s3", "local", "memory"])
+def test_a_version_is_read_or_nothing(bucket: Bucket, tmp_path: Path, kind: str) -> None:
+    root = {"s3": bucket.url, "local": str(tmp_path), "memory": "memory://versions"}[kind]
+    path = storage_path(root) / "file"
+    path.write_bytes(b"first")
+    version = path.version()
+    with path.open_unbuffered(version) as file:
+        assert file.read(10) == b"first"
+    path.write_bytes(b"other")
+    assert path.version() != version
+    with pytest.raises(ReplacedFileError, match=r"cannot read '.*file': it was replaced by another version"):
+        path.open_unbuffered(version)
+    path.remove()
+    with pytest.raises(MissingFileError):
+        path.open_unbuffered(version)

@@ -192,6 +192,14 @@ class DataConfig(Section):
         ge=0,
         lt=1,
     )
+    cache_folder: PathText = key(
+        None, "Folders in object stores: where their files are kept; None: `remote` in the user's cache."
+    )
+    cache_bytes: int | None = key(
+        None,
+        "Folders in object stores: bound on the files that are kept; the least recently used are removed. None: none.",
+        ge=1,
+    )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
     skip_batches: Text = key(
@@ -251,6 +259,12 @@ class DataConfig(Section):
     )
     shm_path: str = used_with("/dev/shm/metacache", "Folder of the shared indices.", "data.use_shm")
     num_worker: int = key(4, "Loader processes of training; 0 loads in the training process.", ge=0)
+    shuffle_files: int | None = key(
+        None,
+        "Number of files whose samples are mixed at a time, in an order of files that every epoch shuffles; for data "
+        "larger than the disk. None: the samples of all files.",
+        ge=1,
+    )
     seed: int = key(1024, "Seed of the data order.", ge=0)
     tokenizer_path: PathText = key(
         None, "tokenizer.json, tokenizer folder or SentencePiece .model of the tokenized data; used to generate text."

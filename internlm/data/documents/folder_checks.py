@@ -14,6 +14,7 @@ from internlm.data.documents.document_file import DocumentFile, FileFormat
 from internlm.data.documents.document_index import summarize
 from internlm.data.documents.folders import find_train_files
 from internlm.data.documents.valid_sets import ValidSet
+from internlm.data.remote.local_file import find_mirrored
 from internlm.utils.errors import DataError
 
 MAX_TOKENS = 32_000_000
@@ -75,6 +76,8 @@ def check_train_folder(folder: str | Path, format: FileFormat, vocab_size: int |
         DataError: a file is malformed, or has an id outside the vocabulary.
     """
     found, _ = find_train_files(folder, format)
+    # Of files in an object store, each of which would be fetched whole, the first one is read.
+    found = [file for file in found if file is found[0] or find_mirrored(file.path) is None]
     summaries = [summarize(format.open(file.path), 0) for file in found]
     files = [
         _File(summary.documents, summary.kept_tokens, partial(format.open, file.path, vocab_size))

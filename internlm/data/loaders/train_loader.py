@@ -21,7 +21,7 @@ from internlm.data.loaders.read_ahead import ReadAheadThread, WorkerProcesses
 from internlm.data.packing.collate import pin, to_micro_batch
 from internlm.data.packing.sample import Sample
 from internlm.data.sources.sample_stream import FiniteStream, SampleStream, StreamEndError
-from internlm.utils.errors import ConfigError, DataError
+from internlm.utils.errors import ConfigError, DataError, RemoteDataError
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -309,7 +309,7 @@ class _ReadSample:
             return self.stream.padding()
         try:
             return self.stream.sample(index)
-        except StreamEndError:
+        except (StreamEndError, RemoteDataError):
             raise
         except DataError as error:
             raise DataError(

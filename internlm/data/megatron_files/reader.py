@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.remote.local_file import LazyFile
 from internlm.utils.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -36,6 +37,10 @@ DTYPES: dict[int, type[np.generic]] = {
 def index_path(path: Path) -> Path:
     """The .idx of a .bin."""
     return path.with_suffix(".idx")
+
+
+def _map_bytes(path: Path) -> NDArray[np.uint8]:
+    return np.memmap(path, mode="r", dtype=np.uint8) if path.stat().st_size else np.zeros(0, np.uint8)
 
 
 class MegatronFile:
@@ -102,7 +107,7 @@ class MegatronFile:
                 f"{index}: {np.count_nonzero(modes):,} of its {sequences:,} sequences are not text (multimodal data), "
                 "which is not supported"
             )
-        self._tokens = np.memmap(self.path, mode="r", dtype=np.uint8) if self.size else np.zeros(0, np.uint8)
+        self._tokens = LazyFile(self.path, "bytes", _map_bytes)
 
     def __len__(self) -> int:
         """Number of documents in the file."""
@@ -168,7 +173,7 @@ class MegatronFile:
                 end = begin + (last - first) * self.dtype.itemsize
                 if begin < 0 or end > self.size:
                     self.check_offsets(document, document + 1)
-                parts.append(self._tokens[begin:end].view(self.dtype))
+                parts.append(self._tokens.get()[begin:end].view(self.dtype))
             position += length
             if stop is not None and position >= stop:
                 break

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.remote.local_file import keep_open
 from internlm.data.rows.file_version import check_version, version_of_file
 from internlm.data.rows.parquet_rows import value_at
-from internlm.data.rows.process_cache import OPEN_FILES
 from internlm.data.rows.row_file import checked_row, missing_column
+from internlm.data.rows.row_starts import kept_starts
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -72,21 +73,20 @@ class ArrowRows:
     def _batch_starts(self) -> NDArray[np.int64]:
         """First row of each record batch, and the number of rows: int64 [batches + 1]."""
         if self._starts is None:
-            counts = [batch.num_rows for batch in self._batches()]
-            self._starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64))).astype(np.int64)
+            self._starts = kept_starts(self, "batches", lambda: [batch.num_rows for batch in self._batches()])
         return self._starts
 
     def _batches(self) -> list[Any]:
-        batches: list[Any] = OPEN_FILES.get(self._key, self._open)
+        batches: list[Any] = keep_open(self.path, self._key, self._open)
         return batches
 
-    def _open(self) -> list[Any]:
+    def _open(self, path: Path) -> list[Any]:
         import pyarrow
 
         check_version(self.path, self._version)
         allocated = pyarrow.total_allocated_bytes()
         try:
-            source = pyarrow.memory_map(str(self.path))
+            source = pyarrow.memory_map(str(path))
             is_file = source.read(len(_FILE_MAGIC)) == _FILE_MAGIC
             source.seek(0)
             if is_file:

@@ -61,16 +61,17 @@ class RandomAccessFile:
     Args:
         path: the file.
         version: it must have.
+        content: to open; None: the file.
 
     Raises:
         DataError: it is missing or another version.
     """
 
-    def __init__(self, path: Path, version: FileVersion) -> None:
+    def __init__(self, path: Path, version: FileVersion, content: Path | None = None) -> None:
         check_version(path, version)
         self._path = path
         try:
-            self._descriptor: int | None = os.open(path, os.O_RDONLY)
+            self._descriptor: int | None = os.open(content or path, os.O_RDONLY)
         except OSError as error:
             self._descriptor = None
             raise DataError(f"{path}: {error.strerror or error}") from error

@@ -6,6 +6,7 @@ import contextlib
 import re
 from pathlib import Path
 
+from internlm.data.remote.mirror import local_folder
 from internlm.data.rows.dataset_layout import missing_shards
 from internlm.data.rows.open_rows import row_format
 from internlm.utils.errors import DataError
@@ -22,13 +23,14 @@ def locate_dataset(folder_or_name: str | Path, revision: str | None = None) -> P
     """The folder of a dataset, downloaded if it has to be.
 
     Args:
-        folder_or_name: an existing folder or file; or the name of a dataset, such as "roneneldan/TinyStories".
+        folder_or_name: an existing folder or file; the URL of one, see `local_folder`; or the name of a dataset, such
+            as "roneneldan/TinyStories".
         revision: branch, tag or commit of a dataset with a name.
 
     Raises:
         DataError: neither a folder nor the name of a dataset that the cache or the network has.
     """
-    folder = Path(folder_or_name)
+    folder = Path(local_folder(folder_or_name))
     if folder.exists():
         return folder
     name = str(folder_or_name)

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.remote.local_file import keep_open
 from internlm.data.rows.file_version import check_version, version_of_file
-from internlm.data.rows.process_cache import BLOCKS, MAX_BLOCK_BYTES, OPEN_FILES
+from internlm.data.rows.process_cache import BLOCKS, MAX_BLOCK_BYTES
 from internlm.data.rows.row_file import checked_row, missing_column
+from internlm.data.rows.row_starts import kept_starts
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -68,16 +70,16 @@ class ParquetRows:
 
     def _file(self) -> tuple[Any, threading.Lock]:
         """The open file, and the lock of its reader, which one thread may use at a time."""
-        file: tuple[Any, threading.Lock] = OPEN_FILES.get(self._key, self._open)
+        file: tuple[Any, threading.Lock] = keep_open(self.path, self._key, self._open)
         return file
 
-    def _open(self) -> tuple[Any, threading.Lock]:
+    def _open(self, path: Path) -> tuple[Any, threading.Lock]:
         import pyarrow.parquet
 
         check_version(self.path, self._version)
         try:
             # Not mapped: a mapped file that is truncated while it is read kills the process.
-            return pyarrow.parquet.ParquetFile(str(self.path), memory_map=False), threading.Lock()
+            return pyarrow.parquet.ParquetFile(str(path), memory_map=False), threading.Lock()
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
                 f"{self.path}: not a readable parquet file ({error}): its download may be incomplete; copy it again"
@@ -86,10 +88,12 @@ class ParquetRows:
     def _group_starts(self) -> NDArray[np.int64]:
         """First row of each row group, and the number of rows: int64 [groups + 1]."""
         if self._starts is None:
-            metadata = self._file()[0].metadata
-            counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            self._starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64))).astype(np.int64)
+            self._starts = kept_starts(self, "row-groups", self._count_groups)
         return self._starts
+
+    def _count_groups(self) -> list[int]:
+        metadata = self._file()[0].metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def _read_group(self, group: int, row: int) -> Any:
         import pyarrow

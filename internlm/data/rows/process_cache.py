@@ -36,6 +36,12 @@ class ProcessCache(Generic[T]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def drop_all(self) -> None:
+        """Drop all values."""
+        with self._lock:
+            self._values.clear()
+            self._total = 0
+
     def get(self, key: Hashable, load: Callable[[], T]) -> T:
         """Return the value of a key, loaded if it is not there.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm.data.documents.document_file import TypedFile
+from internlm.data.remote.mirror import local_folder
 from internlm.data.rows.dataset_layout import (
     SPLIT_WORDS,
     Splits,
@@ -61,14 +62,14 @@ def find_row_files(folder: str | Path, subset: str | None = None, split: str = "
     otherwise all files have one type, named after the subset or the folder.
 
     Args:
-        folder: the folder, or a single file.
+        folder: the folder, or a single file; or the URL of one, see `local_folder`.
         subset: a config of README.md, or else a subfolder; None: the only or default one.
         split: "train", "validation", "test", or another one that names or README.md tell.
 
     Raises:
         DataError: no such folder, subset or split, no file of a known format, or several subsets without a default.
     """
-    root = Path(folder)
+    root = Path(local_folder(folder))
     if root.is_file():
         return RowFiles([TypedFile(root, 0)], [root.name], [])
     if not root.is_dir():

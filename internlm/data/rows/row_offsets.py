@@ -15,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from internlm.data.documents.index_cache import cached, store
+from internlm.data.remote.local_file import local_file
 from internlm.data.rows.machine_lock import machine_lock
 from internlm.utils.logging import get_logger
 
@@ -84,8 +85,8 @@ def _is_intact(index: Path) -> bool:
 
 def _write(target: Path, path: Path, unit: TextUnit) -> None:
     digest = xxhash.xxh3_64()
-    with open(target, "wb") as file:
-        for offsets in _blocks_of_offsets(path, unit):
+    with open(target, "wb") as file, local_file(path) as content:
+        for offsets in _blocks_of_offsets(content, unit):
             part = offsets.astype("<i8").tobytes()
             digest.update(part)
             file.write(part)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.file_windows import FileWindows
 from internlm.data.permutation import derive_key, permute
 from internlm.data.rows.row_file import RowFile
 
@@ -54,15 +55,25 @@ class ShuffledRows:
         files: at least one row together.
         num_shards: fewer if there are fewer rows.
         seed: of the order.
+        num_files: files whose rows are mixed at a time, see `FileWindows`; None: all.
     """
 
-    def __init__(self, files: Sequence[RowFile], num_shards: int, seed: int) -> None:
+    def __init__(self, files: Sequence[RowFile], num_shards: int, seed: int, num_files: int | None = None) -> None:
         counts = [len(file) for file in files]
         self._file_starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64))).astype(np.int64)
         self.num_rows = int(self._file_starts[-1])
         self.num_shards, self._seed = max(1, min(num_shards, self.num_rows)), seed
         self._unit_starts = self._units(files, counts)
         self._num_units = self.num_rows if self._unit_starts is None else len(self._unit_starts) - 1
+        self._windows: FileWindows | None = None
+        if num_files is not None:
+            # The first unit of each file.
+            bounds = (
+                self._file_starts
+                if self._unit_starts is None
+                else np.searchsorted(self._unit_starts, self._file_starts)
+            )
+            self._windows = FileWindows(np.diff(bounds), num_files, seed)
 
     def _units(self, files: Sequence[RowFile], counts: Sequence[int]) -> NDArray[np.int64] | None:
         """First row of each unit over all files, and the number of rows; None where each row is a unit."""
@@ -125,7 +136,20 @@ class ShuffledRows:
 
     def _shuffled_units(self, shard: int, epoch: int, start: int, stop: int) -> list[int]:
         places = shard + self.num_shards * np.arange(start, stop, dtype=np.int64)
+        if self._windows is not None:
+            return [int(unit) for unit in self._windows.items(epoch, places)]
         return [int(unit) for unit in permute(places, self._num_units, derive_key(self._seed, epoch, 0))]
+
+    def window_of(self, shard: int, position: RowPosition) -> tuple[int, int] | None:
+        """(epoch, window) of a position; None without windows, and after the last row of an epoch."""
+        if self._windows is None or position.unit >= self.num_units_of(shard):
+            return None
+        return position.epoch, self._windows.window_at(position.epoch, shard + self.num_shards * position.unit)
+
+    def files_from(self, window: tuple[int, int]) -> list[int]:
+        """The files of a window of `window_of`, and those of the next one."""
+        assert self._windows is not None
+        return self._windows.files_from(*window)
 
     def locate(self, row: int) -> tuple[int, int]:
         """(index of the file, row in it)."""

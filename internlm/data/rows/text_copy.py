@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO
 
+from internlm.data.remote.local_file import local_file
 from internlm.data.rows.file_version import FileVersion, check_version
 from internlm.data.rows.machine_lock import machine_lock
 from internlm.data.tokenize.input_files import is_compressed, open_input
@@ -59,11 +60,11 @@ def text_copy(path: Path, version: FileVersion, *, is_array: bool) -> Path:
 def _make(path: Path, copy: Path, is_array: bool) -> None:
     temporary = copy.with_name(f".{copy.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as target:
+        with open(temporary, "wb") as target, local_file(path) as content:
             if is_array:
-                _write_lines(path, target)
+                _write_lines(content, target)
             else:
-                with open_input(path) as source:
+                with open_input(content) as source:
                     shutil.copyfileobj(source, target, _COPY_BYTES)
         os.replace(temporary, copy)
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.remote.local_file import keep_open
 from internlm.data.rows.file_version import FileVersion, RandomAccessFile, check_version, version_of_file
 from internlm.data.rows.process_cache import OPEN_FILES
 from internlm.data.rows.row_file import checked_row, missing_column
@@ -104,7 +105,9 @@ class TextRows:
     def _read_bytes(self, row: int) -> bytes:
         indexed, offsets = self._index(), self._offsets()
         row = checked_row(row, len(offsets) - 1, self.path)
-        file = OPEN_FILES.get(indexed.bytes_key, lambda: RandomAccessFile(indexed.path, indexed.version))
+        file = keep_open(
+            indexed.path, indexed.bytes_key, lambda content: RandomAccessFile(indexed.path, indexed.version, content)
+        )
         data: bytes = file.read(int(offsets[row]), int(offsets[row + 1]))
         if self._unit == "file":
             return data

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from internlm.data.documents.best_fit_index import BestFitIndex
 from internlm.data.documents.document_file import DocumentFile, FileFormat, TypedFile
@@ -29,6 +30,7 @@ from internlm.data.packing.sample import (
     padding_sample,
     stack_slices,
 )
+from internlm.data.remote.fetch_ahead import FetchAhead, size_to_fetch
 from internlm.data.sources.slice_reader import SliceReader
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
@@ -124,6 +126,10 @@ class DocumentSource:
         )
         summaries = [summary for _, summary in opened]
         self.num_tokens = sum(summary.kept_tokens for summary in summaries)
+        self._fetch_ahead = FetchAhead()
+        size, bound = size_to_fetch(self.paths)
+        self._is_remote = size > 0
+        self._fits_cache = size > 0 and (bound is None or size <= bound)
         self._open: OrderedDict[int, tuple[DocumentFile, DocumentIndex | BestFitIndex]] = OrderedDict()
         self._check_tokens(folder, sum(summary.kept_documents for summary in summaries))
         if fim is not None:
@@ -203,6 +209,24 @@ class DocumentSource:
         total = self.micro_bsz * self.seq_len
         return concatenate_slices(slices, self.seq_len, total, self.packing, entry.type_id, self.document_mask)
 
+    @property
+    def file_ends(self) -> NDArray[np.int64]:
+        """Number of samples of the files up to each one: int64 [files]."""
+        return self._ends
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        return [entry.path for entry in self._entries]
+
+    def fetch_ahead(self, files: Sequence[int]) -> None:
+        """Fetch these files, of an object store, before they are read; in the background, in this order.
+
+        Without a call, all files are fetched when the first is read, if the cache has room for them.
+        """
+        if self._is_remote:
+            self._fetch_ahead.request([self._entries[number].path for number in files])
+
     def padding(self) -> Sample:
         """Return a sample of padding alone."""
         return padding_sample(self.seq_len, self.micro_bsz, self.packing, self.document_mask)
@@ -244,6 +268,8 @@ class DocumentSource:
             # Reading a mapped file that has become shorter would kill the process.
             _check_unchanged(self._open[file_index][0], entry)
             return self._open[file_index]
+        if self._fits_cache and not self._fetch_ahead.is_started:
+            self.fetch_ahead(range(len(self._entries)))
         file = self._format.open(entry.path, self.vocab_size)
         _check_unchanged(file, entry)
         self._open[file_index] = file, self._index(file, entry.min_length, entry.held_out)

@@ -9,6 +9,7 @@ from internlm.data.documents.document_file import FileFormat
 from internlm.data.documents.folders import log_unread_files
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.packing.sample import PACKINGS, Packing
+from internlm.data.remote.mirror import local_folder
 from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.dummy import DummySource
 from internlm.data.sources.sample_source import SampleSource
@@ -36,7 +37,7 @@ def open_source(
     """Open the source of the files of documents in `folder`, or a dummy source if it is None.
 
     Args:
-        folder: see `find_train_files`.
+        folder: see `find_train_files`; or the URL of one, see `local_folder`.
         seq_len: maximum length of an attention segment, in tokens.
         micro_bsz: rows of a micro-batch; a packed sample has micro_bsz * seq_len tokens.
         packing: "cut", "pack_sample_into_one", "unpacked" or "best_fit"; see doc/data.md.
@@ -68,6 +69,7 @@ def open_source(
             fixed_lengths=fixed_random_dataset_seqlen,
             document_mask=document_mask,
         )
+    folder = local_folder(folder)
     log_unread_files(folder, format)
     return DocumentSource(
         folder,

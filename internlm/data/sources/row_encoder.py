@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from internlm.data.conversations.encoder import ConversationEncoder
 from internlm.data.rows.row_file import RowFile, read_text
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
-from internlm.utils.errors import DataError
+from internlm.utils.errors import DataError, RemoteDataError
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class TextRowEncoder:
         for number, (file, row) in enumerate(rows):
             try:
                 texts.append(read_text(file, row, self._column))
+            except RemoteDataError:
+                raise
             except DataError as error:
                 errors[number] = error
                 texts.append("")
@@ -94,6 +96,8 @@ class ConversationRowEncoder:
     def _encode(self, file: RowFile, row: int) -> EncodedRow:
         try:
             found = self._encoder.encode(file.read(row), f"{file.path}: row {row}")
+        except RemoteDataError:
+            raise
         except DataError as error:
             return _without_tokens(error=error)
         if not found.num_labels:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from internlm.data.packing.sample import Sample
+from internlm.data.remote.fetch_ahead import FetchAhead, size_to_fetch
 from internlm.data.rows.row_file import RowFile
 from internlm.data.rows.shuffled_rows import ShuffledRows
 from internlm.data.sources.row_encoder import RowEncoder
@@ -40,6 +41,7 @@ class RowStream:
         num_shards: V above, unless a run resumes with another number, or there are fewer rows.
         seed: of the order.
         facts: what rows and tokens depend on besides, as JSON values.
+        num_files: files whose rows are mixed at a time; None: all.
 
     Raises:
         DataError: the files have no row.
@@ -56,11 +58,17 @@ class RowStream:
         num_shards: int,
         seed: int,
         facts: Mapping[str, Any],
+        num_files: int | None = None,
     ) -> None:
         self.type_names = type_names
         self._files, self._type_ids, self._encoder, self._packing = files, type_ids, encoder, packing
         self._seed = seed
-        self._order = ShuffledRows(files, num_shards, seed)
+        self._num_files = num_files
+        self._order = ShuffledRows(files, num_shards, seed, num_files)
+        self._fetch_ahead = FetchAhead()
+        size, bound = size_to_fetch(file.path for file in files)
+        self._is_remote, self._fits_cache = size > 0, bound is None or size <= bound
+        self._windows_seen: set[tuple[int, int]] = set()
         if self._order.num_rows == 0:
             raise DataError(f"{files[0].path.parent}: the {len(files):,} files have no row")
         self._facts = dict(facts)
@@ -83,6 +91,7 @@ class RowStream:
             "min_lengths": list(packing.min_lengths),
             "num_rows": self._order.num_rows,
             "seed": self._seed,
+            **({} if self._num_files is None else {"shuffle_files": self._num_files}),
         }
 
     @property
@@ -106,6 +115,8 @@ class RowStream:
             at, reader = known, self._reader(shard, cursor)
         if number - at > _LONG_SKIP:
             logger.info("shard %d: reading %d samples to get to sample %d", shard, number - at, index)
+        if self._is_remote:
+            self._request(shard, reader.cursor)
         for _ in range(number - at):
             reader.skip_sample()
         sample = reader.next_sample()
@@ -143,7 +154,7 @@ class RowStream:
         self._readers, self._changed = {}, set()
         saved = state.get("num_shards", self.num_shards)
         if saved != self.num_shards:
-            self._order = ShuffledRows(self._files, saved, self._seed)
+            self._order = ShuffledRows(self._files, saved, self._seed, self._num_files)
         if "cursors" in state and saved == self.num_shards:
             self._known = {
                 int(shard): (number, ShardCursor.from_json(cursor))
@@ -182,6 +193,16 @@ class RowStream:
             self._note_left_out,
             cursor,
         )
+
+    def _request(self, shard: int, cursor: ShardCursor) -> None:
+        """Fetch the files ahead that a shard will read: all, or those of its window and the next one."""
+        window = self._order.window_of(shard, cursor.position)
+        if window is not None and window not in self._windows_seen:
+            # Shards are in the same window, or in two that follow each other.
+            self._windows_seen = {each for each in self._windows_seen if each >= (window[0] - 1, 0)} | {window}
+            self._fetch_ahead.request([self._files[number].path for number in self._order.files_from(window)])
+        elif self._num_files is None and self._fits_cache and not self._fetch_ahead.is_started:
+            self._fetch_ahead.request([file.path for file in self._files])
 
     def _note_left_out(self, place: str, reason: str) -> None:
         """Log the first rows that are left out, and then ever fewer of them."""

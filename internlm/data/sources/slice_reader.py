@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from internlm.data.batch import IGNORE_INDEX
 from internlm.data.packing.document_slice import DocumentSlice, join_slices, make_slice, unreadable_slice
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
-from internlm.utils.errors import DataError
+from internlm.utils.errors import DataError, RemoteDataError
 
 
 class ReadableDocuments(Protocol):
@@ -70,7 +70,7 @@ class SliceReader:
             if self._is_unpacked and stop < count and (result.labels == IGNORE_INDEX).all():
                 result.is_truncated_answer = bool(self._file.read(document, stop + 1)[1].any())
         except DataError as error:
-            if not self._skip_bad_documents:
+            if not self._skip_bad_documents or isinstance(error, RemoteDataError):
                 raise
             return unreadable_slice(0 if self._is_unpacked else stop - start, str(error))
         return result

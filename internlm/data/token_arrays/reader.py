@@ -7,12 +7,14 @@ with document ends in .ds.index, the width of a token in .ds.metadata, and a los
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.documents.index_cache import cached, store
+from internlm.data.remote.local_file import LazyFile
 from internlm.utils.errors import DataError
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -58,88 +60,44 @@ class TokenArray:
             raise DataError(f"{self.path}: no such file")
         ends = ends_path(self.path)
         self.inputs = (self.path, ends) if ends.is_file() else (self.path,)
-        self._tokens = self._map(dtype)
-        self._loss_mask = self._map_loss_mask()
-        self.dtype = self._tokens.dtype
+        load = functools.partial(_map_tokens, path=self.path, dtype=dtype)
+        self._tokens = LazyFile(self.path, f"tokens-{dtype}", load)
+        head = self._tokens.head()
+        self.dtype, self._num_tokens = head.dtype, len(head)
         # Of the first token; the rest of the file is tokens.
-        self._offset = self.path.stat().st_size - self._tokens.nbytes
+        self._offset = self.path.stat().st_size - head.nbytes
+        self._loss_mask = self._map_loss_mask()
         self._ends = self._read_ends(ends) if ends.is_file() else self._find_ends(separator)
 
-    def _map(self, dtype: str | None) -> NDArray[np.integer]:
-        with open(self.path, "rb") as file:
-            start = file.read(3 * 4)
-        if start.startswith(_NPY_MAGIC):
-            try:
-                tokens = np.load(self.path, mmap_mode="r")
-            except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError ...
-                raise DataError(f"{self.path}: not a complete .npy array ({error}); copy it again") from error
-            if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-                raise DataError(
-                    f"{self.path}: {tokens.dtype} of shape {tokens.shape}; expected integers of shape [tokens]"
-                )
-            self._check_dtype(tokens.dtype.name, dtype)
-            return tokens
-        magic, _, count = np.frombuffer(start, dtype="<i4") if len(start) == 12 else (0, 0, 0)
-        if int(magic) in _LLMC_DTYPES:
-            self._check_dtype(_LLMC_DTYPES[int(magic)], dtype)
-            return self._map_llmc(_LLMC_DTYPES[int(magic)], int(count))
-        recorded = _metadata_dtype(self.path)
-        if recorded is not None:
-            self._check_dtype(recorded, dtype)
-        dtype = dtype or recorded
-        if dtype is None:
-            raise DataError(
-                f"{self.path}: raw integers without a header; set data.array_dtype to "
-                f"{' or '.join(map(repr, RAW_DTYPES))}"
-            )
-        size, width = self.path.stat().st_size, np.dtype(dtype).itemsize
-        if size % width:
-            raise DataError(f"{self.path}: {size:,} bytes are no whole number of {dtype}: another dtype, or truncated")
-        return np.memmap(self.path, mode="r", dtype=np.dtype(dtype).newbyteorder("<")) if size else np.zeros(0, dtype)
-
-    def _map_llmc(self, dtype: str, count: int) -> NDArray[np.integer]:
-        size = self.path.stat().st_size - _LLMC_HEADER_BYTES
-        if size != count * np.dtype(dtype).itemsize:
-            raise DataError(
-                f"{self.path}: its header (of llm.c) announces {count:,} tokens of {dtype}, but {max(size, 0):,} bytes "
-                "follow it; copy it again"
-            )
-        raw = np.dtype(dtype).newbyteorder("<")
-        return np.memmap(self.path, mode="r", dtype=raw, offset=_LLMC_HEADER_BYTES) if count else np.zeros(0, raw)
-
-    def _map_loss_mask(self) -> NDArray[np.uint8] | None:
+    def _map_loss_mask(self) -> LazyFile[NDArray[np.uint8]] | None:
         path = self.path.with_name(self.path.name + ".loss")
         if not path.is_file():
             return None
-        if path.stat().st_size != len(self._tokens):
+        if path.stat().st_size != self._num_tokens:
             raise DataError(
-                f"{path}: {path.stat().st_size:,} bytes for the {len(self._tokens):,} tokens of {self.path.name}: "
+                f"{path}: {path.stat().st_size:,} bytes for the {self._num_tokens:,} tokens of {self.path.name}: "
                 "another dtype than data.array_dtype, or it belongs to another file"
             )
-        return np.memmap(path, mode="r", dtype=np.uint8) if len(self._tokens) else np.zeros(0, np.uint8)
-
-    def _check_dtype(self, actual: str, dtype: str | None) -> None:
-        if dtype is not None and actual != np.dtype(dtype).name:
-            raise DataError(f"{self.path}: an array of {actual}, but data.array_dtype is '{dtype}'")
+        return LazyFile(path, "bytes", _map_bytes)
 
     def _read_ends(self, path: Path) -> NDArray[np.int64]:
         ends = np.fromfile(path, dtype="<u8").astype(np.int64)
-        if len(ends) and ((np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(self._tokens)):
+        if len(ends) and ((np.diff(ends, prepend=0) < 0).any() or ends[-1] != self._num_tokens):
             raise DataError(
-                f"{path}: the document ends do not ascend to the {len(self._tokens):,} tokens of {self.path.name}: "
+                f"{path}: the document ends do not ascend to the {self._num_tokens:,} tokens of {self.path.name}: "
                 "another dtype than data.array_dtype, or it belongs to another file"
             )
         return ends
 
     def _find_ends(self, separator: int | None) -> NDArray[np.int64]:
         if separator is None:
-            return np.array([len(self._tokens)] if len(self._tokens) else [], dtype=np.int64)
-        kind = f"ends-{self._tokens.dtype.str[1:]}-{separator}"
+            return np.array([self._num_tokens] if self._num_tokens else [], dtype=np.int64)
+        kind = f"ends-{self.dtype.str[1:]}-{separator}"
         found = cached(self, kind, ".npy") or store(
-            self, kind, ".npy", lambda target: np.save(target, _ends_after(self._tokens, separator))
+            self, kind, ".npy", lambda target: np.save(target, _ends_after(self._tokens.get(), separator))
         )
         ends: NDArray[np.int64] = np.load(found, mmap_mode="r")
-        if len(ends) == 1 and self._tokens[-1] != separator:
+        if len(ends) == 1 and self._tokens.get()[-1] != separator:
             raise DataError(
                 f"{self.path}: the id {separator} (data.array_separator) does not occur in it; set the id that ends a "
                 "document, or None if the file is one document"
@@ -175,7 +133,7 @@ class TokenArray:
         """
         first, end = int(self._starts_of(np.array([document]))[0]), int(self._ends[document])
         last = end if stop is None else min(first + stop, end)
-        ids = np.asarray(self._tokens[min(first + start, last) : last], dtype=np.int64)
+        ids = np.asarray(self._tokens.get()[min(first + start, last) : last], dtype=np.int64)
         if len(ids):
             largest, smallest = int(ids.argmax()), int(ids.argmin())
             if ids[smallest] < 0:
@@ -187,7 +145,7 @@ class TokenArray:
                     "check data.array_dtype"
                 )
         if self._loss_mask is not None:
-            return ids, self._loss_mask[min(first + start, last) : last] != 0
+            return ids, self._loss_mask.get()[min(first + start, last) : last] != 0
         return ids, np.ones(len(ids), dtype=np.bool_)
 
     def _at(self, document: int, token: int) -> str:
@@ -220,3 +178,53 @@ def _ends_after(tokens: NDArray[np.integer], separator: int) -> NDArray[np.int64
     ]
     ends = np.concatenate(found).astype(np.int64) if found else np.zeros(0, dtype=np.int64)
     return ends if not len(tokens) or (len(ends) and ends[-1] == len(tokens)) else np.append(ends, len(tokens))
+
+
+def _map_tokens(content: Path, path: Path, dtype: str | None) -> NDArray[np.integer]:
+    with open(content, "rb") as file:
+        start = file.read(3 * 4)
+    if start.startswith(_NPY_MAGIC):
+        try:
+            tokens = np.load(content, mmap_mode="r")
+        except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError ...
+            raise DataError(f"{path}: not a complete .npy array ({error}); copy it again") from error
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise DataError(f"{path}: {tokens.dtype} of shape {tokens.shape}; expected integers of shape [tokens]")
+        _check_dtype(path, tokens.dtype.name, dtype)
+        return tokens
+    magic, _, count = np.frombuffer(start, dtype="<i4") if len(start) == 12 else (0, 0, 0)
+    if int(magic) in _LLMC_DTYPES:
+        _check_dtype(path, _LLMC_DTYPES[int(magic)], dtype)
+        return _map_llmc(content, path, _LLMC_DTYPES[int(magic)], int(count))
+    recorded = _metadata_dtype(path)
+    if recorded is not None:
+        _check_dtype(path, recorded, dtype)
+    dtype = dtype or recorded
+    if dtype is None:
+        raise DataError(
+            f"{path}: raw integers without a header; set data.array_dtype to {' or '.join(map(repr, RAW_DTYPES))}"
+        )
+    size, width = content.stat().st_size, np.dtype(dtype).itemsize
+    if size % width:
+        raise DataError(f"{path}: {size:,} bytes are no whole number of {dtype}: another dtype, or truncated")
+    return np.memmap(content, mode="r", dtype=np.dtype(dtype).newbyteorder("<")) if size else np.zeros(0, dtype)
+
+
+def _map_llmc(content: Path, path: Path, dtype: str, count: int) -> NDArray[np.integer]:
+    size = content.stat().st_size - _LLMC_HEADER_BYTES
+    if size != count * np.dtype(dtype).itemsize:
+        raise DataError(
+            f"{path}: its header (of llm.c) announces {count:,} tokens of {dtype}, but {max(size, 0):,} bytes "
+            "follow it; copy it again"
+        )
+    raw = np.dtype(dtype).newbyteorder("<")
+    return np.memmap(content, mode="r", dtype=raw, offset=_LLMC_HEADER_BYTES) if count else np.zeros(0, raw)
+
+
+def _map_bytes(path: Path) -> NDArray[np.uint8]:
+    return np.memmap(path, mode="r", dtype=np.uint8) if path.stat().st_size else np.zeros(0, np.uint8)
+
+
+def _check_dtype(path: Path, actual: str, dtype: str | None) -> None:
+    if dtype is not None and actual != np.dtype(dtype).name:
+        raise DataError(f"{path}: an array of {actual}, but data.array_dtype is '{dtype}'")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.remote.local_file import LazyFile
 from internlm.data.tokenized_files.writer import meta_path
 from internlm.utils.errors import DataError
 
@@ -66,10 +67,12 @@ class TokenizedFile:
         self._meta = meta
         self.inputs = (self.path, meta_path(self.path))
         self.size = self.path.stat().st_size
-        with open(self.path, "rb") as file:
-            # mmap refuses an empty file.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        self._lazy_map = LazyFile(self.path, "mmap", _map_file)
         self._commas: OrderedDict[int, tuple[int, int, NDArray[np.int64]]] = OrderedDict()
+
+    @property
+    def _map(self) -> mmap.mmap | None:
+        return self._lazy_map.get()
 
     def __len__(self) -> int:
         """Number of documents in the file."""
@@ -240,6 +243,12 @@ class TokenizedFile:
             f"{self.path}: document {document} at byte {offset} {problem}: the .meta does not belong to this .bin; "
             f"{rebuild_hint(self.path)}"
         )
+
+
+def _map_file(path: Path) -> mmap.mmap | None:
+    with open(path, "rb") as file:
+        # mmap refuses an empty file.
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else None
 
 
 def _parse_ints(text: bytes) -> NDArray[np.int64] | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from internlm.utils.errors import MissingFileError, StorageError
+from internlm.utils.errors import MissingFileError, ReplacedFileError, StorageError
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Explains(Protocol):
         """Cause and fix of an error; None for a defect of this project."""
 
 
+class ReplacedError(Exception):
+    """A file of a store is not the version that was asked for."""
+
+
 @contextmanager
 def named_failures(store: Explains, action: str, url: str) -> Iterator[None]:
     """Translate errors of `store` into a StorageError: "cannot <action> '<url>': <cause>; <fix>"."""
@@ -34,6 +38,8 @@ def named_failures(store: Explains, action: str, url: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
+    except ReplacedError as error:
+        raise ReplacedFileError(f"cannot {action} '{url}': it was replaced by another version") from error
     except Exception as error:
         explanation = store.explain(error)
         if explanation is None:

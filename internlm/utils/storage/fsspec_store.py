@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from internlm.utils.errors import ConfigError
-from internlm.utils.storage.failures import Explanation
-from internlm.utils.storage.store import Store
+from internlm.utils.storage.failures import Explanation, ReplacedError
+from internlm.utils.storage.store import Store, StoredFile
 from internlm.utils.storage.streams import Sink, Source
 
 PACKAGES = {"gs": "pip install 'internlm[gcs]'"}
@@ -72,7 +73,24 @@ class FsspecStore:
     def size(self, key: str) -> int:
         return int(self.connect().size(self.path(key)))
 
-    def open_read(self, key: str, url: str) -> FsspecSource:
+    def files(self, key: str) -> Iterator[StoredFile]:
+        root = self.path(key)
+        for path, info in self.connect().find(root, detail=True).items():
+            name = path.strip("/").removeprefix(root.strip("/")).strip("/")
+            if name:
+                yield StoredFile(name, int(info["size"]), info.get("etag") or self._version(path))
+
+    def version(self, key: str) -> str:
+        return self._version(self.path(key))
+
+    def _version(self, path: str) -> str:
+        """The ETag of a file or, in memory, the time of its last change."""
+        info = self.connect().info(path)
+        return str(info.get("etag") or info["created"])
+
+    def open_read(self, key: str, url: str, version: str | None = None) -> FsspecSource:
+        if version is not None and self.version(key) != version:
+            raise ReplacedError(key)
         return FsspecSource(self, key, url)
 
     def open_write(self, key: str, url: str) -> Sink:

@@ -7,10 +7,12 @@ import errno
 import io
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from internlm.utils.storage.failures import Explanation, named_failures
+from internlm.utils.storage.failures import Explanation, ReplacedError, named_failures
+from internlm.utils.storage.store import StoredFile
 from internlm.utils.storage.streams import Sink
 
 
@@ -34,7 +36,17 @@ class LocalStore:
     def size(self, key: str) -> int:
         return os.stat(key).st_size
 
-    def open_read(self, key: str, url: str) -> LocalSource:
+    def files(self, key: str) -> Iterator[StoredFile]:
+        for place, _, names in os.walk(key):
+            for path in (Path(place, name) for name in names):
+                yield StoredFile(path.relative_to(key).as_posix(), path.stat().st_size, self.version(str(path)))
+
+    def version(self, key: str) -> str:
+        return str(os.stat(key).st_mtime_ns)
+
+    def open_read(self, key: str, url: str, version: str | None = None) -> LocalSource:
+        if version is not None and self.version(key) != version:
+            raise ReplacedError(key)
         return LocalSource(key)
 
     def open_write(self, key: str, url: str) -> LocalSink:

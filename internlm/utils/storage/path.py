@@ -15,7 +15,7 @@ from typing import BinaryIO
 from internlm.utils.paths import expand_home
 from internlm.utils.storage import local
 from internlm.utils.storage.failures import named_failures
-from internlm.utils.storage.store import Store
+from internlm.utils.storage.store import Store, StoredFile
 from internlm.utils.storage.streams import WriteStream
 from internlm.utils.storage.urls import Location, locate
 
@@ -97,10 +97,28 @@ class StoragePath:
         with named_failures(self._store, "read", self.url):
             return self._store.size(self._location.key)
 
+    def version(self) -> str:
+        """The version of a file; another one after each change of its content."""
+        with named_failures(self._store, "read", self.url):
+            return self._store.version(self._location.key)
+
+    def files(self) -> list[StoredFile]:
+        """The files at any depth below this folder, sorted by name; none when it does not exist."""
+        with named_failures(self._store, "list", self.url):
+            return sorted(self._store.files(self._location.key), key=lambda file: file.name)
+
     def open_read(self) -> BinaryIO:
         """Open a file for reading, with seeking; little more is fetched than is read."""
+        return io.BufferedReader(self.open_unbuffered(), self._store.block_bytes)
+
+    def open_unbuffered(self, version: str | None = None) -> io.RawIOBase:
+        """Open a file, or only a version of it, for reading; each read is a request, or several for a large one.
+
+        Raises:
+            ReplacedFileError: the file has another version.
+        """
         with named_failures(self._store, "read", self.url):
-            return io.BufferedReader(self._store.open_read(self._location.key, self.url), self._store.block_bytes)
+            return self._store.open_read(self._location.key, self.url, version)
 
     def open_write(self) -> WriteStream:
         """Open a file for sequential writing, replacing an existing one; its folder must exist.

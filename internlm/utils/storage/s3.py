@@ -10,11 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from internlm.utils.storage.failures import ReplacedError
 from internlm.utils.storage.retry import RetryPolicy
 from internlm.utils.storage.s3_bucket import S3Bucket
 from internlm.utils.storage.s3_client import Connection, Credentials, Service
 from internlm.utils.storage.s3_streams import S3Sink, S3Source
-from internlm.utils.storage.store import Store
+from internlm.utils.storage.store import Store, StoredFile
 
 NUM_REMOVERS = 8
 
@@ -75,8 +76,21 @@ class S3Store(S3Bucket):
     def size(self, key: str) -> int:
         return int(self._head_of_file(key)["ContentLength"])
 
-    def open_read(self, key: str, url: str) -> S3Source:
+    def files(self, key: str) -> Iterator[StoredFile]:
+        prefix = _folder(key)
+        for page in self._pages(prefix):
+            for file in page.get("Contents", []):
+                # Some tools mark a folder with an object of the folder's name.
+                if not file["Key"].endswith("/"):
+                    yield StoredFile(file["Key"].removeprefix(prefix), file["Size"], file["ETag"])
+
+    def version(self, key: str) -> str:
+        return str(self._head_of_file(key)["ETag"])
+
+    def open_read(self, key: str, url: str, version: str | None = None) -> S3Source:
         head = self._head_of_file(key)
+        if version is not None and head["ETag"] != version:
+            raise ReplacedError(key)
         return S3Source(self, url, key, head["ContentLength"], head["ETag"])
 
     def open_write(self, key: str, url: str) -> S3Sink:

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from internlm.utils.storage.failures import Explains
 from internlm.utils.storage.streams import Sink
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a store in its present version.
+
+    Attributes:
+        name: relative to the folder that was listed.
+        size: in bytes.
+        version: another one after each change of the content, such as an ETag.
+    """
+
+    name: str
+    size: int
+    version: str
 
 
 class Store(Explains, Protocol):
@@ -28,9 +45,20 @@ class Store(Explains, Protocol):
     def names(self, key: str) -> list[str]:
         """Names of the files and folders in a folder, in any order; empty when it does not exist."""
 
+    def files(self, key: str) -> Iterable[StoredFile]:
+        """The files at any depth below a folder, in any order; none when it does not exist."""
+
     def size(self, key: str) -> int: ...
 
-    def open_read(self, key: str, url: str) -> io.RawIOBase: ...
+    def version(self, key: str) -> str:
+        """See `StoredFile`."""
+
+    def open_read(self, key: str, url: str, version: str | None = None) -> io.RawIOBase:
+        """Open a file; with a version, only that one.
+
+        Raises:
+            ReplacedError: the file has another version.
+        """
 
     def open_write(self, key: str, url: str) -> Sink: ...
 
