@@ -21,9 +21,12 @@ from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.data_folders import check_same_listing, log_small_cache, train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.row_stream import build_row_stream
-from internlm.initialize.train_sources import config_of
+from internlm.initialize.train_sources import config_of, train_sources
 from internlm.initialize.valid_sets import find_sets, log_unread_valid_files
 from internlm.utils.errors import ConfigError, nearest
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
@@ -44,9 +47,16 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
 
 def build_stream(config: Config, context: ParallelContext) -> SampleStream:
     """Build the stream of training samples: of `data.blend`, or of one source."""
-    if config.data.blend:
-        return BlendedStream(_members(config, config.data.blend, context))
-    return open_stream(config, context)
+    if not config.data.blend:
+        return open_stream(config, context)
+    num_readers = context.size("data") * max(1, config.data.num_worker)
+    if num_readers > 1 and any(source.config.data.type == "streaming" for source in train_sources(config)):
+        logger.warning(
+            "data.blend has rows that are tokenized during training: its samples fall to %d readers (data ranks and "
+            "data.num_worker) in turn, so each row is tokenized up to %d times; `internlm data tokenize` once is faster",
+            num_readers, num_readers,
+        )  # fmt: skip
+    return BlendedStream(_members(config, config.data.blend, context))
 
 
 def _members(
