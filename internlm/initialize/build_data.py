@@ -53,7 +53,7 @@ def build_stream(config: Config, context: ParallelContext) -> SampleStream:
     if num_readers > 1 and any(source.config.data.type == "streaming" for source in train_sources(config)):
         logger.warning(
             "data.blend has rows that are tokenized during training: its samples fall to %d readers (data ranks and "
-            "data.num_worker) in turn, so each row is tokenized up to %d times; `internlm data tokenize` once is faster",
+            "data.num_worker) in turn, so each row is tokenized up to %d times; `internlm data tokenize` does it once",
             num_readers, num_readers,
         )  # fmt: skip
     return BlendedStream(_members(config, config.data.blend, context))
