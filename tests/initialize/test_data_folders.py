@@ -12,7 +12,7 @@ from helpers.remote_data import upload, write_folder
 from helpers.s3 import Bucket
 
 from internlm.initialize import data_folders
-from internlm.initialize.data_folders import check_same_listing, train_folder, valid_folder
+from internlm.initialize.data_folders import check_same_listing, local_data, train_folder
 from internlm.utils.errors import RemoteDataError
 
 
@@ -24,7 +24,7 @@ def _nothing_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_local_folders_are_as_they_are() -> None:
     config = small_config({"data.train_folder": "/no/such/folder"})
-    assert train_folder(config) == "/no/such/folder" and valid_folder(config) is None
+    assert train_folder(config) == local_data(config, "/no/such/folder") == "/no/such/folder"
     context: Any = None
     check_same_listing(config, context)
 

@@ -76,11 +76,15 @@ def check_train_folder(folder: str | Path, format: FileFormat, vocab_size: int |
         DataError: a file is malformed, or has an id outside the vocabulary.
     """
     found, _ = find_train_files(folder, format)
-    # Of files in an object store, each of which would be fetched whole, the first one is read.
-    found = [file for file in found if file is found[0] or find_mirrored(file.path) is None]
     summaries = [summarize(format.open(file.path), 0) for file in found]
     files = [
-        _File(summary.documents, summary.kept_tokens, partial(format.open, file.path, vocab_size))
+        _File(
+            summary.documents,
+            summary.kept_tokens,
+            partial(format.open, file.path, vocab_size),
+            # Each file in an object store would be fetched whole.
+            is_read=file is found[0] or find_mirrored(file.path) is None,
+        )
         for file, summary in zip(found, summaries, strict=True)
     ]
     return _check(f"train folder '{folder}'", files, MAX_TOKENS)[0]
@@ -91,6 +95,7 @@ class _File:
     num_documents: int
     num_tokens: int
     open: Callable[[], DocumentFile]
+    is_read: bool = True
 
     @classmethod
     def of(cls, file: DocumentFile) -> _File:
@@ -107,7 +112,7 @@ def _check(name: str, files: Sequence[_File], max_tokens: int) -> tuple[FolderCh
     num_documents = num_read = 0
     has_label = False
     for each in files:
-        chosen = range(-num_documents % stride, each.num_documents, stride)
+        chosen = range(-num_documents % stride, each.num_documents if each.is_read else 0, stride)
         num_documents += each.num_documents
         file = each.open() if chosen else None
         for document in chosen:

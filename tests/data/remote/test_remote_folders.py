@@ -14,6 +14,7 @@ from helpers.s3 import Bucket
 from internlm.data.batch import MicroBatch
 from internlm.data.documents.folder_checks import check_train_folder
 from internlm.data.documents.folders import find_train_files, find_valid_sets
+from internlm.data.documents.valid_sets import folder_sets
 from internlm.data.loaders.train_loader import build_train_loader
 from internlm.data.loaders.valid_loader import build_valid_loaders
 from internlm.data.remote import mirror
@@ -71,7 +72,8 @@ def test_valid_sets_are_those_of_the_local_folder(bucket: Bucket, tmp_path: Path
     url = upload(folder, bucket, "valid")
     found = []
     for place in (folder, url):
-        loaders = build_valid_loaders(place, seq_len=32, micro_bsz=2, vocab_size=1000, format=FORMATS[format])
+        sets = folder_sets(local_folder(place), FORMATS[format])
+        loaders = build_valid_loaders(sets, seq_len=32, micro_bsz=2, vocab_size=1000)
         found.append({n: [[arrays_of(m) for m in b.micro_batches] for b in each] for n, each in loaders.items()})
     assert found[0] == found[1] and list(found[0]) == ["cn", "en"]
 
