@@ -20,7 +20,7 @@ from internlm.data.loaders.batch_plan import NO_SKIPS, RampUp, SkipBatches, pars
 from internlm.data.loaders.read_ahead import ReadAheadThread, WorkerProcesses
 from internlm.data.packing.collate import pin, to_micro_batch
 from internlm.data.packing.sample import Sample
-from internlm.data.sources.sample_stream import SampleStream, StreamEndError
+from internlm.data.sources.sample_stream import NoDocumentsError, SampleStream, StreamEndError
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import get_logger
 
@@ -299,7 +299,7 @@ class _ReadSample:
             return self.stream.padding()
         try:
             return self.stream.sample(index)
-        except StreamEndError:
+        except (NoDocumentsError, StreamEndError):
             raise
         except DataError as error:
             raise DataError(

@@ -24,6 +24,10 @@ class StreamEndError(DataError):
     """A stream ends, as its settings ask for, such as after the last epoch of a source."""
 
 
+class NoDocumentsError(DataError):
+    """So many documents in sequence cannot be used that leaving out the present one would not help."""
+
+
 class SampleStream(Protocol):
     """Samples 0, 1, 2, ... without end. Streams are sent to worker processes, each of which reads some of the samples.
 

@@ -254,8 +254,50 @@ def test_rows_that_are_no_documents_are_named(
     ids = {tuple(stream.sample(index).input_ids.tolist()) for index in range(30)}
     assert len(ids) > 1
     assert "it has no token" in caplog.text and "data.min_length is 20" in caplog.text
-    with pytest.raises(DataError, match=r"no row with enough tokens: the data has too few documents"):
-        open_stream(tmp_path, tokenizer, packing_of(min_lengths=(10_000,)), num_shards=1).sample(0)
+    loader = build_train_loader(
+        open_stream(tmp_path, tokenizer, packing_of(min_lengths=(10_000,)), num_shards=1), micro_num=1, prefetch=0
+    )
+    with pytest.raises(DataError, match=r"no document with enough tokens: the data has too few documents") as caught:
+        next(loader)
+    # To leave out one document would not help.
+    assert "skip_bad_documents" not in str(caught.value)
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit", "unpacked"])
+def test_short_shards_without_a_document_in_some_epochs(tmp_path: Path, tokenizer: Path, packing: str) -> None:
+    """With as many shards as rows, most shards have only empty rows for several epochs."""
+    rows = [{"text": f"What is {number}?" if number % 8 == 0 else ""} for number in range(64)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = open_stream(tmp_path, tokenizer, packing_of(packing, min_lengths=(0,)), num_shards=64)
+    assert stream.num_shards == 64
+    for index in range(192):
+        assert len(stream.sample(index).input_ids.reshape(-1)) == 32
+
+
+def test_files_without_rows_among_others(folder: Path, tmp_path: Path, tokenizer: Path) -> None:
+    table = pyarrow.table({"text": TEXTS["code"]})
+    pyarrow.parquet.write_table(table[:0], tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", row_group_size=25)
+    pyarrow.parquet.write_table(table[:0], tmp_path / "c.parquet")
+    files = open_row_files([tmp_path / name for name in ("a.parquet", "b.parquet", "c.parquet")], ["text"])
+    order = ShuffledRows(files, 4, 3)
+    alone = ShuffledRows(files[1:2], 4, 3)
+    for shard in range(4):
+        found = [(each.file, each.row) for each in order.rows(shard, RowPosition(), 40)]
+        assert found == [(1, each.row) for each in alone.rows(shard, RowPosition(), 40)]
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit", "unpacked"])
+def test_a_cursor_of_other_settings_continues(folder: Path, tokenizer: Path, packing: str) -> None:
+    """Another packing counts otherwise, and another tokenizer makes shorter documents."""
+    stream = open_stream(folder, tokenizer, packing_of(packing))
+    stream.load_state(16, {"num_shards": 16, "cursors": {str(shard): [1, 0, 2, 0, 99_999] for shard in range(16)}})
+    samples = [stream.sample(index) for index in range(16, 64)]
+    # Continued from the cursors of these samples, the next ones are the same.
+    again = open_stream(folder, tokenizer, packing_of(packing))
+    again.note_delivered(range(16, 32), [sample.cursor for sample in samples[:16]])
+    for index in range(32, 64):
+        assert again.sample(index).input_ids.tolist() == samples[index - 16].input_ids.tolist()
 
 
 def test_unreadable_rows(tmp_path: Path, tokenizer: Path) -> None:
