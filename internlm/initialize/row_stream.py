@@ -50,10 +50,7 @@ def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMid
         packing=data.packing,
         document_mask=data.document_mask,
         fim=fim,
-        min_lengths=tuple(
-            min_length_of_type(name, data.train_folder, found.types, data.min_length, data.min_length_dict)
-            for name in found.types
-        ),
+        min_lengths=_min_lengths(config, found),
         skip_bad_documents=data.skip_bad_documents,
     )
     return RowStream(
@@ -72,11 +69,12 @@ def check_train_rows(config: Config) -> str:
     """Encode some rows of data.train_folder, at equal intervals over all files; a line that says what was read.
 
     Raises:
-        DataError: the folder, a file, one of the rows or the tokenizer cannot be read, or no row has a token.
+        DataError: the folder, a file, one of the rows or the tokenizer cannot be read, or no row has enough tokens.
     """
     data = config.data
     assert data.train_folder is not None
-    files = _open(config, find_row_files(locate_dataset(data.train_folder), data.subset_name))
+    found = find_row_files(locate_dataset(data.train_folder), data.subset_name)
+    files, min_lengths = _open(config, found), _min_lengths(config, found)
     encoder, _ = _encoder(config)
     order = ShuffledRows(files, 1, seed=0)
     stride = max(1, order.num_rows // _CHECKED_ROWS)
@@ -89,10 +87,19 @@ def check_train_rows(config: Config) -> str:
     if num_tokens == 0:
         reason = errors[0] if errors else encoded[0].left_out if encoded else "there is none"
         raise DataError(f"{data.train_folder}: none of {len(encoded):,} rows that were read has a token: {reason}")
+    min_length_of_row = [min_lengths[found.files[file].type_id] for file, _ in chosen]
+    short = sum(0 < len(each.ids) < least for each, least in zip(encoded, min_length_of_row, strict=True))
+    if short == sum(len(each.ids) > 0 for each in encoded):
+        longest = max(len(each.ids) for each in encoded)
+        raise DataError(
+            f"{data.train_folder}: none of {len(encoded):,} rows that were read has data.min_length tokens; the "
+            f"longest has {longest:,}. Lower data.min_length ({', '.join(map(str, sorted(set(min_lengths))))})"
+        )
     empty = sum(each.left_out is not None for each in encoded)
     return (
         f"train folder '{data.train_folder}': {order.num_rows:,} rows, of which {len(encoded):,} were read: "
-        f"{num_tokens / len(encoded):,.0f} tokens a row; {empty:,} rows have none, {len(errors):,} are unreadable"
+        f"{num_tokens / len(encoded):,.0f} tokens a row; {empty:,} rows have none, {short:,} fewer than "
+        f"data.min_length, {len(errors):,} are unreadable"
     )
 
 
@@ -110,10 +117,13 @@ def valid_folder_of_rows(config: Config) -> Path | None:
     folder = locate_dataset(data.valid_folder)
     try:
         found = find_row_files(folder, data.subset_name, "validation")
-    except DataError:
+    except DataError as error:
         # Files without the name of a split are the split "train".
-        if data.valid_folder == data.train_folder:
-            raise
+        if data.train_folder is not None and folder.resolve() == locate_dataset(data.train_folder).resolve():
+            raise DataError(
+                f"{error}. data.valid_folder is data.train_folder, whose rows are trained on: name another folder or "
+                "file, move some of the files into a subfolder 'validation', or set data.valid_folder = None"
+            ) from error
         found = find_row_files(folder, data.subset_name, "train")
     encoder, facts = _encoder(config)
     files = _open(config, found)
@@ -127,6 +137,16 @@ def _open(config: Config, found: RowFiles) -> list[RowFile]:
     data = config.data
     columns = None if data.conversations is not None else [data.content_name]
     return open_row_files([each.path for each in found.files], columns, data.text_unit)
+
+
+def _min_lengths(config: Config, found: RowFiles) -> tuple[int, ...]:
+    """The minimum number of tokens of a document, by type id."""
+    data = config.data
+    assert data.train_folder is not None
+    return tuple(
+        min_length_of_type(name, data.train_folder, found.types, data.min_length, data.min_length_dict)
+        for name in found.types
+    )
 
 
 def _encoder(config: Config) -> tuple[RowEncoder, dict[str, str]]:
