@@ -25,7 +25,7 @@ from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.utils.errors import DataError
 
 _SHARDS_PER_SAMPLE = 8
-"""Shards of each micro-batch of a step: with up to as many workers, each shard stays with one worker."""
+"""Shards of each micro-batch of a step; no more workers than micro-batches times this have rows to tokenize."""
 
 
 _CHECKED_ROWS = 1000

@@ -251,7 +251,7 @@ class TrainLoader:
         )
         requests = functools.partial(_requests, plans)
         if self._num_workers > 0:
-            workers = WorkerProcesses(self._read, requests, self._num_workers)
+            workers = WorkerProcesses(self._read, requests, self._num_workers, self._read.group)
             thread = ReadAheadThread(_to_batches(plans(), workers, self._pin_memory), max(1, self._prefetch))
             # Finalizers also run when the loader is garbage-collected or the interpreter exits. Workers stop first: the
             # thread may be waiting for them.
@@ -281,7 +281,7 @@ def _step_plans(
 
 
 def _requests(plans: Callable[[], Iterator[_StepPlan]]) -> Iterator[tuple[int, int]]:
-    """(step, global sample index) of each sample of this rank; workers take them in turn."""
+    """(step, global sample index) of each sample of this rank."""
     for plan in plans():
         for index in plan.indices:
             yield plan.step, index
@@ -307,6 +307,10 @@ class _ReadSample:
                 "data.skip_bad_documents = True, which skips every document that cannot be read, or add "
                 f"{step} to data.skip_batches (counted from 0), which skips this batch"
             ) from error
+
+    def group(self, request: tuple[int, int]) -> int | None:
+        """See `SampleStream.shard_of`."""
+        return self.stream.shard_of(request[1])
 
 
 def _to_batches(plans: Iterator[_StepPlan], read: Iterator[Sample], pin_memory: bool) -> Iterator[Batch]:

@@ -55,6 +55,9 @@ class SampleStream(Protocol):
             StreamEndError: the stream ends before it.
         """
 
+    def shard_of(self, index: int) -> int | None:
+        """The shard of a sample, of which one process reads all samples at the lowest cost; None: any process may."""
+
     def padding(self) -> Sample:
         """Return a sample of padding alone, for a step whose batch is skipped."""
 
@@ -124,6 +127,9 @@ class ShuffledSource:
             indices = np.arange(block * _ORDER_BLOCK, (block + 1) * _ORDER_BLOCK, dtype=np.int64)
             self._block, self._order = block, sample_order(indices, len(self.source), self.seed)
         return self.source.sample(int(self._order[within]), index // len(self.source))
+
+    def shard_of(self, index: int) -> None:
+        """See `SampleStream`; samples are read in any order."""
 
     def padding(self) -> Sample:
         """See `SampleStream`."""

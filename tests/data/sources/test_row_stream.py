@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,18 @@ class CountingEncoder:
         return self.encoder.encode(rows)
 
 
+class SharedCountingEncoder:
+    """Counts the rows that all processes together encode."""
+
+    def __init__(self, encoder: TextRowEncoder) -> None:
+        self.encoder, self.num_rows = encoder, multiprocessing.Value("l", 0)
+
+    def encode(self, rows: Sequence[tuple[RowFile, int]]) -> list[EncodedRow]:
+        with self.num_rows.get_lock():
+            self.num_rows.value += len(rows)
+        return self.encoder.encode(rows)
+
+
 def test_resuming_reads_nothing_again(folder: Path, tokenizer: Path) -> None:
     first = build_train_loader(open_stream(folder, tokenizer), micro_num=8)
     for _ in range(50):
@@ -214,6 +227,20 @@ def test_resuming_reads_nothing_again(folder: Path, tokenizer: Path) -> None:
     assert next(loader).micro_batches[0].input_ids.tolist() == expected
     # About a sample of 32 tokens for each of the 8 shards of this step.
     assert encoder.num_rows < 60
+
+
+@pytest.mark.parametrize("num_workers", [3, 7, 40])
+def test_workers_share_the_rows(folder: Path, tokenizer: Path, num_workers: int) -> None:
+    """No row is tokenized by several workers, whatever their number is to that of the shards."""
+
+    def rows_of(workers: int) -> int:
+        stream = open_stream(folder, tokenizer)
+        stream._encoder = encoder = SharedCountingEncoder(stream._encoder)  # type: ignore[arg-type]
+        loader = build_train_loader(stream, micro_num=2, num_workers=workers, total_steps=100)
+        assert len(list(loader)) == 100
+        return int(encoder.num_rows.value)
+
+    assert rows_of(num_workers) == rows_of(1)
 
 
 def test_another_number_of_shards_continues_with_that_of_the_checkpoint(folder: Path, tokenizer: Path) -> None:
