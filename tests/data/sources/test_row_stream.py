@@ -137,19 +137,42 @@ def test_cut_samples_are_the_documents_of_a_shard_one_after_the_other(folder: Pa
 
 def test_best_fit_keeps_documents_whole(folder: Path, tokenizer: Path) -> None:
     stream = open_stream(folder, tokenizer, packing_of("best_fit", seq_len=64, micro_bsz=1), num_shards=1)
-    known = [ids for rows in documents(tokenizer).values() for ids in rows]
+    typed = [(ids, stream.type_names.index(name)) for name, rows in documents(tokenizer).items() for ids in rows]
+    known = [ids for ids, _ in typed]
     assert max(map(len, known)) <= 64
+    num_mixed = 0
     left = [*known]
     for index in range(40):
         sample = stream.sample(index)
         start = 0
+        is_mixed = np.ndim(sample.type_ids) > 0 and len(np.unique(sample.type_ids)) > 1
+        num_mixed += is_mixed
         for length in sample.lengths:
             ids = sample.input_ids[start : start + length].tolist()
-            start += length
             if any(ids):
                 left.remove(ids)
+            if is_mixed:
+                # Padding has type 0.
+                expected = next(type_id for each, type_id in typed if each == ids) if any(ids) else 0
+                assert set(np.asarray(sample.type_ids)[start : start + length].tolist()) == {expected}
+            start += length
+    assert num_mixed > 5
     # What is left would have followed.
     assert 0 < len(left) < len(known) // 2
+
+
+def test_padding_behind_best_fit_bins_has_type_0(folder: Path, tokenizer: Path) -> None:
+    """Without a document mask each row of a sample is a bin, and the last sample of a window may lack some."""
+    stream = open_stream(folder, tokenizer, packing_of("best_fit", seq_len=64, micro_bsz=4, mask=False), num_shards=1)
+    num_tokens = 0
+    for index in range(60):
+        sample = stream.sample(index)
+        if np.ndim(sample.type_ids) > 0:
+            ids, type_ids = sample.input_ids.reshape(-1), np.asarray(sample.type_ids).reshape(-1)
+            padding = type_ids[int(np.flatnonzero(ids)[-1]) + 2 :]
+            assert not padding.any()
+            num_tokens += len(padding)
+    assert num_tokens > 64
 
 
 FIM = FillInTheMiddle(rate=0.5, spm_rate=0.5, prefix=1, middle=2, suffix=3, level="document", bos=None, eos=0, seed=1)
@@ -379,3 +402,14 @@ def test_row_order_of_blocks_and_single_rows(folder: Path) -> None:
                 parts += order.rows(0, position, 7)
                 position = parts[-1].following
             assert parts[:300] == whole
+
+
+def test_each_epoch_has_another_order_of_units_and_of_their_rows(folder: Path) -> None:
+    order = ShuffledRows(open_row_files([folder / "code" / "a.parquet"], ["text"]), 1, seed=1)
+    epochs = [[row.row for row in order.rows(0, RowPosition(epoch), 90)] for epoch in (0, 1)]
+    # The first row group of 25 rows is split into units of 22 and 3.
+    units = [[row for row in rows if row < 22] for rows in epochs]
+    assert sorted(units[0]) == sorted(units[1]) == list(range(22))
+    assert units[0] != units[1] and units[0] != sorted(units[0])
+    starts = [[row // 25 for row in rows] for rows in epochs]
+    assert starts[0] != starts[1]
