@@ -224,6 +224,25 @@ class CountingEncoder:
         return self.encoder.encode(rows)
 
 
+def test_ranks_that_resumed_save_their_newest_cursors(folder: Path, tokenizer: Path) -> None:
+    """A rank that resumed also knows the old cursors of shards that others have read since."""
+    state: dict[str, Any] = {}
+    for total in (5, 12, 20):
+        ranks = [
+            build_train_loader(open_stream(folder, tokenizer), micro_num=4, data_rank=rank, data_size=2, prefetch=0)
+            for rank in range(2)
+        ]
+        for loader in ranks:
+            if state:
+                loader.load_state_dict(state)
+            while loader.step < total:
+                next(loader)
+        state = ranks[0].merge_states([loader.state_dict() for loader in ranks])
+        # Of 16 shards, each step reads 8.
+        expected = {str(shard): -(-(8 * total - shard) // 16) for shard in range(16)}
+        assert {shard: entry[0] for shard, entry in state["stream"]["cursors"].items()} == expected
+
+
 class SharedCountingEncoder:
     """Counts the rows that all processes together encode."""
 
