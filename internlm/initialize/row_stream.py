@@ -23,6 +23,7 @@ from internlm.data.sources.shard_reader import RowPacking
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.utils.errors import DataError
+from internlm.utils.logging import get_logger
 
 _SHARDS_PER_SAMPLE = 8
 """Shards of each micro-batch of a step; no more workers than micro-batches times this have rows to tokenize."""
@@ -30,6 +31,8 @@ _SHARDS_PER_SAMPLE = 8
 
 _CHECKED_ROWS = 1000
 """Rows that are encoded before a run; parquet decodes a row group for each."""
+
+logger = get_logger(__name__)
 
 
 def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMiddle | None) -> RowStream:
@@ -174,6 +177,12 @@ def _ends(config: Config, tokenizer: TextTokenizer) -> tuple[list[int], list[int
         raise DataError(f"{data.tokenizer_path}: the tokenizer names no bos token; remove data.add_bos")
     if data.add_eos and tokenizer.eos_id is None:
         raise DataError(f"{data.tokenizer_path}: the tokenizer names no eos token; remove data.add_eos")
+    if data.add_eos is None and tokenizer.eos_id is None:
+        logger.warning(
+            "%s: the tokenizer names no eos token, so documents have no end mark and the model cannot learn to stop; "
+            "use a tokenizer that names one, or set data.add_eos = False to accept this",
+            data.tokenizer_path,
+        )
     before = [tokenizer.bos_id] if data.add_bos and tokenizer.bos_id is not None else []
     after = [tokenizer.eos_id] if data.add_eos is not False and tokenizer.eos_id is not None else []
     return before, after

@@ -11,6 +11,10 @@ import pyarrow.parquet
 import pytest
 from helpers.chat_templates import save_chat_tokenizer
 from helpers.commands import metrics_of, start_ranks, start_training, write_config
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
 TEXTS = [f"What is the sum of {number} and three? " * (1 + number % 5) for number in range(120)]
 CHATS = [
@@ -116,6 +120,20 @@ def test_a_dry_run_encodes_rows(folder: Path) -> None:
     assert code == 2 and str(folder / "none") in output, output
     code, output, _ = train(folder, keys_of(folder, tokenizer_path=str(folder / "rows")), "--dry-run")
     assert code == 2 and "tokenizer" in output, output
+
+
+def test_a_tokenizer_without_eos_is_named(folder: Path) -> None:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(TEXTS, BpeTrainer(vocab_size=300, show_progress=False))
+    tokenizer.save(str(folder / "bare.json"))
+    keys = keys_of(folder, tokenizer_path=str(folder / "bare.json"))
+    code, output, _ = train(folder, keys, "--dry-run")
+    assert code == 0 and "names no eos token, so documents have no end mark" in output, output
+    code, output, _ = train(folder, keys | {"add_eos": False}, "--dry-run")
+    assert code == 0 and "eos token" not in output, output
+    code, output, _ = train(folder, keys | {"add_eos": True}, "--dry-run")
+    assert code == 2 and "names no eos token; remove data.add_eos" in output, output
 
 
 @pytest.mark.parametrize(
