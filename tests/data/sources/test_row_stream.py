@@ -332,6 +332,21 @@ def test_rows_that_are_no_documents_are_named(
     assert "skip_bad_documents" not in str(caught.value)
 
 
+def test_a_document_with_exactly_the_minimum_length_is_kept(tmp_path: Path, tokenizer: Path) -> None:
+    text = "What is the sum of two and three?"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    num_tokens = len(load_tokenizer(tokenizer).encode_batch([text])[0]) + 1
+    open_stream(tmp_path, tokenizer, packing_of(min_lengths=(num_tokens,))).sample(0)
+    with pytest.raises(DataError, match="no document with enough tokens"):
+        open_stream(tmp_path, tokenizer, packing_of(min_lengths=(num_tokens + 1,))).sample(0)
+
+
+def test_fill_in_the_middle_differs_between_epochs(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "What is the sum of two and three?"}) + "\n")
+    stream = open_stream(tmp_path, tokenizer, packing_of("unpacked", 128, 1, fim=FIM, min_lengths=(0,)))
+    assert len({tuple(stream.sample(index).input_ids.reshape(-1).tolist()) for index in range(20)}) > 5
+
+
 @pytest.mark.parametrize("packing", ["cut", "best_fit", "unpacked"])
 def test_short_shards_without_a_document_in_some_epochs(tmp_path: Path, tokenizer: Path, packing: str) -> None:
     """With as many shards as rows, most shards have only empty rows for several epochs."""
