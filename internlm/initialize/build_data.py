@@ -49,12 +49,12 @@ def build_stream(config: Config, context: ParallelContext) -> SampleStream:
     """Build the stream of training samples: of `data.blend`, or of one source."""
     if not config.data.blend:
         return open_stream(config, context)
-    num_readers = context.size("data") * max(1, config.data.num_worker)
-    if num_readers > 1 and any(source.config.data.type == "streaming" for source in train_sources(config)):
+    num_ranks = context.size("data")
+    if num_ranks > 1 and any(source.config.data.type == "streaming" for source in train_sources(config)):
         logger.warning(
-            "data.blend has rows that are tokenized during training: its samples fall to %d readers (data ranks and "
-            "data.num_worker) in turn, so each row is tokenized up to %d times; `internlm data tokenize` does it once",
-            num_readers, num_readers,
+            "data.blend has rows that are tokenized during training: the samples of a shard fall to any of %d data "
+            "ranks, so each row is tokenized up to %d times; `internlm data tokenize` does it once",
+            num_ranks, num_ranks,
         )  # fmt: skip
     return BlendedStream(_members(config, config.data.blend, context))
 

@@ -24,13 +24,16 @@ from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.initialize.data_folders import log_small_cache, train_folder
 from internlm.utils.errors import DataError
+from internlm.utils.logging import get_logger
 
 _SHARDS_PER_SAMPLE = 8
-"""Shards of each micro-batch of a step: with up to as many workers, each shard stays with one worker."""
+"""Shards of each micro-batch of a step; no more workers than micro-batches times this have rows to tokenize."""
 
 
 _CHECKED_ROWS = 1000
 """Rows that are encoded before a run; parquet decodes a row group for each."""
+
+logger = get_logger(__name__)
 
 
 def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMiddle | None) -> RowStream:
@@ -52,10 +55,7 @@ def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMid
         packing=data.packing,
         document_mask=data.document_mask,
         fim=fim,
-        min_lengths=tuple(
-            min_length_of_type(name, data.train_folder, found.types, data.min_length, data.min_length_dict)
-            for name in found.types
-        ),
+        min_lengths=_min_lengths(config, found),
         skip_bad_documents=data.on_bad_data == "skip",
     )
     return RowStream(
@@ -75,11 +75,12 @@ def check_train_rows(config: Config) -> str:
     """Encode some rows of data.train_folder, at equal intervals over all files; a line that says what was read.
 
     Raises:
-        DataError: the folder, a file, one of the rows or the tokenizer cannot be read, or no row has a token.
+        DataError: the folder, a file, one of the rows or the tokenizer cannot be read, or no row has enough tokens.
     """
     data = config.data
     assert data.train_folder is not None
-    files = _open(config, find_row_files(_train_dataset(config), data.subset_name))
+    found = find_row_files(_train_dataset(config), data.subset_name)
+    files, min_lengths = _open(config, found), _min_lengths(config, found)
     encoder, _ = _encoder(config)
     order = ShuffledRows(files, 1, seed=0)
     stride = max(1, order.num_rows // _CHECKED_ROWS)
@@ -92,10 +93,19 @@ def check_train_rows(config: Config) -> str:
     if num_tokens == 0:
         reason = errors[0] if errors else encoded[0].left_out if encoded else "there is none"
         raise DataError(f"{data.train_folder}: none of {len(encoded):,} rows that were read has a token: {reason}")
+    min_length_of_row = [min_lengths[found.files[file].type_id] for file, _ in chosen]
+    short = sum(0 < len(each.ids) < least for each, least in zip(encoded, min_length_of_row, strict=True))
+    if short == sum(len(each.ids) > 0 for each in encoded):
+        longest = max(len(each.ids) for each in encoded)
+        raise DataError(
+            f"{data.train_folder}: none of {len(encoded):,} rows that were read has data.min_length tokens; the "
+            f"longest has {longest:,}. Lower data.min_length ({', '.join(map(str, sorted(set(min_lengths))))})"
+        )
     empty = sum(each.left_out is not None for each in encoded)
     return (
         f"train folder '{data.train_folder}': {order.num_rows:,} rows, of which {len(encoded):,} were read: "
-        f"{num_tokens / len(encoded):,.0f} tokens a row; {empty:,} rows have none, {len(errors):,} are unreadable"
+        f"{num_tokens / len(encoded):,.0f} tokens a row; {empty:,} rows have none, {short:,} fewer than "
+        f"data.min_length, {len(errors):,} are unreadable"
     )
 
 
@@ -111,10 +121,13 @@ def rows_as_documents(config: Config, valid_folder: str | Path) -> Path:
     folder = locate_dataset(valid_folder)
     try:
         found = find_row_files(folder, data.subset_name, "validation")
-    except DataError:
+    except DataError as error:
         # Files without the name of a split are the split "train".
-        if str(valid_folder) == str(train_folder(config)):
-            raise
+        if data.train_folder is not None and folder.resolve() == _train_dataset(config).resolve():
+            raise DataError(
+                f"{error}. data.valid_folder is data.train_folder, whose rows are trained on: name another folder or "
+                "file, move some of the files into a subfolder 'validation', or set data.valid_folder = None"
+            ) from error
         found = find_row_files(folder, data.subset_name, "train")
     encoder, facts = _encoder(config)
     files = _open(config, found)
@@ -134,6 +147,16 @@ def _open(config: Config, found: RowFiles) -> list[RowFile]:
     data = config.data
     columns = None if data.conversations is not None else [data.content_name]
     return open_row_files([each.path for each in found.files], columns, data.text_unit)
+
+
+def _min_lengths(config: Config, found: RowFiles) -> tuple[int, ...]:
+    """The minimum number of tokens of a document, by type id."""
+    data = config.data
+    assert data.train_folder is not None
+    return tuple(
+        min_length_of_type(name, data.train_folder, found.types, data.min_length, data.min_length_dict)
+        for name in found.types
+    )
 
 
 def _encoder(config: Config) -> tuple[RowEncoder, dict[str, str]]:
@@ -161,6 +184,12 @@ def _ends(config: Config, tokenizer: TextTokenizer) -> tuple[list[int], list[int
         raise DataError(f"{data.tokenizer_path}: the tokenizer names no bos token; remove data.add_bos")
     if data.add_eos and tokenizer.eos_id is None:
         raise DataError(f"{data.tokenizer_path}: the tokenizer names no eos token; remove data.add_eos")
+    if data.add_eos is None and tokenizer.eos_id is None:
+        logger.warning(
+            "%s: the tokenizer names no eos token, so documents have no end mark and the model cannot learn to stop; "
+            "use a tokenizer that names one, or set data.add_eos = False to accept this",
+            data.tokenizer_path,
+        )
     before = [tokenizer.bos_id] if data.add_bos and tokenizer.bos_id is not None else []
     after = [tokenizer.eos_id] if data.add_eos is not False and tokenizer.eos_id is not None else []
     return before, after

@@ -11,6 +11,10 @@ import pyarrow.parquet
 import pytest
 from helpers.chat_templates import save_chat_tokenizer
 from helpers.commands import metrics_of, start_ranks, start_training, write_config
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
 TEXTS = [f"What is the sum of {number} and three? " * (1 + number % 5) for number in range(120)]
 CHATS = [
@@ -87,6 +91,14 @@ def test_the_split_validation_is_evaluated(folder: Path) -> None:
     assert "validation set 'rows': 30 documents" in output and "val/rows_loss" in output
 
 
+def test_rows_that_are_trained_on_are_not_the_validation_set(folder: Path) -> None:
+    (folder / "rows" / "data" / "validation-00000-of-00001.parquet").unlink()
+    # The same folder under another name.
+    keys = keys_of(folder, valid_folder=str(folder / "rows" / "data" / ".."), valid_every=2)
+    code, output, _ = train(folder, keys, "--dry-run")
+    assert code == 2 and "data.valid_folder is data.train_folder, whose rows are trained on" in output, output
+
+
 def test_conversations(folder: Path) -> None:
     keys = keys_of(folder, total_steps=4, train_folder=str(folder / "chats.jsonl"), content_name="text")
     code, output, lines = train(folder, keys | {"conversations": {}})
@@ -100,10 +112,28 @@ def test_a_dry_run_encodes_rows(folder: Path) -> None:
     assert code == 0 and "120 rows, of which 120 were read" in output, output
     code, output, _ = train(folder, keys_of(folder, content_name="text"), "--dry-run")
     assert code == 2 and "has no column 'text'; its columns are ['story']" in output, output
+    code, output, _ = train(folder, keys_of(folder, min_length=30), "--dry-run")
+    assert code == 0 and " 0 rows have none, 48 fewer than data.min_length, 0 are unreadable" in output, output
+    code, output, _ = train(folder, keys_of(folder, min_length=5000), "--dry-run")
+    assert code == 2 and "none of 120 rows that were read has data.min_length tokens; the longest" in output, output
     code, output, _ = train(folder, keys_of(folder, train_folder=str(folder / "none")), "--dry-run")
     assert code == 2 and str(folder / "none") in output, output
     code, output, _ = train(folder, keys_of(folder, tokenizer_path=str(folder / "rows")), "--dry-run")
     assert code == 2 and "tokenizer" in output, output
+
+
+def test_a_tokenizer_without_eos_is_named(folder: Path) -> None:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(TEXTS, BpeTrainer(vocab_size=300, show_progress=False))
+    tokenizer.save(str(folder / "bare.json"))
+    keys = keys_of(folder, tokenizer_path=str(folder / "bare.json"))
+    code, output, _ = train(folder, keys, "--dry-run")
+    assert code == 0 and "names no eos token, so documents have no end mark" in output, output
+    code, output, _ = train(folder, keys | {"add_eos": False}, "--dry-run")
+    assert code == 0 and "eos token" not in output, output
+    code, output, _ = train(folder, keys | {"add_eos": True}, "--dry-run")
+    assert code == 2 and "names no eos token; remove data.add_eos" in output, output
 
 
 @pytest.mark.parametrize(

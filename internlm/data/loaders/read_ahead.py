@@ -1,7 +1,7 @@
 """Prefetches the items of an iterator, in a thread or in worker processes.
 
 Owns the threads and processes, their shutdown and their errors; must not know data. The order of items does not depend
-on the number of workers, because worker w of W makes exactly the items w, w + W, ...
+on the number of workers: the parent and each worker compute which worker makes which item.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
@@ -78,11 +78,19 @@ class WorkerProcesses(Generic[T]):
 
     Args:
         make: makes an item from an argument, in a worker.
-        arguments: called in every worker; must return the same items each time.
+        arguments: called in every worker and in this process; must return the same items each time.
         num_workers: number of processes.
+        group: of an argument. Items of a group are made by one worker; the next new group goes to the next worker. None
+            as a group: the item goes to the next worker.
     """
 
-    def __init__(self, make: Callable[[Any], T], arguments: Callable[[], Iterable[Any]], num_workers: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[Any], T],
+        arguments: Callable[[], Iterable[Any]],
+        num_workers: int,
+        group: Callable[[Any], Hashable] = lambda argument: None,
+    ) -> None:
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("fork" if "fork" in methods else None)
         self._readers: list[Connection] = []
@@ -93,12 +101,12 @@ class WorkerProcesses(Generic[T]):
             # A worker closes the readers that it inherits: writing then fails once the parent has exited.
             inherited = self._readers if context.get_start_method() == "fork" else []
             process = context.Process(
-                target=_run_worker, args=(make, arguments, worker, num_workers, writer, inherited), daemon=True
+                target=_run_worker, args=(make, arguments, worker, num_workers, group, writer, inherited), daemon=True
             )
             process.start()
             writer.close()
             self._processes.append(process)
-        self._next_item = 0
+        self._dealt = _deal(arguments(), num_workers, group)
         # At exit, Python sends SIGTERM to child processes and joins them. These ignore SIGTERM, so kill them before.
         self._finalize = util.Finalize(None, _kill, args=(self._processes,), exitpriority=1)
 
@@ -106,7 +114,8 @@ class WorkerProcesses(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        worker = self._next_item % len(self._readers)
+        # After the last item, each worker reports the end.
+        worker, _ = next(self._dealt, (0, None))
         try:
             kind, value = self._readers[worker].recv()
         except (EOFError, OSError):
@@ -116,7 +125,6 @@ class WorkerProcesses(Generic[T]):
                 f"data worker {worker} (pid {process.pid}) exited unexpectedly, exit code {process.exitcode} "
                 "(-9: killed, often because memory ran out; lower data.num_worker)"
             ) from None
-        self._next_item += 1
         if kind == _ITEM:
             return value
         if kind == _USER_ERROR:
@@ -128,6 +136,20 @@ class WorkerProcesses(Generic[T]):
     def stop(self) -> None:
         """Kill the processes; a consumer that waits in another thread gets an error."""
         self._finalize()
+
+
+def _deal(arguments: Iterable[Any], num_workers: int, group: Callable[[Any], Hashable]) -> Iterator[tuple[int, Any]]:
+    """(worker, argument) of each item."""
+    workers = itertools.cycle(range(num_workers))
+    owners: dict[Hashable, int] = {}
+    for argument in arguments:
+        key = group(argument)
+        if key is None:
+            yield next(workers), argument
+            continue
+        if key not in owners:
+            owners[key] = next(workers)
+        yield owners[key], argument
 
 
 def _kill(processes: list[Any]) -> None:
@@ -142,6 +164,7 @@ def _run_worker(
     arguments: Callable[[], Iterable[Any]],
     worker: int,
     num_workers: int,
+    group: Callable[[Any], Hashable],
     writer: Connection,
     inherited: list[Connection],
 ) -> None:
@@ -152,8 +175,9 @@ def _run_worker(
     for reader in inherited:
         reader.close()
     try:
-        for argument in itertools.islice(arguments(), worker, None, num_workers):
-            writer.send((_ITEM, make(argument)))
+        for owner, argument in _deal(arguments(), num_workers, group):
+            if owner == worker:
+                writer.send((_ITEM, make(argument)))
         writer.send((_END, None))
     except BrokenPipeError:
         return  # the parent has exited

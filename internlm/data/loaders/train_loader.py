@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from internlm.data.loaders.batch_plan import NO_SKIPS, RampUp, SkipBatches, pars
 from internlm.data.loaders.read_ahead import ReadAheadThread, WorkerProcesses
 from internlm.data.packing.collate import pin, to_micro_batch
 from internlm.data.packing.sample import Sample
-from internlm.data.sources.sample_stream import FiniteStream, SampleStream, StreamEndError
+from internlm.data.sources.sample_stream import FiniteStream, NoDocumentsError, SampleStream, StreamEndError
 from internlm.utils.errors import ConfigError, DataError, RemoteDataError
 from internlm.utils.logging import get_logger
 
@@ -261,7 +261,7 @@ class TrainLoader:
         )
         requests = functools.partial(_requests, plans)
         if self._num_workers > 0:
-            workers = WorkerProcesses(self._read, requests, self._num_workers)
+            workers = WorkerProcesses(self._read, requests, self._num_workers, self._read.group)
             thread = ReadAheadThread(_to_batches(plans(), workers, self._pin_memory), max(1, self._prefetch))
             # Finalizers also run when the loader is garbage-collected or the interpreter exits. Workers stop first: the
             # thread may be waiting for them.
@@ -291,7 +291,7 @@ def _step_plans(
 
 
 def _requests(plans: Callable[[], Iterator[_StepPlan]]) -> Iterator[tuple[int, int]]:
-    """(step, global sample index) of each sample of this rank; workers take them in turn."""
+    """(step, global sample index) of each sample of this rank."""
     for plan in plans():
         for index in plan.indices:
             yield plan.step, index
@@ -309,7 +309,7 @@ class _ReadSample:
             return self.stream.padding()
         try:
             return self.stream.sample(index)
-        except (StreamEndError, RemoteDataError):
+        except (NoDocumentsError, RemoteDataError, StreamEndError):
             raise
         except DataError as error:
             raise DataError(
@@ -317,6 +317,10 @@ class _ReadSample:
                 "data.on_bad_data = 'skip', which skips up to data.max_bad_documents that cannot be read, or add "
                 f"{step} to data.skip_batches (counted from 0), which skips this batch"
             ) from error
+
+    def group(self, request: tuple[int, int]) -> Hashable:
+        """See `SampleStream.shard_of`."""
+        return self.stream.shard_of(request[1])
 
 
 def _to_batches(plans: Iterator[_StepPlan], read: Iterator[Sample], pin_memory: bool) -> Iterator[Batch]:

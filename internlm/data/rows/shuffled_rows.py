@@ -83,7 +83,8 @@ class ShuffledRows:
         starts = []
         for file, count, first in zip(files, counts, self._file_starts[:-1], strict=True):
             blocks = np.arange(count) if file.block_starts is None else file.block_starts
-            ends = np.append(blocks[1:], count)
+            # A file without rows has no block.
+            ends = np.append(blocks, count)[1:]
             starts += [np.arange(begin, end, largest) + first for begin, end in zip(blocks, ends, strict=True)]
         return np.append(np.concatenate(starts), self.num_rows).astype(np.int64)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -97,6 +97,17 @@ class BlendedStream:
             type_ids=sample.type_ids + self._first_types[number],
             cursor=(number, own_index, sample.cursor),
         )
+
+    def shard_of(self, index: int) -> Hashable:
+        """See `SampleStream`: the source, and the shard of the source; None where any process may read it."""
+        if index < self._dealing.index:
+            self._dealing = BlendCursor(self._order, self._position_before(index, self._origin))
+        try:
+            number, own_index = _find(self._dealing, index)
+        except StreamEndError:
+            return None
+        shard = self.sources[number].stream.shard_of(own_index)
+        return None if shard is None else (number, shard)
 
     def padding(self) -> Sample:
         """See `SampleStream`."""
@@ -193,7 +204,8 @@ class BlendedStream:
 
     def _start_at(self, position: BlendPosition) -> None:
         self._origin = self._previous = position
-        self._reading, self._delivered = BlendCursor(self._order, position), BlendCursor(self._order, position)
+        self._reading, self._dealing = BlendCursor(self._order, position), BlendCursor(self._order, position)
+        self._delivered = BlendCursor(self._order, position)
         self._logged = -1
         self._log_changes()
 

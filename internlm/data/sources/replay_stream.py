@@ -86,6 +86,9 @@ class ReplayStream:
             return stack_slices(slices, self._seq_len, self._micro_bsz, type_id=0)
         return concatenate_slices(slices, self._seq_len, ids.size, "cut", 0)
 
+    def shard_of(self, index: int) -> None:
+        """See `SampleStream`; samples are read in any order."""
+
     def padding(self) -> Sample:
         """See `SampleStream`."""
         packing: Packing = "unpacked" if self._packing == "unpacked" else "cut"

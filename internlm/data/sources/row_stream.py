@@ -6,7 +6,8 @@ in order from a cursor of four numbers, whatever the number of ranks and workers
 it; the loader notes the cursors of delivered samples, and a checkpoint merges those of all ranks.
 
 A process that gets a sample of a shard whose cursor it does not know reads the shard from the last one that it knows.
-With V a multiple of the samples of a step, as built, each shard is always read by the same rank and worker.
+With V a multiple of the samples of a step, as built, each shard is always read by the same rank, and there by the same
+worker.
 """
 
 from __future__ import annotations
@@ -122,6 +123,10 @@ class RowStream:
         sample = reader.next_sample()
         self._readers[shard] = number + 1, reader
         return sample
+
+    def shard_of(self, index: int) -> int:
+        """See `SampleStream`."""
+        return index % self.num_shards
 
     def padding(self) -> Sample:
         """See `SampleStream`."""

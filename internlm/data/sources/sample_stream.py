@@ -6,7 +6,7 @@ read before. A stream may remember where it is, so that ascending indices are ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +22,10 @@ _ORDER_BLOCK = 256
 
 class StreamEndError(DataError):
     """A stream ends, as its settings ask for, such as after the last epoch of a source."""
+
+
+class NoDocumentsError(DataError):
+    """So many documents in sequence cannot be used that leaving out the present one would not help."""
 
 
 class SampleStream(Protocol):
@@ -50,6 +54,9 @@ class SampleStream(Protocol):
             DataError: the sample cannot be read.
             StreamEndError: the stream ends before it.
         """
+
+    def shard_of(self, index: int) -> Hashable:
+        """The shard of a sample, of which one process reads all samples at the lowest cost; None: any process may."""
 
     def padding(self) -> Sample:
         """Return a sample of padding alone, for a step whose batch is skipped."""
@@ -128,6 +135,9 @@ class ShuffledSource:
             indices = np.arange(block * _ORDER_BLOCK, (block + 1) * _ORDER_BLOCK, dtype=np.int64)
             self._block, self._order = block, sample_order(indices, len(self.source), self.seed)
         return self.source.sample(int(self._order[within]), index // len(self.source))
+
+    def shard_of(self, index: int) -> None:
+        """See `SampleStream`; samples are read in any order."""
 
     def padding(self) -> Sample:
         """See `SampleStream`."""

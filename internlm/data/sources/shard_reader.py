@@ -19,6 +19,7 @@ from internlm.data.packing.sample import Packing, Sample, concatenate_slices, pa
 from internlm.data.rows.row_file import RowFile
 from internlm.data.rows.shuffled_rows import OrderedRow, RowPosition, ShuffledRows
 from internlm.data.sources.row_encoder import RowEncoder
+from internlm.data.sources.sample_stream import NoDocumentsError
 from internlm.data.sources.slice_reader import SliceReader
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
@@ -27,6 +28,9 @@ _MAX_ROWS = 64
 """Rows that are read and tokenized together."""
 _MAX_UNREADABLE = 1000
 """Unreadable rows in sequence after which there is something else wrong than single rows."""
+_MIN_ROWS_WITHOUT_DOCUMENT, _MIN_PASSES_WITHOUT_DOCUMENT = 10_000, 30
+"""The data has too few documents after so many rows in sequence without one, or, if that is less, as many as so many
+epochs have. A shard has other rows in each epoch: if it is short, chance leaves it without a document now and then."""
 _WINDOW_SAMPLES = 8
 """Best fit packs the documents of so many samples together. The packing depends on it."""
 
@@ -162,6 +166,9 @@ class ShardReader:
 
     def _cut(self) -> Sample:
         packing, start = self._packing, self.cursor.within
+        # After resuming with another tokenizer the document may be shorter; it is then read from its beginning.
+        if start and start >= len(self._first().ids):
+            start = 0
         slices: list[DocumentSlice] = []
         types: list[int] = []
         filled = 0
@@ -198,6 +205,9 @@ class ShardReader:
         if not self._window:
             self._fill_window()
         position, number = self.cursor
+        # After resuming with other settings the window may have fewer samples; it is then read from its beginning.
+        if number >= len(self._window):
+            number = 0
         sample = self._concatenate(self._window[number], self._window_types[number])
         if number + 1 < len(self._window):
             self.cursor = ShardCursor(position, number + 1)
@@ -265,24 +275,29 @@ class ShardReader:
 
     def _first(self) -> _Document:
         """The first document that is not used up."""
-        first_epoch = self._position.epoch
+        first_epoch, num_rows = self._position.epoch, 0
+        enough = min(_MIN_ROWS_WITHOUT_DOCUMENT, _MIN_PASSES_WITHOUT_DOCUMENT * self._order.num_rows)
         while not self._pending:
-            if self._position.epoch > first_epoch + 1:
-                raise DataError(
-                    f"{self._files[0].path.parent}: shard {self._shard} of {self._order.num_shards} has no row with "
-                    "enough tokens: the data has too few documents, or data.min_length is too large"
+            if self._position.epoch > first_epoch + 1 and num_rows >= enough:
+                raise NoDocumentsError(
+                    f"{self._files[0].path.parent}: {num_rows:,} rows in sequence (shard {self._shard} of "
+                    f"{self._order.num_shards}) have no document with enough tokens: the data has too few "
+                    "documents, or data.min_length is too large"
                 )
-            self._read_rows()
+            num_rows += self._read_rows()
         document = self._pending[0]
         self._num_unreadable = 0 if document.error is None else self._num_unreadable + 1
         if self._num_unreadable > _MAX_UNREADABLE:
-            raise DataError(f"more than {_MAX_UNREADABLE:,} rows in sequence cannot be read, at last: {document.error}")
+            raise NoDocumentsError(
+                f"more than {_MAX_UNREADABLE:,} rows in sequence cannot be read, at last: {document.error}"
+            )
         return document
 
     def _first_position(self) -> RowPosition:
         return self._pending[0].row.position if self._pending else self._position
 
-    def _read_rows(self) -> None:
+    def _read_rows(self) -> int:
+        """Read the next rows, and return how many."""
         # About one sample, however long documents are.
         count = min(_MAX_ROWS, max(1, math.ceil(self._packing.total / self._mean_length)))
         rows = self._order.rows(self._shard, self._position, count)
@@ -298,3 +313,4 @@ class ShardReader:
                 self._note_left_out(f"{self._files[row.file].path}: row {row.row}", left_out)
         self._position = rows[-1].following
         self._mean_length = max(1.0, float(np.mean([len(each.ids) for each in encoded])))
+        return len(rows)

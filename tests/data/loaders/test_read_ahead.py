@@ -45,6 +45,19 @@ def test_order_and_end(num_workers):
     workers.stop()
 
 
+def test_items_of_a_group_are_made_by_one_worker():
+    # Groups 0, 1, 2 and 3, and items without a group.
+    workers = WorkerProcesses(
+        lambda number: (number, os.getpid()), counting, 3, lambda number: None if number % 5 == 4 else number % 5
+    )
+    made = list(workers)
+    workers.stop()
+    assert [number for number, _ in made] == list(range(20))
+    makers = [{process for number, process in made if number % 5 == group} for group in range(4)]
+    assert all(len(group) == 1 for group in makers)
+    assert len(set.union(*makers)) == 3
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,19 +137,42 @@ def test_cut_samples_are_the_documents_of_a_shard_one_after_the_other(folder: Pa
 
 def test_best_fit_keeps_documents_whole(folder: Path, tokenizer: Path) -> None:
     stream = open_stream(folder, tokenizer, packing_of("best_fit", seq_len=64, micro_bsz=1), num_shards=1)
-    known = [ids for rows in documents(tokenizer).values() for ids in rows]
+    typed = [(ids, stream.type_names.index(name)) for name, rows in documents(tokenizer).items() for ids in rows]
+    known = [ids for ids, _ in typed]
     assert max(map(len, known)) <= 64
+    num_mixed = 0
     left = [*known]
     for index in range(40):
         sample = stream.sample(index)
         start = 0
+        is_mixed = np.ndim(sample.type_ids) > 0 and len(np.unique(sample.type_ids)) > 1
+        num_mixed += is_mixed
         for length in sample.lengths:
             ids = sample.input_ids[start : start + length].tolist()
-            start += length
             if any(ids):
                 left.remove(ids)
+            if is_mixed:
+                # Padding has type 0.
+                expected = next(type_id for each, type_id in typed if each == ids) if any(ids) else 0
+                assert set(np.asarray(sample.type_ids)[start : start + length].tolist()) == {expected}
+            start += length
+    assert num_mixed > 5
     # What is left would have followed.
     assert 0 < len(left) < len(known) // 2
+
+
+def test_padding_behind_best_fit_bins_has_type_0(folder: Path, tokenizer: Path) -> None:
+    """Without a document mask each row of a sample is a bin, and the last sample of a window may lack some."""
+    stream = open_stream(folder, tokenizer, packing_of("best_fit", seq_len=64, micro_bsz=4, mask=False), num_shards=1)
+    num_tokens = 0
+    for index in range(60):
+        sample = stream.sample(index)
+        if np.ndim(sample.type_ids) > 0:
+            ids, type_ids = sample.input_ids.reshape(-1), np.asarray(sample.type_ids).reshape(-1)
+            padding = type_ids[int(np.flatnonzero(ids)[-1]) + 2 :]
+            assert not padding.any()
+            num_tokens += len(padding)
+    assert num_tokens > 64
 
 
 FIM = FillInTheMiddle(rate=0.5, spm_rate=0.5, prefix=1, middle=2, suffix=3, level="document", bos=None, eos=0, seed=1)
@@ -200,6 +224,37 @@ class CountingEncoder:
         return self.encoder.encode(rows)
 
 
+def test_ranks_that_resumed_save_their_newest_cursors(folder: Path, tokenizer: Path) -> None:
+    """A rank that resumed also knows the old cursors of shards that others have read since."""
+    state: dict[str, Any] = {}
+    for total in (5, 12, 20):
+        ranks = [
+            build_train_loader(open_stream(folder, tokenizer), micro_num=4, data_rank=rank, data_size=2, prefetch=0)
+            for rank in range(2)
+        ]
+        for loader in ranks:
+            if state:
+                loader.load_state_dict(state)
+            while loader.step < total:
+                next(loader)
+        state = ranks[0].merge_states([loader.state_dict() for loader in ranks])
+        # Of 16 shards, each step reads 8.
+        expected = {str(shard): -(-(8 * total - shard) // 16) for shard in range(16)}
+        assert {shard: entry[0] for shard, entry in state["stream"]["cursors"].items()} == expected
+
+
+class SharedCountingEncoder:
+    """Counts the rows that all processes together encode."""
+
+    def __init__(self, encoder: TextRowEncoder) -> None:
+        self.encoder, self.num_rows = encoder, multiprocessing.Value("l", 0)
+
+    def encode(self, rows: Sequence[tuple[RowFile, int]]) -> list[EncodedRow]:
+        with self.num_rows.get_lock():
+            self.num_rows.value += len(rows)
+        return self.encoder.encode(rows)
+
+
 def test_resuming_reads_nothing_again(folder: Path, tokenizer: Path) -> None:
     first = build_train_loader(open_stream(folder, tokenizer), micro_num=8)
     for _ in range(50):
@@ -214,6 +269,20 @@ def test_resuming_reads_nothing_again(folder: Path, tokenizer: Path) -> None:
     assert next(loader).micro_batches[0].input_ids.tolist() == expected
     # About a sample of 32 tokens for each of the 8 shards of this step.
     assert encoder.num_rows < 60
+
+
+@pytest.mark.parametrize("num_workers", [3, 7, 40])
+def test_workers_share_the_rows(folder: Path, tokenizer: Path, num_workers: int) -> None:
+    """No row is tokenized by several workers, whatever their number is to that of the shards."""
+
+    def rows_of(workers: int) -> int:
+        stream = open_stream(folder, tokenizer)
+        stream._encoder = encoder = SharedCountingEncoder(stream._encoder)  # type: ignore[arg-type]
+        loader = build_train_loader(stream, micro_num=2, num_workers=workers, total_steps=100)
+        assert len(list(loader)) == 100
+        return int(encoder.num_rows.value)
+
+    assert rows_of(num_workers) == rows_of(1)
 
 
 def test_another_number_of_shards_continues_with_that_of_the_checkpoint(folder: Path, tokenizer: Path) -> None:
@@ -254,8 +323,65 @@ def test_rows_that_are_no_documents_are_named(
     ids = {tuple(stream.sample(index).input_ids.tolist()) for index in range(30)}
     assert len(ids) > 1
     assert "it has no token" in caplog.text and "data.min_length is 20" in caplog.text
-    with pytest.raises(DataError, match=r"no row with enough tokens: the data has too few documents"):
-        open_stream(tmp_path, tokenizer, packing_of(min_lengths=(10_000,)), num_shards=1).sample(0)
+    loader = build_train_loader(
+        open_stream(tmp_path, tokenizer, packing_of(min_lengths=(10_000,)), num_shards=1), micro_num=1, prefetch=0
+    )
+    with pytest.raises(DataError, match=r"no document with enough tokens: the data has too few documents") as caught:
+        next(loader)
+    # To leave out one document would not help.
+    assert "skip_bad_documents" not in str(caught.value)
+
+
+def test_a_document_with_exactly_the_minimum_length_is_kept(tmp_path: Path, tokenizer: Path) -> None:
+    text = "What is the sum of two and three?"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    num_tokens = len(load_tokenizer(tokenizer).encode_batch([text])[0]) + 1
+    open_stream(tmp_path, tokenizer, packing_of(min_lengths=(num_tokens,))).sample(0)
+    with pytest.raises(DataError, match="no document with enough tokens"):
+        open_stream(tmp_path, tokenizer, packing_of(min_lengths=(num_tokens + 1,))).sample(0)
+
+
+def test_fill_in_the_middle_differs_between_epochs(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "What is the sum of two and three?"}) + "\n")
+    stream = open_stream(tmp_path, tokenizer, packing_of("unpacked", 128, 1, fim=FIM, min_lengths=(0,)))
+    assert len({tuple(stream.sample(index).input_ids.reshape(-1).tolist()) for index in range(20)}) > 5
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit", "unpacked"])
+def test_short_shards_without_a_document_in_some_epochs(tmp_path: Path, tokenizer: Path, packing: str) -> None:
+    """With as many shards as rows, most shards have only empty rows for several epochs."""
+    rows = [{"text": f"What is {number}?" if number % 8 == 0 else ""} for number in range(64)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = open_stream(tmp_path, tokenizer, packing_of(packing, min_lengths=(0,)), num_shards=64)
+    assert stream.num_shards == 64
+    for index in range(192):
+        assert len(stream.sample(index).input_ids.reshape(-1)) == 32
+
+
+def test_files_without_rows_among_others(folder: Path, tmp_path: Path, tokenizer: Path) -> None:
+    table = pyarrow.table({"text": TEXTS["code"]})
+    pyarrow.parquet.write_table(table[:0], tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", row_group_size=25)
+    pyarrow.parquet.write_table(table[:0], tmp_path / "c.parquet")
+    files = open_row_files([tmp_path / name for name in ("a.parquet", "b.parquet", "c.parquet")], ["text"])
+    order = ShuffledRows(files, 4, 3)
+    alone = ShuffledRows(files[1:2], 4, 3)
+    for shard in range(4):
+        found = [(each.file, each.row) for each in order.rows(shard, RowPosition(), 40)]
+        assert found == [(1, each.row) for each in alone.rows(shard, RowPosition(), 40)]
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit", "unpacked"])
+def test_a_cursor_of_other_settings_continues(folder: Path, tokenizer: Path, packing: str) -> None:
+    """Another packing counts otherwise, and another tokenizer makes shorter documents."""
+    stream = open_stream(folder, tokenizer, packing_of(packing))
+    stream.load_state(16, {"num_shards": 16, "cursors": {str(shard): [1, 0, 2, 0, 99_999] for shard in range(16)}})
+    samples = [stream.sample(index) for index in range(16, 64)]
+    # Continued from the cursors of these samples, the next ones are the same.
+    again = open_stream(folder, tokenizer, packing_of(packing))
+    again.note_delivered(range(16, 32), [sample.cursor for sample in samples[:16]])
+    for index in range(32, 64):
+        assert again.sample(index).input_ids.tolist() == samples[index - 16].input_ids.tolist()
 
 
 def test_unreadable_rows(tmp_path: Path, tokenizer: Path) -> None:
@@ -310,3 +436,14 @@ def test_row_order_of_blocks_and_single_rows(folder: Path) -> None:
                 parts += order.rows(0, position, 7)
                 position = parts[-1].following
             assert parts[:300] == whole
+
+
+def test_each_epoch_has_another_order_of_units_and_of_their_rows(folder: Path) -> None:
+    order = ShuffledRows(open_row_files([folder / "code" / "a.parquet"], ["text"]), 1, seed=1)
+    epochs = [[row.row for row in order.rows(0, RowPosition(epoch), 90)] for epoch in (0, 1)]
+    # The first row group of 25 rows is split into units of 22 and 3.
+    units = [[row for row in rows if row < 22] for rows in epochs]
+    assert sorted(units[0]) == sorted(units[1]) == list(range(22))
+    assert units[0] != units[1] and units[0] != sorted(units[0])
+    starts = [[row // 25 for row in rows] for rows in epochs]
+    assert starts[0] != starts[1]
