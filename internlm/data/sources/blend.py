@@ -45,6 +45,8 @@ class BlendedStream:
             for a stream without a number of samples per epoch.
     """
 
+    _dealing: BlendCursor
+    """Of `shard_of`."""
     _reading: BlendCursor
     """Of the process or thread that reads samples."""
     _delivered: BlendCursor
