@@ -46,6 +46,7 @@ def trainer_of(engine: Any, context: ParallelContext) -> Any:
         hook_states=dict,
         notify_checkpoint_loaded=lambda path: None,
         num_skipped_updates=torch.zeros(()),
+        num_bad_documents=torch.zeros(()),
     )
 
 
