@@ -7,23 +7,20 @@ and renames it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from internlm.utils.errors import DataError
-from internlm.utils.logging import get_logger
+from internlm.utils.file_lock import locked
 from internlm.utils.user_cache import user_cache
 
 CACHE_FOLDER = ".index_cache"
 _FORMAT_VERSION = 2
-
-_log = get_logger(__name__)
 
 
 class IndexedFile(Protocol):
@@ -71,59 +68,24 @@ def cached_or_built(file: IndexedFile, kind: str, suffix: str, write: Callable[[
     """
     found = cached(file, kind, suffix)
     if found is None:
-        with _locked(file, kind):
+        with locked_index(file, kind):
             # Another process may have built it before this one got the lock.
             found = cached(file, kind, suffix) or store(file, kind, suffix, write)
     return found
 
 
 @contextmanager
-def _locked(file: IndexedFile, kind: str) -> Iterator[None]:
-    """Hold the lock of an index, in the first cache folder that has locks; without one if there is none.
-
-    The system releases a lock when its holder ends, even if killed.
-    """
+def locked_index(file: IndexedFile, kind: str) -> Iterator[None]:
+    """Hold the lock of an index, in the first cache folder that has locks; without one if there is none."""
     name = f".lock-{_cache_name(file, kind, '')}"
-    for folder in _cache_folders(file.path):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder / name, f"{kind} of {file.path}")
-        except OSError:  # read-only, or a network file system without locks
-            continue
-        try:
-            yield
-        finally:
-            (folder / name).unlink(missing_ok=True)
-            os.close(lock)
-        return
-    yield
-
-
-def _lock(path: Path, index: str) -> int:
-    """Create and lock a file; return its descriptor."""
-    while True:
-        # Writable for all: data is shared between users.
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.debug("Waiting for another process to build the index %s", index)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            # The holder that this process has waited for has deleted the file: others lock a new one.
-            if _is_same_file(path, lock):
-                return lock
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)
-
-
-def _is_same_file(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+    with ExitStack() as stack:
+        for folder in _cache_folders(file.path):
+            with suppress(OSError):  # read-only, or a network file system without locks
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder / name, f"builds the index {kind} of {file.path}"))
+                stack.callback((folder / name).unlink, missing_ok=True)
+                break
+        yield
 
 
 def store(file: IndexedFile, kind: str, suffix: str, write: Callable[[Path], object]) -> Path:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from internlm.data.remote.file_lock import locked, remove_unused
 from internlm.data.remote.mirror import MIRROR_SUFFIX, Mirror, version_hash
 from internlm.data.remote.transfer import disk_error, download
 from internlm.utils.errors import RemoteDataError
+from internlm.utils.file_lock import locked, remove_unused
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from internlm.data.remote.fetching import fetch
-from internlm.data.remote.file_lock import open_shared
 from internlm.data.remote.mirror import MIRROR_SUFFIX, Mirror, is_companion, read_mirror, version_hash
 from internlm.data.remote.transfer import disk_error, download
 from internlm.data.rows.process_cache import OPEN_FILES, ProcessCache
 from internlm.utils.errors import RemoteDataError
+from internlm.utils.file_lock import open_shared
 
 T = TypeVar("T")
 

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from internlm.data.remote.file_lock import locked, remove_unused
 from internlm.data.remote.transfer import disk_error, download
 from internlm.utils.errors import RemoteDataError, StorageError
+from internlm.utils.file_lock import locked, remove_unused
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, StoredFile, storage_path
 from internlm.utils.user_cache import user_cache

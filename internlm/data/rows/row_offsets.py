@@ -14,9 +14,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from internlm.data.documents.index_cache import cached, store
+from internlm.data.documents.index_cache import cached, locked_index, store
 from internlm.data.remote.local_file import local_file
-from internlm.data.rows.machine_lock import machine_lock
 from internlm.utils.logging import get_logger
 
 TextUnit = Literal["line", "paragraph", "file"]
@@ -52,7 +51,7 @@ def offset_index(path: Path, unit: TextUnit) -> Path:
     found = cached(file, kind, ".bin")
     if found is not None and _is_intact(found):
         return found
-    with machine_lock(path, "builds the index of its rows"):
+    with locked_index(file, kind):
         found = cached(file, kind, ".bin")
         if found is not None:
             if _is_intact(found):

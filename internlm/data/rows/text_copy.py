@@ -14,10 +14,10 @@ from typing import BinaryIO
 
 from internlm.data.remote.local_file import local_file
 from internlm.data.rows.file_version import FileVersion, check_version
-from internlm.data.rows.machine_lock import machine_lock
 from internlm.data.tokenize.input_files import is_compressed, open_input
 from internlm.data.tokenize.json_values import iterate_json_array
 from internlm.utils.errors import DataError
+from internlm.utils.file_lock import locked_if_possible
 from internlm.utils.logging import get_logger
 from internlm.utils.user_cache import user_cache
 
@@ -45,7 +45,7 @@ def text_copy(path: Path, version: FileVersion, *, is_array: bool) -> Path:
     check_version(path, version)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with machine_lock(path, "decompresses it once"):
+        with locked_if_possible(folder / f".{copy.name}.lock", f"decompresses {path}"):
             if not copy.is_file():
                 _make(path, copy, is_array)
     except OSError as error:

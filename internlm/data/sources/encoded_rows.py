@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from internlm.data.rows.machine_lock import machine_lock
 from internlm.data.rows.row_file import RowFile
 from internlm.data.sources.row_encoder import RowEncoder
 from internlm.data.tokenized_files.writer import TokenizedWriter, encode_masked_line
 from internlm.utils.errors import DataError
+from internlm.utils.file_lock import locked_if_possible
 from internlm.utils.logging import get_logger
 from internlm.utils.user_cache import user_cache
 
@@ -40,7 +40,7 @@ def encoded_sets(sets: Mapping[str, Sequence[RowFile]], encoder: RowEncoder, enc
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with machine_lock(folder, "tokenizes the validation sets"):
+    with locked_if_possible(folder.with_name(f".{folder.name}.lock"), "tokenizes the validation sets"):
         if not folder.is_dir():
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from internlm.utils.logging import get_logger
@@ -26,19 +27,28 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 @contextmanager
-def locked(path: Path, purpose: str) -> Iterator[int]:
+def locked(path: Path, purpose: str, *, level: int = logging.DEBUG) -> Iterator[int]:
     """Hold the exclusive lock of a file, which is created; yields its descriptor.
 
     Its holder may rename or remove the file: those that wait for it then lock a new one.
+
+    Args:
+        path: the file; its folder exists.
+        purpose: what its holder does, for the log of those that wait.
+        level: of that line.
+
+    Raises:
+        OSError: the file cannot be written, or its file system has no locks.
     """
     while True:
+        # Writable for all: data is shared between users.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         _held.add(descriptor)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.debug("waiting for another process: %s", purpose)
+                logger.log(level, "waiting for another process of this machine: %s", purpose)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if is_same_file(path, descriptor):
                 yield descriptor
@@ -46,6 +56,16 @@ def locked(path: Path, purpose: str) -> Iterator[int]:
         finally:
             _held.discard(descriptor)
             os.close(descriptor)
+
+
+@contextmanager
+def locked_if_possible(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the exclusive lock of a file, or none where there are no locks: each process then does the work itself."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path, purpose, level=logging.INFO))
+        yield
 
 
 def open_shared(path: Path) -> int | None:
