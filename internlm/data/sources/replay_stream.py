@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from internlm.data.batch import IGNORE_INDEX
 from internlm.data.packing.document_slice import DocumentSlice
 from internlm.data.packing.sample import Packing, Sample, concatenate_slices, padding_sample, stack_slices
-from internlm.data.sources.sample_stream import StreamEndError
+from internlm.data.sources.sample_stream import StatelessStream, StreamEndError
 from internlm.utils.errors import DataError
 
 _NAME = re.compile(r"(?P<prefix>.*?)_?(?P<kind>tokens|labels)_step(?P<step>\d+)_dp(?P<rank>\d+)(\.\w+)?")
@@ -29,7 +29,7 @@ _CACHED_STEPS = 2
 _Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-class ReplayStream:
+class ReplayStream(StatelessStream):
     """The rows of recorded steps as a `SampleStream`, in their order.
 
     Args:
@@ -86,32 +86,10 @@ class ReplayStream:
             return stack_slices(slices, self._seq_len, self._micro_bsz, type_id=0)
         return concatenate_slices(slices, self._seq_len, ids.size, "cut", 0)
 
-    def shard_of(self, index: int) -> None:
-        """See `SampleStream`; samples are read in any order."""
-
     def padding(self) -> Sample:
         """See `SampleStream`."""
         packing: Packing = "unpacked" if self._packing == "unpacked" else "cut"
         return padding_sample(self._seq_len, self._micro_bsz, packing)
-
-    def note_delivered(self, indices: Sequence[int], cursors: Sequence[Any]) -> None:
-        """See `SampleStream`."""
-
-    def state_at(self, index: int) -> dict[str, Any]:
-        """See `SampleStream`; random access needs no state."""
-        return {}
-
-    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """See `SampleStream`."""
-        return {}
-
-    def load_state(self, index: int, state: Mapping[str, Any]) -> list[str]:
-        """See `SampleStream`."""
-        return []
-
-    def progress_at(self, index: int) -> dict[str, float]:
-        """See `SampleStream`."""
-        return {}
 
     def _step_rows(self, step: int) -> _Rows:
         """Ids and labels of a step, counted from 0: both int64 [rows_per_step, seq_len]."""

@@ -92,8 +92,36 @@ class FiniteStream(Protocol):
         """Why the stream has fewer than `index` samples; None if it has as many. Called with ascending indices."""
 
 
-class ShuffledSource:
-    """The samples of a `SampleSource`, in another order in every epoch. Random access; needs no state.
+class StatelessStream:
+    """The members of a `SampleStream` whose samples are read in any order, at the same cost, without a state."""
+
+    def shard_of(self, index: int) -> None:
+        """See `SampleStream`."""
+
+    def note_delivered(self, indices: Sequence[int], cursors: Sequence[Any]) -> None:
+        """See `SampleStream`."""
+
+    def state_at(self, index: int) -> dict[str, Any]:
+        """See `SampleStream`."""
+        return {}
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See `SampleStream`."""
+        return {}
+
+    def load_state(self, index: int, state: Mapping[str, Any]) -> list[str]:
+        """See `SampleStream`."""
+        if not state:
+            return []
+        return [f"the checkpoint has the state of another kind of data: this source continues at its sample {index:,}"]
+
+    def progress_at(self, index: int) -> dict[str, float]:
+        """See `SampleStream`."""
+        return {}
+
+
+class ShuffledSource(StatelessStream):
+    """The samples of a `SampleSource`, in another order in every epoch.
 
     Args:
         source: finite.
@@ -136,30 +164,6 @@ class ShuffledSource:
             self._block, self._order = block, sample_order(indices, len(self.source), self.seed)
         return self.source.sample(int(self._order[within]), index // len(self.source))
 
-    def shard_of(self, index: int) -> None:
-        """See `SampleStream`; samples are read in any order."""
-
     def padding(self) -> Sample:
         """See `SampleStream`."""
         return self.source.padding()
-
-    def note_delivered(self, indices: Sequence[int], cursors: Sequence[Any]) -> None:
-        """See `SampleStream`."""
-
-    def state_at(self, index: int) -> dict[str, Any]:
-        """See `SampleStream`."""
-        return {}
-
-    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """See `SampleStream`."""
-        return {}
-
-    def load_state(self, index: int, state: Mapping[str, Any]) -> list[str]:
-        """See `SampleStream`."""
-        if not state:
-            return []
-        return [f"the checkpoint has the state of another kind of data: this source continues at its sample {index:,}"]
-
-    def progress_at(self, index: int) -> dict[str, float]:
-        """See `SampleStream`."""
-        return {}
