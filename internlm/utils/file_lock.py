@@ -65,6 +65,7 @@ def locked_if_possible(path: Path, purpose: str) -> Iterator[None]:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(path, purpose, level=logging.INFO))
+            stack.callback(path.unlink, missing_ok=True)
         yield
 
 
