@@ -1,12 +1,11 @@
 """Tokens/s of one loader worker for each kind of data, against what a user would write with peers.
 
-    python benchmarks/loader_peers.py [--documents 20000] [--seconds 4] [--megatron FOLDER]
+    python benchmarks/loader_peers.py [--documents 20000] [--seconds 4]
 
 The peers pack the same documents, in an order of their own, into samples of --seq-len tokens, in one worker:
 
 - token ids: `datasets` with a column of ids, shuffled and grouped by an iterable dataset, in a DataLoader;
-- Megatron datasets also: GPTDataset of megatron-core in a DataLoader, if megatron-core is installed, or found in the
-  folder --megatron;
+- Megatron datasets also: GPTDataset of megatron-core in a DataLoader;
 - texts: `datasets` with a column of text, tokenized in the same place by the `tokenizers` library in batches of 100.
 
 Rounds alternate, and the best of each is compared. What a peer prepares before (Arrow files, GPTDataset's indices) is
@@ -195,10 +194,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--megatron", help="folder in which megatron-core is installed")
     options = parser.parse_args()
-    if options.megatron:
-        sys.path.append(options.megatron)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -210,12 +206,7 @@ def main() -> None:
             "datasets, ids": lambda: of_datasets(folder, "peer_ids", None, *size),
             "datasets, texts": lambda: of_datasets(folder, "peer_texts", tokenizer, *size),
         }
-        try:
-            import megatron.core
-
-            runs["GPTDataset"] = lambda: of_megatron(folder, *size)
-        except ImportError:
-            print("megatron-core is not installed: no GPTDataset")
+        runs["GPTDataset"] = lambda: of_megatron(folder, *size)
         best = dict.fromkeys(runs, 0.0)
         for _ in range(ROUNDS):
             for name, run in runs.items():
@@ -223,8 +214,7 @@ def main() -> None:
     print("| data | tokens/s | against datasets | against GPTDataset |\n|---|---|---|---|")
     for name, value in best.items():
         peer = best["datasets, texts" if name in ("streaming", "datasets, texts") else "datasets, ids"]
-        megatron = f"{value / best['GPTDataset']:.2f}" if "GPTDataset" in best else ""
-        print(f"| {name} | {value:,.0f} | {value / peer:.2f} | {megatron} |")
+        print(f"| {name} | {value:,.0f} | {value / peer:.2f} | {value / best['GPTDataset']:.2f} |")
 
 
 if __name__ == "__main__":

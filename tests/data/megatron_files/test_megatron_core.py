@@ -1,4 +1,4 @@
-"""The files are those of megatron-core, in both directions; skipped where it is not installed."""
+"""The files are those of megatron-core, in both directions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets import indexed_dataset as oracle
 
 from internlm.data.megatron_files.reader import MegatronFile, index_path
 from internlm.data.megatron_files.writer import MegatronWriter, smallest_dtype
-
-oracle = pytest.importorskip("megatron.core.datasets.indexed_dataset", exc_type=ImportError)
+from internlm.utils.errors import DataError
 
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]
 DOCUMENTS = [[[1, 2], [3]], [[4]], [[]], [[5, 6, 7], [], [8]], [list(range(100))]]
@@ -41,13 +41,18 @@ def test_files_are_equal_to_the_bit_and_read_alike(dtype: type[np.integer], tmp_
         assert file.sequence_lengths(number).tolist() == [len(sequence) for sequence in read]
 
 
-def test_datasets_with_modes_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("image", [0, 1])
+def test_sequences_of_multimodal_datasets_must_be_text(tmp_path: Path, image: int) -> None:
     builder = oracle.IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32, multimodal=True)
-    for item, mode in ([1, 2], 0), ([3], 1):
+    for item, mode in ([1, 2], 0), ([3], image):
         builder.add_item(torch.tensor(item), mode)
     builder.end_document()
     builder.finalize(str(tmp_path / "a.idx"))
-    assert MegatronFile(tmp_path / "a.bin").read(0)[0].tolist() == [1, 2, 3]
+    if image:
+        with pytest.raises(DataError, match=r"1 of its 2 sequences are not text \(multimodal data\)"):
+            MegatronFile(tmp_path / "a.bin")
+    else:
+        assert MegatronFile(tmp_path / "a.bin").read(0)[0].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 65_499, 65_500, 200_000])
