@@ -5,7 +5,8 @@ Legend of shapes: M micro-batches, B sequences, S tokens of a sequence, P packed
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,20 +58,22 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Copy to `device`, asynchronously from pinned memory."""
+        return self.copied(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+    def pinned(self) -> MicroBatch:
+        """Copy to page-locked memory, from which copies to a CUDA device are asynchronous."""
+        return self.copied(Tensor.pin_memory)
 
-        return MicroBatch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            type_ids=self.type_ids.to(device, non_blocking=True),
-            cu_seqlens=move(self.cu_seqlens),
-            lengths=self.lengths,
-            num_valid_tokens=self.num_valid_tokens,
-            num_documents=self.num_documents,
-            extra={name: tensor.to(device, non_blocking=True) for name, tensor in self.extra.items()},
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """Copy every tensor with `copy`."""
+        return replace(
+            self,
+            input_ids=copy(self.input_ids),
+            labels=copy(self.labels),
+            position_ids=copy(self.position_ids),
+            type_ids=copy(self.type_ids),
+            cu_seqlens=None if self.cu_seqlens is None else copy(self.cu_seqlens),
+            extra={name: copy(tensor) for name, tensor in self.extra.items()},
         )
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers.tiny import micro_batch
 
-from internlm.data.packing.collate import pin
 from internlm.data.upload import Uploader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -20,12 +19,12 @@ LONG = 2_000_000_000
 def test_copies_do_not_wait_for_the_work_queued_before_them() -> None:
     device = torch.device("cuda", 0)
     uploader = Uploader(device)
-    uploader.start([pin(micro_batch(0))])[0].get()  # the stream's memory is there
+    uploader.start([micro_batch(0).pinned()])[0].get()  # the stream's memory is there
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)
     busy = torch.cuda.Event()
     busy.record()
-    uploads = uploader.start([pin(micro_batch(index)) for index in range(4)])
+    uploads = uploader.start([micro_batch(index).pinned() for index in range(4)])
     deadline = time.monotonic() + 30
     copied = [upload.copy._event for upload in uploads]  # type: ignore[attr-defined]
     while not all(event.query() for event in copied) and time.monotonic() < deadline:
@@ -39,7 +38,7 @@ def test_a_pass_sees_what_was_copied() -> None:
     uploader = Uploader(device)
     sums, expected = [], []
     for start in range(0, 200, 4):
-        micros = [pin(micro_batch(index)) for index in range(start, start + 4)]
+        micros = [micro_batch(index).pinned() for index in range(start, start + 4)]
         for upload in uploader.start(micros):
             torch.cuda._sleep(100_000)
             sums.append(upload.get().input_ids.square().sum())

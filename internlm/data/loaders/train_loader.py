@@ -18,7 +18,7 @@ from typing import Any
 from internlm.data.batch import Batch
 from internlm.data.loaders.batch_plan import NO_SKIPS, RampUp, SkipBatches, parse_skip_batches
 from internlm.data.loaders.read_ahead import ReadAheadThread, WorkerProcesses
-from internlm.data.packing.collate import pin, to_micro_batch
+from internlm.data.packing.collate import to_micro_batch
 from internlm.data.packing.sample import Sample
 from internlm.data.sources.sample_stream import FiniteStream, NoDocumentsError, SampleStream, StreamEndError
 from internlm.utils.errors import ConfigError, DataError, RemoteDataError
@@ -328,7 +328,7 @@ def _to_batches(plans: Iterator[_StepPlan], read: Iterator[Sample], pin_memory: 
         samples = [next(read) for _ in plan.indices]
         micro_batches = [to_micro_batch(sample) for sample in samples]
         if pin_memory:
-            micro_batches = [pin(micro) for micro in micro_batches]
+            micro_batches = [micro.pinned() for micro in micro_batches]
         yield Batch(
             micro_batches,
             plan.num_samples,

@@ -1,4 +1,4 @@
-"""Turns samples into the tensors of a micro-batch, in pinned memory if a device will copy them."""
+"""Turns samples into the tensors of a micro-batch."""
 
 from __future__ import annotations
 
@@ -33,18 +33,4 @@ def to_micro_batch(sample: Sample) -> MicroBatch:
         lengths=sample.lengths,
         num_valid_tokens=num_valid_tokens,
         num_documents=sample.num_documents,
-    )
-
-
-def pin(micro: MicroBatch) -> MicroBatch:
-    """Copy a micro-batch to page-locked memory, from which copies to a CUDA device are asynchronous."""
-    return MicroBatch(
-        input_ids=micro.input_ids.pin_memory(),
-        labels=micro.labels.pin_memory(),
-        position_ids=micro.position_ids.pin_memory(),
-        type_ids=micro.type_ids.pin_memory(),
-        cu_seqlens=None if micro.cu_seqlens is None else micro.cu_seqlens.pin_memory(),
-        lengths=micro.lengths,
-        num_valid_tokens=micro.num_valid_tokens,
-        num_documents=micro.num_documents,
     )
