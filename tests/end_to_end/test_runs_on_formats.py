@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.commands import metrics_of, start_training, write_config
-
-from internlm.data.megatron_files.writer import MegatronWriter
-from internlm.data.token_arrays.writer import ArrayWriter
-from internlm.data.tokenized_files.writer import TokenizedWriter
+from helpers.data_folders import write_file
 
 PACKINGS = {
     "cut": {},
@@ -22,20 +19,8 @@ PACKINGS = {
 
 def write_documents(path: Path, format: str, seed: int) -> None:
     random = np.random.default_rng(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    documents = [random.integers(1, 60, random.integers(2, 40)) for _ in range(60)]
-    if format == "tokenized":
-        with TokenizedWriter(path.with_suffix(".bin")) as tokenized:
-            for document in documents:
-                tokenized.write(document)
-    elif format == "megatron":
-        with MegatronWriter(path.with_suffix(".bin"), np.dtype(np.uint16)) as megatron:
-            for document in documents:
-                megatron.write(document)
-    else:
-        with ArrayWriter(path.with_suffix(".ds"), np.dtype(np.uint16)) as arrays:
-            for document in documents:
-                arrays.write(document)
+    content = [random.integers(1, 60, random.integers(2, 40)).tolist() for _ in range(60)]
+    write_file(path, "ds" if format == "arrays" else format, content)
 
 
 def train(folder: Path, data: dict[str, Any], *arguments: object, run: str = "run") -> tuple[int, str, list[Any]]:

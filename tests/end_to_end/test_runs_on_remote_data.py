@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from helpers.chat_templates import save_chat_tokenizer
 from helpers.commands import metrics_of, start_ranks, start_training, write_config
+from helpers.data_folders import upload
 from helpers.fault_proxy import Fault, FaultProxy
-from helpers.remote_data import upload
 from helpers.s3 import Bucket
 
 from internlm.data.tokenized_files.writer import TokenizedWriter

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from helpers.configs import small_config
+from helpers.data_folders import upload, write_folder
 from helpers.fault_proxy import FaultProxy
-from helpers.remote_data import upload, write_folder
 from helpers.s3 import Bucket
 
 from internlm.initialize import data_folders

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.data_folders import upload
 from helpers.fault_proxy import Fault, FaultProxy
-from helpers.remote_data import upload
 from helpers.s3 import Bucket
 
 from internlm.data.loaders.train_loader import build_train_loader

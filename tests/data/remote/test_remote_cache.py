@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.data_folders import upload, write_rows
 from helpers.fault_proxy import Fault, FaultProxy
 from helpers.full_disk import no_file_larger_than
-from helpers.remote_data import upload, write_rows
 from helpers.s3 import Bucket
 
 from internlm.data.loaders.train_loader import build_train_loader

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.data_folders import FORMATS, NAMES, documents, upload, write_file, write_folder, write_rows
 from helpers.fault_proxy import FaultProxy
-from helpers.remote_data import FORMATS, NAMES, documents, upload, write_file, write_folder, write_rows
 from helpers.s3 import Bucket
 
 from internlm.data.batch import MicroBatch
