@@ -29,7 +29,6 @@ from internlm.utils.logging import get_logger
 _SHARDS_PER_SAMPLE = 8
 """Shards of each micro-batch of a step; no more workers than micro-batches times this have rows to tokenize."""
 
-
 _CHECKED_ROWS = 1000
 """Rows that are encoded before a run; parquet decodes a row group for each."""
 

@@ -37,7 +37,7 @@ def test_every_key_that_names_a_path_is_one():
     named = {
         path
         for path, field in walk_schema(Config)
-        if re.search(r"(folder|_path|_file|\.path)$", path) and "str" in str(field.annotation)
+        if re.search(r"(folder|_path|_file|\.path|chat_template)$", path) and "str" in str(field.annotation)
     }
     paths = {path for path, field in walk_schema(Config) if is_path(field)}
     assert named - NO_PATHS == paths
@@ -50,6 +50,11 @@ def test_home_folders_are_expanded_in_every_path(load, tmp_path):
     paths.remove("data.cache_folder")
     remote = load("data.train_folder=s3://b/x", "data.cache_folder=~/c").config.data
     assert (remote.train_folder, remote.cache_folder) == ("s3://b/x", f"{tmp_path}/home/c")
+    # Which is for rows.
+    paths.remove("data.conversations.chat_template")
+    rows = ("data.type=streaming", "data.train_folder=a", "data.tokenizer_path=b")
+    conversations = load(*rows, "data.conversations={'chat_template': '~/t'}").config.data.conversations
+    assert conversations.chat_template == f"{tmp_path}/home/t"
     values = {path: f"~/{path}" for path in paths}
     # Another name of a key must not contradict it.
     values["data.dataset_folder"] = values["data.train_folder"]

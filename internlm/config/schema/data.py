@@ -59,7 +59,7 @@ class ConversationConfig(Section):
         "How answers are found: `marks` of the template ({% generation %}), exact difference of `prefix`es; `auto`: "
         "marks if the template has them.",
     )
-    chat_template: str | None = key(None, "File with a chat template; None: that of data.tokenizer_path.")
+    chat_template: PathText = key(None, "File with a chat template; None: that of data.tokenizer_path.")
 
 
 KEYS_OF_TYPES = (
