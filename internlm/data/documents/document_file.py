@@ -21,6 +21,7 @@ class DocumentFile(Protocol):
     Attributes:
         path: the file that messages name.
         inputs: the files that the documents depend on; an index built from other versions of them is not used.
+        reading: settings of the reader that the documents depend on, as a text; neither is one built with others.
         vocab_size: ids must be smaller; checked when a document is read. None accepts any.
     """
 
@@ -29,6 +30,9 @@ class DocumentFile(Protocol):
 
     @property
     def inputs(self) -> Sequence[Path]: ...
+
+    @property
+    def reading(self) -> str: ...
 
     @property
     def vocab_size(self) -> int | None: ...

@@ -88,6 +88,8 @@ class DocumentSelection:
     def __init__(self, path: Path, documents: NDArray[np.int64], files: OpenFiles) -> None:
         self.path, self.documents = path, documents
         self.inputs: Sequence[Path] = files.get(path).inputs
+        chosen = hashlib.sha256(documents.tobytes()).hexdigest()[:16]
+        self.reading = f"{files.get(path).reading}-{chosen}"
         self._files = files
         self._counts = files.get(path).counts_of(documents)
 

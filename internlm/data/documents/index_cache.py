@@ -20,11 +20,11 @@ from internlm.utils.file_lock import locked
 from internlm.utils.user_cache import user_cache
 
 CACHE_FOLDER = ".index_cache"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 class IndexedFile(Protocol):
-    """A file that an index is made of, and all files that its content depends on."""
+    """A file that an index is made of; see `DocumentFile`."""
 
     @property
     def path(self) -> Path: ...
@@ -32,9 +32,12 @@ class IndexedFile(Protocol):
     @property
     def inputs(self) -> Sequence[Path]: ...
 
+    @property
+    def reading(self) -> str: ...
+
 
 def _cache_name(file: IndexedFile, kind: str, suffix: str) -> str:
-    parts: list[object] = [_FORMAT_VERSION, kind, file.path.name]
+    parts: list[object] = [_FORMAT_VERSION, kind, file.path.name, file.reading]
     for each in file.inputs:
         status = each.stat()
         parts += [status.st_size, status.st_mtime_ns]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from internlm.data.documents.document_file import DocumentFile
-from internlm.data.documents.held_out import DocumentSelection
 from internlm.data.documents.index_cache import cached_or_built
 from internlm.data.tokenize.token_bytes import Decode, TokenBytes
 from internlm.utils.errors import DataError
@@ -51,8 +49,6 @@ def count_label_bytes(files: Sequence[DocumentFile], table: TokenBytes, decode: 
 
 def _count_file(file: DocumentFile, table: TokenBytes, decode: Decode, fingerprint: str) -> LabelBytes:
     kind = f"label_bytes-{fingerprint}"
-    if isinstance(file, DocumentSelection):
-        kind += f"-{hashlib.sha256(file.documents.tobytes()).hexdigest()[:16]}"
 
     def write(target: Path) -> None:
         target.write_text(json.dumps(asdict(_read_file(file, table, decode))))

@@ -66,6 +66,7 @@ class MegatronFile:
         self.vocab_size = vocab_size
         index = index_path(self.path)
         self.inputs = (self.path, index)
+        self.reading = ""
         for each in self.inputs:
             if not each.is_file():
                 raise DataError(f"{each}: no such file; a Megatron dataset is NAME.bin with NAME.idx")

@@ -48,6 +48,11 @@ class ArrowRows:
         """The file."""
         return (self.path,)
 
+    @property
+    def reading(self) -> str:
+        """Nothing: rows have their numbers from the file alone."""
+        return ""
+
     def __len__(self) -> int:
         """Number of rows in the file."""
         return int(self._batch_starts()[-1])

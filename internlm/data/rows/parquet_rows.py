@@ -45,6 +45,11 @@ class ParquetRows:
         return (self.path,)
 
     @property
+    def reading(self) -> str:
+        """Nothing: rows have their numbers from the file alone."""
+        return ""
+
+    @property
     def block_starts(self) -> NDArray[np.int64]:
         """First row of each row group with rows: int64 [blocks]."""
         starts = self._group_starts()

@@ -22,6 +22,7 @@ class RowFile(Protocol):
     Attributes:
         path: the file that messages name.
         inputs: the files that the rows depend on; an index built from other versions of them is not used.
+        reading: see `DocumentFile`.
         block_starts: first row of each block, ascending: int64 [blocks]. Reading a row decodes its block and keeps it,
             so an order that stays in a block for a while is cheap. None: rows are read singly, in any order.
     """
@@ -31,6 +32,9 @@ class RowFile(Protocol):
 
     @property
     def inputs(self) -> Sequence[Path]: ...
+
+    @property
+    def reading(self) -> str: ...
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None: ...

@@ -44,6 +44,11 @@ class OffsetFile:
         """The file."""
         return (self.path,)
 
+    @property
+    def reading(self) -> str:
+        """Nothing: rows have their numbers from the file alone."""
+        return ""
+
 
 def offset_index(path: Path, unit: TextUnit) -> Path:
     """The cached index of the rows of a file, built if it is missing or its checksum is wrong."""

@@ -67,6 +67,11 @@ class TextRows:
         """The file."""
         return (self.path,)
 
+    @property
+    def reading(self) -> str:
+        """Nothing: rows have their numbers from the file alone."""
+        return ""
+
     def __len__(self) -> int:
         """Number of rows in the file."""
         return len(self._offsets()) - 1

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from internlm.data.documents.index_cache import cached, store
+from internlm.data.documents.index_cache import cached_or_built
 from internlm.data.remote.local_file import LazyFile
 from internlm.utils.errors import DataError
 
@@ -39,7 +39,8 @@ class TokenArray:
             have their document ends beside them, with which this id is not searched.
 
     Attributes:
-        inputs: the file, and its .index if it has one.
+        inputs: the file, and its .index and .loss if it has them.
+        reading: dtype and separator.
         dtype: of the tokens.
 
     Raises:
@@ -59,11 +60,13 @@ class TokenArray:
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file")
         ends = ends_path(self.path)
-        self.inputs = (self.path, ends) if ends.is_file() else (self.path,)
+        companions = (ends, self.path.with_name(self.path.name + ".loss"))
+        self.inputs = (self.path, *(each for each in companions if each.is_file()))
         load = functools.partial(_map_tokens, path=self.path, dtype=dtype)
         self._tokens = LazyFile(self.path, f"tokens-{dtype}", load)
         head = self._tokens.head()
         self.dtype, self._num_tokens = head.dtype, len(head)
+        self.reading = f"{self.dtype.str[1:]}-{separator}"
         # Of the first token; the rest of the file is tokens.
         self._offset = self.path.stat().st_size - head.nbytes
         self._loss_mask = self._map_loss_mask()
@@ -92,9 +95,8 @@ class TokenArray:
     def _find_ends(self, separator: int | None) -> NDArray[np.int64]:
         if separator is None:
             return np.array([self._num_tokens] if self._num_tokens else [], dtype=np.int64)
-        kind = f"ends-{self.dtype.str[1:]}-{separator}"
-        found = cached(self, kind, ".npy") or store(
-            self, kind, ".npy", lambda target: np.save(target, _ends_after(self._tokens.get(), separator))
+        found = cached_or_built(
+            self, "ends", ".npy", lambda target: np.save(target, _ends_after(self._tokens.get(), separator))
         )
         ends: NDArray[np.int64] = np.load(found, mmap_mode="r")
         if len(ends) == 1 and self._tokens.get()[-1] != separator:

@@ -66,6 +66,7 @@ class TokenizedFile:
             )
         self._meta = meta
         self.inputs = (self.path, meta_path(self.path))
+        self.reading = ""
         self.size = self.path.stat().st_size
         self._lazy_map = LazyFile(self.path, "mmap", _map_file)
         self._commas: OrderedDict[int, tuple[int, int, NDArray[np.int64]]] = OrderedDict()

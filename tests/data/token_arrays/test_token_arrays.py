@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from internlm.data.packing.sample import PACKINGS, Packing
 from internlm.data.sources.open_source import open_source
 from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.token_arrays.reader import TokenArray
@@ -96,3 +97,21 @@ def test_samples_of_a_file_cover_its_tokens(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", ids)
     source = open_source(tmp_path, seq_len=8, micro_bsz=2, packing="cut", vocab_size=100, format=ArrayFormat())
     assert np.concatenate([source.sample(number).input_ids for number in range(len(source))]).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_an_index_of_another_separator_or_dtype_is_not_used(packing: Packing, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(1, 100, 640).astype("uint16")
+    formats = [ArrayFormat("uint16", separator) for separator in (None, 1, 2)] + [ArrayFormat("uint32")]
+
+    def samples(folder: Path, format: ArrayFormat) -> list[list[int]]:
+        source = open_source(folder, seq_len=8, micro_bsz=2, packing=packing, vocab_size=2**23, format=format)
+        return [source.sample(number).input_ids.tolist() for number in range(len(source))]
+
+    (tmp_path / "shared").mkdir()
+    ids.tofile(tmp_path / "shared" / "a.bin")
+    for number, format in enumerate([*formats, *formats]):
+        alone = tmp_path / f"alone{number}"
+        alone.mkdir()
+        ids.tofile(alone / "a.bin")
+        assert samples(tmp_path / "shared", format) == samples(alone, format)
