@@ -18,7 +18,7 @@ from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
 from internlm.data.sources.windowed_source import WindowedSource
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tokenized_files.file_format import TOKENIZED
-from internlm.initialize.data_folders import check_same_listing, log_small_cache, train_folder
+from internlm.initialize.data_folders import check_same_listing, check_same_on_all_ranks, log_small_cache, train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.row_stream import build_row_stream
 from internlm.initialize.train_sources import config_of, train_sources
@@ -74,9 +74,21 @@ def _members(
 
 
 def open_stream(config: Config, context: ParallelContext) -> SampleStream:
-    """Open the stream of one source, that of `data.train_folder`."""
-    data = config.data
+    """Open the stream of one source, that of `data.train_folder`; collective.
+
+    Raises:
+        DataError: the data are missing or malformed, or ranks have found different data.
+        ConfigError: keys of the config do not fit the data.
+    """
     check_same_listing(config, context)
+    stream = _open_stream(config, context)
+    facts = {"types": stream.type_names, "samples of an epoch": stream.samples_per_epoch, **stream.facts}
+    check_same_on_all_ranks(context, f"{config.data.train_folder}", facts)
+    return stream
+
+
+def _open_stream(config: Config, context: ParallelContext) -> SampleStream:
+    data = config.data
     if data.type == "streaming":
         return build_row_stream(config, context, fill_in_the_middle(config))
     if data.type == "mocked" and data.train_folder is not None:
@@ -165,7 +177,7 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
     """Build a loader of this data rank's part of every valid set; empty when evaluation is off."""
     data = config.data
     log_unread_valid_files(config)
-    return build_valid_loaders(
+    sets = build_valid_loaders(
         find_sets(config),
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
@@ -175,3 +187,7 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
         data_size=context.size("data"),
         packed=data.packing != "unpacked",
     )
+    check_same_on_all_ranks(
+        context, "the validation sets", {f"tokens of '{name}'": each.num_tokens for name, each in sets.items()}
+    )
+    return sets

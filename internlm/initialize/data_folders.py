@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from internlm.config.schema import Config
@@ -11,7 +11,7 @@ from internlm.core.communication.objects import of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.remote.fetch_ahead import size_to_fetch
 from internlm.data.remote.mirror import DataCache, is_remote, listing_digest, local_folder
-from internlm.utils.errors import RemoteDataError
+from internlm.utils.errors import DataError, RemoteDataError
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -49,6 +49,31 @@ def check_same_listing(config: Config, context: ParallelContext) -> None:
             f"data.train_folder = {folder!r}: ranks have found different files there, so something writes to it; start "
             "the run again when the folder is complete"
         )
+
+
+def check_same_on_all_ranks(context: ParallelContext, what: str, facts: Mapping[str, object]) -> None:
+    """Check that all ranks have found the same data; collective.
+
+    Args:
+        context: of this rank.
+        what: the data, for messages.
+        facts: what must be equal, by name.
+
+    Raises:
+        DataError: it is not.
+    """
+    by_rank = of_all_ranks(context, {name: repr(value) for name, value in facts.items()})
+    first = by_rank[0]
+    for rank, others in enumerate(by_rank):
+        if others != first:
+            differing = "; ".join(
+                f"{name} is {first.get(name)} on rank 0 and {others.get(name)} on rank {rank}"
+                for name in sorted(first.keys() | others.keys())
+                if first.get(name) != others.get(name)
+            )
+            raise DataError(
+                f"{what}: ranks have found different data ({differing}); copy the same files to every machine"
+            )
 
 
 def log_small_cache(config: Config, paths: Sequence[Path]) -> None:

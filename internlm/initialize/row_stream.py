@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.conversations.encoder import ConversationEncoder, ConversationOptions, load_template_for
+from internlm.data.documents.file_digest import digest_of
 from internlm.data.documents.folders import min_length_of_type
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.rows.hub_datasets import locate_dataset
@@ -65,7 +64,11 @@ def build_row_stream(config: Config, context: ParallelContext, fim: FillInTheMid
         packing,
         num_shards=data.num_shards or _SHARDS_PER_SAMPLE * data.micro_num * context.size("data"),
         seed=data.seed,
-        facts={"type": "streaming", "files": _digest(files), **facts},
+        facts={
+            "type": "streaming",
+            "files": digest_of((file.path.name, (len(file), file.path.stat().st_size)) for file in files),
+            **facts,
+        },
         num_files=data.shuffle_files,
     )
 
@@ -192,8 +195,3 @@ def _ends(config: Config, tokenizer: TextTokenizer) -> tuple[list[int], list[int
     before = [tokenizer.bos_id] if data.add_bos and tokenizer.bos_id is not None else []
     after = [tokenizer.eos_id] if data.add_eos is not False and tokenizer.eos_id is not None else []
     return before, after
-
-
-def _digest(files: Sequence[RowFile]) -> str:
-    """A digest of the names and row numbers of files; not of their places, which may differ between machines."""
-    return hashlib.sha256(repr([(file.path.name, len(file)) for file in files]).encode()).hexdigest()[:16]

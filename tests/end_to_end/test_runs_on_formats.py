@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.commands import metrics_of, start_training, write_config
+from helpers.commands import metrics_of, slurm_environments, start_training, write_config
 from helpers.data_folders import write_file
 
 PACKINGS = {
@@ -105,3 +106,31 @@ def test_megatrons_list_of_weights_is_refused(tmp_path: Path) -> None:
     keys = {"type": "megatron", "train_folder": "0.3 /data/a_text_document 0.7 /data/b_text_document"}
     code, output, _ = train(tmp_path, keys)
     assert code == 2 and "not Megatron's list of weights and prefixes" in output, output
+
+
+@pytest.mark.parametrize("difference", ["another file", "a missing type", "no folder", "another validation set"])
+def test_ranks_with_other_data_are_named(difference: str, tmp_path: Path) -> None:
+    commands = []
+    for rank, environment in enumerate(slurm_environments(2)):
+        root = tmp_path / f"machine{rank}"
+        for number, name in enumerate(("web/a", "web/b", "code/c")):
+            write_documents(root / "train" / name, "tokenized", number)
+        write_documents(root / "valid" / "held" / "a", "tokenized", 9)
+        if rank == 1 and difference == "another file":
+            write_documents(root / "train" / "web" / "b", "tokenized", 7)
+        elif rank == 1 and difference == "a missing type":
+            shutil.rmtree(root / "train" / "code")
+        elif rank == 1 and difference == "no folder":
+            shutil.rmtree(root / "train")
+        elif rank == 1:
+            write_documents(root / "valid" / "held" / "a", "tokenized", 8)
+        data = {"train_folder": str(root / "train"), "valid_folder": str(root / "valid"), "valid_every": 2}
+        config = write_config(root, f"data.update({data!r})\n")
+        output = tmp_path / f"rank{rank}.txt"
+        commands.append(start_training(["--config", config, "--run-dir", tmp_path / "run"], output, environment))
+    codes = [command.wait() for command in commands]
+    assert codes == ([1, 2] if difference == "no folder" else [2, 2])
+    for command in commands:
+        expected = {"no folder": "no such folder", "another validation set": "tokens of 'held' is"}
+        assert expected.get(difference, "ranks have found different data") in command.output, command.output
+        assert "Traceback" not in command.output

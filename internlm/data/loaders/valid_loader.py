@@ -70,6 +70,7 @@ class ValidLoader:
 
     Attributes:
         type_names: the name of the set alone; all tokens have type 0.
+        num_tokens: of the documents of the set, over all ranks.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class ValidLoader:
         self._micro_num, self._rank, self._size = valid_micro_num, data_rank, data_size
         self._files = valid_set.open(vocab_size)
         counts = np.concatenate([file.counts() for file in self._files])
+        self.num_tokens = int(counts.sum())
         self._first_document = np.concatenate(([0], np.cumsum([len(file) for file in self._files])))
         # A slice of one token has no label: the last token of a document predicts nothing.
         num_slices = -(-(counts - 1) // seq_len)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from internlm.data.documents.best_fit_index import BestFitIndex
 from internlm.data.documents.document_file import DocumentFile, FileFormat, TypedFile
 from internlm.data.documents.document_index import DocumentIndex, FileSummary, summarize
+from internlm.data.documents.file_digest import digest_of
 from internlm.data.documents.folders import find_train_files, min_length_of_type
 from internlm.data.documents.held_out import num_held_out
 from internlm.data.packing.document_slice import padding_slice
@@ -131,6 +132,7 @@ class DocumentSource:
         self._is_remote = size > 0
         self._fits_cache = size > 0 and (bound is None or size <= bound)
         self._open: OrderedDict[int, tuple[DocumentFile, DocumentIndex | BestFitIndex]] = OrderedDict()
+        self._digest = digest_of((entry.path.name, entry.sizes) for entry in self._entries)
         self._check_tokens(folder, sum(summary.kept_documents for summary in summaries))
         if fim is not None:
             self._check_fim(fim, files, summaries)
@@ -147,6 +149,7 @@ class DocumentSource:
             "seq_len": self.seq_len,
             "micro_bsz": self.micro_bsz,
             "valid_fraction": self.valid_fraction,
+            "files": self._digest,
         }
 
     def __len__(self) -> int:
