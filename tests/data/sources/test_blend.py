@@ -175,6 +175,28 @@ def test_ranks_workers_and_interruptions_change_no_batch(folder: Path, packing: 
         assert sum(counts.values()) == steps * SAMPLES and min(counts.values()) > 0
 
 
+def test_a_checkpoint_has_the_cursors_of_all_ranks(folder: Path) -> None:
+    """Those of a source of rows, which a resumed run would otherwise tokenize from the beginning again."""
+
+    def state_of(size: int) -> dict[str, Any]:
+        ranks = [
+            build_train_loader(
+                blend_of_five(folder, "cut"), micro_num=SAMPLES // size, data_rank=rank, data_size=size, prefetch=0
+            )
+            for rank in range(size)
+        ]
+        for loader in ranks:
+            for _ in range(30):
+                next(loader)
+        merged = ranks[0].merge_states([loader.state_dict() for loader in ranks])
+        state: dict[str, Any] = merged["stream"]["sources"]["rows"]["stream"]
+        return state
+
+    alone = state_of(1)
+    assert len(alone["cursors"]) == 16
+    assert state_of(2) == state_of(8) == alone
+
+
 def test_each_source_is_read_in_its_own_order(folder: Path) -> None:
     blend = blend_of_five(folder, "cut")
     alone = {source.name: source.stream for source in blend_of_five(folder, "cut").sources}
