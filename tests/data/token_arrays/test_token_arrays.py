@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,29 @@ def test_ends_beside_a_file_are_used(tmp_path: Path) -> None:
     assert documents_of(TokenArray(path, dtype="uint16", separator=0)) == [IDS[:2], [], IDS[2:]]
     with pytest.raises(DataError, match=r"a.ds.index: the document ends do not ascend to the 4 tokens of a.ds"):
         TokenArray(path, dtype="uint32")
+
+
+def write_with_mask(path: Path, has_loss: list[bool], ends: tuple[int, ...] = (3, 5, 6, 8)) -> Path:
+    """IDS as datatrove's files, with a loss mask."""
+    path.write_bytes(np.array(IDS, "uint16").tobytes())
+    path.with_name(f"{path.name}.index").write_bytes(np.array(ends, "<u8").tobytes())
+    path.with_name(f"{path.name}.loss").write_bytes(np.array(has_loss, "u1").tobytes())
+    return path
+
+
+def test_the_loss_mask_beside_a_file_is_that_of_each_document(tmp_path: Path) -> None:
+    mask = [True, False, True, False, True, True, False, True]
+    array = TokenArray(write_with_mask(tmp_path / "a.ds", mask), dtype="uint16")
+    for number, (start, stop) in enumerate(pairwise((0, 3, 5, 6, 8))):
+        ids, has_loss = array.read(number)
+        assert ids.tolist() == IDS[start:stop] and has_loss.tolist() == mask[start:stop]
+        for first in range(4):
+            ids, has_loss = array.read(number, first, first + 2)
+            part = slice(min(start + first, stop), min(start + first + 2, stop))
+            assert ids.tolist() == IDS[part] and has_loss.tolist() == mask[part]
+    (tmp_path / "a.ds.loss").write_bytes(b"1234567")
+    with pytest.raises(DataError, match=r"a\.ds\.loss: 7 bytes for the 8 tokens of a\.ds"):
+        TokenArray(tmp_path / "a.ds", dtype="uint16")
 
 
 def test_ends_are_found_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
