@@ -39,7 +39,7 @@ class TokenArray:
             have their document ends beside them, with which this id is not searched.
 
     Attributes:
-        inputs: the file, and its .index if it has one.
+        inputs: the file, and its .index and .loss if it has them.
         dtype: of the tokens.
 
     Raises:
@@ -58,8 +58,8 @@ class TokenArray:
         self.vocab_size = vocab_size
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file")
-        ends = ends_path(self.path)
-        self.inputs = (self.path, ends) if ends.is_file() else (self.path,)
+        ends, mask = ends_path(self.path), _mask_path(self.path)
+        self.inputs = (self.path, *(each for each in (ends, mask) if each.is_file()))
         load = functools.partial(_map_tokens, path=self.path, dtype=dtype)
         self._tokens = LazyFile(self.path, f"tokens-{dtype}", load)
         head = self._tokens.head()
@@ -70,7 +70,7 @@ class TokenArray:
         self._ends = self._read_ends(ends) if ends.is_file() else self._find_ends(separator)
 
     def _map_loss_mask(self) -> LazyFile[NDArray[np.uint8]] | None:
-        path = self.path.with_name(self.path.name + ".loss")
+        path = _mask_path(self.path)
         if not path.is_file():
             return None
         if path.stat().st_size != self._num_tokens:
@@ -159,6 +159,11 @@ class TokenArray:
 def ends_path(path: Path) -> Path:
     """Datatrove's file of document ends, uint64 in tokens, beside a .ds."""
     return path.with_name(path.name + ".index")
+
+
+def _mask_path(path: Path) -> Path:
+    """Datatrove's loss mask beside a .ds."""
+    return path.with_name(path.name + ".loss")
 
 
 def _metadata_dtype(path: Path) -> str | None:

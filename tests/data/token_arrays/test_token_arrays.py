@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from internlm.data.documents.label_bytes import count_label_bytes
 from internlm.data.sources.open_source import open_source
 from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.token_arrays.reader import TokenArray
+from internlm.data.tokenize.token_bytes import TokenBytes
 from internlm.utils.errors import DataError
 
 IDS = [5, 6, 0, 7, 0, 0, 8, 9]
@@ -75,6 +78,36 @@ def test_the_loss_mask_beside_a_file_is_that_of_each_document(tmp_path: Path) ->
     (tmp_path / "a.ds.loss").write_bytes(b"1234567")
     with pytest.raises(DataError, match=r"a\.ds\.loss: 7 bytes for the 8 tokens of a\.ds"):
         TokenArray(tmp_path / "a.ds", dtype="uint16")
+
+
+def test_another_loss_mask_is_another_version_of_the_file(tmp_path: Path) -> None:
+    path = write_with_mask(tmp_path / "a.ds", [True] * 8)
+    vocabulary = 10
+    table = TokenBytes(
+        np.ones(vocabulary, np.int64), np.zeros(vocabulary, np.bool_), np.zeros(vocabulary, np.bool_), "never"
+    )
+
+    def num_labels() -> int:
+        file = TokenArray(path, vocabulary, dtype="uint16")
+        return count_label_bytes([file], table, lambda ids: "a" * len(ids), "1-a").labels
+
+    assert num_labels() == 4
+    mask = tmp_path / "a.ds.loss"
+    changed = mask.stat().st_mtime_ns + 10**9
+    mask.write_bytes(bytes([0] * 7 + [1]))
+    os.utime(mask, ns=(changed, changed))
+    assert num_labels() == 1
+
+
+def test_a_loss_mask_that_is_cut_in_mid_run_is_named(tmp_path: Path) -> None:
+    write_with_mask(tmp_path / "a.ds", [True] * 8)
+    source = open_source(
+        tmp_path, seq_len=4, micro_bsz=1, packing="cut", vocab_size=10, format=ArrayFormat("uint16", None)
+    )
+    source.sample(0)
+    (tmp_path / "a.ds.loss").write_bytes(b"1")
+    with pytest.raises(DataError, match=r"a\.ds\.loss has 1 bytes, and had 8 when this run started"):
+        source.sample(1)
 
 
 def test_ends_are_found_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
