@@ -275,6 +275,11 @@ def test_drop_is_logged_once_with_its_sample(caplog: pytest.LogCaptureFixture) -
     ]
 
 
+def test_a_part_of_an_epoch_ends_before_the_sample_that_exceeds_it() -> None:
+    blend = BlendedStream([numbered("a", 0, 5, 1, epochs_max=1.5, on_end="drop"), numbered("b", 100, 9, 1)])
+    assert counts_of(blend, 40) == {"a": 7, "b": 33}
+
+
 def test_without_an_end_a_source_is_repeated() -> None:
     blend = BlendedStream([numbered("a", 0, 10, 1), numbered("b", 100, 70, 1)])
     ids = [each for each in ids_of(blend, 200) if each < 100]
