@@ -140,6 +140,18 @@ def test_split_and_merge_are_inverse(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "cannot be split into 4 files" in data(capsys, "split", few, "--parts", 4, "--output", few, code=2)
 
 
+def test_documents_of_one_length_are_split_evenly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tokenized(tmp_path / "a.bin", [[number] * 5 for number in range(1, 9)])
+    data(capsys, "split", source, "--parts", 4, "--output", tmp_path / "x.bin")
+    assert [len(documents_of(path)) for path in sorted(tmp_path.glob("x-*.bin"))] == [2] * 4
+
+
+def test_every_part_has_a_document_if_the_last_one_is_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tokenized(tmp_path / "a.bin", [[1], [2], [3], [4] * 50])
+    data(capsys, "split", source, "--parts", 3, "--output", tmp_path / "x.bin")
+    assert [documents_of(path) for path in sorted(tmp_path.glob("x-*.bin"))] == [[[1], [2]], [[3]], [[4] * 50]]
+
+
 def test_shuffle_is_a_permutation_of_the_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = tokenized(tmp_path / "a.bin", [[number] for number in range(60)])
     second = tokenized(tmp_path / "b.bin", [[number] for number in range(60, 100)])

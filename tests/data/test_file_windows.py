@@ -56,3 +56,15 @@ def test_epochs_and_seeds_differ() -> None:
         tuple(FileWindows([6] * 8, 2, seed).items(epoch, np.arange(48)).tolist()) for seed in (0, 1) for epoch in (0, 1)
     }
     assert len(orders) == 4
+
+
+def test_windows_and_epochs_of_one_file_have_orders_of_their_own() -> None:
+    """The order within a window is not that of another one, nor that of the same files in another epoch."""
+    sizes = [30] * 4
+    windows = FileWindows(sizes, 1, seed=2)
+    orders = [
+        tuple((windows.items(epoch, np.arange(120)) % 30)[start : start + 30].tolist())
+        for epoch in range(3)
+        for start in range(0, 120, 30)
+    ]
+    assert len(set(orders)) == 12

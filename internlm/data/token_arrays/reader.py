@@ -59,9 +59,8 @@ class TokenArray:
         self.vocab_size = vocab_size
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file")
-        ends = ends_path(self.path)
-        companions = (ends, self.path.with_name(self.path.name + ".loss"))
-        self.inputs = (self.path, *(each for each in companions if each.is_file()))
+        ends, mask = ends_path(self.path), _mask_path(self.path)
+        self.inputs = (self.path, *(each for each in (ends, mask) if each.is_file()))
         load = functools.partial(_map_tokens, path=self.path, dtype=dtype)
         self._tokens = LazyFile(self.path, f"tokens-{dtype}", load)
         head = self._tokens.head()
@@ -73,7 +72,7 @@ class TokenArray:
         self._ends = self._read_ends(ends) if ends.is_file() else self._find_ends(separator)
 
     def _map_loss_mask(self) -> LazyFile[NDArray[np.uint8]] | None:
-        path = self.path.with_name(self.path.name + ".loss")
+        path = _mask_path(self.path)
         if not path.is_file():
             return None
         if path.stat().st_size != self._num_tokens:
@@ -161,6 +160,11 @@ class TokenArray:
 def ends_path(path: Path) -> Path:
     """Datatrove's file of document ends, uint64 in tokens, beside a .ds."""
     return path.with_name(path.name + ".index")
+
+
+def _mask_path(path: Path) -> Path:
+    """Datatrove's loss mask beside a .ds."""
+    return path.with_name(path.name + ".loss")
 
 
 def _metadata_dtype(path: Path) -> str | None:

@@ -74,6 +74,19 @@ def test_rates() -> None:
     assert set(starts) >= set(range(40)) and np.mean(starts) == pytest.approx(47 / 3, abs=1)
 
 
+def test_cuts_are_at_every_border_of_the_text_both_ends_included() -> None:
+    ids, mask = np.arange(1, 7), np.ones(6, dtype=bool)
+    fim, places = replace(FIM, spm_rate=0.0), set()
+    for document in range(500):
+        changed = fim.transform(ids, mask, document)
+        assert changed is not None
+        text = changed[0].tolist()
+        start = text.index(SUF) - 1
+        places.add((start, start + len(text) - 1 - text.index(MID)))
+    # Three tokens remain.
+    assert places == {(start, stop) for start in range(4) for stop in range(start, 4)}
+
+
 @pytest.mark.parametrize("ids", [[], [1], [1, 2, 3], [BOS, 1, 2, 3, EOS], [BOS], [BOS, EOS], [EOS]])
 def test_a_document_without_room_remains_as_it_is(ids: list[int]) -> None:
     assert FIM.transform(np.array(ids, dtype=np.int64), np.ones(len(ids), dtype=bool), 0) is None

@@ -271,6 +271,21 @@ def test_a_killed_download_is_never_used(bucket: Bucket, tmp_path: Path) -> None
         assert read(folder / "f0") == contents["f0"]
 
 
+def test_a_partial_file_of_a_wrong_size_is_fetched_from_the_beginning(bucket: Bucket, tmp_path: Path) -> None:
+    contents = fill(bucket, 1)
+    folder = Path(local_folder(f"{bucket.url}/d", DataCache(tmp_path)))
+    (mirror_folder,) = tmp_path.glob("*.internlm-mirror")
+    (mirror_folder / "partial").mkdir()
+    listed = read_mirror(mirror_folder)
+    assert listed is not None
+    partial = mirror_folder / "partial" / f"{mirror.version_hash(listed.files['f0'])}.{SIZE}"
+    partial.write_bytes(bytes(SIZE + 1))
+    with pytest.raises(RemoteDataError, match="100,001 bytes arrived, the store listed 100,000; start the run again"):
+        read(folder / "f0")
+    assert not fetched(tmp_path)
+    assert read(folder / "f0") == contents["f0"]
+
+
 def test_abandoned_partial_files_make_room(bucket: Bucket, tmp_path: Path) -> None:
     fill(bucket, 3)
     folder = Path(local_folder(f"{bucket.url}/d", DataCache(tmp_path, 2 * SIZE)))
@@ -324,6 +339,20 @@ def test_another_run_that_finds_a_new_version_does_not_change_the_files_of_this_
     assert files[1].get()
     with pytest.raises(RemoteDataError, match="another run has found another version"):
         files[0].get()
+
+
+def test_contents_of_versions_that_are_no_longer_listed_are_removed(bucket: Bucket, tmp_path: Path) -> None:
+    contents = fill(bucket, 3)
+    cache = DataCache(tmp_path)
+    folder = Path(local_folder(f"{bucket.url}/d", cache))
+    for name in contents:
+        read(folder / name)
+    contents["f0"] = os.urandom(SIZE)
+    bucket.client.put_object(Bucket=bucket.name, Key="d/f0", Body=contents["f0"])
+    bucket.client.delete_object(Bucket=bucket.name, Key="d/f1")
+    local_folder(f"{bucket.url}/d", cache)
+    assert fetched(tmp_path) == {"f2"}
+    assert read(folder / "f0") == contents["f0"] and not (folder / "f1").exists()
 
 
 def test_rows_of_a_replaced_file_are_refused(bucket: Bucket, tmp_path: Path) -> None:

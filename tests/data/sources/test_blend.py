@@ -175,6 +175,28 @@ def test_ranks_workers_and_interruptions_change_no_batch(folder: Path, packing: 
         assert sum(counts.values()) == steps * SAMPLES and min(counts.values()) > 0
 
 
+def test_a_checkpoint_has_the_cursors_of_all_ranks(folder: Path) -> None:
+    """Those of a source of rows, which a resumed run would otherwise tokenize from the beginning again."""
+
+    def state_of(size: int) -> dict[str, Any]:
+        ranks = [
+            build_train_loader(
+                blend_of_five(folder, "cut"), micro_num=SAMPLES // size, data_rank=rank, data_size=size, prefetch=0
+            )
+            for rank in range(size)
+        ]
+        for loader in ranks:
+            for _ in range(30):
+                next(loader)
+        merged = ranks[0].merge_states([loader.state_dict() for loader in ranks])
+        state: dict[str, Any] = merged["stream"]["sources"]["rows"]["stream"]
+        return state
+
+    alone = state_of(1)
+    assert len(alone["cursors"]) == 16
+    assert state_of(2) == state_of(8) == alone
+
+
 def test_each_source_is_read_in_its_own_order(folder: Path) -> None:
     blend = blend_of_five(folder, "cut")
     alone = {source.name: source.stream for source in blend_of_five(folder, "cut").sources}
@@ -251,6 +273,11 @@ def test_drop_is_logged_once_with_its_sample(caplog: pytest.LogCaptureFixture) -
     assert lines == [
         f"blend: shares from sample {last + 1} (token {(last + 1) * TOKENS}) on: b 1; 'a' has ended after 1.5 epochs"
     ]
+
+
+def test_a_part_of_an_epoch_ends_before_the_sample_that_exceeds_it() -> None:
+    blend = BlendedStream([numbered("a", 0, 5, 1, epochs_max=1.5, on_end="drop"), numbered("b", 100, 9, 1)])
+    assert counts_of(blend, 40) == {"a": 7, "b": 33}
 
 
 def test_without_an_end_a_source_is_repeated() -> None:

@@ -88,6 +88,18 @@ def test_the_order_of_the_members_decides_nothing() -> None:
     assert [cursors[0].take() for _ in range(50)] == [cursors[1].take() for _ in range(50)]
 
 
+def test_equally_urgent_sources_are_taken_by_name() -> None:
+    """A run that resumes with a later version of this code finds the order of the earlier one."""
+    for weights, expected in (
+        ((0.5, 0.5), [0, 1] * 4),
+        ((1, 1, 1), [0, 1, 2] * 3),
+        ((0.4, 0.4, 0.2), [0, 1, 2, 0, 1] * 2),
+    ):
+        order = order_of(*weights)
+        cursor = BlendCursor(order, order.beginning)
+        assert [number for number, _ in filter(None, (cursor.take() for _ in expected))] == expected
+
+
 def test_groups_share_their_weight() -> None:
     order = BlendOrder(
         [

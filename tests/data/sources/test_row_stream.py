@@ -271,6 +271,17 @@ def test_resuming_reads_nothing_again(folder: Path, tokenizer: Path) -> None:
     assert encoder.num_rows < 60
 
 
+@pytest.mark.parametrize("index", [1, 16, 21, 40])
+def test_without_a_position_every_shard_is_read_from_its_first_sample(
+    folder: Path, tokenizer: Path, index: int
+) -> None:
+    stream, fresh = open_stream(folder, tokenizer, num_shards=16), open_stream(folder, tokenizer, num_shards=16)
+    [notice] = stream.load_state(index, {})
+    assert "they are read from the beginning" in notice
+    for number in range(index, index + 16):
+        assert stream.sample(number).input_ids.tolist() == fresh.sample(number % 16).input_ids.tolist()
+
+
 @pytest.mark.parametrize("num_workers", [3, 7, 40])
 def test_workers_share_the_rows(folder: Path, tokenizer: Path, num_workers: int) -> None:
     """No row is tokenized by several workers, whatever their number is to that of the shards."""

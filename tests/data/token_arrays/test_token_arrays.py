@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from internlm.data.documents.label_bytes import count_label_bytes
 from internlm.data.packing.sample import PACKINGS, Packing
 from internlm.data.sources.open_source import open_source
 from internlm.data.token_arrays.file_format import ArrayFormat
 from internlm.data.token_arrays.reader import TokenArray
+from internlm.data.tokenize.token_bytes import TokenBytes
 from internlm.utils.errors import DataError
 
 IDS = [5, 6, 0, 7, 0, 0, 8, 9]
@@ -52,6 +56,59 @@ def test_ends_beside_a_file_are_used(tmp_path: Path) -> None:
     assert documents_of(TokenArray(path, dtype="uint16", separator=0)) == [IDS[:2], [], IDS[2:]]
     with pytest.raises(DataError, match=r"a.ds.index: the document ends do not ascend to the 4 tokens of a.ds"):
         TokenArray(path, dtype="uint32")
+
+
+def write_with_mask(path: Path, has_loss: list[bool], ends: tuple[int, ...] = (3, 5, 6, 8)) -> Path:
+    """IDS as datatrove's files, with a loss mask."""
+    path.write_bytes(np.array(IDS, "uint16").tobytes())
+    path.with_name(f"{path.name}.index").write_bytes(np.array(ends, "<u8").tobytes())
+    path.with_name(f"{path.name}.loss").write_bytes(np.array(has_loss, "u1").tobytes())
+    return path
+
+
+def test_the_loss_mask_beside_a_file_is_that_of_each_document(tmp_path: Path) -> None:
+    mask = [True, False, True, False, True, True, False, True]
+    array = TokenArray(write_with_mask(tmp_path / "a.ds", mask), dtype="uint16")
+    for number, (start, stop) in enumerate(pairwise((0, 3, 5, 6, 8))):
+        ids, has_loss = array.read(number)
+        assert ids.tolist() == IDS[start:stop] and has_loss.tolist() == mask[start:stop]
+        for first in range(4):
+            ids, has_loss = array.read(number, first, first + 2)
+            part = slice(min(start + first, stop), min(start + first + 2, stop))
+            assert ids.tolist() == IDS[part] and has_loss.tolist() == mask[part]
+    (tmp_path / "a.ds.loss").write_bytes(b"1234567")
+    with pytest.raises(DataError, match=r"a\.ds\.loss: 7 bytes for the 8 tokens of a\.ds"):
+        TokenArray(tmp_path / "a.ds", dtype="uint16")
+
+
+def test_another_loss_mask_is_another_version_of_the_file(tmp_path: Path) -> None:
+    path = write_with_mask(tmp_path / "a.ds", [True] * 8)
+    vocabulary = 10
+    table = TokenBytes(
+        np.ones(vocabulary, np.int64), np.zeros(vocabulary, np.bool_), np.zeros(vocabulary, np.bool_), "never"
+    )
+
+    def num_labels() -> int:
+        file = TokenArray(path, vocabulary, dtype="uint16")
+        return count_label_bytes([file], table, lambda ids: "a" * len(ids), "1-a").labels
+
+    assert num_labels() == 4
+    mask = tmp_path / "a.ds.loss"
+    changed = mask.stat().st_mtime_ns + 10**9
+    mask.write_bytes(bytes([0] * 7 + [1]))
+    os.utime(mask, ns=(changed, changed))
+    assert num_labels() == 1
+
+
+def test_a_loss_mask_that_is_cut_in_mid_run_is_named(tmp_path: Path) -> None:
+    write_with_mask(tmp_path / "a.ds", [True] * 8)
+    source = open_source(
+        tmp_path, seq_len=4, micro_bsz=1, packing="cut", vocab_size=10, format=ArrayFormat("uint16", None)
+    )
+    source.sample(0)
+    (tmp_path / "a.ds.loss").write_bytes(b"1")
+    with pytest.raises(DataError, match=r"a\.ds\.loss has 1 bytes, and had 8 when this run started"):
+        source.sample(1)
 
 
 def test_ends_are_found_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

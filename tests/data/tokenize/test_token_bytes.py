@@ -156,6 +156,18 @@ def test_text_after_a_special_token_inside_a_document(tmp_path: Path) -> None:
     tokenizer.token_bytes().check(ids, tokenizer.decode)
 
 
+def test_a_space_after_a_special_token_is_of_the_text_if_only_documents_get_one(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(converted(tmp_path, metaspace=True))
+    table = tokenizer.token_bytes()
+    (ids,) = tokenizer.encode_batch(["a</s> a"])
+    document = np.array([tokenizer.pieces().index("<s>"), *ids])
+    assert table.added_space == "document" and table.special[document].tolist() == [True, False, True, False]
+    flags = np.ones(len(document), dtype=np.bool_)
+    assert table.count(document, flags, starts_document=True) == 3
+    # Also where a part of a document begins with the special token.
+    assert table.count(document[2:], flags[2:], starts_document=False) == 2
+
+
 def test_added_tokens_of_ordinary_text_have_bytes(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_level(tmp_path))
     (ids,) = tokenizer.encode_batch(["x        y"])
@@ -216,3 +228,20 @@ def test_the_count_of_a_file_is_cached_by_tokenizer(tmp_path: Path) -> None:
     assert count_label_bytes([file], table, tokenizer.decode, "1-a").bytes == found.bytes // 2
     with pytest.raises(DataError, match="bytes of decoded text"):
         count_label_bytes([file], table, tokenizer.decode, "1-b")
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 7])
+def test_documents_that_are_read_in_parts_have_the_same_count(
+    tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    assert eos is not None
+    texts = ["the first, the second", "a", "return first"]
+    documents = [[eos if bos is None else bos, *ids, eos] for ids in tokenizer.encode_batch(texts)]
+    with TokenizedWriter(tmp_path / "a.bin") as writer:
+        for ids in documents:
+            writer.write(ids)
+    monkeypatch.setattr("internlm.data.documents.label_bytes._PART", part)
+    found = count_label_bytes([TokenizedFile(tmp_path / "a.bin")], tokenizer.token_bytes(), tokenizer.decode, "1-a")
+    assert found.bytes == sum(len(text.encode()) for text in texts)
+    assert found.labels == sum(len(ids) - 1 for ids in documents)
