@@ -16,6 +16,7 @@ from internlm.data.packing.best_fit import pack_best_fit
 from internlm.data.packing.document_slice import DocumentSlice, padding_slice, unreadable_slice
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.packing.sample import Packing, Sample, concatenate_slices, padding_sample, stack_slices
+from internlm.data.permutation import derive_key, permute
 from internlm.data.rows.row_file import RowFile
 from internlm.data.rows.shuffled_rows import OrderedRow, RowPosition, ShuffledRows
 from internlm.data.sources.row_encoder import RowEncoder
@@ -233,7 +234,10 @@ class ShardReader:
             [max(1, min(len(document.ids) - start, packing.seq_len)) for document, start in pieces], dtype=np.int64
         )
         bins = pack_best_fit(lengths, packing.capacity)
-        slices: list[list[DocumentSlice]] = [[] for _ in range(int(bins.max()) + 1)]
+        # The longest documents are in the first bins: without a shuffle, all shards would have them at the same time.
+        num_bins, place = int(bins.max()) + 1, self.cursor.position
+        bins = permute(np.arange(num_bins), num_bins, derive_key(self._shard, *place))[bins]
+        slices: list[list[DocumentSlice]] = [[] for _ in range(num_bins)]
         types: list[list[int]] = [[] for _ in slices]
         for (document, start), number in zip(pieces, bins, strict=True):
             slices[number].append(self._slice(document, start, min(start + packing.seq_len, len(document.ids)), 0))

@@ -175,6 +175,15 @@ def test_padding_behind_best_fit_bins_has_type_0(folder: Path, tokenizer: Path) 
     assert num_tokens > 64
 
 
+def test_best_fit_does_not_sort_samples_by_the_length_of_documents(folder: Path, tokenizer: Path) -> None:
+    num_shards = 24
+    stream = open_stream(folder, tokenizer, packing_of("best_fit", seq_len=64, micro_bsz=1), num_shards=num_shards)
+    longest = [max(stream.sample(index).lengths) for index in range(num_shards * 8)]
+    by_number = np.array(longest).reshape(8, num_shards).mean(axis=1)
+    # Sorted, the first sample of a window would have documents twice as long as the last one.
+    assert by_number.max() < 1.35 * by_number.min()
+
+
 FIM = FillInTheMiddle(rate=0.5, spm_rate=0.5, prefix=1, middle=2, suffix=3, level="document", bos=None, eos=0, seed=1)
 
 
