@@ -258,6 +258,12 @@ def _output(options: argparse.Namespace, inputs: Inputs) -> OutputFormat:
     vocab_size = options.vocab_size
     if vocab_size is None and record is not None:
         vocab_size = record.vocab_size
+    is_separated = name == "arrays" and options.output.suffix != ".ds"
+    if options.separator is not None and not is_separated:
+        raise UserError(
+            f"--separator {options.separator} ends the documents of a .npy or raw .bin that is written, and the output "
+            "needs none; for arrays that are read, give --array-separator"
+        )
     candidates = (options.separator, options.array_separator, record.eos_id if record is not None else None)
     separator = next((each for each in candidates if each is not None), None)
     dtype = options.dtype or _default_dtype(name, inputs, vocab_size)

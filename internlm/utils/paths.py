@@ -43,5 +43,8 @@ def path_text(text: str) -> str:
 
 
 def local_path(text: str) -> Path:
-    """argparse type of a local path."""
-    return Path(path_text(text))
+    """argparse type of a local path; a URL is refused, which a path would turn into folders of that name."""
+    expanded = path_text(text)
+    if "://" in expanded:
+        raise argparse.ArgumentTypeError(f"'{text}' is a URL, and a path on a local disk is expected; copy the files")
+    return Path(expanded.removeprefix(_LOCAL))

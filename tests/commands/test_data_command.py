@@ -60,10 +60,27 @@ def test_documents_survive_a_conversion_there_and_back(
     middle, back = tmp_path / "middle" / name, tmp_path / "back.bin"
     printed = data(capsys, "convert", source, "--to", format, "--output", middle, *options)
     assert f"{middle}: 6 documents, 98 tokens" in printed
-    raw = ("--array-dtype", "uint32") if format == "arrays" else ()
-    data(capsys, "convert", middle, *raw, "--to", "tokenized", "--output", back)
+    data(capsys, "convert", middle, "--to", "tokenized", "--output", back)
     assert documents_of(back) == DOCUMENTS
     assert back.read_bytes() == source.read_bytes() and meta_path(back).read_bytes() == meta_path(source).read_bytes()
+
+
+def test_options_and_places_that_cannot_be_meant_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tokenized(tmp_path / "a.bin")
+    for target in (("tokenized", "b.bin"), ("arrays", "b.ds")):
+        options = ("--to", target[0], "--output", tmp_path / target[1], "--separator", 2)
+        assert "for arrays that are read, give --array-separator" in data(capsys, "convert", source, *options, code=2)
+    for arguments in (
+        ("convert", source, "--to", "megatron", "--output", "s3://bucket/b.bin"),
+        ("inspect", "s3://bucket/a.bin"),
+        ("tokenize", "a.txt", "--tokenizer", "t", "--output", "s3://bucket/b.bin"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["data", *map(str, arguments)])
+        assert stopped.value.code == 2 and "is a URL, and a path on a local disk is expected" in capsys.readouterr().err
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".bin"])

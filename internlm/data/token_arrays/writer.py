@@ -43,6 +43,7 @@ class ArrayWriter:
                 f"{path}: {path.suffix} has no room for document ends; give the id that ends a document, such as the "
                 "tokenizer's eos (--separator ID), or write NAME.ds"
             )
+        self._metadata = path.with_name(path.name + ".metadata")
         outputs = (path, ends_path(path)) if self._has_ends else (path,)
         for each in outputs:
             if each.exists():
@@ -98,6 +99,9 @@ class ArrayWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
+        if kind is None and self._has_ends:
+            # As datatrove writes it; the width of a token is what readers need.
+            self._metadata.write_text(f"unknown|{self.dtype.itemsize}\n{self._num_tokens}\n")
         # The ends first: a .ds without them would be one document.
         for temporary, target in reversed(self._moves):
             if kind is None:
