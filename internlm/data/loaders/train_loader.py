@@ -313,7 +313,7 @@ class _ReadSample:
             raise
         except DataError as error:
             raise DataError(
-                f"{error}. Step {step + 1} needs this document. To train without it, set "
+                f"{str(error).rstrip('.')}. Step {step + 1} needs this document. To train without it, set "
                 "data.on_bad_data = 'skip', which skips up to data.max_bad_documents that cannot be read, or add "
                 f"{step} to data.skip_batches (counted from 0), which skips this batch"
             ) from error

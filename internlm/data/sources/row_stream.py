@@ -176,9 +176,12 @@ class RowStream:
         ]
 
     def progress_at(self, index: int) -> dict[str, float]:
-        """See `SampleStream`; the mean over the shards that this rank has read."""
-        epochs = [self._order.progress(shard, cursor.position) for shard, (_, cursor) in self._known.items()]
-        return {"epoch": sum(epochs) / len(epochs)} if epochs else {}
+        """See `SampleStream`; by the rows that samples have had in the shards that this rank has read."""
+        num_samples = sum(number for number, _ in self._known.values())
+        if num_samples == 0:
+            return {}
+        epochs = sum(self._order.progress(shard, cursor.position) for shard, (_, cursor) in self._known.items())
+        return {"epoch": epochs / num_samples * index / self.num_shards}
 
     def _state(self, shards: Any) -> dict[str, Any]:
         cursors = {shard: self._known[shard] for shard in sorted(shards)}

@@ -142,6 +142,7 @@ class ShardReader:
         self._position = cursor.position
         self._mean_length = float(packing.seq_len)
         self._num_unreadable = 0
+        self._last_left_out = ""
         self._is_skipping = False
         self._window: list[list[DocumentSlice]] = []
         self._window_types: list[list[int]] = []
@@ -264,8 +265,6 @@ class ShardReader:
     def _slice(self, document: _Document, start: int, stop: int, column: int) -> DocumentSlice:
         packing = self._packing
         if document.error is not None:
-            if not packing.skip_bad_documents and not self._is_skipping:
-                raise document.error
             return unreadable_slice(0, str(document.error))
         reader = SliceReader(
             document,
@@ -285,11 +284,12 @@ class ShardReader:
             if self._position.epoch > first_epoch + 1 and num_rows >= enough:
                 raise NoDocumentsError(
                     f"{self._files[0].path.parent}: {num_rows:,} rows in sequence (shard {self._shard} of "
-                    f"{self._order.num_shards}) have no document with enough tokens: the data has too few "
-                    "documents, or data.min_length is too large"
+                    f"{self._order.num_shards}) are no documents, at last: {self._last_left_out}"
                 )
             num_rows += self._read_rows()
         document = self._pending[0]
+        if document.error is not None and not self._packing.skip_bad_documents and not self._is_skipping:
+            raise document.error
         self._num_unreadable = 0 if document.error is None else self._num_unreadable + 1
         if self._num_unreadable > _MAX_UNREADABLE:
             raise NoDocumentsError(
@@ -314,7 +314,9 @@ class ShardReader:
             if left_out is None:
                 self._pending.append(_Document(row, each.ids, each.loss_mask, type_id, each.error))
             else:
-                self._note_left_out(f"{self._files[row.file].path}: row {row.row}", left_out)
+                place = f"{self._files[row.file].path}: row {row.row}"
+                self._last_left_out = f"{place}: {left_out}"
+                self._note_left_out(place, left_out)
         self._position = rows[-1].following
         self._mean_length = max(1.0, float(np.mean([len(each.ids) for each in encoded])))
         return len(rows)

@@ -346,7 +346,9 @@ def test_rows_that_are_no_documents_are_named(
     loader = build_train_loader(
         open_stream(tmp_path, tokenizer, packing_of(min_lengths=(10_000,)), num_shards=1), micro_num=1, prefetch=0
     )
-    with pytest.raises(DataError, match=r"no document with enough tokens: the data has too few documents") as caught:
+    with pytest.raises(
+        DataError, match=r"are no documents, at last: .*row \d+: it has \d+ tokens, and data.min_length is 10000"
+    ) as caught:
         next(loader)
     # To leave out one document would not help.
     assert "skip_bad_documents" not in str(caught.value)
@@ -357,7 +359,7 @@ def test_a_document_with_exactly_the_minimum_length_is_kept(tmp_path: Path, toke
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
     num_tokens = len(load_tokenizer(tokenizer).encode_batch([text])[0]) + 1
     open_stream(tmp_path, tokenizer, packing_of(min_lengths=(num_tokens,))).sample(0)
-    with pytest.raises(DataError, match="no document with enough tokens"):
+    with pytest.raises(DataError, match=r"are no documents, at last: .*data.min_length is"):
         open_stream(tmp_path, tokenizer, packing_of(min_lengths=(num_tokens + 1,))).sample(0)
 
 
@@ -467,3 +469,30 @@ def test_each_epoch_has_another_order_of_units_and_of_their_rows(folder: Path) -
     assert units[0] != units[1] and units[0] != sorted(units[0])
     starts = [[row // 25 for row in rows] for rows in epochs]
     assert starts[0] != starts[1]
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit", "unpacked"])
+def test_the_first_row_that_cannot_be_read_stops_the_run(tmp_path: Path, tokenizer: Path, packing: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"other": 1}\n' * 20)
+    with pytest.raises(DataError, match=r"a.jsonl: row \d+ has no column 'text'"):
+        open_stream(tmp_path, tokenizer, packing_of(packing), num_shards=1).sample(0)
+
+
+def test_epochs_are_counted_alike_on_any_number_of_ranks(folder: Path, tokenizer: Path) -> None:
+    def epochs(size: int, steps: int) -> list[float]:
+        found = []
+        for rank in range(size):
+            stream = open_stream(folder, tokenizer, num_shards=16)
+            loader = build_train_loader(stream, micro_num=8 // size, data_rank=rank, data_size=size)
+            for _ in range(steps):
+                next(loader)
+            found.append(stream.progress_at(8 * steps)["epoch"])
+            loader.close()
+        return found
+
+    # An epoch has about as many samples as the rows have tokens.
+    tokens = sum(len(ids) for rows in documents(tokenizer).values() for ids in rows)
+    for size in (1, 2):
+        for steps in (1, 6, 40):
+            for found in epochs(size, steps):
+                assert found == pytest.approx(8 * steps * 32 / tokens, rel=0.35), (size, steps)
