@@ -158,6 +158,7 @@ class BlendedStream:
             "start": position.start,
             "start_samples": {source.name: count for source, count in starts},
             "weights": {name: str(weight) for name, weight in position.weights.items()},
+            "tokens_per_sample": self.tokens_per_sample,
         }
 
     def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -182,7 +183,13 @@ class BlendedStream:
             own_state = saved[source.name]["stream"] if source.name in saved else {}
             own_notices = source.stream.load_state(counts.get(source.name, 0), own_state)
             notices += [f"source '{source.name}': {notice}" for notice in own_notices]
-        self._absent = {name: saved[name] for name in saved.keys() - names}
+        tokens = state.get("tokens_per_sample", self.tokens_per_sample)
+        if tokens != self.tokens_per_sample:
+            notices.append(
+                f"a sample had {tokens:,} tokens, and has {self.tokens_per_sample:,}: the tokens of sources in "
+                "metrics, and those at which weights change, count all samples of the run as of the new size"
+            )
+        self._absent = {name: {**saved[name], "is_absent": True} for name in saved.keys() - names}
         position = self._order.position(index, counts)
         weights = {name: Fraction(text) for name, text in state.get("weights", {}).items()}
         if weights and weights == self._order.weights_at(index, position.counts):
@@ -209,7 +216,6 @@ class BlendedStream:
         self._reading, self._dealing = BlendCursor(self._order, position), BlendCursor(self._order, position)
         self._delivered = BlendCursor(self._order, position)
         self._logged = -1
-        self._log_changes()
 
     def _position_before(self, index: int, *known: BlendPosition) -> BlendPosition:
         """The first of the known positions that is not after sample `index`."""

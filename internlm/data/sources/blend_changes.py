@@ -56,6 +56,10 @@ def describe_changes(
             notices.append(f"the blend has a new source '{source.name}', which starts at its first sample")
             continue
         old = saved[source.name]
+        if old.get("is_absent"):
+            notices.append(
+                f"the blend has the source '{source.name}' again, which continues at its sample {old['samples']:,}"
+            )
         for key, value in settings_of(source, schedule).items():
             if old["settings"].get(key) != value:
                 before, now = (_readable(each) for each in (old["settings"].get(key), value))

@@ -350,7 +350,8 @@ def test_sources_are_added_removed_and_added_again() -> None:
     assert any("no longer has the source 'a', which had 20 samples" in each for each in notices)
     assert counts_of(second, 60) == {"b": 30, "c": 10}
     third = blend_of("a", "b", "c")
-    third.load_state(60, state_after(second, 60))
+    notices = third.load_state(60, state_after(second, 60))
+    assert "the blend has the source 'a' again, which continues at its sample 20" in notices
     assert counts_of(third, 60) == {"a": 20, "b": 30, "c": 10}
     found = [each for each in ids_of(third, 30, 60) if each < 100]
     assert found == ids_of(numbered("a", 0, 50, 1).stream, 10, 20)
