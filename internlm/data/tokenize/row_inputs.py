@@ -6,7 +6,7 @@ Owns the places that errors name. Must not know what the columns mean.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,19 @@ from internlm.data.tokenize.text_inputs import BLANK, PARQUET_ROWS, Extent, open
 from internlm.utils.errors import DataError
 
 
-def read_rows(extent: Extent, counts: Counter[str], columns: Container[str]) -> Iterator[tuple[str, Any]]:
+def read_rows(
+    extent: Extent,
+    counts: Counter[str],
+    columns: Container[str],
+    skip: Callable[[DataError], None] | None = None,
+) -> Iterator[tuple[str, Any]]:
     """Iterate over the rows of an extent, as (file and position, row).
 
     Args:
         extent: the part of a file to read.
         counts: incremented for blank lines.
         columns: columns to read from a parquet file; all, if it has none of them.
+        skip: called with the error of a line that is not JSON, which is then left out; None raises it.
 
     Raises:
         DataError: the file has text instead of rows, bytes that are not UTF-8, or a line that is not JSON.
@@ -44,6 +50,13 @@ def read_rows(extent: Extent, counts: Counter[str], columns: Container[str]) -> 
             if line.isspace():
                 counts[BLANK] += 1
             else:
-                yield f"{path}: the record at byte {offset}", parse_line(line, path, offset)
+                try:
+                    row = parse_line(line, path, offset)
+                except DataError as error:
+                    if skip is None:
+                        raise
+                    skip(error)
+                    continue
+                yield f"{path}: the record at byte {offset}", row
     else:
         raise DataError(f"{path}: {extent.format} files have no columns; conversations need .jsonl, .json or .parquet")

@@ -5,6 +5,7 @@ Owns what is skipped and counted while encoding. Must not know parts and outputs
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -95,22 +96,27 @@ class ConversationShardEncoder:
 
     def encode(self, shard: tuple[Extent, ...], counts: ShardCounts) -> Iterator[tuple[str, bytes, int]]:
         """See `ShardEncoder`."""
+        skip = functools.partial(_skip, counts) if self._skip_bad_rows else None
         for extent in shard:
-            for place, row in read_rows(extent, counts.content, READ_COLUMNS):
+            for place, row in read_rows(extent, counts.content, READ_COLUMNS, skip):
                 counts.by_file[extent.path] += 1
                 try:
                     found = self._encoder.encode(row, place)
                 except DataError as error:
-                    if not self._skip_bad_rows:
+                    if skip is None:
                         raise
-                    counts.content[BAD_ROWS] += 1
-                    if len(counts.bad_rows) < _MAX_MESSAGES:
-                        counts.bad_rows.append(str(error))
+                    skip(error)
                     continue
                 if found.num_labels:
                     yield _identity(row), encode_masked_line(found.ids, found.loss_mask), len(found.ids)
                 else:
                     counts.content[_NO_LABEL] += 1
+
+
+def _skip(counts: ShardCounts, error: DataError) -> None:
+    counts.content[BAD_ROWS] += 1
+    if len(counts.bad_rows) < _MAX_MESSAGES:
+        counts.bad_rows.append(str(error))
 
 
 def load_text_encoder(

@@ -99,6 +99,13 @@ def test_bad_rows_stop_the_run_or_are_counted(tmp_path, folder, capsys):
     skipped, first = result.notices
     assert skipped == "skipped 1 conversations without an answer to learn from, 1 rows that cannot be used"
     assert first.startswith("the first of the rows that cannot be used: ") and f"byte {offset}" in first
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{broken\n" + path.read_text())
+    with pytest.raises(DataError, match=r"broken\.jsonl: .*JSON"):
+        run(tmp_path / "b.bin", [broken], folder)
+    result = run(tmp_path / "b.bin", [broken], folder, on_bad_data="skip")
+    assert documents(tmp_path / "b.bin") == expected(folder, ROWS[:2])
+    assert "2 rows that cannot be used" in result.notices[0] and "broken.jsonl" in result.notices[1]
     pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match=r"other\.parquet: row 0 is not a conversation: its columns are \['a'\]"):
         run(tmp_path / "z.bin", [tmp_path / "other.parquet"], folder)
