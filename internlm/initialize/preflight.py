@@ -29,7 +29,7 @@ from internlm.initialize.stages import build_meta_model, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.initialize.train_sources import train_sources
 from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
-from internlm.initialize.valid_sets import find_sets, valid_places
+from internlm.initialize.valid_sets import find_sets, trained_on, valid_places
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
 from internlm.utils.errors import CheckpointError, ConfigError, UserError
@@ -114,7 +114,7 @@ def _valid_folder(config: Config, context: ParallelContext) -> list[str]:
             if place.type == "streaming":
                 locate_dataset(place.folder)
         find_sets(config, with_rows=False)
-    return []
+    return trained_on(config)
 
 
 def _train_loader(config: Config, context: ParallelContext) -> list[str]:

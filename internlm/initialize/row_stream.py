@@ -22,6 +22,7 @@ from internlm.data.sources.shard_reader import RowPacking
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.initialize.data_folders import log_small_cache, train_folder
+from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -125,7 +126,12 @@ def rows_as_documents(config: Config, valid_folder: str | Path) -> Path:
         found = find_row_files(folder, data.subset_name, "validation")
     except DataError as error:
         # Files without the name of a split are the split "train".
-        if data.train_folder is not None and folder.resolve() == _train_dataset(config).resolve():
+        trained_on = [
+            _train_dataset(source.config).resolve()
+            for source in train_sources(config)
+            if source.config.data.train_folder is not None and source.config.data.type == "streaming"
+        ]
+        if folder.resolve() in trained_on:
             raise DataError(
                 f"{error}. data.valid_folder is data.train_folder, whose rows are trained on: name another folder or "
                 "file, move some of the files into a subfolder 'validation', or set data.valid_folder = None"

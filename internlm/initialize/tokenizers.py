@@ -128,6 +128,6 @@ def _at(path: StoragePath) -> KnownTokenizer | None:
     try:
         tokenizer = load_tokenizer(Path(path.local))
     except DataError as error:
-        logger.info("the tokenizer is not compared with that of the data: %s", error)
+        logger.warning("the tokenizer is not compared with that of the data: %s", error)
         return None
     return KnownTokenizer(tokenizer_fingerprint(tokenizer), str(path), tokenizer.vocab_size)

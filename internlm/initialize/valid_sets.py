@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm.config.schema import Config
-from internlm.data.documents.folders import log_unread_files
+from internlm.config.schema.valid_folders import DOCUMENT_TYPES
+from internlm.data.documents.folders import find_train_files, find_valid_sets, log_unread_files
 from internlm.data.documents.valid_sets import ValidSet, folder_sets, held_out_sets, named_set
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.data_folders import local_data, train_folder
 from internlm.initialize.file_formats import file_format, format_of_type
 from internlm.initialize.row_stream import rows_as_documents
+from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import CheckpointError, ConfigError
 
 
@@ -89,6 +91,29 @@ def find_sets(config: Config, *, with_rows: bool = True) -> list[ValidSet]:
             "former, as in data.valid_folder = dict(NAME=path)"
         )
     return sets
+
+
+def trained_on(config: Config) -> list[str]:
+    """One line for each validation set with files that the run is trained on; sets of held-out documents have none."""
+    if config.data.valid_every == 0:
+        return []
+    train_files = set()
+    for source in train_sources(config):
+        folder = train_folder(source.config)
+        if folder is not None and source.config.data.type in DOCUMENT_TYPES:
+            files, _ = find_train_files(folder, file_format(source.config))
+            train_files |= {file.path.resolve() for file in files}
+    notices = []
+    for place in valid_places(config):
+        if place.type == "streaming":
+            continue
+        sets = find_valid_sets(place.folder, format_of_type(place.type, place.array_dtype, place.array_separator))
+        both = [path for paths in sets.values() for path in paths if path.resolve() in train_files]
+        if both:
+            notices.append(
+                f"{place.key}: {len(both):,} of its files are trained on, such as {both[0]}: its loss is too low"
+            )
+    return notices
 
 
 def check_held_out(saved: Config, config: Config, what: str) -> None:

@@ -186,3 +186,18 @@ def test_rows_are_a_validation_set_of_any_run(corpus: tuple[Path, list[str]], tm
         bits = line["val/rows_loss"] * num_bytes / math.log(2)
         assert line["val/rows_bpb"] == pytest.approx(bits / (num_bytes - firsts), rel=1e-6)
         assert "val/code_bpb" in line
+
+
+@pytest.mark.parametrize("keys", ["folder", "file", "blend"])
+def test_a_set_that_is_trained_on_is_named(corpus: tuple[Path, list[str]], tmp_path: Path, keys: str) -> None:
+    train_folder = corpus[0] / "train"
+    data: dict[str, Any] = {"valid_folder": str(train_folder)}
+    if keys == "file":
+        data["valid_folder"] = {"known": str(train_folder / "en" / "a.bin")}
+    elif keys == "blend":
+        data |= {"train_folder": None, "blend": [{"path": str(train_folder), "weight": 1}], "min_length_dict": None}
+    code, output, _ = train(tmp_path, config_of(tmp_path, corpus[0], **data), "--dry-run")
+    assert code == 0 and "of its files are trained on, such as" in output, output
+    other = config_of(tmp_path, corpus[0], **{**data, "valid_folder": {"code": str(corpus[0] / "code")}})
+    code, output, _ = train(tmp_path, other, "--dry-run")
+    assert code == 0 and "trained on" not in output, output

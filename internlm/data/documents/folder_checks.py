@@ -73,7 +73,7 @@ def check_train_folder(folder: str | Path, format: FileFormat, vocab_size: int |
     """Check the files of a train folder; see `find_train_files`.
 
     Raises:
-        DataError: a file is malformed, or has an id outside the vocabulary.
+        DataError: a file is malformed, has an id outside the vocabulary, or no token contributes loss.
     """
     found, _ = find_train_files(folder, format)
     summaries = [summarize(format.open(file.path), 0) for file in found]
@@ -87,7 +87,13 @@ def check_train_folder(folder: str | Path, format: FileFormat, vocab_size: int |
         )
         for file, summary in zip(found, summaries, strict=True)
     ]
-    return _check(f"train folder '{folder}'", files, MAX_TOKENS)[0]
+    checked, has_label = _check(f"train folder '{folder}'", files, MAX_TOKENS)
+    if not has_label and not _has_label([file for file in files if file.is_read]):
+        raise DataError(
+            f"{folder}: no token contributes loss: every document has fewer than two tokens, or only masked ones; "
+            "tokenize it again"
+        )
+    return checked
 
 
 @dataclass(frozen=True)

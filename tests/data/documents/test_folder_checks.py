@@ -51,6 +51,14 @@ def test_a_set_without_labels_is_refused(tmp_path: Path, documents: list[list[in
     check_train_folder(tmp_path, TOKENIZED, 100)
 
 
+def test_a_train_folder_without_labels_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "en" / "a.bin", [[-1, -2], [-3] * 40, [5]])
+    with pytest.raises(DataError, match="no token contributes loss"):
+        check_train_folder(tmp_path, TOKENIZED, 100)
+    write(tmp_path / "cn" / "a.bin", [[-1, 2]])
+    assert check_train_folder(tmp_path, TOKENIZED, 100).num_documents == 4
+
+
 def test_of_large_sets_documents_of_all_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_checks, "MAX_TOKENS", 100)
     for name in "abc":
