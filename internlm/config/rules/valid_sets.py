@@ -18,7 +18,8 @@ def held_out_documents(config: Config, world_size: int) -> Iterator[Problem]:
     if data.train_folder is None:
         yield Problem(
             ("data.valid_fraction", "data.train_folder"),
-            f"{given} holds documents out of data.train_folder, which is None; give a folder, or remove it",
+            f"{given} holds documents out of data.train_folder, which is None (sources of data.blend hold none out); "
+            "give a folder, or remove it",
         )
     elif data.type not in DOCUMENT_TYPES:
         yield Problem(
