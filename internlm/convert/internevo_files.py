@@ -265,7 +265,7 @@ def load_file(path: Path, *, mapped: bool) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"'{path}' does not exist") from None
     except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), "")
+        reason = next((line.strip() for line in str(error).splitlines() if "unsupported" in line.lower()), "")
         raise CheckpointError(
             f"'{path}' is damaged, or contains more than tensors and plain values; code from a checkpoint is not run"
             + (f": {reason}" if reason else "")
