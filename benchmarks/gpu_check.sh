@@ -68,16 +68,16 @@ part() {
     echo "== $name, at most $seconds s" >&2
     timeout --kill-after=10 "$seconds" "$@" >"$work/$name.log" 2>&1 || code=$?
     [ $code = 0 ] || outcome="failed with code $code"
-    echo "$name: $outcome, $((SECONDS - started)) s: $(grep . "$work/$name.log" | tail -n 1 | cut -c 1-160)" >"$work/$name.note"
+    echo "$name: $outcome, $((SECONDS - started)) s: $(grep -v '^ *$' "$work/$name.log" | tail -n 1 | cut -c 1-160)" >"$work/$name.note"
     cat "$work/$name.note" >&2
     report >/dev/null
 }
 
 # tests NAME SECONDS FILE...: tests of tests/cuda, on several cores where pytest-xdist is installed.
 tests() {
-    local name="$1" seconds="$2" options=(-rfE --tb=short -o faulthandler_timeout=60)
+    local name="$1" seconds="$2" options=(-rfE --tb=short --durations=5 -o faulthandler_timeout=60)
     shift 2
-    if [ -n "${many:-}" ]; then options+=(-n "$many" --maxprocesses "$many"); fi
+    if [ -n "${workers:-}" ]; then options+=(-p xdist -n "$workers"); fi
     part "$name" "$seconds" "$python" -m pytest "${options[@]}" "${@/#/tests/cuda/test_cuda_}"
 }
 
@@ -95,9 +95,12 @@ report() {
         notes+=(--note "$(cat "$note")")
         results+=("${note%.note}.json")
     done < <(ls -tr "$work"/*.note)
+    exec 9>"$work/lock"
+    flock 9
     "$python" benchmarks/speed/report.py "${results[@]}" "${notes[@]}" \
         --json "$out/gpu_check.json" --markdown "$out/gpu_check.md"
-    tar -C "$work" --exclude ./job -czf "$out/gpu_check.tar.gz" .
+    tar -C "$work" --exclude ./job --exclude ./lock -czf "$out/gpu_check.tar.gz" .
+    exec 9>&-
 }
 
 work=DIR
@@ -115,7 +118,9 @@ if [ -z "${dry_run:-}" ]; then
         fi
     done
     export PYTHONPATH="$PWD:$packages${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-    if [ "$cores" -ge 4 ] && "$python" -c "import xdist" 2>/dev/null; then many=$((cores * 3 / 4)); fi
+    # Other plugins of the machine's packages are of no use to the tests, and slow.
+    export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+    if "$python" -c "import xdist" 2>/dev/null; then workers=$(((cores + 3) / 4)); fi
 fi
 job=("$python" -m internlm.cli train --config configs/demo.py --set data.train_folder=None --set data.valid_folder=None
     --set data.tokenizer_path=None --set "ckpt.save_ckpt_folder=$work/job" --set ckpt.checkpoint_every=10
@@ -137,9 +142,11 @@ else
     stage checks
     tests step 40 training_step.py upload.py loader.py
     part train 60 bash -c '"$@" --set data.total_steps=20 && "$@" --set data.total_steps=30' train "${job[@]}"
-    tests ops 60 ops.py
-    tests layers 60 float8.py graphs.py
-    tests memory 60 host_waits.py offload.py optimizer_memory.py
+    # At the same time: what they take is compilation on the CPU.
+    tests ops 150 ops.py &
+    tests layers 150 float8.py graphs.py &
+    tests memory 150 host_waits.py offload.py optimizer_memory.py &
+    wait
     stage speed
     # All of the few layers in fp8: the first and the last stay in bf16 otherwise, which is half of them here.
     row 7b-layers 110 --shape 7b-layers "${few[@]}" --against hf
