@@ -43,9 +43,9 @@ def test_the_script_for_a_gpu_machine_runs_to_its_end_though_a_part_fails(tmp_pa
     command = ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--cpu"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     written = json.loads((tmp_path / "gpu_check.json").read_text())
-    tests, good, bad = written["notes"]
-    assert tests.startswith("tests: passed") and good.startswith("tiny: passed")
-    assert bad.startswith("broken: failed") and "model.no_such_key" in bad
+    doctor, tests, good, bad = written["notes"]
+    assert doctor.startswith("doctor: passed") and tests.startswith("step: passed")
+    assert good.startswith("tiny: passed") and bad.startswith("broken: failed") and "model.no_such_key" in bad
     (result,) = written["results"]
     ours, short, wrong = result["rows"]
     assert wrong["contender"] == "ours, wrong" and "model.no_such_key" in wrong["error"]
@@ -54,12 +54,35 @@ def test_the_script_for_a_gpu_machine_runs_to_its_end_though_a_part_fails(tmp_pa
     assert printed.strip() == (tmp_path / "gpu_check.md").read_text().strip()
     assert "| ours, short |" in printed
 
+    # Again: what passed is left alone, what failed runs again, and so does no part of another stage.
+    (tmp_path / "own.txt").write_text("mine")
+    again = subprocess.run([*command, "--stage", "speed"], env=environment, capture_output=True, text=True, check=True)
+    assert "tiny passed before" in again.stderr and "broken: failed" in again.stderr
+    assert "doctor" not in again.stderr and "doctor: passed" in again.stdout
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"gpu_check.json", "gpu_check.md", "gpu_check.tar.gz", "own.txt"}
 
-def test_the_plan_takes_less_than_nine_minutes() -> None:
-    command = ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--dry-run"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert sum(int(line.split()[1]) for line in lines) < 9 * 60
-    assert "tests/cuda" in lines[0] and all("throughput.py" in line for line in lines[1:])
+
+def plan(*options: str) -> list[str]:
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--dry-run", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_the_plan_has_every_cuda_test_and_ends_in_twelve_minutes() -> None:
+    lines = plan()
+    # Three parts run side by side.
+    seconds = {line.split()[1]: int(line.split()[2]) for line in lines}
+    assert sum(seconds.values()) - seconds["layers"] - seconds["memory"] <= 12 * 60
+    files = [word for line in lines for word in line.split() if word.startswith("tests/cuda")]
+    assert sorted(files) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/cuda").glob("test_*.py"))
+    assert all("throughput.py" in line for line in plan("--stage", "speed"))
+    assert [line.split()[1] for line in plan("--stage", "facts")] == ["doctor"]
+
+
+def test_an_unknown_stage_is_refused() -> None:
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--stage", "fast"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--stage is facts, checks or speed, but is 'fast'" in done.stderr
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -135,9 +158,7 @@ def test_what_is_computed_twice(keep: str, share: float, tmp_path: Path) -> None
 
 
 def test_every_row_of_the_plan_is_a_config(tmp_path: Path) -> None:
-    command = ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--dry-run"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    for number, line in enumerate(lines[1:]):
+    for number, line in enumerate(plan("--stage", "speed")):
         options = throughput.parse_options(shlex.split(line.partition("throughput.py")[2]))
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -41,14 +41,19 @@ def test_what_doctor_runs(head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("heads", [(8, 8), (32, 8), (4, 1)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_attention_on_random_documents(seed: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
-    """Odd lengths around the sizes of a kernel's tiles, empty documents among them, and windows of all sizes."""
+    """Odd lengths around the sizes of a kernel's tiles, empty documents among them, and windows of all sizes.
+
+    Flex attention, which is compiled for every window, is in one of nine.
+    """
     draw = random.Random(seed)
     lengths = [draw.choice((0, 1, draw.randint(2, 40), 63, 64, 65, draw.randint(100, 300))) for _ in range(8)] + [129]
     windows = (None, 1, draw.randint(2, 63), 64, draw.randint(65, 200), 1000)
     settings = OpSettings(dtype, head_dim=64)
     wrong = [
         (case.name, problem)
-        for case in attention_cases(CUDA, settings, dtype, lengths, heads, windows)
+        for case in attention_cases(
+            CUDA, settings, dtype, lengths, heads, windows, () if (seed, heads) == (0, (32, 8)) else ("flex",)
+        )
         if (problem := judge(case, CUDA, dtype, seed)) is not None
     ]
     assert wrong == [], (lengths, wrong)

@@ -51,16 +51,19 @@ def take_step(optimizer: HybridZeroOptimizer, step: int) -> None:
 )
 def test_the_peak_of_a_step(gradients: torch.dtype, moments: torch.dtype, is_offloaded: bool) -> None:
     shape, count = (4096, 4096), 32
+    numel = count * shape[0] * shape[1]
+    state = numel * (2 + gradients.itemsize + (0 if is_offloaded else 4 + 2 * moments.itemsize))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     optimizer = optimizer_of(shape, count, StateForm(gradients, moments, is_offloaded))
+    # The weights of one bucket, half of all, are there twice while it is built.
+    assert torch.cuda.max_memory_allocated() - before <= state + numel // 2 * 2 + 64 * MIB
+    torch.cuda.reset_peak_memory_stats()
     for step in range(2):
         take_step(optimizer, step)
     peak = torch.cuda.max_memory_allocated() - before
-    numel = count * shape[0] * shape[1]
-    state = numel * (2 + gradients.itemsize + (0 if is_offloaded else 4 + 2 * moments.itemsize))
-    # A bucket's weights are there twice while it is built, before its masters are; two gradients in bf16 of the test's
-    # making; three buffers of scratch and one of random numbers, of 64 MiB; norms of rows of 1024, 20 bytes each.
+    # Two gradients in bf16 of the test's making; three buffers of scratch and one of random numbers, of 64 MiB; norms
+    # of rows of 1024, 20 bytes each.
     slack = 2 * 2 * shape[0] * shape[1] + 4 * 64 * MIB + numel // 1024 * 20 + 16 * MIB
     assert state <= peak <= state + slack
     # It would not hide another buffer: the smallest has 2 bytes an element.

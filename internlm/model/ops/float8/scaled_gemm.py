@@ -37,6 +37,9 @@ MULTIPLE = 16
 NEEDED_CAPABILITY = (8, 9)
 """The first compute capability with float8 matrix units (Ada; Hopper is 9.0)."""
 
+_SCALE_ALIGNMENT = 16
+"""Bytes. With another address cublasLtMatmul returns CUBLAS_STATUS_NOT_SUPPORTED (seen with cuBLAS of CUDA 13.0)."""
+
 _SMALLEST_AMAX = 2.0**-100
 """Taken for the largest magnitude of a tensor that has none above it, such as one of zeros."""
 
@@ -138,12 +141,23 @@ def scaled_product(a: Scaled, b: Scaled, dtype: torch.dtype, *, on_hardware: boo
         return torch._scaled_mm(
             a.values.contiguous(),
             b.values.t().contiguous().t(),
-            a.scale,
-            b.scale,
+            _at_aligned_address(a.scale),
+            _at_aligned_address(b.scale),
             out_dtype=dtype,
             use_fast_accum=fast,
         )
     return (a.values.to(dtype) @ b.values.to(dtype)) * (a.scale * b.scale)
+
+
+def _at_aligned_address(scale: Tensor) -> Tensor:
+    """The same scale where cuBLAS can read it: it refuses addresses that are not multiples of 16 bytes.
+
+    An element of a vector of scales is at such an address only by chance. While a compiler traces, no address is known
+    yet. It removes clones, so the copy is the absolute value: a scale is positive.
+    """
+    if torch.compiler.is_compiling() or scale.data_ptr() % _SCALE_ALIGNMENT:
+        return scale.abs()
+    return scale
 
 
 def as_scaled(weight: Tensor) -> Tensor | Scaled:

@@ -221,6 +221,8 @@ def test_the_hardware_gets_operands_as_it_wants_them(monkeypatch: pytest.MonkeyP
         assert a.stride() == (a.shape[1], 1) and b.stride() == (1, b.shape[0])
         assert a.shape[1] % 16 == b.shape[0] % 16 == b.shape[1] % 16 == 0
         assert {a.dtype, b.dtype} in ({FORWARD_FORMAT}, {FORWARD_FORMAT, GRADIENT_FORMAT})
+        # An H200 with CUDA 13.0 refuses all other addresses with CUBLAS_STATUS_NOT_SUPPORTED.
+        assert scale_a.data_ptr() % 16 == scale_b.data_ptr() % 16 == 0
         assert scale_a.numel() == scale_b.numel() == 1 and scale_a.dtype == scale_b.dtype == torch.float32
         calls.append((a.dtype, use_fast_accum))
         return ((a.double() * scale_a) @ (b.double() * scale_b)).to(out_dtype)
