@@ -37,6 +37,7 @@ from internlm.initialize.stages import (
     state_form,
 )
 from internlm.initialize.tokenizers import data_tokenizer
+from internlm.model.moe.router import RouterLosses
 from internlm.model.ops.cpu.gemm import choose_cpu_gemm
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.solver.grad_scaler import ConstantGradScaler, DynamicGradScaler, GradScaler
@@ -187,7 +188,9 @@ def build_engine(
         compiled=config.model.compile,
     )
     statistics = TypeMetrics(type_names, context.device)
-    return Engine(chunks, optimizer, context, loss, statistics, build_pipeline_schedule(config), progress)
+    router_losses = RouterLosses(balance=config.loss.moe_loss_coeff, z=config.loss.moe_z_loss_coeff)
+    schedule = build_pipeline_schedule(config)
+    return Engine(chunks, optimizer, context, loss, statistics, schedule, progress, router_losses)
 
 
 def build_scaler(config: Config, device: torch.device) -> GradScaler:

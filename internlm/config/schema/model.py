@@ -254,16 +254,18 @@ class ModelConfig(Section):
     )
 
     # Mixture of experts.
-    num_experts: int = later(1, "Experts of a layer.", "mixture of experts", ge=1, changes_outputs=True)
+    num_experts: int = key(
+        1, "Routed experts of a layer; 1: a dense model. See doc/moe.md.", ge=1, changes_outputs=True
+    )
     top_k: int = used_with(1, "Experts per token.", "model.num_experts", ge=1, changes_outputs=True)
     num_shared_experts: int = used_with(
-        0, "Experts that process every token.", "model.num_experts", ge=0, changes_outputs=True
+        0, "Experts that process every token, as one of so many times the width of a routed one.", "model.num_experts", ge=0, changes_outputs=True
     )
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-Dropless", "MegaBlock-D"] = used_with(
-        "GShard", "Kind of expert layer.", "model.num_experts", changes_outputs=True
+        "GShard", "Kind of expert layer; only Dropless works.", "model.num_experts", changes_outputs=True
     )
     moe_layer_kwargs: dict[str, Any] = used_with(
-        {}, "Arguments of the expert layer.", "model.num_experts", changes_outputs=True
+        {}, "Arguments of the expert layer, see doc/moe.md.", "model.num_experts", changes_outputs=True
     )
     inject_info: InjectInfoConfig = section(InjectInfoConfig, "Exchange of layers of a foreign model.")
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.float8_shapes import refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
@@ -24,6 +25,7 @@ from internlm.core.parallel.modes.mtp import COLUMN_ROLES, ROW_ROLES, Mtp
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.linear import Float8Linear, GroupedLinear
+from internlm.model.moe.router import routers_of
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.roles import HeadShape, Role
 
@@ -102,6 +104,7 @@ def parallelize(
         _install(model, name, roles.get(name, Role.REPLICATED), parameters, parallel)
     _join_layers(model, parallel)
     _split_attention(model, parallel)
+    _join_samples(model, parallel)
     model.parallel = parallel  # type: ignore[assignment]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -257,6 +260,17 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
                 f"attention '{block}' has only a part of each sequence in mode isp: put an InnerAttention between its "
                 f"projections and '{name}'"
             )
+
+
+def _join_samples(model: nn.Module, parallel: ModelParallel) -> None:
+    """Let routers count the tokens of a sample on all ranks that have a part of it."""
+    axis = parallel.residual_axis
+    if axis is None or parallel.context.size(axis) == 1:
+        return
+    group = parallel.context.group(axis)
+    for router in routers_of([model]):
+        router.num_sharing = parallel.context.size(axis)
+        router.sum_over_sample = lambda counts: all_reduce(counts.clone(), group)
 
 
 def _heads_of(block: nn.Module, parallel: ModelParallel) -> HeadShape | None:

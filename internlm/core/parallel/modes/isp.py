@@ -71,6 +71,10 @@ class Isp(ModelParallel):
     def replaces_linears(self) -> bool:
         return True
 
+    @property
+    def residual_axis(self) -> str | None:
+        return "tensor"
+
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
     ) -> list[ParameterShard]:

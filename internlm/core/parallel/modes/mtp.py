@@ -64,6 +64,10 @@ class Mtp(ModelParallel):
     def replaces_linears(self) -> bool:
         return True
 
+    @property
+    def residual_axis(self) -> str | None:
+        return "tensor" if self.residual_is_split else None
+
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
     ) -> list[ParameterShard]:
