@@ -110,4 +110,6 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
 
 def keys_without_effect(config: ModelConfig) -> dict[str, str]:
     """The keys of `model.moe_layer_kwargs` that a config sets and that change nothing -> the reason."""
-    return {f"model.moe_layer_kwargs.{name}": _NO_EFFECT[name] for name in config.moe_layer_kwargs if name in _NO_EFFECT}
+    return {
+        f"model.moe_layer_kwargs.{name}": _NO_EFFECT[name] for name in config.moe_layer_kwargs if name in _NO_EFFECT
+    }
