@@ -1,0 +1,1 @@
+"""Mixture of experts: routers, losses, and the order of tokens by expert."""
