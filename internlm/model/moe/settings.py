@@ -105,9 +105,13 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
         form = RouterForm(num_experts=config.num_experts, top_k=config.top_k, **fields)
     except ValueError as error:
         raise ConfigError(f"model.num_experts, model.top_k, model.moe_layer_kwargs: {error}") from None
-    return ExpertSettings(form, config.ffn_size, config.ffn_size * config.num_shared_experts, shared_mix)
+    # Without shared experts, families that would mix their output differently compute the same function.
+    mix = shared_mix if config.num_shared_experts else "sum"
+    return ExpertSettings(form, config.ffn_size, config.ffn_size * config.num_shared_experts, mix)
 
 
 def keys_without_effect(config: ModelConfig) -> dict[str, str]:
     """The keys of `model.moe_layer_kwargs` that a config sets and that change nothing -> the reason."""
-    return {f"model.moe_layer_kwargs.{name}": _NO_EFFECT[name] for name in config.moe_layer_kwargs if name in _NO_EFFECT}
+    return {
+        f"model.moe_layer_kwargs.{name}": _NO_EFFECT[name] for name in config.moe_layer_kwargs if name in _NO_EFFECT
+    }
