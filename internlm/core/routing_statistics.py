@@ -31,8 +31,8 @@ class RoutingStatistics:
         self._experts = None if architecture is None else architecture.experts
         self._num_layers = 0 if architecture is None else architecture.num_layers
         self._axes = ["data", "pipeline"]
-        if (axis := parallel_of(chunks[0]).residual_axis) is not None:
-            self._axes.append(axis)
+        if parallel_of(chunks[0]).residual_axis is not None or context.layout.splits_tokens_of_routers:
+            self._axes.append("tensor")
         self._num_samples = 1
 
     def begin_step(self, num_micro_batches: int, loss_scale: Tensor) -> None:

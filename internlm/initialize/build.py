@@ -10,6 +10,7 @@ from torch import nn
 
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER
 from internlm.config.loader import check_config
+from internlm.config.rules import expert_ranks
 from internlm.config.schema import Config
 from internlm.config.unsupported import find_refused_in_training
 from internlm.convert.to_hf import check_exportable
@@ -62,6 +63,8 @@ def build_layout(config: Config, world_size: int) -> ParallelLayout:
         weight=parallel.weight.size,
         zero=parallel.zero1.size,
         mode=tensor.mode,
+        expert=expert_ranks(config, world_size),
+        expert_zero=parallel.expert_zero1.size,
         kv_replicas=tensor.size // num_kv_heads if has_copies else 1,
     )
 

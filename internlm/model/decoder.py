@@ -40,6 +40,8 @@ DECODER_ROLES: dict[str, Role] = {
     "layers.*.feed_forward.w3": Role.COLUMN,
     "layers.*.feed_forward.w13": Role.COLUMN_PAIR,
     "layers.*.feed_forward.w2": Role.ROW,
+    "layers.*.feed_forward.router": Role.ROUTER,
+    "layers.*.feed_forward.experts": Role.EXPERTS,
     "layers.*.feed_forward.shared.w1": Role.COLUMN,
     "layers.*.feed_forward.shared.w3": Role.COLUMN,
     "layers.*.feed_forward.shared.w13": Role.COLUMN_PAIR,

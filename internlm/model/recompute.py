@@ -46,7 +46,15 @@ ATTENTION_OPS = frozenset(
 """Operators that return attention's output and the softmax statistics that its backward pass needs."""
 
 GEMM_OPS = frozenset(
-    {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::gemms", "internlm::fp32_gemm"}
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::linear",
+        "aten::_scaled_mm",
+        "internlm::gemms",
+        "internlm::fp32_gemm",
+        "internlm::grouped_linear",
+    }
 )
 """GEMMs of activations with weights. Batched GEMMs are excluded: they compute attention's scores, which are much larger
 than its output."""

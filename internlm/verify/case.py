@@ -201,6 +201,10 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "model.checkpoint_save_policy": model.save_policy,
         "model.dtype": f"torch.{model.dtype}",
         "model.residual_in_fp32": model.fp32_residual,
+        "model.num_experts": model.experts,
+        "model.top_k": model.top_k if model.experts > 1 else 1,
+        "model.num_shared_experts": model.shared_experts,
+        "model.moe_type": "Dropless" if model.experts > 1 else "GShard",
         "data.seq_len": seq_len,
         **(FLOAT8_KEYS if model.float8 else {}),
     }

@@ -30,6 +30,8 @@ class LayoutChoices:
         chunks: `model.num_chunks`.
         zero: `parallel.zero1.size`.
         fsdp: `parallel.fsdp.enable`.
+        expert: `parallel.expert.size`.
+        expert_zero: `parallel.expert_zero1.size`.
     """
 
     tensor: int = 1
@@ -41,6 +43,8 @@ class LayoutChoices:
     chunks: int = 1
     zero: int = -1
     fsdp: bool = False
+    expert: int = 1
+    expert_zero: int = -1
 
     @classmethod
     def of(cls, config: Config) -> LayoutChoices:
@@ -56,6 +60,8 @@ class LayoutChoices:
             chunks=config.model.num_chunks,
             zero=parallel.zero1.size,
             fsdp=parallel.uses_fsdp,
+            expert=parallel.expert.size,
+            expert_zero=parallel.expert_zero1.size,
         )
 
     def keys(self) -> dict[str, Any]:
@@ -71,6 +77,8 @@ class LayoutChoices:
             "parallel.zero1.size": self.zero,
             "parallel.zero1.fsdp": False,
             "parallel.fsdp.enable": self.fsdp,
+            "parallel.expert.size": self.expert,
+            "parallel.expert_zero1.size": self.expert_zero,
         }
 
 
@@ -96,6 +104,9 @@ class ModelChoices:
         fp32_norm: `use_fp32_norm`.
         fp32_residual: `model.residual_in_fp32`.
         float8: `float8.enable_float8_linear`, in every layer; requires float64.
+        experts: `model.num_experts`; 1 is a dense model. The family must have experts.
+        top_k: `model.top_k`.
+        shared_experts: `model.num_shared_experts`.
     """
 
     family: str = "INTERNLM2"
@@ -115,6 +126,9 @@ class ModelChoices:
     fp32_norm: bool = False
     fp32_residual: bool = False
     float8: bool = False
+    experts: int = 1
+    top_k: int = 2
+    shared_experts: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from internlm.config.problem import Problem
+from internlm.config.rules.layout_problems import layout_problems
+from internlm.config.rules.ranks import expert_ranks
 from internlm.config.schema import Config
+from internlm.utils.layout_checks import check_world, check_zero
 
 
 def experts(config: Config, world_size: int) -> Iterator[Problem]:
@@ -28,6 +32,20 @@ def experts(config: Config, world_size: int) -> Iterator[Problem]:
             f"model.moe_type = {config.model.moe_type!r}: experts with a capacity, which drop tokens, are not yet supported; "
             "set it to 'Dropless'",
         )
+    if parallel.expert.size > 0 and experts % parallel.expert.size:
+        yield Problem(
+            ("model.num_experts", "parallel.expert.size"),
+            f"model.num_experts = {experts} is not divisible by parallel.expert.size = {parallel.expert.size}",
+        )
+    expert = expert_ranks(config, world_size)
+    names = {"expert": "parallel.expert.size", "pipeline": "parallel.pipeline.size"}
+    check = partial(check_world, world_size, expert=expert, pipeline=parallel.pipeline.size)
+    problems = list(layout_problems(check, names))
+    yield from problems
+    if not problems:
+        holders = world_size // (expert * parallel.pipeline.size)
+        check_state = partial(check_zero, parallel.expert_zero1.size, holders)
+        yield from layout_problems(check_state, {"zero": "parallel.expert_zero1.size"})
     if config.model.top_k > experts:
         yield Problem(
             ("model.top_k", "model.num_experts"),

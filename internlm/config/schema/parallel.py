@@ -108,10 +108,14 @@ class ExpertWeightConfig(Section):
 class ExpertConfig(Section):
     """Expert parallelism."""
 
-    size: int = later(
-        -1, "Ranks over which experts are spread; -1: as many as fit.", "mixture of experts", accepts=(0, 1)
+    size: int = used_with(
+        -1,
+        "Ranks over which the experts of a layer are dealt; -1: as many of a stage as possible, or 1 with FSDP.",
+        "model.num_experts",
     )
-    no_tp: bool = used_with(False, "Experts are not split over the tensor group.", "model.num_experts")
+    no_tp: bool = no_effect(
+        False, "Experts are not split over the tensor group.", "experts are dealt to tensor ranks as to others, and never split"
+    )
 
 
 class ExpertZero1Config(Section):

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.experts.layers import place_tokens_of_experts
+from internlm.core.parallel.experts.placement import place_experts
 from internlm.core.parallel.linear.float8_shapes import refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
@@ -25,7 +26,6 @@ from internlm.core.parallel.modes.mtp import COLUMN_ROLES, ROW_ROLES, Mtp
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.linear import Float8Linear, GroupedLinear
-from internlm.model.moe.router import routers_of
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.roles import HeadShape, Role
 
@@ -104,7 +104,7 @@ def parallelize(
         _install(model, name, roles.get(name, Role.REPLICATED), parameters, parallel)
     _join_layers(model, parallel)
     _split_attention(model, parallel)
-    _join_samples(model, parallel)
+    place_tokens_of_experts(model, parallel)
     model.parallel = parallel  # type: ignore[assignment]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -160,7 +160,12 @@ def _place(model: nn.Module, parallel: ModelParallel) -> Iterator[Placed]:
             # A weight used twice (tied embeddings) is one parameter, with the name of its first use.
             name, role = first.setdefault(parameter, (full_name, roles.get(module_name, Role.REPLICATED)))
             heads = _heads_of(model.get_submodule(module_name.rpartition(".")[0]), parallel)
-            for part in parallel.place(name, attribute, tuple(parameter.shape), role, heads):
+            shape = tuple(parameter.shape)
+            if role is Role.EXPERTS and parallel.context.layout.expert > 1:
+                parts = place_experts(parallel.context, name, attribute, shape)
+            else:
+                parts = parallel.place(name, attribute, shape, role, heads)
+            for part in parts:
                 yield Placed(module_name, part.attribute, part.spec, parameter)
 
 
@@ -260,17 +265,6 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
                 f"attention '{block}' has only a part of each sequence in mode isp: put an InnerAttention between its "
                 f"projections and '{name}'"
             )
-
-
-def _join_samples(model: nn.Module, parallel: ModelParallel) -> None:
-    """Let routers count the tokens of a sample on all ranks that have a part of it."""
-    axis = parallel.residual_axis
-    if axis is None or parallel.context.size(axis) == 1:
-        return
-    group = parallel.context.group(axis)
-    for router in routers_of([model]):
-        router.num_sharing = parallel.context.size(axis)
-        router.sum_over_sample = lambda counts: all_reduce(counts.clone(), group)
 
 
 def _heads_of(block: nn.Module, parallel: ModelParallel) -> HeadShape | None:

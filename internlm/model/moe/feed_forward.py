@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -20,12 +21,18 @@ if TYPE_CHECKING:
 
 
 class MoeFeedForward(nn.Module):
-    """The weighted sum of the outputs of each token's experts, and of the shared experts if there are any."""
+    """The weighted sum of the outputs of each token's experts, and of the shared experts if there are any.
+
+    Attributes:
+        take_tokens, return_tokens: residual stream `[B, S, h]` -> the tokens that this rank routes, and back.
+    """
 
     def __init__(self, architecture: Architecture, settings: ExpertSettings, layer: int) -> None:
         super().__init__()
+        self.take_tokens: Callable[[Tensor], Tensor] = _unchanged
+        self.return_tokens: Callable[[Tensor], Tensor] = _unchanged
         self.router = Router(architecture, settings.form, layer)
-        self.experts = Experts(architecture, settings.form.num_experts, settings.width)
+        self.experts: nn.Module = Experts(architecture, settings.form.num_experts, settings.width)
         self.shared_mix = settings.shared_mix
         self.shared: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None
@@ -42,11 +49,13 @@ class MoeFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
-        tokens = x.flatten(0, 1)
+        own = self.take_tokens(x)
+        tokens = own.flatten(0, 1)
         routing = self.router(tokens)
         order = ExpertOrder.of(routing.experts, self.router.form.num_experts)
         rows = self.experts(dispatch(tokens, order), order.counts)
-        out = with_added_loss(combine(rows, routing.weights, order), routing.loss).view_as(x)
+        routed = with_added_loss(combine(rows, routing.weights, order), routing.loss).view_as(own)
+        out = self.return_tokens(routed)
         return out if self.shared is None else self._mixed(x, out, self.shared(x))
 
     def _mixed(self, x: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
@@ -57,3 +66,7 @@ class MoeFeedForward(nn.Module):
             return routed + gate.sigmoid() * shared
         first, second = gate.softmax(-1).split(1, dim=-1)
         return routed * first + shared * second
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from internlm.model.initialization import Normal, set_initializer
 from internlm.model.moe.balance import load_balancing_loss, z_loss
 from internlm.model.moe.router_form import RouterForm
-from internlm.model.moe.routing import choose_experts, probabilities, weights_of
+from internlm.model.moe.routing import choose_experts, expert_distribution, probabilities, weights_of
 from internlm.model.recompute import as_routing_operator
 
 if TYPE_CHECKING:
@@ -103,9 +103,8 @@ class Router(nn.Module):
     def _losses_of(self, logits: Tensor, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """(balance, z) of this rank's tokens; both are scalars."""
         num_tokens = scores.shape[0] * self.num_sharing
-        if self.form.scores == "sigmoid":
-            scores = scores / scores.sum(-1, keepdim=True)
-        return load_balancing_loss(scores, counts, num_tokens, self.form.top_k), z_loss(logits, num_tokens)
+        distribution = expert_distribution(scores, self.form)
+        return load_balancing_loss(distribution, counts, num_tokens, self.form.top_k), z_loss(logits, num_tokens)
 
     # -- numbers of a step ----------------------------------------------------------------------------------------
 

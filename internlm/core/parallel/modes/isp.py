@@ -81,7 +81,7 @@ class Isp(ModelParallel):
         whole = replace(ShardSpec.whole(name, shape), view="weight", data_axis="weight_data")
         if not self._splits_weights:
             return [ParameterShard(attribute, whole)]
-        if role in (Role.REPLICATED, Role.PER_HEAD):
+        if role in (Role.REPLICATED, Role.PER_HEAD, Role.ROUTER, Role.EXPERTS):
             return [ParameterShard(attribute, replace(whole, partial_over=("weight",)))]
         n, t = self.context.size("weight", "weight"), self.context.index("weight", "weight")
         rows, block = padded_rows(shape[0], n, t)
