@@ -151,8 +151,8 @@ def mixture_config(architecture: Architecture, keys: Mapping[str, Any]) -> Pretr
     a, experts = architecture, architecture.experts
     assert experts is not None
     window = next((window for window in a.windows if window is not None), None)
-    routing = {"num_experts_per_tok": experts.form.top_k, "output_router_logits": False}
-    qwen = {
+    routing: dict[str, Any] = {"num_experts_per_tok": experts.form.top_k, "output_router_logits": False}
+    qwen: dict[str, Any] = {
         "moe_intermediate_size": experts.width,
         "norm_topk_prob": experts.form.normalizes,
         "decoder_sparse_step": 1,

@@ -1,7 +1,7 @@
 """Names and forms of expert weights in Hugging Face files.
 
-Our weights hold all experts of a layer: `experts.w13` [E, 2f, h] (gate rows, then up rows) and `experts.w2` [E, h, f]. Most
-files have a tensor per expert and projection; transformers 5 holds tensors like ours in memory.
+Our weights hold all experts of a layer: `experts.w13` [E, 2f, h] (gate rows, then up rows) and `experts.w2` [E, h, f].
+Most files have a tensor per expert and projection; transformers 5 has tensors like ours in memory.
 """
 
 from __future__ import annotations

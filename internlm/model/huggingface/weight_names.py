@@ -9,8 +9,8 @@ The layouts are:
 - "internlm2" and "baichuan2": families published with their own code. The first has wqkv by key-value group; the second
   has W_pack (rows q, k, v), and its head is normalized by the code, not in the file.
 
-Every translation goes through a canonical form: our names, no projection fused but those of experts, half-split pairs. It
-takes any closed set of tensors (`group_of`), such as one group at a time, so the whole model need not be in memory.
+Every translation goes through a canonical form: our names, no projection fused except in experts, half-split pairs.
+It takes any closed set of tensors (`group_of`), such as one group at a time, so the whole model need not be in memory.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_every_mixture_that_is_exported_comes_back_as_it_was(model_type: str, ex
         (
             "INTERNLM_MoE",
             {"num_shared_experts": 1},
-            r"no class for this mixture of experts \(INTERNLM_MoE\): shared experts whose output is mixed by 'softmax', "
+            r"this mixture of experts \(INTERNLM_MoE\): shared experts whose output is mixed by 'softmax', "
             "shared experts with o_bias",
         ),
         ("INTERNLM_MoE", {}, r"\(INTERNLM_MoE\): experts with biases of attention, without q and k norms"),
