@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from internlm.model.initialization import Initializer, Normal, Uniform
-from internlm.model.modules.rotary import RopeSettings
-from internlm.model.ops.gated_activation import Activation
 from internlm.model.layer_kinds import expert_layers
+from internlm.model.modules.rotary import RopeSettings
 from internlm.model.moe.settings import expert_settings
+from internlm.model.ops.gated_activation import Activation
 from internlm.model.recompute import SavePolicy
 from internlm.utils.errors import ConfigError
 

@@ -55,7 +55,7 @@ def expert_layers(settings: ExpertSettings, num_layers: int) -> dict[int, LayerK
         return MoeFeedForward(architecture, settings, layer)
 
     kind = LayerKind("experts", feed_forward=feed_forward)
-    return {layer: kind for layer in range(num_layers)}
+    return dict.fromkeys(range(num_layers), kind)
 
 
 STANDARD = LayerKind("standard")

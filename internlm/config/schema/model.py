@@ -259,7 +259,11 @@ class ModelConfig(Section):
     )
     top_k: int = used_with(1, "Experts per token.", "model.num_experts", ge=1, changes_outputs=True)
     num_shared_experts: int = used_with(
-        0, "Experts that process every token, as one of so many times the width of a routed one.", "model.num_experts", ge=0, changes_outputs=True
+        0,
+        "Experts that process every token, as one of so many times the width of a routed one.",
+        "model.num_experts",
+        ge=0,
+        changes_outputs=True,
     )
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-Dropless", "MegaBlock-D"] = used_with(
         "GShard", "Kind of expert layer; only Dropless works.", "model.num_experts", changes_outputs=True

@@ -114,7 +114,9 @@ class ExpertConfig(Section):
         "model.num_experts",
     )
     no_tp: bool = no_effect(
-        False, "Experts are not split over the tensor group.", "experts are dealt to tensor ranks as to others, and never split"
+        False,
+        "Experts are not split over the tensor group.",
+        "experts are dealt to tensor ranks as to others, and never split",
     )
 
 

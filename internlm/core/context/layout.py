@@ -77,18 +77,14 @@ class ParallelLayout:
     @cached_property
     def expert_data_size(self) -> int:
         """Number of ranks with the same experts."""
-        return check_world(
-            self.world_size, pipeline=self.pipeline, expert=self.expert, expert_inner=self.expert_inner
-        )
+        return check_world(self.world_size, pipeline=self.pipeline, expert=self.expert, expert_inner=self.expert_inner)
 
     @property
     def splits_tokens_of_routers(self) -> bool:
         """Whether tensor ranks with the same tokens (mtp) route a part of them each, as experts are on other ranks."""
         return self.expert > 1 and self.tensor > 1 and self.mode == "mtp"
 
-    def _split_by_zero(
-        self, axis: str, size: int, zero: int
-    ) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+    def _split_by_zero(self, axis: str, size: int, zero: int) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
         zero = size if zero <= 0 else zero
         return {f"{axis}_replica": size // zero, "zero": zero}, {axis: (f"{axis}_replica", "zero")}
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from internlm.model.initialization import Normal, Zeros, set_initializer
 from internlm.model.modules.feed_forward import FeedForward
 from internlm.model.modules.linear import Linear
-from internlm.model.initialization import Normal, Zeros, set_initializer
 from internlm.model.moe.expert_order import ExpertOrder, combine, dispatch
 from internlm.model.moe.experts import Experts
 from internlm.model.moe.router import Router, with_added_loss

@@ -87,7 +87,9 @@ class Router(nn.Module):
             counts = self.sum_over_sample(own)
             if is_training:
                 assert self._sums is not None
-                self._sums += torch.cat([own, *(each.view(1) for each in self._losses_of(logits.detach(), chosen, counts))])
+                self._sums += torch.cat(
+                    [own, *(each.view(1) for each in self._losses_of(logits.detach(), chosen, counts))]
+                )
             return [experts, counts]
 
         experts, counts = as_routing_operator(choose, chosen)
