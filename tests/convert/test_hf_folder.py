@@ -22,6 +22,7 @@ from helpers.model import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from internlm.checkpoint import weight_source
 from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.cli import main
 from internlm.convert.from_hf import convert_from_hf
@@ -269,7 +270,10 @@ def test_a_buffer_of_integers_is_no_quantized_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+def test_values_that_are_not_finite_are_named(
+    tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_source, "_BLOCK", 7)
     save_native("llama", tmp_path)
     tensors = tensors_of(tmp_path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
