@@ -270,9 +270,7 @@ def test_a_buffer_of_integers_is_no_quantized_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_named(
-    tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_source, "_BLOCK", 7)
     save_native("llama", tmp_path)
     tensors = tensors_of(tmp_path)
