@@ -466,9 +466,7 @@ REFUSED: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
             "parallel.expert": {"size": 8, "no_tp": True},
             "parallel.expert_weight": {"size": 2, "overlap": True},
         },
-        (
-            "parallel.expert_weight.size = 2: sharding experts over weight ranks",
-        ),
+        ("parallel.expert_weight.size = 2: sharding experts over weight ranks",),
     ),
     "7B_internlm2_hf": (
         1,
