@@ -134,7 +134,7 @@ def test_loss_scales_without_bounds(load):
         ("model.vit_cfg={'a': 1}", "multimodal models"),
         ("model.vision_proj_cfg={'a': 1}", "multimodal models"),
         ("parallel.pipeline.use_zeropp=True", "the ZeroPP schedule"),
-        ("moe=dict(top_k=2)", "MegaBlocks (use model.moe_layer_kwargs instead)"),
+        ("moe=dict(top_k=2)", "MegaBlocks (use model.num_experts instead)"),
         ("model.moe_gate_k=2", None),
         ("model.moe_layer_kwargs.capacity_factor=1.2", "experts with a capacity, which drop tokens,"),
         ("model.num_cross_decoder_layers=4", "models of self- and cross-decoder layers"),

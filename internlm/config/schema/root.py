@@ -108,7 +108,7 @@ class Config(Section):
     moe: dict[str, Any] | None = later(
         None,
         "Arguments of MegaBlocks, as some configs of InternEvo have them.",
-        "MegaBlocks (use model.moe_layer_kwargs instead)",
+        "MegaBlocks (use model.num_experts instead)",
         accepts=({},),
     )
     fp8: dict[str, Any] | None = later(
