@@ -17,6 +17,7 @@ from helpers.hf_folders import (
     tensors_of,
 )
 
+from internlm.apis.generation import generate
 from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.cli import main
 from internlm.convert.from_hf import convert_from_hf
@@ -75,6 +76,17 @@ def test_mixtures_through_the_command_line(tmp_path: Path, name: str, layout: st
     block = "block_sparse_moe" if name == "mixtral" else "mlp"
     gate = tensors_of(tmp_path / "theirs")[f"model.layers.1.{block}.gate.weight"]
     assert router.dtype == torch.float32 and torch.equal(router, gate.float())
+
+
+@pytest.mark.parametrize("name", [*MIXTURES, "mixtral-window-tied"])
+def test_imported_mixtures_generate_the_tokens_of_transformers(tmp_path: Path, name: str) -> None:
+    """With the cache of keys and values: the experts see a token at a time."""
+    theirs = save_native(name, tmp_path / "theirs")
+    convert_from_hf(storage_path(tmp_path / "theirs"), storage_path(tmp_path / "ours"))
+    model, _ = load_model_for_inference(tmp_path / "ours")
+    prompts = random_tokens(2, 7)
+    expected = theirs.generate(prompts, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(generate(model, prompts, max_new_tokens=16), expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -139,7 +139,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 
             {"shared_expert_intermediate_size": 40},
             "shared_expert_intermediate_size = 40 that is not a multiple of moe_intermediate_size = 24",
         ),
-        ("qwen2_moe", {"num_local_experts": 8}, "num_local_experts = 8: this family's class does not read it"),
+        ("qwen2_moe", {"num_local_experts": 8}, "num_experts = 4 contradicts num_local_experts = 8"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size must be a whole number"),
         ("qwen3_moe", {"num_experts": 1}, "num_experts must be a whole number from 2 to 65,536, got 1"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
