@@ -188,7 +188,7 @@ def test_sum_over_ranks_is_the_value_of_one_process(
 
 @pytest.mark.parametrize("form", FORMS, ids=["softmax", "sigmoid"])
 def test_padding_changes_nothing(form: RouterForm) -> None:
-    """Not even if it is NaN."""
+    """Losses without padding are those of the tokens alone, even where padding is NaN."""
     logits = random(12, E)
     padded = torch.cat([logits, torch.full((5, E), math.nan, dtype=torch.float64)])
     valid = torch.arange(17) < 12
