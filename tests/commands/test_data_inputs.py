@@ -150,3 +150,17 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path: Path, capsys: pytest.Ca
         message = data(capsys, "merge", train, second, *options, code=2)
         assert "a.bin is named more than once, and its documents would be repeated" in message
     assert not (tmp_path / "out.bin").exists()
+
+
+def test_a_dataset_of_another_format_does_not_stand_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = megatron(tmp_path / "a.bin", [[1, 2], [3]], "uint16")
+    index = (tmp_path / "a.idx").read_bytes()
+    for to, name in (("arrays", "a.ds"), ("parquet", "a.parquet")):
+        data(capsys, "convert", source, "--to", to, "--output", tmp_path / name)
+    assert np.fromfile(tmp_path / "a.ds", np.uint16).tolist() == [1, 2, 3]
+    assert (tmp_path / "a.idx").read_bytes() == index
+    (tmp_path / "b.idx").touch()
+    options = ("--to", "tokenized", "--output", tmp_path / "b.bin")
+    assert "b.idx: exists already" in data(capsys, "convert", source, *options, code=2)

@@ -24,6 +24,9 @@ from internlm.data.tokenize.text_tokenizer import check_code
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
+_RENDERING = 2
+"""Version of how marks are found and the date is written; part of the fingerprint of templates that have some."""
+
 logger = get_logger(__name__)
 
 
@@ -46,7 +49,10 @@ class ChatTemplate:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that changes a rendered text."""
-        content = repr((self.source, self.tools_source, sorted(self.special_tokens.items())))
+        sources = (self.source, self.tools_source)
+        content = repr((*sources, sorted(self.special_tokens.items())))
+        if any(has_marks(source) or reads_clock(source) for source in sources):
+            content += repr(_RENDERING)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def has_marks(self, tools: object) -> bool:

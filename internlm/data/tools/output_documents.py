@@ -95,9 +95,12 @@ def write_documents(path: Path, documents: Iterable[Document], output: OutputFor
 
 
 def _files_of(path: Path) -> tuple[Path, ...]:
-    """The output `path` and all files that may belong to it."""
-    metadata = path.with_name(path.name + ".metadata")
-    return path, meta_path(path), index_path(path), ends_path(path), metadata, record_path(path)
+    """The output `path` and all files that may belong to it, by its suffix."""
+    beside = {
+        ".bin": (meta_path(path), index_path(path)),
+        ".ds": (ends_path(path), path.with_name(path.name + ".metadata")),
+    }
+    return path, *beside.get(path.suffix, ()), record_path(path)
 
 
 def _open(path: Path, output: OutputFormat, stack: ExitStack) -> Callable[[Document], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_the_day_of_the_run_changes_no_token(tmp_path: Path, caplog: pytest.LogC
         text = text_of(save_chat_tokenizer(tmp_path / "t", clock + MARKED))
     assert text == "<|im_start|>system\n26 Jul 2024, 7/26 Friday 100%<|im_end|>\n" + TEXT
     assert "writes today's date: it is 26 July 2024 in every row" in caplog.text
+
+
+def test_rows_that_were_cached_with_other_marks_are_not_used(tmp_path: Path) -> None:
+    """The fingerprint of before for a template without marks, and another one for the others."""
+    before = {}
+    for name, source in (("plain", CHATML), ("marks", MARKED), ("clock", "{{- strftime_now('%Y') }}" + CHATML)):
+        template = load_chat_template(save_chat_tokenizer(tmp_path / name, source))
+        content = repr((source, source, sorted(template.special_tokens.items())))
+        before[name] = template.fingerprint == hashlib.sha256(content.encode()).hexdigest()[:16]
+    assert before == {"plain": True, "marks": False, "clock": False}
 
 
 def test_errors_have_the_lines_of_the_template_itself(tmp_path: Path) -> None:
