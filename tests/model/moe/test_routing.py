@@ -202,6 +202,18 @@ def test_choices_are_distinct_for_any_scores_and_bias(form: RouterForm, data: st
     assert len({expert // form.experts_per_group for expert in chosen}) <= form.top_groups
 
 
+@with_each_selection
+def test_choices_are_distinct_where_every_group_is_at_negative_infinity() -> None:
+    form = RouterForm(8, 3, "sigmoid", has_bias=True, num_groups=4, top_groups=2, group_score="top2_sum")
+    assert choose_experts(torch.rand(1, 8), form, torch.full((8,), -math.inf)).tolist() == [[0, 1, 2]]
+
+
+def test_sigmoids_that_underflow_have_weights_of_zero() -> None:
+    scores = probabilities(torch.full((1, 8), -200.0), GROUPED)
+    assert weights_of(scores, choose_experts(scores, GROUPED), GROUPED).tolist() == [[0.0] * 3]
+    assert expert_distribution(scores, GROUPED).tolist() == [[0.0] * 8]
+
+
 # -- transformers -----------------------------------------------------------------------------------------------------
 
 H, E, K = 32, 16, 4

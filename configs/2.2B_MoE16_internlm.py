@@ -1,4 +1,4 @@
-"""A mixture of 16 experts with the layers of the first InternLM's 1.8B model, and one shared expert.
+"""A mixture of 16 experts and a shared one, with the attention of the first InternLM: 2.2B weights, 0.7B active.
 
 For 8 ranks, or a multiple of them.
 """
@@ -8,7 +8,7 @@ from internlm.config import read_base
 with read_base():
     from configs._base_.default_runtime import *
 
-JOB_NAME = "1.8b_moe16_internlm_train"
+JOB_NAME = "2.2b_moe16_internlm_train"
 model_type = "INTERNLM_MoE"
 
 data.update(
