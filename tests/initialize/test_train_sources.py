@@ -59,7 +59,7 @@ def test_each_source_has_its_own_seed_and_place(places: Path) -> None:
     lines = check_data(config, context)
     assert [f"'{path}'" in line for path, line in zip((web, code), lines, strict=True)] == [True, True]
     loader = build_loader(config, context)
-    assert loader.type_names == ["code", "web"] and loader.progress_at(0)["source_epochs/web"] == 0
+    assert loader.type_names == ["code", "web"] and loader.progress_at(0)["source/web/epochs"] == 0
     loader.close()
 
 
