@@ -67,8 +67,8 @@ def test_what_is_not_finite_stays_visible() -> None:
 def test_training_steps(compiled: bool, options: dict[str, bool]) -> None:
     """The loss falls as it does without float8.
 
-    With this learning rate ten steps of the emulation on a CPU are within 0.2 % of those in bf16; with ten times of it the
-    loss jumps up and down, and any rounding makes 15 %.
+    With this learning rate ten steps of the emulation on a CPU are within 0.2 % of those in bf16; with ten times of it
+    the loss jumps up and down, and any rounding makes 15 %.
     """
     assert choice(torch.device("cuda", 0)).implementation == "torch._scaled_mm"
     losses = []
