@@ -74,7 +74,9 @@ def _is_valid(item: str, value: Any) -> bool:
     kind, _ = _KEYS[item]
     if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool) or value == "":
         return False
-    return value in _CHOICES.get(item, (value,)) and not (item == "array_separator" and value < 0)
+    if isinstance(value, int) and value < 0:
+        return False
+    return item not in _CHOICES or value in _CHOICES[item]
 
 
 VALID_FOLDERS = BeforeValidator(_named_sets)

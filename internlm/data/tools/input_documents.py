@@ -111,10 +111,10 @@ def open_inputs(
     for path, type_name in found:
         by_format.setdefault(format_name or detect_format(path), []).append((path, type_name))
     if not by_format:
-        found = "; ".join(filter(None, map(describe_found, names)))
+        there = "; ".join(filter(None, map(describe_found, names)))
         raise DataError(
             f"{', '.join(map(str, names))}: no file of documents ({', '.join(_SUFFIXES)})"
-            + (f". {found}" if found else "")
+            + (f". {there}" if there else "")
         )
     if len(by_format) > 1:
         if dtype is None and "arrays" in by_format:
@@ -148,9 +148,9 @@ def _is_lines(path: Path) -> bool:
 def _files_of(name: Path) -> list[tuple[Path, str]]:
     """(file, type name) of each file that `name` is or contains."""
     if name.is_file():
-        found = identify(name) if name.suffix not in _SUFFIXES else None
-        if found is not None:
-            raise DataError(f"{name}: {found.what}, not a file of documents ({', '.join(_SUFFIXES)}); {found.advice}")
+        kind = identify(name) if name.suffix not in _SUFFIXES else None
+        if kind is not None:
+            raise DataError(f"{name}: {kind.what}, not a file of documents ({', '.join(_SUFFIXES)}); {kind.advice}")
         return [(name, name.resolve().parent.name)]
     if not name.is_dir():
         named = (name.with_name(name.name + suffix) for suffix in _SUFFIXES if name.name)
