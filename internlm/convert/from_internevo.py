@@ -98,6 +98,11 @@ def import_internevo(
         section.pop("no_bias", None)
         config, model = _build(tree, keys)
         notices += [f"model.{name} = {value}: as the weights in the files" for name, value in changes.items()]
+    if model.architecture.experts is None and (names := expert_files(files)):
+        raise CheckpointError(
+            f"'{folder}' has expert files ('{names[0]}'), but the config's model is no mixture of experts (model_type, "
+            "model.num_experts)"
+        )
     order = RowOrder(
         by_projection=config.model_type in ROWS_BY_PROJECTION, fused_gate_up=section.get("mlp_layer_fusion") is True
     )
@@ -146,14 +151,9 @@ def import_internevo(
 
 
 def _experts(files: InternEvoFiles, model: Decoder, section: dict[str, Any]) -> InternEvoExperts | None:
-    """The expert files; None for a dense model, which must have none."""
-    a, names = model.architecture, expert_files(files)
+    """The expert files; None for a dense model."""
+    a = model.architecture
     if a.experts is None:
-        if names:
-            raise CheckpointError(
-                f"'{files.folder}' has expert files ('{names[0]}'), but the config's model is no mixture of experts "
-                f"(model_type, model.num_experts)"
-            )
         return None
     sizes = ExpertSizes(a.experts.form.num_experts, a.hidden_size, a.experts.width)
     is_grouped = section.get("moe_layer_kwargs", {}).get("use_grouped_mlp")

@@ -227,6 +227,13 @@ def test_shapes_dtypes_and_values_that_do_not_fit_are_named(tmp_path: Path) -> N
     assert "'layers.3.feed_forward.extra', which is not a weight of an expert" in refused(folder, tmp_path / "new")
 
 
+def test_a_config_of_a_dense_model_is_named(tmp_path: Path) -> None:
+    model = model_of("MIXTRALMOE", section_of("MIXTRALMOE"))
+    write(tmp_path / "old", model, Checkpoint("MIXTRALMOE", section_of("MIXTRALMOE", num_experts=1)), Split())
+    message = refused(tmp_path / "old", tmp_path / "new")
+    assert "('model_moe_layer0_expert0_tp0.pt'), but the config's model is no mixture of experts" in message
+
+
 def test_megablocks_layers_are_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path / "old", "INTERNLM_MoE", Split(), moe_type="MegaBlock-D")
     assert "'MegaBlock-D': the weights of megablocks' layers" in refused(tmp_path / "old", tmp_path / "new")
