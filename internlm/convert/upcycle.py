@@ -38,6 +38,7 @@ from internlm.utils.storage import StoragePath
 
 PAIRS = {
     "INTERNLM": "INTERNLM_MoE",
+    "INTERNLM2": "MIXTRALMOE",
     "LLAMA2": "MIXTRALMOE",
     "LLAMA3": "MIXTRALMOE",
     "MISTRAL": "MIXTRALMOE",
@@ -173,6 +174,8 @@ def _config(config: Config, dense: Decoder, settings: Upcycling, source: Storage
         "intermediate_size": a.intermediate_size,
     }
     del section["moe_layer_kwargs"]
+    if config.model_type == "INTERNLM2":
+        section["enable_qkv_fusion"] = a.fused_qkv  # All that distinguishes it from Llama.
     if all(window is None for window in a.windows):
         section["sliding_window"] = None  # Mixtral has a window wherever its size is given.
     tokenizer_path = config.data.tokenizer_path

@@ -28,6 +28,7 @@ from internlm.utils.storage import storage_path
 GQA = {"num_kv_attention_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "INTERNLM": {},
+    "INTERNLM2": GQA,
     "LLAMA2": {**GQA, "mlp_layer_fusion": True},
     "LLAMA3": {**GQA, "sliding_window": 4},  # Without use_sliding_window, Llama has no window.
     "MISTRAL": {**GQA, "sliding_window": 4},
@@ -245,7 +246,9 @@ def refused(tmp_path: Path, kind: type[Exception]) -> str:
 
 def test_models_without_a_mixture_are_named(tmp_path: Path) -> None:
     write_dense(tmp_path / "a" / "dense", "GEMMA")
-    assert "otherwise like model_type = 'GEMMA'. Supported: INTERNLM, LLAMA2" in refused(tmp_path / "a", ConfigError)
+    assert "otherwise like model_type = 'GEMMA'. Supported: INTERNLM, INTERNLM2, LLAMA2" in refused(
+        tmp_path / "a", ConfigError
+    )
     write_dense(tmp_path / "b" / "dense", "MISTRAL", mlp_bias=True)
     assert "model.mlp_bias" in refused(tmp_path / "b", ConfigError)
     write_dense(tmp_path / "c" / "dense", "MIXTRALMOE", num_experts=4, top_k=2, moe_type="Dropless")
