@@ -66,8 +66,21 @@ def _is_finite(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is computed on demand."""
+    """A tensor that is computed on demand.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        read: computes the tensor.
+        read_slice: computes slice i of dim 0; None if only the whole tensor can be computed.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    read_slice: Callable[[int], Tensor] | None = None
+
+    @classmethod
+    def stacked(cls, shape: tuple[int, ...], dtype: torch.dtype, read_slice: Callable[[int], Tensor]) -> LazyTensor:
+        """A tensor that is computed slice by slice of dim 0, such as expert by expert."""
+        return cls(shape, dtype, lambda: torch.stack([read_slice(index) for index in range(shape[0])]), read_slice)
