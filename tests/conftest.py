@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,22 @@ from helpers.ranks import RankPool
 from helpers.s3 import bucket, s3_server  # noqa: F401
 
 from internlm.utils.logging import ROOT_LOGGER
+
+# A full collection walks through the objects of thousands of tests, which takes seconds; in a forked process it also
+# copies every page it touches. All that exists before the tests, or before a fork, lives on: leave it out.
+os.register_at_fork(after_in_child=gc.freeze)
+
+
+def pytest_collection() -> None:
+    """Collect no garbage while tests are collected: there is little."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests and the modules they import out of later collections."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

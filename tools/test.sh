@@ -7,6 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup_env.sh dev
 export OMP_NUM_THREADS=1
+# Otherwise each of the hundreds of processes that the tests start compiles the package again.
+unset PYTHONDONTWRITEBYTECODE
 test=(.venv/bin/python -m pytest -n 2 --dist worksteal)
 if [ "${1:-}" != "--full" ]; then
     exec "${test[@]}" "$@"

@@ -14,6 +14,7 @@ from internlm.monitor.garbage_collection import GarbageCollectionHook
 @pytest.fixture(autouse=True)
 def collector_on():
     gc.enable()
+    gc.freeze()  # the objects of earlier tests, so that a collection is short
     yield
     gc.enable()
 

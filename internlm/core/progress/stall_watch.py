@@ -107,6 +107,7 @@ class StallWatch:
         self._failure.before_exit = self.write_stacks
         if self._exchange is not None:
             self._exchange.start()
+        self._schedule_dump()  # before the first poll: a thread may take the GIL until then
         self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
         self._thread.start()
 
@@ -140,12 +141,18 @@ class StallWatch:
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
+    def _schedule_dump(self) -> None:
+        """Have the stacks written unless the watch calls this again in time.
+
+        A thread that holds the GIL blocks the watch, too; the timer of faulthandler does not need the GIL.
+        """
         assert self._stacks is not None
+        faulthandler.dump_traceback_later(max(self.slow_seconds, 2 * self._poll), file=self._stacks)
+
+    def _watch(self) -> None:
         last = time.monotonic()
         while not self._stopped.wait(self._poll):
-            # A thread that holds the GIL blocks this one, too; the timer of faulthandler does not need the GIL.
-            faulthandler.dump_traceback_later(max(self.slow_seconds, 2 * self._poll), file=self._stacks)
+            self._schedule_dump()
             now = time.monotonic()
             if now - last > 3 * self._poll + 1 and self._exchange is not None:
                 self._exchange.restart()
