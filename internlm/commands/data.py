@@ -271,10 +271,14 @@ def _output(options: argparse.Namespace, inputs: Inputs) -> OutputFormat:
 
 
 def _default_dtype(name: str, inputs: Inputs, vocab_size: int | None) -> str:
-    """The dtype of the inputs if they have one, else the smallest for the vocabulary."""
-    first = inputs.open(inputs.paths[0]) if inputs.format is not None else None
-    if isinstance(first, MegatronFile | TokenArray) and (name == inputs.format_name or first.dtype.name == "uint16"):
-        return first.dtype.name
+    """The dtype that holds those of all inputs if they have some, else the smallest for the vocabulary."""
+    import numpy as np
+
+    opened = map(inputs.open, inputs.paths if inputs.format_name in ("megatron", "arrays") else ())
+    dtypes = {file.dtype for file in opened if isinstance(file, MegatronFile | TokenArray)}
+    common = np.result_type(*dtypes).name if dtypes else None
+    if common is not None and (name == inputs.format_name or common == "uint16"):
+        return common
     # 65,500 is Megatron's own limit of uint16.
     is_small = vocab_size is not None and vocab_size < 65_500
     return "uint16" if is_small else "int32" if name == "megatron" else "uint32"

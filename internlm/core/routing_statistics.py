@@ -50,8 +50,8 @@ class RoutingStatistics:
         """Scalar metrics of the step, the same on all ranks; empty for a model without routers. Collective.
 
         `moe/balance_loss` and `moe/z_loss` are sums over layers of means over samples, without their coefficients;
-        `moe/load/N` is the largest number of tokens of an expert of layer N over the mean, `moe/max_load` its maximum over
-        layers.
+        `moe/load/N` is the largest number of tokens of an expert of layer N over the mean, `moe/max_load` its maximum
+        over layers.
         """
         if self._experts is None:
             return {}

@@ -13,7 +13,7 @@ from internlm.model.moe.settings import ExpertSettings
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """The dimensions of a decoder with a gated feed-forward network (three matrices), or experts of that form, in every layer.
+    """The dimensions of a decoder whose layers have a gated feed-forward network (three matrices), or experts like it.
 
     Attributes:
         intermediate_size: width of the feed-forward network.

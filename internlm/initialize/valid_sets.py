@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from internlm.config.schema import Config
 from internlm.config.schema.valid_folders import DOCUMENT_TYPES
 from internlm.data.documents.folders import find_train_files, find_valid_sets, log_unread_files
 from internlm.data.documents.valid_sets import ValidSet, folder_sets, held_out_sets, named_set
+from internlm.data.remote.mirror import is_remote
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.data_folders import local_data, train_folder
 from internlm.initialize.file_formats import file_format, format_of_type
@@ -128,12 +130,20 @@ def check_held_out(saved: Config, config: Config, what: str) -> None:
         CheckpointError: this run holds out more documents of the same train folder.
     """
     before, now = saved.data, config.data
-    if now.valid_fraction > before.valid_fraction and now.train_folder == before.train_folder:
+    if now.train_folder is None or now.valid_fraction <= before.valid_fraction:
+        return
+    trained = [source.config.data.train_folder for source in train_sources(saved)]
+    if _place(now.train_folder) in {_place(folder) for folder in trained if folder is not None}:
         raise CheckpointError(
             f"data.valid_fraction = {now.valid_fraction} holds out more documents of {now.train_folder} than "
             f"{before.valid_fraction}, that of {what}, which has been trained on some of them: their loss would be too "
             f"low. Restore data.valid_fraction = {before.valid_fraction} (a smaller one is possible)"
         )
+
+
+def _place(folder: str) -> str:
+    """The same text for every spelling of a folder."""
+    return folder.rstrip("/") if is_remote(folder) else os.path.realpath(folder)
 
 
 def log_unread_valid_files(config: Config) -> None:

@@ -14,6 +14,7 @@ from helpers.data_folders import upload
 from helpers.fault_proxy import Fault, FaultProxy
 from helpers.s3 import Bucket
 
+from internlm.data.megatron_files.writer import MegatronWriter
 from internlm.data.tokenized_files.writer import TokenizedWriter
 
 NAMES = ("cn/a", "cn/b", "en/a", "en/b", "en/c")
@@ -119,6 +120,67 @@ def test_rows_are_tokenized_from_the_store(bucket: Bucket, tmp_path: Path) -> No
         assert code == 0, output
         found[name] = [line["loss"] for line in lines]
     assert found["local"] == found["remote"] and len(found["local"]) == 4
+
+
+def write_blend(root: Path) -> Path:
+    """Tokenized files with names that URLs escape, a Megatron dataset, and rows."""
+    draw = np.random.default_rng(0)
+    for name in ("en/a b+c#1%20é?.bin", "en/b=1&2.bin", "c~n/a'.bin"):
+        path = root / "web" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TokenizedWriter(path) as writer:
+            for length in draw.integers(2, 60, 700):
+                writer.write(draw.integers(1, 60, length).tolist())
+    with MegatronWriter(root / "books" / "b.bin", np.dtype("int32")) as megatron:
+        for length in draw.integers(2, 60, 700):
+            megatron.write(draw.integers(1, 60, length))
+    (root / "rows").mkdir()
+    lines = [f'{{"text": "row {number} of two and three{" more" * (number % 9)}"}}\n' for number in range(3000)]
+    (root / "rows" / "r.jsonl").write_text("".join(lines))
+    return root
+
+
+def test_a_blend_with_a_schedule_resumes_on_other_numbers_of_ranks(bucket: Bucket, tmp_path: Path) -> None:
+    root = write_blend(tmp_path / "data")
+    url = upload(root, bucket, "data")
+    for name in ("data/", "data/web/", "data/web/en/"):  # as consoles of object stores make folders
+        bucket.client.put_object(Bucket=bucket.name, Key=name, Body=b"")
+    tokenizer = str(save_chat_tokenizer(tmp_path / "tokenizer"))
+
+    def run(name: str, place: object, world_size: int, steps: int, folder: str, **more: Any) -> list[dict[str, Any]]:
+        books = {"name": "books", "type": "megatron", "weight": 0.3, "epochs_max": 1.5, "on_end": "drop"}
+        blend = [
+            {"path": f"{place}/web", "weight": [(0, 0.5), (200, 0.2)]},
+            {"path": f"{place}/books/b", **books},
+            {"path": f"{place}/rows", "type": "streaming", "weight": 0.2},
+        ]
+        keys = {"blend": blend, "tokenizer_path": tokenizer, "total_steps": steps, "num_worker": 1, **more}
+        keys["micro_num"] = 2 // world_size
+        text = f"data.update({keys!r})\nmodel['vocab_size'] = 600\nlr_scheduler['total_steps'] = 14\n"
+        text += f"ckpt['save_ckpt_folder'] = {str(tmp_path / folder)!r}\n"
+        arguments = ["--config", write_config(tmp_path / name, text), "--run-dir", tmp_path / name]
+        ranks = start_ranks(arguments, tmp_path / name, world_size)
+        assert [rank.wait() for rank in ranks] == [0] * world_size, ranks[0].output
+        lines = metrics_of(tmp_path / name)
+        return [
+            # The epochs of rows are an estimate from the shards of the main rank.
+            {key: line[key] for key in line if key.startswith(("loss", "source", "step")) and "epochs/rows" not in key}
+            for line in lines
+            if "loss" in line
+        ]
+
+    local = run("local", root, 1, 14, "checkpoints_local")
+    # 200 tokens are 6.25 samples of 32: from sample 7 on, web has 2/7 of the samples, books 3/7.
+    expected = {"web": 0.5 * 7 + 2 / 7 * 21, "books": 0.3 * 7 + 3 / 7 * 21, "rows": 0.2 * 7 + 2 / 7 * 21}
+    for name, samples in expected.items():
+        assert abs(local[-1][f"source_tokens/{name}"] / 32 - samples) < 2
+    cache = {"cache_folder": str(tmp_path / "cache"), "cache_bytes": 400_000}
+    parts = run("one", url, 1, 4, "checkpoints", **cache)
+    parts += run("two", url, 2, 9, "checkpoints", **cache)
+    parts += run("three", url, 1, 14, "checkpoints", **cache)
+    assert [line["step"] for line in parts] == list(range(1, 15))
+    for ours, theirs in zip(parts, local, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
 
 
 def test_a_dry_run_fetches_one_train_file(bucket: Bucket, tmp_path: Path) -> None:

@@ -131,9 +131,24 @@ def test_a_resumed_run_holds_out_no_document_it_was_trained_on(corpus: tuple[Pat
     more = config_of(tmp_path, folder, valid_fraction=0.2, total_steps=6)
     code, output, _ = train(tmp_path, more, run="more")
     assert code == 2 and "data.valid_fraction = 0.2 holds out more documents" in output, output
+    link = tmp_path / "link"
+    link.symlink_to(folder / "train")
+    for number, other in enumerate((f"{folder}/train/", f"{folder}/code/../train", str(link))):
+        more = config_of(tmp_path, folder, valid_fraction=0.2, total_steps=6, train_folder=other)
+        code, output, _ = train(tmp_path, more, run=f"spelling{number}")
+        assert code == 2 and "data.valid_fraction = 0.2 holds out more documents" in output, output
     fewer = config_of(tmp_path, folder, valid_fraction=0.05, total_steps=6)
     code, output, found = train(tmp_path, fewer, run="fewer")
     assert code == 0 and "valid_fraction was 0.1, is 0.05" in output and found, output
+
+
+def test_a_source_of_an_earlier_blend_holds_out_no_document(corpus: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, _ = corpus
+    blend = {"train_folder": None, "blend": [{"path": f"{folder}/train", "weight": 1}], "min_length_dict": None}
+    code, output, _ = train(tmp_path, config_of(tmp_path, folder, **blend, valid_every=0, total_steps=5))
+    assert code == 0, output
+    code, output, _ = train(tmp_path, config_of(tmp_path, folder, valid_fraction=0.1, total_steps=6), run="alone")
+    assert code == 2 and "data.valid_fraction = 0.1 holds out more documents" in output, output
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def experts(config: Config, world_size: int) -> Iterator[Problem]:
     if config.model.moe_type != "Dropless":
         yield Problem(
             ("model.moe_type", "model.num_experts"),
-            f"model.moe_type = {config.model.moe_type!r}: experts with a capacity, which drop tokens, are not yet supported; "
-            "set it to 'Dropless'",
+            f"model.moe_type = {config.model.moe_type!r}: experts with a capacity, which drop tokens, are not yet "
+            "supported; set it to 'Dropless'",
         )
     if parallel.expert.size > 0 and experts % parallel.expert.size:
         yield Problem(
@@ -49,5 +49,5 @@ def experts(config: Config, world_size: int) -> Iterator[Problem]:
     if config.model.top_k > experts:
         yield Problem(
             ("model.top_k", "model.num_experts"),
-            f"model.top_k = {config.model.top_k} is more than model.num_experts = {experts}",
+            f"model.top_k = {config.model.top_k} is more than model.num_experts = {experts}; choose at most so many",
         )

@@ -93,8 +93,8 @@ def data_ranks(config: Config, world_size: int) -> int | None:
 def expert_ranks(config: Config, world_size: int) -> int:
     """Ranks over which the experts of a layer are dealt; 1 if the sizes do not fit.
 
-    By default the largest divisor of their number that also divides the ranks of a pipeline stage; with FSDP, which shards
-    experts like other weights, 1.
+    By default the largest divisor of their number that also divides the ranks of a pipeline stage; with FSDP, which
+    shards experts like other weights, 1.
     """
     experts, size = config.model.num_experts, config.parallel.expert.size
     if experts <= 1:

@@ -51,7 +51,7 @@ def feed_forward(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def sequence(config: Config, world_size: int) -> Iterator[Problem]:
-    """The modes that split activations, and experts on several ranks, must give each rank equal numbers of tokens of a row.
+    """Where activations are split, also for experts on several ranks, each rank gets as many tokens of a row.
 
     All rows of training, evaluation and dummy data have the same length.
     """

@@ -96,7 +96,7 @@ class WeightConfig(Section):
 class ExpertWeightConfig(Section):
     """Weight parallelism of the experts."""
 
-    size: int = later(1, "Ranks that share one copy of an expert.", "mixture of experts", ge=1)
+    size: int = later(1, "Ranks that share one copy of an expert.", "sharding experts over weight ranks", ge=1)
     overlap: bool = _EXPERT_WEIGHT["overlap"]
     launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = _EXPERT_WEIGHT["before"]
     forward_overlap_per: Literal["layer", "module"] = _EXPERT_WEIGHT["per"]

@@ -98,8 +98,31 @@ def _by_prefixes(
                 f"{place}: the chat template of {template.name} renders nothing for message {number}, an assistant's: "
                 "remove the row, or name another template (--chat-template)"
             )
+        _check_header(conversation, template, number, before, through, place)
         spans.append((len(before), len(through)))
     return text, spans
+
+
+def _check_header(
+    conversation: Conversation, template: ChatTemplate, number: int, before: str, through: str, place: str
+) -> None:
+    """Check that an answer starts with its content, where the template has no generation prompt.
+
+    Raises:
+        DataError: it starts with a header, which would be learned.
+    """
+    content = str(conversation.messages[number].get("content", "")).strip()
+    if through[len(before) :].lstrip().startswith(content):
+        return
+    without, _ = template.render(conversation.messages[:number], conversation.tools, place)
+    if without == before:
+        header = through[len(before) :].partition(content)[0]
+        raise DataError(
+            f"{place}: message {number} cannot be separated exactly: the chat template of {template.name} has no "
+            f"generation prompt (add_generation_prompt changes nothing), so {header[:_SHOWN]!r} before the answer "
+            "would contribute loss. Add the prompt to the end of the template, or mark the answers with "
+            "{% generation %} ... {% endgeneration %}"
+        )
 
 
 def _fix(number: int, messages: list[Message]) -> str:

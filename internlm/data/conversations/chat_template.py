@@ -6,17 +6,28 @@ Owns loading and choosing templates, and their errors. Must not know tokens or l
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internlm.data.conversations.row_forms import Message
+from internlm.data.conversations.template_source import (
+    TEMPLATE_DATE,
+    has_marks,
+    reads_clock,
+    split_marks,
+    with_fixed_clock,
+    with_visible_marks,
+)
 from internlm.data.tokenize.text_tokenizer import check_code
 from internlm.utils.errors import DataError
+from internlm.utils.logging import get_logger
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_RENDERING = 2
+"""Version of how marks are found and the date is written; part of the fingerprint of templates that have some."""
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,15 @@ class ChatTemplate:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that changes a rendered text."""
-        content = repr((self.source, self.tools_source, sorted(self.special_tokens.items())))
+        sources = (self.source, self.tools_source)
+        content = repr((*sources, sorted(self.special_tokens.items())))
+        if any(has_marks(source) or reads_clock(source) for source in sources):
+            content += repr(_RENDERING)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def has_marks(self, tools: object) -> bool:
         """Whether the template marks the answers with {% generation %}."""
-        return _GENERATION.search(self._source_for(tools)) is not None
+        return has_marks(self._source_for(tools))
 
     def render(
         self,
@@ -66,9 +80,6 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the messages, or ignores tools or tool calls; names the place.
         """
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         source = self._source_for(tools)
         has_calls = any("tool_calls" in message for message in messages)
         for is_needed, word in ((bool(tools), "tools"), (has_calls, "tool_calls")):
@@ -77,24 +88,49 @@ class ChatTemplate:
                     f"{place} has {word}, which the chat template of {self.name} does not render: name a template that "
                     "does (--chat-template), or remove the row"
                 )
+        text = self._render(source, messages, tools, place, add_generation_prompt)
+        if not with_marks:
+            return text, []
+        found = split_marks(self._render(with_visible_marks(source), messages, tools, place, add_generation_prompt))
+        if found is None or found[0] != text:
+            raise DataError(
+                f"{place}: the chat template of {self.name} changes the text that {{% generation %}} marks after the "
+                "mark, so its place is not known: move the marks out of what is filtered, or use mask = 'prefix' "
+                "(--mask prefix)"
+            )
+        return found
+
+    def _render(
+        self,
+        source: str,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None,
+        place: str,
+        add_generation_prompt: bool,
+    ) -> str:
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        num_added_lines = 0
+        if reads_clock(source):
+            source, num_added_lines = with_fixed_clock(source), 1
         try:
             # Annotated as returning a string, but it returns a pair of lists.
             render: Any = render_jinja_template
-            texts, marks = render(
+            texts, _ = render(
                 [list(messages)],
                 tools=tools,
                 chat_template=source,
                 add_generation_prompt=add_generation_prompt,
-                return_assistant_tokens_mask=with_marks,
                 **self.special_tokens,
             )
         except TemplateError as error:
             lineno = getattr(error, "lineno", None)
-            at = f", line {lineno}" if lineno else ""
+            at = f", line {lineno - num_added_lines}" if lineno else ""
             raise DataError(f"{place}: the chat template of {self.name}{at} refuses the row: {error}") from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise DataError(f"{place}: the chat template of {self.name} fails for the row: {error!r}") from error
-        return texts[0], [(start, end) for start, end in marks[0]] if with_marks else []
+        return str(texts[0])
 
     def _source_for(self, tools: object) -> str:
         return self.tools_source if tools else self.source
@@ -113,6 +149,16 @@ def load_chat_template(
     Raises:
         DataError: the tokenizer has no template, or a file is missing or unreadable.
     """
+    template = _load(tokenizer_path, template_file, trust_remote_code)
+    if reads_clock(template.source) or reads_clock(template.tools_source):
+        logger.info(
+            "the chat template of %s writes today's date: it is %s in every row, so that ids do not depend on the day",
+            template.name, TEMPLATE_DATE.strftime("%d %B %Y"),
+        )  # fmt: skip
+    return template
+
+
+def _load(tokenizer_path: Path, template_file: Path | None, trust_remote_code: bool) -> ChatTemplate:
     from transformers import AutoTokenizer
 
     folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent

@@ -5,13 +5,13 @@ Owns the folder layout; opens no file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from internlm.data.documents.document_file import FileFormat, TypedFile
 from internlm.data.documents.index_cache import CACHE_FOLDER
 from internlm.utils.errors import DataError, nearest
+from internlm.utils.folder_walk import walk_links
 from internlm.utils.logging import get_logger
 
 _MAX_NAMES = 5
@@ -99,7 +99,7 @@ def unread_files(folder: str | Path, format: FileFormat) -> list[Path]:
     Hidden files and folders are ignored.
     """
     unread = []
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+    for place, subfolders, names in walk_links(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         read = {name for name in names if name.endswith(format.suffixes)}
         known = read | {other for name in read for other in format.companions(name)}
@@ -152,7 +152,7 @@ def _sorted_files(directory: Path, format: FileFormat, recursive: bool) -> list[
         return sorted(path for path in directory.iterdir() if path.name.endswith(format.suffixes) and path.is_file())
     # Not rglob, which does not follow links: large data is often linked into a folder.
     files = []
-    for folder, subfolders, names in os.walk(directory, followlinks=True):
+    for folder, subfolders, names in walk_links(directory):
         # The cache has .npy files of its own.
         subfolders[:] = [name for name in subfolders if name != CACHE_FOLDER]
         files += [Path(folder, name) for name in names if name.endswith(format.suffixes)]

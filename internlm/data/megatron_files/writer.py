@@ -63,7 +63,9 @@ class MegatronWriter:
         if sum(lengths) != len(ids):
             raise ValueError(f"{sum(lengths)} tokens by sequence_lengths, but {len(ids)} tokens")
         if len(ids) and not (limits.min <= int(ids.min()) and int(ids.max()) <= limits.max):
-            raise DataError(f"{self.path}: document {document} has ids that {self.dtype} cannot hold")
+            raise DataError(
+                f"{self.path}: document {document} has ids that {self.dtype} cannot hold; give a larger --dtype"
+            )
         if max(lengths, default=0) > _LARGEST_LENGTH:
             raise DataError(f"{self.path}: document {document} has {max(lengths):,} tokens: above 2^31")
         self._file.write(ids.astype(self.dtype).tobytes())

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.conversations.row_forms import fitting_forms
 from internlm.data.tokenize.text_inputs import check_unicode
 from internlm.utils.errors import DataError, nearest
 
@@ -78,10 +79,11 @@ def read_text(file: RowFile, row: int, column: str) -> str:
 def missing_column(path: Path, row: int, column: str, columns: Iterable[str]) -> DataError:
     """The error for a row without a column."""
     known = list(columns)
-    return DataError(
-        f"{path}: row {row} has no column '{column}'; its columns are {known}. Name the column of the text with "
-        f"data.content_name.{nearest(column, known)}"
-    )
+    similar = nearest(column, known)
+    fix = f"Name the column of the text with data.content_name.{similar}"
+    if not similar and fitting_forms(known):
+        fix = "These are conversations: set data.conversations = {}, in data.blend conversations={} of the source"
+    return DataError(f"{path}: row {row} has no column '{column}'; its columns are {known}. {fix}")
 
 
 def checked_row(row: int, num_rows: int, path: Path) -> int:

@@ -9,7 +9,6 @@ import bz2
 import gzip
 import io
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from internlm.utils.errors import DataError
+from internlm.utils.folder_walk import walk_links
 
 FORMATS = ("txt", "json", "jsonl", "parquet")
 _SUFFIXES = {f".{name}": name for name in FORMATS} | {".ndjson": "jsonl"}
@@ -167,16 +167,6 @@ def _files_below(folder: Path) -> list[Path]:
         raise DataError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
 
     found: list[Path] = []
-    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        above = os.path.realpath(place)
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not (os.path.islink(link := os.path.join(place, name)) and _is_above(os.path.realpath(link), above))
-        ]
+    for place, _, names in walk_links(folder, refuse):
         found += [Path(place, name) for name in names]
     return sorted(found)
-
-
-def _is_above(folder: str, below: str) -> bool:
-    return os.path.commonpath([folder, below]) == folder

@@ -18,6 +18,7 @@ from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.writer import meta_path
 from internlm.data.tools.parquet_documents import read_parquet
 from internlm.utils.errors import DataError
+from internlm.utils.folder_walk import walk_links
 
 PARQUET = "parquet"
 INPUT_FORMATS = ("tokenized", "megatron", "arrays", PARQUET)
@@ -73,11 +74,21 @@ class Inputs:
         """
         for path in self.paths:
             if self.format is None:
-                yield from (Document(ids, mask) for ids, mask in read_parquet(path))
+                yield from _documents_of_parquet(path)
             else:
                 file = self.format.open(path)
                 for number in range(len(file)):
                     yield read_document(file, number)
+
+
+def _documents_of_parquet(path: Path) -> Iterator[Document]:
+    for row, (ids, loss_mask) in enumerate(read_parquet(path)):
+        if int(ids.min(initial=0)) < 0:
+            raise DataError(
+                f"{path}: row {row}: token {int(ids.min())} is below 0; mark tokens without loss in a column "
+                "loss_mask, or in labels with -100"
+            )
+        yield Document(ids, loss_mask)
 
 
 def read_document(file: DocumentFile, number: int) -> Document:
@@ -103,9 +114,20 @@ def open_inputs(
         dtype, separator: of arrays, see `TokenArray`.
 
     Raises:
-        DataError: a name does not exist, there is no such file, or there are files of several formats.
+        DataError: a name does not exist, there is no such file, there are files of several formats, or a file is named
+            more than once.
     """
     found = [pair for name in names for pair in _files_of(name)]
+    seen: set[str] = set()
+    for path, _ in found:
+        # Links to a file are files of their own.
+        place = os.path.abspath(path)
+        if place in seen:
+            raise DataError(
+                f"{path} is named more than once, and its documents would be repeated: remove it, or a folder that "
+                "contains it, from the inputs"
+            )
+        seen.add(place)
     by_format: dict[str, list[tuple[Path, str]]] = {}
     for path, type_name in found:
         by_format.setdefault(format_name or detect_format(path), []).append((path, type_name))
@@ -143,7 +165,7 @@ def _files_of(name: Path) -> list[tuple[Path, str]]:
             return [(prefix, prefix.resolve().parent.name)]
         raise DataError(f"{name}: no such file or folder")
     found = []
-    for folder, subfolders, files in os.walk(name, followlinks=True):
+    for folder, subfolders, files in walk_links(name):
         subfolders[:] = [each for each in subfolders if not each.startswith(".")]
         for file in files:
             if file.endswith(_SUFFIXES) and not file.startswith("."):

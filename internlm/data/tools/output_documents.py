@@ -58,9 +58,15 @@ def check_free(path: Path) -> None:
     Raises:
         DataError: one does.
     """
-    for each in (path, meta_path(path), index_path(path), ends_path(path), record_path(path)):
+    for each in _files_of(path):
         if each.exists():
             raise DataError(f"{each}: exists already; remove it or choose another name")
+
+
+def remove_output(path: Path) -> None:
+    """Remove a written output with all files that belong to it."""
+    for each in _files_of(path):
+        each.unlink(missing_ok=True)
 
 
 def write_documents(path: Path, documents: Iterable[Document], output: OutputFormat) -> Written:
@@ -86,6 +92,15 @@ def write_documents(path: Path, documents: Iterable[Document], output: OutputFor
     if output.record is not None:
         write_record(path, output.record)
     return written
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
+    """The output `path` and all files that may belong to it, by its suffix."""
+    beside = {
+        ".bin": (meta_path(path), index_path(path)),
+        ".ds": (ends_path(path), path.with_name(path.name + ".metadata")),
+    }
+    return path, *beside.get(path.suffix, ()), record_path(path)
 
 
 def _open(path: Path, output: OutputFormat, stack: ExitStack) -> Callable[[Document], Any]:

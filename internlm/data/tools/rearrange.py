@@ -12,7 +12,7 @@ import numpy as np
 from internlm.data.documents.document_file import DocumentFile
 from internlm.data.permutation import permute
 from internlm.data.tools.input_documents import Document, Inputs, read_document
-from internlm.data.tools.output_documents import OutputFormat, Written, check_free, write_documents
+from internlm.data.tools.output_documents import OutputFormat, Written, check_free, remove_output, write_documents
 from internlm.utils.errors import DataError
 
 _BLOCK = 1 << 16
@@ -50,7 +50,8 @@ def split(inputs: Inputs, path: Path, parts: int, output: OutputFormat) -> list[
         output: their format.
 
     Raises:
-        DataError: a file exists already, or there are fewer documents than files.
+        DataError: a file exists already, there are fewer documents than files, or a document does not fit the format.
+            No file is left.
     """
     files = [inputs.open(each) for each in inputs.paths]
     counts = [file.counts() for file in files]
@@ -67,8 +68,13 @@ def split(inputs: Inputs, path: Path, parts: int, output: OutputFormat) -> list[
         lowest = (int(cuts[part - 1]) if part else 0) + 1
         cuts[part] = min(max(int(cuts[part]), lowest), num_documents - (parts - 1 - part))
     sizes = np.diff([0, *cuts.tolist(), num_documents])
-    documents = inputs.documents()
-    return [
-        write_documents(name, itertools.islice(documents, int(size)), output)
-        for name, size in zip(names, sizes, strict=True)
-    ]
+    documents, written = inputs.documents(), list[Written]()
+    try:
+        for name, size in zip(names, sizes, strict=True):
+            written.append(write_documents(name, itertools.islice(documents, int(size)), output))
+    except BaseException:
+        # The command can be repeated once its cause is removed.
+        for each in written:
+            remove_output(each.path)
+        raise
+    return written

@@ -1,4 +1,4 @@
-"""InternLM (first generation): multi-head attention with biases, fused wqkv; and InternEvo's mixture of experts of it."""
+"""InternLM (first generation): multi-head attention with biases, fused wqkv; and its mixture of experts."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Qwen3: no biases, RMSNorm of every query and key head.
 
-Their mixtures of experts are the same but for the feed-forward blocks. The shared experts of Qwen2-MoE have a sigmoid gate
-(https://arxiv.org/abs/2407.10671); Qwen3-MoE has none.
+Their mixtures of experts are the same but for the feed-forward blocks. The shared experts of Qwen2-MoE have a sigmoid
+gate (https://arxiv.org/abs/2407.10671); Qwen3-MoE has none.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ _BLOCK = {"cpu": 1 << 18}
 """Device type -> elements that `combine` converts to fp32 at once: 1 MiB on a CPU, which fits into a cache."""
 
 _OTHER_BLOCK = 1 << 26
+"""The same on other devices: 256 MiB, to limit temporary memory."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ExpertOrder:
         experts_by_row, order = experts.flatten().sort(stable=True)
         rows = torch.arange(order.shape[0], device=order.device)
         inverse = torch.empty_like(order).scatter_(0, order, rows)
-        # Not bincount, which waits for the largest value.
+        # bincount would wait for the device to find the largest value.
         bounds = torch.searchsorted(experts_by_row, torch.arange(num_experts + 1, device=order.device))
         return cls(order, inverse, bounds.diff(), experts.shape[1])
 
@@ -113,7 +114,7 @@ def _combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tens
     if y.dtype == wide:
         return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
     out = y.new_empty(num_tokens, y.shape[1])
-    # The factors of a sum must have one dtype: a block of rows is converted, in the order of the tokens.
+    # embedding_bag needs rows and weights in one dtype: blocks of rows are gathered by token and converted.
     for tokens in _blocks(num_tokens, top_k * y.shape[1], y.device):
         own = rows[tokens]
         own_y = y.index_select(0, own.flatten()).to(wide)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from internlm.model.moe.router_form import RouterForm
-from internlm.utils.errors import ConfigError, nearest
+from internlm.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from internlm.config.schema import ModelConfig
@@ -35,39 +34,6 @@ class ExpertSettings:
     shared_mix: SharedMix = "sum"
 
 
-_NO_EFFECT = {
-    "enable_fused_permute": "tokens are always permuted in one pass",
-    "token_dispatch_policy": "every rank holds all experts",
-    "use_grouped_mlp": "the experts of a layer are always computed together",
-    "deterministic_mode": "the order of every sum is fixed",
-    "use_fused_gating": "there is one implementation of the router",
-}
-"""Keys of `model.moe_layer_kwargs` that change no result, with the reason."""
-
-_ONLY_VALUE: Mapping[str, tuple[Any, ...]] = {
-    "drop_and_pad": (False,),
-    "capacity_factor": (None,),
-    "eval_capacity_factor": (None,),
-    "min_capacity": (None,),
-    "drop_policy": ("probs",),
-    "drop_tokens": (False,),
-    "use_rts": (False,),
-    "noisy_gate_policy": (None, "None"),
-    "aux_loss_by_layer": (True,),
-}
-"""Keys of features that are not supported yet: a capacity, and noise; with the values that mean that they are off."""
-
-_ROUTER_KEYS: Mapping[str, tuple[str, type | tuple[type, ...]]] = {
-    "scoring_func": ("scores", str),
-    "normalize_expert_weights": ("normalizes", bool),
-    "routed_scaling_factor": ("scale", (int, float)),
-    "n_group": ("num_groups", int),
-    "topk_group": ("top_groups", int),
-    "group_score": ("group_score", str),
-}
-"""Keys of `model.moe_layer_kwargs` -> the field of `RouterForm`, and its type."""
-
-
 def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSettings | None:
     """The expert layers that a config asks for; None for a dense model.
 
@@ -76,40 +42,22 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
         shared_mix: of the family.
 
     Raises:
-        ConfigError: every key that is unknown, not supported, or contradicts another.
+        ConfigError: the router's keys contradict each other.
     """
     if config.num_experts <= 1:
         return None
-    mistakes: list[str] = []
-    known = [*_ROUTER_KEYS, *_ONLY_VALUE, *_NO_EFFECT]
-    fields: dict[str, Any] = {"normalizes": True}
-    for name, value in config.moe_layer_kwargs.items():
-        path = f"model.moe_layer_kwargs.{name}"
-        if name in _ROUTER_KEYS:
-            field, kind = _ROUTER_KEYS[name]
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                kinds = kind if isinstance(kind, tuple) else (kind,)
-                mistakes.append(f"{path} = {value!r} must be of type {' or '.join(k.__name__ for k in kinds)}")
-            else:
-                fields[field] = value
-        elif name in _ONLY_VALUE:
-            if value not in _ONLY_VALUE[name]:
-                mistakes.append(
-                    f"{path} = {value!r}: capacity, dropping and noise of experts are not yet supported; leave the key out"
-                )
-        elif name not in _NO_EFFECT:
-            mistakes.append(f"{path} is not a known key. Known: {', '.join(known)}.{nearest(name, known)}")
-    if mistakes:
-        raise ConfigError(mistakes)
+    keys = config.moe_layer_kwargs
     try:
-        form = RouterForm(num_experts=config.num_experts, top_k=config.top_k, **fields)
+        form = RouterForm(
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            scores=keys.scoring_func,
+            normalizes=keys.normalize_expert_weights,
+            scale=keys.routed_scaling_factor,
+            num_groups=keys.n_group,
+            top_groups=keys.topk_group if keys.n_group > 1 else 1,
+            group_score=keys.group_score,
+        )
     except ValueError as error:
         raise ConfigError(f"model.num_experts, model.top_k, model.moe_layer_kwargs: {error}") from None
     return ExpertSettings(form, config.ffn_size, config.ffn_size * config.num_shared_experts, shared_mix)
-
-
-def keys_without_effect(config: ModelConfig) -> dict[str, str]:
-    """The keys of `model.moe_layer_kwargs` that a config sets and that change nothing -> the reason."""
-    return {
-        f"model.moe_layer_kwargs.{name}": _NO_EFFECT[name] for name in config.moe_layer_kwargs if name in _NO_EFFECT
-    }

@@ -192,6 +192,7 @@ def _is_looped(rows: Tensor, width: int) -> bool:
 
 
 def _sizes(counts: Tensor, rows: Tensor) -> list[int]:
+    """The counts, on the host; raises ValueError if their sum is not the number of rows."""
     sizes: list[int] = counts.tolist()
     if sum(sizes) != rows.shape[0]:
         raise ValueError(f"counts {sizes}: the experts have {sum(sizes)} rows in all, but there are {rows.shape[0]}")
@@ -219,14 +220,14 @@ def _grouped_weight_gradient(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
 
 
 def _ends(counts: Tensor) -> Tensor:
-    """The row behind the last one of each expert, int32."""
+    """One past the last row of each expert, int32 as PyTorch's grouped GEMM requires."""
     return counts.cumsum(0).to(torch.int32)
 
 
 def _aligned(x: Tensor) -> Tensor:
     """x if its rows and matrices are contiguous and aligned, up to a transposition of matrices; else a copy.
 
-    Incoming gradients may be expanded, and a weight may be a view of a buffer at any element.
+    PyTorch's grouped GEMM refuses expanded gradients, and weights that start at any element of a flat buffer.
     """
     is_transposed = x.dim() == 3 and x.stride(1) == 1 and x.stride(2) != 1
     rows = x.transpose(1, 2) if is_transposed else x

@@ -10,6 +10,7 @@ import pytest
 from internlm.data.documents import folder_checks
 from internlm.data.documents.document_file import FileFormat
 from internlm.data.documents.folder_checks import check_train_folder, check_valid_sets
+from internlm.data.documents.folders import find_train_files, find_valid_sets, unread_files
 from internlm.data.documents.valid_sets import folder_sets
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.data.tokenized_files.writer import TokenizedWriter
@@ -91,3 +92,15 @@ def test_a_label_anywhere_in_a_large_set_counts(tmp_path: Path, monkeypatch: pyt
     write(tmp_path / "a.bin", [[-1] * 10] * 99)
     with pytest.raises(DataError, match="no token contributes loss"):
         check_valid_folder(tmp_path, TOKENIZED, 10)
+
+
+def test_a_link_to_a_folder_above_it_repeats_no_document(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "en" / "a.bin", [[1, 2, 3], [4, 5]])
+    write(tmp_path / "elsewhere" / "b.bin", [[6, 7]])
+    (tmp_path / "data" / "en" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "en" / "other").symlink_to(tmp_path / "elsewhere")
+    files, _ = find_train_files(tmp_path / "data", TOKENIZED)
+    names = [file.path.relative_to(tmp_path).as_posix() for file in files]
+    assert names == ["data/en/a.bin", "data/en/other/b.bin"]
+    assert [len(paths) for paths in find_valid_sets(tmp_path / "data", TOKENIZED).values()] == [1, 1]
+    assert unread_files(tmp_path / "data", TOKENIZED) == []

@@ -115,6 +115,15 @@ def test_columns_are_chosen(tmp_path: Path, name: str) -> None:
         read_text(open_rows(path), 3, "body")
 
 
+def test_conversations_without_their_key_are_recognized(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}], "id": 1}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "chats.parquet")
+    for name in ("chats.jsonl", "chats.parquet"):
+        with pytest.raises(DataError, match=r"row 0 has no column 'text'; .*: set data.conversations = {}"):
+            read_text(open_rows(tmp_path / name, ["text"]), 0, "text")
+
+
 def test_values_that_are_not_text(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"text": "a", "id": 1}, {"text": None, "id": 2}]
     for name in NAMES:

@@ -17,10 +17,9 @@ from internlm.model.moe.feed_forward import MoeFeedForward
 def place_tokens_of_experts(model: nn.Module, parallel: ModelParallel) -> None:
     """Let routers count the tokens of a sample on all ranks that have a part of it, and exchange rows of experts."""
     context = parallel.context
-    tensor, expert = context.group("tensor"), context.group("expert", "expert")
-    for module in model.modules():
-        if not isinstance(module, MoeFeedForward):
-            continue
+    layers = [module for module in model.modules() if isinstance(module, MoeFeedForward)]
+    for module in layers:
+        tensor, expert = context.group("tensor"), context.group("expert", "expert")
         if context.layout.splits_tokens_of_routers:
             assert tensor is not None
             module.take_tokens = partial(_own_tokens, group=tensor)
