@@ -1,4 +1,4 @@
-"""A mixture of 16 experts and a shared one, with the attention of the first InternLM: 2.2B weights, 0.7B of them active.
+"""A mixture of 16 experts and a shared one, with the attention of the first InternLM: 2.2B weights, 0.7B active.
 
 For 8 ranks, or a multiple of them.
 """

@@ -107,25 +107,25 @@ def _hf_model(config: Config, attention: str) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     model = config.model
-    keys: dict[str, Any] = dict(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_kv_heads,
-        max_position_embeddings=config.data.seq_len,
-        use_cache=False,
-    )
+    keys: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "max_position_embeddings": config.data.seq_len,
+        "use_cache": False,
+    }
     if model.num_experts > 1:
-        experts = dict(
-            num_experts=model.num_experts,
-            num_experts_per_tok=model.top_k,
-            moe_intermediate_size=model.ffn_size,
-            norm_topk_prob=model.moe_layer_kwargs.normalize_expert_weights,
-            output_router_logits=config.loss.moe_loss_coeff > 0,
-            router_aux_loss_coef=config.loss.moe_loss_coeff,
-            head_dim=model.head_dim or model.hidden_size // model.num_attention_heads,
-        )
+        experts = {
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.top_k,
+            "moe_intermediate_size": model.ffn_size,
+            "norm_topk_prob": model.moe_layer_kwargs.normalize_expert_weights,
+            "output_router_logits": config.loss.moe_loss_coeff > 0,
+            "router_aux_loss_coef": config.loss.moe_loss_coeff,
+            "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
+        }
         hf_config: Any = Qwen3MoeConfig(**keys, **experts)
     else:
         hf_config = LlamaConfig(**keys, intermediate_size=model.ffn_size)

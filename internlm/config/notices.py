@@ -83,8 +83,8 @@ def _experts(config: Config) -> Iterator[str]:
         yield "model.compile = True: routers and routed experts are not compiled, the rest of their layers is"
     if model.top_k == 1 and model.moe_layer_kwargs.normalize_expert_weights:
         yield (
-            "model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights: every weight is 1, so the cross entropy "
-            "does not train the routers; set it to False"
+            "model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights: every weight is 1, so the cross "
+            "entropy does not train the routers; set it to False"
         )
     if config.loss.moe_loss_coeff == 0:
         yield (

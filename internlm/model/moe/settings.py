@@ -60,4 +60,6 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
         )
     except ValueError as error:
         raise ConfigError(f"model.num_experts, model.top_k, model.moe_layer_kwargs: {error}") from None
-    return ExpertSettings(form, config.ffn_size, config.ffn_size * config.num_shared_experts, shared_mix)
+    # Without shared experts, families that would mix their output differently compute the same function.
+    mix = shared_mix if config.num_shared_experts else "sum"
+    return ExpertSettings(form, config.ffn_size, config.ffn_size * config.num_shared_experts, mix)
