@@ -122,6 +122,8 @@ def _inspect(options: argparse.Namespace) -> int:
         if options.inputs or options.png:
             raise UserError("--config shows the data of the config: remove the paths and --png")
         return print_sample(options.config, options.overrides, options.sample, sys.stdout)
+    if options.png is not None and options.png.is_dir():
+        raise UserError(f"--png {options.png}: a folder; name the image to write in it, such as {options.png}/NAME.png")
     inputs = _open(options)
     by_type: dict[str, LengthHistogram] = {}
     files: dict[str, int] = {}
@@ -252,6 +254,11 @@ def _record(inputs: Inputs) -> TokenizerRecord | None:
 
 def _output(options: argparse.Namespace, inputs: Inputs) -> OutputFormat:
     name = options.to or inputs.format_name
+    if options.output.parent.is_file():
+        raise UserError(f"--output {options.output}: {options.output.parent} is a file; name one in a folder")
+    if options.output.is_dir():
+        example = options.output / f"NAME{_SUFFIXES[name][0]}"
+        raise UserError(f"--output {options.output}: a folder; name the file to write in it, such as {example}")
     if options.output.suffix not in _SUFFIXES[name]:
         raise UserError(f"--output {options.output}: files of '{name}' are named *{', *'.join(_SUFFIXES[name])}")
     record = _record(inputs)

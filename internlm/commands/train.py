@@ -147,7 +147,7 @@ def _dry_run(loaded: LoadedConfig, launch: Launch, run_dir: Path | None) -> str:
         *(f"{part:<16} {size:>16,} parameters" for part, size in sizes.items()),
         f"{'total':<16} {sum(sizes.values()):>16,} parameters",
         f"{tokens:,} tokens per step, {tokens * config.data.total_steps:,} in {config.data.total_steps:,} steps",
-        *check_data(config),
+        *check_data(config, context),
         *(f"notice: {notice}" for notice in notices),
         "the config is valid",
     ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from internlm.config.schema import Config
+from internlm.config.schema import BlendEntryConfig, Config
 from internlm.config.schema.base import Section, key_info, walk_schema
 
 
@@ -46,8 +47,26 @@ def _changes(old: Section, new: Section, marked: frozenset[str], prefix: str) ->
         before, after, path = getattr(old, name), getattr(new, name), prefix + name
         if isinstance(before, Section) and isinstance(after, Section):
             yield from _changes(before, after, marked, f"{path}.")
+        elif path == "data.blend":
+            yield from _changes_of_blend(before, after)
         elif before != after:
             yield Change(path, _plain(before), _plain(after), path in marked)
+
+
+def _changes_of_blend(old: Sequence[BlendEntryConfig], new: Sequence[BlendEntryConfig]) -> Iterator[Change]:
+    """A change if the sources differ. They are recognized by name, so their order decides nothing."""
+    before, after = _sorted_blend(old), _sorted_blend(new)
+    if before != after:
+        yield Change("data.blend", before, after, False)
+
+
+def _sorted_blend(entries: Sequence[BlendEntryConfig]) -> list[dict[str, Any]]:
+    values = [
+        each.model_dump(mode="json", exclude_defaults=True)
+        | ({"blend": _sorted_blend(each.blend)} if each.blend else {})
+        for each in entries
+    ]
+    return sorted(values, key=lambda value: json.dumps(value, sort_keys=True))
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,6 @@ from internlm.data.sources.replay_stream import ReplayStream
 from internlm.data.sources.sample_stream import SampleStream, ShuffledSource
 from internlm.data.sources.windowed_source import WindowedSource
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
-from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.data_folders import check_same_listing, check_same_on_all_ranks, log_small_cache, train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.row_stream import build_row_stream
@@ -91,7 +90,7 @@ def _open_stream(config: Config, context: ParallelContext) -> SampleStream:
     data = config.data
     if data.type == "streaming":
         return build_row_stream(config, context, fill_in_the_middle(config))
-    if data.type == "mocked" and data.train_folder is not None:
+    if data.type == "mocked":
         return build_replay_stream(config, context)
     source = open_source(
         train_folder(config),
@@ -104,7 +103,7 @@ def _open_stream(config: Config, context: ParallelContext) -> SampleStream:
         min_length_dict=data.min_length_dict,
         skip_bad_documents=data.on_bad_data == "skip",
         fixed_random_dataset_seqlen=data.fixed_random_dataset_seqlen,
-        format=TOKENIZED if data.type == "mocked" else file_format(config),
+        format=file_format(config),
         document_mask=data.document_mask,
         fim=fill_in_the_middle(config),
         valid_fraction=data.valid_fraction,
@@ -124,9 +123,10 @@ def build_replay_stream(config: Config, context: ParallelContext) -> ReplayStrea
         ConfigError: the run has more steps than the recording.
     """
     data = config.data
-    assert data.train_folder is not None
+    folder = train_folder(config)
+    assert folder is not None
     stream = ReplayStream(
-        data.train_folder,
+        folder,
         seq_len=data.seq_len,
         micro_bsz=data.micro_bsz,
         rows_per_step=data.micro_num * data.micro_bsz * context.size("data"),

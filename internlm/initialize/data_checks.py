@@ -6,6 +6,7 @@ from internlm.config.schema import Config
 from internlm.core.communication.objects import from_main_rank
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.documents import folder_checks
+from internlm.initialize.build_data import build_replay_stream
 from internlm.initialize.data_folders import train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.row_stream import check_train_rows
@@ -13,11 +14,12 @@ from internlm.initialize.train_sources import train_sources
 from internlm.initialize.valid_sets import find_sets
 from internlm.utils.errors import DataError, UserError
 from internlm.utils.logging import get_logger
+from internlm.utils.place_names import with_place_names
 
 logger = get_logger(__name__)
 
 
-def check_data(config: Config) -> list[str]:
+def check_data(config: Config, context: ParallelContext) -> list[str]:
     """Read a sample of the data of a run, for a second or two; used by `--dry-run`.
 
     Returns:
@@ -33,10 +35,12 @@ def check_data(config: Config) -> list[str]:
         folder = train_folder(source.config)
         if source.config.data.type == "streaming":
             lines.append(check_train_rows(source.config))
-        elif folder is not None and source.config.data.type != "mocked":
+        elif source.config.data.type == "mocked":
+            lines.append(build_replay_stream(source.config, context).check())
+        elif folder is not None:
             lines.append(str(folder_checks.check_train_folder(folder, file_format(source.config), vocab_size)))
     lines += map(str, folder_checks.check_valid_sets(find_sets(config), vocab_size))
-    return lines
+    return list(map(with_place_names, lines))
 
 
 def check_valid_sets(config: Config, context: ParallelContext) -> None:

@@ -10,17 +10,7 @@ from internlm.data.tokenized_files.file_format import TOKENIZED
 
 
 def file_format(config: Config) -> FileFormat:
-    """The format of the files in the folders of a config."""
+    """The format of the files in the folders of a config, whose `data.type` is one of files of documents."""
     data = config.data
-    return format_of_type(data.type, data.array_dtype, data.array_separator)
-
-
-def format_of_type(type: str, array_dtype: str | None = None, array_separator: int | None = None) -> FileFormat:
-    """The format of a type of documents.
-
-    Args:
-        type: as `data.type`; one of files of documents.
-        array_dtype, array_separator: see `TokenArray`.
-    """
-    formats: tuple[FileFormat, ...] = (TOKENIZED, MEGATRON, ArrayFormat(array_dtype, array_separator))
-    return next(each for each in formats if each.name == type)
+    formats: tuple[FileFormat, ...] = (TOKENIZED, MEGATRON, ArrayFormat(data.array_dtype, data.array_separator))
+    return next(each for each in formats if each.name == data.type)

@@ -34,6 +34,7 @@ from internlm.model.ops.implementations import OpSettings, describe
 from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
 from internlm.utils.errors import CheckpointError, ConfigError, UserError
 from internlm.utils.optional_packages import why_unusable
+from internlm.utils.place_names import with_place_names
 from internlm.utils.storage import StoragePath, storage_path
 
 Check = Callable[[Config, ParallelContext], list[str]]
@@ -81,7 +82,7 @@ def _run_all(checks: tuple[Check, ...], config: Config, context: ParallelContext
     errors: list[UserError] = []
     for check in checks:
         try:
-            notices += check(config, context)
+            notices += map(with_place_names, check(config, context))
         except UserError as error:
             errors.append(error)
     if len(errors) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from internlm.config.schema import Config
@@ -22,7 +23,7 @@ from internlm.data.sources.shard_reader import RowPacking
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.initialize.data_folders import log_small_cache, train_folder
-from internlm.initialize.train_sources import train_sources
+from internlm.initialize.train_sources import TrainSource
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -112,10 +113,15 @@ def check_train_rows(config: Config) -> str:
     )
 
 
-def rows_as_documents(config: Config, valid_folder: str | Path) -> Path:
+def rows_as_documents(config: Config, valid_folder: str | Path, sources: Sequence[TrainSource]) -> Path:
     """The rows of a validation folder as tokenized files, a subfolder for each set, in the user's cache.
 
     The sets are the types of its split "validation" or, without one, of its only split.
+
+    Args:
+        config: whose data section has the keys of the rows.
+        valid_folder: of the rows.
+        sources: of training data, whose rows are no validation set.
 
     Raises:
         DataError: the folder, a file, a row or the tokenizer cannot be read.
@@ -128,7 +134,7 @@ def rows_as_documents(config: Config, valid_folder: str | Path) -> Path:
         # Files without the name of a split are the split "train".
         trained_on = [
             _train_dataset(source.config).resolve()
-            for source in train_sources(config)
+            for source in sources
             if source.config.data.train_folder is not None and source.config.data.type == "streaming"
         ]
         if folder.resolve() in trained_on:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm.config.schema import Config
+from internlm.config.schema.conversations import ConversationConfig
 from internlm.config.schema.valid_folders import DOCUMENT_TYPES
 from internlm.data.documents.folders import find_train_files, find_valid_sets, log_unread_files
 from internlm.data.documents.valid_sets import ValidSet, folder_sets, held_out_sets, named_set
 from internlm.data.remote.mirror import is_remote
 from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.data_folders import local_data, train_folder
-from internlm.initialize.file_formats import file_format, format_of_type
+from internlm.initialize.file_formats import file_format
 from internlm.initialize.row_stream import rows_as_documents
 from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import CheckpointError, ConfigError
@@ -28,31 +29,32 @@ class ValidPlace:
         key: that names it, for messages.
         name: of its set; None where its subfolders are sets.
         folder: folder or file; the mirror of one in an object store.
-        type: as `data.type`.
-        array_dtype, array_separator: see `TokenArray`.
+        config: of the run, with the type of the files and its keys in the data section.
     """
 
     key: str
     name: str | None
     folder: str | Path
-    type: str
-    array_dtype: str | None
-    array_separator: int | None
+    config: Config
+
+    @property
+    def type(self) -> str:
+        """As `data.type`."""
+        return self.config.data.type
 
 
 def valid_places(config: Config) -> list[ValidPlace]:
     """Every folder and file that `data.valid_folder` names, whether or not it is evaluated."""
     data = config.data
-    own = (data.array_dtype, data.array_separator)
     if isinstance(data.valid_folder, str):
-        return [ValidPlace("data.valid_folder", None, local_data(config, data.valid_folder), data.type, *own)]
+        return [ValidPlace("data.valid_folder", None, local_data(config, data.valid_folder), config)]
     places = []
     for name, each in (data.valid_folder or {}).items():
-        type = each.get("type", data.type)
-        dtype, separator = own if type == data.type else (None, None)
-        dtype, separator = each.get("array_dtype", dtype), each.get("array_separator", separator)
-        folder = local_data(config, each["path"])
-        places.append(ValidPlace(f"data.valid_folder[{name!r}]", name, folder, type, dtype, separator))
+        given = {item: value for item, value in each.items() if item not in ("path", "type")}
+        if given.get("conversations") is not None:
+            given["conversations"] = ConversationConfig.model_validate(given["conversations"])
+        of_set = config.model_copy(update={"data": data.of_type(each.get("type", data.type), given)})
+        places.append(ValidPlace(f"data.valid_folder[{name!r}]", name, local_data(config, each["path"]), of_set))
     return places
 
 
@@ -74,9 +76,9 @@ def find_sets(config: Config, *, with_rows: bool = True) -> list[ValidSet]:
     for place in valid_places(config):
         folder = place.folder
         if place.type != "streaming":
-            format = format_of_type(place.type, place.array_dtype, place.array_separator)
+            format = file_format(place.config)
         elif with_rows:
-            folder, format = rows_as_documents(config, place.folder), TOKENIZED
+            folder, format = rows_as_documents(place.config, place.folder, train_sources(config)), TOKENIZED
         else:
             continue
         sets += folder_sets(folder, format) if place.name is None else [named_set(place.name, folder, format)]
@@ -109,7 +111,7 @@ def trained_on(config: Config) -> list[str]:
     for place in valid_places(config):
         if place.type == "streaming":
             continue
-        sets = find_valid_sets(place.folder, format_of_type(place.type, place.array_dtype, place.array_separator))
+        sets = find_valid_sets(place.folder, file_format(place.config))
         both = [path for paths in sets.values() for path in paths if path.resolve() in train_files]
         if both:
             notices.append(
@@ -150,4 +152,4 @@ def log_unread_valid_files(config: Config) -> None:
     """Log the files in validation folders that are not read, such as text."""
     for place in valid_places(config) if config.data.valid_every > 0 else ():
         if place.type != "streaming":
-            log_unread_files(place.folder, format_of_type(place.type))
+            log_unread_files(place.folder, file_format(place.config))

@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Iterable
 
+from internlm.utils.place_names import with_place_names
+
 
 class UserError(Exception):
     """Base class of all user errors."""
@@ -29,7 +31,13 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Training or evaluation data is missing, truncated or malformed."""
+    """Training or evaluation data is missing, truncated or malformed.
+
+    Where the message has the path of a local copy of data, it names what the copy is of; see `name_place`.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(with_place_names(each) if isinstance(each, str) else each for each in args))
 
 
 class RemoteDataError(DataError):
@@ -65,7 +73,7 @@ def user_message(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
-        return f"{name}: {error.strerror}"
+        return with_place_names(f"{name}: {error.strerror}")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
         requested = re.search(r"allocate (\d+) bytes", str(error))
         amount = f" for another {int(requested[1]):,} bytes" if requested else ""

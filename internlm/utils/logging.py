@@ -6,6 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
+from internlm.utils.place_names import with_place_names
+
 ROOT_LOGGER = "internlm"
 
 
@@ -25,7 +27,7 @@ def configure_logging(rank: int = 0, log_file: Path | None = None, level: int = 
         handler.close()
     logger.setLevel(level)
     logger.propagate = False
-    formatter = logging.Formatter(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s", "%H:%M:%S")
+    formatter = _PlaceNamingFormatter(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s", "%H:%M:%S")
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(level if rank == 0 else logging.WARNING)
     console.setFormatter(formatter)
@@ -35,3 +37,8 @@ def configure_logging(rank: int = 0, log_file: Path | None = None, level: int = 
         file_handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
         file_handler.setFormatter(formatter)
         logger.addHandler(file_handler)
+
+
+class _PlaceNamingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return with_place_names(super().format(record))

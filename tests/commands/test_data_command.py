@@ -272,3 +272,58 @@ def test_mistakes_are_named(
     assert "give the format of the output" in data(capsys, "convert", source, "--output", tmp_path / "c.bin", code=2)
     (tmp_path / "raw.bin").write_bytes(b"\x01\x00\x02\x00")
     assert "data.array_dtype" in data(capsys, "inspect", tmp_path / "raw.bin", code=2)
+
+
+def test_a_file_of_another_kind_is_told_with_what_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = tokenized(tmp_path / "tok" / "a.bin")
+    meta_path(lines).unlink()
+    with MegatronWriter(tmp_path / "meg" / "m.bin", np.dtype(np.uint16)) as writer:
+        writer.write([1, 2, 3])
+    (tmp_path / "meg" / "alone.bin").write_bytes(b"\x01\x00" * 8)
+    (tmp_path / "txt").mkdir()
+    (tmp_path / "txt" / "a.jsonl").write_text('{"text": "hello"}')
+    (tmp_path / "empty").mkdir()
+    for action in ("inspect", "convert"):
+        more = ("--to", "arrays", "--separator", 9, "--output", tmp_path / "o.npy") if action == "convert" else ()
+        for name, expected in {
+            "tok": f"a.bin.meta is missing; if the .bin is correct, rebuild the .meta: python tools/tokenizer.py "
+            f"--rebuild-meta {lines}",
+            "tok/a.bin": "rebuild the .meta",
+            "meg/m.idx": f"the index of a Megatron dataset, not a file of documents (.bin, .npy, .ds, .parquet); name "
+            f"{tmp_path}/meg/m.bin",
+            "meg/alone.bin": "raw integers without a header; set data.array_dtype (`internlm data`: --array-dtype)",
+            "meg": "meg/alone.bin: raw integers without a header",
+            "txt": f"It has a.jsonl, text or rows: train on them with data.type = 'streaming', or tokenize them: "
+            f"internlm data tokenize {tmp_path}/txt --tokenizer TOKENIZER --output NAME.bin",
+            "txt/a.jsonl": "a.jsonl: text or rows, not a file of documents",
+            "empty": "no file of documents (.bin, .npy, .ds, .parquet). It is empty",
+        }.items():
+            assert expected in data(capsys, action, tmp_path / name, *more, code=2), name
+    assert f"{lines.name}: a tokenized file without its a.bin.meta" in data(
+        capsys, "verify", lines, "--from", "arrays", code=1
+    )
+    printed = data(capsys, "verify", lines, "--from", "megatron", code=1)
+    assert "a.idx: no such file" in printed and "It is a tokenized file without its a.bin.meta: rebuild" in printed
+    printed = data(capsys, "verify", tmp_path / "meg" / "m.bin", "--from", "tokenized", code=1)
+    assert "m.bin: a Megatron dataset, not a tokenized file (NAME.bin with NAME.bin.meta); set data.type =" in printed
+    assert data(capsys, "inspect", tmp_path / "meg" / "m")
+
+
+def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tokenized(tmp_path / "a.bin")
+    (tmp_path / "d").mkdir()
+    for arguments in (("merge", source), ("split", source, "--parts", 2), ("shuffle", source)):
+        assert f"such as {tmp_path}/d/NAME.bin" in data(capsys, *arguments, "--output", tmp_path / "d", code=2)
+        assert "a.bin is a file; name one" in data(capsys, *arguments, "--output", source / "b.bin", code=2)
+    assert f"such as {tmp_path}/d/NAME.png" in data(capsys, "inspect", source, "--png", tmp_path / "d", code=2)
+    (tmp_path / "a.txt").write_text("the text of the test\n" * 9)
+    options = ("tokenize", tmp_path / "a.txt", "--tokenizer", tmp_path / "d", "--output", tmp_path / "o.bin")
+    assert "d: no tokenizer in this folder" in data(capsys, *options, code=2)
+    options = ("tokenize", tmp_path / "a.txt", "--train", 265, "--tokenizer", tmp_path / "t" / "tokenizer.json")
+    assert main(["data", *map(str, options)]) == 0
+    options = ("tokenize", tmp_path / "a.txt", "--tokenizer", tmp_path / "t", "--output", tmp_path / "d")
+    assert f"such as {tmp_path}/d/NAME.bin" in data(capsys, *options, code=2)
+    options = ("tokenize", source, "--tokenizer", tmp_path / "t", "--output", tmp_path / "o.bin")
+    assert f"no text, but token ids; `internlm data inspect {source}` shows them" in data(capsys, *options, code=2)

@@ -263,6 +263,7 @@ CASES = [
     ({"data.fim": {**FIM, "middle": "<mid>"}, "data.train_folder": "x"}, 1, "data.fim.middle"),
     ({"data.fim": {**FIM, "middle": "<mid>"}, "data.train_folder": "x", "data.tokenizer_path": "y"}, 1, None),
     ({"data.fim": {**FIM, "eos": "tokenizer"}, "data.train_folder": "x"}, 1, "data.fim.eos"),
+    ({"data.type": "mocked"}, 1, "data.type"),
     # Exactly on the border is good.
     ({"lr_scheduler.eta_min": 1e-4, "adam.lr": 1e-4}, 1, None),
     ({"lr_scheduler.type": "wsd", "lr_scheduler.decay_ratio": 0.5, "lr_scheduler.warmup_ratio": 0.5}, 1, None),

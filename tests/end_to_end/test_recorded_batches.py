@@ -43,6 +43,9 @@ def test_a_recording_trains_as_the_documents_that_it_was_made_of(tmp_path: Path)
     assert first + second == pytest.approx(straight, rel=1e-5)
     code, output, _ = train(tmp_path, keys | {"total_steps": 7}, "--dry-run", run="dry")
     assert code == 2 and "data.total_steps = 7, but " in output and "has 6 recorded steps" in output, output
+    torch.save(torch.zeros(2, 16), tmp_path / "tokens_step5_dp1.pt")
+    code, output, _ = train(tmp_path, keys, "--dry-run", run="junk")
+    assert code == 2 and "tokens_step5_dp1.pt: torch.float32 [2, 16]; expected integers" in output, output
     refused = keys | {"rampup_batch_size": "1 1 2", "valid_folder": str(tmp_path), "valid_every": 1, "min_length": 3}
     code, output, _ = train(tmp_path, refused, "--dry-run", run="refused")
     for name in ("rampup_batch_size = '1 1 2'", "min_length = 3"):

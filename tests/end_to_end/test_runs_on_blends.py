@@ -68,23 +68,25 @@ def test_metrics_have_tokens_and_epochs_of_each_source(folder: Path, tmp_path: P
     assert code == 0, output
     assert [line["step"] for line in lines] == list(range(1, 21))
     for line in lines:
-        tokens = {name.partition("/")[2]: line[name] for name in line if name.startswith("source_tokens/")}
+        tokens = {
+            name.split("/")[1]: line[name] for name in line if name.startswith("source/") and name.endswith("/tokens")
+        }
         assert tokens.keys() == {"web", "books", "chat"} and sum(tokens.values()) == line["num_consumed_tokens"]
-        assert {f"source_epochs/{name}" for name, number in tokens.items() if number} <= line.keys()
+        assert {f"source/{name}/epochs" for name, number in tokens.items() if number} <= line.keys()
     # 0.5 of the samples, as long as no source has ended.
-    assert abs(lines[4]["source_tokens/web"] / TOKENS - 5) < 1
+    assert abs(lines[4]["source/web/tokens"] / TOKENS - 5) < 1
     # "books" has ended after an epoch, and its weight is shared by the others.
-    assert lines[-1]["source_epochs/books"] == 1 and "'books' has ended after 1 epoch\n" in output
+    assert lines[-1]["source/books/epochs"] == 1 and "'books' has ended after 1 epoch\n" in output
     assert output.count("'books' has ended") == 1
     types = {name for line in lines for name in line if name.startswith("loss/")}
     assert types == {"loss/code", "loss/web/en", "loss/books", "loss/chat/en"}
-    assert "named source/type in metrics: en" in output
+    assert "named SOURCE/TYPE in metrics: en" in output
     events = next((tmp_path / "run" / "tensorboards").iterdir()).read_bytes()
-    assert b"source_tokens/web" in events and b"source_epochs/chat" in events
+    assert b"source/web/tokens" in events and b"source/chat/epochs" in events
 
 
 def numbers_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = ("loss", "source_", "tokens/", "grad_norm", "step")
+    names = ("loss", "source/", "tokens/", "grad_norm", "step")
     return [{name: value for name, value in line.items() if name.startswith(names)} for line in lines]
 
 
@@ -113,8 +115,8 @@ def test_a_resumed_run_may_have_other_weights_and_sources(folder: Path, tmp_path
         "blend: shares from sample 10 (token 320) on: web 0.75, new 0.25",
     ):
         assert text in output, (text, output)
-    before, after = first[-1]["source_tokens/web"], second[-1]["source_tokens/web"]
-    assert (after - before) / TOKENS == 15 and second[-1]["source_tokens/new"] / TOKENS == 5
+    before, after = first[-1]["source/web/tokens"], second[-1]["source/web/tokens"]
+    assert (after - before) / TOKENS == 15 and second[-1]["source/new/tokens"] / TOKENS == 5
 
 
 def test_a_blend_that_ends_ends_the_run_on_all_ranks(folder: Path, tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_a_blend_that_ends_ends_the_run_on_all_ranks(folder: Path, tmp_path: Pat
     ranks = start_ranks(["--config", config, "--run-dir", tmp_path / "run"], tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output
     lines = metrics_of(tmp_path / "run")
-    assert 0 < lines[-1]["step"] < 40 and lines[-1]["source_epochs/books"] <= 2
+    assert 0 < lines[-1]["step"] < 40 and lines[-1]["source/books/epochs"] <= 2
     assert f"the training data ended at step {lines[-1]['step']} of 40" in ranks[0].output
     assert "source 'books' has ended" in ranks[0].output
     assert (tmp_path / "checkpoints" / str(lines[-1]["step"])).is_dir()

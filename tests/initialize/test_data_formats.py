@@ -49,7 +49,7 @@ def test_every_format_is_read(write: Any, tmp_path: Path) -> None:
     separators = 0 if keys["data.type"] == "megatron" else 1
     # The second time with what the first one has cached beside the files.
     for _ in range(2):
-        train, valid = check_data(config)
+        train, valid = check_data(config, context)
         assert f"{len(DOCUMENTS)} documents" in train and f"{len(DOCUMENTS)} documents" in valid
         assert data_tokenizer(config) is None
         loader = build_loader(config, context)

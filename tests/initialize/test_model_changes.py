@@ -14,7 +14,7 @@ from helpers.commands import write_config
 from helpers.configs import small_config
 from helpers.hf_folders import save_native
 
-from internlm.config.compare import keys_that_change_outputs
+from internlm.config.compare import changes_between, keys_that_change_outputs
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
 from internlm.config.schema.base import Status, key_info, walk_schema
@@ -329,3 +329,14 @@ def test_metas_folder_of_another_function(
 
 def test_a_registered_format_tells_nothing_of_the_model(tmp_path: Path) -> None:
     assert trained_as("of_mine", storage_path(tmp_path), small_config({})) is None
+
+
+def test_the_order_of_a_blend_is_no_change() -> None:
+    web = {"path": "web", "weight": 0.5}
+    group = {"weight": 1, "blend": [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}]}
+    config, other = (small_config({"data.blend": blend}) for blend in ([web, group], [group, web]))
+    inner = small_config({"data.blend": [{**group, "blend": group["blend"][::-1]}, web]})
+    assert changes_between(config, other) == changes_between(config, inner) == []
+    heavier = small_config({"data.blend": [group, {**web, "weight": 0.6}]})
+    (change,) = changes_between(config, heavier)
+    assert "'weight': 0.6" in str(change) and "BlendEntryConfig" not in str(change)

@@ -55,10 +55,11 @@ def test_each_source_has_its_own_seed_and_place(places: Path) -> None:
     alone = config_of({"path": code}, seed=7)
     assert train_sources(alone)[0].config.data.seed == second.config.data.seed
     assert [source.key for source in train_sources(small_config({}))] == ["data.train_folder"]
-    lines = check_data(config)
+    context = ParallelContext(ParallelLayout(), 0, torch.device("cpu"))
+    lines = check_data(config, context)
     assert [f"'{path}'" in line for path, line in zip((web, code), lines, strict=True)] == [True, True]
-    loader = build_loader(config, ParallelContext(ParallelLayout(), 0, torch.device("cpu")))
-    assert loader.type_names == ["code", "web"] and loader.progress_at(0)["source_epochs/web"] == 0
+    loader = build_loader(config, context)
+    assert loader.type_names == ["code", "web"] and loader.progress_at(0)["source/web/epochs"] == 0
     loader.close()
 
 

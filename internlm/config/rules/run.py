@@ -63,10 +63,16 @@ def xtuner_names(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def mocked(config: Config, world_size: int) -> Iterator[Problem]:
-    """Recorded batches are replayed as they are."""
+    """Recorded batches are replayed as they are, from a folder."""
     data = config.data
     if data.type != "mocked":
         return
+    if data.train_folder is None:
+        yield Problem(
+            ("data.type", "data.train_folder"),
+            "data.type = 'mocked' needs data.train_folder: the folder, or the common prefix, of recorded batches; to "
+            "train on random tokens, remove data.type",
+        )
     needed = {"rampup_batch_size": "", "fim": None, "min_length": 0, "min_length_dict": None, "on_bad_data": "stop"}
     for name, value in needed.items():
         if getattr(data, name) != value:

@@ -54,9 +54,18 @@ def named_sets(config: Config, world_size: int) -> Iterator[Problem]:
                 ("data.valid_folder", "data.tokenizer_path"),
                 f"{place}: type = 'streaming' needs data.tokenizer_path, the tokenizer of its rows",
             )
-        for item in ("array_dtype", "array_separator"):
-            if item in each and type_name != "arrays":
+        for item in sorted(each.keys() - {"path", "type"}):
+            needed = "arrays" if item.startswith("array_") else "streaming"
+            if type_name != needed:
                 yield Problem(
                     ("data.valid_folder",),
-                    f"{place}: {item} = {each[item]!r} needs type = 'arrays', which is {type_name!r}; remove it",
+                    f"{place}: {item} = {each[item]!r} needs type = {needed!r}, which is {type_name!r}; remove it",
+                )
+        inherited = data.conversations if type_name == data.type else None
+        if type_name == "streaming" and each.get("conversations", inherited) is not None:
+            for item in sorted(each.keys() & {"content_name", "text_unit", "add_bos", "add_eos"}):
+                yield Problem(
+                    ("data.valid_folder", "data.conversations"),
+                    f"{place}: {item} = {each[item]!r} has no meaning with conversations, whose text and special "
+                    "tokens come from the chat template; remove it, or give the set conversations=None",
                 )

@@ -18,6 +18,7 @@ from internlm.config.schema.base import (
     no_effect,
     used_with,
 )
+from internlm.config.schema.conversations import ConversationConfig
 from internlm.config.schema.valid_folders import VALID_FOLDERS
 from internlm.utils.packing_modes import Packing, default_document_mask
 
@@ -45,21 +46,6 @@ class FimConfig(Section):
     )
     bos: int | str | None = key("tokenizer", "Token that stays first; `tokenizer`: of data.tokenizer_path; None: none.")
     eos: int | str | None = key("tokenizer", "Token that stays last; `tokenizer`: of data.tokenizer_path; None: none.")
-
-
-class ConversationConfig(Section):
-    """Conversations, tokenized with the chat template; only the answers contribute loss."""
-
-    form: Literal["messages", "sharegpt", "alpaca", "prompt_response", "prompt_completion"] | None = key(
-        None, "Form of the rows; None: told by the columns of each row."
-    )
-    learn: Literal["all", "last"] = key("all", "Answers that contribute loss: all, or the last one.")
-    mask: Literal["auto", "marks", "prefix"] = key(
-        "auto",
-        "How answers are found: `marks` of the template ({% generation %}), exact difference of `prefix`es; `auto`: "
-        "marks if the template has them.",
-    )
-    chat_template: PathText = key(None, "File with a chat template; None: that of data.tokenizer_path.")
 
 
 KEYS_OF_TYPES = (
@@ -122,14 +108,11 @@ class BlendEntryConfig(Section):
 
     def applied_to(self, data: DataConfig) -> DataConfig:
         """The data section of a run on this source alone."""
-        fields = type(data).model_fields
+        given = {name: getattr(self, name) for name in KEYS_OF_TYPES if getattr(self, name) is not None}
         changes: dict[str, Any] = {"train_folder": self.path, "blend": [], "min_length_dict": self.min_length_dict}
-        if self.type is not None and self.type != data.type:
-            changes |= {name: default_of(fields[name]) for name in KEYS_OF_TYPES}
-        for name in ("type", "min_length", *KEYS_OF_TYPES):
-            if getattr(self, name) is not None:
-                changes[name] = getattr(self, name)
-        return data.model_copy(update=changes)
+        if self.min_length is not None:
+            changes["min_length"] = self.min_length
+        return data.of_type(self.type or data.type, given).model_copy(update=changes)
 
 
 XTUNER_NAMES = {"dataset_folder": "train_folder", "max_length": "seq_len"}
@@ -183,7 +166,8 @@ class DataConfig(Section):
     valid_folder: Annotated[str | dict[str, dict[str, Any]] | None, EXPAND_HOME, VALID_FOLDERS] = key(
         None,
         "Folder in which each directory with files of data.type is a validation set, or one file; or dict(NAME=path, "
-        "...) or dict(NAME=dict(path=..., type=...), ...), one set for each name; None: none.",
+        "...) or dict(NAME=dict(path=..., type=..., ...), ...), one set for each name, with keys of its type; None: "
+        "none.",
     )
     valid_fraction: float = key(
         0.0,
@@ -318,6 +302,17 @@ class DataConfig(Section):
             if filled.get(theirs) is not None and filled.get(ours) is None:
                 filled[ours] = filled[theirs]
         return filled
+
+    def of_type(self, type: str, given: Mapping[str, Any]) -> DataConfig:
+        """The data section for files of a type.
+
+        Args:
+            type: of the files. Keys that only some types have are left as they are for the same type.
+            given: of these keys, those to set.
+        """
+        fields = DataConfig.model_fields
+        kept = {} if type == self.type else {name: default_of(fields[name]) for name in KEYS_OF_TYPES}
+        return self.model_copy(update={**kept, "type": type, **given})
 
     @property
     def has_valid_sets(self) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationError
 
+from internlm.config.schema.conversations import ConversationConfig
 from internlm.utils.errors import ConfigError
 from internlm.utils.paths import expand_home
 
@@ -20,6 +21,17 @@ _KEYS: dict[str, tuple[type, str]] = {
     "type": (str, f"one of {', '.join(map(repr, VALID_TYPES))}"),
     "array_dtype": (str, "'uint16' or 'uint32'"),
     "array_separator": (int, "an id"),
+    "content_name": (str, "the column with the text"),
+    "subset_name": (str, "a subset of the dataset"),
+    "text_unit": (str, "'line', 'paragraph' or 'file'"),
+    "add_bos": (bool, "True or False"),
+    "add_eos": (bool, "True or False"),
+    "conversations": (dict, "a dict as data.conversations, or None"),
+}
+_CHOICES = {
+    "type": VALID_TYPES,
+    "array_dtype": ("uint16", "uint32"),
+    "text_unit": ("line", "paragraph", "file"),
 }
 
 
@@ -44,17 +56,27 @@ def _named_sets(value: Any) -> Any:
         for item, inner in entry.items():
             if item not in _KEYS:
                 raise ValueError(f"{place}{item!r} is not one of {', '.join(_KEYS)})")
-            kind, meaning = _KEYS[item]
-            wrong = isinstance(inner, bool) or not isinstance(inner, kind) or inner == ""
-            wrong = wrong or (item == "type" and inner not in VALID_TYPES)
-            wrong = wrong or (item == "array_dtype" and inner not in ("uint16", "uint32"))
-            if wrong or (item == "array_separator" and inner < 0):
-                raise ValueError(f"{place}{item} = {inner!r} must be {meaning})")
+            if not _is_valid(item, inner):
+                raise ValueError(f"{place}{item} = {inner!r} must be {_KEYS[item][1]})")
         try:
             result[name] = entry | {"path": expand_home(entry["path"])}
         except ConfigError as error:
             raise ValueError(f"{place}a path that can be found: {error})") from error
     return result
+
+
+def _is_valid(item: str, value: Any) -> bool:
+    if item == "conversations":
+        try:
+            return value is None or bool(ConversationConfig.model_validate(value))
+        except ValidationError:
+            return False
+    kind, _ = _KEYS[item]
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool) or value == "":
+        return False
+    if isinstance(value, int) and value < 0:
+        return False
+    return item not in _CHOICES or value in _CHOICES[item]
 
 
 VALID_FOLDERS = BeforeValidator(_named_sets)

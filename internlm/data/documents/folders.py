@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from internlm.data.documents.document_file import FileFormat, TypedFile
+from internlm.data.documents.found_kinds import describe_found
 from internlm.data.documents.index_cache import CACHE_FOLDER
 from internlm.utils.errors import DataError, nearest
 from internlm.utils.folder_walk import walk_links
@@ -50,7 +51,9 @@ def find_train_files(folder: str | Path, format: FileFormat) -> tuple[list[Typed
     if direct:
         return [TypedFile(path, 0) for path in direct], [root.resolve().name]
     if not files:
-        raise DataError(f"{root}: no {suffix} file in this folder; expected {root}/<type>/NAME{suffix}. {format.hint}")
+        raise DataError(
+            f"{root}: no {suffix} file in this folder; expected {root}/<type>/NAME{suffix}. {_hint(root, format)}"
+        )
     return files, [directory.name for directory in type_dirs]
 
 
@@ -73,7 +76,9 @@ def find_valid_sets(folder: str | Path, format: FileFormat) -> dict[str, list[Pa
         sets.setdefault(root.resolve().name if relative == "." else relative, []).append(path)
     if not sets:
         suffix = _suffixes(format)
-        raise DataError(f"{root}: no {suffix} file in this folder; expected {root}/<set>/NAME{suffix}. {format.hint}")
+        raise DataError(
+            f"{root}: no {suffix} file in this folder; expected {root}/<set>/NAME{suffix}. {_hint(root, format)}"
+        )
     return dict(sorted(sets.items()))
 
 
@@ -119,6 +124,11 @@ def _suffixes(format: FileFormat) -> str:
     return " or ".join(format.suffixes)
 
 
+def _hint(path: Path, format: FileFormat) -> str:
+    """What is there instead of a format, or else how to make its files."""
+    return describe_found(path, but=format.name) or format.hint
+
+
 def _single_file(path: str | Path, format: FileFormat) -> Path | None:
     """The file that `path` names, with or without its suffix; None for a folder, or if there is none.
 
@@ -129,7 +139,7 @@ def _single_file(path: str | Path, format: FileFormat) -> Path | None:
     if path.is_dir():
         return None
     if path.is_file() and not path.name.endswith(format.suffixes):
-        raise DataError(f"{path}: not a {_suffixes(format)} file (data.type = '{format.name}'). {format.hint}")
+        raise DataError(f"{path}: not a {_suffixes(format)} file (data.type = '{format.name}'). {_hint(path, format)}")
     names = [path.name, *(path.name + suffix for suffix in format.suffixes)]
     return next((each for each in map(path.with_name, names) if path.name and each.is_file()), None)
 

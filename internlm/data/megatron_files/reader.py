@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.documents.found_kinds import describe_found
 from internlm.data.remote.local_file import LazyFile
 from internlm.utils.errors import DataError
 
@@ -69,7 +70,10 @@ class MegatronFile:
         self.reading = ""
         for each in self.inputs:
             if not each.is_file():
-                raise DataError(f"{each}: no such file; a Megatron dataset is NAME.bin with NAME.idx")
+                raise DataError(
+                    f"{each}: no such file; a Megatron dataset is NAME.bin with NAME.idx. "
+                    + (describe_found(self.path, but="arrays") or "Copy both files")
+                )
         self.size = self.path.stat().st_size
         with open(index, "rb") as file:
             header = file.read(HEADER.size)

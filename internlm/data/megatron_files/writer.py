@@ -34,8 +34,9 @@ class MegatronWriter:
         DataError: a file exists already.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[np.integer]) -> None:
-        self.path, self.dtype = path, np.dtype(dtype)
+    def __init__(self, path: str | Path, dtype: np.dtype[np.integer]) -> None:
+        self.path = path = Path(path)
+        self.dtype = np.dtype(dtype)
         if self.path.suffix != ".bin":
             raise DataError(f"{self.path}: a Megatron dataset must be named *.bin")
         # Arrays of machine integers, of which 10^8 fit into memory.

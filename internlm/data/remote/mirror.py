@@ -24,6 +24,7 @@ from internlm.data.remote.transfer import disk_error, download
 from internlm.utils.errors import RemoteDataError, StorageError
 from internlm.utils.file_lock import locked, remove_unused
 from internlm.utils.logging import get_logger
+from internlm.utils.place_names import name_place
 from internlm.utils.storage import StoragePath, StoredFile, storage_path
 from internlm.utils.user_cache import user_cache
 
@@ -115,6 +116,7 @@ def mirror_folder(url: str, cache: DataCache) -> Path:
     _check(files, root, cache)
     path = cache.path / f"{_readable(url)}-{hashlib.sha256(url.encode()).hexdigest()[:16]}{MIRROR_SUFFIX}"
     mirror = Mirror(path, root.url, cache.max_bytes, files)
+    _name_copies(mirror)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path / "lock", f"lists {url}"):
@@ -158,7 +160,16 @@ def version_hash(file: StoredFile) -> str:
 def _parse(path: Path, mtime_ns: int, size: int) -> Mirror:
     values = json.loads((path / _LISTING).read_text(encoding="utf-8"))
     files = {name: StoredFile(name, size, version) for name, (size, version) in values["files"].items()}
-    return Mirror(path, values["url"], values["max_bytes"], files)
+    mirror = Mirror(path, values["url"], values["max_bytes"], files)
+    _name_copies(mirror)
+    return mirror
+
+
+def _name_copies(mirror: Mirror) -> None:
+    """Let messages show URLs in place of paths in the mirror."""
+    for path in {mirror.path, mirror.path.resolve()}:
+        copies = f"(?:tree/{re.escape(mirror.tree.name)}|content/[0-9a-f]{{16}})"
+        name_place(f"{re.escape(str(path))}/{copies}", mirror.url)
 
 
 def _list(url: str) -> tuple[StoragePath, dict[str, StoredFile], str]:

@@ -10,7 +10,7 @@ from internlm.data.rows.parquet_rows import ParquetRows
 from internlm.data.rows.row_file import RowFile
 from internlm.data.rows.row_offsets import TextUnit
 from internlm.data.rows.text_rows import JsonRows, TextRows
-from internlm.data.tokenize.input_files import READ_COMPRESSIONS, is_compressed
+from internlm.data.tokenize.input_files import READ_COMPRESSIONS, is_compressed, is_tokenizer_record
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
 
@@ -33,6 +33,8 @@ logger = get_logger(__name__)
 def row_format(path: str | Path) -> str | None:
     """The format that a file name tells: parquet, arrow, jsonl, json or txt; None for another file."""
     path = Path(path)
+    if is_tokenizer_record(path):
+        return None
     if not is_compressed(path):
         return _FORMATS.get(path.suffix.lower())
     format = _FORMATS.get(path.with_suffix("").suffix.lower())

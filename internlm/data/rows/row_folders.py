@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm.data.documents.document_file import TypedFile
+from internlm.data.documents.found_kinds import describe_found, identify
 from internlm.data.remote.mirror import local_folder
 from internlm.data.rows.dataset_layout import (
     SPLIT_WORDS,
@@ -71,6 +72,9 @@ def find_row_files(folder: str | Path, subset: str | None = None, split: str = "
     """
     root = Path(local_folder(folder))
     if root.is_file():
+        found = identify(root)
+        if found is not None and found.type != "streaming":
+            raise DataError(f"{root}: {found.what}, not a file of rows ({READABLE}); {found.advice}")
         return RowFiles([TypedFile(root, 0)], [root.name], [])
     if not root.is_dir():
         raise DataError(f"{root}: no such file or folder")
@@ -135,7 +139,8 @@ def _files_of(splits: Splits, split: str, root: Path, names: Sequence[str], unma
                 "download the dataset again, completely"
             )
         content = f"it has {name_some(map(Path, names))}" if names else "it is empty"
-        raise DataError(f"{root}: no file of rows ({READABLE}); {content}")
+        hint = describe_found(root, but="streaming")
+        raise DataError(f"{root}: no file of rows ({READABLE}); {content}" + (f". {hint}" if hint else ""))
     canonical = next((name for name, words in SPLIT_WORDS.items() if split in words), split)
     chosen = splits.get(split) or splits.get(canonical)
     if chosen is None:

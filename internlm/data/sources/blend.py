@@ -199,16 +199,16 @@ class BlendedStream:
         return notices
 
     def progress_at(self, index: int) -> dict[str, float]:
-        """See `SampleStream`: `source_tokens/<name>`, and `source_epochs/<name>` where epochs are known."""
+        """See `SampleStream`: `source/<name>/tokens`, and `source/<name>/epochs` where epochs are known."""
         progress: dict[str, float] = {}
         for source, count in zip(self.sources, self._deliver_to(index).counts, strict=True):
-            progress[f"source_tokens/{source.name}"] = count * self.tokens_per_sample
+            progress[f"source/{source.name}/tokens"] = count * self.tokens_per_sample
             own = dict(source.stream.progress_at(count))
             if source.stream.samples_per_epoch is not None:
                 own["epoch"] = count / source.stream.samples_per_epoch
             if "epoch" in own:
-                progress[f"source_epochs/{source.name}"] = own.pop("epoch")
-            progress |= {f"{metric}/{source.name}": value for metric, value in own.items()}
+                progress[f"source/{source.name}/epochs"] = own.pop("epoch")
+            progress |= {f"source/{source.name}/{metric}": value for metric, value in own.items()}
         return progress
 
     def _start_at(self, position: BlendPosition) -> None:
@@ -271,5 +271,5 @@ def _name_types(sources: Sequence[BlendSource]) -> tuple[list[str], list[int]]:
         first_types.append(len(names))
         names += [name if found[name] == 1 else f"{source.name}/{name}" for name in source.stream.type_names]
     if shared := sorted(name for name, count in found.items() if count > 1):
-        logger.info("blend: types that several sources have are named source/type in metrics: %s", ", ".join(shared))
+        logger.info("blend: types that several sources have are named SOURCE/TYPE in metrics: %s", ", ".join(shared))
     return names, first_types

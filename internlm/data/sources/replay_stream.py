@@ -9,6 +9,7 @@ run in that order, whatever the number of ranks. Each row is an attention segmen
 from __future__ import annotations
 
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +22,14 @@ from numpy.typing import NDArray
 from internlm.data.batch import IGNORE_INDEX
 from internlm.data.packing.document_slice import DocumentSlice
 from internlm.data.packing.sample import Packing, Sample, concatenate_slices, padding_sample, stack_slices
+from internlm.data.remote.local_file import find_mirrored, local_file
 from internlm.data.sources.sample_stream import StatelessStream, StreamEndError
-from internlm.utils.errors import DataError
+from internlm.utils.errors import DataError, RemoteDataError
 
 _NAME = re.compile(r"(?P<prefix>.*?)_?(?P<kind>tokens|labels)_step(?P<step>\d+)_dp(?P<rank>\d+)(\.\w+)?")
 _CACHED_STEPS = 2
+_MAX_CHECKED = 1000
+"""Pairs of files that `ReplayStream.check` opens; takes about a second."""
 _Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -50,7 +54,7 @@ class ReplayStream(StatelessStream):
         self.type_names = ["mocked"]
         self._seq_len, self._micro_bsz, self._packing, self._vocab_size = seq_len, micro_bsz, packing, vocab_size
         self._rows_per_step = rows_per_step
-        self._files = _find_files(Path(place))
+        self._place, self._files = place, _find_files(Path(place))
         self._cache: OrderedDict[int, _Rows] = OrderedDict()
         self._step_rows(0)
 
@@ -91,16 +95,46 @@ class ReplayStream(StatelessStream):
         packing: Packing = "unpacked" if self._packing == "unpacked" else "cut"
         return padding_sample(self._seq_len, self._micro_bsz, packing)
 
+    def check(self) -> str:
+        """Check the shape and dtype of recorded tensors, at equal intervals over all steps, without reading their rows.
+
+        Of files in an object store, only those of the first step are read.
+
+        Returns:
+            A line that says what was checked.
+
+        Raises:
+            DataError: a file is not a tensor of [rows, seq_len] integers, or a step has another number of rows.
+        """
+        stride = -(-self.num_steps * len(self._files[0]) // _MAX_CHECKED)
+        chosen = range(0, self.num_steps, stride)
+        if find_mirrored(self._files[0][0][0]) is not None:
+            chosen = range(1)
+        for step in chosen:
+            num_rows = 0
+            for tokens_path, labels_path in self._files[step]:
+                shapes = [tuple(self._load(path).shape) for path in (tokens_path, labels_path)]
+                _check_same_shape(tokens_path, labels_path, *shapes)
+                num_rows += shapes[0][0]
+            self._check_rows(step, num_rows)
+        return (
+            f"recording '{self._place}': {self.num_steps:,} steps of {self._rows_per_step:,} rows, of which "
+            f"{len(chosen):,} were checked for shape and dtype"
+        )
+
+    def _check_rows(self, step: int, num_rows: int) -> None:
+        if num_rows != self._rows_per_step:
+            raise DataError(
+                f"{self._files[step][0][0]}: step {step + 1} has {num_rows} recorded rows, but data.micro_num * "
+                f"data.micro_bsz * data ranks = {self._rows_per_step}: set them to the recorded global batch"
+            )
+
     def _step_rows(self, step: int) -> _Rows:
         """Ids and labels of a step, counted from 0: both int64 [rows_per_step, seq_len]."""
         if step not in self._cache:
             parts = [self._read(tokens, labels) for tokens, labels in self._files[step]]
             ids, labels = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
-            if len(ids) != self._rows_per_step:
-                raise DataError(
-                    f"{self._files[step][0][0]}: step {step + 1} has {len(ids)} recorded rows, but data.micro_num * "
-                    f"data.micro_bsz * data ranks = {self._rows_per_step}: set them to the recorded global batch"
-                )
+            self._check_rows(step, len(ids))
             self._cache[step] = ids, labels
             if len(self._cache) > _CACHED_STEPS:
                 self._cache.popitem(last=False)
@@ -108,9 +142,8 @@ class ReplayStream(StatelessStream):
         return self._cache[step]
 
     def _read(self, tokens_path: Path, labels_path: Path) -> _Rows:
-        ids, labels = self._load(tokens_path), self._load(labels_path)
-        if ids.shape != labels.shape:
-            raise DataError(f"{labels_path} has shape {labels.shape}, and {tokens_path.name} has {ids.shape}")
+        ids, labels = (self._load(path).numpy().astype(np.int64) for path in (tokens_path, labels_path))
+        _check_same_shape(tokens_path, labels_path, ids.shape, labels.shape)
         for path, values, wrong in (
             (tokens_path, ids, (ids < 0) | (ids >= self._vocab_size)),
             (labels_path, labels, (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= self._vocab_size))),
@@ -123,9 +156,14 @@ class ReplayStream(StatelessStream):
                 )
         return ids, labels
 
-    def _load(self, path: Path) -> NDArray[np.int64]:
+    def _load(self, path: Path) -> torch.Tensor:
+        """A recorded tensor, integers [rows, seq_len], memory-mapped where its file allows that."""
         try:
-            tensor = torch.load(path, map_location="cpu", weights_only=True)
+            with local_file(path) as content:
+                is_archive = zipfile.is_zipfile(content)
+                tensor = torch.load(content, map_location="cpu", weights_only=True, mmap=is_archive)
+        except RemoteDataError:
+            raise
         except Exception as error:  # zipfile, pickle and torch each raise their own
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise DataError(f"{path}: not a tensor as torch.save writes it ({reason}); record it again") from error
@@ -136,7 +174,12 @@ class ReplayStream(StatelessStream):
             raise DataError(f"{path}: {found}; expected integers of shape [rows, seq_len]")
         if tensor.shape[1] != self._seq_len:
             raise DataError(f"{path}: rows of {tensor.shape[1]} tokens, but data.seq_len = {self._seq_len}")
-        return tensor.numpy().astype(np.int64)
+        return tensor
+
+
+def _check_same_shape(tokens_path: Path, labels_path: Path, ids: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    if ids != labels:
+        raise DataError(f"{labels_path} has shape {labels}, and {tokens_path.name} has {ids}")
 
 
 def _find_files(place: Path) -> list[list[tuple[Path, Path]]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.documents.found_kinds import identify
 from internlm.data.documents.index_cache import cached_or_built
 from internlm.data.remote.local_file import LazyFile
 from internlm.utils.errors import DataError
@@ -207,8 +208,13 @@ def _map_tokens(content: Path, path: Path, dtype: str | None) -> NDArray[np.inte
         _check_dtype(path, recorded, dtype)
     dtype = dtype or recorded
     if dtype is None:
+        found = identify(path)
+        if found is not None and found.type != "arrays":
+            raise DataError(f"{path}: {found.what}, not an array of token ids; {found.advice}")
         raise DataError(
-            f"{path}: raw integers without a header; set data.array_dtype to {' or '.join(map(repr, RAW_DTYPES))}"
+            f"{path}: raw integers without a header; set data.array_dtype (`internlm data`: --array-dtype) to "
+            f"{' or '.join(map(repr, RAW_DTYPES))}. If it belongs to a Megatron dataset or a tokenized file, copy its "
+            f"{path.stem}.idx or {path.name}.meta beside it"
         )
     size, width = content.stat().st_size, np.dtype(dtype).itemsize
     if size % width:

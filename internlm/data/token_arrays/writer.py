@@ -31,8 +31,9 @@ class ArrayWriter:
         DataError: a file exists already, the suffix is none of the three, or a .npy or .bin has no separator.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[np.integer], separator: int | None = None) -> None:
-        self.path, self.dtype, self._separator = path, np.dtype(dtype).newbyteorder("<"), separator
+    def __init__(self, path: str | Path, dtype: np.dtype[np.integer], separator: int | None = None) -> None:
+        self.path = path = Path(path)
+        self.dtype, self._separator = np.dtype(dtype).newbyteorder("<"), separator
         if path.suffix not in ARRAY_SUFFIXES:
             raise DataError(f"{path}: an array of tokens must be named *{', *'.join(ARRAY_SUFFIXES)}")
         if path.suffix != ".npy" and self.dtype.name not in RAW_DTYPES:

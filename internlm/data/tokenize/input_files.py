@@ -37,6 +37,8 @@ _DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
     ".zst": _open_zstd,
     ".zstd": _open_zstd,
 }
+TOKEN_SUFFIXES = (".bin", ".npy", ".ds")
+RECORD_SUFFIX = ".tokenizer.json"
 READ_SUFFIXES = ", ".join(f"*{suffix}" for suffix in _SUFFIXES)
 READ_COMPRESSIONS = ", ".join(_DECOMPRESSORS)
 
@@ -85,6 +87,8 @@ def find_inputs(paths: Iterable[str | Path], format: str | None = None) -> Input
             ignored += others
         elif path.is_file():
             kind = _format_of(path) or format
+            if kind is None and path.suffix in TOKEN_SUFFIXES:
+                raise DataError(f"{path}: no text, but token ids; `internlm data inspect {path}` shows them")
             if kind is None:
                 raise DataError(f"{path}: unknown suffix; name the format with --format {'|'.join(FORMATS)}")
             if kind == "parquet" and is_compressed(path):
@@ -105,6 +109,11 @@ def name_some(paths: Iterable[Path], base: Path | None = None) -> str:
     names = [str(path.relative_to(base) if base else path) for path in paths[:_MAX_NAMES]]
     rest = f" and {len(paths) - len(names):,} more" if len(paths) > len(names) else ""
     return ", ".join(names) + rest
+
+
+def is_tokenizer_record(path: Path) -> bool:
+    """Whether a file is the record of the tokenizer beside a file of token ids, which is JSON without rows."""
+    return path.name.endswith(RECORD_SUFFIX) and path.name.removesuffix(RECORD_SUFFIX).endswith(TOKEN_SUFFIXES)
 
 
 def is_compressed(path: Path) -> bool:
@@ -154,6 +163,8 @@ class _Decompressed(io.RawIOBase):
 
 def _format_of(path: Path) -> str | None:
     """The format by the suffix; None if it is unknown."""
+    if is_tokenizer_record(path):
+        return None
     if not is_compressed(path):
         return _SUFFIXES.get(path.suffix.lower())
     kind = _SUFFIXES.get(path.with_suffix("").suffix.lower())

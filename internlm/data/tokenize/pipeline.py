@@ -197,6 +197,8 @@ def _check_options(options: TokenizeOptions) -> None:
     if options.valid_output == options.output:
         raise DataError(f"{options.output} is both the output and the valid output")
     for output in options.outputs:
+        if output.is_dir():
+            raise DataError(f"{output}: a folder; name the file to write in it, such as {output / 'NAME.bin'}")
         if output.suffix != ".bin":
             raise DataError(f"{output}: the output must be named *.bin")
 

@@ -93,6 +93,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Text
 
 def _load_folder(path: Path, trust_remote_code: bool) -> TextTokenizer:
     json_file, model_file = path / TOKENIZER_JSON, path / TOKENIZER_MODEL
+    if not any(path.glob("*token*")) and not any(path.glob("*.json")) and not any(path.glob("*.model")):
+        raise DataError(
+            f"{path}: no tokenizer in this folder (tokenizer.json, tokenizer.model, or files of transformers); "
+            "`internlm data tokenize TEXT --train 8192 --tokenizer NAME/tokenizer.json` trains one"
+        )
     special = read_special_tokens(path)
     has_model = model_file.is_file() and _is_sentencepiece(model_file)
     if json_file.is_file():

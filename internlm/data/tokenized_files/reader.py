@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.documents.found_kinds import identify
 from internlm.data.remote.local_file import LazyFile
 from internlm.data.tokenized_files.writer import meta_path
 from internlm.utils.errors import DataError
@@ -49,9 +50,12 @@ class TokenizedFile:
         self.vocab_size = vocab_size
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file")
-        if not meta_path(self.path).is_file() and self.path.with_suffix(".idx").is_file():
-            raise DataError(f"{self.path}: a Megatron dataset, as it has an .idx; set data.type = 'megatron'")
         if not meta_path(self.path).is_file():
+            found = identify(self.path)
+            if found is not None and found.type != "tokenized":
+                raise DataError(
+                    f"{self.path}: {found.what}, not a tokenized file (NAME.bin with NAME.bin.meta); {found.advice}"
+                )
             raise DataError(f"{meta_path(self.path)} is missing; {rebuild_hint(self.path)}")
         try:
             meta = np.load(meta_path(self.path), mmap_mode="r")

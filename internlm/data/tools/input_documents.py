@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.documents.document_file import DocumentFile, FileFormat
+from internlm.data.documents.found_kinds import describe_found, identify, is_tokenized_without_meta
 from internlm.data.megatron_files.file_format import MEGATRON
 from internlm.data.megatron_files.reader import MegatronFile, index_path
 from internlm.data.token_arrays.file_format import ArrayFormat
@@ -132,8 +133,15 @@ def open_inputs(
     for path, type_name in found:
         by_format.setdefault(format_name or detect_format(path), []).append((path, type_name))
     if not by_format:
-        raise DataError(f"{', '.join(map(str, names))}: no file of documents ({', '.join(_SUFFIXES)})")
+        there = "; ".join(filter(None, map(describe_found, names)))
+        raise DataError(
+            f"{', '.join(map(str, names))}: no file of documents ({', '.join(_SUFFIXES)})"
+            + (f". {there}" if there else "")
+        )
     if len(by_format) > 1:
+        if dtype is None and "arrays" in by_format:
+            # A .bin that lacks the file beside it is no array, and this says so.
+            ArrayFormat().open(by_format["arrays"][0][0])
         examples = "; ".join(f"{name}: {pairs[0][0]}" for name, pairs in by_format.items())
         raise DataError(f"files of several formats ({examples}): name files of one, or give the format with --from")
     ((chosen, pairs),) = by_format.items()
@@ -150,18 +158,26 @@ def detect_format(path: Path) -> str:
     """The format of a file, by its suffix and the files beside it."""
     if path.suffix == ".parquet":
         return PARQUET
-    if path.suffix == ".bin" and meta_path(path).is_file():
+    if path.suffix == ".bin" and (meta_path(path).is_file() or _is_lines(path)):
         return "tokenized"
     return "megatron" if path.suffix == ".bin" and index_path(path).is_file() else "arrays"
+
+
+def _is_lines(path: Path) -> bool:
+    return not index_path(path).is_file() and is_tokenized_without_meta(path)
 
 
 def _files_of(name: Path) -> list[tuple[Path, str]]:
     """(file, type name) of each file that `name` is or contains."""
     if name.is_file():
+        kind = identify(name) if name.suffix not in _SUFFIXES else None
+        if kind is not None:
+            raise DataError(f"{name}: {kind.what}, not a file of documents ({', '.join(_SUFFIXES)}); {kind.advice}")
         return [(name, name.resolve().parent.name)]
     if not name.is_dir():
-        prefix = name.with_name(name.name + ".bin")
-        if name.name and prefix.is_file():
+        named = (name.with_name(name.name + suffix) for suffix in _SUFFIXES if name.name)
+        prefix = next((each for each in named if each.is_file()), None)
+        if prefix is not None:
             return [(prefix, prefix.resolve().parent.name)]
         raise DataError(f"{name}: no such file or folder")
     found = []

@@ -79,7 +79,9 @@ def test_modes_are_read_and_images_refused(tmp_path: Path) -> None:
 
 
 def test_a_reader_of_tokenized_files_knows_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a.bin: a Megatron dataset, as it has an .idx; set data.type = 'megatron'"):
+    with pytest.raises(
+        DataError, match=r"a.bin: a Megatron dataset, not a tokenized file .*; set data.type = 'megatron'"
+    ):
         TokenizedFile(write(tmp_path / "a.bin"))
 
 

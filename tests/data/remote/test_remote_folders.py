@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.data_folders import FORMATS, NAMES, documents, upload, write_file, write_folder, write_rows
 from helpers.fault_proxy import FaultProxy
 from helpers.s3 import Bucket
@@ -24,6 +25,7 @@ from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.open_rows import open_rows
 from internlm.data.rows.row_folders import find_row_files
 from internlm.data.sources.open_source import open_source
+from internlm.data.sources.replay_stream import ReplayStream
 from internlm.data.sources.sample_stream import ShuffledSource
 from internlm.utils.errors import ConfigError, DataError
 
@@ -199,6 +201,81 @@ def test_missing_things_are_named(bucket: Bucket, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="unknown prefix"):
         local_folder("s4://bucket/train")
     assert local_folder("/a/b") == "/a/b"
+
+
+def break_vocabulary(folder: Path) -> None:
+    write_file(folder / "en/a", "tokenized", [[5, 2000, 3]])
+
+
+def break_meta(folder: Path) -> None:
+    write_file(folder / "en/a", "tokenized", [[5, 3]])
+    (folder / "en/a.bin.meta").unlink()
+
+
+def break_line(folder: Path) -> None:
+    write_file(folder / "en/a", "tokenized", [[5, 3, 7]])
+    data = (folder / "en/a.bin").read_bytes()
+    (folder / "en/a.bin").write_bytes(data.replace(b"5", b"x"))
+
+
+def mix_layouts(folder: Path) -> None:
+    write_file(folder / "en/a", "tokenized", [[5, 3]])
+    write_file(folder / "a", "tokenized", [[5, 3]])
+
+
+def write_text(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}')
+
+
+@pytest.mark.parametrize("break_folder", [break_vocabulary, break_meta, break_line, mix_layouts, write_text])
+def test_errors_name_the_url(bucket: Bucket, tmp_path: Path, break_folder: Any) -> None:
+    break_folder(tmp_path / "d")
+    url = upload(tmp_path / "d", bucket, "d")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    for cache in (tmp_path / "here", tmp_path / "link"):
+        with pytest.raises(DataError) as caught:
+            check_train_folder(local_folder(url, DataCache(cache)), FORMATS["tokenized"], 1000)
+        assert url in str(caught.value) and "mirror" not in str(caught.value)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_a_loader_name_the_url(bucket: Bucket, tmp_path: Path, num_workers: int) -> None:
+    write_file(tmp_path / "d/a", "tokenized", [[5, 2000, 3] * 20] * 20)
+    url = upload(tmp_path / "d", bucket, "d")
+    with pytest.raises(DataError, match=rf"{url}/a\.bin: document .* outside the vocabulary") as caught:
+        batches(url, "tokenized", "cut", num_workers)
+    assert "mirror" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", b'{"text": "a"}\n{"txet": "b"}'), ("a.jsonl", b"{"), ("a.jsonl.gz", b"no gzip"), ("a.parquet", b"x")],
+)
+def test_errors_of_rows_name_the_url(bucket: Bucket, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    bucket.client.put_object(Bucket=bucket.name, Key=f"d/{name}", Body=content)
+    file = find_row_files(f"{bucket.url}/d").files[0].path
+    with pytest.raises(DataError, match=rf"^{bucket.url}/d/{name}: ") as caught:
+        rows = open_rows(file, ["text"])
+        [rows.read(row) for row in range(len(rows))]
+    assert "mirror" not in str(caught.value)
+
+
+def test_recorded_batches_are_fetched(bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for kind in ("tokens", "labels"):
+        torch.save(torch.arange(8).reshape(2, 4), tmp_path / f"d/{kind}_step1_dp0.pt")
+        torch.save(torch.zeros(2, 4), tmp_path / f"d/{kind}_step2_dp0.pt")
+    url = upload(tmp_path / "d", bucket, "d")
+    options: dict[str, Any] = {"micro_bsz": 2, "rows_per_step": 2, "packing": "unpacked", "vocab_size": 9}
+    stream = ReplayStream(local_folder(url), seq_len=4, **options)
+    assert stream.sample(0).input_ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert "2 steps of 2 rows, of which 1 were checked" in stream.check()
+    with pytest.raises(DataError, match=f"^{url}/tokens_step2_dp0.pt: torch.float32"):
+        stream.sample(1)
 
 
 def test_a_dry_run_checks_one_file_of_a_train_folder(bucket: Bucket, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def ids_of(stream: SampleStream, count: int, start: int = 0) -> list[int]:
 
 def counts_of(stream: BlendedStream, index: int) -> dict[str, int]:
     progress = stream.progress_at(index)
-    return {source.name: round(progress[f"source_tokens/{source.name}"] / TOKENS) for source in stream.sources}
+    return {source.name: round(progress[f"source/{source.name}/tokens"] / TOKENS) for source in stream.sources}
 
 
 # -- what changes nothing -------------------------------------------------------------------------------------------
@@ -285,12 +285,24 @@ def test_without_an_end_a_source_is_repeated() -> None:
     ids = [each for each in ids_of(blend, 200) if each < 100]
     assert sorted(ids) == sorted([*range(10)] * 10)
     assert blend.progress_at(200) == {
-        "source_tokens/a": 100 * TOKENS,
-        "source_epochs/a": 10.0,
-        "source_tokens/b": 100 * TOKENS,
-        "source_epochs/b": 100 / 70,
+        "source/a/tokens": 100 * TOKENS,
+        "source/a/epochs": 10.0,
+        "source/b/tokens": 100 * TOKENS,
+        "source/b/epochs": 100 / 70,
     }
-    assert blend.progress_at(40)["source_epochs/a"] == 2.0  # also backwards
+    assert blend.progress_at(40)["source/a/epochs"] == 2.0  # also backwards
+
+
+def test_a_run_resumes_with_the_sources_in_another_order() -> None:
+    def members() -> list[BlendSource]:
+        return [numbered("a", 0, 10, 0.3), numbered("b", 100, 70, 0.3), numbered("c", 200, 9, 0.4)]
+
+    straight, first, second = BlendedStream(members()), BlendedStream(members()), BlendedStream(members()[::-1])
+    ids_of(first, 37)
+    assert second.load_state(37, first.merge_states([first.state_at(37)])) == []
+    expected = [straight.sample(index).input_ids.tolist() for index in range(100)]
+    assert [second.sample(index).input_ids.tolist() for index in range(37, 100)] == expected[37:]
+    assert second.type_names == first.type_names
 
 
 def test_weights_change_at_the_sample_that_reaches_their_tokens(caplog: pytest.LogCaptureFixture) -> None:
@@ -391,7 +403,7 @@ def test_more_epochs_continue_a_blend_that_had_ended() -> None:
 def test_types_of_one_name_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
     blend = BlendedStream([numbered("a", 0, 50, 1, "en", "code"), numbered("b", 100, 70, 1, "en")])
     assert blend.type_names == ["a/en", "code", "b/en"]
-    assert "types that several sources have are named source/type in metrics: en" in caplog.text
+    assert "types that several sources have are named SOURCE/TYPE in metrics: en" in caplog.text
     for index in range(20):
         sample = blend.sample(index)
         first = int(sample.input_ids[0])

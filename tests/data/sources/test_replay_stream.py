@@ -111,6 +111,22 @@ def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
         stream(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("junk", "message"),
+    [
+        (lambda path: path.write_bytes(b"x"), "labels_step3_dp7.pt: not a tensor"),
+        (lambda path: torch.save(torch.zeros(2, 4), path), r"step3_dp7.pt: torch.float32 \[2, 4\]; expected integers"),
+        (lambda path: torch.save(torch.zeros(3, 4).long(), path), "step3_dp7.pt has shape"),
+    ],
+)
+def test_a_check_finds_junk_in_later_steps(tmp_path: Path, junk: Any, message: str) -> None:
+    record(tmp_path)
+    assert stream(tmp_path).check().endswith("3 steps of 24 rows, of which 3 were checked for shape and dtype")
+    junk(tmp_path / "labels_step3_dp7.pt")
+    with pytest.raises(DataError, match=message):
+        stream(tmp_path).check()
+
+
 def test_another_global_batch_is_refused(tmp_path: Path) -> None:
     record(tmp_path)
     with pytest.raises(DataError, match=r"step 1 has 24 recorded rows, but data\.micro_num \* .* = 16"):
