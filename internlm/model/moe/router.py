@@ -83,7 +83,10 @@ class Router(nn.Module):
         # In one operator that recomputation never repeats: a second choice could differ, and would be counted twice.
         def choose() -> list[Tensor]:
             experts = choose_experts(chosen, self.form)
-            own = F.one_hot(experts.flatten(), self.form.num_experts).sum(0)
+            chosen_experts = experts.flatten()
+            # Not bincount, which waits for the largest value.
+            own = chosen_experts.new_zeros(self.form.num_experts)
+            own.scatter_add_(0, chosen_experts, torch.ones_like(chosen_experts))
             counts = self.sum_over_sample(own)
             if is_training:
                 assert self._sums is not None
