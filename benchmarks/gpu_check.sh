@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tell whether this project works on a CUDA GPU, then how fast and with how much memory, the most telling parts first.
 #
-#   bash benchmarks/gpu_check.sh                  run all parts, in twelve minutes at most
+#   bash benchmarks/gpu_check.sh                  run all parts, in fourteen minutes at most
 #   bash benchmarks/gpu_check.sh --stage checks   run the parts of a stage: facts, checks or speed; repeatable
 #   bash benchmarks/gpu_check.sh --dry-run        list the parts with their stages and their time limits in seconds
 #   bash benchmarks/gpu_check.sh --cpu            run the same script with the smallest shapes, without a GPU
@@ -143,7 +143,7 @@ else
     tests step 60 training_step.py upload.py loader.py
     part train 60 bash -c '"$@" --set data.total_steps=20 && "$@" --set data.total_steps=30' train "${job[@]}"
     # At the same time: what they take is compilation on the CPU.
-    tests ops 150 ops.py &
+    tests ops 150 ops.py experts.py routing.py &
     tests layers 150 float8.py graphs.py &
     tests memory 150 host_waits.py offload.py optimizer_memory.py &
     wait
@@ -155,6 +155,7 @@ else
     row 7b 50 --shape 7b --rounds 1 --steps 2 --no-ceiling --compile --checkpoint 1 \
         --set hybrid_zero_optimizer.grad_accumulation_dtype=torch.bfloat16
     row 1.5b 60 --shape 1.5b "${few[@]}"
+    row moe 100 --shape 30b-a3b-layers "${few[@]}" --no-ceiling --against hf
     # So small that launching kernels is what takes time.
     row demo 50 --shape demo --rounds 3 --steps 20 --no-ceiling --compile --variant graphs model.cuda_graphs=True
 fi

@@ -34,7 +34,7 @@ from internlm.utils.errors import ConfigError
 
 OURS = "ours"
 PEERS = {
-    "hf": "transformers' Llama in a handwritten loop: bf16 weights, fused AdamW, torch.compile",
+    "hf": "transformers' Llama (or Qwen3-MoE) in a handwritten loop: bf16 weights, fused AdamW, torch.compile",
     "hf-eager": "the same, uncompiled",
     "hf-autocast": "the same with fp32 weights and bf16 autocast, compiled",
     "hf-autocast-eager": "the same, uncompiled",

@@ -90,13 +90,37 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
     ),
 }
 
+PARTS_OF_EXPERTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "layout": {"expert": (1, 2, 2, 4, 8), "expert_zero": (-1, -1, 1, 2)},
+    "model": {
+        "family": ("QWEN3MOE", "QWEN2MOE", "MIXTRALMOE", "INTERNLM_MoE"),
+        "experts": (2, 4, 4, 6, 8, 16, 64),
+        "top_k": (1, 2, 2, 3, 4),
+        "shared_experts": (0, 1, 2),
+        "router": ("normalized", "plain", "grouped", "sigmoid", "sigmoid_grouped"),
+        "save_policy": ("nothing", "attention", "matmuls"),
+        "dtype": ("float64",),
+        "fp32_norm": (False,),
+        "fp32_residual": (False,),
+    },
+    "stepping": {
+        "reduce_bf16": (False,),
+        "grad_bf16": (False,),
+        "moments_bf16": (False,),
+        "offload": (False,),
+        "groups": ("none", "none", "frozen_ends", "frozen_layer", "factors", "frozen_experts", "frozen_routers"),
+    },
+}
+"""What is drawn instead for a mixture of experts, in float64."""
 
-def combinations(random: Random) -> Iterator[Combination]:
-    """Valid combinations without end."""
+
+def combinations(random: Random, share_of_experts: float) -> Iterator[Combination]:
+    """Valid combinations without end; a share of them are mixtures of experts."""
     while True:
         ranks = random.choice((1, 2, 4, 4, 8, 8))
+        instead = PARTS_OF_EXPERTS if random.random() < share_of_experts else {}
         parts: dict[str, Any] = {
-            name: cls(**{field: random.choice(values) for field, values in options.items()})
+            name: cls(**{field: random.choice(values) for field, values in (options | instead.get(name, {})).items()})
             for name, (cls, options) in PARTS.items()
         }
         combination = Combination(ranks, **parts)
@@ -158,12 +182,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="compare random layouts with one process")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="how long (default: 60)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random layouts (default: 0)")
+    parser.add_argument("--experts", type=float, default=0.4, metavar="P", help="share of mixtures (default: 0.4)")
     parser.add_argument("--case", metavar="LINE", help="try only this one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     trials, failures, number = Trials(), 0, 0
     started = time.monotonic()
-    drawn = iter([Combination.parse(options.case)]) if options.case else combinations(Random(options.seed))
+    drawn = (
+        iter([Combination.parse(options.case)]) if options.case else combinations(Random(options.seed), options.experts)
+    )
     try:
         for combination in drawn:
             number += 1

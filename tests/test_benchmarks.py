@@ -68,11 +68,11 @@ def plan(*options: str) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_the_plan_has_every_cuda_test_and_ends_in_twelve_minutes() -> None:
+def test_the_plan_has_every_cuda_test_and_ends_in_fourteen_minutes() -> None:
     lines = plan()
     # Three parts run side by side.
     seconds = {line.split()[1]: int(line.split()[2]) for line in lines}
-    assert sum(seconds.values()) - seconds["layers"] - seconds["memory"] <= 12 * 60
+    assert sum(seconds.values()) - seconds["layers"] - seconds["memory"] <= 14 * 60
     files = [word for line in lines for word in line.split() if word.startswith("tests/cuda")]
     assert sorted(files) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/cuda").glob("test_*.py"))
     assert all("throughput.py" in line for line in plan("--stage", "speed"))
@@ -91,7 +91,11 @@ def test_a_shape_is_a_config_with_a_model_of_its_size(name: str, tmp_path: Path)
     shape = SHAPES[name]
     size = sum(parameter.numel() for parameter in build_meta_model(config).parameters())
     queries, keys = shape.heads
-    layer = shape.hidden**2 * (2 + 2 * keys / queries) + 3 * shape.hidden * shape.ffn + 2 * shape.hidden
+    head_dim = shape.model.get("head_dim", shape.hidden // queries)
+    experts = shape.model.get("num_experts", 1)
+    layer = shape.hidden * head_dim * 2 * (queries + keys) + 3 * shape.hidden * shape.ffn * experts + 2 * shape.hidden
+    if experts > 1:  # a router, and the norms of queries and keys
+        layer += experts * shape.hidden + 2 * head_dim
     assert size == shape.layers * layer + 2 * shape.vocab * shape.hidden + shape.hidden
 
 

@@ -38,6 +38,10 @@ class Ceiling:
         model = build_meta_model(config)
         architecture = model.architecture
         assert isinstance(architecture, Architecture)
+        if architecture.experts is not None:
+            raise ValueError(
+                "the rows of an expert differ from step to step: add --no-ceiling for a mixture of experts"
+            )
         self.device, self.dtype = device, architecture.dtype
         self.micro_num = config.data.micro_num
         self.tokens = config.data.packed_length

@@ -102,27 +102,37 @@ def _rows(config_file: Path, config: Config) -> Iterator[torch.Tensor]:
     return itertools.cycle(tokens.split(config.data.micro_num * config.data.micro_bsz))
 
 
-def _llama(config: Config, attention: str) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def _hf_model(config: Config, attention: str) -> Any:
+    """Llama, or for experts Qwen3-MoE with transformers' default implementation of experts, grouped GEMMs."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     model = config.model
-    llama = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_kv_heads,
-            intermediate_size=model.ffn_size,
-            max_position_embeddings=config.data.seq_len,
-            use_cache=False,
-        ),
-        dtype=torch.float32,
-        attn_implementation=attention,
-    )
+    keys: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "max_position_embeddings": config.data.seq_len,
+        "use_cache": False,
+    }
+    if model.num_experts > 1:
+        experts = {
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.top_k,
+            "moe_intermediate_size": model.ffn_size,
+            "norm_topk_prob": model.moe_layer_kwargs.normalize_expert_weights,
+            "output_router_logits": config.loss.moe_loss_coeff > 0,
+            "router_aux_loss_coef": config.loss.moe_loss_coeff,
+            "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
+        }
+        hf_config: Any = Qwen3MoeConfig(**keys, **experts)
+    else:
+        hf_config = LlamaConfig(**keys, intermediate_size=model.ffn_size)
+    built = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
     if model.checkpoint == 1.0:
-        llama.gradient_checkpointing_enable()
-    return llama
+        built.gradient_checkpointing_enable()
+    return built
 
 
 def _plain(config: Config) -> Any:
@@ -147,7 +157,7 @@ def train_peer(name: str, config_file: Path, overrides: list[str], attention: st
     is_compiled = name in ("hf", "hf-autocast", "plain-compile")
     autocast = config.model.torch_dtype != torch.float32 and (not is_hf or "autocast" in name)
     with pacer.device:
-        model = _llama(config, attention) if is_hf else _plain(config)
+        model = _hf_model(config, attention) if is_hf else _plain(config)
     if not autocast:
         model = model.to(config.model.torch_dtype)
     model.train()
@@ -184,7 +194,7 @@ def _train_with_trainer(config_file: Path, config: Config, attention: str, pacer
     data = config.data
     tokens = torch.from_numpy(np.load(config_file.parent / ARRAY))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
-    model = _llama(config, attention)
+    model = _hf_model(config, attention)
     pacer.facts = {"tokens_per_step": data.packed_length * data.micro_num}
     arguments = TrainingArguments(
         output_dir=str(config_file.parent / "trainer"),

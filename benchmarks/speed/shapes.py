@@ -24,7 +24,7 @@ class Shape:
         hidden: hidden size.
         layers: number of layers.
         heads: query heads, key-value heads.
-        ffn: intermediate size of the feed-forward.
+        ffn: intermediate size of the feed-forward, or of one expert.
         vocab: vocabulary size.
         seq: tokens per sequence.
         micro_bsz: sequences per micro-batch.
@@ -44,17 +44,25 @@ class Shape:
     model: dict[str, Any] = field(default_factory=dict)
 
 
+def _experts(num_experts: int, top_k: int) -> dict[str, Any]:
+    return {"num_experts": num_experts, "top_k": top_k, "moe_type": "Dropless"}
+
+
 SHAPES: dict[str, Shape] = {
     "tiny": Shape("LLAMA2", 64, 2, (2, 2), 128, 256, 64, micro_bsz=2),
     "demo": Shape("INTERNLM2", 256, 4, (8, 4), 704, 4096, 256, micro_bsz=2, micro_num=4),
     "cpu-384": Shape("LLAMA2", 384, 6, (6, 6), 1024, 8192, 512, micro_bsz=8),
     "cpu-768": Shape("LLAMA2", 768, 6, (12, 12), 2048, 8192, 512, micro_bsz=8),
     "cpu-1024": Shape("LLAMA2", 1024, 6, (16, 16), 2816, 8192, 512, micro_bsz=8),
+    "cpu-moe": Shape("QWEN3MOE", 512, 4, (8, 4), 256, 8192, 512, micro_bsz=8, model=_experts(16, 4)),
     "160m": Shape("LLAMA2", 768, 12, (12, 12), 2048, 50304, 2048, micro_bsz=16),
     "1b": Shape("LLAMA2", 2048, 22, (32, 4), 5632, 32000, 2048, micro_bsz=8),
     "1.5b": Shape("LLAMA2", 2048, 24, (16, 8), 6144, 65536, 4096, micro_bsz=4),
     "7b-layers": Shape("INTERNLM2", 4096, 4, (32, 8), 14336, 92544, 4096, micro_bsz=2, model={"rope_base": 1000000}),
     "7b": Shape("INTERNLM2", 4096, 32, (32, 8), 14336, 92544, 4096, model={"rope_base": 1000000}),
+    "30b-a3b-layers": Shape(
+        "QWEN3MOE", 2048, 4, (32, 4), 768, 151936, 4096, micro_bsz=2, model={"head_dim": 128, **_experts(128, 8)}
+    ),
     "8b": Shape("LLAMA2", 4096, 32, (32, 8), 14336, 128256, 4096, model={"rope_base": 500000}),
 }
 

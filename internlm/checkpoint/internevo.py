@@ -10,7 +10,8 @@ from internlm.utils.storage import StoragePath
 RANK_FILE = re.compile(r"model_(?P<split>tp|wp)(?P<rank>\d+)_pp(?P<stage>\d+)(?P<fsdp>_dp\d+)?\.pt")
 """Weights of one tensor or weight parallel rank of one pipeline stage; with `_dp`, the shard of an FSDP rank."""
 
-EXPERT_FILE = re.compile(r"model_moe_layer\d+_expert\d+_(tp|wp)\d+\.pt")
+EXPERT_FILE = re.compile(r"model_moe_layer(?P<layer>\d+)_expert(?P<expert>\d+)_(?P<split>tp|wp)(?P<rank>\d+)\.pt")
+"""Weights of an expert, or of all experts of an expert parallel rank."""
 
 
 def is_internevo(path: StoragePath) -> bool:

@@ -120,8 +120,11 @@ class _LazyPlanner(BoxSavePlanner):
     def resolve_data(self, write_item: Any) -> Tensor | io.BytesIO:
         key = write_item.index.fqn
         lazy = self._tensors[key]
-        tensor = lazy.read()
-        assert (tuple(tensor.shape), tensor.dtype) == (lazy.shape, lazy.dtype), key
+        if lazy.read_slice is None:
+            tensor, shape = lazy.read(), lazy.shape
+        else:
+            tensor, shape = lazy.read_slice(write_item.index.offset[0])[None], (1, *lazy.shape[1:])
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, lazy.dtype), key
         return tensor.contiguous()
 
 
@@ -147,7 +150,9 @@ def write_weights(
     files: Mapping[str, bytes] | None = None,
     optimizer: OptimizerState | None = None,
 ) -> StoragePath:
-    """Write a checkpoint without a trainer, one tensor at a time; returns `<save_folder>/<step>`.
+    """Write a checkpoint without a trainer; returns `<save_folder>/<step>`.
+
+    One tensor is in memory at a time, or one slice if it can be computed by slices.
 
     Args:
         save_folder: folder of checkpoints.
@@ -174,7 +179,9 @@ def write_weights(
     # The plan needs shapes only: meta tensors take no memory.
     boxed = {
         key: BoxedTensor(
-            lazy.shape, lazy.dtype, [(_whole_box(lazy.shape), torch.empty(lazy.shape, dtype=lazy.dtype, device="meta"))]
+            lazy.shape,
+            lazy.dtype,
+            [(box, torch.empty(box.size, dtype=lazy.dtype, device="meta")) for box in _boxes(lazy)],
         )
         for key, lazy in by_key.items()
     }
@@ -184,6 +191,10 @@ def write_weights(
     return final
 
 
-def _whole_box(shape: tuple[int, ...]) -> Box:
-    origin = (0,) * len(shape)
-    return Box(origin, origin, shape)
+def _boxes(lazy: LazyTensor) -> list[Box]:
+    """The boxes that are computed at once."""
+    if lazy.read_slice is None:
+        origin = (0,) * len(lazy.shape)
+        return [Box(origin, origin, lazy.shape)]
+    rest = (0,) * (len(lazy.shape) - 1)
+    return [Box((index, *rest), (index, *rest), (1, *lazy.shape[1:])) for index in range(lazy.shape[0])]

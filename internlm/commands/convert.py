@@ -11,6 +11,7 @@ from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.from_internevo import import_internevo
 from internlm.convert.internevo_run import schedule_differences
 from internlm.convert.to_hf import convert_to_hf
+from internlm.convert.upcycle import Upcycling, upcycle
 from internlm.initialize.build_schedules import build_schedules
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_to_hf(directions.add_parser("to-hf", help="write a folder that transformers loads"))
     _add_from_hf(directions.add_parser("from-hf", help="read a Hugging Face folder"))
     _add_from_internevo(directions.add_parser("from-internevo", help="read a checkpoint of InternEvo"))
+    _add_upcycle(directions.add_parser("upcycle", help="make a mixture of experts of a dense checkpoint"))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -124,6 +126,41 @@ def _from_internevo(options: argparse.Namespace) -> int:
     for notice in notices:
         print(f"notice: {notice}")
     print(imported.path)
+    return 0
+
+
+def _add_upcycle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, metavar="DIR", help="dense checkpoint, or a folder of them (newest)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="save folder in which checkpoint 0/ is created")
+    parser.add_argument("--num-experts", required=True, type=int, metavar="N", help="routed experts of a layer")
+    parser.add_argument("--top-k", required=True, type=int, metavar="K", help="experts of a token")
+    parser.add_argument(
+        "--noise",
+        default=0.0,
+        type=float,
+        metavar="X",
+        help="add noise to the experts, with X times the standard deviation of each weight (default: exact copies)",
+    )
+    parser.add_argument(
+        "--shared-expert", action="store_true", help="add a shared expert, which starts as the dense block, too"
+    )
+    parser.add_argument("--seed", default=1024, type=int, help="of routers and noise (default: 1024)")
+    parser.set_defaults(convert=_upcycle)
+
+
+def _upcycle(options: argparse.Namespace) -> int:
+    settings = Upcycling(
+        options.num_experts, options.top_k, noise=options.noise, shared_expert=options.shared_expert, seed=options.seed
+    )
+    made = upcycle(storage_path(options.ckpt), storage_path(options.out), settings)
+    for notice in made.notices:
+        print(f"notice: {notice}")
+    print("keys of the mixture, whose config otherwise is that of the dense model:")
+    print(f"  model_type = {made.model_type!r}")
+    for name, value in made.keys.items():
+        print(f"  model.{name} = {value!r}")
+    print(f"  ckpt.load_ckpt_info = dict(path={str(made.path)!r}, content=('model',))")
+    print(made.path)
     return 0
 
 

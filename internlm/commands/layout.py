@@ -125,9 +125,9 @@ def describe_stages(config: Config, layout: ParallelLayout, schedule: PipelineSc
 
 
 def _describe_traffic(rank: int, estimate: RankEstimate) -> list[str]:
-    """Peak activation memory, and bytes sent per step by axis; empty if the model's layers are unknown."""
+    """Peak activation memory, and bytes sent per step by axis; what is unknown about a model's layers."""
     if estimate.sent is None or estimate.activations is None:
-        return []
+        return ["activations and bytes sent are not estimated for the layers of this model", ""]
     by_axis = [f"{axis} {_bytes(size)}" for axis, size in vars(estimate.sent).items() if size]
     return [
         f"rank {rank} holds at most {_bytes(estimate.activations)} of activations in its layers",

@@ -14,7 +14,7 @@ from internlm.utils.logging import configure_logging
 from internlm.utils.paths import local_path
 from internlm.verify.case import Case, Combination
 from internlm.verify.choices import BatchChoices, LayoutChoices, from_text, to_text
-from internlm.verify.matrix import full_matrix, pairwise_matrix
+from internlm.verify.matrix import expert_matrix, full_matrix, pairwise_matrix
 from internlm.verify.ranks import LocalRanks, RankFailedError
 from internlm.verify.record import InconsistentRanksError, Record
 from internlm.verify.report import Verdict, judge, matrix_table, steps_table
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dtype",
         action="store_true",
-        help="compute in model.dtype (default: float32, which exposes small defects; with float8: float64)",
+        help="compute in model.dtype (default: float32, which exposes small defects; with float8 or experts: float64)",
     )
     parser.add_argument("--matrix", action="store_true", help="compare a built-in matrix of layouts, not a config")
     parser.add_argument("--full", action="store_true", help="with --matrix: all layouts, not a pairwise covering")
@@ -60,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
     if options.matrix:
         if options.config or options.layout or options.overrides:
             raise ConfigError("--matrix brings its own configs and layouts: remove --config, --layout and --set")
-        return _compare_matrix(full_matrix() if options.full else pairwise_matrix(), options.steps, options.output)
+        rows = full_matrix() if options.full else pairwise_matrix() + expert_matrix()
+        return _compare_matrix(rows, options.steps, options.output)
     if options.config is None:
         raise ConfigError("give --config FILE.py, or --matrix")
     if options.full or options.output:
@@ -94,7 +95,9 @@ def _cases(options: argparse.Namespace, layout: LayoutChoices | None) -> list[Ca
     """The small copy of the user's run, in its own layout or the given one; a float8 run both without and with it."""
     values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
-    configs = [shrink(loaded.config, None if options.keep_dtype else "torch.float32")]
+    # A router chooses: with another order of additions, rounding in fp32 may change an expert.
+    exposing = "torch.float64" if loaded.config.model.num_experts > 1 else "torch.float32"
+    configs = [shrink(loaded.config, None if options.keep_dtype else exposing)]
     if loaded.config.float8.enable_float8_linear:
         configs.append(shrink(loaded.config, float8=True))
     for config in configs:

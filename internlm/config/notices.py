@@ -56,6 +56,7 @@ def find_notices(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
         if is_path(field) and isinstance(value, str) and "$" in value:
             yield f"{key} = {value!r}: '$' is part of the name; for a variable write os.environ[...] in the config"
     yield from _values(config)
+    yield from _experts(config)
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)
@@ -70,6 +71,26 @@ def _values(config: Config) -> Iterator[str]:
         )
     if data.pack_sample_into_one and not data.use_packed_dataset:
         yield "no effect: data.pack_sample_into_one = True (data.use_packed_dataset = False: nothing is packed)"
+
+
+def _experts(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.num_experts <= 1:
+        return
+    if config.float8.enable_float8_linear:
+        yield f"float8.enable_float8_linear = True: routers compute in fp32 and routed experts in {model.dtype}"
+    if model.compile:
+        yield "model.compile = True: routers and routed experts are not compiled, the rest of their layers is"
+    if model.top_k == 1 and model.moe_layer_kwargs.normalize_expert_weights:
+        yield (
+            "model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights: every weight is 1, so the cross "
+            "entropy does not train the routers; set it to False"
+        )
+    if config.loss.moe_loss_coeff == 0:
+        yield (
+            "loss.moe_loss_coeff = 0: nothing balances the load of the experts; moe/max_load in the metrics shows how "
+            "uneven it gets"
+        )
 
 
 def _recomputation(config: Config, given: Callable[[str], Any]) -> Iterator[str]:

@@ -16,10 +16,6 @@ from internlm.config.schema.base import Status, default_of, key_info, walk_value
 _HF_CLASSES = "training Hugging Face classes"
 
 LATER_FAMILIES = {
-    "INTERNLM_MoE": "mixture of experts",
-    "QWEN2MOE": "mixture of experts",
-    "QWEN3MOE": "mixture of experts",
-    "MIXTRALMOE": "mixture of experts",
     "LLAVA": "multimodal models",
     "CHAMELEON": "multimodal models",
     "LUMINA": "image generation",
@@ -31,7 +27,6 @@ LATER_FAMILIES = {
 """Model types that InternEvo registers and this version does not."""
 
 LATER_KEYS = {
-    "model.moe_*": "mixture of experts",
     "model.num_self_decoder_layers": "models of self- and cross-decoder layers",
     "model.num_cross_decoder_layers": "models of self- and cross-decoder layers",
 }

@@ -23,8 +23,8 @@ from internlm.utils.storage import StoragePath
 
 logger = get_logger(__name__)
 
-_WEIGHTS = ("weight", "bias", "weight_packed", "weight_scale", "qzeros", "scales")
-"""Suffixes of weight names, including those of quantized weights."""
+_WEIGHTS = ("weight", "bias", "gate_up_proj", "down_proj", "weight_packed", "weight_scale", "qzeros", "scales")
+"""Suffixes of weight names, including those of fused experts and of quantized weights."""
 _TRAINABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 

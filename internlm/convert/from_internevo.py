@@ -18,6 +18,8 @@ from internlm.config.legacy import translate_legacy
 from internlm.config.loader import check_config, read_tree
 from internlm.config.schema import Config
 from internlm.config.validation import build_config
+from internlm.convert.internevo_expert_keys import expert_keys
+from internlm.convert.internevo_experts import ExpertSizes, InternEvoExperts, expert_files
 from internlm.convert.internevo_files import InternEvoFiles, read_value
 from internlm.convert.internevo_folder import ROWS_BY_PROJECTION, InternEvoFolder, RowOrder
 from internlm.convert.internevo_optimizer import InternEvoOptimizer
@@ -65,7 +67,7 @@ def import_internevo(
     model_type: str | None = None,
     weights_only: bool = False,
 ) -> Imported:
-    """Write an InternEvo checkpoint as `<out>/<step>/`, with one tensor in memory at a time.
+    """Write an InternEvo checkpoint as `<out>/<step>/`, with one tensor, or one expert, in memory at a time.
 
     Args:
         folder: the checkpoint, on a local disk.
@@ -83,6 +85,8 @@ def import_internevo(
     with_optimizer = not weights_only and has_optimizer(folder)
     tree, text, notices = _read_config(folder, config_file, model_type, with_optimizer)
     section = tree["model"]
+    if int(section.get("num_experts", 1)) > 1:
+        notices += expert_keys(tree, section)
     files = InternEvoFiles(folder, _num_chunks(tree))
     _refuse_unknown_rows(tree["model_type"], section, files)
     _add_defaults(tree["model_type"], section, notices)
@@ -94,11 +98,21 @@ def import_internevo(
         section.pop("no_bias", None)
         config, model = _build(tree, keys)
         notices += [f"model.{name} = {value}: as the weights in the files" for name, value in changes.items()]
+    if model.architecture.experts is None and (names := expert_files(files)):
+        raise CheckpointError(
+            f"'{folder}' has expert files ('{names[0]}'), but the config's model is no mixture of experts (model_type, "
+            "model.num_experts)"
+        )
     order = RowOrder(
         by_projection=config.model_type in ROWS_BY_PROJECTION, fused_gate_up=section.get("mlp_layer_fusion") is True
     )
     source = InternEvoFolder(files, model, order)
+    experts = _experts(files, model, section)
+    if experts is not None and with_optimizer:
+        with_optimizer = False
+        notices.append("the optimizer state of mixtures of experts is not imported, as experts have files of their own")
     stored = {source.dtype(name) for name in source.names()}
+    stored |= set() if experts is None else {experts.dtype(name) for name in experts.names()}
     if stored != {parameter.dtype for parameter in model.parameters()}:
         dtypes = ", ".join(sorted(map(str, stored)))
         notices.append(f"the weights keep the dtype of the files ({dtypes}); model.dtype = {config.model.dtype}")
@@ -107,6 +121,8 @@ def import_internevo(
         name: LazyTensor(source.shape(name), source.dtype(name), partial(_read, source, name, folder))
         for name in source.names()
     }
+    if experts is not None:
+        tensors |= {name: _stacked(experts, name, folder) for name in experts.names()}
     extra = {} if text is None else {"config_file.py": text.encode()}
     step = _step(folder, counters, notices)
     target = out / str(step)
@@ -114,6 +130,8 @@ def import_internevo(
         raise CheckpointError(f"'{target}' already exists and would be replaced; give another --out")
     kind = {"tp": "tensor", "wp": "weight"}[files.split]
     layout = f"{files.num_ranks} {kind} parallel rank(s), {files.num_stages} pipeline stage(s)"
+    if experts is not None:
+        layout += f", experts in {experts.num_groups} file(s) of {experts.num_ranks} rank(s) for each layer"
     if not with_optimizer:
         notices.append(f"{_why_without(folder)}: moments start at zero, masters are copies of the weights")
         path = write_weights(out, tensors, config=config, step=step, files=extra)
@@ -130,6 +148,24 @@ def import_internevo(
         )
     layout += f", {optimizer.num_zero} ZeRO rank(s)"
     return Imported(path, layout, counters, notices, config, step, optimizer.options)
+
+
+def _experts(files: InternEvoFiles, model: Decoder, section: dict[str, Any]) -> InternEvoExperts | None:
+    """The expert files; None for a dense model."""
+    a = model.architecture
+    if a.experts is None:
+        return None
+    sizes = ExpertSizes(a.experts.form.num_experts, a.hidden_size, a.experts.width)
+    is_grouped = section.get("moe_layer_kwargs", {}).get("use_grouped_mlp")
+    fused = section.get("mlp_layer_fusion") is True
+    return InternEvoExperts(files, sizes, is_grouped=is_grouped, fused_gate_up=fused)
+
+
+def _stacked(experts: InternEvoExperts, name: str, folder: Path) -> LazyTensor:
+    def read(expert: int) -> Tensor:
+        return finite(experts.read(name, expert), f"{name}[{expert}]", f"'{folder}'")
+
+    return LazyTensor.stacked(experts.shape(name), experts.dtype(name), read)
 
 
 def _why_without(folder: Path) -> str:

@@ -7,7 +7,7 @@ our models.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from internlm.config.schema import ModelConfig
-from internlm.convert.lazy import grouped_readers
+from internlm.convert.lazy import TensorsOnRead, grouped_readers
 from internlm.convert.redundant import buffer_difference, is_buffer, tied_difference
 from internlm.convert.safetensors_file import TensorLocation, read_header, read_tensor
 from internlm.convert.torch_files import TorchFile
@@ -119,6 +119,10 @@ class HfFolder:
         """The naming layout, detected from the names of the weights."""
         if any(".self_attn.W_pack." in name for name in self.entries):
             return "baichuan2"
+        if any(".block_sparse_moe." in name for name in self.entries):
+            return "mixtral"
+        if any(name.endswith(".mlp.experts.gate_up_proj") for name in self.entries):
+            return "fused_experts"
         return "internlm2" if any(".attention.wqkv." in name for name in self.entries) else "transformers"
 
     def read(self, name: str) -> Tensor:
@@ -231,8 +235,8 @@ class HfWeights:
         """Read a full weight."""
         return self._readers[name]() if name in self.tensors else self.folder.read(name)
 
-    def _translate(self, names: Iterable[str]) -> dict[str, Tensor]:
-        theirs = {name: self.folder.read(self._aliases.get(name, name)) for name in names}
+    def _translate(self, names: Collection[str]) -> dict[str, Tensor]:
+        theirs = TensorsOnRead(names, lambda name: self.folder.read(self._aliases.get(name, name)))
         return from_hf(theirs, self._architecture, self._layout)
 
     def _check_buffers(self, names: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
 """The weight files of an InternEvo checkpoint, with uniform weight names and global layer numbers.
 
-Knows names, ranks and pipeline stages; `internevo_folder` joins the shards of a tensor. Only tensors and plain values
-are unpickled, and tensors are memory-mapped.
+Knows names, ranks and stages; `internevo_folder` joins shards. Only tensors and plain values are unpickled.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.internevo import EXPERT_FILE, RANK_FILE
+from internlm.checkpoint.internevo import RANK_FILE
 from internlm.convert.redundant import is_buffer
 from internlm.utils.errors import CheckpointError
 
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+"""Name of a weight in a layer: number of the layer, name within it."""
 
 _OLDER_NAMES = (
     (re.compile(r"^(model|module)\."), ""),
@@ -37,8 +37,11 @@ _OLDER_NAMES = (
     (re.compile(r"^embedding\."), "tok_embeddings."),
     (re.compile(r"\.word_embeddings\."), "."),
     (re.compile(r"^head\."), "output."),
+    (re.compile(r"\.feed_forward\.moe_layer\.gate\.wg\."), ".feed_forward.router."),
+    (re.compile(r"\.feed_forward\.residual_mlp\."), ".feed_forward.shared."),
+    (re.compile(r"\.feed_forward\.coefficient\."), ".feed_forward.shared_gate."),
 )
-"""Weight names of the first InternLM, and of older versions, as (pattern, replacement)."""
+"""Weight names of the first InternLM, of older versions, and of mixtures of experts, as (pattern, replacement)."""
 
 _ONLY_ON_ONE_RANK = re.compile(r".*\.(wo|w2)\.bias")
 """Biases of row-parallel layers. They are added once, so with tensor parallelism only rank 0 has them."""
@@ -63,6 +66,7 @@ class InternEvoFiles:
         split: "tp" for files of tensor-parallel ranks, "wp" for those of weight-parallel ranks (isp).
         num_ranks: number of tensor- or weight-parallel ranks.
         num_stages: number of pipeline stages.
+        layer_numbers: by stage: (chunk, number of a layer in the files) -> number in the model, in the files' order.
         buffers: name -> values of tensors that the config determines; equal in all files.
 
     Raises:
@@ -80,9 +84,10 @@ class InternEvoFiles:
         ]
         self._by_stage: list[list[str]] = [[] for _ in range(self.num_stages)]
         stages = [self._merge_ranks(stage, by_rank) for stage, by_rank in enumerate(states)]
-        for stage, numbers in enumerate(_global_layers(stages, num_chunks, folder)):
+        self.layer_numbers = _global_layers(stages, num_chunks, folder)
+        for stage, numbers in enumerate(self.layer_numbers):
             for (chunk, name), shards in stages[stage].items():
-                match = _LAYER.fullmatch(name)
+                match = LAYER.fullmatch(name)
                 global_name = name if match is None else f"layers.{numbers[chunk, int(match[1])]}.{match[2]}"
                 if global_name in self._shards:
                     raise CheckpointError(f"'{folder}': two pipeline stages have the weight '{global_name}'")
@@ -142,7 +147,7 @@ class InternEvoFiles:
         """(chunk, name within the chunk) -> shard of each rank."""
         merged: dict[tuple[int, str], list[RankShard | None]] = {}
         for rank, state in enumerate(states):
-            for key, tensor in _weights(state, self.folder / self.file(rank, stage)):
+            for key, tensor in weights_in(state, self.folder / self.file(rank, stage)):
                 if is_buffer(key[1]):
                     self.buffers[f"{self.file(rank, stage)}: {key[1]}"] = tensor
                     continue
@@ -187,11 +192,6 @@ def _grid(folder: Path) -> tuple[str, int, int]:
         CheckpointError: a file is missing, or this kind of checkpoint is not supported.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    experts = [name for name in names if EXPERT_FILE.fullmatch(name)]
-    if experts:
-        raise CheckpointError(
-            f"'{folder}' has expert files ('{experts[0]}'): the import of a mixture of experts is not yet supported"
-        )
     found = [match for name in names if (match := RANK_FILE.fullmatch(name))]
     sharded = [match[0] for match in found if match["fsdp"]]
     if sharded:
@@ -276,8 +276,12 @@ def load_file(path: Path, *, mapped: bool) -> Any:
         ) from error
 
 
-def _weights(state: object, path: Path) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    """((chunk, name within the chunk), tensor) of one file."""
+def weights_in(state: object, path: Path) -> Iterator[tuple[tuple[int, str], Tensor]]:
+    """((chunk, uniform name within the chunk), tensor) of one file.
+
+    Raises:
+        CheckpointError: the file contains something else.
+    """
     if not isinstance(state, dict):
         raise CheckpointError(f"'{path}' contains a {type(state).__name__} instead of a dict of weights")
     for key, tensor in state.items():
@@ -297,7 +301,7 @@ def _global_layers(
 ) -> list[dict[tuple[int, int], int]]:
     """For each stage: (chunk in the file, number of the layer there) -> number of the layer in the model."""
     local = [
-        sorted({(chunk, int(match[1])) for chunk, name in stage if (match := _LAYER.fullmatch(name))})
+        sorted({(chunk, int(match[1])) for chunk, name in stage if (match := LAYER.fullmatch(name))})
         for stage in stages
     ]
     numbers = [number for stage in local for _, number in stage]

@@ -7,37 +7,31 @@ concatenated along the one dimension in which they are smaller. Shapes do not sh
   own heads; a weight-parallel rank (isp) has consecutive rows of the global tensor.
 - `wqkv` of the other families: by key-value group, as in this package; ranks have consecutive groups.
 - `w13`: the rows of w1, then of w3; per rank or consecutive as above.
+
+Experts have files of their own (`internevo_experts`); shared experts are feed-forward blocks like dense ones.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from internlm.convert.internevo_files import InternEvoFiles, RankShard
+from internlm.convert.internevo_join import RankShards, join, misfit
 from internlm.convert.redundant import buffer_difference
 from internlm.model.decoder import Decoder
 from internlm.utils.errors import CheckpointError
 
-ROWS_BY_PROJECTION = ("INTERNLM", "BAICHUAN2")
+ROWS_BY_PROJECTION = ("INTERNLM", "INTERNLM_MoE", "BAICHUAN2")
 """Families whose fused attention weight has all rows of q, then of k, then of v."""
 
+_FEED_FORWARD = re.compile(r"\.feed_forward(\.shared)?\.w\d+\.")
+
 _MAX_SHOWN = 20
-
-
-class RankShards(Protocol):
-    """Shards of tensors that are named and split like the weights in the files."""
-
-    def shards(self, name: str) -> list[RankShard]:
-        """The shards of a tensor, in rank order."""
-
-    def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
-        """The tensor of replicas, which must be equal."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class RowOrder:
 
 
 class InternEvoFolder:
-    """A `WeightSource` over the files of an InternEvo checkpoint.
+    """A `WeightSource` over the files of an InternEvo checkpoint, without its experts.
 
     Args:
         files: the checkpoint.
@@ -70,7 +64,11 @@ class InternEvoFolder:
         self._files = files
         self._architecture = model.architecture
         self._order = order
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if ".feed_forward.experts." not in name
+        }
         self._dtypes: dict[str, torch.dtype] = {}
         self._swapped = self._has_older_feed_forward()
         self._check()
@@ -131,11 +129,11 @@ class InternEvoFolder:
             parts = [self._projection(name.replace("wqkv", part), of) for part in ("wq", "wk", "wv")]
             groups = [part.unflatten(0, (a.num_kv_heads, -1, a.head_dim)) for part in parts]
             return torch.cat(groups, dim=1).flatten(0, 2)
-        if ".feed_forward.w13." in name:
+        if _FEED_FORWARD.search(name) and ".w13." in name:
             return torch.cat([self._gate_or_up(name.replace("w13", part), of) for part in ("w1", "w3")])
         if ".attention.w" in name and ".wo." not in name:
             return self._projection(name, of)
-        if ".feed_forward.w1." in name or ".feed_forward.w3." in name:
+        if _FEED_FORWARD.search(name) and ".w2." not in name:
             return self._gate_or_up(name, of)
         return self._join(self._file_name(name), self._shapes[name], of)
 
@@ -158,55 +156,63 @@ class InternEvoFolder:
     def _gate_or_up(self, name: str, of: RankShards) -> Tensor:
         """`w1` or `w3`, read directly or extracted from the fused weight."""
         a = self._architecture
+        width = self._width(name)
         inner = (a.hidden_size,) if name.endswith("weight") else ()
         first, second = name.replace(".w3.", ".w1."), name.replace(".w1.", ".w3.")
         number = int(name == second)
         fused = first.replace(".w1.", ".w13.")
-        shape = (2 * a.intermediate_size, *inner)
+        shape = (2 * width, *inner)
         if self._has(fused):
             return self._rows(fused, shape, (1, 1), number, of)
         if self._order.fused_gate_up and self._files.split == "wp":
             ranks = zip(of.shards(first), of.shards(second), strict=True)
             shards = [RankShard(one.file, torch.cat([one.tensor, two.tensor])) for one, two in ranks]
-            return _join(fused, shape, shards, self._files.split, of).chunk(2)[number]
-        return self._join(self._file_name(name), (a.intermediate_size, *inner), of)
+            return join(fused, shape, shards, self._files.split, of.agreed).chunk(2)[number]
+        return self._join(self._file_name(name), (width, *inner), of)
 
     def _rows(self, name: str, shape: tuple[int, ...], ratio: Sequence[int], number: int, of: RankShards) -> Tensor:
         """Part `number` of a fused weight that concatenates parts whose numbers of rows have the given ratio."""
         shards = of.shards(name)
         if self._files.split == "wp" or len(shards) == 1:
-            tensors = [_join(name, shape, shards, self._files.split, of)]
+            tensors = [join(name, shape, shards, self._files.split, of.agreed)]
         else:
             tensors = [shard.tensor for shard in shards]
         if any(tensor.shape[0] % sum(ratio) for tensor in tensors) or sum(t.shape[0] for t in tensors) != shape[0]:
-            raise CheckpointError(_misfit(name, shape, shards))
+            raise CheckpointError(misfit(name, shape, shards))
         return torch.cat(
             [tensor.split([tensor.shape[0] * share // sum(ratio) for share in ratio])[number] for tensor in tensors]
         )
 
     def _join(self, name: str, shape: tuple[int, ...], of: RankShards) -> Tensor:
-        return _join(name, shape, of.shards(name), self._files.split, of)
+        return join(name, shape, of.shards(name), self._files.split, of.agreed)
 
     def _has(self, name: str) -> bool:
         return name in self._files.names()
 
     def _file_name(self, name: str) -> str:
         """The name of an unfused weight in the files."""
-        if not self._swapped:
+        if not self._swapped or not _FEED_FORWARD.search(name):
             return name
         for one, other in ((".w2.", ".w3."), (".w3.", ".w2.")):
-            if f".feed_forward{one}" in name:
+            if one in name:
                 return name.replace(one, other)
         return name
 
+    def _width(self, name: str) -> int:
+        """Intermediate size of the feed-forward block of a weight."""
+        experts = self._architecture.experts
+        return experts.shared_width if experts and ".shared." in name else self._architecture.intermediate_size
+
     def _has_older_feed_forward(self) -> bool:
         """Whether w3 is the down and w2 the up projection, as in the first versions of InternLM; detected by shapes."""
-        name, a = "layers.0.feed_forward.w2.weight", self._architecture
-        if not self._has(name) or a.intermediate_size == a.hidden_size:
+        a = self._architecture
+        name = f"layers.0.feed_forward.{'shared.' if a.experts else ''}w2.weight"
+        width = self._width(name)
+        if not self._has(name) or width == a.hidden_size:
             return False
         shards = self._files.shards(name)
         rows = sum(shard.tensor.shape[0] for shard in shards)
-        return all(shard.tensor.shape[1] == a.hidden_size for shard in shards) and rows == a.intermediate_size
+        return all(shard.tensor.shape[1] == a.hidden_size for shard in shards) and rows == width
 
 
 class _Shapes:
@@ -231,42 +237,3 @@ class _Shapes:
 
     def agreed(self, name: str, replicas: Sequence[RankShard]) -> Tensor:
         return replicas[0].tensor
-
-
-def _join(name: str, shape: tuple[int, ...], shards: Sequence[RankShard], split: str, of: RankShards) -> Tensor:
-    """Join shards to the tensor of this shape.
-
-    Raises:
-        CheckpointError: the shards do not fit the shape, or replicas differ.
-    """
-    tensors = [shard.tensor for shard in shards]
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        raise CheckpointError(f"'{name}' has different dtypes in {', '.join(shard.file for shard in shards)}")
-    if all(tuple(tensor.shape) == shape for tensor in tensors):
-        return of.agreed(name, shards)
-    for dim in range(len(shape)):
-        others = [tensor.shape[:dim] + tensor.shape[dim + 1 :] for tensor in tensors]
-        if any(tuple(other) != shape[:dim] + shape[dim + 1 :] for other in others):
-            continue
-        size = sum(tensor.shape[dim] for tensor in tensors)
-        if size == shape[dim]:
-            return torch.cat(tensors, dim)
-        # Some versions of InternEvo split the head of isp over the sequence-parallel ranks, which may be fewer.
-        if name == "output.weight" and split == "wp" and dim == 0 and size % shape[0] == 0:
-            distinct = len(tensors) * shape[0] // size
-            return torch.cat([of.agreed(name, shards[rank::distinct]) for rank in range(distinct)])
-    raise CheckpointError(_misfit(name, shape, shards))
-
-
-def _misfit(name: str, shape: tuple[int, ...], shards: Sequence[RankShard]) -> str:
-    shapes = ", ".join(f"{shard.file} {list(shard.tensor.shape)}" for shard in shards[:4])
-    rest = f" and {len(shards) - 4} more" if len(shards) > 4 else ""
-    more = ""
-    rows = sum(shard.tensor.shape[0] for shard in shards if shard.tensor.dim() == len(shape))
-    if shards[0].file.startswith("model_wp") and name == "output.weight" and 0 < rows < shape[0]:
-        more = (
-            "; InternEvo's isp with a tensor.size above its weight.size saves only some ranks' shards of the head: the "
-            "others are not in this checkpoint"
-        )
-    size = math.prod(shape)
-    return f"'{name}' must have shape {list(shape)} ({size:,} elements) in total; the files have {shapes}{rest}{more}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 
 from torch import Tensor
@@ -26,3 +26,27 @@ def grouped_readers(
         return cache[number][name]
 
     return {name: partial(read, number, name) for number, names in enumerate(groups) for name in names}
+
+
+class TensorsOnRead(Mapping[str, Tensor]):
+    """Tensors by name that are read when they are looked up, and not kept.
+
+    Args:
+        names: of the tensors, in order.
+        read: name -> tensor.
+    """
+
+    def __init__(self, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from internlm.convert.tokenizer_files import (
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.model.architecture import Architecture
-from internlm.model.huggingface.to_config import PUBLISHED_LAYOUTS, published_config_json, transformers_config_json
+from internlm.model.huggingface.to_config import published_config_json, transformers_config_json, weight_layout
 from internlm.model.huggingface.weight_names import Layout, to_hf, weight_groups
 from internlm.utils.errors import CheckpointError, DataError
 from internlm.utils.logging import get_logger
@@ -141,7 +142,7 @@ def _write(
     _check_trained_with(checkpoint, exported)
     values |= exported.ids
     files = equivalent_files(exported, values, with_code=layout == "published")
-    names = PUBLISHED_LAYOUTS.get(config.model_type, "transformers") if layout == "published" else "transformers"
+    names = weight_layout(architecture, config.model_type, published=layout == "published")
     tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype)
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):
@@ -183,13 +184,15 @@ def hf_tensors(
     groups = weight_groups(shapes, architecture, layout)
 
     def read_group(number: int) -> Mapping[str, Tensor]:
-        ours = {name: reader.read(name) for name in groups[number].ours}
-        theirs = to_hf(ours, architecture, layout)
-        return {name: finite(tensor, name, f"'{reader.path}'", dtype) for name, tensor in theirs.items()}
+        return to_hf({name: reader.read(name) for name in groups[number].ours}, architecture, layout)
 
     readers = grouped_readers(read_group, [group.theirs for group in groups])
+
+    def read(name: str) -> Tensor:
+        return finite(readers[name](), name, f"'{reader.path}'", dtype)
+
     return {
-        name: LazyTensor(tuple(tensor.shape), dtype or tensor.dtype, readers[name])
+        name: LazyTensor(tuple(tensor.shape), dtype or tensor.dtype, partial(read, name))
         for group in groups
         for name, tensor in group.theirs.items()
     }

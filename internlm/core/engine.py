@@ -23,11 +23,13 @@ from internlm.core.optimizer_protocol import HyperParameters, Optimizer
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.pipeline_stages import PipelineModel
 from internlm.core.progress.record import Progress
+from internlm.core.routing_statistics import RoutingStatistics
 from internlm.core.scheduler.communication import channels_of, with_communication
 from internlm.core.scheduler.executor import Executor
 from internlm.core.scheduler.schedules import PipelineSchedule, forward_only, make_schedule
 from internlm.data.batch import Batch, MicroBatch
 from internlm.data.upload import Uploader
+from internlm.model.moe.router import RouterLosses
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import LossFunction
 
@@ -68,12 +70,12 @@ class EngineResult:
     """Result of one step. Tensors are scalars on the device, the same on every rank.
 
     Attributes:
-        loss: fp32, mean over the valid tokens of the global batch.
+        loss: fp32, cross entropy, mean over the valid tokens of the global batch; without the losses of routers.
         grad_norm: fp32, global L2 norm before clipping, loss scale removed.
         skipped: fp32, 1.0 when the update was skipped.
         loss_scale: fp32, the scale of this step.
         num_valid_tokens: fp32, number of tokens of the global batch that have a label.
-        statistics: the metrics of `TokenStatistics`; empty without them.
+        statistics: the metrics of `TokenStatistics`, and of `RoutingStatistics` for a mixture of experts.
         seconds: host time by phase: "forward_backward" and "optimizer".
     """
 
@@ -102,6 +104,7 @@ class Engine:
         schedule: number of micro-batches -> the actions of all pipeline ranks; called once with the number of ranks to
             find the placement of chunks. 1F1B by default, interleaved if a rank has several chunks.
         progress: records the phases of a step.
+        router_losses: of a mixture of experts.
 
     Raises:
         ValueError: the number of ranks or chunks differs from that of the schedule.
@@ -116,6 +119,7 @@ class Engine:
         statistics: TokenStatistics | None = None,
         schedule: Callable[[int], PipelineSchedule] | None = None,
         progress: Progress | None = None,
+        router_losses: RouterLosses | None = None,
     ) -> None:
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         self.optimizer = optimizer
@@ -124,6 +128,7 @@ class Engine:
         self.statistics = statistics
         self.progress = progress or Progress()
         self.parallel = parallel_of(self.chunks[0])
+        self.routing = RoutingStatistics(self.chunks, context, router_losses or RouterLosses())
         num_ranks, num_chunks = context.size("pipeline"), len(self.chunks)
         self._make_schedule = schedule or partial(make_schedule, "1F1B", num_ranks, num_chunks=num_chunks)
         self._schedules: dict[int, PipelineSchedule] = {}
@@ -193,6 +198,7 @@ class Engine:
         num_valid_tokens = all_reduce(self._scalar(batch.num_valid_tokens), self.context.group("data"))
         factor = loss_scale / num_valid_tokens.clamp(min=1.0)
         loss_sum = self._scalar(0.0)
+        self.routing.begin_step(len(batch.micro_batches), loss_scale)
 
         uploads = self._uploader.start(batch.micro_batches)
 
@@ -232,6 +238,7 @@ class Engine:
         self.progress.mark("metrics")
         loss = self.sum_over_tokens(passes.loss_sum) / passes.num_valid_tokens.clamp(min=1.0)
         statistics = self.statistics.result(self.sum_over_tokens) if self.statistics else {}
+        statistics = {**statistics, **self.routing.result()}
         return EngineResult(
             loss=loss,
             grad_norm=result.grad_norm,

@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 
 from internlm.model.architecture import Architecture
+from internlm.model.moe.settings import ExpertSettings
 
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """The dimensions of a decoder with a gated feed-forward (three matrices) in every layer.
+    """The dimensions of a decoder whose layers have a gated feed-forward network (three matrices), or experts like it.
 
     Attributes:
         intermediate_size: width of the feed-forward network.
@@ -23,6 +24,7 @@ class ModelDimensions:
         norm_type: kind of the norms, which determines what they save for backward.
         has_qk_norm: whether query and key heads are normalized.
         has_tied_head: whether the output head is the embedding.
+        experts: of every layer; None: the feed-forward networks are dense.
     """
 
     num_layers: int
@@ -38,6 +40,7 @@ class ModelDimensions:
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     has_qk_norm: bool = False
     has_tied_head: bool = False
+    experts: ExpertSettings | None = None
 
     @classmethod
     def of(cls, architecture: Architecture) -> ModelDimensions:
@@ -57,6 +60,7 @@ class ModelDimensions:
             norm_type=a.norm_type,
             has_qk_norm=a.qk_norm,
             has_tied_head=a.tie_word_embeddings,
+            experts=a.experts,
         )
 
     @property
@@ -66,12 +70,20 @@ class ModelDimensions:
 
     @property
     def feed_forward_parameters(self) -> int:
-        """Elements of a layer's feed-forward matrices, `3 h f`."""
-        return 3 * self.hidden_size * self.intermediate_size
+        """Elements of the matrices of a layer's feed-forward block that one token passes through.
+
+        `3 h f` of a dense one; with experts those of k experts, of the shared ones with their gate, and of the router.
+        """
+        e = self.experts
+        if e is None:
+            return 3 * self.hidden_size * self.intermediate_size
+        gate = {"sum": 0, "sigmoid": 1, "softmax": 2}[e.shared_mix] if e.shared_width else 0
+        widths = e.form.top_k * e.width + e.shared_width
+        return self.hidden_size * (3 * widths + gate + e.form.num_experts)
 
     @property
     def layer_parameters(self) -> int:
-        """Elements of a layer's matrices: no norms, no biases."""
+        """Elements of a layer's matrices that one token passes through: no norms, no biases."""
         return self.attention_parameters + self.feed_forward_parameters
 
     @property

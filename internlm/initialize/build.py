@@ -10,6 +10,7 @@ from torch import nn
 
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER
 from internlm.config.loader import check_config
+from internlm.config.rules import expert_ranks
 from internlm.config.schema import Config
 from internlm.config.unsupported import find_refused_in_training
 from internlm.convert.to_hf import check_exportable
@@ -37,6 +38,7 @@ from internlm.initialize.stages import (
     state_form,
 )
 from internlm.initialize.tokenizers import data_tokenizer
+from internlm.model.moe.router import RouterLosses
 from internlm.model.ops.cpu.gemm import choose_cpu_gemm
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.solver.grad_scaler import ConstantGradScaler, DynamicGradScaler, GradScaler
@@ -61,6 +63,8 @@ def build_layout(config: Config, world_size: int) -> ParallelLayout:
         weight=parallel.weight.size,
         zero=parallel.zero1.size,
         mode=tensor.mode,
+        expert=expert_ranks(config, world_size),
+        expert_zero=parallel.expert_zero1.size,
         kv_replicas=tensor.size // num_kv_heads if has_copies else 1,
     )
 
@@ -187,7 +191,9 @@ def build_engine(
         compiled=config.model.compile,
     )
     statistics = TypeMetrics(type_names, context.device)
-    return Engine(chunks, optimizer, context, loss, statistics, build_pipeline_schedule(config), progress)
+    router_losses = RouterLosses(balance=config.loss.moe_loss_coeff, z=config.loss.moe_z_loss_coeff)
+    schedule = build_pipeline_schedule(config)
+    return Engine(chunks, optimizer, context, loss, statistics, schedule, progress, router_losses)
 
 
 def build_scaler(config: Config, device: torch.device) -> GradScaler:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from internlm.model.initialization import Initializer, Normal, Uniform
+from internlm.model.layer_kinds import expert_layers
 from internlm.model.modules.rotary import RopeSettings
+from internlm.model.moe.settings import expert_settings
 from internlm.model.ops.gated_activation import Activation
 from internlm.model.recompute import SavePolicy
 from internlm.utils.errors import ConfigError
@@ -23,6 +25,7 @@ from internlm.utils.errors import ConfigError
 if TYPE_CHECKING:
     from internlm.config.schema import ModelConfig
     from internlm.model.layer_kinds import LayerKind
+    from internlm.model.moe.settings import ExpertSettings, SharedMix
 
 T = TypeVar("T")
 
@@ -121,6 +124,8 @@ class Architecture:
     """Save policy of each layer."""
     dtype: torch.dtype
     init: InitSettings
+    experts: ExpertSettings | None = None
+    """The expert layers; None: all layers are dense."""
     layer_kinds: Mapping[int, LayerKind] = field(default_factory=dict, hash=False)
     """Kinds of the layers that are not standard, by layer number."""
 
@@ -137,7 +142,12 @@ class Architecture:
 
     @classmethod
     def resolve(
-        cls, config: ModelConfig, defaults: FamilyDefaults | None = None, *, norm_dtype: torch.dtype | None = None
+        cls,
+        config: ModelConfig,
+        defaults: FamilyDefaults | None = None,
+        *,
+        norm_dtype: torch.dtype | None = None,
+        shared_mix: SharedMix | None = None,
     ) -> Architecture:
         """Combine a config with the defaults of a family.
 
@@ -145,6 +155,7 @@ class Architecture:
             config: the `model` section.
             defaults: the family; None: Llama.
             norm_dtype: dtype of the norms' weights; None: that of the model.
+            shared_mix: of the shared experts of a family with expert layers; None: the family is dense.
 
         Raises:
             ConfigError: sizes are inconsistent, or a key contradicts the family.
@@ -170,8 +181,14 @@ class Architecture:
             mistakes.append(f"model.add_unit_offset: this model_type has {family.unit_offset_norm}; leave the key out")
         if config.use_swiglu not in (None, family.activation == "silu"):
             mistakes.append(f"model.use_swiglu: this model_type has {family.activation == 'silu'}; leave the key out")
+        if shared_mix is None and config.num_experts > 1:
+            mistakes.append(
+                f"model.num_experts = {config.num_experts}: this model_type is dense; choose one with experts, such as "
+                "MIXTRALMOE, or leave the key out"
+            )
         if mistakes:
             raise ConfigError(mistakes)
+        experts = None if shared_mix is None else expert_settings(config, shared_mix)
         # `no_bias` applies to all attention projections; the keys of single projections take precedence.
         attention_bias = None if config.no_bias is None else not config.no_bias
         return cls(
@@ -217,6 +234,8 @@ class Architecture:
                 ffn_other=config.ffn_other_init_std,
                 head=config.out_head_init_std,
             ),
+            experts=experts,
+            layer_kinds={} if experts is None else expert_layers(experts, config.num_layers),
         )
 
 

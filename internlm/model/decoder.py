@@ -1,4 +1,4 @@
-"""The decoder: one class for every dense family, written for a single device.
+"""The decoder: one class for every family, written for a single device.
 
 Shapes: B sequences, S tokens, h hidden size, V vocabulary.
 """
@@ -19,6 +19,7 @@ from internlm.model.layer_protocol import run_layers
 from internlm.model.modules.cache import KeyValueCache
 from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
+from internlm.model.moe.router import Router
 from internlm.model.offload import Offloading
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.linear import linear
@@ -39,6 +40,12 @@ DECODER_ROLES: dict[str, Role] = {
     "layers.*.feed_forward.w3": Role.COLUMN,
     "layers.*.feed_forward.w13": Role.COLUMN_PAIR,
     "layers.*.feed_forward.w2": Role.ROW,
+    "layers.*.feed_forward.router": Role.ROUTER,
+    "layers.*.feed_forward.experts": Role.EXPERTS,
+    "layers.*.feed_forward.shared.w1": Role.COLUMN,
+    "layers.*.feed_forward.shared.w3": Role.COLUMN,
+    "layers.*.feed_forward.shared.w13": Role.COLUMN_PAIR,
+    "layers.*.feed_forward.shared.w2": Role.ROW,
     "output": Role.HEAD,
 }
 
@@ -47,6 +54,7 @@ class DecoderLayer(nn.Module):
     """Attention and feed-forward, each after a norm and added to the residual stream.
 
     Attributes:
+        has_routing: the feed-forward block chooses experts.
         block_dtype: dtype of attention and feed-forward if it differs from that of the residual stream; else None.
         save_policy, store: see `internlm.model.layer_protocol.RecomputableLayer`.
     """
@@ -58,6 +66,7 @@ class DecoderLayer(nn.Module):
         self.attention = kind.attention(architecture, layer)
         self.ffn_norm = make_norm(architecture)
         self.feed_forward = kind.feed_forward(architecture, layer)
+        self.has_routing = any(isinstance(module, Router) for module in self.feed_forward.modules())
         # With an fp32 residual stream, attention and feed-forward still run in the dtype of the model.
         self.block_dtype = architecture.dtype if architecture.residual_in_fp32 else None
         self.save_policy: SavePolicy = architecture.save_policies[layer]
@@ -71,7 +80,8 @@ class DecoderLayer(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Residual stream `[B, S, h]` -> `[B, S, h]`."""
-        return recomputed(self.compute, self.save_policy, self.store)(hidden, rotary, varlen, cache)
+        run = recomputed(self.compute, self.save_policy, self.store, has_routing=self.has_routing)
+        return run(hidden, rotary, varlen, cache)
 
     def compute(
         self, hidden: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None, cache: KeyValueCache | None

@@ -10,6 +10,8 @@ from torch import nn
 
 from internlm.model.modules.attention import Attention
 from internlm.model.modules.feed_forward import FeedForward
+from internlm.model.moe.feed_forward import MoeFeedForward
+from internlm.model.moe.settings import ExpertSettings
 from internlm.model.roles import Role
 
 if TYPE_CHECKING:
@@ -44,6 +46,16 @@ class LayerKind:
     attention: SubBlock = standard_attention
     feed_forward: SubBlock = standard_feed_forward
     roles: Mapping[str, Role] = field(default_factory=dict)
+
+
+def expert_layers(settings: ExpertSettings, num_layers: int) -> dict[int, LayerKind]:
+    """The kinds of the layers of a decoder with experts: every one has experts."""
+
+    def feed_forward(architecture: Architecture, layer: int) -> nn.Module:
+        return MoeFeedForward(architecture, settings, layer)
+
+    kind = LayerKind("experts", feed_forward=feed_forward)
+    return dict.fromkeys(range(num_layers), kind)
 
 
 STANDARD = LayerKind("standard")

@@ -46,15 +46,26 @@ ATTENTION_OPS = frozenset(
 """Operators that return attention's output and the softmax statistics that its backward pass needs."""
 
 GEMM_OPS = frozenset(
-    {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "internlm::gemms", "internlm::fp32_gemm"}
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::linear",
+        "aten::_scaled_mm",
+        "internlm::gemms",
+        "internlm::fp32_gemm",
+        "internlm::grouped_linear",
+    }
 )
 """GEMMs of activations with weights. Batched GEMMs are excluded: they compute attention's scores, which are much larger
 than its output."""
 
+ROUTING_OPS = frozenset({"internlm::routing"})
+"""Operators whose results every policy saves: recomputed on rounded inputs, a choice of experts could be another."""
+
 SAVED_OPS: Mapping[SavePolicy, frozenset[str]] = {
-    "nothing": frozenset(),
-    "attention": ATTENTION_OPS,
-    "matmuls": ATTENTION_OPS | GEMM_OPS,
+    "nothing": ROUTING_OPS,
+    "attention": ROUTING_OPS | ATTENTION_OPS,
+    "matmuls": ROUTING_OPS | ATTENTION_OPS | GEMM_OPS,
 }
 """Save policy -> operators whose results are saved, as "namespace::name"; some may not be installed."""
 
@@ -70,7 +81,11 @@ class TensorStore(Protocol):
 
 
 def recomputed(
-    function: Callable[..., R], save_policy: SavePolicy, store: TensorStore | None = None
+    function: Callable[..., R],
+    save_policy: SavePolicy,
+    store: TensorStore | None = None,
+    *,
+    has_routing: bool = False,
 ) -> Callable[..., R]:
     """Wrap `function` so that backward recomputes what the save policy does not save.
 
@@ -82,11 +97,13 @@ def recomputed(
         function: takes tensors and other values. All ranks that communicate in it must use the same policy.
         save_policy: see `SavePolicy`.
         store: holds the saved results; None: they stay on the device. Not for compiled graphs.
+        has_routing: `function` calls `as_routing_operator`.
     """
     if save_policy == "everything":
         return function
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if save_policy != "nothing":
+    is_selective = save_policy != "nothing" or has_routing
+    if is_selective:
         options["context_fn"] = (
             partial(create_selective_checkpoint_contexts, partial(_decide, SAVED_OPS[save_policy]))
             if store is None
@@ -96,7 +113,7 @@ def recomputed(
     def run(*args: Any) -> R:
         if not torch.is_grad_enabled():
             return function(*args)
-        if save_policy == "nothing" or torch.compiler.is_compiling():
+        if not is_selective or torch.compiler.is_compiling():
             return checkpoint(function, *args, **options)
         return checkpoint(_run_selectively, function, *args, **options)
 
@@ -179,6 +196,16 @@ def as_recomputed_operator(compute: Callable[[], list[Tensor]], like: Tensor) ->
     return _as_operator(_recomputed, compute, like)
 
 
+def as_routing_operator(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
+    """`compute()`, as one operator that every policy saves, so that it runs once.
+
+    Args:
+        compute: chooses experts without autograd and returns new tensors.
+        like: any tensor on the same device.
+    """
+    return _as_operator(_routing, compute, like)
+
+
 def _as_operator(operator: Any, compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
     if not _is_selective.get():
         return compute()
@@ -194,6 +221,11 @@ def _gemms(like: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("internlm::recomputed", mutates_args=(), schema="(Tensor like) -> Tensor[]")
 def _recomputed(like: Tensor) -> list[Tensor]:
+    return _computation.get()()
+
+
+@torch.library.custom_op("internlm::routing", mutates_args=(), schema="(Tensor like) -> Tensor[]")
+def _routing(like: Tensor) -> list[Tensor]:
     return _computation.get()()
 
 

@@ -34,6 +34,10 @@ class Role(enum.Enum):
     """Input dimension split between query heads: wo."""
     EMBEDDING = "embedding"
     """Token embedding `[V, h]`: split on vocabulary or on hidden."""
+    ROUTER = "router"
+    """Weight of a router, `[E, h]`: not split; applied to the tokens of the residual stream, or to a part of them."""
+    EXPERTS = "experts"
+    """Weights of all experts of a layer, `[E, ...]`: dealt to the ranks of the expert axis."""
     HEAD = "head"
     """Output head `[V, h]`: split on vocabulary."""
 

@@ -105,7 +105,8 @@ _LINEAR = _now(
 )
 _PARALLELIZE = _now("core.parallel.parallelize.parallelize", "shards a model that is written for one device")
 _ISP = _now("core.parallel.modes.isp.Isp", "parallel.tensor.mode = 'isp' in the config chooses it")
-_MOE = _gone("mixture of experts is not supported yet")
+_MOE = _now("model.moe.feed_forward.MoeFeedForward", "built from model.num_experts in the config; see doc/moe.md")
+_IS_MOE = _gone("shard_spec_of(parameter).view is 'expert' for weights of experts on several ranks")
 _FSDP = _now("core.parallel.fsdp.apply_fsdp", "parallel.fsdp in the config")
 _PROFILER = _now("monitor.profiler.ProfilerHook", "the flag --profiling of train.py")
 _WRITER = _now("monitor.tensorboard.TensorBoardHook", "enable_tb in the config; metrics.jsonl has the same numbers")
@@ -297,7 +298,7 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.model.registry": dict.fromkeys(
         ("model_initializer", "hf_config_initializer", "register_model_initializer", "benchmark_initializer"), _REGISTRY
     ),
-    "internlm.model.utils": {"try_import_RMSNorm": _NORM, "is_moe_param": _MOE},
+    "internlm.model.utils": {"try_import_RMSNorm": _NORM, "is_moe_param": _IS_MOE},
     "internlm.monitor": {
         "initialize_monitor_manager": _ALERT,
         "internevo_monitor": _ALERT,
@@ -369,7 +370,7 @@ NAMES: dict[str, dict[str, Former]] = {
         "get_parallel_log_file_name": _LOGGER,
         "is_using_isp": _CONTEXT,
         "is_using_fsdp": _FSDP,
-        "is_using_moe": _MOE,
+        "is_using_moe": _gone("config.model.num_experts > 1"),
         "is_no_pp_or_last_stage": _CONTEXT,
         "is_using_sequence_parallel": _CONTEXT,
         "sync_model_param": _PARALLELIZE,

@@ -14,6 +14,7 @@ from internlm.initialize.build import build_layout
 from internlm.utils.errors import ConfigError
 from internlm.verify.choices import (
     PARAMETER_GROUPS,
+    ROUTERS,
     BatchChoices,
     LayoutChoices,
     ModelChoices,
@@ -46,6 +47,10 @@ FLOAT8_KEYS: Mapping[str, Any] = {
 """Float8 GEMMs in every layer, with everything else in float64. Another order of additions changes the float8 rounding
 of a number with a probability of about its own rounding error. That is 1e-16 in float64. With the 1e-7 of fp32, some of
 the 1e5 rounded numbers would differ, each by 6 %."""
+
+ROUTER_LOSSES: Mapping[str, float] = {"loss.moe_loss_coeff": 0.1, "loss.moe_z_loss_coeff": 0.02}
+"""Coefficients with which the losses of a router have a large part of its gradient. The cross entropy hardly has one:
+the outputs of new experts are small."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,12 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "model.checkpoint_save_policy": model.save_policy,
         "model.dtype": f"torch.{model.dtype}",
         "model.residual_in_fp32": model.fp32_residual,
+        "model.num_experts": model.experts,
+        "model.top_k": model.top_k if model.experts > 1 else 1,
+        "model.num_shared_experts": model.shared_experts,
+        "model.moe_type": "Dropless" if model.experts > 1 else "GShard",
+        "model.moe_layer_kwargs": dict(ROUTERS[model.router]) if model.experts > 1 else None,
+        **(ROUTER_LOSSES if model.experts > 1 else {}),
         "data.seq_len": seq_len,
         **(FLOAT8_KEYS if model.float8 else {}),
     }

@@ -30,6 +30,8 @@ class LayoutChoices:
         chunks: `model.num_chunks`.
         zero: `parallel.zero1.size`.
         fsdp: `parallel.fsdp.enable`.
+        expert: `parallel.expert.size`.
+        expert_zero: `parallel.expert_zero1.size`.
     """
 
     tensor: int = 1
@@ -41,6 +43,8 @@ class LayoutChoices:
     chunks: int = 1
     zero: int = -1
     fsdp: bool = False
+    expert: int = 1
+    expert_zero: int = -1
 
     @classmethod
     def of(cls, config: Config) -> LayoutChoices:
@@ -56,6 +60,8 @@ class LayoutChoices:
             chunks=config.model.num_chunks,
             zero=parallel.zero1.size,
             fsdp=parallel.uses_fsdp,
+            expert=parallel.expert.size if config.model.num_experts > 1 else 1,
+            expert_zero=parallel.expert_zero1.size,
         )
 
     def keys(self) -> dict[str, Any]:
@@ -71,6 +77,8 @@ class LayoutChoices:
             "parallel.zero1.size": self.zero,
             "parallel.zero1.fsdp": False,
             "parallel.fsdp.enable": self.fsdp,
+            "parallel.expert.size": self.expert,
+            "parallel.expert_zero1.size": self.expert_zero,
         }
 
 
@@ -96,6 +104,10 @@ class ModelChoices:
         fp32_norm: `use_fp32_norm`.
         fp32_residual: `model.residual_in_fp32`.
         float8: `float8.enable_float8_linear`, in every layer; requires float64.
+        experts: `model.num_experts`; 1 is a dense model. The family must have experts.
+        top_k: `model.top_k`.
+        shared_experts: `model.num_shared_experts`.
+        router: a set of `model.moe_layer_kwargs`, see `ROUTERS`.
     """
 
     family: str = "INTERNLM2"
@@ -115,6 +127,10 @@ class ModelChoices:
     fp32_norm: bool = False
     fp32_residual: bool = False
     float8: bool = False
+    experts: int = 1
+    top_k: int = 2
+    shared_experts: int = 0
+    router: Literal["normalized", "plain", "grouped", "sigmoid", "sigmoid_grouped"] = "normalized"
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,22 @@ class BatchChoices:
     masked: Literal["none", "uneven", "micro_batches", "ends", "all"] = "uneven"
 
 
+ROUTERS: Mapping[str, Mapping[str, Any]] = {
+    "normalized": {},
+    "plain": {"normalize_expert_weights": False, "routed_scaling_factor": 1.5},
+    "grouped": {"normalize_expert_weights": False, "routed_scaling_factor": 4.0, "n_group": 2, "topk_group": 1},
+    "sigmoid": {"scoring_func": "sigmoid", "normalize_expert_weights": False},
+    "sigmoid_grouped": {
+        "scoring_func": "sigmoid",
+        "routed_scaling_factor": 2.5,
+        "n_group": 2,
+        "topk_group": 1,
+        "group_score": "top2_sum",
+    },
+}
+"""Name -> `model.moe_layer_kwargs`, of the forms of routers that families have."""
+
+
 PARAMETER_GROUPS: Mapping[str, list[dict[str, Any]]] = {
     "none": [],
     "frozen_ends": [{"match": "tok_embeddings.*", "freeze": True}, {"match": "norm.*", "freeze": True}],
@@ -142,9 +174,14 @@ PARAMETER_GROUPS: Mapping[str, list[dict[str, Any]]] = {
         {"match": "layers.0.*", "freeze": True},
         {"match": "layers.1.*", "lr_factor": 0.5, "weight_decay": 0.3},
     ],
+    "frozen_experts": [{"match": "layers.0.feed_forward.experts.*", "freeze": True}],
+    "frozen_routers": [
+        {"match": "*.router.weight", "freeze": True},
+        {"match": "*.experts.*", "lr_factor": 2.0, "weight_decay": 0.0},
+    ],
     "factors": [{"match": "*norm*", "lr_factor": 0.5}, {"match": "layers.0.*", "lr_factor": 2.0, "weight_decay": 0.0}],
 }
-"""Name -> `optimizer.groups`, with parameter names that every family has."""
+"""Name -> `optimizer.groups`, with parameter names that every family, or every family with experts, has."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +210,7 @@ class StepChoices:
     grad_bf16: bool = False
     moments_bf16: bool = False
     offload: bool = False
-    groups: Literal["none", "frozen_ends", "frozen_layer", "factors"] = "none"
+    groups: Literal["none", "frozen_ends", "frozen_layer", "frozen_experts", "frozen_routers", "factors"] = "none"
 
 
 def to_text(choices: Any) -> str:

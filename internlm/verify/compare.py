@@ -29,7 +29,7 @@ class Tolerance:
     """Largest relative differences allowed in the first step; see `tolerance_of`.
 
     Attributes:
-        loss: of the loss.
+        loss: of the loss, and of the metrics of routers.
         gradient: of the global gradient norm, and of the L2 norm of each tensor's gradient.
         weight: rounding of a stored weight, relative to the L2 norm of the tensor.
         update: change of a weight per error of its gradient: the largest learning rate over AdamW's epsilon.
@@ -100,7 +100,7 @@ class RunDifference:
 
     Attributes:
         step: 1 for the first step; 0 for the weights before it.
-        what: "loss", "gradient norm", "gradient of <name>", "weight <name>" ...
+        what: "loss", "gradient norm", "moe/...", "gradient of <name>", "weight <name>" ...
         amount: the relative difference.
         allowed: the largest relative difference that rounding explains.
         detail: the two values, or the placement of the parameter.
@@ -188,8 +188,10 @@ def _measure(record: Record, reference: Record, number: int, tolerance: Toleranc
         ("loss", step.loss, other.loss, tolerance.loss),
         ("gradient norm", step.grad_norm, other.grad_norm, allowed_gradient),
     ):
-        amount = abs(value - expected) / abs(expected) if expected else abs(value)
-        yield RunDifference(number, what, amount, allowed, f"{value!r} instead of {expected!r}")
+        yield _difference_of_numbers(number, what, value, expected, allowed)
+    for name in sorted(step.routing.keys() | other.routing.keys()):
+        value, expected = step.routing.get(name, math.nan), other.routing.get(name, math.nan)
+        yield _difference_of_numbers(number, name, value, expected, tolerance.loss)
     amounts = gradient_differences(step.gradients, other.gradients)
     for name in reference.initial:  # in model order
         if name not in amounts:
@@ -208,6 +210,11 @@ def _measure(record: Record, reference: Record, number: int, tolerance: Toleranc
         allowed = tolerance.weight * number + tolerance.update * sum(errors) / norm
         amount = _relative(step.weights.get(name), expected_weight)
         yield RunDifference(number, f"weight {name}", amount, allowed, record.placements.get(name, ""))
+
+
+def _difference_of_numbers(number: int, what: str, value: float, expected: float, allowed: float) -> RunDifference:
+    amount = abs(value - expected) / abs(expected) if expected else abs(value)
+    return RunDifference(number, what, amount, allowed, f"{value!r} instead of {expected!r}")
 
 
 def _allowed_gradient(reference: Record, number: int, tolerance: Tolerance) -> float:

@@ -49,12 +49,14 @@ class RankStep:
         grad_norm: global gradient norm, equal on every rank.
         gradients: boxes of the gradients that this rank applied.
         weights: boxes of the weights after the step.
+        routing: metrics of routers, `moe/...`, equal on every rank; empty for a dense model.
     """
 
     loss: float
     grad_norm: float
     gradients: list[TensorBox]
     weights: list[TensorBox]
+    routing: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,12 +76,13 @@ class RankRecord:
 
 @dataclass
 class Step:
-    """One step: loss, gradient norm, and global tensors by name."""
+    """One step: loss, gradient norm, global tensors by name, and metrics of routers by name."""
 
     loss: float
     grad_norm: float
     gradients: dict[str, Array]
     weights: dict[str, Array]
+    routing: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,13 +125,14 @@ def join_ranks(ranks: list[RankRecord]) -> Record:
     """Assemble the records of all ranks.
 
     Raises:
-        InconsistentRanksError: copies of a part are not bit-equal, a part is on no rank, or losses or norms differ.
+        InconsistentRanksError: copies of a part are not bit-equal, a part is on no rank, or losses, norms or metrics of
+            routers differ.
     """
     steps = []
     placements = {name: words for rank in ranks for name, words in rank.placements.items()}
     initial = join([rank.initial for rank in ranks], "initial weight", placements)
     for number, seen in enumerate(zip(*(rank.steps for rank in ranks), strict=True), start=1):
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "routing"):
             values = [getattr(step, name) for step in seen]
             # Compared as text: NaN on every rank is a difference to the reference, not between ranks.
             if len({str(value) for value in values}) > 1:
@@ -139,6 +143,7 @@ def join_ranks(ranks: list[RankRecord]) -> Record:
                 seen[0].grad_norm,
                 join([step.gradients for step in seen], f"gradient, step {number}", placements),
                 join([step.weights for step in seen], f"weight, step {number}", placements),
+                seen[0].routing,
             )
         )
     return Record(initial, steps, placements)

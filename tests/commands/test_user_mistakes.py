@@ -268,6 +268,10 @@ COMMANDS = {
         cli("convert", "from-hf", "--hf", "{}/hf", "--out", "{}/out"),
         {"hf": FOLDER, "hf/config.json": JSON_TABLE, "hf/model.safetensors": ANY_FILE},
     ),
+    "upcycle": Command(
+        cli("convert", "upcycle", "--ckpt", "{}/run", "--out", "{}/out", "--num-experts", "4", "--top-k", "2"),
+        CHECKPOINT_FILES | WEIGHTS,
+    ),
     "from-internevo": Command(cli("convert", "from-internevo", "--ckpt", "{}/run", "--out", "{}/out"), {"run": FOLDER}),
     "tokenizer": Command(
         tokenizer("{}/text.jsonl", "--tokenizer", "{}/tokenizer.json", "--output", "{}/out/a.bin", "--processes", "1"),

@@ -103,7 +103,8 @@ def test_the_matrix_is_a_markdown_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [Combination(), Combination.parse("ranks=2 layout:zero=1 model:tied")]
-    monkeypatch.setattr(command, "pairwise_matrix", lambda: rows)
+    monkeypatch.setattr(command, "pairwise_matrix", lambda: rows[:1])
+    monkeypatch.setattr(command, "expert_matrix", lambda: rows[1:])
     assert verify("--matrix", "--steps", 1, "--output", tmp_path / "table.md") == 0
     assert "2: equal  ranks=2 layout:zero=1 model:tied=true" in capsys.readouterr().out
     table = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()

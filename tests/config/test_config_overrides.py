@@ -10,7 +10,7 @@ from internlm.utils.errors import ConfigError
 FILE = """\
 data = dict(seq_len=16, micro_bsz=2, total_steps=10, min_length_dict={"en": 3})
 model = dict(vocab_size=64, hidden_size=32, num_layers=2, num_attention_heads=4, dtype="torch.float32",
-             moe_layer_kwargs=dict(a=1))
+             moe_layer_kwargs=dict(n_group=1))
 ckpt = dict(save_ckpt_folder="runs/x", checkpoint_every=5)
 parallel = dict(tensor=dict(size=1, mode="isp"))
 """
@@ -96,7 +96,7 @@ def test_nothing_to_load(path):
         ("data.total_steps=many", "--set: data.total_steps = 'many': it must be a valid integer"),
         ("data.seq_len.x=3", "--set: data.seq_len = {'x': 3}: it must be a valid integer"),
         ("adam.lr=-1", "--set: adam.lr = -1: it must be greater than or equal to 0"),
-        ("model.num_experts=8", "--set: model.num_experts = 8: mixture of experts is not yet supported; set it to 1"),
+        ("model.drop_rate=0.5", "--set: model.drop_rate = 0.5: dropout is not yet supported; set it to 0.0"),
         ("data.total_steps", "--set data.total_steps: expected key.path=value"),
         ("data.train_folder=null", "--set data.train_folder=null: values are written as in Python: use --set data."),
         ("data.skip_batches=NULL", "--set data.skip_batches=NULL: values are written as in Python: use --set data."),

@@ -15,6 +15,8 @@ SAVING = {"ckpt.enable_save_ckpt": True, "ckpt.save_ckpt_folder": "x", "ckpt.che
 FIM = {"rate": 0.5, "prefix": 1, "middle": 2, "suffix": 3, "bos": None, "eos": 0}
 
 # changes, world size, first key of the only mistake (None: there is none).
+MOE = {"model_type": "MIXTRALMOE", "model.num_experts": 4, "model.top_k": 2, "model.moe_type": "Dropless"}
+
 CASES = [
     ({}, 1, None),
     # 2 (schema), 3: FSDP and pipelines.
@@ -93,25 +95,23 @@ CASES = [
     ({"model.checkpoint_budget": 1.5, "selective_checkpoint": True}, 1, "model.checkpoint_budget"),
     ({"model.checkpoint_budget": 1.5, "cpu_offloading.enable": True}, 1, "model.checkpoint_budget"),
     # 20.
-    ({"model.num_experts": 4, "parallel.fsdp.enable": True}, 4, "model.num_experts"),
+    ({**MOE, "parallel.fsdp.enable": True}, 4, None),
     (
         {
-            "model.num_experts": 4,
+            **MOE,
             "hybrid_zero_optimizer.overlap_sync_grad": True,
             "hybrid_zero_optimizer.overlap_sync_param": True,
         },
         4,
-        "hybrid_zero_optimizer.overlap_sync_param",
-    ),
-    ({"model.num_experts": 4, "hybrid_zero_optimizer.overlap_sync_grad": True}, 4, None),
-    ({"model.num_experts": 4, "parallel.zero1.size": 2}, 4, "parallel.zero1.size"),
-    ({"model.num_experts": 4, "parallel.zero1.size": 4}, 4, None),
-    ({"model.num_experts": 4, "parallel.expert_weight.size": 2}, 4, "parallel.expert_weight.size"),
-    (
-        {"model.num_experts": 4, "parallel.expert_weight.size": 2, "parallel.tensor.mode": "isp"},
-        4,
         None,
     ),
+    ({**MOE, "parallel.zero1.size": 2}, 4, None),
+    ({"model.num_experts": 4}, 4, "model.moe_type"),
+    ({**MOE, "model.top_k": 5}, 4, "model.top_k"),
+    ({**MOE, "parallel.expert.size": 2, "parallel.expert_zero1.size": 2}, 4, None),
+    ({**MOE, "parallel.expert.size": 2, "parallel.expert_zero1.size": 4}, 4, "parallel.expert_zero1.size"),
+    ({**MOE, "parallel.expert.size": 2, "parallel.tensor.size": 4, "data.seq_len": 2049}, 4, "data.seq_len"),
+    ({**MOE, "parallel.expert.size": 1, "parallel.tensor.size": 4, "data.seq_len": 2049}, 4, None),
     ({"parallel.expert.size": 2}, 4, "parallel.expert.size"),
     ({"parallel.expert_weight.size": 2}, 4, "parallel.expert_weight.size"),
     ({"parallel.expert.size": 1}, 4, None),
@@ -174,15 +174,15 @@ CASES = [
         "parallel.zero1.size",
     ),
     # 23.
-    ({"model.num_experts": 4, "parallel.expert.size": 3}, 12, "model.num_experts"),
-    ({"model.num_experts": 6}, 4, "model.num_experts"),
-    ({"model.num_experts": 8}, 4, None),
-    ({"model.num_experts": 2}, 4, None),
+    ({**MOE, "parallel.expert.size": 3}, 12, "model.num_experts"),
+    ({**MOE, "model.num_experts": 6}, 4, None),
+    ({**MOE, "model.num_experts": 8}, 4, None),
+    ({**MOE, "model.num_experts": 2}, 4, None),
     # 24.
     ({"parallel.tensor.size": 2}, 3, "parallel.tensor.size"),
     ({"parallel.tensor.size": 2, "parallel.pipeline.size": 2}, 6, "parallel.tensor.size"),
     ({"parallel.weight.size": 4, "parallel.tensor.mode": "isp"}, 6, "parallel.weight.size"),
-    ({"model.num_experts": 8, "parallel.expert.size": 8}, 4, "parallel.expert.size"),
+    ({**MOE, "model.num_experts": 8, "parallel.expert.size": 8}, 4, "parallel.expert.size"),
     # Ours.
     ({"data.skip_batches": "2-5,7"}, 1, None),
     ({"data.skip_batches": "5-2"}, 1, "data.skip_batches"),
@@ -269,7 +269,7 @@ CASES = [
     ({"lr_scheduler.type": "wsd", "lr_scheduler.decay_ratio": 0.5, "lr_scheduler.warmup_ratio": 0.5}, 1, None),
     ({"grad_scaler.fp16.initial_scale": 4.0, "grad_scaler.max_scale": 4.0, "grad_scaler.fp16.min_scale": 4.0}, 1, None),
     ({"data.rampup_batch_size": "8 1 1"}, 1, None),
-    ({"model.num_experts": 4, "parallel.zero1.size": 0, "parallel.expert.size": 0}, 4, None),
+    ({**MOE, "parallel.zero1.size": 0, "parallel.expert.size": 0}, 4, None),
     (
         {
             TWO + "enable": True,
@@ -282,23 +282,10 @@ CASES = [
         4,
         None,
     ),
-    # isp spreads experts over the sequence ranks too, and expert weights take their share of them.
-    (
-        {"model.num_experts": 4, "parallel.expert.size": 4, "parallel.tensor.mode": "isp", "parallel.tensor.size": 2},
-        4,
-        None,
-    ),
-    ({"model.num_experts": 4, "parallel.expert.size": 4, "parallel.tensor.size": 2}, 4, "parallel.expert.size"),
-    (
-        {
-            "model.num_experts": 4,
-            "parallel.expert.size": 4,
-            "parallel.expert_weight.size": 2,
-            "parallel.tensor.mode": "isp",
-        },
-        4,
-        "parallel.expert.size",
-    ),
+    # Experts are dealt to the ranks of a stage, whatever other axes these are on.
+    ({**MOE, "parallel.expert.size": 4, "parallel.tensor.mode": "isp", "parallel.tensor.size": 2}, 4, None),
+    ({**MOE, "parallel.expert.size": 4, "parallel.tensor.size": 2}, 4, None),
+    ({**MOE, "parallel.expert.size": 4, "parallel.pipeline.size": 2}, 4, "parallel.expert.size"),
 ]
 
 

@@ -42,7 +42,7 @@ INTERNEVO_KEYS = {
     "norm_head dropout_selective_checkpoint residual_in_fp32 use_scaled_init init_type embedding_init_std "
     "attn_wqkv_init_std attn_other_init_std ffn_uplayer_init_std ffn_other_init_std out_head_init_std "
     "use_sliding_window sliding_window max_window_layers is_reward num_experts top_k num_shared_experts moe_type "
-    "moe_layer_kwargs device",
+    "device",
     "model.inject_info": "inject interactive modules reset_params extra_linear2newlinear data_helper",
     "parallel": "sequence_parallel",
     "parallel.zero1": "size fsdp",
@@ -57,6 +57,9 @@ INTERNEVO_KEYS = {
     "parallel.sequence_2D": "enable head_size context_size window_size",
     "parallel.sequence_2D.device_placement_strategy": "head_first interleaved",
     "parallel.fsdp": "enable mode init_method",
+    "model.moe_layer_kwargs": "capacity_factor eval_capacity_factor min_capacity noisy_gate_policy drop_tokens use_rts "
+    "use_fused_gating use_grouped_mlp drop_and_pad drop_policy enable_fused_permute token_dispatch_policy "
+    "deterministic_mode aux_loss_by_layer normalize_expert_weights scoring_func routed_scaling_factor",
     "monitor.alert": "enable_feishu_alert feishu_alert_address light_monitor_address alert_file_path",
     "tensorboard": "queue_max_length",
     "generation": "ckpt_folder output_folder data_folder batch_size eos_id bos_id max_length do_sample temperature "

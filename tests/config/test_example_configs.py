@@ -30,6 +30,9 @@ BILLIONS = {
     "7B_baichuan2.py": 7.51,
     "7B_gemma.py": 8.54,
     "8B_internlm3.py": 8.80,
+    "8x7B_mixtral.py": 46.70,
+    "30B_A3B_qwen3.py": 30.53,
+    "2.2B_MoE16_internlm.py": 2.24,
 }
 # What InternEvo's configs of these names split, tensor x pipeline x weight; all others split nothing but the data.
 SPLITS = {
@@ -38,6 +41,8 @@ SPLITS = {
     "20B_sft.py": (4, 1, 1),
     "30B_llama2.py": (4, 4, 1),
     "70B_llama2.py": (8, 4, 1),
+    "8x7B_mixtral.py": (4, 1, 1),
+    "30B_A3B_qwen3.py": (1, 1, 8),
 }
 
 
@@ -56,10 +61,15 @@ def parameters(config) -> int:
     size = model.head_dim or model.hidden_size // heads
     kv_heads = model.num_kv_attention_heads or heads
     attention = model.hidden_size * size * (2 * heads + 2 * kv_heads)
-    bias = size * (heads + 2 * kv_heads) if model.qkv_bias or config.model_type == "INTERNLM" else 0
-    bias += model.hidden_size if config.model_type == "INTERNLM" else 0
-    layer = attention + bias + 3 * model.hidden_size * model.ffn_size + 2 * model.hidden_size
-    layer += 2 * size if model.qk_norm else 0
+    is_first = config.model_type in ("INTERNLM", "INTERNLM_MoE")
+    bias = size * (heads + 2 * kv_heads) if model.qkv_bias or is_first else 0
+    bias += model.hidden_size if is_first else 0
+    experts = model.num_experts + model.num_shared_experts if model.num_experts > 1 else 1
+    layer = attention + bias + 3 * model.hidden_size * model.ffn_size * experts + 2 * model.hidden_size
+    # A router, and a gate of two rows with a bias.
+    layer += model.num_experts * model.hidden_size if model.num_experts > 1 else 0
+    layer += 2 * model.hidden_size + 2 if model.num_experts > 1 and model.num_shared_experts else 0
+    layer += 2 * size if model.qk_norm or config.model_type == "QWEN3MOE" else 0
     embeddings = (1 if config.model_type == "GEMMA" else 2) * model.vocab_size * model.hidden_size
     return model.num_layers * layer + embeddings + model.hidden_size
 

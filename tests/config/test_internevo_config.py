@@ -221,7 +221,7 @@ def test_what_it_may_ask_for_that_is_not_there_yet(path):
     keys = {mistake.split(": ")[1].split(" = ")[0] for mistake in error.value.mistakes}
     assert all("not yet supported" in mistake for mistake in error.value.mistakes)
     assert keys == {
-        "model.num_experts",
+        "model.moe_type",
         "monitor.alert.enable_feishu_alert",
     }
 

@@ -232,6 +232,47 @@ def test_training_starts_from_a_folder_and_exports_what_it_saves(
     load_native(export)
 
 
+MIXTURE = """
+model_type = "QWEN2MOE"
+model.update(
+    num_experts=4, top_k=2, num_shared_experts=2, moe_type="Dropless", intermediate_size=24,
+    moe_layer_kwargs=dict(normalize_expert_weights=False),
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"), [(1, "dict()"), (2, 'dict(tensor=dict(size=2, mode="isp"), weight=dict(size=2))')]
+)
+def test_training_starts_from_a_mixture_of_experts(tmp_path: Path, world_size: int, parallel: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=61,
+        hidden_size=32,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=48,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.Qwen2MoeForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="10KB")
+    text = FROM_HF.replace("{folder}", str(tmp_path)) + MIXTURE + f"parallel = {parallel}\n"
+    arguments = ["--config", write_config(tmp_path, text), "--run-dir", tmp_path / "run"]
+    if world_size == 1:
+        assert start_training(arguments, tmp_path / "output.txt").wait() == 0, (tmp_path / "output.txt").read_text()
+    else:
+        assert [rank.wait() for rank in start_ranks(arguments, tmp_path, world_size)] == [0] * world_size
+    export = tmp_path / "checkpoints" / "2_hf"
+    assert_same_tensors(tensors_of(export), tensors_of(tmp_path / "hf"))
+    load_native(export)
+
+
 def test_weights_that_do_not_fit_stop_the_run_by_name(tmp_path: Path) -> None:
     save_start(tmp_path / "hf")
     config = write_config(tmp_path, FROM_HF.replace("{folder}", str(tmp_path)) + "model.update(num_layers=3)\n")

@@ -334,7 +334,7 @@ def test_frequencies_that_contradict_the_config_are_named(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("model_tp0_pp0_dp1.pt", "FSDP"), ("model_moe_layer0_expert3_tp0.pt", "mixture of experts")],
+    [("model_tp0_pp0_dp1.pt", "FSDP"), ("model_moe_layer0_expert3_tp0.pt", "no mixture of experts")],
 )
 def test_kinds_that_cannot_be_imported_are_refused_by_name(tmp_path: Path, name: str, reason: str) -> None:
     save(tmp_path / "old", "LLAMA2", Split())

@@ -42,7 +42,9 @@ def test_every_tool_that_stands_for_one_exists() -> None:
 
 
 def test_every_metric_is_one_of_a_run(tmp_path: Path) -> None:
-    config = load_config(write_config(tmp_path), ["data.total_steps=2", "ckpt.enable_save_ckpt=False"]).config
+    changes = ["data.total_steps=2", "ckpt.enable_save_ckpt=False"]
+    changes += ["model_type=MIXTRALMOE", "model.num_experts=2", "model.moe_type=Dropless"]
+    config = load_config(write_config(tmp_path), changes).config
     build_trainer(config, ParallelContext.create(build_layout(config, 1)), tmp_path / "run").fit()
     known = metrics_of(tmp_path / "run")[-1].keys()
     table = [row for row in rows("Metrics and logs") if len(row) == 3]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.hf_folders import assert_same_logits, native_model, random_tokens, save_native, tensors_of
+from helpers.hf_folders import (
+    assert_same_logits,
+    assert_same_tensors,
+    native_model,
+    random_tokens,
+    save_native,
+    tensors_of,
+)
 from helpers.model import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from internlm.checkpoint import weight_source
 from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.cli import main
 from internlm.convert.from_hf import convert_from_hf
@@ -24,6 +33,7 @@ from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.storage import storage_path
 
 GQA = {"num_kv_attention_heads": 2}
+EXPERTS = {"num_experts": 5, "top_k": 2, "moe_type": "Dropless", "intermediate_size": 24, "layer_norm_epsilon": 1e-5}
 
 
 def fill(model: nn.Module, weights: HfWeights) -> None:
@@ -48,6 +58,13 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
         ("qwen2", "QWEN2", GQA),
         ("qwen3", "QWEN3", {**GQA, "head_dim": 10}),
         ("gemma", "GEMMA", {"head_dim": 12, "num_kv_attention_heads": 1}),
+        ("mixtral", "MIXTRALMOE", {**GQA, **EXPERTS, "intermediate_size": 88, "rope_base": 1e6}),
+        (
+            "qwen2-moe",
+            "QWEN2MOE",
+            {**GQA, **EXPERTS, "num_shared_experts": 2, "moe_layer_kwargs": {"normalize_expert_weights": False}},
+        ),
+        ("qwen3-moe", "QWEN3MOE", {**GQA, **EXPERTS, "head_dim": 10}),
     ],
 )
 def test_the_model_may_fuse_and_interleave_otherwise(
@@ -60,6 +77,60 @@ def test_the_model_may_fuse_and_interleave_otherwise(
     tokens = random_tokens(2, 21)
     with torch.no_grad():
         assert_same_logits(logits(ours, tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_experts_in_one_tensor_as_transformers_holds_them_in_memory(tmp_path: Path, name: str) -> None:
+    theirs = save_native(name, tmp_path / "hf")
+    convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "single"))
+    save_one_file(tmp_path / "hf", {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()})
+    assert "model.layers.1.mlp.experts.gate_up_proj" in HfFolder(storage_path(tmp_path / "hf")).entries
+    convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "fused"))
+    (single, _), (fused, _) = (load_model_for_inference(tmp_path / folder) for folder in ("single", "fused"))
+    assert_same_tensors(fused.state_dict(), single.state_dict())
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    save_native("qwen3-moe", tmp_path)
+    tensors = tensors_of(tmp_path)
+    name = "model.layers.1.mlp.experts.4.down_proj.weight"
+    moved = tensors.pop(name)
+    save_one_file(tmp_path, {**tensors, name.replace(".4.", ".5."): moved})
+    message = rf"'{name}' is missing\n  '{name.replace('.4.', '.5.')}' is not described by config.json"
+    with pytest.raises(CheckpointError, match=message):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+    save_one_file(tmp_path, {**tensors, name: moved[:8].contiguous()})
+    with pytest.raises(CheckpointError, match=rf"'{name}' has shape \[8, 24\], the model needs \[48, 24\]"):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+
+
+def test_quantized_experts_are_refused(tmp_path: Path) -> None:
+    theirs = save_native("qwen3-moe", tmp_path)
+    tensors = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    save_one_file(tmp_path, {**tensors, name: tensors[name].to(torch.int8)})
+    with pytest.raises(CheckpointError, match=rf"'{name}' is stored as torch.int8"):
+        convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+
+
+def test_one_projection_of_the_experts_of_a_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tensors of single experts, the one that is being copied and the next."""
+    save_native("qwen3-moe", tmp_path)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    plain = HfFolder.read
+
+    def read(folder: HfFolder, name: str) -> Tensor:
+        nonlocal most
+        tensor = plain(folder, name)
+        if ".experts." in name:
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(HfFolder, "read", read)
+    convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+    assert most == 2
 
 
 def test_each_file_tensor_is_read_once_for_a_fused_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +270,8 @@ def test_a_buffer_of_integers_is_no_quantized_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_source, "_BLOCK", 7)
     save_native("llama", tmp_path)
     tensors = tensors_of(tmp_path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value

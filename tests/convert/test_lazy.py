@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 
+import pytest
 import torch
 from torch import Tensor
 
-from internlm.convert.lazy import grouped_readers
+from internlm.convert.lazy import TensorsOnRead, grouped_readers
 
 
 def test_one_group_at_a_time_is_kept() -> None:
@@ -28,3 +29,20 @@ def test_one_group_at_a_time_is_kept() -> None:
     assert [float(readers[name]()[0]) for name in "abcd"] == [0, 0, 1, 2]
     assert made == [0, 1, 2]
     assert float(readers["b"]()[0]) == 0 and made == [0, 1, 2, 0]
+
+
+def test_tensors_on_read_are_not_kept() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def read(name: str) -> Tensor:
+        tensor = torch.full((3,), float(len(name)))
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    tensors = TensorsOnRead(["a", "bb"], read)
+    assert list(tensors) == ["a", "bb"] and len(tensors) == 2 and not alive
+    assert [float(tensor[0]) for tensor in map(tensors.__getitem__, tensors)] == [1, 2]
+    assert all(reference() is None for reference in alive)
+    assert tensors.get("c") is None
+    with pytest.raises(KeyError):
+        tensors["c"]

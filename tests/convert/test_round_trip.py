@@ -17,10 +17,14 @@ from helpers.hf_folders import (
     tensors_of,
 )
 
+from internlm.apis.generation import generate
 from internlm.checkpoint.load_model import load_model_for_inference
+from internlm.cli import main
 from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.to_hf import LayoutChoice, convert_to_hf
 from internlm.utils.storage import storage_path
+
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe")
 
 
 def there_and_back(tmp_path: Path, layout: LayoutChoice = "transformers") -> None:
@@ -51,12 +55,38 @@ def test_classes_of_transformers(tmp_path: Path, name: str) -> None:
     assert_same_logits(our_logits(tmp_path / "ours", tokens), theirs)
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "qwen2-tied-window", "gemma", "internlm3"])
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2-tied-window", "gemma", "internlm3", *MIXTURES])
 def test_half_precision_stays_as_it_is(tmp_path: Path, name: str) -> None:
     save_native(name, tmp_path / "theirs", torch.bfloat16)
     there_and_back(tmp_path)
     assert_same_tensors(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "theirs"))
     assert load_native(tmp_path / "back").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", ["transformers", "published"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_through_the_command_line(tmp_path: Path, name: str, layout: str) -> None:
+    save_native(name, tmp_path / "theirs", torch.bfloat16)
+    ours, back = str(tmp_path / "ours"), str(tmp_path / "back")
+    assert main(["convert", "from-hf", "--hf", str(tmp_path / "theirs"), "--out", ours]) == 0
+    assert main(["convert", "to-hf", "--ckpt", ours, "--out", back, "--layout", layout]) == 0
+    assert_same_tensors(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "theirs"))
+    model, _ = load_model_for_inference(tmp_path / "ours")
+    router = model.state_dict()["layers.1.feed_forward.router.weight"]
+    block = "block_sparse_moe" if name == "mixtral" else "mlp"
+    gate = tensors_of(tmp_path / "theirs")[f"model.layers.1.{block}.gate.weight"]
+    assert router.dtype == torch.float32 and torch.equal(router, gate.float())
+
+
+@pytest.mark.parametrize("name", [*MIXTURES, "mixtral-window-tied"])
+def test_imported_mixtures_generate_the_tokens_of_transformers(tmp_path: Path, name: str) -> None:
+    """With the cache of keys and values: the experts see a token at a time."""
+    theirs = save_native(name, tmp_path / "theirs")
+    convert_from_hf(storage_path(tmp_path / "theirs"), storage_path(tmp_path / "ours"))
+    model, _ = load_model_for_inference(tmp_path / "ours")
+    prompts = random_tokens(2, 7)
+    expected = theirs.generate(prompts, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(generate(model, prompts, max_new_tokens=16), expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,12 +19,14 @@ from internlm.checkpoint.tensor_files import write_weights
 from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
 from internlm.convert.to_hf import check_exportable, convert_to_hf, export_next_to
+from internlm.model.huggingface.to_config import weight_layout
 from internlm.model.huggingface.weight_names import to_hf
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.storage import StoragePath, storage_path
 
 GQA = {"num_kv_attention_heads": 2}
 FUSED = {"enable_qkv_fusion": True, "mlp_layer_fusion": True}
+EXPERTS = {"num_experts": 5, "top_k": 2, "moe_type": "Dropless", "intermediate_size": 24}
 APART = {"enable_qkv_fusion": False, "mlp_layer_fusion": False}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +45,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GEMMA", {"num_kv_attention_heads": 1, "head_dim": 12}),
     "gemma-untied": ("GEMMA", {"tie_word_embeddings": False}),
     "baichuan2": ("BAICHUAN2", {}),
+    "mixtral": ("MIXTRALMOE", {**GQA, **EXPERTS, "qk_interleaved": True}),
+    "internlm-moe-no-biases": ("INTERNLM_MoE", {**EXPERTS, "no_bias": True}),
+    "qwen2-moe": ("QWEN2MOE", {**GQA, **EXPERTS, **FUSED, "num_shared_experts": 2}),
+    "qwen3-moe": ("QWEN3MOE", {**GQA, **EXPERTS, "head_dim": 10}),
     "heads-that-do-not-divide": ("INTERNLM2", {"hidden_size": 50, "head_dim": 8, **GQA}),
 }
 
@@ -83,7 +89,8 @@ def test_every_family_loads_and_computes_the_same(tmp_path: Path, name: str) -> 
     model_type, keys = FAMILIES[name]
     model, checkpoint = save(tmp_path / "ours", model_type, **keys)
     convert_to_hf(checkpoint, storage_path(tmp_path / "hf"))
-    assert_same_tensors(tensors_of(tmp_path / "hf"), to_hf(model.state_dict(), model.architecture))
+    layout = weight_layout(model.architecture, model_type, published=False)
+    assert_same_tensors(tensors_of(tmp_path / "hf"), to_hf(model.state_dict(), model.architecture, layout))
     tokens = random_tokens(2, 21)
     with torch.no_grad():
         ours = model.logits(model(tokens, torch.arange(21).expand(2, -1)))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.configs import small_config
 from helpers.host_waits import host_waits
+from helpers.ranks import RankPool
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.hooks import Hook
@@ -21,6 +22,22 @@ ALLOWED = {
     "model/ops/cross_entropy.py: _first_largest: nonzero": "a CPU alone looks for the place of a maximum so",
     "model/ops/cross_entropy.py: _clear_rows: nonzero": "a CPU alone looks for the rows without a label so",
     "core/step_metrics.py: numbers: tolist": "of the copy on the host, which had a step's time to come",
+    "model/ops/grouped_linear.py: _sizes: tolist": "a CPU alone loops over the experts",
+}
+
+ALLOWED_IN_EXCHANGES = {
+    "core/run_control.py: agree: tolist": "of the ranks' votes, which are summed on the host",
+    "core/parallel/experts/exchanged_experts.py: forward: tolist": "the host needs the numbers of rows that ranks send",
+}
+
+EXPERTS = {
+    "model_type": "QWEN2MOE",
+    "model.num_experts": 4,
+    "model.top_k": 2,
+    "model.num_shared_experts": 1,
+    "model.moe_type": "Dropless",
+    "loss.moe_loss_coeff": 0.1,
+    "loss.moe_z_loss_coeff": 0.01,
 }
 
 
@@ -42,7 +59,7 @@ class Watch(Hook):
 
 
 def waits_of_steady_steps(
-    folder: Path, changes: dict[str, Any], plant: Callable[[Any], None] | None = None
+    folder: Path, changes: dict[str, Any], plant: Callable[[Any], None] | None = None, world_size: int = 1
 ) -> set[str]:
     """Where the third to fifth step of a run wait, with all hooks on and nothing shown on the console."""
     values = {
@@ -56,7 +73,7 @@ def waits_of_steady_steps(
         **changes,
     }
     config = small_config(values)
-    trainer = build_trainer(config, ParallelContext.create(build_layout(config, 1)), folder)
+    trainer = build_trainer(config, ParallelContext.create(build_layout(config, world_size)), folder)
     trainer.hooks.insert(0, watch := Watch(2, 5))
     if plant is not None:
         plant(trainer)
@@ -78,12 +95,26 @@ def waits_of_steady_steps(
         {"model.dtype": "torch.bfloat16", "model.checkpoint": 1.0, "model.checkpoint_save_policy": "attention"},
         {"model.dtype": "torch.float16", "lr_scheduler.advance": "update"},
         {"parallel.tensor.mode": "isp", "loss.label_smoothing": 0.1},
+        {**EXPERTS, "model.dtype": "torch.bfloat16"},
+        {**EXPERTS, "model.checkpoint": 1.0, "model.checkpoint_save_policy": "attention"},
+        {**EXPERTS, "model_type": "MIXTRALMOE", "model.moe_layer_kwargs": {"scoring_func": "sigmoid", "n_group": 2}},
         {"model.rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}},
     ],
     ids=str,
 )
 def test_a_step_that_shows_nothing_waits_for_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert waits_of_steady_steps(tmp_path, changes) <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize("checkpoint", [0.0, 1.0])
+@pytest.mark.parametrize("layout", [{}, {"parallel.tensor": {"size": 2, "mode": "mtp"}}], ids=["data", "mtp"])
+def test_an_exchange_of_experts_waits_once(
+    tmp_path: Path, layout: dict[str, Any], checkpoint: float, ranks: Callable[[int], RankPool]
+) -> None:
+    changes = {**EXPERTS, **layout, "parallel.expert": {"size": 2}, "model.checkpoint": checkpoint}
+    for waits in ranks(2).run(waits_of_steady_steps, tmp_path, changes, None, 2):
+        assert waits <= ALLOWED.keys() | ALLOWED_IN_EXCHANGES.keys()
+        assert ALLOWED_IN_EXCHANGES.keys() <= waits
 
 
 class Plant(Hook):

@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     # name: (transformers' config class, keys)
@@ -55,6 +56,28 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-biases": ("Qwen3Config", {"head_dim": 10, "attention_bias": True}),
     "gemma": ("GemmaConfig", {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "gemma-untied": ("GemmaConfig", {"head_dim": 8}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5}),
+    "mixtral-window-tied": (
+        "MixtralConfig",
+        {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 7, "tie_word_embeddings": True},
+    ),
+    "qwen2-moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 48}),
+    "qwen2-moe-window-norm": (
+        "Qwen2MoeConfig",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3-moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 10, "norm_topk_prob": True}),
+    "qwen3-moe-biases-window": (
+        "Qwen3MoeConfig",
+        {**EXPERTS, "head_dim": 8, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5},
+    ),
     "internlm3": ("InternLM3Config", {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 5e7}}),
 }
 
@@ -63,7 +86,9 @@ def native_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of one of transformers' classes; every weight is random, biases and norms too."""
     class_name, keys = NATIVE[name]
     config = getattr(transformers, class_name)(**{**SIZES, **keys, "pad_token_id": None})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", experts_implementation="eager"
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -150,7 +175,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def load_native(folder: Path) -> Any:
     """The folder's model by AutoModelForCausalLM, without code of the folder; all weights must be there and known."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="sdpa"
+        folder, output_loading_info=True, attn_implementation="sdpa", experts_implementation="eager"
     )
     assert not any(info.values()), info
     return model.eval()

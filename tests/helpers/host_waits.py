@@ -53,7 +53,9 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in READING_OPERATORS:
+        # With the size of its result, it reads the repeats on the device.
+        is_told_size = name == "repeat_interleave" and (kwargs or {}).get("output_size") is not None
+        if name in READING_OPERATORS and not is_told_size:
             self._found.append(_where(name))
         elif name.startswith("index") and any(_is_mask(index) for arg in args for index in _items(arg)):
             self._found.append(_where("index by a mask"))

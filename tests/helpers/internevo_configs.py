@@ -466,12 +466,7 @@ REFUSED: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
             "parallel.expert": {"size": 8, "no_tp": True},
             "parallel.expert_weight": {"size": 2, "overlap": True},
         },
-        (
-            "model.num_experts = 128: mixture of experts",
-            "parallel.expert.size = 8: mixture of experts",
-            "parallel.expert_weight.size = 2: mixture of experts",
-            "model_type = 'QWEN3MOE': mixture of experts",
-        ),
+        ("parallel.expert_weight.size = 2: sharding experts over weight ranks",),
     ),
     "7B_internlm2_hf": (
         1,

@@ -41,7 +41,7 @@ INTERNLM1_NAMES = {
     "head": "head",
 }
 OLDER = {"wqkv": "Wqkv"}
-FUSED_BY_PROJECTION = ("INTERNLM", "BAICHUAN2")
+FUSED_BY_PROJECTION = ("INTERNLM", "INTERNLM_MoE", "BAICHUAN2")
 FUSED_BY_GROUP = ("INTERNLM2",)
 
 
@@ -67,6 +67,12 @@ class Split:
     separate_qkv: bool = False
     fused_qkv: bool = False
     model_prefix: bool = True
+    ep: int = 1
+    """Expert parallel ranks, which matter only for grouped experts."""
+    grouped: bool = False
+    """All experts of an expert parallel rank are one weight."""
+    expert_ranks: int = 0
+    """Ranks that an expert is split over, when not over all: 1 with `no_tp`, `expert_weight.size` in isp."""
 
     @property
     def ranks(self) -> int:
@@ -96,6 +102,7 @@ def write(folder: Path, model: nn.Module, checkpoint: Checkpoint, split: Split) 
             kind = "wp" if split.wp else "tp"
             torch.save(tensors, folder / f"model_{kind}{rank}_pp{stage}.pt")
             (folder / f"topo_{kind}{rank}_pp{stage}.json").write_text("{}")
+        write_experts(folder, state, checkpoint.model_type, split, layers, stage)
     if checkpoint.with_section:
         with internevo_sections() as section_class:
             torch.save(section_class(checkpoint.section), folder / "model_config.pt")
@@ -177,7 +184,7 @@ def rank_tensors(
     stage: int,
     rank: int,
 ) -> dict[str, Tensor]:
-    names = dict(INTERNLM1_NAMES if model_type == "INTERNLM" else LLAMA_NAMES)
+    names = names_of(model_type)
     if model_type == "BAICHUAN2":
         names["wo"] = "out_proj"
     if split.older_names:
@@ -212,6 +219,58 @@ def rank_tensors(
     return {name: tensor.clone() for name, tensor in result.items()}
 
 
+def names_of(model_type: str) -> dict[str, str]:
+    return dict(INTERNLM1_NAMES if model_type in ("INTERNLM", "INTERNLM_MoE") else LLAMA_NAMES)
+
+
+def write_experts(
+    folder: Path, state: dict[str, Tensor], model_type: str, split: Split, layers: list[list[list[int]]], stage: int
+) -> None:
+    """The files of a stage's experts. InternEvo numbers their layers as if all stages had as many as the smallest."""
+    names, kind = names_of(model_type), "wp" if split.wp else "tp"
+    number = sum(len(chunk) for chunks in layers for chunk in chunks) // split.pp * stage
+    local = 0
+    for index, chunk in enumerate(layers[stage]):
+        local = 0 if split.chunk_lists else local
+        for layer in chunk:
+            if f"layers.{layer}.feed_forward.experts.w13" not in state:
+                continue
+            prefix = (f"{index}." if split.chunk_lists else "") + ("model." if split.model_prefix else "")
+            prefix += f"{names['layers']}.{local}.{names['mlp']}.moe_layer.experts.wrapped_experts."
+            w13 = state[f"layers.{layer}.feed_forward.experts.w13"]
+            w2 = state[f"layers.{layer}.feed_forward.experts.w2"]
+            for rank in range(split.expert_ranks or split.ranks):
+                for expert in range(split.ep if split.grouped else len(w13)):
+                    tensors = (grouped if split.grouped else separate)(w13, w2, expert, split, rank)
+                    torch.save(
+                        {f"{prefix}{expert}.{name}.weight": tensor.clone() for name, tensor in tensors.items()},
+                        folder / f"model_moe_layer{number}_expert{expert}_{kind}{rank}.pt",
+                    )
+            number += 1
+            local += 1
+
+
+def separate(w13: Tensor, w2: Tensor, expert: int, split: Split, rank: int) -> dict[str, Tensor]:
+    n = split.expert_ranks or split.ranks
+    down = part(w2[expert], rank, n, 0 if split.wp else 1)
+    if split.fused_gate_up and split.wp:
+        w1, w3 = part(w13[expert], rank, n, 0).chunk(2)
+    else:
+        w1, w3 = (part(one, rank, n, 0) for one in w13[expert].chunk(2))
+    second, third = ("w3", "w2") if split.older_feed_forward else ("w2", "w3")
+    return {"w1": w1, second: down, third: w3}
+
+
+def grouped(w13: Tensor, w2: Tensor, group: int, split: Split, rank: int) -> dict[str, Tensor]:
+    n, size = split.expert_ranks or split.ranks, len(w13) // split.ep
+    own = slice(group * size, (group + 1) * size)
+    w1, w3 = w13[own].chunk(2, dim=1)
+    weights = {"w1": w1.transpose(1, 2), "w3": w3.transpose(1, 2), "w2": w2[own].transpose(1, 2)}
+    if split.wp:
+        return {name: part(weight.flatten(0, 1), rank, n, 0) for name, weight in weights.items()}
+    return {name: part(weight, rank, n, 1 if name == "w2" else 2) for name, weight in weights.items()}
+
+
 def layer_tensors(
     state: dict[str, Tensor], layer: str, model: Any, model_type: str, split: Split, names: dict[str, str], rank: int
 ) -> dict[str, Tensor]:
@@ -235,25 +294,41 @@ def layer_tensors(
             else:
                 for name, one in zip(("wq", "wk", "wv"), qkv, strict=True):
                     result[f"{names['attention']}.{name}.{kind}"] = part(one, rank, n, 0)
+        for norm in ("q_norm", "k_norm"):
+            if f"{layer}attention.{norm}.{kind}" in state:
+                result[f"{names['attention']}.{norm}.{kind}"] = state[f"{layer}attention.{norm}.{kind}"]
         wo = f"{layer}attention.wo.{kind}"
         if wo in state and (tensor := row(state[wo], kind, rank, split, row_dim)) is not None:
             result[f"{names['attention']}.{names['wo']}.{kind}"] = tensor
-        w1, w3 = gate_and_up(state, layer, kind)
-        w2 = state.get(f"{layer}feed_forward.w2.{kind}")
-        if w1 is None or w3 is None or w2 is None:
-            continue
-        second, third = ("w3", "w2") if split.older_feed_forward else ("w2", "w3")
         mlp = names["mlp"]
-        if split.fused_gate_up and split.wp:
-            # The rank's rows of the fused weight, saved as if they were halves of it.
-            mine = part(torch.cat([w1, w3]), rank, n, 0)
-            result[f"{mlp}.w1.{kind}"], result[f"{mlp}.w3.{kind}"] = mine.chunk(2)
-        else:
-            result[f"{mlp}.w1.{kind}"] = part(w1, rank, n, 0)
-            result[f"{mlp}.{third}.{kind}"] = part(w3, rank, n, 0)
-        tensor = row(w2, kind, rank, split, row_dim)
-        if tensor is not None:
-            result[f"{mlp}.{second}.{kind}"] = tensor
+        result |= feed_forward(state, f"{layer}feed_forward.", f"{mlp}.", kind, split, rank)
+        result |= feed_forward(state, f"{layer}feed_forward.shared.", f"{mlp}.residual_mlp.", kind, split, rank)
+        for ours, theirs in (("router", "moe_layer.gate.wg"), ("shared_gate", "coefficient")):
+            if f"{layer}feed_forward.{ours}.{kind}" in state:
+                result[f"{mlp}.{theirs}.{kind}"] = state[f"{layer}feed_forward.{ours}.{kind}"]
+    return result
+
+
+def feed_forward(
+    state: dict[str, Tensor], ours: str, theirs: str, kind: str, split: Split, rank: int
+) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    n = split.ranks
+    w1, w3 = gate_and_up(state, ours, kind)
+    w2 = state.get(f"{ours}w2.{kind}")
+    if w1 is None or w3 is None or w2 is None:
+        return result
+    second, third = ("w3", "w2") if split.older_feed_forward else ("w2", "w3")
+    if split.fused_gate_up and split.wp:
+        # The rank's rows of the fused weight, saved as if they were halves of it.
+        mine = part(torch.cat([w1, w3]), rank, n, 0)
+        result[f"{theirs}w1.{kind}"], result[f"{theirs}w3.{kind}"] = mine.chunk(2)
+    else:
+        result[f"{theirs}w1.{kind}"] = part(w1, rank, n, 0)
+        result[f"{theirs}{third}.{kind}"] = part(w3, rank, n, 0)
+    tensor = row(w2, kind, rank, split, 0 if split.wp else 1)
+    if tensor is not None:
+        result[f"{theirs}{second}.{kind}"] = tensor
     return result
 
 
@@ -298,8 +373,8 @@ def by_group(qkv: list[Tensor], model: Any) -> Tensor:
     return torch.cat(rows)
 
 
-def gate_and_up(state: dict[str, Tensor], layer: str, kind: str) -> tuple[Tensor | None, Tensor | None]:
-    if f"{layer}feed_forward.w13.{kind}" in state:
-        w1, w3 = state[f"{layer}feed_forward.w13.{kind}"].chunk(2)
+def gate_and_up(state: dict[str, Tensor], block: str, kind: str) -> tuple[Tensor | None, Tensor | None]:
+    if f"{block}w13.{kind}" in state:
+        w1, w3 = state[f"{block}w13.{kind}"].chunk(2)
         return w1, w3
-    return state.get(f"{layer}feed_forward.w1.{kind}"), state.get(f"{layer}feed_forward.w3.{kind}")
+    return state.get(f"{block}w1.{kind}"), state.get(f"{block}w3.{kind}")

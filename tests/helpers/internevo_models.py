@@ -31,6 +31,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GEMMA": {**GQA, "head_dim": 8, "add_unit_offset": True, "tie_word_embeddings": False},
     "MISTRAL": {**GQA, "sliding_window": 16},
 }
+EXPERTS = {"num_experts": 4, "top_k": 2, "moe_type": "Dropless"}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "INTERNLM_MoE": {**EXPERTS, "num_shared_experts": 1},
+    "MIXTRALMOE": {**GQA, **EXPERTS},
+    "QWEN2MOE": {**GQA, **EXPERTS, "num_shared_experts": 2},
+    "QWEN3MOE": {**GQA, **EXPERTS},
+}
 
 
 def model_of(model_type: str, section: dict[str, Any]) -> Any:
@@ -45,4 +52,4 @@ def model_of(model_type: str, section: dict[str, Any]) -> Any:
 
 
 def section_of(model_type: str, **changes: Any) -> dict[str, Any]:
-    return {**SECTION, **FAMILIES[model_type], **changes}
+    return {**SECTION, **(FAMILIES | MIXTURES)[model_type], **changes}

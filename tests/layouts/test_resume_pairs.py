@@ -6,6 +6,7 @@ A global batch is the same samples in the same order, whatever the number of ran
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from internlm.core.trainer import Trainer
 from internlm.data.batch import Batch
 from internlm.data.tokenized_files.writer import TokenizedWriter
 from internlm.initialize.build import build_layout, build_trainer
-from internlm.verify.case import ADAM_EPSILON, LEARNING_RATE, Case
+from internlm.verify.case import ADAM_EPSILON, LEARNING_RATE, ROUTER_LOSSES, Case
 from internlm.verify.choices import LayoutChoices, from_text
 from internlm.verify.compare import compare, tolerance_of
 from internlm.verify.record import Array, RankRecord, Record, join_ranks
@@ -47,6 +48,32 @@ LAYOUTS = (
     "ranks=4 pipeline=4",
 )
 """Each loads what the one before it saved: other modes and sizes, weight parallelism, ZeRO, FSDP, pipelines, ranks."""
+
+EXPERT_LAYOUTS = (
+    "ranks=1",
+    "ranks=4 expert=4",
+    "ranks=4 tensor=2,mode=msp,expert=2",
+    "ranks=2 fsdp",
+    "ranks=8 tensor=2,mode=mtp,expert=8,zero=1",
+    "ranks=4 tensor=2,mode=isp,weight=4,overlap,expert=1",
+    "ranks=4 tensor=2,mode=isp,weight=2,pipeline=2,schedule=DUALPIPEV,expert=2",
+    "ranks=4 fsdp,expert=2",
+    "ranks=8 pipeline=2,chunks=2,expert=2,expert_zero=1",
+    "ranks=8 tensor=2,mode=fsp,pipeline=2,schedule=ZBV,expert=4",
+    "ranks=8 expert=2,zero=2,expert_zero=2",
+)
+"""The same of a mixture of experts: also other numbers of experts on a rank."""
+
+EXPERT_KEYS: dict[str, Any] = {
+    "model_type": "QWEN2MOE",
+    "model.num_experts": 8,
+    "model.top_k": 2,
+    "model.num_shared_experts": 1,
+    "model.moe_type": "Dropless",
+    # Rounding in fp32 may change the expert of a token.
+    "model.dtype": "torch.float64",
+    **ROUTER_LOSSES,
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +123,7 @@ def case_of(folder: str, layout: str) -> Case:
         "ckpt.checkpoint_every": SAVED_STEP,
         "data.micro_num": MICRO_BATCHES * parts.tensor * parts.pipeline // world_size,
         **parts.keys(),
+        **(EXPERT_KEYS if "experts" in Path(folder).name else {}),
     }
     loaded = load_config(Path(folder) / "config.py", world_size=world_size, options={layout: keys})
     return Case(loaded.config, world_size)
@@ -148,15 +176,16 @@ def global_batches(parts: list[RankPart]) -> list[tuple[list[int], list[list[int
 class Runs:
     """The runs of this module, each once."""
 
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, layouts: Sequence[str]) -> None:
         self.folder = str(folder)
+        self._layouts = layouts
         self._ranks = ranks
         self._first: dict[str, list[RankPart]] = {}
         self._whole: list[RankPart] = []
 
     def whole(self) -> list[RankPart]:
         """One process without a break."""
-        self._whole = self._whole or self._run(LAYOUTS[0], None, LAST_STEP)
+        self._whole = self._whole or self._run(self._layouts[0], None, LAST_STEP)
         return self._whole
 
     def first(self, layout: str) -> list[RankPart]:
@@ -171,25 +200,49 @@ class Runs:
         return self._run(layout, before, LAST_STEP)
 
     def _run(self, layout: str, saved_by: str | None, until: int) -> list[RankPart]:
-        save_folder = None if saved_by is None else f"{self.folder}/saved/{LAYOUTS.index(saved_by)}"
+        save_folder = None if saved_by is None else f"{self.folder}/saved/{self._layouts.index(saved_by)}"
         pool = self._ranks(case_of(self.folder, layout).world_size)
         return pool.run(part_of_run, self.folder, layout, save_folder, until)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Runs:
-    folder = tmp_path_factory.mktemp("pairs")
+def pairs(layouts: Sequence[str]) -> list[tuple[str, str]]:
+    """Each layout behind the one before it."""
+    return list(zip((layouts[-1], *layouts), layouts, strict=False))
+
+
+def runs_in(folder: Path, ranks: Ranks, layouts: Sequence[str]) -> Runs:
+    """Runs on data of their own; mixtures of experts where the folder is named after them."""
     write_config(folder)
     random = np.random.default_rng(0)
     # 14 samples: an epoch ends in the middle of step 2, the next one in that of step 4.
     with TokenizedWriter(folder / "data" / "en" / "train.bin") as writer:
         for _ in range(49):
             writer.write(random.integers(1, 61, random.integers(1, 16)).tolist())
-    return Runs(folder, ranks)
+    return Runs(folder, ranks, layouts)
 
 
-@pytest.mark.parametrize(("before", "after"), list(zip((LAYOUTS[-1], *LAYOUTS), LAYOUTS, strict=False)))
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Runs:
+    return runs_in(tmp_path_factory.mktemp("pairs"), ranks, LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def expert_runs(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Runs:
+    return runs_in(tmp_path_factory.mktemp("experts"), ranks, EXPERT_LAYOUTS)
+
+
+@pytest.mark.parametrize(("before", "after"), pairs(LAYOUTS))
 def test_a_run_goes_on_in_another_layout(before: str, after: str, runs: Runs) -> None:
+    check_pair(before, after, runs)
+
+
+@pytest.mark.parametrize(("before", "after"), pairs(EXPERT_LAYOUTS))
+def test_a_mixture_goes_on_in_another_layout(before: str, after: str, expert_runs: Runs) -> None:
+    check_pair(before, after, expert_runs)
+
+
+def check_pair(before: str, after: str, runs: Runs) -> None:
+    """Both parts of a run together are the whole run in one process."""
     whole, first, second = runs.whole(), runs.first(before), runs.second(after, before)
 
     assert global_batches(first) + global_batches(second) == global_batches(whole)

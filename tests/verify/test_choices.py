@@ -41,7 +41,7 @@ def test_all_mistakes_are_told_with_what_was_meant() -> None:
         from_text(LayoutChoices, "tenso=2,zero=x,schedule=1F1,fsdp=maybe,mode=isp")
     assert caught.value.mistakes == [
         "'tenso=2': unknown name 'tenso', known: tensor, mode, weight, overlap, pipeline, schedule, chunks, zero, "
-        "fsdp. Did you mean 'tensor'?",
+        "fsdp, expert, expert_zero. Did you mean 'tensor'?",
         "'zero=x': expected a whole number",
         "'schedule=1F1': expected one of 1F1B, ZBH1, ZBV, DUALPIPEV. Did you mean '1F1B'?",
         "'fsdp=maybe': expected true or false",
@@ -56,6 +56,9 @@ def test_a_config_and_its_layout_say_the_same() -> None:
         }
     )
     layout = LayoutChoices(tensor=2, mode="msp", pipeline=2, chunks=2, zero=1)
+    experts = LayoutChoices(expert=2, expert_zero=1)
+    mixture = changed(config, {"model_type": "QWEN3MOE", "model.num_experts": 4, "model.moe_type": "Dropless"})
+    assert LayoutChoices.of(changed(mixture, experts.keys())) == experts
     assert LayoutChoices.of(config) == LayoutChoices()
     assert LayoutChoices.of(changed(config, layout.keys())) == layout
     assert LayoutChoices.of(changed(changed(config, layout.keys()), LayoutChoices().keys())) == LayoutChoices()

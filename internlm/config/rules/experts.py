@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from internlm.config.problem import Problem
-from internlm.config.rules.ranks import data_ranks
+from internlm.config.rules.layout_problems import layout_problems
+from internlm.config.rules.ranks import expert_ranks
 from internlm.config.schema import Config
+from internlm.utils.layout_checks import check_world, check_zero
 
 
 def experts(config: Config, world_size: int) -> Iterator[Problem]:
@@ -23,39 +26,28 @@ def experts(config: Config, world_size: int) -> Iterator[Problem]:
                     f"{path} = {size}: the model is dense (model.num_experts = {experts}); set it to 1",
                 )
         return
-    if parallel.uses_fsdp:
+    if config.model.moe_type != "Dropless":
         yield Problem(
-            ("model.num_experts", "parallel.fsdp.enable", "parallel.zero1.fsdp"),
-            f"model.num_experts = {experts} does not work with FSDP; turn FSDP off",
+            ("model.moe_type", "model.num_experts"),
+            f"model.moe_type = {config.model.moe_type!r}: experts with a capacity, which drop tokens, are not yet "
+            "supported; set it to 'Dropless'",
         )
-    zero = config.hybrid_zero_optimizer
-    if zero.overlap_sync_grad and zero.overlap_sync_param:
-        yield Problem(
-            ("hybrid_zero_optimizer.overlap_sync_param", "hybrid_zero_optimizer.overlap_sync_grad"),
-            "hybrid_zero_optimizer.overlap_sync_param and overlap_sync_grad may not both be True with "
-            f"model.num_experts = {experts}; set one to False",
-        )
-    if parallel.expert_weight.size > 1 and parallel.tensor.mode != "isp":
-        yield Problem(
-            ("parallel.expert_weight.size", "parallel.tensor.mode"),
-            f"parallel.expert_weight.size = {parallel.expert_weight.size} needs parallel.tensor.mode = 'isp'",
-        )
-    data = data_ranks(config, world_size)
-    if data is None:
-        return
-    if parallel.zero1.size > 0 and parallel.zero1.size != data:
-        yield Problem(
-            ("parallel.zero1.size", "model.num_experts"),
-            f"parallel.zero1.size = {parallel.zero1.size}: with experts it must be -1 or all {data} data ranks",
-        )
-    expert = parallel.expert.size
-    if expert > 0 and experts % expert:
+    if parallel.expert.size > 0 and experts % parallel.expert.size:
         yield Problem(
             ("model.num_experts", "parallel.expert.size"),
-            f"model.num_experts = {experts} is not divisible by parallel.expert.size = {expert}",
+            f"model.num_experts = {experts} is not divisible by parallel.expert.size = {parallel.expert.size}",
         )
-    if data % experts and experts % data:
+    expert = expert_ranks(config, world_size)
+    names = {"expert": "parallel.expert.size", "pipeline": "parallel.pipeline.size"}
+    check = partial(check_world, world_size, expert=expert, pipeline=parallel.pipeline.size)
+    problems = list(layout_problems(check, names))
+    yield from problems
+    if not problems:
+        holders = world_size // (expert * parallel.pipeline.size)
+        check_state = partial(check_zero, parallel.expert_zero1.size, holders)
+        yield from layout_problems(check_state, {"zero": "parallel.expert_zero1.size"})
+    if config.model.top_k > experts:
         yield Problem(
-            ("model.num_experts",),
-            f"model.num_experts = {experts} and the {data} data ranks: one must divide the other",
+            ("model.top_k", "model.num_experts"),
+            f"model.top_k = {config.model.top_k} is more than model.num_experts = {experts}; choose at most so many",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -51,16 +52,6 @@ def world(config: Config, world_size: int) -> Iterator[Problem]:
     for axis, size in views.items():
         check = partial(check_world, world_size, **{axis: size}, pipeline=parallel.pipeline.size)
         yield from layout_problems(check, {"tensor": TENSOR, "weight": WEIGHT, "pipeline": PIPELINE})
-    expert, data = parallel.expert.size, data_ranks(config, world_size)
-    if config.model.num_experts > 1 and expert > 0 and data is not None:
-        expert_weight = parallel.expert_weight.size if parallel.tensor.mode == "isp" else 1
-        spread = data * (parallel.tensor.size if parallel.expert.no_tp or parallel.tensor.mode == "isp" else 1)
-        if spread % (expert * expert_weight):
-            yield Problem(
-                ("parallel.expert.size", "parallel.expert_weight.size"),
-                f"parallel.expert.size = {expert} times parallel.expert_weight.size = {expert_weight} does not divide "
-                f"the {spread} ranks that experts are spread over",
-            )
 
 
 def sequence_2d(config: Config, world_size: int) -> Iterator[Problem]:
@@ -97,6 +88,23 @@ def sequence_2d(config: Config, world_size: int) -> Iterator[Problem]:
 def data_ranks(config: Config, world_size: int) -> int | None:
     """Ranks with different data, or None when the sizes do not divide the world."""
     return _quotient(world_size, config.parallel.tensor.size * config.parallel.pipeline.size)
+
+
+def expert_ranks(config: Config, world_size: int) -> int:
+    """Ranks over which the experts of a layer are dealt; 1 if the sizes do not fit.
+
+    By default the largest divisor of their number that also divides the ranks of a pipeline stage; with FSDP, which
+    shards experts like other weights, 1.
+    """
+    experts, size = config.model.num_experts, config.parallel.expert.size
+    if experts <= 1:
+        return 1
+    if size > 0:
+        return size
+    stage = _quotient(world_size, config.parallel.pipeline.size)
+    if stage is None or config.parallel.uses_fsdp:
+        return 1
+    return math.gcd(experts, stage)
 
 
 def weight_data_ranks(config: Config, world_size: int) -> int | None:

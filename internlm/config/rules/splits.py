@@ -12,6 +12,7 @@ from functools import partial
 
 from internlm.config.problem import Problem
 from internlm.config.rules.layout_problems import layout_problems
+from internlm.config.rules.ranks import expert_ranks
 from internlm.config.schema import Config
 from internlm.utils.layout_checks import check_heads, check_width, next_multiple
 
@@ -36,7 +37,8 @@ def heads(config: Config, world_size: int) -> Iterator[Problem]:
 def feed_forward(config: Config, world_size: int) -> Iterator[Problem]:
     """The modes that split weights over the tensor group give each rank as much of the MLP."""
     model, tensor = config.model, config.parallel.tensor
-    if tensor.mode == "isp":
+    # Routed experts are never split.
+    if tensor.mode == "isp" or (model.num_experts > 1 and model.num_shared_experts == 0):
         return
     width = "model.intermediate_size"
     names = {"width": width, "tensor": SIZE}
@@ -49,20 +51,22 @@ def feed_forward(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def sequence(config: Config, world_size: int) -> Iterator[Problem]:
-    """The modes that split activations must give each rank equal numbers of tokens of a row.
+    """Where activations are split, also for experts on several ranks, each rank gets as many tokens of a row.
 
     All rows of training, evaluation and dummy data have the same length.
     """
     data, tensor = config.data, config.parallel.tensor
     rows = data.micro_bsz if data.use_packed_dataset else 1
-    if tensor.mode == "mtp" or rows * data.seq_len % tensor.size == 0:
+    is_split = tensor.mode != "mtp" or expert_ranks(config, world_size) > 1
+    if not is_split or rows * data.seq_len % tensor.size == 0:
         return
     length = f"data.seq_len = {data.seq_len}"
     if data.use_packed_dataset:
         length += f" times data.micro_bsz = {data.micro_bsz}"
+    splits = "splits" if tensor.mode != "mtp" else "and experts on several ranks split"
     fitting = next_multiple(data.seq_len, tensor.size // math.gcd(rows, tensor.size))
     yield Problem(
         ("data.seq_len", "data.micro_bsz", SIZE),
-        f"{length} is not divisible by {SIZE} = {tensor.size}, over which the mode {tensor.mode!r} splits a row; "
+        f"{length} is not divisible by {SIZE} = {tensor.size}, over which the mode {tensor.mode!r} {splits} a row; "
         f"set data.seq_len = {fitting}",
     )

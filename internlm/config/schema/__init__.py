@@ -65,6 +65,7 @@ __all__ = [
     "LossConfig",
     "LrSchedulerConfig",
     "ModelConfig",
+    "MoeLayerConfig",
     "MonitorConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -73,7 +73,15 @@ class LossConfig(Section):
         "py_vocab_parallel", "InternEvo's cross entropy kernel.", "one fused cross entropy serves every kind"
     )
     z_loss_coeff: float = key(0.0, "Coefficient of the squared log-sum-exp of the logits (PaLM's z-loss).", ge=0)
-    moe_loss_coeff: float = used_with(1.0, "Coefficient of the load-balancing loss.", "model.num_experts", ge=0)
+    moe_loss_coeff: float = used_with(
+        1.0, "Coefficient of the load-balancing loss, summed over layers.", "model.num_experts", ge=0
+    )
+    moe_z_loss_coeff: float = used_with(
+        0.0,
+        "Coefficient of the squared log-sum-exp of the routers' logits (ST-MoE's z-loss).",
+        "model.num_experts",
+        ge=0,
+    )
     mtp_loss_coeff: float = later(0.0, "Coefficient of the multi-token loss.", "multi-token prediction", ge=0)
 
 

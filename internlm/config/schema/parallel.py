@@ -96,7 +96,7 @@ class WeightConfig(Section):
 class ExpertWeightConfig(Section):
     """Weight parallelism of the experts."""
 
-    size: int = later(1, "Ranks that share one copy of an expert.", "mixture of experts", ge=1)
+    size: int = later(1, "Ranks that share one copy of an expert.", "sharding experts over weight ranks", ge=1)
     overlap: bool = _EXPERT_WEIGHT["overlap"]
     launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = _EXPERT_WEIGHT["before"]
     forward_overlap_per: Literal["layer", "module"] = _EXPERT_WEIGHT["per"]
@@ -108,10 +108,16 @@ class ExpertWeightConfig(Section):
 class ExpertConfig(Section):
     """Expert parallelism."""
 
-    size: int = later(
-        -1, "Ranks over which experts are spread; -1: as many as fit.", "mixture of experts", accepts=(0, 1)
+    size: int = used_with(
+        -1,
+        "Ranks over which the experts of a layer are dealt; -1: as many of a stage as possible, or 1 with FSDP.",
+        "model.num_experts",
     )
-    no_tp: bool = used_with(False, "Experts are not split over the tensor group.", "model.num_experts")
+    no_tp: bool = no_effect(
+        False,
+        "Experts are not split over the tensor group.",
+        "experts are dealt to tensor ranks as to others, and never split",
+    )
 
 
 class ExpertZero1Config(Section):

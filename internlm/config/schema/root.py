@@ -106,7 +106,10 @@ class Config(Section):
         None, "Classes that FSDP wraps, as dict(mod, mod_cls).", "FSDP wraps each layer, and the rest of the model"
     )
     moe: dict[str, Any] | None = later(
-        None, "Arguments of MegaBlocks, as some configs of InternEvo have them.", "mixture of experts", accepts=({},)
+        None,
+        "Arguments of MegaBlocks, as some configs of InternEvo have them.",
+        "MegaBlocks (use model.num_experts instead)",
+        accepts=({},),
     )
     fp8: dict[str, Any] | None = later(
         None, "InternEvo's Transformer Engine.", "fp8 by Transformer Engine (use float8 instead)", accepts=({},)

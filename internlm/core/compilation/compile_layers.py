@@ -13,6 +13,8 @@ from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear,
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.ulysses_attention import UlyssesAttention
 from internlm.model.layer_protocol import RecomputableLayer
+from internlm.model.moe.experts import Experts
+from internlm.model.moe.router import Router
 from internlm.utils.cpp_extension import cpp_compiler, cpp_compilers
 from internlm.utils.errors import ConfigError
 
@@ -24,7 +26,7 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
     """Compile every layer of `model` when it is first called. Changes and returns `model`.
 
     A layer of plain modules becomes one graph, forward and backward. Linear layers that communicate or postpone weight
-    gradients run eagerly, and the code between them is compiled.
+    gradients, routers and experts run eagerly, and the code between them is compiled.
 
     Args:
         model: after `parallelize`, before FSDP.
@@ -46,9 +48,13 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
             # Only the all-to-alls; attention between them is compiled.
             module.gather_tokens = torch.compiler.disable(module.gather_tokens)  # type: ignore[method-assign]
             module.scatter_tokens = torch.compiler.disable(module.scatter_tokens)  # type: ignore[method-assign]
+        if isinstance(module, Router | Experts):
+            # Choices of experts are saved as one operator; numbers of tokens differ from call to call.
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in layers_of(model):
         # The forward function, not the module: hooks that wait for weights cannot be compiled.
-        if not parallel_of(model).replaces_linears:
+        has_routing = any(isinstance(module, Router) for module in layer.modules())
+        if not parallel_of(model).replaces_linears and not has_routing:
             mode = graphs.MODE if cuda_graphs else None
             layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, mode=mode)
         elif isinstance(layer, RecomputableLayer):

@@ -33,6 +33,7 @@ class ParallelLayout:
         zero: number of ranks over which the optimizer state is sharded; -1: all of data (isp: weight_data).
         expert: expert degree.
         expert_inner: expert tensor degree; for isp expert weight degree.
+        expert_zero: number of ranks over which the optimizer state of an expert is sharded; -1: all that hold it.
         mode: use of the tensor axis.
         kv_replicas: consecutive tensor ranks that hold the same key-value head, if there are fewer heads than ranks.
     """
@@ -45,6 +46,7 @@ class ParallelLayout:
     zero: int = -1
     expert: int = 1
     expert_inner: int = 1
+    expert_zero: int = -1
     mode: TensorMode = "mtp"
     kv_replicas: int = 1
 
@@ -55,7 +57,7 @@ class ParallelLayout:
             )
         check_weight(self.weight, self.mode)
         check_zero(self.zero, self.weight_data_size if self.is_isp else self.data_size)
-        check_world(self.world_size, pipeline=self.pipeline, expert=self.expert, expert_inner=self.expert_inner)
+        check_zero(self.expert_zero, self.expert_data_size)
 
     @property
     def is_isp(self) -> bool:
@@ -72,8 +74,18 @@ class ParallelLayout:
         """Number of ranks with the same weights (isp)."""
         return check_world(self.world_size, pipeline=self.pipeline, weight=self.weight)
 
-    def _split_by_zero(self, axis: str, size: int) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
-        zero = size if self.zero <= 0 else self.zero
+    @cached_property
+    def expert_data_size(self) -> int:
+        """Number of ranks with the same experts."""
+        return check_world(self.world_size, pipeline=self.pipeline, expert=self.expert, expert_inner=self.expert_inner)
+
+    @property
+    def splits_tokens_of_routers(self) -> bool:
+        """Whether tensor ranks with the same tokens (mtp) route a part of them each, as experts are on other ranks."""
+        return self.expert > 1 and self.tensor > 1 and self.mode == "mtp"
+
+    def _split_by_zero(self, axis: str, size: int, zero: int) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+        zero = size if zero <= 0 else zero
         return {f"{axis}_replica": size // zero, "zero": zero}, {axis: (f"{axis}_replica", "zero")}
 
     @cached_property
@@ -83,7 +95,7 @@ class ParallelLayout:
             data: dict[str, int] = {"data": self.data_size}
             merged: dict[str, tuple[str, ...]] = {}
         else:
-            data, merged = self._split_by_zero("data", self.data_size)
+            data, merged = self._split_by_zero("data", self.data_size, self.zero)
         tensor = {"tensor": self.tensor}
         if self.kv_replicas > 1:
             tensor = {"kv": self.tensor // self.kv_replicas, "kv_replica": self.kv_replicas}
@@ -96,21 +108,16 @@ class ParallelLayout:
         """isp: pipeline x weight_data x weight; other modes: the axes of the activation view."""
         if not self.is_isp:
             return RankView("weight", self.activation.axes, self.activation.merged)
-        data, merged = self._split_by_zero("weight_data", self.weight_data_size)
+        data, merged = self._split_by_zero("weight_data", self.weight_data_size, self.zero)
         return RankView("weight", {"pipeline": self.pipeline, **data, "weight": self.weight}, merged)
 
     @cached_property
     def expert_view(self) -> RankView:
         """pipeline x expert_data x expert x (expert_tensor | expert_weight)."""
         inner = "expert_weight" if self.is_isp else "expert_tensor"
-        product = self.pipeline * self.expert * self.expert_inner
-        axes = {
-            "pipeline": self.pipeline,
-            "expert_data": self.world_size // product,
-            "expert": self.expert,
-            inner: self.expert_inner,
-        }
-        return RankView("expert", axes)
+        data, merged = self._split_by_zero("expert_data", self.expert_data_size, self.expert_zero)
+        axes = {"pipeline": self.pipeline, **data, "expert": self.expert, inner: self.expert_inner}
+        return RankView("expert", axes, merged)
 
     @property
     def views(self) -> tuple[RankView, RankView, RankView]:

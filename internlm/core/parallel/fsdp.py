@@ -90,9 +90,11 @@ def apply_fsdp(
 def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters that FSDP does not shard, because they cannot share a flat buffer with the rest of their layer."""
     layers = layers_of(model)
+    # Experts that are dealt to ranks differ among the ranks that FSDP would shard them over.
+    dealt = {p for p in model.parameters() if shard_spec_of(p).view == "expert"}
     inner = {parameter for layer in layers for parameter in layer.parameters()}
     unsharded = {p for layer in layers for p in _not_flattenable(layer.parameters())}
-    return unsharded | _not_flattenable(p for p in model.parameters() if p not in inner)
+    return unsharded | dealt | _not_flattenable(p for p in model.parameters() if p not in inner)
 
 
 def rows_of(spec: ShardSpec, size: int, index: int) -> ShardSpec:

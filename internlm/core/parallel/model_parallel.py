@@ -118,6 +118,11 @@ class ModelParallel:
         self.has_tied_head = has_tied_head
         self.weight_scales = WeightScales()
 
+    @property
+    def residual_axis(self) -> str | None:
+        """Axis of the activation view whose ranks hold different tokens of the residual stream of a sample."""
+        return None
+
     # -- what each rank holds -------------------------------------------------------------------------------------
 
     def place(

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.experts.layers import place_tokens_of_experts
+from internlm.core.parallel.experts.placement import place_experts
 from internlm.core.parallel.linear.float8_shapes import refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
@@ -102,6 +104,7 @@ def parallelize(
         _install(model, name, roles.get(name, Role.REPLICATED), parameters, parallel)
     _join_layers(model, parallel)
     _split_attention(model, parallel)
+    place_tokens_of_experts(model, parallel)
     model.parallel = parallel  # type: ignore[assignment]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -157,7 +160,12 @@ def _place(model: nn.Module, parallel: ModelParallel) -> Iterator[Placed]:
             # A weight used twice (tied embeddings) is one parameter, with the name of its first use.
             name, role = first.setdefault(parameter, (full_name, roles.get(module_name, Role.REPLICATED)))
             heads = _heads_of(model.get_submodule(module_name.rpartition(".")[0]), parallel)
-            for part in parallel.place(name, attribute, tuple(parameter.shape), role, heads):
+            shape = tuple(parameter.shape)
+            if role is Role.EXPERTS and parallel.context.layout.expert > 1:
+                parts = place_experts(parallel.context, name, attribute, shape)
+            else:
+                parts = parallel.place(name, attribute, shape, role, heads)
+            for part in parts:
                 yield Placed(module_name, part.attribute, part.spec, parameter)
 
 

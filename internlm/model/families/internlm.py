@@ -1,4 +1,4 @@
-"""InternLM (first generation): multi-head attention with biases, fused wqkv."""
+"""InternLM (first generation): multi-head attention with biases, fused wqkv; and its mixture of experts."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ def internlm(config: ModelConfig, norm_dtype: torch.dtype | None) -> Decoder:
     return Decoder(
         Architecture.resolve(config, FamilyDefaults(fused_qkv=True, qkv_bias=True, o_bias=True), norm_dtype=norm_dtype)
     )
+
+
+@register_model("INTERNLM_MoE")
+def internlm_moe(config: ModelConfig, norm_dtype: torch.dtype | None) -> Decoder:
+    defaults = FamilyDefaults(fused_qkv=True, qkv_bias=True, o_bias=True)
+    return Decoder(Architecture.resolve(config, defaults, norm_dtype=norm_dtype, shared_mix="softmax"))

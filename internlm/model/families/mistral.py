@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window in all layers if `sliding_window` is given."""
+"""Mistral: Llama with a sliding window in all layers if `sliding_window` is given. Mixtral: Mistral with experts."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ if TYPE_CHECKING:
 @register_model("MISTRAL")
 def mistral(config: ModelConfig, norm_dtype: torch.dtype | None) -> Decoder:
     return Decoder(Architecture.resolve(config, FamilyDefaults(sliding_window=True), norm_dtype=norm_dtype))
+
+
+@register_model("MIXTRALMOE")
+def mixtral(config: ModelConfig, norm_dtype: torch.dtype | None) -> Decoder:
+    defaults = FamilyDefaults(sliding_window=True)
+    return Decoder(Architecture.resolve(config, defaults, norm_dtype=norm_dtype, shared_mix="softmax"))

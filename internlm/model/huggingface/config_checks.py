@@ -68,6 +68,8 @@ _OTHER_FUNCTIONS = (
     *("alibi", "use_alibi", "use_dynamic_ntk", "use_logn_attn", "attention_chunk_size", "attn_temperature_tuning"),
     *("use_qk_norm", "qk_norm", "qk_layernorm", "use_parallel_residual", "parallel_attn"),
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok"),
+    *("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace"),
+    *("moe_layer_freq", "decoder_sparse_step", "router_jitter_noise", "routed_scaling_factor", "scoring_func"),
     *("kv_lora_rank", "q_lora_rank", "num_nextn_predict_layers", "mlp_only_layers", "vision_config", "kv_sharing"),
 )
 """Keys of other families that change the function in any code that reads them."""
@@ -78,9 +80,7 @@ def mistakes(values: Mapping[str, Any]) -> list[str]:
     found = [
         f"{key} must be a whole number from 1 to {most:,}, got {values[key]!r}"
         for key, most in _SIZES.items()
-        if key in values
-        and not _is_whole(values[key], 1, most)
-        and (values[key] is not None or key not in _MAY_BE_NULL)
+        if key in values and not is_whole(values[key], 1, most) and (values[key] is not None or key not in _MAY_BE_NULL)
     ]
     found += [
         f"{key} must be a number above 0, got {values[key]!r}"
@@ -104,13 +104,15 @@ def mistakes(values: Mapping[str, Any]) -> list[str]:
         if not isinstance(values.get(key), str | None):
             found.append(f"{key} must be the name of a number format, got {values[key]!r}")
     window = values.get("sliding_window")
-    if window is not None and not _is_whole(window, 1):
+    # transformers writes 0 for Qwen2-MoE without windows.
+    is_off = values.get("model_type") == "qwen2_moe" and window == 0 and not values.get("use_sliding_window")
+    if window is not None and not is_off and not is_whole(window, 1):
         # In transformers, 0 does not mean "no window": no token would attend to any.
         found.append(f"sliding_window must be a whole number from 1, or null for no window; got {window!r}")
     if values.get("layer_types") is not None and not _is_list_of(values["layer_types"], str):
         found.append(f"layer_types must be a list of names, got {values['layer_types']!r}")
     first = values.get("max_window_layers")
-    if first is not None and not _is_whole(first, 0):
+    if first is not None and not is_whole(first, 0):
         found.append(f"max_window_layers must be a whole number from 0, got {first!r}")
     return found
 
@@ -137,11 +139,13 @@ def unread(values: Mapping[str, Any], read: Collection[str]) -> tuple[list[str],
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    """Whether the value is a factor of 1."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == 1 and not key.startswith("num_")
+    """Whether the value is a factor of 1, or means every layer."""
+    is_count = key.startswith(("num_", "n_", "first_"))
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == 1 and not is_count
 
 
-def _is_whole(value: object, least: int, most: float = math.inf) -> bool:
+def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    """Whether a value is an int from `least` to `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 

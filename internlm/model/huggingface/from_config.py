@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from internlm.config.schema import ModelConfig
 from internlm.model.huggingface.config_checks import mistakes, unread
+from internlm.model.huggingface.expert_config import MODEL_TYPES, expert_keys, expert_mistakes, expert_notices
 from internlm.utils.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ _OWN_KEYS = {
     "internlm2": ("bias",),
     "internlm3": ("bias", "qkv_bias"),
     "baichuan": ("z_loss_weight",),
+    # In transformers, another name of num_local_experts.
+    "mixtral": ("num_experts",),
+    "qwen3_moe": ("num_experts",),
 }
 """Keys of a family's published code that its reader uses or that concern training only."""
 _KNOWN = (
@@ -90,7 +94,8 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
     if kind not in _READERS:
         known = ", ".join(_READERS)
         raise ConfigError(f"{where}: model_type '{kind}' cannot be imported; known: {known}.{nearest(kind, _READERS)}")
-    wrong = mistakes(values)
+    has_experts = kind in MODEL_TYPES
+    wrong = mistakes(values) + (expert_mistakes(values) if has_experts else [])
     if wrong:
         raise ConfigError([f"{where}: {mistake}" for mistake in wrong])
     refused: list[str] = []
@@ -109,6 +114,7 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
         keys = _common(config, "gelu_pytorch_tanh" if kind == "gemma" else "silu", refused)
         keys |= _biases(kind, values, config)
         keys |= _windows(kind, config, refused)
+        keys |= expert_keys(kind, config, refused) if has_experts else {}
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError(f"{where}: transformers cannot read it: {error!r}") from error
     other_functions, others = unread(values, {*type(config)().to_dict(), *_REQUIRED, *_KNOWN, *_OWN_KEYS.get(kind, ())})
@@ -124,6 +130,7 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
         for key in values
         if _is_dropout(key, values)
     ]
+    notices += expert_notices(values) if has_experts else []
     notices += [
         f"{key}: ignored, as neither this package nor transformers' class reads it"
         for key in others
@@ -208,6 +215,8 @@ def _biases(kind: str, values: Mapping[str, Any], config: PretrainedConfig) -> d
         qkv = bool(values.get("qkv_bias", values.get("attention_bias", False)))
         other = bool(values.get("bias", values.get("mlp_bias", False)))
         return {"qkv_bias": qkv, "o_bias": other, "mlp_bias": other}
+    if kind in ("mixtral", "qwen2_moe"):
+        return {"qkv_bias": kind == "qwen2_moe" and config.qkv_bias, "o_bias": False, "mlp_bias": False}
     attention = bool(getattr(config, "attention_bias", False))
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": bool(getattr(config, "mlp_bias", False))}
 
@@ -217,6 +226,9 @@ def _windows(kind: str, config: PretrainedConfig, refused: list[str]) -> dict[st
     kinds = list(getattr(config, "layer_types", None) or [])
     if kind == "mistral":
         kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
+    if kind in ("mixtral", "qwen3_moe"):
+        # These classes do not read layer_types.
+        kinds = ["sliding_attention"] * config.num_hidden_layers
     if window is None or "sliding_attention" not in kinds:
         if set(kinds) - {"full_attention", "sliding_attention"}:
             refused.append(f"layer_types {sorted(set(kinds))}")
@@ -291,6 +303,9 @@ _READERS: dict[str, Reader] = {
     "qwen2": _own_class("QWEN2", "Qwen2Config"),
     "qwen3": _own_class("QWEN3", "Qwen3Config"),
     "gemma": _own_class("GEMMA", "GemmaConfig"),
+    "mixtral": _own_class(MODEL_TYPES["mixtral"], "MixtralConfig"),
+    "qwen2_moe": _own_class(MODEL_TYPES["qwen2_moe"], "Qwen2MoeConfig"),
+    "qwen3_moe": _own_class(MODEL_TYPES["qwen3_moe"], "Qwen3MoeConfig"),
     "internlm": _internlm,
     "internlm2": _internlm2,
     "internlm3": _internlm3,

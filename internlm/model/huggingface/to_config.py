@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from internlm.model.architecture import Architecture
+from internlm.model.huggingface.expert_config import mixture_config, mixture_kind, unlike_mixtures
 from internlm.model.huggingface.weight_names import Layout
 from internlm.utils.errors import ConfigError
 
@@ -16,8 +17,21 @@ if TYPE_CHECKING:
 
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
-PUBLISHED_LAYOUTS: dict[str, Layout] = {"INTERNLM2": "internlm2", "BAICHUAN2": "baichuan2"}
+_PUBLISHED_LAYOUTS: dict[str, Layout] = {"INTERNLM2": "internlm2", "BAICHUAN2": "baichuan2"}
 """Model types whose published checkpoints have their own weight names; all others have transformers' names."""
+
+
+def weight_layout(architecture: Architecture, model_type: str, *, published: bool) -> Layout:
+    """The layout of weight names in the files of a model.
+
+    Args:
+        architecture: of the model.
+        model_type: the family.
+        published: as in the family's published checkpoints, instead of as in the library's own classes.
+    """
+    if published and model_type in _PUBLISHED_LAYOUTS:
+        return _PUBLISHED_LAYOUTS[model_type]
+    return "mixtral" if mixture_kind(architecture) == "mixtral" else "transformers"
 
 
 def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedConfig:
@@ -50,6 +64,9 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
         # The default token ids of the classes may differ from those of this model's tokenizer.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
+    if a.experts is not None:
+        _refuse(f"transformers has no class for this mixture of experts ({model_type})", unlike_mixtures(a))
+        return mixture_config(a, keys)
     windows = {window for window in a.windows if window is not None}
     gemma = a.unit_offset_norm
     fits_llama = a.hidden_size % a.num_heads == 0
@@ -107,6 +124,9 @@ def transformers_config_json(architecture: Architecture, model_type: str = "") -
 
     values = hf_config(architecture, model_type).to_diff_dict()
     values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]]]
+    if values["model_type"] == "qwen3_moe":
+        # The only name that version 4 reads.
+        values["num_experts"] = values["num_local_experts"]
     return {**values, **_legacy_rope(architecture), "torch_dtype": values["dtype"]}
 
 

@@ -1,10 +1,16 @@
 """Translation of weights between a `Decoder` and Hugging Face names and layouts, in both directions.
 
-There are three layouts: "transformers" (the library's own classes: separate projections, half-split rotary pairs), and
-those of two families published with their own code: "internlm2" (wqkv by key-value group) and "baichuan2" (W_pack: rows
-q, k, v; the head is normalized by the code, not in the file). Every translation goes through a canonical form: our
-names, nothing fused, half-split pairs. It takes any closed set of tensors (`group_of`), such as one group at a time, so
-the whole model need not be in memory.
+The layouts are:
+
+- "transformers": the files of the library's own classes: separate projections, half-split rotary pairs, a tensor per
+  expert;
+- "mixtral": the same with Mixtral's names of experts;
+- "fused_experts": the names of these classes in memory, with all experts of a layer in one tensor;
+- "internlm2" and "baichuan2": families published with their own code. The first has wqkv by key-value group; the second
+  has W_pack (rows q, k, v), and its head is normalized by the code, not in the file.
+
+Every translation goes through a canonical form: our names, no projection fused except in experts, half-split pairs.
+It takes any closed set of tensors (`group_of`), such as one group at a time, so the whole model need not be in memory.
 """
 
 from __future__ import annotations
@@ -20,9 +26,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.model.architecture import Architecture
+from internlm.model.huggingface.expert_names import ExpertStacks, split_experts
 from internlm.utils.errors import CheckpointError
 
-Layout = Literal["transformers", "internlm2", "baichuan2"]
+Layout = Literal["transformers", "mixtral", "fused_experts", "internlm2", "baichuan2"]
 
 _OUTER = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 
@@ -36,15 +43,24 @@ _INNER = {
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.router": "mlp.gate",
+    "feed_forward.shared.w1": "mlp.shared_expert.gate_proj",
+    "feed_forward.shared.w2": "mlp.shared_expert.down_proj",
+    "feed_forward.shared.w3": "mlp.shared_expert.up_proj",
+    "feed_forward.shared_gate": "mlp.shared_expert_gate",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+
+_MIXTRAL_ROUTER = {"feed_forward.router": "block_sparse_moe.gate"}
 
 _PACKED = "self_attn.W_pack"
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
 
-_PROJECTIONS = re.compile(r"(?<=\.attention)\.w[qkv]\.|(?<=\.feed_forward)\.w[13]\.")
+_GATE_UP = re.compile(r"(\.feed_forward|\.shared)\.w(1|3|13)\.")
+
+_QKV = re.compile(r"(\.attention)\.w([qkv]|qkv)\.")
 
 
 def to_hf(
@@ -71,7 +87,9 @@ def to_hf(
         }
     renamed: dict[str, Tensor] = {}
     for name, tensor in plain.items():
-        renamed[_rename(name, _OUTER, _INNER, "", "model.")] = tensor
+        renamed |= split_experts(name, tensor, layout) or {
+            _rename(name, _OUTER, _inner_names(layout), "", "model."): tensor
+        }
     if layout == "baichuan2":
         for name in [name for name in renamed if name.endswith("self_attn.q_proj.weight")]:
             names = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
@@ -85,7 +103,7 @@ def from_hf(
     """Translate a Hugging Face state dict to our names; the inverse of `to_hf`, except for a normalized head.
 
     Args:
-        state: full tensors by Hugging Face names.
+        state: full tensors by Hugging Face names; each is read once, and those of experts are not kept.
         architecture: of the model.
         layout: see the module docstring.
 
@@ -97,7 +115,8 @@ def from_hf(
         return _from_canonical(_split_qkv(ours, architecture), architecture)
     plain: dict[str, Tensor] = {}
     outer = {theirs: ours for ours, theirs in _OUTER.items()}
-    inner = {theirs: ours for ours, theirs in _INNER.items()}
+    inner = {theirs: ours for ours, theirs in _inner_names(layout).items()}
+    experts = ExpertStacks(state, layout)
     sizes = [n * architecture.head_dim for n in (architecture.num_heads,) + (architecture.num_kv_heads,) * 2]
     for name, tensor in state.items():
         if architecture.tie_word_embeddings and name == "lm_head.weight":
@@ -108,12 +127,14 @@ def from_hf(
                     "model.tie_word_embeddings = False"
                 )
             continue
+        if experts.add(name, tensor):
+            continue
         if layout == "baichuan2" and _PACKED in name:
             for part, rows in zip(("q_proj", "k_proj", "v_proj"), tensor.split(sizes), strict=True):
                 plain[_rename(name.replace(_PACKED, f"self_attn.{part}"), outer, inner, "model.", "")] = rows
         else:
             plain[_rename(name, outer, inner, "model.", "")] = tensor
-    return _from_canonical(plain, architecture)
+    return _from_canonical({**plain, **experts.tensors()}, architecture)
 
 
 def from_plain(state: Mapping[str, Tensor], architecture: Architecture, *, interleaved: bool) -> dict[str, Tensor]:
@@ -168,7 +189,11 @@ def weight_groups(
 
 def group_of(name: str) -> str:
     """The closed group of one of our names; weights are fused and split only within a group."""
-    return _PROJECTIONS.sub(lambda match: ".w13." if match[0][2].isdigit() else ".wqkv.", name)
+    return _GATE_UP.sub(r"\1.w13.", _QKV.sub(r"\1.wqkv.", name))
+
+
+def _inner_names(layout: Layout) -> dict[str, str]:
+    return {**_INNER, **_MIXTRAL_ROUTER} if layout == "mixtral" else _INNER
 
 
 def _rename(name: str, outer: Mapping[str, str], inner: Mapping[str, str], old: str, new: str) -> str:
@@ -185,7 +210,7 @@ def _rename(name: str, outer: Mapping[str, str], inner: Mapping[str, str], old: 
 def _to_canonical(state: Mapping[str, Tensor], a: Architecture) -> dict[str, Tensor]:
     plain: dict[str, Tensor] = {}
     for name, tensor in _split_qkv(state, a).items():
-        if ".feed_forward.w13." in name:
+        if ".w13." in name:
             gate, up = tensor.chunk(2)
             plain[name.replace(".w13.", ".w1.")], plain[name.replace(".w13.", ".w3.")] = gate, up
         else:
@@ -198,7 +223,7 @@ def _from_canonical(plain: Mapping[str, Tensor], a: Architecture) -> dict[str, T
     if a.fused_qkv:
         state = _fuse_qkv(state, a)
     if a.fused_gate_up:
-        for name in [name for name in state if ".feed_forward.w1." in name]:
+        for name in [name for name in state if ".w1." in name]:
             halves = [state.pop(name), state.pop(name.replace(".w1.", ".w3."))]
             state[name.replace(".w1.", ".w13.")] = torch.cat(halves)
     return state

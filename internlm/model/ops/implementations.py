@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from internlm.model.ops import cross_entropy, linear, norm, rotary
+from internlm.model.ops import cross_entropy, grouped_linear, linear, norm, rotary
 from internlm.model.ops import gated_activation as gated
 from internlm.model.ops.attention import causal_attention as attention
 from internlm.model.ops.attention.cuda_backends import AttentionNeeds, capability_of
@@ -77,6 +77,7 @@ def describe(device: torch.device | str, settings: OpSettings | None = None) -> 
         ),
         **({"float8_linear": float8.choice(device)} if settings.use_float8 else {}),
         "gated_activation": gated.choice(device, kernels, compiled=compiled),
+        "grouped_linear": grouped_linear.choice(device, settings.dtype),
         "layer_norm": norm.layer_norm_choice(device),
         "linear": linear.choice(device, settings.dtype),
         "linear_cross_entropy": cross_entropy.choice(device),

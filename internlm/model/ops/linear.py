@@ -61,20 +61,22 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return grad @ weight
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient of the weight of a linear layer, `[out, in]`.
 
     Args:
         grad: gradient of the output, `[..., out]`.
         x: input, `[..., in]`.
+        out: receives the result; None: a new tensor.
     """
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     if not _transposes(x.device, x.dtype) or max(grad.shape[1], x.shape[1]) < _MIN_TRANSPOSED_WIDTH:
-        return gemm(grad.t(), x)
+        return gemm(grad.t(), x, out)
     # oneDNN's GEMM is half as fast if its left operand is a transposed view. The narrower matrix is transposed.
     if grad.shape[1] <= x.shape[1]:
-        return _transposed(grad) @ x
-    return _transposed(_transposed(x) @ grad)
+        return gemm(_transposed(grad), x, out)
+    result = _transposed(_transposed(x) @ grad)
+    return result if out is None else out.copy_(result)
 
 
 def _transposes(device: torch.device, dtype: torch.dtype) -> bool:

@@ -114,6 +114,12 @@ def linear_cross_entropy(
     return loss + z_loss_coeff * logits.logsumexp(-1)[labels != IGNORE_INDEX].square().sum()
 
 
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`x_r weight_e^T` for each row r and its expert e; the first `counts[0]` rows are those of expert 0, and so on."""
+    groups = x.split(counts.tolist())
+    return torch.cat([rows @ own.t() for rows, own in zip(groups, weight, strict=True)])
+
+
 def float8_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight^T`, both rounded to e4m3; in backward, the gradient of the output is rounded to e5m2."""
     result: Tensor = _RoundedLinear.apply(x, weight)

@@ -22,6 +22,7 @@ from internlm.model.ops.attention.cuda_backends import BACKENDS, why_not
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from internlm.model.ops.float8.linear import float8_linear
 from internlm.model.ops.gated_activation import gated_activation
+from internlm.model.ops.grouped_linear import grouped_linear
 from internlm.model.ops.implementations import OpSettings
 from internlm.model.ops.linear import linear
 from internlm.model.ops.norm import layer_norm, rms_norm
@@ -162,6 +163,7 @@ def other_cases(
             ((*tokens, width), (*tokens, width)),
         )
     yield from _linear_cases(tokens, width)
+    yield from _grouped_linear_cases(device)
     yield from _packed_cases(tokens, width)
     yield from _rotary_cases(device, settings.head_dim, tokens)
     # Logits grow with the width, and the largest fp16 number is 65,504.
@@ -173,6 +175,24 @@ def _linear_cases(tokens: tuple[int, int], width: int) -> Iterator[OpCase]:
     for name, shape in (("narrow", (width, 30)), ("wider than its input", (1030, width)), ("narrower", (width, 1030))):
         formula = torch.nn.functional.linear
         yield OpCase("linear", name, linear, formula, ((*tokens, shape[1]), shape, shape[:1]))
+
+
+def _grouped_linear_cases(device: torch.device) -> Iterator[OpCase]:
+    # Widths of 52 and 70 have rows that are not multiples of 16 bytes in a 16-bit dtype, which a loop computes.
+    for name, counts, widths in (
+        ("experts of all sizes", (37, 0, 1, 90, 0), (48, 64)),
+        ("widths not a multiple of 8", (37, 0, 1, 90, 0), (52, 70)),
+        ("one expert with all rows", (0, 64, 0), (48, 64)),
+        ("no rows", (0, 0), (48, 64)),
+    ):
+        own = torch.tensor(counts, device=device)
+        yield OpCase(
+            "grouped_linear",
+            name,
+            partial(grouped_linear, counts=own),
+            partial(reference.grouped_linear, counts=own),
+            ((sum(counts), widths[0]), (len(counts), widths[1], widths[0])),
+        )
 
 
 def _packed_cases(tokens: tuple[int, int], width: int, group_size: int = 3, kv_heads: int = 2) -> Iterator[OpCase]:

@@ -56,7 +56,7 @@ class BucketKind:
 
     def groups(self, context: ParallelContext) -> BucketGroups:
         """The process groups over which gradients are summed and masters sharded."""
-        # ZeRO splits the data axis into two sub-axes; an expert's data axis is not split.
+        # ZeRO splits the data axis of a view into two sub-axes.
         has_zero = self.data_axis in context.view(self.view).merged
         replica = f"{self.data_axis}_replica" if has_zero else self.data_axis
         return BucketGroups(

@@ -21,6 +21,7 @@ from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 
 GQA = {"num_kv_attention_heads": 2}
+EXPERTS = {"num_experts": 5, "top_k": 2, "moe_type": "Dropless", "intermediate_size": 24}
 LONG = {"max_position_embeddings": 16}
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -67,6 +68,37 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gemma": ("GEMMA", "GemmaForCausalLM", {"num_kv_attention_heads": 1, "head_dim": 12}),
     "gemma-untied": ("GEMMA", "GemmaForCausalLM", {"tie_word_embeddings": False}),
+    "mixtral": ("MIXTRALMOE", "MixtralForCausalLM", {**GQA, **EXPERTS}),
+    "mixtral-window-interleaved": (
+        "MIXTRALMOE",
+        "MixtralForCausalLM",
+        {**GQA, **EXPERTS, "top_k": 1, "sliding_window": 7, "qk_interleaved": True, "head_dim": 10},
+    ),
+    "internlm-moe-no-biases": ("INTERNLM_MoE", "MixtralForCausalLM", {**EXPERTS, "no_bias": True}),
+    "qwen2-moe": (
+        "QWEN2MOE",
+        "Qwen2MoeForCausalLM",
+        {**GQA, **EXPERTS, "num_shared_experts": 2, "moe_layer_kwargs": {"normalize_expert_weights": False}},
+    ),
+    "qwen2-moe-window-fused": (
+        "QWEN2MOE",
+        "Qwen2MoeForCausalLM",
+        {
+            **EXPERTS,
+            "num_shared_experts": 1,
+            "mlp_layer_fusion": True,
+            "enable_qkv_fusion": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3-moe": ("QWEN3MOE", "Qwen3MoeForCausalLM", {**GQA, **EXPERTS, "head_dim": 10, "top_k": 5}),
+    "qwen3-moe-not-normalized": (
+        "QWEN3MOE",
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, "moe_layer_kwargs": {"normalize_expert_weights": False}, "layer_norm_epsilon": 1e-3},
+    ),
     "mistral-no-window": ("MISTRAL", "LlamaForCausalLM", GQA),
     "mistral-window": ("MISTRAL", "MistralForCausalLM", {**GQA, "sliding_window": 7}),
 }
@@ -88,8 +120,12 @@ def _randomize(model: nn.Module) -> None:
 def _peer(model: Any) -> Any:
     config = hf_config(model.architecture)
     config.pad_token_id = None  # Gemma's embedding of its padding token takes no gradient
-    peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    missing, unexpected = peer.load_state_dict(to_hf(model.state_dict(), model.architecture), strict=False)
+    peer = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", experts_implementation="eager"
+    )
+    missing, unexpected = peer.load_state_dict(
+        to_hf(model.state_dict(), model.architecture, "fused_experts"), strict=False
+    )
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if model.architecture.tie_word_embeddings else set())
     return peer
@@ -111,7 +147,8 @@ def _assert_same(ours: Tensor, theirs: Tensor, what: str) -> None:
 
 
 def _assert_same_gradients(model: Any, peer: nn.Module) -> None:
-    theirs = from_hf({n: p.grad for n, p in peer.named_parameters() if p.grad is not None}, model.architecture)
+    gradients = {n: p.grad for n, p in peer.named_parameters() if p.grad is not None}
+    theirs = from_hf(gradients, model.architecture, "fused_experts")
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert ours.keys() == theirs.keys()
     for name, grad in ours.items():

@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
 import pytest
-import torch
+from helpers.hf_configs import LLAMA, MIXTURES, architecture, function
 from helpers.model import tiny_config
 
 from internlm.config.schema import ModelConfig
-from internlm.model.architecture import Architecture
 from internlm.model.huggingface.from_config import from_hf_config
 from internlm.model.huggingface.to_config import published_config_json, transformers_config_json
-from internlm.model.registry import build_model
 from internlm.utils.errors import ConfigError
-
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 88,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-}
-
-# What does not change the function: how weights are laid out, how they came to be, how they are computed.
-INDIFFERENT = (
-    "fused_qkv", "fused_gate_up", "init", "attention_backend", "use_flash_attn", "fused_kernels", "residual_in_fp32",
-    "save_policies", "embed_grad_scale", "norm_dtype", "norm_head",
-)  # fmt: skip
-
-
-def architecture(model_type: str, config: ModelConfig) -> Architecture:
-    with torch.device("meta"):
-        return build_model(model_type, config).architecture  # type: ignore[return-value]
-
-
-def function(a: Architecture) -> dict[str, Any]:
-    values = {field.name: getattr(a, field.name) for field in dataclasses.fields(a) if field.name not in INDIFFERENT}
-    # A default rope does not look at the length of pretraining.
-    used = {} if a.rope.rope_type in ("llama3", "yarn", "dynamic") else {"max_positions": 0, "factor": 1.0}
-    values["rope"] = dataclasses.replace(a.rope, interleaved=False, **used)
-    return values
-
 
 BOOLS = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tie_word_embeddings", "windows", "odd_heads")
 
@@ -114,7 +81,8 @@ def test_published_configs_come_back_as_they_were(model_type: str, keys: dict[st
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "mixtral"}, r"model_type 'mixtral' cannot be imported; known: llama, .*Did you mean 'mistral'"),
+        ({"model_type": "mistrall"}, r"'mistrall' cannot be imported; known: llama, .*Did you mean 'mistral'"),
+        ({"model_type": "olmoe"}, r"model_type 'olmoe' cannot be imported; known: llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only causal language models"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
@@ -158,7 +126,7 @@ ODD: tuple[Any, ...] = (None, 0, -1, -0.5, 1.5, "x", "", [], [1], {}, {"a": 1}, 
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "mistral", "qwen2", "gemma", "internlm", "internlm2", "internlm3", "baichuan"]
+    "kind", ["llama", "mistral", "qwen2", "gemma", "internlm", "internlm2", "internlm3", "baichuan", *MIXTURES]
 )
 def test_odd_values_give_a_model_or_an_error_for_people(kind: str) -> None:
     """Every key of every family with values of other kinds."""
@@ -184,6 +152,10 @@ def test_odd_values_give_a_model_or_an_error_for_people(kind: str) -> None:
     }
     values |= {"hidden_act": "gelu_pytorch_tanh"} if kind == "gemma" else {}
     values |= own.get(kind, {})
+    if kind in MIXTURES:
+        routing = {"num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        values |= {**MIXTURES[kind], **routing, "router_aux_loss_coef": 0.01, "router_jitter_noise": 0.0}
+        values |= {} if kind == "mixtral" else {"layer_types": ["full_attention", "sliding_attention"]}
     from_hf_config(values, "config.json")
     variants = [{**values, key: odd} for key in values for odd in ODD]
     variants += [{**values, "rope_scaling": {**scaling, key: odd}} for key in scaling for odd in ODD]

@@ -55,6 +55,19 @@ def test_weight_gradient(tokens: int, out: int, into: int) -> None:
 
 
 @needs_native_ops
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("transposes", [False, True])
+def test_weight_gradient_into_a_tensor(
+    transposes: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "_transposes", lambda device, dtype: transposes)
+    grad, x = _random(40, shape[0]).bfloat16(), _random(40, shape[1], seed=1).bfloat16()
+    out = torch.full((2, *shape), torch.nan, dtype=torch.bfloat16)
+    weight_gradient(grad, x, out[1])
+    assert torch.equal(out[1], weight_gradient(grad, x)) and out[0].isnan().all()
+
+
+@needs_native_ops
 @pytest.mark.parametrize("rows", [0, 1, 16, 31, 32, 65])
 @pytest.mark.parametrize("columns", [0, 1, 15, 32, 33, 100])
 def test_transposed(rows: int, columns: int) -> None:

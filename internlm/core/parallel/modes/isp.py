@@ -71,13 +71,17 @@ class Isp(ModelParallel):
     def replaces_linears(self) -> bool:
         return True
 
+    @property
+    def residual_axis(self) -> str | None:
+        return "tensor"
+
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
     ) -> list[ParameterShard]:
         whole = replace(ShardSpec.whole(name, shape), view="weight", data_axis="weight_data")
         if not self._splits_weights:
             return [ParameterShard(attribute, whole)]
-        if role in (Role.REPLICATED, Role.PER_HEAD):
+        if role in (Role.REPLICATED, Role.PER_HEAD, Role.ROUTER, Role.EXPERTS):
             return [ParameterShard(attribute, replace(whole, partial_over=("weight",)))]
         n, t = self.context.size("weight", "weight"), self.context.index("weight", "weight")
         rows, block = padded_rows(shape[0], n, t)

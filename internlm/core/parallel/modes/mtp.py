@@ -64,13 +64,20 @@ class Mtp(ModelParallel):
     def replaces_linears(self) -> bool:
         return True
 
+    @property
+    def residual_axis(self) -> str | None:
+        return "tensor" if self.residual_is_split else None
+
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
     ) -> list[ParameterShard]:
         whole = ShardSpec.whole(name, shape)
         on_tokens = replace(whole, partial_over=("tensor",)) if self.residual_is_split else whole
-        if role is Role.REPLICATED:
+        if role in (Role.REPLICATED, Role.EXPERTS):
             return [ParameterShard(attribute, on_tokens)]
+        if role is Role.ROUTER:
+            is_partial = self.residual_is_split or self.context.layout.splits_tokens_of_routers
+            return [ParameterShard(attribute, replace(whole, partial_over=("tensor",)) if is_partial else whole)]
         if role is Role.PER_HEAD:
             # Each rank computes the gradient of its own heads, whether or not the residual stream is split.
             return [ParameterShard(attribute, replace(whole, partial_over=("tensor",)))]

@@ -108,9 +108,17 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and choice(dtype).implementation == "fp32"
 
 
-def gemm(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` for `[M, K]` and `[K, N]`, summed in fp32 or float64 and rounded once to their dtype."""
-    return _fp32_gemm(a, b, None) if _is_widened(a) else a @ b
+def gemm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a b` for `[M, K]` and `[K, N]`, summed in fp32 or float64 and rounded once to their dtype.
+
+    Args:
+        a, b: the operands.
+        out: `[M, N]`, receives the result; None: a new tensor.
+    """
+    if _is_widened(a):
+        result: Tensor = _fp32_gemm(a, b, None)
+        return result if out is None else out.copy_(result)
+    return a @ b if out is None else torch.mm(a, b, out=out)
 
 
 def linear_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,1 @@
+"""Experts on the ranks of the expert view: who holds which, and the exchange of tokens."""

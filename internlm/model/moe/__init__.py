@@ -1,0 +1,1 @@
+"""Mixture of experts on one device: routers, losses that balance them, experts."""

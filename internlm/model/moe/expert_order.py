@@ -1,0 +1,169 @@
+"""The order of tokens by expert: rows go to their experts, and results come back as a weighted sum.
+
+Sums over the k experts of a token are gathers in a fixed order, never atomic additions, so two runs give equal bits.
+
+Shapes: T tokens, k experts of each, T * k rows sorted by expert, E experts, h the width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_BLOCK = {"cpu": 1 << 18}
+"""Device type -> elements that `combine` converts to fp32 at once: 1 MiB on a CPU, which fits into a cache."""
+
+_OTHER_BLOCK = 1 << 26
+"""The same on other devices: 256 MiB, to limit temporary memory."""
+
+
+@dataclass(frozen=True)
+class ExpertOrder:
+    """The rows of all (token, expert) pairs, sorted by expert, then by token.
+
+    Attributes:
+        order: int64 `[T * k]`; row r is pair `order[r]`, which is token `order[r] // k`.
+        inverse: int64 `[T * k]`; pair p is row `inverse[p]`.
+        counts: int64 `[E]`, rows of each expert.
+        top_k: k.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    counts: Tensor
+    top_k: int
+
+    @classmethod
+    def of(cls, experts: Tensor, num_experts: int) -> ExpertOrder:
+        """The order for the chosen experts, int64 `[T, k]`. Does not wait for the device."""
+        experts_by_row, order = experts.flatten().sort(stable=True)
+        rows = torch.arange(order.shape[0], device=order.device)
+        inverse = torch.empty_like(order).scatter_(0, order, rows)
+        # bincount would wait for the device to find the largest value.
+        bounds = torch.searchsorted(experts_by_row, torch.arange(num_experts + 1, device=order.device))
+        return cls(order, inverse, bounds.diff(), experts.shape[1])
+
+
+def dispatch(x: Tensor, order: ExpertOrder) -> Tensor:
+    """The rows of the experts: row r is token `order.order[r] // k`.
+
+    The gradient of a token is the sum over its k rows, in fp32 (float64 for float64) and rounded once.
+
+    Args:
+        x: `[T, h]`.
+        order: of the T tokens.
+
+    Returns:
+        `[T * k, h]`.
+    """
+    out: Tensor = _Dispatch.apply(x, order.order // order.top_k, order.inverse.view(-1, order.top_k))
+    return out
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Rows in another order: row r of the result is row `order[r]`.
+
+    Args:
+        x: `[M, h]`.
+        order, inverse: int64 `[M]`, a permutation and its inverse.
+    """
+    out: Tensor = _Dispatch.apply(x, order, inverse.unsqueeze(1))
+    return out
+
+
+def combine(y: Tensor, weights: Tensor, order: ExpertOrder) -> Tensor:
+    """The sum of each token's k rows, weighted, in fp32 (float64 for float64) and rounded once.
+
+    Args:
+        y: `[T * k, h]`, sorted by expert.
+        weights: fp32 `[T, k]`.
+        order: of the T tokens.
+
+    Returns:
+        `[T, h]` in the dtype of y.
+    """
+    out: Tensor = _combine(y, weights, order.order, order.inverse)
+    return out
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return F.embedding_bag(rows, grad.contiguous(), mode="sum"), None, None
+
+
+@torch.library.custom_op(
+    "internlm::combine", mutates_args=(), schema="(Tensor y, Tensor weights, Tensor order, Tensor inverse) -> Tensor"
+)
+def _combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    num_tokens, top_k = weights.shape
+    wide = torch.promote_types(y.dtype, torch.float32)
+    rows, weights, y = inverse.view(num_tokens, top_k), weights.to(wide), y.contiguous()
+    if y.dtype == wide:
+        return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
+    out = y.new_empty(num_tokens, y.shape[1])
+    # embedding_bag needs rows and weights in one dtype: blocks of rows are gathered by token and converted.
+    for tokens in _blocks(num_tokens, top_k * y.shape[1], y.device):
+        own = rows[tokens]
+        own_y = y.index_select(0, own.flatten()).to(wide)
+        in_order = torch.arange(own.numel(), device=y.device).view(own.shape)
+        out[tokens] = F.embedding_bag(in_order, own_y, mode="sum", per_sample_weights=weights[tokens])
+    return out
+
+
+@_combine.register_fake
+def _(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return y.new_empty(weights.shape[0], y.shape[1])
+
+
+@torch.library.custom_op(
+    "internlm::combine_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor y, Tensor weights, Tensor order, Tensor inverse) -> (Tensor, Tensor)",
+)
+def _combine_backward(
+    grad: Tensor, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `y` and `weights`; both row by row, in the order of the experts."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    tokens, weight_of_row = order // weights.shape[1], weights.flatten()[order].to(wide)
+    grad_y, grad_weight = y.new_empty(y.shape), y.new_empty(y.shape[0], dtype=wide)
+    for rows in _blocks(y.shape[0], y.shape[1], y.device):
+        own = grad.index_select(0, tokens[rows]).to(wide)
+        grad_weight[rows] = (own * y[rows]).sum(-1)
+        grad_y[rows] = own.mul_(weight_of_row[rows].unsqueeze(-1))
+    return grad_y, grad_weight.index_select(0, inverse).view(weights.shape).to(weights.dtype)
+
+
+@_combine_backward.register_fake
+def _(grad: Tensor, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), weights.new_empty(weights.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *_combine_backward(grad, *ctx.saved_tensors), None, None
+
+
+_combine.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _blocks(length: int, width: int, device: torch.device) -> list[slice]:
+    """Slices of `length` rows of `width` elements, each within the size of a block; at least one row."""
+    step = max(1, _BLOCK.get(device.type, _OTHER_BLOCK) // max(1, width))
+    return [slice(start, start + step) for start in range(0, length, step)]

@@ -1,0 +1,51 @@
+"""The routed experts of a layer: gated feed-forward networks whose weights are stacked in three dimensions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from internlm.model.initialization import set_initializer
+from internlm.model.ops.gated_activation import gated_activation
+from internlm.model.ops.grouped_linear import grouped_linear
+
+if TYPE_CHECKING:
+    from internlm.model.architecture import Architecture
+
+
+class Experts(nn.Module):
+    """`w2(activation(w1 x) * w3 x)` for each expert on its own rows.
+
+    Attributes:
+        w13: `[E, 2f, h]`, for each expert the rows of w1 and then those of w3.
+        w2: `[E, h, f]`.
+    """
+
+    def __init__(self, architecture: Architecture, num_experts: int, width: int) -> None:
+        super().__init__()
+        a = architecture
+        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * width, a.hidden_size, dtype=a.dtype))
+        self.w2 = nn.Parameter(torch.empty(num_experts, a.hidden_size, width, dtype=a.dtype))
+        set_initializer(self.w13, a.init.initializer(a.init.ffn_up))
+        # As in `make_linear`: the output is added to the residual stream.
+        std = a.init.ffn_other / (math.sqrt(2 * a.num_layers) if a.init.scaled else 1.0)
+        set_initializer(self.w2, a.init.initializer(std))
+        self.activation = a.activation
+        self.fused_kernels = a.fused_kernels
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows of tokens, sorted by expert -> the outputs of their experts.
+
+        Args:
+            rows: `[M, h]`.
+            counts: int64 `[E]`, number of rows of each expert; their sum is M.
+
+        Returns:
+            `[M, h]`.
+        """
+        gate, up = grouped_linear(rows, self.w13, counts).chunk(2, dim=-1)
+        hidden = gated_activation(gate, up, self.activation, fused_kernels=self.fused_kernels)
+        return grouped_linear(hidden, self.w2, counts)

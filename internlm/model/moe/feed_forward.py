@@ -1,0 +1,72 @@
+"""The feed-forward block of an expert layer: router, routed experts, shared experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from internlm.model.initialization import Normal, Zeros, set_initializer
+from internlm.model.modules.feed_forward import FeedForward
+from internlm.model.modules.linear import Linear
+from internlm.model.moe.expert_order import ExpertOrder, combine, dispatch
+from internlm.model.moe.experts import Experts
+from internlm.model.moe.router import Router, with_added_loss
+from internlm.model.moe.settings import ExpertSettings
+
+if TYPE_CHECKING:
+    from internlm.model.architecture import Architecture
+
+
+class MoeFeedForward(nn.Module):
+    """The weighted sum of the outputs of each token's experts, and of the shared experts if there are any.
+
+    Attributes:
+        take_tokens, return_tokens: residual stream `[B, S, h]` -> the tokens that this rank routes, and back.
+    """
+
+    def __init__(self, architecture: Architecture, settings: ExpertSettings, layer: int) -> None:
+        super().__init__()
+        self.take_tokens: Callable[[Tensor], Tensor] = _unchanged
+        self.return_tokens: Callable[[Tensor], Tensor] = _unchanged
+        self.router = Router(architecture, settings.form, layer)
+        self.experts: nn.Module = Experts(architecture, settings.form.num_experts, settings.width)
+        self.shared_mix = settings.shared_mix
+        self.shared: FeedForward | None = None
+        self.shared_gate: nn.Linear | None = None
+        if settings.shared_width:
+            self.shared = FeedForward(dataclasses.replace(architecture, intermediate_size=settings.shared_width))
+            if settings.shared_mix != "sum":
+                is_softmax = settings.shared_mix == "softmax"
+                self.shared_gate = Linear(
+                    architecture.hidden_size, 2 if is_softmax else 1, bias=is_softmax, dtype=architecture.dtype
+                )
+                set_initializer(self.shared_gate.weight, Normal(architecture.init.ffn_other))
+                if is_softmax:
+                    set_initializer(self.shared_gate.bias, Zeros())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, h]` -> `[B, S, h]`."""
+        own = self.take_tokens(x)
+        tokens = own.flatten(0, 1)
+        routing = self.router(tokens)
+        order = ExpertOrder.of(routing.experts, self.router.form.num_experts)
+        rows = self.experts(dispatch(tokens, order), order.counts)
+        routed = with_added_loss(combine(rows, routing.weights, order), routing.loss).view_as(own)
+        out = self.return_tokens(routed)
+        return out if self.shared is None else self._mixed(x, out, self.shared(x))
+
+    def _mixed(self, x: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
+        if self.shared_gate is None:
+            return routed + shared
+        gate = self.shared_gate(x)
+        if self.shared_mix == "sigmoid":
+            return routed + gate.sigmoid() * shared
+        first, second = gate.softmax(-1).split(1, dim=-1)
+        return routed * first + shared * second
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

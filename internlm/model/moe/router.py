@@ -1,0 +1,154 @@
+"""The router of an expert layer, its losses, and what it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internlm.model.initialization import Normal, set_initializer
+from internlm.model.moe.balance import load_balancing_loss, z_loss
+from internlm.model.moe.router_form import RouterForm
+from internlm.model.moe.routing import choose_experts, expert_distribution, probabilities, weights_of
+from internlm.model.recompute import as_routing_operator
+
+if TYPE_CHECKING:
+    from internlm.model.architecture import Architecture
+
+
+class Routing(NamedTuple):
+    """Where a router sends tokens.
+
+    Attributes:
+        experts: int64 `[T, k]`.
+        weights: fp32 `[T, k]`, factors on the outputs of these experts.
+        loss: scalar fp32, added to the loss of the step by `with_added_loss`; None outside of training.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    loss: Tensor | None
+
+
+@dataclass(frozen=True)
+class RouterLosses:
+    """Coefficients of the losses of every router; the total loss is the cross entropy plus their weighted sum.
+
+    Each loss of a layer is the mean over samples, where a sample is a micro-batch of one data rank. So its value does
+    not depend on how many ranks share a sample, nor on which rank has which samples.
+
+    Attributes:
+        balance: of `load_balancing_loss`.
+        z: of `z_loss`.
+    """
+
+    balance: float = 0.0
+    z: float = 0.0
+
+
+class Router(nn.Module):
+    """Chooses experts for tokens, in fp32 from the input of the layer: a choice in bf16 has ties and flips.
+
+    Attributes:
+        weight: fp32 (float64 in a float64 model) `[E, h]`.
+        layer: number of the layer.
+        sum_over_sample: sums a tensor over the ranks that have the other tokens of a sample.
+        num_sharing: number of these ranks.
+    """
+
+    def __init__(self, architecture: Architecture, form: RouterForm, layer: int) -> None:
+        super().__init__()
+        self.form = form
+        self.layer = layer
+        dtype = torch.promote_types(architecture.dtype, torch.float32)
+        self.weight = nn.Parameter(torch.empty(form.num_experts, architecture.hidden_size, dtype=dtype))
+        set_initializer(self.weight, Normal(architecture.init.ffn_other))
+        self.sum_over_sample: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self.num_sharing = 1
+        self._losses: RouterLosses | None = None
+        self._sample_weight: Tensor | None = None
+        self._sums: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Routing:
+        """Tokens `[T, h]` -> their experts."""
+        logits = F.linear(x.to(self.weight.dtype), self.weight)
+        scores = probabilities(logits, self.form)
+        chosen = scores.detach()
+        is_training = self._losses is not None and torch.is_grad_enabled()
+
+        # In one operator that recomputation never repeats: a second choice could differ, and would be counted twice.
+        def choose() -> list[Tensor]:
+            experts = choose_experts(chosen, self.form)
+            chosen_experts = experts.flatten()
+            # Not bincount, which waits for the largest value.
+            own = chosen_experts.new_zeros(self.form.num_experts)
+            own.scatter_add_(0, chosen_experts, torch.ones_like(chosen_experts))
+            counts = self.sum_over_sample(own)
+            if is_training:
+                assert self._sums is not None
+                self._sums += torch.cat(
+                    [own, *(each.view(1) for each in self._losses_of(logits.detach(), chosen, counts))]
+                )
+            return [experts, counts]
+
+        experts, counts = as_routing_operator(choose, chosen)
+        loss = None
+        if is_training:
+            assert self._losses is not None and self._sample_weight is not None
+            balance, z = self._losses_of(logits, scores, counts)
+            loss = (self._losses.balance * balance + self._losses.z * z) * self._sample_weight
+        return Routing(experts, weights_of(scores, experts, self.form), loss)
+
+    def _losses_of(self, logits: Tensor, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """(balance, z) of this rank's tokens; both are scalars."""
+        num_tokens = scores.shape[0] * self.num_sharing
+        distribution = expert_distribution(scores, self.form)
+        return load_balancing_loss(distribution, counts, num_tokens, self.form.top_k), z_loss(logits, num_tokens)
+
+    # -- numbers of a step ----------------------------------------------------------------------------------------
+
+    def begin_step(self, losses: RouterLosses, sample_weight: Tensor) -> None:
+        """Start a training step: until the next one, forward passes with gradients count, and return their losses.
+
+        Args:
+            losses: coefficients.
+            sample_weight: scalar fp32, factor on the losses of a sample: loss scale over the number of samples.
+        """
+        self._losses = losses
+        self._sample_weight = sample_weight
+        self._sums = torch.zeros(self.form.num_experts + 2, dtype=torch.float64, device=self.weight.device)
+
+    def sums(self) -> Tensor:
+        """Of this rank's tokens in the step: tokens of each expert, and both losses; float64 `[E + 2]`."""
+        assert self._sums is not None
+        return self._sums
+
+
+def routers_of(models: Iterable[nn.Module]) -> list[Router]:
+    """The routers of some models, in the order of their layers."""
+    routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
+    return sorted(routers, key=lambda router: router.layer)
+
+
+def with_added_loss(x: Tensor, loss: Tensor | None) -> Tensor:
+    """`x`, through whose backward pass `loss` gets the gradient 1: it is added to the loss that x contributes to."""
+    if loss is None or not torch.is_grad_enabled():
+        return x
+    result: Tensor = _AddLoss.apply(x, loss)
+    return result
+
+
+class _AddLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.dtype, loss.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, device = ctx.like
+        return grad, torch.ones((), dtype=dtype, device=device)

@@ -1,0 +1,65 @@
+"""The expert layers of a model, resolved from the `model` section of a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from internlm.model.moe.router_form import RouterForm
+from internlm.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from internlm.config.schema import ModelConfig
+
+SharedMix = Literal["sum", "sigmoid", "softmax"]
+"""How the output of shared experts joins that of routed ones: added; added times the sigmoid of a linear gate (Qwen2,
+https://arxiv.org/abs/2407.10671); both weighted by the softmax of a linear gate (InternEvo's residual MoE, after
+https://arxiv.org/abs/2201.05596)."""
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """The expert layers of a decoder: all of its layers.
+
+    Attributes:
+        form: of every router.
+        width: intermediate size of a routed expert.
+        shared_width: intermediate size of the shared experts together; 0: none.
+        shared_mix: see `SharedMix`.
+    """
+
+    form: RouterForm
+    width: int
+    shared_width: int = 0
+    shared_mix: SharedMix = "sum"
+
+
+def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSettings | None:
+    """The expert layers that a config asks for; None for a dense model.
+
+    Args:
+        config: the `model` section.
+        shared_mix: of the family.
+
+    Raises:
+        ConfigError: the router's keys contradict each other.
+    """
+    if config.num_experts <= 1:
+        return None
+    keys = config.moe_layer_kwargs
+    try:
+        form = RouterForm(
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            scores=keys.scoring_func,
+            normalizes=keys.normalize_expert_weights,
+            scale=keys.routed_scaling_factor,
+            num_groups=keys.n_group,
+            top_groups=keys.topk_group if keys.n_group > 1 else 1,
+            group_score=keys.group_score,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.num_experts, model.top_k, model.moe_layer_kwargs: {error}") from None
+    # Without shared experts, families that would mix their output differently compute the same function.
+    mix = shared_mix if config.num_shared_experts else "sum"
+    return ExpertSettings(form, config.ffn_size, config.ffn_size * config.num_shared_experts, mix)
