@@ -108,7 +108,9 @@ def rank_parameters(
         for name, spec, parameter in shard_specs(model, context, options):
             if name in other_end:
                 spec = replace(spec, partial_over=(*spec.partial_over, "pipeline_ends"))
-            stored = spec if parameter in not_sharded else rows_of(spec, context.size("zero"), context.index("zero"))
+            # FSDP does not shard experts that are dealt to ranks.
+            is_whole = parameter in not_sharded or spec.view == "expert"
+            stored = spec if is_whole else rows_of(spec, context.size("zero"), context.index("zero"))
             is_trained = parameter.requires_grad and not is_frozen(spec.name, groups)
             own.setdefault(name, []).append(HeldParameter(stored, spec, parameter.dtype, is_trained))
         held = {**own, **held}

@@ -173,7 +173,7 @@ def test_a_blend_with_a_schedule_resumes_on_other_numbers_of_ranks(bucket: Bucke
     # 200 tokens are 6.25 samples of 32: from sample 7 on, web has 2/7 of the samples, books 3/7.
     expected = {"web": 0.5 * 7 + 2 / 7 * 21, "books": 0.3 * 7 + 3 / 7 * 21, "rows": 0.2 * 7 + 2 / 7 * 21}
     for name, samples in expected.items():
-        assert abs(local[-1][f"source_tokens/{name}"] / 32 - samples) < 2
+        assert abs(local[-1][f"source/{name}/tokens"] / 32 - samples) < 2
     cache = {"cache_folder": str(tmp_path / "cache"), "cache_bytes": 400_000}
     parts = run("one", url, 1, 4, "checkpoints", **cache)
     parts += run("two", url, 2, 9, "checkpoints", **cache)

@@ -40,6 +40,16 @@ BASE: dict[str, Any] = {
 }
 """A model of which most keys are in use."""
 
+EXPERTS: dict[str, Any] = {
+    "model_type": "MIXTRALMOE",
+    "model.hidden_size": 64,
+    "model.num_experts": 8,
+    "model.top_k": 2,
+    "model.moe_type": "Dropless",
+    "model.moe_layer_kwargs": {"n_group": 4, "topk_group": 2},
+}
+"""A mixture of experts, for the keys that a dense model does not read."""
+
 OTHER: dict[str, dict[str, Any]] = {
     # Where another value is not found by itself, or needs a company.
     "model.rope_scaling.type": {"model.rope_scaling.type": "linear"},
@@ -67,12 +77,22 @@ OTHER: dict[str, dict[str, Any]] = {
     "model.mlp_ratio": {"model.mlp_ratio": 8.0},
     "model.adapt_hf": {"model.adapt_hf": False, "model.qk_interleaved": True},
     "model_type": {"model_type": "QWEN2"},
+    "model.moe_layer_kwargs.group_score": {
+        "model.moe_layer_kwargs": {"n_group": 4, "topk_group": 2, "group_score": "top2_sum"}
+    },
+    "model.moe_layer_kwargs.scoring_func": {
+        "model.moe_layer_kwargs": {"n_group": 4, "topk_group": 2, "scoring_func": "sigmoid"}
+    },
+    "model.moe_layer_kwargs.n_group": {"model.moe_layer_kwargs": {"n_group": 2, "topk_group": 2}},
+    "model.moe_layer_kwargs.topk_group": {"model.moe_layer_kwargs": {"n_group": 4, "topk_group": 3}},
 }
 
 NOT_FOR_THIS_FAMILY = {
     # Llamas refuse any value but their own; read with the other kinds of scaling below.
     *("model.add_unit_offset", "model.use_swiglu"),
     *("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor", "model.use_dynamic_ntk_rope"),
+    # One value works so far.
+    *("model.moe_type", "model.moe_layer_kwargs.drop_policy"),
 }
 
 
@@ -92,9 +112,7 @@ def keys_in_use() -> Iterator[tuple[str, bool]]:
     for path, field in walk_schema(Config):
         info = key_info(field)
         assert info is not None
-        depends_on_later = info.status is Status.DEPENDENT and info.detail.startswith(
-            ("model.num_experts", "model.inject_info")
-        )
+        depends_on_later = info.status is Status.DEPENDENT and info.detail.startswith("model.inject_info")
         if not (path.startswith("model.") or path == "model_type") or depends_on_later or path in NOT_FOR_THIS_FAMILY:
             continue
         if info.status not in (Status.LATER, Status.NO_EFFECT):
@@ -103,8 +121,10 @@ def keys_in_use() -> Iterator[tuple[str, bool]]:
 
 @pytest.mark.parametrize("path, changes_outputs", list(keys_in_use()))
 def test_what_a_key_says_is_what_it_does(path: str, changes_outputs: bool) -> None:
-    base = small_config(copy.deepcopy(BASE))
-    other = small_config(copy.deepcopy(BASE) | another_value(path, base))
+    is_of_experts = path.startswith(("model.moe_", "model.num_experts", "model.top_k", "model.num_shared_experts"))
+    keys = EXPERTS if is_of_experts else BASE
+    base = small_config(copy.deepcopy(keys))
+    other = small_config(copy.deepcopy(keys) | another_value(path, base))
     before, after = (build_meta_model(config).architecture.function for config in (base, other))  # type: ignore[union-attr,operator]
     assert (before != after) == changes_outputs
 

@@ -63,8 +63,8 @@ def apply_fsdp(
         return model
     specs = {name: shard_spec_of(parameter) for name, parameter in model.named_parameters()}
     layers = layers_of(model)
-    materialize(model, unsharded_parameters(model))
-    unsharded = unsharded_parameters(model)
+    materialize(model, unsharded_parameters(model) | _dealt_experts(model))
+    unsharded = unsharded_parameters(model) | _dealt_experts(model)
 
     mesh = DeviceMesh.from_group(group, context.device.type)
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
@@ -87,14 +87,17 @@ def apply_fsdp(
     return model
 
 
+def _dealt_experts(model: nn.Module) -> set[nn.Parameter]:
+    """Experts that are dealt to ranks: they differ among the ranks that FSDP would shard them over."""
+    return {parameter for parameter in model.parameters() if shard_spec_of(parameter).view == "expert"}
+
+
 def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters that FSDP does not shard, because they cannot share a flat buffer with the rest of their layer."""
     layers = layers_of(model)
-    # Experts that are dealt to ranks differ among the ranks that FSDP would shard them over.
-    dealt = {p for p in model.parameters() if shard_spec_of(p).view == "expert"}
     inner = {parameter for layer in layers for parameter in layer.parameters()}
     unsharded = {p for layer in layers for p in _not_flattenable(layer.parameters())}
-    return unsharded | dealt | _not_flattenable(p for p in model.parameters() if p not in inner)
+    return unsharded | _not_flattenable(p for p in model.parameters() if p not in inner)
 
 
 def rows_of(spec: ShardSpec, size: int, index: int) -> ShardSpec:
