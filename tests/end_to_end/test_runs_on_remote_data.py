@@ -164,7 +164,11 @@ def test_a_blend_with_a_schedule_resumes_on_other_numbers_of_ranks(bucket: Bucke
         lines = metrics_of(tmp_path / name)
         return [
             # The epochs of rows are an estimate from the shards of the main rank.
-            {key: line[key] for key in line if key.startswith(("loss", "source", "step")) and key != "source/rows/epochs"}
+            {
+                key: line[key]
+                for key in line
+                if key.startswith(("loss", "source", "step")) and key != "source/rows/epochs"
+            }
             for line in lines
             if "loss" in line
         ]
