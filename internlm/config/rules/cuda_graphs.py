@@ -47,6 +47,11 @@ def graphs(config: Config, world_size: int) -> Iterator[Problem]:
             True,
             "the next layer's replay may overwrite activations while they are copied to the host",
         ),
+        "model.num_experts": (
+            model.num_experts > 1,
+            model.num_experts,
+            "the numbers of rows of experts differ from step to step, so their layers are not compiled whole",
+        ),
         "model.attention_backend": (
             model.attention_backend == "sdpa" and config.data.use_packed_dataset,
             model.attention_backend,

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from internlm.core.parallel.model_parallel import parallel_of
+from internlm.model.moe.router import routers_of
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 
 MODE = "reduce-overhead"
@@ -36,12 +37,14 @@ def prepare_passes(model: nn.Module) -> None:
         model: after `parallelize`.
 
     Raises:
-        ValueError: it is a stage of a pipeline, or its linear layers communicate or postpone weight gradients.
+        ValueError: it is a stage of a pipeline, it has experts, or its linear layers communicate or postpone weight
+            gradients.
     """
     parallel = parallel_of(model)
-    if parallel.context.size("pipeline") > 1 or parallel.replaces_linears:
+    if parallel.context.size("pipeline") > 1 or parallel.replaces_linears or routers_of([model]):
         raise ValueError(
-            "CUDA graphs are for whole models whose linear layers neither communicate nor postpone weight gradients"
+            "CUDA graphs are for whole models without experts, whose linear layers neither communicate nor postpone "
+            "weight gradients"
         )
     model.register_forward_pre_hook(_begin_pass)
 

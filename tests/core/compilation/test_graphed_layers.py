@@ -169,6 +169,15 @@ def test_what_graphs_cannot_be_made_of(layout: dict[str, Any], options: dict[str
         compile_layers(model, cuda_graphs=True)
 
 
+def test_experts_are_refused() -> None:
+    config = tiny_config(num_experts=4, top_k=2, moe_type="Dropless")
+    with torch.device("meta"):
+        model = build_model("QWEN3MOE", config)
+    parallelize(model, ParallelContext(ParallelLayout(), 0, torch.device("cpu")))
+    with pytest.raises(ValueError, match="without experts"):
+        compile_layers(model, cuda_graphs=True)
+
+
 def test_the_mode_is_the_one_with_graphs() -> None:
     assert torch._inductor.list_mode_options(MODE) == {"triton.cudagraphs": True}
 
