@@ -89,7 +89,7 @@ def load_config(
         return edit.get(key) if edit.has(key) else None
 
     notices += find_ineffective(config, given)
-    notices += find_notices(config, given)
+    notices += find_notices(config, given, world_size)
     notices += find_differences(config, given)
     return LoadedConfig(config, _origins_of(config, tree, origins), notices)
 

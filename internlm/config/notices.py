@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from internlm.config.rules import expert_ranks
 from internlm.config.schema import Config
 from internlm.config.schema.base import is_path, walk_values
 
 _INTERLEAVED = "parallel.sequence_2D.device_placement_strategy.interleaved"
 
 
-def find_notices(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
-    """One line each. `given(path)` is the value that the user gave for a path, or None."""
+def find_notices(config: Config, given: Callable[[str], Any], world_size: int) -> Iterator[str]:
+    """One line each.
+
+    Args:
+        config: a valid config.
+        given: path -> the value that the user gave for it, or None.
+        world_size: number of ranks.
+    """
     if isinstance(given("ckpt.load_ckpt_info"), dict) and config.ckpt.load_ckpt_info is None:
         yield "ckpt.load_ckpt_info has no path: nothing is loaded from it"
     ckpt = config.ckpt
@@ -56,7 +63,7 @@ def find_notices(config: Config, given: Callable[[str], Any]) -> Iterator[str]:
         if is_path(field) and isinstance(value, str) and "$" in value:
             yield f"{key} = {value!r}: '$' is part of the name; for a variable write os.environ[...] in the config"
     yield from _values(config)
-    yield from _experts(config)
+    yield from _experts(config, world_size)
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)
@@ -73,10 +80,15 @@ def _values(config: Config) -> Iterator[str]:
         yield "no effect: data.pack_sample_into_one = True (data.use_packed_dataset = False: nothing is packed)"
 
 
-def _experts(config: Config) -> Iterator[str]:
-    model = config.model
+def _experts(config: Config, world_size: int) -> Iterator[str]:
+    model, size = config.model, config.parallel.expert.size
     if model.num_experts <= 1:
         return
+    if size <= 0 and world_size > 1:
+        yield (
+            f"parallel.expert.size = {size}: the {model.num_experts} experts of a layer are dealt to "
+            f"{expert_ranks(config, world_size)} of {world_size} rank(s)"
+        )
     if config.float8.enable_float8_linear:
         yield f"float8.enable_float8_linear = True: routers compute in fp32 and routed experts in {model.dtype}"
     if model.compile:

@@ -1,0 +1,48 @@
+"""What a config of a mixture of experts means, where its user may not expect it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers.configs import small_config
+
+from internlm.config.notices import find_notices
+
+MOE = {"model_type": "MIXTRALMOE", "model.num_experts": 8, "model.top_k": 2, "model.moe_type": "Dropless"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "begins"),
+    [
+        ({}, 1, []),
+        ({}, 4, ["parallel.expert.size = -1: the 8 experts of a layer are dealt to 4 of 4 rank(s)"]),
+        (
+            {"parallel.pipeline.size": 2},
+            12,
+            ["parallel.expert.size = -1: the 8 experts of a layer are dealt to 2 of 12"],
+        ),
+        (
+            {"parallel.fsdp.enable": True},
+            4,
+            ["parallel.expert.size = -1: the 8 experts of a layer are dealt to 1 of 4"],
+        ),
+        ({"parallel.expert.size": 2}, 4, []),
+        ({"model.num_experts": 1, "model.top_k": 1}, 4, []),
+        ({"loss.moe_loss_coeff": 0.0}, 1, ["loss.moe_loss_coeff = 0: nothing balances"]),
+        ({"model.top_k": 1}, 1, ["model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights"]),
+        ({"model.top_k": 1, "model.moe_layer_kwargs": {"normalize_expert_weights": False}}, 1, []),
+        ({"float8.enable_float8_linear": True}, 1, ["float8.enable_float8_linear = True: routers compute in fp32"]),
+        ({"model.compile": True}, 1, ["model.compile = True: routers and routed experts are not compiled"]),
+    ],
+    ids=str,
+)
+def test_notices(changes: dict[str, Any], world_size: int, begins: list[str]) -> None:
+    def told(keys: dict[str, Any]) -> list[str]:
+        return list(find_notices(small_config(keys), lambda path: None, world_size))
+
+    dense = {key: value for key, value in changes.items() if not key.startswith(("model.top_k", "model.moe", "loss"))}
+    others = told({**dense, "model.num_experts": 1})
+    found = [line for line in told({**MOE, **changes}) if line not in others]
+    assert len(found) == len(begins), found
+    assert all(line.startswith(begin) for line, begin in zip(found, begins, strict=True))
