@@ -57,7 +57,7 @@ class InjectInfoConfig(Section):
     )
 
 
-_CAPACITY = "experts with a capacity, which drop tokens,"
+_CAPACITY = "a capacity of experts, beyond which tokens are dropped,"
 _FIXED_ORDER = "the order of every sum is fixed, whatever the kernel"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +35,19 @@ class ExpertSettings:
     shared_mix: SharedMix = "sum"
 
 
+_KEYS = {
+    "num_experts": "model.num_experts",
+    "top_k": "model.top_k",
+    "scale": "model.moe_layer_kwargs.routed_scaling_factor",
+    "num_groups": "model.moe_layer_kwargs.n_group",
+    "top_groups": "model.moe_layer_kwargs.topk_group",
+    "group_score": "model.moe_layer_kwargs.group_score",
+}
+"""Field of `RouterForm` -> the key that it comes from."""
+
+_KEY_OF_FIELD = re.compile(rf"\b({'|'.join(_KEYS)})\b")
+
+
 def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSettings | None:
     """The expert layers that a config asks for; None for a dense model.
 
@@ -59,7 +73,7 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
             group_score=keys.group_score,
         )
     except ValueError as error:
-        raise ConfigError(f"model.num_experts, model.top_k, model.moe_layer_kwargs: {error}") from None
+        raise ConfigError(_KEY_OF_FIELD.sub(lambda field: _KEYS[field[0]], str(error))) from None
     # Without shared experts, families that would mix their output differently compute the same function.
     mix = shared_mix if config.num_shared_experts else "sum"
     return ExpertSettings(form, config.ffn_size, config.ffn_size * config.num_shared_experts, mix)

@@ -1,0 +1,41 @@
+"""Contradictions among the keys of a router are named by these keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers.configs import small_config
+
+from internlm.model.moe.settings import expert_settings
+from internlm.utils.errors import ConfigError
+
+MOE = {"model_type": "QWEN3MOE", "model.num_experts": 8, "model.top_k": 2, "model.moe_type": "Dropless"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"n_group": 3}, "model.moe_layer_kwargs.n_group = 3 must divide model.num_experts = 8"),
+        (
+            {"n_group": 4, "topk_group": 5},
+            "model.moe_layer_kwargs.topk_group = 5 must be at most model.moe_layer_kwargs.n_group = 4",
+        ),
+        (
+            {"n_group": 8, "topk_group": 4, "group_score": "top2_sum"},
+            "model.moe_layer_kwargs.n_group = 8 must be at most 4, half of model.num_experts: "
+            "model.moe_layer_kwargs.group_score = 'top2_sum' needs groups of at least 2 experts",
+        ),
+        (
+            {"n_group": 8},
+            "model.moe_layer_kwargs.topk_group = 1 must be at least 2: groups of 1 experts have to "
+            "provide model.top_k = 2",
+        ),
+    ],
+    ids=str,
+)
+def test_contradictions(keys: dict[str, Any], message: str) -> None:
+    config = small_config({**MOE, "model.moe_layer_kwargs": keys}).model
+    with pytest.raises(ConfigError) as error:
+        expert_settings(config, "sigmoid")
+    assert str(error.value) == message
