@@ -144,13 +144,21 @@ def _add_upcycle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shared-expert", action="store_true", help="add a shared expert, which starts as the dense block, too"
     )
+    parser.add_argument(
+        "--dense-layers", default=0, type=int, metavar="N", help="the first N layers stay dense (default: 0)"
+    )
     parser.add_argument("--seed", default=1024, type=int, help="of routers and noise (default: 1024)")
     parser.set_defaults(convert=_upcycle)
 
 
 def _upcycle(options: argparse.Namespace) -> int:
     settings = Upcycling(
-        options.num_experts, options.top_k, noise=options.noise, shared_expert=options.shared_expert, seed=options.seed
+        options.num_experts,
+        options.top_k,
+        noise=options.noise,
+        shared_expert=options.shared_expert,
+        dense_layers=options.dense_layers,
+        seed=options.seed,
     )
     made = upcycle(storage_path(options.ckpt), storage_path(options.out), settings)
     for notice in made.notices:

@@ -63,7 +63,7 @@ def find_notices(config: Config, given: Callable[[str], Any], world_size: int) -
         if is_path(field) and isinstance(value, str) and "$" in value:
             yield f"{key} = {value!r}: '$' is part of the name; for a variable write os.environ[...] in the config"
     yield from _values(config)
-    yield from _experts(config, world_size)
+    yield from _experts(config, given, world_size)
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)
@@ -80,7 +80,7 @@ def _values(config: Config) -> Iterator[str]:
         yield "no effect: data.pack_sample_into_one = True (data.use_packed_dataset = False: nothing is packed)"
 
 
-def _experts(config: Config, world_size: int) -> Iterator[str]:
+def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> Iterator[str]:
     model, size = config.model, config.parallel.expert.size
     if model.num_experts <= 1:
         return
@@ -88,6 +88,12 @@ def _experts(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"parallel.expert.size = {size}: the {model.num_experts} experts of a layer are dealt to "
             f"{expert_ranks(config, world_size)} of {world_size} rank(s)"
+        )
+    unused = [f"model.{key}" for key in ("intermediate_size", "mlp_ratio") if given(f"model.{key}") is not None]
+    if model.moe_intermediate_size and not model.dense_layers and unused:
+        yield (
+            f"no effect: {', '.join(unused)} (no layer is dense, and the width of experts is "
+            f"model.moe_intermediate_size = {model.moe_intermediate_size})"
         )
     if config.float8.enable_float8_linear:
         yield f"float8.enable_float8_linear = True: routers compute in fp32 and routed experts in {model.dtype}"

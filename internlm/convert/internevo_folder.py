@@ -206,7 +206,7 @@ class InternEvoFolder:
     def _has_older_feed_forward(self) -> bool:
         """Whether w3 is the down and w2 the up projection, as in the first versions of InternLM; detected by shapes."""
         a = self._architecture
-        name = f"layers.0.feed_forward.{'shared.' if a.experts else ''}w2.weight"
+        name = f"layers.0.feed_forward.{'shared.' if 0 in a.layer_kinds else ''}w2.weight"
         width = self._width(name)
         if not self._has(name) or width == a.hidden_size:
             return False

@@ -59,6 +59,7 @@ class Upcycling:
         top_k: experts of a token.
         noise: standard deviation of noise on the experts, as a multiple of that of each weight; 0: exact copies.
         shared_expert: make the dense block the shared expert, too.
+        dense_layers: number of first layers that stay dense.
         seed: of routers and noise.
 
     Raises:
@@ -69,6 +70,7 @@ class Upcycling:
     top_k: int
     noise: float = 0.0
     shared_expert: bool = False
+    dense_layers: int = 0
     seed: int = 1024
 
     def __post_init__(self) -> None:
@@ -77,6 +79,8 @@ class Upcycling:
             mistakes.append(f"--num-experts {self.num_experts}: a mixture has at least 2 experts")
         if not 1 <= self.top_k <= max(self.num_experts, 1):
             mistakes.append(f"--top-k {self.top_k}: must be from 1 to --num-experts {self.num_experts}")
+        if self.dense_layers < 0:
+            mistakes.append(f"--dense-layers {self.dense_layers}: must be at least 0")
         if not (math.isfinite(self.noise) and self.noise >= 0):
             mistakes.append(f"--noise {self.noise}: must be a finite number, at least 0")
         if mistakes:
@@ -172,6 +176,7 @@ def _config(config: Config, dense: Decoder, settings: Upcycling, source: Storage
         "num_shared_experts": int(settings.shared_expert),
         "moe_type": "Dropless",
         "intermediate_size": a.intermediate_size,
+        "first_k_dense_replace": settings.dense_layers,
     }
     del section["moe_layer_kwargs"]
     if config.model_type == "INTERNLM2":

@@ -67,5 +67,5 @@ class RoutingStatistics:
             "moe/balance_loss": losses[0],
             "moe/z_loss": losses[1],
             "moe/max_load": loads.amax(),
-            **{f"moe/load/{layer}": load for layer, load in enumerate(loads.unbind())},
+            **{f"moe/load/{layer}": loads[layer] for layer in self._experts.layers(self._num_layers)},
         }

@@ -24,7 +24,7 @@ class ModelDimensions:
         norm_type: kind of the norms, which determines what they save for backward.
         has_qk_norm: whether query and key heads are normalized.
         has_tied_head: whether the output head is the embedding.
-        experts: of every layer; None: the feed-forward networks are dense.
+        experts: of the expert layers; None: all feed-forward networks are dense.
     """
 
     num_layers: int
@@ -70,20 +70,25 @@ class ModelDimensions:
 
     @property
     def feed_forward_parameters(self) -> int:
-        """Elements of the matrices of a layer's feed-forward block that one token passes through.
+        """Elements of the matrices of a feed-forward block that one token passes through; of an expert layer if any.
 
         `3 h f` of a dense one; with experts those of k experts, of the shared ones with their gate, and of the router.
         """
         e = self.experts
         if e is None:
-            return 3 * self.hidden_size * self.intermediate_size
+            return self.dense_feed_forward_parameters
         gate = {"sum": 0, "sigmoid": 1, "softmax": 2}[e.shared_mix] if e.shared_width else 0
         widths = e.form.top_k * e.width + e.shared_width
         return self.hidden_size * (3 * widths + gate + e.form.num_experts)
 
     @property
+    def dense_feed_forward_parameters(self) -> int:
+        """Elements of the matrices of a dense feed-forward block, `3 h f`."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
     def layer_parameters(self) -> int:
-        """Elements of a layer's matrices that one token passes through: no norms, no biases."""
+        """Elements of a layer's matrices that one token passes through, an expert layer if any: no norms, no biases."""
         return self.attention_parameters + self.feed_forward_parameters
 
     @property
@@ -94,7 +99,9 @@ class ModelDimensions:
     @property
     def gemm_parameters(self) -> int:
         """Elements of all matrices that every token passes through: no embedding (a lookup), norms or biases."""
-        return self.num_layers * self.layer_parameters + self.head_parameters
+        num_dense = len(self.experts.dense_layers) if self.experts else 0
+        dense = num_dense * (self.attention_parameters + self.dense_feed_forward_parameters)
+        return (self.num_layers - num_dense) * self.layer_parameters + dense + self.head_parameters
 
     def window(self, layer: int) -> int | None:
         """Attention window of a layer in tokens; None for full attention."""

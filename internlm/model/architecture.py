@@ -198,7 +198,8 @@ class Architecture:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            intermediate_size=config.ffn_size,
+            # Without dense layers nothing has the width of the MLP.
+            intermediate_size=config.ffn_size if experts is None or experts.dense_layers else experts.width,
             fused_qkv=_pick(config.enable_qkv_fusion, family.fused_qkv),
             fused_gate_up=_pick(config.mlp_layer_fusion, family.fused_gate_up),
             qkv_bias=_pick(config.qkv_bias, attention_bias, family.qkv_bias),

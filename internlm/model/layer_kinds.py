@@ -49,13 +49,13 @@ class LayerKind:
 
 
 def expert_layers(settings: ExpertSettings, num_layers: int) -> dict[int, LayerKind]:
-    """The kinds of the layers of a decoder with experts: every one has experts."""
+    """The kinds of the layers with experts."""
 
     def feed_forward(architecture: Architecture, layer: int) -> nn.Module:
         return MoeFeedForward(architecture, settings, layer)
 
     kind = LayerKind("experts", feed_forward=feed_forward)
-    return dict.fromkeys(range(num_layers), kind)
+    return dict.fromkeys(settings.layers(num_layers), kind)
 
 
 STANDARD = LayerKind("standard")

@@ -209,6 +209,8 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "model.num_experts": model.experts,
         "model.top_k": model.top_k if model.experts > 1 else 1,
         "model.num_shared_experts": model.shared_experts,
+        "model.first_k_dense_replace": model.dense_layers,
+        "model.moe_intermediate_size": 40 if model.dense_layers else None,
         "model.moe_type": "Dropless" if model.experts > 1 else "GShard",
         "model.moe_layer_kwargs": dict(ROUTERS[model.router]) if model.experts > 1 else None,
         **(ROUTER_LOSSES if model.experts > 1 else {}),

@@ -108,6 +108,7 @@ class ModelChoices:
         top_k: `model.top_k`.
         shared_experts: `model.num_shared_experts`.
         router: a set of `model.moe_layer_kwargs`, see `ROUTERS`.
+        dense_layers: `model.first_k_dense_replace`; with any, experts have another width.
     """
 
     family: str = "INTERNLM2"
@@ -131,6 +132,7 @@ class ModelChoices:
     top_k: int = 2
     shared_experts: int = 0
     router: Literal["normalized", "plain", "grouped", "sigmoid", "sigmoid_grouped"] = "normalized"
+    dense_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ PARAMETER_GROUPS: Mapping[str, list[dict[str, Any]]] = {
         {"match": "layers.0.*", "freeze": True},
         {"match": "layers.1.*", "lr_factor": 0.5, "weight_decay": 0.3},
     ],
-    "frozen_experts": [{"match": "layers.0.feed_forward.experts.*", "freeze": True}],
+    "frozen_experts": [{"match": "layers.1.feed_forward.experts.*", "freeze": True}],
     "frozen_routers": [
         {"match": "*.router.weight", "freeze": True},
         {"match": "*.experts.*", "lr_factor": 2.0, "weight_decay": 0.0},

@@ -119,7 +119,7 @@ EXPERTS = Covering(
         ),
         "family": (
             "model:family=QWEN3MOE",
-            "model:family=QWEN2MOE,shared_experts=1",
+            "model:family=QWEN2MOE,shared_experts=1,dense_layers=1",
             "model:family=MIXTRALMOE",
             "model:family=MIXTRALMOE,shared_experts=2,fused=true",
             "model:family=INTERNLM_MoE,shared_experts=1",

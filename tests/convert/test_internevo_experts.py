@@ -67,6 +67,15 @@ def test_every_family_and_split_comes_back(tmp_path: Path, model_type: str, spli
     assert_same(found, state)
 
 
+@pytest.mark.parametrize("split", [Split(tp=2, pp=2), Split(grouped=True, wp=2, ep=2)], ids=["separate", "grouped"])
+def test_dense_first_layers_come_back(tmp_path: Path, split: Split) -> None:
+    """Files count the expert layers of a stage, the names in them all of its layers."""
+    state = save(tmp_path / "old", "INTERNLM_MoE", split, first_k_dense_replace=1)
+    assert "layers.0.feed_forward.w2.weight" in state and "layers.1.feed_forward.experts.w2" in state
+    found, _ = import_and_read(tmp_path / "old", tmp_path / "new")
+    assert_same(found, state)
+
+
 def test_the_imported_checkpoint_is_one_that_runs(tmp_path: Path) -> None:
     section = section_of("QWEN2MOE", dtype=torch.float32)
     model = model_of("QWEN2MOE", section)

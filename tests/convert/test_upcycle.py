@@ -83,7 +83,7 @@ def test_the_fresh_mixture_has_the_loss_of_the_dense_model(
     tmp_path: Path, model_type: str, shared: bool, dtype: str, tolerance: float
 ) -> None:
     dense = write_dense(tmp_path / "dense", model_type, dtype, **FAMILIES[model_type])
-    settings = Upcycling(5, 3, shared_expert=shared)
+    settings = Upcycling(5, 3, shared_expert=shared, dense_layers=int(model_type == "QWEN2"))
     made = upcycle(storage_path(tmp_path / "dense"), storage_path(tmp_path / "new"), settings)
     mixture, config = load_model_for_inference(tmp_path / "new")
     assert (config.model_type, made.model_type) == (PAIRS[model_type],) * 2

@@ -48,6 +48,14 @@ def test_dimensions_of_a_decoder():
     assert dimensions.windows == (16, 16, 16)
 
 
+def test_dense_layers_of_a_mixture():
+    keys = {"num_experts": 3, "top_k": 3, "moe_type": "Dropless", "num_layers": 3, "intermediate_size": 56}
+    model = tiny_model("QWEN3MOE", **keys, moe_intermediate_size=24, first_k_dense_replace=1)
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    dimensions = ModelDimensions.of(model.architecture)
+    assert dimensions.gemm_parameters == weights - model.tok_embeddings.weight.numel()
+
+
 def test_full_convention_equals_torch_flop_counter():
     dimensions = ModelDimensions(
         num_layers=3, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=80, vocab_size=101

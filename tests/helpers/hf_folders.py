@@ -76,7 +76,14 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 10, "norm_topk_prob": True}),
     "qwen3-moe-biases-window": (
         "Qwen3MoeConfig",
-        {**EXPERTS, "head_dim": 8, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5},
+        {
+            **EXPERTS,
+            "head_dim": 8,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "mlp_only_layers": [0],
+        },
     ),
     "internlm3": ("InternLM3Config", {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 5e7}}),
 }

@@ -234,6 +234,7 @@ def write_experts(
         local = 0 if split.chunk_lists else local
         for layer in chunk:
             if f"layers.{layer}.feed_forward.experts.w13" not in state:
+                local += 1
                 continue
             prefix = (f"{index}." if split.chunk_lists else "") + ("model." if split.model_prefix else "")
             prefix += f"{names['layers']}.{local}.{names['mlp']}.moe_layer.experts.wrapped_experts."

@@ -67,12 +67,14 @@ def dimensions(config: Config, world_size: int) -> Iterator[Problem]:
                 f"another {SIZE}",
             )
     multiple = MULTIPLE * of_weights
-    if model.ffn_size % multiple:
-        key = "intermediate_size" if model.intermediate_size is not None else "mlp_ratio"
+    for key, width in model.mlp_widths.items():
+        if width % multiple == 0:
+            continue
+        exact = "intermediate_size" if key == "mlp_ratio" else key
         yield Problem(
             (f"model.{key}", SIZE, ENABLE),
-            f"model.{key} = {getattr(model, key)} makes the MLP {model.ffn_size} wide on {of_weights} tensor rank(s), "
-            f"which {_must(multiple)}; set model.intermediate_size = {_next(model.ffn_size, multiple)}",
+            f"model.{key} = {getattr(model, key)} makes the MLP {width} wide on {of_weights} tensor rank(s), "
+            f"which {_must(multiple)}; set model.{exact} = {_next(width, multiple)}",
         )
     of_tokens = tensor.size if tensor.mode == "isp" else 1
     tokens, multiple = config.data.packed_length, MULTIPLE * of_tokens

@@ -37,17 +37,17 @@ def heads(config: Config, world_size: int) -> Iterator[Problem]:
 def feed_forward(config: Config, world_size: int) -> Iterator[Problem]:
     """The modes that split weights over the tensor group give each rank as much of the MLP."""
     model, tensor = config.model, config.parallel.tensor
-    # Routed experts are never split.
-    if tensor.mode == "isp" or (model.num_experts > 1 and model.num_shared_experts == 0):
+    if tensor.mode == "isp":
         return
-    width = "model.intermediate_size"
-    names = {"width": width, "tensor": SIZE}
-    for problem in layout_problems(partial(check_width, model.ffn_size, tensor.size), names):
-        if model.intermediate_size is not None:
-            yield problem
-        else:
-            keys = ("model.mlp_ratio", "model.multiple_of", *(key for key in problem.keys if key != width))
-            yield Problem(keys, f"model.mlp_ratio = {model.mlp_ratio}: {problem.text}")
+    # Routed experts are never split.
+    for key, width in model.mlp_widths.items():
+        name = f"model.{'intermediate_size' if key == 'mlp_ratio' else key}"
+        for problem in layout_problems(partial(check_width, width, tensor.size), {"width": name, "tensor": SIZE}):
+            if key != "mlp_ratio":
+                yield problem
+            else:
+                keys = ("model.mlp_ratio", "model.multiple_of", *(other for other in problem.keys if other != name))
+                yield Problem(keys, f"model.mlp_ratio = {model.mlp_ratio}: {problem.text}")
 
 
 def sequence(config: Config, world_size: int) -> Iterator[Problem]:

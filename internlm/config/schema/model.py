@@ -322,6 +322,19 @@ class ModelConfig(Section):
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-Dropless", "MegaBlock-D"] = used_with(
         "GShard", "Kind of expert layer; only Dropless works.", "model.num_experts", changes_outputs=True
     )
+    moe_intermediate_size: int | None = used_with(
+        None,
+        "Width of a routed expert; None: that of the MLP, which otherwise is the width of dense layers.",
+        "model.num_experts",
+        ge=1,
+        changes_outputs=True,
+    )
+    first_k_dense_replace: int = used_with(
+        0, "The first layers, so many, have no experts.", "model.num_experts", ge=0, changes_outputs=True
+    )
+    mlp_only_layers: tuple[int, ...] = used_with(
+        (), "Numbers of further layers without experts.", "model.num_experts", changes_outputs=True
+    )
     moe_layer_kwargs: MoeLayerConfig = section(MoeLayerConfig, "Router and experts of a mixture.")
     inject_info: InjectInfoConfig = section(InjectInfoConfig, "Exchange of layers of a foreign model.")
 
@@ -405,3 +418,24 @@ class ModelConfig(Section):
         if self.intermediate_size is not None:
             return self.intermediate_size
         return -(-int(self.hidden_size * self.mlp_ratio) // self.multiple_of) * self.multiple_of
+
+    @property
+    def expert_size(self) -> int:
+        """Width of a routed expert: moe_intermediate_size, or that of the MLP."""
+        return self.moe_intermediate_size or self.ffn_size
+
+    @property
+    def dense_layers(self) -> frozenset[int]:
+        """Numbers of the layers without experts."""
+        if self.num_experts <= 1:
+            return frozenset(range(self.num_layers))
+        return frozenset((*range(self.first_k_dense_replace), *self.mlp_only_layers))
+
+    @property
+    def mlp_widths(self) -> dict[str, int]:
+        """Key -> width of what tensor ranks split: the MLPs of dense layers, and a shared expert."""
+        dense = "mlp_ratio" if self.intermediate_size is None else "intermediate_size"
+        widths = {dense: self.ffn_size} if self.dense_layers else {}
+        if self.num_experts > 1 and self.num_shared_experts:
+            widths["moe_intermediate_size" if self.moe_intermediate_size else dense] = self.expert_size
+        return widths

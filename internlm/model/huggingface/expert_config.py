@@ -58,7 +58,7 @@ def expert_keys(kind: str, config: PretrainedConfig, refused: list[str]) -> dict
         config: transformers' config.
         refused: receives the name of each feature that is not supported.
     """
-    normalizes, width, num_shared = True, config.intermediate_size, 0
+    normalizes, width, num_shared, dense = True, config.intermediate_size, 0, list[int]()
     if kind == "mixtral":
         if config.router_jitter_noise:
             refused.append(f"router_jitter_noise = {config.router_jitter_noise} (noise on the router's input)")
@@ -66,9 +66,9 @@ def expert_keys(kind: str, config: PretrainedConfig, refused: list[str]) -> dict
         normalizes, width = config.norm_topk_prob, config.moe_intermediate_size
         step = config.decoder_sparse_step
         dense = [i for i in range(config.num_hidden_layers) if i in config.mlp_only_layers or (i + 1) % step]
-        if dense:
+        if len(dense) == config.num_hidden_layers:
             refused.append(
-                f"mlp_only_layers = {config.mlp_only_layers}, decoder_sparse_step = {step}: layers without experts"
+                f"mlp_only_layers = {config.mlp_only_layers}, decoder_sparse_step = {step}: no layer with experts"
             )
     if kind == "qwen2_moe":
         num_shared, rest = divmod(config.shared_expert_intermediate_size, width)
@@ -79,8 +79,15 @@ def expert_keys(kind: str, config: PretrainedConfig, refused: list[str]) -> dict
             )
     if config.num_experts_per_tok > config.num_experts:
         refused.append(f"num_experts_per_tok = {config.num_experts_per_tok} of {config.num_experts} experts")
+    first = next(layer for layer in range(config.num_hidden_layers + 1) if layer not in dense)
+    sizes = {
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": width,
+        "first_k_dense_replace": first,
+        "mlp_only_layers": tuple(dense[first:]),
+    }
     return {
-        "intermediate_size": width,
+        **(sizes if dense else {"intermediate_size": width}),
         "num_experts": config.num_experts,
         "top_k": config.num_experts_per_tok,
         "num_shared_experts": num_shared,
@@ -135,6 +142,7 @@ def unlike_mixtures(architecture: Architecture) -> dict[str, bool]:
         "experts with biases of attention, without q and k norms": kind == "mixtral" and (a.qkv_bias or a.o_bias),
         "normalize_expert_weights = False without q and k norms or shared experts": kind == "mixtral"
         and not form.normalizes,
+        "dense layers without q and k norms or shared experts": kind == "mixtral" and bool(experts.dense_layers),
         "windows in some layers": kind != "qwen2_moe" and len(set(a.windows)) > 1,
     }
 
@@ -156,7 +164,7 @@ def mixture_config(architecture: Architecture, keys: Mapping[str, Any]) -> Pretr
         "moe_intermediate_size": experts.width,
         "norm_topk_prob": experts.form.normalizes,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": sorted(experts.dense_layers),
         "use_sliding_window": window is not None,
     }
     kind, num_experts = mixture_kind(a), experts.form.num_experts

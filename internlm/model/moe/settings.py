@@ -20,19 +20,25 @@ https://arxiv.org/abs/2201.05596)."""
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """The expert layers of a decoder: all of its layers.
+    """The expert layers of a decoder.
 
     Attributes:
         form: of every router.
         width: intermediate size of a routed expert.
         shared_width: intermediate size of the shared experts together; 0: none.
         shared_mix: see `SharedMix`.
+        dense_layers: numbers of the layers that have no experts.
     """
 
     form: RouterForm
     width: int
     shared_width: int = 0
     shared_mix: SharedMix = "sum"
+    dense_layers: frozenset[int] = frozenset()
+
+    def layers(self, num_layers: int) -> list[int]:
+        """Numbers of the layers with experts."""
+        return [layer for layer in range(num_layers) if layer not in self.dense_layers]
 
 
 _KEYS = {
@@ -56,7 +62,7 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
         shared_mix: of the family.
 
     Raises:
-        ConfigError: the router's keys contradict each other.
+        ConfigError: the keys contradict each other.
     """
     if config.num_experts <= 1:
         return None
@@ -74,6 +80,13 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
         )
     except ValueError as error:
         raise ConfigError(_KEY_OF_FIELD.sub(lambda field: _KEYS[field[0]], str(error))) from None
+    dense = config.dense_layers
+    if not dense < set(range(config.num_layers)):
+        raise ConfigError(
+            f"model.first_k_dense_replace = {config.first_k_dense_replace}, model.mlp_only_layers = "
+            f"{list(config.mlp_only_layers)}: some of the {config.num_layers} layers (model.num_layers), from 0 on, "
+            "must have experts"
+        )
     # Without shared experts, families that would mix their output differently compute the same function.
     mix = shared_mix if config.num_shared_experts else "sum"
-    return ExpertSettings(form, config.ffn_size, config.ffn_size * config.num_shared_experts, mix)
+    return ExpertSettings(form, config.expert_size, config.expert_size * config.num_shared_experts, mix, dense)

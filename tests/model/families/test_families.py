@@ -22,6 +22,7 @@ from internlm.model.ops.cross_entropy import linear_cross_entropy
 
 GQA = {"num_kv_attention_heads": 2}
 EXPERTS = {"num_experts": 5, "top_k": 2, "moe_type": "Dropless", "intermediate_size": 24}
+DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 40, "moe_intermediate_size": 24}
 LONG = {"max_position_embeddings": 16}
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -78,7 +79,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2-moe": (
         "QWEN2MOE",
         "Qwen2MoeForCausalLM",
-        {**GQA, **EXPERTS, "num_shared_experts": 2, "moe_layer_kwargs": {"normalize_expert_weights": False}},
+        {
+            **GQA,
+            **EXPERTS,
+            "num_shared_experts": 2,
+            "mlp_only_layers": (1,),
+            "moe_layer_kwargs": {"normalize_expert_weights": False},
+        },
     ),
     "qwen2-moe-window-fused": (
         "QWEN2MOE",
@@ -97,7 +104,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3-moe-not-normalized": (
         "QWEN3MOE",
         "Qwen3MoeForCausalLM",
-        {**EXPERTS, "moe_layer_kwargs": {"normalize_expert_weights": False}, "layer_norm_epsilon": 1e-3},
+        {
+            **EXPERTS,
+            **DENSE_FIRST,
+            "moe_layer_kwargs": {"normalize_expert_weights": False},
+            "layer_norm_epsilon": 1e-3,
+        },
     ),
     "mistral-no-window": ("MISTRAL", "LlamaForCausalLM", GQA),
     "mistral-window": ("MISTRAL", "MistralForCausalLM", {**GQA, "sliding_window": 7}),

@@ -26,14 +26,16 @@ MIXTURE_CHOICES: dict[str, tuple[Any, ...]] = {
     "normalizes": (False, True),
     "first_window": (None, 0, 1),
     "top_k": (1, 3),
+    "mlp_only_layers": ((), (1,)),
 }
 
 
 @pytest.mark.parametrize(
     ("model_type", "exportable"),
     # Embedding and number of experts per token: 4 times each. As Mixtral: 2 windows. As Qwen3: 2 windows, 2 biases, 2
-    # weightings. As Qwen2, where a sigmoid mixes the output of shared experts: 3 windows, 2 biases, 2 weightings.
-    [("MIXTRALMOE", 40), ("INTERNLM_MoE", 40), ("QWEN2MOE", 88), ("QWEN3MOE", 88)],
+    # weightings. As Qwen2, where a sigmoid mixes the output of shared experts: 3 windows, 2 biases, 2 weightings. These
+    # two with and without dense layers.
+    [("MIXTRALMOE", 72), ("INTERNLM_MoE", 72), ("QWEN2MOE", 168), ("QWEN3MOE", 168)],
 )
 def test_every_mixture_that_is_exported_comes_back_as_it_was(model_type: str, exportable: int) -> None:
     exported = 0
@@ -97,6 +99,24 @@ def test_experts_in_our_words(kind: str) -> None:
     assert experts.shared_width == (48 if kind == "qwen2_moe" else 0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "dense"),
+    [
+        ({"mlp_only_layers": [2, 0]}, {0, 2}),
+        ({"decoder_sparse_step": 3}, {0, 1, 3}),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, {0, 2, 3}),
+    ],
+)
+def test_layers_without_experts(changes: dict[str, Any], dense: set[int]) -> None:
+    values = {**LLAMA, **MIXTURES["qwen3_moe"], "model_type": "qwen3_moe", "num_hidden_layers": 4, **changes}
+    model = from_hf_config(values, "config.json")
+    ours = architecture(model.model_type, ModelConfig(**model.keys))
+    assert ours.experts is not None
+    assert (set(ours.experts.dense_layers), ours.intermediate_size, ours.experts.width) == (dense, 88, 24)
+    written = transformers_config_json(ours, "QWEN3MOE")
+    assert (written["intermediate_size"], written["moe_intermediate_size"]) == (88, 24)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_both_names_of_the_number_of_experts(kind: str) -> None:
     values = {**LLAMA, **MIXTURES[kind], "model_type": kind}
@@ -132,8 +152,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 
         ("mixtral", {"n_shared_experts": 1}, "n_shared_experts = 1: this family's class does not read it"),
         ("mixtral", {"first_k_dense_replace": 1}, "first_k_dense_replace = 1: this family's class does not read it"),
         ("mixtral", {"moe_intermediate_size": 24}, "moe_intermediate_size = 24: this family's class does not read it"),
-        ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2: layers without experts"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\], decoder_sparse_step = 1: layers without"),
+        ("qwen2_moe", {"decoder_sparse_step": 3}, "decoder_sparse_step = 3: no layer with experts"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, r"mlp_only_layers = \[0, 1\], decoder_sparse_step = 1: no layer"),
         (
             "qwen2_moe",
             {"shared_expert_intermediate_size": 40},

@@ -13,6 +13,15 @@ from internlm.utils.errors import ConfigError
 MOE = {"model_type": "QWEN3MOE", "model.num_experts": 8, "model.top_k": 2, "model.moe_type": "Dropless"}
 
 
+@pytest.mark.parametrize("keys", [{"first_k_dense_replace": 2}, {"mlp_only_layers": (2,)}, {"mlp_only_layers": (0, 1)}])
+def test_some_layer_must_have_experts(keys: dict[str, Any]) -> None:
+    config = small_config(
+        {**MOE, "model.num_layers": 2, **{f"model.{key}": value for key, value in keys.items()}}
+    ).model
+    with pytest.raises(ConfigError, match=r"some of the 2 layers .* must have experts"):
+        expert_settings(config, "sigmoid")
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
