@@ -98,7 +98,7 @@ PARTS_OF_EXPERTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "top_k": (1, 2, 2, 3, 4),
         "shared_experts": (0, 1, 2),
         "dense_layers": (0, 0, 1, 2),
-        "router": ("normalized", "plain", "grouped", "sigmoid", "sigmoid_grouped"),
+        "router": ("normalized", "plain", "grouped", "biased", "sigmoid", "sigmoid_grouped"),
         "save_policy": ("nothing", "attention", "matmuls"),
         "dtype": ("float64",),
         "fp32_norm": (False,),

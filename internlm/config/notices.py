@@ -104,7 +104,13 @@ def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> It
             "model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights: every weight is 1, so the cross "
             "entropy does not train the routers; set it to False"
         )
-    if config.loss.moe_loss_coeff == 0:
+    has_bias, rate = model.moe_layer_kwargs.selection_bias, config.loss.moe_bias_update_rate
+    if has_bias and rate == 0:
+        yield (
+            "model.moe_layer_kwargs.selection_bias = True with loss.moe_bias_update_rate = 0: the biases stay as they "
+            "are loaded, and 0 in a new model"
+        )
+    if config.loss.moe_loss_coeff == 0 and not (has_bias and rate):
         yield (
             "loss.moe_loss_coeff = 0: nothing balances the load of the experts; moe/max_load in the metrics shows how "
             "uneven it gets"

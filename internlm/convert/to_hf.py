@@ -35,7 +35,7 @@ from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.model.architecture import Architecture
 from internlm.model.huggingface.to_config import published_config_json, transformers_config_json, weight_layout
-from internlm.model.huggingface.weight_names import Layout, to_hf, weight_groups
+from internlm.model.huggingface.weight_names import SELECTION_BIAS, Layout, to_hf, weight_groups
 from internlm.utils.errors import CheckpointError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -188,11 +188,15 @@ def hf_tensors(
 
     readers = grouped_readers(read_group, [group.theirs for group in groups])
 
+    def dtype_of(name: str) -> torch.dtype | None:
+        # In bf16, the steps of a bias would be larger than the differences between scores.
+        return None if name.endswith(SELECTION_BIAS) else dtype
+
     def read(name: str) -> Tensor:
-        return finite(readers[name](), name, f"'{reader.path}'", dtype)
+        return finite(readers[name](), name, f"'{reader.path}'", dtype_of(name))
 
     return {
-        name: LazyTensor(tuple(tensor.shape), dtype or tensor.dtype, partial(read, name))
+        name: LazyTensor(tuple(tensor.shape), dtype_of(name) or tensor.dtype, partial(read, name))
         for group in groups
         for name, tensor in group.theirs.items()
     }

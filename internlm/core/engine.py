@@ -29,6 +29,7 @@ from internlm.core.scheduler.executor import Executor
 from internlm.core.scheduler.schedules import PipelineSchedule, forward_only, make_schedule
 from internlm.data.batch import Batch, MicroBatch
 from internlm.data.upload import Uploader
+from internlm.model.moe.balance import BiasRule
 from internlm.model.moe.router import RouterLosses
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import LossFunction
@@ -105,6 +106,7 @@ class Engine:
             find the placement of chunks. 1F1B by default, interleaved if a rank has several chunks.
         progress: records the phases of a step.
         router_losses: of a mixture of experts.
+        bias_rule: how the selection biases of its routers change.
 
     Raises:
         ValueError: the number of ranks or chunks differs from that of the schedule.
@@ -120,6 +122,7 @@ class Engine:
         schedule: Callable[[int], PipelineSchedule] | None = None,
         progress: Progress | None = None,
         router_losses: RouterLosses | None = None,
+        bias_rule: BiasRule | None = None,
     ) -> None:
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         self.optimizer = optimizer
@@ -128,7 +131,7 @@ class Engine:
         self.statistics = statistics
         self.progress = progress or Progress()
         self.parallel = parallel_of(self.chunks[0])
-        self.routing = RoutingStatistics(self.chunks, context, router_losses or RouterLosses())
+        self.routing = RoutingStatistics(self.chunks, context, router_losses or RouterLosses(), bias_rule or BiasRule())
         num_ranks, num_chunks = context.size("pipeline"), len(self.chunks)
         self._make_schedule = schedule or partial(make_schedule, "1F1B", num_ranks, num_chunks=num_chunks)
         self._schedules: dict[int, PipelineSchedule] = {}
@@ -238,7 +241,7 @@ class Engine:
         self.progress.mark("metrics")
         loss = self.sum_over_tokens(passes.loss_sum) / passes.num_valid_tokens.clamp(min=1.0)
         statistics = self.statistics.result(self.sum_over_tokens) if self.statistics else {}
-        statistics = {**statistics, **self.routing.result()}
+        statistics = {**statistics, **self.routing.finish_step(result.skipped)}
         return EngineResult(
             loss=loss,
             grad_norm=result.grad_norm,

@@ -1,4 +1,4 @@
-"""What the routers of a model count in a step, summed over all ranks, and the losses that balance them."""
+"""What the routers of a model count in a step, summed over all ranks, and the losses and biases that balance them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import parallel_of
+from internlm.model.moe.balance import BiasRule, updated_bias
 from internlm.model.moe.router import RouterLosses, routers_of
 
 
@@ -20,10 +21,14 @@ class RoutingStatistics:
         chunks: of this rank.
         context: this rank's position and process groups.
         losses: coefficients of the routers' losses.
+        bias_rule: how selection biases change.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], context: ParallelContext, losses: RouterLosses) -> None:
+    def __init__(
+        self, chunks: Sequence[nn.Module], context: ParallelContext, losses: RouterLosses, bias_rule: BiasRule
+    ) -> None:
         self._losses = losses
+        self._bias_rule = bias_rule
         self._context = context
         self._routers = routers_of(chunks)
         architecture = getattr(chunks[0], "architecture", None)
@@ -46,12 +51,21 @@ class RoutingStatistics:
         for router in self._routers:
             router.begin_step(self._losses, loss_scale / self._num_samples)
 
-    def result(self) -> dict[str, Tensor]:
-        """Scalar metrics of the step, the same on all ranks; empty for a model without routers. Collective.
+    @torch.no_grad()
+    def finish_step(self, skipped: Tensor) -> dict[str, Tensor]:
+        """Update the selection biases, and return the metrics of the step. Collective.
+
+        Metrics are scalars, the same on all ranks; none for a model without routers.
+
+        A step whose update the optimizer skips changes no bias either: it would move towards loads of activations that
+        overflowed.
 
         `moe/balance_loss` and `moe/z_loss` are sums over layers of means over samples, without their coefficients;
         `moe/load/N` is the largest number of tokens of an expert of layer N over the mean, `moe/max_load` its maximum
         over layers.
+
+        Args:
+            skipped: 1.0 if the optimizer skipped the update.
         """
         if self._experts is None:
             return {}
@@ -62,6 +76,7 @@ class RoutingStatistics:
         for axis in self._axes:
             all_reduce(sums, self._context.group(axis))
         counts, losses = sums[:, :num_experts], sums[:, num_experts:].sum(0).float() / self._num_samples
+        self._update_biases(counts.long(), skipped)
         loads = (counts.amax(-1) / counts.mean(-1).clamp(min=1e-9)).float()
         return {
             "moe/balance_loss": losses[0],
@@ -69,3 +84,12 @@ class RoutingStatistics:
             "moe/max_load": loads.amax(),
             **{f"moe/load/{layer}": loads[layer] for layer in self._experts.layers(self._num_layers)},
         }
+
+    def _update_biases(self, counts: Tensor, skipped: Tensor) -> None:
+        """Update the biases of this rank's routers; `counts` is int64 `[layers, E]`."""
+        if self._bias_rule.rate == 0.0:
+            return
+        for router in self._routers:
+            bias = router.selection_bias
+            if bias is not None and not router.has_frozen_bias:
+                bias.copy_(updated_bias(bias, counts[router.layer], self._bias_rule).where(skipped == 0, bias))

@@ -38,6 +38,7 @@ from internlm.initialize.stages import (
     state_form,
 )
 from internlm.initialize.tokenizers import data_tokenizer
+from internlm.model.moe.balance import BiasRule
 from internlm.model.moe.router import RouterLosses
 from internlm.model.ops.cpu.gemm import choose_cpu_gemm
 from internlm.model.ops.cross_entropy import linear_cross_entropy
@@ -192,8 +193,9 @@ def build_engine(
     )
     statistics = TypeMetrics(type_names, context.device)
     router_losses = RouterLosses(balance=config.loss.moe_loss_coeff, z=config.loss.moe_z_loss_coeff)
+    bias_rule = BiasRule(config.loss.moe_bias_update_rate, config.loss.moe_bias_centered)
     schedule = build_pipeline_schedule(config)
-    return Engine(chunks, optimizer, context, loss, statistics, schedule, progress, router_losses)
+    return Engine(chunks, optimizer, context, loss, statistics, schedule, progress, router_losses, bias_rule)
 
 
 def build_scaler(config: Config, device: torch.device) -> GradScaler:

@@ -131,7 +131,7 @@ class ModelChoices:
     experts: int = 1
     top_k: int = 2
     shared_experts: int = 0
-    router: Literal["normalized", "plain", "grouped", "sigmoid", "sigmoid_grouped"] = "normalized"
+    router: Literal["normalized", "plain", "grouped", "biased", "sigmoid", "sigmoid_grouped"] = "normalized"
     dense_layers: int = 0
 
 
@@ -156,6 +156,7 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
     "normalized": {},
     "plain": {"normalize_expert_weights": False, "routed_scaling_factor": 1.5},
     "grouped": {"normalize_expert_weights": False, "routed_scaling_factor": 4.0, "n_group": 2, "topk_group": 1},
+    "biased": {"selection_bias": True},
     "sigmoid": {"scoring_func": "sigmoid", "normalize_expert_weights": False},
     "sigmoid_grouped": {
         "scoring_func": "sigmoid",
@@ -163,6 +164,7 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
         "group_score": "top2_sum",
+        "selection_bias": True,
     },
 }
 """Name -> `model.moe_layer_kwargs`, of the forms of routers that families have."""

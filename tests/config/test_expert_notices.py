@@ -30,6 +30,20 @@ MOE = {"model_type": "MIXTRALMOE", "model.num_experts": 8, "model.top_k": 2, "mo
         ({"parallel.expert.size": 2}, 4, []),
         ({"model.num_experts": 1, "model.top_k": 1}, 4, []),
         ({"loss.moe_loss_coeff": 0.0}, 1, ["loss.moe_loss_coeff = 0: nothing balances"]),
+        (
+            {"model.moe_layer_kwargs": {"selection_bias": True}},
+            1,
+            ["model.moe_layer_kwargs.selection_bias = True with loss.moe_bias_update_rate = 0"],
+        ),
+        (
+            {
+                "model.moe_layer_kwargs": {"selection_bias": True},
+                "loss.moe_bias_update_rate": 1e-3,
+                "loss.moe_loss_coeff": 0.0,
+            },
+            1,
+            [],
+        ),
         ({"model.top_k": 1}, 1, ["model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights"]),
         ({"model.top_k": 1, "model.moe_layer_kwargs": {"normalize_expert_weights": False}}, 1, []),
         ({"float8.enable_float8_linear": True}, 1, ["float8.enable_float8_linear = True: routers compute in fp32"]),

@@ -117,21 +117,21 @@ def with_losses_of_ranks_averaged(case: Case) -> RankRecord:
 
 def with_metrics_of_a_part(case: Case) -> RankRecord:
     """Metrics are summed over data ranks, not over tensor ranks."""
-    right = routing_statistics.RoutingStatistics.result
+    right = routing_statistics.RoutingStatistics.finish_step
 
-    def result(self: Any) -> dict[str, torch.Tensor]:
+    def finish_step(self: Any, skipped: torch.Tensor) -> dict[str, torch.Tensor]:
         self._axes = [axis for axis in self._axes if axis != "tensor"]
-        values = right(self)
+        values = right(self, skipped)
         # Ranks agree, on a wrong number.
         for value in values.values():
             torch.distributed.broadcast(value, 0)
         return values
 
-    routing_statistics.RoutingStatistics.result = result  # type: ignore[method-assign]
+    routing_statistics.RoutingStatistics.finish_step = finish_step  # type: ignore[method-assign]
     try:
         return run_case(case, 2)
     finally:
-        routing_statistics.RoutingStatistics.result = right  # type: ignore[method-assign]
+        routing_statistics.RoutingStatistics.finish_step = right  # type: ignore[method-assign]
 
 
 def test_a_balance_loss_of_each_rank_is_found(ranks: Ranks) -> None:

@@ -84,6 +84,13 @@ class MoeLayerConfig(Section):
         changes_outputs=True,
     )
 
+    selection_bias: bool = used_with(
+        False,
+        "Add a bias per expert to its score for the choice alone; see loss.moe_bias_update_rate.",
+        "model.num_experts",
+        changes_outputs=True,
+    )
+
     # Further keys of InternEvo's layers.
     capacity_factor: float | None = later(None, "Capacity of an expert.", _CAPACITY, changes_outputs=True)
     eval_capacity_factor: float | None = later(

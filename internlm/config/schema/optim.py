@@ -82,6 +82,17 @@ class LossConfig(Section):
         "model.num_experts",
         ge=0,
     )
+    moe_bias_update_rate: float = used_with(
+        0.0,
+        "Change of a selection bias in each step, towards equal loads (DeepSeek-V3: 0.001); 0 leaves them as they are.",
+        "model.moe_layer_kwargs.selection_bias",
+        ge=0,
+    )
+    moe_bias_centered: bool = used_with(
+        False,
+        "Subtract the mean over the experts from these changes, so that the biases do not drift.",
+        "loss.moe_bias_update_rate",
+    )
     mtp_loss_coeff: float = later(0.0, "Coefficient of the multi-token loss.", "multi-token prediction", ge=0)
 
 

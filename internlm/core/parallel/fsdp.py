@@ -26,6 +26,7 @@ from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.materialize import materialize
 from internlm.core.parallel.shard_spec import ShardSpec, attach_shard_spec, shard_spec_of
+from internlm.model.moe.router import routers_of
 from internlm.utils.layout_checks import check_fsdp
 
 
@@ -42,8 +43,8 @@ def apply_fsdp(
     gradients over them once per step. Gradients are sums, not means. Weights outside of layers stay gathered from
     the forward to the end of the backward pass, because the head is read in between.
 
-    Scalars, and weights of another dtype than most of their layer (fp32 norms among bf16 matrices), are not sharded. In
-    each backward pass, all ranks must use the same weights.
+    Scalars, weights of another dtype than most of their layer (fp32 norms among bf16 matrices), and selection biases of
+    routers, which no optimizer updates, are not sharded. In each backward pass, all ranks must use the same weights.
 
     Args:
         model: after `parallelize`, before the optimizer is built. With `ParallelOptions.defer_weights`, a rank never
@@ -93,10 +94,14 @@ def _dealt_experts(model: nn.Module) -> set[nn.Parameter]:
 
 
 def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that FSDP does not shard, because they cannot share a flat buffer with the rest of their layer."""
+    """The parameters that FSDP does not shard.
+
+    They cannot share a flat buffer with the rest of their layer, or they are selection biases.
+    """
     layers = layers_of(model)
     inner = {parameter for layer in layers for parameter in layer.parameters()}
     unsharded = {p for layer in layers for p in _not_flattenable(layer.parameters())}
+    unsharded.update(router.selection_bias for router in routers_of([model]) if router.selection_bias is not None)
     return unsharded | _not_flattenable(p for p in model.parameters() if p not in inner)
 
 

@@ -56,7 +56,13 @@ _MIXTRAL_ROUTER = {"feed_forward.router": "block_sparse_moe.gate"}
 
 _PACKED = "self_attn.W_pack"
 
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias|selection_bias|e_score_correction_bias)")
+
+SELECTION_BIAS = "e_score_correction_bias"
+"""Last part of the Hugging Face name of a router's selection bias."""
+
+_RENAMED_TENSORS = {"selection_bias": SELECTION_BIAS, SELECTION_BIAS: "selection_bias"}
+"""Last part of a name -> that in the other direction; those of other tensors are equal."""
 
 _GATE_UP = re.compile(r"(\.feed_forward|\.shared)\.w(1|3|13)\.")
 
@@ -200,7 +206,7 @@ def _rename(name: str, outer: Mapping[str, str], inner: Mapping[str, str], old: 
     """Translate a canonical or transformers name; `old` and `new` are the prefixes of `layers.` before and after."""
     match = _LAYER.fullmatch(name.removeprefix(old))
     if match and match[2] in inner:
-        return f"{new}layers.{match[1]}.{inner[match[2]]}.{match[3]}"
+        return f"{new}layers.{match[1]}.{inner[match[2]]}.{_RENAMED_TENSORS.get(match[3], match[3])}"
     module, _, kind = name.rpartition(".")
     if module in outer:
         return f"{outer[module]}.{kind}"

@@ -10,6 +10,8 @@ the number of tokens then cover valid tokens only.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -121,24 +123,40 @@ def counts_by_sequence(
     return counts.scatter_add_(0, cells.flatten(), ones.flatten()).view(num_sequences, num_experts)
 
 
+@dataclass(frozen=True)
+class BiasRule:
+    """How the selection biases of routers change after each step; see `updated_bias`.
+
+    Attributes:
+        rate: size of the change; DeepSeek-V3 uses 1e-3. 0: they do not change.
+        centers: whether the mean over the experts is subtracted from the change, so that a bias does not drift.
+    """
+
+    rate: float = 0.0
+    centers: bool = False
+
+
 @torch.no_grad()
-def updated_bias(bias: Tensor, counts: Tensor, rate: float, *, centers: bool = False) -> Tensor:
+def updated_bias(bias: Tensor, counts: Tensor, rule: BiasRule) -> Tensor:
     """The selection bias of the next step: b_e + rate sign(mean count - count_e).
 
-    Auxiliary-loss-free balancing, https://arxiv.org/abs/2408.15664, algorithm 1. The sign is computed in integers, so
-    equal counts give equal biases in every layout. It is 0 for an expert at exactly the mean.
+    Auxiliary-loss-free balancing, https://arxiv.org/abs/2408.15664, algorithm 1. The sign, and the mean of the signs,
+    are computed in integers, so equal counts give bit-equal biases in every layout. The sign is 0 for an expert at
+    exactly the mean.
 
     Args:
-        bias: fp32 `[..., E]`.
+        bias: fp32 or float64 `[..., E]`.
         counts: int64 `[..., E]`, tokens of each expert in a whole step, of all micro-batches and ranks.
-        rate: size of the change; DeepSeek-V3 uses 1e-3.
-        centers: whether the mean over the experts is subtracted from the change, so that the bias does not drift.
+        rule: rate, and whether the change is centered.
 
     Returns:
         A new tensor like `bias`.
     """
-    change = (counts.sum(-1, keepdim=True) - counts * counts.shape[-1]).sign().to(bias.dtype) * rate
-    return bias + (change - change.mean(-1, keepdim=True) if centers else change)
+    num_experts = counts.shape[-1]
+    signs = (counts.sum(-1, keepdim=True) - counts * num_experts).sign()
+    if not rule.centers:
+        return bias + signs.to(bias.dtype) * rule.rate
+    return bias + (signs * num_experts - signs.sum(-1, keepdim=True)).to(bias.dtype) * (rule.rate / num_experts)
 
 
 def _only_valid(values: Tensor, valid: Tensor | None) -> Tensor:

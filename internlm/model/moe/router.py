@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.model.initialization import Normal, set_initializer
+from internlm.model.initialization import Normal, Zeros, set_initializer
 from internlm.model.moe.balance import load_balancing_loss, z_loss
 from internlm.model.moe.router_form import RouterForm
 from internlm.model.moe.routing import choose_experts, expert_distribution, probabilities, weights_of
@@ -55,6 +55,9 @@ class Router(nn.Module):
 
     Attributes:
         weight: fp32 (float64 in a float64 model) `[E, h]`.
+        selection_bias: `[E]`, in the dtype of `weight`; None if the form has none. It has no gradient: the rule of
+            `balance.updated_bias` changes it between steps.
+        has_frozen_bias: the rule does not change the selection bias.
         layer: number of the layer.
         sum_over_sample: sums a tensor over the ranks that have the other tokens of a sample.
         num_sharing: number of these ranks.
@@ -67,6 +70,11 @@ class Router(nn.Module):
         dtype = torch.promote_types(architecture.dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(form.num_experts, architecture.hidden_size, dtype=dtype))
         set_initializer(self.weight, Normal(architecture.init.ffn_other))
+        self.selection_bias: nn.Parameter | None = None
+        self.has_frozen_bias = False
+        if form.has_bias:
+            self.selection_bias = nn.Parameter(torch.empty(form.num_experts, dtype=dtype), requires_grad=False)
+            set_initializer(self.selection_bias, Zeros())
         self.sum_over_sample: Callable[[Tensor], Tensor] = lambda tensor: tensor
         self.num_sharing = 1
         self._losses: RouterLosses | None = None
@@ -82,7 +90,7 @@ class Router(nn.Module):
 
         # In one operator that recomputation never repeats: a second choice could differ, and would be counted twice.
         def choose() -> list[Tensor]:
-            experts = choose_experts(chosen, self.form)
+            experts = choose_experts(chosen, self.form, self.selection_bias)
             chosen_experts = experts.flatten()
             # Not bincount, which waits for the largest value.
             own = chosen_experts.new_zeros(self.form.num_experts)

@@ -74,6 +74,7 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
             scores=keys.scoring_func,
             normalizes=keys.normalize_expert_weights,
             scale=keys.routed_scaling_factor,
+            has_bias=keys.selection_bias,
             num_groups=keys.n_group,
             top_groups=keys.topk_group if keys.n_group > 1 else 1,
             group_score=keys.group_score,

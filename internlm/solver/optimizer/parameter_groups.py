@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from internlm.core.parallel.shard_spec import shard_spec_of
+from internlm.model.moe.router import routers_of
 from internlm.utils.errors import ConfigError, nearest
 
 
@@ -71,12 +72,18 @@ def options_of(
     return GroupOptions(default if group.weight_decay is None else group.weight_decay, group.lr_factor)
 
 
-def freeze_parameters(chunks: Iterable[nn.Module], groups: Sequence[ParameterGroup]) -> None:
-    """Clear `requires_grad` of the parameters of frozen groups; before FSDP is applied and the optimizer is built."""
+def freeze_parameters(chunks: Sequence[nn.Module], groups: Sequence[ParameterGroup]) -> None:
+    """Clear `requires_grad` of the parameters of frozen groups; before FSDP is applied and the optimizer is built.
+
+    A selection bias, which never requires a gradient, is frozen by its router.
+    """
     for chunk in chunks:
         for parameter in chunk.parameters():
             if is_frozen(shard_spec_of(parameter).name, groups):
                 parameter.requires_grad_(False)
+    for router in routers_of(chunks):
+        bias = router.selection_bias
+        router.has_frozen_bias = bias is not None and is_frozen(shard_spec_of(bias).name, groups)
 
 
 def check_frozen(trained: Iterable[nn.Parameter], groups: Sequence[ParameterGroup]) -> None:

@@ -37,11 +37,16 @@ def test_there_and_back(model_type: str, layout: Layout, fused: bool, interleave
     keys: dict[str, Any] = {"enable_qkv_fusion": fused, "mlp_layer_fusion": fused, "qk_interleaved": interleaved}
     if model_type.endswith("MOE"):
         keys |= EXPERTS | {"num_shared_experts": 2 if model_type == "QWEN2MOE" else 0}
+        keys["moe_layer_kwargs"] = {"selection_bias": model_type == "QWEN3MOE"}
     model = tiny_model(model_type, norm_head=False, **keys, **GQA)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     state = model.state_dict()
-    back = from_hf(to_hf(state, model.architecture, layout), model.architecture, layout)
+    theirs = to_hf(state, model.architecture, layout)
+    if model_type == "QWEN3MOE":
+        gate = "block_sparse_moe" if layout == "mixtral" else "mlp"
+        assert f"model.layers.1.{gate}.gate.e_score_correction_bias" in theirs
+    back = from_hf(theirs, model.architecture, layout)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from internlm.model.moe.balance import (
+    BiasRule,
     counts_by_sequence,
     load_balancing_loss,
     sequence_balancing_loss,
@@ -271,7 +272,7 @@ def test_bias_of_megatron(megatron: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     counts = torch.randint(0, 9, (3, E), generator=torch.Generator().manual_seed(0))
     bias = random(3, E, dtype=torch.float32)
     theirs = megatron.get_updated_expert_bias(counts, bias, 1e-3)
-    assert torch.equal(updated_bias(bias, counts, 1e-3), theirs) and not torch.equal(theirs, bias)
+    assert torch.equal(updated_bias(bias, counts, BiasRule(1e-3)), theirs) and not torch.equal(theirs, bias)
 
 
 # -- the bias rule --------------------------------------------------------------------------------------------------
@@ -286,14 +287,14 @@ def test_bias_rule_equals_the_formula(counts: list[int], centers: bool) -> None:
     mean = statistics.fmean(signs) if centers else 0.0
     truth = [0.5 + 0.125 * (sign - mean) for sign in signs]
     bias = torch.full((len(counts),), 0.5)
-    new = updated_bias(bias, torch.tensor(counts), 0.125, centers=centers)
+    new = updated_bias(bias, torch.tensor(counts), BiasRule(0.125, centers))
     assert new.tolist() == pytest.approx(truth, abs=1e-6) and new.dtype == torch.float32
     assert bias.tolist() == [0.5] * len(counts)
 
 
 def test_centred_bias_keeps_its_mean_and_layers_stay_apart() -> None:
     counts = torch.tensor([[9, 1, 1, 1], [3, 3, 3, 3]])
-    bias = updated_bias(torch.zeros(2, 4), counts, 1e-3, centers=True)
+    bias = updated_bias(torch.zeros(2, 4), counts, BiasRule(1e-3, centers=True))
     torch.testing.assert_close(bias, torch.tensor([[-1.5e-3, 5e-4, 5e-4, 5e-4], [0.0] * 4]))
 
 
@@ -306,7 +307,7 @@ def test_bias_balances_a_skewed_router(centers: bool) -> None:
     for _ in range(200):
         counts = counts_of(choose_experts(scores, form, bias))
         violations.append(counts.max().item() / (500 * K / E) - 1)
-        bias = updated_bias(bias, counts, 1e-2, centers=centers)
+        bias = updated_bias(bias, counts, BiasRule(1e-2, centers))
     assert violations[0] > 1 and max(violations[-10:]) < 0.1
 
 
@@ -324,4 +325,4 @@ def test_losses_wait_for_no_device() -> None:
         total = total + z_loss(logits, num_tokens, valid=valid)
         total = total + sequence_balancing_loss(scores, counts, sequences, num_tokens, valid=valid)
         total.backward()
-        assert updated_bias(torch.zeros(E), counts.sum(0), 1e-3).shape == (E,)
+        assert updated_bias(torch.zeros(E), counts.sum(0), BiasRule(1e-3)).shape == (E,)

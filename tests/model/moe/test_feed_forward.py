@@ -146,3 +146,17 @@ def test_a_router_is_in_fp32_whatever_the_model() -> None:
     layer = layer_of("QWEN3MOE", dtype="torch.bfloat16")
     assert layer.router.weight.dtype == torch.float32 and layer.experts.w13.dtype == torch.bfloat16
     assert layer(torch.randn(1, 3, H).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_selection_bias_changes_choices_alone() -> None:
+    layer = layer_of("QWEN3MOE", moe_layer_kwargs={"selection_bias": True})
+    bias = layer.router.selection_bias
+    assert bias is not None and not bias.requires_grad and bias.dtype == torch.float64
+    x = torch.randn(9, H, dtype=torch.float64)
+    bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0, 9.0]))
+    experts, weights, _ = layer.router(x)
+    assert experts.tolist() == [[4, 3]] * 9
+    scores = (x @ layer.router.weight.T).softmax(-1)[:, [4, 3]]
+    torch.testing.assert_close(weights, scores / scores.sum(-1, keepdim=True))
+    half = layer_of("QWEN3MOE", dtype="torch.bfloat16", moe_layer_kwargs={"selection_bias": True}).router
+    assert half.selection_bias is not None and half.selection_bias.dtype == torch.float32
