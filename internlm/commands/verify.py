@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from internlm.commands.config_options import add_config_options
 from internlm.config.loader import load_config
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dtype",
         action="store_true",
-        help="compute in model.dtype (default: float32, which exposes small defects; with float8 or experts: float64)",
+        help="compute in model.dtype (default: float32, which exposes small defects; with float8 or experts: float64); "
+        "experts are then those of one process, as rounding may change the choice of a router",
     )
     parser.add_argument("--matrix", action="store_true", help="compare a built-in matrix of layouts, not a config")
     parser.add_argument("--full", action="store_true", help="with --matrix: all layouts, not a pairwise covering")
@@ -81,6 +83,8 @@ def _compare_config(options: argparse.Namespace) -> int:
         for case in cases:
             layout = to_text(LayoutChoices.of(case.config)) or "data parallel"
             numerics = "; float8, in float64" if case.config.float8.enable_float8_linear else ""
+            if case.needs_replay:
+                numerics += f"; {case.config.model.dtype.removeprefix('torch.')}, with the routing of one process"
             print(f"{case.world_size} rank(s), {layout}{numerics}", flush=True)
             verdict = _verdict(case, options.steps, ranks, single, {})
             if verdict.steps:
@@ -131,6 +135,10 @@ def _verdict(case: Case, steps: int, ranks: LocalRanks, single: LocalRanks, refe
     """Run a case and, unless `references` already has it, its reference."""
     reference = case.reference()
     try:
+        if case.needs_replay:
+            with TemporaryDirectory() as folder:
+                expected = single.run(reference.with_routing(Path(folder), write=True), steps)
+                return judge(case, ranks.run(case.with_routing(Path(folder)), steps), expected)
         if reference.fingerprint not in references:
             references[reference.fingerprint] = single.run(reference, steps)
         return judge(case, ranks.run(case, steps), references[reference.fingerprint])

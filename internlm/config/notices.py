@@ -110,6 +110,11 @@ def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> It
             "model.moe_layer_kwargs.selection_bias = True with loss.moe_bias_update_rate = 0: the biases stay as they "
             "are loaded, and 0 in a new model"
         )
+    if config.moe.replay.read is not None:
+        yield (
+            f"moe.replay.read = {config.moe.replay.read!r}: training takes the experts of every token from these "
+            "files, and ignores the routers' own choice; validation is not replayed"
+        )
     if config.loss.moe_loss_coeff == 0 and not (has_bias and rate):
         yield (
             "loss.moe_loss_coeff = 0: nothing balances the load of the experts; moe/max_load in the metrics shows how "

@@ -29,6 +29,7 @@ LATER_FAMILIES = {
 LATER_KEYS = {
     "model.num_self_decoder_layers": "models of self- and cross-decoder layers",
     "model.num_cross_decoder_layers": "models of self- and cross-decoder layers",
+    "moe.[!r]*": "MegaBlocks (use model.num_experts instead)",
 }
 """Patterns of InternEvo's keys for features that this version lacks altogether."""
 

@@ -206,7 +206,9 @@ class Engine:
         uploads = self._uploader.start(batch.micro_batches)
 
         def forward(number: int, chunk: int, received: Tensor | None) -> Tensor:
-            output = self._forward(uploads[number].get(), chunk, received, self.statistics)
+            micro = uploads[number].get()
+            self.routing.begin_micro_batch(number, (micro.input_ids.shape[0], micro.input_ids.shape[1]))
+            output = self._forward(micro, chunk, received, self.statistics)
             if not self._is_last(chunk):
                 return output
             loss_sum.add_(output.detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ from internlm.model.moe.balance import BiasRule, updated_bias
 from internlm.model.moe.router import RouterLosses, routers_of
 
 
+class Replay(Protocol):
+    """Writes or reads the choices of routers; see `internlm.core.routing_replay`."""
+
+    def begin_micro_batch(self, number: int, shape: tuple[int, int]) -> None:
+        """Called before the forward pass of a micro-batch of this data rank, `[B, S]`."""
+
+
 class RoutingStatistics:
     """The routers of a model in training.
 
@@ -22,6 +30,11 @@ class RoutingStatistics:
         context: this rank's position and process groups.
         losses: coefficients of the routers' losses.
         bias_rule: how selection biases change.
+
+    Attributes:
+        num_micro_batches: of each data rank in this step.
+        micro_batch: number of the one whose forward pass runs.
+        replay: of the routers' choices; None: they are neither written nor read.
     """
 
     def __init__(
@@ -39,6 +52,9 @@ class RoutingStatistics:
         if parallel_of(chunks[0]).residual_axis is not None or context.layout.splits_tokens_of_routers:
             self._axes.append("tensor")
         self._num_samples = 1
+        self.num_micro_batches = 1
+        self.micro_batch = 0
+        self.replay: Replay | None = None
 
     def begin_step(self, num_micro_batches: int, loss_scale: Tensor) -> None:
         """Start to count.
@@ -47,9 +63,16 @@ class RoutingStatistics:
             num_micro_batches: of each data rank in this step.
             loss_scale: scalar fp32, factor on the loss in backward.
         """
+        self.num_micro_batches = num_micro_batches
         self._num_samples = num_micro_batches * self._context.size("data")
         for router in self._routers:
             router.begin_step(self._losses, loss_scale / self._num_samples)
+
+    def begin_micro_batch(self, number: int, shape: tuple[int, int]) -> None:
+        """Start the forward pass of a micro-batch of this data rank, `[B, S]`, in one chunk."""
+        self.micro_batch = number
+        if self.replay is not None:
+            self.replay.begin_micro_batch(number, shape)
 
     @torch.no_grad()
     def finish_step(self, skipped: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook
+from internlm.core.routing_replay import RoutingReplay
 from internlm.data.loaders.train_loader import TrainLoader
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.flops import flops_per_token, peak_flops
@@ -48,6 +49,7 @@ def build_hooks(
     collector = MetricsCollector(Throughput(context.world_size, flops), progress_at=train_loader.progress_at)
     hooks: list[Hook] = [GarbageCollectionHook(config.data.empty_cache_and_diag_interval)]
     hooks.append(ConsoleHook(collector, config.monitor.log_every, config.monitor.log_format))
+    hooks += routing_replays(config, engine)
     if config.monitor.metrics_file:
         hooks.append(MetricsFileHook(collector))
     if config.enable_tb:
@@ -76,6 +78,15 @@ def build_hooks(
     user_hooks = build_user_hooks(config.hooks)
     check_names(hooks, user_hooks)
     return [*hooks, *user_hooks]
+
+
+def routing_replays(config: Config, engine: Engine) -> list[Hook]:
+    """The hook that writes or reads the routing of experts, if the config asks for one."""
+    write, read = (
+        None if folder is None else Path(folder.removeprefix("local:"))
+        for folder in (config.moe.replay.write, config.moe.replay.read)
+    )
+    return [RoutingReplay(engine, write=write, read=read)] if write or read else []
 
 
 def build_health(config: Config, collector: MetricsCollector, engine: Engine, train_loader: TrainLoader) -> HealthHook:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from internlm.config.rules import find_problems
 from internlm.config.schema import Config
@@ -80,6 +83,15 @@ class Case:
         keys = {"hybrid_zero_optimizer.offload_optimizer": False}
         config = changed(self.config, {**LayoutChoices().keys(), **_micro_num(self.num_micro_batches), **keys})
         return replace(self, config=config, world_size=1)
+
+    @property
+    def needs_replay(self) -> bool:
+        """Whether rounding may change the experts of a token, so that only runs with equal routing are comparable."""
+        return self.config.model.num_experts > 1 and self.config.model.torch_dtype != torch.float64
+
+    def with_routing(self, folder: Path, *, write: bool = False) -> Case:
+        """The same run, with routing that is read from a folder, or written to it."""
+        return replace(self, config=changed(self.config, {f"moe.replay.{'write' if write else 'read'}": str(folder)}))
 
     @property
     def fingerprint(self) -> str:

@@ -15,6 +15,7 @@ from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.step_metrics import StepMetrics
 from internlm.core.trainer import Trainer
 from internlm.initialize.build import build_engine, build_layout, set_numerics
+from internlm.initialize.build_hooks import routing_replays
 from internlm.initialize.stages import build_chunks
 from internlm.verify.batches import CaseBatches
 from internlm.verify.case import Case
@@ -51,11 +52,13 @@ class CaseRun:
 
     def __init__(self, case: Case, context: ParallelContext) -> None:
         config = case.config
+        engine = build_engine(config, context, build_chunks(config, context), type_names=["all"])
         self.trainer = Trainer(
-            build_engine(config, context, build_chunks(config, context), type_names=["all"]),
+            engine,
             CaseBatches(case, context.index("data"), context.size("data")),
             total_steps=0,
             lr=lambda step: config.adam.lr,
+            hooks=routing_replays(config, engine),
         )
         self.recorder = Recorder(self.trainer)
 

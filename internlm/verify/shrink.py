@@ -35,8 +35,8 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
     The ratio of query to key-value heads is kept up to 4, or up to what gives each rank a query head. The number of
     key-value heads stays below the tensor size, or a multiple of it, as before. A vocabulary that the ranks do not
     divide evenly stays indivisible. Learning rate and epsilon of the optimizer are those of `case.py`. A budget of
-    activations, which so small a model never exceeds, is removed. Parameter groups are kept if they match a parameter
-    of the small model.
+    activations, which so small a model never exceeds, is removed, and so are files of routing. Parameter groups are
+    kept if they match a parameter of the small model.
 
     Args:
         config: a checked config.
@@ -78,6 +78,7 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
         "adam.adam_eps": ADAM_EPSILON,
         "lr_scheduler.eta_min": 0.0,
         "float8.enable_float8_linear": False,
+        "moe.replay": {},
     }
     if model.sliding_window is not None:
         keys["model.sliding_window"] = WINDOW

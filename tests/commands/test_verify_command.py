@@ -45,6 +45,20 @@ def test_equal_layouts_end_with_0_and_a_table_each(tmp_path: Path, capsys: pytes
         assert [line.split()[0] for line in lines[2:4]] == ["1", "2"]
 
 
+EXPERTS = """
+model_type = "QWEN3MOE"
+model.update(num_experts=8, top_k=2, moe_type="Dropless", dtype="torch.bfloat16")
+"""
+
+
+def test_experts_in_bf16_are_compared_at_equal_routing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, EXPERTS)
+    code = verify("--config", config, "--world-size", 2, "--steps", 2, "--layout", "expert=2", "--keep-dtype")
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert "2 rank(s), expert=2; bfloat16, with the routing of one process" in output
+
+
 FLOAT8 = """
 model.update(hidden_size=64, intermediate_size=96, dtype="torch.bfloat16")
 float8 = dict(enable_float8_linear=True, first_and_last_layer=True)

@@ -34,11 +34,8 @@ def value_of(config, path):
 
 
 def test_every_key_that_names_a_path_is_one():
-    named = {
-        path
-        for path, field in walk_schema(Config)
-        if re.search(r"(folder|_path|_file|\.path|chat_template)$", path) and "str" in str(field.annotation)
-    }
+    ends = r"(folder|_path|_file|\.path|chat_template|replay\.(read|write))$"
+    named = {path for path, field in walk_schema(Config) if re.search(ends, path) and "str" in str(field.annotation)}
     paths = {path for path, field in walk_schema(Config) if is_path(field)}
     assert named - NO_PATHS == paths
     assert len(paths) > 10
@@ -55,6 +52,12 @@ def test_home_folders_are_expanded_in_every_path(load, tmp_path):
     rows = ("data.type=streaming", "data.train_folder=a", "data.tokenizer_path=b")
     conversations = load(*rows, "data.conversations={'chat_template': '~/t'}").config.data.conversations
     assert conversations.chat_template == f"{tmp_path}/home/t"
+    # Which are for experts, and of which there is one.
+    experts = ("model_type=MIXTRALMOE", "model.num_experts=2", "model.moe_type=Dropless")
+    for name in ("read", "write"):
+        paths.remove(f"moe.replay.{name}")
+        replay = load(*experts, f"moe.replay.{name}=~/r").config.moe.replay
+        assert getattr(replay, name) == f"{tmp_path}/home/r"
     values = {path: f"~/{path}" for path in paths}
     # Another name of a key must not contradict it.
     values["data.dataset_folder"] = values["data.train_folder"]

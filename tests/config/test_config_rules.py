@@ -115,6 +115,12 @@ CASES = [
     ({"parallel.expert.size": 2}, 4, "parallel.expert.size"),
     ({"parallel.expert_weight.size": 2}, 4, "parallel.expert_weight.size"),
     ({"parallel.expert.size": 1}, 4, None),
+    ({**MOE, "moe.replay.write": "routing"}, 4, None),
+    ({**MOE, "moe.replay.read": "local:routing"}, 4, None),
+    ({"moe.replay.write": "routing"}, 4, "moe.replay.write"),
+    ({"moe.replay.read": "routing"}, 4, "moe.replay.read"),
+    ({**MOE, "moe.replay.write": "s3://routing"}, 4, "moe.replay.write"),
+    ({**MOE, "moe.replay.write": "routing", "moe.replay.read": "routing"}, 4, "moe.replay.write"),
     # 21.
     (
         {TWO + "enable": True, TWO + "head_size": 2, TWO + "context_size": 4, "data.use_packed_dataset": False},

@@ -47,6 +47,8 @@ MOE = {"model_type": "MIXTRALMOE", "model.num_experts": 8, "model.top_k": 2, "mo
         ({"model.top_k": 1}, 1, ["model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights"]),
         ({"model.top_k": 1, "model.moe_layer_kwargs": {"normalize_expert_weights": False}}, 1, []),
         ({"float8.enable_float8_linear": True}, 1, ["float8.enable_float8_linear = True: routers compute in fp32"]),
+        ({"moe.replay.write": "routing"}, 1, []),
+        ({"moe.replay.read": "routing"}, 1, ["moe.replay.read = 'routing': training takes the experts of every token"]),
         ({"model.compile": True}, 1, ["model.compile = True: routers and routed experts are not compiled"]),
     ],
     ids=str,
@@ -55,7 +57,9 @@ def test_notices(changes: dict[str, Any], world_size: int, begins: list[str]) ->
     def told(keys: dict[str, Any]) -> list[str]:
         return list(find_notices(small_config(keys), lambda path: None, world_size))
 
-    dense = {key: value for key, value in changes.items() if not key.startswith(("model.top_k", "model.moe", "loss"))}
+    dense = {
+        key: value for key, value in changes.items() if not key.startswith(("model.top_k", "model.moe", "loss", "moe."))
+    }
     others = told({**dense, "model.num_experts": 1})
     found = [line for line in told({**MOE, **changes}) if line not in others]
     assert len(found) == len(begins), found

@@ -5,7 +5,7 @@ import torch
 from helpers.internevo_configs import is_difference
 
 from internlm.config.loader import load_config
-from internlm.config.schema import Config
+from internlm.config.schema import Config, MoeConfig
 from internlm.config.schema.base import key_info, section_class
 from internlm.initialize.build import build_scaler, check_buildable
 from internlm.utils.errors import ConfigError
@@ -71,7 +71,7 @@ def at(config, path):
         ("ckpt.auto_resume=None", True, "ckpt.auto_resume = None is read as its default"),
         ("ckpt.stop_file_path=''", None, "ckpt.stop_file_path = '' is read as None"),
         ("tensorboard_folder=''", None, "tensorboard_folder = '' is read as None"),
-        ("moe=dict()", {}, None),
+        ("moe=dict()", MoeConfig(), None),
         ("fp8=None", None, None),
     ],
 )

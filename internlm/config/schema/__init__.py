@@ -3,7 +3,8 @@
 from internlm.config.schema.base import Section
 from internlm.config.schema.ckpt import CkptConfig, LoadCkptInfo, UniversalCkptConfig
 from internlm.config.schema.data import BlendEntryConfig, DataConfig, FimConfig
-from internlm.config.schema.model import InjectInfoConfig, ModelConfig, RopeScalingConfig
+from internlm.config.schema.model import InjectInfoConfig, ModelConfig, MoeLayerConfig, RopeScalingConfig
+from internlm.config.schema.moe import MoeConfig, MoeReplayConfig
 from internlm.config.schema.optim import (
     AdamConfig,
     Beta2SchedulerConfig,
@@ -65,7 +66,9 @@ __all__ = [
     "LossConfig",
     "LrSchedulerConfig",
     "ModelConfig",
+    "MoeConfig",
     "MoeLayerConfig",
+    "MoeReplayConfig",
     "MonitorConfig",
     "OptimizerConfig",
     "ParallelConfig",

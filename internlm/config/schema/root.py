@@ -10,6 +10,7 @@ from internlm.config.schema.base import PathText, Section, key, later, no_effect
 from internlm.config.schema.ckpt import CkptConfig
 from internlm.config.schema.data import DataConfig
 from internlm.config.schema.model import ModelConfig
+from internlm.config.schema.moe import MoeConfig
 from internlm.config.schema.optim import (
     AdamConfig,
     Beta2SchedulerConfig,
@@ -60,6 +61,7 @@ class Config(Section):
     cpu_offloading: CpuOffloadingConfig = section(CpuOffloadingConfig, "Activations in host memory.")
     float8: Float8Config = section(Float8Config, "GEMMs in float8.")
     hf: HfConfig = section(HfConfig, "A Hugging Face model class by import path.")
+    moe: MoeConfig = section(MoeConfig, "Tools for mixtures of experts.")
     hooks: list[Any] = key(
         [],
         "Your own hooks, called in this order after the built-in ones: import paths such as 'package.module.Class', "
@@ -104,12 +106,6 @@ class Config(Section):
     TENSOR_SHAPE: Any = no_effect(None, "Shape of pipeline messages.", "every stage computes the shapes")
     fsdp_wrap_cls: list[dict[str, str]] | None = no_effect(
         None, "Classes that FSDP wraps, as dict(mod, mod_cls).", "FSDP wraps each layer, and the rest of the model"
-    )
-    moe: dict[str, Any] | None = later(
-        None,
-        "Arguments of MegaBlocks, as some configs of InternEvo have them.",
-        "MegaBlocks (use model.num_experts instead)",
-        accepts=({},),
     )
     fp8: dict[str, Any] | None = later(
         None, "InternEvo's Transformer Engine.", "fp8 by Transformer Engine (use float8 instead)", accepts=({},)

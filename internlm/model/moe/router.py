@@ -61,6 +61,7 @@ class Router(nn.Module):
         layer: number of the layer.
         sum_over_sample: sums a tensor over the ranks that have the other tokens of a sample.
         num_sharing: number of these ranks.
+        replay: chosen experts `[T, k]` -> the experts that are used instead in training; None: the chosen ones.
     """
 
     def __init__(self, architecture: Architecture, form: RouterForm, layer: int) -> None:
@@ -77,6 +78,7 @@ class Router(nn.Module):
             set_initializer(self.selection_bias, Zeros())
         self.sum_over_sample: Callable[[Tensor], Tensor] = lambda tensor: tensor
         self.num_sharing = 1
+        self.replay: Callable[[Tensor], Tensor] | None = None
         self._losses: RouterLosses | None = None
         self._sample_weight: Tensor | None = None
         self._sums: Tensor | None = None
@@ -91,6 +93,8 @@ class Router(nn.Module):
         # In one operator that recomputation never repeats: a second choice could differ, and would be counted twice.
         def choose() -> list[Tensor]:
             experts = choose_experts(chosen, self.form, self.selection_bias)
+            if is_training and self.replay is not None:
+                experts = self.replay(experts)
             chosen_experts = experts.flatten()
             # Not bincount, which waits for the largest value.
             own = chosen_experts.new_zeros(self.form.num_experts)

@@ -1,0 +1,87 @@
+"""Files of chosen experts: one array per step and layer, the same for every layout and framework.
+
+`FOLDER/step-N/layer-L.npy` (NumPy's format), N counted from 1 and L from 0 over all layers of the model, is an array of
+integers `[rows, positions, k]`: the experts of each position in each row of the global batch. Micro-batches are
+consecutive, those of data rank 0 first, and each contributes its rows in order: `micro_bsz` of them, of `seq_len`
+positions, or one packed row of `packed_length`. Padding has experts too. The order of the k experts of a token has no
+meaning beyond the order of their sum.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internlm.utils.errors import DataError
+
+
+def path_of_step(folder: Path, step: int) -> Path:
+    """The folder of one step."""
+    return folder / f"step-{step}"
+
+
+def path_of_routing(folder: Path, step: int, layer: int) -> Path:
+    """The file of one layer in one step."""
+    return path_of_step(folder, step) / f"layer-{layer}.npy"
+
+
+def save_routing(path: Path, experts: NDArray[np.integer]) -> None:
+    """Write chosen experts, `[rows, positions, k]`; the file gets its name when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("wb") as file:
+        np.save(file, experts.astype(np.int16 if experts.max(initial=0) < 2**15 else np.int32))
+    os.replace(partial, path)
+
+
+def load_routing(
+    path: Path, shape: tuple[int, int, int], num_experts: int, rows: slice, positions: slice
+) -> NDArray[np.int64]:
+    """Read a part of the chosen experts of a layer; only this part is read from the disk and checked.
+
+    Args:
+        path: from `path_of_routing`.
+        shape: `[rows, positions, k]` of the whole array.
+        num_experts: of the layer.
+        rows, positions: the part.
+
+    Returns:
+        `[rows, positions, k]` of the part.
+
+    Raises:
+        DataError: the file does not exist, cannot be read or has another shape, or a token has an expert that does not
+            exist or the same one twice.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} does not exist: moe.replay.read needs the routing of every layer and step of the run; write it "
+            "with moe.replay.write and the same data, or train fewer steps"
+        ) from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is not a readable .npy file of routing ({error}); write it again") from error
+    if array.dtype.kind not in "iu" or array.shape != shape:
+        raise DataError(
+            f"{path} has {array.dtype} {list(array.shape)}, and this run needs integers {list(shape)}: rows of the "
+            "global batch, positions of a row, experts of a token; use the same model and batches as the run that "
+            "wrote it"
+        )
+    part = array[rows, positions].astype(np.int64)
+    wrong = (part < 0) | (part >= num_experts)
+    in_order = np.sort(part, axis=-1)
+    repeated = (in_order[..., 1:] == in_order[..., :-1]).any(-1)
+    for found, problem in (
+        (wrong.any(-1), f"an expert that is not one of 0 to {num_experts - 1}"),
+        (repeated, "the same expert twice"),
+    ):
+        if found.any():
+            row, position = (int(each) for each in np.argwhere(found)[0])
+            raise DataError(
+                f"{path}: row {(rows.start or 0) + row}, position {(positions.start or 0) + position} has "
+                f"{problem}: {part[row, position].tolist()}; write the file again"
+            )
+    return part
