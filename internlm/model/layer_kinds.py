@@ -43,9 +43,9 @@ class LayerKind:
     """
 
     name: str
-    attention: SubBlock = standard_attention
-    feed_forward: SubBlock = standard_feed_forward
-    roles: Mapping[str, Role] = field(default_factory=dict)
+    attention: SubBlock = field(default=standard_attention, compare=False)
+    feed_forward: SubBlock = field(default=standard_feed_forward, compare=False)
+    roles: Mapping[str, Role] = field(default_factory=dict, compare=False)
 
 
 def expert_layers(settings: ExpertSettings, num_layers: int) -> dict[int, LayerKind]:

@@ -46,6 +46,5 @@ def function(a: Architecture) -> dict[str, Any]:
     values = {field.name: getattr(a, field.name) for field in dataclasses.fields(a) if field.name not in INDIFFERENT}
     # A default rope does not look at the length of pretraining.
     used = {} if a.rope.rope_type in ("llama3", "yarn", "dynamic") else {"max_positions": 0, "factor": 1.0}
-    values["layer_kinds"] = {number: kind.name for number, kind in a.layer_kinds.items()}
     values["rope"] = dataclasses.replace(a.rope, interleaved=False, **used)
     return values

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from helpers.configs import small_config
 
+from internlm.model.architecture import Architecture
 from internlm.model.moe.settings import expert_settings
 from internlm.utils.errors import ConfigError
 
@@ -48,3 +49,10 @@ def test_contradictions(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         expert_settings(config, "sigmoid")
     assert str(error.value) == message
+
+
+def test_equal_configs_give_equal_architectures() -> None:
+    models = [small_config({**MOE}).model for _ in range(2)]
+    one, other = (Architecture.resolve(config, shared_mix="sigmoid") for config in models)
+    assert one == other
+    assert one != Architecture.resolve(models[0].model_copy(update={"mlp_only_layers": (0,)}), shared_mix="sigmoid")
