@@ -93,7 +93,7 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
 PARTS_OF_EXPERTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "layout": {"expert": (1, 2, 2, 4, 8), "expert_zero": (-1, -1, 1, 2)},
     "model": {
-        "family": ("QWEN3MOE", "QWEN2MOE", "MIXTRALMOE", "INTERNLM_MoE"),
+        "family": ("QWEN3MOE", "QWEN2MOE", "MIXTRALMOE", "INTERNLM_MoE", "GLM4_MOE"),
         "experts": (2, 4, 4, 6, 8, 16, 64),
         "top_k": (1, 2, 2, 3, 4),
         "shared_experts": (0, 1, 2),

@@ -7,6 +7,7 @@ our models.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -200,6 +201,10 @@ class HfWeights:
         self._layout = folder.layout
         self._architecture = architecture
         entries = {name: entry for name, entry in folder.entries.items() if not is_buffer(name)}
+        if folder.config.get("num_nextn_predict_layers"):
+            # Layers of multi-token prediction, which follow those of the model.
+            num_layers = architecture.num_layers
+            entries = {name: entry for name, entry in entries.items() if _layer_of(name) < num_layers}
         self._check_buffers([name for name in folder.entries if is_buffer(name)])
         groups = weight_groups(meta_weights(architecture), architecture, self._layout)
         needed = {name: tensor for group in groups for name, tensor in group.theirs.items()}
@@ -282,6 +287,12 @@ class HfWeights:
         elif head not in entries and embedding in entries:
             return {head: embedding}
         return {}
+
+
+def _layer_of(name: str) -> int:
+    """Number of the layer of a weight; -1 for weights outside of layers."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def side_files(folder: StoragePath) -> dict[str, bytes]:

@@ -43,6 +43,7 @@ class FamilyDefaults:
         activation: of the feed-forward gate.
         unit_offset_norm: norms scale by 1 + weight.
         scale_embedding: embeddings are multiplied by sqrt(hidden_size).
+        partial_rotary_factor: share of the channels of a head that rotate.
         sliding_window: layers have a window whenever its size is given, even without `use_sliding_window`.
     """
 
@@ -57,6 +58,7 @@ class FamilyDefaults:
     activation: Activation = "silu"
     unit_offset_norm: bool = False
     scale_embedding: bool = False
+    partial_rotary_factor: float = 1.0
     sliding_window: bool = False
 
 
@@ -175,8 +177,13 @@ class Architecture:
                 f"({num_heads}); change one of them, or set model.head_dim"
             )
         head_dim = _pick(config.head_dim, config.hidden_size // num_heads)
-        if head_dim % 2:
-            mistakes.append(f"the head dimension ({head_dim}) must be even: rotary embedding rotates pairs of channels")
+        rotary_factor = _pick(config.partial_rotary_factor, family.partial_rotary_factor)
+        rotary_dim = int(head_dim * rotary_factor)
+        if rotary_dim % 2 or not rotary_dim:
+            part = "" if rotary_factor == 1 else f" times model.partial_rotary_factor ({rotary_factor})"
+            mistakes.append(
+                f"the head dimension ({head_dim}){part} must be even: rotary embedding rotates pairs of channels"
+            )
         if config.add_unit_offset not in (None, family.unit_offset_norm):
             mistakes.append(f"model.add_unit_offset: this model_type has {family.unit_offset_norm}; leave the key out")
         if config.use_swiglu not in (None, family.activation == "silu"):
@@ -211,7 +218,7 @@ class Architecture:
             norm_dtype=norm_dtype or config.torch_dtype,
             unit_offset_norm=family.unit_offset_norm,
             activation=family.activation,
-            rope=_rope_settings(config, head_dim),
+            rope=_rope_settings(config, rotary_dim),
             max_position_embeddings=config.max_position_embeddings,
             windows=_windows(config, family),
             tie_word_embeddings=_pick(config.tie_word_embeddings, family.tie_word_embeddings) and not config.is_reward,
@@ -274,9 +281,9 @@ def save_policies(config: ModelConfig) -> tuple[SavePolicy, ...]:
     )
 
 
-def _rope_settings(config: ModelConfig, head_dim: int) -> RopeSettings:
+def _rope_settings(config: ModelConfig, rotary_dim: int) -> RopeSettings:
     plain = RopeSettings(
-        head_dim=head_dim,
+        head_dim=rotary_dim,
         base=config.rope_base,
         rope_type="dynamic" if config.use_dynamic_ntk_rope else "default",
         max_positions=config.max_position_embeddings,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ModelBuilder = Callable[["ModelConfig", torch.dtype | None], nn.Module]
 
-_FAMILY_MODULES = ("internlm", "internlm2", "internlm3", "llama", "qwen", "baichuan", "gemma", "mistral")
+_FAMILY_MODULES = ("internlm", "internlm2", "internlm3", "llama", "qwen", "baichuan", "gemma", "mistral", "glm")
 
 _BUILDERS: dict[str, ModelBuilder] = {}
 

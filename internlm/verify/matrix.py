@@ -123,6 +123,7 @@ EXPERTS = Covering(
             "model:family=MIXTRALMOE",
             "model:family=MIXTRALMOE,shared_experts=2,fused=true",
             "model:family=INTERNLM_MoE,shared_experts=1",
+            "model:family=GLM4_MOE,shared_experts=2",
         ),
         "documents": (
             "",

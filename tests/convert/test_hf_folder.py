@@ -437,3 +437,22 @@ def test_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
     convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
     with pytest.raises(CheckpointError, match=r"'.*ours/0' already exists"):
         convert_from_hf(storage_path(tmp_path), storage_path(tmp_path / "ours"))
+
+
+def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_native("glm4-moe", tmp_path / "hf")
+    weights = tensors_of(tmp_path / "hf")
+    for path in (tmp_path / "hf").glob("*.safetensors*"):
+        path.unlink()
+    layer = {
+        name.replace("layers.1.", "layers.2."): tensor.clone()
+        for name, tensor in weights.items()
+        if ".layers.1." in name
+    }
+    save_file({**weights, **layer, "model.layers.2.enorm.weight": torch.ones(48)}, tmp_path / "hf/model.safetensors")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "new"))
+    assert "layers of multi-token prediction are not imported" in caplog.text
+    convert_to_hf(storage_path(tmp_path / "new/0"), storage_path(tmp_path / "back"), tokenizer=None)
+    assert_same_tensors(tensors_of(tmp_path / "back"), weights)

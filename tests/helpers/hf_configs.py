@@ -27,6 +27,14 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {**ROUTING, "num_local_experts": 4},
     "qwen2_moe": {**ROUTING, **QWEN, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**ROUTING, **QWEN},
+    "glm4_moe": {
+        **ROUTING,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 0,
+        "num_nextn_predict_layers": 0,
+    },
 }
 """`model_type` of a mixture of experts -> its keys besides those of `LLAMA`."""
 

@@ -85,6 +85,21 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [0],
         },
     ),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "head_dim": 12,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
     "internlm3": ("InternLM3Config", {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 5e7}}),
 }
 
@@ -100,6 +115,9 @@ def native_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.2 * torch.randn(buffer.shape, generator=generator)
     return model.to(dtype).eval()
 
 

@@ -254,6 +254,13 @@ class ModelConfig(Section):
         2048, "Maximum sequence length of pretraining, for scaled positions.", ge=1, changes_outputs=True
     )
     rope_base: float = key(10000.0, "Base of the rotary frequencies.", gt=0, changes_outputs=True)
+    partial_rotary_factor: float | None = key(
+        None,
+        "Share of the channels of a head, the first ones, that rotate; None: the family's choice, usually all.",
+        gt=0,
+        le=1,
+        changes_outputs=True,
+    )
     rope_scaling: RopeScalingConfig | None = key(
         None, "dict(type, factor, ...): scaling of rotary positions.", changes_outputs=True
     )

@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from internlm.model.architecture import Architecture
 from internlm.model.huggingface.config_checks import is_whole
+from internlm.model.huggingface.glm_config import GLM4_MOE
+from internlm.model.huggingface.mixture_class import MixtureClass, layer_sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MODEL_TYPES = {"mixtral": "MIXTRALMOE", "qwen2_moe": "QWEN2MOE", "qwen3_moe": "QWEN3MOE"}
+CLASSES: dict[str, MixtureClass] = {"glm4_moe": GLM4_MOE}
+"""`model_type` of config.json -> its class, of those with a file of their own."""
+
+MODEL_TYPES = {
+    "mixtral": "MIXTRALMOE",
+    "qwen2_moe": "QWEN2MOE",
+    "qwen3_moe": "QWEN3MOE",
+    **{kind: one.model_type for kind, one in CLASSES.items()},
+}
 """`model_type` of config.json -> ours."""
 
 _MOST_EXPERTS = 1 << 16
@@ -23,6 +33,11 @@ _SIZES = {
     "moe_intermediate_size": (1, _MOST_CHANNELS),
     "shared_expert_intermediate_size": (1, _MOST_CHANNELS),
     "decoder_sparse_step": (1, _MOST_EXPERTS),
+    "n_routed_experts": (2, _MOST_EXPERTS),
+    "n_shared_experts": (1, _MOST_EXPERTS),
+    "n_group": (1, _MOST_EXPERTS),
+    "topk_group": (1, _MOST_EXPERTS),
+    "first_k_dense_replace": (0, _MOST_EXPERTS),
 }
 """Key -> least and largest accepted value."""
 
@@ -34,10 +49,10 @@ def expert_mistakes(values: Mapping[str, Any]) -> list[str]:
         for key, (least, most) in _SIZES.items()
         if key in values and not is_whole(values[key], least, most)
     ]
-    for key in ("norm_topk_prob", "output_router_logits"):
+    for key in ("norm_topk_prob", "output_router_logits", "use_qk_norm"):
         if not isinstance(values.get(key, False), bool):
             found.append(f"{key} must be true or false, got {values[key]!r}")
-    for key in ("router_jitter_noise", "router_aux_loss_coef"):
+    for key in ("router_jitter_noise", "router_aux_loss_coef", "routed_scaling_factor"):
         value = values.get(key, 0.0)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
             found.append(f"{key} must be a number from 0, got {value!r}")
@@ -58,6 +73,11 @@ def expert_keys(kind: str, config: PretrainedConfig, refused: list[str]) -> dict
         config: transformers' config.
         refused: receives the name of each feature that is not supported.
     """
+    num_experts = getattr(config, "num_local_experts", None) or config.num_experts
+    if config.num_experts_per_tok > num_experts:
+        refused.append(f"num_experts_per_tok = {config.num_experts_per_tok} of {num_experts} experts")
+    if kind in CLASSES:
+        return CLASSES[kind].keys(config, refused)
     normalizes, width, num_shared, dense = True, config.intermediate_size, 0, list[int]()
     if kind == "mixtral":
         if config.router_jitter_noise:
@@ -66,10 +86,6 @@ def expert_keys(kind: str, config: PretrainedConfig, refused: list[str]) -> dict
         normalizes, width = config.norm_topk_prob, config.moe_intermediate_size
         step = config.decoder_sparse_step
         dense = [i for i in range(config.num_hidden_layers) if i in config.mlp_only_layers or (i + 1) % step]
-        if len(dense) == config.num_hidden_layers:
-            refused.append(
-                f"mlp_only_layers = {config.mlp_only_layers}, decoder_sparse_step = {step}: no layer with experts"
-            )
     if kind == "qwen2_moe":
         num_shared, rest = divmod(config.shared_expert_intermediate_size, width)
         if rest:
@@ -77,18 +93,9 @@ def expert_keys(kind: str, config: PretrainedConfig, refused: list[str]) -> dict
                 f"shared_expert_intermediate_size = {config.shared_expert_intermediate_size} that is not a multiple of "
                 f"moe_intermediate_size = {width}"
             )
-    if config.num_experts_per_tok > config.num_experts:
-        refused.append(f"num_experts_per_tok = {config.num_experts_per_tok} of {config.num_experts} experts")
-    first = next(layer for layer in range(config.num_hidden_layers + 1) if layer not in dense)
-    sizes = {
-        "intermediate_size": config.intermediate_size,
-        "moe_intermediate_size": width,
-        "first_k_dense_replace": first,
-        "mlp_only_layers": tuple(dense[first:]),
-    }
     return {
-        **(sizes if dense else {"intermediate_size": width}),
-        "num_experts": config.num_experts,
+        **layer_sizes(config.num_hidden_layers, dense, config.intermediate_size, width, refused),
+        "num_experts": num_experts,
         "top_k": config.num_experts_per_tok,
         "num_shared_experts": num_shared,
         "moe_type": "Dropless",
@@ -102,18 +109,25 @@ def expert_keys(kind: str, config: PretrainedConfig, refused: list[str]) -> dict
 
 def expert_notices(values: Mapping[str, Any]) -> list[str]:
     """One line for each key of a mixture's config.json that concerns training only."""
-    if "router_aux_loss_coef" not in values:
-        return []
-    value = values["router_aux_loss_coef"]
-    return [f"router_aux_loss_coef = {value!r}: not imported; set loss.moe_loss_coeff, whose default is another"]
+    notices = []
+    if "router_aux_loss_coef" in values:
+        value = values["router_aux_loss_coef"]
+        notices.append(
+            f"router_aux_loss_coef = {value!r}: not imported; set loss.moe_loss_coeff, whose default is another"
+        )
+    if values.get("num_nextn_predict_layers"):
+        value = values["num_nextn_predict_layers"]
+        notices.append(f"num_nextn_predict_layers = {value!r}: layers of multi-token prediction are not imported")
+    return notices
 
 
 def mixture_kind(architecture: Architecture) -> str | None:
     """`model_type` of the class of transformers that computes this model, if any does; None for a dense model."""
-    if architecture.experts is None:
+    experts = architecture.experts
+    if experts is None:
         return None
-    if architecture.experts.shared_width:
-        return "qwen2_moe"
+    if experts.shared_width:
+        return "glm4_moe" if experts.shared_mix == "sum" else "qwen2_moe"
     return "qwen3_moe" if architecture.qk_norm else "mixtral"
 
 
@@ -123,13 +137,18 @@ def unlike_mixtures(architecture: Architecture) -> dict[str, bool]:
     assert a.experts is not None
     experts, form = a.experts, a.experts.form
     has_shared = bool(experts.shared_width)
-    return {
+    common = {
         "norm_type 'layernorm'": a.norm_type != "rmsnorm",
         "is_reward": a.is_reward,
         "experts with an activation other than silu": a.activation != "silu",
         "experts with norms times 1 + weight or embeddings times sqrt(hidden_size)": a.unit_offset_norm
         or a.embedding_multiplier != 1.0,
         "mlp_bias with experts": a.mlp_bias,
+    }
+    if kind in CLASSES:
+        return common | CLASSES[kind].refused(a)
+    return common | {
+        "partial_rotary_factor": a.rope.head_dim != a.head_dim,
         f"scoring_func '{form.scores}'": form.scores != "softmax",
         "routed_scaling_factor other than 1": form.scale != 1.0,
         "a selection bias of the router": form.has_bias,
@@ -168,6 +187,8 @@ def mixture_config(architecture: Architecture, keys: Mapping[str, Any]) -> Pretr
         "use_sliding_window": window is not None,
     }
     kind, num_experts = mixture_kind(a), experts.form.num_experts
+    if kind in CLASSES:
+        return CLASSES[kind].config(a, keys)
     if kind == "mixtral":
         return transformers.MixtralConfig(**keys, **routing, num_local_experts=num_experts, sliding_window=window)
     if kind == "qwen3_moe":

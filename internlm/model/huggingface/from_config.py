@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from internlm.config.schema import ModelConfig
 from internlm.model.huggingface.config_checks import mistakes, unread
-from internlm.model.huggingface.expert_config import MODEL_TYPES, expert_keys, expert_mistakes, expert_notices
+from internlm.model.huggingface.expert_config import CLASSES, MODEL_TYPES, expert_keys, expert_mistakes, expert_notices
 from internlm.utils.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ _OWN_KEYS = {
     # In transformers, another name of num_local_experts.
     "mixtral": ("num_experts",),
     "qwen3_moe": ("num_experts",),
+    **{kind: one.own_keys for kind, one in CLASSES.items()},
 }
 """Keys of a family's published code that its reader uses or that concern training only."""
 _KNOWN = (
@@ -176,6 +177,9 @@ def _common(config: PretrainedConfig, activation: str, refused: list[str]) -> di
     }
 
 
+_PARTIAL_ROTARY = ("glm4_moe",)
+"""Families whose class rotates a part of a head."""
+
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -190,8 +194,10 @@ def _rope(config: PretrainedConfig, refused: list[str]) -> dict[str, Any]:
     kind = values.pop("rope_type", "default")
     values.pop("type", None)
     base = values.pop("rope_theta")
-    if values.pop("partial_rotary_factor", 1.0) != 1.0:
+    share = values.pop("partial_rotary_factor", 1.0)
+    if share != 1.0 and config.model_type not in _PARTIAL_ROTARY:
         refused.append("partial_rotary_factor")
+    partial = {"partial_rotary_factor": share} if config.model_type in _PARTIAL_ROTARY else {}
     if kind not in _ROPE_KEYS:
         refused.append(f"rope_type '{kind}' (known: {', '.join(_ROPE_KEYS)})")
         return {}
@@ -204,7 +210,7 @@ def _rope(config: PretrainedConfig, refused: list[str]) -> dict[str, Any]:
         values.pop("factor", None)
     refused += [f"rope_parameters.{name}" for name in values if name not in _ROPE_KEYS[kind]]
     scaling = {name: value for name, value in values.items() if name in _ROPE_KEYS[kind]}
-    return {"rope_base": base} | ({"rope_scaling": {"type": kind, **scaling}} if kind != "default" else {})
+    return {"rope_base": base, **partial} | ({"rope_scaling": {"type": kind, **scaling}} if kind != "default" else {})
 
 
 def _biases(kind: str, values: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
@@ -218,6 +224,8 @@ def _biases(kind: str, values: Mapping[str, Any], config: PretrainedConfig) -> d
     if kind in ("mixtral", "qwen2_moe"):
         return {"qkv_bias": kind == "qwen2_moe" and config.qkv_bias, "o_bias": False, "mlp_bias": False}
     attention = bool(getattr(config, "attention_bias", False))
+    if kind == "glm4_moe":
+        return {"qkv_bias": attention, "o_bias": False, "mlp_bias": False}
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": bool(getattr(config, "mlp_bias", False))}
 
 
@@ -306,6 +314,7 @@ _READERS: dict[str, Reader] = {
     "mixtral": _own_class(MODEL_TYPES["mixtral"], "MixtralConfig"),
     "qwen2_moe": _own_class(MODEL_TYPES["qwen2_moe"], "Qwen2MoeConfig"),
     "qwen3_moe": _own_class(MODEL_TYPES["qwen3_moe"], "Qwen3MoeConfig"),
+    **{kind: _own_class(one.model_type, one.class_name) for kind, one in CLASSES.items()},
     "internlm": _internlm,
     "internlm2": _internlm2,
     "internlm3": _internlm3,

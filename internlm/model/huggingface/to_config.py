@@ -75,6 +75,7 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
         {
             "norm_type 'layernorm'": a.norm_type != "rmsnorm",
             "is_reward": a.is_reward,
+            "partial_rotary_factor": a.rope.head_dim != a.head_dim,
             "o_bias without qkv_bias": a.o_bias and not a.qkv_bias,
             "norms times 1 + weight and embeddings times sqrt(hidden_size), one without the other": gemma
             != (a.embedding_multiplier != 1.0),
@@ -127,6 +128,9 @@ def transformers_config_json(architecture: Architecture, model_type: str = "") -
     if values["model_type"] == "qwen3_moe":
         # The only name that version 4 reads.
         values["num_experts"] = values["num_local_experts"]
+    if "partial_rotary_factor" in values["rope_parameters"]:
+        # Where version 4 reads it.
+        values["partial_rotary_factor"] = values["rope_parameters"]["partial_rotary_factor"]
     return {**values, **_legacy_rope(architecture), "torch_dtype": values["dtype"]}
 
 
@@ -148,6 +152,7 @@ def published_config_json(architecture: Architecture, model_type: str) -> dict[s
         "is_reward": a.is_reward,
         "a window": any(window is not None for window in a.windows),
         "qk_norm": a.qk_norm,
+        "partial_rotary_factor": a.rope.head_dim != a.head_dim,
         "mlp_bias": a.mlp_bias,
         "qkv_bias and o_bias that differ": a.qkv_bias != a.o_bias,
         "a head_dim other than hidden_size / heads": a.head_dim * a.num_heads != a.hidden_size,

@@ -54,6 +54,11 @@ _INNER = {
 
 _MIXTRAL_ROUTER = {"feed_forward.router": "block_sparse_moe.gate"}
 
+_UNGATED_SHARED = {
+    f"feed_forward.shared.{ours}": f"mlp.shared_experts.{theirs}_proj"
+    for ours, theirs in (("w1", "gate"), ("w2", "down"), ("w3", "up"))
+}
+
 _PACKED = "self_attn.W_pack"
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias|selection_bias|e_score_correction_bias)")
@@ -94,7 +99,7 @@ def to_hf(
     renamed: dict[str, Tensor] = {}
     for name, tensor in plain.items():
         renamed |= split_experts(name, tensor, layout) or {
-            _rename(name, _OUTER, _inner_names(layout), "", "model."): tensor
+            _rename(name, _OUTER, _inner_names(architecture, layout), "", "model."): tensor
         }
     if layout == "baichuan2":
         for name in [name for name in renamed if name.endswith("self_attn.q_proj.weight")]:
@@ -121,7 +126,7 @@ def from_hf(
         return _from_canonical(_split_qkv(ours, architecture), architecture)
     plain: dict[str, Tensor] = {}
     outer = {theirs: ours for ours, theirs in _OUTER.items()}
-    inner = {theirs: ours for ours, theirs in _inner_names(layout).items()}
+    inner = {theirs: ours for ours, theirs in _inner_names(architecture, layout).items()}
     experts = ExpertStacks(state, layout)
     sizes = [n * architecture.head_dim for n in (architecture.num_heads,) + (architecture.num_kv_heads,) * 2]
     for name, tensor in state.items():
@@ -198,8 +203,9 @@ def group_of(name: str) -> str:
     return _GATE_UP.sub(r"\1.w13.", _QKV.sub(r"\1.wqkv.", name))
 
 
-def _inner_names(layout: Layout) -> dict[str, str]:
-    return {**_INNER, **_MIXTRAL_ROUTER} if layout == "mixtral" else _INNER
+def _inner_names(a: Architecture, layout: Layout) -> dict[str, str]:
+    names = {**_INNER, **_MIXTRAL_ROUTER} if layout == "mixtral" else _INNER
+    return {**names, **_UNGATED_SHARED} if a.experts is not None and a.experts.shared_mix == "sum" else names
 
 
 def _rename(name: str, outer: Mapping[str, str], inner: Mapping[str, str], old: str, new: str) -> str:
@@ -261,9 +267,11 @@ def _reorder_pairs(state: Mapping[str, Tensor], a: Architecture, *, to_halves: b
     if not a.rope.interleaved:
         return dict(state)
     parts = (".attention.wq.", ".attention.wk.", ".attention.q_norm.", ".attention.k_norm.")
-    pair_shape = (a.head_dim // 2, 2) if to_halves else (2, a.head_dim // 2)
+    rotated, shape = a.rope.head_dim, (a.rope.head_dim // 2, 2)
+    pairs = torch.arange(rotated).view(shape if to_halves else shape[::-1]).t().flatten()
+    order = torch.cat((pairs, torch.arange(rotated, a.head_dim)))
     return {
-        name: tensor.unflatten(0, (-1, *pair_shape)).transpose(1, 2).reshape(tensor.shape)
+        name: tensor.unflatten(0, (-1, a.head_dim))[:, order].reshape(tensor.shape)
         if any(part in name for part in parts)
         else tensor
         for name, tensor in state.items()

@@ -1,6 +1,7 @@
 """Rotary position embedding (https://arxiv.org/abs/2104.09864): rotates pairs of channels by position-dependent angles.
 
-A pair is channels (i, i + D/2) in the half-split layout, (2i, 2i + 1) in the interleaved one. The angles are computed
+A pair is channels (i, i + R/2) in the half-split layout, (2i, 2i + 1) in the interleaved one, where R is the number of
+rotated channels, the first ones of a head. The angles are computed
 in `internlm/model/modules/rotary.py`.
 """
 
@@ -32,7 +33,8 @@ class RotaryTables:
     and `sin` includes the sign: minus for the first of a pair.
 
     Attributes:
-        cos, sin: `[B, S, 1, D]`; the rotation is computed in their dtype (fp32, or that of the model).
+        cos, sin: `[B, S, 1, R]` for R rotated channels; the rotation is computed in their dtype (fp32, or that of the
+            model).
         interleaved: whether a pair is two adjacent channels.
     """
 
@@ -42,7 +44,7 @@ class RotaryTables:
 
     @classmethod
     def of(cls, angles: Tensor, interleaved: bool, dtype: torch.dtype, factor: float = 1.0) -> RotaryTables:
-        """Tables for the angles `[B, S, D/2]` of the pairs; cosines and sines are multiplied by `factor`."""
+        """Tables for the angles `[B, S, R/2]` of the pairs; cosines and sines are multiplied by `factor`."""
         cos, sin = angles.cos() * factor, angles.sin() * factor
         if interleaved:
             cos, sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
@@ -52,11 +54,13 @@ class RotaryTables:
 
 
 def apply_rotary(x: Tensor, tables: RotaryTables) -> Tensor:
-    """Rotate `x` `[B, S, N, D]`; the result has its dtype and is contiguous."""
+    """Rotate the first R channels of `x` `[B, S, N, D]`; the result has its dtype and is contiguous."""
     if torch.compiler.is_compiling():
         # As plain operators, which the compiler fuses with their neighbors.
-        wide = x.to(torch.promote_types(tables.cos.dtype, x.dtype))
-        return (wide * tables.cos + _partners(wide, tables.interleaved) * tables.sin).to(x.dtype)
+        rotated, rest = x.split([tables.cos.shape[-1], x.shape[-1] - tables.cos.shape[-1]], dim=-1)
+        wide = rotated.to(torch.promote_types(tables.cos.dtype, x.dtype))
+        rotated = (wide * tables.cos + _partners(wide, tables.interleaved) * tables.sin).to(x.dtype)
+        return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
     result: Tensor = _Rotate.apply(x, tables.cos, tables.sin, tables.interleaved)
     return result
 
@@ -71,6 +75,10 @@ def _partners(x: Tensor, interleaved: bool) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor, sign: int = 1) -> None:
     """Write x, rotated by `sign` times the angles, to `out`; both are `[B, S, N, D]`, of any strides."""
+    num_rotated = cos.shape[-1]
+    if num_rotated < x.shape[-1]:
+        out[..., num_rotated:] = x[..., num_rotated:]
+        x, out = x[..., :num_rotated], out[..., :num_rotated]
     dtype = torch.promote_types(cos.dtype, x.dtype)
     batch, length = x.shape[:2]
     if x.device.type != "cpu":

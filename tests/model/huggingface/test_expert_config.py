@@ -16,6 +16,8 @@ from internlm.utils.errors import ConfigError
 
 EXPERTS = {"num_experts": 4, "top_k": 2, "moe_type": "Dropless"}
 
+ROUTERS = {"GLM4_MOE": {"scoring_func": "sigmoid", "selection_bias": True}}
+
 MIXTURE_CHOICES: dict[str, tuple[Any, ...]] = {
     "num_shared_experts": (0, 3),
     "qkv_bias": (False, True),
@@ -34,8 +36,8 @@ MIXTURE_CHOICES: dict[str, tuple[Any, ...]] = {
     ("model_type", "exportable"),
     # Embedding and number of experts per token: 4 times each. As Mixtral: 2 windows. As Qwen3: 2 windows, 2 biases, 2
     # weightings. As Qwen2, where a sigmoid mixes the output of shared experts: 3 windows, 2 biases, 2 weightings. These
-    # two with and without dense layers.
-    [("MIXTRALMOE", 72), ("INTERNLM_MoE", 72), ("QWEN2MOE", 168), ("QWEN3MOE", 168)],
+    # two with and without dense layers. As GLM-4.5: 2 biases, with and without q and k norms, 2 weightings.
+    [("MIXTRALMOE", 72), ("INTERNLM_MoE", 72), ("QWEN2MOE", 168), ("QWEN3MOE", 168), ("GLM4_MOE", 32)],
 )
 def test_every_mixture_that_is_exported_comes_back_as_it_was(model_type: str, exportable: int) -> None:
     exported = 0
@@ -43,7 +45,7 @@ def test_every_mixture_that_is_exported_comes_back_as_it_was(model_type: str, ex
         keys: dict[str, Any] = dict(zip(MIXTURE_CHOICES, choice, strict=True))
         first_window, normalizes = keys.pop("first_window"), keys.pop("normalizes")
         keys |= {"use_sliding_window": first_window is not None, "max_window_layers": first_window or 0}
-        keys["moe_layer_kwargs"] = {"normalize_expert_weights": normalizes}
+        keys["moe_layer_kwargs"] = {"normalize_expert_weights": normalizes, **ROUTERS.get(model_type, {})}
         config = tiny_config(**{**EXPERTS, **keys}, sliding_window=None if first_window is None else 5)
         ours = architecture(model_type, config)
         try:
@@ -88,15 +90,15 @@ def test_experts_in_our_words(kind: str) -> None:
     keys = {name: model.keys[name] for name in ("num_experts", "top_k", "moe_type", "intermediate_size")}
     width = 88 if kind == "mixtral" else 24
     assert keys == {"num_experts": 4, "top_k": 3, "moe_type": "Dropless", "intermediate_size": width}
-    assert model.keys["num_shared_experts"] == (2 if kind == "qwen2_moe" else 0)
+    assert model.keys["num_shared_experts"] == (2 if kind in ("qwen2_moe", "glm4_moe") else 0)
     # The default of transformers' Qwen classes.
-    assert model.keys["moe_layer_kwargs"]["normalize_expert_weights"] == (kind == "mixtral")
+    assert model.keys["moe_layer_kwargs"]["normalize_expert_weights"] == (kind in ("mixtral", "glm4_moe"))
     assert model.notices == (
         "router_aux_loss_coef = 0.02: not imported; set loss.moe_loss_coeff, whose default is another",
     )
     experts = architecture(model.model_type, ModelConfig(**model.keys)).experts
     assert experts is not None and experts.width == width
-    assert experts.shared_width == (48 if kind == "qwen2_moe" else 0)
+    assert experts.shared_width == (48 if kind in ("qwen2_moe", "glm4_moe") else 0)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +154,10 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 
         ("mixtral", {"n_shared_experts": 1}, "n_shared_experts = 1: this family's class does not read it"),
         ("mixtral", {"first_k_dense_replace": 1}, "first_k_dense_replace = 1: this family's class does not read it"),
         ("mixtral", {"moe_intermediate_size": 24}, "moe_intermediate_size = 24: this family's class does not read it"),
-        ("qwen2_moe", {"decoder_sparse_step": 3}, "decoder_sparse_step = 3: no layer with experts"),
-        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, r"mlp_only_layers = \[0, 1\], decoder_sparse_step = 1: no layer"),
+        ("qwen2_moe", {"decoder_sparse_step": 3}, "no layer with experts, of 2 layers"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "no layer with experts, of 2 layers"),
+        ("glm4_moe", {"first_k_dense_replace": 3}, "no layer with experts, of 2 layers"),
+        ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts must be a whole number from 1"),
         (
             "qwen2_moe",
             {"shared_expert_intermediate_size": 40},

@@ -48,6 +48,18 @@ def test_gradient(interleaved: bool) -> None:
     assert torch.autograd.gradcheck(lambda x: apply_rotary(x, tables), _draw(1, 3, 2, 4).requires_grad_())
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_channels_beyond_the_tables_stay(interleaved: bool) -> None:
+    x, angles = _draw(BATCH, LENGTH, 3, DIM + 4).requires_grad_(), _draw(BATCH, LENGTH, DIM // 2, seed=1)
+    tables = RotaryTables.of(angles, interleaved, torch.float64)
+    turned = torch.cat((_reference(x[..., :DIM], angles, interleaved), x[..., DIM:]), -1)
+    torch.testing.assert_close(apply_rotary(x, tables), turned)
+    gradients = [torch.autograd.grad(out.sin().sum(), x)[0] for out in (apply_rotary(x, tables), turned)]
+    torch.testing.assert_close(*gradients)
+    compiled = torch.compile(apply_rotary, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, tables), turned)
+
+
 def test_bf16_is_rounded_once() -> None:
     x, angles = _draw(BATCH, LENGTH, 3, DIM).bfloat16(), _draw(BATCH, LENGTH, DIM // 2, seed=1)
     turned = apply_rotary(x, RotaryTables.of(angles, False, torch.float32))
