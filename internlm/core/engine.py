@@ -291,6 +291,7 @@ class Engine:
             self._check_extra(model, micro.extra)
             own_tokens = parallel_of(model).own_tokens
             options["extra"] = {name: own_tokens(values) for name, values in micro.extra.items()}
+        self.routing.begin_forward(chunk, micro)
         hidden: Tensor = model(inputs, micro.position_ids, varlen, **options)
         if not self._is_last(chunk):
             return hidden

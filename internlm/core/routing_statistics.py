@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.experts.layers import routed_tokens
 from internlm.core.parallel.model_parallel import parallel_of
-from internlm.model.moe.balance import BiasRule, updated_bias
+from internlm.data.batch import MicroBatch
+from internlm.model.moe.balance import BiasRule, sequences_of, updated_bias
 from internlm.model.moe.router import RouterLosses, routers_of
+from internlm.model.moe.sample_tokens import SampleTokens
 
 
 class Replay(Protocol):
@@ -44,12 +48,14 @@ class RoutingStatistics:
         self._bias_rule = bias_rule
         self._context = context
         self._routers = routers_of(chunks)
+        self._routers_of_chunks = [routers_of([chunk]) for chunk in chunks]
+        self._parallel = parallel_of(chunks[0])
         architecture = getattr(chunks[0], "architecture", None)
         # A stage without a router takes part in the sums too.
         self._experts = None if architecture is None else architecture.experts
         self._num_layers = 0 if architecture is None else architecture.num_layers
         self._axes = ["data", "pipeline"]
-        if parallel_of(chunks[0]).residual_axis is not None or context.layout.splits_tokens_of_routers:
+        if self._parallel.residual_axis is not None or context.layout.splits_tokens_of_routers:
             self._axes.append("tensor")
         self._num_samples = 1
         self.num_micro_batches = 1
@@ -75,6 +81,32 @@ class RoutingStatistics:
             self.replay.begin_micro_batch(number, shape)
 
     @torch.no_grad()
+    def begin_forward(self, chunk: int, micro: MicroBatch) -> None:
+        """Tell the routers of a chunk about the tokens of its next forward pass.
+
+        Args:
+            chunk: number of the chunk on this rank.
+            micro: the micro-batch, on the device.
+        """
+        routers = self._routers_of_chunks[chunk]
+        if not routers:
+            return
+        sample = SampleTokens()
+        if micro.is_padding is not None:
+            num_valid = micro.is_padding.numel() - micro.num_padding_tokens
+            sample = replace(
+                sample,
+                valid=~routed_tokens(micro.is_padding, self._parallel).flatten(),
+                num_valid=torch.full((), num_valid, device=micro.is_padding.device),
+            )
+        if self._losses.sequence:
+            sequences, number = _sequences(micro)
+            sequences = routed_tokens(sequences, self._parallel).flatten()
+            sample = replace(sample, sequences=sequences, num_sequences=number)
+        for router in routers:
+            router.sample = sample
+
+    @torch.no_grad()
     def finish_step(self, skipped: Tensor) -> dict[str, Tensor]:
         """Update the selection biases, and return the metrics of the step. Collective.
 
@@ -83,7 +115,8 @@ class RoutingStatistics:
         A step whose update the optimizer skips changes no bias either: it would move towards loads of activations that
         overflowed.
 
-        `moe/balance_loss` and `moe/z_loss` are sums over layers of means over samples, without their coefficients;
+        `moe/balance_loss`, `moe/z_loss` and `moe/sequence_loss` are sums over layers of means over samples, without
+        their coefficients, the last one only if it has one;
         `moe/load/N` is the largest number of tokens of an expert of layer N over the mean, `moe/max_load` its maximum
         over layers.
 
@@ -93,7 +126,7 @@ class RoutingStatistics:
         if self._experts is None:
             return {}
         num_experts = self._experts.form.num_experts
-        sums = torch.zeros(self._num_layers, num_experts + 2, dtype=torch.float64, device=self._context.device)
+        sums = torch.zeros(self._num_layers, num_experts + 3, dtype=torch.float64, device=self._context.device)
         for router in self._routers:
             sums[router.layer] += router.sums()
         for axis in self._axes:
@@ -104,6 +137,7 @@ class RoutingStatistics:
         return {
             "moe/balance_loss": losses[0],
             "moe/z_loss": losses[1],
+            **({"moe/sequence_loss": losses[2]} if self._losses.sequence else {}),
             "moe/max_load": loads.amax(),
             **{f"moe/load/{layer}": loads[layer] for layer in self._experts.layers(self._num_layers)},
         }
@@ -116,3 +150,12 @@ class RoutingStatistics:
             bias = router.selection_bias
             if bias is not None and not router.has_frozen_bias:
                 bias.copy_(updated_bias(bias, counts[router.layer], self._bias_rule).where(skipped == 0, bias))
+
+
+def _sequences(micro: MicroBatch) -> tuple[Tensor, int]:
+    """The sequence of each token, int64 `[B, S]`, and the number of sequences."""
+    rows, width = micro.input_ids.shape
+    device = micro.input_ids.device
+    if micro.cu_seqlens is None or micro.lengths is None:
+        return torch.arange(rows, device=device)[:, None].expand(rows, width), rows
+    return sequences_of(micro.cu_seqlens, torch.arange(width, device=device))[None], len(micro.lengths)

@@ -33,6 +33,9 @@ class MicroBatch:
         lengths: the segment lengths as host integers, so that nothing waits for the device to read them.
         num_valid_tokens: number of labels other than `IGNORE_INDEX`, counted on the host.
         num_documents: number of documents, or parts of documents; None: as many as attention segments.
+        is_padding: bool, the tokens that belong to no document, which routers of experts do not count; None if there
+            are none. Tokens of a document whose label is `IGNORE_INDEX` are not padding.
+        num_padding_tokens: number of these tokens, counted on the host.
         extra: further values per token, by name, each `[B, S, ...]`; passed as `extra` to the forward method of the
             model, on each rank for the tokens of its part of the residual stream.
 
@@ -48,6 +51,8 @@ class MicroBatch:
     lengths: tuple[int, ...] | None
     num_valid_tokens: int
     num_documents: int | None = None
+    is_padding: Tensor | None = None
+    num_padding_tokens: int = 0
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +78,7 @@ class MicroBatch:
             position_ids=copy(self.position_ids),
             type_ids=copy(self.type_ids),
             cu_seqlens=None if self.cu_seqlens is None else copy(self.cu_seqlens),
+            is_padding=None if self.is_padding is None else copy(self.is_padding),
             extra={name: copy(tensor) for name, tensor in self.extra.items()},
         )
 

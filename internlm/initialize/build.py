@@ -192,7 +192,11 @@ def build_engine(
         compiled=config.model.compile,
     )
     statistics = TypeMetrics(type_names, context.device)
-    router_losses = RouterLosses(balance=config.loss.moe_loss_coeff, z=config.loss.moe_z_loss_coeff)
+    router_losses = RouterLosses(
+        balance=config.loss.moe_loss_coeff,
+        z=config.loss.moe_z_loss_coeff,
+        sequence=config.loss.moe_sequence_loss_coeff,
+    )
     bias_rule = BiasRule(config.loss.moe_bias_update_rate, config.loss.moe_bias_centered)
     schedule = build_pipeline_schedule(config)
     return Engine(chunks, optimizer, context, loss, statistics, schedule, progress, router_losses, bias_rule)

@@ -53,6 +53,7 @@ def _micro_batch(case: Case, index: int) -> MicroBatch:
     labels = tokens[1:].clone()
     labels[_mask(case, index, labels, generator)] = IGNORE_INDEX
     position_ids = torch.zeros_like(labels)
+    is_padding = torch.zeros_like(labels, dtype=torch.bool)
     start = 0
     for length in lengths:
         position_ids[start : start + length] = torch.arange(length)
@@ -60,7 +61,8 @@ def _micro_batch(case: Case, index: int) -> MicroBatch:
         start += length
         if not documents.packed:
             end = -(-start // width) * width
-            labels[start:end] = IGNORE_INDEX  # padding
+            labels[start:end] = IGNORE_INDEX
+            is_padding[start:end] = True
             start = end
     ends = torch.tensor((0, *lengths)).cumsum(0)
     return MicroBatch(
@@ -71,6 +73,8 @@ def _micro_batch(case: Case, index: int) -> MicroBatch:
         cu_seqlens=ends.int() if documents.packed else None,
         lengths=lengths if documents.packed else None,
         num_valid_tokens=int((labels != IGNORE_INDEX).sum()),
+        is_padding=is_padding.view(rows, width) if is_padding.any() else None,
+        num_padding_tokens=int(is_padding.sum()),
     )
 
 

@@ -55,6 +55,9 @@ ROUTER_LOSSES: Mapping[str, float] = {"loss.moe_loss_coeff": 0.1, "loss.moe_z_lo
 """Coefficients with which the losses of a router have a large part of its gradient. The cross entropy hardly has one:
 the outputs of new experts are small."""
 
+SEQUENCE_LOSS: Mapping[str, float] = {"loss.moe_sequence_loss_coeff": 0.05}
+"""That of routers with sigmoid scores."""
+
 BIAS_RULE: Mapping[str, Any] = {"loss.moe_bias_update_rate": 0.02, "loss.moe_bias_centered": True}
 """A rate at which the bias of one step changes many choices of the next. Centered changes have more digits."""
 
@@ -229,6 +232,7 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "model.moe_type": "Dropless" if model.experts > 1 else "GShard",
         "model.moe_layer_kwargs": dict(ROUTERS[model.router]) if model.experts > 1 else None,
         **(ROUTER_LOSSES if model.experts > 1 else {}),
+        **(SEQUENCE_LOSS if model.experts > 1 and "scoring_func" in ROUTERS[model.router] else {}),
         **(BIAS_RULE if model.experts > 1 and "selection_bias" in ROUTERS[model.router] else {}),
         "data.seq_len": seq_len,
         **(FLOAT8_KEYS if model.float8 else {}),

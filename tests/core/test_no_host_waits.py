@@ -38,6 +38,9 @@ EXPERTS = {
     "model.moe_type": "Dropless",
     "loss.moe_loss_coeff": 0.1,
     "loss.moe_z_loss_coeff": 0.01,
+    "loss.moe_sequence_loss_coeff": 0.01,
+    "model.moe_layer_kwargs": {"selection_bias": True},
+    "loss.moe_bias_update_rate": 0.01,
 }
 
 

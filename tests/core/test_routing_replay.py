@@ -62,7 +62,11 @@ def test_all_layouts_write_the_same_files(layout: str, ranks: Ranks, tmp_path: P
 
 @pytest.mark.parametrize(
     ("layout", "documents"),
-    [(LAYOUTS[0], "packed=false"), (LAYOUTS[1], "packed=true,ragged"), (LAYOUTS[2], "packed=false")],
+    [
+        (LAYOUTS[0], "packed=false,ragged=false"),
+        (LAYOUTS[1], "packed=true,ragged"),
+        (LAYOUTS[2], "packed=false,ragged=false"),
+    ],
 )
 def test_all_layouts_take_the_experts_of_files(layout: str, documents: str, ranks: Ranks, tmp_path: Path) -> None:
     folder = own_routing(tmp_path)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 def test_a_copy_has_every_value_and_shares_no_tensor() -> None:
     micro = micro_batch(0)
+    micro.is_padding = torch.zeros_like(micro.labels, dtype=torch.bool)
     micro.extra["weights"] = torch.ones(*micro.input_ids.shape, 2)
     for copy in (micro.copied(Tensor.clone), micro.to("cpu")):
         for field in fields(micro):

@@ -82,6 +82,12 @@ class LossConfig(Section):
         "model.num_experts",
         ge=0,
     )
+    moe_sequence_loss_coeff: float = used_with(
+        0.0,
+        "Coefficient of the load-balancing loss of each sequence (DeepSeek-V3: 0.0001), summed over layers.",
+        "model.num_experts",
+        ge=0,
+    )
     moe_bias_update_rate: float = used_with(
         0.0,
         "Change of a selection bias in each step, towards equal loads (DeepSeek-V3: 0.001); 0 leaves them as they are.",

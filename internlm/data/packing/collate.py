@@ -24,6 +24,9 @@ def to_micro_batch(sample: Sample) -> MicroBatch:
         starts = ends - sample.lengths
         position_ids = torch.from_numpy(np.arange(ends[-1]) - np.repeat(starts, sample.lengths))[None]
         cu_seqlens = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
+    is_padding = None
+    if sample.is_padding is not None:
+        is_padding = torch.from_numpy(sample.is_padding).view(input_ids.shape)
     return MicroBatch(
         input_ids=input_ids,
         labels=labels,
@@ -33,4 +36,6 @@ def to_micro_batch(sample: Sample) -> MicroBatch:
         lengths=sample.lengths,
         num_valid_tokens=num_valid_tokens,
         num_documents=sample.num_documents,
+        is_padding=is_padding,
+        num_padding_tokens=0 if sample.is_padding is None else int(np.count_nonzero(sample.is_padding)),
     )

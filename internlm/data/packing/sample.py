@@ -47,6 +47,7 @@ class Sample:
         type_ids: the type of all tokens, or int64 of the same shape as the ids.
         num_documents: number of documents, or parts of documents, in the sample.
         row_lengths: tokens of each row without padding; None when packed.
+        is_padding: bool of the same shape as the ids: the tokens of no document; None if there are none.
         unreadable: one message for each document that could not be read and was replaced by padding.
         num_truncated_answers: number of documents that lost every label by truncation at seq_len.
         cursor: where its stream continues after it, for a stream that has to remember this; see `SampleStream`.
@@ -58,6 +59,7 @@ class Sample:
     type_ids: int | NDArray[np.int64]
     num_documents: int
     row_lengths: tuple[int, ...] | None = None
+    is_padding: NDArray[np.bool_] | None = None
     unreadable: tuple[str, ...] = ()
     num_truncated_answers: int = 0
     cursor: Any = None
@@ -86,18 +88,20 @@ def concatenate_slices(
         document_mask = default_document_mask(packing)
     input_ids = np.zeros(total, dtype=np.int64)
     labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
+    is_padding = np.ones(total, dtype=np.bool_)
     lengths: list[int] = []
     filled = 0
     for each in slices:
         size = len(each.input_ids)
         input_ids[filled : filled + size] = each.input_ids
         labels[filled : filled + size] = each.labels
+        is_padding[filled : filled + size] = not each.has_text
         lengths += _segment_lengths(size, seq_len)
         filled += size
     lengths += _segment_lengths(total - filled, seq_len)
     if not document_mask:
         lengths = _segment_lengths(total, seq_len)
-    return Sample(input_ids, labels, tuple(lengths), type_id, **_counts(slices))
+    return Sample(input_ids, labels, tuple(lengths), type_id, is_padding=_if_any(is_padding), **_counts(slices))
 
 
 def stack_slices(slices: Sequence[DocumentSlice], seq_len: int, rows: int, type_id: int) -> Sample:
@@ -108,7 +112,8 @@ def stack_slices(slices: Sequence[DocumentSlice], seq_len: int, rows: int, type_
         input_ids[row, : len(each.input_ids)] = each.input_ids
         labels[row, : len(each.labels)] = each.labels
     row_lengths = tuple(len(each.input_ids) for each in slices) + (0,) * (rows - len(slices))
-    return Sample(input_ids, labels, None, type_id, row_lengths=row_lengths, **_counts(slices))
+    is_padding = _if_any(np.arange(seq_len) >= np.array(row_lengths)[:, None])
+    return Sample(input_ids, labels, None, type_id, row_lengths=row_lengths, is_padding=is_padding, **_counts(slices))
 
 
 def padding_sample(seq_len: int, micro_bsz: int, packing: Packing, document_mask: bool | None = None) -> Sample:
@@ -116,6 +121,10 @@ def padding_sample(seq_len: int, micro_bsz: int, packing: Packing, document_mask
     if packing == "unpacked":
         return stack_slices([], seq_len, micro_bsz, type_id=0)
     return concatenate_slices([], seq_len, micro_bsz * seq_len, packing, 0, document_mask)
+
+
+def _if_any(is_padding: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    return is_padding if is_padding.any() else None
 
 
 def _segment_lengths(length: int, seq_len: int) -> list[int]:

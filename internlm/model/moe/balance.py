@@ -101,6 +101,20 @@ def sequences_of(cu_seqlens: Tensor, positions: Tensor) -> Tensor:
     return torch.bucketize(positions, cu_seqlens[1:], right=True)
 
 
+def counts_by_expert(experts: Tensor, num_experts: int, *, valid: Tensor | None = None) -> Tensor:
+    """Tokens of each expert, on this rank.
+
+    Args:
+        experts: int64 `[t, k]`, from `choose_experts`.
+        num_experts: E.
+        valid: see the module.
+
+    Returns:
+        int64 `[E]`.
+    """
+    return _counts(experts, num_experts, valid)
+
+
 def counts_by_sequence(
     experts: Tensor, sequences: Tensor, num_sequences: int, num_experts: int, *, valid: Tensor | None = None
 ) -> Tensor:
@@ -117,10 +131,7 @@ def counts_by_sequence(
         int64 `[n, E]`.
     """
     cells = sequences[:, None] * num_experts + experts
-    ones = torch.ones_like(cells) if valid is None else valid[:, None].to(torch.int64).expand_as(cells)
-    counts = cells.new_zeros(num_sequences * num_experts)
-    # bincount would wait for the device.
-    return counts.scatter_add_(0, cells.flatten(), ones.flatten()).view(num_sequences, num_experts)
+    return _counts(cells, num_sequences * num_experts, valid).view(num_sequences, num_experts)
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,12 @@ def updated_bias(bias: Tensor, counts: Tensor, rule: BiasRule) -> Tensor:
     if not rule.centers:
         return bias + signs.to(bias.dtype) * rule.rate
     return bias + (signs * num_experts - signs.sum(-1, keepdim=True)).to(bias.dtype) * (rule.rate / num_experts)
+
+
+def _counts(cells: Tensor, num_cells: int, valid: Tensor | None) -> Tensor:
+    ones = torch.ones_like(cells) if valid is None else valid[:, None].to(torch.int64).expand_as(cells)
+    # bincount would wait for the device.
+    return cells.new_zeros(num_cells).scatter_add_(0, cells.flatten(), ones.flatten())
 
 
 def _only_valid(values: Tensor, valid: Tensor | None) -> Tensor:

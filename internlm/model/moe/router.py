@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.model.initialization import Normal, Zeros, set_initializer
-from internlm.model.moe.balance import load_balancing_loss, z_loss
+from internlm.model.moe.balance import (
+    counts_by_expert,
+    counts_by_sequence,
+    load_balancing_loss,
+    sequence_balancing_loss,
+    z_loss,
+)
 from internlm.model.moe.router_form import RouterForm
 from internlm.model.moe.routing import choose_experts, expert_distribution, probabilities, weights_of
+from internlm.model.moe.sample_tokens import SampleTokens
 from internlm.model.recompute import as_routing_operator
 
 if TYPE_CHECKING:
@@ -44,10 +51,30 @@ class RouterLosses:
     Attributes:
         balance: of `load_balancing_loss`.
         z: of `z_loss`.
+        sequence: of `sequence_balancing_loss`.
     """
 
     balance: float = 0.0
     z: float = 0.0
+    sequence: float = 0.0
+
+
+class _Choice(NamedTuple):
+    """What recomputation does not repeat; a tensor without elements stands for one that is not needed.
+
+    Attributes:
+        experts: int64 `[T, k]`.
+        counts: int64 `[E]`, valid tokens of each expert in the sample.
+        valid, num_valid, sequences: see `SampleTokens`.
+        sequence_counts: int64 `[n, E]`, likewise in each sequence of the sample.
+    """
+
+    experts: Tensor
+    counts: Tensor
+    valid: Tensor
+    num_valid: Tensor
+    sequences: Tensor
+    sequence_counts: Tensor
 
 
 class Router(nn.Module):
@@ -62,6 +89,7 @@ class Router(nn.Module):
         sum_over_sample: sums a tensor over the ranks that have the other tokens of a sample.
         num_sharing: number of these ranks.
         replay: chosen experts `[T, k]` -> the experts that are used instead in training; None: the chosen ones.
+        sample: the tokens of the next forward pass.
     """
 
     def __init__(self, architecture: Architecture, form: RouterForm, layer: int) -> None:
@@ -79,6 +107,7 @@ class Router(nn.Module):
         self.sum_over_sample: Callable[[Tensor], Tensor] = lambda tensor: tensor
         self.num_sharing = 1
         self.replay: Callable[[Tensor], Tensor] | None = None
+        self.sample = SampleTokens()
         self._losses: RouterLosses | None = None
         self._sample_weight: Tensor | None = None
         self._sums: Tensor | None = None
@@ -89,37 +118,57 @@ class Router(nn.Module):
         scores = probabilities(logits, self.form)
         chosen = scores.detach()
         is_training = self._losses is not None and torch.is_grad_enabled()
+        # That of the forward pass, when recomputation follows those of later samples.
+        sample = self.sample
 
         # In one operator that recomputation never repeats: a second choice could differ, and would be counted twice.
         def choose() -> list[Tensor]:
             experts = choose_experts(chosen, self.form, self.selection_bias)
             if is_training and self.replay is not None:
                 experts = self.replay(experts)
-            chosen_experts = experts.flatten()
-            # Not bincount, which waits for the largest value.
-            own = chosen_experts.new_zeros(self.form.num_experts)
-            own.scatter_add_(0, chosen_experts, torch.ones_like(chosen_experts))
-            counts = self.sum_over_sample(own)
+            own = counts_by_expert(experts, self.form.num_experts, valid=sample.valid)
+            choice = self._counted(experts, own, sample)
             if is_training:
                 assert self._sums is not None
-                self._sums += torch.cat(
-                    [own, *(each.view(1) for each in self._losses_of(logits.detach(), chosen, counts))]
-                )
-            return [experts, counts]
+                self._sums += torch.cat([own, torch.stack(self._losses_of(logits.detach(), chosen, choice))])
+            return list(choice)
 
-        experts, counts = as_routing_operator(choose, chosen)
+        choice = _Choice(*as_routing_operator(choose, chosen))
         loss = None
         if is_training:
             assert self._losses is not None and self._sample_weight is not None
-            balance, z = self._losses_of(logits, scores, counts)
-            loss = (self._losses.balance * balance + self._losses.z * z) * self._sample_weight
-        return Routing(experts, weights_of(scores, experts, self.form), loss)
+            balance, z, sequence = self._losses_of(logits, scores, choice)
+            total = self._losses.balance * balance + self._losses.z * z + self._losses.sequence * sequence
+            loss = total * self._sample_weight
+        return Routing(choice.experts, weights_of(scores, choice.experts, self.form), loss)
 
-    def _losses_of(self, logits: Tensor, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """(balance, z) of this rank's tokens; both are scalars."""
-        num_tokens = scores.shape[0] * self.num_sharing
+    def _counted(self, experts: Tensor, own: Tensor, sample: SampleTokens) -> _Choice:
+        """Counts over the whole sample. Collective; called without gradients."""
+        num_experts = self.form.num_experts
+        valid, num_valid, sequences, sequence_counts = (experts.new_empty(0) for _ in range(4))
+        if sample.valid is not None and sample.num_valid is not None:
+            valid, num_valid = sample.valid.clone(), sample.num_valid.clone()
+        if sample.sequences is not None:
+            sequences = sample.sequences.clone()
+            number = sample.num_sequences
+            sequence_counts = counts_by_sequence(experts, sequences, number, num_experts, valid=sample.valid)
+            sequence_counts = self.sum_over_sample(sequence_counts)
+        return _Choice(experts, self.sum_over_sample(own), valid, num_valid, sequences, sequence_counts)
+
+    def _losses_of(self, logits: Tensor, scores: Tensor, choice: _Choice) -> tuple[Tensor, Tensor, Tensor]:
+        """(balance, z, sequence) of this rank's tokens, all scalars; the last one is 0 if its coefficient is."""
+        has_padding, has_sequences = choice.valid.numel() > 0, choice.sequences.numel() > 0
+        valid = choice.valid if has_padding else None
+        num_tokens = choice.num_valid if has_padding else scores.shape[0] * self.num_sharing
         distribution = expert_distribution(scores, self.form)
-        return load_balancing_loss(distribution, counts, num_tokens, self.form.top_k), z_loss(logits, num_tokens)
+        balance = load_balancing_loss(distribution, choice.counts, num_tokens, self.form.top_k, valid=valid)
+        z = z_loss(logits, num_tokens, valid=valid)
+        if not has_sequences:
+            return balance, z, z.new_zeros(())
+        sequence = sequence_balancing_loss(
+            distribution, choice.sequence_counts, choice.sequences, num_tokens, valid=valid
+        )
+        return balance, z, sequence
 
     # -- numbers of a step ----------------------------------------------------------------------------------------
 
@@ -132,10 +181,10 @@ class Router(nn.Module):
         """
         self._losses = losses
         self._sample_weight = sample_weight
-        self._sums = torch.zeros(self.form.num_experts + 2, dtype=torch.float64, device=self.weight.device)
+        self._sums = torch.zeros(self.form.num_experts + 3, dtype=torch.float64, device=self.weight.device)
 
     def sums(self) -> Tensor:
-        """Of this rank's tokens in the step: tokens of each expert, and both losses; float64 `[E + 2]`."""
+        """Of this rank's tokens in the step: tokens of each expert, and the losses; float64 `[E + 3]`."""
         assert self._sums is not None
         return self._sums
 

@@ -8,6 +8,8 @@ import pytest
 from internlm.data.batch import Batch
 from internlm.data.documents.folders import find_valid_sets
 from internlm.data.packing.collate import to_micro_batch
+from internlm.data.packing.document_slice import make_slice, padding_slice, unreadable_slice
+from internlm.data.packing.sample import concatenate_slices
 from internlm.data.permutation import permute
 from internlm.data.sources.document_source import DocumentSource
 from internlm.data.sources.dummy import DummySource
@@ -129,6 +131,7 @@ def test_packed_modes(folder, packing, min_length):
         assert list(micro.lengths) == np.diff(cu_seqlens).tolist()
         assert micro.type_ids.unique().tolist() == [type_id]
         assert micro.num_valid_tokens == sum(each != -100 for each in labels)
+        assert micro.is_padding is None and micro.num_padding_tokens == 0
 
 
 @pytest.mark.parametrize("min_length", [0, 10])
@@ -148,6 +151,25 @@ def test_unpacked(folder, min_length):
         assert Batch([micro, micro], num_samples=2).num_documents == [micro.num_documents] * 2
         assert micro.cu_seqlens is None and micro.lengths is None
         assert micro.num_valid_tokens == (labels != -100).sum()
+        padding = np.arange(SEQ_LEN) >= np.array(lengths)[:, None]
+        assert micro.num_padding_tokens == padding.sum()
+        assert (micro.is_padding is None) != padding.any()
+        assert micro.is_padding is None or (micro.is_padding.numpy() == padding).all()
+
+
+def test_padding_of_packed_rows() -> None:
+    """Between documents, at the end, and in the place of an unreadable one; a masked label is none."""
+    ids = np.arange(1, 5)
+    slices = [
+        make_slice(ids, np.zeros(4, dtype=bool), 3),
+        padding_slice(2),
+        make_slice(ids, np.ones(4, dtype=bool), 3),
+        unreadable_slice(1, "gone"),
+    ]
+    micro = to_micro_batch(concatenate_slices(slices, 4, 12, "best_fit", 0))
+    assert micro.is_padding is not None
+    assert micro.is_padding.int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1]]
+    assert micro.num_padding_tokens == 6
 
 
 def test_zero_is_a_target_unless_it_is_masked(tmp_path):

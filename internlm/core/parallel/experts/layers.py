@@ -31,6 +31,13 @@ def place_tokens_of_experts(model: nn.Module, parallel: ModelParallel) -> None:
             module.experts = ExchangedExperts(module.experts, expert)
 
 
+def routed_tokens(values: Tensor, parallel: ModelParallel) -> Tensor:
+    """Values of all tokens of a sample, `[B, S]` -> those of the tokens that this rank routes, `[B, s]`."""
+    if parallel.context.layout.splits_tokens_of_routers:
+        return own_part(values, parallel.context.group("tensor"))
+    return parallel.own_tokens(values)
+
+
 def _own_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """A part of tokens that all ranks have; the gradients of all parts are joined."""
     return own_part(copy_to_ranks(x, group), group)

@@ -1,0 +1,28 @@
+"""What routers know about the tokens of a sample: which count, and which sequence each belongs to.
+
+A sample is a micro-batch of one data rank, also where several ranks share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SampleTokens:
+    """The t tokens of a sample that a rank routes.
+
+    Attributes:
+        valid: bool `[t]`, false for padding; None: no token of the sample is padding.
+        num_valid: number of valid tokens of the whole sample, int64 scalar on the device; None where `valid` is.
+        sequences: int64 `[t]`, the sequence of each token: an attention segment of a packed row, or a row; None where
+            no loss needs it.
+        num_sequences: number of sequences of the sample.
+    """
+
+    valid: Tensor | None = None
+    num_valid: Tensor | None = None
+    sequences: Tensor | None = None
+    num_sequences: int = 0
