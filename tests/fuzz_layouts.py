@@ -93,10 +93,11 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
 PARTS_OF_EXPERTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "layout": {"expert": (1, 2, 2, 4, 8), "expert_zero": (-1, -1, 1, 2)},
     "model": {
-        "family": ("QWEN3MOE", "QWEN2MOE", "MIXTRALMOE", "INTERNLM_MoE", "GLM4_MOE"),
+        "family": ("QWEN3MOE", "QWEN2MOE", "MIXTRALMOE", "INTERNLM_MoE", "GLM4_MOE", "DEEPSEEK_V2", "DEEPSEEK_V3"),
         "experts": (2, 4, 4, 6, 8, 16, 64),
         "top_k": (1, 2, 2, 3, 4),
         "shared_experts": (0, 1, 2),
+        "q_latent": (True, True, False),
         "dense_layers": (0, 0, 1, 2),
         "router": ("normalized", "plain", "grouped", "biased", "sigmoid", "sigmoid_grouped"),
         "save_policy": ("nothing", "attention", "matmuls"),

@@ -41,16 +41,24 @@ class LayerActivations:
         residual = m.hidden_size / self._residual_split * m.residual_dtype.itemsize
         if policy == "nothing":
             return self.tokens * residual
-        attention = m.num_heads * (m.head_dim * size + _FLOAT32) / t
+        # Kernels compute with heads of one width.
+        attention = m.num_heads * (max(m.head_dim, m.value_dim) * size + _FLOAT32) / t
         if policy == "attention":
             return self.tokens * (residual + attention)
         if policy == "matmuls":
             kv_heads = m.num_kv_heads if self.layout.is_isp else max(m.num_kv_heads, t)
-            columns = ((m.num_heads + 2 * kv_heads) * m.head_dim + 2 * m.intermediate_size) / t
+            if m.latent is None:
+                projected = (m.num_heads + 2 * kv_heads) * m.head_dim / t
+            else:
+                by_head = m.head_dim + m.latent.plain_dim + m.value_dim
+                projected = m.latent_rows / self._residual_split + m.num_heads * by_head / t
+            columns = projected + 2 * m.intermediate_size / t
             # Row layers of isp output a shard of the tokens; those of the other modes a partial sum for all tokens.
             rows = 2 * m.hidden_size / (t if self.layout.is_isp else 1)
             return self.tokens * (residual + attention + (columns + rows) * size)
         kv_heads = max(m.num_kv_heads, t)
+        if m.latent is not None:
+            return self._saved_bytes_of_latent(residual, attention)
         statistics = (2 if m.norm_type == "layernorm" else 1) * _FLOAT32
         inputs = 2 * m.hidden_size / (1 if self.layout.mode == "msp" else self._residual_split) * size
         inner = ((m.num_heads + 2 * kv_heads) * m.head_dim + 3 * m.intermediate_size) / t * size
@@ -62,6 +70,37 @@ class LayerActivations:
             heads = (m.num_heads + kv_heads) / t
             inner += heads * (m.head_dim * size + _FLOAT32)
         return self.tokens * (2 * residual + inputs + 2 * statistics / self._residual_split + inner + attention)
+
+    def _saved_bytes_of_latent(self, residual: float, attention: float) -> float:
+        """Bytes that a layer with latent attention saves for backward.
+
+        Args:
+            residual: bytes of the residual stream, per token.
+            attention: bytes of the output and the statistics of the attention kernel, per token.
+        """
+        m, t, size, split = self.dimensions, self.layout.tensor, self.dimensions.dtype.itemsize, self._residual_split
+        shape = m.latent
+        assert shape is not None
+        gathered = 1 if self.layout.mode == "msp" else split
+        # Of the projections to latent vectors and of the feed-forward network; direct queries gather theirs.
+        inputs = m.hidden_size * (1 / split + 1 / gathered)
+        if shape.q_rank is None and gathered != split:
+            inputs += m.hidden_size / gathered
+        # Latent vectors before and behind their norms, which save a number for each token.
+        inputs += m.latent_rows / split + ((shape.q_rank or 0) + shape.kv_rank) / gathered
+        num_norms = 3 if shape.q_rank is None else 4
+        # Queries, keys and values as the kernel gets them, with heads of one width; values are a view of a projection.
+        width = max(m.head_dim, m.value_dim)
+        is_cut = m.value_dim < width
+        by_head = 2 * width + (width if is_cut else shape.plain_dim + m.value_dim)
+        if self.layout.is_isp and t > 1:
+            # All three in the buffer of the exchange, and a copy of what is padded.
+            by_head = 2 * m.head_dim + m.value_dim + (width if is_cut else 0 if m.head_dim == width else 2 * width)
+        if is_cut or (self.layout.is_isp and t > 1):
+            # The input of wo is another tensor than the output of the kernel.
+            by_head += m.value_dim
+        inner = (m.num_heads * by_head + 3 * m.intermediate_size) / t
+        return self.tokens * (2 * residual + (inputs + inner) * size + num_norms * _FLOAT32 / split + attention)
 
     def recomputed_flops(self, policy: SavePolicy, window: int | None) -> float:
         """FLOPs of the GEMMs and of attention that backward recomputes.

@@ -119,20 +119,26 @@ def layer_activations_sent(held: RankParameters, step: TrainingStep, policy: Sav
     t, size = layout.tensor, m.dtype.itemsize
     is_recomputed = policy != "everything"
     residual = step.tokens * m.hidden_size * size
+    # Inputs of the column layers of attention, and the rotary key that heads share.
+    attention, key = residual, 0.0
+    if m.latent is not None:
+        direct = m.hidden_size if m.latent.q_rank is None else m.latent.q_rank
+        attention = step.tokens * (direct + m.latent.kv_rank) * size
+        key = step.tokens * m.latent.rotary_dim * size
     if layout.is_isp:
-        heads = 2 * (m.num_heads + max(m.num_kv_heads, t)) * m.head_dim
+        heads = (m.num_heads + max(m.num_kv_heads, t)) * (m.head_dim + m.value_dim)
         one_way = all_gather_bytes(step.tokens / t * heads * size, t)
         return one_way * (3 if is_recomputed else 2)
     if layout.mode == "mtp":
-        # In forward the outputs of wo and w2, in backward two input gradients; recomputation repeats that of wo.
-        return all_reduce_bytes(residual, t) * (5 if is_recomputed else 4)
-    one_way = all_gather_bytes(residual, t)
-    # Two gathers and two reduce-scatters, in forward and backward; recomputation repeats the reduce-scatter of wo.
-    num_exchanges = 9 if is_recomputed else 8
+        # In forward the outputs of wo and w2, in backward the input gradients; recomputation repeats that of wo.
+        return all_reduce_bytes(residual * (4 if is_recomputed else 3) + attention + key, t)
+    # Gathers and reduce-scatters, in forward and backward; recomputation repeats the reduce-scatter of wo.
+    exchanged = residual * (7 if is_recomputed else 6) + 2 * attention + 2 * key
+    exchanged += key if is_recomputed else 0
     if layout.mode == "msp":
-        return one_way * (num_exchanges + (2 if is_recomputed else 0))
-    num_exchanges += 2
-    return one_way * (num_exchanges + (2 if policy in ("attention", "nothing") else 0))
+        return all_gather_bytes(exchanged + (residual + attention if is_recomputed else 0), t)
+    gathers = 2 if policy in ("attention", "nothing") else 1
+    return all_gather_bytes(exchanged + gathers * (residual + attention), t)
 
 
 def ends_sent(held: RankParameters, step: TrainingStep) -> float:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from internlm.model.architecture import Architecture
+from internlm.model.latent_shape import LatentShape
 from internlm.model.moe.settings import ExpertSettings
 
 
@@ -25,6 +26,7 @@ class ModelDimensions:
         has_qk_norm: whether query and key heads are normalized.
         has_tied_head: whether the output head is the embedding.
         experts: of the expert layers; None: all feed-forward networks are dense.
+        latent: of latent attention, whose queries and keys have `head_dim` channels; None: grouped-query attention.
     """
 
     num_layers: int
@@ -41,6 +43,7 @@ class ModelDimensions:
     has_qk_norm: bool = False
     has_tied_head: bool = False
     experts: ExpertSettings | None = None
+    latent: LatentShape | None = None
 
     @classmethod
     def of(cls, architecture: Architecture) -> ModelDimensions:
@@ -61,12 +64,28 @@ class ModelDimensions:
             has_qk_norm=a.qk_norm,
             has_tied_head=a.tie_word_embeddings,
             experts=a.experts,
+            latent=a.latent,
         )
 
     @property
     def attention_parameters(self) -> int:
-        """Elements of a layer's attention matrices, `h d (2H + 2K)`."""
-        return self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        """Elements of a layer's attention matrices: `h d (2H + 2K)`, or those of latent attention."""
+        shape = self.latent
+        if shape is None:
+            return self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        up = self.num_heads * ((shape.q_rank or 0) * self.head_dim + shape.kv_rank * (shape.plain_dim + self.value_dim))
+        direct = self.num_heads * (self.value_dim + (self.head_dim if shape.q_rank is None else 0))
+        return up + self.hidden_size * (direct + self.latent_rows)
+
+    @property
+    def latent_rows(self) -> int:
+        """Rows of the projections to latent vectors and to the rotary key, which are not split over tensor ranks."""
+        return 0 if self.latent is None else (self.latent.q_rank or 0) + self.latent.down_rows
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value head."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
     @property
     def feed_forward_parameters(self) -> int:

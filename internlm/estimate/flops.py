@@ -49,7 +49,7 @@ def attention_flops_per_token(
     width = min(window or seq_len, seq_len)
     # The first `width` queries of a row attend to half a window on average, all others to a full window.
     keys_seen = float(width) if convention == "full" else width - width**2 / (2 * seq_len)
-    return 4.0 * dimensions.num_heads * dimensions.head_dim * keys_seen
+    return 2.0 * dimensions.num_heads * (dimensions.head_dim + dimensions.value_dim) * keys_seen
 
 
 def head_flops_per_token(dimensions: ModelDimensions) -> float:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from internlm.model.initialization import Initializer, Normal, Uniform
+from internlm.model.latent_shape import LatentShape, latent_shape
 from internlm.model.layer_kinds import expert_layers
-from internlm.model.modules.rotary import RopeSettings
+from internlm.model.modules.rotary import RopeSettings, yarn_temperature
 from internlm.model.moe.settings import expert_settings
 from internlm.model.ops.gated_activation import Activation
 from internlm.model.recompute import SavePolicy
@@ -24,6 +25,7 @@ from internlm.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from internlm.config.schema import ModelConfig
+    from internlm.config.schema.rope_scaling import RopeScalingConfig
     from internlm.model.layer_kinds import LayerKind
     from internlm.model.moe.settings import ExpertSettings, SharedMix
 
@@ -45,6 +47,7 @@ class FamilyDefaults:
         scale_embedding: embeddings are multiplied by sqrt(hidden_size).
         partial_rotary_factor: share of the channels of a head that rotate.
         sliding_window: layers have a window whenever its size is given, even without `use_sliding_window`.
+        latent_attention: attention is that of `modules/latent_attention.py`.
     """
 
     fused_qkv: bool = False
@@ -60,6 +63,7 @@ class FamilyDefaults:
     scale_embedding: bool = False
     partial_rotary_factor: float = 1.0
     sliding_window: bool = False
+    latent_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ class Architecture:
     init: InitSettings
     experts: ExpertSettings | None = None
     """The expert layers; None: all layers are dense."""
+    latent: LatentShape | None = None
+    """The dimensions of latent attention (`head_dim`: of queries and keys); None: grouped-query attention."""
     layer_kinds: Mapping[int, LayerKind] = field(default_factory=dict, hash=False)
     """Kinds of the layers that are not standard, by layer number."""
 
@@ -171,15 +177,16 @@ class Architecture:
                 f"model.num_attention_heads ({num_heads}) must be a multiple of "
                 f"model.num_kv_attention_heads ({num_kv_heads})"
             )
-        if config.head_dim is None and config.hidden_size % num_heads:
+        latent = latent_shape(config, family.latent_attention, mistakes)
+        if config.head_dim is None and config.hidden_size % num_heads and not family.latent_attention:
             mistakes.append(
                 f"model.hidden_size ({config.hidden_size}) must be a multiple of model.num_attention_heads "
                 f"({num_heads}); change one of them, or set model.head_dim"
             )
-        head_dim = _pick(config.head_dim, config.hidden_size // num_heads)
+        head_dim = _pick(config.head_dim, config.hidden_size // num_heads) if latent is None else latent.head_dim
         rotary_factor = _pick(config.partial_rotary_factor, family.partial_rotary_factor)
-        rotary_dim = int(head_dim * rotary_factor)
-        if rotary_dim % 2 or not rotary_dim:
+        rotary_dim = int(head_dim * rotary_factor) if latent is None else latent.rotary_dim
+        if latent is None and (rotary_dim % 2 or not rotary_dim):
             part = "" if rotary_factor == 1 else f" times model.partial_rotary_factor ({rotary_factor})"
             mistakes.append(
                 f"the head dimension ({head_dim}){part} must be even: rotary embedding rotates pairs of channels"
@@ -243,6 +250,7 @@ class Architecture:
                 head=config.out_head_init_std,
             ),
             experts=experts,
+            latent=latent,
             layer_kinds={} if experts is None else expert_layers(experts, config.num_layers),
         )
 
@@ -295,8 +303,7 @@ def _rope_settings(config: ModelConfig, rotary_dim: int) -> RopeSettings:
         return plain
     attention_factor = scaling.attention_factor
     if attention_factor is None:
-        # The temperature of YaRN's equation 22.
-        attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.type == "yarn" else 1.0
+        attention_factor = _yarn_attention_factor(scaling) if scaling.type == "yarn" else 1.0
     return dataclasses.replace(
         plain,
         rope_type=scaling.type,
@@ -307,4 +314,14 @@ def _rope_settings(config: ModelConfig, rotary_dim: int) -> RopeSettings:
         beta_slow=scaling.beta_slow,
         beta_fast=scaling.beta_fast,
         attention_factor=attention_factor,
+        mscale=scaling.mscale,
+        mscale_all_dim=scaling.mscale_all_dim,
     )
+
+
+def _yarn_attention_factor(scaling: RopeScalingConfig) -> float:
+    """Factor on cosines and sines: with `mscale_all_dim`, which scales all channels, the ratio of the temperatures."""
+    if scaling.mscale and scaling.mscale_all_dim:
+        of_all = yarn_temperature(scaling.factor, scaling.mscale_all_dim)
+        return yarn_temperature(scaling.factor, scaling.mscale) / of_all
+    return yarn_temperature(scaling.factor)

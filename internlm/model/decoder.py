@@ -34,6 +34,10 @@ DECODER_ROLES: dict[str, Role] = {
     "layers.*.attention.wk": Role.ATTENTION_KV,
     "layers.*.attention.wv": Role.ATTENTION_KV,
     "layers.*.attention.wo": Role.ATTENTION_OUT,
+    "layers.*.attention.wq_a": Role.LATENT,
+    "layers.*.attention.wq_b": Role.ATTENTION_Q,
+    "layers.*.attention.wkv_a": Role.LATENT,
+    "layers.*.attention.wkv_b": Role.ATTENTION_KV,
     "layers.*.attention.q_norm": Role.PER_HEAD,
     "layers.*.attention.k_norm": Role.PER_HEAD,
     "layers.*.feed_forward.w1": Role.COLUMN,
@@ -206,10 +210,11 @@ class Decoder(nn.Module):
     def make_cache(self, batch_size: int, max_length: int) -> KeyValueCache:
         """An empty key-value cache for this model, on its device."""
         a = self.architecture
-        parameter = next(self.parameters())
-        return KeyValueCache(
-            a.num_layers, batch_size, max_length, a.num_kv_heads, a.head_dim, a.dtype, parameter.device
-        )
+        device = next(self.parameters()).device
+        if a.latent is not None:
+            latent, rotary = a.latent.kv_rank, a.latent.rotary_dim
+            return KeyValueCache(a.num_layers, batch_size, max_length, 1, latent, a.dtype, device, value_dim=rotary)
+        return KeyValueCache(a.num_layers, batch_size, max_length, a.num_kv_heads, a.head_dim, a.dtype, device)
 
 
 def make_norm(architecture: Architecture) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import nn
 
 from internlm.model.modules.attention import Attention
 from internlm.model.modules.feed_forward import FeedForward
+from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.moe.feed_forward import MoeFeedForward
 from internlm.model.moe.settings import ExpertSettings
 from internlm.model.roles import Role
@@ -22,8 +23,8 @@ SubBlock = Callable[["Architecture", int], nn.Module]
 
 
 def standard_attention(architecture: Architecture, layer: int) -> nn.Module:
-    """Grouped-query softmax attention with the layer's window."""
-    return Attention(architecture, layer)
+    """Grouped-query or latent softmax attention, as the architecture has it, with the layer's window."""
+    return Attention(architecture, layer) if architecture.latent is None else LatentAttention(architecture, layer)
 
 
 def standard_feed_forward(architecture: Architecture, layer: int) -> nn.Module:

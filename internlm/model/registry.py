@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
 ModelBuilder = Callable[["ModelConfig", torch.dtype | None], nn.Module]
 
-_FAMILY_MODULES = ("internlm", "internlm2", "internlm3", "llama", "qwen", "baichuan", "gemma", "mistral", "glm")
+_FAMILY_MODULES = (
+    "internlm",
+    "internlm2",
+    "internlm3",
+    "llama",
+    "qwen",
+    "baichuan",
+    "gemma",
+    "mistral",
+    "glm",
+    "deepseek",
+)
 
 _BUILDERS: dict[str, ModelBuilder] = {}
 

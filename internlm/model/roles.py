@@ -32,6 +32,9 @@ class Role(enum.Enum):
     """Output dimension split between key-value heads: wk, wv."""
     ATTENTION_OUT = "attention_out"
     """Input dimension split between query heads: wo."""
+    LATENT = "latent"
+    """Not split over the tensor axis; applied to the residual stream. A linear layer whose outputs are inputs of column
+    layers: wq_a, wkv_a. Modes that gather weights shard it as they do any linear layer."""
     EMBEDDING = "embedding"
     """Token embedding `[V, h]`: split on vocabulary or on hidden."""
     ROUTER = "router"

@@ -16,6 +16,9 @@ from internlm.config.validation import build_config
 from internlm.initialize.build import build_layout
 from internlm.utils.errors import ConfigError
 from internlm.verify.choices import (
+    FLOAT8_LATENT_KEYS,
+    LATENT_FAMILIES,
+    LATENT_KEYS,
     PARAMETER_GROUPS,
     ROUTERS,
     BatchChoices,
@@ -237,7 +240,15 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "data.seq_len": seq_len,
         **(FLOAT8_KEYS if model.float8 else {}),
     }
+    if model.family in LATENT_FAMILIES:
+        keys |= FLOAT8_LATENT_KEYS if model.float8 else LATENT_KEYS
+        keys |= dict.fromkeys((*_NOT_OF_LATENT_ATTENTION, *(() if model.q_latent else ("model.q_lora_rank",))))
     return {path: value for path, value in keys.items() if value is not None}
+
+
+_NOT_OF_LATENT_ATTENTION = (
+    *("model.num_kv_attention_heads", "model.qk_norm", "model.qkv_bias", "model.o_bias", "model.enable_qkv_fusion"),
+)
 
 
 def float8_kv_heads(kv_heads: int, layout: LayoutChoices) -> int:

@@ -89,7 +89,7 @@ class ModelChoices:
     Attributes:
         family: `model_type`.
         heads: query heads.
-        kv_heads: key-value heads.
+        kv_heads: key-value heads; latent attention has as many as query heads.
         layers: 0 gives each model chunk one layer, and the model at least two.
         vocab: size of the vocabulary.
         tied: `model.tie_word_embeddings`; None is the family's default.
@@ -109,6 +109,7 @@ class ModelChoices:
         shared_experts: `model.num_shared_experts`.
         router: a set of `model.moe_layer_kwargs`, see `ROUTERS`.
         dense_layers: `model.first_k_dense_replace`; with any, experts have another width.
+        q_latent: with latent attention: queries have a latent vector, too.
     """
 
     family: str = "INTERNLM2"
@@ -133,6 +134,7 @@ class ModelChoices:
     shared_experts: int = 0
     router: Literal["normalized", "plain", "grouped", "biased", "sigmoid", "sigmoid_grouped"] = "normalized"
     dense_layers: int = 0
+    q_latent: bool = True
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,27 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
 }
 """Name -> `model.moe_layer_kwargs`, of the forms of routers that families have."""
 
+
+LATENT_FAMILIES = ("DEEPSEEK_V2", "DEEPSEEK_V3", "KIMI_K2")
+"""Families with latent attention."""
+
+LATENT_KEYS: Mapping[str, Any] = {
+    "model.q_lora_rank": 20,
+    "model.kv_lora_rank": 12,
+    "model.qk_nope_head_dim": 8,
+    "model.qk_rope_head_dim": 4,
+    "model.v_head_dim": 6,
+}
+"""Small dimensions of latent attention, all different."""
+
+FLOAT8_LATENT_KEYS: Mapping[str, Any] = {
+    "model.q_lora_rank": 48,
+    "model.kv_lora_rank": 32,
+    "model.qk_nope_head_dim": 32,
+    "model.qk_rope_head_dim": 16,
+    "model.v_head_dim": 16,
+}
+"""The same in tiles of float8."""
 
 PARAMETER_GROUPS: Mapping[str, list[dict[str, Any]]] = {
     "none": [],

@@ -124,6 +124,8 @@ EXPERTS = Covering(
             "model:family=MIXTRALMOE,shared_experts=2,fused=true",
             "model:family=INTERNLM_MoE,shared_experts=1",
             "model:family=GLM4_MOE,shared_experts=2",
+            "model:family=DEEPSEEK_V2,shared_experts=2",
+            "model:family=DEEPSEEK_V3,q_latent=false",
         ),
         "documents": (
             "",

@@ -22,7 +22,7 @@ from internlm.verify.case import (
     float8_kv_heads,
     needed_micro_batches,
 )
-from internlm.verify.choices import LayoutChoices
+from internlm.verify.choices import FLOAT8_LATENT_KEYS, LATENT_KEYS, LayoutChoices
 
 LARGEST_GROUP_OF_HEADS = 4
 WINDOW = 6
@@ -80,6 +80,10 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
         "float8.enable_float8_linear": False,
         "moe.replay": {},
     }
+    if model.kv_lora_rank is not None:
+        latent = FLOAT8_LATENT_KEYS if float8 else LATENT_KEYS
+        keys |= {key: value for key, value in latent.items() if getattr(model, key.split(".")[1]) is not None}
+        keys["model.head_dim"] = None
     if model.sliding_window is not None:
         keys["model.sliding_window"] = WINDOW
     if dtype is not None:

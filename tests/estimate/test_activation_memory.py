@@ -106,6 +106,30 @@ def test_a_layer_keeps_what_the_formulas_say(mode: str | None, kv_heads: int, fa
             pytest.fail(f"{keep}: {kept} bytes, not {elements * FLOAT}")
 
 
+LATENT = {
+    "num_kv_attention_heads": None,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"v_head_dim": 20}], ids=str)
+@pytest.mark.parametrize("mode", [None, "mtp", "msp", "fsp", "isp"])
+def test_the_planner_knows_latent_attention(mode: str | None, changes: dict[str, Any], ranks: Any) -> None:
+    t, layout, keys = 1 if mode is None else 2, layout_of(mode, HEADS), {**LATENT, **changes}
+    for keep in SAVE_POLICIES[: 2 if mode else 4]:
+        planned = formula(layout, "DEEPSEEK_V2", keep, keys)
+        for _ in range(5):
+            kept = ranks(t).run(kept_by_a_layer, layout, "DEEPSEEK_V2", keep, keys)
+            if kept == [planned] * t:
+                break
+        else:
+            pytest.fail(f"{keep}: {kept} bytes, not {planned}")
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

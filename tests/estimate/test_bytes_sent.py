@@ -24,6 +24,7 @@ from internlm.initialize.build import build_engine, build_layout
 from internlm.initialize.rank_estimates import estimate_ranks
 from internlm.initialize.stages import build_chunks, build_pipeline_schedule
 from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
+from internlm.verify.choices import LATENT_KEYS
 
 SCALARS = 16
 """All-reduces of so few elements are token counts, norms, metrics and float8 scales, which estimates leave out."""
@@ -146,6 +147,8 @@ TENSOR_MODES = {mode: {"parallel.tensor": {"size": 2, "mode": mode}} for mode in
 ISP = {"parallel.tensor": {"size": 2, "mode": "isp"}}
 PIPELINE = {"parallel.pipeline": {"size": 2}}
 
+LATENT = {"model_type": "DEEPSEEK_V2", **LATENT_KEYS}
+
 CASES: dict[str, dict[str, Any]] = {
     **{mode: {**changes, "parallel.zero1.size": 2} for mode, changes in TENSOR_MODES.items()},
     "mtp, vocabulary split": {**TENSOR_MODES["mtp"], "model.tie_word_embeddings": True},
@@ -172,6 +175,13 @@ CASES: dict[str, dict[str, Any]] = {
     "1F1B, fp32 residual, msp": {**PIPELINE, **TENSOR_MODES["msp"], "model.residual_in_fp32": True},
     "bf16 gradients": {"hybrid_zero_optimizer.grad_accumulation_dtype": "torch.bfloat16"},
     "gradients sent in bf16": {"reduce_comm_dtype": "torch.bfloat16"},
+    "mtp, latent attention": {**TENSOR_MODES["mtp"], **LATENT},
+    "isp, latent attention": {**ISP, "parallel.weight.size": 4, **LATENT},
+    "fsp, latent attention, direct queries": {**TENSOR_MODES["fsp"], **LATENT, "model.q_lora_rank": None},
+    "msp, latent attention, recomputed": {**TENSOR_MODES["msp"], **LATENT, "model.checkpoint": 0.5},
+    "fsp, latent attention, recomputed": {
+        **TENSOR_MODES["fsp"], **LATENT, "model.checkpoint": 0.5, "model.checkpoint_save_policy": "matmuls",
+    },
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.model import tiny_model
@@ -9,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from internlm.estimate.dimensions import ModelDimensions
-from internlm.estimate.flops import flops_per_token, peak_flops
+from internlm.estimate.flops import attention_flops_per_token, flops_per_token, peak_flops
 
 LLAMA_3_1_8B = ModelDimensions(
     num_layers=32,
@@ -54,6 +56,19 @@ def test_dense_layers_of_a_mixture():
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
     dimensions = ModelDimensions.of(model.architecture)
     assert dimensions.gemm_parameters == weights - model.tok_embeddings.weight.numel()
+
+
+@pytest.mark.parametrize("q_rank", [24, None])
+def test_flops_of_latent_attention(q_rank):
+    sizes = {"kv_lora_rank": 20, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
+    model = tiny_model("DEEPSEEK_V2", num_kv_attention_heads=None, head_dim=None, q_lora_rank=q_rank, **sizes)
+    dimensions = ModelDimensions.of(model.architecture)
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
+    assert dimensions.gemm_parameters == weights - model.tok_embeddings.weight.numel()
+    per_key = 2 * 2 * dimensions.num_heads * 12
+    assert attention_flops_per_token(dimensions, 16, None, "full") == per_key * 16
+    narrow = dataclasses.replace(dimensions, latent=dataclasses.replace(model.architecture.latent, value_dim=6))
+    assert attention_flops_per_token(narrow, 16, None, "full") == per_key * 16 * 3 / 4
 
 
 def test_full_convention_equals_torch_flop_counter():

@@ -53,11 +53,15 @@ def dimensions(config: Config, world_size: int) -> Iterator[Problem]:
             ("model.hidden_size", ENABLE),
             f"model.hidden_size = {model.hidden_size} {_must(MULTIPLE)}; set {_next(model.hidden_size, MULTIPLE)}",
         )
-    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-    for key, heads in (
-        ("model.num_attention_heads", model.num_attention_heads),
-        ("model.num_kv_attention_heads", model.num_kv_heads),
-    ):
+    head_dim = model.attention_head_dim
+    numbers = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_kv_attention_heads": model.num_kv_heads,
+    }
+    if model.kv_lora_rank is not None:
+        yield from _latent_dimensions(config, of_weights)
+        numbers = {}
+    for key, heads in numbers.items():
         width = max(1, heads // of_weights) * head_dim
         if width % MULTIPLE:
             yield Problem(
@@ -85,6 +89,28 @@ def dimensions(config: Config, world_size: int) -> Iterator[Problem]:
             f"data.seq_len = {config.data.seq_len} times data.micro_bsz = {config.data.micro_bsz} are {tokens} tokens "
             f"on {of_tokens} sequence rank(s), which {_must(multiple)}; set data.seq_len = {length}",
         )
+
+
+def _latent_dimensions(config: Config, of_weights: int) -> Iterator[Problem]:
+    """Ranks of the projections, and the channels of all heads of a tensor rank, are whole tiles."""
+    model = config.model
+    heads = max(1, model.num_attention_heads // of_weights)
+    plain, rotary, value = model.qk_nope_head_dim or 0, model.qk_rope_head_dim or 0, model.v_head_dim or 0
+    for keys, width in (
+        (("q_lora_rank",), model.q_lora_rank or 0),
+        (("kv_lora_rank",), model.kv_lora_rank or 0),
+        (("kv_lora_rank", "qk_rope_head_dim"), (model.kv_lora_rank or 0) + rotary),
+        (("qk_nope_head_dim", "qk_rope_head_dim"), heads * (plain + rotary)),
+        (("qk_nope_head_dim", "v_head_dim"), heads * (plain + value)),
+        (("v_head_dim",), heads * value),
+    ):
+        if width % MULTIPLE:
+            names = " and ".join(f"model.{key} = {getattr(model, key)}" for key in keys)
+            yield Problem(
+                (*(f"model.{key}" for key in keys), SIZE, ENABLE),
+                f"{names}, with {heads} heads on each of {of_weights} tensor rank(s), make a projection {width} wide, "
+                f"which {_must(MULTIPLE)}; change one of them",
+            )
 
 
 def _must(multiple: int) -> str:

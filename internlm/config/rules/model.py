@@ -23,7 +23,7 @@ def shape(config: Config, world_size: int) -> Iterator[Problem]:
     """Heads must divide the width, and windows, biases and position scaling must be consistent."""
     model = config.model
     heads, kv_heads = model.num_attention_heads, model.num_kv_attention_heads
-    if model.head_dim is None and model.hidden_size % heads:
+    if model.head_dim is None and model.kv_lora_rank is None and model.hidden_size % heads:
         yield Problem(
             ("model.hidden_size", "model.num_attention_heads"),
             f"model.hidden_size = {model.hidden_size} is not divisible by model.num_attention_heads = {heads}; "

@@ -3,7 +3,7 @@
 from internlm.config.schema.base import Section
 from internlm.config.schema.ckpt import CkptConfig, LoadCkptInfo, UniversalCkptConfig
 from internlm.config.schema.data import BlendEntryConfig, DataConfig, FimConfig
-from internlm.config.schema.model import InjectInfoConfig, ModelConfig, MoeLayerConfig, RopeScalingConfig
+from internlm.config.schema.model import InjectInfoConfig, ModelConfig, MoeLayerConfig
 from internlm.config.schema.moe import MoeConfig, MoeReplayConfig
 from internlm.config.schema.optim import (
     AdamConfig,
@@ -29,6 +29,7 @@ from internlm.config.schema.parallel import (
     Zero1Config,
 )
 from internlm.config.schema.root import Config
+from internlm.config.schema.rope_scaling import RopeScalingConfig
 from internlm.config.schema.runtime import (
     AlertConfig,
     CpuOffloadingConfig,

@@ -10,32 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, model_validator
 
 from internlm.config.schema.base import Section, key, later, library_only, no_effect, section, used_with
+from internlm.config.schema.rope_scaling import RopeScalingConfig
 
 if TYPE_CHECKING:
     import torch
 
 Dtype = Literal["torch.bfloat16", "torch.float16", "torch.half", "torch.float32", "torch.tf32", "torch.float64"]
-
-
-class RopeScalingConfig(Section):
-    """Rotary positions beyond the length of pretraining."""
-
-    type: Literal["linear", "dynamic", "llama3", "yarn"] = key(..., "Kind of scaling.", changes_outputs=True)
-    factor: float = key(1.0, "Ratio of the new length to the original one.", ge=1, changes_outputs=True)
-    original_max_position_embeddings: int | None = key(
-        None, "Length of pretraining; None: model.max_position_embeddings.", ge=1, changes_outputs=True
-    )
-    low_freq_factor: float = key(
-        1.0, "llama3: wavelengths above original length / this are scaled fully.", gt=0, changes_outputs=True
-    )
-    high_freq_factor: float = key(
-        4.0, "llama3: wavelengths below original length / this are unchanged.", gt=0, changes_outputs=True
-    )
-    beta_fast: float = key(32.0, "yarn: rotations above which a dimension is unchanged.", gt=0, changes_outputs=True)
-    beta_slow: float = key(1.0, "yarn: rotations below which a dimension is scaled fully.", gt=0, changes_outputs=True)
-    attention_factor: float | None = key(
-        None, "yarn: factor on cos and sin; None: 0.1 ln(factor) + 1.", gt=0, changes_outputs=True
-    )
 
 
 class InjectInfoConfig(Section):
@@ -131,6 +111,36 @@ class ModelConfig(Section):
     )
     head_dim: int | None = key(
         None, "Size of a head; None: the family's choice, usually hidden_size / heads.", ge=1, changes_outputs=True
+    )
+    kv_lora_rank: int | None = key(
+        None,
+        "Latent attention (DeepSeek): channels of the latent vector of keys and values.",
+        ge=1,
+        changes_outputs=True,
+    )
+    q_lora_rank: int | None = used_with(
+        None,
+        "Channels of the latent vector of queries; None: queries are projected directly.",
+        "model.kv_lora_rank",
+        ge=1,
+        changes_outputs=True,
+    )
+    qk_nope_head_dim: int | None = used_with(
+        None,
+        "Channels of a query or key head without rotary embedding.",
+        "model.kv_lora_rank",
+        ge=1,
+        changes_outputs=True,
+    )
+    qk_rope_head_dim: int | None = used_with(
+        None,
+        "Channels of a query head with rotary embedding; all key heads share theirs.",
+        "model.kv_lora_rank",
+        ge=2,
+        changes_outputs=True,
+    )
+    v_head_dim: int | None = used_with(
+        None, "Channels of a value head.", "model.kv_lora_rank", ge=1, changes_outputs=True
     )
     mlp_ratio: float = key(
         4.0, "Width of the MLP / hidden_size, before rounding up to multiple_of.", gt=0, changes_outputs=True
@@ -420,6 +430,13 @@ class ModelConfig(Section):
     def num_kv_heads(self) -> int:
         """Number of key and value heads: num_kv_attention_heads, or the number of query heads."""
         return self.num_kv_attention_heads or self.num_attention_heads
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Channels of a query or key head."""
+        if self.qk_nope_head_dim is not None and self.qk_rope_head_dim is not None:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def num_recomputed(self) -> int:

@@ -22,9 +22,10 @@ from internlm.core.parallel.model_parallel import ModelParallel, ParallelOptions
 from internlm.core.parallel.modes.fsp import Fsp
 from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.modes.msp import Msp
-from internlm.core.parallel.modes.mtp import COLUMN_ROLES, ROW_ROLES, Mtp
+from internlm.core.parallel.modes.mtp import LINEAR_ROLES, Mtp
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.model.modules.inner_attention import InnerAttention
+from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.modules.linear import Float8Linear, GroupedLinear
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.roles import HeadShape, Role
@@ -192,13 +193,13 @@ def _install(
 ) -> None:
     """Set the local parameters of a module, or replace it by the module of the mode."""
     module = model.get_submodule(name)
-    if parallel.replaces_linears and role in (*COLUMN_ROLES, *ROW_ROLES):
+    if parallel.replaces_linears and role in LINEAR_ROLES:
         _refuse_unless(module, nn.Linear, name, role)
         _exchange_module(model, name, ParallelLinear(parameters, role, parallel.finish_output(role)))
     elif parallel.replaces_linears and role is Role.EMBEDDING:
         _refuse_unless(module, nn.Embedding, name, role)
         _exchange_module(model, name, ParallelEmbedding(parameters["weight"], parallel))
-    elif role in (*COLUMN_ROLES, *ROW_ROLES) and parallel.is_float8(name):
+    elif role in LINEAR_ROLES and parallel.is_float8(name):
         _refuse_unless(module, nn.Linear, name, role)
         refuse_odd_shape(name, shard_spec_of(parameters["weight"]))
         on_hardware = float8.runs_on_hardware(parallel.context.device)
@@ -252,6 +253,8 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
         heads = _heads_of(module, parallel)
         if heads is not None and hasattr(module, "use_local_heads"):
             module.use_local_heads(parallel.local_heads(heads))
+        if isinstance(module, LatentAttention):
+            module.share_key = parallel.share_key
         for child_name, child in list(module.named_children()):
             if isinstance(child, InnerAttention):
                 if heads is None:

@@ -46,7 +46,17 @@ class UlyssesAttention(nn.Module):
         return RotaryTables(cos, sin, tables.interleaved)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> Tensor:
-        """Q `[B, S / n, H, D]`, k and v `[B, S / n, K, D]` -> `[B, S / n, H, D]`; `varlen` covers all S tokens."""
+        """Compute attention over all S tokens.
+
+        Args:
+            q: `[B, S / n, H, D]`.
+            k: `[B, S / n, K, D]`.
+            v: `[B, S / n, K, D']`.
+            varlen: documents of all S tokens.
+
+        Returns:
+            `[B, S / n, H, D']`.
+        """
         q, k, v = self.gather_tokens(q, k, v)
         return self.scatter_tokens(self.inner(q, k, v, varlen))
 
@@ -54,10 +64,12 @@ class UlyssesAttention(nn.Module):
         """All heads of this rank's tokens -> this rank's heads of all tokens, in one all-to-all."""
         if self._replicas > 1:
             k, v = (x.repeat_interleave(self._replicas, dim=_HEADS) for x in (k, v))
-        by_rank = [x.unflatten(_HEADS, (self._size, -1)) for x in (q, k, v)]
-        joined = torch.cat(by_rank, dim=_HEADS + 1).flatten(_HEADS, _HEADS + 1)
-        gathered = exchange(joined, self._context.group("tensor"), split=_HEADS, join=SEQUENCE)
-        own_q, own_k, own_v = gathered.split([x.shape[_HEADS + 1] for x in by_rank], dim=_HEADS)
+        # Heads of a rank side by side, as values may have another dimension.
+        by_rank = [x.unflatten(_HEADS, (self._size, -1)).flatten(_HEADS + 1) for x in (q, k, v)]
+        joined = torch.cat(by_rank, dim=_HEADS + 1)
+        gathered = exchange(joined, self._context.group("tensor"), split=_HEADS, join=SEQUENCE).squeeze(_HEADS)
+        parts = gathered.split([x.shape[-1] for x in by_rank], dim=-1)
+        own_q, own_k, own_v = (part.unflatten(-1, (-1, x.shape[-1])) for part, x in zip(parts, (q, k, v), strict=True))
         return own_q, own_k, own_v
 
     def scatter_tokens(self, out: Tensor) -> Tensor:

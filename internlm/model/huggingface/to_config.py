@@ -64,6 +64,7 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
         # The default token ids of the classes may differ from those of this model's tokenizer.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
+    _refuse("Hugging Face files of this model are not written yet", {"latent attention": a.latent is not None})
     if a.experts is not None:
         _refuse(f"transformers has no class for this mixture of experts ({model_type})", unlike_mixtures(a))
         return mixture_config(a, keys)

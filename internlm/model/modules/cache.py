@@ -12,6 +12,10 @@ class KeyValueCache:
     All rows have the same number of tokens. A forward pass appends its tokens to every layer with `update`; the decoder
     then advances the common length with `advance`.
 
+    Args:
+        head_dim: D, of keys.
+        value_dim: dimension of values; None: D.
+
     Attributes:
         length: number of cached tokens per row.
         max_length: capacity per row, in tokens.
@@ -26,12 +30,14 @@ class KeyValueCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        *,
+        value_dim: int | None = None,
     ) -> None:
         self.length = 0
         self.max_length = max_length
-        shape = (num_layers, batch_size, max_length, num_kv_heads, head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (num_layers, batch_size, max_length, num_kv_heads)
+        self._keys = torch.empty(*shape, head_dim, dtype=dtype, device=device)
+        self._values = torch.empty(*shape, value_dim or head_dim, dtype=dtype, device=device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append `[B, S, K, D]` keys and values to a layer; returns all of its `[B, length + S, K, D]` (views).

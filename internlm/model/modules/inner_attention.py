@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypedDict
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 from internlm.model.ops.rotary import RotaryTables
@@ -12,6 +14,7 @@ from internlm.model.ops.rotary import RotaryTables
 
 class _Options(TypedDict):
     window: int | None
+    scale: float | None
     attention_backend: str
     use_flash_attn: bool
 
@@ -23,12 +26,15 @@ class InnerAttention(nn.Module):
 
     Args:
         window: maximum number of keys that a query attends to, itself included; None: no limit.
-        attention_backend, use_flash_attn: see `attention`.
+        attention_backend, use_flash_attn, scale: see `attention`.
     """
 
-    def __init__(self, window: int | None, attention_backend: str, use_flash_attn: bool) -> None:
+    def __init__(
+        self, window: int | None, attention_backend: str, use_flash_attn: bool, scale: float | None = None
+    ) -> None:
         super().__init__()
         self.window = window
+        self.scale = scale
         self.attention_backend = attention_backend
         self.use_flash_attn = use_flash_attn
 
@@ -42,13 +48,15 @@ class InnerAttention(nn.Module):
         Args:
             q: `[B, S, H, D]`, after rotary embedding and norm.
             k: `[B, T, K, D]`, likewise; T > S with cached keys.
-            v: `[B, T, K, D]`.
+            v: `[B, T, K, D']`; D' may differ from D.
             varlen: documents of the whole packed sequence, even if ranks split it; None: each row is one document.
 
         Returns:
-            `[B, S, H, D]`.
+            `[B, S, H, D']`.
         """
-        return attention(q, k, v, varlen, **self._options())
+        if v.shape[-1] == q.shape[-1]:
+            return attention(q, k, v, varlen, **self._options(q, v))
+        return attention(*_of_one_width(q, k, v), varlen, **self._options(q, v))[..., : v.shape[-1]]
 
     def forward_with_lse(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> tuple[Tensor, Tensor]:
         """`forward`, and the log-sum-exp of each query's scores, fp32 `[B, S, H]` (float64 for float64).
@@ -58,11 +66,23 @@ class InnerAttention(nn.Module):
         Raises:
             ValueError: the attention backend does not return it.
         """
-        return attention(q, k, v, varlen, return_lse=True, **self._options())
+        if v.shape[-1] == q.shape[-1]:
+            return attention(q, k, v, varlen, return_lse=True, **self._options(q, v))
+        out, lse = attention(*_of_one_width(q, k, v), varlen, return_lse=True, **self._options(q, v))
+        return out[..., : v.shape[-1]], lse
 
-    def _options(self) -> _Options:
+    def _options(self, q: Tensor, v: Tensor) -> _Options:
+        needs_scale = self.scale is None and v.shape[-1] != q.shape[-1]
         return {
             "window": self.window,
+            "scale": 1 / math.sqrt(q.shape[-1]) if needs_scale else self.scale,
             "attention_backend": self.attention_backend,
             "use_flash_attn": self.use_flash_attn,
         }
+
+
+def _of_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad the last dimension with zeros, as kernels need heads of one width; the results are the same."""
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    return q, k, v

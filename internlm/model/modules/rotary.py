@@ -40,6 +40,8 @@ class RopeSettings:
         low_freq_factor, high_freq_factor: llama3: ends of the ramp, in rotations within the pretrained context.
         beta_slow, beta_fast: yarn: ends of the ramp, in rotations within the pretrained context.
         attention_factor: factor on cosines and sines.
+        mscale, mscale_all_dim: yarn with latent attention: coefficients of the temperature, in DeepSeek's form; see
+            `score_factor`. 0: none.
         interleaved: pairs are adjacent channels instead of halves.
         fp32: rotate in fp32 instead of the dtype of the model.
     """
@@ -54,6 +56,8 @@ class RopeSettings:
     beta_slow: float = 1.0
     beta_fast: float = 32.0
     attention_factor: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
     interleaved: bool = False
     fp32: bool = True
 
@@ -66,9 +70,22 @@ class RopeSettings:
             "linear": ["factor"],
             "dynamic": ["factor", "max_positions"],
             "llama3": ["factor", "max_positions", "low_freq_factor", "high_freq_factor"],
-            "yarn": ["factor", "max_positions", "beta_slow", "beta_fast"],
+            "yarn": ["factor", "max_positions", "beta_slow", "beta_fast", "score_factor"],
         }[self.rope_type]
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def score_factor(self) -> float:
+        """Factor on the attention scores: the square of `yarn_temperature(factor, mscale_all_dim)`.
+
+        Unlike `attention_factor`, it includes channels without rotary embedding.
+        """
+        return yarn_temperature(self.factor, self.mscale_all_dim) ** 2
+
+
+def yarn_temperature(factor: float, coefficient: float = 1.0) -> float:
+    """`0.1 c ln(factor) + 1` (YaRN, equation 22; DeepSeek's code has the coefficient c)."""
+    return 0.1 * coefficient * math.log(factor) + 1.0
 
 
 def dynamic_frequencies(settings: RopeSettings, lengths: Tensor) -> Tensor:

@@ -44,10 +44,9 @@ class OpSettings:
     @classmethod
     def of(cls, config: ModelConfig, *, use_float8: bool = False) -> OpSettings:
         """The settings of a config's `model` section, and of `float8.enable_float8_linear`."""
-        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         return cls(
             config.torch_dtype,
-            head_dim,
+            config.attention_head_dim,
             config.attention_backend,
             config.use_flash_attn,
             config.fused_kernels,

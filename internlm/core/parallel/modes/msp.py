@@ -61,6 +61,9 @@ class Msp(Mtp):
             return InputExchange()
         return GatheredInput(self.context, saves_gathered=self.saves_gathered_input)
 
+    def share_key(self, key: Tensor) -> Tensor:
+        return gather(key, self.group)
+
     def reduce_output(self, out: Tensor) -> Tensor:
         return reduce_scatter(out, self.group)
 

@@ -33,6 +33,7 @@ from internlm.model.roles import HeadShape, Role
 
 COLUMN_ROLES = (Role.COLUMN, Role.COLUMN_PAIR, Role.ATTENTION_QKV, Role.ATTENTION_Q, Role.ATTENTION_KV)
 ROW_ROLES = (Role.ROW, Role.ATTENTION_OUT)
+LINEAR_ROLES = (*COLUMN_ROLES, *ROW_ROLES, Role.LATENT)
 
 
 class CopiedInput(InputExchange):
@@ -73,7 +74,7 @@ class Mtp(ModelParallel):
     ) -> list[ParameterShard]:
         whole = ShardSpec.whole(name, shape)
         on_tokens = replace(whole, partial_over=("tensor",)) if self.residual_is_split else whole
-        if role in (Role.REPLICATED, Role.EXPERTS):
+        if role in (Role.REPLICATED, Role.LATENT, Role.EXPERTS):
             return [ParameterShard(attribute, on_tokens)]
         if role is Role.ROUTER:
             is_partial = self.residual_is_split or self.context.layout.splits_tokens_of_routers
@@ -106,6 +107,9 @@ class Mtp(ModelParallel):
 
     def finish_output(self, role: Role) -> Callable[[Tensor], Tensor] | None:
         return self.reduce_output if role in ROW_ROLES else None
+
+    def share_key(self, key: Tensor) -> Tensor:
+        return copy_to_ranks(key, self.group)
 
     def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         if spec.local_shape[0] == spec.global_shape[0]:
