@@ -10,7 +10,7 @@ from torch import nn
 
 from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER
 from internlm.config.loader import check_config
-from internlm.config.rules import expert_ranks
+from internlm.config.rules import expert_inner_ranks, expert_ranks
 from internlm.config.schema import Config
 from internlm.config.unsupported import find_refused_in_training
 from internlm.convert.to_hf import check_exportable
@@ -65,6 +65,7 @@ def build_layout(config: Config, world_size: int) -> ParallelLayout:
         zero=parallel.zero1.size,
         mode=tensor.mode,
         expert=expert_ranks(config, world_size),
+        expert_inner=expert_inner_ranks(config),
         expert_zero=parallel.expert_zero1.size,
         kv_replicas=tensor.size // num_kv_heads if has_copies else 1,
     )

@@ -13,6 +13,7 @@ from internlm.core.communication.objects import of_all_ranks
 from internlm.core.compilation.compile_layers import check_compiler, compile_layers
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, split_layers
 from internlm.core.parallel.shard_spec import shard_spec_of
@@ -75,7 +76,7 @@ def _layer_costs(config: Config) -> LayerCosts:
 
 def build_options(config: Config) -> ParallelOptions:
     """Collect the options of the parallel modes from the config."""
-    weight = config.parallel.weight
+    weight, expert_weight = config.parallel.weight, config.parallel.expert_weight
     schedule = build_pipeline_schedule(config)(config.data.micro_num)
     return ParallelOptions(
         split_embedding_hidden=config.model.embed_split_hidden,
@@ -84,6 +85,13 @@ def build_options(config: Config) -> ParallelOptions:
         gather_layer_before=weight.launch_allgather_before,
         release_gradients_early=weight.early_reduce_scatter_release,
         memory_pool=weight.memory_pool,
+        expert_gathering=GatherPlan(
+            overlap=expert_weight.overlap,
+            ahead=expert_weight.forward_overlap_per,
+            layer_before=expert_weight.launch_allgather_before,
+            release_gradients_early=expert_weight.early_reduce_scatter_release,
+            memory_pool=expert_weight.memory_pool,
+        ),
         reduce_dtype=reduce_dtype(config),
         postpone_weight_gradients=any(
             action.kind is ActionKind.BACKWARD_WEIGHT for actions in schedule.actions for action in actions

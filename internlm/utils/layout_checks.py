@@ -120,6 +120,17 @@ def check_weight(weight: int, mode: str) -> None:
         raise LayoutError(text, weight=weight, mode=mode)
 
 
+def check_expert_tensor(expert_tensor: int, tensor: int) -> None:
+    """An expert is on one rank, or split over the tensor ranks.
+
+    Raises:
+        LayoutError: it is split otherwise.
+    """
+    if expert_tensor not in (1, tensor):
+        text = "{expert_tensor} must be 1 or {tensor}: experts are split over all tensor ranks or none"
+        raise LayoutError(text, expert_tensor=expert_tensor, tensor=tensor)
+
+
 def check_fsdp(fsdp: bool, pipeline: int, mode: str) -> None:
     """FSDP goes with neither a pipeline nor isp.
 

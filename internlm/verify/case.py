@@ -158,6 +158,10 @@ class Combination:
         found = [problem.text for problem in find_problems(case.config, self.ranks)]
         if self.layout.weight > 1 and self.layout.mode != "isp":
             found.append("weight parallelism needs mode isp")
+        if self.layout.expert_tensor and build_layout(case.config, self.ranks).expert_tensor == 1:
+            found.append("expert tensor parallelism needs experts, and tensor ranks of another mode than isp")
+        if self.layout.expert_overlap and self.layout.expert_weight == 1:
+            found.append("nothing to overlap: experts are not split over weight ranks")
         if self.model.float8 and self.model.dtype != "float64":
             found.append("float8 is compared in float64")
         return found

@@ -32,6 +32,9 @@ class LayoutChoices:
         fsdp: `parallel.fsdp.enable`.
         expert: `parallel.expert.size`.
         expert_zero: `parallel.expert_zero1.size`.
+        expert_tensor: not `parallel.expert.no_tp`.
+        expert_weight: `parallel.expert_weight.size`.
+        expert_overlap: `parallel.expert_weight.overlap`.
     """
 
     tensor: int = 1
@@ -45,6 +48,9 @@ class LayoutChoices:
     fsdp: bool = False
     expert: int = 1
     expert_zero: int = -1
+    expert_tensor: bool = False
+    expert_weight: int = 1
+    expert_overlap: bool = False
 
     @classmethod
     def of(cls, config: Config) -> LayoutChoices:
@@ -62,6 +68,9 @@ class LayoutChoices:
             fsdp=parallel.uses_fsdp,
             expert=parallel.expert.size if config.model.num_experts > 1 else 1,
             expert_zero=parallel.expert_zero1.size,
+            expert_tensor=not parallel.expert.no_tp,
+            expert_weight=parallel.expert_weight.size,
+            expert_overlap=parallel.expert_weight.overlap,
         )
 
     def keys(self) -> dict[str, Any]:
@@ -79,6 +88,9 @@ class LayoutChoices:
             "parallel.fsdp.enable": self.fsdp,
             "parallel.expert.size": self.expert,
             "parallel.expert_zero1.size": self.expert_zero,
+            "parallel.expert.no_tp": not self.expert_tensor,
+            "parallel.expert_weight.size": self.expert_weight,
+            "parallel.expert_weight.overlap": self.expert_overlap,
         }
 
 

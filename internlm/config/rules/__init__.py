@@ -6,6 +6,6 @@ break it; and a gradient of ZBH1 counts when it arrives, whatever overlaps are e
 """
 
 from internlm.config.rules.all_rules import find_problems
-from internlm.config.rules.ranks import data_ranks, expert_ranks, weight_data_ranks
+from internlm.config.rules.ranks import data_ranks, expert_inner_ranks, expert_ranks, weight_data_ranks
 
-__all__ = ["data_ranks", "expert_ranks", "find_problems", "weight_data_ranks"]
+__all__ = ["data_ranks", "expert_inner_ranks", "expert_ranks", "find_problems", "weight_data_ranks"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
 from internlm.config.problem import Problem
 from internlm.config.rules.layout_problems import layout_problems
-from internlm.config.rules.ranks import expert_ranks
+from internlm.config.rules.ranks import expert_inner_ranks, expert_ranks
 from internlm.config.schema import Config
-from internlm.utils.layout_checks import check_world, check_zero
+from internlm.utils.layout_checks import check_width, check_world, check_zero
 
 
 def experts(config: Config, world_size: int) -> Iterator[Problem]:
@@ -37,17 +38,31 @@ def experts(config: Config, world_size: int) -> Iterator[Problem]:
             ("model.num_experts", "parallel.expert.size"),
             f"model.num_experts = {experts} is not divisible by parallel.expert.size = {parallel.expert.size}",
         )
-    expert = expert_ranks(config, world_size)
+    expert, inner = expert_ranks(config, world_size), expert_inner_ranks(config)
     names = {"expert": "parallel.expert.size", "pipeline": "parallel.pipeline.size"}
-    check = partial(check_world, world_size, expert=expert, pipeline=parallel.pipeline.size)
-    problems = list(layout_problems(check, names))
+    names["inner"] = "parallel.expert_weight.size" if parallel.tensor.mode == "isp" else "parallel.tensor.size"
+    degrees = {"expert": expert, "pipeline": parallel.pipeline.size, **({"inner": inner} if inner > 1 else {})}
+    problems = list(layout_problems(partial(check_world, world_size, **degrees), names))
     yield from problems
     if not problems:
-        holders = world_size // (expert * parallel.pipeline.size)
+        holders = world_size // math.prod(degrees.values())
         check_state = partial(check_zero, parallel.expert_zero1.size, holders)
         yield from layout_problems(check_state, {"zero": "parallel.expert_zero1.size"})
     if config.model.top_k > experts:
         yield Problem(
             ("model.top_k", "model.num_experts"),
             f"model.top_k = {config.model.top_k} is more than model.num_experts = {experts}; choose at most so many",
+        )
+
+
+def width(config: Config, world_size: int) -> Iterator[Problem]:
+    """Tensor ranks that split experts get equal parts of each."""
+    model = config.model
+    if config.parallel.tensor.mode == "isp" or expert_inner_ranks(config) == 1:
+        return
+    names = {"width": "the width of an expert", "tensor": "parallel.tensor.size"}
+    for problem in layout_problems(partial(check_width, model.ffn_size, expert_inner_ranks(config)), names):
+        yield Problem(
+            ("parallel.expert.no_tp", "model.intermediate_size", "parallel.tensor.size"),
+            f"parallel.expert.no_tp = False: {problem.text}, or parallel.expert.no_tp = True",
         )

@@ -35,6 +35,12 @@ def weight_parallel(config: Config, world_size: int) -> Iterator[Problem]:
     yield from layout_problems(check, {"weight": WEIGHT, "mode": MODE})
 
 
+def expert_weight_parallel(config: Config, world_size: int) -> Iterator[Problem]:
+    """Weight parallelism of experts is part of isp too."""
+    check = partial(check_weight, config.parallel.expert_weight.size, config.parallel.tensor.mode)
+    yield from layout_problems(check, {"weight": "parallel.expert_weight.size", "mode": MODE})
+
+
 def zero(config: Config, world_size: int) -> Iterator[Problem]:
     """The optimizer's state is split over a divisor of the ranks that hold the same weights."""
     ranks = weight_data_ranks(config, world_size)
@@ -93,18 +99,28 @@ def data_ranks(config: Config, world_size: int) -> int | None:
 def expert_ranks(config: Config, world_size: int) -> int:
     """Ranks over which the experts of a layer are dealt; 1 if the sizes do not fit.
 
-    By default the largest divisor of their number that also divides the ranks of a pipeline stage; with FSDP, which
-    shards experts like other weights, 1.
+    By default the largest divisor of their number that also divides the ranks of a pipeline stage over which an expert
+    is not split; with FSDP, which shards experts like other weights, 1.
     """
     experts, size = config.model.num_experts, config.parallel.expert.size
     if experts <= 1:
         return 1
     if size > 0:
         return size
-    stage = _quotient(world_size, config.parallel.pipeline.size)
+    stage = _quotient(world_size, config.parallel.pipeline.size * expert_inner_ranks(config))
     if stage is None or config.parallel.uses_fsdp:
         return 1
     return math.gcd(experts, stage)
+
+
+def expert_inner_ranks(config: Config) -> int:
+    """Ranks over which each expert is split: its weights in isp, in the other modes its width."""
+    parallel = config.parallel
+    if config.model.num_experts <= 1:
+        return 1
+    if parallel.tensor.mode == "isp":
+        return parallel.expert_weight.size
+    return 1 if parallel.expert.no_tp else parallel.tensor.size
 
 
 def weight_data_ranks(config: Config, world_size: int) -> int | None:

@@ -12,7 +12,7 @@ from functools import partial
 
 from internlm.config.problem import Problem
 from internlm.config.rules.layout_problems import layout_problems
-from internlm.config.rules.ranks import expert_ranks
+from internlm.config.rules.ranks import expert_inner_ranks, expert_ranks
 from internlm.config.schema import Config
 from internlm.utils.layout_checks import check_heads, check_width, next_multiple
 
@@ -57,7 +57,7 @@ def sequence(config: Config, world_size: int) -> Iterator[Problem]:
     """
     data, tensor = config.data, config.parallel.tensor
     rows = data.micro_bsz if data.use_packed_dataset else 1
-    is_split = tensor.mode != "mtp" or expert_ranks(config, world_size) > 1
+    is_split = tensor.mode != "mtp" or max(expert_ranks(config, world_size), expert_inner_ranks(config)) > 1
     if not is_split or rows * data.seq_len % tensor.size == 0:
         return
     length = f"data.seq_len = {data.seq_len}"

@@ -96,7 +96,7 @@ class WeightConfig(Section):
 class ExpertWeightConfig(Section):
     """Weight parallelism of the experts."""
 
-    size: int = later(1, "Ranks that share one copy of an expert.", "sharding experts over weight ranks", ge=1)
+    size: int = key(1, "Ranks that share one copy of the experts; above 1 only with parallel.tensor.mode 'isp'.", ge=1)
     overlap: bool = _EXPERT_WEIGHT["overlap"]
     launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = _EXPERT_WEIGHT["before"]
     forward_overlap_per: Literal["layer", "module"] = _EXPERT_WEIGHT["per"]
@@ -113,10 +113,10 @@ class ExpertConfig(Section):
         "Ranks over which the experts of a layer are dealt; -1: as many of a stage as possible, or 1 with FSDP.",
         "model.num_experts",
     )
-    no_tp: bool = no_effect(
-        False,
-        "Experts are not split over the tensor group.",
-        "experts are dealt to tensor ranks as to others, and never split",
+    no_tp: bool = used_with(
+        True,
+        "Experts are whole. False: each is split over the tensor group (mtp, msp, fsp).",
+        "model.num_experts",
     )
 
 

@@ -80,9 +80,24 @@ class ParallelLayout:
         return check_world(self.world_size, pipeline=self.pipeline, expert=self.expert, expert_inner=self.expert_inner)
 
     @property
+    def expert_tensor(self) -> int:
+        """Number of ranks that compute a part of the width of an expert each."""
+        return 1 if self.is_isp else self.expert_inner
+
+    @property
+    def expert_weight(self) -> int:
+        """Number of ranks that hold a part of the weights of an expert each, and gather them (isp)."""
+        return self.expert_inner if self.is_isp else 1
+
+    @property
+    def splits_experts(self) -> bool:
+        """Whether a rank holds a part of the experts of its layers."""
+        return self.expert > 1 or self.expert_inner > 1
+
+    @property
     def splits_tokens_of_routers(self) -> bool:
-        """Whether tensor ranks with the same tokens (mtp) route a part of them each, as experts are on other ranks."""
-        return self.expert > 1 and self.tensor > 1 and self.mode == "mtp"
+        """Whether tensor ranks with the same tokens (mtp) route a part of them each, as each has a part of experts."""
+        return self.splits_experts and self.tensor > 1 and self.mode == "mtp"
 
     def _split_by_zero(self, axis: str, size: int, zero: int) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
         zero = size if zero <= 0 else zero

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -26,11 +26,13 @@ from internlm.core.parallel.linear.parallel_linear import (
     ParallelLinear,
     WeightStore,
 )
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.core.parallel.weight_splits import ParameterShard
 from internlm.model.modules.inner_attention import InnerAttention
+from internlm.model.moe.experts import Experts
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.ops.float8.kernels import Float8Kernels
@@ -50,6 +52,7 @@ class ParallelOptions:
         release_gradients_early: isp: free the buffers of a reduced gradient when the next one is reduced, not at the
             end of the step.
         memory_pool: isp: reuse gather buffers.
+        expert_gathering: isp: the same plan for the weights of experts.
         reduce_dtype: isp: dtype in which weight gradients are communicated.
         postpone_weight_gradients: linear layers can compute weight gradients later, as zero-bubble schedules require.
         float8_layers: numbers of the layers whose linear layers run their GEMMs in float8.
@@ -64,6 +67,7 @@ class ParallelOptions:
     gather_layer_before: Literal["wqkv", "attn", "wo", "w1"] = "wo"
     release_gradients_early: bool = True
     memory_pool: bool = False
+    expert_gathering: GatherPlan = field(default_factory=GatherPlan)
     reduce_dtype: torch.dtype = torch.float32
     postpone_weight_gradients: bool = False
     float8_layers: range = range(0)
@@ -181,6 +185,14 @@ class ModelParallel:
                 compiles_casts=self.options.compile_casts,
             )
         return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, kernels)
+
+    def adapt_experts(self, name: str, experts: Experts) -> None:
+        """Called for the experts of every layer; a mode may replace `experts.linear`.
+
+        Args:
+            name: of the module.
+            experts: with this rank's parameters.
+        """
 
     def _reduce_amax(self, amaxes: Tensor) -> Tensor:
         axis = self.scale_axis

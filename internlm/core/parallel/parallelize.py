@@ -27,6 +27,7 @@ from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.modules.linear import Float8Linear, GroupedLinear
+from internlm.model.moe.experts import Experts
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.roles import HeadShape, Role
 
@@ -162,7 +163,7 @@ def _place(model: nn.Module, parallel: ModelParallel) -> Iterator[Placed]:
             name, role = first.setdefault(parameter, (full_name, roles.get(module_name, Role.REPLICATED)))
             heads = _heads_of(model.get_submodule(module_name.rpartition(".")[0]), parallel)
             shape = tuple(parameter.shape)
-            if role is Role.EXPERTS and parallel.context.layout.expert > 1:
+            if role is Role.EXPERTS and parallel.context.layout.splits_experts:
                 parts = place_experts(parallel.context, name, attribute, shape)
             else:
                 parts = parallel.place(name, attribute, shape, role, heads)
@@ -220,7 +221,10 @@ def _exchange_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _join_layers(model: nn.Module, parallel: ModelParallel) -> None:
-    """Group the layers of each `GroupedLinear`; every other parallel linear layer is a group of its own."""
+    """Group the layers of each `GroupedLinear`; every other parallel linear layer is a group of its own.
+
+    In the order of the model, as are the experts that a mode adapts.
+    """
     first: dict[nn.Module, tuple[str, GroupedLinear]] = {}
     grouped: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -229,6 +233,8 @@ def _join_layers(model: nn.Module, parallel: ModelParallel) -> None:
             first[layers[0]] = name, module
             grouped.update(layers[1:])
     for name, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            parallel.adapt_experts(name, module)
         if not isinstance(module, ParallelLinear) or module in grouped:
             continue
         if module not in first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ class Experts(nn.Module):
     Attributes:
         w13: `[E, 2f, h]`, for each expert the rows of w1 and then those of w3.
         w2: `[E, h, f]`.
+        linear: `grouped_linear`, or a function that gets full weights from elsewhere.
     """
 
     def __init__(self, architecture: Architecture, num_experts: int, width: int) -> None:
@@ -33,6 +35,7 @@ class Experts(nn.Module):
         # As in `make_linear`: the output is added to the residual stream.
         std = a.init.ffn_other / (math.sqrt(2 * a.num_layers) if a.init.scaled else 1.0)
         set_initializer(self.w2, a.init.initializer(std))
+        self.linear: Callable[[Tensor, nn.Parameter, Tensor], Tensor] = grouped_linear
         self.activation = a.activation
         self.fused_kernels = a.fused_kernels
 
@@ -46,6 +49,6 @@ class Experts(nn.Module):
         Returns:
             `[M, h]`.
         """
-        gate, up = grouped_linear(rows, self.w13, counts).chunk(2, dim=-1)
+        gate, up = self.linear(rows, self.w13, counts).chunk(2, dim=-1)
         hidden = gated_activation(gate, up, self.activation, fused_kernels=self.fused_kernels)
-        return grouped_linear(hidden, self.w2, counts)
+        return self.linear(hidden, self.w2, counts)

@@ -13,7 +13,7 @@ from internlm.model.modules.feed_forward import FeedForward
 from internlm.model.modules.linear import Linear
 from internlm.model.moe.expert_order import ExpertOrder, combine, dispatch
 from internlm.model.moe.experts import Experts
-from internlm.model.moe.router import Router, with_added_loss
+from internlm.model.moe.router import Router, Routing, with_added_loss
 from internlm.model.moe.settings import ExpertSettings
 
 if TYPE_CHECKING:
@@ -24,13 +24,16 @@ class MoeFeedForward(nn.Module):
     """The weighted sum of the outputs of each token's experts, and of the shared experts if there are any.
 
     Attributes:
-        take_tokens, return_tokens: residual stream `[B, S, h]` -> the tokens that this rank routes, and back.
+        take_tokens: residual stream `[B, S, h]` -> the tokens that this rank routes, and those that its experts get.
+        share_routing: routing of the former, number of rows B -> routing of the latter.
+        return_tokens: results for the latter -> residual stream.
     """
 
     def __init__(self, architecture: Architecture, settings: ExpertSettings, layer: int) -> None:
         super().__init__()
-        self.take_tokens: Callable[[Tensor], Tensor] = _unchanged
-        self.return_tokens: Callable[[Tensor], Tensor] = _unchanged
+        self.take_tokens: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda x: (x, x)
+        self.share_routing: Callable[[Routing, int], Routing] = lambda routing, num_rows: routing
+        self.return_tokens: Callable[[Tensor], Tensor] = lambda x: x
         self.router = Router(architecture, settings.form, layer)
         self.experts: nn.Module = Experts(architecture, settings.form.num_experts, settings.width)
         self.shared_mix = settings.shared_mix
@@ -49,12 +52,11 @@ class MoeFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
-        own = self.take_tokens(x)
-        tokens = own.flatten(0, 1)
-        routing = self.router(tokens)
+        own, shared = self.take_tokens(x)
+        routing = self.share_routing(self.router(own.flatten(0, 1)), x.shape[0])
         order = ExpertOrder.of(routing.experts, self.router.form.num_experts)
-        rows = self.experts(dispatch(tokens, order), order.counts)
-        routed = with_added_loss(combine(rows, routing.weights, order), routing.loss).view_as(own)
+        rows = self.experts(dispatch(shared.flatten(0, 1), order), order.counts)
+        routed = with_added_loss(combine(rows, routing.weights, order), routing.loss).view_as(shared)
         out = self.return_tokens(routed)
         return out if self.shared is None else self._mixed(x, out, self.shared(x))
 
@@ -66,7 +68,3 @@ class MoeFeedForward(nn.Module):
             return routed + gate.sigmoid() * shared
         first, second = gate.softmax(-1).split(1, dim=-1)
         return routed * first + shared * second
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x

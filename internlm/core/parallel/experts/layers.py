@@ -8,19 +8,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from internlm.core.communication.collectives import all_reduce
-from internlm.core.communication.exchange import copy_to_ranks, gather_replicated, own_part
+from internlm.core.communication.exchange import copy_to_ranks, gather, gather_replicated, own_part, start_gather
 from internlm.core.parallel.experts.exchanged_experts import ExchangedExperts
 from internlm.core.parallel.model_parallel import ModelParallel
+from internlm.core.parallel.modes.mtp import Mtp
 from internlm.model.moe.feed_forward import MoeFeedForward
+from internlm.model.moe.router import Routing
+from internlm.model.recompute import as_routing_operator
 
 
 def place_tokens_of_experts(model: nn.Module, parallel: ModelParallel) -> None:
-    """Let routers count the tokens of a sample on all ranks that have a part of it, and exchange rows of experts."""
+    """Let routers count the tokens of a sample on all ranks that have a part of it, and bring rows to their experts."""
     context = parallel.context
     layers = [module for module in model.modules() if isinstance(module, MoeFeedForward)]
     for module in layers:
         tensor, expert = context.group("tensor"), context.group("expert", "expert")
-        if context.layout.splits_tokens_of_routers:
+        if context.layout.expert_tensor > 1:
+            assert tensor is not None and isinstance(parallel, Mtp)
+            module.take_tokens = partial(_tokens_of_all_ranks, parallel=parallel)
+            module.share_routing = partial(_routing_of_all_ranks, group=tensor)
+            module.return_tokens = parallel.reduce_output
+        elif context.layout.splits_tokens_of_routers:
             assert tensor is not None
             module.take_tokens = partial(_own_tokens, group=tensor)
             module.return_tokens = partial(gather_replicated, group=tensor)
@@ -38,9 +46,31 @@ def routed_tokens(values: Tensor, parallel: ModelParallel) -> Tensor:
     return parallel.own_tokens(values)
 
 
-def _own_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _own_tokens(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """A part of tokens that all ranks have; the gradients of all parts are joined."""
-    return own_part(copy_to_ranks(x, group), group)
+    own = own_part(copy_to_ranks(x, group), group)
+    return own, own
+
+
+# -- experts that are split over tensor ranks -------------------------------------------------------------------------
+# Each rank computes a part of the width of an expert for the tokens of all ranks; the sum of the results is reduced as
+# that of a row layer. A rank routes its part of the tokens, and uses the weights of all for its part of the results.
+
+
+def _tokens_of_all_ranks(x: Tensor, parallel: Mtp) -> tuple[Tensor, Tensor]:
+    full = parallel.gather_residual(x)
+    return x if parallel.residual_is_split else own_part(full, parallel.group), full
+
+
+def _routing_of_all_ranks(routing: Routing, num_rows: int, group: dist.ProcessGroup) -> Routing:
+    experts = routing.experts.unflatten(0, (num_rows, -1))
+
+    def gather_experts() -> list[Tensor]:
+        return [start_gather(experts, group).wait().flatten(0, 1)]
+
+    (shared,) = as_routing_operator(gather_experts, experts)
+    weights = gather(routing.weights.unflatten(0, (num_rows, -1)), group)
+    return routing._replace(experts=shared, weights=weights.flatten(0, 1))
 
 
 def _sum(counts: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,18 +1,23 @@
 """Weights of isp: gathering of full weights, and reduction of their gradients.
 
 Each rank holds some rows of every weight, all-gathers the full weight before its GEMMs in forward and backward, and
-reduce-scatters the gradient. With overlap, the next weights are prefetched while this layer computes.
+reduce-scatters the gradient. With overlap, the next weights are prefetched while this layer computes. Experts are split
+over ranks of their own, and have a plan of their own.
 
 Source: InternEvo, Chen et al. 2024, arXiv:2401.09149.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,21 +25,39 @@ from internlm.core.communication.collectives import all_gather_async
 from internlm.core.communication.exchange import start_reduce_scatter
 from internlm.core.communication.pending import Pending
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear.parallel_linear import LinearGroup
 from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.parameter_events import deliver_gradient, wait_until_readable
-from internlm.core.parallel.shard_spec import shard_spec_of
-from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, Scaled, quantize
-from internlm.model.ops.linear_kernels import Operand
+from internlm.core.parallel.shard_spec import Index, shard_spec_of
+from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, Scaled, as_scaled, quantize
+from internlm.model.ops.linear_kernels import LinearKernels, Operand
 from internlm.model.roles import Role
 
 _TRIGGERS = {
     "wqkv": (Role.ATTENTION_QKV, Role.ATTENTION_Q),
     "wo": (Role.ATTENTION_OUT,),
-    "w1": (Role.COLUMN, Role.COLUMN_PAIR),
+    "w1": (Role.COLUMN, Role.COLUMN_PAIR, Role.EXPERTS),
 }
 """The group of layers that starts with the module of this name. ("attn" lies behind "wqkv" and before "wo".)"""
+
+
+class WeightGroup(Protocol):
+    """Weights that are gathered together, such as those of a `LinearGroup`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the module, `layers.3.attention.wqkv`."""
+
+    @property
+    def role(self) -> Role:
+        """Of the module."""
+
+    @property
+    def kernels(self) -> LinearKernels:
+        """Of its GEMMs."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Local parameters, in the order in which full ones are returned."""
 
 
 class BufferPool:
@@ -77,19 +100,56 @@ class _GatherInFlight:
 
 @dataclass(frozen=True)
 class GatherPlan:
-    """When weights are gathered; see `ParallelOptions`."""
+    """When the weights of an axis are gathered.
 
-    overlap: bool
-    ahead: str
-    layer_before: str
+    Attributes:
+        overlap: prefetch weights, and overlap the reduction of their gradients with the backward pass.
+        ahead: prefetch the weights of the next module, or those of the next layer.
+        layer_before: by layer: the module of a layer before which the prefetch of the next layer starts.
+        release_gradients_early: free the buffers of a reduced gradient when the next one is reduced, not at the end of
+            the step.
+        memory_pool: reuse gather buffers.
+    """
+
+    overlap: bool = False
+    ahead: Literal["layer", "module"] = "layer"
+    layer_before: Literal["wqkv", "attn", "wo", "w1"] = "wo"
+    release_gradients_early: bool = True
+    memory_pool: bool = False
+
+
+class _GatherAxis:
+    """The ranks that share one copy of some weights, and the plan for these."""
+
+    def __init__(self, context: ParallelContext, axis: str, view: str, plan: GatherPlan) -> None:
+        self._context, self._axis, self._view = context, axis, view
+        self.size = context.size(axis, view)
+        self.plan = plan
+        self.pool = BufferPool(keeps=plan.memory_pool)
+        self.num_deliveries_kept = 1 if plan.release_gradients_early else 1 << 30
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks."""
+        return self._context.group(self._axis, self._view)
 
 
 class GatheredWeights:
     """The `WeightStore` of isp; groups of layers are registered in the order in which they run.
 
+    A group whose weights are not split is registered too: others are prefetched when it runs.
+
+    Args:
+        context: this rank's position and process groups.
+        weight_gradients: delivers reduced gradients.
+        plan: of weights that are split over the weight axis.
+        expert_plan: of those of experts, which are split over the expert weight axis.
+        reduce_dtype: dtype in which gradients are communicated.
+        gather_float8: gather the weights of float8 GEMMs as float8.
+        scales: of these.
+
     Attributes:
         groups: of layers, in order.
-        pool: of buffers.
         log: if a list, launches, waits and releases are appended as (event, name of the group).
     """
 
@@ -98,31 +158,42 @@ class GatheredWeights:
         context: ParallelContext,
         weight_gradients: WeightGradients,
         plan: GatherPlan,
+        expert_plan: GatherPlan,
         *,
-        memory_pool: bool,
-        release_gradients_early: bool,
         reduce_dtype: torch.dtype,
         gather_float8: bool,
         scales: WeightScales,
     ) -> None:
-        self._context = context
+        self._num_expert_ranks = context.size("expert", "expert")
+        self._axes = {
+            "weight": _GatherAxis(context, "weight", "weight", plan),
+            "expert": _GatherAxis(context, "expert_weight", "expert", expert_plan),
+        }
         self._weight_gradients = weight_gradients
-        self._plan = plan
-        self.pool = BufferPool(keeps=memory_pool)
-        self._num_deliveries_kept = 1 if release_gradients_early else 1 << 30
         self._reduce_dtype = reduce_dtype
         self._gathers_float8 = gather_float8
         self._scales = scales
-        self.groups: list[LinearGroup] = []
-        self._place: dict[LinearGroup, int] = {}
-        self._layers: list[list[LinearGroup]] = []
-        self._layer_number: dict[LinearGroup, int] = {}
-        self._parameters: dict[LinearGroup, list[nn.Parameter]] = {}
-        self._in_flight: dict[LinearGroup, _GatherInFlight] = {}
-        self._acquired: dict[LinearGroup, list[Tensor]] = {}
+        self.groups: list[WeightGroup] = []
+        self._place: dict[WeightGroup, int] = {}
+        self._layers: list[list[WeightGroup]] = []
+        self._layer_number: dict[WeightGroup, int] = {}
+        self._parameters: dict[WeightGroup, list[nn.Parameter]] = {}
+        self._in_flight: dict[WeightGroup, _GatherInFlight] = {}
+        self._acquired: dict[WeightGroup, list[Tensor]] = {}
         self.log: list[tuple[str, str]] | None = None
 
-    def register(self, group: LinearGroup) -> None:
+    @property
+    def num_buffers_made(self) -> int:
+        """Buffers of gathered weights made so far."""
+        return sum(axis.pool.num_made for axis in self._axes.values())
+
+    def _axis_of(self, parameter: Tensor) -> _GatherAxis:
+        return self._axes[shard_spec_of(parameter).view]
+
+    def _axis(self, group: WeightGroup) -> _GatherAxis:
+        return self._axis_of(self._parameters[group][0])
+
+    def register(self, group: WeightGroup) -> None:
         """Add the next group of layers."""
         self.groups.append(group)
         self._parameters[group] = group.parameters()
@@ -134,11 +205,14 @@ class GatheredWeights:
 
     # -- as a WeightStore -----------------------------------------------------------------------------------------
 
-    def acquire(self, group: LinearGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
+    def acquire(self, group: WeightGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
         self._launch(group)
-        if self._plan.overlap:
-            for other in self._next(group, backward=backward):
-                self._launch(other)
+        for axis in self._axes.values():
+            if axis.plan.overlap:
+                for other in self._next(group, axis, backward=backward):
+                    self._launch(other)
+        if self._axis(group).size == 1:
+            return [as_scaled(parameter) for parameter in parameters]
         gather = self._in_flight.pop(group)
         self._note("wait", group)
         for work in gather.works:
@@ -146,63 +220,79 @@ class GatheredWeights:
         self._acquired[group] = gather.buffers
         full: list[Operand] = []
         for parameter, buffer, scale in zip(parameters, gather.buffers, gather.scales, strict=True):
-            shape = shard_spec_of(parameter).global_shape
-            rows = buffer.view(-1, *shape[1:])[: shape[0]]
+            shape = self._full_shape(parameter)
+            rows = buffer[: math.prod(shape)].view(shape)
             full.append(rows if scale is None else Scaled(rows.view(FORWARD_FORMAT), scale))
         return full
 
-    def release(self, group: LinearGroup) -> None:
-        self._note("release", group)
-        for buffer in self._acquired.pop(group):
-            self.pool.release(buffer)
-        behind_projection = self._plan.layer_before == "attn" and group.role in _TRIGGERS["wqkv"]
-        if self._plan.overlap and self._plan.ahead == "layer" and behind_projection and not _is_in_backward():
-            for other in self._layer(group, +1):
-                self._launch(other)
+    def _full_shape(self, parameter: nn.Parameter) -> Index:
+        """The shape of a full weight; of experts that are dealt to ranks, that of all on this rank."""
+        spec = shard_spec_of(parameter)
+        num_parts = self._num_expert_ranks if spec.view == "expert" else 1
+        return (spec.global_shape[0] // num_parts, *spec.global_shape[1:])
+
+    def release(self, group: WeightGroup) -> None:
+        axis = self._axis(group)
+        if axis.size > 1:
+            self._note("release", group)
+            for buffer in self._acquired.pop(group):
+                axis.pool.release(buffer)
+        if group.role not in _TRIGGERS["wqkv"] or _is_in_backward():
+            return
+        for axis in self._axes.values():
+            if axis.plan.overlap and axis.plan.ahead == "layer" and axis.plan.layer_before == "attn":
+                for other in self._of_axis(self._layer(group, +1), axis):
+                    self._launch(other)
 
     def deliver(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
-        rows = parameter.shape[0] * self._context.size("weight", "weight")
-        padded = F.pad(gradient, (0, 0) * (gradient.dim() - 1) + (0, rows - gradient.shape[0]))
-        reducing = start_reduce_scatter(padded.to(self._reduce_dtype), self._context.group("weight", "weight"), dim=0)
-        if not self._plan.overlap:
-            deliver_gradient(parameter, reducing.wait())
+        axis = self._axis_of(parameter)
+        if axis.size == 1:
+            return gradient
+        padding = parameter.numel() * axis.size - gradient.numel()
+        flat = F.pad(gradient.flatten(), (0, padding)).to(self._reduce_dtype)
+        reducing = start_reduce_scatter(flat, axis.group, dim=0)
+
+        def finish() -> None:
+            deliver_gradient(parameter, reducing.wait().view(parameter.shape))
+
+        if axis.plan.overlap:
+            self._weight_gradients.deliver_later(finish, keep=axis.num_deliveries_kept)
         else:
-            self._weight_gradients.deliver_later(
-                lambda: deliver_gradient(parameter, reducing.wait()), keep=self._num_deliveries_kept
-            )
+            finish()
         return None
 
     # -- what is gathered when ------------------------------------------------------------------------------------
 
-    def _next(self, group: LinearGroup, *, backward: bool) -> list[LinearGroup]:
-        """The groups to prefetch before waiting for `group`, in the order of need."""
-        own = self._layer(group, 0)
-        if backward:
-            if self._plan.ahead == "module":
-                place = self._place[group]
-                return self.groups[max(place - 1, 0) : place]
-            ahead = self._layer(group, -1) if group.role in _TRIGGERS["wo"] else []
-            return [*reversed(own[: own.index(group)]), *reversed(ahead)]
-        if _is_in_backward():
+    def _next(self, group: WeightGroup, axis: _GatherAxis, *, backward: bool) -> list[WeightGroup]:
+        """The groups of an axis to prefetch before waiting for `group`, in the order of need."""
+        own, plan = self._layer(group, 0), axis.plan
+        if _is_in_backward() and not backward:
             # Recomputation of a checkpointed layer: its own backward pass follows, not the next layer.
-            later = own[own.index(group) + 1 :]
-            return later[:1] if self._plan.ahead == "module" else later
-        if self._plan.ahead == "module":
+            later = self._of_axis(own[own.index(group) + 1 :], axis)
+            return later[:1] if plan.ahead == "module" else later
+        if plan.ahead == "module":
             place = self._place[group]
-            return self.groups[place + 1 : place + 2]
-        ahead = self._layer(group, +1) if group.role in _TRIGGERS.get(self._plan.layer_before, ()) else []
-        return [*own[own.index(group) + 1 :], *ahead]
+            others = reversed(self.groups[:place]) if backward else self.groups[place + 1 :]
+            return self._of_axis(others, axis, limit=1)
+        if backward:
+            ahead = self._layer(group, -1) if group.role in _TRIGGERS["wo"] else []
+            return self._of_axis([*reversed(own[: own.index(group)]), *reversed(ahead)], axis)
+        ahead = self._layer(group, +1) if group.role in _TRIGGERS.get(plan.layer_before, ()) else []
+        return self._of_axis([*own[own.index(group) + 1 :], *ahead], axis)
 
-    def _layer(self, group: LinearGroup, offset: int) -> list[LinearGroup]:
+    def _of_axis(self, groups: Iterable[WeightGroup], axis: _GatherAxis, limit: int | None = None) -> list[WeightGroup]:
+        return list(islice((group for group in groups if self._axis(group) is axis), limit))
+
+    def _layer(self, group: WeightGroup, offset: int) -> list[WeightGroup]:
         """The groups of the layer `offset` layers behind that of `group`; empty when there is none."""
         number = self._layer_number[group] + offset
         return self._layers[number] if 0 <= number < len(self._layers) else []
 
-    def _launch(self, group: LinearGroup) -> None:
-        if group in self._in_flight:
+    def _launch(self, group: WeightGroup) -> None:
+        axis = self._axis(group)
+        if group in self._in_flight or axis.size == 1:
             return
         self._note("launch", group)
-        size, process_group = self._context.size("weight", "weight"), self._context.group("weight", "weight")
         gather = self._in_flight[group] = _GatherInFlight()
         for parameter in self._parameters[group]:
             wait_until_readable(parameter)
@@ -212,19 +302,17 @@ class GatheredWeights:
             if scale is not None:
                 # As bytes, since not every backend knows float8.
                 shard = quantize(shard, scale, FORWARD_FORMAT).values.view(torch.uint8)
-            buffer = self.pool.acquire(size * shard.numel(), shard)
+            buffer = axis.pool.acquire(axis.size * shard.numel(), shard)
             gather.buffers.append(buffer)
-            if process_group is None:
-                buffer.copy_(shard.flatten())
-            else:
-                gather.works.append(all_gather_async(buffer, shard.flatten(), process_group))
+            assert axis.group is not None
+            gather.works.append(all_gather_async(buffer, shard.flatten(), axis.group))
 
-    def _scales_of(self, group: LinearGroup) -> list[Tensor | None]:
+    def _scales_of(self, group: WeightGroup) -> list[Tensor | None]:
         """The scale of each full weight that is gathered in float8; None for the group's other parameters."""
         parameters = self._parameters[group]
         is_float8 = [self._gathers_float8 and group.kernels.is_float8 and p.dim() == 2 for p in parameters]
         shards = [[parameter.detach()] for parameter, chosen in zip(parameters, is_float8, strict=True) if chosen]
-        scales = iter(self._scales.of(group, shards, [self._context.group("weight", "weight")]) if shards else ())
+        scales = iter(self._scales.of(group, shards, [self._axis(group).group]) if shards else ())
         return [next(scales) if chosen else None for chosen in is_float8]
 
     @property
@@ -234,19 +322,19 @@ class GatheredWeights:
 
     def drop_unused(self) -> None:
         """Drop gathers that nobody acquired: their weights are about to change."""
-        for gather in self._in_flight.values():
+        for group, gather in self._in_flight.items():
             for work in gather.works:
                 work.wait()
             for buffer in gather.buffers:
-                self.pool.release(buffer)
+                self._axis(group).pool.release(buffer)
         self._in_flight.clear()
 
-    def _note(self, event: str, group: LinearGroup) -> None:
+    def _note(self, event: str, group: WeightGroup) -> None:
         if self.log is not None:
             self.log.append((event, group.name))
 
 
-def _layer_name(group: LinearGroup) -> str:
+def _layer_name(group: WeightGroup) -> str:
     """`layers.3` of `layers.3.attention.wqkv`: the name up to its first number."""
     match = re.match(r"(.*?\.\d+)\.", group.name)
     return match[1] if match else group.name

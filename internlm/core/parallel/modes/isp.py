@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.communication.exchange import own_part, start_gather, start_reduce_scatter
+from internlm.core.parallel.experts.gathered_experts import GatheredExpertLinear
 from internlm.core.parallel.linear.parallel_linear import LinearGroup, ParallelLinear, WeightStore
 from internlm.core.parallel.linear.weight_gathering import GatheredWeights, GatherPlan
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
@@ -24,6 +25,7 @@ from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.parallel.ulysses_attention import UlyssesAttention
 from internlm.core.parallel.weight_splits import ParameterShard, padded_rows, ranges_spec
 from internlm.model.modules.inner_attention import InnerAttention
+from internlm.model.moe.experts import Experts
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
 
@@ -41,9 +43,14 @@ class Isp(ModelParallel):
         return GatheredWeights(
             self.context,
             self.weight_gradients,
-            GatherPlan(options.weight_overlap, options.gather_ahead, options.gather_layer_before),
-            memory_pool=options.memory_pool,
-            release_gradients_early=options.release_gradients_early,
+            GatherPlan(
+                options.weight_overlap,
+                options.gather_ahead,
+                options.gather_layer_before,
+                options.release_gradients_early,
+                options.memory_pool,
+            ),
+            options.expert_gathering,
             reduce_dtype=options.reduce_dtype,
             gather_float8=options.gather_float8,
             scales=self.weight_scales,
@@ -87,14 +94,22 @@ class Isp(ModelParallel):
         rows, block = padded_rows(shape[0], n, t)
         return [ParameterShard(attribute, ranges_spec(replace(whole, sharded_over=("weight",)), 0, [rows], block))]
 
+    @property
+    def _gathers(self) -> bool:
+        return self._splits_weights or self.context.layout.expert_weight > 1
+
     def weights(self) -> WeightStore:
-        return self.gathered_weights if self._splits_weights else super().weights()
+        return self.gathered_weights if self._gathers else super().weights()
 
     def make_group(self, name: str, layers: list[ParallelLinear]) -> LinearGroup:
         group = super().make_group(name, layers)
-        if self._splits_weights:
+        if self._gathers:
             self.gathered_weights.register(group)
         return group
+
+    def adapt_experts(self, name: str, experts: Experts) -> None:
+        if self.context.layout.expert_weight > 1:
+            experts.linear = GatheredExpertLinear(name, experts, self.gathered_weights, self.weight_gradients)
 
     def inner_attention(self, inner: InnerAttention, heads: HeadShape) -> nn.Module:
         is_split = self.context.size("tensor") > 1

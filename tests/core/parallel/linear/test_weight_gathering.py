@@ -47,7 +47,7 @@ def events(options: dict[str, Any], checkpoint: float = 0.0, passes: int = 1) ->
         parallel.end_backward()
         assert not parallel.gathered_weights.num_in_flight
     context.close()
-    return log, parallel.gathered_weights.pool.num_made
+    return log, parallel.gathered_weights.num_buffers_made
 
 
 def order_of(log: list[tuple[str, str]], event: str) -> list[str]:
