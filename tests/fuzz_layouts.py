@@ -91,7 +91,13 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
 }
 
 PARTS_OF_EXPERTS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "layout": {"expert": (1, 2, 2, 4, 8), "expert_zero": (-1, -1, 1, 2)},
+    "layout": {
+        "expert": (1, 2, 2, 4, 8),
+        "expert_zero": (-1, -1, 1, 2),
+        "expert_tensor": (False, False, True),
+        "expert_weight": (1, 1, 2, 4, 8),
+        "expert_overlap": (False, False, True),
+    },
     "model": {
         "family": ("QWEN3MOE", "QWEN2MOE", "MIXTRALMOE", "INTERNLM_MoE", "GLM4_MOE", "DEEPSEEK_V2", "DEEPSEEK_V3"),
         "experts": (2, 4, 4, 6, 8, 16, 64),

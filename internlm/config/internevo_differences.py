@@ -54,6 +54,11 @@ def _from_scratch(config: Config) -> bool:
     return config.ckpt.load_ckpt_info is None
 
 
+def _could_split_experts(config: Config) -> bool:
+    tensor = config.parallel.tensor
+    return config.model.num_experts > 1 and tensor.size > 1 and tensor.mode != "isp"
+
+
 DIFFERENCES: tuple[DefaultDifference, ...] = (
     DefaultDifference(
         ("model.dtype",),
@@ -133,6 +138,13 @@ DIFFERENCES: tuple[DefaultDifference, ...] = (
         "False",
         "Gemma's norms multiply by 1 + weight",
         families=("GEMMA",),
+    ),
+    DefaultDifference(
+        ("parallel.expert.no_tp",),
+        "True",
+        "False",
+        "experts are whole, not split over the tensor group; the numbers are the same",
+        applies=_could_split_experts,
     ),
 )
 

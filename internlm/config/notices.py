@@ -89,6 +89,7 @@ def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> It
             f"parallel.expert.size = {size}: the {model.num_experts} experts of a layer are dealt to "
             f"{expert_ranks(config, world_size)} of {world_size} rank(s)"
         )
+    yield from _split_experts(config, given, world_size)
     unused = [f"model.{key}" for key in ("intermediate_size", "mlp_ratio") if given(f"model.{key}") is not None]
     if model.moe_intermediate_size and not model.dense_layers and unused:
         yield (
@@ -119,6 +120,25 @@ def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> It
         yield (
             "loss.moe_loss_coeff = 0: nothing balances the load of the experts; moe/max_load in the metrics shows how "
             "uneven it gets"
+        )
+
+
+def _split_experts(config: Config, given: Callable[[str], Any], world_size: int) -> Iterator[str]:
+    """Keys of the layout of experts that another key makes useless."""
+    parallel = config.parallel
+    if given("parallel.expert.no_tp") is False:
+        if parallel.tensor.mode == "isp":
+            yield (
+                "no effect: parallel.expert.no_tp = False (parallel.tensor.mode = 'isp': tensor ranks split sequences; "
+                "parallel.expert_weight.size splits the weights of experts)"
+            )
+        elif parallel.tensor.size == 1:
+            yield "no effect: parallel.expert.no_tp = False (parallel.tensor.size = 1)"
+    state = given("parallel.expert_zero1.size")
+    if state is not None and state > 0 and expert_ranks(config, world_size) * parallel.expert_weight.size == 1:
+        yield (
+            f"no effect: parallel.expert_zero1.size = {state} (all experts of a layer are on each rank, so "
+            "parallel.zero1.size is for them too)"
         )
 
 

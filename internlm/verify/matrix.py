@@ -84,7 +84,15 @@ EXPERTS = Covering(
             "layout:tensor=2,mode=isp,weight=2",
             "layout:mode=isp,weight=2,overlap",
         ),
-        "expert": ("", "layout:expert=2", "layout:expert=4"),
+        "expert": (
+            "",
+            "layout:expert=2",
+            "layout:expert=4",
+            "layout:expert_tensor",
+            "layout:expert=2,expert_tensor",
+            "layout:expert_weight=4,expert_overlap",
+            "layout:expert=2,expert_weight=2",
+        ),
         "data": (
             "data=1",
             "data=2",

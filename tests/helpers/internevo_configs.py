@@ -181,7 +181,7 @@ _70B = {
 }
 
 # Name -> (ranks to start it on, what it has besides COMMON).
-DENSE: dict[str, tuple[int, dict[str, Any]]] = {
+SUPPORTED: dict[str, tuple[int, dict[str, Any]]] = {
     "7B_sft": (8, _7B_SFT),
     "usage.md": (
         8,
@@ -373,9 +373,27 @@ DENSE: dict[str, tuple[int, dict[str, Any]]] = {
             "grad_scaler.fp16.initial_scale": 2**14,
         },
     ),
+    "qwen3_30B_A3B": (
+        16,
+        {
+            **_size(151936, 2048, 32, 48, 768 / 2048, 4),
+            "model_type": "QWEN3MOE",
+            "model.head_dim": 128,
+            "model.moe_type": "Dropless",
+            "model.num_experts": 128,
+            "model.num_shared_experts": 0,
+            "model.top_k": 8,
+            "model.moe_layer_kwargs": {"capacity_factor": None, "scoring_func": "softmax"},
+            "loss.moe_loss_coeff": 0.001,
+            "parallel.tensor": {"size": 1, "mode": "isp"},
+            "parallel.weight.size": 8,
+            "parallel.expert": {"size": 8, "no_tp": True},
+            "parallel.expert_weight": {"size": 2, "overlap": True},
+        },
+    ),
 }
 
-_7B_LLAMA2 = DENSE["7B_llama2"][1]
+_7B_LLAMA2 = SUPPORTED["7B_llama2"][1]
 
 # Name -> (ranks, what it has besides COMMON, what each refusal says first).
 REFUSED: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
@@ -448,25 +466,6 @@ REFUSED: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
             "model.apply_post_layer_norm = True: post-norm",
             "model_type = 'CHAMELEON': multimodal models",
         ),
-    ),
-    "qwen3_30B_A3B": (
-        16,
-        {
-            **_size(151936, 2048, 32, 48, 768 / 2048, 4),
-            "model_type": "QWEN3MOE",
-            "model.head_dim": 128,
-            "model.moe_type": "Dropless",
-            "model.num_experts": 128,
-            "model.num_shared_experts": 0,
-            "model.top_k": 8,
-            "model.moe_layer_kwargs": {"capacity_factor": None, "scoring_func": "softmax"},
-            "loss.moe_loss_coeff": 0.001,
-            "parallel.tensor": {"size": 1, "mode": "isp"},
-            "parallel.weight.size": 8,
-            "parallel.expert": {"size": 8, "no_tp": True},
-            "parallel.expert_weight": {"size": 2, "overlap": True},
-        },
-        ("parallel.expert_weight.size = 2: sharding experts over weight ranks",),
     ),
     "7B_internlm2_hf": (
         1,

@@ -52,15 +52,15 @@ LAYOUTS = (
 EXPERT_LAYOUTS = (
     "ranks=1",
     "ranks=4 expert=4",
-    "ranks=4 tensor=2,mode=msp,expert=2",
+    "ranks=4 tensor=2,mode=msp,expert=2,expert_tensor",
     "ranks=2 fsdp",
     "ranks=8 tensor=2,mode=mtp,expert=8,zero=1",
-    "ranks=4 tensor=2,mode=isp,weight=4,overlap,expert=1",
+    "ranks=4 tensor=2,mode=isp,weight=4,overlap,expert=1,expert_weight=4,expert_overlap",
     "ranks=4 tensor=2,mode=isp,weight=2,pipeline=2,schedule=DUALPIPEV,expert=2",
-    "ranks=4 fsdp,expert=2",
+    "ranks=4 tensor=2,mode=msp,fsdp,expert_tensor",
     "ranks=8 pipeline=2,chunks=2,expert=2,expert_zero=1",
     "ranks=8 tensor=2,mode=fsp,pipeline=2,schedule=ZBV,expert=4",
-    "ranks=8 expert=2,zero=2,expert_zero=2",
+    "ranks=8 mode=isp,expert=2,expert_weight=2,zero=2,expert_zero=2",
 )
 """The same of a mixture of experts: also other numbers of experts on a rank."""
 

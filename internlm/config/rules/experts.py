@@ -60,9 +60,10 @@ def width(config: Config, world_size: int) -> Iterator[Problem]:
     model = config.model
     if config.parallel.tensor.mode == "isp" or expert_inner_ranks(config) == 1:
         return
-    names = {"width": "the width of an expert", "tensor": "parallel.tensor.size"}
-    for problem in layout_problems(partial(check_width, model.ffn_size, expert_inner_ranks(config)), names):
+    key = "model.intermediate_size" if model.moe_intermediate_size is None else "model.moe_intermediate_size"
+    names = {"width": key, "tensor": "parallel.tensor.size"}
+    for problem in layout_problems(partial(check_width, model.expert_size, expert_inner_ranks(config)), names):
         yield Problem(
-            ("parallel.expert.no_tp", "model.intermediate_size", "parallel.tensor.size"),
+            ("parallel.expert.no_tp", *problem.keys),
             f"parallel.expert.no_tp = False: {problem.text}, or parallel.expert.no_tp = True",
         )

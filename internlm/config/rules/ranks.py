@@ -37,7 +37,8 @@ def weight_parallel(config: Config, world_size: int) -> Iterator[Problem]:
 
 def expert_weight_parallel(config: Config, world_size: int) -> Iterator[Problem]:
     """Weight parallelism of experts is part of isp too."""
-    check = partial(check_weight, config.parallel.expert_weight.size, config.parallel.tensor.mode)
+    size = config.parallel.expert_weight.size if config.model.num_experts > 1 else 1
+    check = partial(check_weight, size, config.parallel.tensor.mode)
     yield from layout_problems(check, {"weight": "parallel.expert_weight.size", "mode": MODE})
 
 

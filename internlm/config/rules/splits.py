@@ -39,7 +39,7 @@ def feed_forward(config: Config, world_size: int) -> Iterator[Problem]:
     model, tensor = config.model, config.parallel.tensor
     if tensor.mode == "isp":
         return
-    # Routed experts are never split.
+    # For routed experts there is a rule of their own.
     for key, width in model.mlp_widths.items():
         name = f"model.{'intermediate_size' if key == 'mlp_ratio' else key}"
         for problem in layout_problems(partial(check_width, width, tensor.size), {"width": name, "tensor": SIZE}):
