@@ -41,7 +41,7 @@ _TRIGGERS = {
 """The group of layers that starts with the module of this name. ("attn" lies behind "wqkv" and before "wo".)"""
 
 
-class WeightGroup(Protocol):
+class GatheredGroup(Protocol):
     """Weights that are gathered together, such as those of a `LinearGroup`."""
 
     @property
@@ -58,6 +58,9 @@ class WeightGroup(Protocol):
 
     def parameters(self) -> list[nn.Parameter]:
         """Local parameters, in the order in which full ones are returned."""
+
+    def __hash__(self) -> int:
+        """By identity."""
 
 
 class BufferPool:
@@ -173,13 +176,13 @@ class GatheredWeights:
         self._reduce_dtype = reduce_dtype
         self._gathers_float8 = gather_float8
         self._scales = scales
-        self.groups: list[WeightGroup] = []
-        self._place: dict[WeightGroup, int] = {}
-        self._layers: list[list[WeightGroup]] = []
-        self._layer_number: dict[WeightGroup, int] = {}
-        self._parameters: dict[WeightGroup, list[nn.Parameter]] = {}
-        self._in_flight: dict[WeightGroup, _GatherInFlight] = {}
-        self._acquired: dict[WeightGroup, list[Tensor]] = {}
+        self.groups: list[GatheredGroup] = []
+        self._place: dict[GatheredGroup, int] = {}
+        self._layers: list[list[GatheredGroup]] = []
+        self._layer_number: dict[GatheredGroup, int] = {}
+        self._parameters: dict[GatheredGroup, list[nn.Parameter]] = {}
+        self._in_flight: dict[GatheredGroup, _GatherInFlight] = {}
+        self._acquired: dict[GatheredGroup, list[Tensor]] = {}
         self.log: list[tuple[str, str]] | None = None
 
     @property
@@ -190,10 +193,10 @@ class GatheredWeights:
     def _axis_of(self, parameter: Tensor) -> _GatherAxis:
         return self._axes[shard_spec_of(parameter).view]
 
-    def _axis(self, group: WeightGroup) -> _GatherAxis:
+    def _axis(self, group: GatheredGroup) -> _GatherAxis:
         return self._axis_of(self._parameters[group][0])
 
-    def register(self, group: WeightGroup) -> None:
+    def register(self, group: GatheredGroup) -> None:
         """Add the next group of layers."""
         self.groups.append(group)
         self._parameters[group] = group.parameters()
@@ -205,7 +208,7 @@ class GatheredWeights:
 
     # -- as a WeightStore -----------------------------------------------------------------------------------------
 
-    def acquire(self, group: WeightGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
+    def acquire(self, group: GatheredGroup, parameters: Sequence[nn.Parameter], *, backward: bool) -> Sequence[Operand]:
         self._launch(group)
         for axis in self._axes.values():
             if axis.plan.overlap:
@@ -231,7 +234,7 @@ class GatheredWeights:
         num_parts = self._num_expert_ranks if spec.view == "expert" else 1
         return (spec.global_shape[0] // num_parts, *spec.global_shape[1:])
 
-    def release(self, group: WeightGroup) -> None:
+    def release(self, group: GatheredGroup) -> None:
         axis = self._axis(group)
         if axis.size > 1:
             self._note("release", group)
@@ -263,7 +266,7 @@ class GatheredWeights:
 
     # -- what is gathered when ------------------------------------------------------------------------------------
 
-    def _next(self, group: WeightGroup, axis: _GatherAxis, *, backward: bool) -> list[WeightGroup]:
+    def _next(self, group: GatheredGroup, axis: _GatherAxis, *, backward: bool) -> list[GatheredGroup]:
         """The groups of an axis to prefetch before waiting for `group`, in the order of need."""
         own, plan = self._layer(group, 0), axis.plan
         if _is_in_backward() and not backward:
@@ -280,15 +283,17 @@ class GatheredWeights:
         ahead = self._layer(group, +1) if group.role in _TRIGGERS.get(plan.layer_before, ()) else []
         return self._of_axis([*own[own.index(group) + 1 :], *ahead], axis)
 
-    def _of_axis(self, groups: Iterable[WeightGroup], axis: _GatherAxis, limit: int | None = None) -> list[WeightGroup]:
+    def _of_axis(
+        self, groups: Iterable[GatheredGroup], axis: _GatherAxis, limit: int | None = None
+    ) -> list[GatheredGroup]:
         return list(islice((group for group in groups if self._axis(group) is axis), limit))
 
-    def _layer(self, group: WeightGroup, offset: int) -> list[WeightGroup]:
+    def _layer(self, group: GatheredGroup, offset: int) -> list[GatheredGroup]:
         """The groups of the layer `offset` layers behind that of `group`; empty when there is none."""
         number = self._layer_number[group] + offset
         return self._layers[number] if 0 <= number < len(self._layers) else []
 
-    def _launch(self, group: WeightGroup) -> None:
+    def _launch(self, group: GatheredGroup) -> None:
         axis = self._axis(group)
         if group in self._in_flight or axis.size == 1:
             return
@@ -307,7 +312,7 @@ class GatheredWeights:
             assert axis.group is not None
             gather.works.append(all_gather_async(buffer, shard.flatten(), axis.group))
 
-    def _scales_of(self, group: WeightGroup) -> list[Tensor | None]:
+    def _scales_of(self, group: GatheredGroup) -> list[Tensor | None]:
         """The scale of each full weight that is gathered in float8; None for the group's other parameters."""
         parameters = self._parameters[group]
         is_float8 = [self._gathers_float8 and group.kernels.is_float8 and p.dim() == 2 for p in parameters]
@@ -329,12 +334,12 @@ class GatheredWeights:
                 self._axis(group).pool.release(buffer)
         self._in_flight.clear()
 
-    def _note(self, event: str, group: WeightGroup) -> None:
+    def _note(self, event: str, group: GatheredGroup) -> None:
         if self.log is not None:
             self.log.append((event, group.name))
 
 
-def _layer_name(group: WeightGroup) -> str:
+def _layer_name(group: GatheredGroup) -> str:
     """`layers.3` of `layers.3.attention.wqkv`: the name up to its first number."""
     match = re.match(r"(.*?\.\d+)\.", group.name)
     return match[1] if match else group.name
