@@ -41,7 +41,7 @@ def test_all_mistakes_are_told_with_what_was_meant() -> None:
         from_text(LayoutChoices, "tenso=2,zero=x,schedule=1F1,fsdp=maybe,mode=isp")
     assert caught.value.mistakes == [
         "'tenso=2': unknown name 'tenso', known: tensor, mode, weight, overlap, pipeline, schedule, chunks, zero, "
-        "fsdp, expert, expert_zero. Did you mean 'tensor'?",
+        "fsdp, expert, expert_zero, expert_tensor, expert_weight, expert_overlap. Did you mean 'tensor'?",
         "'zero=x': expected a whole number",
         "'schedule=1F1': expected one of 1F1B, ZBH1, ZBV, DUALPIPEV. Did you mean '1F1B'?",
         "'fsdp=maybe': expected true or false",
