@@ -30,6 +30,7 @@ from internlm.utils.errors import ConfigError
 from internlm.utils.openmp import waiting_of_threads
 from internlm.utils.optional_packages import version_of, why_unusable
 from internlm.utils.text_table import text_table
+from internlm.utils.triton_support import why_no_triton
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class OptionalPackage:
 
 
 PACKAGES = (
-    OptionalPackage("triton", "triton", "model.compile and Liger's kernels on GPUs"),
+    OptionalPackage("triton", "triton", "on GPUs: model.compile, own kernels, and those of Liger"),
     OptionalPackage("flash-attn", "flash_attn", "attention"),
     OptionalPackage("flash-attn-3", "flash_attn_interface", "attention on Hopper"),
     OptionalPackage("flash-attn-4", "flash_attn.cute.interface", "attention on Hopper and Blackwell"),
@@ -105,6 +106,7 @@ def examine(settings: OpSettings) -> dict[str, Any]:
         "software": _software(),
         "packages": [_package(package) for package in PACKAGES],
         "compilation": _compilation(device),
+        "own_triton_kernels": why_no_triton(device) or "usable",
         "communication": _communication(),
         "device": device.type,
         "ops": ops,
@@ -254,6 +256,7 @@ def _as_text(report: dict[str, Any], config: Path | None, settings: OpSettings) 
         *([] if gpus else [("GPU", _why_no_gpu())]),
         *((name, version or "none") for name, version in software.items()),
         ("compilation", compilation["compiler"] if compilation["usable"] else compilation["problem"]),
+        ("own Triton kernels", report["own_triton_kernels"]),
         ("communication", ", ".join(name for name, usable in report["communication"].items() if usable) or "none"),
     ]
     packages = [

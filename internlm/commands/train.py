@@ -49,6 +49,7 @@ from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.openmp import waiting_of_threads
 from internlm.utils.paths import local_path
 from internlm.utils.storage import full_disk
+from internlm.utils.triton_support import why_no_triton
 
 logger = get_logger(__name__)
 
@@ -318,6 +319,9 @@ def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:
     settings = OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear)
     for operation, choice in describe(context.device, settings).items():
         logger.info("%s: %s (%s)", operation, choice.implementation, choice.reason)
+    if context.device.type == "cuda":
+        problem = why_no_triton(context.device)
+        logger.info("own Triton kernels: %s", "used" if problem is None else f"PyTorch's instead ({problem})")
 
 
 def _log_end(trainer: Trainer, ckpt: CkptConfig) -> None:

@@ -129,6 +129,33 @@ def test_a_compiled_block_serves_other_documents_without_compiling_again(name: s
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
+def test_packed_documents_of_one_length_are_rows(heads: tuple[int, int], is_compiled: bool) -> None:
+    """On Hopper and later, cuDNN's kernel takes them in training; others and shorter ones stay packed."""
+    if capability_of(CUDA) < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    torch._dynamo.reset()
+    run = torch.compile(attention, fullgraph=True) if is_compiled else attention
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2048, count, 64, generator=generator).to(CUDA, torch.bfloat16).requires_grad_()
+        for count in (heads[0], heads[1], heads[1])
+    )
+    for lengths, is_row in (((1024, 1024), True), ((1000, 1048), False), ((2048,), True), ((512,) * 4, False)):
+        varlen = VarlenMetadata.of(lengths)
+        varlen = VarlenMetadata(varlen.cu_seqlens.to(CUDA), varlen.lengths, varlen.max_seqlen)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            out = run(q, k, v, varlen, use_flash_attn=False)
+            grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+            torch.cuda.synchronize()
+        assert any("cudnn" in event.name for event in profile.events()) == is_row, lengths
+        packed = attention(q, k, v, varlen, attention_backend="torch-varlen")
+        expected = torch.autograd.grad(packed, (q, k, v), torch.ones_like(packed))
+        torch.testing.assert_close(out, packed, rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(grads, expected, rtol=2**-6, atol=2**-5)
+
+
 def test_documents_do_not_leak() -> None:
     """Changing one document leaves the others bit-equal, in every backend."""
     lengths = (65, 0, 40, 151)

@@ -15,11 +15,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from internlm.utils.triton_support import why_no_triton
+
 _BLOCK = {"cpu": 1 << 18}
 """Device type -> elements that `combine` converts to fp32 at once: 1 MiB on a CPU, which fits into a cache."""
 
 _OTHER_BLOCK = 1 << 26
 """The same on other devices: 256 MiB, to limit temporary memory."""
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,33 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (rows,) = ctx.saved_tensors
-        return F.embedding_bag(rows, grad.contiguous(), mode="sum"), None, None
+        return _sum_rows(grad, rows) if grad.is_cuda else _summed(grad, rows), None, None
+
+
+def _summed(grad: Tensor, rows: Tensor) -> Tensor:
+    return F.embedding_bag(rows, grad.contiguous(), mode="sum")
+
+
+@torch.library.custom_op(
+    "internlm::sum_rows", mutates_args=(), device_types="cuda", schema="(Tensor grad, Tensor rows) -> Tensor"
+)
+def _sum_rows(grad: Tensor, rows: Tensor) -> Tensor:
+    """For each token the sum of its k rows; an operator, as a compiler cannot look into the kernel."""
+    if not _has_kernels(grad):
+        return _summed(grad, rows)
+    from internlm.model.moe.expert_order_kernels import sum_rows
+
+    return sum_rows(grad.contiguous(), rows.contiguous(), None)
+
+
+@_sum_rows.register_fake
+def _(grad: Tensor, rows: Tensor) -> Tensor:
+    return grad.new_empty(rows.shape[0], grad.shape[1])
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether own Triton kernels sum rows of this tensor: others convert them in passes of their own."""
+    return x.is_cuda and x.dtype in _KERNEL_DTYPES and why_no_triton(x.device) is None
 
 
 @torch.library.custom_op(
@@ -111,6 +141,10 @@ def _combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tens
     num_tokens, top_k = weights.shape
     wide = torch.promote_types(y.dtype, torch.float32)
     rows, weights, y = inverse.view(num_tokens, top_k), weights.to(wide), y.contiguous()
+    if _has_kernels(y):
+        from internlm.model.moe.expert_order_kernels import sum_rows
+
+        return sum_rows(y, rows, weights.contiguous())
     if y.dtype == wide:
         return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
     out = y.new_empty(num_tokens, y.shape[1])
@@ -137,6 +171,13 @@ def _combine_backward(
     grad: Tensor, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `y` and `weights`; both row by row, in the order of the experts."""
+    if _has_kernels(y):
+        from internlm.model.moe.expert_order_kernels import weighted_sum_gradients
+
+        grad_y, grad_weights = weighted_sum_gradients(
+            grad.contiguous(), y.contiguous(), weights.float().contiguous(), order
+        )
+        return grad_y, grad_weights.to(weights.dtype)
     wide = torch.promote_types(y.dtype, torch.float32)
     tokens, weight_of_row = order // weights.shape[1], weights.flatten()[order].to(wide)
     grad_y, grad_weight = y.new_empty(y.shape), y.new_empty(y.shape[0], dtype=wide)

@@ -23,6 +23,10 @@ IGNORE_INDEX = -100
 _CHUNK_TOKENS = 1024
 """Tokens per chunk: enough for a full-speed GEMM."""
 
+_COMPILED_CHUNK_TOKENS = 2048
+"""The same where the loss is compiled: the logits have no fp32 copy, and the weight's gradient is accumulated half as
+often."""
+
 _CACHE_ELEMENTS = 1 << 19
 """Logits converted to fp32 at once on CPU: 2 MiB, which fits into a core's cache."""
 
@@ -78,7 +82,7 @@ def linear_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss_coeff: float = 0.0,
-    chunk_tokens: int = _CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     with_accuracy: bool = False,
     compiled: bool = False,
     vocab: VocabShard | None = None,
@@ -92,7 +96,7 @@ def linear_cross_entropy(
         label_smoothing: fraction of the target distribution that is spread over the vocabulary, as in
             `torch.nn.functional.cross_entropy`.
         z_loss_coeff: factor on the squared log-partition of each valid token, added to its loss (PaLM, section 5).
-        chunk_tokens: tokens per chunk; only the logits of one chunk are in memory.
+        chunk_tokens: tokens per chunk; only the logits of one chunk are in memory. None: as many as are fast.
         with_accuracy: also return which tokens are predicted correctly.
         compiled: compile the loss of a chunk on GPUs. Ignored on CPU, where rows stay in the cache, and with `vocab`,
             where ranks communicate in between.
@@ -106,6 +110,9 @@ def linear_cross_entropy(
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
     wants_grad = torch.is_grad_enabled()
     correct = torch.empty(labels.shape, dtype=torch.bool, device=labels.device) if with_accuracy else None
+    compiled = compiled and hidden.is_cuda and vocab is None
+    if chunk_tokens is None:
+        chunk_tokens = _COMPILED_CHUNK_TOKENS if compiled else _CHUNK_TOKENS
     loss_sum, token_losses = _LinearCrossEntropy.apply(
         hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad, correct, compiled, vocab
     )
@@ -136,7 +143,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         objectives = torch.empty_like(token_losses)
         grad_hidden = torch.empty_like(hidden) if grads_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if grads_weight else None
-        compiled = compiled and hidden.is_cuda and vocab is None
         rows_loss = _compiled_rows_loss() if compiled else _rows_loss
         # One buffer for all chunks, as newly allocated memory would have to be mapped for each.
         buffer = hidden.new_empty(min(chunk_tokens, num_tokens), weight.shape[0])
@@ -164,6 +170,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 if grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.t(), hidden[tokens])
+                elif hidden.is_cuda:
+                    # Accumulates in fp32 within the GEMM: exact products, and no pass over the weight.
+                    torch.addmm(grad_weight, logits.t(), hidden[tokens], out_dtype=wide, out=grad_weight)
                 elif start == 0:
                     grad_weight.copy_(weight_gradient(logits, hidden[tokens]))
                 else:

@@ -18,6 +18,7 @@ from internlm.core.communication.pending import Pending
 from internlm.core.parallel.shard_spec import Box, shard_spec_of
 from internlm.solver.optimizer.bucket_groups import BucketGroups, BucketKind
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm, master_dtype
+from internlm.utils.triton_support import why_no_triton
 
 # Rows over which a norm is summed in fp32; a single fp32 sum over millions of elements is wrong in the fourth digit.
 NORM_ROW = 1024
@@ -33,6 +34,17 @@ def part_size(device: torch.device) -> int:
     above 32 MiB (glibc's largest M_MMAP_THRESHOLD) would be mapped anew each time.
     """
     return 2**22 if device.type == "cpu" else 2**24
+
+
+def _is_accumulated_by_kernel(view: Tensor, gradient: Tensor) -> bool:
+    """Whether a Triton kernel adds `gradient` to `view`: where the dtypes differ, PyTorch's is half as fast."""
+    return (
+        view.is_cuda
+        and gradient.dtype != view.dtype
+        and torch.float64 not in (gradient.dtype, view.dtype)
+        and gradient.is_contiguous()
+        and why_no_triton(view.device) is None
+    )
 
 
 class Bucket(ABC):
@@ -135,11 +147,16 @@ class Bucket(ABC):
                 f'a gradient of "{self.specs[index].name}" arrived after its reduction had started: it gets more '
                 f"than one gradient per backward pass and chunk; set overlap_sync_grad=False"
             )
-        if self.has_grad[index]:
-            self.grad_views[index].add_(gradient)
+        view, has_grad = self.grad_views[index], self.has_grad[index]
+        if _is_accumulated_by_kernel(view, gradient):
+            from internlm.solver.optimizer.triton_kernels import accumulate
+
+            accumulate(view, gradient, adds=has_grad)
+        elif has_grad:
+            view.add_(gradient)
         else:
-            self.grad_views[index].copy_(gradient)
-            self.has_grad[index] = True
+            view.copy_(gradient)
+        self.has_grad[index] = True
         self._missing[index] -= 1
         self._num_incomplete -= self._missing[index] == 0
 
@@ -208,6 +225,10 @@ class Bucket(ABC):
             part: range of elements of the shard.
             values: values of `master` in that range, in any dtype and on any device.
         """
+
+    def flat_parameters(self, part: slice) -> Tensor | None:
+        """The memory that `write_back` writes if it is one flat tensor for that range of the shard; None otherwise."""
+        return None
 
     @abstractmethod
     def start_gathering(self) -> None:

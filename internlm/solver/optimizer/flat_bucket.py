@@ -46,6 +46,10 @@ class FlatBucket(Bucket):
         if self.master is not self.parameter_shard:
             self.parameter_shard[part].copy_(values, non_blocking=True)
 
+    def flat_parameters(self, part: slice) -> Tensor | None:
+        """This rank's slice of the buffer, unless it is the master itself."""
+        return None if self.master is self.parameter_shard else self.parameter_shard[part]
+
     def start_gathering(self) -> None:
         """Start the all-gather of the other ranks' slices."""
         if self.groups.zero is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.solver.optimizer.bucket import Bucket
-from internlm.solver.optimizer.rules.update_rule import HyperParameters, UpdateRule
+from internlm.solver.optimizer.rules.update_rule import HyperParameters, RoundingUpdateRule, UpdateRule
 from internlm.solver.optimizer.stochastic_rounding import StochasticRounding, store_truncated
 
 
@@ -106,6 +106,27 @@ class ShardState:
             for name, tensor in state.items():
                 self._round(self._rounding, name, part, tensor)
                 store_truncated(stored[name], tensor)
+
+    def update_and_round(self, part: slice, step: UpdateStep) -> None:
+        """`update` in one pass that also writes the parameters, by a `RoundingUpdateRule` and with an fp32 state.
+
+        The gradients of the bucket are unchanged.
+        """
+        bucket, rule = self.bucket, self.rule
+        assert isinstance(rule, RoundingUpdateRule) and self._rounding is None
+        rounded = bucket.flat_parameters(part)
+        rule.update_and_round(
+            bucket.master[part],
+            bucket.grad_shard[part],
+            {name: tensor[part] for name, tensor in self.tensors.items()},
+            self._num_updates,
+            self._group_hyper_parameters(step.hyper_parameters),
+            divisor=step.divisor,
+            skipped=step.skipped,
+            rounded=rounded,
+        )
+        if rounded is None:
+            bucket.write_back(part, bucket.master[part])
 
     def _group_hyper_parameters(self, hyper_parameters: HyperParameters) -> Mapping[str, float]:
         options = self.bucket.kind.options

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from internlm.solver.optimizer.bucket import Bucket, part_size
-from internlm.solver.optimizer.rules.update_rule import UpdateRule
+from internlm.solver.optimizer.rules.update_rule import RoundingUpdateRule, UpdateRule
 from internlm.solver.optimizer.shard_state import Scratch, ShardState, UpdateStep
 from internlm.solver.optimizer.state_form import StateForm, master_dtype
 from internlm.solver.optimizer.stochastic_rounding import StochasticRounding
 from internlm.utils.copy_stream import CopyStream, QueuedCopy, copy_stream_of
+from internlm.utils.triton_support import why_no_triton
 
 Parts = Sequence[tuple[ShardState, Sequence[slice]]]
 """For every bucket, the parts of its shard to update in a step; see `ShardState.update`."""
@@ -67,6 +68,27 @@ class ResidentUpdater:
     def divides(self, gradients: torch.dtype) -> bool:
         """True for gradients that are updated without a copy."""
         return gradients == master_dtype(gradients)
+
+
+class OnePassUpdater:
+    """Updates on the GPU of the parameters by a `RoundingUpdateRule`, in one pass. Nothing waits for the device.
+
+    Args:
+        num_updates: that of the states.
+    """
+
+    def __init__(self, num_updates: Tensor) -> None:
+        self._num_updates = num_updates
+
+    def run(self, parts: Parts, step: UpdateStep) -> None:
+        """Update shard by shard."""
+        for state, part in _cut(parts, None):
+            state.update_and_round(part, step)
+        self._num_updates.add_(1.0 - step.skipped)
+
+    def divides(self, gradients: torch.dtype) -> bool:
+        """False: gradients are unchanged."""
+        return False
 
 
 class OffloadedUpdater:
@@ -142,6 +164,16 @@ class OffloadedUpdater:
         return self._down.run(partial(target.copy_, source, non_blocking=True))
 
 
+def _works_in_one_pass(buckets: Sequence[Bucket], form: StateForm, rule: UpdateRule, device: torch.device) -> bool:
+    """Whether the shards can be updated by `OnePassUpdater`."""
+    return (
+        isinstance(rule, RoundingUpdateRule)
+        and form.moments == torch.float32
+        and all(bucket.master.dtype == torch.float32 for bucket in buckets)
+        and why_no_triton(device) is None
+    )
+
+
 def build_states(
     buckets: Sequence[Bucket], form: StateForm, rule: UpdateRule, device: torch.device
 ) -> tuple[list[ShardState], Tensor, Updater]:
@@ -167,6 +199,8 @@ def build_states(
     if form.is_offloaded:
         down, up = copy_stream_of(device), copy_stream_of(device)
         updater = OffloadedUpdater(scratch, num_updates, rounding, down, up, part_numel)
+    elif _works_in_one_pass(buckets, form, rule, device):
+        updater = OnePassUpdater(num_updates)
     else:
         is_converted = rounding is not None or any(b.grad_buffer.dtype != b.master.dtype for b in buckets)
         updater = ResidentUpdater(scratch, num_updates, rounding, part_numel if is_converted else None)

@@ -44,6 +44,9 @@ from internlm.model.ops.implementation_choice import Choice
 _BAND = 64
 """Minimum number of queries per SDPA call with a window."""
 
+_MIN_ROW = 1024
+"""Shortest length of equal packed documents that are computed as rows; in short ones, cuDNN's kernel is not faster."""
+
 _MIN_ROUNDED_DOCUMENTS = 16
 """Smallest number of documents in `VarlenMetadata.rounded`: empty ones cost little, a new shape costs a recording."""
 
@@ -54,6 +57,9 @@ _CUDNN_FIRST = [
     SDPBackend.MATH,
 ]
 """SDPA's order of kernels on GPUs where cuDNN's is the fastest."""
+
+_SLOWER_THAN_CUDNN = ("flash-attn-2", "torch-varlen")
+"""Backends for packed rows that take twice the time of cuDNN's kernel for rows, where that is SDPA's fastest."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,10 @@ def choice(
         reason = reason_of(packed, needs, wanted=attention_backend, use_flash_attn=use_flash_attn)
         if attention_backend != "auto":
             return Choice(packed.implementation, reason)
-        return Choice(f"rows: SDPA ({_sdpa_kernels(needs)}); packed or windowed: {packed.implementation}", reason)
+        rows = "rows"
+        if _prefers_cudnn(needs.capability) and packed.name in _SLOWER_THAN_CUDNN:
+            rows = f"rows, and packed documents of one length from {_MIN_ROW} tokens on"
+        return Choice(f"{rows}: SDPA ({_sdpa_kernels(needs)}); packed or windowed: {packed.implementation}", reason)
     # Not an error: a config for GPUs also runs on CPUs.
     ignored = "" if attention_backend == "auto" else f"; model.attention_backend = {attention_backend!r} is for GPUs"
     if device.type == "cpu" and _cpu_kernel(needs.dtype) == "native":
@@ -250,11 +259,19 @@ def _on_cuda(
         wanted=attention_backend,
         use_flash_attn=use_flash_attn,
     )
+    # cuDNN builds a plan for each new shape, and only training has few shapes.
+    prefers_cudnn = window is None and torch.is_grad_enabled() and _cudnn_first(q.device)
+    if prefers_cudnn and varlen is not None and attention_backend == "auto" and name in _SLOWER_THAN_CUDNN:
+        num_documents, longest = varlen.cu_seqlens.shape[0] - 1, varlen.max_seqlen
+        # True only if all documents have that length, which then divides the packed one: still few shapes.
+        if longest >= _MIN_ROW and num_documents * longest == q.shape[1]:
+            rows = [x.unflatten(1, (num_documents, longest)).squeeze(0) for x in (q, k, v)]
+            with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+                return _dense(*rows, None, scale).flatten(0, 1).unsqueeze(0)
     if name == "sdpa":
         if varlen is not None:
             return _by_document(q, k, v, varlen, window, scale)
-        # cuDNN builds a plan for each new shape, and only training has few shapes.
-        if window is None and torch.is_grad_enabled() and _cudnn_first(q.device):
+        if prefers_cudnn:
             with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
                 return _dense(q, k, v, window, scale)
         return _dense(q, k, v, window, scale)

@@ -1,4 +1,4 @@
-"""AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101, by PyTorch's fused kernel."""
+"""AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101, by PyTorch's fused kernel, or by our own on GPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -64,6 +65,40 @@ class AdamW:
             weight_decay=hyper_parameters["weight_decay"],
             eps=hyper_parameters["eps"],
             maximize=False,
+        )
+
+    def update_and_round(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        num_updates: Tensor,
+        hyper_parameters: HyperParameters,
+        *,
+        divisor: Tensor,
+        skipped: Tensor,
+        rounded: Tensor | None,
+    ) -> None:
+        """See `RoundingUpdateRule.update_and_round`."""
+        from internlm.solver.optimizer.triton_kernels import adamw as adamw_kernel
+
+        number = num_updates.double() + 1
+        beta1, beta2 = hyper_parameters["beta1"], hyper_parameters["beta2"]
+        adamw_kernel(
+            weights,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            rounded,
+            # In float64: the difference from 1 is small in early updates.
+            corrections=torch.stack((1 - beta1**number, (1 - beta2**number).sqrt())).float(),
+            divisor=divisor,
+            skipped=skipped,
+            lr=hyper_parameters["lr"],
+            weight_decay=hyper_parameters["weight_decay"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=hyper_parameters["eps"],
         )
 
     def was_trained(self, state: Mapping[str, Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ optimizer (`internlm.solver.optimizer.hybrid_zero`), which works with any rule.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -59,3 +59,28 @@ class UpdateRule(Protocol):
 
     def was_trained(self, state: Mapping[str, Tensor]) -> Tensor:
         """Scalar bool: whether the state shows that the weight had a gradient in some earlier step."""
+
+
+@runtime_checkable
+class RoundingUpdateRule(UpdateRule, Protocol):
+    """A rule with a GPU kernel that also rounds the weights: one pass over memory instead of two or three."""
+
+    def update_and_round(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        num_updates: Tensor,
+        hyper_parameters: HyperParameters,
+        *,
+        divisor: Tensor,
+        skipped: Tensor,
+        rounded: Tensor | None,
+    ) -> None:
+        """`update` of fp32 weights on a GPU where `internlm.utils.triton_support` finds no obstacle.
+
+        Args:
+            weights, state, num_updates, hyper_parameters, divisor, skipped: see `UpdateRule.update`.
+            gradient: in any dtype; unchanged.
+            rounded: receives the updated weights in its dtype; None: nothing does.
+        """
