@@ -170,7 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 if grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.t(), hidden[tokens])
-                elif hidden.is_cuda:
+                elif hidden.is_cuda and torch.version.hip is None:
                     # Accumulates in fp32 within the GEMM: exact products, and no pass over the weight.
                     torch.addmm(grad_weight, logits.t(), hidden[tokens], out_dtype=wide, out=grad_weight)
                 elif start == 0:

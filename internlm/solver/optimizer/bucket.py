@@ -204,9 +204,11 @@ class Bucket(ABC):
 
     def squared_grad_norm(self) -> Tensor:
         """Sum of the squares of `grad_shard`, a scalar fp64 tensor."""
+        shard = self.grad_shard
+        is_converted = shard.dtype != master_dtype(shard.dtype)
         rows = [
             torch.linalg.vector_norm(part.view(-1, NORM_ROW), dim=1, dtype=master_dtype(part.dtype))
-            for part in self.grad_shard.split(part_size(self.grad_shard.device))
+            for part in shard.split(part_size(shard.device) if is_converted or not shard.is_cuda else len(shard))
         ]
         return torch.cat(rows).double().square().sum()
 

@@ -264,7 +264,7 @@ def _on_cuda(
     if prefers_cudnn and varlen is not None and attention_backend == "auto" and name in _SLOWER_THAN_CUDNN:
         num_documents, longest = varlen.cu_seqlens.shape[0] - 1, varlen.max_seqlen
         # True only if all documents have that length, which then divides the packed one: still few shapes.
-        if longest >= _MIN_ROW and num_documents * longest == q.shape[1]:
+        if num_documents * longest == q.shape[1] and longest >= _MIN_ROW:
             rows = [x.unflatten(1, (num_documents, longest)).squeeze(0) for x in (q, k, v)]
             with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
                 return _dense(*rows, None, scale).flatten(0, 1).unsqueeze(0)
@@ -310,13 +310,17 @@ def _prefers_cudnn(capability: tuple[int, int] | None) -> bool:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor | None = None) -> Tensor:
     """SDPA in this module's layout: causal without a mask (S = T), or with a boolean mask `[S, T]` (True: attended)."""
+    is_causal = mask is None
+    # A single query attends to every key: without the flag, the kernel does no masking. A branch, as a compiler would
+    # make a comparison symbolic, which SDPA refuses.
+    if q.shape[1] == 1:
+        is_causal = False
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        # A single query attends to every key: without the flag, the kernel does no masking.
-        is_causal=mask is None and q.shape[1] > 1,
+        is_causal=is_causal,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

@@ -31,6 +31,7 @@ from internlm.model.ops.attention.cuda_backends import (
     reason_of,
     why_not,
 )
+from internlm.model.ops.compiling import constant_when_compiled
 from internlm.utils.errors import ConfigError
 
 AMPERE, HOPPER, BLACKWELL, TURING = (8, 0), (9, 0), (10, 0), (7, 5)
@@ -445,3 +446,42 @@ def test_flex_attention_in_a_compiled_block() -> None:
 def test_every_refusal_of_another_name(installed: Any) -> None:
     installed()
     assert why_not(BACKENDS[0], _needs(), wanted="flex") == "model.attention_backend is 'flex'"
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_packed_documents_of_one_length_are_rows(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As chosen on Hopper, here with the kernels of a CPU; a compiled block serves both kinds in few graphs."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    monkeypatch.setattr(attention_module, "backend_for", constant_when_compiled(lambda *_, **__: "torch-varlen"))
+    monkeypatch.setattr(attention_module, "_cudnn_first", constant_when_compiled(lambda device: True))
+    monkeypatch.setattr(attention_module, "_MIN_ROW", 16)
+
+    def packed(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: object) -> Tensor:
+        return q * 0
+
+    monkeypatch.setattr(attention_module, "packed_attention", packed)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = eager = attention_module._on_cuda
+    if is_compiled:
+        run = torch.compile(eager, backend=counter, fullgraph=True)
+    q, k, v = (torch.randn(1, 64, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    kinds = ((32, 32), (30, 34), (64,), (16,) * 4, (8,) * 8, (16,) * 3 + (15, 1))
+    for lengths in (*kinds, (32, 32), (3, 61), (1, 40, 23), (8,) * 8):
+        varlen = VarlenMetadata.of(lengths)
+        out = run(q, k, v, varlen, None, None, "auto", True)
+        is_row = len(set(lengths)) == 1 and lengths[0] >= 16
+        assert bool(out.any()) == is_row, lengths
+        if is_row:
+            expected = reference.attention(q, k, v, varlen.cu_seqlens)
+            torch.testing.assert_close(out, expected)
+            grad = torch.randn_like(out)
+            torch.testing.assert_close(
+                torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)
+            )
+        with torch.no_grad():
+            assert is_compiled or not eager(q, k, v, varlen, None, None, "auto", True).any()
+    # One for each length of rows, and for packed documents while their number and longest are found to vary.
+    assert counter.frame_count <= len(kinds)
+    torch._dynamo.reset()
