@@ -265,9 +265,9 @@ def _on_cuda(
         num_documents, longest = varlen.cu_seqlens.shape[0] - 1, varlen.max_seqlen
         # True only if all documents have that length, which then divides the packed one: still few shapes.
         if num_documents * longest == q.shape[1] and longest >= _MIN_ROW:
-            rows = [x.unflatten(1, (num_documents, longest)).squeeze(0) for x in (q, k, v)]
+            q, k, v = (x.unflatten(1, (num_documents, longest)).squeeze(0) for x in (q, k, v))
             with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
-                return _dense(*rows, None, scale).flatten(0, 1).unsqueeze(0)
+                return _sdpa(q, k, v, scale).flatten(0, 1).unsqueeze(0)
     if name == "sdpa":
         if varlen is not None:
             return _by_document(q, k, v, varlen, window, scale)
