@@ -291,8 +291,8 @@ class Engine:
             self._check_extra(model, micro.extra)
             own_tokens = parallel_of(model).own_tokens
             options["extra"] = {name: own_tokens(values) for name, values in micro.extra.items()}
-        self.routing.begin_forward(chunk, micro)
-        hidden: Tensor = model(inputs, micro.position_ids, varlen, **options)
+        with self.routing.forward_pass(chunk, micro):
+            hidden: Tensor = model(inputs, micro.position_ids, varlen, **options)
         if not self._is_last(chunk):
             return hidden
         # `head_loss` reads the head's weight without calling the module, so no forward hook waits for the all-gather.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +18,9 @@ from internlm.core.parallel.model_parallel import parallel_of
 from internlm.data.batch import MicroBatch
 from internlm.model.moe.balance import BiasRule, sequences_of, updated_bias
 from internlm.model.moe.router import RouterLosses, routers_of
+from internlm.model.moe.router_sums import RouterSums
 from internlm.model.moe.sample_tokens import SampleTokens
+from internlm.model.moe.settings import ExpertSettings
 
 
 class Replay(Protocol):
@@ -80,17 +84,27 @@ class RoutingStatistics:
         if self.replay is not None:
             self.replay.begin_micro_batch(number, shape)
 
-    @torch.no_grad()
-    def begin_forward(self, chunk: int, micro: MicroBatch) -> None:
-        """Tell the routers of a chunk about the tokens of its next forward pass.
+    @contextmanager
+    def forward_pass(self, chunk: int, micro: MicroBatch) -> Iterator[None]:
+        """Tell the routers of a chunk which tokens a forward pass has.
 
         Args:
             chunk: number of the chunk on this rank.
             micro: the micro-batch, on the device.
         """
         routers = self._routers_of_chunks[chunk]
-        if not routers:
-            return
+        sample = self._sample_tokens(micro) if routers else SampleTokens()
+        for router in routers:
+            router.sample = sample
+        try:
+            yield
+        finally:
+            # Later passes may be those of a hook that generates text.
+            for router in routers:
+                router.sample = SampleTokens()
+
+    @torch.no_grad()
+    def _sample_tokens(self, micro: MicroBatch) -> SampleTokens:
         sample = SampleTokens()
         if micro.is_padding is not None:
             num_valid = micro.is_padding.numel() - micro.num_padding_tokens
@@ -103,8 +117,7 @@ class RoutingStatistics:
             sequences, number = _sequences(micro)
             sequences = routed_tokens(sequences, self._parallel).flatten()
             sample = replace(sample, sequences=sequences, num_sequences=number)
-        for router in routers:
-            router.sample = sample
+        return sample
 
     @torch.no_grad()
     def finish_step(self, skipped: Tensor) -> dict[str, Tensor]:
@@ -118,7 +131,10 @@ class RoutingStatistics:
         `moe/balance_loss`, `moe/z_loss` and `moe/sequence_loss` are sums over layers of means over samples, without
         their coefficients, the last one only if it has one;
         `moe/load/N` is the largest number of tokens of an expert of layer N over the mean, `moe/max_load` its maximum
-        over layers.
+        over layers. `moe/entropy/N` is the entropy of the mean of the tokens' distributions over experts,
+        `moe/token_entropy/N` the mean of their entropies, both over log E; `moe/min_entropy` and
+        `moe/min_token_entropy` are the minima over layers. `moe/bias_range/N` is the largest minus the smallest
+        selection bias with which the experts of the step were chosen, `moe/max_bias_range` its maximum.
 
         Args:
             skipped: 1.0 if the optimizer skipped the update.
@@ -126,20 +142,40 @@ class RoutingStatistics:
         if self._experts is None:
             return {}
         num_experts = self._experts.form.num_experts
-        sums = torch.zeros(self._num_layers, num_experts + 3, dtype=torch.float64, device=self._context.device)
+        sums = RouterSums.zeros((self._num_layers,), num_experts, self._context.device)
+        # Ranks with equal biases add them once.
+        adds_biases = all(self._context.index(axis) == 0 for axis in self._axes if axis != "pipeline")
         for router in self._routers:
-            sums[router.layer] += router.sums()
+            sums.values[router.layer] += router.sums().values
+            if adds_biases and router.selection_bias is not None:
+                sums.bias_range[router.layer] = router.selection_bias.amax() - router.selection_bias.amin()
         for axis in self._axes:
-            all_reduce(sums, self._context.group(axis))
-        counts, losses = sums[:, :num_experts], sums[:, num_experts:].sum(0).float() / self._num_samples
-        self._update_biases(counts.long(), skipped)
-        loads = (counts.amax(-1) / counts.mean(-1).clamp(min=1e-9)).float()
+            all_reduce(sums.values, self._context.group(axis))
+        self._update_biases(sums.counts.long(), skipped)
+        return self._metrics(sums, self._experts)
+
+    def _metrics(self, sums: RouterSums, experts: ExpertSettings) -> dict[str, Tensor]:
+        layers = list(experts.layers(self._num_layers))
+        losses = sums.losses.sum(0).float() / self._num_samples
+        loads = sums.counts.amax(-1) / sums.counts.mean(-1).clamp(min=1e-9)
+        num_tokens = (sums.counts.sum(-1) / experts.form.top_k).clamp(min=1.0)
+        largest = math.log(experts.form.num_experts)
+        entropies = torch.special.entr(sums.probabilities / num_tokens[:, None]).sum(-1) / largest
+        token_entropies = sums.entropy / num_tokens / largest
+        values = {"load": loads, "entropy": entropies, "token_entropy": token_entropies}
+        extremes = {"max_load": loads.amax()}
+        if experts.form.has_bias:
+            values["bias_range"] = sums.bias_range
+            extremes["max_bias_range"] = sums.bias_range.amax()
+        by_layer = {name: value.float().unbind() for name, value in values.items()}
+        for name in ("entropy", "token_entropy"):
+            extremes[f"min_{name}"] = torch.stack([by_layer[name][layer] for layer in layers]).amin()
         return {
             "moe/balance_loss": losses[0],
             "moe/z_loss": losses[1],
             **({"moe/sequence_loss": losses[2]} if self._losses.sequence else {}),
-            "moe/max_load": loads.amax(),
-            **{f"moe/load/{layer}": loads[layer] for layer in self._experts.layers(self._num_layers)},
+            **{f"moe/{name}": value.float() for name, value in extremes.items()},
+            **{f"moe/{name}/{layer}": value[layer] for name, value in by_layer.items() for layer in layers},
         }
 
     def _update_biases(self, counts: Tensor, skipped: Tensor) -> None:

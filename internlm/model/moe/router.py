@@ -19,6 +19,7 @@ from internlm.model.moe.balance import (
     z_loss,
 )
 from internlm.model.moe.router_form import RouterForm
+from internlm.model.moe.router_sums import RouterSums
 from internlm.model.moe.routing import choose_experts, expert_distribution, probabilities, weights_of
 from internlm.model.moe.sample_tokens import SampleTokens
 from internlm.model.recompute import as_routing_operator
@@ -110,7 +111,7 @@ class Router(nn.Module):
         self.sample = SampleTokens()
         self._losses: RouterLosses | None = None
         self._sample_weight: Tensor | None = None
-        self._sums: Tensor | None = None
+        self._sums: RouterSums | None = None
 
     def forward(self, x: Tensor) -> Routing:
         """Tokens `[T, h]` -> their experts."""
@@ -130,7 +131,8 @@ class Router(nn.Module):
             choice = self._counted(experts, own, sample)
             if is_training:
                 assert self._sums is not None
-                self._sums += torch.cat([own, torch.stack(self._losses_of(logits.detach(), chosen, choice))])
+                losses = torch.stack(self._losses_of(logits.detach(), chosen, choice))
+                self._sums.add(own, expert_distribution(chosen, self.form), losses, valid=sample.valid)
             return list(choice)
 
         choice = _Choice(*as_routing_operator(choose, chosen))
@@ -181,10 +183,10 @@ class Router(nn.Module):
         """
         self._losses = losses
         self._sample_weight = sample_weight
-        self._sums = torch.zeros(self.form.num_experts + 3, dtype=torch.float64, device=self.weight.device)
+        self._sums = RouterSums.zeros((), self.form.num_experts, self.weight.device)
 
-    def sums(self) -> Tensor:
-        """Of this rank's tokens in the step: tokens of each expert, and the losses; float64 `[E + 3]`."""
+    def sums(self) -> RouterSums:
+        """Over this rank's tokens in the step, without the range of the bias."""
         assert self._sums is not None
         return self._sums
 

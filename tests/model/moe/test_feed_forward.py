@@ -127,8 +127,10 @@ def test_the_losses_of_the_router_reach_it_through_the_output() -> None:
     for one, other in zip(got, torch.autograd.grad(total, [layer.router.weight, x]), strict=True):
         torch.testing.assert_close(one, other)
     sums = layer.router.sums()
-    assert sums[:E].tolist() == counts.tolist()
-    torch.testing.assert_close(sums[E:], torch.stack([balance, z, torch.zeros_like(z)]).detach())
+    assert sums.counts.tolist() == counts.tolist()
+    torch.testing.assert_close(sums.losses, torch.stack([balance, z, torch.zeros_like(z)]).detach())
+    torch.testing.assert_close(sums.probabilities, scores.sum(0).detach())
+    torch.testing.assert_close(sums.entropy, -(scores * scores.log()).sum().detach())
 
 
 def test_nothing_is_counted_or_added_without_a_step_or_gradients() -> None:
@@ -138,7 +140,7 @@ def test_nothing_is_counted_or_added_without_a_step_or_gradients() -> None:
     layer.router.begin_step(RouterLosses(balance=1.0), torch.tensor(1.0))
     with torch.no_grad():
         layer(x)
-    assert layer.router.sums().tolist() == [0.0] * (E + 3)
+    assert not layer.router.sums().values.any()
     assert not torch.equal(torch.autograd.grad(layer(x).sum(), layer.router.weight)[0], plain[0])
 
 

@@ -1,0 +1,63 @@
+"""Metrics of routers against loops over tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from helpers.resume import Ranks
+from torch import Tensor
+
+from internlm.model.moe import router
+from internlm.verify.case import Case, Combination
+from internlm.verify.record import RankRecord
+from internlm.verify.run import run_case
+
+LINE = "ranks=1 model:family=QWEN3MOE,experts=8,top_k=3,router={},dtype=float64,checkpoint=1,dense_layers=1,layers=3"
+
+
+def run_and_collect(case: Case) -> tuple[RankRecord, list[tuple[np.ndarray, np.ndarray]]]:
+    """Two steps in one process; and of each choice in them, in order, scores and experts."""
+    right, chosen = router.choose_experts, []
+
+    def choose(scores: Tensor, form: object, bias: Tensor | None) -> Tensor:
+        experts = right(scores, form, bias)  # type: ignore[arg-type]
+        chosen.append((scores.numpy(), experts.numpy()))
+        return experts
+
+    router.choose_experts = choose  # type: ignore[assignment]
+    try:
+        return run_case(case, 2), chosen
+    finally:
+        router.choose_experts = right
+
+
+@pytest.mark.parametrize("form", ["normalized", "sigmoid_grouped"])
+def test_metrics_of_a_step(form: str, ranks: Ranks) -> None:
+    (found,) = ranks(1).run(run_and_collect, Combination.parse(LINE.format(form)).case())
+    record, chosen = found
+    first, second = (step.routing for step in record.steps)
+    # Two micro-batches of two layers with experts.
+    assert len(chosen) == 8
+    biases = {box.name: box.values for box in record.steps[0].weights if box.name.endswith("selection_bias")}
+    for number, layer in enumerate((1, 2)):
+        scores = np.concatenate([scores for scores, _ in chosen[number:4:2]])
+        counts = np.bincount(np.concatenate([experts.flatten() for _, experts in chosen[number:4:2]]), minlength=8)
+        rows = [[score / sum(row) for score in row] for row in scores]
+        single = np.mean([-sum(p * math.log(p) for p in row) for row in rows]) / math.log(8)
+        of_mean = -sum(p * math.log(p) for p in np.mean(rows, axis=0)) / math.log(8)
+        assert first[f"moe/load/{layer}"] == pytest.approx(counts.max() / counts.mean())
+        assert first[f"moe/token_entropy/{layer}"] == pytest.approx(single, rel=1e-6)
+        assert first[f"moe/entropy/{layer}"] == pytest.approx(of_mean, rel=1e-6)
+        if form == "normalized":
+            continue
+        bias = biases[f"layers.{layer}.feed_forward.router.selection_bias"]
+        assert first[f"moe/bias_range/{layer}"] == 0.0
+        assert second[f"moe/bias_range/{layer}"] == pytest.approx(bias.max() - bias.min(), rel=1e-6)
+        assert bias.max() > bias.min()
+    assert "moe/load/0" not in first
+    for name, extreme in (("entropy", "min"), ("token_entropy", "min"), ("load", "max")):
+        both = [second[f"moe/{name}/{layer}"] for layer in (1, 2)]
+        assert second[f"moe/{extreme}_{name}"] == (min if extreme == "min" else max)(both)
+    assert ("moe/max_bias_range" in second) == ("moe/sequence_loss" in second) == (form == "sigmoid_grouped")
