@@ -99,7 +99,16 @@ PARTS_OF_EXPERTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "expert_overlap": (False, False, True),
     },
     "model": {
-        "family": ("QWEN3MOE", "QWEN2MOE", "MIXTRALMOE", "INTERNLM_MoE", "GLM4_MOE", "DEEPSEEK_V2", "DEEPSEEK_V3"),
+        "family": (
+            "QWEN3MOE",
+            "QWEN2MOE",
+            "MIXTRALMOE",
+            "INTERNLM_MoE",
+            "GLM4_MOE",
+            "OLMOE",
+            "DEEPSEEK_V2",
+            "DEEPSEEK_V3",
+        ),
         "experts": (2, 4, 4, 6, 8, 16, 64),
         "top_k": (1, 2, 2, 3, 4),
         "shared_experts": (0, 1, 2),

@@ -40,6 +40,7 @@ class FamilyDefaults:
         fused_qkv, fused_gate_up: one weight for wq, wk, wv / for w1, w3.
         qkv_bias, o_bias, mlp_bias: biases of the projections.
         qk_norm: RMSNorm of each query and key head.
+        norms_whole_projections: the RMSNorm of `qk_norm` is over all heads together.
         tie_word_embeddings: the output head is the embedding.
         norm_head: the rows of the output head are normalized.
         activation: of the feed-forward gate.
@@ -56,6 +57,7 @@ class FamilyDefaults:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norms_whole_projections: bool = False
     tie_word_embeddings: bool = False
     norm_head: bool = False
     activation: Activation = "silu"
@@ -101,6 +103,8 @@ class Architecture:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    norms_whole_projections: bool
+    clip_qkv: float | None
     norm_type: Literal["rmsnorm", "layernorm"]
     norm_eps: float
     norm_dtype: torch.dtype
@@ -220,6 +224,8 @@ class Architecture:
             o_bias=_pick(config.o_bias, attention_bias, family.o_bias),
             mlp_bias=_pick(config.mlp_bias, family.mlp_bias),
             qk_norm=_pick(config.qk_norm, family.qk_norm),
+            norms_whole_projections=family.norms_whole_projections and config.qk_norm is not False,
+            clip_qkv=config.clip_qkv,
             norm_type=_pick(config.norm_type, "rmsnorm"),
             norm_eps=config.layer_norm_epsilon,
             norm_dtype=norm_dtype or config.torch_dtype,

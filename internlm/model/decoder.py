@@ -53,6 +53,11 @@ DECODER_ROLES: dict[str, Role] = {
     "output": Role.HEAD,
 }
 
+_PROJECTION_NORM_ROLES = {
+    "layers.*.attention.q_norm": Role.PER_QUERY_CHANNEL,
+    "layers.*.attention.k_norm": Role.PER_KV_CHANNEL,
+}
+
 
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each after a norm and added to the residual stream.
@@ -119,11 +124,15 @@ class Decoder(nn.Module):
         super().__init__()
         a = architecture
         self.architecture = a
-        self.roles = DECODER_ROLES | {
-            f"layers.{layer}.{pattern}": role
-            for layer, kind in a.layer_kinds.items()
-            for pattern, role in kind.roles.items()
-        }
+        self.roles = (
+            DECODER_ROLES
+            | (_PROJECTION_NORM_ROLES if a.norms_whole_projections else {})
+            | {
+                f"layers.{layer}.{pattern}": role
+                for layer, kind in a.layer_kinds.items()
+                for pattern, role in kind.roles.items()
+            }
+        )
         self.tok_embeddings = nn.Embedding(a.vocab_size, a.hidden_size, dtype=a.dtype)
         set_initializer(self.tok_embeddings.weight, a.init.initializer(a.init.embedding))
         self.heads = HeadShape(a.num_heads, a.num_kv_heads, a.head_dim)

@@ -34,6 +34,7 @@ _FAMILY_MODULES = (
     "mistral",
     "glm",
     "deepseek",
+    "olmoe",
 )
 
 _BUILDERS: dict[str, ModelBuilder] = {}

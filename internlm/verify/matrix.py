@@ -128,12 +128,12 @@ EXPERTS = Covering(
         "family": (
             "model:family=QWEN3MOE",
             "model:family=QWEN2MOE,shared_experts=1,dense_layers=1",
-            "model:family=MIXTRALMOE",
             "model:family=MIXTRALMOE,shared_experts=2,fused=true",
             "model:family=INTERNLM_MoE,shared_experts=1",
             "model:family=GLM4_MOE,shared_experts=2",
             "model:family=DEEPSEEK_V2,shared_experts=2",
             "model:family=DEEPSEEK_V3,q_latent=false",
+            "model:family=OLMOE,kv_heads=1",
         ),
         "documents": (
             "",

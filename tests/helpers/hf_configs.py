@@ -27,6 +27,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {**ROUTING, "num_local_experts": 4},
     "qwen2_moe": {**ROUTING, **QWEN, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**ROUTING, **QWEN},
+    "olmoe": {**ROUTING, "num_experts": 4},
     "glm4_moe": {
         **ROUTING,
         "n_routed_experts": 4,

@@ -85,6 +85,7 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [0],
         },
     ),
+    "olmoe": ("OlmoeConfig", {"num_experts": 5, "num_experts_per_tok": 2, "clip_qkv": 2.5}),
     "glm4-moe": (
         "Glm4MoeConfig",
         {

@@ -233,6 +233,9 @@ class ModelConfig(Section):
     qk_norm: bool | None = key(
         None, "Norm on each query and key head; None: the family's choice.", changes_outputs=True
     )
+    clip_qkv: float | None = key(
+        None, "Clamp elements of queries, keys and values to this absolute value.", gt=0, changes_outputs=True
+    )
     norm_head: bool | None = key(
         None, "Normalise the rows of the head weight; None: the family's choice.", changes_outputs=True
     )

@@ -13,6 +13,7 @@ from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear,
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.ulysses_attention import UlyssesAttention
 from internlm.model.layer_protocol import RecomputableLayer
+from internlm.model.modules.projection_norm import ProjectionNorm
 from internlm.model.moe.experts import Experts
 from internlm.model.moe.router import Router
 from internlm.utils.cpp_extension import cpp_compiler, cpp_compilers
@@ -48,6 +49,8 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
             # Only the all-to-alls; attention between them is compiled.
             module.gather_tokens = torch.compiler.disable(module.gather_tokens)  # type: ignore[method-assign]
             module.scatter_tokens = torch.compiler.disable(module.scatter_tokens)  # type: ignore[method-assign]
+        if isinstance(module, ProjectionNorm) and module.sum_over_heads is not None:
+            module.sum_over_heads = torch.compiler.disable(module.sum_over_heads)
         if isinstance(module, Router | Experts):
             # Choices of experts are saved as one operator; numbers of tokens differ from call to call.
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]

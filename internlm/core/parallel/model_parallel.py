@@ -150,6 +150,15 @@ class ModelParallel:
         """All heads of an attention block -> the heads in the outputs of its projections on this rank."""
         return heads
 
+    def sum_over_heads(self, role: Role, heads: HeadShape) -> Callable[[Tensor], Tensor] | None:
+        """Sums a number per token over all heads of a projection; see `ProjectionNorm`. None: ranks hold all heads.
+
+        Args:
+            role: PER_QUERY_CHANNEL or PER_KV_CHANNEL.
+            heads: all heads of the block.
+        """
+        return None
+
     # -- linear layers and embedding ------------------------------------------------------------------------------
 
     @property

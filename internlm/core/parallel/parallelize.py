@@ -27,6 +27,7 @@ from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.modules.linear import Float8Linear, GroupedLinear
+from internlm.model.modules.projection_norm import ProjectionNorm
 from internlm.model.moe.experts import Experts
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.roles import HeadShape, Role
@@ -267,7 +268,10 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
                     raise ValueError(f"attention '{name}': give it or the model an attribute `heads`, a HeadShape")
                 setattr(module, child_name, parallel.inner_attention(child, heads))
     for name, role in roles_by_module(model).items():
-        block = name.rpartition(".")[0]
+        block, module = name.rpartition(".")[0], model.get_submodule(name)
+        heads = _heads_of(model.get_submodule(block), parallel)
+        if isinstance(module, ProjectionNorm) and heads is not None:
+            module.sum_over_heads = parallel.sum_over_heads(role, heads)
         has_inner = any(isinstance(m, InnerAttention) for m in model.get_submodule(block).modules())
         if role is Role.ATTENTION_OUT and parallel.splits_tokens_of_linears and not has_inner:
             raise ValueError(

@@ -9,11 +9,12 @@ from internlm.model.architecture import Architecture
 from internlm.model.huggingface.config_checks import is_whole
 from internlm.model.huggingface.glm_config import GLM4_MOE
 from internlm.model.huggingface.mixture_class import MixtureClass, layer_sizes
+from internlm.model.huggingface.olmoe_config import OLMOE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CLASSES: dict[str, MixtureClass] = {"glm4_moe": GLM4_MOE}
+CLASSES: dict[str, MixtureClass] = {"glm4_moe": GLM4_MOE, "olmoe": OLMOE}
 """`model_type` of config.json -> its class, of those with a file of their own."""
 
 MODEL_TYPES = {
@@ -126,6 +127,8 @@ def mixture_kind(architecture: Architecture) -> str | None:
     experts = architecture.experts
     if experts is None:
         return None
+    if architecture.norms_whole_projections:
+        return "olmoe"
     if experts.shared_width:
         return "glm4_moe" if experts.shared_mix == "sum" else "qwen2_moe"
     return "qwen3_moe" if architecture.qk_norm else "mixtral"
@@ -144,6 +147,7 @@ def unlike_mixtures(architecture: Architecture) -> dict[str, bool]:
         "experts with norms times 1 + weight or embeddings times sqrt(hidden_size)": a.unit_offset_norm
         or a.embedding_multiplier != 1.0,
         "mlp_bias with experts": a.mlp_bias,
+        "clip_qkv without norms of whole projections": a.clip_qkv is not None and kind != "olmoe",
     }
     if kind in CLASSES:
         return common | CLASSES[kind].refused(a)

@@ -77,6 +77,8 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
             "norm_type 'layernorm'": a.norm_type != "rmsnorm",
             "is_reward": a.is_reward,
             "partial_rotary_factor": a.rope.head_dim != a.head_dim,
+            "clip_qkv": a.clip_qkv is not None,
+            "norms of whole projections": a.norms_whole_projections,
             "o_bias without qkv_bias": a.o_bias and not a.qkv_bias,
             "norms times 1 + weight and embeddings times sqrt(hidden_size), one without the other": gemma
             != (a.embedding_multiplier != 1.0),
@@ -154,6 +156,7 @@ def published_config_json(architecture: Architecture, model_type: str) -> dict[s
         "a window": any(window is not None for window in a.windows),
         "qk_norm": a.qk_norm,
         "partial_rotary_factor": a.rope.head_dim != a.head_dim,
+        "clip_qkv": a.clip_qkv is not None,
         "mlp_bias": a.mlp_bias,
         "qkv_bias and o_bias that differ": a.qkv_bias != a.o_bias,
         "a head_dim other than hidden_size / heads": a.head_dim * a.num_heads != a.hidden_size,

@@ -10,6 +10,7 @@ from internlm.model.modules.cache import KeyValueCache
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.linear import GroupedLinear, UnpackedLinear, make_linear
 from internlm.model.modules.norm import RMSNorm
+from internlm.model.modules.projection_norm import ProjectionNorm
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.packed_projections import unpack_query_key_value
 from internlm.model.ops.rotary import RotaryTables, apply_rotary
@@ -51,7 +52,11 @@ class Attention(nn.Module):
             self.qkv = GroupedLinear(self, "wq", "wk", "wv")
         self.wo = make_linear(a, q_size, a.hidden_size, a.o_bias, a.init.attention_other, into_residual=True)
         self.qk_norm = a.qk_norm
-        if a.qk_norm:
+        self.clip_qkv = a.clip_qkv
+        if a.norms_whole_projections:
+            self.q_norm: nn.Module = ProjectionNorm(q_size, a.norm_eps, a.norm_dtype, fused_kernels=a.fused_kernels)
+            self.k_norm: nn.Module = ProjectionNorm(kv_size, a.norm_eps, a.norm_dtype, fused_kernels=a.fused_kernels)
+        elif a.qk_norm:
             self.q_norm = RMSNorm(a.head_dim, a.norm_eps, a.norm_dtype, fused_kernels=a.fused_kernels)
             self.k_norm = RMSNorm(a.head_dim, a.norm_eps, a.norm_dtype, fused_kernels=a.fused_kernels)
 
@@ -67,6 +72,8 @@ class Attention(nn.Module):
         q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in self.qkv(x))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip_qkv is not None:
+            q, k, v = (x.clamp(-self.clip_qkv, self.clip_qkv) for x in (q, k, v))
         tables = self.inner.local_rotary(rotary)
         q, k = apply_rotary(q, tables), apply_rotary(k, tables)
         if cache is not None:

@@ -150,6 +150,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             },
         },
     ),
+    "olmoe": (
+        "OLMOE",
+        "OlmoeForCausalLM",
+        {**GQA, **EXPERTS, "clip_qkv": 1.5, "moe_layer_kwargs": {"normalize_expert_weights": False}},
+    ),
+    "olmoe-fused-interleaved": (
+        "OLMOE",
+        "OlmoeForCausalLM",
+        {**EXPERTS, "no_bias": False, "enable_qkv_fusion": True, "qk_interleaved": True},
+    ),
     "mistral-no-window": ("MISTRAL", "LlamaForCausalLM", GQA),
     "mistral-window": ("MISTRAL", "MistralForCausalLM", {**GQA, "sliding_window": 7}),
 }

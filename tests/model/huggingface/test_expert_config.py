@@ -37,7 +37,8 @@ MIXTURE_CHOICES: dict[str, tuple[Any, ...]] = {
     # Embedding and number of experts per token: 4 times each. As Mixtral: 2 windows. As Qwen3: 2 windows, 2 biases, 2
     # weightings. As Qwen2, where a sigmoid mixes the output of shared experts: 3 windows, 2 biases, 2 weightings. These
     # two with and without dense layers. As GLM-4.5: 2 biases, with and without q and k norms, 2 weightings.
-    [("MIXTRALMOE", 72), ("INTERNLM_MoE", 72), ("QWEN2MOE", 168), ("QWEN3MOE", 168), ("GLM4_MOE", 32)],
+    # As OLMoE: 2 biases, 2 weightings, and without its norms as Mixtral.
+    [("MIXTRALMOE", 72), ("INTERNLM_MoE", 72), ("QWEN2MOE", 168), ("QWEN3MOE", 168), ("GLM4_MOE", 32), ("OLMOE", 24)],
 )
 def test_every_mixture_that_is_exported_comes_back_as_it_was(model_type: str, exportable: int) -> None:
     exported = 0
@@ -88,9 +89,9 @@ def test_experts_in_our_words(kind: str) -> None:
     values = {**LLAMA, **MIXTURES[kind], "model_type": kind, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.02}
     model = from_hf_config(values, "config.json")
     keys = {name: model.keys[name] for name in ("num_experts", "top_k", "moe_type", "intermediate_size")}
-    width = 88 if kind == "mixtral" else 24
+    width = 88 if kind in ("mixtral", "olmoe") else 24
     assert keys == {"num_experts": 4, "top_k": 3, "moe_type": "Dropless", "intermediate_size": width}
-    assert model.keys["num_shared_experts"] == (2 if kind in ("qwen2_moe", "glm4_moe") else 0)
+    assert model.keys.get("num_shared_experts", 0) == (2 if kind in ("qwen2_moe", "glm4_moe") else 0)
     # The default of transformers' Qwen classes.
     assert model.keys["moe_layer_kwargs"]["normalize_expert_weights"] == (kind in ("mixtral", "glm4_moe"))
     assert model.notices == (

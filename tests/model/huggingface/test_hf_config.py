@@ -82,7 +82,7 @@ def test_published_configs_come_back_as_they_were(model_type: str, keys: dict[st
     ("changes", "reason"),
     [
         ({"model_type": "mistrall"}, r"'mistrall' cannot be imported; known: llama, .*Did you mean 'mistral'"),
-        ({"model_type": "olmoe"}, r"model_type 'olmoe' cannot be imported; known: llama"),
+        ({"model_type": "olmo2"}, r"model_type 'olmo2' cannot be imported; known: llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only causal language models"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),

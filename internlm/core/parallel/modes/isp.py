@@ -29,6 +29,8 @@ from internlm.model.moe.experts import Experts
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
 
+_PER_CHANNEL = (Role.PER_HEAD, Role.PER_QUERY_CHANNEL, Role.PER_KV_CHANNEL)
+
 
 class Isp(ModelParallel):
     """The mode isp; see the module docstring."""
@@ -88,7 +90,7 @@ class Isp(ModelParallel):
         whole = replace(ShardSpec.whole(name, shape), view="weight", data_axis="weight_data")
         if not self._splits_weights:
             return [ParameterShard(attribute, whole)]
-        if role in (Role.REPLICATED, Role.PER_HEAD, Role.ROUTER, Role.EXPERTS):
+        if role in (Role.REPLICATED, *_PER_CHANNEL, Role.ROUTER, Role.EXPERTS):
             return [ParameterShard(attribute, replace(whole, partial_over=("weight",)))]
         n, t = self.context.size("weight", "weight"), self.context.index("weight", "weight")
         rows, block = padded_rows(shape[0], n, t)

@@ -82,6 +82,9 @@ class Mtp(ModelParallel):
         if role is Role.PER_HEAD:
             # Each rank computes the gradient of its own heads, whether or not the residual stream is split.
             return [ParameterShard(attribute, replace(whole, partial_over=("tensor",)))]
+        if role in (Role.PER_QUERY_CHANNEL, Role.PER_KV_CHANNEL):
+            of_projection = Role.ATTENTION_Q if role is Role.PER_QUERY_CHANNEL else Role.ATTENTION_KV
+            return tensor_parts(self.context, whole, attribute, of_projection, heads)
         if role in (Role.EMBEDDING, Role.HEAD):
             return [ParameterShard(attribute, self._place_vocabulary(whole, role))]
         if role in ROW_ROLES and attribute == "bias":
@@ -101,6 +104,10 @@ class Mtp(ModelParallel):
     def local_heads(self, heads: HeadShape) -> HeadShape:
         n = self.context.size("tensor")
         return HeadShape(heads.num_heads // n, heads.num_kv_heads * kv_replicas(heads, n) // n, heads.head_dim)
+
+    def sum_over_heads(self, role: Role, heads: HeadShape) -> Callable[[Tensor], Tensor] | None:
+        replicas = kv_replicas(heads, self.context.size("tensor")) if role is Role.PER_KV_CHANNEL else 1
+        return lambda partial: copy_to_ranks(sum_over_ranks(partial / replicas, self.group), self.group)
 
     def input_exchange(self, role: Role) -> InputExchange:
         return CopiedInput(self.context) if role in COLUMN_ROLES else InputExchange()
