@@ -145,7 +145,7 @@ else
     # At the same time: what they take is compilation on the CPU.
     tests ops 150 ops.py experts.py routing.py &
     tests layers 150 float8.py graphs.py &
-    tests memory 150 host_waits.py offload.py optimizer_memory.py &
+    tests memory 150 step_kernels.py host_waits.py offload.py optimizer_memory.py &
     wait
     stage speed
     # All of the few layers in fp8: the first and the last stay in bf16 otherwise, which is half of them here.

@@ -27,6 +27,10 @@ NORM_ROW = 1024
 ALIGNMENT = 32
 
 
+_MIN_KERNEL_NUMEL = 1 << 20
+"""Smallest gradient that a Triton kernel accumulates: for smaller ones its launch takes longer than PyTorch's."""
+
+
 def part_size(device: torch.device) -> int:
     """Number of elements of a flat tensor that are converted at a time, so that no whole buffer exists in two dtypes.
 
@@ -41,6 +45,7 @@ def _is_accumulated_by_kernel(view: Tensor, gradient: Tensor) -> bool:
     return (
         view.is_cuda
         and gradient.dtype != view.dtype
+        and view.numel() >= _MIN_KERNEL_NUMEL
         and torch.float64 not in (gradient.dtype, view.dtype)
         and gradient.is_contiguous()
         and why_no_triton(view.device) is None
