@@ -41,6 +41,7 @@ class LatentShape:
 _REQUIRED = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _WITHOUT_EFFECT = (
     *("head_dim", "partial_rotary_factor", "qk_norm", "no_bias", "qkv_bias", "o_bias", "enable_qkv_fusion"),
+    "clip_qkv",
 )
 
 

@@ -33,6 +33,7 @@ BILLIONS = {
     "8x7B_mixtral.py": 46.70,
     "30B_A3B_qwen3.py": 30.53,
     "2.2B_MoE16_internlm.py": 2.24,
+    "16B_deepseek_v2_lite.py": 15.71,
 }
 # What InternEvo's configs of these names split, tensor x pipeline x weight; all others split nothing but the data.
 SPLITS = {
@@ -43,6 +44,7 @@ SPLITS = {
     "70B_llama2.py": (8, 4, 1),
     "8x7B_mixtral.py": (4, 1, 1),
     "30B_A3B_qwen3.py": (1, 1, 8),
+    "16B_deepseek_v2_lite.py": (1, 1, 4),
 }
 
 
@@ -57,6 +59,8 @@ def num_ranks(name: str) -> int:
 def parameters(config) -> int:
     """Weights of a decoder with gated MLP, counted from the shape alone."""
     model = config.model
+    if model.kv_lora_rank is not None:
+        return parameters_of_deepseek(model)
     heads = model.num_attention_heads
     size = model.head_dim or model.hidden_size // heads
     kv_heads = model.num_kv_attention_heads or heads
@@ -72,6 +76,21 @@ def parameters(config) -> int:
     layer += 2 * size if model.qk_norm or config.model_type == "QWEN3MOE" else 0
     embeddings = (1 if config.model_type == "GEMMA" else 2) * model.vocab_size * model.hidden_size
     return model.num_layers * layer + embeddings + model.hidden_size
+
+
+def parameters_of_deepseek(model) -> int:
+    """Weights of DeepSeek-V2-Lite: queries without a latent vector, shared experts without a gate."""
+    assert model.q_lora_rank is None
+    heads, rank, rotary = model.num_attention_heads, model.kv_lora_rank, model.qk_rope_head_dim
+    attention = model.hidden_size * (heads * (model.qk_nope_head_dim + rotary) + rank + rotary)
+    attention += rank + rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    attention += heads * model.v_head_dim * model.hidden_size
+    experts = model.num_experts + model.num_shared_experts
+    mixture = model.hidden_size * (3 * model.moe_intermediate_size * experts + model.num_experts)
+    dense = model.first_k_dense_replace
+    layers = model.num_layers * (attention + 2 * model.hidden_size) + (model.num_layers - dense) * mixture
+    layers += dense * 3 * model.hidden_size * model.intermediate_size
+    return layers + (2 * model.vocab_size + 1) * model.hidden_size
 
 
 def test_every_config_is_tested():

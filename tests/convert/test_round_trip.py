@@ -78,7 +78,7 @@ def test_mixtures_through_the_command_line(tmp_path: Path, name: str, layout: st
     assert router.dtype == torch.float32 and torch.equal(router, gate.float())
 
 
-@pytest.mark.parametrize("name", [*MIXTURES, "mixtral-window-tied"])
+@pytest.mark.parametrize("name", [*MIXTURES, "mixtral-window-tied", "deepseek-v2-yarn", "deepseek-v3"])
 def test_imported_mixtures_generate_the_tokens_of_transformers(tmp_path: Path, name: str) -> None:
     """With the cache of keys and values: the experts see a token at a time."""
     theirs = save_native(name, tmp_path / "theirs")

@@ -23,6 +23,20 @@ LLAMA: dict[str, Any] = {
 
 ROUTING = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
 QWEN = {"num_experts": 4, "moe_intermediate_size": 24}
+DEEPSEEK = {
+    "num_key_value_heads": 6,
+    "num_experts_per_tok": 2,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 0,
+}
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {**ROUTING, "num_local_experts": 4},
     "qwen2_moe": {**ROUTING, **QWEN, "shared_expert_intermediate_size": 48},
@@ -36,6 +50,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 0,
         "num_nextn_predict_layers": 0,
     },
+    "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy", "n_group": None},
+    "deepseek_v3": {**DEEPSEEK, "n_group": 2, "topk_group": 2, "rope_interleave": True},
+    "kimi_k2": {**DEEPSEEK, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid"},
 }
 """`model_type` of a mixture of experts -> its keys besides those of `LLAMA`."""
 

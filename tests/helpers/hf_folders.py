@@ -28,6 +28,18 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+DEEPSEEK = {
+    "num_key_value_heads": None,
+    "num_nextn_predict_layers": 0,
+    "v_head_dim": 6,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+}
 NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     # name: (transformers' config class, keys)
     "llama": ("LlamaConfig", {}),
@@ -100,6 +112,28 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
             "use_qk_norm": True,
             "num_nextn_predict_layers": 0,
         },
+    ),
+    "deepseek-v2-yarn": (
+        "DeepseekV2Config",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": None,
+            "n_group": 3,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {**DEEPSEEK, "q_lora_rank": 20, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
     ),
     "internlm3": ("InternLM3Config", {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 5e7}}),
 }

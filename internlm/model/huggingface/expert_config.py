@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from internlm.model.architecture import Architecture
 from internlm.model.huggingface.config_checks import is_whole
+from internlm.model.huggingface.deepseek_config import DEEPSEEK_CLASSES
 from internlm.model.huggingface.glm_config import GLM4_MOE
 from internlm.model.huggingface.mixture_class import MixtureClass, layer_sizes
 from internlm.model.huggingface.olmoe_config import OLMOE
@@ -14,7 +15,7 @@ from internlm.model.huggingface.olmoe_config import OLMOE
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CLASSES: dict[str, MixtureClass] = {"glm4_moe": GLM4_MOE, "olmoe": OLMOE}
+CLASSES: dict[str, MixtureClass] = {"glm4_moe": GLM4_MOE, "olmoe": OLMOE, **DEEPSEEK_CLASSES}
 """`model_type` of config.json -> its class, of those with a file of their own."""
 
 MODEL_TYPES = {
@@ -39,8 +40,12 @@ _SIZES = {
     "n_group": (1, _MOST_EXPERTS),
     "topk_group": (1, _MOST_EXPERTS),
     "first_k_dense_replace": (0, _MOST_EXPERTS),
+    **dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), (1, _MOST_CHANNELS)
+    ),
 }
 """Key -> least and largest accepted value."""
+_MAY_BE_NULL = ("q_lora_rank", "n_group", "topk_group")
 
 
 def expert_mistakes(values: Mapping[str, Any]) -> list[str]:
@@ -48,7 +53,9 @@ def expert_mistakes(values: Mapping[str, Any]) -> list[str]:
     found = [
         f"{key} must be a whole number from {least} to {most:,}, got {values[key]!r}"
         for key, (least, most) in _SIZES.items()
-        if key in values and not is_whole(values[key], least, most)
+        if key in values
+        and not is_whole(values[key], least, most)
+        and (values[key] is not None or key not in _MAY_BE_NULL)
     ]
     for key in ("norm_topk_prob", "output_router_logits", "use_qk_norm"):
         if not isinstance(values.get(key, False), bool):
@@ -111,11 +118,11 @@ def expert_keys(kind: str, config: PretrainedConfig, refused: list[str]) -> dict
 def expert_notices(values: Mapping[str, Any]) -> list[str]:
     """One line for each key of a mixture's config.json that concerns training only."""
     notices = []
-    if "router_aux_loss_coef" in values:
-        value = values["router_aux_loss_coef"]
-        notices.append(
-            f"router_aux_loss_coef = {value!r}: not imported; set loss.moe_loss_coeff, whose default is another"
-        )
+    for key in ("router_aux_loss_coef", "aux_loss_alpha"):
+        if key in values:
+            notices.append(f"{key} = {values[key]!r}: not imported; set loss.moe_loss_coeff, whose default is another")
+    if values.get("model_type") == "deepseek_v2" and values.get("norm_topk_prob"):
+        notices.append("norm_topk_prob = True: ignored, as transformers' class of DeepSeek-V2 does not read it")
     if values.get("num_nextn_predict_layers"):
         value = values["num_nextn_predict_layers"]
         notices.append(f"num_nextn_predict_layers = {value!r}: layers of multi-token prediction are not imported")
@@ -129,6 +136,8 @@ def mixture_kind(architecture: Architecture) -> str | None:
         return None
     if architecture.norms_whole_projections:
         return "olmoe"
+    if architecture.latent is not None:
+        return "deepseek_v2" if experts.form.scores == "softmax" else "deepseek_v3"
     if experts.shared_width:
         return "glm4_moe" if experts.shared_mix == "sum" else "qwen2_moe"
     return "qwen3_moe" if architecture.qk_norm else "mixtral"

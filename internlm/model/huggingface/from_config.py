@@ -116,6 +116,7 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
         keys |= _biases(kind, values, config)
         keys |= _windows(kind, config, refused)
         keys |= expert_keys(kind, config, refused) if has_experts else {}
+        keys = {name: value for name, value in keys.items() if value is not None}
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError(f"{where}: transformers cannot read it: {error!r}") from error
     other_functions, others = unread(values, {*type(config)().to_dict(), *_REQUIRED, *_KNOWN, *_OWN_KEYS.get(kind, ())})
@@ -180,6 +181,7 @@ def _common(config: PretrainedConfig, activation: str, refused: list[str]) -> di
 _PARTIAL_ROTARY = ("glm4_moe",)
 """Families whose class rotates a part of a head."""
 
+_MSCALE = ("mscale", "mscale_all_dim")
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -208,8 +210,10 @@ def _rope(config: PretrainedConfig, refused: list[str]) -> dict[str, Any]:
         values.pop("original_max_position_embeddings", None)
     if kind == "default":
         values.pop("factor", None)
-    refused += [f"rope_parameters.{name}" for name in values if name not in _ROPE_KEYS[kind]]
-    scaling = {name: value for name, value in values.items() if name in _ROPE_KEYS[kind]}
+    # The scale of scores with `mscale_all_dim` is in the classes with latent attention alone.
+    known = _ROPE_KEYS[kind] + (_MSCALE if kind == "yarn" and hasattr(config, "kv_lora_rank") else ())
+    refused += [f"rope_parameters.{name}" for name in values if name not in known]
+    scaling = {name: value for name, value in values.items() if name in known}
     return {"rope_base": base, **partial} | ({"rope_scaling": {"type": kind, **scaling}} if kind != "default" else {})
 
 

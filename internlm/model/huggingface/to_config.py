@@ -64,7 +64,10 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
         # The default token ids of the classes may differ from those of this model's tokenizer.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
-    _refuse("Hugging Face files of this model are not written yet", {"latent attention": a.latent is not None})
+    _refuse(
+        "transformers has no class for this model",
+        {"latent attention without experts": a.latent is not None and a.experts is None},
+    )
     if a.experts is not None:
         _refuse(f"transformers has no class for this mixture of experts ({model_type})", unlike_mixtures(a))
         return mixture_config(a, keys)
@@ -254,4 +257,6 @@ def _rope_scaling(a: Architecture) -> dict[str, Any]:
     if rope.rope_type == "yarn":
         scaling |= {"beta_slow": rope.beta_slow, "beta_fast": rope.beta_fast}
         scaling["attention_factor"] = rope.attention_factor
+        if rope.mscale_all_dim:
+            scaling |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
     return scaling

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from internlm.model.architecture import Architecture
 from internlm.model.huggingface.expert_names import ExpertStacks, split_experts
+from internlm.model.latent_shape import LatentShape
 from internlm.utils.errors import CheckpointError
 
 Layout = Literal["transformers", "mixtral", "fused_experts", "internlm2", "baichuan2"]
@@ -38,6 +39,12 @@ _INNER = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.wq_a": "self_attn.q_a_proj",
+    "attention.wq_b": "self_attn.q_b_proj",
+    "attention.wkv_a": "self_attn.kv_a_proj_with_mqa",
+    "attention.wkv_b": "self_attn.kv_b_proj",
+    "attention.q_a_norm": "self_attn.q_a_layernorm",
+    "attention.kv_a_norm": "self_attn.kv_a_layernorm",
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj",
@@ -263,7 +270,12 @@ def _fuse_qkv(state: Mapping[str, Tensor], a: Architecture) -> dict[str, Tensor]
 
 
 def _reorder_pairs(state: Mapping[str, Tensor], a: Architecture, *, to_halves: bool) -> dict[str, Tensor]:
-    """Reorder the rows of q, k and their norms between adjacent pairs and halves."""
+    """Reorder the rows of q, k and their norms between adjacent pairs and halves.
+
+    Latent attention has adjacent pairs in its canonical form, as in files.
+    """
+    if a.latent is not None:
+        return dict(state) if a.rope.interleaved else _reorder_latent(state, a.latent, to_halves=not to_halves)
     if not a.rope.interleaved:
         return dict(state)
     parts = (".attention.wq.", ".attention.wk.", ".attention.q_norm.", ".attention.k_norm.")
@@ -276,3 +288,17 @@ def _reorder_pairs(state: Mapping[str, Tensor], a: Architecture, *, to_halves: b
         else tensor
         for name, tensor in state.items()
     }
+
+
+def _reorder_latent(state: Mapping[str, Tensor], shape: LatentShape, *, to_halves: bool) -> dict[str, Tensor]:
+    """Reorder the rotary rows of latent attention, the last ones of a query head and of `wkv_a`."""
+    pairs = torch.arange(shape.rotary_dim).view((-1, 2) if to_halves else (2, -1)).t().flatten()
+    reordered = {}
+    for name, tensor in state.items():
+        is_query = ".attention.wq." in name or ".attention.wq_b." in name
+        if is_query or ".attention.wkv_a." in name:
+            plain = shape.plain_dim if is_query else shape.kv_rank
+            order = torch.cat((torch.arange(plain), plain + pairs))
+            tensor = tensor.unflatten(0, (-1, len(order)))[:, order].reshape(tensor.shape)
+        reordered[name] = tensor
+    return reordered

@@ -23,6 +23,16 @@ from internlm.model.ops.cross_entropy import linear_cross_entropy
 GQA = {"num_kv_attention_heads": 2}
 EXPERTS = {"num_experts": 5, "top_k": 2, "moe_type": "Dropless", "intermediate_size": 24}
 DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 40, "moe_intermediate_size": 24}
+LATENT = {
+    "num_kv_attention_heads": None,
+    "head_dim": None,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"max_position_embeddings": 16}
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -159,6 +169,72 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OLMOE",
         "OlmoeForCausalLM",
         {**EXPERTS, "no_bias": False, "enable_qkv_fusion": True, "qk_interleaved": True},
+    ),
+    "deepseek-v2": (
+        "DEEPSEEK_V2",
+        "DeepseekV2ForCausalLM",
+        {
+            **LATENT,
+            **EXPERTS,
+            "num_experts": 6,
+            "num_shared_experts": 2,
+            "moe_layer_kwargs": {
+                "normalize_expert_weights": False,
+                "routed_scaling_factor": 16.0,
+                "n_group": 3,
+                "topk_group": 2,
+            },
+        },
+    ),
+    "deepseek-v2-lite": (
+        "DEEPSEEK_V2",
+        "DeepseekV2ForCausalLM",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            **EXPERTS,
+            "moe_intermediate_size": 24,
+            "intermediate_size": 56,
+            "first_k_dense_replace": 1,
+            "num_shared_experts": 1,
+            "moe_layer_kwargs": {"normalize_expert_weights": False},
+            "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+            "qk_interleaved": True,
+        },
+    ),
+    "deepseek-v3": (
+        "DEEPSEEK_V3",
+        "DeepseekV3ForCausalLM",
+        {
+            **LATENT,
+            "v_head_dim": 14,
+            **EXPERTS,
+            "moe_intermediate_size": 24,
+            "intermediate_size": 56,
+            "first_k_dense_replace": 1,
+            "num_experts": 8,
+            "num_shared_experts": 1,
+            "moe_layer_kwargs": {
+                "scoring_func": "sigmoid",
+                "selection_bias": True,
+                "routed_scaling_factor": 2.5,
+                "n_group": 4,
+                "topk_group": 2,
+                "group_score": "top2_sum",
+            },
+            "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    ),
+    "kimi-k2": (
+        "KIMI_K2",
+        "DeepseekV3ForCausalLM",
+        {
+            **LATENT,
+            **EXPERTS,
+            "num_shared_experts": 1,
+            "moe_layer_kwargs": {"scoring_func": "sigmoid", "selection_bias": True, "routed_scaling_factor": 2.827},
+            "qk_interleaved": True,
+        },
     ),
     "mistral-no-window": ("MISTRAL", "LlamaForCausalLM", GQA),
     "mistral-window": ("MISTRAL", "MistralForCausalLM", {**GQA, "sliding_window": 7}),

@@ -84,6 +84,9 @@ def test_mixtures_without_a_class_are_refused_with_the_reason(
         transformers_config_json(architecture(model_type, tiny_config(**{**EXPERTS, **keys})), model_type)
 
 
+UNGATED = ("glm4_moe", "deepseek_v2", "deepseek_v3", "kimi_k2")
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_experts_in_our_words(kind: str) -> None:
     values = {**LLAMA, **MIXTURES[kind], "model_type": kind, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.02}
@@ -91,15 +94,17 @@ def test_experts_in_our_words(kind: str) -> None:
     keys = {name: model.keys[name] for name in ("num_experts", "top_k", "moe_type", "intermediate_size")}
     width = 88 if kind in ("mixtral", "olmoe") else 24
     assert keys == {"num_experts": 4, "top_k": 3, "moe_type": "Dropless", "intermediate_size": width}
-    assert model.keys.get("num_shared_experts", 0) == (2 if kind in ("qwen2_moe", "glm4_moe") else 0)
+    assert model.keys.get("num_shared_experts", 0) == (2 if kind in ("qwen2_moe", *UNGATED) else 0)
     # The default of transformers' Qwen classes.
-    assert model.keys["moe_layer_kwargs"]["normalize_expert_weights"] == (kind in ("mixtral", "glm4_moe"))
+    assert model.keys["moe_layer_kwargs"]["normalize_expert_weights"] == (
+        kind in ("mixtral", "glm4_moe", "deepseek_v3", "kimi_k2")
+    )
     assert model.notices == (
         "router_aux_loss_coef = 0.02: not imported; set loss.moe_loss_coeff, whose default is another",
     )
     experts = architecture(model.model_type, ModelConfig(**model.keys)).experts
     assert experts is not None and experts.width == width
-    assert experts.shared_width == (48 if kind in ("qwen2_moe", "glm4_moe") else 0)
+    assert experts.shared_width == (48 if kind in ("qwen2_moe", *UNGATED) else 0)
 
 
 @pytest.mark.parametrize(
