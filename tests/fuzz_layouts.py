@@ -115,6 +115,7 @@ PARTS_OF_EXPERTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "q_latent": (True, True, False),
         "dense_layers": (0, 0, 1, 2),
         "router": ("normalized", "plain", "grouped", "biased", "sigmoid", "sigmoid_grouped"),
+        "selection": ("dropless", "dropless", "largest", "first", "gshard", "gshard_random"),
         "save_policy": ("nothing", "attention", "matmuls"),
         "dtype": ("float64",),
         "fp32_norm": (False,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from internlm.config.capacity import capacity_notices
 from internlm.config.rules import expert_ranks
 from internlm.config.schema import Config
 from internlm.config.schema.base import is_path, walk_values
@@ -96,6 +97,7 @@ def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> It
             f"no effect: {', '.join(unused)} (no layer is dense, and the width of experts is "
             f"model.moe_intermediate_size = {model.moe_intermediate_size})"
         )
+    yield from capacity_notices(config, given)
     if config.float8.enable_float8_linear:
         yield f"float8.enable_float8_linear = True: routers compute in fp32 and routed experts in {model.dtype}"
     if model.compile:

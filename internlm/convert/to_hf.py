@@ -138,6 +138,11 @@ def _write(
     config = read_config(checkpoint)
     architecture = architecture_of(config)
     values = _config_json(config, architecture, layout)
+    if architecture.experts is not None and architecture.experts.selection.capacity is not None:
+        logger.warning(
+            "model.moe_type = %r: transformers has no capacity of experts, so its model drops no token",
+            config.model.moe_type,
+        )
     exported = _side_files(checkpoint, config, layout, tokenizer) if tokenizer is not False else TokenizerFiles()
     _check_trained_with(checkpoint, exported)
     values |= exported.ids

@@ -107,6 +107,7 @@ class Engine:
         progress: records the phases of a step.
         router_losses: of a mixture of experts.
         bias_rule: how the selection biases of its routers change.
+        seed: of the noise of its routers.
 
     Raises:
         ValueError: the number of ranks or chunks differs from that of the schedule.
@@ -123,6 +124,7 @@ class Engine:
         progress: Progress | None = None,
         router_losses: RouterLosses | None = None,
         bias_rule: BiasRule | None = None,
+        seed: int = 0,
     ) -> None:
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         self.optimizer = optimizer
@@ -131,7 +133,9 @@ class Engine:
         self.statistics = statistics
         self.progress = progress or Progress()
         self.parallel = parallel_of(self.chunks[0])
-        self.routing = RoutingStatistics(self.chunks, context, router_losses or RouterLosses(), bias_rule or BiasRule())
+        self.routing = RoutingStatistics(
+            self.chunks, context, router_losses or RouterLosses(), bias_rule or BiasRule(), seed
+        )
         num_ranks, num_chunks = context.size("pipeline"), len(self.chunks)
         self._make_schedule = schedule or partial(make_schedule, "1F1B", num_ranks, num_chunks=num_chunks)
         self._schedules: dict[int, PipelineSchedule] = {}
@@ -201,7 +205,7 @@ class Engine:
         num_valid_tokens = all_reduce(self._scalar(batch.num_valid_tokens), self.context.group("data"))
         factor = loss_scale / num_valid_tokens.clamp(min=1.0)
         loss_sum = self._scalar(0.0)
-        self.routing.begin_step(len(batch.micro_batches), loss_scale)
+        self.routing.begin_step(len(batch.micro_batches), loss_scale, batch.sample_indices)
 
         uploads = self._uploader.start(batch.micro_batches)
 

@@ -38,18 +38,26 @@ class RoutingStatistics:
         context: this rank's position and process groups.
         losses: coefficients of the routers' losses.
         bias_rule: how selection biases change.
+        seed: see the attribute.
 
     Attributes:
+        seed: of routers' noise; a resumed run must have the same one to draw the same numbers.
         num_micro_batches: of each data rank in this step.
         micro_batch: number of the one whose forward pass runs.
         replay: of the routers' choices; None: they are neither written nor read.
     """
 
     def __init__(
-        self, chunks: Sequence[nn.Module], context: ParallelContext, losses: RouterLosses, bias_rule: BiasRule
+        self,
+        chunks: Sequence[nn.Module],
+        context: ParallelContext,
+        losses: RouterLosses,
+        bias_rule: BiasRule,
+        seed: int = 0,
     ) -> None:
         self._losses = losses
         self._bias_rule = bias_rule
+        self.seed = seed
         self._context = context
         self._routers = routers_of(chunks)
         self._routers_of_chunks = [routers_of([chunk]) for chunk in chunks]
@@ -65,22 +73,31 @@ class RoutingStatistics:
         self.num_micro_batches = 1
         self.micro_batch = 0
         self.replay: Replay | None = None
+        self._num_earlier = 0
+        self._samples: Sequence[int] = ()
+        self._sample = 0
 
-    def begin_step(self, num_micro_batches: int, loss_scale: Tensor) -> None:
+    def begin_step(self, num_micro_batches: int, loss_scale: Tensor, samples: Sequence[int] = ()) -> None:
         """Start to count.
 
         Args:
             num_micro_batches: of each data rank in this step.
             loss_scale: scalar fp32, factor on the loss in backward.
+            samples: numbers of this rank's micro-batches, counted over the whole run, as keys of noise; where they are
+                unknown, micro-batches are counted from the first step of this object.
         """
         self.num_micro_batches = num_micro_batches
+        first = self._num_earlier + self._context.index("data") * num_micro_batches
+        self._samples = [*samples, *range(first, first + num_micro_batches)[len(samples) :]]
         self._num_samples = num_micro_batches * self._context.size("data")
+        self._num_earlier += self._num_samples
         for router in self._routers:
-            router.begin_step(self._losses, loss_scale / self._num_samples)
+            router.begin_step(self._losses, loss_scale / self._num_samples, self.seed)
 
     def begin_micro_batch(self, number: int, shape: tuple[int, int]) -> None:
         """Start the forward pass of a micro-batch of this data rank, `[B, S]`, in one chunk."""
         self.micro_batch = number
+        self._sample = self._samples[number]
         if self.replay is not None:
             self.replay.begin_micro_batch(number, shape)
 
@@ -105,7 +122,7 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def _sample_tokens(self, micro: MicroBatch) -> SampleTokens:
-        sample = SampleTokens()
+        sample = SampleTokens(number=self._sample)
         if micro.is_padding is not None:
             num_valid = micro.is_padding.numel() - micro.num_padding_tokens
             sample = replace(
@@ -135,10 +152,13 @@ class RoutingStatistics:
         `moe/token_entropy/N` the mean of their entropies, both over log E; `moe/min_entropy` and
         `moe/min_token_entropy` are the minima over layers. `moe/bias_range/N` is the largest minus the smallest
         selection bias with which the experts of the step were chosen, `moe/max_bias_range` its maximum.
+        With a capacity, `moe/dropped/N` is the share of the choices of layer N that were dropped, and `moe/dropped`
+        that of all layers.
 
         Args:
             skipped: 1.0 if the optimizer skipped the update.
         """
+        self._sample = 0
         if self._experts is None:
             return {}
         num_experts = self._experts.form.num_experts
@@ -167,6 +187,10 @@ class RoutingStatistics:
         if experts.form.has_bias:
             values["bias_range"] = sums.bias_range
             extremes["max_bias_range"] = sums.bias_range.amax()
+        if experts.selection.capacity is not None:
+            chosen = sums.counts.sum(-1)
+            values["dropped"] = sums.dropped / chosen.clamp(min=1)
+            extremes["dropped"] = sums.dropped.sum() / chosen.sum().clamp(min=1)
         by_layer = {name: value.float().unbind() for name, value in values.items()}
         for name in ("entropy", "token_entropy"):
             extremes[f"min_{name}"] = torch.stack([by_layer[name][layer] for layer in layers]).amin()

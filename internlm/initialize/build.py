@@ -200,7 +200,9 @@ def build_engine(
     )
     bias_rule = BiasRule(config.loss.moe_bias_update_rate, config.loss.moe_bias_centered)
     schedule = build_pipeline_schedule(config)
-    return Engine(chunks, optimizer, context, loss, statistics, schedule, progress, router_losses, bias_rule)
+    return Engine(
+        chunks, optimizer, context, loss, statistics, schedule, progress, router_losses, bias_rule, config.seed
+    )
 
 
 def build_scaler(config: Config, device: torch.device) -> GradScaler:

@@ -21,6 +21,7 @@ from internlm.verify.choices import (
     LATENT_KEYS,
     PARAMETER_GROUPS,
     ROUTERS,
+    SELECTIONS,
     BatchChoices,
     LayoutChoices,
     ModelChoices,
@@ -236,11 +237,7 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "model.num_shared_experts": model.shared_experts,
         "model.first_k_dense_replace": model.dense_layers,
         "model.moe_intermediate_size": 40 if model.dense_layers else None,
-        "model.moe_type": "Dropless" if model.experts > 1 else "GShard",
-        "model.moe_layer_kwargs": dict(ROUTERS[model.router]) if model.experts > 1 else None,
-        **(ROUTER_LOSSES if model.experts > 1 else {}),
-        **(SEQUENCE_LOSS if model.experts > 1 and "scoring_func" in ROUTERS[model.router] else {}),
-        **(BIAS_RULE if model.experts > 1 and "selection_bias" in ROUTERS[model.router] else {}),
+        **(_router_keys(model) if model.experts > 1 else {}),
         "data.seq_len": seq_len,
         **(FLOAT8_KEYS if model.float8 else {}),
     }
@@ -253,6 +250,17 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
 _NOT_OF_LATENT_ATTENTION = (
     *("model.num_kv_attention_heads", "model.qk_norm", "model.qkv_bias", "model.o_bias", "model.enable_qkv_fusion"),
 )
+
+
+def _router_keys(model: ModelChoices) -> dict[str, Any]:
+    selection = dict(SELECTIONS[model.selection])
+    return {
+        "model.moe_type": selection.pop("moe_type"),
+        "model.moe_layer_kwargs": {**ROUTERS[model.router], **selection},
+        **ROUTER_LOSSES,
+        **(SEQUENCE_LOSS if "scoring_func" in ROUTERS[model.router] else {}),
+        **(BIAS_RULE if "selection_bias" in ROUTERS[model.router] else {}),
+    }
 
 
 def float8_kv_heads(kv_heads: int, layout: LayoutChoices) -> int:

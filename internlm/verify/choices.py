@@ -122,6 +122,7 @@ class ModelChoices:
         router: a set of `model.moe_layer_kwargs`, see `ROUTERS`.
         dense_layers: `model.first_k_dense_replace`; with any, experts have another width.
         q_latent: with latent attention: queries have a latent vector, too.
+        selection: `model.moe_type` and further `moe_layer_kwargs`, see `SELECTIONS`.
     """
 
     family: str = "INTERNLM2"
@@ -147,6 +148,7 @@ class ModelChoices:
     router: Literal["normalized", "plain", "grouped", "biased", "sigmoid", "sigmoid_grouped"] = "normalized"
     dense_layers: int = 0
     q_latent: bool = True
+    selection: Literal["dropless", "largest", "first", "gshard", "gshard_random"] = "dropless"
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,20 @@ ROUTERS: Mapping[str, Mapping[str, Any]] = {
 }
 """Name -> `model.moe_layer_kwargs`, of the forms of routers that families have."""
 
+SELECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "dropless": {"moe_type": "Dropless"},
+    "largest": {"moe_type": "Dropless", "capacity_factor": 0.8, "noisy_gate_policy": "Jitter"},
+    "first": {"moe_type": "Dropless", "capacity_factor": 0.8, "drop_policy": "position"},
+    "gshard": {"moe_type": "GShard", "capacity_factor": 0.8, "noisy_gate_policy": "Jitter"},
+    "gshard_random": {
+        "moe_type": "GShard",
+        "capacity_factor": 0.8,
+        "use_fused_gating": False,
+        "noisy_gate_policy": "RSample",
+        "min_capacity": 2,
+    },
+}
+"""Name -> `model.moe_type` and `model.moe_layer_kwargs`, of every way to drop tokens and of every noise."""
 
 LATENT_FAMILIES = ("DEEPSEEK_V2", "DEEPSEEK_V3", "KIMI_K2")
 """Families with latent attention."""

@@ -125,6 +125,13 @@ EXPERTS = Covering(
             "model:experts=8,top_k=3,router=sigmoid_grouped",
             "model:experts=64,top_k=2",
         ),
+        "selection": (
+            "",
+            "model:selection=largest",
+            "model:selection=first",
+            "model:selection=gshard",
+            "model:selection=gshard_random",
+        ),
         "family": (
             "model:family=QWEN3MOE",
             "model:family=QWEN2MOE,shared_experts=1,dense_layers=1",

@@ -15,6 +15,7 @@ SAVING = {"ckpt.enable_save_ckpt": True, "ckpt.save_ckpt_folder": "x", "ckpt.che
 FIM = {"rate": 0.5, "prefix": 1, "middle": 2, "suffix": 3, "bos": None, "eos": 0}
 
 # changes, world size, first key of the only mistake (None: there is none).
+CAPACITY = "model.moe_layer_kwargs"
 MOE = {"model_type": "MIXTRALMOE", "model.num_experts": 4, "model.top_k": 2, "model.moe_type": "Dropless"}
 
 CASES = [
@@ -106,7 +107,15 @@ CASES = [
         None,
     ),
     ({**MOE, "parallel.zero1.size": 2}, 4, None),
-    ({"model.num_experts": 4}, 4, "model.moe_type"),
+    ({"model.num_experts": 4}, 4, None),
+    ({**MOE, CAPACITY: {"eval_capacity_factor": 1.0}}, 4, f"{CAPACITY}.eval_capacity_factor"),
+    ({**MOE, CAPACITY: {"drop_and_pad": True}}, 4, f"{CAPACITY}.drop_and_pad"),
+    ({**MOE, CAPACITY: {"drop_and_pad": True, "capacity_factor": 1.0, "min_capacity": 2}}, 4, None),
+    ({**MOE, CAPACITY: {"drop_tokens": True}}, 4, f"{CAPACITY}.drop_tokens"),
+    ({**MOE, CAPACITY: {"drop_tokens": False, "use_rts": False}}, 4, None),
+    ({**MOE, "model.moe_type": "MegaBlock-D", CAPACITY: {"min_capacity": 2}}, 4, f"{CAPACITY}.min_capacity"),
+    ({**MOE, "model.moe_type": "MegaBlock", CAPACITY: {"min_capacity": 2}}, 4, None),
+    ({**MOE, "model.moe_type": "GShard", CAPACITY: {"drop_policy": "position"}}, 4, f"{CAPACITY}.drop_policy"),
     ({**MOE, "model.top_k": 5}, 4, "model.top_k"),
     ({**MOE, "parallel.expert.size": 2, "parallel.expert_zero1.size": 2}, 4, None),
     ({**MOE, "parallel.expert.size": 2, "parallel.expert_zero1.size": 4}, 4, "parallel.expert_zero1.size"),

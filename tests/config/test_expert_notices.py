@@ -11,6 +11,8 @@ from internlm.config.notices import find_notices
 
 MOE = {"model_type": "MIXTRALMOE", "model.num_experts": 8, "model.top_k": 2, "model.moe_type": "Dropless"}
 
+RANDOM = {"use_fused_gating": False, "noisy_gate_policy": "RSample"}
+
 
 @pytest.mark.parametrize(
     ("changes", "world_size", "begins"),
@@ -49,13 +51,38 @@ MOE = {"model_type": "MIXTRALMOE", "model.num_experts": 8, "model.top_k": 2, "mo
         ({"float8.enable_float8_linear": True}, 1, ["float8.enable_float8_linear = True: routers compute in fp32"]),
         ({"moe.replay.write": "routing"}, 1, []),
         ({"moe.replay.read": "routing"}, 1, ["moe.replay.read = 'routing': training takes the experts of every token"]),
+        (
+            {"model.moe_type": "GShard"},
+            1,
+            ["model.moe_type = 'GShard': an expert takes 1.0 * top_k / num_experts of the tokens of a sample, 4 or"],
+        ),
+        ({"model.moe_type": "GShard", "model.moe_layer_kwargs": {"drop_tokens": False}}, 1, []),
+        (
+            {"model.moe_layer_kwargs": {"drop_tokens": False, "capacity_factor": 2.0}},
+            1,
+            ["no effect: model.moe_layer_kwargs.capacity_factor (model.moe_layer_kwargs.drop_tokens = False)"],
+        ),
+        (
+            {"model.moe_layer_kwargs": {"use_rts": True, "use_fused_gating": False}},
+            1,
+            [
+                "no effect: model.moe_layer_kwargs.use_fused_gating = False (",
+                "no effect: model.moe_layer_kwargs.use_rts = True (",
+            ],
+        ),
+        (
+            {"model.moe_type": "GShard", "model.moe_layer_kwargs": RANDOM},
+            1,
+            ["model.moe_type = 'GShard': an expert takes", "no effect: model.moe_layer_kwargs.noisy_gate_policy = 'RS"],
+        ),
         ({"model.compile": True}, 1, ["model.compile = True: routers and routed experts are not compiled"]),
     ],
     ids=str,
 )
 def test_notices(changes: dict[str, Any], world_size: int, begins: list[str]) -> None:
     def told(keys: dict[str, Any]) -> list[str]:
-        return list(find_notices(small_config(keys), lambda path: None, world_size))
+        given = {f"{path}.{name}" for path, value in keys.items() if isinstance(value, dict) for name in value}
+        return list(find_notices(small_config(keys), lambda path: True if path in given else None, world_size))
 
     dense = {
         key: value for key, value in changes.items() if not key.startswith(("model.top_k", "model.moe", "loss", "moe."))

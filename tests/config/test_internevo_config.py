@@ -212,7 +212,7 @@ def test_what_it_may_ask_for_that_is_not_there_yet(path):
     path.write_text(
         INTERNEVO_7B
         + "ckpt.update(enable_save_ckpt=True, stop_file_path='stop')\n"
-        + "model.update(num_experts=8, top_k=2, moe_type='GShard')\n"
+        + "model.update(num_experts=8, top_k=2, drop_rate=0.1)\n"
         + "parallel['tensor'] = dict(size=4, mode='isp')\n"
         + "monitor['alert']['enable_feishu_alert'] = True\n"
     )
@@ -221,7 +221,7 @@ def test_what_it_may_ask_for_that_is_not_there_yet(path):
     keys = {mistake.split(": ")[1].split(" = ")[0] for mistake in error.value.mistakes}
     assert all("not yet supported" in mistake for mistake in error.value.mistakes)
     assert keys == {
-        "model.moe_type",
+        "model.drop_rate",
         "monitor.alert.enable_feishu_alert",
     }
 

@@ -136,7 +136,7 @@ def test_loss_scales_without_bounds(load):
         ("parallel.pipeline.use_zeropp=True", "the ZeroPP schedule"),
         ("moe=dict(top_k=2)", "MegaBlocks (use model.num_experts instead)"),
         ("model.moe_gate_k=2", None),
-        ("model.moe_layer_kwargs.capacity_factor=1.2", "a capacity of experts, beyond which tokens are dropped,"),
+        ("model.moe_layer_kwargs.capacity_factor=1.2", None),
         ("model.num_cross_decoder_layers=4", "models of self- and cross-decoder layers"),
         ("fp8={'margin': 0}", "fp8 by Transformer Engine (use float8 instead)"),
         ("data.type=hf", "this source"),

@@ -14,6 +14,9 @@ from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.convert.from_internevo import import_internevo
 from internlm.convert.internevo_experts import InternEvoExperts
+from internlm.model.moe.capacity import Capacity
+from internlm.model.moe.noise import RouterNoise
+from internlm.model.moe.selection import Selection, selection_of
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.storage import storage_path
 
@@ -115,32 +118,30 @@ def test_other_square_weights_come_back(tmp_path: Path, split: Split) -> None:
 # -- the config --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_gshard_is_imported_without_its_capacity(tmp_path: Path, top_k: int) -> None:
-    """With one expert per token, GShard weights its output by the probability, others by 1."""
-    kwargs = {"capacity_factor": 1.5, "min_capacity": 4, "drop_tokens": True, "use_fused_gating": True}
-    model = model_of("INTERNLM_MoE", section_of("INTERNLM_MoE", top_k=top_k))
-    section = section_of("INTERNLM_MoE", top_k=top_k, moe_layer_kwargs=kwargs)
+def test_gshard_is_imported_with_its_capacity(tmp_path: Path) -> None:
+    kwargs = {"capacity_factor": 1.5, "min_capacity": 4, "drop_tokens": True, "noisy_gate_policy": "Jitter"}
+    model = model_of("INTERNLM_MoE", section_of("INTERNLM_MoE"))
+    section = section_of("INTERNLM_MoE", moe_layer_kwargs=kwargs)
     del section["moe_type"]  # InternEvo's default
     state = write(tmp_path / "old", model, Checkpoint("INTERNLM_MoE", section), Split(tp=2))
     imported = import_internevo(tmp_path / "old", storage_path(tmp_path / "new"))
-    assert any(notice.startswith("model.moe_type = 'Dropless'") for notice in imported.notices)
-    for key in ("capacity_factor", "min_capacity", "drop_tokens"):
-        assert any(f"moe_layer_kwargs.{key} is dropped" in notice for notice in imported.notices), key
-    assert imported.config.model.moe_layer_kwargs.normalize_expert_weights == (top_k > 1)
+    selection = selection_of(imported.config.model)
+    assert selection == Selection(Capacity(1.5, 1.0, 4, "choice", True), RouterNoise(0.01), balances_first=True)
     reader = TensorReader(imported.path)
     assert_same({name: reader.read(name) for name in reader.names()}, state)
 
 
 def test_keys_of_the_first_versions_are_read(tmp_path: Path) -> None:
     section = section_of("INTERNLM_MoE", moe_use_residual=True, top_k=1)
-    del section["num_shared_experts"]
-    checkpoint = Checkpoint("INTERNLM_MoE", section, config={"moe": {"capacity_factor": 1.0, "use_rts": True}})
+    del section["num_shared_experts"], section["moe_type"]
+    checkpoint = Checkpoint("INTERNLM_MoE", section, config={"moe": {"capacity_factor": 1.5, "use_rts": True}})
     model = model_of("INTERNLM_MoE", section_of("INTERNLM_MoE"))
     state = write(tmp_path / "old", model, checkpoint, Split(tp=2, older_names=True))
-    found, notices = import_and_read(tmp_path / "old", tmp_path / "new")
-    assert_same(found, state)
-    assert any("use_rts is dropped" in notice for notice in notices)
+    imported = import_internevo(tmp_path / "old", storage_path(tmp_path / "new"))
+    reader = TensorReader(imported.path)
+    assert_same({name: reader.read(name) for name in reader.names()}, state)
+    assert any("use_fused_gating = False" in notice for notice in imported.notices)
+    assert selection_of(imported.config.model).capacity == Capacity(1.5, 1.0, 4, "random")
 
 
 def test_the_optimizer_is_left_out_with_a_notice(tmp_path: Path) -> None:

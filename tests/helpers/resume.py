@@ -197,6 +197,8 @@ def resumed(case: Case, context: ParallelContext, manager: CheckpointManager, pa
     other = replace(case, config=changed(case.config, {"seed": case.config.seed + 1}))
     seed_everything(other.config.seed)
     run = CaseRun(other, context)
+    # The noise of routers is a function of the config's seed.
+    run.trainer.engine.routing.seed = case.config.seed
     manager.load(run.trainer, path)
     run.recorder.restart()
     return run

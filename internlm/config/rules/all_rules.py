@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from internlm.config.problem import Problem
 from internlm.config.rules import (
     blend,
+    capacity,
     cuda_graphs,
     experts,
     float8,
@@ -43,6 +44,7 @@ RULES: tuple[Rule, ...] = (
     experts.experts,
     replay.routing,
     experts.width,
+    capacity.capacity,
     ranks.sequence_2d,
     ranks.zero,
     ranks.world,

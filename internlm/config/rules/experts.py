@@ -27,12 +27,6 @@ def experts(config: Config, world_size: int) -> Iterator[Problem]:
                     f"{path} = {size}: the model is dense (model.num_experts = {experts}); set it to 1",
                 )
         return
-    if config.model.moe_type != "Dropless":
-        yield Problem(
-            ("model.moe_type", "model.num_experts"),
-            f"model.moe_type = {config.model.moe_type!r}: experts with a capacity, which drop tokens, are not yet "
-            "supported; set it to 'Dropless'",
-        )
     if parallel.expert.size > 0 and experts % parallel.expert.size:
         yield Problem(
             ("model.num_experts", "parallel.expert.size"),

@@ -3,8 +3,8 @@
 from internlm.config.schema.base import Section
 from internlm.config.schema.ckpt import CkptConfig, LoadCkptInfo, UniversalCkptConfig
 from internlm.config.schema.data import BlendEntryConfig, DataConfig, FimConfig
-from internlm.config.schema.model import InjectInfoConfig, ModelConfig, MoeLayerConfig
-from internlm.config.schema.moe import MoeConfig, MoeReplayConfig
+from internlm.config.schema.model import InjectInfoConfig, ModelConfig
+from internlm.config.schema.moe import MoeConfig, MoeLayerConfig, MoeReplayConfig
 from internlm.config.schema.optim import (
     AdamConfig,
     Beta2SchedulerConfig,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, model_validator
 
 from internlm.config.schema.base import Section, key, later, library_only, no_effect, section, used_with
+from internlm.config.schema.moe import MoeLayerConfig
 from internlm.config.schema.rope_scaling import RopeScalingConfig
 
 if TYPE_CHECKING:
@@ -35,67 +36,6 @@ class InjectInfoConfig(Section):
     data_helper: bool = used_with(
         False, "Adapt batches to the model's arguments.", "model.inject_info.inject", changes_outputs=False
     )
-
-
-_CAPACITY = "a capacity of experts, beyond which tokens are dropped,"
-_FIXED_ORDER = "the order of every sum is fixed, whatever the kernel"
-
-
-class MoeLayerConfig(Section):
-    """Router and experts of a mixture; see doc/moe.md."""
-
-    scoring_func: Literal["softmax", "sigmoid"] = used_with(
-        "softmax", "Scores of experts from the logits of the router.", "model.num_experts", changes_outputs=True
-    )
-    normalize_expert_weights: bool = used_with(
-        True, "Divide the weights of a token's experts by their sum.", "model.num_experts", changes_outputs=True
-    )
-    routed_scaling_factor: float = used_with(
-        1.0, "Factor on these weights.", "model.num_experts", gt=0, changes_outputs=True
-    )
-    n_group: int = used_with(1, "Groups of consecutive experts.", "model.num_experts", ge=1, changes_outputs=True)
-    topk_group: int = used_with(
-        1, "Groups that a token may choose experts from.", "model.moe_layer_kwargs.n_group", ge=1, changes_outputs=True
-    )
-    group_score: Literal["max", "top2_sum"] = used_with(
-        "max",
-        "What ranks groups: their best score, or the sum of the two best.",
-        "model.moe_layer_kwargs.n_group",
-        changes_outputs=True,
-    )
-
-    selection_bias: bool = used_with(
-        False,
-        "Add a bias per expert to its score for the choice alone; see loss.moe_bias_update_rate.",
-        "model.num_experts",
-        changes_outputs=True,
-    )
-
-    # Further keys of InternEvo's layers.
-    capacity_factor: float | None = later(None, "Capacity of an expert.", _CAPACITY, changes_outputs=True)
-    eval_capacity_factor: float | None = later(
-        None, "Capacity of an expert in evaluation.", _CAPACITY, changes_outputs=True
-    )
-    min_capacity: int | None = later(None, "Smallest capacity of an expert.", _CAPACITY, changes_outputs=True)
-    drop_tokens: bool = later(False, "Drop tokens beyond the capacity.", _CAPACITY, changes_outputs=True)
-    drop_and_pad: bool = later(False, "Give every expert as many rows.", _CAPACITY, changes_outputs=True)
-    drop_policy: Literal["probs", "position"] = used_with(
-        "probs", "Tokens that are kept.", "model.moe_layer_kwargs.drop_and_pad", changes_outputs=True
-    )
-    use_rts: bool = later(False, "Keep random tokens within the capacity.", _CAPACITY, changes_outputs=True)
-    noisy_gate_policy: Literal["Jitter", "RSample", "None"] | None = later(
-        None, "Noise of the router.", "noise of routers", accepts=("None",), changes_outputs=True
-    )
-    aux_loss_by_layer: bool = no_effect(
-        True, "One load-balancing loss for each layer.", "every layer has its own load-balancing loss"
-    )
-    token_dispatch_policy: Literal["alltoall", "allgather"] = no_effect(
-        "alltoall", "How tokens reach experts of other ranks.", "tokens are always exchanged by all-to-all"
-    )
-    use_fused_gating: bool = no_effect(True, "A fused router.", "there is one implementation of the router")
-    use_grouped_mlp: bool = no_effect(True, "One GEMM for all experts.", "the experts of a rank are computed together")
-    enable_fused_permute: bool = no_effect(True, "A fused permutation.", _FIXED_ORDER)
-    deterministic_mode: bool = no_effect(False, "Deterministic kernels.", _FIXED_ORDER)
 
 
 class ModelConfig(Section):
@@ -347,7 +287,10 @@ class ModelConfig(Section):
         changes_outputs=True,
     )
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-Dropless", "MegaBlock-D"] = used_with(
-        "GShard", "Kind of expert layer; only Dropless works.", "model.num_experts", changes_outputs=True
+        "GShard",
+        "Kind of expert layer; all but Dropless and MegaBlock-Dropless drop tokens beyond a capacity (see doc/moe.md).",
+        "model.num_experts",
+        changes_outputs=True,
     )
     moe_intermediate_size: int | None = used_with(
         None,

@@ -2,7 +2,7 @@
 
 Sums over the k experts of a token are gathers in a fixed order, never atomic additions, so two runs give equal bits.
 
-Shapes: T tokens, k experts of each, T * k rows sorted by expert, E experts, h the width.
+Shapes: T tokens, k experts of each, E experts, h the width, M rows sorted by expert: T * k without the dropped ones.
 """
 
 from __future__ import annotations
@@ -28,29 +28,39 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class ExpertOrder:
-    """The rows of all (token, expert) pairs, sorted by expert, then by token.
+    """The rows of all (token, expert) pairs that are not dropped, sorted by expert, then by token.
 
     Attributes:
-        order: int64 `[T * k]`; row r is pair `order[r]`, which is token `order[r] // k`.
-        inverse: int64 `[T * k]`; pair p is row `inverse[p]`.
+        order: int64 `[M]`; row r is pair `order[r]`, which is token `order[r] // k`.
+        inverse: int64 `[T * k]`; pair p is row `inverse[p]`, or any row if it is dropped.
         counts: int64 `[E]`, rows of each expert.
         top_k: k.
+        kept: bool `[T, k]`, false for dropped pairs; None: all are kept.
     """
 
     order: Tensor
     inverse: Tensor
     counts: Tensor
     top_k: int
+    kept: Tensor | None = None
 
     @classmethod
-    def of(cls, experts: Tensor, num_experts: int) -> ExpertOrder:
-        """The order for the chosen experts, int64 `[T, k]`. Does not wait for the device."""
+    def of(cls, experts: Tensor, num_experts: int, kept: Tensor | None = None) -> ExpertOrder:
+        """The order for the chosen experts, int64 `[T, k]`.
+
+        Does not wait for the device, unless pairs may be dropped: then it waits for their number.
+        """
+        if kept is not None:
+            experts = experts.masked_fill(~kept, num_experts)
         experts_by_row, order = experts.flatten().sort(stable=True)
         rows = torch.arange(order.shape[0], device=order.device)
         inverse = torch.empty_like(order).scatter_(0, order, rows)
         # bincount would wait for the device to find the largest value.
         bounds = torch.searchsorted(experts_by_row, torch.arange(num_experts + 1, device=order.device))
-        return cls(order, inverse, bounds.diff(), experts.shape[1])
+        if kept is not None:
+            num_rows = int(bounds[-1])
+            order, inverse = order[:num_rows], inverse.clamp(max=max(0, num_rows - 1))
+        return cls(order, inverse, bounds.diff(), experts.shape[1], kept)
 
 
 def dispatch(x: Tensor, order: ExpertOrder) -> Tensor:
@@ -63,9 +73,9 @@ def dispatch(x: Tensor, order: ExpertOrder) -> Tensor:
         order: of the T tokens.
 
     Returns:
-        `[T * k, h]`.
+        `[M, h]`.
     """
-    out: Tensor = _Dispatch.apply(x, order.order // order.top_k, order.inverse.view(-1, order.top_k))
+    out: Tensor = _Dispatch.apply(x, order.order // order.top_k, order.inverse.view(-1, order.top_k), order.kept)
     return out
 
 
@@ -76,7 +86,7 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         x: `[M, h]`.
         order, inverse: int64 `[M]`, a permutation and its inverse.
     """
-    out: Tensor = _Dispatch.apply(x, order, inverse.unsqueeze(1))
+    out: Tensor = _Dispatch.apply(x, order, inverse.unsqueeze(1), None)
     return out
 
 
@@ -84,8 +94,8 @@ def combine(y: Tensor, weights: Tensor, order: ExpertOrder) -> Tensor:
     """The sum of each token's k rows, weighted, in fp32 (float64 for float64) and rounded once.
 
     Args:
-        y: `[T * k, h]`, sorted by expert.
-        weights: fp32 `[T, k]`.
+        y: `[M, h]`, sorted by expert.
+        weights: fp32 `[T, k]`, zeros for dropped pairs.
         order: of the T tokens.
 
     Returns:
@@ -97,19 +107,23 @@ def combine(y: Tensor, weights: Tensor, order: ExpertOrder) -> Tensor:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor, kept: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, kept)
         return x.index_select(0, tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (rows,) = ctx.saved_tensors
-        return _sum_rows(grad, rows) if grad.is_cuda else _summed(grad, rows), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, kept = ctx.saved_tensors
+        if kept is None:
+            return _sum_rows(grad, rows) if grad.is_cuda else _summed(grad, rows), None, None, None
+        if len(grad) == 0:
+            return grad.new_zeros(len(rows), grad.shape[1]), None, None, None
+        return _summed(grad, rows, kept.to(grad.dtype)), None, None, None
 
 
-def _summed(grad: Tensor, rows: Tensor) -> Tensor:
-    return F.embedding_bag(rows, grad.contiguous(), mode="sum")
+def _summed(grad: Tensor, rows: Tensor, factors: Tensor | None = None) -> Tensor:
+    return F.embedding_bag(rows, grad.contiguous(), mode="sum", per_sample_weights=factors)
 
 
 @torch.library.custom_op(
@@ -139,6 +153,8 @@ def _has_kernels(x: Tensor) -> bool:
 )
 def _combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     num_tokens, top_k = weights.shape
+    if len(y) == 0:
+        return y.new_zeros(num_tokens, y.shape[1])
     wide = torch.promote_types(y.dtype, torch.float32)
     rows, weights, y = inverse.view(num_tokens, top_k), weights.to(wide), y.contiguous()
     if _has_kernels(y):
@@ -171,6 +187,8 @@ def _combine_backward(
     grad: Tensor, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `y` and `weights`; both row by row, in the order of the experts."""
+    if len(y) == 0:
+        return torch.empty_like(y), torch.zeros_like(weights)
     if _has_kernels(y):
         from internlm.model.moe.expert_order_kernels import weighted_sum_gradients
 
@@ -185,6 +203,7 @@ def _combine_backward(
         own = grad.index_select(0, tokens[rows]).to(wide)
         grad_weight[rows] = (own * y[rows]).sum(-1)
         grad_y[rows] = own.mul_(weight_of_row[rows].unsqueeze(-1))
+    # Those of dropped pairs have no meaning: their weights are constants.
     return grad_y, grad_weight.index_select(0, inverse).view(weights.shape).to(weights.dtype)
 
 

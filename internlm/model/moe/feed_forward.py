@@ -34,7 +34,7 @@ class MoeFeedForward(nn.Module):
         self.take_tokens: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda x: (x, x)
         self.share_routing: Callable[[Routing, int], Routing] = lambda routing, num_rows: routing
         self.return_tokens: Callable[[Tensor], Tensor] = lambda x: x
-        self.router = Router(architecture, settings.form, layer)
+        self.router = Router(architecture, settings.form, layer, settings.selection)
         self.experts: nn.Module = Experts(architecture, settings.form.num_experts, settings.width)
         self.shared_mix = settings.shared_mix
         self.shared: FeedForward | None = None
@@ -53,8 +53,8 @@ class MoeFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
         own, shared = self.take_tokens(x)
-        routing = self.share_routing(self.router(own.flatten(0, 1)), x.shape[0])
-        order = ExpertOrder.of(routing.experts, self.router.form.num_experts)
+        routing = self.share_routing(self.router(own.flatten(0, 1), x.shape[0]), x.shape[0])
+        order = ExpertOrder.of(routing.experts, self.router.form.num_experts, routing.kept)
         rows = self.experts(dispatch(shared.flatten(0, 1), order), order.counts)
         routed = with_added_loss(combine(rows, routing.weights, order), routing.loss).view_as(shared)
         out = self.return_tokens(routed)

@@ -18,10 +18,13 @@ from internlm.model.moe.balance import (
     sequence_balancing_loss,
     z_loss,
 )
+from internlm.model.moe.capacity import SamplePart, kept_choices, kept_weights
+from internlm.model.moe.noise import choose_with_noise, jittered, noise_key
 from internlm.model.moe.router_form import RouterForm
 from internlm.model.moe.router_sums import RouterSums
 from internlm.model.moe.routing import choose_experts, expert_distribution, probabilities, weights_of
 from internlm.model.moe.sample_tokens import SampleTokens
+from internlm.model.moe.selection import Selection
 from internlm.model.recompute import as_routing_operator
 
 if TYPE_CHECKING:
@@ -35,11 +38,13 @@ class Routing(NamedTuple):
         experts: int64 `[T, k]`.
         weights: fp32 `[T, k]`, factors on the outputs of these experts.
         loss: scalar fp32, added to the loss of the step by `with_added_loss`; None outside of training.
+        kept: bool `[T, k]`, false for choices that are dropped, whose weights are 0; None: all are kept.
     """
 
     experts: Tensor
     weights: Tensor
     loss: Tensor | None
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,15 @@ class _Choice(NamedTuple):
 
     Attributes:
         experts: int64 `[T, k]`.
-        counts: int64 `[E]`, valid tokens of each expert in the sample.
+        counts: int64 `[E]`, choices of each expert in the sample that the balance loss counts.
+        kept: bool `[T, k]`, choices that are not dropped.
         valid, num_valid, sequences: see `SampleTokens`.
         sequence_counts: int64 `[n, E]`, likewise in each sequence of the sample.
     """
 
     experts: Tensor
     counts: Tensor
+    kept: Tensor
     valid: Tensor
     num_valid: Tensor
     sequences: Tensor
@@ -91,12 +98,17 @@ class Router(nn.Module):
         num_sharing: number of these ranks.
         replay: chosen experts `[T, k]` -> the experts that are used instead in training; None: the chosen ones.
         sample: the tokens of the next forward pass.
+        part: this rank's tokens among those of the sample.
+        selection: capacity and noise.
     """
 
-    def __init__(self, architecture: Architecture, form: RouterForm, layer: int) -> None:
+    def __init__(
+        self, architecture: Architecture, form: RouterForm, layer: int, selection: Selection | None = None
+    ) -> None:
         super().__init__()
         self.form = form
         self.layer = layer
+        self.selection = selection or Selection()
         dtype = torch.promote_types(architecture.dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(form.num_experts, architecture.hidden_size, dtype=dtype))
         set_initializer(self.weight, Normal(architecture.init.ffn_other))
@@ -109,30 +121,52 @@ class Router(nn.Module):
         self.num_sharing = 1
         self.replay: Callable[[Tensor], Tensor] | None = None
         self.sample = SampleTokens()
+        self.part = SamplePart()
+        self._seed = 0
         self._losses: RouterLosses | None = None
         self._sample_weight: Tensor | None = None
         self._sums: RouterSums | None = None
 
-    def forward(self, x: Tensor) -> Routing:
-        """Tokens `[T, h]` -> their experts."""
-        logits = F.linear(x.to(self.weight.dtype), self.weight)
-        scores = probabilities(logits, self.form)
-        chosen = scores.detach()
+    def forward(self, x: Tensor, num_rows: int = 1) -> Routing:
+        """Tokens `[T, h]` -> their experts.
+
+        Args:
+            x: row by row.
+            num_rows: number of rows of the sample; counts for capacity and noise only.
+        """
         is_training = self._losses is not None and torch.is_grad_enabled()
         # That of the forward pass, when recomputation follows those of later samples.
-        sample = self.sample
+        sample, selection = self.sample, self.selection
+        positions = self.part.positions(x.shape[0], num_rows, x.device) if selection.needs_positions else None
+        x = x.to(self.weight.dtype)
+        if is_training and selection.noise.jitter:
+            assert positions is not None
+            (key,) = as_routing_operator(lambda: [torch.full((), self._noise_key(sample), device=x.device)], x)
+            x = jittered(x, selection.noise, key, positions)
+        logits = F.linear(x, self.weight)
+        scores = probabilities(logits, self.form)
+        chosen = scores.detach()
 
         # In one operator that recomputation never repeats: a second choice could differ, and would be counted twice.
         def choose() -> list[Tensor]:
-            experts = choose_experts(chosen, self.form, self.selection_bias)
+            key = self._noise_key(sample)
+            if is_training and selection.noise.gumbel != "none":
+                assert positions is not None
+                args = self.form, selection.noise, key, positions, self.selection_bias
+                experts = choose_with_noise(logits.detach(), chosen, *args)
+            else:
+                experts = choose_experts(chosen, self.form, self.selection_bias)
             if is_training and self.replay is not None:
                 experts = self.replay(experts)
             own = counts_by_expert(experts, self.form.num_experts, valid=sample.valid)
-            choice = self._counted(experts, own, sample)
+            kept = self._kept(experts, chosen, sample, key, positions, num_rows)
+            choice = self._counted(experts, own, sample)._replace(kept=kept)
             if is_training:
                 assert self._sums is not None
                 losses = torch.stack(self._losses_of(logits.detach(), chosen, choice))
                 self._sums.add(own, expert_distribution(chosen, self.form), losses, valid=sample.valid)
+                if selection.capacity is not None:
+                    self._sums.dropped.add_(own.sum() - kept.sum())
             return list(choice)
 
         choice = _Choice(*as_routing_operator(choose, chosen))
@@ -142,7 +176,30 @@ class Router(nn.Module):
             balance, z, sequence = self._losses_of(logits, scores, choice)
             total = self._losses.balance * balance + self._losses.z * z + self._losses.sequence * sequence
             loss = total * self._sample_weight
-        return Routing(choice.experts, weights_of(scores, choice.experts, self.form), loss)
+        weights, kept = weights_of(scores, choice.experts, self.form), choice.kept
+        if selection.capacity is None:
+            return Routing(choice.experts, weights, loss)
+        weights = kept_weights(weights, kept, selection.capacity, self.form.scale)
+        return Routing(choice.experts, weights, loss, kept)
+
+    def _kept(
+        self,
+        experts: Tensor,
+        scores: Tensor,
+        sample: SampleTokens,
+        key: int,
+        positions: Tensor | None,
+        num_rows: int,
+    ) -> Tensor:
+        """The choices that are not dropped, bool `[T, k]`; empty without a capacity. Collective."""
+        capacity = self.selection.capacity
+        if capacity is None:
+            return experts.new_empty(0, dtype=torch.bool)
+        assert positions is not None
+        keys = capacity.keys(experts, weights_of(scores, experts, self.form), key, positions, sample.valid)
+        num_tokens = positions.shape[0] * self.part.count if sample.num_valid is None else sample.num_valid
+        rows = capacity.rows(num_tokens, self.form.num_experts, self.form.top_k, is_training=self.training)
+        return kept_choices(keys, rows, self.form.num_experts, self.part, num_rows)
 
     def _counted(self, experts: Tensor, own: Tensor, sample: SampleTokens) -> _Choice:
         """Counts over the whole sample. Collective; called without gradients."""
@@ -155,7 +212,13 @@ class Router(nn.Module):
             number = sample.num_sequences
             sequence_counts = counts_by_sequence(experts, sequences, number, num_experts, valid=sample.valid)
             sequence_counts = self.sum_over_sample(sequence_counts)
-        return _Choice(experts, self.sum_over_sample(own), valid, num_valid, sequences, sequence_counts)
+        if self.selection.balances_first:
+            own = counts_by_expert(experts[:, :1], num_experts, valid=sample.valid)
+        counts = self.sum_over_sample(own)
+        return _Choice(experts, counts, counts.new_empty(0), valid, num_valid, sequences, sequence_counts)
+
+    def _noise_key(self, sample: SampleTokens) -> int:
+        return noise_key(self._seed, sample.number, self.layer)
 
     def _losses_of(self, logits: Tensor, scores: Tensor, choice: _Choice) -> tuple[Tensor, Tensor, Tensor]:
         """(balance, z, sequence) of this rank's tokens, all scalars; the last one is 0 if its coefficient is."""
@@ -163,7 +226,8 @@ class Router(nn.Module):
         valid = choice.valid if has_padding else None
         num_tokens = choice.num_valid if has_padding else scores.shape[0] * self.num_sharing
         distribution = expert_distribution(scores, self.form)
-        balance = load_balancing_loss(distribution, choice.counts, num_tokens, self.form.top_k, valid=valid)
+        num_counted = 1 if self.selection.balances_first else self.form.top_k
+        balance = load_balancing_loss(distribution, choice.counts, num_tokens, num_counted, valid=valid)
         z = z_loss(logits, num_tokens, valid=valid)
         if not has_sequences:
             return balance, z, z.new_zeros(())
@@ -174,13 +238,15 @@ class Router(nn.Module):
 
     # -- numbers of a step ----------------------------------------------------------------------------------------
 
-    def begin_step(self, losses: RouterLosses, sample_weight: Tensor) -> None:
+    def begin_step(self, losses: RouterLosses, sample_weight: Tensor, seed: int = 0) -> None:
         """Start a training step: until the next one, forward passes with gradients count, and return their losses.
 
         Args:
             losses: coefficients.
             sample_weight: scalar fp32, factor on the losses of a sample: loss scale over the number of samples.
+            seed: of random numbers.
         """
+        self._seed = seed
         self._losses = losses
         self._sample_weight = sample_weight
         self._sums = RouterSums.zeros((), self.form.num_experts, self.weight.device)

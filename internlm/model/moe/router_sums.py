@@ -20,6 +20,7 @@ class RouterSums:
         counts: `[..., E]`, tokens of each expert.
         probabilities: `[..., E]`, sums of the distributions over experts.
         losses: `[..., 3]`, see `LOSSES`; each the sum over samples.
+        dropped: `[...]`, choices beyond the capacity.
         entropy: `[...]`, sum of the entropies of the distributions, in nats.
         bias_range: `[...]`, largest minus smallest selection bias.
     """
@@ -30,7 +31,7 @@ class RouterSums:
     @classmethod
     def zeros(cls, shape: tuple[int, ...], num_experts: int, device: torch.device) -> RouterSums:
         """Sums over no token."""
-        width = 2 * num_experts + len(LOSSES) + 2
+        width = 2 * num_experts + len(LOSSES) + 3
         return cls(torch.zeros(*shape, width, dtype=torch.float64, device=device), num_experts)
 
     @property
@@ -44,6 +45,10 @@ class RouterSums:
     @property
     def losses(self) -> Tensor:
         return self.values[..., 2 * self.num_experts : 2 * self.num_experts + len(LOSSES)]
+
+    @property
+    def dropped(self) -> Tensor:
+        return self.values[..., -3]
 
     @property
     def entropy(self) -> Tensor:

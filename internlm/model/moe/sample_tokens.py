@@ -20,9 +20,11 @@ class SampleTokens:
         sequences: int64 `[t]`, the sequence of each token: an attention segment of a packed row, or a row; None where
             no loss needs it.
         num_sequences: number of sequences of the sample.
+        number: of the sample in the whole run, from which random numbers follow; 0 outside of training.
     """
 
     valid: Tensor | None = None
     num_valid: Tensor | None = None
     sequences: Tensor | None = None
     num_sequences: int = 0
+    number: int = 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from internlm.model.moe.router_form import RouterForm
+from internlm.model.moe.selection import Selection, selection_of
 from internlm.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class ExpertSettings:
         shared_width: intermediate size of the shared experts together; 0: none.
         shared_mix: see `SharedMix`.
         dense_layers: numbers of the layers that have no experts.
+        selection: capacity and noise of every router.
     """
 
     form: RouterForm
@@ -35,6 +37,7 @@ class ExpertSettings:
     shared_width: int = 0
     shared_mix: SharedMix = "sum"
     dense_layers: frozenset[int] = frozenset()
+    selection: Selection = field(default_factory=Selection)
 
     def layers(self, num_layers: int) -> list[int]:
         """Numbers of the layers with experts."""
@@ -66,13 +69,13 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
     """
     if config.num_experts <= 1:
         return None
-    keys = config.moe_layer_kwargs
+    keys, selection = config.moe_layer_kwargs, selection_of(config)
     try:
         form = RouterForm(
             num_experts=config.num_experts,
             top_k=config.top_k,
             scores=keys.scoring_func,
-            normalizes=keys.normalize_expert_weights,
+            normalizes=keys.normalize_expert_weights and selection.normalizes,
             scale=keys.routed_scaling_factor,
             has_bias=keys.selection_bias,
             num_groups=keys.n_group,
@@ -90,4 +93,5 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
         )
     # Without shared experts, families that would mix their output differently compute the same function.
     mix = shared_mix if config.num_shared_experts else "sum"
-    return ExpertSettings(form, config.expert_size, config.expert_size * config.num_shared_experts, mix, dense)
+    shared_width = config.expert_size * config.num_shared_experts
+    return ExpertSettings(form, config.expert_size, shared_width, mix, dense, selection)

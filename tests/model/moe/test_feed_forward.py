@@ -156,7 +156,7 @@ def test_a_selection_bias_changes_choices_alone() -> None:
     assert bias is not None and not bias.requires_grad and bias.dtype == torch.float64
     x = torch.randn(9, H, dtype=torch.float64)
     bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0, 9.0]))
-    experts, weights, _ = layer.router(x)
+    experts, weights, *_ = layer.router(x)
     assert experts.tolist() == [[4, 3]] * 9
     scores = (x @ layer.router.weight.T).softmax(-1)[:, [4, 3]]
     torch.testing.assert_close(weights, scores / scores.sum(-1, keepdim=True))

@@ -12,6 +12,7 @@ from internlm.core.communication.exchange import copy_to_ranks, gather, gather_r
 from internlm.core.parallel.experts.exchanged_experts import ExchangedExperts
 from internlm.core.parallel.model_parallel import ModelParallel
 from internlm.core.parallel.modes.mtp import Mtp
+from internlm.model.moe.capacity import SamplePart
 from internlm.model.moe.feed_forward import MoeFeedForward
 from internlm.model.moe.router import Routing
 from internlm.model.recompute import as_routing_operator
@@ -35,6 +36,9 @@ def place_tokens_of_experts(model: nn.Module, parallel: ModelParallel) -> None:
         if tensor is not None and (parallel.residual_axis is not None or context.layout.splits_tokens_of_routers):
             module.router.num_sharing = dist.get_world_size(tensor)
             module.router.sum_over_sample = partial(_sum, group=tensor)
+            module.router.part = SamplePart(
+                dist.get_rank(tensor), dist.get_world_size(tensor), partial(_join, group=tensor)
+            )
         if expert is not None:
             module.experts = ExchangedExperts(module.experts, expert)
 
@@ -63,14 +67,24 @@ def _tokens_of_all_ranks(x: Tensor, parallel: Mtp) -> tuple[Tensor, Tensor]:
 
 
 def _routing_of_all_ranks(routing: Routing, num_rows: int, group: dist.ProcessGroup) -> Routing:
-    experts = routing.experts.unflatten(0, (num_rows, -1))
+    # Dropped choices as negative numbers, so that one collective gathers both.
+    kept = routing.kept
+    experts = routing.experts if kept is None else routing.experts.where(kept, ~routing.experts)
+    experts = experts.unflatten(0, (num_rows, -1))
 
     def gather_experts() -> list[Tensor]:
         return [start_gather(experts, group).wait().flatten(0, 1)]
 
     (shared,) = as_routing_operator(gather_experts, experts)
-    weights = gather(routing.weights.unflatten(0, (num_rows, -1)), group)
-    return routing._replace(experts=shared, weights=weights.flatten(0, 1))
+    weights = gather(routing.weights.unflatten(0, (num_rows, -1)), group).flatten(0, 1)
+    if kept is None:
+        return routing._replace(experts=shared, weights=weights)
+    kept = shared >= 0
+    return routing._replace(experts=shared.where(kept, ~shared), weights=weights, kept=kept)
+
+
+def _join(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return start_gather(part, group).wait()
 
 
 def _sum(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
