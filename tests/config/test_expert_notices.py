@@ -91,3 +91,13 @@ def test_notices(changes: dict[str, Any], world_size: int, begins: list[str]) ->
     found = [line for line in told({**MOE, **changes}) if line not in others]
     assert len(found) == len(begins), found
     assert all(line.startswith(begin) for line, begin in zip(found, begins, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "moe_type"), [("MIXTRALMOE", "GShard"), ("QWEN3MOE", "GShard"), ("DEEPSEEK_V3", "Dropless")]
+)
+def test_the_default_kind_of_layers_is_that_of_internevo_for_its_own_models(model_type: str, moe_type: str) -> None:
+    keys = {"model_type": model_type, "model.num_experts": 8, "model.top_k": 2}
+    assert small_config(keys).model.moe_type == moe_type
+    assert small_config({**keys, "model.moe_type": "MegaBlock"}).model.moe_type == "MegaBlock"
+    assert small_config({**keys, "model.num_experts": 1}).model.moe_type == "GShard"

@@ -25,6 +25,10 @@ ALLOWED = {
     "model/ops/grouped_linear.py: _sizes: tolist": "a CPU alone loops over the experts",
 }
 
+ALLOWED_WITH_A_CAPACITY = {
+    "model/moe/expert_order.py: of: _local_scalar_dense": "the host needs the number of rows that are not dropped",
+}
+
 ALLOWED_IN_EXCHANGES = {
     "core/run_control.py: agree: tolist": "of the ranks' votes, which are summed on the host",
     "core/parallel/experts/exchanged_experts.py: forward: tolist": "the host needs the numbers of rows that ranks send",
@@ -107,6 +111,19 @@ def waits_of_steady_steps(
 )
 def test_a_step_that_shows_nothing_waits_for_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert waits_of_steady_steps(tmp_path, changes) <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize(
+    ("moe_type", "keys"),
+    [
+        ("Dropless", {"capacity_factor": 0.5, "noisy_gate_policy": "Jitter"}),
+        ("GShard", {"capacity_factor": 0.5, "use_fused_gating": False, "selection_bias": True}),
+    ],
+)
+def test_a_capacity_waits_for_the_number_of_rows(tmp_path: Path, moe_type: str, keys: dict[str, Any]) -> None:
+    changes = {**EXPERTS, "model.moe_type": moe_type, "model.moe_layer_kwargs": keys, "loss.moe_bias_update_rate": 0.0}
+    waits = waits_of_steady_steps(tmp_path, {**changes, "data.use_packed_dataset": False, "model.checkpoint": 1.0})
+    assert waits - ALLOWED.keys() == ALLOWED_WITH_A_CAPACITY.keys()
 
 
 @pytest.mark.parametrize("checkpoint", [0.0, 1.0])

@@ -288,7 +288,8 @@ class ModelConfig(Section):
     )
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-Dropless", "MegaBlock-D"] = used_with(
         "GShard",
-        "Kind of expert layer; all but Dropless and MegaBlock-Dropless drop tokens beyond a capacity (see doc/moe.md).",
+        "Kind of expert layer; GShard and MegaBlock drop tokens beyond a capacity (see doc/moe.md). Families that "
+        "InternEvo lacks: Dropless.",
         "model.num_experts",
         changes_outputs=True,
     )

@@ -138,7 +138,13 @@ class Config(Section):
             self._derive(model=_derived(self.model, num_chunks=num_chunks))
         if self.selective_checkpoint and "checkpoint_save_policy" not in self.model.model_fields_set:
             self._derive(model=_derived(self.model, checkpoint_save_policy="attention"))
+        is_new_mixture = self.model.num_experts > 1 and self.model_type not in _MIXTURES_OF_INTERNEVO
+        if is_new_mixture and "moe_type" not in self.model.model_fields_set:
+            self._derive(model=_derived(self.model, moe_type="Dropless"))
         return self
+
+
+_MIXTURES_OF_INTERNEVO = ("INTERNLM_MoE", "MIXTRALMOE", "QWEN2MOE", "QWEN3MOE")
 
 
 def _as_text(entry: Any) -> Any:
