@@ -13,6 +13,7 @@ from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear,
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.ulysses_attention import UlyssesAttention
 from internlm.model.layer_protocol import RecomputableLayer
+from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.modules.projection_norm import ProjectionNorm
 from internlm.model.moe.experts import Experts
 from internlm.model.moe.router import Router
@@ -51,6 +52,8 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
             module.scatter_tokens = torch.compiler.disable(module.scatter_tokens)  # type: ignore[method-assign]
         if isinstance(module, ProjectionNorm) and module.sum_over_heads is not None:
             module.sum_over_heads = torch.compiler.disable(module.sum_over_heads)
+        if isinstance(module, LatentAttention) and module.share_key is not None:
+            module.share_key = torch.compiler.disable(module.share_key)
         if isinstance(module, Router | Experts):
             # Choices of experts are saved as one operator; numbers of tokens differ from call to call.
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]

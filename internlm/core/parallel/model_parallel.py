@@ -233,17 +233,13 @@ class ModelParallel:
         """
         return inner
 
-    def share_key(self, key: Tensor) -> Tensor:
-        """Rotary keys of latent attention, for the heads of this rank.
+    def share_key(self) -> Callable[[Tensor], Tensor] | None:
+        """The exchange of rotary keys of latent attention, which all heads have in common; None if there is none.
 
-        Args:
-            key: of the tokens in this rank's residual stream, `[B, S', D]`; the same for all heads.
-
-        Returns:
-            Those of the tokens for which column layers return outputs. In backward, the gradients of the heads of all
-            ranks are summed.
+        It takes those of the tokens in this rank's residual stream, `[B, S', D]`, and returns those of the tokens for
+        which column layers return outputs. In backward, it sums the gradients of the heads of all ranks.
         """
-        return key
+        return None
 
     def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         """Token ids int64 `[B, S]` -> this rank's part of the residual stream, `[B, S', h]`.

@@ -261,7 +261,7 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
         if heads is not None and hasattr(module, "use_local_heads"):
             module.use_local_heads(parallel.local_heads(heads))
         if isinstance(module, LatentAttention):
-            module.share_key = parallel.share_key
+            module.share_key = parallel.share_key()
         for child_name, child in list(module.named_children()):
             if isinstance(child, InnerAttention):
                 if heads is None:

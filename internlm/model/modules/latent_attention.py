@@ -47,7 +47,7 @@ class LatentAttention(nn.Module):
 
     Attributes:
         share_key: this rank's rotary keys `[B, S, d_r]` -> those of the tokens for which the projections by head
-            return outputs. Its backward pass sums the gradients of the heads of all ranks.
+            return outputs. Its backward pass sums the gradients of the heads of all ranks. None: the rank has all.
         inner: softmax attention between the projections and `wo`; see `InnerAttention`.
         heads: all heads of this layer, also where a rank holds some of them.
     """
@@ -59,7 +59,7 @@ class LatentAttention(nn.Module):
         self.layer = layer
         self.shape = shape
         self.heads = HeadShape(a.num_heads, a.num_heads, shape.head_dim)
-        self.share_key: Callable[[Tensor], Tensor] = _unchanged
+        self.share_key: Callable[[Tensor], Tensor] | None = None
         scale = a.rope.score_factor / math.sqrt(shape.head_dim)
         self.inner = InnerAttention(a.windows[layer], a.attention_backend, a.use_flash_attn, scale)
         std, q_size = a.init.attention_wqkv, a.num_heads * shape.head_dim
@@ -91,7 +91,9 @@ class LatentAttention(nn.Module):
         latent, key = compressed.split([shape.kv_rank, shape.rotary_dim], dim=-1)
         latent = self.kv_a_norm(latent)
         tables = self.inner.local_rotary(rotary)
-        key = apply_rotary(self.share_key(key).unsqueeze(_HEADS), tables)
+        if self.share_key is not None:
+            key = self.share_key(key)
+        key = apply_rotary(key.unsqueeze(_HEADS), tables)
         if cache is not None:
             latent, key = cache.update(self.layer, latent.unsqueeze(_HEADS), key)
             latent = latent.squeeze(_HEADS)
@@ -105,7 +107,3 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_plain, apply_rotary(q_rotary, tables)), dim=-1)
         k = torch.cat((k_plain, key.expand(-1, -1, k_plain.shape[_HEADS], -1)), dim=-1)
         return self.wo(self.inner(q, k, v, varlen).flatten(_HEADS))
-
-
-def _unchanged(key: Tensor) -> Tensor:
-    return key

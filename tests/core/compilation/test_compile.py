@@ -41,6 +41,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp32_residual": ("INTERNLM2", {"residual_in_fp32": True, "dtype": "torch.bfloat16"}),
 }
 
+LATENT = {
+    "num_kv_attention_heads": None,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
+FAMILIES["latent"] = ("DEEPSEEK_V2", LATENT)
+
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mtp": ({"world_size": 2, "tensor": 2, "mode": "mtp"}, {}),
     "msp": ({"world_size": 2, "tensor": 2, "mode": "msp"}, {}),
@@ -107,9 +117,11 @@ def test_a_layer_is_one_graph(name: str) -> None:
     assert counter.frame_count == compiled
 
 
-def _in_layout(layout: dict[str, Any], options: dict[str, Any], compiled: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def _in_layout(
+    family: tuple[str, dict[str, Any]], layout: dict[str, Any], options: dict[str, Any], compiled: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     torch._dynamo.reset()
-    model = build("INTERNLM2", {}, ParallelLayout(**layout), **options)
+    model = build(*family, ParallelLayout(**layout), **options)
     if compiled:
         compile_layers(model, backend="aot_eager")
     result = loss_and_gradients(model)
@@ -117,12 +129,15 @@ def _in_layout(layout: dict[str, Any], options: dict[str, Any], compiled: bool) 
     return result
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_modes(name: str, ranks: Callable[[int], RankPool]) -> None:
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [*((name, "fused") for name in LAYOUTS), ("mtp", "latent"), ("msp", "latent"), ("isp", "latent")],
+)
+def test_modes(name: str, family: str, ranks: Callable[[int], RankPool]) -> None:
     layout, options = LAYOUTS[name]
     pool = ranks(layout["world_size"])
-    plain = pool.run(_in_layout, layout, options, False)
-    compiled = pool.run(_in_layout, layout, options, True)
+    plain = pool.run(_in_layout, FAMILIES[family], layout, options, False)
+    compiled = pool.run(_in_layout, FAMILIES[family], layout, options, True)
     for found, expected in zip(compiled, plain, strict=True):
         assert_close(found, expected)
 

@@ -7,6 +7,8 @@ bytes. The gathered input is saved for backward. Source: Korthikanti et al. 2022
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -61,8 +63,8 @@ class Msp(Mtp):
             return InputExchange()
         return GatheredInput(self.context, saves_gathered=self.saves_gathered_input)
 
-    def share_key(self, key: Tensor) -> Tensor:
-        return gather(key, self.group)
+    def share_key(self) -> Callable[[Tensor], Tensor] | None:
+        return partial(gather, group=self.group)
 
     def reduce_output(self, out: Tensor) -> Tensor:
         return reduce_scatter(out, self.group)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch.distributed as dist
@@ -115,8 +116,8 @@ class Mtp(ModelParallel):
     def finish_output(self, role: Role) -> Callable[[Tensor], Tensor] | None:
         return self.reduce_output if role in ROW_ROLES else None
 
-    def share_key(self, key: Tensor) -> Tensor:
-        return copy_to_ranks(key, self.group)
+    def share_key(self) -> Callable[[Tensor], Tensor] | None:
+        return partial(copy_to_ranks, group=self.group)
 
     def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         if spec.local_shape[0] == spec.global_shape[0]:
