@@ -81,6 +81,9 @@ def _values(config: Config) -> Iterator[str]:
         yield "no effect: data.pack_sample_into_one = True (data.use_packed_dataset = False: nothing is packed)"
 
 
+_SIGMOID_FAMILIES = ("DEEPSEEK_V3", "KIMI_K2", "GLM4_MOE")
+
+
 def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> Iterator[str]:
     model, size = config.model, config.parallel.expert.size
     if model.num_experts <= 1:
@@ -106,6 +109,11 @@ def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> It
         yield (
             "model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights: every weight is 1, so the cross "
             "entropy does not train the routers; set it to False"
+        )
+    if config.model_type in _SIGMOID_FAMILIES and model.moe_layer_kwargs.scoring_func != "sigmoid":
+        yield (
+            f"model_type = {config.model_type!r} with model.moe_layer_kwargs.scoring_func = "
+            f"{model.moe_layer_kwargs.scoring_func!r}: published models have 'sigmoid', and selection_bias = True"
         )
     has_bias, rate = model.moe_layer_kwargs.selection_bias, config.loss.moe_bias_update_rate
     if has_bias and rate == 0:

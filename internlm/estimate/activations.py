@@ -112,6 +112,10 @@ class LayerActivations:
         if policy in ("everything", "matmuls"):
             return 0.0
         gemms = 2.0 * self.tokens * self.dimensions.layer_parameters / self.layout.tensor
+        if self.layout.mode == "mtp":
+            # Every rank computes the latent vectors of all tokens.
+            own = 1 - 1 / self.layout.tensor
+            gemms += 2.0 * self.tokens * self.dimensions.hidden_size * self.dimensions.latent_rows * own
         if policy == "attention":
             return gemms
         attention = attention_flops_per_token(self.dimensions, self.row_length, window, "causal")

@@ -76,6 +76,7 @@ RANDOM = {"use_fused_gating": False, "noisy_gate_policy": "RSample"}
             ["model.moe_type = 'GShard': an expert takes", "no effect: model.moe_layer_kwargs.noisy_gate_policy = 'RS"],
         ),
         ({"model.compile": True}, 1, ["model.compile = True: routers and routed experts are not compiled"]),
+        ({"model_type": "KIMI_K2"}, 1, ["model_type = 'KIMI_K2' with model.moe_layer_kwargs.scoring_func = 'softmax'"]),
     ],
     ids=str,
 )
