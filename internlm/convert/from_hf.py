@@ -68,8 +68,10 @@ def convert_from_hf(
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"the weights in '{source}' do not fit its config.json:\n  {shown}")
+    # A selection bias keeps its dtype: in bf16, its steps would be larger than the differences between scores.
+    dtypes = {name: None if name.endswith(".selection_bias") else dtype for name in weights.tensors}
     tensors = {
-        name: LazyTensor(tuple(tensor.shape), dtype or tensor.dtype, partial(_read, weights, name, dtype))
+        name: LazyTensor(tuple(tensor.shape), dtypes[name] or tensor.dtype, partial(_read, weights, name, dtypes[name]))
         for name, tensor in weights.tensors.items()
     }
     logger.info(

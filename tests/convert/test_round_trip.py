@@ -11,6 +11,7 @@ from helpers.hf_folders import (
     assert_same_logits,
     assert_same_tensors,
     load_native,
+    native_model,
     random_tokens,
     save_native,
     save_published,
@@ -116,6 +117,20 @@ def test_another_number_format_is_that_of_torch(tmp_path: Path) -> None:
     expected = {name: tensor.bfloat16().float() for name, tensor in tensors_of(tmp_path / "theirs").items()}
     assert_same_tensors(tensors_of(tmp_path / "back"), expected)
     assert load_native(tmp_path / "back").dtype == torch.float32
+
+
+def test_selection_biases_stay_in_fp32(tmp_path: Path) -> None:
+    model = native_model("glm4-moe", torch.float32)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = model.get_buffer(name).uniform_(-1, 1).clone()
+    model.save_pretrained(tmp_path / "theirs")
+    convert_from_hf(storage_path(tmp_path / "theirs"), storage_path(tmp_path / "ours"), dtype=torch.bfloat16)
+    convert_to_hf(storage_path(tmp_path / "ours"), storage_path(tmp_path / "back"), dtype=torch.bfloat16)
+    back = tensors_of(tmp_path / "back")
+    assert torch.equal(back[name], bias) and back[name].dtype == torch.float32
+    assert back["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
+    loaded, _ = load_model_for_inference(tmp_path / "ours")
+    assert torch.equal(loaded.state_dict()["layers.1.feed_forward.router.selection_bias"], bias)
 
 
 def test_object_stores_serve_as_disks_do(tmp_path: Path) -> None:

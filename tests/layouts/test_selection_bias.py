@@ -50,10 +50,10 @@ def run_and_count(case: Case) -> tuple[RankRecord, list[dict[int, list[int]]]]:
     right, right_forward = router.choose_experts, router.Router.forward
     layer = -1
 
-    def forward(self: Any, x: Tensor) -> Any:
+    def forward(self: Any, *args: Any) -> Any:
         nonlocal layer
         layer = self.layer
-        return right_forward(self, x)
+        return right_forward(self, *args)
 
     def choose(scores: Tensor, form: Any, bias: Any) -> Tensor:
         experts = right(scores, form, bias)

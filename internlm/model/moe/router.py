@@ -70,15 +70,15 @@ class _Choice(NamedTuple):
 
     Attributes:
         experts: int64 `[T, k]`.
-        counts: int64 `[E]`, choices of each expert in the sample that the balance loss counts.
         kept: bool `[T, k]`, choices that are not dropped.
+        counts: int64 `[E]`, choices of each expert in the sample that the balance loss counts.
         valid, num_valid, sequences: see `SampleTokens`.
         sequence_counts: int64 `[n, E]`, likewise in each sequence of the sample.
     """
 
     experts: Tensor
-    counts: Tensor
     kept: Tensor
+    counts: Tensor
     valid: Tensor
     num_valid: Tensor
     sequences: Tensor
@@ -158,15 +158,16 @@ class Router(nn.Module):
                 experts = choose_experts(chosen, self.form, self.selection_bias)
             if is_training and self.replay is not None:
                 experts = self.replay(experts)
-            own = counts_by_expert(experts, self.form.num_experts, valid=sample.valid)
             kept = self._kept(experts, chosen, sample, key, positions, num_rows)
+            if not is_training:
+                return list(_Choice(experts, kept, *(experts.new_empty(0) for _ in range(5))))
+            own = counts_by_expert(experts, self.form.num_experts, valid=sample.valid)
             choice = self._counted(experts, own, sample)._replace(kept=kept)
-            if is_training:
-                assert self._sums is not None
-                losses = torch.stack(self._losses_of(logits.detach(), chosen, choice))
-                self._sums.add(own, expert_distribution(chosen, self.form), losses, valid=sample.valid)
-                if selection.capacity is not None:
-                    self._sums.dropped.add_(own.sum() - kept.sum())
+            assert self._sums is not None
+            losses = torch.stack(self._losses_of(logits.detach(), chosen, choice))
+            self._sums.add(own, expert_distribution(chosen, self.form), losses, valid=sample.valid)
+            if selection.capacity is not None:
+                self._sums.dropped.add_(own.sum() - kept.sum())
             return list(choice)
 
         choice = _Choice(*as_routing_operator(choose, chosen))
@@ -215,7 +216,7 @@ class Router(nn.Module):
         if self.selection.balances_first:
             own = counts_by_expert(experts[:, :1], num_experts, valid=sample.valid)
         counts = self.sum_over_sample(own)
-        return _Choice(experts, counts, counts.new_empty(0), valid, num_valid, sequences, sequence_counts)
+        return _Choice(experts, counts.new_empty(0), counts, valid, num_valid, sequences, sequence_counts)
 
     def _noise_key(self, sample: SampleTokens) -> int:
         return noise_key(self._seed, sample.number, self.layer)

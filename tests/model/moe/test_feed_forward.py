@@ -13,6 +13,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.moe.feed_forward import MoeFeedForward
 from internlm.model.moe.router import RouterLosses
+from internlm.model.moe.sample_tokens import SampleTokens
 from internlm.model.registry import build_model
 
 E, K, H, F = 5, 2, 16, 24
@@ -131,6 +132,24 @@ def test_the_losses_of_the_router_reach_it_through_the_output() -> None:
     torch.testing.assert_close(sums.losses, torch.stack([balance, z, torch.zeros_like(z)]).detach())
     torch.testing.assert_close(sums.probabilities, scores.sum(0).detach())
     torch.testing.assert_close(sums.entropy, -(scores * scores.log()).sum().detach())
+
+
+def test_padding_is_not_counted_even_where_it_is_nan() -> None:
+    router = layer_of("QWEN3MOE").router
+    x = torch.randn(7, H, dtype=torch.float64)
+    coefficients, weight = RouterLosses(balance=0.3, z=0.7, sequence=0.2), torch.tensor(0.25)
+    sequences = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    router.begin_step(coefficients, weight)
+    router.sample = SampleTokens(sequences=sequences, num_sequences=2)
+    expected, sums = router(x).loss, router.sums().values
+    padded = torch.full((10, H), torch.nan, dtype=torch.float64)
+    valid = torch.tensor([1, 1, 1, 0, 1, 1, 0, 1, 1, 0]).bool()
+    padded[valid] = x
+    router.begin_step(coefficients, weight)
+    places = torch.tensor([0, 0, 0, 2, 1, 1, 2, 1, 1, 2])
+    router.sample = SampleTokens(valid, torch.tensor(7), places, 3)
+    torch.testing.assert_close(router(padded).loss, expected)
+    torch.testing.assert_close(router.sums().values, sums)
 
 
 def test_nothing_is_counted_or_added_without_a_step_or_gradients() -> None:
