@@ -134,12 +134,31 @@ class Architecture:
     """Save policy of each layer."""
     dtype: torch.dtype
     init: InitSettings
+    num_multi_token: int = 0
+    """Number of layers behind the model that predict later tokens; see `internlm.model.decoder.MultiTokenLayer`."""
     experts: ExpertSettings | None = None
     """The expert layers; None: all layers are dense."""
     latent: LatentShape | None = None
     """The dimensions of latent attention (`head_dim`: of queries and keys); None: grouped-query attention."""
     layer_kinds: Mapping[int, LayerKind] = field(default_factory=dict, hash=False)
     """Kinds of the layers that are not standard, by layer number."""
+
+    @property
+    def multi_token_layers(self) -> range:
+        """Numbers of the layers that predict later tokens: they follow those of the model."""
+        return range(self.num_layers, self.num_layers + self.num_multi_token)
+
+    @property
+    def with_multi_token_layers(self) -> Architecture:
+        """This specification, in which the layers that predict later tokens have the properties of the last layer."""
+        kind = self.layer_kinds.get(self.num_layers - 1)
+        more = dict.fromkeys(self.multi_token_layers, kind) if kind is not None else {}
+        return dataclasses.replace(
+            self,
+            windows=self.windows + self.windows[-1:] * self.num_multi_token,
+            save_policies=self.save_policies + self.save_policies[-1:] * self.num_multi_token,
+            layer_kinds={**self.layer_kinds, **more},
+        )
 
     @property
     def function(self) -> dict[str, object]:
@@ -204,6 +223,11 @@ class Architecture:
                 f"model.num_experts = {config.num_experts}: this model_type is dense; choose one with experts, such as "
                 "MIXTRALMOE, or leave the key out"
             )
+        if config.is_reward and config.num_nextn_predict_layers:
+            mistakes.append(
+                f"model.num_nextn_predict_layers = {config.num_nextn_predict_layers}: a reward model predicts no "
+                "tokens; leave the key out"
+            )
         if mistakes:
             raise ConfigError(mistakes)
         experts = None if shared_mix is None else expert_settings(config, shared_mix)
@@ -255,6 +279,7 @@ class Architecture:
                 ffn_other=config.ffn_other_init_std,
                 head=config.out_head_init_std,
             ),
+            num_multi_token=config.num_nextn_predict_layers,
             experts=experts,
             latent=latent,
             layer_kinds={} if experts is None else expert_layers(experts, config.num_layers),
@@ -266,7 +291,7 @@ _NOT_IN_FUNCTION = {
     # Covered by `RopeSettings.function`.
     *("rope", "max_position_embeddings"),
     *("norm_dtype", "dtype", "residual_in_fp32", "attention_backend", "use_flash_attn", "fused_kernels"),
-    *("save_policies", "embed_grad_scale", "init"),
+    *("save_policies", "embed_grad_scale", "init", "num_multi_token"),
 }
 """Fields of `Architecture` that do not change the function of a model; any other field, also a new one, does."""
 

@@ -17,6 +17,7 @@ from internlm.model.initialization import set_initializer
 from internlm.model.layer_kinds import STANDARD
 from internlm.model.layer_protocol import run_layers
 from internlm.model.modules.cache import KeyValueCache
+from internlm.model.modules.linear import make_linear
 from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
 from internlm.model.moe.router import Router
@@ -50,6 +51,7 @@ DECODER_ROLES: dict[str, Role] = {
     "layers.*.feed_forward.shared.w3": Role.COLUMN,
     "layers.*.feed_forward.shared.w13": Role.COLUMN_PAIR,
     "layers.*.feed_forward.shared.w2": Role.ROW,
+    "layers.*.eh_proj": Role.COLUMN_TO_RESIDUAL,
     "output": Role.HEAD,
 }
 
@@ -100,6 +102,52 @@ class DecoderLayer(nn.Module):
         return hidden + self.feed_forward(self.ffn_norm(hidden).to(self.block_dtype))
 
 
+class MultiTokenLayer(DecoderLayer):
+    """Predicts a token after the next one, from hidden states and from the embedding of the token in between.
+
+    Layer m of them computes `h_m = norm(layer(eh_proj [enorm(e); hnorm(h)]))`, where h are the hidden states that the
+    head reads, of the model (m = 1) or of layer m - 1, and e is the embedding of the token m positions later. The head
+    of the model predicts the token m + 1 positions later from h_m. All else is as in the last layer of the model.
+
+    Source: DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 21-23.
+    """
+
+    def __init__(self, architecture: Architecture, layer: int) -> None:
+        super().__init__(architecture.with_multi_token_layers, layer)
+        a = architecture
+        self.enorm = make_norm(a)
+        self.hnorm = make_norm(a)
+        self.eh_proj = make_linear(a, 2 * a.hidden_size, a.hidden_size, False, a.init.attention_other)
+        self.norm = make_norm(a)
+        self.dtype = a.dtype
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: RotaryTables,
+        varlen: VarlenMetadata | None = None,
+        cache: KeyValueCache | None = None,
+        embedded: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states and the residual stream of embeddings, `[B, S, h]` each -> hidden states `[B, S, h]`."""
+        run = recomputed(self.compute, self.save_policy, self.store, has_routing=self.has_routing)
+        return run(hidden, rotary, varlen, cache, embedded)
+
+    def compute(
+        self,
+        hidden: Tensor,
+        rotary: RotaryTables,
+        varlen: VarlenMetadata | None,
+        cache: KeyValueCache | None,
+        embedded: Tensor | None = None,
+    ) -> Tensor:
+        """As `forward`, without recomputation."""
+        assert embedded is not None
+        joined = torch.cat([self.enorm(embedded).to(self.dtype), self.hnorm(hidden).to(self.dtype)], dim=-1)
+        stream = self.eh_proj(joined).to(embedded.dtype)
+        return self.norm(super().compute(stream, rotary, varlen, cache)).to(hidden.dtype)
+
+
 class Decoder(nn.Module):
     """A decoder-only language model that returns hidden states; `logits` applies the output head.
 
@@ -111,7 +159,7 @@ class Decoder(nn.Module):
         heads: the heads by which attention roles are split.
         vocab_size: V.
         has_tied_head: the output head is the embedding.
-        layers: by number, "0" to "L - 1".
+        layers: by number, "0" to "L - 1"; layers that predict later tokens follow.
         offloading: moves activations to host memory; None: they stay on the device. May be set before training.
         is_first: its input is token ids; otherwise the residual stream.
         is_last: it ends with the final norm; otherwise its output is the residual stream.
@@ -142,6 +190,8 @@ class Decoder(nn.Module):
         self.residual_size = a.hidden_size
         self.residual_dtype = torch.float32 if a.residual_in_fp32 else a.dtype
         self.layers = nn.ModuleDict({str(layer): DecoderLayer(a, layer) for layer in range(a.num_layers)})
+        for layer in a.multi_token_layers:
+            self.layers[str(layer)] = MultiTokenLayer(a, layer)
         self.norm = make_norm(a)
         if not a.tie_word_embeddings:
             self.output = nn.Linear(a.hidden_size, 1 if a.is_reward else a.vocab_size, bias=False, dtype=a.dtype)
@@ -150,15 +200,17 @@ class Decoder(nn.Module):
 
     def keep_stage(self, layers: range, *, is_first: bool, is_last: bool) -> None:
         """Remove everything that is not part of one pipeline stage; see `PipelineModel.keep_stage`."""
+        a = self.architecture
+        later = a.multi_token_layers if is_last else range(0)
         for name in list(self.layers):
-            if int(name) not in layers:
+            if int(name) not in layers and int(name) not in later:
                 del self.layers[name]
         self.is_first, self.is_last = is_first, is_last
         if not is_last:
             del self.norm
-        if not is_first and not (is_last and self.architecture.tie_word_embeddings):
+        if not is_first and not (is_last and (a.tie_word_embeddings or later)):
             del self.tok_embeddings
-        if not is_last and not self.architecture.tie_word_embeddings:
+        if not is_last and not a.tie_word_embeddings:
             del self.output
 
     def forward(
@@ -167,6 +219,7 @@ class Decoder(nn.Module):
         position_ids: Tensor,
         varlen: VarlenMetadata | None = None,
         cache: KeyValueCache | None = None,
+        later_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -175,9 +228,12 @@ class Decoder(nn.Module):
             position_ids: int64 `[B, S]`, position of each token in its document; 0 in the padding of a row.
             varlen: documents of a packed row (B = 1); None: each row is one document.
             cache: keys and values of earlier tokens; the new ones are appended. Not for packed rows.
+            later_ids: int64 `[D B, S]`, the tokens 1, 2 ... D positions later, for the D layers that predict tokens
+                after the next one. None: these layers are left out.
 
         Returns:
-            `[B, S, h]` in the dtype of the model; in an earlier pipeline stage the residual stream.
+            `[B, S, h]` in the dtype of the model; in an earlier pipeline stage the residual stream. With `later_ids`
+            `[(1 + D) B, S, h]`, followed by the hidden states of each of these layers.
         """
         hidden = self.embed(inputs) if self.is_first else inputs
         rotary = self.rotary.tables(position_ids, self.architecture.dtype, varlen)
@@ -185,7 +241,17 @@ class Decoder(nn.Module):
         hidden = run_layers(layers, hidden, rotary, varlen, cache, offloading=self.offloading)
         if cache is not None:
             cache.advance(hidden.shape[1])
-        return self.finish(hidden) if self.is_last else hidden
+        if not self.is_last:
+            return hidden
+        hidden = self.finish(hidden)
+        if later_ids is None:
+            return hidden
+        results = [hidden]
+        for layer, embedded in zip(
+            self.architecture.multi_token_layers, self.embed(later_ids).split(hidden.shape[0]), strict=True
+        ):
+            results.append(self.layers[str(layer)](results[-1], rotary, varlen, None, embedded))
+        return torch.cat(results)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids `[B, S]` -> the residual stream `[B, S, h]`."""
@@ -199,8 +265,9 @@ class Decoder(nn.Module):
         return hidden.float() if a.residual_in_fp32 else hidden
 
     def numbered_layers(self) -> dict[int, DecoderLayer]:
-        """The layers by their number in the whole model, in order."""
-        return {int(name): layer for name, layer in self.layers.items()}  # type: ignore[misc]
+        """The layers by their number in the whole model, in order, without those that predict later tokens."""
+        numbered = {int(name): layer for name, layer in self.layers.items()}
+        return {number: layer for number, layer in numbered.items() if number < self.architecture.num_layers}  # type: ignore[misc]
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The residual stream `[B, S, h]` -> hidden states for the head."""

@@ -28,6 +28,8 @@ class Role(enum.Enum):
     """Two column weights stacked on the output dimension, each half split separately: fused w13."""
     ROW = "row"
     """Split on the input dimension: w2."""
+    COLUMN_TO_RESIDUAL = "column_to_residual"
+    """Split on the output dimension, whose parts are joined to the residual stream: projections into it."""
     ATTENTION_QKV = "attention_qkv"
     """Output dimension ordered by key-value group (its queries, key and value), split between groups: fused wqkv."""
     ATTENTION_Q = "attention_q"

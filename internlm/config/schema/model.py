@@ -252,6 +252,15 @@ class ModelConfig(Section):
     out_head_init_std: float = key(0.02, "Standard deviation of the head.", ge=0, changes_outputs=False)
     embed_grad_scale: float = key(1.0, "Factor on the gradient of the embedding.", ge=0, changes_outputs=False)
 
+    # Multi-token prediction.
+    num_nextn_predict_layers: int = key(
+        0,
+        "Layers behind the model that each predict one token further, in training (DeepSeek-V3's multi-token "
+        "prediction).",
+        ge=0,
+        changes_outputs=False,
+    )
+
     # Layout of the model over ranks.
     num_chunks: int = key(
         1,
@@ -336,7 +345,11 @@ class ModelConfig(Section):
         False, "InternEvo's QWEN2: scale queries by log n.", "log-n attention (Qwen 1)", changes_outputs=True
     )
     extra_pred_tokens: int = later(
-        0, "Additional heads, each predicting a later token.", "multi-token prediction", ge=0, changes_outputs=True
+        0,
+        "Additional heads, each predicting a later token.",
+        "extra_pred_tokens (use model.num_nextn_predict_layers instead)",
+        ge=0,
+        changes_outputs=True,
     )
     image_token_id: int | None = later(
         None, "Token that stands for an image.", "multimodal models", changes_outputs=True

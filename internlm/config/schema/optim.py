@@ -99,7 +99,18 @@ class LossConfig(Section):
         "Subtract the mean over the experts from these changes, so that the biases do not drift.",
         "loss.moe_bias_update_rate",
     )
-    mtp_loss_coeff: float = later(0.0, "Coefficient of the multi-token loss.", "multi-token prediction", ge=0)
+    multi_token_loss_coeff: float = used_with(
+        0.3,
+        "Coefficient of the mean of the losses of later tokens.",
+        "model.num_nextn_predict_layers",
+        ge=0,
+    )
+    mtp_loss_coeff: float = later(
+        0.0,
+        "Coefficient of the loss of extra_pred_tokens.",
+        "mtp_loss_coeff (use loss.multi_token_loss_coeff instead)",
+        ge=0,
+    )
 
 
 class AdamConfig(Section):

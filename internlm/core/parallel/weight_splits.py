@@ -104,10 +104,9 @@ def tensor_parts(
         what = "the width of the feed-forward" if role is Role.ROW else "the width of the attention"
         return [ParameterShard(attribute, ranges_spec(split, 1, [even_part(whole.global_shape[1], n, t, what)]))]
     rows = whole.global_shape[0]
-    if role is Role.COLUMN:
-        return [
-            ParameterShard(attribute, ranges_spec(split, 0, [even_part(rows, n, t, "the width of the feed-forward")]))
-        ]
+    if role in (Role.COLUMN, Role.COLUMN_TO_RESIDUAL):
+        what = "the width of the feed-forward" if role is Role.COLUMN else "the width of the residual stream"
+        return [ParameterShard(attribute, ranges_spec(split, 0, [even_part(rows, n, t, what)]))]
     if role is Role.COLUMN_PAIR:
         first, number = even_part(rows // 2, n, t, "the width of the feed-forward")
         return [ParameterShard(attribute, ranges_spec(split, 0, [(first, number), (rows // 2 + first, number)]))]

@@ -32,7 +32,10 @@ from internlm.core.parallel.weight_splits import ParameterShard, kv_replicas, pa
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
 
-COLUMN_ROLES = (Role.COLUMN, Role.COLUMN_PAIR, Role.ATTENTION_QKV, Role.ATTENTION_Q, Role.ATTENTION_KV)
+COLUMN_ROLES = (
+    *(Role.COLUMN, Role.COLUMN_PAIR, Role.COLUMN_TO_RESIDUAL),
+    *(Role.ATTENTION_QKV, Role.ATTENTION_Q, Role.ATTENTION_KV),
+)
 ROW_ROLES = (Role.ROW, Role.ATTENTION_OUT)
 LINEAR_ROLES = (*COLUMN_ROLES, *ROW_ROLES, Role.LATENT)
 
@@ -114,6 +117,8 @@ class Mtp(ModelParallel):
         return CopiedInput(self.context) if role in COLUMN_ROLES else InputExchange()
 
     def finish_output(self, role: Role) -> Callable[[Tensor], Tensor] | None:
+        if role is Role.COLUMN_TO_RESIDUAL:
+            return self.gather_hidden
         return self.reduce_output if role in ROW_ROLES else None
 
     def share_key(self) -> Callable[[Tensor], Tensor] | None:
