@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.communication.p2p import PipelineChannels
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.multi_token_loss import LaterTokens, MultiTokenLoss
 from internlm.core.optimizer_protocol import HyperParameters, Optimizer
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.pipeline_stages import PipelineModel
@@ -71,12 +72,13 @@ class EngineResult:
     """Result of one step. Tensors are scalars on the device, the same on every rank.
 
     Attributes:
-        loss: fp32, cross entropy, mean over the valid tokens of the global batch; without the losses of routers.
+        loss: fp32, cross entropy, mean over the valid tokens of the global batch; without the losses of routers and of
+            later tokens.
         grad_norm: fp32, global L2 norm before clipping, loss scale removed.
         skipped: fp32, 1.0 when the update was skipped.
         loss_scale: fp32, the scale of this step.
         num_valid_tokens: fp32, number of tokens of the global batch that have a label.
-        statistics: the metrics of `TokenStatistics`, and of `RoutingStatistics` for a mixture of experts.
+        statistics: the metrics of `TokenStatistics`, and those of `RoutingStatistics` and `MultiTokenLoss`.
         seconds: host time by phase: "forward_backward" and "optimizer".
     """
 
@@ -108,6 +110,7 @@ class Engine:
         router_losses: of a mixture of experts.
         bias_rule: how the selection biases of its routers change.
         seed: of the noise of its routers.
+        multi_token_coeff: coefficient of the losses of layers that predict later tokens.
 
     Raises:
         ValueError: the number of ranks or chunks differs from that of the schedule.
@@ -125,6 +128,7 @@ class Engine:
         router_losses: RouterLosses | None = None,
         bias_rule: BiasRule | None = None,
         seed: int = 0,
+        multi_token_coeff: float = 0.0,
     ) -> None:
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         self.optimizer = optimizer
@@ -136,6 +140,7 @@ class Engine:
         self.routing = RoutingStatistics(
             self.chunks, context, router_losses or RouterLosses(), bias_rule or BiasRule(), seed
         )
+        self.multi_token = MultiTokenLoss(self.chunks, context, multi_token_coeff)
         num_ranks, num_chunks = context.size("pipeline"), len(self.chunks)
         self._make_schedule = schedule or partial(make_schedule, "1F1B", num_ranks, num_chunks=num_chunks)
         self._schedules: dict[int, PipelineSchedule] = {}
@@ -206,17 +211,26 @@ class Engine:
         factor = loss_scale / num_valid_tokens.clamp(min=1.0)
         loss_sum = self._scalar(0.0)
         self.routing.begin_step(len(batch.micro_batches), loss_scale, batch.sample_indices)
+        self.multi_token.begin_step(batch, loss_scale)
 
         uploads = self._uploader.start(batch.micro_batches)
 
         def forward(number: int, chunk: int, received: Tensor | None) -> Tensor:
             micro = uploads[number].get()
             self.routing.begin_micro_batch(number, (micro.input_ids.shape[0], micro.input_ids.shape[1]))
-            output = self._forward(micro, chunk, received, self.statistics)
-            if not self._is_last(chunk):
-                return output
-            loss_sum.add_(output.detach())
-            return output * factor
+            is_last = self._is_last(chunk)
+            later = self.multi_token.of(micro) if is_last else []
+            hidden = self._forward(micro, chunk, received, later)
+            if not is_last:
+                return hidden
+            model = self.chunks[chunk]
+            head = self._head_weight(model)
+            states, *later_states = hidden.chunk(1 + len(later)) if later else [hidden]
+            loss = self._loss(model, head, states, micro, self.statistics)
+            loss_sum.add_(loss.detach())
+            if not later:
+                return loss * factor
+            return loss * factor + self.multi_token.loss(model, head, later_states, later, micro, self.loss)
 
         self._executor.run(
             self._schedule(len(batch.micro_batches)),
@@ -247,7 +261,7 @@ class Engine:
         self.progress.mark("metrics")
         loss = self.sum_over_tokens(passes.loss_sum) / passes.num_valid_tokens.clamp(min=1.0)
         statistics = self.statistics.result(self.sum_over_tokens) if self.statistics else {}
-        statistics = {**statistics, **self.routing.finish_step(result.skipped)}
+        statistics |= self.routing.finish_step(result.skipped) | self.multi_token.result(self.sum_over_tokens)
         return EngineResult(
             loss=loss,
             grad_norm=result.grad_norm,
@@ -263,16 +277,20 @@ class Engine:
         """Run the forward pass of one micro-batch without gradients and add its tokens to `sink`.
 
         Collective over the ranks of a pipeline, all with the same micro-batch. Only the last stage computes token
-        losses: reduce the sinks of all ranks with `sum_over_tokens`.
+        losses: reduce the sinks of all ranks with `sum_over_tokens`. Layers that predict later tokens are left out.
         """
         for chunk in self.chunks:
             chunk.eval()
         upload = self._uploader.start([micro_batch])[0]
-        self._executor.run(
-            self._evaluation,
-            lambda _, chunk, received: self._forward(upload.get(), chunk, received, sink),
-            lambda _: self._new_activation(micro_batch),
-        )
+
+        def forward(_: int, chunk: int, received: Tensor | None) -> Tensor:
+            micro, model = upload.get(), self.chunks[chunk]
+            hidden = self._forward(micro, chunk, received)
+            if not self._is_last(chunk):
+                return hidden
+            return self._loss(model, self._head_weight(model), hidden, micro, sink)
+
+        self._executor.run(self._evaluation, forward, lambda _: self._new_activation(micro_batch))
 
     def _schedule(self, num_micro_batches: int) -> PipelineSchedule:
         if num_micro_batches not in self._schedules:
@@ -282,8 +300,10 @@ class Engine:
     def _is_last(self, chunk: int) -> bool:
         return self.placement.after(self._executor.rank, chunk) is None
 
-    def _forward(self, micro: MicroBatch, chunk: int, received: Tensor | None, sink: TokenSink | None) -> Tensor:
-        """The residual stream after a chunk, or the loss sum after the last one. `micro` is on the device."""
+    def _forward(
+        self, micro: MicroBatch, chunk: int, received: Tensor | None, later: Sequence[LaterTokens] = ()
+    ) -> Tensor:
+        """The residual stream after a chunk, or the hidden states after the last one. `micro` is on the device."""
         varlen = None
         if micro.lengths is not None:
             assert micro.cu_seqlens is not None
@@ -295,13 +315,26 @@ class Engine:
             self._check_extra(model, micro.extra)
             own_tokens = parallel_of(model).own_tokens
             options["extra"] = {name: own_tokens(values) for name, values in micro.extra.items()}
+        if later:
+            options["later_ids"] = torch.cat([tokens.input_ids for tokens in later])
         with self.routing.forward_pass(chunk, micro):
             hidden: Tensor = model(inputs, micro.position_ids, varlen, **options)
-        if not self._is_last(chunk):
-            return hidden
-        # `head_loss` reads the head's weight without calling the module, so no forward hook waits for the all-gather.
+        return hidden
+
+    def _head_weight(self, model: nn.Module) -> Tensor:
+        """The weight of the output head as losses use it."""
+        # It is read without calling the module, so no forward hook waits for the all-gather.
         self.optimizer.finish_gathering()
-        output, labels, type_ids = parallel_of(model).head_loss(model, hidden, micro.labels, micro.type_ids, self.loss)
+        return parallel_of(model).head_weight(model)
+
+    def _loss(
+        self, model: nn.Module, head: Tensor, hidden: Tensor, micro: MicroBatch, sink: TokenSink | None
+    ) -> Tensor:
+        """The loss sum of this rank's tokens; `sink` gets the loss of each."""
+        parallel = parallel_of(model)
+        output, labels, type_ids = parallel.head_loss(
+            model, hidden, micro.labels, micro.type_ids, self.loss, weight=head
+        )
         if sink is not None:
             assert output.correct is not None
             sink.update(output.token_losses, output.correct, labels, type_ids)

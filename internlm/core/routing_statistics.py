@@ -65,7 +65,8 @@ class RoutingStatistics:
         architecture = getattr(chunks[0], "architecture", None)
         # A stage without a router takes part in the sums too.
         self._experts = None if architecture is None else architecture.experts
-        self._num_layers = 0 if architecture is None else architecture.num_layers
+        self._num_layers = 0 if architecture is None else architecture.num_layers + architecture.num_multi_token
+        self._layers_with_experts = [] if self._experts is None else architecture.layers_with_experts
         self._axes = ["data", "pipeline"]
         if self._parallel.residual_axis is not None or context.layout.splits_tokens_of_routers:
             self._axes.append("tensor")
@@ -175,7 +176,7 @@ class RoutingStatistics:
         return self._metrics(sums, self._experts)
 
     def _metrics(self, sums: RouterSums, experts: ExpertSettings) -> dict[str, Tensor]:
-        layers = list(experts.layers(self._num_layers))
+        layers = self._layers_with_experts
         losses = sums.losses.sum(0).float() / self._num_samples
         loads = sums.counts.amax(-1) / sums.counts.mean(-1).clamp(min=1e-9)
         num_tokens = (sums.counts.sum(-1) / experts.form.top_k).clamp(min=1.0)

@@ -201,7 +201,17 @@ def build_engine(
     bias_rule = BiasRule(config.loss.moe_bias_update_rate, config.loss.moe_bias_centered)
     schedule = build_pipeline_schedule(config)
     return Engine(
-        chunks, optimizer, context, loss, statistics, schedule, progress, router_losses, bias_rule, config.seed
+        chunks,
+        optimizer,
+        context,
+        loss,
+        statistics,
+        schedule,
+        progress,
+        router_losses,
+        bias_rule,
+        config.seed,
+        multi_token_coeff=config.loss.multi_token_loss_coeff,
     )
 
 

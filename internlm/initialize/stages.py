@@ -23,6 +23,7 @@ from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.flops import flops_per_token, head_flops_per_token
 from internlm.initialize.activation_memory import arrange_activations
 from internlm.model.architecture import Architecture
+from internlm.model.layer_protocol import DescribedModel
 from internlm.model.ops.float8.scaled_gemm import why_not_on_hardware
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.parameter_groups import ParameterGroup, check_groups, freeze_parameters
@@ -148,6 +149,12 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         seed=config.seed,
         options=build_options(config),
     )
+    num_later = config.model.num_nextn_predict_layers
+    if num_later and not isinstance(chunks[0], DescribedModel):
+        raise ConfigError(
+            f"model.num_nextn_predict_layers = {num_later}: a {config.model_type} is no decoder of this package, so the "
+            "key has no effect; leave it out"
+        )
     groups = parameter_groups(config)
     if groups:
         names = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}

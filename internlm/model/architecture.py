@@ -161,6 +161,14 @@ class Architecture:
         )
 
     @property
+    def layers_with_experts(self) -> list[int]:
+        """Numbers of the layers with experts, those that predict later tokens included."""
+        if self.experts is None:
+            return []
+        own = self.experts.layers(self.num_layers)
+        return own + (list(self.multi_token_layers) if self.num_layers - 1 in own else [])
+
+    @property
     def function(self) -> dict[str, object]:
         """Everything except the weights that determines the function of the model, by name.
 

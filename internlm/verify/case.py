@@ -236,6 +236,7 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "model.top_k": model.top_k if model.experts > 1 else 1,
         "model.num_shared_experts": model.shared_experts,
         "model.first_k_dense_replace": model.dense_layers,
+        "model.num_nextn_predict_layers": model.multi_token,
         "model.moe_intermediate_size": 40 if model.dense_layers else None,
         **(_router_keys(model) if model.experts > 1 else {}),
         "data.seq_len": seq_len,

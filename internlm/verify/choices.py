@@ -123,6 +123,7 @@ class ModelChoices:
         dense_layers: `model.first_k_dense_replace`; with any, experts have another width.
         q_latent: with latent attention: queries have a latent vector, too.
         selection: `model.moe_type` and further `moe_layer_kwargs`, see `SELECTIONS`.
+        multi_token: `model.num_nextn_predict_layers`.
     """
 
     family: str = "INTERNLM2"
@@ -149,6 +150,7 @@ class ModelChoices:
     dense_layers: int = 0
     q_latent: bool = True
     selection: Literal["dropless", "largest", "first", "gshard", "gshard_random"] = "dropless"
+    multi_token: int = 0
 
 
 @dataclass(frozen=True)

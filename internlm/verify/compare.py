@@ -77,7 +77,8 @@ def tolerance_of(case: Case) -> Tolerance:
     config = case.config
     dtype = config.model.torch_dtype
     terms = case.num_micro_batches * config.data.packed_length * config.model.num_attention_heads
-    gradient = rounding_of_gradients(dtype, config.model.num_layers, terms)
+    num_layers = config.model.num_layers + config.model.num_nextn_predict_layers
+    gradient = rounding_of_gradients(dtype, num_layers, terms)
     if config.reduce_comm_dtype not in (None, "torch.float32"):
         # Each gradient is rounded once more when it enters a sum over ranks, and after every addition.
         gradient += math.sqrt(2) * _unit(torch.bfloat16) * math.sqrt(case.world_size)
@@ -91,7 +92,7 @@ def tolerance_of(case: Case) -> Tolerance:
     loss = FP32_LOSS if dtype in (torch.float32, torch.float64) else gradient
     weight = 2 * max(_unit(dtype), _unit(torch.float32))
     lr = config.adam.lr * max([1.0, *(group.lr_factor for group in config.optimizer.groups)])
-    return Tolerance(loss, gradient, weight, lr / config.adam.adam_eps, config.model.num_layers + 1)
+    return Tolerance(loss, gradient, weight, lr / config.adam.adam_eps, num_layers + 1)
 
 
 @dataclass(frozen=True)

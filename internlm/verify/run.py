@@ -94,7 +94,9 @@ class Recorder(Hook):
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         engine = self._engine
         engine.optimizer.finish_gathering()
-        routing = {name: float(value) for name, value in metrics.extra.items() if name.startswith("moe/")}
+        routing = {
+            name: float(value) for name, value in metrics.extra.items() if name.startswith(("moe/", "multi_token/"))
+        }
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         self.record.steps.append(RankStep(loss, norm, list(_gradients(engine)), list(_weights(engine)), routing))
 

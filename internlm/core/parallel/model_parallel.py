@@ -261,8 +261,23 @@ class ModelParallel:
         """The length S' of this rank's residual stream, for rows of `num_tokens` tokens."""
         return num_tokens
 
+    def head_weight(self, model: nn.Module) -> Tensor:
+        """The weight of the output head as `head_loss` uses it; one call serves several losses of a micro-batch.
+
+        Args:
+            model: the chunk that holds the head.
+        """
+        weight: Tensor = model.head_weight()  # type: ignore[operator]
+        return weight
+
     def head_loss(
-        self, model: nn.Module, hidden: Tensor, labels: Tensor, type_ids: Tensor, loss: LossFunction
+        self,
+        model: nn.Module,
+        hidden: Tensor,
+        labels: Tensor,
+        type_ids: Tensor,
+        loss: LossFunction,
+        weight: Tensor | None = None,
     ) -> HeadOutput:
         """Output head and loss of one micro-batch.
 
@@ -271,8 +286,10 @@ class ModelParallel:
             hidden: output of that chunk, `[B, S', h]`.
             labels, type_ids: int64 `[B, S]`, of all tokens of the micro-batch.
             loss: see `LossFunction`.
+            weight: from `head_weight`; None: it is called.
         """
-        output = loss(hidden.flatten(0, 1), model.head_weight(), labels.flatten())  # type: ignore[operator]
+        weight = self.head_weight(model) if weight is None else weight
+        output = loss(hidden.flatten(0, 1), weight, labels.flatten())
         return HeadOutput(output, labels, type_ids)
 
     def end_backward(self) -> None:

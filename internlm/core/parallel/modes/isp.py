@@ -127,10 +127,19 @@ class Isp(ModelParallel):
     def sequence_length(self, num_tokens: int) -> int:
         return num_tokens // self.context.size("tensor")
 
+    def head_weight(self, model: nn.Module) -> Tensor:
+        return self._gather_rows(super().head_weight(model), model.vocab_size)  # type: ignore[arg-type]
+
     def head_loss(
-        self, model: nn.Module, hidden: Tensor, labels: Tensor, type_ids: Tensor, loss: LossFunction
+        self,
+        model: nn.Module,
+        hidden: Tensor,
+        labels: Tensor,
+        type_ids: Tensor,
+        loss: LossFunction,
+        weight: Tensor | None = None,
     ) -> HeadOutput:
-        weight = self._gather_rows(model.head_weight(), model.vocab_size)  # type: ignore[operator,arg-type]
+        weight = self.head_weight(model) if weight is None else weight
         labels, type_ids = own_part(labels, self.group), own_part(type_ids, self.group)
         return HeadOutput(loss(hidden.flatten(0, 1), weight, labels.flatten()), labels, type_ids)
 

@@ -133,10 +133,16 @@ class Mtp(ModelParallel):
         return self.reduce_output(found.masked_fill(is_elsewhere.unsqueeze(-1), 0))
 
     def head_loss(
-        self, model: nn.Module, hidden: Tensor, labels: Tensor, type_ids: Tensor, loss: LossFunction
+        self,
+        model: nn.Module,
+        hidden: Tensor,
+        labels: Tensor,
+        type_ids: Tensor,
+        loss: LossFunction,
+        weight: Tensor | None = None,
     ) -> HeadOutput:
         hidden = self.gather_residual(hidden)
-        weight: Tensor = model.head_weight()  # type: ignore[operator]
+        weight = self.head_weight(model) if weight is None else weight
         vocab = VocabRanks(self.context, weight.shape[0], model.vocab_size)  # type: ignore[arg-type]
         return HeadOutput(loss(hidden.flatten(0, 1), weight, labels.flatten(), vocab=vocab), labels, type_ids)
 
