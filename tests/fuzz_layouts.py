@@ -63,6 +63,7 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
             "dtype": ("float32", "float32", "bfloat16"),
             "fp32_norm": (False, True),
             "fp32_residual": (False, True),
+            "multi_token": (0, 0, 0, 1, 2, 3),
         },
     ),
     "documents": (

@@ -69,6 +69,7 @@ DENSE = Covering(
             "model:checkpoint=0.5,save_policy=matmuls",
         ),
         "tied": ("", "model:tied=true"),
+        "later tokens": ("", "model:multi_token=1", "model:multi_token=2"),
     },
     constrained=("split", "pipeline", "data", "optimizer"),
 )
@@ -155,6 +156,7 @@ EXPERTS = Covering(
             "model:checkpoint=1,save_policy=attention",
             "model:checkpoint=0.5,save_policy=matmuls",
         ),
+        "later tokens": ("", "model:multi_token=1", "model:multi_token=2"),
         # Routing is discrete: in another dtype, a different order of additions can change an expert.
         "dtype": ("model:dtype=float64",),
     },
