@@ -14,7 +14,10 @@ from internlm.config.schema import Config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.registry import build_model
+from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
+
+logger = get_logger(__name__)
 
 
 def load_model_for_inference(
@@ -33,8 +36,12 @@ def load_model_for_inference(
     context = ParallelContext.create(device=device)
     check_files(folder, context)
     config = read_config(folder)
+    num_later = config.model.num_nextn_predict_layers
+    if num_later:
+        logger.info("%s: the %d layer(s) that predict later tokens are for training, and left out", folder, num_later)
     with torch.device("meta"):
-        model = build_model(config.model_type, config.model, norm_dtype=torch.float32 if config.use_fp32_norm else None)
+        keys = config.model.model_copy(update={"num_nextn_predict_layers": 0})
+        model = build_model(config.model_type, keys, norm_dtype=torch.float32 if config.use_fp32_norm else None)
     parallelize(model, context, seed=config.seed)
     load_tensors(folder, model_tensors(model), no_dist=True)
     return model.eval(), config

@@ -65,6 +65,7 @@ def find_notices(config: Config, given: Callable[[str], Any], world_size: int) -
             yield f"{key} = {value!r}: '$' is part of the name; for a variable write os.environ[...] in the config"
     yield from _values(config)
     yield from _experts(config, given, world_size)
+    yield from _multi_token(config)
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)
@@ -150,6 +151,17 @@ def _split_experts(config: Config, given: Callable[[str], Any], world_size: int)
             f"no effect: parallel.expert_zero1.size = {state} (all experts of a layer are on each rank, so "
             "parallel.zero1.size is for them too)"
         )
+
+
+def _multi_token(config: Config) -> Iterator[str]:
+    model = config.model
+    key = f"model.num_nextn_predict_layers = {model.num_nextn_predict_layers}"
+    if model.num_nextn_predict_layers == 0:
+        return
+    if config.float8.enable_float8_linear:
+        yield f"{key}: with float8.enable_float8_linear = True, these layers compute in {model.dtype}"
+    if config.loss.multi_token_loss_coeff == 0:
+        yield f"{key} with loss.multi_token_loss_coeff = 0: these layers are not trained"
 
 
 def _recomputation(config: Config, given: Callable[[str], Any]) -> Iterator[str]:

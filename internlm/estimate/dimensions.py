@@ -27,6 +27,7 @@ class ModelDimensions:
         has_tied_head: whether the output head is the embedding.
         experts: of the expert layers; None: all feed-forward networks are dense.
         latent: of latent attention, whose queries and keys have `head_dim` channels; None: grouped-query attention.
+        num_multi_token: layers that predict later tokens, each with a projection and a pass through the head.
     """
 
     num_layers: int
@@ -44,6 +45,7 @@ class ModelDimensions:
     has_tied_head: bool = False
     experts: ExpertSettings | None = None
     latent: LatentShape | None = None
+    num_multi_token: int = 0
 
     @classmethod
     def of(cls, architecture: Architecture) -> ModelDimensions:
@@ -65,6 +67,7 @@ class ModelDimensions:
             has_tied_head=a.tie_word_embeddings,
             experts=a.experts,
             latent=a.latent,
+            num_multi_token=a.num_multi_token,
         )
 
     @property
@@ -118,9 +121,12 @@ class ModelDimensions:
     @property
     def gemm_parameters(self) -> int:
         """Elements of all matrices that every token passes through: no embedding (a lookup), norms or biases."""
-        num_dense = len(self.experts.dense_layers) if self.experts else 0
-        dense = num_dense * (self.attention_parameters + self.dense_feed_forward_parameters)
-        return (self.num_layers - num_dense) * self.layer_parameters + dense + self.head_parameters
+        dense_layers = self.experts.dense_layers if self.experts else frozenset()
+        one_dense = self.attention_parameters + self.dense_feed_forward_parameters
+        layers = (self.num_layers - len(dense_layers)) * self.layer_parameters + len(dense_layers) * one_dense
+        last = one_dense if self.num_layers - 1 in dense_layers else self.layer_parameters
+        later = self.num_multi_token * (last + 2 * self.hidden_size**2 + self.head_parameters)
+        return layers + self.head_parameters + later
 
     def window(self, layer: int) -> int | None:
         """Attention window of a layer in tokens; None for full attention."""

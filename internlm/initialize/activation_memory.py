@@ -105,15 +105,16 @@ def _plan(
     if architecture is None:
         raise ConfigError(
             f"model.checkpoint_budget = {config.model.checkpoint_budget}: the activations of a {config.model_type} "
-            "cannot be estimated, as it has non-standard layers or no architecture; set model.checkpoint instead"
+            "cannot be estimated, as it has non-standard layers, layers that predict later tokens, or no architecture; "
+            "set model.checkpoint instead"
         )
     activations = layer_activations(config, ModelDimensions.of(architecture), layout)
     return plan_activations(activations, layers, budget * 2**30)
 
 
 def estimated_architecture(model: nn.Module) -> Architecture | None:
-    """The architecture of a model, or None if its activations cannot be estimated (non-standard layers)."""
-    if not isinstance(model, DescribedModel) or model.architecture.layer_kinds:
+    """The architecture of a model, or None if its activations cannot be estimated (non-standard or further layers)."""
+    if not isinstance(model, DescribedModel) or model.architecture.layer_kinds or model.architecture.num_multi_token:
         return None
     return model.architecture
 

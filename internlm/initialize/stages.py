@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -71,8 +72,10 @@ def _layer_costs(config: Config) -> LayerCosts:
         )
     dimensions = ModelDimensions.of(architecture)
     head = head_flops_per_token(dimensions)
-    layers = flops_per_token(dimensions, config.data.seq_len, "causal") - head
-    return LayerCosts(head=head / (layers / dimensions.num_layers))
+    alone = flops_per_token(replace(dimensions, num_multi_token=0), config.data.seq_len, "causal")
+    # Layers that predict later tokens are in the last stage.
+    behind = flops_per_token(dimensions, config.data.seq_len, "causal") - alone
+    return LayerCosts(head=(head + behind) / ((alone - head) / dimensions.num_layers))
 
 
 def build_options(config: Config) -> ParallelOptions:
@@ -152,8 +155,8 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
     num_later = config.model.num_nextn_predict_layers
     if num_later and not isinstance(chunks[0], DescribedModel):
         raise ConfigError(
-            f"model.num_nextn_predict_layers = {num_later}: a {config.model_type} is no decoder of this package, so the "
-            "key has no effect; leave it out"
+            f"model.num_nextn_predict_layers = {num_later} has no effect: a {config.model_type} is no decoder of this "
+            "package; leave the key out"
         )
     groups = parameter_groups(config)
     if groups:

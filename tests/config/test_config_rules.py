@@ -20,6 +20,15 @@ MOE = {"model_type": "MIXTRALMOE", "model.num_experts": 4, "model.top_k": 2, "mo
 
 CASES = [
     ({}, 1, None),
+    # Layers that predict later tokens.
+    ({"model.num_nextn_predict_layers": 1}, 1, None),
+    (
+        {"model.num_nextn_predict_layers": 1, "data.packing": "pack_sample_into_one"},
+        1,
+        "model.num_nextn_predict_layers",
+    ),
+    ({"data.packing": "pack_sample_into_one"}, 1, None),
+    ({"model.num_nextn_predict_layers": 1, "data.packing": "unpacked", "data.use_packed_dataset": False}, 1, None),
     # 2 (schema), 3: FSDP and pipelines.
     ({"parallel.fsdp.enable": True, "parallel.pipeline.size": 2}, 2, "parallel.fsdp.enable"),
     ({"parallel.zero1.fsdp": True, "parallel.pipeline.size": 2}, 2, "parallel.zero1.fsdp"),

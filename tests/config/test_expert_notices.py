@@ -33,6 +33,11 @@ RANDOM = {"use_fused_gating": False, "noisy_gate_policy": "RSample"}
         ({"model.num_experts": 1, "model.top_k": 1}, 4, []),
         ({"loss.moe_loss_coeff": 0.0}, 1, ["loss.moe_loss_coeff = 0: nothing balances"]),
         (
+            {"model.num_nextn_predict_layers": 1, "loss.multi_token_loss_coeff": 0.0},
+            1,
+            ["model.num_nextn_predict_layers = 1 with loss.multi_token_loss_coeff = 0: these layers are not trained"],
+        ),
+        (
             {"model.moe_layer_kwargs": {"selection_bias": True}},
             1,
             ["model.moe_layer_kwargs.selection_bias = True with loss.moe_bias_update_rate = 0"],

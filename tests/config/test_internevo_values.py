@@ -129,7 +129,7 @@ def test_loss_scales_without_bounds(load):
         ("model.rope_scaling_factor=4", "rope_scaling_factor (use model.rope_scaling instead)"),
         ("model.use_logn_attn=True", "log-n attention (Qwen 1)"),
         ("model.use_glu=False", "an MLP without a gate"),
-        ("model.extra_pred_tokens=1", "multi-token prediction"),
+        ("model.extra_pred_tokens=1", "extra_pred_tokens (use model.num_nextn_predict_layers instead)"),
         ("model.image_token_id=200000", "multimodal models"),
         ("model.vit_cfg={'a': 1}", "multimodal models"),
         ("model.vision_proj_cfg={'a': 1}", "multimodal models"),

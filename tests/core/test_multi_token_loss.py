@@ -47,7 +47,9 @@ def block(x: Tensor, w: dict[str, Tensor], layer: int) -> Tensor:
         return w[f"layers.{layer}.{name}.weight"]
 
     normed = norm(x, weight("attention_norm"))
-    q, k, v = ((normed @ weight(f"attention.{name}").T).view(len(x), NUM_HEADS, HEAD_DIM) for name in ("wq", "wk", "wv"))
+    q, k, v = (
+        (normed @ weight(f"attention.{name}").T).view(len(x), NUM_HEADS, HEAD_DIM) for name in ("wq", "wk", "wv")
+    )
     scores = torch.einsum("qhd,khd->hqk", rotated(q), rotated(k)) / math.sqrt(HEAD_DIM)
     causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
     mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~causal, -math.inf).softmax(-1), v)
@@ -119,9 +121,7 @@ def differences(case: Case, num_later: int, packed: bool) -> dict[str, float]:
     context = start_case(case)
     engine = CaseRun(case, context).trainer.engine
     batch = Batch([micro_batch(n, lengths, packed=packed) for n, lengths in enumerate(LENGTHS)], num_samples=3)
-    weights = {
-        shard_spec_of(p).name: p.detach().double().clone().requires_grad_() for p in engine.model.parameters()
-    }
+    weights = {shard_spec_of(p).name: p.detach().double().clone().requires_grad_() for p in engine.model.parameters()}
     parts = [losses_of(tokens, labels, weights, num_later) for tokens, labels in documents(batch, LENGTHS)]
     sums = [(sum(loss for loss, _ in column), sum(n for _, n in column)) for column in zip(*parts, strict=True)]
     means = [loss / max(number, 1) for loss, number in sums]

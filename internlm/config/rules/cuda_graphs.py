@@ -52,6 +52,11 @@ def graphs(config: Config, world_size: int) -> Iterator[Problem]:
             model.num_experts,
             "the numbers of rows of experts differ from step to step, so their layers are not compiled whole",
         ),
+        "model.num_nextn_predict_layers": (
+            model.num_nextn_predict_layers > 0,
+            model.num_nextn_predict_layers,
+            "the losses of several layers are computed before the backward pass, when replays have overwritten inputs",
+        ),
         "model.attention_backend": (
             model.attention_backend == "sdpa" and config.data.use_packed_dataset,
             model.attention_backend,
