@@ -66,7 +66,7 @@ class RoutingStatistics:
         # A stage without a router takes part in the sums too.
         self._experts = None if architecture is None else architecture.experts
         self._num_layers = 0 if architecture is None else architecture.num_layers + architecture.num_multi_token
-        self._layers_with_experts = [] if self._experts is None else architecture.layers_with_experts
+        self._layers_with_experts: list[int] = [] if architecture is None else architecture.layers_with_experts
         self._axes = ["data", "pipeline"]
         if self._parallel.residual_axis is not None or context.layout.splits_tokens_of_routers:
             self._axes.append("tensor")
