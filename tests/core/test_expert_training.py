@@ -22,8 +22,8 @@ MODEL = "model:family=QWEN2MOE,experts=4,shared_experts=1"
 LAYOUTS = (
     "ranks=1",
     "ranks=2 layout:expert=2",
-    "ranks=2 layout:tensor=2,mode=mtp,expert=2",
-    "ranks=2 layout:tensor=2,mode=isp,weight=2,expert=2",
+    "ranks=2 layout:tensor=2,mode=mtp,expert_tensor",
+    "ranks=2 layout:tensor=2,mode=isp,weight=2,expert_weight=2,expert_overlap",
     "ranks=2 layout:fsdp",
 )
 
@@ -76,7 +76,9 @@ def run_compiled(case: Case) -> RankRecord:
 
 
 @pytest.mark.parametrize("checkpoint", [0, 1])
-@pytest.mark.parametrize("layout", ["ranks=1", "ranks=2 layout:expert=2", "ranks=2 layout:tensor=2,mode=msp,expert=2"])
+@pytest.mark.parametrize(
+    "layout", ["ranks=1", "ranks=2 layout:expert=2", "ranks=2 layout:tensor=2,mode=msp,expert_tensor"]
+)
 def test_compiled_layers(layout: str, checkpoint: int, ranks: Ranks) -> None:
     case = case_of(f"{layout} {MODEL},dtype=float64,checkpoint={checkpoint}")
     pool = ranks(case.world_size)

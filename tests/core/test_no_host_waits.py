@@ -6,9 +6,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.configs import small_config
 from helpers.host_waits import host_waits
 from helpers.ranks import RankPool
@@ -135,6 +137,32 @@ def test_an_exchange_of_experts_waits_once(
     for waits in ranks(2).run(waits_of_steady_steps, tmp_path, changes, None, 2):
         assert waits <= ALLOWED.keys() | ALLOWED_IN_EXCHANGES.keys()
         assert ALLOWED_IN_EXCHANGES.keys() <= waits
+
+
+def waits_without_exchanges(folder: Path, changes: dict[str, Any]) -> set[str]:
+    """Those of two ranks, which must send no tokens of one another."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an all-to-all")
+
+    with patch.object(dist, "all_to_all_single", refuse):
+        return waits_of_steady_steps(folder, changes, None, 2)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"parallel.tensor.mode": "isp", "parallel.expert_weight": {"size": 2, "overlap": True}},
+        {"parallel.tensor": {"size": 2, "mode": "mtp"}, "parallel.expert": {"size": 1, "no_tp": False}},
+    ],
+    ids=["gathered", "split"],
+)
+def test_with_all_experts_on_each_rank_nothing_is_waited_for(
+    tmp_path: Path, layout: dict[str, Any], ranks: Callable[[int], RankPool]
+) -> None:
+    changes = {**EXPERTS, "parallel.expert.size": 1, **layout, "model.checkpoint": 1.0}
+    for waits in ranks(2).run(waits_without_exchanges, tmp_path, changes):
+        assert waits <= ALLOWED.keys() | {"core/run_control.py: agree: tolist"}
 
 
 class Plant(Hook):

@@ -28,9 +28,9 @@ MODEL = "model:family=QWEN3MOE,experts=8,dtype=float64"
 
 LAYOUTS = (
     "ranks=4 layout:expert=4",
-    "ranks=2 layout:tensor=2,mode=mtp,expert=2",
+    "ranks=4 layout:tensor=2,mode=mtp,expert=2,expert_tensor",
     "ranks=4 layout:tensor=2,mode=msp,expert=4",
-    "ranks=4 layout:tensor=2,mode=isp,weight=2,expert=2",
+    "ranks=4 layout:tensor=2,mode=isp,weight=2,expert=2,expert_weight=2,expert_overlap",
     "ranks=2 layout:fsdp",
     "ranks=4 layout:pipeline=2,schedule=ZBV,expert=2",
 )
@@ -120,28 +120,39 @@ EXCHANGE_OF_A_RANK_THAT_DIES = """
 import os
 import torch.distributed as dist
 from internlm.core.parallel.experts import exchanged_experts
+from internlm.core.parallel.linear.weight_gathering import GatheredWeights
 
-real, calls = exchanged_experts._exchange, []
+real, calls = {owner}.{name}, []
 
-def exchange(*args):
+def exchange(*args, **kwargs):
     calls.append(1)
     if dist.get_rank() == 1 and len(calls) == {call}:
         os._exit(7)
     try:
-        return real(*args)
+        return real(*args, **kwargs)
     except RuntimeError as error:
         open(f"{folder}/{{dist.get_rank()}}", "w").write(str(error))
         raise
 
-exchanged_experts._exchange = exchange
+{owner}.{name} = exchange
 """
 
 
-@pytest.mark.parametrize("call", [1, 6], ids=["dispatch", "backward"])
-def test_a_rank_that_dies_in_an_exchange_ends_the_others(call: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "owner", "name", "call"),
+    [
+        ("expert=2", "exchanged_experts", "_exchange", 1),
+        ("expert=2", "exchanged_experts", "_exchange", 6),
+        ("mode=isp,expert_weight=2", "GatheredWeights", "acquire", 8),
+    ],
+    ids=["dispatch", "backward", "weights"],
+)
+def test_a_rank_that_dies_in_an_exchange_ends_the_others(
+    layout: str, owner: str, name: str, call: int, tmp_path: Path
+) -> None:
     config = tmp_path / "config.py"
-    config.write_text(EXCHANGE_OF_A_RANK_THAT_DIES.format(call=call, folder=tmp_path))
-    case = Combination.parse(f"ranks=2 layout:expert=2 {MODEL}").case()
+    config.write_text(EXCHANGE_OF_A_RANK_THAT_DIES.format(owner=owner, name=name, call=call, folder=tmp_path))
+    case = Combination.parse(f"ranks=2 layout:{layout} {MODEL}").case()
     started = time.monotonic()
     with (
         LocalRanks(2, config) as ranks,

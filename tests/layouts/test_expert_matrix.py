@@ -52,9 +52,9 @@ EXPERTS = "model:family=QWEN2MOE,experts=4,shared_experts=1"
     "line",
     [
         "ranks=4 layout:expert=4 stepping:offload,overlap_grad",
-        "ranks=4 layout:tensor=2,mode=msp,expert=2,expert_zero=1 stepping:offload",
+        "ranks=4 layout:tensor=2,mode=msp,expert=2,expert_tensor,expert_zero=1 stepping:offload",
         "ranks=2 layout:fsdp stepping:offload",
-        "ranks=4 layout:tensor=2,mode=isp,weight=2,pipeline=2,expert=2 stepping:offload,overlap_param",
+        "ranks=4 layout:tensor=2,mode=isp,weight=2,pipeline=2,expert_weight=2 stepping:offload,overlap_param",
         "ranks=4 layout:expert=2 stepping:grad_bf16,moments_bf16",
     ],
 )
@@ -63,20 +63,24 @@ def test_layouts_in_fp32(line: str, ranks: Ranks) -> None:
     assert_equal_to_one_process(f"{line} {EXPERTS}", ranks)
 
 
-@pytest.mark.parametrize("layout", ["expert=2", "expert=2,pipeline=2", "mode=isp,weight=2,expert=2", "fsdp", "zero=1"])
+@pytest.mark.parametrize(
+    "layout", ["expert=2", "expert=2,pipeline=2", "mode=isp,weight=2,expert_weight=2", "fsdp", "zero=1"]
+)
 def test_layouts_in_bf16_that_round_as_one_process_does(layout: str, ranks: Ranks) -> None:
     """Their first step: later ones may choose another expert."""
     world = 2 * Combination.parse(f"ranks=1 layout:{layout}").layout.pipeline
     assert_equal_to_one_process(f"ranks={world} layout:{layout} {EXPERTS},dtype=bfloat16", ranks, steps=1)
 
 
-@pytest.mark.parametrize("layout", ["expert=2", "tensor=2,mode=mtp,expert=2", "tensor=2,mode=isp,expert=2", "fsdp"])
+@pytest.mark.parametrize(
+    "layout", ["expert=2", "tensor=2,mode=mtp,expert=2", "tensor=2,mode=isp,expert_weight=2", "fsdp"]
+)
 def test_many_micro_batches(layout: str, ranks: Ranks) -> None:
     line = f"ranks=2 layout:{layout} {EXPERTS},dtype=float64 stepping:micro_batches=12 documents:masked=micro_batches"
     assert_equal_to_one_process(line, ranks)
 
 
-@pytest.mark.parametrize("layout", ["expert=4", "tensor=2,mode=mtp,expert=4", "tensor=2,mode=fsp,expert=2"])
+@pytest.mark.parametrize("layout", ["expert=4", "tensor=2,mode=mtp,expert=4", "tensor=2,mode=fsp,expert_tensor"])
 def test_no_token_has_a_label(layout: str, ranks: Ranks) -> None:
     """The losses of routers are all that there is."""
     assert_equal_to_one_process(f"ranks=4 layout:{layout} {EXPERTS},dtype=float64 documents:masked=all", ranks)

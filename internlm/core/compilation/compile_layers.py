@@ -16,6 +16,7 @@ from internlm.model.layer_protocol import RecomputableLayer
 from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.modules.projection_norm import ProjectionNorm
 from internlm.model.moe.experts import Experts
+from internlm.model.moe.feed_forward import MoeFeedForward
 from internlm.model.moe.router import Router
 from internlm.utils.cpp_extension import cpp_compiler, cpp_compilers
 from internlm.utils.errors import ConfigError
@@ -42,6 +43,7 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
     if cuda_graphs:
         graphs.prepare_passes(model)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    layout = parallel_of(model).context.layout
     for module in model.modules():
         if isinstance(module, ParallelGroupedLinear | ParallelLinear):
             # Not as a decorator of the class: importing the compiler takes a second, and most runs never compile.
@@ -54,6 +56,10 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
             module.sum_over_heads = torch.compiler.disable(module.sum_over_heads)
         if isinstance(module, LatentAttention) and module.share_key is not None:
             module.share_key = torch.compiler.disable(module.share_key)
+        if isinstance(module, MoeFeedForward) and layout.exchanges_tokens_of_experts:
+            # Exchanges are not compiled, and recomputation would see other pieces between them.
+            for name in ("take_tokens", "share_routing", "return_tokens"):
+                setattr(module, name, torch.compiler.disable(getattr(module, name)))
         if isinstance(module, Router | Experts):
             # Choices of experts are saved as one operator; numbers of tokens differ from call to call.
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]

@@ -99,6 +99,11 @@ class ParallelLayout:
         """Whether tensor ranks with the same tokens (mtp) route a part of them each, as each has a part of experts."""
         return self.splits_experts and self.tensor > 1 and self.mode == "mtp"
 
+    @property
+    def exchanges_tokens_of_experts(self) -> bool:
+        """Whether tensor ranks exchange tokens in front of and behind the experts of a layer."""
+        return self.expert_tensor > 1 or self.splits_tokens_of_routers
+
     def _split_by_zero(self, axis: str, size: int, zero: int) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
         zero = size if zero <= 0 else zero
         return {f"{axis}_replica": size // zero, "zero": zero}, {axis: (f"{axis}_replica", "zero")}
