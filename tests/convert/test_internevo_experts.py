@@ -126,7 +126,8 @@ def test_gshard_is_imported_with_its_capacity(tmp_path: Path) -> None:
     state = write(tmp_path / "old", model, Checkpoint("INTERNLM_MoE", section), Split(tp=2))
     imported = import_internevo(tmp_path / "old", storage_path(tmp_path / "new"))
     selection = selection_of(imported.config.model)
-    assert selection == Selection(Capacity(1.5, 1.0, 4, "choice", True), RouterNoise(0.01), balances_first=True)
+    assert selection == Selection(Capacity(1.5, 1.0, 4, "choice", True), balances_first=True)
+    assert selection.noise == RouterNoise(0.01)
     reader = TensorReader(imported.path)
     assert_same({name: reader.read(name) for name in reader.names()}, state)
 

@@ -40,12 +40,14 @@ BASE: dict[str, Any] = {
 }
 """A model of which most keys are in use."""
 
+GROUPS = {"n_group": 4, "topk_group": 2}
+
 EXPERTS: dict[str, Any] = {
     "model_type": "MIXTRALMOE",
     "model.hidden_size": 64,
     "model.num_experts": 8,
     "model.top_k": 2,
-    "model.moe_type": "Dropless",
+    "model.moe_type": "GShard",
     "model.moe_layer_kwargs": {"n_group": 4, "topk_group": 2},
 }
 """A mixture of experts, for the keys that a dense model does not read."""
@@ -77,6 +79,24 @@ OTHER: dict[str, dict[str, Any]] = {
     "model.mlp_ratio": {"model.mlp_ratio": 8.0},
     "model.adapt_hf": {"model.adapt_hf": False, "model.qk_interleaved": True},
     "model_type": {"model_type": "QWEN2"},
+    "model.moe_type": {"model.moe_type": "Dropless"},
+    "model.moe_layer_kwargs.capacity_factor": {"model.moe_layer_kwargs": GROUPS | {"capacity_factor": 1.5}},
+    "model.moe_layer_kwargs.eval_capacity_factor": {"model.moe_layer_kwargs": GROUPS | {"eval_capacity_factor": 1.5}},
+    "model.moe_layer_kwargs.min_capacity": {"model.moe_layer_kwargs": GROUPS | {"min_capacity": 2}},
+    "model.moe_layer_kwargs.drop_tokens": {"model.moe_layer_kwargs": GROUPS | {"drop_tokens": False}},
+    "model.moe_layer_kwargs.noisy_gate_policy": {"model.moe_layer_kwargs": GROUPS | {"noisy_gate_policy": "Jitter"}},
+    "model.moe_layer_kwargs.use_fused_gating": {
+        "model.top_k": 1,
+        "model.moe_layer_kwargs": GROUPS | {"use_fused_gating": False},
+    },
+    "model.moe_layer_kwargs.use_rts": {
+        "model.top_k": 1,
+        "model.moe_layer_kwargs": GROUPS | {"use_fused_gating": False, "use_rts": False},
+    },
+    "model.moe_layer_kwargs.drop_policy": {
+        "model.moe_type": "Dropless",
+        "model.moe_layer_kwargs": GROUPS | {"capacity_factor": 1.0, "drop_policy": "position"},
+    },
     "model.moe_layer_kwargs.group_score": {
         "model.moe_layer_kwargs": {"n_group": 4, "topk_group": 2, "group_score": "top2_sum"}
     },
@@ -91,8 +111,6 @@ NOT_FOR_THIS_FAMILY = {
     # Llamas refuse any value but their own; read with the other kinds of scaling below.
     *("model.add_unit_offset", "model.use_swiglu"),
     *("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor", "model.use_dynamic_ntk_rope"),
-    # One value works so far.
-    *("model.moe_type", "model.moe_layer_kwargs.drop_policy"),
 }
 
 

@@ -32,20 +32,20 @@ class Selection:
 
     Attributes:
         capacity: None: no token is dropped.
-        noise: in training.
+        noise: in training; two selections that differ in it compute the same function.
         balances_first: the balance loss counts the first choice of a token only.
         normalizes: whether the form of the router may normalize weights.
     """
 
     capacity: Capacity | None = None
-    noise: RouterNoise = field(default_factory=RouterNoise)
+    noise: RouterNoise = field(default_factory=RouterNoise, compare=False)
     balances_first: bool = False
     normalizes: bool = True
 
     @property
     def needs_positions(self) -> bool:
         """Whether the choice for a token depends on its position in the sample."""
-        return self != Selection(normalizes=self.normalizes, balances_first=self.balances_first)
+        return self.capacity is not None or self.noise != RouterNoise()
 
 
 def selection_of(config: ModelConfig) -> Selection:
