@@ -165,10 +165,11 @@ def ends_sent(held: RankParameters, step: TrainingStep) -> float:
 
 
 def weight_gathering_sent(parameter: HeldParameter, held: RankParameters, step: TrainingStep) -> float:
-    """Bytes that isp sends over the weight axis for a parameter and one micro-batch."""
-    if "weight" not in parameter.spec.sharded_over:
+    """Bytes that isp sends over the weight (or expert weight) axis for a parameter and one micro-batch."""
+    axis = {"weight": "weight", "expert": "expert_weight"}.get(parameter.spec.view)
+    if axis not in parameter.spec.sharded_over:
         return 0.0
-    w = held.context.size("weight", "weight")
+    w = held.context.size(axis, parameter.spec.view)
     numel = w * math.prod(parameter.spec.local_shape)
     gradient = step.options.reduce_dtype.itemsize if parameter.is_trained else 0
     if parameter.layer is None:
