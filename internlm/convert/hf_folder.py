@@ -18,6 +18,7 @@ from torch import Tensor
 
 from internlm.config.schema import ModelConfig
 from internlm.convert.lazy import TensorsOnRead, grouped_readers
+from internlm.convert.multi_token_copies import check_copies, with_multi_token_layers
 from internlm.convert.redundant import buffer_difference, is_buffer, tied_difference
 from internlm.convert.safetensors_file import TensorLocation, read_header, read_tensor
 from internlm.convert.torch_files import TorchFile
@@ -113,7 +114,7 @@ class HfFolder:
         Raises:
             ConfigError: the family or a feature is not supported.
         """
-        return from_hf_config(self.config, str(self.path / CONFIG))
+        return with_multi_token_layers(from_hf_config(self.config, str(self.path / CONFIG)), self.config, self.entries)
 
     @property
     def layout(self) -> Layout:
@@ -203,8 +204,10 @@ class HfWeights:
         entries = {name: entry for name, entry in folder.entries.items() if not is_buffer(name)}
         if folder.config.get("num_nextn_predict_layers"):
             # Layers of multi-token prediction, which follow those of the model.
-            num_layers = architecture.num_layers
+            num_layers = architecture.num_layers + architecture.num_multi_token
             entries = {name: entry for name, entry in entries.items() if _layer_of(name) < num_layers}
+        for name in check_copies(folder.read, entries, architecture, str(folder.path)):
+            del entries[name]
         self._check_buffers([name for name in folder.entries if is_buffer(name)])
         groups = weight_groups(meta_weights(architecture), architecture, self._layout)
         needed = {name: tensor for group in groups for name, tensor in group.theirs.items()}

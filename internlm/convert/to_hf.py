@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +23,7 @@ from internlm.config.schema import Config
 from internlm.convert.from_hf import architecture_of
 from internlm.convert.hf_folder import CONFIG, HF_FILES, SAFETENSORS, SAFETENSORS_INDEX, meta_weights
 from internlm.convert.lazy import grouped_readers
+from internlm.convert.multi_token_copies import copies, has_multi_token_form
 from internlm.convert.safetensors_file import shard, write_safetensors
 from internlm.convert.tokenizer_files import (
     TokenizerFiles,
@@ -137,6 +139,14 @@ def _write(
 ) -> None:
     config = read_config(checkpoint)
     architecture = architecture_of(config)
+    if architecture.num_multi_token and not has_multi_token_form(architecture):
+        logger.warning(
+            "%s: left out: the %d layer(s) that predict later tokens, which the files of %s do not have",
+            checkpoint,
+            architecture.num_multi_token,
+            config.model_type,
+        )
+        architecture = dataclasses.replace(architecture, num_multi_token=0)
     values = _config_json(config, architecture, layout)
     if architecture.experts is not None and architecture.experts.selection.capacity is not None:
         logger.warning(
@@ -170,8 +180,12 @@ def hf_tensors(
     Raises:
         CheckpointError: the weights of the checkpoint do not fit its own config.
     """
-    stored = {name: reader.entries[f"{MODEL_PREFIX}{name}"] for name in reader.names()}
     weights = meta_weights(architecture)
+    stored = {
+        name: reader.entries[f"{MODEL_PREFIX}{name}"]
+        for name in reader.names()
+        if name in weights or not _follows_the_model(name, architecture)
+    }
     problems = [f"'{name}' is missing" for name in weights if name not in stored]
     problems += [f"'{name}' is not a weight of this model" for name in stored if name not in weights]
     problems += [
@@ -200,11 +214,18 @@ def hf_tensors(
     def read(name: str) -> Tensor:
         return finite(readers[name](), name, f"'{reader.path}'", dtype_of(name))
 
-    return {
+    tensors = {
         name: LazyTensor(tuple(tensor.shape), dtype_of(name) or tensor.dtype, partial(read, name))
         for group in groups
         for name, tensor in group.theirs.items()
     }
+    return tensors | {copy: tensors[original] for copy, original in copies(architecture)}
+
+
+def _follows_the_model(name: str, architecture: Architecture) -> bool:
+    """Whether a weight is of a layer that predicts later tokens."""
+    part = name.split(".")
+    return part[0] == "layers" and int(part[1]) >= architecture.num_layers
 
 
 def _config_json(config: Config, architecture: Architecture, layout: LayoutChoice) -> dict[str, Any]:

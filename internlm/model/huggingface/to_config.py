@@ -130,6 +130,9 @@ def transformers_config_json(architecture: Architecture, model_type: str = "") -
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     values = hf_config(architecture, model_type).to_diff_dict()
+    if architecture.num_multi_token:
+        names = {"num_nextn_predict_layers", *({"num_mtp_layers"} & values.keys())}
+        values |= dict.fromkeys(names, architecture.num_multi_token)
     values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]]]
     if values["model_type"] == "qwen3_moe":
         # The only name that version 4 reads.

@@ -55,6 +55,10 @@ _INNER = {
     "feed_forward.shared.w2": "mlp.shared_expert.down_proj",
     "feed_forward.shared.w3": "mlp.shared_expert.up_proj",
     "feed_forward.shared_gate": "mlp.shared_expert_gate",
+    "enorm": "enorm",
+    "hnorm": "hnorm",
+    "eh_proj": "eh_proj",
+    "norm": "shared_head.norm",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }

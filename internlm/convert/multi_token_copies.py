@@ -1,0 +1,78 @@
+"""Layers that predict later tokens in Hugging Face folders: as in DeepSeek-V3's, with copies of embedding and head.
+
+Layer m of them is `model.layers.{L + m - 1}` of a model of L layers. Besides a decoder layer it has `enorm`, `hnorm`,
+`eh_proj` `[h, 2h]` (columns of the embedding first) and `shared_head.norm`. transformers does not read these layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from internlm.convert.redundant import tied_difference
+from internlm.model.architecture import Architecture
+from internlm.model.huggingface.expert_config import mixture_kind
+from internlm.model.huggingface.from_config import HfModel
+from internlm.utils.errors import CheckpointError
+
+_KEY = "num_nextn_predict_layers"
+_FAMILIES = ("DEEPSEEK_V3", "KIMI_K2", "GLM4_MOE")
+
+
+def with_multi_token_layers(model: HfModel, config: Mapping[str, Any], names: Collection[str]) -> HfModel:
+    """The model of a config.json, with the layers that predict later tokens if the folder has them.
+
+    Args:
+        model: of the config.json.
+        config: its content.
+        names: of the tensors in the folder.
+    """
+    number = config.get(_KEY) or 0
+    if number and model.model_type in _FAMILIES and f"model.layers.{model.keys['num_layers']}.eh_proj.weight" in names:
+        notices = tuple(notice for notice in model.notices if not notice.startswith(_KEY))
+        return dataclasses.replace(model, keys={**model.keys, _KEY: number}, notices=notices)
+    return model
+
+
+def has_multi_token_form(architecture: Architecture) -> bool:
+    """Whether the family's files have layers that predict later tokens."""
+    return mixture_kind(architecture) in ("deepseek_v3", "glm4_moe")
+
+
+def copies(architecture: Architecture) -> Iterator[tuple[str, str]]:
+    """(name of a copy, name of its original) in DeepSeek-V3's files."""
+    head = "model.embed_tokens.weight" if architecture.tie_word_embeddings else "lm_head.weight"
+    for layer in architecture.multi_token_layers:
+        yield f"model.layers.{layer}.embed_tokens.weight", "model.embed_tokens.weight"
+        yield f"model.layers.{layer}.shared_head.head.weight", head
+
+
+def check_copies(
+    read: Callable[[str], Tensor], names: Collection[str], architecture: Architecture, where: str
+) -> list[str]:
+    """The copies of embedding and head in a folder, after comparison with them.
+
+    Args:
+        read: reads a tensor of the folder.
+        names: of its tensors.
+        architecture: of the model.
+        where: the folder, for messages.
+
+    Raises:
+        CheckpointError: a copy differs: the layers of this package share embedding and head with the model.
+    """
+    found = []
+    for copy, original in copies(architecture):
+        if copy not in names or original not in names:
+            continue
+        difference = tied_difference(read(copy), read(original))
+        if difference is not None:
+            raise CheckpointError(
+                f"'{where}': '{copy}' must be a copy of '{original}', but {difference}; remove {_KEY} from config.json "
+                "to import the model without these layers"
+            )
+        found.append(copy)
+    return found
