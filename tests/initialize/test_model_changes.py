@@ -40,17 +40,49 @@ BASE: dict[str, Any] = {
 }
 """A model of which most keys are in use."""
 
-GROUPS = {"n_group": 4, "topk_group": 2}
-
 EXPERTS: dict[str, Any] = {
     "model_type": "MIXTRALMOE",
     "model.hidden_size": 64,
     "model.num_experts": 8,
     "model.top_k": 2,
-    "model.moe_type": "GShard",
+    "model.moe_type": "Dropless",
     "model.moe_layer_kwargs": {"n_group": 4, "topk_group": 2},
 }
 """A mixture of experts, for the keys that a dense model does not read."""
+
+LATENT: dict[str, Any] = {
+    "model_type": "DEEPSEEK_V3",
+    "model.hidden_size": 64,
+    "model.q_lora_rank": 16,
+    "model.kv_lora_rank": 16,
+    "model.qk_nope_head_dim": 8,
+    "model.qk_rope_head_dim": 8,
+    "model.v_head_dim": 8,
+    "model.rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+}
+"""Multi-head latent attention."""
+
+_OF_EXPERTS = ("moe_", "num_experts", "top_k", "num_shared_experts", "first_k_dense_replace", "mlp_only_layers")
+_OF_LATENT = (
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_scaling.mscale",
+)
+
+GSHARD: dict[str, Any] = EXPERTS | {"model.moe_type": "GShard", "model.top_k": 1, "model.moe_layer_kwargs": {}}
+
+OWN_BASE: dict[str, dict[str, Any]] = {
+    # Keys that need company.
+    "model.moe_layer_kwargs.use_fused_gating": GSHARD,
+    "model.moe_layer_kwargs.use_rts": GSHARD | {"model.moe_layer_kwargs": {"use_fused_gating": False}},
+    "model.moe_layer_kwargs.drop_tokens": GSHARD,
+    "model.moe_layer_kwargs.min_capacity": GSHARD,
+    "model.moe_layer_kwargs.eval_capacity_factor": GSHARD,
+    "model.moe_layer_kwargs.drop_policy": EXPERTS | {"model.moe_layer_kwargs": {"capacity_factor": 2.0}},
+}
 
 OTHER: dict[str, dict[str, Any]] = {
     # Where another value is not found by itself, or needs a company.
@@ -79,30 +111,25 @@ OTHER: dict[str, dict[str, Any]] = {
     "model.mlp_ratio": {"model.mlp_ratio": 8.0},
     "model.adapt_hf": {"model.adapt_hf": False, "model.qk_interleaved": True},
     "model_type": {"model_type": "QWEN2"},
-    "model.moe_type": {"model.moe_type": "Dropless"},
-    "model.moe_layer_kwargs.capacity_factor": {"model.moe_layer_kwargs": GROUPS | {"capacity_factor": 1.5}},
-    "model.moe_layer_kwargs.eval_capacity_factor": {"model.moe_layer_kwargs": GROUPS | {"eval_capacity_factor": 1.5}},
-    "model.moe_layer_kwargs.min_capacity": {"model.moe_layer_kwargs": GROUPS | {"min_capacity": 2}},
-    "model.moe_layer_kwargs.drop_tokens": {"model.moe_layer_kwargs": GROUPS | {"drop_tokens": False}},
-    "model.moe_layer_kwargs.noisy_gate_policy": {"model.moe_layer_kwargs": GROUPS | {"noisy_gate_policy": "Jitter"}},
-    "model.moe_layer_kwargs.use_fused_gating": {
-        "model.top_k": 1,
-        "model.moe_layer_kwargs": GROUPS | {"use_fused_gating": False},
-    },
-    "model.moe_layer_kwargs.use_rts": {
-        "model.top_k": 1,
-        "model.moe_layer_kwargs": GROUPS | {"use_fused_gating": False, "use_rts": False},
-    },
-    "model.moe_layer_kwargs.drop_policy": {
-        "model.moe_type": "Dropless",
-        "model.moe_layer_kwargs": GROUPS | {"capacity_factor": 1.0, "drop_policy": "position"},
-    },
     "model.moe_layer_kwargs.group_score": {
         "model.moe_layer_kwargs": {"n_group": 4, "topk_group": 2, "group_score": "top2_sum"}
     },
     "model.moe_layer_kwargs.scoring_func": {
         "model.moe_layer_kwargs": {"n_group": 4, "topk_group": 2, "scoring_func": "sigmoid"}
     },
+    "model.moe_layer_kwargs.eval_capacity_factor": {"model.moe_layer_kwargs.eval_capacity_factor": 2.0},
+    "model.moe_layer_kwargs.min_capacity": {"model.moe_layer_kwargs.min_capacity": 8},
+    "model.moe_layer_kwargs.drop_tokens": {"model.moe_layer_kwargs.drop_tokens": False},
+    "model.moe_layer_kwargs.drop_policy": {
+        "model.moe_layer_kwargs": {"capacity_factor": 2.0, "drop_policy": "position"}
+    },
+    "model.moe_layer_kwargs.noisy_gate_policy": {"model.moe_layer_kwargs.noisy_gate_policy": "Jitter"},
+    "model.moe_type": {"model.moe_type": "MegaBlock"},
+    "model.first_k_dense_replace": {"model.first_k_dense_replace": 1},
+    "model.mlp_only_layers": {"model.mlp_only_layers": [1]},
+    "model.partial_rotary_factor": {"model.partial_rotary_factor": 0.5},
+    "model.rope_scaling.mscale": {"model.rope_scaling.mscale": 0.5},
+    "model.rope_scaling.mscale_all_dim": {"model.rope_scaling.mscale_all_dim": 0.5},
     "model.moe_layer_kwargs.n_group": {"model.moe_layer_kwargs": {"n_group": 2, "topk_group": 2}},
     "model.moe_layer_kwargs.topk_group": {"model.moe_layer_kwargs": {"n_group": 4, "topk_group": 3}},
 }
@@ -126,6 +153,11 @@ def another_value(path: str, config: Config) -> dict[str, Any]:
     return {path: value * 2 if value else 0.5 if isinstance(value, float) else 1}
 
 
+def _base_of(path: str) -> dict[str, Any]:
+    name = path.removeprefix("model.")
+    return EXPERTS if name.startswith(_OF_EXPERTS) else LATENT if name.startswith(_OF_LATENT) else BASE
+
+
 def keys_in_use() -> Iterator[tuple[str, bool]]:
     for path, field in walk_schema(Config):
         info = key_info(field)
@@ -139,8 +171,7 @@ def keys_in_use() -> Iterator[tuple[str, bool]]:
 
 @pytest.mark.parametrize("path, changes_outputs", list(keys_in_use()))
 def test_what_a_key_says_is_what_it_does(path: str, changes_outputs: bool) -> None:
-    is_of_experts = path.startswith(("model.moe_", "model.num_experts", "model.top_k", "model.num_shared_experts"))
-    keys = EXPERTS if is_of_experts else BASE
+    keys = OWN_BASE.get(path) or _base_of(path)
     base = small_config(copy.deepcopy(keys))
     other = small_config(copy.deepcopy(keys) | another_value(path, base))
     before, after = (build_meta_model(config).architecture.function for config in (base, other))  # type: ignore[union-attr,operator]
