@@ -6,6 +6,7 @@ Everything is computed from the config in a single process, for any number of ra
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Sequence
 
@@ -18,9 +19,12 @@ from internlm.core.scheduler.schedules import PipelineSchedule
 from internlm.core.scheduler.simulator import simulate
 from internlm.core.scheduler.timeline import Timeline
 from internlm.core.scheduler.timeline_drawing import draw_png, draw_text
+from internlm.estimate.dimensions import ModelDimensions
+from internlm.estimate.expert_layers import RoutedTokens, exchanged_rows_sent, gathered_experts_sent
+from internlm.initialize.activation_memory import estimated_architecture
 from internlm.initialize.build import build_layout, check_buildable
 from internlm.initialize.rank_estimates import RankEstimate, estimate_ranks
-from internlm.initialize.stages import build_pipeline_schedule
+from internlm.initialize.stages import build_meta_model, build_pipeline_schedule, reduce_dtype
 from internlm.utils.errors import UserError
 from internlm.utils.paths import local_path
 from internlm.utils.text_table import text_table
@@ -121,16 +125,53 @@ def describe_stages(config: Config, layout: ParallelLayout, schedule: PipelineSc
     lines = [title, *_stage_table(head, rows, placement.num_ranks, "><<"), ""]
 
     estimate = estimate_ranks(config, layout, schedule, [rank])[0]
-    return "\n".join([*lines, *_describe_traffic(rank, estimate)])
+    return "\n".join([*lines, *_describe_experts(config, layout, rank), *_describe_traffic(rank, estimate)])
+
+
+def _describe_experts(config: Config, layout: ParallelLayout, rank: int) -> list[str]:
+    """Experts and rows of a rank, and which costs fewer bytes: sending rows, or gathering weights."""
+    architecture = estimated_architecture(build_meta_model(config))
+    if architecture is None or architecture.experts is None:
+        return []
+    dimensions, experts = ModelDimensions.of(architecture), architecture.experts
+    form, num_layers = experts.form, len(experts.layers(architecture.num_layers))
+    tokens = config.data.seq_len * config.data.micro_bsz
+    routed = RoutedTokens.of(dimensions, layout, tokens)
+    lines = [
+        f"experts: {form.num_experts} in each of {num_layers} layer(s), {form.num_experts // layout.expert} of them on "
+        f"a rank; {form.top_k} for each token",
+        f"per layer and micro-batch, rank {rank} routes {routed.tokens:,.0f} tokens, and its experts compute",
+        f"{routed.rows:,.0f} rows if all get equally many, at most {routed.most_rows:,.0f}",
+    ]
+    ranks = layout.expert if layout.expert > 1 else math.gcd(form.num_experts, layout.world_size // layout.pipeline)
+    if ranks == 1:
+        return [*lines, ""]
+    policy = config.model.checkpoint_save_policy if config.model.num_recomputed else "everything"
+    own = tokens / layout.tensor
+    rows = exchanged_rows_sent(dimensions, form.top_k * own, ranks, policy)
+    weights = gathered_experts_sent(dimensions, ranks, policy, reduce_dtype(config).itemsize)
+    return [
+        *lines,
+        f"with experts on {ranks} ranks (parallel.expert), it sends {_bytes(rows)} of rows;",
+        f"with gathered ones (parallel.expert_weight, FSDP), {_bytes(weights)} of weights and gradients:",
+        f"{'rows' if rows < weights else 'weights'} are cheaper; rows are, up to "
+        f"{own * weights / rows:,.0f} tokens per rank",
+        "",
+    ]
 
 
 def _describe_traffic(rank: int, estimate: RankEstimate) -> list[str]:
     """Peak activation memory, and bytes sent per step by axis; what is unknown about a model's layers."""
     if estimate.sent is None or estimate.activations is None:
         return ["activations and bytes sent are not estimated for the layers of this model", ""]
+    worst = []
+    if estimate.worst_activations is not None:
+        size = _bytes(estimate.worst_activations)
+        worst.append(f"if all experts get equally many tokens; {size} if its experts get those of all ranks")
     by_axis = [f"{axis} {_bytes(size)}" for axis, size in vars(estimate.sent).items() if size]
     return [
         f"rank {rank} holds at most {_bytes(estimate.activations)} of activations in its layers",
+        *worst,
         f"rank {rank} sends {_bytes(estimate.sent.all_bytes)} per step ({', '.join(by_axis) or 'nothing'})",
         "",
     ]

@@ -6,10 +6,11 @@ memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.estimate.dimensions import ModelDimensions
+from internlm.estimate.expert_layers import RoutedTokens, expert_bytes
 from internlm.estimate.flops import attention_flops_per_token
 from internlm.model.recompute import SavePolicy
 
@@ -25,18 +26,50 @@ class LayerActivations:
         layout: layout of all ranks.
         tokens: tokens of a micro-batch, before they are split over ranks.
         row_length: tokens of a row, the largest distance over which attention reaches.
+        has_experts: the feed-forward block of the layer routes tokens to experts.
+        is_worst: all tokens of all ranks go to the experts of this rank, as far as they can; otherwise every expert
+            gets equally many.
     """
 
     dimensions: ModelDimensions
     layout: ParallelLayout
     tokens: int
     row_length: int
+    has_experts: bool = False
+    is_worst: bool = False
+
+    def of(self, layer: int) -> LayerActivations:
+        """The activations of the layer with this number."""
+        return replace(self, has_experts=self.dimensions.has_experts(layer))
 
     def saved_bytes(self, policy: SavePolicy) -> float:
         """Bytes that the layer saves for backward.
 
         Assumes attention kernels that save the softmax statistics; the blockwise kernel on the CPU saves none.
         """
+        return self._saved_by_dense_blocks(policy) + self._saved_by_experts(policy)
+
+    def _saved_by_experts(self, policy: SavePolicy) -> float:
+        """Bytes of the router and the routed experts, and of the sum of their outputs with that of shared ones."""
+        if not self.has_experts:
+            return 0.0
+        routed = RoutedTokens.of(self.dimensions, self.layout, self.tokens)
+        residual_tokens = self.tokens / self._residual_split
+        return expert_bytes(self.dimensions, self.layout, routed, residual_tokens, policy, is_worst=self.is_worst)
+
+    @property
+    def _width(self) -> int:
+        """Width of the dense feed-forward network, or of the shared experts in its place; 0: there are none."""
+        experts = self.dimensions.experts
+        return experts.shared_width if self.has_experts and experts else self.dimensions.intermediate_size
+
+    @property
+    def _num_blocks(self) -> int:
+        """Attention, and the dense feed-forward network if there is one."""
+        return 2 if self._width else 1
+
+    def _saved_by_dense_blocks(self, policy: SavePolicy) -> float:
+        """Bytes of the layer without its routed experts."""
         m, t, size = self.dimensions, self.layout.tensor, self.dimensions.dtype.itemsize
         residual = m.hidden_size / self._residual_split * m.residual_dtype.itemsize
         if policy == "nothing":
@@ -52,16 +85,16 @@ class LayerActivations:
             else:
                 by_head = m.head_dim + m.latent.plain_dim + m.value_dim
                 projected = m.latent_rows / self._residual_split + m.num_heads * by_head / t
-            columns = projected + 2 * m.intermediate_size / t
+            columns = projected + 2 * self._width / t
             # Row layers of isp output a shard of the tokens; those of the other modes a partial sum for all tokens.
-            rows = 2 * m.hidden_size / (t if self.layout.is_isp else 1)
+            rows = self._num_blocks * m.hidden_size / (t if self.layout.is_isp else 1)
             return self.tokens * (residual + attention + (columns + rows) * size)
         kv_heads = max(m.num_kv_heads, t)
         if m.latent is not None:
             return self._saved_bytes_of_latent(residual, attention)
         statistics = (2 if m.norm_type == "layernorm" else 1) * _FLOAT32
-        inputs = 2 * m.hidden_size / (1 if self.layout.mode == "msp" else self._residual_split) * size
-        inner = ((m.num_heads + 2 * kv_heads) * m.head_dim + 3 * m.intermediate_size) / t * size
+        inputs = self._num_blocks * m.hidden_size / (1 if self.layout.mode == "msp" else self._residual_split) * size
+        inner = ((m.num_heads + 2 * kv_heads) * m.head_dim + 3 * self._width) / t * size
         if self.layout.is_isp and t > 1:
             # The output of attention is saved by attention and, after the all-to-all, by wo.
             inner += m.num_heads * m.head_dim / t * size
@@ -83,7 +116,7 @@ class LayerActivations:
         assert shape is not None
         gathered = 1 if self.layout.mode == "msp" else split
         # Of the projections to latent vectors and of the feed-forward network; direct queries gather theirs.
-        inputs = m.hidden_size * (1 / split + 1 / gathered)
+        inputs = m.hidden_size * (1 / split + (self._num_blocks - 1) / gathered)
         if shape.q_rank is None and gathered != split:
             inputs += m.hidden_size / gathered
         # Latent vectors before and behind their norms, which save a number for each token.
@@ -99,7 +132,7 @@ class LayerActivations:
         if is_cut or (self.layout.is_isp and t > 1):
             # The input of wo is another tensor than the output of the kernel.
             by_head += m.value_dim
-        inner = (m.num_heads * by_head + 3 * m.intermediate_size) / t
+        inner = (m.num_heads * by_head + 3 * self._width) / t
         return self.tokens * (2 * residual + (inputs + inner) * size + num_norms * _FLOAT32 / split + attention)
 
     def recomputed_flops(self, policy: SavePolicy, window: int | None) -> float:
@@ -111,11 +144,14 @@ class LayerActivations:
         """
         if policy in ("everything", "matmuls"):
             return 0.0
-        gemms = 2.0 * self.tokens * self.dimensions.layer_parameters / self.layout.tensor
+        m, t = self.dimensions, self.layout.tensor
+        gemms = 2.0 * self.tokens * (m.attention_parameters + 3 * m.hidden_size * self._width) / t
+        if self.has_experts:
+            routed = m.feed_forward_parameters - 3 * m.hidden_size * self._width
+            gemms += 2.0 * RoutedTokens.of(m, self.layout, self.tokens).tokens * routed
         if self.layout.mode == "mtp":
             # Every rank computes the latent vectors of all tokens.
-            own = 1 - 1 / self.layout.tensor
-            gemms += 2.0 * self.tokens * self.dimensions.hidden_size * self.dimensions.latent_rows * own
+            gemms += 2.0 * self.tokens * m.hidden_size * m.latent_rows * (1 - 1 / t)
         if policy == "attention":
             return gemms
         attention = attention_flops_per_token(self.dimensions, self.row_length, window, "causal")

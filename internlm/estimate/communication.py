@@ -1,9 +1,9 @@
 """Bytes that a rank sends in one optimizer step, by axis.
 
 Of n bytes, an all-gather or a reduce-scatter over k ranks sends `n (k-1)/k`, an all-reduce twice that; an all-to-all of
-n bytes on each rank sends `n (k-1)/k`. Not counted: padding of flat buffers, and scalars (token counts, metrics, the
-gradient norm, scales of float8, run control). tests/estimate/test_bytes_sent.py compares these functions with the calls
-of torch.distributed in a training step.
+n bytes on each rank sends `n (k-1)/k`. Not counted: padding of flat buffers, the numbers of tokens of experts, and
+scalars (token counts, metrics, the gradient norm, scales of float8, run control). tests/estimate/test_bytes_sent.py
+compares these functions with the calls of torch.distributed in a training step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from internlm.core.scheduler.actions import Action
 from internlm.core.scheduler.communication import message_from
 from internlm.core.scheduler.stage_placement import Placement
 from internlm.estimate.dimensions import ModelDimensions
+from internlm.estimate.expert_layers import RoutedTokens, exchanged_rows_sent
 from internlm.estimate.parameters import HeldParameter, RankParameters
 from internlm.model.recompute import SavePolicy
 from internlm.solver.optimizer.state_form import StateForm
@@ -32,15 +33,17 @@ class BytesSent:
 
     Attributes:
         tensor: activations and their gradients, gradients of replicated weights, and the loss, over the tensor ranks.
-        weight: weights and gradients over the weight ranks of isp.
+        weight: weights and gradients over the weight ranks of isp, and the expert weight ranks.
         data: gradients and weights over the data ranks: hybrid ZeRO and FSDP.
         pipeline: activations and gradients between stages, and gradients of a tied embedding between the ends.
+        expert: tokens for the experts of other ranks, and their results, if all experts get equally many.
     """
 
     tensor: float = 0.0
     weight: float = 0.0
     data: float = 0.0
     pipeline: float = 0.0
+    expert: float = 0.0
 
     @property
     def all_bytes(self) -> float:
@@ -95,7 +98,14 @@ def bytes_sent(held: RankParameters, step: TrainingStep, actions: Sequence[Actio
     """
     context, m = held.context, step.num_micro_batches
     layers = [layer for chunk in held.layers for layer in chunk]
-    tensor = sum(layer_activations_sent(held, step, step.policies[layer]) for layer in layers)
+    has_experts = step.dimensions.has_experts
+    tensor = sum(
+        layer_activations_sent(held, step, step.policies[layer], has_experts=has_experts(layer)) for layer in layers
+    )
+    expert = 0.0
+    for layer in filter(has_experts, layers):
+        rows = RoutedTokens.of(step.dimensions, context.layout, step.tokens).rows
+        expert += exchanged_rows_sent(step.dimensions, rows, context.layout.expert, step.policies[layer])
     tensor += ends_sent(held, step)
     weight = sum(weight_gathering_sent(parameter, held, step) for parameter in held.parameters)
     data = sum(fsdp_sent(parameter, held, step) for parameter in held.parameters)
@@ -110,10 +120,13 @@ def bytes_sent(held: RankParameters, step: TrainingStep, actions: Sequence[Actio
         weight=m * weight + synchronized["weight"],
         data=m * data + synchronized["data"],
         pipeline=num_messages * stage_message_bytes(held, step) + synchronized["pipeline"],
+        expert=m * expert,
     )
 
 
-def layer_activations_sent(held: RankParameters, step: TrainingStep, policy: SavePolicy) -> float:
+def layer_activations_sent(
+    held: RankParameters, step: TrainingStep, policy: SavePolicy, *, has_experts: bool = False
+) -> float:
     """Bytes that a layer sends over the tensor axis for one micro-batch, including those of recomputation."""
     layout, m = held.context.layout, step.dimensions
     t, size = layout.tensor, m.dtype.itemsize
@@ -129,16 +142,40 @@ def layer_activations_sent(held: RankParameters, step: TrainingStep, policy: Sav
         heads = (m.num_heads + max(m.num_kv_heads, t)) * (m.head_dim + m.value_dim)
         one_way = all_gather_bytes(step.tokens / t * heads * size, t)
         return one_way * (3 if is_recomputed else 2)
+    shared_width = m.experts.shared_width if has_experts and m.experts is not None else 0
+    # A dense feed-forward network or shared experts, and parts of experts for the tokens of all ranks.
+    num_dense, num_parts = int(not has_experts or shared_width > 0), int(has_experts and layout.expert_tensor > 1)
+    # Recomputation repeats the reductions after wo; after w2, if a gate is multiplied with its result; and after
+    # experts, if shared ones follow.
+    is_gated = shared_width > 0 and m.experts is not None and m.experts.shared_mix != "sum"
+    repeated = 1 + int(is_gated) + (num_parts if shared_width else 0) if is_recomputed else 0
+    choices = _choices_sent(step, t, is_recomputed) if num_parts else 0.0
     if layout.mode == "mtp":
-        # In forward the outputs of wo and w2, in backward the input gradients; recomputation repeats that of wo.
-        return all_reduce_bytes(residual * (4 if is_recomputed else 3) + attention + key, t)
-    # Gathers and reduce-scatters, in forward and backward; recomputation repeats the reduce-scatter of wo.
-    exchanged = residual * (7 if is_recomputed else 6) + 2 * attention + 2 * key
-    exchanged += key if is_recomputed else 0
-    if layout.mode == "msp":
-        return all_gather_bytes(exchanged + (residual + attention if is_recomputed else 0), t)
+        # In forward the outputs of wo and w2, in backward the input gradients.
+        sent = all_reduce_bytes(residual * (1 + 2 * (num_dense + num_parts) + repeated) + attention + key, t)
+        if has_experts and layout.splits_tokens_of_routers and not num_parts:
+            # The gradients of all parts are summed, and their results gathered, again if shared experts follow.
+            num_gathers = 2 if is_recomputed and shared_width else 1
+            sent += all_reduce_bytes(residual, t) + num_gathers * all_gather_bytes(residual, t)
+        return sent + choices
+    # Gathers and reduce-scatters, in forward and backward.
+    exchanged = residual * (2 + 4 * (num_dense + num_parts) + repeated) + 2 * attention + 2 * key
+    exchanged += key + residual * num_parts if is_recomputed else 0
+    inputs = residual * num_dense + attention
     gathers = 2 if policy in ("attention", "nothing") else 1
-    return all_gather_bytes(exchanged + gathers * (residual + attention), t)
+    if layout.mode == "msp":
+        gathers = 1 if is_recomputed else 0
+    return all_gather_bytes(exchanged + gathers * inputs, t) + choices
+
+
+def _choices_sent(step: TrainingStep, ranks: int, is_recomputed: bool) -> float:
+    """Bytes of the experts of each token and their weights, which the ranks that split experts gather."""
+    experts = step.dimensions.experts
+    assert experts is not None
+    weights = max(_FLOAT32, step.dimensions.dtype.itemsize)
+    # Weights are gathered, again in recomputation, and their gradients reduced.
+    per_choice = _INT64 + weights * (3 if is_recomputed else 2)
+    return all_gather_bytes(step.tokens * experts.form.top_k * per_choice, ranks)
 
 
 def ends_sent(held: RankParameters, step: TrainingStep) -> float:

@@ -128,6 +128,10 @@ class ModelDimensions:
         later = self.num_multi_token * (last + 2 * self.hidden_size**2 + self.head_parameters)
         return layers + self.head_parameters + later
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward block of a layer routes tokens to experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
     def window(self, layer: int) -> int | None:
         """Attention window of a layer in tokens; None for full attention."""
         return self.windows[layer] if self.windows else None

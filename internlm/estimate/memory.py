@@ -87,10 +87,10 @@ def peak_activations(
     Args:
         actions: the rank's actions in a step, in order.
         chunk_layers: layers of each of its chunks.
-        activations: activations of a layer.
+        activations: of any of these layers.
         policies: save policy of each of these layers, by layer number.
     """
-    chunks = [sum(activations.saved_bytes(policies[layer]) for layer in layers) for layers in chunk_layers]
+    chunks = [sum(activations.of(layer).saved_bytes(policies[layer]) for layer in layers) for layers in chunk_layers]
     live = peak = 0.0
     for action in actions:
         if action.kind is ActionKind.FORWARD:

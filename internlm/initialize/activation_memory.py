@@ -24,6 +24,9 @@ from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+ESTIMATED_KINDS = {"standard", "experts"}
+"""Names of the kinds of layers whose activations and bytes sent have an estimate."""
+
 
 def check_activations(
     config: Config, model: nn.Module, layout: ParallelLayout, placement: Placement, stages: Sequence[range]
@@ -113,14 +116,15 @@ def _plan(
 
 
 def estimated_architecture(model: nn.Module) -> Architecture | None:
-    """The architecture of a model, or None if its activations cannot be estimated (non-standard or further layers)."""
-    if not isinstance(model, DescribedModel) or model.architecture.layer_kinds or model.architecture.num_multi_token:
+    """The architecture of a model, or None if its activations cannot be estimated (layers of other kinds)."""
+    if not isinstance(model, DescribedModel) or model.architecture.num_multi_token:
         return None
-    return model.architecture
+    kinds = {kind.name for kind in model.architecture.layer_kinds.values()}
+    return model.architecture if kinds <= ESTIMATED_KINDS else None
 
 
 def layer_activations(config: Config, dimensions: ModelDimensions, layout: ParallelLayout) -> LayerActivations:
-    """Activations of one layer for one micro-batch of the config."""
+    """Activations of a dense layer for one micro-batch of the config; `of` has those of any layer."""
     data = config.data
     return LayerActivations(dimensions, layout, data.seq_len * data.micro_bsz, data.seq_len)
 

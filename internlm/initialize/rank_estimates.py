@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -29,12 +29,14 @@ class RankEstimate:
         memory: bytes of weights, gradients and optimizer states.
         activations: peak bytes of its layers' activations during a step; None if the model's layers are unknown.
         sent: bytes that it sends per step; None if the model's layers are unknown.
+        worst_activations: like `activations`, if all tokens choose experts of this rank; None without experts.
     """
 
     parameters: RankParameters
     memory: RankMemory
     activations: float | None
     sent: BytesSent | None
+    worst_activations: float | None = None
 
 
 def estimate_ranks(
@@ -90,6 +92,9 @@ def estimate_ranks(
         actions = schedule.actions[parameters.context.index("pipeline")]
         one_layer = layer_activations(config, dimensions, layout)
         activations = peak_activations(actions, parameters.layers, one_layer, policies)
+        worst = None
+        if dimensions.experts is not None:
+            worst = peak_activations(actions, parameters.layers, replace(one_layer, is_worst=True), policies)
         sent = bytes_sent(parameters, step, actions, schedule.placement)
-        estimates.append(RankEstimate(parameters, memory, activations, sent))
+        estimates.append(RankEstimate(parameters, memory, activations, sent, worst))
     return estimates

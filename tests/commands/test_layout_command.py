@@ -154,3 +154,32 @@ def test_mistakes_end_with_code_2_and_their_name(
 )
 def test_ranks_in_few_characters(ranks: list[int], text: str) -> None:
     assert format_ranks(ranks) == text
+
+
+EXPERTS = """
+model_type = "QWEN3MOE"
+model.update(num_experts=128, top_k=8, moe_type="Dropless", hidden_size=2048, moe_intermediate_size=768, num_layers=4)
+data.update(seq_len=4096, micro_bsz=1)
+parallel = dict(expert=dict(size=8))
+"""
+
+
+def test_experts_are_shown_with_what_they_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = layout(capsys, write_config(tmp_path, EXPERTS), "--world-size", 16, "--set", "model.dtype=torch.bfloat16")
+    first = next(number for number, line in enumerate(lines) if line.startswith("experts: "))
+    assert max(map(len, lines[first:])) <= 120
+    text = " ".join(lines)
+    assert "experts: 128 in each of 4 layer(s), 16 of them on a rank; 8 for each token" in text
+    assert (
+        "rank 0 routes 4,096 tokens, and its experts compute 32,768 rows if all get equally many, at most 262,144"
+        in text
+    )
+    # 4 k T h b (n-1)/n bytes, and 3 E h f (2 b + g) (n-1)/n.
+    rows, weights = 4 * 8 * 4096 * 2048 * 2 * 7 / 8, 3 * 128 * 2048 * 768 * 8 * 7 / 8
+    assert f"(parallel.expert), it sends {rows / 2**20:,.2f} MiB of rows; with gathered ones" in text
+    assert (
+        f"{weights / 2**30:.2f} GiB of weights and gradients: rows are cheaper; rows are, up to 36,864 tokens" in text
+    )
+    assert " GiB if its experts get those of all ranks" in text
+    (sent,) = [line for line in lines if line.startswith("rank 0 sends ")]
+    assert f"expert {rows * 4 * 2 / 2**30:.2f} GiB" in sent

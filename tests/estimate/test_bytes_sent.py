@@ -27,7 +27,8 @@ from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
 from internlm.verify.choices import LATENT_KEYS
 
 SCALARS = 16
-"""All-reduces of so few elements are token counts, norms, metrics and float8 scales, which estimates leave out."""
+"""All-reduces of so few elements are token counts, norms, metrics and float8 scales, all-to-alls of so few are numbers
+of tokens of experts, which estimates leave out."""
 
 AXES = {
     "activation": {
@@ -35,6 +36,7 @@ AXES = {
         "pipeline": "pipeline", "pipeline_ends": "pipeline",
     },
     "weight": {"weight": "weight", "weight_data": "data", "zero": "data", "weight_data_replica": "data"},
+    "expert": {"expert": "expert", "expert_data": "data", "zero": "data", "expert_data_replica": "data"},
 }  # fmt: skip
 
 
@@ -57,7 +59,7 @@ def counted(context: ParallelContext) -> Iterator[Counter[str]]:
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             group = kwargs.get("group")
             ranks = dist.get_world_size(group)
-            if name != "all_reduce" or tensor.numel() > SCALARS:
+            if name not in ("all_reduce", "all_to_all_single") or tensor.numel() > SCALARS:
                 if name == "isend":
                     moved = float(tensor.nbytes)
                 elif name == "all_reduce":
@@ -122,6 +124,8 @@ def really_sent(config: Config, world_size: int) -> dict[str, float]:
     data = config.data
     micros = [micro_batch(n, (data.seq_len * data.micro_bsz,)) for n in range(data.micro_num)]
     batch = Batch(micros, num_samples=len(micros), sample_indices=list(range(len(micros))))
+    # Loads are metrics.
+    engine.routing.finish_step = lambda skipped: {}  # type: ignore[method-assign]
     # The first step also finds out which parameters are in use.
     engine.train_step(batch, 1e-3)
     engine.optimizer.finish_gathering()
@@ -132,7 +136,7 @@ def really_sent(config: Config, world_size: int) -> dict[str, float]:
     padding = padding_sent(engine.optimizer, context)
     dist.barrier()
     context.close()
-    return {axis: sent[axis] - padding[axis] for axis in ("tensor", "weight", "data", "pipeline")}
+    return {axis: sent[axis] - padding[axis] for axis in ("tensor", "weight", "data", "pipeline", "expert")}
 
 
 def estimated(config: Config, world_size: int) -> list[BytesSent]:
@@ -213,3 +217,37 @@ def compare(ranks: Callable[[int], RankPool], config: Config) -> None:
     for rank, (found, expected) in enumerate(zip(real, estimated(config, 4), strict=True)):
         assert found == pytest.approx(vars(expected), rel=1e-9, abs=1e-6), rank
     assert sum(real[0].values()) > 0
+
+
+EXPERTS = {
+    "model_type": "QWEN2MOE",
+    "model.moe_type": "Dropless",
+    "model.num_experts": 8,
+    "model.top_k": 2,
+    "model.num_shared_experts": 1,
+    "model.dtype": "torch.bfloat16",
+    "data.micro_num": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel.expert.size": 2, "model.num_shared_experts": 0, "model.checkpoint": 0.5},
+        {**TENSOR_MODES["mtp"], "parallel.expert.size": 4, "model.checkpoint": 0.5},
+        {**TENSOR_MODES["msp"], "parallel.expert.size": 2, "model.checkpoint": 0.5},
+        {**TENSOR_MODES["fsp"], "parallel.expert.size": 4, "model.checkpoint": 0.5, "model.num_shared_experts": 0},
+        {**ISP, "parallel.weight.size": 4, "parallel.expert.size": 4, "model.checkpoint": 0.5},
+        {"parallel.fsdp.enable": True},
+        {**PIPELINE, "parallel.expert.size": 2},
+        {**TENSOR_MODES["mtp"], "parallel.expert": {"size": 1, "no_tp": False}},
+        {**TENSOR_MODES["msp"], "parallel.expert": {"size": 2, "no_tp": False}, "model.checkpoint": 0.5},
+        {**ISP, "parallel.weight.size": 2, "parallel.expert.size": 1, "parallel.expert_weight.size": 2},
+    ],
+    ids=str,
+)
+def test_bytes_of_experts(ranks: Callable[[int], RankPool], changes: dict[str, Any]) -> None:
+    """Of all ranks together, as tokens choose: axes that are the same ranks are one group."""
+    config = small_config({**EXPERTS, **changes})
+    real = sum(sum(found.values()) for found in ranks(4).run(really_sent, config, 4))
+    assert real == pytest.approx(sum(sent.all_bytes for sent in estimated(config, 4)), rel=1e-4)

@@ -25,5 +25,5 @@ def test_peak_of_a_schedule(order: str, peak: float) -> None:
     """A layer of 10 bytes and one of 20."""
     actions = [Action(ActionKind(action[0]), int(action[1]), 0) for action in order.split()]
     sizes = {"everything": 20.0, "nothing": 10.0}
-    layer = cast(Any, SimpleNamespace(saved_bytes=sizes.__getitem__))
+    layer = cast(Any, SimpleNamespace(of=lambda _: SimpleNamespace(saved_bytes=sizes.__getitem__)))
     assert peak_activations(actions, [[0, 1]], layer, {0: "everything", 1: "nothing"}) == peak

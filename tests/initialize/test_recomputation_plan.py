@@ -53,6 +53,38 @@ def test_no_other_plan_that_fits_repeats_less(share: float, windowed: bool) -> N
     assert plan.recomputed_flops == pytest.approx(cost(keeps)[0])
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.8, 1.0])
+def test_dense_layers_and_layers_with_experts_share_a_budget(share: float) -> None:
+    config = ModelConfig(
+        vocab_size=64, hidden_size=64, num_layers=LAYERS, num_attention_heads=4, intermediate_size=96, num_experts=8,
+        top_k=2, moe_type="Dropless", moe_intermediate_size=32, mlp_only_layers=[0, 3],
+    )  # fmt: skip
+    layer = LayerActivations(
+        ModelDimensions.of(Architecture.resolve(config, shared_mix="sum")), ParallelLayout(), tokens=128, row_length=64
+    )
+    ones = [layer.of(number) for number in range(LAYERS)]
+    budget = share * sum(one.saved_bytes("everything") for one in ones)
+
+    def cost(keeps: tuple) -> tuple[float, int]:
+        again = sum(one.recomputed_flops(keep, None) for one, keep in zip(ones, keeps, strict=True))
+        return again, sum(keep != "everything" for keep in keeps)
+
+    def saved(keeps: tuple) -> float:
+        return sum(one.saved_bytes(keep) for one, keep in zip(ones, keeps, strict=True))
+
+    least = saved(("nothing",) * LAYERS)
+    if least > budget:
+        with pytest.raises(ConfigError, match=f"{least / 2**30:.3g} GiB per micro-batch even with full"):
+            plan_activations(layer, range(LAYERS), budget)
+        return
+    fitting = [keeps for keeps in itertools.product(SAVE_POLICIES, repeat=LAYERS) if saved(keeps) <= budget]
+    plan = plan_activations(layer, range(LAYERS), budget)
+    keeps = tuple(plan.policies[number] for number in range(LAYERS))
+    assert cost(keeps) == pytest.approx(min(map(cost, fitting)))
+    assert (plan.saved_bytes, plan.recomputed_flops) == pytest.approx((saved(keeps), cost(keeps)[0]))
+    assert saved(keeps) <= budget
+
+
 def test_a_plan_is_one_line_and_full_recomputation_comes_first() -> None:
     one = sizes()
     budget = 2 * one.saved_bytes("nothing") + 3 * one.saved_bytes("everything")
