@@ -106,6 +106,7 @@ PARTS_OF_EXPERTS: dict[str, dict[str, tuple[Any, ...]]] = {
             "MIXTRALMOE",
             "INTERNLM_MoE",
             "GLM4_MOE",
+            "GPT_OSS",
             "OLMOE",
             "DEEPSEEK_V2",
             "DEEPSEEK_V3",

@@ -66,6 +66,7 @@ def find_notices(config: Config, given: Callable[[str], Any], world_size: int) -
     yield from _values(config)
     yield from _experts(config, given, world_size)
     yield from _multi_token(config)
+    yield from _attention_sinks(config)
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)
@@ -83,6 +84,14 @@ def _values(config: Config) -> Iterator[str]:
 
 
 _SIGMOID_FAMILIES = ("DEEPSEEK_V3", "KIMI_K2", "GLM4_MOE")
+
+
+def _attention_sinks(config: Config) -> Iterator[str]:
+    if config.model_type == "GPT_OSS":
+        yield (
+            "model_type = 'GPT_OSS': attention sinks have no fused kernel on GPUs, and none for windows on CPUs; the "
+            "memory of attention there grows with the square of the longest document"
+        )
 
 
 def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> Iterator[str]:

@@ -47,7 +47,10 @@ class FamilyDefaults:
         unit_offset_norm: norms scale by 1 + weight.
         scale_embedding: embeddings are multiplied by sqrt(hidden_size).
         partial_rotary_factor: share of the channels of a head that rotate.
+        attention_sinks: every head has a learned logit in the denominator of its softmax.
+        expert_biases: routers and routed experts have biases.
         sliding_window: layers have a window whenever its size is given, even without `use_sliding_window`.
+        sliding_window_pattern: the number of layers of which the last has full attention; None: no layer has.
         latent_attention: attention is that of `modules/latent_attention.py`.
     """
 
@@ -64,7 +67,10 @@ class FamilyDefaults:
     unit_offset_norm: bool = False
     scale_embedding: bool = False
     partial_rotary_factor: float = 1.0
+    attention_sinks: bool = False
+    expert_biases: bool = False
     sliding_window: bool = False
+    sliding_window_pattern: int | None = None
     latent_attention: bool = False
 
 
@@ -105,6 +111,7 @@ class Architecture:
     qk_norm: bool
     norms_whole_projections: bool
     clip_qkv: float | None
+    attention_sinks: bool
     norm_type: Literal["rmsnorm", "layernorm"]
     norm_eps: float
     norm_dtype: torch.dtype
@@ -238,7 +245,7 @@ class Architecture:
             )
         if mistakes:
             raise ConfigError(mistakes)
-        experts = None if shared_mix is None else expert_settings(config, shared_mix)
+        experts = None if shared_mix is None else expert_settings(config, shared_mix, family.expert_biases)
         # `no_bias` applies to all attention projections; the keys of single projections take precedence.
         attention_bias = None if config.no_bias is None else not config.no_bias
         return cls(
@@ -258,6 +265,7 @@ class Architecture:
             qk_norm=_pick(config.qk_norm, family.qk_norm),
             norms_whole_projections=family.norms_whole_projections and config.qk_norm is not False,
             clip_qkv=config.clip_qkv,
+            attention_sinks=family.attention_sinks,
             norm_type=_pick(config.norm_type, "rmsnorm"),
             norm_eps=config.layer_norm_epsilon,
             norm_dtype=norm_dtype or config.torch_dtype,
@@ -315,8 +323,10 @@ def _pick(*choices: T | None) -> T:
 def _windows(config: ModelConfig, family: FamilyDefaults) -> tuple[int | None, ...]:
     if not (config.use_sliding_window or family.sliding_window) or config.sliding_window is None:
         return (None,) * config.num_layers
+    pattern = config.sliding_window_pattern or family.sliding_window_pattern or config.num_layers + 1
     return tuple(
-        config.sliding_window if layer >= config.max_window_layers else None for layer in range(config.num_layers)
+        config.sliding_window if layer >= config.max_window_layers and (layer + 1) % pattern else None
+        for layer in range(config.num_layers)
     )
 
 
@@ -352,6 +362,7 @@ def _rope_settings(config: ModelConfig, rotary_dim: int) -> RopeSettings:
         high_freq_factor=scaling.high_freq_factor,
         beta_slow=scaling.beta_slow,
         beta_fast=scaling.beta_fast,
+        truncate=scaling.truncate,
         attention_factor=attention_factor,
         mscale=scaling.mscale,
         mscale_all_dim=scaling.mscale_all_dim,

@@ -41,6 +41,7 @@ DECODER_ROLES: dict[str, Role] = {
     "layers.*.attention.wkv_b": Role.ATTENTION_KV,
     "layers.*.attention.q_norm": Role.PER_HEAD,
     "layers.*.attention.k_norm": Role.PER_HEAD,
+    "layers.*.attention.sinks": Role.PER_QUERY_CHANNEL,
     "layers.*.feed_forward.w1": Role.COLUMN,
     "layers.*.feed_forward.w3": Role.COLUMN,
     "layers.*.feed_forward.w13": Role.COLUMN_PAIR,

@@ -35,6 +35,7 @@ _FAMILY_MODULES = (
     "glm",
     "deepseek",
     "olmoe",
+    "gpt_oss",
 )
 
 _BUILDERS: dict[str, ModelBuilder] = {}

@@ -19,7 +19,8 @@ class Role(enum.Enum):
     PER_HEAD = "per_head"
     """Not split; every rank applies it to its own heads: norms of queries and keys."""
     PER_QUERY_CHANNEL = "per_query_channel"
-    """Vector ordered by query head, split between query heads; not a linear layer: norms of whole q projections."""
+    """Vector ordered by query head, split between query heads; not a linear layer: norms of whole q projections,
+    attention sinks."""
     PER_KV_CHANNEL = "per_kv_channel"
     """Likewise by key-value head: norms of whole k projections."""
     COLUMN = "column"

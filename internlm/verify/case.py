@@ -41,6 +41,7 @@ ADAM_EPSILON = 1e-3
 HEAD_DIM = 8
 SEQ_LEN = 16
 MICRO_BSZ = 2
+WINDOW = 5
 
 # Float8 GEMMs run in tiles of 16: channels of a head, and tokens of a sequence for each tensor rank.
 FLOAT8_HEAD_DIM = 16
@@ -222,6 +223,7 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "model.tie_word_embeddings": model.tied,
         "model.norm_head": model.norm_head,
         "model.qk_norm": model.qk_norm,
+        "model.sliding_window": WINDOW if model.family == "GPT_OSS" else None,
         "model.qkv_bias": model.bias,
         "model.o_bias": model.bias,
         "model.mlp_bias": model.bias,

@@ -142,6 +142,7 @@ EXPERTS = Covering(
             "model:family=DEEPSEEK_V2,shared_experts=2",
             "model:family=DEEPSEEK_V3,q_latent=false",
             "model:family=OLMOE,kv_heads=1",
+            "model:family=GPT_OSS,kv_heads=2",
         ),
         "documents": (
             "",

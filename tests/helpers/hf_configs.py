@@ -41,6 +41,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {**ROUTING, "num_local_experts": 4},
     "qwen2_moe": {**ROUTING, **QWEN, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**ROUTING, **QWEN},
+    "gpt_oss": {**ROUTING, "num_local_experts": 4},
     "olmoe": {**ROUTING, "num_experts": 4},
     "glm4_moe": {
         **ROUTING,

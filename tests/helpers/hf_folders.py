@@ -97,6 +97,7 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [0],
         },
     ),
+    "gpt-oss": ("GptOssConfig", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 5, "head_dim": 8}),
     "olmoe": ("OlmoeConfig", {"num_experts": 5, "num_experts_per_tok": 2, "clip_qkv": 2.5}),
     "glm4-moe": (
         "Glm4MoeConfig",
@@ -139,12 +140,17 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def _attention_of(config: Any) -> str:
+    """No kernel of PyTorch has the attention sinks of gpt-oss."""
+    return "eager" if config.model_type == "gpt_oss" else "sdpa"
+
+
 def native_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of one of transformers' classes; every weight is random, biases and norms too."""
     class_name, keys = NATIVE[name]
     config = getattr(transformers, class_name)(**{**SIZES, **keys, "pad_token_id": None})
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", experts_implementation="eager"
+        config, attn_implementation=_attention_of(config), experts_implementation="eager"
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -234,8 +240,9 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def load_native(folder: Path) -> Any:
     """The folder's model by AutoModelForCausalLM, without code of the folder; all weights must be there and known."""
+    attention = _attention_of(transformers.AutoConfig.from_pretrained(folder))
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="sdpa", experts_implementation="eager"
+        folder, output_loading_info=True, attn_implementation=attention, experts_implementation="eager"
     )
     assert not any(info.values()), info
     return model.eval()

@@ -56,6 +56,12 @@ def shape(config: Config, world_size: int) -> Iterator[Problem]:
 def attention_backend(config: Config, world_size: int) -> Iterator[Problem]:
     """A flash-attn backend must not be both requested and ruled out."""
     model = config.model
+    if config.model_type == "GPT_OSS" and model.attention_backend != "auto":
+        yield Problem(
+            ("model.attention_backend", "model_type"),
+            f"model.attention_backend = {model.attention_backend!r}: attention sinks (model_type = 'GPT_OSS') have an "
+            "implementation of their own; leave the key out",
+        )
     if model.attention_backend.startswith("flash-attn") and not model.use_flash_attn:
         yield Problem(
             ("model.attention_backend", "model.use_flash_attn"),

@@ -233,6 +233,12 @@ class ModelConfig(Section):
     )
     use_sliding_window: bool = key(False, "Attend to the last sliding_window tokens only.", changes_outputs=True)
     sliding_window: int | None = key(None, "Tokens of the window.", ge=1, changes_outputs=True)
+    sliding_window_pattern: int | None = key(
+        None,
+        "Of so many consecutive layers, the last has full attention; None: the family's choice, usually no layer has.",
+        ge=2,
+        changes_outputs=True,
+    )
     max_window_layers: int = key(
         0, "First layer with a window; earlier layers have full attention.", ge=0, changes_outputs=True
     )

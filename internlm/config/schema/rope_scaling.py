@@ -22,6 +22,7 @@ class RopeScalingConfig(Section):
         4.0, "llama3: wavelengths below original length / this are unchanged.", gt=0, changes_outputs=True
     )
     beta_fast: float = key(32.0, "yarn: rotations above which a dimension is unchanged.", gt=0, changes_outputs=True)
+    truncate: bool = key(True, "yarn: round the bounds of the ramp to whole pairs of channels.", changes_outputs=True)
     beta_slow: float = key(1.0, "yarn: rotations below which a dimension is scaled fully.", gt=0, changes_outputs=True)
     attention_factor: float | None = key(
         None, "yarn: factor on cos and sin; None: 0.1 ln(factor) + 1.", gt=0, changes_outputs=True

@@ -13,6 +13,8 @@ from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear,
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.ulysses_attention import UlyssesAttention
 from internlm.model.layer_protocol import RecomputableLayer
+from internlm.model.modules.attention import Attention
+from internlm.model.modules.attention_sinks import AttentionSinks
 from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.modules.projection_norm import ProjectionNorm
 from internlm.model.moe.experts import Experts
@@ -60,13 +62,16 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
             # Exchanges are not compiled, and recomputation would see other pieces between them.
             for name in ("take_tokens", "share_routing", "return_tokens"):
                 setattr(module, name, torch.compiler.disable(getattr(module, name)))
+        if isinstance(module, Attention) and module.sinks is not None:
+            # The log-sum-exp is computed document by document.
+            module.inner.forward = torch.compiler.disable(module.inner.forward)  # type: ignore[method-assign]
         if isinstance(module, Router | Experts):
             # Choices of experts are saved as one operator; numbers of tokens differ from call to call.
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in layers_of(model):
         # The forward function, not the module: hooks that wait for weights cannot be compiled.
-        has_routing = any(isinstance(module, Router) for module in layer.modules())
-        if not parallel_of(model).replaces_linears and not has_routing:
+        runs_eagerly = any(isinstance(module, Router | AttentionSinks) for module in layer.modules())
+        if not parallel_of(model).replaces_linears and not runs_eagerly:
             mode = graphs.MODE if cuda_graphs else None
             layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, mode=mode)
         elif isinstance(layer, RecomputableLayer):

@@ -45,7 +45,9 @@ class UlyssesAttention(nn.Module):
         cos, sin = (table.chunk(self._size, SEQUENCE)[self._index] for table in (tables.cos, tables.sin))
         return RotaryTables(cos, sin, tables.interleaved)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None, sinks: Tensor | None = None
+    ) -> Tensor:
         """Compute attention over all S tokens.
 
         Args:
@@ -53,12 +55,14 @@ class UlyssesAttention(nn.Module):
             k: `[B, S / n, K, D]`.
             v: `[B, S / n, K, D']`.
             varlen: documents of all S tokens.
+            sinks: `[H]`, the logits of attention sinks; None: none.
 
         Returns:
             `[B, S / n, H, D']`.
         """
         q, k, v = self.gather_tokens(q, k, v)
-        return self.scatter_tokens(self.inner(q, k, v, varlen))
+        own_sinks = None if sinks is None else sinks.chunk(self._size)[self._index]
+        return self.scatter_tokens(self.inner(q, k, v, varlen, own_sinks))
 
     def gather_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All heads of this rank's tokens -> this rank's heads of all tokens, in one all-to-all."""

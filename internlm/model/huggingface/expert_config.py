@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,14 @@ from internlm.model.architecture import Architecture
 from internlm.model.huggingface.config_checks import is_whole
 from internlm.model.huggingface.deepseek_config import DEEPSEEK_CLASSES
 from internlm.model.huggingface.glm_config import GLM4_MOE
+from internlm.model.huggingface.gpt_oss_config import GPT_OSS
 from internlm.model.huggingface.mixture_class import MixtureClass, layer_sizes
 from internlm.model.huggingface.olmoe_config import OLMOE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CLASSES: dict[str, MixtureClass] = {"glm4_moe": GLM4_MOE, "olmoe": OLMOE, **DEEPSEEK_CLASSES}
+CLASSES: dict[str, MixtureClass] = {"glm4_moe": GLM4_MOE, "olmoe": OLMOE, "gpt_oss": GPT_OSS, **DEEPSEEK_CLASSES}
 """`model_type` of config.json -> its class, of those with a file of their own."""
 
 MODEL_TYPES = {
@@ -134,6 +136,8 @@ def mixture_kind(architecture: Architecture) -> str | None:
     experts = architecture.experts
     if experts is None:
         return None
+    if architecture.attention_sinks:
+        return "gpt_oss"
     if architecture.norms_whole_projections:
         return "olmoe"
     if architecture.latent is not None:
@@ -152,7 +156,7 @@ def unlike_mixtures(architecture: Architecture) -> dict[str, bool]:
     common = {
         "norm_type 'layernorm'": a.norm_type != "rmsnorm",
         "is_reward": a.is_reward,
-        "experts with an activation other than silu": a.activation != "silu",
+        "experts with an activation other than silu": a.activation != "silu" and kind != "gpt_oss",
         "experts with norms times 1 + weight or embeddings times sqrt(hidden_size)": a.unit_offset_norm
         or a.embedding_multiplier != 1.0,
         "mlp_bias with experts": a.mlp_bias,
@@ -175,8 +179,14 @@ def unlike_mixtures(architecture: Architecture) -> dict[str, bool]:
         "normalize_expert_weights = False without q and k norms or shared experts": kind == "mixtral"
         and not form.normalizes,
         "dense layers without q and k norms or shared experts": kind == "mixtral" and bool(experts.dense_layers),
+        "sliding_window_pattern": has_gaps_in_windows(a),
         "windows in some layers": kind != "qwen2_moe" and len(set(a.windows)) > 1,
     }
+
+
+def has_gaps_in_windows(a: Architecture) -> bool:
+    """Whether a layer with full attention follows one with a window."""
+    return any(before is not None and after is None for before, after in itertools.pairwise(a.windows))
 
 
 def mixture_config(architecture: Architecture, keys: Mapping[str, Any]) -> PretrainedConfig:

@@ -187,7 +187,7 @@ _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "truncate", "original_max_position_embeddings"),
 }
 
 
@@ -203,8 +203,6 @@ def _rope(config: PretrainedConfig, refused: list[str]) -> dict[str, Any]:
     if kind not in _ROPE_KEYS:
         refused.append(f"rope_type '{kind}' (known: {', '.join(_ROPE_KEYS)})")
         return {}
-    if kind == "yarn" and values.pop("truncate", True) is not True:
-        refused.append("rope_parameters.truncate")
     if kind in ("default", "linear", "dynamic"):
         # transformers ignores it: the pretrained length is max_position_embeddings.
         values.pop("original_max_position_embeddings", None)
@@ -241,6 +239,8 @@ def _windows(kind: str, config: PretrainedConfig, refused: list[str]) -> dict[st
     if kind in ("mixtral", "qwen3_moe"):
         # These classes do not read layer_types.
         kinds = ["sliding_attention"] * config.num_hidden_layers
+    if kind == "gpt_oss" and not set(kinds) - {"full_attention", "sliding_attention"}:
+        return _alternating_windows(window, kinds, refused)
     if window is None or "sliding_attention" not in kinds:
         if set(kinds) - {"full_attention", "sliding_attention"}:
             refused.append(f"layer_types {sorted(set(kinds))}")
@@ -249,6 +249,17 @@ def _windows(kind: str, config: PretrainedConfig, refused: list[str]) -> dict[st
     if kinds != ["full_attention"] * first + ["sliding_attention"] * (config.num_hidden_layers - first):
         refused.append("layer_types: windows must be in all layers from some layer on")
     return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": first}
+
+
+def _alternating_windows(window: int | None, kinds: list[str], refused: list[str]) -> dict[str, Any]:
+    """The keys for layers of which every n-th has full attention, and all others have a window."""
+    if window is None or "sliding_attention" not in kinds:
+        return {"sliding_window": None}
+    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    pattern = full[0] + 1 if full else len(kinds) + 1
+    if pattern < 2 or full != list(range(pattern - 1, len(kinds), pattern)):
+        refused.append("layer_types: full attention must be in every n-th layer")
+    return {"sliding_window": window, "sliding_window_pattern": max(pattern, 2)}
 
 
 Reader = Callable[[dict[str, Any], list[str]], "tuple[str, PretrainedConfig]"]

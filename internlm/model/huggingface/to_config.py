@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from internlm.model.architecture import Architecture
-from internlm.model.huggingface.expert_config import mixture_config, mixture_kind, unlike_mixtures
+from internlm.model.huggingface.expert_config import has_gaps_in_windows, mixture_config, mixture_kind, unlike_mixtures
 from internlm.model.huggingface.weight_names import Layout
 from internlm.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "clamped_silu": "silu"}
 
 _PUBLISHED_LAYOUTS: dict[str, Layout] = {"INTERNLM2": "internlm2", "BAICHUAN2": "baichuan2"}
 """Model types whose published checkpoints have their own weight names; all others have transformers' names."""
@@ -81,6 +81,8 @@ def hf_config(architecture: Architecture, model_type: str = "") -> PretrainedCon
             "is_reward": a.is_reward,
             "partial_rotary_factor": a.rope.head_dim != a.head_dim,
             "clip_qkv": a.clip_qkv is not None,
+            "attention sinks": a.attention_sinks,
+            "sliding_window_pattern": has_gaps_in_windows(a),
             "norms of whole projections": a.norms_whole_projections,
             "o_bias without qkv_bias": a.o_bias and not a.qkv_bias,
             "norms times 1 + weight and embeddings times sqrt(hidden_size), one without the other": gemma
@@ -262,4 +264,6 @@ def _rope_scaling(a: Architecture) -> dict[str, Any]:
         scaling["attention_factor"] = rope.attention_factor
         if rope.mscale_all_dim:
             scaling |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
+        if not rope.truncate:
+            scaling["truncate"] = False
     return scaling

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from internlm.model.architecture import Architecture
 from internlm.model.huggingface.expert_names import ExpertStacks, split_experts
+from internlm.model.huggingface.gpt_oss_names import from_gpt_oss, to_gpt_oss
 from internlm.model.latent_shape import LatentShape
 from internlm.utils.errors import CheckpointError
 
@@ -109,6 +110,10 @@ def to_hf(
         }
     renamed: dict[str, Tensor] = {}
     for name, tensor in plain.items():
+        own = to_gpt_oss(name, tensor) if architecture.attention_sinks else None
+        if own is not None:
+            renamed[own[0]] = own[1]
+            continue
         renamed |= split_experts(name, tensor, layout) or {
             _rename(name, _OUTER, _inner_names(architecture, layout), "", "model."): tensor
         }
@@ -148,6 +153,10 @@ def from_hf(
                     f"'{name}' differs from the embedding, but the head of this model is tied: set "
                     "model.tie_word_embeddings = False"
                 )
+            continue
+        own = from_gpt_oss(name, tensor) if architecture.attention_sinks else None
+        if own is not None:
+            plain[own[0]] = own[1]
             continue
         if experts.add(name, tensor):
             continue

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from internlm.model.modules.attention_sinks import AttentionSinks
 from internlm.model.modules.cache import KeyValueCache
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.linear import GroupedLinear, UnpackedLinear, make_linear
@@ -51,6 +52,7 @@ class Attention(nn.Module):
             self.wv = make_linear(a, a.hidden_size, kv_size, a.qkv_bias, std)
             self.qkv = GroupedLinear(self, "wq", "wk", "wv")
         self.wo = make_linear(a, q_size, a.hidden_size, a.o_bias, a.init.attention_other, into_residual=True)
+        self.sinks = AttentionSinks(a) if a.attention_sinks else None
         self.qk_norm = a.qk_norm
         self.clip_qkv = a.clip_qkv
         if a.norms_whole_projections:
@@ -78,7 +80,9 @@ class Attention(nn.Module):
         q, k = apply_rotary(q, tables), apply_rotary(k, tables)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        return self.wo(self.inner(q, k, v, varlen).flatten(2))
+        if self.sinks is None:
+            return self.wo(self.inner(q, k, v, varlen).flatten(2))
+        return self.wo(self.inner(q, k, v, varlen, self.sinks.weight).flatten(2))
 
     def _unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
         return unpack_query_key_value(packed, self.group_size, self.head_dim)

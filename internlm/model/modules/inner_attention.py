@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
+from internlm.model.ops.attention.sink_attention import sink_attention
 from internlm.model.ops.rotary import RotaryTables
 
 
@@ -42,7 +43,9 @@ class InnerAttention(nn.Module):
         """Rotary tables of all tokens -> those of the tokens that `forward` gets."""
         return tables
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None, sinks: Tensor | None = None
+    ) -> Tensor:
         """Compute attention.
 
         Args:
@@ -50,10 +53,13 @@ class InnerAttention(nn.Module):
             k: `[B, T, K, D]`, likewise; T > S with cached keys.
             v: `[B, T, K, D']`; D' may differ from D.
             varlen: documents of the whole packed sequence, even if ranks split it; None: each row is one document.
+            sinks: `[H]`, the logits of attention sinks; None: none.
 
         Returns:
             `[B, S, H, D']`.
         """
+        if sinks is not None:
+            return sink_attention(q, k, v, sinks, varlen, window=self.window)
         if v.shape[-1] == q.shape[-1]:
             return attention(q, k, v, varlen, **self._options(q, v))
         return attention(*_of_one_width(q, k, v), varlen, **self._options(q, v))[..., : v.shape[-1]]

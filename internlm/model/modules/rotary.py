@@ -39,6 +39,7 @@ class RopeSettings:
         max_positions: length of the pretrained context, in tokens.
         low_freq_factor, high_freq_factor: llama3: ends of the ramp, in rotations within the pretrained context.
         beta_slow, beta_fast: yarn: ends of the ramp, in rotations within the pretrained context.
+        truncate: yarn: the ends of the ramp are rounded to whole pairs of channels.
         attention_factor: factor on cosines and sines.
         mscale, mscale_all_dim: yarn with latent attention: coefficients of the temperature, in DeepSeek's form; see
             `score_factor`. 0: none.
@@ -55,6 +56,7 @@ class RopeSettings:
     high_freq_factor: float = 4.0
     beta_slow: float = 1.0
     beta_fast: float = 32.0
+    truncate: bool = True
     attention_factor: float = 1.0
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
@@ -70,7 +72,7 @@ class RopeSettings:
             "linear": ["factor"],
             "dynamic": ["factor", "max_positions"],
             "llama3": ["factor", "max_positions", "low_freq_factor", "high_freq_factor"],
-            "yarn": ["factor", "max_positions", "beta_slow", "beta_fast", "score_factor"],
+            "yarn": ["factor", "max_positions", "beta_slow", "beta_fast", "truncate", "score_factor"],
         }[self.rope_type]
         return {name: getattr(self, name) for name in names}
 
@@ -123,7 +125,9 @@ def inverse_frequencies(settings: RopeSettings) -> Tensor:
             """The (fractional) pair of channels with this many rotations within the pretrained context."""
             return dim * math.log(settings.max_positions / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-        low, high = math.floor(pair_with(settings.beta_fast)), math.ceil(pair_with(settings.beta_slow))
+        low, high = pair_with(settings.beta_fast), pair_with(settings.beta_slow)
+        if settings.truncate:
+            low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         width = high - low if high != low else 0.001
         ramp = 1 - (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width

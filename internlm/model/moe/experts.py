@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from internlm.model.initialization import set_initializer
+from internlm.model.initialization import Zeros, set_initializer
+from internlm.model.moe.expert_bias import add_expert_bias
 from internlm.model.ops.gated_activation import gated_activation
 from internlm.model.ops.grouped_linear import grouped_linear
 
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 
 
 class Experts(nn.Module):
-    """`w2(activation(w1 x) * w3 x)` for each expert on its own rows.
+    """`w2(activation(w1 x) * w3 x)` for each expert on its own rows, with biases if there are any.
 
     Attributes:
         w13: `[E, 2f, h]`, for each expert the rows of w1 and then those of w3.
         w2: `[E, h, f]`.
+        w13_bias, w2_bias: `[E, 2f]` and `[E, h]`, or None.
+        bias_share: the part of w2's bias that is added to this rank's results, which are summed over ranks.
         linear: `grouped_linear`, or a function that gets full weights from elsewhere.
     """
 
-    def __init__(self, architecture: Architecture, num_experts: int, width: int) -> None:
+    def __init__(self, architecture: Architecture, num_experts: int, width: int, has_biases: bool = False) -> None:
         super().__init__()
         a = architecture
         self.w13 = nn.Parameter(torch.empty(num_experts, 2 * width, a.hidden_size, dtype=a.dtype))
@@ -35,6 +38,14 @@ class Experts(nn.Module):
         # As in `make_linear`: the output is added to the residual stream.
         std = a.init.ffn_other / (math.sqrt(2 * a.num_layers) if a.init.scaled else 1.0)
         set_initializer(self.w2, a.init.initializer(std))
+        self.w13_bias: nn.Parameter | None = None
+        self.w2_bias: nn.Parameter | None = None
+        self.bias_share = 1.0
+        if has_biases:
+            self.w13_bias = nn.Parameter(torch.empty(num_experts, 2 * width, dtype=a.dtype))
+            self.w2_bias = nn.Parameter(torch.empty(num_experts, a.hidden_size, dtype=a.dtype))
+            set_initializer(self.w13_bias, Zeros())
+            set_initializer(self.w2_bias, Zeros())
         self.linear: Callable[[Tensor, nn.Parameter, Tensor], Tensor] = grouped_linear
         self.activation = a.activation
         self.fused_kernels = a.fused_kernels
@@ -49,6 +60,10 @@ class Experts(nn.Module):
         Returns:
             `[M, h]`.
         """
-        gate, up = self.linear(rows, self.w13, counts).chunk(2, dim=-1)
+        gate_up = self.linear(rows, self.w13, counts)
+        if self.w13_bias is not None:
+            gate_up = add_expert_bias(gate_up, self.w13_bias, counts)
+        gate, up = gate_up.chunk(2, dim=-1)
         hidden = gated_activation(gate, up, self.activation, fused_kernels=self.fused_kernels)
-        return self.linear(hidden, self.w2, counts)
+        out = self.linear(hidden, self.w2, counts)
+        return out if self.w2_bias is None else add_expert_bias(out, self.w2_bias * self.bias_share, counts)

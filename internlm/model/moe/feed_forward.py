@@ -34,8 +34,8 @@ class MoeFeedForward(nn.Module):
         self.take_tokens: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda x: (x, x)
         self.share_routing: Callable[[Routing, int], Routing] = lambda routing, num_rows: routing
         self.return_tokens: Callable[[Tensor], Tensor] = lambda x: x
-        self.router = Router(architecture, settings.form, layer, settings.selection)
-        self.experts: nn.Module = Experts(architecture, settings.form.num_experts, settings.width)
+        self.router = Router(architecture, settings.form, layer, settings.selection, has_bias=settings.has_biases)
+        self.experts: nn.Module = Experts(architecture, settings.form.num_experts, settings.width, settings.has_biases)
         self.shared_mix = settings.shared_mix
         self.shared: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None

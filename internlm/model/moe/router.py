@@ -90,6 +90,7 @@ class Router(nn.Module):
 
     Attributes:
         weight: fp32 (float64 in a float64 model) `[E, h]`.
+        bias: `[E]`, added to the logits; None: none.
         selection_bias: `[E]`, in the dtype of `weight`; None if the form has none. It has no gradient: the rule of
             `balance.updated_bias` changes it between steps.
         has_frozen_bias: the rule does not change the selection bias.
@@ -103,7 +104,13 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, architecture: Architecture, form: RouterForm, layer: int, selection: Selection | None = None
+        self,
+        architecture: Architecture,
+        form: RouterForm,
+        layer: int,
+        selection: Selection | None = None,
+        *,
+        has_bias: bool = False,
     ) -> None:
         super().__init__()
         self.form = form
@@ -112,6 +119,10 @@ class Router(nn.Module):
         dtype = torch.promote_types(architecture.dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(form.num_experts, architecture.hidden_size, dtype=dtype))
         set_initializer(self.weight, Normal(architecture.init.ffn_other))
+        self.bias: nn.Parameter | None = None
+        if has_bias:
+            self.bias = nn.Parameter(torch.empty(form.num_experts, dtype=dtype))
+            set_initializer(self.bias, Zeros())
         self.selection_bias: nn.Parameter | None = None
         self.has_frozen_bias = False
         if form.has_bias:
@@ -143,7 +154,7 @@ class Router(nn.Module):
             assert positions is not None
             (key,) = as_routing_operator(lambda: [torch.full((), self._noise_key(sample), device=x.device)], x)
             x = jittered(x, selection.noise, key, positions)
-        logits = F.linear(x, self.weight)
+        logits = F.linear(x, self.weight, self.bias)
         scores = probabilities(logits, self.form)
         chosen = scores.detach()
 

@@ -30,6 +30,7 @@ class ExpertSettings:
         shared_mix: see `SharedMix`.
         dense_layers: numbers of the layers that have no experts.
         selection: capacity and noise of every router.
+        has_biases: routers and routed experts have biases.
     """
 
     form: RouterForm
@@ -38,6 +39,7 @@ class ExpertSettings:
     shared_mix: SharedMix = "sum"
     dense_layers: frozenset[int] = frozenset()
     selection: Selection = field(default_factory=Selection)
+    has_biases: bool = False
 
     def layers(self, num_layers: int) -> list[int]:
         """Numbers of the layers with experts."""
@@ -57,12 +59,12 @@ _KEYS = {
 _KEY_OF_FIELD = re.compile(rf"\b({'|'.join(_KEYS)})\b")
 
 
-def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSettings | None:
+def expert_settings(config: ModelConfig, shared_mix: SharedMix, has_biases: bool = False) -> ExpertSettings | None:
     """The expert layers that a config asks for; None for a dense model.
 
     Args:
         config: the `model` section.
-        shared_mix: of the family.
+        shared_mix, has_biases: of the family.
 
     Raises:
         ConfigError: the keys contradict each other.
@@ -94,4 +96,4 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix) -> ExpertSetting
     # Without shared experts, families that would mix their output differently compute the same function.
     mix = shared_mix if config.num_shared_experts else "sum"
     shared_width = config.expert_size * config.num_shared_experts
-    return ExpertSettings(form, config.expert_size, shared_width, mix, dense, selection)
+    return ExpertSettings(form, config.expert_size, shared_width, mix, dense, selection, has_biases)

@@ -2,6 +2,9 @@
 
 `activation(gate) * up`. The backward pass recomputes the activation instead of saving it: this costs one elementwise
 kernel, and saves the memory of one tensor of shape `[tokens, f]` per layer.
+
+The clamped SwiGLU of gpt-oss (https://arxiv.org/abs/2508.10925) is `g sigmoid(1.702 g) (u + 1)`, with the gate g
+clamped to at most 7, and u, the output of w3, to [-7, 7].
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from torch.nn import functional as F
 from internlm.model.ops import liger_kernels as liger
 from internlm.model.ops.implementation_choice import Choice
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
+
+CLAMP_LIMIT = 7.0
+SIGMOID_GAIN = 1.702
 
 
 def choice(device: torch.device, fused_kernels: str = "auto", *, compiled: bool = False) -> Choice:
@@ -31,9 +37,15 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation, *, fused_
     Args:
         gate: `[..., f]`, the output of w1.
         up: `[..., f]`, the output of w3.
-        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU with the tanh approximation, as in Gemma).
+        activation: "silu" (SwiGLU), "gelu_tanh" (GeGLU with the tanh approximation, as in Gemma) or "clamped_silu"
+            (gpt-oss).
         fused_kernels: the config's `model.fused_kernels`.
     """
+    if activation == "clamped_silu":
+        if torch.compiler.is_compiling():
+            return _clamped_silu(gate, up)
+        clamped: Tensor = _ClampedSilu.apply(gate, up)
+        return clamped
     if torch.compiler.is_compiling():
         # As plain operators: the compiler fuses them with their neighbors, and decides what to recompute.
         return _activate(gate, activation) * up
@@ -66,3 +78,25 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         return *_backward(grad, gate, up, ctx.activation), None
+
+
+def _clamped_silu(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=CLAMP_LIMIT), up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT)
+    return gate * torch.sigmoid(SIGMOID_GAIN * gate) * (up + 1)
+
+
+class _ClampedSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _clamped_silu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        clamped, factor = gate.clamp(max=CLAMP_LIMIT), up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT).add_(1)
+        share = torch.sigmoid(SIGMOID_GAIN * clamped)
+        slope = share * (1 + SIGMOID_GAIN * clamped * (1 - share))
+        grad_gate = (grad * factor * slope).masked_fill_(gate > CLAMP_LIMIT, 0)
+        grad_up = (grad * clamped * share).masked_fill_(up.abs() > CLAMP_LIMIT, 0)
+        return grad_gate, grad_up

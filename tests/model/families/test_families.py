@@ -236,6 +236,27 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "qk_interleaved": True,
         },
     ),
+    "gpt-oss": (
+        "GPT_OSS",
+        "GptOssForCausalLM",
+        {
+            **GQA,
+            **EXPERTS,
+            "num_layers": 3,
+            "sliding_window": 5,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "truncate": False,
+            },
+        },
+    ),
+    "gpt-oss-fused-interleaved": (
+        "GPT_OSS",
+        "GptOssForCausalLM",
+        {**EXPERTS, "top_k": 1, "enable_qkv_fusion": True, "qk_interleaved": True, "no_bias": True},
+    ),
     "mistral-no-window": ("MISTRAL", "LlamaForCausalLM", GQA),
     "mistral-window": ("MISTRAL", "MistralForCausalLM", {**GQA, "sliding_window": 7}),
 }
@@ -248,7 +269,7 @@ def _randomize(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith(("bias", "sinks.weight")):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             else:
                 parameter.mul_(4)
@@ -257,8 +278,10 @@ def _randomize(model: nn.Module) -> None:
 def _peer(model: Any) -> Any:
     config = hf_config(model.architecture)
     config.pad_token_id = None  # Gemma's embedding of its padding token takes no gradient
+    # No kernel of PyTorch has attention sinks.
+    attention = "eager" if model.architecture.attention_sinks else "sdpa"
     peer = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", experts_implementation="eager"
+        config, attn_implementation=attention, experts_implementation="eager"
     )
     missing, unexpected = peer.load_state_dict(
         to_hf(model.state_dict(), model.architecture, "fused_experts"), strict=False

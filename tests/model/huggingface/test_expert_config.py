@@ -37,8 +37,16 @@ MIXTURE_CHOICES: dict[str, tuple[Any, ...]] = {
     # Embedding and number of experts per token: 4 times each. As Mixtral: 2 windows. As Qwen3: 2 windows, 2 biases, 2
     # weightings. As Qwen2, where a sigmoid mixes the output of shared experts: 3 windows, 2 biases, 2 weightings. These
     # two with and without dense layers. As GLM-4.5: 2 biases, with and without q and k norms, 2 weightings.
-    # As OLMoE: 2 biases, 2 weightings, and without its norms as Mixtral.
-    [("MIXTRALMOE", 72), ("INTERNLM_MoE", 72), ("QWEN2MOE", 168), ("QWEN3MOE", 168), ("GLM4_MOE", 32), ("OLMOE", 24)],
+    # As OLMoE: 2 biases, 2 weightings, and without its norms as Mixtral. As gpt-oss: 3 windows, 2 biases.
+    [
+        ("MIXTRALMOE", 72),
+        ("INTERNLM_MoE", 72),
+        ("QWEN2MOE", 168),
+        ("QWEN3MOE", 168),
+        ("GLM4_MOE", 32),
+        ("OLMOE", 24),
+        ("GPT_OSS", 24),
+    ],
 )
 def test_every_mixture_that_is_exported_comes_back_as_it_was(model_type: str, exportable: int) -> None:
     exported = 0
@@ -92,12 +100,12 @@ def test_experts_in_our_words(kind: str) -> None:
     values = {**LLAMA, **MIXTURES[kind], "model_type": kind, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.02}
     model = from_hf_config(values, "config.json")
     keys = {name: model.keys[name] for name in ("num_experts", "top_k", "moe_type", "intermediate_size")}
-    width = 88 if kind in ("mixtral", "olmoe") else 24
+    width = 88 if kind in ("mixtral", "olmoe", "gpt_oss") else 24
     assert keys == {"num_experts": 4, "top_k": 3, "moe_type": "Dropless", "intermediate_size": width}
     assert model.keys.get("num_shared_experts", 0) == (2 if kind in ("qwen2_moe", *UNGATED) else 0)
     # The default of transformers' Qwen classes.
     assert model.keys["moe_layer_kwargs"]["normalize_expert_weights"] == (
-        kind in ("mixtral", "glm4_moe", "deepseek_v3", "kimi_k2")
+        kind in ("mixtral", "gpt_oss", "glm4_moe", "deepseek_v3", "kimi_k2")
     )
     assert model.notices == (
         "router_aux_loss_coef = 0.02: not imported; set loss.moe_loss_coeff, whose default is another",
@@ -163,6 +171,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 
         ("qwen2_moe", {"decoder_sparse_step": 3}, "no layer with experts, of 2 layers"),
         ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "no layer with experts, of 2 layers"),
         ("glm4_moe", {"first_k_dense_replace": 3}, "no layer with experts, of 2 layers"),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "must be in every n-th layer"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
         ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts must be a whole number from 1"),
         (
             "qwen2_moe",

@@ -24,6 +24,21 @@ def test_gated_activation(shape: tuple[int, ...], activation: Activation) -> Non
         torch.testing.assert_close(mine, reference)
 
 
+def test_clamped_silu() -> None:
+    """Elements beyond the limits on each side of each input, and their gradients."""
+    gate, up = (
+        x.flatten().requires_grad_()
+        for x in torch.meshgrid(*(torch.tensor([-9.0, -3.0, 0.5, 6.0, 8.0], dtype=torch.float64),) * 2, indexing="ij")
+    )
+    clamped = torch.minimum(gate, torch.tensor(7.0))
+    expected = clamped / (1 + torch.exp(-1.702 * clamped)) * (1 + up.clamp(-7, 7))
+    ours = gated_activation(gate, up, "clamped_silu")
+    torch.testing.assert_close(ours, expected)
+    theirs = torch.autograd.grad(expected.sin().sum(), (gate, up))
+    for mine, reference in zip(torch.autograd.grad(ours.sin().sum(), (gate, up)), theirs, strict=True):
+        torch.testing.assert_close(mine, reference)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gradient(activation: Activation) -> None:
     x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()

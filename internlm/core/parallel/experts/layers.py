@@ -13,6 +13,7 @@ from internlm.core.parallel.experts.exchanged_experts import ExchangedExperts
 from internlm.core.parallel.model_parallel import ModelParallel
 from internlm.core.parallel.modes.mtp import Mtp
 from internlm.model.moe.capacity import SamplePart
+from internlm.model.moe.experts import Experts
 from internlm.model.moe.feed_forward import MoeFeedForward
 from internlm.model.moe.router import Routing
 from internlm.model.recompute import as_routing_operator
@@ -29,6 +30,8 @@ def place_tokens_of_experts(model: nn.Module, parallel: ModelParallel) -> None:
             module.take_tokens = partial(_tokens_of_all_ranks, parallel=parallel)
             module.share_routing = partial(_routing_of_all_ranks, group=tensor)
             module.return_tokens = parallel.reduce_output
+            assert isinstance(module.experts, Experts)
+            module.experts.bias_share = 1 / context.layout.expert_tensor
         elif context.layout.splits_tokens_of_routers:
             assert tensor is not None
             module.take_tokens = partial(_own_tokens, group=tensor)

@@ -34,12 +34,22 @@ def place_experts(context: ParallelContext, name: str, attribute: str, shape: tu
         raise ConfigError(f"the {shape[0]} experts of '{name}' cannot be dealt evenly to {size} expert ranks")
     own = shape[0] // size
     experts = (index * own, own)
-    if layout.expert_weight > 1:
+    # Biases are small: only those of w1 and w3 are split, and only over tensor ranks.
+    is_whole = len(shape) == 2 and (layout.expert_weight > 1 or not attribute.startswith("w13"))
+    if is_whole:
+        spec = _part_of_experts(replace(spec, sharded_over=("expert",)), experts, 1, [(0, shape[1])])
+        if layout.expert_weight > 1:
+            spec = replace(spec, partial_over=("expert_weight",))
+        elif layout.expert_tensor > 1 and layout.expert == 1:
+            return [ParameterShard(attribute, replace(ShardSpec.whole(name, shape), partial_over=("tensor",)))]
+        elif layout.expert_tensor > 1:
+            spec = replace(spec, partial_over=("expert_tensor",))
+    elif layout.expert_weight > 1:
         spec = replace(spec, sharded_over=("expert", "expert_weight"))
         spec = _rows_of_experts(spec, experts, layout.expert_weight, context.index("expert_weight", "expert"))
     elif layout.expert_tensor > 1:
         axes = ("tensor",) if layout.expert == 1 else ("expert", "expert_tensor")
-        dim, num_matrices = _WIDTH[attribute]
+        dim, num_matrices = _WIDTH[attribute.removesuffix("_bias")]
         width = shape[dim] // num_matrices
         part = even_part(width, layout.expert_tensor, context.index("tensor"), "the width of an expert")
         ranges = [(number * width + part[0], part[1]) for number in range(num_matrices)]
@@ -57,7 +67,8 @@ def _part_of_experts(spec: ShardSpec, experts: Range, dim: int, ranges: list[Ran
     shape, sizes = spec.global_shape, [number for _, number in ranges]
     boxes = []
     for (start, number), filled in zip(ranges, accumulate([0, *sizes]), strict=False):
-        origin, local, size = [first, 0, 0], [0, 0, 0], [own, *shape[1:]]
+        rest = [0] * (len(shape) - 1)
+        origin, local, size = [first, *rest], [0, *rest], [own, *shape[1:]]
         origin[dim], local[dim], size[dim] = start, filled, number
         boxes.append(Box(tuple(origin), tuple(local), tuple(size)))
     local_shape = [own, *shape[1:]]
