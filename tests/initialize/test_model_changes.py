@@ -128,6 +128,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "model.first_k_dense_replace": {"model.first_k_dense_replace": 1},
     "model.mlp_only_layers": {"model.mlp_only_layers": [1]},
     "model.partial_rotary_factor": {"model.partial_rotary_factor": 0.5},
+    "model.sliding_window_pattern": {"model.sliding_window_pattern": 2},
     "model.rope_scaling.mscale": {"model.rope_scaling.mscale": 0.5},
     "model.rope_scaling.mscale_all_dim": {"model.rope_scaling.mscale_all_dim": 0.5},
     "model.moe_layer_kwargs.n_group": {"model.moe_layer_kwargs": {"n_group": 2, "topk_group": 2}},
