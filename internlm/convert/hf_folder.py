@@ -202,8 +202,8 @@ class HfWeights:
         self._layout = folder.layout
         self._architecture = architecture
         entries = {name: entry for name, entry in folder.entries.items() if not is_buffer(name)}
-        if folder.config.get("num_nextn_predict_layers"):
-            # Layers of multi-token prediction, which follow those of the model.
+        if "num_nextn_predict_layers" in folder.config:
+            # Layers of multi-token prediction, which follow those of the model; 0 leaves them out.
             num_layers = architecture.num_layers + architecture.num_multi_token
             entries = {name: entry for name, entry in entries.items() if _layer_of(name) < num_layers}
         for name in check_copies(folder.read, entries, architecture, str(folder.path)):

@@ -31,10 +31,13 @@ def with_multi_token_layers(model: HfModel, config: Mapping[str, Any], names: Co
         names: of the tensors in the folder.
     """
     number = config.get(_KEY) or 0
-    if number and model.model_type in _FAMILIES and f"model.layers.{model.keys['num_layers']}.eh_proj.weight" in names:
-        notices = tuple(notice for notice in model.notices if not notice.startswith(_KEY))
-        return dataclasses.replace(model, keys={**model.keys, _KEY: number}, notices=notices)
-    return model
+    if model.model_type not in _FAMILIES or f"model.layers.{model.keys['num_layers']}.eh_proj.weight" not in names:
+        return model
+    if number == 0:
+        notice = f"{_KEY} = 0: the layers of multi-token prediction in the folder are not imported"
+        return dataclasses.replace(model, notices=(*model.notices, notice))
+    notices = tuple(notice for notice in model.notices if not notice.startswith(_KEY))
+    return dataclasses.replace(model, keys={**model.keys, _KEY: number}, notices=notices)
 
 
 def has_multi_token_form(architecture: Architecture) -> bool:
@@ -68,10 +71,10 @@ def check_copies(
     for copy, original in copies(architecture):
         if copy not in names or original not in names:
             continue
-        difference = tied_difference(read(copy), read(original))
+        difference = tied_difference(read(copy), read(original), "it")
         if difference is not None:
             raise CheckpointError(
-                f"'{where}': '{copy}' must be a copy of '{original}', but {difference}; remove {_KEY} from config.json "
+                f"'{where}': '{copy}' must be a copy of '{original}', but {difference}; set {_KEY} to 0 in config.json "
                 "to import the model without these layers"
             )
         found.append(copy)

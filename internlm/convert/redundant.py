@@ -54,16 +54,16 @@ def buffer_difference(name: str, tensor: Tensor, rope: RopeSettings) -> str | No
     return f"'{name}' contradicts the config (rotary base {rope.base:.6g}, head_dim {rope.head_dim})"
 
 
-def tied_difference(head: Tensor, embedding: Tensor) -> str | None:
-    """Describe how a tied head differs from its embedding; None if it does not."""
+def tied_difference(head: Tensor, embedding: Tensor, called: str = "the embedding") -> str | None:
+    """Describe how a tied head differs from its embedding, or a copy from its original; None if it does not."""
     if head.shape != embedding.shape:
-        return f"has shape {list(head.shape)}, the embedding {list(embedding.shape)}"
+        return f"has shape {list(head.shape)}, {called} {list(embedding.shape)}"
     embedding = embedding.to(head.dtype)
     if torch.equal(head, embedding):
         return None
     different = int((head != embedding).sum())
     largest = float((head.float() - embedding.float()).abs().max())
-    return f"differs from the embedding in {different:,} of {head.numel():,} values, by up to {largest:.3g}"
+    return f"differs from {called} in {different:,} of {head.numel():,} values, by up to {largest:.3g}"
 
 
 def _is_close(tensor: Tensor, expected: Tensor) -> bool:

@@ -63,9 +63,15 @@ def test_a_family_without_them_leaves_them_out(
     assert "left out: the 1 layer(s) that predict later tokens" in caplog.text
 
 
-def test_a_copy_that_differs_is_refused(tmp_path: Path) -> None:
+def test_a_copy_that_differs_is_refused_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = folder_of(tmp_path / "hf", "deepseek-v3")
     weights["model.layers.2.embed_tokens.weight"][0, 0] += 1
     rewrite(tmp_path / "hf", weights)
-    with pytest.raises(CheckpointError, match=r"must be a copy of 'model\.embed_tokens\.weight', but differs"):
+    reason = r"must be a copy of 'model\.embed_tokens\.weight', but differs from it.*set num_nextn_predict_layers to 0"
+    with pytest.raises(CheckpointError, match=reason):
         convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "new"))
+    rewrite(tmp_path / "hf", weights, num_nextn_predict_layers=0)
+    convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "new"))
+    assert "the layers of multi-token prediction in the folder are not imported" in caplog.text
+    convert_to_hf(storage_path(tmp_path / "new/0"), storage_path(tmp_path / "back"), tokenizer=False)
+    assert tensors_of(tmp_path / "back").keys() == {name for name in weights if ".layers.2." not in name}
