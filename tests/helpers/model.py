@@ -21,8 +21,23 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny_config(**keys: Any) -> ModelConfig:
-    """A model section of odd sizes; `keys` replace or add."""
+LATENT_FAMILIES = ("DEEPSEEK_V2", "DEEPSEEK_V3", "KIMI_K2")
+
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 8,
+}
+"""Sizes that latent attention needs, instead of those of other attention."""
+
+
+def tiny_config(model_type: str = "", **keys: Any) -> ModelConfig:
+    """A model section of odd sizes; `keys` replace or add, but for those that the family cannot have."""
+    if model_type in LATENT_FAMILIES:
+        others = ("num_kv_attention_heads", "enable_qkv_fusion")
+        keys = {**LATENT, **{key: value for key, value in keys.items() if key not in others}}
     return ModelConfig(**{**TINY, **keys})
 
 
@@ -39,5 +54,5 @@ def materialize(model: nn.Module, seed: int = 0) -> nn.Module:
 def tiny_model(model_type: str, seed: int = 0, norm_dtype: torch.dtype | None = None, **keys: Any) -> Any:
     """A registered model of `tiny_config(**keys)` with initial values."""
     with torch.device("meta"):
-        model = build_model(model_type, tiny_config(**keys), norm_dtype=norm_dtype)
+        model = build_model(model_type, tiny_config(model_type, **keys), norm_dtype=norm_dtype)
     return materialize(model, seed)

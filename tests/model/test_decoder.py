@@ -110,7 +110,7 @@ def test_fused_and_separate_weights_are_one_function(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", known_models())
 def test_is_built_without_storage(model_type: str) -> None:
     with torch.device("meta"):
-        model = build_model(model_type, tiny_config(**GQA))
+        model = build_model(model_type, tiny_config(model_type, **GQA))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not list(model.buffers())
     for parameter in model.parameters():
