@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.resume import Ranks
 from torch import Tensor
 
@@ -61,3 +63,40 @@ def test_metrics_of_a_step(form: str, ranks: Ranks) -> None:
         both = [second[f"moe/{name}/{layer}"] for layer in (1, 2)]
         assert second[f"moe/{extreme}_{name}"] == (min if extreme == "min" else max)(both)
     assert ("moe/max_bias_range" in second) == ("moe/sequence_loss" in second) == (form == "sigmoid_grouped")
+
+
+def run_with_capacity(case: Case) -> tuple[RankRecord, list[Tensor], list[tuple[int, int, int]]]:
+    """Two steps in one process; of each choice, in order, what is kept, and seed, sample and layer of its noise."""
+    right_kept, right_key = router.kept_choices, router.noise_key
+    kept: list[Tensor] = []
+    keys: list[tuple[int, int, int]] = []
+
+    def kept_choices(*args: Any) -> Tensor:
+        kept.append(right_kept(*args))
+        return kept[-1]
+
+    def noise_key(*args: int) -> int:
+        keys.append((args[0], args[1], args[2]))
+        return right_key(*args)
+
+    router.kept_choices, router.noise_key = kept_choices, noise_key  # type: ignore[assignment]
+    try:
+        return run_case(case, 2), kept, keys
+    finally:
+        router.kept_choices, router.noise_key = right_kept, right_key
+
+
+def test_dropped_choices_and_noise_of_a_step(ranks: Ranks) -> None:
+    """The share of dropped choices, and noise from the seed of the run, the sample and the layer."""
+    case = Combination.parse(f"{LINE.format('normalized')},selection=largest").case()
+    (found,) = ranks(1).run(run_with_capacity, case)
+    record, kept, keys = found
+    # Two steps of two micro-batches of two layers with experts.
+    assert len(kept) == 8
+    for number, step in enumerate(record.steps):
+        own = kept[4 * number : 4 * number + 4]
+        for first, layer in enumerate((1, 2)):
+            share = 1 - float(torch.stack(own[first::2]).double().mean())
+            assert 0 < share < 1 and step.routing[f"moe/dropped/{layer}"] == pytest.approx(share)
+        assert step.routing["moe/dropped"] == pytest.approx(1 - float(torch.stack(own).double().mean()))
+    assert set(keys) == {(case.config.seed, sample, layer) for sample in range(4) for layer in (1, 2)}
