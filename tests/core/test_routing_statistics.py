@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.layouts import record_of
 from helpers.resume import Ranks
 from torch import Tensor
 
 from internlm.model.moe import router
 from internlm.verify.case import Case, Combination
 from internlm.verify.record import RankRecord
+from internlm.verify.report import judge
 from internlm.verify.run import run_case
 
 LINE = "ranks=1 model:family=QWEN3MOE,experts=8,top_k=3,router={},dtype=float64,checkpoint=1,dense_layers=1,layers=3"
@@ -100,3 +102,13 @@ def test_dropped_choices_and_noise_of_a_step(ranks: Ranks) -> None:
             assert 0 < share < 1 and step.routing[f"moe/dropped/{layer}"] == pytest.approx(share)
         assert step.routing["moe/dropped"] == pytest.approx(1 - float(torch.stack(own).double().mean()))
     assert set(keys) == {(case.config.seed, sample, layer) for sample in range(4) for layer in (1, 2)}
+
+
+@pytest.mark.parametrize("selection", ["largest", "gshard_random"])
+def test_recomputation_has_the_noise_of_the_forward_pass(selection: str, ranks: Ranks) -> None:
+    """A run with recomputation against one without, which the matrix does not compare."""
+    line = f"{LINE.format('normalized')},selection={selection} stepping:micro_batches=3"
+    case = Combination.parse(line).case()
+    without = Combination.parse(line.replace("checkpoint=1", "checkpoint=0")).case()
+    verdict = judge(case, record_of(case, ranks), record_of(without, ranks))
+    assert verdict.is_equal, verdict.explain()
