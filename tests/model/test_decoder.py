@@ -117,6 +117,17 @@ def test_is_built_without_storage(model_type: str) -> None:
         initializer_of(parameter)
 
 
+def test_layers_that_predict_later_tokens_are_like_the_last_layer() -> None:
+    """Its window and experts, where the first layer has none of them."""
+    keys = {"num_experts": 4, "moe_type": "Dropless", "first_k_dense_replace": 1, "num_nextn_predict_layers": 2}
+    window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    a = tiny_model("QWEN3MOE", **keys, **window, **GQA).architecture.with_multi_token_layers
+    assert a.windows == (None, 5, 5, 5)
+    assert sorted(a.layer_kinds) == a.layers_with_experts == [1, 2, 3]
+    last_dense = tiny_model("QWEN3MOE", **keys | {"first_k_dense_replace": 0}, mlp_only_layers=[1]).architecture
+    assert sorted(last_dense.with_multi_token_layers.layer_kinds) == last_dense.layers_with_experts == [0]
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_every_weight_has_its_role(fused: bool) -> None:
     model = tiny_model("QWEN3", enable_qkv_fusion=fused, mlp_layer_fusion=fused, **GQA)
