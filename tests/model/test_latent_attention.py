@@ -84,3 +84,18 @@ def test_mscale_needs_latent_attention() -> None:
     with torch.device("meta"):
         rope = build_model("DEEPSEEK_V3", tiny_config(**SHAPE, rope_scaling=scaling)).architecture.rope  # type: ignore[union-attr]
     assert rope.attention_factor == 1.0 and rope.score_factor == pytest.approx((0.1 * 1.3862944 + 1) ** 2)
+
+
+@pytest.mark.parametrize(("mscale", "of_all"), [(1.0, 0.5), (0.707, 0.707), (1.0, 0.0)])
+def test_temperatures_of_yarn_are_those_of_transformers(mscale: float, of_all: float) -> None:
+    """Without `attention_factor`, which imported configs have."""
+    from transformers import DeepseekV3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"factor": 4.0, "mscale": mscale, "mscale_all_dim": of_all}
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 2048, **scaling}
+    peer = DeepseekV3Config(qk_rope_head_dim=SHAPE["qk_rope_head_dim"], rope_parameters=rope)
+    with torch.device("meta"):
+        model = build_model("DEEPSEEK_V3", tiny_config(**SHAPE, rope_scaling={"type": "yarn", **scaling}))
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](peer, torch.device("cpu"))
+    assert model.architecture.rope.attention_factor == pytest.approx(expected)  # type: ignore[union-attr]
