@@ -33,6 +33,15 @@ LATER_KEYS = {
 }
 """Patterns of InternEvo's keys for features that this version lacks altogether."""
 
+_SWITCHES: dict[str, Any] = {
+    "model.num_experts": 1,
+    "model.moe_layer_kwargs.n_group": 1,
+    "model.moe_layer_kwargs.selection_bias": False,
+    "loss.moe_bias_update_rate": 0.0,
+    "model.num_nextn_predict_layers": 0,
+}
+"""Keys of mixtures and of multi-token prediction -> the value with which the keys that refine them change nothing."""
+
 _ONLY_WHILE_SAVING = (
     "oss_snapshot_freq",
     "keep_latest",
@@ -95,12 +104,16 @@ def find_ineffective(config: Config, given: Callable[[str], Any]) -> Iterator[st
     `given(path)` is the value that the user gave for a path, or None.
     """
     by_reason: dict[str, list[str]] = {}
+    by_path = {path: value for path, _, value in walk_values(config)}
     for path, field, value in walk_values(config):
         info = key_info(field)
         assert info is not None, path
         requested = given(path)
         if info.status is Status.NO_EFFECT and value != default_of(field):
             by_reason.setdefault(info.detail, []).append(f"{path} = {value!r}")
+        elif info.status is Status.DEPENDENT and requested is not None and value != default_of(field):
+            if info.detail in _SWITCHES and (switch := by_path[info.detail]) == _SWITCHES[info.detail]:
+                by_reason.setdefault(f"{info.detail} = {switch!r}", []).append(f"{path} = {value!r}")
         elif info.forced and requested is not None and requested != value:
             yield f"{path} = {requested!r} is ignored: it is always {info.derived} = {value!r}"
     for reason, keys in by_reason.items():

@@ -64,6 +64,8 @@ def load_routing(
         ) from error
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is not a readable .npy file of routing ({error}); write it again") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path} is an archive of arrays (.npz), not a .npy file of routing; write it with np.save")
     if array.dtype.kind not in "iu" or array.shape != shape:
         raise DataError(
             f"{path} has {array.dtype} {list(array.shape)}, and this run needs integers {list(shape)}: rows of the "

@@ -235,7 +235,7 @@ def _to_resume(config: Config) -> list[FoundCheckpoint]:
 
 
 def _folders(config: Config, context: ParallelContext) -> list[str]:
-    """Check that the folders of checkpoints and of the stop file are writable, without writing to them."""
+    """Check that the folders of checkpoints, routing and the stop file can be used, without writing to them."""
     ckpt = config.ckpt
     saved = (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder) if ckpt.enable_save_ckpt else ()
     for folder in filter(None, saved):
@@ -250,6 +250,16 @@ def _folders(config: Config, context: ParallelContext) -> list[str]:
         reason = why_not_writable(path.local.parent)
         if reason is not None:
             raise ConfigError(f"ckpt.stop_file_path = {ckpt.stop_file_path!r} cannot be written: {reason}")
+    replay = config.moe.replay
+    if replay.write is not None:
+        reason = why_not_writable(storage_path(replay.write).local)
+        if reason is not None:
+            raise ConfigError(f"moe.replay.write = {replay.write!r} cannot be written: {reason}")
+    if replay.read is not None and not storage_path(replay.read).local.is_dir():
+        raise ConfigError(
+            f"moe.replay.read = {replay.read!r} is not a folder; give one that moe.replay.write wrote, which has a "
+            "folder step-N for each step"
+        )
     return []
 
 

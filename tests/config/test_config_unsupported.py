@@ -1,5 +1,6 @@
 """What is not there yet is refused by name, key by key; nothing is silently ignored."""
 
+import functools
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -130,6 +131,50 @@ def test_what_means_nothing_while_saving_is_off():
     assert list(find_ineffective(config, lambda _: None)) == [
         "no effect: ckpt.oss_snapshot_freq, ckpt.async_save (saving is off)"
     ]
+
+
+MIXTURE = {"num_experts": 4, "top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "notices"),
+    [
+        (
+            {"top_k": 2, "num_shared_experts": 1},
+            {"moe_loss_coeff": 0.1},
+            ["model.top_k = 2, model.num_shared_experts = 1, loss.moe_loss_coeff = 0.1 (model.num_experts = 1)"],
+        ),
+        (
+            {**MIXTURE, "moe_layer_kwargs": {"topk_group": 2, "group_score": "top2_sum"}},
+            {},
+            [
+                "model.moe_layer_kwargs.topk_group = 2, model.moe_layer_kwargs.group_score = 'top2_sum' "
+                "(model.moe_layer_kwargs.n_group = 1)"
+            ],
+        ),
+        (
+            MIXTURE,
+            {"moe_bias_update_rate": 0.001},
+            ["loss.moe_bias_update_rate = 0.001 (model.moe_layer_kwargs.selection_bias = False)"],
+        ),
+        (
+            {**MIXTURE, "moe_layer_kwargs": {"selection_bias": True}},
+            {"moe_bias_centered": True},
+            ["loss.moe_bias_centered = True (loss.moe_bias_update_rate = 0.0)"],
+        ),
+        (
+            {},
+            {"multi_token_loss_coeff": 0.1},
+            ["loss.multi_token_loss_coeff = 0.1 (model.num_nextn_predict_layers = 0)"],
+        ),
+        (MIXTURE, {"moe_loss_coeff": 0.1}, []),
+        ({"num_nextn_predict_layers": 1}, {"multi_token_loss_coeff": 0.1}, []),
+    ],
+)
+def test_keys_of_a_mixture_that_another_key_makes_useless(model, loss, notices):
+    config = Config.model_validate({**BASE, "model": {**BASE["model"], **model}, "loss": loss})
+    given = functools.partial(at, config)
+    assert list(find_ineffective(config, given)) == [f"no effect: {notice}" for notice in notices]
 
 
 @pytest.mark.parametrize("family", LATER_FAMILIES)

@@ -157,6 +157,14 @@ def test_wrong_files_are_refused_by_place(array: np.ndarray, message: str, tmp_p
         load_routing(path, (4, 6, 2), 8, slice(2, 4), slice(2, 4))
 
 
+def test_an_archive_of_arrays_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "layer-0.npy"
+    with path.open("wb") as file:
+        np.savez(file, GOOD)
+    with pytest.raises(DataError, match=r"layer-0\.npy is an archive of arrays"):
+        load_routing(path, (4, 6, 2), 8, slice(0, 4), slice(0, 6))
+
+
 @pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00v\x00{'descr"], ids=str)
 def test_broken_files_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "layer-0.npy"

@@ -87,6 +87,11 @@ def expert_settings(config: ModelConfig, shared_mix: SharedMix, has_biases: bool
     except ValueError as error:
         raise ConfigError(_KEY_OF_FIELD.sub(lambda field: _KEYS[field[0]], str(error))) from None
     dense = config.dense_layers
+    if missing := sorted(set(config.mlp_only_layers) - set(range(config.num_layers))):
+        raise ConfigError(
+            f"model.mlp_only_layers = {list(config.mlp_only_layers)}: there is no layer {missing[0]}; layers are "
+            f"numbered from 0 to model.num_layers - 1 = {config.num_layers - 1}"
+        )
     if not dense < set(range(config.num_layers)):
         raise ConfigError(
             f"model.first_k_dense_replace = {config.first_k_dense_replace}, model.mlp_only_layers = "

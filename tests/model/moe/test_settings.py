@@ -14,12 +14,19 @@ from internlm.utils.errors import ConfigError
 MOE = {"model_type": "QWEN3MOE", "model.num_experts": 8, "model.top_k": 2, "model.moe_type": "Dropless"}
 
 
-@pytest.mark.parametrize("keys", [{"first_k_dense_replace": 2}, {"mlp_only_layers": (2,)}, {"mlp_only_layers": (0, 1)}])
+@pytest.mark.parametrize("keys", [{"first_k_dense_replace": 2}, {"mlp_only_layers": (0, 1)}])
 def test_some_layer_must_have_experts(keys: dict[str, Any]) -> None:
     config = small_config(
         {**MOE, "model.num_layers": 2, **{f"model.{key}": value for key, value in keys.items()}}
     ).model
     with pytest.raises(ConfigError, match=r"some of the 2 layers .* must have experts"):
+        expert_settings(config, "sigmoid")
+
+
+@pytest.mark.parametrize("layers", [(2,), (-1,), (0, 2)])
+def test_dense_layers_must_exist(layers: tuple[int, ...]) -> None:
+    config = small_config({**MOE, "model.num_layers": 2, "model.mlp_only_layers": layers}).model
+    with pytest.raises(ConfigError, match=r"model.mlp_only_layers = .*: there is no layer (2|-1); layers are numbered"):
         expert_settings(config, "sigmoid")
 
 
