@@ -112,7 +112,12 @@ def find_ineffective(config: Config, given: Callable[[str], Any]) -> Iterator[st
         if info.status is Status.NO_EFFECT and value != default_of(field):
             by_reason.setdefault(info.detail, []).append(f"{path} = {value!r}")
         elif info.status is Status.DEPENDENT and requested is not None and value != default_of(field):
-            if info.detail in _SWITCHES and (switch := by_path[info.detail]) == _SWITCHES[info.detail]:
+            # The rules refuse a size above 1 in a dense model, and ask for 1.
+            if (
+                path != "parallel.expert.size"
+                and info.detail in _SWITCHES
+                and (switch := by_path[info.detail]) == _SWITCHES[info.detail]
+            ):
                 by_reason.setdefault(f"{info.detail} = {switch!r}", []).append(f"{path} = {value!r}")
         elif info.forced and requested is not None and requested != value:
             yield f"{path} = {requested!r} is ignored: it is always {info.derived} = {value!r}"
