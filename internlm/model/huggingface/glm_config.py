@@ -78,5 +78,8 @@ GLM4_MOE = MixtureClass(
     _keys,
     _refused,
     _config,
-    own_keys=("partial_rotary_factor", "n_routed_experts", "router_aux_loss_coef", "num_nextn_predict_layers"),
+    own_keys=(
+        *("partial_rotary_factor", "n_routed_experts", "router_aux_loss_coef", "aux_loss_alpha"),
+        "num_nextn_predict_layers",
+    ),
 )
