@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from internlm.core.context.parallel_context import ParallelContext
@@ -94,9 +95,10 @@ class Recorder(Hook):
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         engine = self._engine
         engine.optimizer.finish_gathering()
-        routing = {
-            name: float(value) for name, value in metrics.extra.items() if name.startswith(("moe/", "multi_token/"))
-        }
+        # Whether the largest of nearly equal logits is the right one depends on rounding.
+        is_exact = next(_parameters(engine)).dtype == torch.float64
+        compared = ("moe/", "multi_token/" if is_exact else "multi_token/loss/")
+        routing = {name: float(value) for name, value in metrics.extra.items() if name.startswith(compared)}
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         self.record.steps.append(RankStep(loss, norm, list(_gradients(engine)), list(_weights(engine)), routing))
 

@@ -59,8 +59,9 @@ def test_the_import_does_with_each_file_what_the_page_says() -> None:
         for pattern in code_in(name):
             file = re.sub(r"\{\w+\}", "3", pattern)
             rank_file = RANK_FILE.fullmatch(file)
-            refused = bool(EXPERT_FILE.fullmatch(file)) or bool(rank_file and rank_file["fsdp"])
-            is_read = bool(rank_file or SHARD_FILE.fullmatch(file) or PLAN_FILE.fullmatch(file)) or file in read
+            refused = bool(rank_file and rank_file["fsdp"])
+            others = (SHARD_FILE, PLAN_FILE, EXPERT_FILE)
+            is_read = bool(rank_file) or any(kind.fullmatch(file) for kind in others) or file in read
             expected = (
                 "refused" if refused else "read" if is_read else ("if missing" if file == "3.step" else "not read")
             )
