@@ -3,20 +3,16 @@ parallelism.md and memory.md."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 import torch
-from helpers.memory import PeakMemory
-from helpers.tiny import micro_batch, tiny_config
+from helpers.saved_activations import saved_by_model
+from helpers.tiny import tiny_config
 
 from internlm.core.context.layout import ParallelLayout
-from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.parallelize import parallelize
 from internlm.estimate.activations import LayerActivations
 from internlm.estimate.dimensions import ModelDimensions
-from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.recompute import SAVE_POLICIES, SavePolicy
 from internlm.model.registry import build_model
 
@@ -38,29 +34,9 @@ def model_of(family: str, num_layers: int, keep: SavePolicy, changes: dict[str, 
         return build_model(family, tiny_config(num_layers=num_layers, **sizes, **recomputing, **changes))
 
 
-def kept_by_a_model(
-    layout: ParallelLayout, family: str, num_layers: int, keep: SavePolicy, changes: dict[str, Any]
-) -> int:
-    """Bytes of all tensors that are alive on this rank after a forward pass, but for those from before it."""
-    context = ParallelContext.create(layout)
-    model = parallelize(model_of(family, num_layers, keep, changes), context)
-    micro = micro_batch(0, (TOKENS,))
-    assert micro.lengths is not None
-    varlen = VarlenMetadata.of(micro.lengths)
-    with PeakMemory() as memory:
-        hidden = model(micro.input_ids, micro.position_ids, varlen)
-        if layout.world_size > 1:
-            # The threads of a process group let go of a collective's tensors a moment after it is done.
-            time.sleep(0.005)
-        live = memory.live
-    assert hidden.requires_grad
-    context.close()
-    return live
-
-
 def kept_by_a_layer(layout: ParallelLayout, family: str, keep: SavePolicy, changes: dict[str, Any]) -> float:
     """Bytes a token that one layer more keeps: rotary tables and the ends of the model fall out."""
-    three, two = (kept_by_a_model(layout, family, layers, keep, changes) for layers in (3, 2))
+    three, two = (saved_by_model(model_of(family, layers, keep, changes), layout, TOKENS) for layers in (3, 2))
     return (three - two) / TOKENS
 
 
