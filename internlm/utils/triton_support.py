@@ -21,5 +21,6 @@ def why_no_triton(device: torch.device) -> str | None:
     try:
         run_trial(device)
     except Exception as error:
-        return f"a trial kernel of Triton failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        first_line = str(error).strip().split("\n", maxsplit=1)[0]
+        return f"a trial kernel of Triton failed: {type(error).__name__}: {first_line}"
     return None
