@@ -10,6 +10,7 @@ meaning beyond the order of their sum.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,26 @@ def save_routing(path: Path, experts: NDArray[np.integer]) -> None:
     with partial.open("wb") as file:
         np.save(file, experts.astype(np.int16 if experts.max(initial=0) < 2**15 else np.int32))
     os.replace(partial, path)
+
+
+def check_layers(folder: Path, step: int, layers: Sequence[int]) -> None:
+    """Check that a step has no file of a layer that the model lacks.
+
+    Args:
+        folder: of all steps.
+        step: whose folder is checked; one that does not exist passes.
+        layers: numbers of the model's layers with experts.
+
+    Raises:
+        DataError: a file is of another layer.
+    """
+    own = {path_of_routing(folder, step, layer) for layer in layers}
+    others = sorted(set(path_of_step(folder, step).glob("layer-*.npy")) - own)
+    if others:
+        raise DataError(
+            f"{others[0]} is of no layer with experts of this model, whose layers are {list(layers)}: these files are "
+            "of another model; give moe.replay.read the folder of this one, or remove the file"
+        )
 
 
 def load_routing(

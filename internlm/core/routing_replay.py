@@ -16,7 +16,7 @@ from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hooks import Hook, RunningTrainer
-from internlm.core.routing_files import load_routing, path_of_routing, path_of_step, save_routing
+from internlm.core.routing_files import check_layers, load_routing, path_of_routing, path_of_step, save_routing
 from internlm.core.step_metrics import StepMetrics
 from internlm.model.moe.router import Router, routers_of
 from internlm.utils.logging import get_logger
@@ -58,6 +58,8 @@ class RoutingReplay(Hook):
     def on_step_start(self, trainer: RunningTrainer) -> None:
         self._step = trainer.state.step + 1
         self._chosen.clear()
+        if self._read is not None:
+            check_layers(self._read, self._step, self._routing.layers_with_experts)
 
     def begin_micro_batch(self, number: int, shape: tuple[int, int]) -> None:
         """Called before the forward pass of a micro-batch of this data rank, `[B, S]`."""

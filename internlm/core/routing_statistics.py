@@ -41,6 +41,7 @@ class RoutingStatistics:
         seed: see the attribute.
 
     Attributes:
+        layers_with_experts: numbers of those of the whole model.
         seed: of routers' noise; a resumed run must have the same one to draw the same numbers.
         num_micro_batches: of each data rank in this step.
         micro_batch: number of the one whose forward pass runs.
@@ -66,7 +67,7 @@ class RoutingStatistics:
         # A stage without a router takes part in the sums too.
         self._experts = None if architecture is None else architecture.experts
         self._num_layers = 0 if architecture is None else architecture.num_layers + architecture.num_multi_token
-        self._layers_with_experts: list[int] = [] if architecture is None else architecture.layers_with_experts
+        self.layers_with_experts: list[int] = [] if architecture is None else architecture.layers_with_experts
         self._axes = ["data", "pipeline"]
         if self._parallel.residual_axis is not None or context.layout.splits_tokens_of_routers:
             self._axes.append("tensor")
@@ -176,7 +177,7 @@ class RoutingStatistics:
         return self._metrics(sums, self._experts)
 
     def _metrics(self, sums: RouterSums, experts: ExpertSettings) -> dict[str, Tensor]:
-        layers = self._layers_with_experts
+        layers = self.layers_with_experts
         losses = sums.losses.sum(0).float() / self._num_samples
         loads = sums.counts.amax(-1) / sums.counts.mean(-1).clamp(min=1e-9)
         num_tokens = (sums.counts.sum(-1) / experts.form.top_k).clamp(min=1.0)

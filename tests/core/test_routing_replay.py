@@ -10,7 +10,7 @@ from helpers.layouts import record_of
 from helpers.ranks import RankFailedError
 from helpers.resume import Ranks
 
-from internlm.core.routing_files import load_routing, path_of_routing, save_routing
+from internlm.core.routing_files import check_layers, load_routing, path_of_routing, save_routing
 from internlm.utils.errors import DataError
 from internlm.verify.batches import local_batch
 from internlm.verify.case import Case, Combination
@@ -129,6 +129,24 @@ def test_a_step_without_files_ends_the_run(ranks: Ranks, tmp_path: Path) -> None
     record_of(case.with_routing(tmp_path, write=True), ranks, 1)
     with pytest.raises(RankFailedError, match=r"DataError: .*step-2/layer-0.npy does not exist: moe.replay.read needs"):
         ranks(4).run(run_case, case.with_routing(tmp_path), STEPS)
+
+
+def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
+    case = case_of("ranks=1")
+    evaluated(case.with_routing(tmp_path, write=True))
+    save_routing(path_of_routing(tmp_path, 1, 4), GOOD)
+    with pytest.raises(DataError, match=r"step-1/layer-4\.npy is of no layer .* whose layers are \[0, 1, 2, 3\]"):
+        evaluated(case.with_routing(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["layer-0.npy", "layer-01.npy", "layer-3.npy"])
+def test_only_files_of_layers_with_experts_belong_to_a_step(name: str, tmp_path: Path) -> None:
+    save_routing(path_of_routing(tmp_path, 2, 1), GOOD)
+    check_layers(tmp_path, 2, [1, 2])
+    check_layers(tmp_path, 1, [1, 2])
+    save_routing(tmp_path / "step-2" / name, GOOD)
+    with pytest.raises(DataError, match=rf"step-2/{name} is of no layer"):
+        check_layers(tmp_path, 2, [1, 2])
 
 
 GOOD = np.tile(np.arange(2), (4, 6, 1))
