@@ -94,3 +94,18 @@ def test_sums_over_the_experts_of_a_token(top_k: int, width: int, dtype: torch.d
     rows = OpCase("dispatch", "", partial(dispatch, order=order), lambda x: copies.to(x.dtype) @ x, ((300, width),))
     assert judge(sums, DEVICE, dtype) is None
     assert judge(rows, DEVICE, dtype) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_dropped_pairs_are_zero(dtype: torch.dtype) -> None:
+    """Also where memory that was NaN is used again: renormalized weights pass them on to the kept pairs."""
+    experts = _experts(300, 4, 20)
+    kept = experts < 15
+    order = ExpertOrder.of(experts, 20, kept)
+    y = _random(len(order.order), 72, dtype=dtype)
+    weights = _random(300, 4, seed=1).where(kept, 0.0).requires_grad_()
+    out = combine(y, weights, order)
+    blocks = [torch.full_like(weights, torch.nan, requires_grad=False) for _ in range(8)]
+    del blocks
+    (grad,) = torch.autograd.grad(out, weights, torch.ones_like(out))
+    assert torch.equal(grad.isfinite(), torch.ones_like(kept)) and torch.count_nonzero(grad[~kept]) == 0

@@ -181,12 +181,10 @@ def _(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 @torch.library.custom_op(
     "internlm::combine_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor y, Tensor weights, Tensor order, Tensor inverse) -> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor y, Tensor weights, Tensor order) -> (Tensor, Tensor)",
 )
-def _combine_backward(
-    grad: Tensor, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `y` and `weights`; both row by row, in the order of the experts."""
+def _combine_backward(grad: Tensor, y: Tensor, weights: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `y` and `weights`, row by row; zeros for dropped pairs, whose weights may be renormalized."""
     if len(y) == 0:
         return torch.empty_like(y), torch.zeros_like(weights)
     if _has_kernels(y):
@@ -198,22 +196,22 @@ def _combine_backward(
         return grad_y, grad_weights.to(weights.dtype)
     wide = torch.promote_types(y.dtype, torch.float32)
     tokens, weight_of_row = order // weights.shape[1], weights.flatten()[order].to(wide)
-    grad_y, grad_weight = y.new_empty(y.shape), y.new_empty(y.shape[0], dtype=wide)
+    grad_y, grad_weights = y.new_empty(y.shape), y.new_zeros(weights.numel(), dtype=wide)
     for rows in _blocks(y.shape[0], y.shape[1], y.device):
         own = grad.index_select(0, tokens[rows]).to(wide)
-        grad_weight[rows] = (own * y[rows]).sum(-1)
+        grad_weights.scatter_(0, order[rows], (own * y[rows]).sum(-1))
         grad_y[rows] = own.mul_(weight_of_row[rows].unsqueeze(-1))
-    # Those of dropped pairs have no meaning: their weights are constants.
-    return grad_y, grad_weight.index_select(0, inverse).view(weights.shape).to(weights.dtype)
+    return grad_y, grad_weights.view(weights.shape).to(weights.dtype)
 
 
 @_combine_backward.register_fake
-def _(grad: Tensor, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, y: Tensor, weights: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), weights.new_empty(weights.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    y, weights, order, _ = inputs
+    ctx.save_for_backward(y, weights, order)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -46,14 +46,14 @@ def weighted_sum_gradients(grad: Tensor, y: Tensor, weights: Tensor, order: Tens
 
     Args:
         grad: gradient of the sum, `[T, h]`, contiguous.
-        y: `[T * k, h]`, sorted by expert, contiguous.
+        y: `[M, h]`, sorted by expert, contiguous.
         weights: fp32 `[T, k]`, contiguous.
-        order: int64 `[T * k]`, contiguous; see `ExpertOrder`.
+        order: int64 `[M]`, contiguous; see `ExpertOrder`.
 
     Returns:
-        (`[T * k, h]`, fp32 `[T, k]`).
+        (`[M, h]`, fp32 `[T, k]`), zeros for the weights of dropped pairs.
     """
-    grad_y, grad_weights = torch.empty_like(y), torch.empty_like(weights)
+    grad_y, grad_weights = torch.empty_like(y), torch.zeros_like(weights)
     if y.shape[0]:
         _weighted_sum_gradients[(y.shape[0],)](
             grad_y, grad_weights, grad, y, weights, order, y.shape[1], TOP_K=weights.shape[1], BLOCK=_BLOCK

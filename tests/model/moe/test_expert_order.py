@@ -142,3 +142,15 @@ def test_one_graph_when_compiled(dtype: torch.dtype) -> None:
             for out in (call(x, weights, experts) for call in (compiled, routed))
         )
         assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_dropped_pairs_have_no_gradient(dtype: torch.dtype) -> None:
+    experts = torch.tensor([[0, 1], [0, 2], [1, 0]])
+    kept = torch.tensor([[True, True], [True, False], [True, False]])
+    order = ExpertOrder.of(experts, 3, kept)
+    y, weights = torch.randn(len(order.order), 8, dtype=dtype), torch.rand(3, 2).where(kept, 0.0).requires_grad_()
+    (grad,) = torch.autograd.grad(combine(y, weights, order).sum(), weights)
+    assert torch.equal(grad != 0, kept)
+    expected = y.double().sum(-1)[order.inverse.view(3, 2)][kept].float()
+    torch.testing.assert_close(grad[kept], expected)
