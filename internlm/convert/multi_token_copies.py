@@ -31,13 +31,13 @@ def with_multi_token_layers(model: HfModel, config: Mapping[str, Any], names: Co
         names: of the tensors in the folder.
     """
     number = config.get(_KEY) or 0
-    if model.model_type not in _FAMILIES or f"model.layers.{model.keys['num_layers']}.eh_proj.weight" not in names:
+    has_layers = model.model_type in _FAMILIES and f"model.layers.{model.keys['num_layers']}.eh_proj.weight" in names
+    if has_layers and number:
+        return dataclasses.replace(model, keys={**model.keys, _KEY: number})
+    if not has_layers and not number:
         return model
-    if number == 0:
-        notice = f"{_KEY} = 0: the layers of multi-token prediction in the folder are not imported"
-        return dataclasses.replace(model, notices=(*model.notices, notice))
-    notices = tuple(notice for notice in model.notices if not notice.startswith(_KEY))
-    return dataclasses.replace(model, keys={**model.keys, _KEY: number}, notices=notices)
+    notice = f"{_KEY} = {number}: layers of multi-token prediction are not imported"
+    return dataclasses.replace(model, notices=(*model.notices, notice))
 
 
 def has_multi_token_form(architecture: Architecture) -> bool:

@@ -72,6 +72,6 @@ def test_a_copy_that_differs_is_refused_or_left_out(tmp_path: Path, caplog: pyte
         convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "new"))
     rewrite(tmp_path / "hf", weights, num_nextn_predict_layers=0)
     convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "new"))
-    assert "the layers of multi-token prediction in the folder are not imported" in caplog.text
+    assert "num_nextn_predict_layers = 0: layers of multi-token prediction are not imported" in caplog.text
     convert_to_hf(storage_path(tmp_path / "new/0"), storage_path(tmp_path / "back"), tokenizer=False)
     assert tensors_of(tmp_path / "back").keys() == {name for name in weights if ".layers.2." not in name}

@@ -42,12 +42,13 @@ _SIZES = {
     "n_group": (1, _MOST_EXPERTS),
     "topk_group": (1, _MOST_EXPERTS),
     "first_k_dense_replace": (0, _MOST_EXPERTS),
+    "num_nextn_predict_layers": (0, _MOST_EXPERTS),
     **dict.fromkeys(
         ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), (1, _MOST_CHANNELS)
     ),
 }
 """Key -> least and largest accepted value."""
-_MAY_BE_NULL = ("q_lora_rank", "n_group", "topk_group")
+_MAY_BE_NULL = ("q_lora_rank", "n_group", "topk_group", "num_nextn_predict_layers")
 
 
 def expert_mistakes(values: Mapping[str, Any]) -> list[str]:
@@ -125,9 +126,6 @@ def expert_notices(values: Mapping[str, Any]) -> list[str]:
             notices.append(f"{key} = {values[key]!r}: not imported; set loss.moe_loss_coeff, whose default is another")
     if values.get("model_type") == "deepseek_v2" and values.get("norm_topk_prob"):
         notices.append("norm_topk_prob = True: ignored, as transformers' class of DeepSeek-V2 does not read it")
-    if values.get("num_nextn_predict_layers"):
-        value = values["num_nextn_predict_layers"]
-        notices.append(f"num_nextn_predict_layers = {value!r}: layers of multi-token prediction are not imported")
     return notices
 
 

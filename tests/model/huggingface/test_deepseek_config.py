@@ -188,6 +188,7 @@ def _routed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         ("deepseek_v2", {"mlp_bias": True}, "mlp_bias = True"),
         ("kimi_k2", {"num_key_value_heads": 2}, "num_key_value_heads = 2 of 6 heads"),
         ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank must be a whole number from 1"),
+        ("deepseek_v3", {"num_nextn_predict_layers": "two"}, "num_nextn_predict_layers must be a whole number from 0"),
         (
             "deepseek_v3",
             {"rope_scaling": {**YARN, "mscale_all_dim": 0}},
