@@ -59,13 +59,16 @@ def block(x: Tensor, w: dict[str, Tensor], layer: int) -> Tensor:
     return x + gate @ weight("feed_forward.w2").T
 
 
-def losses_of(tokens: Tensor, labels: Tensor, w: dict[str, Tensor], num_later: int) -> list[tuple[Tensor, int]]:
-    """(sum of the cross entropy, number of labels) of the model, and of each layer behind it, in one document."""
+def losses_of(tokens: Tensor, labels: Tensor, w: dict[str, Tensor], num_later: int) -> list[tuple[Tensor, int, int]]:
+    """(sum of the cross entropy, number of correct predictions, number of labels) of the model, and of each layer
+    behind it, in one document."""
 
-    def cross_entropy(hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    def cross_entropy(hidden: Tensor, targets: Tensor) -> tuple[Tensor, int, int]:
         logits = hidden @ w.get("output.weight", w["tok_embeddings.weight"]).T
-        terms = [-logits[t].log_softmax(-1)[target] for t, target in enumerate(targets) if target != IGNORE_INDEX]
-        return sum(terms, torch.zeros((), dtype=torch.float64)), len(terms)
+        pairs = [(row, int(target)) for row, target in zip(logits, targets, strict=False) if target != IGNORE_INDEX]
+        terms = [-row.log_softmax(-1)[target] for row, target in pairs]
+        num_correct = sum(max(range(VOCAB), key=row.tolist().__getitem__) == target for row, target in pairs)
+        return sum(terms, torch.zeros((), dtype=torch.float64)), num_correct, len(terms)
 
     embedded = w["tok_embeddings.weight"][tokens]
     hidden = embedded
@@ -88,15 +91,15 @@ def losses_of(tokens: Tensor, labels: Tensor, w: dict[str, Tensor], num_later: i
 # -- the same of a run -------------------------------------------------------------------------------------------------
 
 
-def micro_batch(number: int, lengths: tuple[int, ...], *, packed: bool) -> MicroBatch:
-    """Documents with random tokens, a fifth of whose labels are masked; unpacked in rows of their own."""
+def micro_batch(number: int, lengths: tuple[int, ...], *, packed: bool, num_ids: int = VOCAB) -> MicroBatch:
+    """Documents of random tokens below `num_ids`, a fifth of whose labels are masked; unpacked in rows of their own."""
     generator = torch.Generator().manual_seed(number)
     rows, width = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
     ids, labels = torch.zeros(rows, width, dtype=torch.int64), torch.full((rows, width), IGNORE_INDEX)
     positions, start = torch.zeros_like(ids), 0
     for row, length in enumerate(lengths):
         place = (0, slice(start, start + length)) if packed else (row, slice(0, length))
-        tokens = torch.randint(0, VOCAB, (length,), generator=generator)
+        tokens = torch.randint(0, num_ids, (length,), generator=generator)
         targets = torch.cat([tokens[1:], torch.tensor([IGNORE_INDEX])])
         targets[torch.rand(length, generator=generator) < 0.2] = IGNORE_INDEX
         ids[place], labels[place], positions[place] = tokens, targets, torch.arange(length)
@@ -123,8 +126,8 @@ def differences(case: Case, num_later: int, packed: bool) -> dict[str, float]:
     batch = Batch([micro_batch(n, lengths, packed=packed) for n, lengths in enumerate(LENGTHS)], num_samples=3)
     weights = {shard_spec_of(p).name: p.detach().double().clone().requires_grad_() for p in engine.model.parameters()}
     parts = [losses_of(tokens, labels, weights, num_later) for tokens, labels in documents(batch, LENGTHS)]
-    sums = [(sum(loss for loss, _ in column), sum(n for _, n in column)) for column in zip(*parts, strict=True)]
-    means = [loss / max(number, 1) for loss, number in sums]
+    sums = [[sum(numbers) for numbers in zip(*column, strict=True)] for column in zip(*parts, strict=True)]
+    means = [loss / max(number, 1) for loss, _, number in sums]
     total = means[0] + COEFFICIENT / num_later * sum(means[1:])
     expected = dict(zip(weights, torch.autograd.grad(total, list(weights.values())), strict=True))
 
@@ -156,6 +159,32 @@ def case_of(num_later: int, model: str = "") -> Case:
 @pytest.mark.parametrize(("num_later", "model"), [(1, ""), (2, ",tied=true"), (3, "")])
 def test_losses_and_gradients_are_those_of_the_formulas(num_later: int, model: str, packed: bool) -> None:
     assert max(differences(case_of(num_later, model), num_later, packed).values()) < 1e-6
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_accuracy_is_that_of_a_loop(packed: bool) -> None:
+    """Two tokens occur, with large logits of opposite signs, so that many predictions are correct, also where the label
+    of the model itself is masked."""
+    num_ids, num_later = 2, 2
+    case = case_of(num_later)
+    context = start_case(case)
+    engine = CaseRun(case, context).trainer.engine
+    named = {shard_spec_of(p).name: p for p in engine.model.parameters()}
+    with torch.no_grad():
+        named["output.weight"][0] *= 10
+        named["output.weight"][1] = -named["output.weight"][0]
+    weights = {name: p.detach().double().clone() for name, p in named.items()}
+    batch = Batch(
+        [micro_batch(n, lengths, packed=packed, num_ids=num_ids) for n, lengths in enumerate(LENGTHS)], num_samples=3
+    )
+    parts = [losses_of(tokens, labels, weights, num_later) for tokens, labels in documents(batch, LENGTHS)]
+    statistics = engine.optimizer_step(engine.forward_backward(batch), 0.0).statistics
+    context.close()
+    for m in range(1, num_later + 1):
+        correct, number = (sum(part[m][i] for part in parts) for i in (1, 2))
+        assert 5 < correct < number
+        # The quotient in fp32.
+        assert float(statistics[f"multi_token/acc/{m}"]) == pytest.approx(correct / number, rel=2**-23)
 
 
 def one_too_late(micro: MicroBatch, offset: int) -> LaterTokens:
