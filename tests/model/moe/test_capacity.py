@@ -11,7 +11,7 @@ from torch import Tensor
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.moe.capacity import Capacity, SamplePart
+from internlm.model.moe.capacity import Capacity, SamplePart, kept_choices
 from internlm.model.moe.feed_forward import MoeFeedForward
 from internlm.model.moe.noise import Stream, noise_key, random_bits, uniform
 from internlm.model.moe.router import RouterLosses
@@ -168,6 +168,17 @@ def test_evaluation_has_its_own_factor_and_no_noise() -> None:
     assert not torch.allclose(layer(x), plain(x))
 
 
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_the_factor_is_that_of_the_mode(has_gradients: bool) -> None:
+    """With or without gradients: a forward pass to be recomputed has none, and evaluation may have them."""
+    layer, x = layer_of("GShard", 2, capacity_factor=0.5, eval_capacity_factor=4.0), tokens().flatten(0, 1)
+    with torch.set_grad_enabled(has_gradients):
+        trained, evaluated = (layer.train(mode).router(x, B).kept for mode in (True, False))
+    assert trained is not None and evaluated is not None
+    # ceil(0.5 * 2 * 18 / 4) choices of each expert at most.
+    assert int(trained.sum()) <= 5 * E < int(evaluated.sum()) == 2 * T
+
+
 @pytest.mark.parametrize("moe_type", ["GShard", "Dropless", "MegaBlock-Dropless", "MegaBlock-D"])
 def test_without_a_capacity_all_kinds_of_layers_are_the_same(moe_type: str) -> None:
     keys: dict[str, Any] = {"drop_tokens": False, "capacity_factor": 0.1} if moe_type == "GShard" else {}
@@ -208,6 +219,18 @@ def test_equal_tokens_are_taken_from_the_first() -> None:
     x = x[:1].expand_as(x) * (1 + 1e-15 * torch.randn(B, S, 1, dtype=torch.float64))
     kept = layer.router(x.flatten(0, 1), B).kept
     assert kept.flatten().tolist() == [True] * 5 + [False] * (T - 5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step"), [(torch.float64, 2.0**-36), (torch.float32, 2.0**-16), (torch.bfloat16, 2.0**-16)], ids=str
+)
+def test_weights_are_compared_in_steps(dtype: torch.dtype, step: float) -> None:
+    """Weights that round to the same multiple of the step tie: the first token is kept."""
+    for more, keeps_first in ((-1.0, True), (0.0, True), (0.375, True), (1.0, False), (2.0, False)):
+        weights = torch.tensor([[2.0**-12], [2.0**-12 + more * step]], dtype=dtype)
+        assert float(weights[1] - weights[0]) == more * step
+        keys = Capacity(1.0, 1.0).keys(torch.zeros(2, 1, dtype=torch.int64), weights, 0, torch.arange(2))
+        assert kept_choices(keys, 1, E, SamplePart(), 1).flatten().tolist() == [keeps_first, not keeps_first]
 
 
 def test_a_shared_sample_is_that_of_one_rank() -> None:
