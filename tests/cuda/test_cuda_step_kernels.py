@@ -66,8 +66,8 @@ def _in_one_pass(states: list[Tensor], number: int, rounded: Tensor | None, skip
 @pytest.mark.parametrize("gradient_dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("number", [0, 3, 10_000])
 def test_adamw_is_the_formula(number: int, gradient_dtype: torch.dtype) -> None:
-    """Moments are within two units of the last place of their larger term, weights within one of theirs and three of
-    the update; the weights are rounded to nearest."""
+    """The first moment is within two units of the last place of its larger term, the second within four of its sum,
+    weights within one of theirs and eight of the update; the weights are rounded to nearest."""
     numel = 100_001
     found = _states(numel)
     found[1] = found[1].to(gradient_dtype)
