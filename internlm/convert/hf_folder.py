@@ -202,10 +202,9 @@ class HfWeights:
         self._layout = folder.layout
         self._architecture = architecture
         entries = {name: entry for name, entry in folder.entries.items() if not is_buffer(name)}
-        if "num_nextn_predict_layers" in folder.config:
-            # Layers of multi-token prediction, which follow those of the model; 0 leaves them out.
-            num_layers = architecture.num_layers + architecture.num_multi_token
-            entries = {name: entry for name, entry in entries.items() if _layer_of(name) < num_layers}
+        if "num_nextn_predict_layers" in folder.config and not architecture.num_multi_token:
+            # Layers of multi-token prediction, which follow those of the model, are left out.
+            entries = {name: entry for name, entry in entries.items() if layer_of(name) < architecture.num_layers}
         for name in check_copies(folder.read, entries, architecture, str(folder.path)):
             del entries[name]
         self._check_buffers([name for name in folder.entries if is_buffer(name)])
@@ -292,9 +291,9 @@ class HfWeights:
         return {}
 
 
-def _layer_of(name: str) -> int:
-    """Number of the layer of a weight; -1 for weights outside of layers."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
+def layer_of(name: str) -> int:
+    """Number of the layer of a weight, by its name in either form; -1 for weights outside of layers."""
+    match = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from internlm.checkpoint.tensor_files import TensorReader
 from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
 from internlm.convert.from_hf import architecture_of
-from internlm.convert.hf_folder import CONFIG, HF_FILES, SAFETENSORS, SAFETENSORS_INDEX, meta_weights
+from internlm.convert.hf_folder import CONFIG, HF_FILES, SAFETENSORS, SAFETENSORS_INDEX, layer_of, meta_weights
 from internlm.convert.lazy import grouped_readers
 from internlm.convert.multi_token_copies import copies, has_multi_token_form
 from internlm.convert.safetensors_file import shard, write_safetensors
@@ -139,11 +139,12 @@ def _write(
 ) -> None:
     config = read_config(checkpoint)
     architecture = architecture_of(config)
-    if architecture.num_multi_token and not has_multi_token_form(architecture):
+    left_out = range(0) if has_multi_token_form(architecture) else architecture.multi_token_layers
+    if left_out:
         logger.warning(
             "%s: left out: the %d layer(s) that predict later tokens, which the files of %s do not have",
             checkpoint,
-            architecture.num_multi_token,
+            len(left_out),
             config.model_type,
         )
         architecture = dataclasses.replace(architecture, num_multi_token=0)
@@ -158,7 +159,7 @@ def _write(
     values |= exported.ids
     files = equivalent_files(exported, values, with_code=layout == "published")
     names = weight_layout(architecture, config.model_type, published=layout == "published")
-    tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype)
+    tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype, left_out)
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):
             if key in values:
@@ -173,18 +174,27 @@ def _write(
 
 
 def hf_tensors(
-    reader: TensorReader, architecture: Architecture, layout: Layout, dtype: torch.dtype | None
+    reader: TensorReader,
+    architecture: Architecture,
+    layout: Layout,
+    dtype: torch.dtype | None,
+    left_out: Collection[int] = (),
 ) -> dict[str, LazyTensor]:
     """The weights of a checkpoint by Hugging Face names, read group by group.
+
+    Args:
+        reader: of the checkpoint.
+        architecture: of the exported model.
+        layout: of the names.
+        dtype: of the files; None: that of the checkpoint.
+        left_out: numbers of the layers of the checkpoint that the exported model does not have.
 
     Raises:
         CheckpointError: the weights of the checkpoint do not fit its own config.
     """
     weights = meta_weights(architecture)
     stored = {
-        name: reader.entries[f"{MODEL_PREFIX}{name}"]
-        for name in reader.names()
-        if name in weights or not _follows_the_model(name, architecture)
+        name: reader.entries[f"{MODEL_PREFIX}{name}"] for name in reader.names() if layer_of(name) not in left_out
     }
     problems = [f"'{name}' is missing" for name in weights if name not in stored]
     problems += [f"'{name}' is not a weight of this model" for name in stored if name not in weights]
@@ -220,12 +230,6 @@ def hf_tensors(
         for name, tensor in group.theirs.items()
     }
     return tensors | {copy: tensors[original] for copy, original in copies(architecture)}
-
-
-def _follows_the_model(name: str, architecture: Architecture) -> bool:
-    """Whether a weight is of a layer that predicts later tokens."""
-    part = name.split(".")
-    return part[0] == "layers" and int(part[1]) >= architecture.num_layers
 
 
 def _config_json(config: Config, architecture: Architecture, layout: LayoutChoice) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from helpers.hf_folders import save_native, tensors_of
 from safetensors.torch import save_file
 from torch import Tensor
 
+from internlm.checkpoint.reading import read_config
+from internlm.checkpoint.tensor_files import TensorReader
 from internlm.convert import to_hf
-from internlm.convert.from_hf import convert_from_hf
+from internlm.convert.from_hf import architecture_of, convert_from_hf
 from internlm.convert.to_hf import convert_to_hf
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import storage_path
@@ -61,6 +64,19 @@ def test_a_family_without_them_leaves_them_out(
     convert_to_hf(storage_path(tmp_path / "new/0"), storage_path(tmp_path / "back"), tokenizer=False)
     assert tensors_of(tmp_path / "back").keys() == {name for name in weights if ".layers.2." not in name}
     assert "left out: the 1 layer(s) that predict later tokens" in caplog.text
+
+
+def test_more_of_them_than_the_config_says_are_refused(tmp_path: Path) -> None:
+    weights = folder_of(tmp_path / "hf", "glm4-moe")
+    convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "new"))
+    checkpoint = storage_path(tmp_path / "new/0")
+    architecture = dataclasses.replace(architecture_of(read_config(checkpoint)), num_multi_token=0)
+    with pytest.raises(CheckpointError, match=r"'layers\.2\.\S+' is not a weight of this model"):
+        to_hf.hf_tensors(TensorReader(checkpoint), architecture, "transformers", None)
+    more = {name.replace("layers.2.", "layers.3."): tensor.clone() for name, tensor in weights.items()}
+    rewrite(tmp_path / "hf", {**more, **weights})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\."):
+        convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "second"))
 
 
 def test_a_copy_that_differs_is_refused_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
