@@ -11,7 +11,7 @@ from internlm.model.huggingface.config_checks import is_whole
 from internlm.model.huggingface.deepseek_config import DEEPSEEK_CLASSES
 from internlm.model.huggingface.glm_config import GLM4_MOE
 from internlm.model.huggingface.gpt_oss_config import GPT_OSS
-from internlm.model.huggingface.mixture_class import MixtureClass, layer_sizes
+from internlm.model.huggingface.mixture_class import MixtureClass, layer_sizes, softmax_routing, unlike_softmax_routing
 from internlm.model.huggingface.olmoe_config import OLMOE
 
 if TYPE_CHECKING:
@@ -110,11 +110,7 @@ def expert_keys(kind: str, config: PretrainedConfig, refused: list[str]) -> dict
         "top_k": config.num_experts_per_tok,
         "num_shared_experts": num_shared,
         "moe_type": "Dropless",
-        "moe_layer_kwargs": {
-            "normalize_expert_weights": normalizes,
-            "scoring_func": "softmax",
-            "routed_scaling_factor": 1.0,
-        },
+        "moe_layer_kwargs": softmax_routing(normalizes),
     }
 
 
@@ -164,10 +160,7 @@ def unlike_mixtures(architecture: Architecture) -> dict[str, bool]:
         return common | CLASSES[kind].refused(a)
     return common | {
         "partial_rotary_factor": a.rope.head_dim != a.head_dim,
-        f"scoring_func '{form.scores}'": form.scores != "softmax",
-        "routed_scaling_factor other than 1": form.scale != 1.0,
-        "a selection bias of the router": form.has_bias,
-        "groups of experts": form.num_groups > 1,
+        **unlike_softmax_routing(form),
         f"shared experts whose output is mixed by '{experts.shared_mix}'": has_shared
         and experts.shared_mix != "sigmoid",
         "shared experts with q and k norms": has_shared and a.qk_norm,

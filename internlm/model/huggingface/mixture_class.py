@@ -12,6 +12,8 @@ from internlm.model.architecture import Architecture
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from internlm.model.moe.router_form import RouterForm
+
 
 @dataclass(frozen=True)
 class MixtureClass:
@@ -33,6 +35,21 @@ class MixtureClass:
     refused: Callable[[Architecture], dict[str, bool]]
     config: Callable[[Architecture, Mapping[str, Any]], PretrainedConfig]
     own_keys: tuple[str, ...] = ()
+
+
+def softmax_routing(normalizes: bool) -> dict[str, Any]:
+    """`moe_layer_kwargs` of a class whose routers have plain softmax scores."""
+    return {"normalize_expert_weights": normalizes, "scoring_func": "softmax", "routed_scaling_factor": 1.0}
+
+
+def unlike_softmax_routing(form: RouterForm) -> dict[str, bool]:
+    """Reasons why a class whose routers have plain softmax scores does not compute a router -> whether they apply."""
+    return {
+        f"scoring_func '{form.scores}'": form.scores != "softmax",
+        "routed_scaling_factor other than 1": form.scale != 1.0,
+        "a selection bias of the router": form.has_bias,
+        "groups of experts": form.num_groups > 1,
+    }
 
 
 def layer_sizes(num_layers: int, dense: list[int], mlp: int, expert: int, refused: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from internlm.model.architecture import Architecture
-from internlm.model.huggingface.mixture_class import MixtureClass
+from internlm.model.huggingface.mixture_class import MixtureClass, softmax_routing, unlike_softmax_routing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,11 +23,7 @@ def _keys(config: PretrainedConfig, refused: list[str]) -> dict[str, Any]:
         "num_experts": config.num_experts,
         "top_k": config.num_experts_per_tok,
         "moe_type": "Dropless",
-        "moe_layer_kwargs": {
-            "normalize_expert_weights": config.norm_topk_prob,
-            "scoring_func": "softmax",
-            "routed_scaling_factor": 1.0,
-        },
+        "moe_layer_kwargs": softmax_routing(config.norm_topk_prob),
     }
 
 
@@ -36,10 +32,7 @@ def _refused(a: Architecture) -> dict[str, bool]:
     experts, form = a.experts, a.experts.form
     what = "norms of whole projections"
     return {
-        f"scoring_func '{form.scores}'": form.scores != "softmax",
-        "routed_scaling_factor other than 1": form.scale != 1.0,
-        "a selection bias of the router": form.has_bias,
-        "groups of experts": form.num_groups > 1,
+        **unlike_softmax_routing(form),
         f"{what} with shared experts": bool(experts.shared_width),
         f"{what} with dense layers": bool(experts.dense_layers),
         f"{what} with bias on qkv alone": a.qkv_bias != a.o_bias,
