@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from internlm.solver.optimizer.rules.adamw import AdamW
+from internlm.solver.optimizer.rules.update_rule import UpdateStep
 from internlm.utils.triton_support import why_no_triton
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -50,17 +51,8 @@ def _states(numel: int) -> list[Tensor]:
 def _in_one_pass(states: list[Tensor], number: int, rounded: Tensor | None, skipped: float = 0.0) -> None:
     weights, gradient, mean, square = states
     scalars = (torch.tensor(value, device=DEVICE) for value in (float(number), 1.5, skipped))
-    num_updates, divisor, is_skipped = scalars
-    AdamW().update_and_round(
-        weights,
-        gradient,
-        {"exp_avg": mean, "exp_avg_sq": square},
-        num_updates,
-        HYPER,
-        divisor=divisor,
-        skipped=is_skipped,
-        rounded=rounded,
-    )
+    step = UpdateStep(HYPER, *scalars)
+    AdamW().update_and_round(weights, gradient, {"exp_avg": mean, "exp_avg_sq": square}, step, rounded)
 
 
 @pytest.mark.parametrize("gradient_dtype", [BF16, torch.float32])

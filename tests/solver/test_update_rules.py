@@ -17,6 +17,7 @@ from internlm.checkpoint.reading import saved_shapes
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.solver.optimizer.rules.update_rule import UpdateStep
 from internlm.solver.optimizer.state_form import StateForm
 from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import storage_path
@@ -29,19 +30,9 @@ class SignMomentum:
     works_on: ClassVar[Literal["elements", "matrices"]] = "elements"
     hyper_parameters: ClassVar[dict[str, float]] = {"beta": 0.9}
 
-    def update(
-        self,
-        weights: Tensor,
-        gradient: Tensor,
-        state: Mapping[str, Tensor],
-        num_updates: Tensor,
-        hyper_parameters: Mapping[str, float],
-        *,
-        divisor: Tensor,
-        skipped: Tensor,
-    ) -> None:
-        keep = skipped.to(torch.bool)
-        gradient.copy_(torch.where(keep, gradient, gradient / divisor))
+    def update(self, weights: Tensor, gradient: Tensor, state: Mapping[str, Tensor], step: UpdateStep) -> None:
+        keep, hyper_parameters = step.skipped.to(torch.bool), step.hyper_parameters
+        gradient.copy_(torch.where(keep, gradient, gradient / step.divisor))
         momentum = state["momentum"]
         beta, lr = hyper_parameters["beta"], hyper_parameters["lr"]
         momentum.copy_(torch.where(keep, momentum, beta * momentum + (1 - beta) * gradient))

@@ -27,8 +27,7 @@ from internlm.solver.optimizer.bucket_building import build_buckets, wait_before
 from internlm.solver.optimizer.gradient_clipping import clip_divisor, global_grad_norm
 from internlm.solver.optimizer.parameter_groups import ParameterGroup, check_frozen
 from internlm.solver.optimizer.rules.adamw import AdamW
-from internlm.solver.optimizer.rules.update_rule import HyperParameters, UpdateRule
-from internlm.solver.optimizer.shard_state import UpdateStep
+from internlm.solver.optimizer.rules.update_rule import HyperParameters, UpdateRule, UpdateStep
 from internlm.solver.optimizer.shard_updaters import build_states
 from internlm.solver.optimizer.state_form import FP32_STATE, StateForm
 from internlm.solver.optimizer.untrained_parameters import UntrainedParameters
@@ -190,7 +189,8 @@ class HybridZeroOptimizer:
         skipped = torch.where(torch.isfinite(grad_norm), 0.0, 1.0)
         self._divisor = clip_divisor(grad_norm, loss_scale, self.clip_grad_norm)
         self._untrained.update()
-        self._updater.run(self._untrained.trained_parts(), UpdateStep(self.hyper_parameters, self._divisor, skipped))
+        step = UpdateStep(self.hyper_parameters, self._num_updates, self._divisor, skipped)
+        self._updater.run(self._untrained.trained_parts(), step)
         self._is_updated = True
         self.scaler.update(skipped)
         self.gather_parameters()

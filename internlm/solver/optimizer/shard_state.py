@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.solver.optimizer.bucket import Bucket
-from internlm.solver.optimizer.rules.update_rule import HyperParameters, RoundingUpdateRule, UpdateRule
+from internlm.solver.optimizer.rules.update_rule import RoundingUpdateRule, UpdateRule, UpdateStep
 from internlm.solver.optimizer.stochastic_rounding import StochasticRounding, store_truncated
-
-
-@dataclass(frozen=True)
-class UpdateStep:
-    """The arguments of an update that all shards share.
-
-    Attributes:
-        hyper_parameters: "lr", and those of the rule.
-        divisor: scalar fp32; gradients are divided by it, which removes the loss scale and clips.
-        skipped: scalar fp32; with 1.0 nothing changes.
-    """
-
-    hyper_parameters: HyperParameters
-    divisor: Tensor
-    skipped: Tensor
 
 
 class Scratch:
@@ -54,8 +38,6 @@ class ShardState:
     Args:
         bucket: the bucket, whose `master` is part of the state.
         rule: see `UpdateRule`.
-        num_updates: scalar fp32 on the device of the masters, shared by all buckets: number of updates, without skipped
-            ones.
         scratch: memory for fp32 copies of bf16 state.
         rounding: rounds the state to bf16, with random numbers drawn for this update; None keeps the master's dtype.
 
@@ -67,7 +49,6 @@ class ShardState:
         self,
         bucket: Bucket,
         rule: UpdateRule,
-        num_updates: Tensor,
         scratch: Scratch,
         rounding: StochasticRounding | None = None,
     ) -> None:
@@ -75,7 +56,6 @@ class ShardState:
         self.rule = rule
         dtype = bucket.master.dtype if rounding is None else torch.bfloat16
         self.tensors = {name: torch.zeros_like(bucket.master, dtype=dtype) for name in rule.state_names}
-        self._num_updates = num_updates
         self._scratch = scratch
         self._rounding = rounding
 
@@ -93,15 +73,7 @@ class ShardState:
         state = stored
         if self._rounding is not None:
             state = {name: self._scratch.fp32_copy(name, tensor) for name, tensor in stored.items()}
-        self.rule.update(
-            self.bucket.master[part],
-            gradient,
-            state,
-            self._num_updates,
-            self._group_hyper_parameters(step.hyper_parameters),
-            divisor=step.divisor,
-            skipped=step.skipped,
-        )
+        self.rule.update(self.bucket.master[part], gradient, state, self._of_group(step))
         if self._rounding is not None:
             for name, tensor in state.items():
                 self._round(self._rounding, name, part, tensor)
@@ -119,19 +91,17 @@ class ShardState:
             bucket.master[part],
             bucket.grad_shard[part],
             {name: tensor[part] for name, tensor in self.tensors.items()},
-            self._num_updates,
-            self._group_hyper_parameters(step.hyper_parameters),
-            divisor=step.divisor,
-            skipped=step.skipped,
-            rounded=rounded,
+            self._of_group(step),
+            rounded,
         )
         if rounded is None:
             bucket.write_back(part, bucket.master[part])
 
-    def _group_hyper_parameters(self, hyper_parameters: HyperParameters) -> Mapping[str, float]:
-        options = self.bucket.kind.options
-        lr = hyper_parameters["lr"] * options.lr_factor
-        return {**hyper_parameters, "lr": lr, "weight_decay": options.weight_decay}
+    def _of_group(self, step: UpdateStep) -> UpdateStep:
+        """The step with the hyper-parameters of this bucket's parameter group."""
+        options, shared = self.bucket.kind.options, step.hyper_parameters
+        own = {"lr": shared["lr"] * options.lr_factor, "weight_decay": options.weight_decay}
+        return replace(step, hyper_parameters={**shared, **own})
 
     def _round(self, rounding: StochasticRounding, name: str, part: slice, values: Tensor) -> None:
         for parameter, pieces in self.bucket.pieces(values.view(torch.int32), part.start):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from internlm.solver.optimizer.bucket import Bucket, part_size
-from internlm.solver.optimizer.rules.update_rule import RoundingUpdateRule, UpdateRule
-from internlm.solver.optimizer.shard_state import Scratch, ShardState, UpdateStep
+from internlm.solver.optimizer.rules.update_rule import RoundingUpdateRule, UpdateRule, UpdateStep
+from internlm.solver.optimizer.shard_state import Scratch, ShardState
 from internlm.solver.optimizer.state_form import StateForm, master_dtype
 from internlm.solver.optimizer.stochastic_rounding import StochasticRounding
 from internlm.utils.copy_stream import CopyStream, QueuedCopy, copy_stream_of
@@ -29,7 +29,10 @@ class Updater(Protocol):
     """Updates masters and moments from the gradients of a step, and the parameters from the masters."""
 
     def run(self, parts: Parts, step: UpdateStep) -> None:
-        """Update; afterwards the device's current stream may read the parameters."""
+        """Update, and count the update in `step.num_updates`.
+
+        Afterwards the device's current stream may read the parameters.
+        """
 
     def divides(self, gradients: torch.dtype) -> bool:
         """Whether a step that is not skipped divides gradients of this dtype by `UpdateStep.divisor` in place."""
@@ -40,30 +43,26 @@ class ResidentUpdater:
 
     Args:
         scratch: memory for fp32 copies of gradients in another dtype than the masters.
-        num_updates: that of the states.
         rounding: that of the states.
         part_numel: number of elements in a part; None for whole shards, if no dtype is converted.
     """
 
-    def __init__(
-        self, scratch: Scratch, num_updates: Tensor, rounding: StochasticRounding | None, part_numel: int | None
-    ) -> None:
+    def __init__(self, scratch: Scratch, rounding: StochasticRounding | None, part_numel: int | None) -> None:
         self._scratch = scratch
-        self._num_updates = num_updates
         self._rounding = rounding
         self._part_numel = part_numel
 
     def run(self, parts: Parts, step: UpdateStep) -> None:
         """Update part by part."""
         if self._rounding is not None:
-            self._rounding.draw(self._num_updates)
+            self._rounding.draw(step.num_updates)
         for state, part in _cut(parts, self._part_numel):
             gradient = state.bucket.grad_shard[part]
             if gradient.dtype != state.bucket.master.dtype:
                 gradient = self._scratch.fp32_copy("gradient", gradient)
             state.update(part, gradient, step)
             state.bucket.write_back(part, state.bucket.master[part])
-        self._num_updates.add_(1.0 - step.skipped)
+        step.num_updates.add_(1.0 - step.skipped)
 
     def divides(self, gradients: torch.dtype) -> bool:
         """True for gradients that are updated without a copy."""
@@ -71,20 +70,13 @@ class ResidentUpdater:
 
 
 class OnePassUpdater:
-    """Updates on the GPU of the parameters by a `RoundingUpdateRule`, in one pass. Nothing waits for the device.
-
-    Args:
-        num_updates: that of the states.
-    """
-
-    def __init__(self, num_updates: Tensor) -> None:
-        self._num_updates = num_updates
+    """Updates on the GPU of the parameters by a `RoundingUpdateRule`, in one pass. Nothing waits for the device."""
 
     def run(self, parts: Parts, step: UpdateStep) -> None:
         """Update shard by shard."""
         for state, part in _cut(parts, None):
             state.update_and_round(part, step)
-        self._num_updates.add_(1.0 - step.skipped)
+        step.num_updates.add_(1.0 - step.skipped)
 
     def divides(self, gradients: torch.dtype) -> bool:
         """False: gradients are unchanged."""
@@ -100,7 +92,6 @@ class OffloadedUpdater:
 
     Args:
         scratch: host memory for fp32 copies of gradients in another dtype.
-        num_updates: that of the states.
         rounding: that of the states.
         down: copy stream from the device.
         up: copy stream to the device.
@@ -110,14 +101,12 @@ class OffloadedUpdater:
     def __init__(
         self,
         scratch: Scratch,
-        num_updates: Tensor,
         rounding: StochasticRounding | None,
         down: CopyStream,
         up: CopyStream,
         part_numel: int,
     ) -> None:
         self._scratch = scratch
-        self._num_updates = num_updates
         self._rounding = rounding
         self._down, self._up = down, up
         self._part_numel = part_numel
@@ -131,7 +120,7 @@ class OffloadedUpdater:
         if step.skipped:
             return
         if self._rounding is not None:
-            self._rounding.draw(self._num_updates)
+            self._rounding.draw(step.num_updates)
         self._down.wait_for_compute()
         self._up.wait_for_compute()
         work = list(_cut(parts, self._part_numel))
@@ -150,7 +139,7 @@ class OffloadedUpdater:
                 copy.synchronize()
             leaving = _typed(self._leaving[slot], state.bucket.kind.dtype, part).copy_(state.bucket.master[part])
             left[slot] = self._up.run(partial(state.bucket.write_back, part, leaving))
-        self._num_updates.add_(1.0)
+        step.num_updates.add_(1.0)
         self._up.join()
 
     def divides(self, gradients: torch.dtype) -> bool:
@@ -177,7 +166,7 @@ def _works_in_one_pass(buckets: Sequence[Bucket], form: StateForm, rule: UpdateR
 def build_states(
     buckets: Sequence[Bucket], form: StateForm, rule: UpdateRule, device: torch.device
 ) -> tuple[list[ShardState], Tensor, Updater]:
-    """The state of every bucket, the shared number of updates (scalar fp32), and the updater.
+    """The state of every bucket, the number of updates (scalar fp32, on the device of the state), and the updater.
 
     Args:
         buckets: buckets of the optimizer, built with the same form; empty if all weights of a pipeline stage are
@@ -194,16 +183,16 @@ def build_states(
     rounding = None
     if form.moments != torch.float32:
         rounding = StochasticRounding([spec.global_shape for bucket in buckets for spec in bucket.specs], state_device)
-    states = [ShardState(bucket, rule, num_updates, scratch, rounding) for bucket in buckets]
+    states = [ShardState(bucket, rule, scratch, rounding) for bucket in buckets]
     updater: Updater
     if form.is_offloaded:
         down, up = copy_stream_of(device), copy_stream_of(device)
-        updater = OffloadedUpdater(scratch, num_updates, rounding, down, up, part_numel)
+        updater = OffloadedUpdater(scratch, rounding, down, up, part_numel)
     elif _works_in_one_pass(buckets, form, rule, device):
-        updater = OnePassUpdater(num_updates)
+        updater = OnePassUpdater()
     else:
         is_converted = rounding is not None or any(b.grad_buffer.dtype != b.master.dtype for b in buckets)
-        updater = ResidentUpdater(scratch, num_updates, rounding, part_numel if is_converted else None)
+        updater = ResidentUpdater(scratch, rounding, part_numel if is_converted else None)
     return states, num_updates, updater
 
 

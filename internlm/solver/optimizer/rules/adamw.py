@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from internlm.solver.optimizer.rules.update_rule import HyperParameters
+from internlm.solver.optimizer.rules.update_rule import HyperParameters, UpdateStep
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,9 @@ class AdamW:
         """`beta1`, `beta2` and `eps`."""
         return {"beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
 
-    def update(
-        self,
-        weights: Tensor,
-        gradient: Tensor,
-        state: Mapping[str, Tensor],
-        num_updates: Tensor,
-        hyper_parameters: HyperParameters,
-        *,
-        divisor: Tensor,
-        skipped: Tensor,
-    ) -> None:
+    def update(self, weights: Tensor, gradient: Tensor, state: Mapping[str, Tensor], step: UpdateStep) -> None:
         """See `UpdateRule.update`."""
+        rates = step.hyper_parameters
         adamw(
             [weights],
             [gradient],
@@ -52,18 +43,18 @@ class AdamW:
             [state["exp_avg_sq"]],
             [],
             # The kernel increments it in place, but several parts of a shard take the same update.
-            [num_updates.clone()],
+            [step.num_updates.clone()],
             fused=True,
             # The kernel reads both on the device: it divides the gradient by grad_scale, and does nothing if found_inf
             # is 1.
-            grad_scale=divisor,
-            found_inf=skipped,
+            grad_scale=step.divisor,
+            found_inf=step.skipped,
             amsgrad=False,
-            beta1=hyper_parameters["beta1"],
-            beta2=hyper_parameters["beta2"],
-            lr=hyper_parameters["lr"],
-            weight_decay=hyper_parameters["weight_decay"],
-            eps=hyper_parameters["eps"],
+            beta1=rates["beta1"],
+            beta2=rates["beta2"],
+            lr=rates["lr"],
+            weight_decay=rates["weight_decay"],
+            eps=rates["eps"],
             maximize=False,
         )
 
@@ -72,18 +63,13 @@ class AdamW:
         weights: Tensor,
         gradient: Tensor,
         state: Mapping[str, Tensor],
-        num_updates: Tensor,
-        hyper_parameters: HyperParameters,
-        *,
-        divisor: Tensor,
-        skipped: Tensor,
+        step: UpdateStep,
         rounded: Tensor | None,
     ) -> None:
         """See `RoundingUpdateRule.update_and_round`."""
         from internlm.solver.optimizer.triton_kernels import adamw as adamw_kernel
 
-        number = num_updates.double() + 1
-        beta1, beta2 = hyper_parameters["beta1"], hyper_parameters["beta2"]
+        rates, number = step.hyper_parameters, step.num_updates.double() + 1
         adamw_kernel(
             weights,
             gradient,
@@ -91,14 +77,10 @@ class AdamW:
             state["exp_avg_sq"],
             rounded,
             # In float64: the difference from 1 is small in early updates.
-            corrections=torch.stack((1 - beta1**number, (1 - beta2**number).sqrt())).float(),
-            divisor=divisor,
-            skipped=skipped,
-            lr=hyper_parameters["lr"],
-            weight_decay=hyper_parameters["weight_decay"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=hyper_parameters["eps"],
+            corrections=torch.stack((1 - rates["beta1"] ** number, (1 - rates["beta2"] ** number).sqrt())).float(),
+            divisor=step.divisor,
+            skipped=step.skipped,
+            **rates,
         )
 
     def was_trained(self, state: Mapping[str, Tensor]) -> Tensor:

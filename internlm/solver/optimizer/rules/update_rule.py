@@ -7,11 +7,30 @@ optimizer (`internlm.solver.optimizer.hybrid_zero`), which works with any rule.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from internlm.core.optimizer_protocol import HyperParameters
+
+
+@dataclass(frozen=True)
+class UpdateStep:
+    """The arguments of an update that all weights share; for a rule, those of one parameter group.
+
+    Attributes:
+        hyper_parameters: "lr" and the rule's own; for a rule also "weight_decay".
+        num_updates: scalar fp32 on the device of the masters, number of updates before this one without skipped ones;
+            read-only for rules.
+        divisor: scalar fp32; dividing the gradient by it removes the loss scale and clips.
+        skipped: scalar fp32; with 1.0 nothing may change.
+    """
+
+    hyper_parameters: HyperParameters
+    num_updates: Tensor
+    divisor: Tensor
+    skipped: Tensor
 
 
 class UpdateRule(Protocol):
@@ -34,27 +53,14 @@ class UpdateRule(Protocol):
     @property
     def hyper_parameters(self) -> HyperParameters: ...
 
-    def update(
-        self,
-        weights: Tensor,
-        gradient: Tensor,
-        state: Mapping[str, Tensor],
-        num_updates: Tensor,
-        hyper_parameters: HyperParameters,
-        *,
-        divisor: Tensor,
-        skipped: Tensor,
-    ) -> None:
+    def update(self, weights: Tensor, gradient: Tensor, state: Mapping[str, Tensor], step: UpdateStep) -> None:
         """Update `weights` and `state` in place; nothing may wait for the device.
 
         Args:
             weights: flat, fp32 or float64.
-            gradient: of the same shape and dtype; divided by `divisor` in place, unless the step is skipped.
+            gradient: of the same shape and dtype; divided by `step.divisor` in place, unless the step is skipped.
             state: name -> tensor of the same shape and dtype, for each of `state_names`.
-            num_updates: scalar fp32, number of updates before this one; read-only.
-            hyper_parameters: of the parameter group: "lr", "weight_decay" and the rule's own.
-            divisor: scalar fp32; dividing the gradient by it removes the loss scale and clips.
-            skipped: scalar fp32; with 1.0 nothing may change.
+            step: with the hyper-parameters of the parameter group.
         """
 
     def was_trained(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -70,17 +76,13 @@ class RoundingUpdateRule(UpdateRule, Protocol):
         weights: Tensor,
         gradient: Tensor,
         state: Mapping[str, Tensor],
-        num_updates: Tensor,
-        hyper_parameters: HyperParameters,
-        *,
-        divisor: Tensor,
-        skipped: Tensor,
+        step: UpdateStep,
         rounded: Tensor | None,
     ) -> None:
         """`update` of fp32 weights on a GPU where `internlm.utils.triton_support` finds no obstacle.
 
         Args:
-            weights, state, num_updates, hyper_parameters, divisor, skipped: see `UpdateRule.update`.
+            weights, state, step: see `UpdateRule.update`.
             gradient: in any dtype; unchanged.
             rounded: receives the updated weights in its dtype; None: nothing does.
         """
