@@ -125,6 +125,11 @@ def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> It
             f"model_type = {config.model_type!r} with model.moe_layer_kwargs.scoring_func = "
             f"{model.moe_layer_kwargs.scoring_func!r}: published models have 'sigmoid', and selection_bias = True"
         )
+    if config.model_type == "DEEPSEEK_V2" and model.moe_layer_kwargs.normalize_expert_weights:
+        yield (
+            "model_type = 'DEEPSEEK_V2' with model.moe_layer_kwargs.normalize_expert_weights = True: published models "
+            "have False, and transformers has no class for such a model, so that it cannot be exported"
+        )
     has_bias, rate = model.moe_layer_kwargs.selection_bias, config.loss.moe_bias_update_rate
     if has_bias and rate == 0:
         yield (

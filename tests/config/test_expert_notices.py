@@ -51,6 +51,12 @@ RANDOM = {"use_fused_gating": False, "noisy_gate_policy": "RSample"}
             1,
             [],
         ),
+        (
+            {"model_type": "DEEPSEEK_V2"},
+            1,
+            ["model_type = 'DEEPSEEK_V2' with model.moe_layer_kwargs.normalize_expert_weights = True"],
+        ),
+        ({"model_type": "DEEPSEEK_V2", "model.moe_layer_kwargs": {"normalize_expert_weights": False}}, 1, []),
         ({"model.top_k": 1}, 1, ["model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights"]),
         ({"model.top_k": 1, "model.moe_layer_kwargs": {"normalize_expert_weights": False}}, 1, []),
         ({"float8.enable_float8_linear": True}, 1, ["float8.enable_float8_linear = True: routers compute in fp32"]),
