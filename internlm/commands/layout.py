@@ -154,8 +154,8 @@ def _describe_experts(config: Config, layout: ParallelLayout, rank: int) -> list
         *lines,
         f"with experts on {ranks} ranks (parallel.expert), it sends {_bytes(rows)} of rows;",
         f"with gathered ones (parallel.expert_weight, FSDP), {_bytes(weights)} of weights and gradients:",
-        f"{'rows' if rows < weights else 'weights'} are cheaper; rows are, up to "
-        f"{own * weights / rows:,.0f} tokens per rank",
+        f"{'rows' if rows < weights else 'weights'} are fewer bytes here; rows are "
+        f"up to {own * weights / rows:,.0f} tokens per rank",
         "",
     ]
 

@@ -178,7 +178,8 @@ def test_experts_are_shown_with_what_they_cost(tmp_path: Path, capsys: pytest.Ca
     rows, weights = 4 * 8 * 4096 * 2048 * 2 * 7 / 8, 3 * 128 * 2048 * 768 * 8 * 7 / 8
     assert f"(parallel.expert), it sends {rows / 2**20:,.2f} MiB of rows; with gathered ones" in text
     assert (
-        f"{weights / 2**30:.2f} GiB of weights and gradients: rows are cheaper; rows are, up to 36,864 tokens" in text
+        f"{weights / 2**30:.2f} GiB of weights and gradients: rows are fewer bytes here; rows are up to 36,864 tokens"
+        in text
     )
     assert " GiB if its experts get those of all ranks" in text
     (sent,) = [line for line in lines if line.startswith("rank 0 sends ")]
