@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.tiny import global_batch, tiny_engine
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.model.moe import expert_order
@@ -70,9 +71,24 @@ def test_gradients_are_accumulated_exactly() -> None:
             assert torch.equal(target, source.float())
 
 
-def test_only_gradients_of_another_dtype_on_a_gpu_go_to_the_kernel() -> None:
-    view = torch.zeros(4)
-    assert not buckets._is_accumulated_by_kernel(view, torch.zeros(4, dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("device", "rows", "dtype", "is_contiguous", "expected"),
+    [
+        ("cuda", 2**10, torch.bfloat16, True, True),
+        ("cpu", 2**10, torch.bfloat16, True, False),
+        ("cuda", 2**10 - 1, torch.bfloat16, True, False),
+        ("cuda", 2**10, torch.float32, True, False),
+        ("cuda", 2**10, torch.float64, True, False),
+        ("cuda", 2**10, torch.bfloat16, False, False),
+    ],
+)
+def test_large_gradients_of_another_dtype_on_a_gpu_go_to_the_kernel(
+    device: str, rows: int, dtype: torch.dtype, is_contiguous: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "why_no_triton", lambda device: None)
+    with FakeTensorMode():
+        view, gradient = torch.zeros(rows, 2**10, device=device), torch.zeros(rows, 2**10, dtype=dtype, device=device)
+        assert buckets._is_accumulated_by_kernel(view, gradient if is_contiguous else gradient.t()) == expected
 
 
 @pytest.mark.usefixtures("_interpreted")
