@@ -24,11 +24,12 @@ TINY: dict[str, Any] = {
 LATENT_FAMILIES = ("DEEPSEEK_V2", "DEEPSEEK_V3", "KIMI_K2")
 
 LATENT: dict[str, Any] = {
+    "num_kv_attention_heads": None,
     "q_lora_rank": 20,
     "kv_lora_rank": 12,
-    "qk_nope_head_dim": 10,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
 }
 """Sizes that latent attention needs, instead of those of other attention."""
 

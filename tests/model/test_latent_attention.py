@@ -6,22 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.model import tiny_config, tiny_model
+from helpers.model import LATENT, tiny_config, tiny_model
 
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.registry import build_model
 from internlm.utils.errors import ConfigError
-
-SHAPE: dict[str, Any] = {
-    "num_kv_attention_heads": None,
-    "head_dim": None,
-    "q_lora_rank": 20,
-    "kv_lora_rank": 12,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-}
 
 
 @pytest.mark.parametrize("value_dim", [5, 12, 17])
@@ -42,7 +32,7 @@ def test_heads_of_two_widths(value_dim: int, scale: float | None) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "sliding_window": 4, "use_sliding_window": True}])
 def test_a_cache_holds_latent_vectors(changes: dict[str, Any]) -> None:
-    model = tiny_model("DEEPSEEK_V3", **{**SHAPE, **changes})
+    model = tiny_model("DEEPSEEK_V3", **{**LATENT, **changes})
     ids, positions = torch.arange(22).view(2, 11), torch.arange(11).expand(2, -1)
     cache = model.make_cache(2, 16)
     assert cache._keys.shape[-2:] == (1, 12) and cache._values.shape[-2:] == (1, 4)
@@ -70,11 +60,11 @@ def test_a_cache_holds_latent_vectors(changes: dict[str, Any]) -> None:
 )
 def test_contradictions(model_type: str, changes: dict[str, Any], reason: str) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=reason):
-        build_model(model_type, tiny_config(**{**SHAPE, **changes}))
+        build_model(model_type, tiny_config(**{**LATENT, **changes}))
 
 
 def test_values_that_ask_for_what_it_is_are_accepted() -> None:
-    tiny_model("DEEPSEEK_V2", **SHAPE, no_bias=True, qkv_bias=False, o_bias=False, qk_norm=False)
+    tiny_model("DEEPSEEK_V2", **LATENT, no_bias=True, qkv_bias=False, o_bias=False, qk_norm=False)
 
 
 def test_mscale_needs_latent_attention() -> None:
@@ -82,7 +72,7 @@ def test_mscale_needs_latent_attention() -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match="mscale_all_dim: only for latent attention"):
         build_model("LLAMA2", tiny_config(rope_scaling=scaling))
     with torch.device("meta"):
-        rope = build_model("DEEPSEEK_V3", tiny_config(**SHAPE, rope_scaling=scaling)).architecture.rope  # type: ignore[union-attr]
+        rope = build_model("DEEPSEEK_V3", tiny_config(**LATENT, rope_scaling=scaling)).architecture.rope  # type: ignore[union-attr]
     assert rope.attention_factor == 1.0 and rope.score_factor == pytest.approx((0.1 * 1.3862944 + 1) ** 2)
 
 
@@ -94,8 +84,8 @@ def test_temperatures_of_yarn_are_those_of_transformers(mscale: float, of_all: f
 
     scaling = {"factor": 4.0, "mscale": mscale, "mscale_all_dim": of_all}
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 2048, **scaling}
-    peer = DeepseekV3Config(qk_rope_head_dim=SHAPE["qk_rope_head_dim"], rope_parameters=rope)
+    peer = DeepseekV3Config(qk_rope_head_dim=LATENT["qk_rope_head_dim"], rope_parameters=rope)
     with torch.device("meta"):
-        model = build_model("DEEPSEEK_V3", tiny_config(**SHAPE, rope_scaling={"type": "yarn", **scaling}))
+        model = build_model("DEEPSEEK_V3", tiny_config(**LATENT, rope_scaling={"type": "yarn", **scaling}))
     _, expected = ROPE_INIT_FUNCTIONS["yarn"](peer, torch.device("cpu"))
     assert model.architecture.rope.attention_factor == pytest.approx(expected)  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.model import LATENT
 from helpers.ranks import RankPool
 from helpers.tiny import global_batch, micro_batch, tiny_config, tiny_engine, tiny_model
 from torch import Tensor, nn
@@ -39,17 +40,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "layer_norm": ("LLAMA2", {"norm_type": "layernorm"}),
     "interleaved": ("INTERNLM2", {"qk_interleaved": True}),
     "fp32_residual": ("INTERNLM2", {"residual_in_fp32": True, "dtype": "torch.bfloat16"}),
+    "latent": ("DEEPSEEK_V2", LATENT),
 }
-
-LATENT = {
-    "num_kv_attention_heads": None,
-    "q_lora_rank": 20,
-    "kv_lora_rank": 12,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-}
-FAMILIES["latent"] = ("DEEPSEEK_V2", LATENT)
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mtp": ({"world_size": 2, "tensor": 2, "mode": "mtp"}, {}),

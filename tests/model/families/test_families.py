@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.model import tiny_model
+from helpers.model import LATENT, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,15 +23,6 @@ from internlm.model.ops.cross_entropy import linear_cross_entropy
 GQA = {"num_kv_attention_heads": 2}
 EXPERTS = {"num_experts": 5, "top_k": 2, "moe_type": "Dropless", "intermediate_size": 24}
 DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 40, "moe_intermediate_size": 24}
-LATENT = {
-    "num_kv_attention_heads": None,
-    "head_dim": None,
-    "q_lora_rank": 20,
-    "kv_lora_rank": 12,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"max_position_embeddings": 16}
 
