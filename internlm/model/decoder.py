@@ -90,10 +90,11 @@ class DecoderLayer(nn.Module):
         rotary: RotaryTables,
         varlen: VarlenMetadata | None = None,
         cache: KeyValueCache | None = None,
+        *inputs: Tensor,
     ) -> Tensor:
-        """Residual stream `[B, S, h]` -> `[B, S, h]`."""
+        """Residual stream `[B, S, h]` -> `[B, S, h]`; `inputs` are those of `compute` in a subclass."""
         run = recomputed(self.compute, self.save_policy, self.store, has_routing=self.has_routing)
-        return run(hidden, rotary, varlen, cache)
+        return run(hidden, rotary, varlen, cache, *inputs)
 
     def compute(
         self, hidden: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None, cache: KeyValueCache | None
@@ -122,18 +123,6 @@ class MultiTokenLayer(DecoderLayer):
         self.norm = make_norm(a)
         self.dtype = a.dtype
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rotary: RotaryTables,
-        varlen: VarlenMetadata | None = None,
-        cache: KeyValueCache | None = None,
-        embedded: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states and the residual stream of embeddings, `[B, S, h]` each -> hidden states `[B, S, h]`."""
-        run = recomputed(self.compute, self.save_policy, self.store, has_routing=self.has_routing)
-        return run(hidden, rotary, varlen, cache, embedded)
-
     def compute(
         self,
         hidden: Tensor,
@@ -142,7 +131,10 @@ class MultiTokenLayer(DecoderLayer):
         cache: KeyValueCache | None,
         embedded: Tensor | None = None,
     ) -> Tensor:
-        """As `forward`, without recomputation."""
+        """Hidden states and the residual stream of embeddings, `[B, S, h]` each -> hidden states `[B, S, h]`.
+
+        Without recomputation, unlike `forward`.
+        """
         assert embedded is not None
         joined = torch.cat([self.enorm(embedded).to(self.dtype), self.hnorm(hidden).to(self.dtype)], dim=-1)
         stream = self.eh_proj(joined).to(embedded.dtype)
