@@ -117,11 +117,11 @@ class MultiTokenLoss:
         parallel = parallel_of(model)
         total = torch.zeros((), device=self._context.device)
         for number, (states, later) in enumerate(zip(hidden, tokens, strict=True)):
-            output, labels, _ = parallel.head_loss(model, states, later.labels, micro.type_ids, loss, weight=head)
+            output = parallel.head_loss(model, states, later.labels, micro.type_ids, loss, weight=head).loss
             total = total + output.loss_sum * self._factors[number]
             self._sums[number, 0] += output.loss_sum.detach()
             if output.correct is not None:
-                self._sums[number, 1] += (output.correct & (labels.flatten() != IGNORE_INDEX)).sum()
+                self._sums[number, 1] += output.correct.sum()
         return total
 
     def result(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

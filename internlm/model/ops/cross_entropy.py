@@ -42,7 +42,8 @@ class LossOutput(NamedTuple):
     Attributes:
         loss_sum: fp32 scalar with gradient: the sum over valid tokens, with label smoothing and z-loss.
         token_losses: fp32 `[T]` without gradient: negative log-likelihood in nats, 0 at ignored tokens.
-        correct: bool `[T]`, whether the label has the largest logit (the first of equal ones); None if not requested.
+        correct: bool `[T]`, whether the label has the largest logit (the first of equal ones), False at ignored tokens;
+            None if not requested.
     """
 
     loss_sum: Tensor
