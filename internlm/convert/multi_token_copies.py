@@ -19,7 +19,8 @@ from internlm.model.huggingface.from_config import HfModel
 from internlm.utils.errors import CheckpointError
 
 _KEY = "num_nextn_predict_layers"
-_FAMILIES = ("DEEPSEEK_V3", "KIMI_K2", "GLM4_MOE")
+_KINDS = ("deepseek_v3", "kimi_k2", "glm4_moe")
+"""`model_type` of config.json of the families whose files have these layers."""
 
 
 def with_multi_token_layers(model: HfModel, config: Mapping[str, Any], names: Collection[str]) -> HfModel:
@@ -31,7 +32,8 @@ def with_multi_token_layers(model: HfModel, config: Mapping[str, Any], names: Co
         names: of the tensors in the folder.
     """
     number = config.get(_KEY) or 0
-    has_layers = model.model_type in _FAMILIES and f"model.layers.{model.keys['num_layers']}.eh_proj.weight" in names
+    first = model.keys["num_layers"]
+    has_layers = config.get("model_type") in _KINDS and f"model.layers.{first}.eh_proj.weight" in names
     if has_layers and number:
         return dataclasses.replace(model, keys={**model.keys, _KEY: number})
     if not has_layers and not number:
@@ -42,7 +44,7 @@ def with_multi_token_layers(model: HfModel, config: Mapping[str, Any], names: Co
 
 def has_multi_token_form(architecture: Architecture) -> bool:
     """Whether the family's files have layers that predict later tokens."""
-    return mixture_kind(architecture) in ("deepseek_v3", "glm4_moe")
+    return mixture_kind(architecture) in _KINDS
 
 
 def copies(architecture: Architecture) -> Iterator[tuple[str, str]]:
