@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from internlm.config.schema import Config
+from internlm.config.schema import Config, ExpertWeightConfig, WeightConfig
 from internlm.core.communication.objects import of_all_ranks
 from internlm.core.compilation.compile_layers import check_compiler, compile_layers
 from internlm.core.context.parallel_context import ParallelContext
@@ -78,24 +78,23 @@ def _layer_costs(config: Config) -> LayerCosts:
     return LayerCosts(head=(head + behind) / ((alone - head) / dimensions.num_layers))
 
 
+def _gather_plan(section: WeightConfig | ExpertWeightConfig) -> GatherPlan:
+    return GatherPlan(
+        overlap=section.overlap,
+        ahead=section.forward_overlap_per,
+        layer_before=section.launch_allgather_before,
+        release_gradients_early=section.early_reduce_scatter_release,
+        memory_pool=section.memory_pool,
+    )
+
+
 def build_options(config: Config) -> ParallelOptions:
     """Collect the options of the parallel modes from the config."""
-    weight, expert_weight = config.parallel.weight, config.parallel.expert_weight
     schedule = build_pipeline_schedule(config)(config.data.micro_num)
     return ParallelOptions(
         split_embedding_hidden=config.model.embed_split_hidden,
-        weight_overlap=weight.overlap,
-        gather_ahead=weight.forward_overlap_per,
-        gather_layer_before=weight.launch_allgather_before,
-        release_gradients_early=weight.early_reduce_scatter_release,
-        memory_pool=weight.memory_pool,
-        expert_gathering=GatherPlan(
-            overlap=expert_weight.overlap,
-            ahead=expert_weight.forward_overlap_per,
-            layer_before=expert_weight.launch_allgather_before,
-            release_gradients_early=expert_weight.early_reduce_scatter_release,
-            memory_pool=expert_weight.memory_pool,
-        ),
+        weight_gathering=_gather_plan(config.parallel.weight),
+        expert_gathering=_gather_plan(config.parallel.expert_weight),
         reduce_dtype=reduce_dtype(config),
         postpone_weight_gradients=any(
             action.kind is ActionKind.BACKWARD_WEIGHT for actions in schedule.actions for action in actions

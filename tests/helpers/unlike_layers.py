@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from helpers.tiny import tiny_config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.initialization import Normal, set_initializer
@@ -40,5 +41,5 @@ def build_unlike_layers(layout: ParallelLayout, model_type: str, *, seed: int = 
         other = dataclasses.replace(model.architecture, num_heads=8, num_kv_heads=8)  # type: ignore[arg-type]
         layers["1"].attention = Attention(other, 1)
         layers["0"].feed_forward = Experts(32)
-    options = ParallelOptions(weight_overlap=layout.weight > 1)
+    options = ParallelOptions(weight_gathering=GatherPlan(overlap=layout.weight > 1))
     return parallelize(model, context, seed=seed, options=options), context

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,13 +46,8 @@ class ParallelOptions:
 
     Attributes:
         split_embedding_hidden: split an untied embedding over its hidden dimension instead of its vocabulary.
-        weight_overlap: isp: prefetch weights, and overlap the reduction of their gradients with the backward pass.
-        gather_ahead: isp: prefetch the weights of the next module, or those of the next layer.
-        gather_layer_before: isp, by layer: the module of a layer before which the prefetch of the next layer starts.
-        release_gradients_early: isp: free the buffers of a reduced gradient when the next one is reduced, not at the
-            end of the step.
-        memory_pool: isp: reuse gather buffers.
-        expert_gathering: isp: the same plan for the weights of experts.
+        weight_gathering: isp: when weights are gathered.
+        expert_gathering: isp: when those of experts are.
         reduce_dtype: isp: dtype in which weight gradients are communicated.
         postpone_weight_gradients: linear layers can compute weight gradients later, as zero-bubble schedules require.
         float8_layers: numbers of the layers whose linear layers run their GEMMs in float8.
@@ -62,11 +57,7 @@ class ParallelOptions:
     """
 
     split_embedding_hidden: bool = True
-    weight_overlap: bool = False
-    gather_ahead: Literal["layer", "module"] = "layer"
-    gather_layer_before: Literal["wqkv", "attn", "wo", "w1"] = "wo"
-    release_gradients_early: bool = True
-    memory_pool: bool = False
+    weight_gathering: GatherPlan = field(default_factory=GatherPlan)
     expert_gathering: GatherPlan = field(default_factory=GatherPlan)
     reduce_dtype: torch.dtype = torch.float32
     postpone_weight_gradients: bool = False

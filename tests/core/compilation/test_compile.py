@@ -20,6 +20,7 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.layers import layers_of
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
@@ -47,7 +48,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mtp": ({"world_size": 2, "tensor": 2, "mode": "mtp"}, {}),
     "msp": ({"world_size": 2, "tensor": 2, "mode": "msp"}, {}),
     "fsp": ({"world_size": 2, "tensor": 2, "mode": "fsp"}, {}),
-    "isp": ({"world_size": 2, "tensor": 2, "weight": 2, "mode": "isp"}, {"weight_overlap": True}),
+    "isp": ({"world_size": 2, "tensor": 2, "weight": 2, "mode": "isp"}, {"weight_gathering": GatherPlan(overlap=True)}),
     "postponed": ({"world_size": 1}, {"postpone_weight_gradients": True}),
 }
 

@@ -15,6 +15,7 @@ from internlm.core.compilation.compile_layers import compile_layers
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp, local_tensor, reshard
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.ops.float8 import kernels
@@ -61,7 +62,7 @@ def test_a_layer_with_float8_is_one_graph() -> None:
     [
         (ParallelLayout(world_size=2), {}, True),
         (ParallelLayout(world_size=2, tensor=2, mode="fsp"), {}, False),
-        (ParallelLayout(world_size=2, weight=2, mode="isp"), {"weight_overlap": True}, False),
+        (ParallelLayout(world_size=2, weight=2, mode="isp"), {"weight_gathering": GatherPlan(overlap=True)}, False),
     ],
     ids=["FSDP that gathers float8", "fsp", "isp"],
 )

@@ -17,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from internlm.core.compilation.compile_layers import compile_layers
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.offload import Offloading
@@ -31,7 +32,7 @@ LENGTHS = (7, 1, 12, 4)
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mtp": ({"world_size": 2, "tensor": 2, "mode": "mtp"}, {}),
     "fsp": ({"world_size": 2, "tensor": 2, "mode": "fsp"}, {}),
-    "isp": ({"world_size": 2, "tensor": 2, "weight": 2, "mode": "isp"}, {"weight_overlap": True}),
+    "isp": ({"world_size": 2, "tensor": 2, "weight": 2, "mode": "isp"}, {"weight_gathering": GatherPlan(overlap=True)}),
     "postponed": ({"world_size": 1}, {"postpone_weight_gradients": True}),
 }
 

@@ -23,6 +23,7 @@ from internlm.core.communication.exchange import own_part
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.parallel_linear import ParallelLinear
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
@@ -128,7 +129,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "msp2": ({"world_size": 2, "tensor": 2, "mode": "msp"}, {}),
     "fsp2": ({"world_size": 2, "tensor": 2, "mode": "fsp"}, {}),
     "isp_sp2": ({"world_size": 2, "tensor": 2, "mode": "isp"}, {}),
-    "isp_wp2": ({"world_size": 2, "weight": 2, "mode": "isp"}, {"weight_overlap": True, "memory_pool": True}),
+    "isp_wp2": (
+        {"world_size": 2, "weight": 2, "mode": "isp"},
+        {"weight_gathering": GatherPlan(overlap=True, memory_pool=True)},
+    ),
     "isp_sp2wp2, whole gathers": ({"world_size": 2, "tensor": 2, "weight": 2, "mode": "isp"}, {"gather_float8": False}),
     "data2": ({"world_size": 2}, {}),
 }
@@ -164,7 +168,7 @@ def test_float8_is_seen() -> None:
 
 def gathering(in_float8: bool, overlap: bool) -> dict[str, Any]:
     """Some steps of isp with weights split: what they computed, and the bytes they sent."""
-    options = {"gather_float8": in_float8, "weight_overlap": overlap, "memory_pool": overlap}
+    options = {"gather_float8": in_float8, "weight_gathering": GatherPlan(overlap=overlap, memory_pool=overlap)}
     model, context = build(ParallelLayout(world_size=2, weight=2, mode="isp"), options, dtype="torch.bfloat16")
     engine = tiny_engine(context, model=model, clip_grad_norm=0.5, reduce_bucket_size=3000)
     # A rate that moves weights across powers of two: a scale of the step before would be wrong.

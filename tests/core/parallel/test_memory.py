@@ -16,6 +16,7 @@ from torch import nn
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.parallelize import parallelize
@@ -98,9 +99,9 @@ def test_tensor_ranks_hold_a_share_and_make_no_copies(mode: str, ranks: Any) -> 
     ("options", "gathered"),
     [
         ({}, W1 + W3),
-        ({"weight_overlap": True, "gather_ahead": "module"}, W1 + W3 + max(WO, W2)),
+        ({"weight_gathering": GatherPlan(overlap=True, ahead="module")}, W1 + W3 + max(WO, W2)),
         # By layer: this layer's and the next one's, less what of this one has computed at the launch (wqkv, before wo).
-        ({"weight_overlap": True, "gather_ahead": "layer"}, 2 * LAYER - WQKV),
+        ({"weight_gathering": GatherPlan(overlap=True, ahead="layer")}, 2 * LAYER - WQKV),
     ],
 )
 def test_isp_gathers_what_it_needs_and_no_more(options: dict[str, Any], gathered: int, ranks: Any) -> None:

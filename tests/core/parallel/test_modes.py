@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.core.parallel.shard_spec import shard_spec_of
@@ -111,12 +112,18 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "isp1": ({"world_size": 1, "mode": "isp"}, {"postpone_weight_gradients": True}),
     "isp_sp2": ({"world_size": 2, "tensor": 2, "mode": "isp"}, {}),
     "isp_wp2": ({"world_size": 2, "weight": 2, "mode": "isp"}, {}),
-    "isp_sp2wp4": ({"world_size": 4, "tensor": 2, "weight": 4, "mode": "isp"}, {"weight_overlap": True}),
+    "isp_sp2wp4": (
+        {"world_size": 4, "tensor": 2, "weight": 4, "mode": "isp"},
+        {"weight_gathering": GatherPlan(overlap=True)},
+    ),
     "isp_sp4wp2": (
         {"world_size": 4, "tensor": 4, "weight": 2, "mode": "isp"},
-        {"weight_overlap": True, "gather_ahead": "module", "memory_pool": True, "release_gradients_early": False},
+        {"weight_gathering": GatherPlan(overlap=True, ahead="module", memory_pool=True, release_gradients_early=False)},
     ),
-    "isp_sp1wp4": ({"world_size": 4, "weight": 4, "mode": "isp"}, {"weight_overlap": True, "memory_pool": True}),
+    "isp_sp1wp4": (
+        {"world_size": 4, "weight": 4, "mode": "isp"},
+        {"weight_gathering": GatherPlan(overlap=True, memory_pool=True)},
+    ),
 }
 
 

@@ -16,6 +16,7 @@ from internlm.core.communication import collectives
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.fsdp import apply_fsdp, local_tensor
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
@@ -31,8 +32,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fsp": ({"tensor": 2, "mode": "fsp"}, {}),
     "isp": ({"tensor": 2, "mode": "isp"}, {}),
     "isp, split weights": ({"weight": 2, "mode": "isp"}, {}),
-    "isp, by layer": ({"tensor": 2, "weight": 2, "mode": "isp"}, {"weight_overlap": True, "memory_pool": True}),
-    "isp, by module": ({"weight": 2, "mode": "isp"}, {"weight_overlap": True, "gather_ahead": "module"}),
+    "isp, by layer": (
+        {"tensor": 2, "weight": 2, "mode": "isp"},
+        {"weight_gathering": GatherPlan(overlap=True, memory_pool=True)},
+    ),
+    "isp, by module": ({"weight": 2, "mode": "isp"}, {"weight_gathering": GatherPlan(overlap=True, ahead="module")}),
     "fsdp": ({}, {}),
 }
 

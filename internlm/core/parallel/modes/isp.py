@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from internlm.core.communication.exchange import own_part, start_gather, start_reduce_scatter
 from internlm.core.parallel.experts.gathered_experts import GatheredExpertLinear
 from internlm.core.parallel.linear.parallel_linear import LinearGroup, ParallelLinear, WeightStore
-from internlm.core.parallel.linear.weight_gathering import GatheredWeights, GatherPlan
+from internlm.core.parallel.linear.weight_gathering import GatheredWeights
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
 from internlm.core.parallel.shard_spec import ShardSpec
 from internlm.core.parallel.ulysses_attention import UlyssesAttention
@@ -45,13 +45,7 @@ class Isp(ModelParallel):
         return GatheredWeights(
             self.context,
             self.weight_gradients,
-            GatherPlan(
-                options.weight_overlap,
-                options.gather_ahead,
-                options.gather_layer_before,
-                options.release_gradients_early,
-                options.memory_pool,
-            ),
+            options.weight_gathering,
             options.expert_gathering,
             reduce_dtype=options.reduce_dtype,
             gather_float8=options.gather_float8,

@@ -58,7 +58,7 @@ def order_of(log: Log, event: str) -> list[str]:
 
 
 def test_without_overlap_they_are_gathered_one_at_a_time(ranks: Any) -> None:
-    log = ranks(2).run(events, 2, {"weight_overlap": True}, {})[0]
+    log = ranks(2).run(events, 2, {"weight_gathering": GatherPlan(overlap=True)}, {})[0]
     forward, backward = of_experts(log)
     assert [kind for kind, _ in forward + backward] == ["launch", "wait", "release"] * (2 * len(GROUPS))
     assert (order_of(forward, "wait"), order_of(backward, "wait")) == (GROUPS, GROUPS[::-1])
@@ -91,7 +91,7 @@ def test_with_overlap_they_are_gathered_ahead(plan: tuple[str, str], weight: int
 
 def test_recomputation_gathers_them_again_in_one_order_on_all_ranks(ranks: Any) -> None:
     options = {"overlap": True, "memory_pool": True, "release_gradients_early": False}
-    log, other = ranks(2).run(events, 2, {"weight_overlap": True}, options, 1.0)
+    log, other = ranks(2).run(events, 2, {"weight_gathering": GatherPlan(overlap=True)}, options, 1.0)
     assert log == other
     _, backward = of_experts(log)
     assert all(order_of(backward, "wait").count(group) == 2 for group in GROUPS)

@@ -13,6 +13,7 @@ from helpers.tiny import micro_batch, tiny_config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.linear.parallel_linear import LinearGroup
+from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.parallelize import parallelize
@@ -70,7 +71,7 @@ def test_without_overlap_a_gather_is_waited_for_at_once(ranks: Any) -> None:
 def test_with_overlap_gathers_are_launched_before_the_compute_they_hide_behind(
     ahead: str, before: str, ranks: Any
 ) -> None:
-    options = {"weight_overlap": True, "gather_ahead": ahead, "gather_layer_before": before}
+    options = {"weight_gathering": GatherPlan(overlap=True, ahead=ahead, layer_before=before)}
     log, _ = ranks(2).run(events, options)[0]
     for part, groups in zip(split_at_backward(log), (GROUPS, GROUPS[::-1]), strict=True):
         assert order_of(part, "wait") == groups
@@ -92,7 +93,7 @@ def test_with_overlap_gathers_are_launched_before_the_compute_they_hide_behind(
 
 @pytest.mark.parametrize("ahead", ["module", "layer"])
 def test_recomputed_layers_gather_for_recomputation_and_for_backward(ahead: str, ranks: Any) -> None:
-    options = {"weight_overlap": True, "gather_ahead": ahead, "memory_pool": True}
+    options = {"weight_gathering": GatherPlan(overlap=True, ahead=ahead, memory_pool=True)}
     (log, _), (other, _) = ranks(2).run(events, options, 1.0)
     assert log == other, "every rank must launch the same collectives in the same order"
     _, backward = split_at_backward(log)
@@ -101,9 +102,9 @@ def test_recomputed_layers_gather_for_recomputation_and_for_backward(ahead: str,
 
 
 def test_a_memory_pool_makes_buffers_once(ranks: Any) -> None:
-    _, once = ranks(2).run(events, {"weight_overlap": True, "memory_pool": True}, 0.0, 1)[0]
-    _, thrice = ranks(2).run(events, {"weight_overlap": True, "memory_pool": True}, 0.0, 3)[0]
-    _, without = ranks(2).run(events, {"weight_overlap": True}, 0.0, 1)[0]
+    _, once = ranks(2).run(events, {"weight_gathering": GatherPlan(overlap=True, memory_pool=True)}, 0.0, 1)[0]
+    _, thrice = ranks(2).run(events, {"weight_gathering": GatherPlan(overlap=True, memory_pool=True)}, 0.0, 3)[0]
+    _, without = ranks(2).run(events, {"weight_gathering": GatherPlan(overlap=True)}, 0.0, 1)[0]
     assert once == thrice
     # Two layers of five weights (wqkv, wo, w1, w3, w2) are alive at most, where each use would make one.
     assert once <= 2 * 5
