@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm.utils.errors import DataError
+from internlm.utils.npy_files import map_npy
 
 
 def path_of_step(folder: Path, step: int) -> Path:
@@ -77,16 +78,12 @@ def load_routing(
             exist or the same one twice.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = map_npy(path, "write it again, with moe.replay.write or np.save")
     except FileNotFoundError as error:
         raise DataError(
             f"{path} does not exist: moe.replay.read needs the routing of every layer and step of the run; write it "
             "with moe.replay.write and the same data, or train fewer steps"
         ) from error
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not a readable .npy file of routing ({error}); write it again") from error
-    if not isinstance(array, np.ndarray):
-        raise DataError(f"{path} is an archive of arrays (.npz), not a .npy file of routing; write it with np.save")
     if array.dtype.kind not in "iu" or array.shape != shape:
         raise DataError(
             f"{path} has {array.dtype} {list(array.shape)}, and this run needs integers {list(shape)}: rows of the "

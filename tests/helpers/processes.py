@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -94,7 +96,17 @@ def wait_for_all(processes: Sequence[Forked], timeout: float = 60.0) -> list[int
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on, and that the kernel gives to no outgoing connection.
+
+    The kernel takes the ports of outgoing connections from its ephemeral range, where a free port may be taken before
+    the test listens on it.
+    """
+    ephemeral = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first, last = map(int, ephemeral.read_text().split()) if ephemeral.exists() else (49152, 65535)
+    ports = [port for port in range(10000, 65536) if not first <= port <= last]
+    start = random.SystemRandom().randrange(len(ports))
+    for port in ports[start:] + ports[:start]:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError(f"no TCP port outside of {first} to {last}, the range in {ephemeral}, is free")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from internlm.data.documents.document_file import DocumentFile
 from internlm.data.documents.document_index import DOCUMENT_SEED, summarize
-from internlm.data.documents.index_cache import cached_or_built
+from internlm.data.documents.index_cache import cached_or_built_array
 from internlm.data.packing.best_fit import pack_best_fit
 from internlm.data.permutation import permute
 
@@ -44,10 +44,9 @@ class BestFitIndex:
         kind = f"best_fit-{min_length}-{seq_len}-{capacity}-{_WINDOW}-{_MAX_PIECES}-{DOCUMENT_SEED}"
         if held_out:
             kind += f"-without-{held_out}"
-        stored = cached_or_built(
-            file, kind, ".npy", lambda target: _write_bins(target, file, min_length, seq_len, capacity, held_out)
+        values = cached_or_built_array(
+            file, kind, lambda target: _write_bins(target, file, min_length, seq_len, capacity, held_out)
         )
-        values = np.load(stored, mmap_mode="r")
         num_pieces, self._num_bins, self._stride = (int(value) for value in values[:_HEADER])
         self._pieces = values[_HEADER : _HEADER + num_pieces]
         self._ends = values[_HEADER + num_pieces :]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.documents.document_file import DocumentFile
-from internlm.data.documents.index_cache import cached_or_built
+from internlm.data.documents.index_cache import cached_or_built, cached_or_built_array
 from internlm.data.permutation import permute
 
 DOCUMENT_SEED = 1024
@@ -114,10 +114,9 @@ class DocumentIndex:
 def _cumulative_lengths(file: DocumentFile, min_length: int, count_documents: bool) -> NDArray[np.int64]:
     """End position of every document in shuffled order, dropped ones with length 0: int64 [documents]."""
     kind = f"{'documents' if count_documents else 'tokens'}-{min_length}-{DOCUMENT_SEED}"
-    stored = cached_or_built(
-        file, kind, ".npy", lambda target: _write_cumulative_lengths(target, file, min_length, count_documents)
+    return cached_or_built_array(
+        file, kind, lambda target: _write_cumulative_lengths(target, file, min_length, count_documents)
     )
-    return np.load(stored, mmap_mode="r")
 
 
 def _write_cumulative_lengths(target: Path, file: DocumentFile, min_length: int, count_documents: bool) -> None:

@@ -15,8 +15,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from internlm.utils.errors import DataError
 from internlm.utils.file_lock import locked
+from internlm.utils.npy_files import map_npy
 from internlm.utils.user_cache import user_cache
 
 CACHE_FOLDER = ".index_cache"
@@ -75,6 +79,16 @@ def cached_or_built(file: IndexedFile, kind: str, suffix: str, write: Callable[[
             # Another process may have built it before this one got the lock.
             found = cached(file, kind, suffix) or store(file, kind, suffix, write)
     return found
+
+
+def cached_or_built_array(file: IndexedFile, kind: str, write: Callable[[Path], object]) -> NDArray[np.int64]:
+    """The array of a cached `.npy` file, memory-mapped; see `cached_or_built`.
+
+    Raises:
+        DataError: no cache folder is writable, or the cached file is damaged.
+    """
+    path = cached_or_built(file, kind, ".npy", write)
+    return map_npy(path, f"remove it: the index of {file.path} is then built again")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from internlm.data.documents.index_cache import IndexedFile, cached_or_built
+from internlm.data.documents.index_cache import IndexedFile, cached_or_built_array
 from internlm.data.remote.local_file import find_mirrored
 
 
@@ -29,5 +29,4 @@ def kept_starts(file: IndexedFile, kind: str, count: Callable[[], Sequence[int]]
 
     if find_mirrored(file.path) is None:
         return build()
-    starts: NDArray[np.int64] = np.load(cached_or_built(file, kind, ".npy", write))
-    return starts
+    return cached_or_built_array(file, kind, write)

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.documents.found_kinds import identify
-from internlm.data.documents.index_cache import cached_or_built
+from internlm.data.documents.index_cache import cached_or_built_array
 from internlm.data.remote.local_file import LazyFile
 from internlm.utils.errors import DataError
+from internlm.utils.npy_files import map_npy
 
 _NPY_MAGIC = b"\x93NUMPY"
 _BLOCK = 1 << 24
@@ -95,10 +96,9 @@ class TokenArray:
     def _find_ends(self, separator: int | None) -> NDArray[np.int64]:
         if separator is None:
             return np.array([self._num_tokens] if self._num_tokens else [], dtype=np.int64)
-        found = cached_or_built(
-            self, "ends", ".npy", lambda target: np.save(target, _ends_after(self._tokens.get(), separator))
+        ends: NDArray[np.int64] = cached_or_built_array(
+            self, "ends", lambda target: np.save(target, _ends_after(self._tokens.get(), separator))
         )
-        ends: NDArray[np.int64] = np.load(found, mmap_mode="r")
         if len(ends) == 1 and self._tokens.get()[-1] != separator:
             raise DataError(
                 f"{self.path}: the id {separator} (data.array_separator) does not occur in it; set the id that ends a "
@@ -191,10 +191,7 @@ def _map_tokens(content: Path, path: Path, dtype: str | None) -> NDArray[np.inte
     with open(content, "rb") as file:
         start = file.read(3 * 4)
     if start.startswith(_NPY_MAGIC):
-        try:
-            tokens = np.load(content, mmap_mode="r")
-        except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError ...
-            raise DataError(f"{path}: not a complete .npy array ({error}); copy it again") from error
+        tokens = map_npy(content, "copy it again")
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise DataError(f"{path}: {tokens.dtype} of shape {tokens.shape}; expected integers of shape [tokens]")
         _check_dtype(path, tokens.dtype.name, dtype)

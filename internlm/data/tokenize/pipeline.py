@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from internlm.data.conversations.chat_template import ChatTemplate
 from internlm.data.conversations.encoder import ConversationOptions, load_template_for
 from internlm.data.loaders.read_ahead import WorkerProcesses
@@ -35,7 +33,7 @@ from internlm.data.tokenize.text_inputs import Extent, TextOptions, plan_shards
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.data.tokenized_files.reader import TokenizedFile
 from internlm.data.tokenized_files.tokenizer_record import TokenizerRecord, read_record, write_record
-from internlm.data.tokenized_files.writer import TokenizedWriter, meta_path
+from internlm.data.tokenized_files.writer import TokenizedWriter, map_meta
 from internlm.utils.errors import DataError
 
 _VERSION = 2
@@ -334,12 +332,12 @@ def _merge_parts(
     """Write one output from its parts; returns the numbers of documents and tokens added."""
     paths = [part_path(parts, index, number) for index in range(num_parts)]
     # After a crash that followed the merge, the output has the new documents already.
-    is_merged = output.exists() and len(np.load(meta_path(output), mmap_mode="r")) > before
+    is_merged = output.exists() and len(map_meta(output)) > before
     if not output.exists():
         write_record(output, record)
     if not is_merged and (paths or not output.exists()):
         with TokenizedWriter(output, append=output.exists()) as writer:
             for path in paths:
                 writer.write_file(path)
-    meta = np.load(meta_path(output), mmap_mode="r")
+    meta = map_meta(output)
     return len(meta) - before, int(meta[before:, -1].sum())

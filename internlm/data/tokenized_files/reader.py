@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from internlm.data.documents.found_kinds import identify
 from internlm.data.remote.local_file import LazyFile
-from internlm.data.tokenized_files.writer import meta_path
+from internlm.data.tokenized_files.writer import map_meta, meta_path, rebuild_hint
 from internlm.utils.errors import DataError
 
 _LINE_START = b'{"tokens":'
@@ -24,11 +24,6 @@ _SLICE_FACTOR = 4
 """If a document is more than this many times longer than the requested slice, only the slice is parsed."""
 _CACHED_DOCUMENTS = 2
 """Number of documents with cached comma positions: consecutive slices of a long document scan it once."""
-
-
-def rebuild_hint(path: Path) -> str:
-    """The command that rebuilds a .meta file."""
-    return f"if the .bin is correct, rebuild the .meta: python tools/tokenizer.py --rebuild-meta {path}"
 
 
 class TokenizedFile:
@@ -57,12 +52,7 @@ class TokenizedFile:
                     f"{self.path}: {found.what}, not a tokenized file (NAME.bin with NAME.bin.meta); {found.advice}"
                 )
             raise DataError(f"{meta_path(self.path)} is missing; {rebuild_hint(self.path)}")
-        try:
-            meta = np.load(meta_path(self.path), mmap_mode="r")
-        except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError ...
-            raise DataError(
-                f"{meta_path(self.path)} is not a .npy array ({error}); {rebuild_hint(self.path)}"
-            ) from error
+        meta = map_meta(self.path)
         if meta.ndim != 2 or meta.shape[1] < 2 or meta.dtype.kind not in "iu":
             raise DataError(
                 f"{meta_path(self.path)} has {meta.dtype} of shape {meta.shape}, expected integers of shape "

@@ -14,8 +14,10 @@ from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from internlm.utils.errors import DataError
+from internlm.utils.npy_files import map_npy
 
 META_SUFFIX = ".meta"
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
@@ -26,6 +28,20 @@ _FLUSH_ROWS = 8192
 def meta_path(bin_path: Path) -> Path:
     """Path of the .meta file of a .bin file."""
     return bin_path.with_name(bin_path.name + META_SUFFIX)
+
+
+def rebuild_hint(path: Path) -> str:
+    """The command that rebuilds a .meta file."""
+    return f"if the .bin is correct, rebuild the .meta: python tools/tokenizer.py --rebuild-meta {path}"
+
+
+def map_meta(path: Path) -> NDArray[np.int64]:
+    """The array of the .meta file of a .bin file, memory-mapped; its shape and dtype are not checked.
+
+    Raises:
+        DataError: it is no complete .npy array.
+    """
+    return map_npy(meta_path(path), rebuild_hint(path))
 
 
 def encode_line(tokens: Sequence[int], masked_zeros: Sequence[int] = ()) -> bytes:
@@ -86,7 +102,7 @@ class TokenizedWriter:
         self._first_offset = self._offset
 
     def _copy_existing_meta(self) -> None:
-        meta = np.load(meta_path(self.path), mmap_mode="r")
+        meta = map_meta(self.path)
         for start in range(0, len(meta), 1 << 20):
             rows = np.stack([meta[start : start + (1 << 20), 0], meta[start : start + (1 << 20), -1]], axis=1)
             self._meta.write(rows.astype("<i8").tobytes())
@@ -119,7 +135,7 @@ class TokenizedWriter:
 
     def write_file(self, path: Path) -> None:
         """Append all documents of another tokenized file, without parsing them."""
-        meta = np.load(meta_path(path), mmap_mode="r")
+        meta = map_meta(path)
         self._flush_rows()
         rows = np.array(meta, dtype="<i8")
         rows[:, 0] += self._offset

@@ -147,7 +147,7 @@ def test_a_damaged_header_is_named(position: int, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 0x9A
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"a.npy: "):
+    with pytest.raises(DataError, match=r"a\.npy is not a .*; copy it again"):
         TokenArray(path, 10).read(0)
 
 
