@@ -299,7 +299,7 @@ def packed_attention(
     # Imported here because it imports the compiler.
     from torch.nn.attention import varlen as torch_varlen
 
-    _use_flash_implementation(_FLASH_IMPLEMENTATIONS.get(name))
+    use_flash_implementation(_FLASH_IMPLEMENTATIONS.get(name))
     grouped = q.shape[1] != k.shape[1]
     options: dict[str, Any] = {"enable_gqa": True} if grouped and _varlen_has_gqa_flag() else {}
     out = torch_varlen.varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **options)
@@ -321,7 +321,7 @@ def _has_parameter(function: Callable[..., Any], name: str) -> bool:
 
 
 @constant_when_compiled
-def _use_flash_implementation(name: str | None) -> bool:
+def use_flash_implementation(name: str | None) -> bool:
     """Make PyTorch's flash attention operators run flash-attn 3 ("FA3"), 4 ("FA4") or PyTorch's own kernels (None).
 
     Returns whether that changed anything.
