@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.communication.p2p import PipelineChannels
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.multi_token_loss import LaterTokens, MultiTokenLoss
+from internlm.core.multi_token_loss import MultiTokenLoss
 from internlm.core.optimizer_protocol import HyperParameters, Optimizer
+from internlm.core.parallel.context.split_batch import SplitSample
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.pipeline_stages import PipelineModel
 from internlm.core.progress.record import Progress
@@ -28,11 +29,10 @@ from internlm.core.routing_statistics import RoutingStatistics
 from internlm.core.scheduler.communication import channels_of, with_communication
 from internlm.core.scheduler.executor import Executor
 from internlm.core.scheduler.schedules import PipelineSchedule, forward_only, make_schedule
-from internlm.data.batch import Batch, MicroBatch
+from internlm.data.batch import Batch, LaterTokens, MicroBatch
 from internlm.data.upload import Uploader
 from internlm.model.moe.balance import BiasRule
 from internlm.model.moe.router import RouterLosses
-from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import LossFunction
 
 
@@ -213,14 +213,15 @@ class Engine:
         self.routing.begin_step(len(batch.micro_batches), loss_scale, batch.sample_indices)
         self.multi_token.begin_step(batch, loss_scale)
 
-        uploads = self._uploader.start(batch.micro_batches)
+        samples = [self._split(self.multi_token.add_later_tokens(micro)) for micro in batch.micro_batches]
+        uploads = self._uploader.start([sample.micro_batch for sample in samples])
 
         def forward(number: int, chunk: int, received: Tensor | None) -> Tensor:
             micro = uploads[number].get()
             self.routing.begin_micro_batch(number, (micro.input_ids.shape[0], micro.input_ids.shape[1]))
             is_last = self._is_last(chunk)
-            later = self.multi_token.of(micro) if is_last else []
-            hidden = self._forward(micro, chunk, received, later)
+            later = micro.later if is_last else []
+            hidden = self._forward(samples[number], micro, chunk, received, later)
             if not is_last:
                 return hidden
             model = self.chunks[chunk]
@@ -235,7 +236,7 @@ class Engine:
         self._executor.run(
             self._schedule(len(batch.micro_batches)),
             forward,
-            lambda number: self._new_activation(batch.micro_batches[number]),
+            lambda number: self._new_activation(samples[number].micro_batch),
         )
         self.progress.mark("last weight gradients")
         with torch.no_grad():
@@ -281,16 +282,17 @@ class Engine:
         """
         for chunk in self.chunks:
             chunk.eval()
-        upload = self._uploader.start([micro_batch])[0]
+        sample = self._split(micro_batch)
+        upload = self._uploader.start([sample.micro_batch])[0]
 
         def forward(_: int, chunk: int, received: Tensor | None) -> Tensor:
             micro, model = upload.get(), self.chunks[chunk]
-            hidden = self._forward(micro, chunk, received)
+            hidden = self._forward(sample, micro, chunk, received)
             if not self._is_last(chunk):
                 return hidden
             return self._loss(model, self._head_weight(model), hidden, micro, sink)
 
-        self._executor.run(self._evaluation, forward, lambda _: self._new_activation(micro_batch))
+        self._executor.run(self._evaluation, forward, lambda _: self._new_activation(sample.micro_batch))
 
     def _schedule(self, num_micro_batches: int) -> PipelineSchedule:
         if num_micro_batches not in self._schedules:
@@ -300,14 +302,23 @@ class Engine:
     def _is_last(self, chunk: int) -> bool:
         return self.placement.after(self._executor.rank, chunk) is None
 
+    def _split(self, micro: MicroBatch) -> SplitSample:
+        """This rank's part of a micro-batch on the host, pinned if the micro-batch is."""
+        sample = self.parallel.split_sample(micro)
+        if not micro.input_ids.is_pinned():
+            return sample
+        return sample._replace(micro_batch=sample.micro_batch.pinned())
+
     def _forward(
-        self, micro: MicroBatch, chunk: int, received: Tensor | None, later: Sequence[LaterTokens] = ()
+        self,
+        sample: SplitSample,
+        micro: MicroBatch,
+        chunk: int,
+        received: Tensor | None,
+        later: Sequence[LaterTokens] = (),
     ) -> Tensor:
         """The residual stream after a chunk, or the hidden states after the last one. `micro` is on the device."""
-        varlen = None
-        if micro.lengths is not None:
-            assert micro.cu_seqlens is not None
-            varlen = VarlenMetadata(micro.cu_seqlens, micro.lengths, max(micro.lengths))
+        varlen = sample.documents(micro)
         model = self.chunks[chunk]
         inputs = micro.input_ids if received is None else received
         options: dict[str, Any] = {}

@@ -11,7 +11,7 @@ Source: DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 24 and 25.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,8 @@ from torch import Tensor, nn
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import parallel_of
-from internlm.data.batch import IGNORE_INDEX, Batch, MicroBatch
+from internlm.data.batch import IGNORE_INDEX, Batch, LaterTokens, MicroBatch
 from internlm.model.ops.cross_entropy import LossFunction
-
-
-class LaterTokens(NamedTuple):
-    """What a layer that predicts later tokens reads and predicts, int64 `[B, S]` each.
-
-    Attributes:
-        input_ids: the tokens m positions later; 0 where the document ends before.
-        labels: the labels of these tokens; `IGNORE_INDEX` where the document ends before.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
 
 
 def later_tokens(micro: MicroBatch, offset: int) -> LaterTokens:
@@ -91,9 +79,9 @@ class MultiTokenLoss:
         self._factors = self._coefficient / self.num_layers * loss_scale / self._num_valid
         self._sums.zero_()
 
-    def of(self, micro: MicroBatch) -> list[LaterTokens]:
-        """What each of these layers reads and predicts in a micro-batch."""
-        return [later_tokens(micro, m) for m in range(1, self.num_layers + 1)]
+    def add_later_tokens(self, micro: MicroBatch) -> MicroBatch:
+        """Add what each of these layers reads and predicts to a micro-batch, on the host."""
+        return replace(micro, later=[later_tokens(micro, m) for m in range(1, self.num_layers + 1)])
 
     def loss(
         self,

@@ -7,13 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 """Label of a position without loss."""
+
+
+class LaterTokens(NamedTuple):
+    """What a layer that predicts later tokens reads and predicts, int64 `[B, S]` each.
+
+    Attributes:
+        input_ids: the tokens m positions later; 0 where the document ends before.
+        labels: the labels of these tokens; `IGNORE_INDEX` where the document ends before.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
 
 
 @dataclass
@@ -36,6 +48,9 @@ class MicroBatch:
         is_padding: bool, the tokens that belong to no document, which routers of experts do not count; None if there
             are none. Tokens of a document whose label is `IGNORE_INDEX` are not padding.
         num_padding_tokens: number of these tokens, counted on the host.
+        token_indices: int64 `[1, S]`, where the tokens of a sample are dealt to several ranks: the indices of these tokens
+            in the sample, whose documents `cu_seqlens` and `lengths` describe. None: all tokens of the sample, in order.
+        later: tokens 1, 2 ... positions later, for layers that predict later tokens; the engine fills it.
         extra: further values per token, by name, each `[B, S, ...]`; passed as `extra` to the forward method of the
             model, on each rank for the tokens of its part of the residual stream.
 
@@ -53,6 +68,8 @@ class MicroBatch:
     num_documents: int | None = None
     is_padding: Tensor | None = None
     num_padding_tokens: int = 0
+    token_indices: Tensor | None = None
+    later: list[LaterTokens] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,6 +77,11 @@ class MicroBatch:
             if tensor.shape[:2] != self.input_ids.shape:
                 shapes = f"{list(tensor.shape)}, and input_ids are {list(self.input_ids.shape)}"
                 raise ValueError(f"extra['{name}'] is {shapes}: it must begin with the same two dimensions")
+
+    @property
+    def num_sample_tokens(self) -> int:
+        """Number of tokens of the whole sample, with padding."""
+        return self.input_ids.numel() if self.lengths is None else sum(self.lengths)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Copy to `device`, asynchronously from pinned memory."""
@@ -79,6 +101,8 @@ class MicroBatch:
             type_ids=copy(self.type_ids),
             cu_seqlens=None if self.cu_seqlens is None else copy(self.cu_seqlens),
             is_padding=None if self.is_padding is None else copy(self.is_padding),
+            token_indices=None if self.token_indices is None else copy(self.token_indices),
+            later=[LaterTokens(copy(ids), copy(labels)) for ids, labels in self.later],
             extra={name: copy(tensor) for name, tensor in self.extra.items()},
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,13 +25,14 @@ class Upload:
 
     def get(self) -> MicroBatch:
         """Make the current stream wait for the copy and return the micro-batch; the host does not wait."""
-        micro_batch = self.copy.wait()
-        tensors = [getattr(micro_batch, field.name) for field in fields(MicroBatch)]
-        for tensor in (*tensors, *micro_batch.extra.values()):
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
-                # Allocated on the copy stream, which must not reuse the memory while the current stream reads it.
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return micro_batch
+        return self.copy.wait().copied(_used_by_current_stream)
+
+
+def _used_by_current_stream(tensor: Tensor) -> Tensor:
+    """Keep the copy stream, on which the tensor was allocated, from reusing its memory while this stream reads it."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
 
 
 class Uploader:

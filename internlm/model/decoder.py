@@ -5,6 +5,7 @@ Shapes: B sequences, S tokens, h hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +67,8 @@ class DecoderLayer(nn.Module):
     """Attention and feed-forward, each after a norm and added to the residual stream.
 
     Attributes:
-        has_routing: the feed-forward block chooses experts.
+        has_saved_operators: whether the layer runs operators that every save policy saves: it chooses experts, or its
+            attention communicates.
         block_dtype: dtype of attention and feed-forward if it differs from that of the residual stream; else None.
         save_policy, store: see `internlm.model.layer_protocol.RecomputableLayer`.
     """
@@ -78,7 +80,7 @@ class DecoderLayer(nn.Module):
         self.attention = kind.attention(architecture, layer)
         self.ffn_norm = make_norm(architecture)
         self.feed_forward = kind.feed_forward(architecture, layer)
-        self.has_routing = any(isinstance(module, Router) for module in self.feed_forward.modules())
+        self.has_saved_operators = any(isinstance(module, Router) for module in self.feed_forward.modules())
         # With an fp32 residual stream, attention and feed-forward still run in the dtype of the model.
         self.block_dtype = architecture.dtype if architecture.residual_in_fp32 else None
         self.save_policy: SavePolicy = architecture.save_policies[layer]
@@ -93,7 +95,7 @@ class DecoderLayer(nn.Module):
         *inputs: Tensor,
     ) -> Tensor:
         """Residual stream `[B, S, h]` -> `[B, S, h]`; `inputs` are those of `compute` in a subclass."""
-        run = recomputed(self.compute, self.save_policy, self.store, has_routing=self.has_routing)
+        run = recomputed(self.compute, self.save_policy, self.store, has_saved_operators=self.has_saved_operators)
         return run(hidden, rotary, varlen, cache, *inputs)
 
     def compute(
@@ -150,6 +152,7 @@ class Decoder(nn.Module):
         architecture: its specification.
         roles: how each weight may be split (glob pattern over module names -> `Role`).
         heads: the heads by which attention roles are split.
+        attention_windows: sliding window (None: no limit) -> number of layers of the whole model that have it.
         vocab_size: V.
         has_tied_head: the output head is the embedding.
         layers: by number, "0" to "L - 1"; layers that predict later tokens follow.
@@ -177,6 +180,7 @@ class Decoder(nn.Module):
         self.tok_embeddings = nn.Embedding(a.vocab_size, a.hidden_size, dtype=a.dtype)
         set_initializer(self.tok_embeddings.weight, a.init.initializer(a.init.embedding))
         self.heads = HeadShape(a.num_heads, a.num_kv_heads, a.head_dim)
+        self.attention_windows = Counter(a.windows)
         self.vocab_size, self.has_tied_head = a.vocab_size, a.tie_word_embeddings
         self.offloading: Offloading | None = None
         self.is_first = self.is_last = True

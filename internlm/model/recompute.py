@@ -59,13 +59,14 @@ GEMM_OPS = frozenset(
 """GEMMs of activations with weights. Batched GEMMs are excluded: they compute attention's scores, which are much larger
 than its output."""
 
-ROUTING_OPS = frozenset({"internlm::routing"})
-"""Operators whose results every policy saves: recomputed on rounded inputs, a choice of experts could be another."""
+ALWAYS_SAVED_OPS = frozenset({"internlm::routing", "internlm::attention"})
+"""Operators whose results every policy saves: recomputed on rounded inputs, a choice of experts could be another, and
+attention over several ranks would exchange all keys and values again."""
 
 SAVED_OPS: Mapping[SavePolicy, frozenset[str]] = {
-    "nothing": ROUTING_OPS,
-    "attention": ROUTING_OPS | ATTENTION_OPS,
-    "matmuls": ROUTING_OPS | ATTENTION_OPS | GEMM_OPS,
+    "nothing": ALWAYS_SAVED_OPS,
+    "attention": ALWAYS_SAVED_OPS | ATTENTION_OPS,
+    "matmuls": ALWAYS_SAVED_OPS | ATTENTION_OPS | GEMM_OPS,
 }
 """Save policy -> operators whose results are saved, as "namespace::name"; some may not be installed."""
 
@@ -85,7 +86,7 @@ def recomputed(
     save_policy: SavePolicy,
     store: TensorStore | None = None,
     *,
-    has_routing: bool = False,
+    has_saved_operators: bool = False,
 ) -> Callable[..., R]:
     """Wrap `function` so that backward recomputes what the save policy does not save.
 
@@ -97,12 +98,12 @@ def recomputed(
         function: takes tensors and other values. All ranks that communicate in it must use the same policy.
         save_policy: see `SavePolicy`.
         store: holds the saved results; None: they stay on the device. Not for compiled graphs.
-        has_routing: `function` calls `as_routing_operator`.
+        has_saved_operators: `function` calls `as_routing_operator` or `as_attention_operator`.
     """
     if save_policy == "everything":
         return function
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    is_selective = save_policy != "nothing" or has_routing
+    is_selective = save_policy != "nothing" or has_saved_operators
     if is_selective:
         options["context_fn"] = (
             partial(create_selective_checkpoint_contexts, partial(_decide, SAVED_OPS[save_policy]))
@@ -185,6 +186,16 @@ def as_gemm_operator(compute: Callable[[], list[Tensor]], like: Tensor) -> list[
     return _as_operator(_gemms, compute, like)
 
 
+def as_attention_operator(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
+    """`compute()`, as one operator that every policy saves, so that keys and values travel once.
+
+    Args:
+        compute: attention over several ranks, without autograd; returns its output and its log-sum-exp.
+        like: any tensor on the same device.
+    """
+    return _as_operator(_attention, compute, like)
+
+
 def as_recomputed_operator(compute: Callable[[], list[Tensor]], like: Tensor) -> list[Tensor]:
     """`compute()`, as one operator that no policy saves, so that its operations may differ in recomputation.
 
@@ -216,6 +227,11 @@ def _as_operator(operator: Any, compute: Callable[[], list[Tensor]], like: Tenso
 
 @torch.library.custom_op("internlm::gemms", mutates_args=(), schema="(Tensor like) -> Tensor[]")
 def _gemms(like: Tensor) -> list[Tensor]:
+    return _computation.get()()
+
+
+@torch.library.custom_op("internlm::attention", mutates_args=(), schema="(Tensor like) -> Tensor[]")
+def _attention(like: Tensor) -> list[Tensor]:
     return _computation.get()()
 
 

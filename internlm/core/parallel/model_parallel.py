@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.context.context_attention import ContextAttention
+from internlm.core.parallel.context.split_batch import ContextOptions, ContextSplit, SplitSample
 from internlm.core.parallel.linear.float8_shapes import refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import (
     InputExchange,
@@ -31,6 +33,7 @@ from internlm.core.parallel.linear.weight_gradients import WeightGradients
 from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.core.parallel.weight_splits import ParameterShard
+from internlm.data.batch import MicroBatch
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.moe.experts import Experts
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
@@ -53,6 +56,7 @@ class ParallelOptions:
         float8_layers: numbers of the layers whose linear layers run their GEMMs in float8.
         gather_float8: isp and FSDP: all-gather the weights of float8 GEMMs as float8.
         compile_casts: compile the casts to float8 of parallel linear layers.
+        context: how context ranks share the attention of a sample.
         defer_weights: leave the parameters on the meta device; `apply_fsdp` materializes and shards layer by layer.
     """
 
@@ -65,6 +69,7 @@ class ParallelOptions:
     gather_float8: bool = True
     compile_casts: bool = False
     defer_weights: bool = False
+    context: ContextOptions = field(default_factory=ContextOptions)
 
 
 class HeadOutput(NamedTuple):
@@ -90,6 +95,7 @@ class ModelParallel:
         heads: heads of the model's attention; None if the model does not state them.
         has_tied_head: whether the output head is the embedding.
         weight_scales: float8 scales of weights that are gathered in float8.
+        context_split: deals the tokens of samples to context ranks; None: a context rank has all.
         token_axes: axes of the activation view whose ranks compute the loss of different tokens.
         scale_axis: axis of the activation view over which the operands of a GEMM are split, so that a float8 scale is
             a maximum over its ranks; None if they are not split.
@@ -112,6 +118,7 @@ class ModelParallel:
         self.heads = heads
         self.has_tied_head = has_tied_head
         self.weight_scales = WeightScales()
+        self.context_split: ContextSplit | None = None
 
     @property
     def residual_axis(self) -> str | None:
@@ -222,7 +229,7 @@ class ModelParallel:
             inner: runs on full sequences.
             heads: all heads of the block.
         """
-        return inner
+        return inner if self.context.size("context") == 1 else ContextAttention(inner, self.context)
 
     def share_key(self) -> Callable[[Tensor], Tensor] | None:
         """The exchange of rotary keys of latent attention, which all heads have in common; None if there is none.
@@ -241,6 +248,10 @@ class ModelParallel:
             input_ids: of all tokens.
         """
         return F.embedding(input_ids, weight)
+
+    def split_sample(self, micro: MicroBatch) -> SplitSample:
+        """This context rank's tokens of a micro-batch on the host, and the plans of their attention."""
+        return SplitSample(micro) if self.context_split is None else self.context_split.split(micro)
 
     # -- for the engine -------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.context.split_batch import ContextSplit
 from internlm.core.parallel.experts.layers import place_tokens_of_experts
 from internlm.core.parallel.experts.placement import place_experts
 from internlm.core.parallel.linear.float8_shapes import refuse_odd_shape
@@ -24,6 +25,7 @@ from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.modes.msp import Msp
 from internlm.core.parallel.modes.mtp import LINEAR_ROLES, Mtp
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
+from internlm.model.layer_protocol import RecomputableLayer
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.modules.linear import Float8Linear, GroupedLinear
@@ -93,6 +95,7 @@ def parallelize(
         ValueError: a parameter already has storage, or a buffer is on the meta device.
     """
     parallel = _mode_of(model, context, options, weight_gradients)
+    parallel.context_split = _context_split_of(model, parallel)
     shared = {} if shared is None else shared
     local: dict[str, dict[str, nn.Parameter]] = {}
     for placed in _place(model, parallel):
@@ -152,6 +155,15 @@ def _mode_of(
         getattr(model, "heads", None),
         getattr(model, "has_tied_head", False),
     )
+
+
+def _context_split_of(model: nn.Module, parallel: ModelParallel) -> ContextSplit | None:
+    context = parallel.context
+    if context.size("context") == 1:
+        return None
+    windows: dict[int | None, int] = getattr(model, "attention_windows", {None: 1})
+    index, size = context.index("context"), context.size("context")
+    return ContextSplit(index, size, context.size("tensor"), windows, parallel.options.context)
 
 
 def _place(model: nn.Module, parallel: ModelParallel) -> Iterator[Placed]:
@@ -267,6 +279,10 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
                 if heads is None:
                     raise ValueError(f"attention '{name}': give it or the model an attribute `heads`, a HeadShape")
                 setattr(module, child_name, parallel.inner_attention(child, heads))
+    if parallel.context_split is not None:
+        for module in model.modules():
+            if isinstance(module, RecomputableLayer):
+                module.has_saved_operators = True  # type: ignore[attr-defined]
     for name, role in roles_by_module(model).items():
         block, module = name.rpartition(".")[0], model.get_submodule(name)
         heads = _heads_of(model.get_submodule(block), parallel)

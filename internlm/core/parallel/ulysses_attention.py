@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from internlm.core.communication.exchange import SEQUENCE, exchange
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.context.context_attention import ContextAttention
 from internlm.core.parallel.weight_splits import kv_replicas
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
@@ -25,7 +26,7 @@ class UlyssesAttention(nn.Module):
     """Replaces an `InnerAttention` when each of the n ranks of the tensor axis holds S / n tokens.
 
     Args:
-        inner: runs on all tokens and H / n heads.
+        inner: runs on all tokens of the context rank and H / n heads.
         context: this rank's position and process groups.
         heads: all heads of the layer.
 
@@ -33,7 +34,7 @@ class UlyssesAttention(nn.Module):
         ConfigError: the heads cannot be split evenly over the ranks.
     """
 
-    def __init__(self, inner: InnerAttention, context: ParallelContext, heads: HeadShape) -> None:
+    def __init__(self, inner: InnerAttention | ContextAttention, context: ParallelContext, heads: HeadShape) -> None:
         super().__init__()
         self.inner = inner
         self._context = context

@@ -151,7 +151,7 @@ class RotaryEmbedding:
         Args:
             position_ids: int64 `[B, S]`.
             dtype: dtype of the model; the tables have it unless the settings require fp32.
-            varlen: documents of a packed row.
+            varlen: documents of a packed row, of which the positions may be a part.
         """
         settings = self.settings
         # Not less precise than a float64 model (a reference in tests).
@@ -173,6 +173,9 @@ class RotaryEmbedding:
             return position_ids.unsqueeze(-1) * frequencies
         # Computed on the host, which has the lengths; one copy for all documents.
         frequencies = dynamic_frequencies(self.settings, torch.from_numpy(np.asarray(varlen.lengths)))
+        if varlen.token_indices is not None:
+            documents = torch.searchsorted(varlen.cu_seqlens[1:], varlen.token_indices, right=True)
+            return position_ids.unsqueeze(-1) * frequencies.to(position_ids.device, non_blocking=True)[documents]
         angles = [
             positions.unsqueeze(-1) * document_frequencies
             for positions, document_frequencies in zip(

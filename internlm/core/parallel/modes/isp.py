@@ -108,8 +108,9 @@ class Isp(ModelParallel):
             experts.linear = GatheredExpertLinear(name, experts, self.gathered_weights, self.weight_gradients)
 
     def inner_attention(self, inner: InnerAttention, heads: HeadShape) -> nn.Module:
+        inside = super().inner_attention(inner, heads)
         is_split = self.context.size("tensor") > 1
-        return UlyssesAttention(inner, self.context, heads) if is_split else inner
+        return UlyssesAttention(inside, self.context, heads) if is_split else inside
 
     def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         own_ids = own_part(input_ids, self.group)

@@ -70,11 +70,14 @@ class VarlenMetadata:
         cu_seqlens: int32 `[n + 1]` on the device, from 0 to P.
         lengths: the n lengths as host integers, so that nothing waits for the device. Zeros are allowed.
         max_seqlen: an upper bound on the lengths, such as their maximum.
+        token_indices: int64 `[1, S]` on the device, where a rank has a part of the sequence: the indices of its tokens.
+            None: it has all.
     """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     max_seqlen: int
+    token_indices: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], cu_seqlens: Tensor | None = None) -> VarlenMetadata:

@@ -1,0 +1,153 @@
+"""Deals the tokens of a sample to the context ranks, on the host, and plans its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from internlm.core.parallel.context.attention_plan import AttentionPlan, make_plan
+from internlm.core.parallel.context.cut_choice import choose_cut
+from internlm.core.parallel.context.movement import MovementName, make_movement
+from internlm.core.parallel.context.token_cut import CutName, TokenCut, cut_tokens
+from internlm.core.parallel.context.token_pieces import TokenPieces
+from internlm.data.batch import IGNORE_INDEX, LaterTokens, MicroBatch
+from internlm.model.ops.attention.causal_attention import VarlenMetadata
+
+_CACHED_PLANS = 16
+"""Samples of which the plans are kept: rows of one length have one."""
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """How context ranks share the attention of a sample. No option changes a result beyond rounding.
+
+    Attributes:
+        cut: which tokens a rank owns; "auto": the fastest by `choose_cut`.
+        exchange: how keys and values travel; "auto": the double ring if there are windows, else straight.
+        windows: the context ranks of each window of the double ring, in the order of their ring; empty: no windows.
+    """
+
+    cut: Literal["auto"] | CutName = "auto"
+    exchange: Literal["auto", "ring", "direct", "all_gather"] = "auto"
+    windows: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def movement(self) -> MovementName:
+        """The movement of keys and values."""
+        if self.windows:
+            return "double_ring"
+        return "direct" if self.exchange == "auto" else self.exchange
+
+
+@dataclass(frozen=True)
+class SplitDocuments(VarlenMetadata):
+    """The documents of a sample whose tokens are dealt to context ranks.
+
+    Attributes:
+        plans: sliding window (None: no limit) -> the plan of attention with it.
+    """
+
+    plans: Mapping[int | None, AttentionPlan] = field(default_factory=dict)
+
+
+class SplitSample(NamedTuple):
+    """What one rank needs of a sample.
+
+    Attributes:
+        micro_batch: this rank's tokens, `[1, T / c]`; `cu_seqlens` and `lengths` are those of the whole sample.
+        plans: see `SplitDocuments`; None if the rank has all tokens.
+    """
+
+    micro_batch: MicroBatch
+    plans: Mapping[int | None, AttentionPlan] | None = None
+
+    def documents(self, on_device: MicroBatch) -> VarlenMetadata | None:
+        """The documents of the sample, as attention gets them; None: each row is one.
+
+        Args:
+            on_device: the micro-batch on the device.
+        """
+        if on_device.lengths is None:
+            return None
+        assert on_device.cu_seqlens is not None
+        documents = on_device.cu_seqlens, on_device.lengths, max(on_device.lengths)
+        if self.plans is None:
+            return VarlenMetadata(*documents)
+        return SplitDocuments(*documents, on_device.token_indices, self.plans)
+
+
+class ContextSplit:
+    """Deals samples to context ranks; equal on all ranks of a sample, as they have the same lengths.
+
+    Args:
+        rank: context rank.
+        num_ranks: number of context ranks.
+        tensor_size: number of ranks that divide the tokens of a context rank further.
+        layers: sliding window (None: no limit) -> number of layers of the whole model that have it.
+        options: see `ContextOptions`.
+    """
+
+    def __init__(
+        self, rank: int, num_ranks: int, tensor_size: int, layers: Mapping[int | None, int], options: ContextOptions
+    ) -> None:
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._multiple = num_ranks * tensor_size
+        self._layers = dict(layers)
+        self._options = options
+        self.plan = lru_cache(maxsize=_CACHED_PLANS)(self._plan)
+
+    def split(self, micro: MicroBatch) -> SplitSample:
+        """Take this rank's tokens of a micro-batch on the host.
+
+        Rows without packing become documents. If the ranks do not divide the number of tokens, the sample gets a
+        document of padding at its end, without labels.
+        """
+        rows, width = micro.input_ids.shape
+        lengths = micro.lengths if micro.lengths is not None else (width,) * rows
+        num_padding = -(rows * width) % self._multiple
+        is_padding = micro.is_padding
+        if num_padding:
+            lengths = (*lengths, num_padding)
+            is_padding = torch.zeros(rows, width, dtype=torch.bool) if is_padding is None else is_padding
+        cut, plans = self.plan(lengths)
+        indices = torch.from_numpy(cut.indices(self._rank))
+
+        def own(values: Tensor, padding: int = 0) -> Tensor:
+            """`[B, S, ...]` -> `[1, T / c, ...]`."""
+            flat = values.flatten(0, 1)
+            if num_padding:
+                flat = torch.cat([flat, flat.new_full((num_padding, *flat.shape[1:]), padding)])
+            return flat[indices].unsqueeze(0)
+
+        part = MicroBatch(
+            input_ids=own(micro.input_ids),
+            labels=own(micro.labels, IGNORE_INDEX),
+            position_ids=own(micro.position_ids),
+            type_ids=own(micro.type_ids),
+            cu_seqlens=VarlenMetadata.of(lengths).cu_seqlens,
+            lengths=lengths,
+            num_valid_tokens=micro.num_valid_tokens,
+            num_documents=micro.num_documents,
+            is_padding=None if is_padding is None else own(is_padding, True),
+            num_padding_tokens=micro.num_padding_tokens + num_padding,
+            token_indices=indices.unsqueeze(0),
+            later=[LaterTokens(own(ids), own(labels, IGNORE_INDEX)) for ids, labels in micro.later],
+            extra={name: own(values) for name, values in micro.extra.items()},
+        )
+        return SplitSample(part, plans)
+
+    def _plan(self, lengths: tuple[int, ...]) -> tuple[TokenCut, Mapping[int | None, AttentionPlan]]:
+        options = self._options
+        if options.cut == "auto":
+            cut = choose_cut(lengths, self._num_ranks, self._layers)
+        else:
+            cut = cut_tokens(lengths, self._num_ranks, options.cut)
+        pieces = TokenPieces.of(lengths, cut)
+        movement = make_movement(options.movement, self._num_ranks, options.windows)
+        return cut, {window: make_plan(pieces, movement, self._rank, window) for window in self._layers}
