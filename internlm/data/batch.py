@@ -48,8 +48,8 @@ class MicroBatch:
         is_padding: bool, the tokens that belong to no document, which routers of experts do not count; None if there
             are none. Tokens of a document whose label is `IGNORE_INDEX` are not padding.
         num_padding_tokens: number of these tokens, counted on the host.
-        token_indices: int64 `[1, S]`, where the tokens of a sample are dealt to several ranks: the indices of these tokens
-            in the sample, whose documents `cu_seqlens` and `lengths` describe. None: all tokens of the sample, in order.
+        token_indices: int64 `[1, S]`, where the tokens of a sample are dealt to several ranks: their indices in the
+            sample, whose documents `cu_seqlens` and `lengths` describe. None: all tokens of the sample, in order.
         later: tokens 1, 2 ... positions later, for layers that predict later tokens; the engine fills it.
         extra: further values per token, by name, each `[B, S, ...]`; passed as `extra` to the forward method of the
             model, on each rank for the tokens of its part of the residual stream.

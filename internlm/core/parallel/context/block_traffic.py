@@ -15,8 +15,9 @@ from internlm.core.parallel.context.attention_plan import AttentionPlan, Message
 
 
 class ContextGroups(NamedTuple):
-    """The process groups of the ranks that share a sample. NCCL runs the messages of a group in order, so gradients
-    have their own.
+    """The process groups of the ranks that share a sample.
+
+    NCCL runs the messages of a group in order, so gradients have a group of their own.
 
     Attributes:
         keys: for keys and values.

@@ -43,10 +43,8 @@ class TokenPieces:
     @classmethod
     def of(cls, lengths: Sequence[int], cut: TokenCut) -> TokenPieces:
         """The pieces of documents of these lengths."""
-        ranges = sorted((start, stop, rank) for rank, owned in enumerate(cut.ranges) for start, stop in owned)
-        range_starts, range_stops, range_ranks = (
-            np.array(column, dtype=np.int64) for column in zip(*ranges, strict=True)
-        )
+        ranges = sorted((stop, rank) for rank, owned in enumerate(cut.ranges) for _, stop in owned)
+        range_stops, range_ranks = (np.array(column, dtype=np.int64) for column in zip(*ranges, strict=True))
         document_stops = np.cumsum(np.asarray(lengths, dtype=np.int64))
         stops = np.union1d(range_stops, document_stops[document_stops > 0])
         starts = np.concatenate([[0], stops[:-1]])
