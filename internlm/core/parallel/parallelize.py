@@ -282,7 +282,8 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
     if parallel.context_split is not None:
         for module in model.modules():
             if isinstance(module, RecomputableLayer):
-                module.has_saved_operators = True  # type: ignore[attr-defined]
+                # Layers that pass this on to `recomputed` exchange keys and values once.
+                setattr(module, "has_saved_operators", True)  # noqa: B010 (optional for a layer)
     for name, role in roles_by_module(model).items():
         block, module = name.rpartition(".")[0], model.get_submodule(name)
         heads = _heads_of(model.get_submodule(block), parallel)

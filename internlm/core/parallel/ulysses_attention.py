@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from internlm.core.communication.exchange import SEQUENCE, exchange
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.context.context_attention import ContextAttention
 from internlm.core.parallel.weight_splits import kv_replicas
-from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.rotary import RotaryTables
 from internlm.model.roles import HeadShape
@@ -26,7 +24,7 @@ class UlyssesAttention(nn.Module):
     """Replaces an `InnerAttention` when each of the n ranks of the tensor axis holds S / n tokens.
 
     Args:
-        inner: runs on all tokens of the context rank and H / n heads.
+        inner: an `InnerAttention` or what replaces it; runs on all tokens of the context rank and H / n heads.
         context: this rank's position and process groups.
         heads: all heads of the layer.
 
@@ -34,7 +32,7 @@ class UlyssesAttention(nn.Module):
         ConfigError: the heads cannot be split evenly over the ranks.
     """
 
-    def __init__(self, inner: InnerAttention | ContextAttention, context: ParallelContext, heads: HeadShape) -> None:
+    def __init__(self, inner: nn.Module, context: ParallelContext, heads: HeadShape) -> None:
         super().__init__()
         self.inner = inner
         self._context = context

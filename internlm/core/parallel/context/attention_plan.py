@@ -26,7 +26,7 @@ Rows = tuple[TokenRange, ...]
 """Ranges of rows, ascending and disjoint."""
 
 
-class Message(NamedTuple):
+class BlockMessage(NamedTuple):
     """A block that travels between this rank and another.
 
     Attributes:
@@ -53,7 +53,7 @@ class Computation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """What happens in a step, in this order: blocks arrive, key messages start, tiles are computed, gradients start.
 
     Attributes:
@@ -64,10 +64,10 @@ class Step:
     """
 
     computations: tuple[Computation, ...]
-    key_sends: tuple[Message, ...]
-    key_receives: tuple[Message, ...]
-    gradient_sends: tuple[Message, ...]
-    gradient_receives: tuple[Message, ...]
+    key_sends: tuple[BlockMessage, ...]
+    key_receives: tuple[BlockMessage, ...]
+    gradient_sends: tuple[BlockMessage, ...]
+    gradient_receives: tuple[BlockMessage, ...]
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class AttentionPlan:
     Attributes:
         rank: context rank.
         num_tokens: that it owns.
-        steps: see `Step`.
+        steps: see `PlanStep`.
         rows: (source, other rank) -> the rows of the source that travel to the other rank, and whose gradients travel
             back, for each pair that this rank needs to know.
     """
 
     rank: int
     num_tokens: int
-    steps: tuple[Step, ...]
+    steps: tuple[PlanStep, ...]
     rows: dict[tuple[int, int], Rows]
 
     @cached_property
@@ -99,7 +99,7 @@ class AttentionPlan:
             for number in range(len(self.steps))
         )
 
-    def rows_of(self, message: Message) -> Rows:
+    def rows_of(self, message: BlockMessage) -> Rows:
         """The rows of the source that are in a message."""
         return self.rows[message.source, self.rank if message.source == message.peer else message.peer]
 
@@ -144,7 +144,7 @@ def make_plan(pieces: TokenPieces, movement: Movement, rank: int, window: int | 
             for source in sources
             if source in tiles
         )
-        steps.append(Step(computations, *_messages(keys, rank, number), *_messages(gradients, rank, number)))
+        steps.append(PlanStep(computations, *_messages(keys, rank, number), *_messages(gradients, rank, number)))
     return AttentionPlan(rank, int((pieces.stop - pieces.start)[pieces.rank == rank].sum()), tuple(steps), rows)
 
 
@@ -169,8 +169,9 @@ def _tiles_by_source(pieces: TokenPieces, rank: int, window: int | None) -> dict
         np.where(is_masked, q_start - k_start, -1),
     )
     tiles: dict[int, list[Tile]] = defaultdict(list)
-    for source, *bounds, distance in zip(*(column[k_start < k_stop].tolist() for column in columns), strict=True):
-        tiles[source].append(Tile(*bounds, None if distance < 0 else distance))
+    for source, *rows, distance in zip(*(column[k_start < k_stop].tolist() for column in columns), strict=True):
+        first_q, last_q, first_k, last_k = rows
+        tiles[source].append(Tile(first_q, last_q, first_k, last_k, None if distance < 0 else distance))
     return dict(tiles)
 
 
@@ -232,11 +233,13 @@ def _needed_transfers(
     return keys, gradients
 
 
-def _messages(transfers: Sequence[Transfer], rank: int, step: int) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+def _messages(
+    transfers: Sequence[Transfer], rank: int, step: int
+) -> tuple[tuple[BlockMessage, ...], tuple[BlockMessage, ...]]:
     """Sends and receives of a rank that start in a step."""
     started = [transfer for transfer in transfers if transfer.step == step]
-    sends = tuple(Message(t.source, t.receiver, t.arrival) for t in started if t.sender == rank)
-    receives = tuple(Message(t.source, t.sender, t.arrival) for t in started if t.receiver == rank)
+    sends = tuple(BlockMessage(t.source, t.receiver, t.arrival) for t in started if t.sender == rank)
+    receives = tuple(BlockMessage(t.source, t.sender, t.arrival) for t in started if t.receiver == rank)
     return sends, receives
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.core.communication.pending import Pending
-from internlm.core.parallel.context.attention_plan import AttentionPlan, Message, Rows, num_rows
+from internlm.core.parallel.context.attention_plan import AttentionPlan, BlockMessage, Rows, num_rows
 
 
 class ContextGroups(NamedTuple):
@@ -29,7 +29,7 @@ class ContextGroups(NamedTuple):
 
 
 class _Arriving(NamedTuple):
-    message: Message
+    message: BlockMessage
     block: Pending
 
 
@@ -49,7 +49,7 @@ class _Traffic:
         self._arriving: dict[int, list[_Arriving]] = defaultdict(list)
         self._sending: list[Pending] = []
 
-    def _start(self, sends: Sequence[tuple[Message, Tensor]], receives: Sequence[Message]) -> None:
+    def _start(self, sends: Sequence[tuple[BlockMessage, Tensor]], receives: Sequence[BlockMessage]) -> None:
         if not sends and not receives:
             return
         operations, buffers = [], []
@@ -64,10 +64,10 @@ class _Traffic:
         # NCCL returns one work for all operations, Gloo one for each.
         pending = [Pending(block, works[min(i, len(works) - 1)]) for i, block in enumerate(buffers)]
         self._sending += pending[: len(sends)]
-        for message, block in zip(receives, pending[len(sends) :], strict=True):
-            self._arriving[message.arrival].append(_Arriving(message, block))
+        for message, arriving in zip(receives, pending[len(sends) :], strict=True):
+            self._arriving[message.arrival].append(_Arriving(message, arriving))
 
-    def _arrived(self, step: int) -> list[tuple[Message, Tensor]]:
+    def _arrived(self, step: int) -> list[tuple[BlockMessage, Tensor]]:
         return [(message, block.wait()) for message, block in self._arriving.pop(step, ())]
 
     def _wait_for_sends(self) -> None:

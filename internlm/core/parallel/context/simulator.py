@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from internlm.core.parallel.context.attention_plan import AttentionPlan, Message, Rows
+from internlm.core.parallel.context.attention_plan import AttentionPlan, BlockMessage, Rows
 from internlm.core.parallel.context.token_cut import TokenCut
 
 
@@ -47,7 +47,7 @@ def _check_messages(plan: AttentionPlan, plans: Sequence[AttentionPlan]) -> None
             for here, there in ((sends, receives), (receives, sends)):
                 for message in getattr(step, here):
                     peer = plans[message.peer]
-                    mirrored = Message(message.source, plan.rank, message.arrival)
+                    mirrored = BlockMessage(message.source, plan.rank, message.arrival)
                     assert message.arrival > number and message.peer != plan.rank
                     assert getattr(peer.steps[number], there).count(mirrored) == 1, f"{message} has no counterpart"
                     assert plan.rows_of(message) == peer.rows_of(mirrored), f"{message}: ranks expect other rows"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_the_checks_find_wrong_plans() -> None:
     right = plans_of(lengths, 4, "zigzag", make_movement("ring", 4), None)
     check_plans(right, lengths, cut, None)
 
-    def changed(rank: int, number: int, **changes: object) -> list[AttentionPlan]:
+    def changed(rank: int, number: int, **changes: Any) -> list[AttentionPlan]:
         steps = list(right[rank].steps)
         steps[number] = dataclasses.replace(steps[number], **changes)
         plans = list(right)
@@ -121,7 +122,7 @@ def rows_sent(plan: AttentionPlan, kind: str) -> int:
 def test_a_zigzag_rank_sends_its_keys_to_each_other_rank_once(name: str) -> None:
     """A zigzag chunk r is before queries of all ranks, chunk 2c - 1 - r before those of ranks below r."""
     c, share = 4, 8
-    plans = plans_of([c * share], c, "zigzag", make_movement(name, c), None)  # type: ignore[arg-type]
+    plans = plans_of([c * share], c, "zigzag", make_movement(name, c), None)
     for rank, plan in enumerate(plans):
         if name == "ring":
             # A block is passed on whole, c - 1 times; all but rank 0's have rows in front of queries of each rank.
@@ -158,7 +159,7 @@ def test_documents_of_one_rank_send_nothing() -> None:
 
 
 def test_a_double_ring_crosses_between_windows_once_a_window() -> None:
-    """Of the messages of a rank, c / w - 1 leave its window, forward and backward; a plain ring has them at one rank."""
+    """c / w - 1 of the messages of each rank leave its window, forward and backward."""
     c, w = 8, 4
     windows = (tuple(range(4)), tuple(range(4, 8)))
     plans = plans_of([c * 16], c, "zigzag", make_movement("double_ring", c, windows), None)

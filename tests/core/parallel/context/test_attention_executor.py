@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.context import executor
+from internlm.core.parallel.context import attention_executor
 from internlm.core.parallel.context.attention_plan import AttentionPlan, make_plan, num_rows
 from internlm.core.parallel.context.context_attention import context_groups
-from internlm.core.parallel.context.executor import attend
+from internlm.core.parallel.context.attention_executor import attend
 from internlm.core.parallel.context.movement import Movement, MovementName, make_movement
 from internlm.core.parallel.context.token_cut import CUT_NAMES, cut_tokens
 from internlm.core.parallel.context.token_pieces import TokenPieces
@@ -71,7 +71,8 @@ def largest_error(num_ranks: int, name: MovementName, dtype: torch.dtype, kinds:
             *whole, grad = (torch.randn(1, sum(lengths), *shape, dtype=torch.float64) for shape in shapes)
             sinks = torch.randn(4, dtype=torch.float64) if rng.random() < 0.5 else None
             inputs = [x.requires_grad_() for x in ([*whole] if sinks is None else [*whole, sinks])]
-            out = whole_attention(*whole, lengths, window, sinks)
+            q, k, v = whole
+            out = whole_attention(q, k, v, lengths, window, sinks)
             expected = [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
             cut = cut_tokens(lengths, num_ranks, cut_name)
@@ -79,7 +80,8 @@ def largest_error(num_ranks: int, name: MovementName, dtype: torch.dtype, kinds:
             plan = make_plan(TokenPieces.of(lengths, cut), movement, rank, window)
             parts = [x.detach()[:, own].to(dtype).requires_grad_() for x in whole]
             own_sinks = None if sinks is None else sinks.detach().to(dtype).requires_grad_()
-            own_out = attend(*parts, plan, groups, sinks=own_sinks, window=window)
+            own_q, own_k, own_v = parts
+            own_out = attend(own_q, own_k, own_v, plan, groups, sinks=own_sinks, window=window)
             own_inputs = parts if own_sinks is None else [*parts, own_sinks]
             results = [own_out.detach(), *torch.autograd.grad(own_out, own_inputs, grad[:, own].to(dtype))]
             for number, (result, wanted) in enumerate(zip(results, expected, strict=True)):
@@ -137,8 +139,10 @@ def recorded(num_ranks: int, name: MovementName) -> tuple[list[str], list[str], 
         return start(operations)
 
     with (
-        patch.object(executor, "add_partial_attention", kernel(executor.add_partial_attention)),
-        patch.object(executor, "partial_attention_backward", kernel(executor.partial_attention_backward)),
+        patch.object(attention_executor, "add_partial_attention", kernel(attention_executor.add_partial_attention)),
+        patch.object(
+            attention_executor, "partial_attention_backward", kernel(attention_executor.partial_attention_backward)
+        ),
         patch.object(dist, "batch_isend_irecv", batch),
     ):
         out = attend(q, k, v, plan, groups)
