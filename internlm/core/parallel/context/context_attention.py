@@ -7,8 +7,8 @@ import math
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.context.block_traffic import ContextGroups
 from internlm.core.parallel.context.attention_executor import attend
+from internlm.core.parallel.context.block_traffic import ContextGroups
 from internlm.core.parallel.context.split_batch import SplitDocuments
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.ops.attention.causal_attention import VarlenMetadata

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.context import attention_executor
+from internlm.core.parallel.context.attention_executor import attend
 from internlm.core.parallel.context.attention_plan import AttentionPlan, make_plan, num_rows
 from internlm.core.parallel.context.context_attention import context_groups
-from internlm.core.parallel.context.attention_executor import attend
 from internlm.core.parallel.context.movement import Movement, MovementName, make_movement
 from internlm.core.parallel.context.token_cut import CUT_NAMES, cut_tokens
 from internlm.core.parallel.context.token_pieces import TokenPieces
