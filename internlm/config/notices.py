@@ -111,8 +111,6 @@ def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> It
             f"model.moe_intermediate_size = {model.moe_intermediate_size})"
         )
     yield from capacity_notices(config, given)
-    if config.float8.enable_float8_linear:
-        yield f"float8.enable_float8_linear = True: routers compute in fp32 and routed experts in {model.dtype}"
     if model.compile:
         yield "model.compile = True: routers and routed experts are not compiled, the rest of their layers is"
     if model.top_k == 1 and model.moe_layer_kwargs.normalize_expert_weights:

@@ -208,8 +208,9 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
     num_chunks = 2 if layout.schedule in ("ZBV", "DUALPIPEV") else layout.chunks
     # 56 is an odd multiple of 8 ranks, so its halves and quarters are no powers of two.
     head_dim, intermediate_size, kv_heads, seq_len = HEAD_DIM, 56, model.kv_heads, SEQ_LEN
+    expert_size = 40
     if model.float8:
-        head_dim, intermediate_size = FLOAT8_HEAD_DIM, 16 * layout.tensor * 3
+        head_dim, intermediate_size, expert_size = FLOAT8_HEAD_DIM, 16 * layout.tensor * 3, 16 * layout.tensor
         kv_heads, seq_len = float8_kv_heads(kv_heads, layout), max(SEQ_LEN, FLOAT8_SEQ_LEN * layout.tensor)
     keys = {
         "model_type": model.family,
@@ -239,7 +240,7 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
         "model.num_shared_experts": model.shared_experts,
         "model.first_k_dense_replace": model.dense_layers,
         "model.num_nextn_predict_layers": model.multi_token,
-        "model.moe_intermediate_size": 40 if model.dense_layers else None,
+        "model.moe_intermediate_size": expert_size if model.dense_layers else None,
         **(_router_keys(model) if model.experts > 1 else {}),
         "data.seq_len": seq_len,
         **(FLOAT8_KEYS if model.float8 else {}),

@@ -16,6 +16,7 @@ from internlm.initialize.stages import build_chunks, build_options
 from internlm.utils.errors import ConfigError
 
 ON = {"float8.enable_float8_linear": True, "model.hidden_size": 64, "model.num_attention_heads": 4}
+EXPERTS = {"model_type": "QWEN3MOE", "model.num_experts": 4, "model.top_k": 2, "model.moe_type": "Dropless"}
 TENSOR, MODE = "parallel.tensor.size", "parallel.tensor.mode"
 
 # changes of the small config with float8, world size, the only mistake (None: there is none).
@@ -65,6 +66,26 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ),
     ({"model.head_dim": 8, "model.num_kv_attention_heads": 2, TENSOR: 2, MODE: "isp"}, 2, None),
     ({"model.num_kv_attention_heads": 1, TENSOR: 4}, 4, None),
+    # Experts: those of a rank are whole, unless tensor ranks split them.
+    ({**EXPERTS, "model.moe_intermediate_size": 48, TENSOR: 2}, 2, None),
+    (
+        {**EXPERTS, "model.moe_intermediate_size": 48, TENSOR: 2, "parallel.expert.no_tp": False},
+        2,
+        "model.moe_intermediate_size = 48 makes an expert 48 wide on 2 tensor rank(s), which must be a multiple of 32 "
+        "for float8; set model.moe_intermediate_size = 64",
+    ),
+    (
+        {**EXPERTS, "model.moe_intermediate_size": 40},
+        1,
+        "model.moe_intermediate_size = 40 makes an expert 40 wide on 1 tensor rank(s), which must be a multiple of 16 "
+        "for float8; set model.moe_intermediate_size = 48",
+    ),
+    (
+        {**EXPERTS, "model.intermediate_size": 40},
+        1,
+        "model.intermediate_size = 40 makes an expert 40 wide on 1 tensor rank(s), which must be a multiple of 16 "
+        "for float8; set model.intermediate_size = 48",
+    ),
     # Tokens.
     (
         {"data.seq_len": 12},

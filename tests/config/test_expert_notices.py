@@ -59,7 +59,7 @@ RANDOM = {"use_fused_gating": False, "noisy_gate_policy": "RSample"}
         ({"model_type": "DEEPSEEK_V2", "model.moe_layer_kwargs": {"normalize_expert_weights": False}}, 1, []),
         ({"model.top_k": 1}, 1, ["model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights"]),
         ({"model.top_k": 1, "model.moe_layer_kwargs": {"normalize_expert_weights": False}}, 1, []),
-        ({"float8.enable_float8_linear": True}, 1, ["float8.enable_float8_linear = True: routers compute in fp32"]),
+        ({"float8.enable_float8_linear": True}, 1, []),
         ({"moe.replay.write": "routing"}, 1, []),
         ({"moe.replay.read": "routing"}, 1, ["moe.replay.read = 'routing': training takes the experts of every token"]),
         (

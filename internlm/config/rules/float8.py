@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 from internlm.config.problem import Problem
+from internlm.config.rules.ranks import expert_inner_ranks
 from internlm.config.schema import Config
 
 ENABLE, SIZE = "float8.enable_float8_linear", "parallel.tensor.size"
@@ -70,16 +71,11 @@ def dimensions(config: Config, world_size: int) -> Iterator[Problem]:
                 f"channels a rank, which {_must(MULTIPLE)}; set model.head_dim = {_next(head_dim, MULTIPLE)}, or "
                 f"another {SIZE}",
             )
-    multiple = MULTIPLE * of_weights
     for key, width in model.mlp_widths.items():
-        if width % multiple == 0:
-            continue
-        exact = "intermediate_size" if key == "mlp_ratio" else key
-        yield Problem(
-            (f"model.{key}", SIZE, ENABLE),
-            f"model.{key} = {getattr(model, key)} makes the MLP {width} wide on {of_weights} tensor rank(s), "
-            f"which {_must(multiple)}; set model.{exact} = {_next(width, multiple)}",
-        )
+        yield from _width(config, key, width, "the MLP", of_weights)
+    if model.num_experts > 1 and model.expert_size_key not in model.mlp_widths:
+        of_experts = 1 if tensor.mode == "isp" else expert_inner_ranks(config)
+        yield from _width(config, model.expert_size_key, model.expert_size, "an expert", of_experts)
     of_tokens = tensor.size if tensor.mode == "isp" else 1
     tokens, multiple = config.data.packed_length, MULTIPLE * of_tokens
     if tokens % multiple:
@@ -88,6 +84,18 @@ def dimensions(config: Config, world_size: int) -> Iterator[Problem]:
             ("data.seq_len", "data.micro_bsz", SIZE, ENABLE),
             f"data.seq_len = {config.data.seq_len} times data.micro_bsz = {config.data.micro_bsz} are {tokens} tokens "
             f"on {of_tokens} sequence rank(s), which {_must(multiple)}; set data.seq_len = {length}",
+        )
+
+
+def _width(config: Config, key: str, width: int, what: str, ranks: int) -> Iterator[Problem]:
+    """The width of a feed-forward network on each rank is whole tiles."""
+    multiple = MULTIPLE * ranks
+    if width % multiple:
+        exact = "intermediate_size" if key == "mlp_ratio" else key
+        yield Problem(
+            (f"model.{key}", SIZE, ENABLE),
+            f"model.{key} = {getattr(config.model, key)} makes {what} {width} wide on {ranks} tensor rank(s), "
+            f"which {_must(multiple)}; set model.{exact} = {_next(width, multiple)}",
         )
 
 

@@ -422,6 +422,13 @@ class ModelConfig(Section):
         return self.moe_intermediate_size or self.ffn_size
 
     @property
+    def expert_size_key(self) -> str:
+        """The key that gives `expert_size`."""
+        if self.moe_intermediate_size:
+            return "moe_intermediate_size"
+        return "mlp_ratio" if self.intermediate_size is None else "intermediate_size"
+
+    @property
     def dense_layers(self) -> frozenset[int]:
         """Numbers of the layers without experts."""
         if self.num_experts <= 1:
@@ -434,5 +441,5 @@ class ModelConfig(Section):
         dense = "mlp_ratio" if self.intermediate_size is None else "intermediate_size"
         widths = {dense: self.ffn_size} if self.dense_layers else {}
         if self.num_experts > 1 and self.num_shared_experts:
-            widths["moe_intermediate_size" if self.moe_intermediate_size else dense] = self.expert_size
+            widths[self.expert_size_key] = self.expert_size
         return widths

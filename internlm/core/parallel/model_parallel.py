@@ -20,6 +20,7 @@ from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.context.context_attention import ContextAttention
 from internlm.core.parallel.context.split_batch import ContextOptions, ContextSplit, SplitSample
+from internlm.core.parallel.experts.expert_linear import ExpertLinear, ExpertWeightStore
 from internlm.core.parallel.linear.float8_shapes import refuse_odd_shape
 from internlm.core.parallel.linear.parallel_linear import (
     InputExchange,
@@ -37,8 +38,11 @@ from internlm.data.batch import MicroBatch
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.moe.experts import Experts
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
+from internlm.model.ops.float8 import grouped_gemm
 from internlm.model.ops.float8 import scaled_gemm as float8
+from internlm.model.ops.float8.grouped_kernels import Float8GroupedKernels
 from internlm.model.ops.float8.kernels import Float8Kernels
+from internlm.model.ops.grouped_kernels import GroupedKernels
 from internlm.model.ops.linear_kernels import LinearKernels
 from internlm.model.roles import HeadShape, Role
 
@@ -194,12 +198,36 @@ class ModelParallel:
         return LinearGroup(name, layers, self.input_exchange(role), self.weights(), self.weight_gradients, kernels)
 
     def adapt_experts(self, name: str, experts: Experts) -> None:
-        """Called for the experts of every layer; a mode may replace `experts.linear`.
+        """Give the experts of a layer their linear layers, where these are in float8 or get weights from elsewhere.
 
         Args:
             name: of the module.
             experts: with this rank's parameters.
+
+        Raises:
+            ConfigError: the experts run in float8, and the shape of a weight does not allow it.
         """
+        weights, is_float8 = self.expert_weights(), self.is_float8(name)
+        if not is_float8 and isinstance(weights, LocalWeights):
+            return
+        for attribute, parameter in (("13", experts.w13), ("2", experts.w2)):
+            kernels = GroupedKernels()
+            if is_float8:
+                refuse_odd_shape(f"{name}.w{attribute}", shard_spec_of(parameter))
+                is_split = self.context.layout.expert_tensor > 1
+                kernels = Float8GroupedKernels(
+                    parameter.dtype,
+                    grouped_gemm.implementation(self.context.device),
+                    splits_rows=is_split and attribute == "2",
+                    reduce_amax=self._reduce_amax if is_split else None,
+                    compiles_casts=self.options.compile_casts,
+                )
+            linear = ExpertLinear(name, experts, f"w{attribute}", weights, self.weight_gradients, kernels)
+            setattr(experts, f"linear{attribute}", linear)
+
+    def expert_weights(self) -> ExpertWeightStore:
+        """The source of the full weights of experts."""
+        return LocalWeights()
 
     def _reduce_amax(self, amaxes: Tensor) -> Tensor:
         axis = self.scale_axis

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from internlm.model.architecture import Architecture
 
 
+GroupedLinear = Callable[[Tensor, nn.Parameter, Tensor], Tensor]
+"""Rows `[M, K]` sorted by expert, weight `[E, N, K]`, int64 `[E]` rows of each expert -> `[M, N]`."""
+
+
 class Experts(nn.Module):
     """`w2(activation(w1 x) * w3 x)` for each expert on its own rows, with biases if there are any.
 
@@ -26,7 +30,8 @@ class Experts(nn.Module):
         w2: `[E, h, f]`.
         w13_bias, w2_bias: `[E, 2f]` and `[E, h]`, or None.
         bias_share: the part of w2's bias that is added to this rank's results, which are summed over ranks.
-        linear: `grouped_linear`, or a function that gets full weights from elsewhere.
+        linear13, linear2: `grouped_linear` for w13 and w2, or functions that get full weights from elsewhere, or run
+            their GEMMs in float8.
     """
 
     def __init__(self, architecture: Architecture, num_experts: int, width: int, has_biases: bool = False) -> None:
@@ -46,7 +51,8 @@ class Experts(nn.Module):
             self.w2_bias = nn.Parameter(torch.empty(num_experts, a.hidden_size, dtype=a.dtype))
             set_initializer(self.w13_bias, Zeros())
             set_initializer(self.w2_bias, Zeros())
-        self.linear: Callable[[Tensor, nn.Parameter, Tensor], Tensor] = grouped_linear
+        self.linear13: GroupedLinear = grouped_linear
+        self.linear2: GroupedLinear = grouped_linear
         self.activation = a.activation
         self.fused_kernels = a.fused_kernels
 
@@ -60,10 +66,10 @@ class Experts(nn.Module):
         Returns:
             `[M, h]`.
         """
-        gate_up = self.linear(rows, self.w13, counts)
+        gate_up = self.linear13(rows, self.w13, counts)
         if self.w13_bias is not None:
             gate_up = add_expert_bias(gate_up, self.w13_bias, counts)
         gate, up = gate_up.chunk(2, dim=-1)
         hidden = gated_activation(gate, up, self.activation, fused_kernels=self.fused_kernels)
-        out = self.linear(hidden, self.w2, counts)
+        out = self.linear2(hidden, self.w2, counts)
         return out if self.w2_bias is None else add_expert_bias(out, self.w2_bias * self.bias_share, counts)

@@ -116,7 +116,7 @@ def weight_gradient(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
 def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if not _is_looped(x, weight.shape[1]):
         return _grouped_mm(x, weight.transpose(1, 2), counts)
-    out, sizes = x.new_empty(x.shape[0], weight.shape[1]), _sizes(counts, x)
+    out, sizes = x.new_empty(x.shape[0], weight.shape[1]), sizes_of(counts, x)
     for own_out, rows, own in zip(out.split(sizes), x.split(sizes), weight, strict=True):
         if len(rows):
             gemm(rows, own.t(), own_out)
@@ -136,7 +136,7 @@ def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def _input_gradient(grad: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if not _is_looped(grad, weight.shape[2]):
         return _grouped_mm(grad, weight, counts)
-    out, sizes = grad.new_empty(grad.shape[0], weight.shape[2]), _sizes(counts, grad)
+    out, sizes = grad.new_empty(grad.shape[0], weight.shape[2]), sizes_of(counts, grad)
     for own_out, rows, own in zip(out.split(sizes), grad.split(sizes), weight, strict=True):
         if len(rows):
             gemm(rows, own, own_out)
@@ -156,7 +156,7 @@ def _(grad: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def _weight_gradient(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     if not _is_looped(grad, x.shape[1]):
         return _grouped_weight_gradient(grad, x, counts)
-    out, sizes = x.new_empty(counts.shape[0], grad.shape[1], x.shape[1]), _sizes(counts, x)
+    out, sizes = x.new_empty(counts.shape[0], grad.shape[1], x.shape[1]), sizes_of(counts, x)
     for own_out, own_grad, rows in zip(out, grad.split(sizes), x.split(sizes), strict=True):
         if len(rows):
             linear.weight_gradient(own_grad, rows, own_out)
@@ -191,7 +191,7 @@ def _is_looped(rows: Tensor, width: int) -> bool:
     return rows.device.type == "cpu" or _why_looped(rows.device, rows.dtype, (rows.shape[1], width)) is not None
 
 
-def _sizes(counts: Tensor, rows: Tensor) -> list[int]:
+def sizes_of(counts: Tensor, rows: Tensor) -> list[int]:
     """The counts, on the host; raises ValueError if their sum is not the number of rows."""
     sizes: list[int] = counts.tolist()
     if sum(sizes) != rows.shape[0]:
@@ -203,7 +203,7 @@ def _grouped_mm(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """`[M, A]` and `[E, A, B]` (or a transposed view) -> `[M, B]`."""
     if rows.shape[0] == 0:
         return rows.new_empty(0, matrices.shape[2])
-    out: Tensor = F.grouped_mm(_aligned(rows), _aligned(matrices), offs=_ends(counts))
+    out: Tensor = F.grouped_mm(aligned(rows), aligned(matrices), offs=ends_of(counts))
     return out
 
 
@@ -211,7 +211,7 @@ def _grouped_weight_gradient(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """`[M, N]` and `[M, K]` -> `[E, N, K]`."""
     if x.shape[0] == 0:
         return x.new_zeros(counts.shape[0], grad.shape[1], x.shape[1])
-    out: Tensor = F.grouped_mm(_aligned(grad).t(), _aligned(x), offs=_ends(counts))
+    out: Tensor = F.grouped_mm(aligned(grad).t(), aligned(x), offs=ends_of(counts))
     capability = capability_of(x.device)
     if capability is not None and capability[0] == 10:
         # On Blackwell, the results of empty groups are not zero (pytorch/pytorch#172439).
@@ -219,12 +219,12 @@ def _grouped_weight_gradient(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-def _ends(counts: Tensor) -> Tensor:
+def ends_of(counts: Tensor) -> Tensor:
     """One past the last row of each expert, int32 as PyTorch's grouped GEMM requires."""
     return counts.cumsum(0).to(torch.int32)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """x if its rows and matrices are contiguous and aligned, up to a transposition of matrices; else a copy.
 
     PyTorch's grouped GEMM refuses expanded gradients, and weights that start at any element of a flat buffer.

@@ -15,6 +15,7 @@ from internlm.model.ops import cross_entropy, grouped_linear, linear, norm, rota
 from internlm.model.ops import gated_activation as gated
 from internlm.model.ops.attention import causal_attention as attention
 from internlm.model.ops.attention.cuda_backends import AttentionNeeds, capability_of
+from internlm.model.ops.float8 import grouped_gemm as float8_grouped
 from internlm.model.ops.float8 import scaled_gemm as float8
 from internlm.model.ops.implementation_choice import Choice
 
@@ -30,7 +31,7 @@ class OpSettings:
         dtype, head_dim: of queries and keys.
         attention_backend, use_flash_attn, fused_kernels: the keys of these names in the config's `model` section.
         compiled: the ops run inside compiled blocks.
-        use_float8: linear layers run their GEMMs in float8; otherwise the float8 op is left out.
+        use_float8: linear layers run their GEMMs in float8; otherwise the float8 ops are left out.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -74,7 +75,11 @@ def describe(device: torch.device | str, settings: OpSettings | None = None) -> 
             attention_backend=settings.attention_backend,
             use_flash_attn=settings.use_flash_attn,
         ),
-        **({"float8_linear": float8.choice(device)} if settings.use_float8 else {}),
+        **(
+            {"float8_linear": float8.choice(device), "float8_grouped_linear": float8_grouped.choice(device)}
+            if settings.use_float8
+            else {}
+        ),
         "gated_activation": gated.choice(device, kernels, compiled=compiled),
         "grouped_linear": grouped_linear.choice(device, settings.dtype),
         "layer_norm": norm.layer_norm_choice(device),

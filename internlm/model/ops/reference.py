@@ -126,23 +126,38 @@ def float8_linear(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
+def float8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_linear` with rows and weights rounded to e4m3, and the gradient of the output to e5m2.
+
+    Each row has a scale, and the weight of each expert. So has each row of the gradient, where it is for that of x. For
+    that of the weight, it is multiplied with the scale of the row of x, and the rows of an expert have one scale.
+    """
+    result: Tensor = _RoundedGroupedLinear.apply(x, weight, counts)
+    return result
+
+
 def rounded_to_float8(x: Tensor, format: torch.dtype) -> Tensor:
     """Round to a float8 format, scaled by the smallest power of two with which the largest value does not overflow.
 
     Computed in float64, where each step is exact. The result has the dtype of x, which represents it exactly.
 
     Args:
-        x: not all zero.
+        x: may be empty.
         format: a float8 dtype.
     """
-    limits, wide = torch.finfo(format), x.double()
-    scale = 2.0 ** math.ceil(math.log2(wide.abs().max().item() / limits.max))
+    wide, scale = x.double(), float8_scale(x, format)
     scaled = wide / scale
     # Twice the largest power of two that does not exceed the number.
     above = torch.where(scaled == 0, 0.0, scaled / torch.frexp(scaled).mantissa)
     # Subnormal numbers have the spacing of the smallest normal ones.
-    step = (above / 2).clamp(min=limits.smallest_normal) * 2.0 ** -_FRACTION_BITS[format]
+    step = (above / 2).clamp(min=torch.finfo(format).smallest_normal) * 2.0 ** -_FRACTION_BITS[format]
     return ((scaled / step).round() * step * scale).to(x.dtype)
+
+
+def float8_scale(x: Tensor, format: torch.dtype) -> float:
+    """The smallest power of two by which x can be divided without overflow in a float8 format; 1 if all is zero."""
+    largest = x.double().abs().max().item() if x.numel() else 0.0
+    return 2.0 ** math.ceil(math.log2(largest / torch.finfo(format).max)) if largest else 1.0
 
 
 class _RoundedLinear(torch.autograd.Function):
@@ -157,3 +172,26 @@ class _RoundedLinear(torch.autograd.Function):
         x8, weight8 = ctx.saved_tensors
         grad8 = rounded_to_float8(grad, GRADIENT_FORMAT)
         return grad8 @ weight8, grad8.flatten(0, -2).t() @ x8.flatten(0, -2)
+
+
+class _RoundedGroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        x8, weight8 = (_each_rounded_to_float8(tensor, FORWARD_FORMAT) for tensor in (x, weight))
+        scales = x.new_tensor([float8_scale(row, FORWARD_FORMAT) for row in x]).unsqueeze(-1)
+        ctx.save_for_backward(x8, scales, weight8, counts)
+        return grouped_linear(x8, weight8, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x8, scales, weight8, counts = ctx.saved_tensors
+        sizes = counts.tolist()
+        pairs = zip((grad * scales).split(sizes), (x8 / scales).split(sizes), strict=True)
+        grad_weight = [rounded_to_float8(own, GRADIENT_FORMAT).t() @ rows for own, rows in pairs]
+        grad8 = _each_rounded_to_float8(grad, GRADIENT_FORMAT)
+        return grouped_linear(grad8, weight8.transpose(1, 2), counts), torch.stack(grad_weight), None
+
+
+def _each_rounded_to_float8(x: Tensor, format: torch.dtype) -> Tensor:
+    """Each element along the first dimension, with a scale of its own."""
+    return torch.stack([rounded_to_float8(own, format) for own in x]) if len(x) else x

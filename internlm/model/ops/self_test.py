@@ -20,6 +20,7 @@ from internlm.model.ops import reference
 from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 from internlm.model.ops.attention.cuda_backends import BACKENDS, why_not
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from internlm.model.ops.float8.grouped_linear import float8_grouped_linear
 from internlm.model.ops.float8.linear import float8_linear
 from internlm.model.ops.gated_activation import gated_activation
 from internlm.model.ops.grouped_linear import grouped_linear
@@ -67,14 +68,14 @@ class Outcome:
 def self_tests(device: torch.device, settings: OpSettings | None = None) -> Iterator[Outcome]:
     """Test every op, and every usable attention backend, on `device` in the model's dtype and in fp32.
 
-    The float8 op is tested in bf16 only, and only if the settings use it.
+    The float8 ops are tested in bf16 only, and only if the settings use them.
     """
     settings = settings or OpSettings()
     for dtype in dict.fromkeys((settings.dtype, torch.float32)):
         for case in (*attention_cases(device, settings, dtype), *other_cases(device, settings)):
             yield Outcome(case.op, case.name, dtype, judge(case, device, dtype))
     if settings.use_float8:
-        for case in float8_cases(device):
+        for case in (*float8_cases(device), *float8_grouped_cases(device)):
             yield Outcome(case.op, case.name, torch.bfloat16, judge(case, device, torch.bfloat16))
 
 
@@ -245,6 +246,58 @@ def float8_cases(device: torch.device, tokens: int = 48, inputs: int = 64, outpu
         partial(both, float8_linear),
         partial(both, reference.float8_linear),
         ((2, tokens, inputs), (outputs, inputs)),
+        is_exact=True,
+    )
+
+
+def float8_grouped_cases(
+    device: torch.device,
+    counts: Sequence[int] = (37, 0, 1, 90, 0),
+    inputs: int = 48,
+    outputs: int = 64,
+    linear: Callable[..., Tensor] = float8_grouped_linear,
+) -> Iterator[OpCase]:
+    """The three GEMMs of the experts of a layer in float8, with operands rounded by definition; and the rounding alone.
+
+    Args:
+        device: of the tensors.
+        counts: rows of each expert.
+        inputs, outputs: multiples of `float8.MULTIPLE`.
+        linear: what is tested.
+    """
+    for name, own_counts in (
+        ("experts of all sizes", counts),
+        ("one expert with all rows", (0, 64, 0)),
+        ("no rows", (0, 0)),
+    ):
+        own = torch.tensor(own_counts, device=device)
+        yield OpCase(
+            "float8_grouped_linear",
+            name,
+            partial(linear, counts=own),
+            partial(reference.float8_grouped_linear, counts=own),
+            ((sum(own_counts), inputs), (len(own_counts), outputs, inputs)),
+        )
+    # GEMMs with the identity, as in `float8_cases`; each expert has as many rows as inputs.
+    experts = torch.full((3,), inputs, device=device)
+    ones = torch.eye(inputs, device=device)
+    sizes = torch.exp2(-(torch.arange(inputs, device=device) % 36).float())
+
+    def both(grouped: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        one, size = ones.to(x.dtype), sizes.to(x.dtype)
+        # Rows and experts of different sizes have different scales.
+        rows, matrices = x * size * size.repeat(3).unsqueeze(-1), weight * size * size[:3].view(-1, 1, 1)
+        return (
+            grouped(rows, one.repeat(3, 1, 1), experts) * size,
+            grouped(one.repeat(3, 1), matrices, experts) * size.repeat(3).unsqueeze(-1),
+        )
+
+    yield OpCase(
+        "float8_grouped_linear",
+        "rounding of rows, weights and gradients",
+        partial(both, linear),
+        partial(both, reference.float8_grouped_linear),
+        ((3 * inputs, inputs), (3, outputs, inputs)),
         is_exact=True,
     )
 

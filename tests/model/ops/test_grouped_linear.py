@@ -156,7 +156,7 @@ def test_any_strides_and_alignment(dtype: torch.dtype, implementation: str) -> N
 def test_copies_are_made_only_where_needed() -> None:
     x, weight, _ = _operands((4, 0, 3), 16, 8, torch.bfloat16)
     for own in (x, weight, weight.transpose(1, 2), x[1:], weight[1:]):
-        assert module._aligned(own).data_ptr() == own.data_ptr() and module._aligned(own).stride() == own.stride()
+        assert module.aligned(own).data_ptr() == own.data_ptr() and module.aligned(own).stride() == own.stride()
 
 
 @pytest.mark.parametrize("counts", [[4, 0, 2], [4, 0, 4]])

@@ -8,13 +8,14 @@ from internlm.utils.errors import ConfigError
 
 
 def refuse_odd_shape(name: str, spec: ShardSpec) -> None:
-    """Check the weight `[out, in]` of a layer that is to run its GEMMs in float8.
+    """Check a weight `[out, in]`, or `[experts, out, in]`, whose GEMMs are to run in float8.
 
     Raises:
         ConfigError: its shape does not fit the tiles of the hardware.
     """
-    # Weights of the weight view are gathered before the GEMM.
-    shape = spec.global_shape if spec.view == "weight" else spec.local_shape
+    # Weights that are split over a weight axis are gathered before the GEMM.
+    is_gathered = spec.view == "weight" or "expert_weight" in spec.sharded_over
+    shape = (spec.global_shape if is_gathered else spec.local_shape)[-2:]
     if any(size % MULTIPLE for size in shape):
         raise ConfigError(
             f"float8.enable_float8_linear = True: the weight of '{name}' is {list(shape)} on this rank, and float8 "

@@ -30,6 +30,7 @@ from internlm.core.parallel.linear.weight_scales import WeightScales
 from internlm.core.parallel.parameter_events import deliver_gradient, wait_until_readable
 from internlm.core.parallel.shard_spec import Index, shard_spec_of
 from internlm.model.ops.float8.scaled_gemm import FORWARD_FORMAT, Scaled, as_scaled, quantize
+from internlm.model.ops.grouped_kernels import GroupedKernels
 from internlm.model.ops.linear_kernels import LinearKernels, Operand
 from internlm.model.roles import Role
 
@@ -53,7 +54,7 @@ class GatheredGroup(Protocol):
         """Of the module."""
 
     @property
-    def kernels(self) -> LinearKernels:
+    def kernels(self) -> LinearKernels | GroupedKernels:
         """Of its GEMMs."""
 
     def parameters(self) -> list[nn.Parameter]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.communication.exchange import own_part, start_gather, start_reduce_scatter
-from internlm.core.parallel.experts.gathered_experts import GatheredExpertLinear
+from internlm.core.parallel.experts.expert_linear import ExpertLinear, ExpertWeightStore
 from internlm.core.parallel.linear.parallel_linear import LinearGroup, ParallelLinear, WeightStore
 from internlm.core.parallel.linear.weight_gathering import GatheredWeights
 from internlm.core.parallel.model_parallel import HeadOutput, ModelParallel
@@ -103,9 +103,15 @@ class Isp(ModelParallel):
             self.gathered_weights.register(group)
         return group
 
+    def expert_weights(self) -> ExpertWeightStore:
+        return self.gathered_weights if self.context.layout.expert_weight > 1 else super().expert_weights()
+
     def adapt_experts(self, name: str, experts: Experts) -> None:
+        super().adapt_experts(name, experts)
         if self.context.layout.expert_weight > 1:
-            experts.linear = GatheredExpertLinear(name, experts, self.gathered_weights, self.weight_gradients)
+            for linear in (experts.linear13, experts.linear2):
+                assert isinstance(linear, ExpertLinear)
+                self.gathered_weights.register(linear)
 
     def inner_attention(self, inner: InnerAttention, heads: HeadShape) -> nn.Module:
         inside = super().inner_attention(inner, heads)

@@ -1,5 +1,7 @@
 """Matrix products of a linear layer in 8-bit floating point, with one scale for each tensor.
 
+Those of experts are in `internlm.model.ops.float8.grouped_gemm`.
+
 A tensor is divided by a scale that puts its largest magnitude near the top of the format, and rounded: inputs and
 weights to e4m3 (3 bits of fraction), gradients of outputs to e5m2 (2 bits, more range). Products of such numbers are
 summed in fp32 and multiplied with both scales. Weights, gradients of weights and all between layers keep their dtype.
@@ -52,7 +54,8 @@ class Scaled(NamedTuple):
 
     Attributes:
         values: float8.
-        scale: fp32 scalar tensor, a power of two; the tensor is `values * scale`.
+        scale: fp32, a power of two: one (a scalar tensor), or one for each index of the first dimension of the values
+            (`[n]`). The tensor is `values * scale`.
     """
 
     values: Tensor
@@ -68,7 +71,11 @@ class Scaled(NamedTuple):
 
     def to_float(self) -> Tensor:
         """The tensor in fp32, exactly."""
-        return self.values.float() * self.scale
+        return self.to(torch.float32)
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The tensor in a dtype with the range of fp32, exactly."""
+        return self.values.to(dtype) * spread(self.scale, self.values).to(dtype)
 
 
 def choice(device: torch.device) -> Choice:
@@ -109,6 +116,21 @@ def amax_of(*tensors: Tensor) -> Tensor:
     return largest.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
+def amaxes_of(tensor: Tensor) -> Tensor:
+    """The largest magnitude for each index of the first dimension, fp32 `[n]`; infinite as that of `amax_of`.
+
+    Args:
+        tensor: `[n, ...]`, n may be 0.
+    """
+    low, high = torch.aminmax(tensor.detach().flatten(1), dim=1)
+    return torch.maximum(high, -low).float().nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def spread(scale: Tensor, tensor: Tensor) -> Tensor:
+    """The scale of a `Scaled` in a shape that broadcasts with its values `tensor`."""
+    return scale.view(-1, *[1] * (tensor.dim() - 1)) if scale.dim() else scale
+
+
 def scale_of(amax: Tensor, format: torch.dtype) -> Tensor:
     """The smallest power of two by which tensors of this largest magnitude can be divided to fit a float8 format.
 
@@ -124,9 +146,12 @@ def quantize(tensor: Tensor, scale: Tensor, format: torch.dtype) -> Scaled:
     """Divide by a scale and round to the nearest number of a float8 format, ties to even.
 
     Args:
-        scale: of `scale_of`, for an amax that no element exceeds.
+        scale: of `scale_of`, for an amax that no element exceeds; see `Scaled`.
     """
-    return Scaled((tensor.detach() * scale.reciprocal()).to(format), scale)
+    factor = spread(scale.reciprocal(), tensor)
+    # One number does not change the dtype of a product, several would.
+    factor = factor.to(tensor.dtype) if factor.dim() else factor
+    return Scaled((tensor.detach() * factor).to(format), scale)
 
 
 def scaled_product(a: Scaled, b: Scaled, dtype: torch.dtype, *, on_hardware: bool, fast: bool = False) -> Tensor:
