@@ -12,10 +12,13 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.parallel.parallelize import parallelize
+from internlm.model.ops.float8.grouped_gemm import Implementation
+from internlm.model.ops.float8.grouped_gemm import implementation as implementation_of
+from internlm.model.ops.float8.grouped_linear import float8_grouped_linear
 from internlm.model.ops.float8.linear import float8_linear
 from internlm.model.ops.float8.scaled_gemm import choice, runs_on_hardware
 from internlm.model.ops.implementations import OpSettings
-from internlm.model.ops.self_test import float8_cases, judge, self_tests
+from internlm.model.ops.self_test import float8_cases, float8_grouped_cases, judge, self_tests
 from internlm.model.registry import build_model
 
 pytestmark = pytest.mark.skipif(
@@ -90,3 +93,43 @@ def test_training_steps(compiled: bool, options: dict[str, bool]) -> None:
     plain, float8 = losses
     assert float8[-1] < 0.5 * float8[0]
     assert float8 == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.parametrize("counts", [(37, 0, 1, 90, 0), (0, 700, 16, 1), (1,) * 64], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(48, 64), (272, 1040)])
+def test_experts_are_as_doctor_wants_them(counts: tuple[int, ...], inputs: int, outputs: int) -> None:
+    device = torch.device("cuda", 0)
+    for case in float8_grouped_cases(device, counts, inputs, outputs):
+        assert judge(case, device, torch.bfloat16) is None, case.name
+
+
+@pytest.mark.parametrize("kind", ["loop", "emulation"])
+def test_implementations_of_experts_agree(kind: Implementation) -> None:
+    torch.manual_seed(0)
+    counts = torch.tensor([100, 0, 3, 409], device="cuda")
+    x, weight, grad = (
+        torch.randn(shape, device="cuda").bfloat16() for shape in ((512, 128), (4, 256, 128), (512, 256))
+    )
+    results = []
+    for implementation in (None, kind):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = float8_grouped_linear(*leaves, counts, implementation=implementation)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    # As in `test_matrix_units_equal_the_emulation`.
+    for one, other in zip(*results, strict=True):
+        error = float((one.float() - other.float()).norm() / other.float().norm())
+        assert error < 2.0**-8 + 2.0**-13 * 512**0.5
+
+
+def test_experts_on_hopper_do_not_wait() -> None:
+    if implementation_of(torch.device("cuda", 0)) != "grouped":
+        pytest.skip("needs compute capability 9: others loop over the experts")
+    counts = torch.tensor([100, 0, 3, 409], device="cuda")
+    x = torch.randn(512, 128, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(4, 256, 128, device="cuda").bfloat16().requires_grad_()
+    float8_grouped_linear(x, weight, counts).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        float8_grouped_linear(x, weight, counts).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -123,15 +123,17 @@ class Float8Config(Section):
     )
     compile: bool = used_with(
         False,
-        "Compile the casts of layers that communicate (tensor, isp) or postpone weight gradients; model.compile "
-        "compiles those of other layers.",
+        "Compile the casts of experts, and of layers that communicate (tensor, isp) or postpone weight gradients; "
+        "model.compile compiles those of other layers.",
         "float8.enable_float8_linear",
     )
     first_and_last_layer: bool = used_with(
         False, "Include the first and the last layer of the model.", "float8.enable_float8_linear"
     )
     gather_weights: bool = used_with(
-        True, "isp and FSDP gather these weights in float8, in half the bytes.", "float8.enable_float8_linear"
+        True,
+        "isp and FSDP gather these weights, but not those of experts, in float8, in half the bytes.",
+        "float8.enable_float8_linear",
     )
 
     def layers(self, num_layers: int) -> range:

@@ -58,8 +58,8 @@ class ParallelOptions:
         reduce_dtype: isp: dtype in which weight gradients are communicated.
         postpone_weight_gradients: linear layers can compute weight gradients later, as zero-bubble schedules require.
         float8_layers: numbers of the layers whose linear layers run their GEMMs in float8.
-        gather_float8: isp and FSDP: all-gather the weights of float8 GEMMs as float8.
-        compile_casts: compile the casts to float8 of parallel linear layers.
+        gather_float8: isp and FSDP: all-gather the weights of float8 GEMMs, but those of experts, as float8.
+        compile_casts: compile the casts to float8 of parallel linear layers, and of experts.
         context: how context ranks share the attention of a sample.
         defer_weights: leave the parameters on the meta device; `apply_fsdp` materializes and shards layer by layer.
     """
