@@ -29,7 +29,9 @@ HIDDEN, WIDTH = 32, 64
 SIZES = {"num_layers": 1, "hidden_size": HIDDEN, "moe_intermediate_size": WIDTH, "num_attention_heads": 2}
 EXPERTS = {"num_experts": 4, "top_k": 2, "moe_type": "Dropless"}
 COUNTS = ((5, 0, 1, 18), (0, 0, 24, 0), (0, 0, 0, 0))
-TOLERANCE = 1e-13
+TOLERANCE = {"out": 1e-13, "rows": 1e-13, "w13": 24 * 2.0**-32, "w2": 24 * 2.0**-32}
+"""Gradients of weights are sums over up to 24 rows. The smallest number of e5m2 is 2^-32 of the largest: below it,
+numbers of parts with scales of their own are rounded otherwise."""
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
@@ -110,7 +112,7 @@ def test_every_form_equals_one_process(layout: str, counts: tuple[int, ...], ran
     wanted = results(ParallelLayout(), counts)
     chosen = ParallelLayout(**LAYOUTS[layout])
     for found in ranks(chosen.world_size).run(results, chosen, counts):
-        assert {name: d for name, d in deviations(found, wanted).items() if not d <= TOLERANCE} == {}
+        assert {name: d for name, d in deviations(found, wanted).items() if not d <= TOLERANCE[name]} == {}
 
 
 def without_reduction(layout: ParallelLayout, counts: tuple[int, ...]) -> dict[str, Tensor]:
