@@ -23,7 +23,17 @@ from internlm.utils.storage import StoragePath
 
 logger = get_logger(__name__)
 
-_WEIGHTS = ("weight", "bias", "gate_up_proj", "down_proj", "weight_packed", "weight_scale", "qzeros", "scales")
+_WEIGHTS = (
+    "weight",
+    "bias",
+    "gate_up_proj",
+    "down_proj",
+    "weight_packed",
+    "weight_scale",
+    "qzeros",
+    "scales",
+    "blocks",
+)
 """Suffixes of weight names, including those of fused experts and of quantized weights."""
 _TRAINABLE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -51,12 +61,12 @@ def convert_from_hf(
     if target.exists():
         raise CheckpointError(f"'{target}' already exists; give another --out")
     folder = HfFolder(source)
-    stored = _main_dtype(folder)
     hf_files = side_files(source)
     # Tokenizers are only read from local disks.
     has_tokenizer = target.is_local and _has_tokenizer(hf_files)
     tokenizer_path = str((target / HF_FILES).local.absolute()) if has_tokenizer else None
     model = folder.model
+    stored = _main_dtype(folder)
     for notice in model.notices:
         logger.warning("%s: config.json: %s", source, notice)
     if untie:

@@ -1,11 +1,12 @@
 """A Hugging Face folder: config.json, weights in safetensors or .bin files, and accompanying files.
 
-Tensors are looked up by name and read one at a time. `HfWeights` provides them with the names and in the form of one of
-our models.
+Tensors are looked up by name and read one at a time; those in MXFP4 are dequantized. `HfWeights` provides them with the
+names and in the form of one of our models.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -19,12 +20,13 @@ from torch import Tensor
 from internlm.config.schema import ModelConfig
 from internlm.convert.lazy import TensorsOnRead, grouped_readers
 from internlm.convert.multi_token_copies import check_copies, with_multi_token_layers
+from internlm.convert.mxfp4 import BLOCKS, METHOD, SCALES, dequantize, quantized_weights
 from internlm.convert.redundant import buffer_difference, is_buffer, tied_difference
 from internlm.convert.safetensors_file import TensorLocation, read_header, read_tensor
 from internlm.convert.torch_files import TorchFile
 from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
-from internlm.model.huggingface.from_config import HfModel, from_hf_config
+from internlm.model.huggingface.from_config import HfModel, from_hf_config, quantization_method
 from internlm.model.huggingface.weight_names import Layout, from_hf, weight_groups
 from internlm.model.registry import build_model
 from internlm.utils.errors import CheckpointError
@@ -71,7 +73,7 @@ class HfFolder:
 
     Attributes:
         path: of the folder.
-        entries: name -> tensor of the folder.
+        entries: name -> tensor of the folder; weights in MXFP4 by their names, shapes and dtype when dequantized.
 
     Raises:
         CheckpointError: the folder does not exist, has no weights, or they are damaged.
@@ -101,6 +103,9 @@ class HfFolder:
         ignored = [name for name in path.names() if name.endswith(_WEIGHT_SUFFIXES) and name not in read]
         if ignored:
             logger.info("%s: %s takes precedence; not read: %s", path, ", ".join(sorted(read)[:3]), ", ".join(ignored))
+        self._quantized: dict[str, tuple[HfEntry, HfEntry]] = {}
+        if quantization_method(self.config) == METHOD:
+            self._dequantize_on_read()
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -114,7 +119,14 @@ class HfFolder:
         Raises:
             ConfigError: the family or a feature is not supported.
         """
-        return with_multi_token_layers(from_hf_config(self.config, str(self.path / CONFIG)), self.config, self.entries)
+        model = from_hf_config(self.config, str(self.path / CONFIG))
+        if quantization_method(self.config) == METHOD:
+            notice = (
+                f"quantization_config: {len(self._quantized)} weights in MXFP4 are dequantized to bf16, exactly; an "
+                "export has them in bf16"
+            )
+            model = dataclasses.replace(model, notices=(*model.notices, notice))
+        return with_multi_token_layers(model, self.config, self.entries)
 
     @property
     def layout(self) -> Layout:
@@ -128,17 +140,29 @@ class HfFolder:
         return "internlm2" if any(".attention.wqkv." in name for name in self.entries) else "transformers"
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor by its name in the folder.
+        """Read a tensor by its name in the folder; a weight in MXFP4 is dequantized.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        entry = self.entries[name]
+        if name in self._quantized:
+            blocks, scales = self._quantized[name]
+            return dequantize(self._read(name + BLOCKS, blocks), self._read(name + SCALES, scales))
+        return self._read(name, self.entries[name])
+
+    def _read(self, name: str, entry: HfEntry) -> Tensor:
         path = self.path / entry.file
         if entry.location is None:
             return self._open_bin(path).read(name)
         with path.open_read() as stream:
             return read_tensor(stream, entry.location, str(path))
+
+    def _dequantize_on_read(self) -> None:
+        stored = {name: (entry.shape, entry.dtype) for name, entry in self.entries.items()}
+        for name, weight in quantized_weights(stored, str(self.path)).items():
+            blocks, scales = self.entries.pop(name + BLOCKS), self.entries.pop(name + SCALES)
+            self._quantized[name] = blocks, scales
+            self.entries[name] = HfEntry(tuple(weight.shape), weight.dtype, blocks.file, None)
 
     def _weight_files(self) -> dict[str, list[str]]:
         """File -> names of its tensors according to the index; empty without an index."""

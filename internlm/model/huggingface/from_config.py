@@ -50,6 +50,8 @@ _OWN_KEYS = {
     **{kind: one.own_keys for kind, one in CLASSES.items()},
 }
 """Keys of a family's published code that its reader uses or that concern training only."""
+_QUANTIZATIONS = (("gpt_oss", "mxfp4"),)
+"""`model_type` and `quant_method` of quantized weights that can be read."""
 _KNOWN = (
     "num_key_value_heads",
     "head_dim",
@@ -103,9 +105,12 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
     architectures = values.get("architectures") or []
     if any("CausalLM" not in name for name in architectures):
         refused.append(f"architectures {architectures}: only causal language models")
-    for key in ("quantization_config", "compression_config", "use_bidirectional_attention"):
+    for key in ("compression_config", "use_bidirectional_attention"):
         if values.get(key):
             refused.append(key)
+    method = quantization_method(values)
+    if method is not None and (kind, method) not in _QUANTIZATIONS:
+        refused.append(f"quantization_config with quant_method '{method}'")
     if values.get("is_encoder_decoder"):
         refused.append("is_encoder_decoder")
     from huggingface_hub.errors import StrictDataclassError
@@ -141,6 +146,14 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
     return HfModel(
         model_type, keys, None if dtype is None else f"torch.{str(dtype).removeprefix('torch.')}", tuple(notices)
     )
+
+
+def quantization_method(values: Mapping[str, Any]) -> str | None:
+    """`quant_method` in a config.json ("unknown" if it has none); None for a model that is not quantized."""
+    quantization = values.get("quantization_config")
+    if not quantization:
+        return None
+    return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
 
 
 def _is_dropout(key: str, values: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _UNUSED_WINDOW = 128
+_OWN_KEYS = ("experts_per_token", "quantization_config")
 
 
 def _keys(config: PretrainedConfig, refused: list[str]) -> dict[str, Any]:
@@ -59,4 +60,4 @@ def _config(a: Architecture, keys: Mapping[str, Any]) -> PretrainedConfig:
     )
 
 
-GPT_OSS = MixtureClass("GPT_OSS", "GptOssConfig", _keys, _refused, _config, own_keys=("experts_per_token",))
+GPT_OSS = MixtureClass("GPT_OSS", "GptOssConfig", _keys, _refused, _config, own_keys=_OWN_KEYS)
