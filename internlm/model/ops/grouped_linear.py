@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from internlm.model.ops import linear
 from internlm.model.ops.attention.cuda_backends import capability_of
-from internlm.model.ops.cpu.gemm import gemm
+from internlm.model.ops.cpu.grouped_gemm import gemm_of_groups, outer_gemm_of_groups
 from internlm.model.ops.implementation_choice import Choice
 
 _ALIGNMENT = 16
@@ -116,10 +116,8 @@ def weight_gradient(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
 def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if not _is_looped(x, weight.shape[1]):
         return _grouped_mm(x, weight.transpose(1, 2), counts)
-    out, sizes = x.new_empty(x.shape[0], weight.shape[1]), sizes_of(counts, x)
-    for own_out, rows, own in zip(out.split(sizes), x.split(sizes), weight, strict=True):
-        if len(rows):
-            gemm(rows, own.t(), own_out)
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    gemm_of_groups(x, weight.transpose(1, 2), sizes_of(counts, x), out)
     return out
 
 
@@ -136,10 +134,8 @@ def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def _input_gradient(grad: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if not _is_looped(grad, weight.shape[2]):
         return _grouped_mm(grad, weight, counts)
-    out, sizes = grad.new_empty(grad.shape[0], weight.shape[2]), sizes_of(counts, grad)
-    for own_out, rows, own in zip(out.split(sizes), grad.split(sizes), weight, strict=True):
-        if len(rows):
-            gemm(rows, own, own_out)
+    out = grad.new_empty(grad.shape[0], weight.shape[2])
+    gemm_of_groups(grad, weight, sizes_of(counts, grad), out)
     return out
 
 
@@ -156,12 +152,8 @@ def _(grad: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def _weight_gradient(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     if not _is_looped(grad, x.shape[1]):
         return _grouped_weight_gradient(grad, x, counts)
-    out, sizes = x.new_empty(counts.shape[0], grad.shape[1], x.shape[1]), sizes_of(counts, x)
-    for own_out, own_grad, rows in zip(out, grad.split(sizes), x.split(sizes), strict=True):
-        if len(rows):
-            linear.weight_gradient(own_grad, rows, own_out)
-        else:
-            own_out.zero_()
+    out = x.new_empty(counts.shape[0], grad.shape[1], x.shape[1])
+    outer_gemm_of_groups(grad, x, sizes_of(counts, x), out)
     return out
 
 
