@@ -5,7 +5,8 @@ They run one of these implementations:
 
 - PyTorch's grouped GEMM, which reads the counts on the device, where it has a kernel: bf16 on GPUs of compute
   capability 9 and 10, rows of a multiple of 16 bytes;
-- a loop over the experts, which reads the counts on the host: free on a CPU, a wait for the device elsewhere.
+- on a CPU, `cpu/grouped_gemm.py`;
+- elsewhere a loop over the experts, which reads the counts on the host: a wait for the device.
 
 Shapes: M rows sorted by expert, E experts, K inputs, N outputs.
 """
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from internlm.model.ops import linear
 from internlm.model.ops.attention.cuda_backends import capability_of
+from internlm.model.ops.cpu import grouped_gemm
 from internlm.model.ops.cpu.grouped_gemm import gemm_of_groups, outer_gemm_of_groups
 from internlm.model.ops.implementation_choice import Choice
 
@@ -39,9 +41,12 @@ def choice(device: torch.device, dtype: torch.dtype, widths: Sequence[int] = ())
         widths: numbers of inputs and outputs; without any, multiples of 8 are assumed.
     """
     if device.type == "cpu":
+        own = grouped_gemm.choice(dtype)
+        if own.implementation == "native":
+            return Choice("own C++ kernel", own.reason)
         return Choice(
             f"a loop over the experts; {linear.choice(device, dtype).implementation}",
-            "PyTorch's grouped GEMM is the same loop on a CPU",
+            f"PyTorch's grouped GEMM is the same loop on a CPU, and {own.reason}",
         )
     problem = _why_looped(device, dtype, widths)
     if problem is not None:

@@ -1,9 +1,11 @@
-"""GEMMs of groups of rows on a CPU, each group with its own matrix, in a loop over the groups.
+"""GEMMs of groups of rows on a CPU, each group with its own matrix.
 
-oneDNN, which computes 16-bit GEMMs, generates code for every new shape: 0.3 to 1.5 ms and up to 0.4 MB, as much
-time as the GEMM of 500 rows. Experts get other numbers of rows in every step, so they would rarely meet a shape again.
-Numbers of rows are therefore rounded up to one of 8 per power of two, and a group takes rows of its neighbors along:
-their results are discarded, and in sums over rows they are multiplied by zeros.
+bf16 on CPUs with AVX512-BF16 but no AMX runs an own C++ kernel, everything else a loop of GEMMs over the groups.
+
+In the loop, oneDNN, which computes 16-bit GEMMs, generates code for every new shape: 0.3 to 1.5 ms and up to 0.4 MB, as
+much time as the GEMM of 500 rows. Experts get other numbers of rows in every step, so they would rarely meet a shape
+again. Numbers of rows are therefore rounded up to one of 8 per power of two, and a group takes rows of its neighbors
+along: their results are discarded, and in sums over rows they are multiplied by zeros.
 
 Shapes: M rows, sorted by group, G groups.
 """
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from internlm.model.ops import linear
 from internlm.model.ops.cpu.gemm import gemm, widens
+from internlm.model.ops.cpu.native import has_matrix_units, has_native_ops
+from internlm.model.ops.implementation_choice import Choice
 
 _CLASSES = 8
 """Numbers of rows per power of two; the extra rows are 4 % on average."""
@@ -25,15 +29,30 @@ _MIN_STEP = 16
 """Smallest difference between two numbers of rows."""
 
 
+def choice(dtype: torch.dtype) -> Choice:
+    """The implementation of both functions: "native" or "loop", and why."""
+    if dtype != torch.bfloat16 or widens(torch.device("cpu"), dtype):
+        return Choice("loop", "the own kernel is for bf16 units")
+    if has_matrix_units():
+        return Choice("loop", "PyTorch's GEMMs use AMX")
+    if not has_native_ops():
+        return Choice("loop", "the own kernel is not available")
+    return Choice("native", "generates no code for numbers of rows")
+
+
 def gemm_of_groups(x: Tensor, matrices: Tensor, sizes: Sequence[int], out: Tensor) -> None:
     """`x_r B_g` for each row r and its group g.
 
     Args:
         x: `[M, A]`.
-        matrices: `[G, A, B]`, of any strides.
+        matrices: `[G, A, B]`, with contiguous rows or columns.
         sizes: rows of each group; their sum is M.
-        out: `[M, B]`, receives the result.
+        out: `[M, B]`, contiguous, receives the result.
     """
+    # The kernel reads pairs of inputs.
+    if choice(x.dtype).implementation == "native" and x.shape[1] % 2 == 0:
+        torch.ops.internlm_native.gemm_of_groups(_with_rows(x), matrices, sizes, out)
+        return
     stop = 0
     for size, matrix in zip(sizes, matrices, strict=True):
         start, stop = stop, stop + size
@@ -48,14 +67,17 @@ def gemm_of_groups(x: Tensor, matrices: Tensor, sizes: Sequence[int], out: Tenso
 def outer_gemm_of_groups(grad: Tensor, x: Tensor, sizes: Sequence[int], out: Tensor) -> None:
     """`sum_r grad_r x_r^T` over the rows of each group; zeros for groups without rows.
 
-    All rows must be finite: a row that is not may make the results of neighboring groups NaN, too.
+    In the loop, all rows must be finite: a row that is not may make the results of neighboring groups NaN, too.
 
     Args:
         grad: `[M, N]`.
         x: `[M, K]`.
         sizes: rows of each group; their sum is M.
-        out: `[G, N, K]`, receives the result.
+        out: `[G, N, K]`, contiguous, receives the result.
     """
+    if choice(x.dtype).implementation == "native":
+        torch.ops.internlm_native.outer_gemm_of_groups(_with_rows(grad), _with_rows(x), sizes, out)
+        return
     stop = 0
     for own_out, size in zip(out, sizes, strict=True):
         start, stop = stop, stop + size
@@ -66,6 +88,11 @@ def outer_gemm_of_groups(grad: Tensor, x: Tensor, sizes: Sequence[int], out: Ten
             linear.weight_gradient(grad[first:end], _masked(x, start, stop, first, end), own_out)
         else:
             linear.weight_gradient(_masked(grad, start, stop, first, end), x[first:end], own_out)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """x if its rows are contiguous, else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _window(start: int, stop: int, x: Tensor) -> tuple[int, int]:
