@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from internlm.model.initialization import Zeros, set_initializer
 from internlm.model.moe.expert_bias import add_expert_bias
-from internlm.model.ops.gated_activation import gated_activation
+from internlm.model.ops.gated_activation import packed_gated_activation
 from internlm.model.ops.grouped_linear import grouped_linear
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ class Experts(nn.Module):
         gate_up = self.linear13(rows, self.w13, counts)
         if self.w13_bias is not None:
             gate_up = add_expert_bias(gate_up, self.w13_bias, counts)
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = gated_activation(gate, up, self.activation, fused_kernels=self.fused_kernels)
+        hidden = packed_gated_activation(gate_up, self.activation, fused_kernels=self.fused_kernels)
         out = self.linear2(hidden, self.w2, counts)
         return out if self.w2_bias is None else add_expert_bias(out, self.w2_bias * self.bias_share, counts)

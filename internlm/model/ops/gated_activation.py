@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from internlm.model.ops import liger_kernels as liger
@@ -55,6 +56,23 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation, *, fused_
     return result
 
 
+def packed_gated_activation(gate_up: Tensor, activation: Activation, *, fused_kernels: str = "auto") -> Tensor:
+    """`gated_activation` of the two halves of the last dimension, whose gradient is one tensor.
+
+    Args:
+        gate_up: `[..., 2f]`.
+        activation, fused_kernels: see `gated_activation`.
+
+    Returns:
+        `[..., f]`.
+    """
+    if activation == "clamped_silu" or torch.compiler.is_compiling() or liger.serves(gate_up, fused_kernels):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gated_activation(gate, up, activation, fused_kernels=fused_kernels)
+    result: Tensor = _PackedGated.apply(gate_up, activation)
+    return result
+
+
 def _activate(gate: Tensor, activation: Activation) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
@@ -78,6 +96,30 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         return *_backward(grad, gate, up, ctx.activation), None
+
+
+class _PackedGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.activation = activation
+        gate, up = gate_up.chunk(2, dim=-1)
+        return _activate(gate, activation).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        out = torch.empty_like(gate_up)
+        (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        # As in `_backward`, but each result is written to its half.
+        torch.mul(_activate(gate, ctx.activation), grad, out=grad_up)
+        grad_activated = grad * up
+        if ctx.activation == "silu":
+            torch.ops.aten.silu_backward(grad_activated, gate, grad_input=grad_gate)
+        else:
+            torch.ops.aten.gelu_backward(grad_activated, gate, approximate="tanh", grad_input=grad_gate)
+        return out, None
 
 
 def _clamped_silu(gate: Tensor, up: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def choice(device: torch.device, dtype: torch.dtype, widths: Sequence[int] = ())
         widths: numbers of inputs and outputs; without any, multiples of 8 are assumed.
     """
     if device.type == "cpu":
-        own = grouped_gemm.choice(dtype)
+        own = grouped_gemm.choice(device, dtype)
         if own.implementation == "native":
             return Choice("own C++ kernel", own.reason)
         return Choice(

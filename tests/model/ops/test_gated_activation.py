@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from internlm.model.ops.gated_activation import Activation, gated_activation
+from internlm.model.ops.gated_activation import Activation, gated_activation, packed_gated_activation
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -37,6 +37,16 @@ def test_clamped_silu() -> None:
     theirs = torch.autograd.grad(expected.sin().sum(), (gate, up))
     for mine, reference in zip(torch.autograd.grad(ours.sin().sum(), (gate, up)), theirs, strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "clamped_silu"])
+def test_packed_equals_separate(activation: Activation, dtype: torch.dtype) -> None:
+    gate_up = torch.randn(5, 14, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    separate, packed = gated_activation(*gate_up.chunk(2, -1), activation), packed_gated_activation(gate_up, activation)
+    assert torch.equal(packed, separate)
+    gradients = [torch.autograd.grad(out, gate_up, torch.cos(out.detach()))[0] for out in (packed, separate)]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])

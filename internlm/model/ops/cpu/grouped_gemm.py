@@ -1,4 +1,4 @@
-"""GEMMs of groups of rows on a CPU, each group with its own matrix.
+"""GEMMs of groups of rows, each group with its own matrix.
 
 bf16 on CPUs with AVX512-BF16 but no AMX runs an own C++ kernel, everything else a loop of GEMMs over the groups.
 
@@ -29,9 +29,11 @@ _MIN_STEP = 16
 """Smallest difference between two numbers of rows."""
 
 
-def choice(dtype: torch.dtype) -> Choice:
+def choice(device: torch.device, dtype: torch.dtype) -> Choice:
     """The implementation of both functions: "native" or "loop", and why."""
-    if dtype != torch.bfloat16 or widens(torch.device("cpu"), dtype):
+    if device.type != "cpu":
+        return Choice("loop", "the own kernel is for CPUs")
+    if dtype != torch.bfloat16 or widens(device, dtype):
         return Choice("loop", "the own kernel is for bf16 units")
     if has_matrix_units():
         return Choice("loop", "PyTorch's GEMMs use AMX")
@@ -50,7 +52,7 @@ def gemm_of_groups(x: Tensor, matrices: Tensor, sizes: Sequence[int], out: Tenso
         out: `[M, B]`, contiguous, receives the result.
     """
     # The kernel reads pairs of inputs.
-    if choice(x.dtype).implementation == "native" and x.shape[1] % 2 == 0:
+    if choice(x.device, x.dtype).implementation == "native" and x.shape[1] % 2 == 0:
         torch.ops.internlm_native.gemm_of_groups(_with_rows(x), matrices, sizes, out)
         return
     stop = 0
@@ -75,7 +77,7 @@ def outer_gemm_of_groups(grad: Tensor, x: Tensor, sizes: Sequence[int], out: Ten
         sizes: rows of each group; their sum is M.
         out: `[G, N, K]`, contiguous, receives the result.
     """
-    if choice(x.dtype).implementation == "native":
+    if choice(x.device, x.dtype).implementation == "native":
         torch.ops.internlm_native.outer_gemm_of_groups(_with_rows(grad), _with_rows(x), sizes, out)
         return
     stop = 0
@@ -97,7 +99,8 @@ def _with_rows(x: Tensor) -> Tensor:
 
 def _window(start: int, stop: int, x: Tensor) -> tuple[int, int]:
     """Rows of x that contain `start` to `stop`, of a number that is rounded up if x has as many."""
-    if not start < stop or x.dtype not in (torch.bfloat16, torch.float16) or widens(x.device, x.dtype):
+    generates_code = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) and not widens(x.device, x.dtype)
+    if start == stop or not generates_code:
         return start, stop
     size = stop - start
     step = max(_MIN_STEP, (1 << (size.bit_length() - 1)) // _CLASSES)

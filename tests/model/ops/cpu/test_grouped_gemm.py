@@ -29,7 +29,7 @@ def implementation(request, monkeypatch):
         pytest.skip("needs AVX512-BF16 and a compiler")
     own = Choice(request.param, "of this test")
     monkeypatch.setattr(
-        grouped_gemm, "choice", lambda dtype: own if dtype == torch.bfloat16 else Choice("loop", "of this test")
+        grouped_gemm, "choice", lambda device, dtype: own if dtype == torch.bfloat16 else Choice("loop", "of this test")
     )
     return request.param
 
@@ -68,7 +68,7 @@ def test_numbers_of_rows_repeat(monkeypatch):
         return a @ b if out is None else torch.mm(a, b, out=out)
 
     monkeypatch.setattr(grouped_gemm, "gemm", record)
-    monkeypatch.setattr(grouped_gemm, "choice", lambda dtype: Choice("loop", "of this test"))
+    monkeypatch.setattr(grouped_gemm, "choice", lambda device, dtype: Choice("loop", "of this test"))
     x, out = torch.zeros(6000, 2, dtype=torch.bfloat16), torch.zeros(6000, 2, dtype=torch.bfloat16)
     matrices = torch.zeros(4, 2, 2, dtype=torch.bfloat16)
     for size in range(1024, 2048, 13):
