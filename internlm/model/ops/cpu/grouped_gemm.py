@@ -5,7 +5,7 @@ bf16 on CPUs with AVX512-BF16 but no AMX runs an own C++ kernel, everything else
 In the loop, oneDNN, which computes 16-bit GEMMs, generates code for every new shape: 0.3 to 1.5 ms and up to 0.4 MB, as
 much time as the GEMM of 500 rows. Experts get other numbers of rows in every step, so they would rarely meet a shape
 again. Numbers of rows are therefore rounded up to one of 8 per power of two, and a group takes rows of its neighbors
-along: their results are discarded, and in sums over rows they are multiplied by zeros.
+along: their results are discarded, and in sums over rows they are replaced by zeros.
 
 Shapes: M rows, sorted by group, G groups.
 """
@@ -69,8 +69,6 @@ def gemm_of_groups(x: Tensor, matrices: Tensor, sizes: Sequence[int], out: Tenso
 def outer_gemm_of_groups(grad: Tensor, x: Tensor, sizes: Sequence[int], out: Tensor) -> None:
     """`sum_r grad_r x_r^T` over the rows of each group; zeros for groups without rows.
 
-    In the loop, all rows must be finite: a row that is not may make the results of neighboring groups NaN, too.
-
     Args:
         grad: `[M, N]`.
         x: `[M, K]`.
@@ -86,10 +84,9 @@ def outer_gemm_of_groups(grad: Tensor, x: Tensor, sizes: Sequence[int], out: Ten
         first, end = _window(start, stop, x)
         if not size:
             own_out.zero_()
-        elif x.shape[1] <= grad.shape[1]:
-            linear.weight_gradient(grad[first:end], _masked(x, start, stop, first, end), own_out)
         else:
-            linear.weight_gradient(_masked(grad, start, stop, first, end), x[first:end], own_out)
+            own_grad, rows = (_masked(values, start, stop, first, end) for values in (grad, x))
+            linear.weight_gradient(own_grad, rows, own_out)
 
 
 def _with_rows(x: Tensor) -> Tensor:
