@@ -156,8 +156,6 @@ else
         --set hybrid_zero_optimizer.grad_accumulation_dtype=torch.bfloat16
     row 1.5b 60 --shape 1.5b "${few[@]}"
     row moe 100 --shape 30b-a3b-layers "${few[@]}" --no-ceiling --against hf
-    row moe-fp8 60 --shape 30b-a3b-layers "${few[@]}" --no-ceiling \
-        --set float8.enable_float8_linear=True float8.first_and_last_layer=True float8.compile=True
     # So small that launching kernels is what takes time.
     row demo 50 --shape demo --rounds 3 --steps 20 --no-ceiling --compile --variant graphs model.cuda_graphs=True
 fi
