@@ -71,33 +71,34 @@ def run(options: argparse.Namespace) -> int:
 
 
 def describe_groups(layout: ParallelLayout, rank: int) -> str:
-    """Tables of the axes of each view, with the groups of one rank."""
+    """Tables of the axes of each view, with the groups of one rank; an axis that an earlier view has too is omitted."""
     lines = []
-    seen: dict[tuple[tuple[str, int], ...], str] = {}
+    shown: set[tuple[str, tuple[int, ...]]] = set()
     for view in layout.views:
-        axes = tuple((axis, size) for axis, size in view.axes.items())
-        if axes in seen:
-            lines.append(f"{view.name} view: the same as the {seen[axes]} view")
-        else:
-            seen[axes] = view.name
-            indices = [f"{axis} {index}" for axis, index in view.coordinate(rank).items() if view.size(axis) > 1]
-            position = f"; rank {rank} is at {', '.join(indices)}" if indices else ""
-            lines.append(f"{view.name} view, outermost axis first{position}")
-            lines += text_table([("axis", "ranks", "groups", f"group of rank {rank}"), *_axis_rows(view, rank)], "<>><")
+        axes = [axis for axis in _shown_axes(view) if (axis, view.group(axis, rank)) not in shown]
+        shown.update((axis, view.group(axis, rank)) for axis in axes)
+        indices = [f"{axis} {index}" for axis, index in view.coordinate(rank).items() if view.size(axis) > 1]
+        position = f"; rank {rank} is at {', '.join(indices)}" if indices else ""
+        lines.append(f"{view.name} view, outermost axis first{position}")
+        rows = [_axis_row(view, axis, rank) for axis in axes]
+        if rows:
+            lines += text_table([("axis", "ranks", "groups", f"group of rank {rank}"), *rows], "<>><")
         lines.append("")
     return "\n".join(lines)
 
 
-def _axis_rows(view: RankView, rank: int) -> list[tuple[str, ...]]:
-    """One row per axis, a merged axis before its parts; axes of one rank are omitted."""
+def _shown_axes(view: RankView) -> list[str]:
+    """The axes of more than one rank, a merged axis before its parts; `sample` only if it merges two of them."""
     names: list[str] = []
     for axis in view.axes:
         names += [name for name, parts in view.merged.items() if parts[0] == axis] + [axis]
-    return [
-        (name, f"{view.size(name):,}", f"{view.world_size // view.size(name):,}", format_ranks(view.group(name, rank)))
-        for name in names
-        if view.size(name) > 1
-    ]
+    shown = [name for name in names if view.size(name) > 1]
+    return [name for name in shown if name != "sample" or {"context", "tensor"} <= {*shown}]
+
+
+def _axis_row(view: RankView, axis: str, rank: int) -> tuple[str, ...]:
+    num_groups = view.world_size // view.size(axis)
+    return axis, f"{view.size(axis):,}", f"{num_groups:,}", format_ranks(view.group(axis, rank))
 
 
 def describe_stages(config: Config, layout: ParallelLayout, schedule: PipelineSchedule, rank: int) -> str:
@@ -135,7 +136,7 @@ def _describe_experts(config: Config, layout: ParallelLayout, rank: int) -> list
         return []
     dimensions, experts = ModelDimensions.of(architecture), architecture.experts
     form, num_layers = experts.form, len(experts.layers(architecture.num_layers))
-    tokens = config.data.seq_len * config.data.micro_bsz
+    tokens = config.data.seq_len * config.data.micro_bsz // layout.context
     routed = RoutedTokens.of(dimensions, layout, tokens)
     lines = [
         f"experts: {form.num_experts} in each of {num_layers} layer(s), {form.num_experts // layout.expert} of them on "

@@ -38,6 +38,7 @@ class RoutingReplay(Hook):
     def __init__(self, engine: Engine, *, write: Path | None = None, read: Path | None = None) -> None:
         self._context: ParallelContext = engine.context
         self._routing = engine.routing
+        self._axis = engine.parallel.routing_axis
         self._routers = routers_of(engine.chunks)
         self._write, self._read = write, read
         self._step = 0
@@ -90,7 +91,7 @@ class RoutingReplay(Hook):
     def _positions(self, router: Router) -> slice:
         """Positions of a row that this rank routes."""
         size = self._shape[1] // router.num_sharing
-        index = self._context.index("tensor") if router.num_sharing > 1 else 0
+        index = self._context.index(self._axis)
         return slice(index * size, (index + 1) * size)
 
     def _load(self, router: Router, folder: Path) -> None:
@@ -110,8 +111,7 @@ class RoutingReplay(Hook):
         own = torch.stack(parts).view(rows.stop - rows.start, positions.stop - positions.start, -1)
         whole = own.new_zeros(num_rows, self._shape[1], own.shape[-1])
         whole[rows, positions] = own
-        axes = ("data", "tensor") if router.num_sharing > 1 else ("data",)
-        for axis in axes:
+        for axis in ("data", self._axis):
             all_reduce(whole, self._context.group(axis))
-        if self._context.index("data") == self._context.index("tensor") == 0:
+        if self._context.index("data") == self._context.index("sample") == 0:
             save_routing(path_of_routing(folder, self._step, router.layer), whole.cpu().numpy())

@@ -68,9 +68,7 @@ class RoutingStatistics:
         self._experts = None if architecture is None else architecture.experts
         self._num_layers = 0 if architecture is None else architecture.num_layers + architecture.num_multi_token
         self.layers_with_experts: list[int] = [] if architecture is None else architecture.layers_with_experts
-        self._axes = ["data", "pipeline"]
-        if self._parallel.residual_axis is not None or context.layout.splits_tokens_of_routers:
-            self._axes.append("tensor")
+        self._axes = ["data", "pipeline", self._parallel.routing_axis]
         self._num_samples = 1
         self.num_micro_batches = 1
         self.micro_batch = 0
@@ -126,7 +124,8 @@ class RoutingStatistics:
     def _sample_tokens(self, micro: MicroBatch) -> SampleTokens:
         sample = SampleTokens(number=self._sample)
         if micro.is_padding is not None:
-            num_valid = micro.is_padding.numel() - micro.num_padding_tokens
+            num_tokens = micro.is_padding.numel() * self._context.size("context")
+            num_valid = num_tokens - micro.num_padding_tokens
             sample = replace(
                 sample,
                 valid=~routed_tokens(micro.is_padding, self._parallel).flatten(),

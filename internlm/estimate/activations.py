@@ -24,7 +24,7 @@ class LayerActivations:
     Args:
         dimensions: dimensions of the model.
         layout: layout of all ranks.
-        tokens: tokens of a micro-batch, before they are split over ranks.
+        tokens: tokens of a micro-batch on the tensor ranks of one context rank.
         row_length: tokens of a row, the largest distance over which attention reaches.
         has_experts: the feed-forward block of the layer routes tokens to experts.
         is_worst: all tokens of all ranks go to the experts of this rank, as far as they can; otherwise every expert

@@ -34,7 +34,7 @@ class BytesSent:
     Attributes:
         tensor: activations and their gradients, gradients of replicated weights, and the loss, over the tensor ranks.
         weight: weights and gradients over the weight ranks of isp, and the expert weight ranks.
-        data: gradients and weights over the data ranks: hybrid ZeRO and FSDP.
+        data: gradients and weights over the ranks that hold the same weights: hybrid ZeRO and FSDP.
         pipeline: activations and gradients between stages, and gradients of a tied embedding between the ends.
         expert: tokens for the experts of other ranks, and their results, if all experts get equally many.
     """
@@ -57,7 +57,7 @@ class TrainingStep:
 
     Attributes:
         dimensions: dimensions of the model.
-        tokens: tokens of a micro-batch, before they are split over ranks.
+        tokens: tokens of a micro-batch on the tensor ranks of one context rank.
         num_micro_batches: micro-batches of a step.
         policies: save policy of each layer of the rank, by layer number.
         options: options of `parallelize`; `reduce_dtype` is the dtype of gradients in collectives.
@@ -203,7 +203,7 @@ def ends_sent(held: RankParameters, step: TrainingStep) -> float:
 
 def weight_gathering_sent(parameter: HeldParameter, held: RankParameters, step: TrainingStep) -> float:
     """Bytes that isp sends over the weight (or expert weight) axis for a parameter and one micro-batch."""
-    axis = {"weight": "weight", "expert": "expert_weight"}.get(parameter.spec.view)
+    axis = "expert_weight" if parameter.spec.view == "expert" else "weight"
     if axis not in parameter.spec.sharded_over:
         return 0.0
     w = held.context.size(axis, parameter.spec.view)
@@ -221,7 +221,7 @@ def fsdp_sent(parameter: HeldParameter, held: RankParameters, step: TrainingStep
     """Bytes that FSDP sends over the zero axis for a parameter and one micro-batch."""
     if not parameter.is_fsdp:
         return 0.0
-    z = held.context.size("zero")
+    z = held.context.size("zero", "weight")
     rows, *other = parameter.full.local_shape
     numel = -(-rows // z) * z * math.prod(other)
     gathers = 1 if parameter.layer is None else 2

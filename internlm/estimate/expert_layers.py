@@ -34,7 +34,7 @@ class RoutedTokens:
 
     @classmethod
     def of(cls, dimensions: ModelDimensions, layout: ParallelLayout, tokens: int) -> RoutedTokens:
-        """Of a micro-batch of `tokens` tokens, before they are split over ranks."""
+        """Of a micro-batch of `tokens` tokens on the tensor ranks of one context rank."""
         form = dimensions.experts.form  # type: ignore[union-attr]
         is_split = layout.mode != "mtp" or layout.splits_tokens_of_routers
         own = tokens / (layout.tensor if is_split else 1)

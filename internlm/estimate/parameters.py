@@ -110,7 +110,8 @@ def rank_parameters(
                 spec = replace(spec, partial_over=(*spec.partial_over, "pipeline_ends"))
             # FSDP does not shard experts that are dealt to ranks.
             is_whole = parameter in not_sharded or spec.view == "expert"
-            stored = spec if is_whole else rows_of(spec, context.size("zero"), context.index("zero"))
+            size, index = context.size("zero", "weight"), context.index("zero", "weight")
+            stored = spec if is_whole else rows_of(spec, size, index)
             is_trained = parameter.requires_grad and not is_frozen(spec.name, groups)
             own.setdefault(name, []).append(HeldParameter(stored, spec, parameter.dtype, is_trained))
         held = {**own, **held}
@@ -119,4 +120,4 @@ def rank_parameters(
 
 
 def _not_sharded_by_fsdp(model: nn.Module, context: ParallelContext, fsdp: bool) -> set[nn.Parameter]:
-    return unsharded_parameters(model) if fsdp and context.size("zero") > 1 else set(model.parameters())
+    return unsharded_parameters(model) if fsdp and context.size("zero", "weight") > 1 else set(model.parameters())

@@ -126,7 +126,7 @@ def estimated_architecture(model: nn.Module) -> Architecture | None:
 def layer_activations(config: Config, dimensions: ModelDimensions, layout: ParallelLayout) -> LayerActivations:
     """Activations of a dense layer for one micro-batch of the config; `of` has those of any layer."""
     data = config.data
-    return LayerActivations(dimensions, layout, data.seq_len * data.micro_bsz, data.seq_len)
+    return LayerActivations(dimensions, layout, data.seq_len * data.micro_bsz // layout.context, data.seq_len)
 
 
 def save_policies(

@@ -83,7 +83,7 @@ def estimate_ranks(
         policies = save_policies(config, model, layout, layers)
         step = TrainingStep(
             dimensions=dimensions,
-            tokens=config.data.seq_len * config.data.micro_bsz,
+            tokens=config.data.seq_len * config.data.micro_bsz // layout.context,
             num_micro_batches=config.data.micro_num,
             policies=policies,
             options=options,

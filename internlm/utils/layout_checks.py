@@ -120,6 +120,33 @@ def check_weight(weight: int, mode: str) -> None:
         raise LayoutError(text, weight=weight, mode=mode)
 
 
+def check_head_first(head_first: bool, mode: str) -> None:
+    """Only isp may place context ranks next to each other: the other modes share weights over neighboring ranks.
+
+    Raises:
+        LayoutError: another mode does.
+    """
+    if not head_first and mode != "isp":
+        text = "{head_first} needs {mode:name} = 'isp', which is {mode:value}; set it to True"
+        raise LayoutError(text, head_first=head_first, mode=mode)
+
+
+def check_window(window_size: int, context: int, *, interleaved: bool = False) -> None:
+    """The windows of a double ring are equal, and interleaved in pairs.
+
+    Raises:
+        LayoutError: they cannot be.
+    """
+    if context % window_size:
+        allowed = ", ".join(map(str, _divisors(context)))
+        text = "{window_size} does not divide {context}; use " + allowed
+        raise LayoutError(text, window_size=window_size, context=context)
+    if interleaved and context // window_size % 2:
+        text = f"{{interleaved}} needs an even number of windows, and there are {context // window_size}: "
+        text += "{context} over {window_size}; set it to False"
+        raise LayoutError(text, interleaved=interleaved, context=context, window_size=window_size)
+
+
 def check_expert_tensor(expert_tensor: int, tensor: int) -> None:
     """An expert is on one rank, or split over the tensor ranks.
 

@@ -46,7 +46,8 @@ def test_thousands_of_ranks_on_a_screen(config: Path, capsys: pytest.CaptureFixt
     assert row(lines, "data") == ["data", "256", "16", "0,2,..,510"]
     assert row(lines, "zero") == ["zero", "4", "1,024", "0,2,4,6"]
     assert row(lines, "tensor") == ["tensor", "2", "2,048", "0-1"]
-    assert "weight view: the same as the activation view" in lines
+    assert row(lines, "data_replica") == ["data_replica", "64", "64", "0,8,..,504"]
+    assert sum(line.split()[:1] == ["data"] for line in lines) == 1, "the weight view has the same"
     assert row(lines, "expert_data")[:2] == ["expert_data", "512"]
     assert row(lines, "0")[1:5] == ["0-511", "embedding", "+", "0-4"]
     assert row(lines, "7")[1:5] == ["3584-4095", "35-39", "+", "head"]
@@ -82,7 +83,7 @@ def size_of(text: str) -> float:
 
 def test_a_rank_shows_its_own_groups(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = layout(capsys, config, "--world-size", 64, "--rank", 13)
-    assert "activation view, outermost axis first; rank 13 is at pipeline 1, zero 2, tensor 1" in lines
+    assert "activation view, outermost axis first; rank 13 is at pipeline 1, data 2, tensor 1" in lines
     assert row(lines, "tensor")[-1] == "12-13"
     assert row(lines, "data")[-1] == "9,11,13,15"
     assert row(lines, "pipeline")[-1] == "5,13,..,61"

@@ -288,7 +288,7 @@ def test_dry_run_shows_layout_and_sizes(look: Callable[..., Run]) -> None:
 
 def test_dry_run_for_more_ranks_than_there_are(look: Callable[..., Run]) -> None:
     text = look("--config", "config.py", "--dry-run", "--world-size", 8, "--set", "parallel.zero1.size=4").output
-    assert re.search(r"activation +pipeline 1 x data_replica 2 x zero 4 x ", text)
+    assert re.search(r"weight +pipeline 1 x data_replica 2 x zero 4 x ", text)
     assert "512 tokens per step" in text
 
 

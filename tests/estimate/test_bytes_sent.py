@@ -32,10 +32,13 @@ of tokens of experts, which estimates leave out."""
 
 AXES = {
     "activation": {
-        "tensor": "tensor", "kv_replica": "tensor", "data": "data", "zero": "data", "data_replica": "data",
+        "tensor": "tensor", "kv_replica": "tensor", "data": "data",
         "pipeline": "pipeline", "pipeline_ends": "pipeline",
     },
-    "weight": {"weight": "weight", "weight_data": "data", "zero": "data", "weight_data_replica": "data"},
+    "weight": {
+        "weight": "weight", "zero": "data", "weight_data": "data", "weight_data_replica": "data",
+        "data": "data", "data_replica": "data",
+    },
     "expert": {"expert": "expert", "expert_data": "data", "zero": "data", "expert_data_replica": "data"},
 }  # fmt: skip
 

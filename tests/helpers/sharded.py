@@ -62,14 +62,14 @@ class ShardedModel(nn.Module):
 
     def _specs(self) -> Iterator[ShardSpec]:
         layout = self.context.layout
-        axis, view, data = ("weight", "weight", "weight_data") if layout.is_isp else ("tensor", "activation", "data")
-        size, index = self.context.size(axis, view), self.context.index(axis, view)
+        axis, data = ("weight", "weight_data") if layout.is_isp else ("tensor", "data")
+        size, index = self.context.size(axis, "weight"), self.context.index(axis, "weight")
         stages, stage = layout.pipeline, self.context.index("pipeline")
 
         def spec(
             name: str, local: tuple[int, ...], box: Box, over: Sequence[str] = (), partial: Sequence[str] = ()
         ) -> ShardSpec:
-            return ShardSpec(name, GLOBAL_SHAPES[name], local, (box,), view, data, tuple(over), tuple(partial))
+            return ShardSpec(name, GLOBAL_SHAPES[name], local, (box,), "weight", data, tuple(over), tuple(partial))
 
         rows = -(-5 // size)
         valid = min(rows, 5 - index * rows)
@@ -239,8 +239,14 @@ LAYOUTS = {
     "pipeline x tensor": ParallelLayout(world_size=4, pipeline=2, tensor=2),
     "pipeline x data": ParallelLayout(world_size=4, pipeline=2),
     "zero x replicas": ParallelLayout(world_size=4, zero=2),
+    "context": ParallelLayout(world_size=2, context=2),
+    "data x context": ParallelLayout(world_size=4, context=2),
+    "zero x context": ParallelLayout(world_size=4, context=2, zero=2),
+    "context x tensor": ParallelLayout(world_size=4, context=2, tensor=2, kv_replicas=2),
+    "pipeline x context": ParallelLayout(world_size=4, pipeline=2, context=2, zero=1),
     "isp": ParallelLayout(world_size=4, mode="isp", tensor=2, weight=2),
     "isp x replicas": ParallelLayout(world_size=4, mode="isp", tensor=4, weight=2, zero=1),
+    "isp x context": ParallelLayout(world_size=4, mode="isp", tensor=2, context=2, weight=2, head_first=False),
     "isp x pipeline": ParallelLayout(world_size=4, mode="isp", pipeline=2, tensor=2, weight=2),
 }
 

@@ -239,7 +239,7 @@ def test_the_norm_of_millions_of_elements_is_exact_to_fp32() -> None:
     """A plain fp32 sum of 8 million squares is off by 1e-4; the norm must not depend on how state is sharded."""
     parameter = nn.Parameter(torch.zeros(2048, 4096))
     attach_shard_spec(parameter, ShardSpec.whole("weight", parameter.shape))
-    kind = BucketKind(torch.float32, GroupOptions(0.1), "activation", "data", (), ())
+    kind = BucketKind(torch.float32, GroupOptions(0.1), "weight", "data", (), ())
     bucket = FlatBucket([parameter], kind, BucketGroups(None, None))
     bucket.grad_shard.copy_(torch.randn(bucket.grad_shard.shape, generator=torch.Generator().manual_seed(0)))
     expected = bucket.grad_shard.double().square().sum()

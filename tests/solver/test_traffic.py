@@ -63,11 +63,12 @@ def zero_step(
         LAYOUTS["zero x replicas"],
         ParallelLayout(world_size=4, zero=1),
         LAYOUTS["tensor x data"],
+        LAYOUTS["zero x context"],
         LAYOUTS["isp"],
         LAYOUTS["isp x replicas"],
         LAYOUTS["isp x pipeline"],
     ],
-    ids=["zero", "hybrid", "no zero", "tensor", "isp", "isp no zero", "isp pipeline"],
+    ids=["zero", "hybrid", "no zero", "tensor", "context", "isp", "isp no zero", "isp pipeline"],
 )
 @pytest.mark.parametrize(
     ("dtype", "reduce_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2]
@@ -97,7 +98,7 @@ def fsdp_step(zero: int, num_micro_batches: int) -> tuple[Any, Any]:
     world = torch.distributed.get_world_size()
     context = ParallelContext.create(ParallelLayout(world_size=world, zero=zero))
     model = apply_fsdp(tiny_model(context, dtype="torch.bfloat16"), context)
-    k, r = context.size("zero"), context.size("data_replica")
+    k, r = context.size("zero", "weight"), context.size("data_replica", "weight")
 
     def padded_numel(module: torch.nn.Module) -> int:
         # Rows are dealt out evenly: each tensor is filled up to a multiple of k rows.

@@ -1,8 +1,8 @@
 """The degrees of parallelism, and the three views of the ranks that follow from them.
 
 Pure arithmetic: a layout of thousands of ranks needs no process group. The rank order is InternEvo's: tensor (or
-weight, or expert tensor) innermost, then context or expert, then data with ZeRO as its inner sub-axis, and pipeline
-outermost.
+weight, or expert tensor) innermost, then context or expert, then data, and pipeline outermost. ZeRO is the inner
+sub-axis of the ranks that hold the same weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 
 from internlm.core.context.rank_view import RankView
 from internlm.utils.errors import ConfigError
-from internlm.utils.layout_checks import check_weight, check_world, check_zero
+from internlm.utils.layout_checks import check_head_first, check_weight, check_world, check_zero
 
 TensorMode = Literal["mtp", "msp", "fsp", "isp"]
 """Use of the tensor axis: Megatron tensor parallelism (mtp), with sequence-parallel activations (msp), which are also
@@ -28,13 +28,14 @@ class ParallelLayout:
         world_size: number of ranks.
         pipeline: pipeline degree.
         tensor: tensor degree; for isp the sequence (Ulysses) degree.
-        context: ring degree of context parallelism.
+        context: context degree: ranks over which the tokens of a sample are dealt, beside the tensor ranks.
         weight: ISP weight degree, 1 in the other modes.
-        zero: number of ranks over which the optimizer state is sharded; -1: all of data (isp: weight_data).
+        zero: number of ranks over which the optimizer state is sharded; -1: all that hold the same weights.
         expert: expert degree.
         expert_inner: expert tensor degree; for isp expert weight degree.
         expert_zero: number of ranks over which the optimizer state of an expert is sharded; -1: all that hold it.
         mode: use of the tensor axis.
+        head_first: whether tensor ranks are consecutive; isp may place context ranks next to each other instead.
         kv_replicas: consecutive tensor ranks that hold the same key-value head, if there are fewer heads than ranks.
     """
 
@@ -48,6 +49,7 @@ class ParallelLayout:
     expert_inner: int = 1
     expert_zero: int = -1
     mode: TensorMode = "mtp"
+    head_first: bool = True
     kv_replicas: int = 1
 
     def __post_init__(self) -> None:
@@ -55,8 +57,9 @@ class ParallelLayout:
             raise ConfigError(
                 f"{self.kv_replicas} copies of each key-value head do not divide {self.tensor} tensor ranks"
             )
+        check_head_first(self.head_first, self.mode)
         check_weight(self.weight, self.mode)
-        check_zero(self.zero, self.weight_data_size if self.is_isp else self.data_size)
+        check_zero(self.zero, self.weight_data_size)
         check_zero(self.expert_zero, self.expert_data_size)
 
     @property
@@ -71,8 +74,10 @@ class ParallelLayout:
 
     @cached_property
     def weight_data_size(self) -> int:
-        """Number of ranks with the same weights (isp)."""
-        return check_world(self.world_size, pipeline=self.pipeline, weight=self.weight)
+        """Number of ranks with the same weights."""
+        if self.is_isp:
+            return check_world(self.world_size, pipeline=self.pipeline, weight=self.weight)
+        return self.data_size * self.context
 
     @cached_property
     def expert_data_size(self) -> int:
@@ -108,28 +113,37 @@ class ParallelLayout:
         zero = size if zero <= 0 else zero
         return {f"{axis}_replica": size // zero, "zero": zero}, {axis: (f"{axis}_replica", "zero")}
 
+    @property
+    def _tensor(self) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+        if self.kv_replicas == 1:
+            return {"tensor": self.tensor}, {}
+        axes = {"kv": self.tensor // self.kv_replicas, "kv_replica": self.kv_replicas}
+        return axes, {"tensor": tuple(axes)}
+
     @cached_property
     def activation(self) -> RankView:
-        """pipeline x data x context x tensor; with replicated key-value heads, tensor is `kv` x `kv_replica`."""
-        if self.is_isp:
-            data: dict[str, int] = {"data": self.data_size}
-            merged: dict[str, tuple[str, ...]] = {}
-        else:
-            data, merged = self._split_by_zero("data", self.data_size, self.zero)
-        tensor = {"tensor": self.tensor}
-        if self.kv_replicas > 1:
-            tensor = {"kv": self.tensor // self.kv_replicas, "kv_replica": self.kv_replicas}
-            merged = {**merged, "tensor": ("kv", "kv_replica")}
-        axes = {"pipeline": self.pipeline, **data, "context": self.context, **tensor}
-        return RankView("activation", axes, merged)
+        """pipeline x data x context x tensor, or (`head_first` False) pipeline x data x tensor x context.
+
+        The merged axis `sample` is context and tensor together, the ranks that share a sample. With replicated
+        key-value heads, tensor is `kv` x `kv_replica`.
+        """
+        tensor, merged = self._tensor
+        context = {"context": self.context}
+        sample = {**context, **tensor} if self.head_first else {**tensor, **context}
+        axes = {"pipeline": self.pipeline, "data": self.data_size, **sample}
+        return RankView("activation", axes, {"sample": tuple(sample), **merged})
 
     @cached_property
     def weight_view(self) -> RankView:
-        """isp: pipeline x weight_data x weight; other modes: the axes of the activation view."""
-        if not self.is_isp:
-            return RankView("weight", self.activation.axes, self.activation.merged)
-        data, merged = self._split_by_zero("weight_data", self.weight_data_size, self.zero)
-        return RankView("weight", {"pipeline": self.pipeline, **data, "weight": self.weight}, merged)
+        """isp: pipeline x weight_data x weight; other modes: pipeline x data x tensor.
+
+        `weight_data` and `data` are all ranks that hold the same weights, context ranks included; their inner sub-axis
+        is `zero`.
+        """
+        name = "weight_data" if self.is_isp else "data"
+        data, merged = self._split_by_zero(name, self.weight_data_size, self.zero)
+        inner, parts = ({"weight": self.weight}, {}) if self.is_isp else self._tensor
+        return RankView("weight", {"pipeline": self.pipeline, **data, **inner}, {**merged, **parts})
 
     @cached_property
     def expert_view(self) -> RankView:

@@ -58,7 +58,7 @@ def apply_fsdp(
     """
     layout = context.layout
     check_fsdp(True, layout.pipeline, layout.mode)
-    group = context.group("zero")
+    group = context.group("zero", "weight")
     if group is None:
         materialize(model)
         return model
@@ -82,7 +82,7 @@ def apply_fsdp(
         gather_in_float8(model, float8_scales, context.group("tensor"))
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            spec = rows_of(specs[name], context.size("zero"), context.index("zero"))
+            spec = rows_of(specs[name], context.size("zero", "weight"), context.index("zero", "weight"))
             assert parameter.to_local().shape == spec.local_shape
             attach_shard_spec(parameter, spec)
     return model

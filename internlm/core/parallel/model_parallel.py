@@ -102,11 +102,11 @@ class ModelParallel:
         context_split: deals the tokens of samples to context ranks; None: a context rank has all.
         token_axes: axes of the activation view whose ranks compute the loss of different tokens.
         scale_axis: axis of the activation view over which the operands of a GEMM are split, so that a float8 scale is
-            a maximum over its ranks; None if they are not split.
+            a maximum over its ranks.
     """
 
-    token_axes: ClassVar[tuple[str, ...]] = ("data",)
-    scale_axis: ClassVar[str | None] = None
+    token_axes: ClassVar[tuple[str, ...]] = ("data", "context")
+    scale_axis: ClassVar[str] = "context"
 
     def __init__(
         self,
@@ -125,9 +125,14 @@ class ModelParallel:
         self.context_split: ContextSplit | None = None
 
     @property
-    def residual_axis(self) -> str | None:
+    def residual_axis(self) -> str:
         """Axis of the activation view whose ranks hold different tokens of the residual stream of a sample."""
-        return None
+        return "context"
+
+    @property
+    def routing_axis(self) -> str:
+        """Axis of the activation view whose ranks route different tokens of a sample."""
+        return "sample" if self.context.layout.splits_tokens_of_routers else self.residual_axis
 
     # -- what each rank holds -------------------------------------------------------------------------------------
 
@@ -171,7 +176,9 @@ class ModelParallel:
     @property
     def replaces_linears(self) -> bool:
         """Whether linear layers are replaced by `ParallelLinear`."""
-        return self.options.postpone_weight_gradients
+        # Others than `ParallelLinear` know no ranks, which context ranks need for the scales of float8.
+        scales_span_ranks = bool(self.options.float8_layers) and self.context.size("context") > 1
+        return self.options.postpone_weight_gradients or scales_span_ranks
 
     def make_group(self, name: str, layers: list[ParallelLinear]) -> LinearGroup:
         """Group layers that are computed together from one input.
@@ -230,8 +237,7 @@ class ModelParallel:
         return LocalWeights()
 
     def _reduce_amax(self, amaxes: Tensor) -> Tensor:
-        axis = self.scale_axis
-        return all_reduce(amaxes, None if axis is None else self.context.group(axis), dist.ReduceOp.MAX)
+        return all_reduce(amaxes, self.context.group(self.scale_axis), dist.ReduceOp.MAX)
 
     def is_float8(self, name: str) -> bool:
         """Whether a linear layer of this name runs its GEMMs in float8."""

@@ -67,8 +67,8 @@ class ShardSpec:
         local_shape: shape of this rank's tensor.
         boxes: the pieces of the global tensor that fill the local one.
         view: the rank view that the axes belong to.
-        data_axis: the axis of `view` whose ranks process different data; gradients are summed over it, and its inner
-            `zero` sub-axis shards the optimizer state.
+        data_axis: the axis of `view` whose ranks hold the same weights and process different tokens; gradients are
+            summed over it, and its inner `zero` sub-axis shards the optimizer state.
         sharded_over: axes of `view` whose ranks hold different boxes; the parameter is replicated over all others.
         partial_over: axes over which the parameter is replicated, but each rank computes only a part of the gradient
             (such as norms under sequence parallelism); the gradient is summed over them too.
@@ -78,7 +78,7 @@ class ShardSpec:
     global_shape: Index
     local_shape: Index
     boxes: tuple[Box, ...]
-    view: str = "activation"
+    view: str = "weight"
     data_axis: str = "data"
     sharded_over: tuple[str, ...] = ()
     partial_over: tuple[str, ...] = ()

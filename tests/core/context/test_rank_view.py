@@ -11,14 +11,16 @@ from internlm.utils.errors import ConfigError
 
 
 def test_rank_order_is_tensor_innermost_then_data_then_pipeline() -> None:
-    view = ParallelLayout(world_size=16, pipeline=2, tensor=2, zero=2).activation
-    assert view.coordinate(0) == {"pipeline": 0, "data_replica": 0, "zero": 0, "context": 0, "tensor": 0}
+    layout = ParallelLayout(world_size=16, pipeline=2, tensor=2, zero=2)
+    view = layout.activation
+    assert view.coordinate(0) == {"pipeline": 0, "data": 0, "context": 0, "tensor": 0}
     assert view.group("tensor", 5) == (4, 5)
     assert view.group("data", 5) == (1, 3, 5, 7)
-    assert view.group("zero", 5) == (5, 7)
-    assert view.group("data_replica", 5) == (1, 5)
     assert view.group("pipeline", 5) == (5, 13)
     assert view.index("data", 5) == 2
+    assert layout.weight_view.group("data", 5) == (1, 3, 5, 7)
+    assert layout.weight_view.group("zero", 5) == (5, 7)
+    assert layout.weight_view.group("data_replica", 5) == (1, 5)
 
 
 def test_isp_lays_out_weights_apart_from_activations() -> None:

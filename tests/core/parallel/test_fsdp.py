@@ -230,7 +230,7 @@ def train_by_hand(name: str) -> dict[str, Any]:
     return train_shards(model, optimizer)
 
 
-@pytest.mark.parametrize("name", ["data", "tensor x data", "zero x replicas"])
+@pytest.mark.parametrize("name", ["data", "tensor x data", "zero x replicas", "data x context", "context x tensor"])
 def test_rows_of_tensor_shards_take_the_same_steps(ranks: Callable[[int], RankPool], name: str) -> None:
     """FSDP on what a tensor mode left: uneven rows, ranks without any, parts of one name, a padded vocabulary."""
     assert_trained_as_whole(ranks(LAYOUTS[name].world_size).run(train_by_hand, name))

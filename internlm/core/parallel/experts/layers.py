@@ -25,6 +25,7 @@ def place_tokens_of_experts(model: nn.Module, parallel: ModelParallel) -> None:
     layers = [module for module in model.modules() if isinstance(module, MoeFeedForward)]
     for module in layers:
         tensor, expert = context.group("tensor"), context.group("expert", "expert")
+        sharing = context.group(parallel.routing_axis)
         if context.layout.expert_tensor > 1:
             assert tensor is not None and isinstance(parallel, Mtp)
             module.take_tokens = partial(_tokens_of_all_ranks, parallel=parallel)
@@ -36,11 +37,11 @@ def place_tokens_of_experts(model: nn.Module, parallel: ModelParallel) -> None:
             assert tensor is not None
             module.take_tokens = partial(_own_tokens, group=tensor)
             module.return_tokens = partial(gather_replicated, group=tensor)
-        if tensor is not None and (parallel.residual_axis is not None or context.layout.splits_tokens_of_routers):
-            module.router.num_sharing = dist.get_world_size(tensor)
-            module.router.sum_over_sample = partial(_sum, group=tensor)
+        if sharing is not None:
+            module.router.num_sharing = dist.get_world_size(sharing)
+            module.router.sum_over_sample = partial(_sum, group=sharing)
             module.router.part = SamplePart(
-                dist.get_rank(tensor), dist.get_world_size(tensor), partial(_join, group=tensor)
+                dist.get_rank(sharing), dist.get_world_size(sharing), partial(_join, group=sharing)
             )
         if expert is not None:
             module.experts = ExchangedExperts(module.experts, expert)

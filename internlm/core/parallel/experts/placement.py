@@ -21,7 +21,7 @@ def place_experts(context: ParallelContext, name: str, attribute: str, shape: tu
     The expert axis deals whole experts; it folds over data and tensor ranks alike, so the ranks with the same experts
     are those of `expert_data`. The ranks of the inner axis of the expert view split each of them: over its width as
     tensor ranks split a feed-forward network, or (isp) over rows, which are gathered for use. Experts that are only
-    split over tensor ranks are placed in the activation view, like other weights that these split, so that FSDP shards
+    split over tensor ranks are placed in the weight view, like other weights that these split, so that FSDP shards
     them too.
 
     Raises:

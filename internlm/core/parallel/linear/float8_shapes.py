@@ -14,7 +14,7 @@ def refuse_odd_shape(name: str, spec: ShardSpec) -> None:
         ConfigError: its shape does not fit the tiles of the hardware.
     """
     # Weights that are split over a weight axis are gathered before the GEMM.
-    is_gathered = spec.view == "weight" or "expert_weight" in spec.sharded_over
+    is_gathered = bool({"weight", "expert_weight"} & {*spec.sharded_over})
     shape = (spec.global_shape if is_gathered else spec.local_shape)[-2:]
     if any(size % MULTIPLE for size in shape):
         raise ConfigError(

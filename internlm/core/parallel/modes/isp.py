@@ -35,8 +35,8 @@ _PER_CHANNEL = (Role.PER_HEAD, Role.PER_QUERY_CHANNEL, Role.PER_KV_CHANNEL)
 class Isp(ModelParallel):
     """The mode isp; see the module docstring."""
 
-    token_axes: ClassVar[tuple[str, ...]] = ("data", "tensor")
-    scale_axis: ClassVar[str | None] = "tensor"
+    token_axes: ClassVar[tuple[str, ...]] = ("data", "sample")
+    scale_axis: ClassVar[str] = "sample"
 
     @cached_property
     def gathered_weights(self) -> GatheredWeights:
@@ -75,8 +75,8 @@ class Isp(ModelParallel):
         return True
 
     @property
-    def residual_axis(self) -> str | None:
-        return "tensor"
+    def residual_axis(self) -> str:
+        return "sample"
 
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None

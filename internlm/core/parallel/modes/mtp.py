@@ -58,7 +58,7 @@ class Mtp(ModelParallel):
     """
 
     residual_is_split: ClassVar[bool] = False
-    scale_axis: ClassVar[str | None] = "tensor"
+    scale_axis: ClassVar[str] = "sample"
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -70,8 +70,8 @@ class Mtp(ModelParallel):
         return True
 
     @property
-    def residual_axis(self) -> str | None:
-        return "tensor" if self.residual_is_split else None
+    def residual_axis(self) -> str:
+        return "sample" if self.residual_is_split else "context"
 
     def place(
         self, name: str, attribute: str, shape: tuple[int, ...], role: Role, heads: HeadShape | None
