@@ -124,8 +124,7 @@ class RoutingStatistics:
     def _sample_tokens(self, micro: MicroBatch) -> SampleTokens:
         sample = SampleTokens(number=self._sample)
         if micro.is_padding is not None:
-            num_tokens = micro.is_padding.numel() * self._context.size("context")
-            num_valid = num_tokens - micro.num_padding_tokens
+            num_valid = micro.num_sample_tokens - micro.num_padding_tokens
             sample = replace(
                 sample,
                 valid=~routed_tokens(micro.is_padding, self._parallel).flatten(),
@@ -219,4 +218,5 @@ def _sequences(micro: MicroBatch) -> tuple[Tensor, int]:
     device = micro.input_ids.device
     if micro.cu_seqlens is None or micro.lengths is None:
         return torch.arange(rows, device=device)[:, None].expand(rows, width), rows
-    return sequences_of(micro.cu_seqlens, torch.arange(width, device=device))[None], len(micro.lengths)
+    indices = torch.arange(width, device=device) if micro.token_indices is None else micro.token_indices[0]
+    return sequences_of(micro.cu_seqlens, indices)[None], len(micro.lengths)

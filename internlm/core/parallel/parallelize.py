@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.context.context_attention import ContextAttention
 from internlm.core.parallel.context.split_batch import ContextSplit
 from internlm.core.parallel.experts.layers import place_tokens_of_experts
 from internlm.core.parallel.experts.placement import place_experts
@@ -289,7 +290,7 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
         heads = _heads_of(model.get_submodule(block), parallel)
         if isinstance(module, ProjectionNorm) and heads is not None:
             module.sum_over_heads = parallel.sum_over_heads(role, heads)
-        has_inner = any(isinstance(m, InnerAttention) for m in model.get_submodule(block).modules())
+        has_inner = any(isinstance(m, InnerAttention | ContextAttention) for m in model.get_submodule(block).modules())
         if role is Role.ATTENTION_OUT and parallel.splits_tokens_of_linears and not has_inner:
             raise ValueError(
                 f"attention '{block}' has only a part of each sequence in mode isp: put an InnerAttention between its "
