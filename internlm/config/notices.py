@@ -7,6 +7,7 @@ from typing import Any
 
 from internlm.config.capacity import capacity_notices
 from internlm.config.rules import expert_ranks
+from internlm.config.rules.positions import exceeds_context
 from internlm.config.schema import Config
 from internlm.config.schema.base import is_path, walk_values
 
@@ -73,7 +74,14 @@ def find_notices(config: Config, given: Callable[[str], Any], world_size: int) -
 
 
 def _values(config: Config) -> Iterator[str]:
-    schedule, data = config.lr_scheduler, config.data
+    schedule, data, model = config.lr_scheduler, config.data, config.model
+    if exceeds_context(config):
+        yield (
+            f"data.seq_len = {data.seq_len} is longer than model.max_position_embeddings = "
+            f"{model.max_position_embeddings}, as in InternEvo, which does not compare them: training goes on, for "
+            "without scaling the latter changes no position. An export names it as the model's length: set it to the "
+            "length that the model is meant for"
+        )
     if schedule.eta_min > config.adam.lr and schedule.type != "constant":
         yield (
             f"lr_scheduler.eta_min = {schedule.eta_min} is above adam.lr = {config.adam.lr}: after the warm-up the "

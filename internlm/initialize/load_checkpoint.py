@@ -19,6 +19,7 @@ from internlm.convert.to_hf import export_next_to
 from internlm.core.trainer import Trainer
 from internlm.initialize.build_schedules import build_schedules
 from internlm.initialize.model_changes import check_same_function, compare_configs, saved_config
+from internlm.initialize.position_changes import log_position_changes
 from internlm.initialize.tokenizers import compare_with_checkpoint
 from internlm.initialize.valid_sets import check_held_out
 from internlm.solver.optimizer.nonfinite import nonfinite_states, nonfinite_weights
@@ -117,6 +118,7 @@ def check_foreign_weights(config: Config, info: LoadCkptInfo, path: StoragePath)
     trained = trained_as(info.ckpt_type, path, config)
     if trained is not None:
         check_same_function(trained, config, f"'{path}'", translated=True)
+        log_position_changes(trained, config, f"'{path}'")
 
 
 def is_left_open(info: LoadCkptInfo) -> bool:

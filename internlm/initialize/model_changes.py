@@ -13,6 +13,7 @@ from typing import Any
 from internlm.checkpoint.reading import CONFIG_FILE, listed, read_config_keys
 from internlm.config.compare import Change, changes_between
 from internlm.config.schema import Config
+from internlm.initialize.position_changes import log_position_changes
 from internlm.initialize.stages import build_meta_model
 from internlm.model.architecture import Architecture
 from internlm.utils.errors import CheckpointError, ConfigError
@@ -62,6 +63,7 @@ def compare_configs(
     changes = changes_between(saved, config)
     if "model" in contents:
         check_same_function(saved, config, what)
+        log_position_changes(saved, config, what, trained_seq_len=saved.data.seq_len)
     relevant = ("model", "model_type") if set(contents) == {"model"} else None
     differences = [
         str(change)

@@ -119,7 +119,7 @@ class Architecture:
     activation: Activation
     rope: RopeSettings
     max_position_embeddings: int
-    """Supported context length in tokens, including context extension."""
+    """Context length in tokens, including an extension of static length: `ModelConfig.context_length`."""
     windows: tuple[int | None, ...]
     """The attention window of each layer."""
     tie_word_embeddings: bool
@@ -272,7 +272,7 @@ class Architecture:
             unit_offset_norm=family.unit_offset_norm,
             activation=family.activation,
             rope=_rope_settings(config, rotary_dim),
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=config.context_length or config.max_position_embeddings,
             windows=_windows(config, family),
             tie_word_embeddings=_pick(config.tie_word_embeddings, family.tie_word_embeddings) and not config.is_reward,
             norm_head=_pick(config.norm_head, family.norm_head),

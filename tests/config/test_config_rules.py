@@ -233,7 +233,10 @@ CASES = [
     ({"model.use_sliding_window": True}, 1, "model.sliding_window"),
     ({"model.use_sliding_window": True, "model.sliding_window": 4}, 1, None),
     (
-        {"model.use_dynamic_ntk_rope": True, "model.rope_scaling": dict(type="linear", factor=2)},
+        {
+            "model.use_dynamic_ntk_rope": True,
+            "model.rope_scaling": dict(type="linear", factor=2, original_max_position_embeddings=2048),
+        },
         1,
         "model.use_dynamic_ntk_rope",
     ),

@@ -247,8 +247,8 @@ CHANGES = [
     ({"model__rope_base": 5e5}, "model.rope_base: 10000.0 -> 500000.0"),
     ({"model__layer_norm_epsilon": 1e-6}, "model.layer_norm_epsilon: 1e-05 -> 1e-06"),
     (
-        {"model__rope_scaling": {"type": "linear", "factor": 4.0}},
-        "model.rope_scaling: None -> {'type': 'linear', 'factor': 4.0}",
+        {"model__rope_scaling": {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 2048}},
+        "model.rope_scaling: None -> {'type': 'linear', 'factor': 4.0, 'original_max_position_embeddings': 2048}",
     ),
     ({"model__use_sliding_window": True, "model__sliding_window": 8}, "model.use_sliding_window: False -> True"),
     ({"model__qk_interleaved": True}, "model.qk_interleaved: False -> True"),
@@ -275,7 +275,8 @@ def test_another_function_is_refused(
 
 @pytest.mark.parametrize("allowed", ["True", "('model.rope_base', 'model.rope_scaling')"])
 def test_a_change_that_is_meant_is_allowed_and_told(saved: Path, told: pytest.LogCaptureFixture, allowed: str) -> None:
-    changes = {"model__rope_base": 5e5, "model__rope_scaling": {"type": "linear", "factor": 4.0}}
+    scaling = {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 2048}
+    changes = {"model__rope_base": 5e5, "model__rope_scaling": scaling}
     trainer = new(saved, ckpt__allow_model_changes=allowed, **changes)
     assert trainer.state.step == 2
     assert "which ckpt.allow_model_changes allows:\n  model.rope_base: 10000.0 -> 500000.0\n" in told.text

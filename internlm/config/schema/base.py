@@ -144,6 +144,19 @@ class Section(BaseModel):
             object.__setattr__(self, name, value)
 
 
+def is_set(section: Section, path: str) -> bool:
+    """Whether the user gave the key at a dotted path, instead of leaving it to its default."""
+    *outer, name = path.split(".")
+    for part in outer:
+        if part not in section.model_fields_set:
+            return False
+        inner = getattr(section, part)
+        if not isinstance(inner, Section):
+            return False
+        section = inner
+    return name in section.model_fields_set
+
+
 def key_info(field: FieldInfo) -> KeyInfo | None:
     """The declaration of a key; None for a section or a field without one."""
     extra = field.json_schema_extra

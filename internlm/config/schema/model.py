@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Dtype = Literal["torch.bfloat16", "torch.float16", "torch.half", "torch.float32", "torch.tf32", "torch.float64"]
 
+_MAX_POSITIONS = 2048
+"""Context length without a key, InternEvo's too."""
+
 
 class InjectInfoConfig(Section):
     """Exchange of layers of a foreign model for parallel ones."""
@@ -204,7 +207,11 @@ class ModelConfig(Section):
 
     # Positions and attention.
     max_position_embeddings: int = key(
-        2048, "Maximum sequence length of pretraining, for scaled positions.", ge=1, changes_outputs=True
+        None,
+        "Length in tokens that the model is meant for. Scaled positions: that of pretraining, unless rope_scaling has it.",
+        derived="2048, or data.seq_len if that is longer and positions are not scaled",
+        ge=1,
+        changes_outputs=True,
     )
     rope_base: float = key(10000.0, "Base of the rotary frequencies.", gt=0, changes_outputs=True)
     partial_rotary_factor: float | None = key(
@@ -371,7 +378,27 @@ class ModelConfig(Section):
     def _fill(self) -> ModelConfig:
         if self.qk_interleaved is None:
             self._derive(qk_interleaved=self.adapt_hf is False)
+        if self.max_position_embeddings is None:
+            self._derive(max_position_embeddings=_MAX_POSITIONS)
         return self
+
+    @property
+    def has_scaled_positions(self) -> bool:
+        """Whether a kind of rope scaling is on."""
+        return self.use_dynamic_ntk_rope or self.rope_scaling is not None
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of the longest sequence that the positions are meant for; None: any, with dynamic scaling."""
+        scaling = self.rope_scaling
+        if self.use_dynamic_ntk_rope or (scaling is not None and scaling.type == "dynamic"):
+            return None
+        if scaling is None:
+            return self.max_position_embeddings
+        original = scaling.original_max_position_embeddings or self.max_position_embeddings
+        extended = round(original * scaling.factor)
+        # Published Llama 3.1 is meant for twice the product: what its scaling does not reach, it was trained for.
+        return max(extended, self.max_position_embeddings) if scaling.type == "llama3" else extended
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -141,6 +141,10 @@ class Config(Section):
         is_new_mixture = self.model.num_experts > 1 and self.model_type not in _MIXTURES_OF_INTERNEVO
         if is_new_mixture and "moe_type" not in self.model.model_fields_set:
             self._derive(model=_derived(self.model, moe_type="Dropless"))
+        model = self.model
+        if "max_position_embeddings" not in model.model_fields_set and not model.has_scaled_positions:
+            length = max(model.max_position_embeddings, self.data.seq_len)
+            self._derive(model=_derived(model, max_position_embeddings=length))
         return self
 
 

@@ -239,8 +239,12 @@ def _refuse(what: str, refused: dict[str, bool]) -> None:
 
 
 def _max_positions(a: Architecture) -> int:
-    """Value of `max_position_embeddings`; for "dynamic" this is the pretrained length."""
-    return a.rope.max_positions if a.rope.rope_type == "dynamic" else a.max_position_embeddings
+    """Value of `max_position_embeddings`.
+
+    For "dynamic" and "linear" this is the pretrained length, and `factor` multiplies it. For "yarn" it is the extended
+    one: transformers 4 ignores `factor` and uses the ratio to `original_max_position_embeddings`.
+    """
+    return a.rope.max_positions if a.rope.rope_type in ("dynamic", "linear") else a.max_position_embeddings
 
 
 def _legacy_rope(a: Architecture) -> dict[str, Any]:
