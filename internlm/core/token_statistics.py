@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from internlm.core.position_buckets import name_of
 from internlm.data.batch import IGNORE_INDEX
 from internlm.data.documents.label_bytes import LabelBytes
 from internlm.utils.errors import DataError
@@ -100,8 +101,9 @@ def evaluation_results(
     set_name: str,
     sums: TokenSums,
     reduce: Reduce,
-    type_names: Sequence[str] = (),
     label_bytes: LabelBytes | None = None,
+    *,
+    by_position: bool = False,
 ) -> dict[str, float]:
     """Results of one valid set over all its tokens; collective. Waits for the device.
 
@@ -109,13 +111,14 @@ def evaluation_results(
         set_name: the name of the set in the results.
         sums: sums over this rank's tokens of the set.
         reduce: sums a tensor over the ranks.
-        type_names: the types of the set. If tokens of several types are present, each type gets results of its own.
         label_bytes: of the set; None if they are not known.
+        by_position: the types of the tokens are buckets of `position_buckets`, each of which gets results of its own.
 
     Returns:
         `val/<set>_loss` (mean cross entropy per token, nats), `val/<set>_acc` and `val/<set>_plex` (exp of the loss);
         with `label_bytes` also `val/<set>_bpb` (sum of the cross entropy in bits by bytes of text);
-        with several types also `val/<set>_loss/<type>` and `val/<set>_acc/<type>`.
+        with `by_position` also `val/<set>_loss_by_position/<positions>` and `val/<set>_tokens_by_position/<positions>`
+        of each bucket that has a label.
 
     Raises:
         DataError: no token of the set has a label.
@@ -140,11 +143,11 @@ def evaluation_results(
                 "the start of the run: its files have changed"
             )
         results[f"val/{set_name}_bpb"] = loss / math.log(2) / label_bytes.bytes
-    if type_names and sum(row[2] > 0 for row in by_type) > 1:
-        for name, (type_loss, type_correct, type_valid) in zip(type_names, by_type, strict=True):
-            if type_valid > 0:
-                results[f"val/{set_name}_loss/{name}"] = type_loss / type_valid
-                results[f"val/{set_name}_acc/{name}"] = type_correct / type_valid
+    if by_position:
+        for bucket, (bucket_loss, _, bucket_valid) in enumerate(by_type):
+            if bucket_valid > 0:
+                results[f"val/{set_name}_loss_by_position/{name_of(bucket)}"] = bucket_loss / bucket_valid
+                results[f"val/{set_name}_tokens_by_position/{name_of(bucket)}"] = bucket_valid
     return results
 
 

@@ -18,6 +18,7 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.engine import Engine
 from internlm.core.hook_checks import find_problem, state_of
 from internlm.core.hooks import Hook, SaveResult, TrainState, overrides
+from internlm.core.position_buckets import NUM_BUCKETS, typed_by_position
 from internlm.core.run_control import RunControl, SignalRequests
 from internlm.core.step_metrics import StepMetrics
 from internlm.core.synchronized_reading import read_together
@@ -64,6 +65,7 @@ class Trainer:
         run_dir: folder for the output of the run.
         valid_sets: name -> batches of this data rank, as many micro-batches as on every other data rank.
         label_bytes: name of a valid set -> labels and bytes of all data ranks, for bits per byte.
+        evaluates_by_position: whether an evaluation also gives the loss by position.
         counts_bad_documents: whether the metric "bad_documents" counts what batches list as unreadable, over all data
             ranks since the start of the run.
         checkpointer: saves the run; None disables saving.
@@ -84,6 +86,7 @@ class Trainer:
         run_dir: Path | str = "runs/anonymous",
         valid_sets: Mapping[str, Iterable[Batch]] | None = None,
         label_bytes: Mapping[str, LabelBytes] | None = None,
+        evaluates_by_position: bool = False,
         counts_bad_documents: bool = False,
         checkpointer: Checkpointer | None = None,
         is_skipped: Callable[[int], bool] = lambda step: False,
@@ -106,6 +109,7 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self.valid_sets = dict(valid_sets or {})
         self.label_bytes = dict(label_bytes or {})
+        self.evaluates_by_position = evaluates_by_position
         self.checkpointer = checkpointer
         self.is_skipped = is_skipped
         self.state = TrainState()
@@ -284,15 +288,18 @@ class Trainer:
 
         Returns:
             `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` of each set, and
-            `val/<set>_bpb` (bits per byte of text) where `label_bytes` has it.
+            `val/<set>_bpb` (bits per byte of text) where `label_bytes` has it; with `evaluates_by_position` also the
+            loss of each bucket of positions, see `evaluation_results`.
         """
         results: dict[str, float] = {}
+        by_position = self.evaluates_by_position
         for name, batches in self.valid_sets.items():
             try:
                 with self.progress.announce(f"evaluation of '{name}'"):
                     sums = self._evaluate_set(batches)
                     size = self.label_bytes.get(name)
-                    results.update(evaluation_results(name, sums, self.engine.sum_over_tokens, label_bytes=size))
+                    reduce = self.engine.sum_over_tokens
+                    results.update(evaluation_results(name, sums, reduce, size, by_position=by_position))
             except DataError as error:
                 logger.error("step %d: '%s' was not evaluated: %s; the run goes on", self.state.step, name, error)
         if results:
@@ -301,10 +308,11 @@ class Trainer:
 
     def _evaluate_set(self, batches: Iterable[Batch]) -> TokenSums:
         """Sums over this rank's tokens of a valid set. Raises DataError on all ranks or none."""
-        sums = TokenSums(num_types=1, device=self.context.device)
+        by_position = self.evaluates_by_position
+        sums = TokenSums(num_types=NUM_BUCKETS if by_position else 1, device=self.context.device)
         for batch in read_together(batches, self.context):
             for micro_batch in batch.micro_batches:
-                self.engine.evaluate(micro_batch, sums)
+                self.engine.evaluate(typed_by_position(micro_batch) if by_position else micro_batch, sums)
         return sums
 
     def save_checkpoint(self, *, snapshot: bool = False) -> None:

@@ -13,12 +13,18 @@ class EvaluationHook(Hook):
 
     Args:
         every: steps between two evaluations; 0 disables them.
+        at_start: also evaluate before the first step of the run, the weights that were loaded or initialized.
     """
 
     name = "evaluation"
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, *, at_start: bool = False) -> None:
         self.every = every
+        self.at_start = at_start
+
+    def on_step_start(self, trainer: RunningTrainer) -> None:
+        if self.at_start and trainer.state.step == 0:
+            trainer.evaluate()
 
     def on_step_counted(self, trainer: RunningTrainer) -> None:
         step = trainer.state.step

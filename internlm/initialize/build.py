@@ -147,6 +147,7 @@ def build_trainer(
         run_dir=run_dir,
         valid_sets=build_valid_sets(config, context),
         label_bytes=label_bytes(config, context),
+        evaluates_by_position=config.data.valid_by_position,
         counts_bad_documents=config.data.on_bad_data == "skip",
         checkpointer=manager if config.ckpt.enable_save_ckpt else None,
         is_skipped=parse_skip_batches(config.data.skip_batches).contains,

@@ -71,7 +71,7 @@ def build_hooks(
         hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
     # After the checkpoint hook: a failing evaluation must not lose the steps before it.
     if config.data.valid_every > 0 and config.data.has_valid_sets:
-        hooks.append(EvaluationHook(config.data.valid_every))
+        hooks.append(EvaluationHook(config.data.valid_every, at_start=config.data.valid_at_start))
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
     hooks.append(build_health(config, collector, engine, train_loader))

@@ -127,8 +127,9 @@ class ConsoleHook(Hook):
 
     def on_evaluation_end(self, trainer: RunningTrainer, results: dict[str, float]) -> None:
         if trainer.is_main_rank:
+            shown = {name: value for name, value in results.items() if "_by_position/" not in name}
             logger.info(
-                "step %d  %s", trainer.state.step, "  ".join(f"{name} {value:.4f}" for name, value in results.items())
+                "step %d  %s", trainer.state.step, "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
             )
             infinite = [name for name, value in results.items() if not math.isfinite(value)]
             if infinite:

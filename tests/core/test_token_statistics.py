@@ -88,20 +88,24 @@ def test_evaluation_of_a_set():
     sums = TokenSums(len(TYPES))
     for batch in batches:
         sums.update(*batch)
-    results = evaluation_results("books", sums, lambda values: values, TYPES)
+    results = evaluation_results("books", sums, lambda values: values)
     loss, acc, _ = brute_force(batches)
     assert results["val/books_loss"] == pytest.approx(loss, rel=1e-12)
     assert results["val/books_acc"] == pytest.approx(acc, rel=1e-12)
     assert results["val/books_plex"] == pytest.approx(math.exp(loss), rel=1e-12)
-    assert results["val/books_loss/code"] == pytest.approx(brute_force(batches, 1)[0], rel=1e-12)
-    assert "val/books_loss/ja" not in results
-    assert len(evaluation_results("books", sums, lambda values: values)) == 3  # types without names have no results
+    assert len(results) == 3
+    by_position = evaluation_results("books", sums, lambda values: values, by_position=True)
+    for bucket, positions in enumerate(("0", "1", "2-3")):
+        loss, _, tokens = brute_force(batches, bucket)
+        assert by_position.pop(f"val/books_loss_by_position/{positions}") == pytest.approx(loss, rel=1e-12)
+        assert by_position.pop(f"val/books_tokens_by_position/{positions}") == tokens
+    assert by_position == results  # a bucket without labels has no results
 
 
-def test_a_set_of_one_type_has_no_results_by_type():
-    sums = TokenSums(2)
-    sums.update(torch.full((4,), 800.0), torch.zeros(4), torch.zeros(4, dtype=torch.int64), torch.ones(4).long())
-    results = evaluation_results("books", sums, lambda values: values, ("cn", "en"))
+def test_a_perplexity_beyond_all_numbers():
+    sums = TokenSums(1)
+    sums.update(torch.full((4,), 800.0), torch.zeros(4), torch.zeros(4, dtype=torch.int64), torch.zeros(4).long())
+    results = evaluation_results("books", sums, lambda values: values)
     assert results == {"val/books_loss": 800.0, "val/books_acc": 0.0, "val/books_plex": math.inf}
 
 

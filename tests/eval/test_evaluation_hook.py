@@ -16,6 +16,14 @@ def test_every_nth_step_and_the_last(tmp_path, every, total, steps):
     assert trainer.evaluated_at == steps
 
 
+@pytest.mark.parametrize("start, steps", [(0, [0, 2, 4]), (2, [4])])
+def test_a_run_may_evaluate_what_it_starts_from(tmp_path, start, steps):
+    """A resumed run evaluated its weights when it had trained them."""
+    trainer = FakeTrainer(tmp_path, [EvaluationHook(2, at_start=True)], 4, start=start)
+    trainer.fit()
+    assert trainer.evaluated_at == steps
+
+
 class StopAt(Hook):
     def on_step_end(self, trainer, metrics):
         if metrics.step == 3:

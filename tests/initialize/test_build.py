@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,13 +287,14 @@ def test_what_may_end_a_run_comes_after_the_save(tmp_path: Path, valid_folder: P
     assert names[-1] == "health"
 
 
-def evaluations(folder: Path, valid_folder: Path, run: str, packed: bool) -> list[dict[str, float]]:
+def evaluations(
+    folder: Path, valid_folder: Path, run: str, packed: bool, data_ranks: int = 1, **layout: Any
+) -> list[dict[str, float]]:
     """The val/ numbers of every evaluation of a run of five steps, evaluated every two."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     trainer = new(
-        folder, run, data__total_steps=5, data__micro_num=4 // world, data__valid_folder=valid_folder,
+        folder, run, data__total_steps=5, data__micro_num=4 // data_ranks, data__valid_folder=valid_folder,
         data__valid_every=2, data__use_packed_dataset=packed, hybrid_zero_optimizer__overlap_sync_param=True,
-        data__fixed_random_dataset_seqlen=True,
+        data__fixed_random_dataset_seqlen=True, data__valid_by_position=True, **layout,
     )  # fmt: skip
     found: list[dict[str, float]] = []
     original = trainer.evaluate
@@ -301,15 +303,32 @@ def evaluations(folder: Path, valid_folder: Path, run: str, packed: bool) -> lis
     return found
 
 
-@pytest.mark.parametrize("packed", [True, False])
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {"data_ranks": 2},
+    "mtp": {"parallel__tensor": {"size": 2, "mode": "mtp"}},
+    "isp": {"parallel__tensor": {"size": 2, "mode": "isp"}},
+    "pipeline": {"parallel__pipeline__size": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "packed, layout", [(True, "data"), (False, "data"), (True, "isp"), (False, "mtp"), (True, "pipeline")]
+)
 def test_valid_numbers_do_not_depend_on_ranks(
-    tmp_path: Path, valid_folder: Path, ranks: Callable[[int], RankPool], packed: bool
+    tmp_path: Path, valid_folder: Path, ranks: Callable[[int], RankPool], packed: bool, layout: str
 ) -> None:
     single = evaluations(tmp_path, valid_folder, "one", packed)
     assert len(single) == 3  # after steps 2, 4 and the last
-    names = {f"val/{name}_{kind}" for name in ("books", "code/python") for kind in ("loss", "acc", "plex")}
+    sets = ("books", "code/python")
+    names = {f"val/{name}_{kind}" for name in sets for kind in ("loss", "acc", "plex")}
+    names |= {
+        f"val/{name}_{kind}_by_position/{positions}"
+        for name in sets
+        for kind in ("loss", "tokens")
+        for positions in ("0", "1", "2-3", "4-7", "8-15")
+    }
     assert all(results.keys() == names for results in single)
-    for results in ranks(2).run(evaluations, tmp_path, valid_folder, "two", packed):
+    for results in ranks(2).run(partial(evaluations, **LAYOUTS[layout]), tmp_path, valid_folder, "two", packed):
         for ours, theirs in zip(results, single, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
     on_file = [{k: v for k, v in line.items() if k.startswith("val/")} for line in metrics_of(tmp_path / "two")]
@@ -319,11 +338,11 @@ def test_valid_numbers_do_not_depend_on_ranks(
 
 def test_an_evaluation_is_the_mean_over_every_document(tmp_path: Path, valid_folder: Path) -> None:
     """Each document cut every 16 tokens and run alone, without packing, batches or padding."""
-    trainer = new(tmp_path, data__valid_folder=valid_folder, data__valid_every=1)
+    trainer = new(tmp_path, data__valid_folder=valid_folder, data__valid_every=1, data__valid_by_position=True)
     model = trainer.engine.model
     results = trainer.evaluate()
     for name in ("books", "code/python"):
-        losses, hits = [], []
+        losses, hits, positions = [], [], []
         for line in (valid_folder / name / "a.bin").read_text().splitlines():
             signed = torch.tensor(json.loads(line)["tokens"])
             for start in range(0, len(signed), 16):
@@ -334,10 +353,16 @@ def test_an_evaluation_is_the_mean_over_every_document(tmp_path: Path, valid_fol
                 kept = labels > 0
                 losses.append(F.cross_entropy(logits, labels.abs(), reduction="none")[kept])
                 hits.append((logits.argmax(-1) == labels)[kept])
+                positions.append(torch.arange(len(labels))[kept])
         mean = torch.cat(losses).double().mean()
         assert results[f"val/{name}_loss"] == pytest.approx(float(mean), rel=1e-6)
         assert results[f"val/{name}_plex"] == pytest.approx(float(mean.exp()), rel=1e-5)
         assert results[f"val/{name}_acc"] == pytest.approx(float(torch.cat(hits).double().mean()), abs=1e-12)
+        position = torch.cat(positions)
+        for bucket, (first, last) in {"0": (0, 0), "1": (1, 1), "2-3": (2, 3), "8-15": (8, 15)}.items():
+            inside = torch.cat(losses)[(position >= first) & (position <= last)].double()
+            assert results[f"val/{name}_loss_by_position/{bucket}"] == pytest.approx(float(inside.mean()), rel=1e-6)
+            assert results[f"val/{name}_tokens_by_position/{bucket}"] == len(inside)
 
 
 # -- how the optimizer's state is kept ------------------------------------------------------------------------------

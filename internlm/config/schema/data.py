@@ -186,6 +186,12 @@ class DataConfig(Section):
     )
     valid_micro_num: int = key(None, "Micro-batches that are evaluated together.", derived="data.micro_num", ge=1)
     valid_every: int = key(0, "Steps between evaluations; 0 turns evaluation off.", ge=0)
+    valid_at_start: bool = used_with(False, "Evaluate before the first step, too.", "data.valid_every")
+    valid_by_position: bool = used_with(
+        False,
+        "Evaluations also record the loss by position in the document, in buckets bounded by powers of two.",
+        "data.valid_every",
+    )
     skip_batches: Text = key(
         "", 'Steps (from 0) whose batches are counted but neither read nor trained on, such as "2-5,7".'
     )

@@ -208,7 +208,8 @@ class ModelConfig(Section):
     # Positions and attention.
     max_position_embeddings: int = key(
         None,
-        "Length in tokens that the model is meant for. Scaled positions: that of pretraining, unless rope_scaling has it.",
+        "Length in tokens that the model is meant for; with scaled positions that of pretraining, unless rope_scaling "
+        "has it.",
         derived="2048, or data.seq_len if that is longer and positions are not scaled",
         ge=1,
         changes_outputs=True,
