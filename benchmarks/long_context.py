@@ -69,7 +69,7 @@ EXTENSIONS: dict[str, dict[str, object]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for all output")
-    parser.add_argument("--steps", type=int, default=1500, help="steps at the short length (default: 1500)")
+    parser.add_argument("--steps", type=int, default=2000, help="steps at the short length (default: 2000)")
     parser.add_argument("--long-steps", type=int, default=40, help="steps at the long length (default: 40)")
     parser.add_argument("--plot", type=Path, help="file of the plot (default: loss_by_position.svg in --work)")
     options = parser.parse_args()
