@@ -115,7 +115,9 @@ def train(work: Path, name: str, seq_len: int, steps: int, keys: dict[str, objec
     if start is not None:
         ckpt["load_ckpt_info"] = {"path": str(start), "content": ("model",)}
         ckpt["allow_model_changes"] = tuple(f"model.{key}" for key in keys if key.startswith("rope"))
-    model = MODEL if start is None else MODEL | {"enable_qkv_fusion": False}
+    model = MODEL
+    if start is not None:
+        model = {key: value for key, value in MODEL.items() if not key.endswith("_init_std")}
     sections = {
         "model_type": "LLAMA2",
         "data": {
