@@ -23,6 +23,10 @@ class LayoutChoices:
     Attributes:
         tensor: `parallel.tensor.size`.
         mode: `parallel.tensor.mode`.
+        context: `parallel.context.size`.
+        context_cut: `parallel.context.cut`.
+        context_exchange: `parallel.context.exchange`.
+        context_window: `parallel.context.window_size`.
         weight: `parallel.weight.size`.
         overlap: `parallel.weight.overlap`.
         pipeline: `parallel.pipeline.size`.
@@ -39,6 +43,10 @@ class LayoutChoices:
 
     tensor: int = 1
     mode: Literal["mtp", "msp", "fsp", "isp"] = "mtp"
+    context: int = 1
+    context_cut: Literal["auto", "contiguous", "zigzag", "document_zigzag"] = "auto"
+    context_exchange: Literal["auto", "ring", "direct", "all_gather"] = "auto"
+    context_window: int = 1
     weight: int = 1
     overlap: bool = False
     pipeline: int = 1
@@ -59,6 +67,10 @@ class LayoutChoices:
         return cls(
             tensor=parallel.tensor.size,
             mode=parallel.tensor.mode,
+            context=parallel.context.size,
+            context_cut=parallel.context.cut,
+            context_exchange=parallel.context.exchange,
+            context_window=parallel.context.window_size,
             weight=parallel.weight.size,
             overlap=parallel.weight.overlap,
             pipeline=parallel.pipeline.size,
@@ -78,6 +90,11 @@ class LayoutChoices:
         return {
             "parallel.tensor.size": self.tensor,
             "parallel.tensor.mode": self.mode,
+            "parallel.sequence_2D.enable": False,
+            "parallel.context.size": self.context,
+            "parallel.context.cut": self.context_cut,
+            "parallel.context.exchange": self.context_exchange,
+            "parallel.context.window_size": self.context_window,
             "parallel.weight.size": self.weight,
             "parallel.weight.overlap": self.overlap,
             "parallel.pipeline.size": self.pipeline,
@@ -108,6 +125,7 @@ class ModelChoices:
         norm_head: `model.norm_head`; None is the family's default.
         qk_norm: `model.qk_norm`; None is the family's default.
         bias: biases of qkv, wo and the MLP; None is the family's default.
+        window: a sliding window in every layer.
         fused: one weight for q, k and v, and one for gate and up; None is the family's default.
         split_hidden: `model.embed_split_hidden`.
         checkpoint: share of the layers that are recomputed in backward.
@@ -135,6 +153,7 @@ class ModelChoices:
     norm_head: bool | None = None
     qk_norm: bool | None = None
     bias: bool | None = None
+    window: bool = False
     fused: bool | None = None
     split_hidden: bool = True
     checkpoint: float = 0.0

@@ -108,4 +108,4 @@ def combination_of(row: Row) -> Combination:
     data = next((int(word.removeprefix("data=")) for word in words if word.startswith("data=")), 1)
     text = " ".join(word for word in words if not word.startswith("data="))
     layout = Combination.parse(f"ranks=1 {text}").layout
-    return Combination.parse(f"ranks={layout.pipeline * layout.tensor * data} {text}")
+    return Combination.parse(f"ranks={layout.pipeline * layout.tensor * layout.context * data} {text}")

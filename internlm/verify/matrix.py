@@ -165,6 +165,73 @@ EXPERTS = Covering(
 )
 """Mixtures of experts."""
 
+CONTEXT = Covering(
+    axes={
+        "split": (
+            "",
+            "layout:tensor=2,mode=mtp",
+            "layout:tensor=2,mode=msp",
+            "layout:tensor=2,mode=fsp",
+            "layout:mode=isp",
+            "layout:tensor=2,mode=isp",
+            "layout:tensor=2,mode=isp,weight=4,overlap",
+            "layout:mode=isp,weight=2,overlap",
+        ),
+        "context": (
+            "layout:context=2",
+            "layout:context=2,context_cut=contiguous,context_exchange=ring",
+            "layout:context=2,context_cut=document_zigzag,context_exchange=all_gather",
+            "layout:context=4,context_cut=zigzag",
+            "layout:context=4,context_cut=document_zigzag,context_exchange=ring",
+            "layout:context=4,context_cut=contiguous,context_window=2",
+        ),
+        "pipeline": (
+            "",
+            "layout:pipeline=2",
+            "layout:pipeline=2,chunks=2",
+            "layout:pipeline=2,schedule=ZBV",
+            "layout:pipeline=2,schedule=DUALPIPEV",
+        ),
+        "data": (
+            "data=1",
+            "data=2",
+            "data=2 layout:zero=1",
+            "data=2 layout:zero=2",
+            "data=2 layout:fsdp",
+            "data=1 layout:fsdp",
+        ),
+        "optimizer": ("", "stepping:overlap_grad,overlap_param,bucket=1000", "stepping:offload,overlap_grad"),
+        "documents": (
+            "",
+            "documents:packed=false",
+            "documents:masked=micro_batches",
+            "documents:masked=ends,ragged=false",
+            "documents:packed=false,masked=none,ragged=false",
+        ),
+        "heads": ("", "model:kv_heads=2", "model:kv_heads=1"),
+        "family": (
+            "",
+            "model:family=INTERNLM,bias=true",
+            "model:window=true",
+            "model:window=true,fused=true",
+            "model:family=QWEN3",
+            "model:family=GEMMA",
+            "model:family=LLAMA2,split_hidden=false",
+        ),
+        "dtype": ("model:dtype=float64", "", "model:dtype=bfloat16"),
+        "checkpoint": (
+            "",
+            "model:checkpoint=1",
+            "model:checkpoint=1,save_policy=attention",
+            "model:checkpoint=0.5,save_policy=matmuls",
+        ),
+        "tied": ("", "model:tied=true"),
+        "later tokens": ("", "model:multi_token=1", "model:multi_token=2"),
+    },
+    constrained=("split", "context", "pipeline", "data"),
+)
+"""Samples that are dealt to context ranks."""
+
 GROUPS = (
     "ranks=4 layout:tensor=2,mode=isp,weight=2,pipeline=2,schedule=ZBV stepping:groups=frozen_layer,overlap_param",
     "ranks=2 layout:fsdp model:checkpoint=1 stepping:groups=frozen_ends",
@@ -183,6 +250,11 @@ def expert_matrix() -> list[Combination]:
     return EXPERTS.pairwise()
 
 
+def context_matrix() -> list[Combination]:
+    """Samples that are dealt to context ranks: rows in which every valid pair of options occurs."""
+    return CONTEXT.pairwise()
+
+
 def full_matrix() -> list[Combination]:
-    """All layouts of both matrices, with options of the other axes sampled from a fixed seed."""
-    return DENSE.full() + EXPERTS.full()
+    """All layouts of the three matrices, with options of the other axes sampled from a fixed seed."""
+    return DENSE.full() + EXPERTS.full() + CONTEXT.full()

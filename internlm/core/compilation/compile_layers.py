@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from internlm.core.compilation import cuda_graphs as graphs
+from internlm.core.parallel.context.context_attention import ContextAttention
 from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.model_parallel import parallel_of
@@ -54,6 +55,8 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
             # Only the all-to-alls; attention between them is compiled.
             module.gather_tokens = torch.compiler.disable(module.gather_tokens)  # type: ignore[method-assign]
             module.scatter_tokens = torch.compiler.disable(module.scatter_tokens)  # type: ignore[method-assign]
+        if isinstance(module, ContextAttention):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         if isinstance(module, ProjectionNorm) and module.sum_over_heads is not None:
             module.sum_over_heads = torch.compiler.disable(module.sum_over_heads)
         if isinstance(module, LatentAttention) and module.share_key is not None:
@@ -70,7 +73,7 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in layers_of(model):
         # The forward function, not the module: hooks that wait for weights cannot be compiled.
-        runs_eagerly = any(isinstance(module, Router | AttentionSinks) for module in layer.modules())
+        runs_eagerly = any(isinstance(module, Router | AttentionSinks | ContextAttention) for module in layer.modules())
         if not parallel_of(model).replaces_linears and not runs_eagerly:
             mode = graphs.MODE if cuda_graphs else None
             layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, mode=mode)
