@@ -96,6 +96,7 @@ class OffloadedUpdater:
         down: copy stream from the device.
         up: copy stream to the device.
         part_numel: number of elements in a part.
+        itemsize: bytes of the widest element of a gradient or a master.
     """
 
     def __init__(
@@ -105,12 +106,13 @@ class OffloadedUpdater:
         down: CopyStream,
         up: CopyStream,
         part_numel: int,
+        itemsize: int,
     ) -> None:
         self._scratch = scratch
         self._rounding = rounding
         self._down, self._up = down, up
         self._part_numel = part_numel
-        num_bytes = 2 * part_numel * torch.float32.itemsize
+        num_bytes = 2 * part_numel * itemsize
         self._arrived = down.new_host_buffer(num_bytes, torch.uint8).view(2, -1)
         self._leaving = up.new_host_buffer(num_bytes, torch.uint8).view(2, -1)
 
@@ -131,7 +133,7 @@ class OffloadedUpdater:
             if number + 1 < len(work):
                 arriving.append(self._fetch(*work[number + 1], slot=1 - slot))
             gradient = arriving[number].synchronize()
-            if gradient.dtype != torch.float32:
+            if gradient.dtype != state.bucket.master.dtype:
                 gradient = self._scratch.fp32_copy("gradient", gradient)
             state.update(part, gradient, step)
             # The copy of the part before the previous one may still read this slot.
@@ -187,7 +189,9 @@ def build_states(
     updater: Updater
     if form.is_offloaded:
         down, up = copy_stream_of(device), copy_stream_of(device)
-        updater = OffloadedUpdater(scratch, rounding, down, up, part_numel)
+        dtypes = {dtype for bucket in buckets for dtype in (bucket.grad_shard.dtype, bucket.master.dtype)}
+        itemsize = max((dtype.itemsize for dtype in dtypes), default=0)
+        updater = OffloadedUpdater(scratch, rounding, down, up, part_numel, itemsize)
     elif _works_in_one_pass(buckets, form, rule, device):
         updater = OnePassUpdater()
     else:
