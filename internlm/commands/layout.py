@@ -6,6 +6,7 @@ Everything is computed from the config in a single process, for any number of ra
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shutil
 from collections.abc import Sequence
@@ -126,7 +127,33 @@ def describe_stages(config: Config, layout: ParallelLayout, schedule: PipelineSc
     lines = [title, *_stage_table(head, rows, placement.num_ranks, "><<"), ""]
 
     estimate = estimate_ranks(config, layout, schedule, [rank])[0]
-    return "\n".join([*lines, *_describe_experts(config, layout, rank), *_describe_traffic(rank, estimate)])
+    parts = (
+        _describe_context(estimate, rank),
+        _describe_experts(config, layout, rank),
+        _describe_traffic(rank, estimate),
+    )
+    return "\n".join([*lines, *itertools.chain(*parts)])
+
+
+def _describe_context(estimate: RankEstimate, rank: int) -> list[str]:
+    """How context ranks share a sample: cut, balance of attention, and messages of a layer."""
+    if estimate.context is None:
+        return []
+    cut, pieces, plans = estimate.context
+    lines = [
+        f"context: {cut.num_ranks} ranks with {cut.tokens_per_rank:,} tokens each of a sample of one document a row, cut "
+        f"{cut.name}"
+    ]
+    for window, plan in plans.items():
+        pairs, _ = pieces.work(window)
+        hops = sum(bool(step.key_receives) for step in plan.steps)
+        tiles = sum(len(each.tiles) for step in plan.steps for each in step.computations)
+        name = "full attention" if window is None else f"a window of {window:,}"
+        lines.append(
+            f"{name}: the slowest rank computes {pairs.max() / pairs.mean():.2f} of the mean; rank {rank} computes "
+            f"{tiles:,} tiles and waits for {hops} hops"
+        )
+    return [*lines, ""]
 
 
 def _describe_experts(config: Config, layout: ParallelLayout, rank: int) -> list[str]:

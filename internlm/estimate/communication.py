@@ -9,11 +9,15 @@ compares these functions with the calls of torch.distributed in a training step.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
 
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.core.parallel.context.attention_plan import num_rows
+from internlm.core.parallel.context.split_batch import ContextPlans, ContextSplit
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.scheduler.actions import Action
 from internlm.core.scheduler.communication import message_from
@@ -33,6 +37,7 @@ class BytesSent:
 
     Attributes:
         tensor: activations and their gradients, gradients of replicated weights, and the loss, over the tensor ranks.
+        context: keys and values, and their gradients, if each row is one document.
         weight: weights and gradients over the weight ranks of isp, and the expert weight ranks.
         data: gradients and weights over the ranks that hold the same weights: hybrid ZeRO and FSDP.
         pipeline: activations and gradients between stages, and gradients of a tied embedding between the ends.
@@ -40,6 +45,7 @@ class BytesSent:
     """
 
     tensor: float = 0.0
+    context: float = 0.0
     weight: float = 0.0
     data: float = 0.0
     pipeline: float = 0.0
@@ -58,6 +64,7 @@ class TrainingStep:
     Attributes:
         dimensions: dimensions of the model.
         tokens: tokens of a micro-batch on the tensor ranks of one context rank.
+        lengths: of the documents of a micro-batch.
         num_micro_batches: micro-batches of a step.
         policies: save policy of each layer of the rank, by layer number.
         options: options of `parallelize`; `reduce_dtype` is the dtype of gradients in collectives.
@@ -66,6 +73,7 @@ class TrainingStep:
 
     dimensions: ModelDimensions
     tokens: int
+    lengths: tuple[int, ...]
     num_micro_batches: int
     policies: Mapping[int, SavePolicy]
     options: ParallelOptions
@@ -107,6 +115,7 @@ def bytes_sent(held: RankParameters, step: TrainingStep, actions: Sequence[Actio
         rows = RoutedTokens.of(step.dimensions, context.layout, step.tokens).rows
         expert += exchanged_rows_sent(step.dimensions, rows, context.layout.expert, step.policies[layer])
     tensor += ends_sent(held, step)
+    context_sent = sum(keys_sent(held.context, step, layer) for layer in layers)
     weight = sum(weight_gathering_sent(parameter, held, step) for parameter in held.parameters)
     data = sum(fsdp_sent(parameter, held, step) for parameter in held.parameters)
     synchronized = {"tensor": 0.0, "weight": 0.0, "data": 0.0, "pipeline": 0.0}
@@ -117,6 +126,7 @@ def bytes_sent(held: RankParameters, step: TrainingStep, actions: Sequence[Actio
     num_messages = sum(message_from(placement, rank, action) is not None for action in actions)
     return BytesSent(
         tensor=m * tensor + synchronized["tensor"],
+        context=m * context_sent,
         weight=m * weight + synchronized["weight"],
         data=m * data + synchronized["data"],
         pipeline=num_messages * stage_message_bytes(held, step) + synchronized["pipeline"],
@@ -166,6 +176,30 @@ def layer_activations_sent(
     if layout.mode == "msp":
         gathers = 1 if is_recomputed else 0
     return all_gather_bytes(exchanged + gathers * inputs, t) + choices
+
+
+def keys_sent(context: ParallelContext, step: TrainingStep, layer: int) -> float:
+    """Bytes of keys and values and their gradients that a layer sends to other context ranks for one micro-batch."""
+    layout, m = context.layout, step.dimensions
+    if layout.context == 1:
+        return 0.0
+    plan = context_plans(context, step).plans[m.window(min(layer, m.num_layers - 1))]
+    keys, gradients = (
+        sum(num_rows(plan.rows_of(message)) for each in plan.steps for message in getattr(each, kind))
+        for kind in ("key_sends", "gradient_sends")
+    )
+    width = max(m.num_kv_heads, layout.tensor) // layout.tensor * (m.head_dim + m.value_dim)
+    size = m.dtype.itemsize
+    # Keys travel in forward and backward, whatever is recomputed; gradients in fp32 (float64 for float64).
+    return width * (2 * keys * size + gradients * max(_FLOAT32, size))
+
+
+def context_plans(context: ParallelContext, step: TrainingStep) -> ContextPlans:
+    """Cut and plans of attention of a rank, for a micro-batch of `step`."""
+    layout = context.layout
+    windows = Counter(step.dimensions.window(layer) for layer in range(step.dimensions.num_layers))
+    split = ContextSplit(context.index("context"), layout.context, layout.tensor, windows, step.options.context)
+    return split.plan(step.lengths)
 
 
 def _choices_sent(step: TrainingStep, ranks: int, is_recomputed: bool) -> float:

@@ -10,8 +10,9 @@ from torch import nn
 
 from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
+from internlm.core.parallel.context.split_batch import ContextPlans
 from internlm.core.scheduler.schedules import PipelineSchedule
-from internlm.estimate.communication import BytesSent, TrainingStep, bytes_sent
+from internlm.estimate.communication import BytesSent, TrainingStep, bytes_sent, context_plans
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.memory import RankMemory, peak_activations
 from internlm.estimate.parameters import RankParameters, rank_parameters
@@ -30,6 +31,7 @@ class RankEstimate:
         activations: peak bytes of its layers' activations during a step; None if the model's layers are unknown.
         sent: bytes that it sends per step; None if the model's layers are unknown.
         worst_activations: like `activations`, if all tokens choose experts of this rank; None without experts.
+        context: how context ranks share a micro-batch of one document a row; None without them.
     """
 
     parameters: RankParameters
@@ -37,6 +39,7 @@ class RankEstimate:
     activations: float | None
     sent: BytesSent | None
     worst_activations: float | None = None
+    context: ContextPlans | None = None
 
 
 def estimate_ranks(
@@ -84,6 +87,7 @@ def estimate_ranks(
         step = TrainingStep(
             dimensions=dimensions,
             tokens=config.data.seq_len * config.data.micro_bsz // layout.context,
+            lengths=(config.data.seq_len,) * config.data.micro_bsz,
             num_micro_batches=config.data.micro_num,
             policies=policies,
             options=options,
@@ -96,5 +100,6 @@ def estimate_ranks(
         if dimensions.experts is not None:
             worst = peak_activations(actions, parameters.layers, replace(one_layer, is_worst=True), policies)
         sent = bytes_sent(parameters, step, actions, schedule.placement)
-        estimates.append(RankEstimate(parameters, memory, activations, sent, worst))
+        plans = context_plans(parameters.context, step) if layout.context > 1 else None
+        estimates.append(RankEstimate(parameters, memory, activations, sent, worst, plans))
     return estimates

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from internlm.config.schema import Config
 from internlm.core.communication import collectives
+from internlm.core.communication.p2p import Channel, PipelineChannels
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.batch import Batch
 from internlm.estimate.communication import BytesSent, all_gather_bytes, all_reduce_bytes
@@ -44,7 +45,7 @@ AXES = {
 
 
 def axis_of(context: ParallelContext, group: Any) -> str:
-    """Which of the axes of `BytesSent` a process group is of; p2p groups belong to the pipeline."""
+    """Which of the axes of `BytesSent` a process group is of; others belong to the pipeline."""
     for view, names in AXES.items():
         for name, axis in names.items():
             has_axis = name in (*context.view(view).axes, *context.view(view).merged, "pipeline_ends")
@@ -63,9 +64,7 @@ def counted(context: ParallelContext) -> Iterator[Counter[str]]:
             group = kwargs.get("group")
             ranks = dist.get_world_size(group)
             if name not in ("all_reduce", "all_to_all_single") or tensor.numel() > SCALARS:
-                if name == "isend":
-                    moved = float(tensor.nbytes)
-                elif name == "all_reduce":
+                if name == "all_reduce":
                     moved = all_reduce_bytes(tensor.nbytes, ranks)
                 elif name.startswith("reduce_scatter"):
                     moved = all_gather_bytes(tensor.nbytes * ranks, ranks)
@@ -76,11 +75,23 @@ def counted(context: ParallelContext) -> Iterator[Counter[str]]:
 
         return call
 
+    real_send, real_batch = PipelineChannels.send, dist.batch_isend_irecv
+
+    def send(channels: PipelineChannels, channel: Channel, tensor: Tensor, *args: Any) -> None:
+        sent["pipeline"] += tensor.nbytes
+        real_send(channels, channel, tensor, *args)
+
+    def batch(operations: list[dist.P2POp]) -> list[dist.Work]:
+        """Keys and values of context ranks, and their gradients."""
+        sent["context"] += sum(each.tensor.nbytes for each in operations if each.op is dist.isend)
+        return real_batch(operations)
+
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     scatter = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
     with (
         patch.object(dist, "all_reduce", counting(dist.all_reduce, "all_reduce")),
-        patch.object(dist, "isend", counting(dist.isend, "isend")),
+        patch.object(PipelineChannels, "send", send),
+        patch.object(dist, "batch_isend_irecv", batch),
         patch.object(dist, "all_to_all_single", counting(dist.all_to_all_single, "all_to_all_single")),
         # By keyword from FSDP, whose tensors are then `output` or `output_tensor`.
         patch.object(dist, gather, _any_call(counting(getattr(dist, gather), gather))),
@@ -125,7 +136,7 @@ def really_sent(config: Config, world_size: int) -> dict[str, float]:
     context = ParallelContext.create(build_layout(config, world_size))
     engine = build_engine(config, context, build_chunks(config, context), ["text"])
     data = config.data
-    micros = [micro_batch(n, (data.seq_len * data.micro_bsz,)) for n in range(data.micro_num)]
+    micros = [micro_batch(n, (data.seq_len,) * data.micro_bsz) for n in range(data.micro_num)]
     batch = Batch(micros, num_samples=len(micros), sample_indices=list(range(len(micros))))
     # Loads are metrics.
     engine.routing.finish_step = lambda skipped: {}  # type: ignore[method-assign]
@@ -139,7 +150,7 @@ def really_sent(config: Config, world_size: int) -> dict[str, float]:
     padding = padding_sent(engine.optimizer, context)
     dist.barrier()
     context.close()
-    return {axis: sent[axis] - padding[axis] for axis in ("tensor", "weight", "data", "pipeline", "expert")}
+    return {axis: sent[axis] - padding[axis] for axis in ("tensor", "context", "weight", "data", "pipeline", "expert")}
 
 
 def estimated(config: Config, world_size: int) -> list[BytesSent]:
@@ -175,6 +186,15 @@ CASES: dict[str, dict[str, Any]] = {
     "hybrid fsdp": {"parallel.fsdp.enable": True, "parallel.zero1.size": 2},
     "fsdp, fp32 norms": {"parallel.fsdp.enable": True, "use_fp32_norm": True},
     "fsdp and mtp": {**TENSOR_MODES["mtp"], "parallel.fsdp.enable": True},
+    "context": {"parallel.context.size": 4},
+    "context, ring, windows": {
+        "parallel.context": {"size": 4, "exchange": "ring"}, "model.use_sliding_window": True, "model.sliding_window": 4,
+    },
+    "context and zero": {"parallel.context.size": 2, "parallel.zero1.size": 4},
+    "context and msp": {
+        **TENSOR_MODES["msp"], "parallel.context.size": 2, "model.num_kv_attention_heads": 1, "data.seq_len": 64,
+    },
+    "context and isp": {**ISP, "parallel.context.size": 2, "parallel.weight.size": 4, "model.checkpoint": 0.5},
     "1F1B": PIPELINE,
     "interleaved": {**PIPELINE, "model.num_chunks": 2},
     "ZBV": {"parallel.pipeline": {"size": 2, "mode": "ZBV"}},

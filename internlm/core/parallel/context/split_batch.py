@@ -81,6 +81,20 @@ class SplitSample(NamedTuple):
         return SplitDocuments(*documents, on_device.token_indices, self.plans)
 
 
+class ContextPlans(NamedTuple):
+    """How the ranks share a sample.
+
+    Attributes:
+        cut: the tokens of each rank.
+        pieces: of its documents.
+        plans: of one rank, see `SplitDocuments`.
+    """
+
+    cut: TokenCut
+    pieces: TokenPieces
+    plans: Mapping[int | None, AttentionPlan]
+
+
 class ContextSplit:
     """Deals samples to context ranks; equal on all ranks of a sample, as they have the same lengths.
 
@@ -100,7 +114,15 @@ class ContextSplit:
         self._multiple = num_ranks * tensor_size
         self._layers = dict(layers)
         self._options = options
-        self.plan = lru_cache(maxsize=_CACHED_PLANS)(self._plan)
+        self._cached_plan = lru_cache(maxsize=_CACHED_PLANS)(self._plan)
+
+    def plan(self, lengths: tuple[int, ...]) -> ContextPlans:
+        """Cut a sample, and plan its attention on this rank.
+
+        Args:
+            lengths: of its documents; their sum is a multiple of the ranks that share it.
+        """
+        return self._cached_plan(lengths)
 
     def split(self, micro: MicroBatch) -> SplitSample:
         """Take this rank's tokens of a micro-batch on the host.
@@ -115,7 +137,7 @@ class ContextSplit:
         if num_padding:
             lengths = (*lengths, num_padding)
             is_padding = torch.zeros(rows, width, dtype=torch.bool) if is_padding is None else is_padding
-        cut, plans = self.plan(lengths)
+        cut, _, plans = self.plan(lengths)
         indices = torch.from_numpy(cut.indices(self._rank))
 
         def own(values: Tensor, padding: int = 0) -> Tensor:
@@ -142,7 +164,7 @@ class ContextSplit:
         )
         return SplitSample(part, plans)
 
-    def _plan(self, lengths: tuple[int, ...]) -> tuple[TokenCut, Mapping[int | None, AttentionPlan]]:
+    def _plan(self, lengths: tuple[int, ...]) -> ContextPlans:
         options = self._options
         if options.cut == "auto":
             cut = choose_cut(lengths, self._num_ranks, self._layers)
@@ -150,4 +172,5 @@ class ContextSplit:
             cut = cut_tokens(lengths, self._num_ranks, options.cut)
         pieces = TokenPieces.of(lengths, cut)
         movement = make_movement(options.movement, self._num_ranks, options.windows)
-        return cut, {window: make_plan(pieces, movement, self._rank, window) for window in self._layers}
+        plans = {window: make_plan(pieces, movement, self._rank, window) for window in self._layers}
+        return ContextPlans(cut, pieces, plans)
