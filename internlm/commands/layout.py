@@ -141,8 +141,8 @@ def _describe_context(estimate: RankEstimate, rank: int) -> list[str]:
         return []
     cut, pieces, plans = estimate.context
     lines = [
-        f"context: {cut.num_ranks} ranks with {cut.tokens_per_rank:,} tokens each of a sample of one document a row, cut "
-        f"{cut.name}"
+        f"context: {cut.num_ranks} ranks with {cut.tokens_per_rank:,} tokens each of a sample of one document a row, "
+        f"cut {cut.name}"
     ]
     for window, plan in plans.items():
         pairs, _ = pieces.work(window)

@@ -188,7 +188,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp and mtp": {**TENSOR_MODES["mtp"], "parallel.fsdp.enable": True},
     "context": {"parallel.context.size": 4},
     "context, ring, windows": {
-        "parallel.context": {"size": 4, "exchange": "ring"}, "model.use_sliding_window": True, "model.sliding_window": 4,
+        "parallel.context": {"size": 4, "exchange": "ring"},
+        "model.use_sliding_window": True, "model.sliding_window": 4,
     },
     "context and zero": {"parallel.context.size": 2, "parallel.zero1.size": 4},
     "context and msp": {
