@@ -36,6 +36,10 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
         {
             "tensor": (1, 2, 2, 4),
             "mode": ("mtp", "msp", "fsp", "isp", "isp"),
+            "context": (1, 1, 1, 2, 2, 4),
+            "context_cut": ("auto", "contiguous", "zigzag", "document_zigzag"),
+            "context_exchange": ("auto", "ring", "direct", "all_gather"),
+            "context_window": (1, 1, 2),
             "weight": (1, 1, 2, 4),
             "overlap": (False, True),
             "pipeline": (1, 1, 2, 2, 4),
@@ -58,6 +62,7 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
             "qk_norm": (None, True),
             "bias": (None, True, False),
             "fused": (None, True, False),
+            "window": (False, False, True),
             "split_hidden": (True, False),
             "checkpoint": (0.0, 0.5, 1.0),
             "dtype": ("float32", "float32", "bfloat16"),

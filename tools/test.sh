@@ -19,4 +19,5 @@ echo "Campaigns with --seed $seed"
 .venv/bin/python tests/fuzz_layouts.py --seconds "${2:-1800}" --seed "$seed"
 .venv/bin/python tests/kill_and_resume.py --kills 100 --seed "$seed"
 .venv/bin/python tests/kill_and_resume.py --kills 100 --ranks 2 --async --seed "$seed"
-INTERNLM_FULL_MATRIX=1 "${test[@]}" tests/layouts/test_layout_matrix.py tests/layouts/test_expert_matrix.py
+INTERNLM_FULL_MATRIX=1 "${test[@]}" tests/layouts/test_layout_matrix.py tests/layouts/test_expert_matrix.py \
+    tests/layouts/test_context_matrix.py
