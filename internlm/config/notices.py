@@ -71,6 +71,7 @@ def find_notices(config: Config, given: Callable[[str], Any], world_size: int) -
     yield from _recomputation(config, given)
     yield from _pipeline(config, given)
     yield from _shards(config)
+    yield from _context(config)
 
 
 def _values(config: Config) -> Iterator[str]:
@@ -231,3 +232,11 @@ def _shards(config: Config) -> Iterator[str]:
         )
     if parallel.uses_fsdp and parallel.zero1.size == 1:
         yield "parallel.zero1.size = 1: FSDP shards weights over these ranks, so they are not sharded; set it to -1"
+
+
+def _context(config: Config) -> Iterator[str]:
+    context = config.parallel.context
+    keys = [f"parallel.context.{name} = {getattr(context, name)!r}" for name in ("cut", "exchange")]
+    unused = [key for key in keys if not key.endswith("'auto'")]
+    if unused and config.parallel.context_ranks == 1:
+        yield f"no effect: {', '.join(unused)} (there is one context rank)"

@@ -55,19 +55,21 @@ logger = get_logger(__name__)
 def build_layout(config: Config, world_size: int) -> ParallelLayout:
     """The rank layout described by the `parallel` section."""
     parallel = config.parallel
-    tensor, num_kv_heads = parallel.tensor, config.model.num_kv_heads
-    has_copies = tensor.mode != "isp" and tensor.size > num_kv_heads
+    tensor, num_kv_heads = parallel.tensor_ranks, config.model.num_kv_heads
+    is_isp, two = parallel.tensor.mode == "isp", parallel.sequence_2D
     return ParallelLayout(
         world_size=world_size,
         pipeline=parallel.pipeline.size,
-        tensor=tensor.size,
+        tensor=tensor,
+        context=parallel.context_ranks,
         weight=parallel.weight.size,
         zero=parallel.zero1.size,
-        mode=tensor.mode,
+        mode=parallel.tensor.mode,
+        head_first=two.device_placement_strategy.head_first if two.enable else True,
         expert=expert_ranks(config, world_size),
         expert_inner=expert_inner_ranks(config),
         expert_zero=parallel.expert_zero1.size,
-        kv_replicas=tensor.size // num_kv_heads if has_copies else 1,
+        kv_replicas=1 if is_isp else max(1, tensor // num_kv_heads),
     )
 
 

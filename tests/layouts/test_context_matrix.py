@@ -7,14 +7,16 @@ which every option occurs; `INTERNLM_FULL_MATRIX=1` takes all of them, and leave
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.layouts import assert_equal_to_one_process, verdict_of
+from helpers.layouts import assert_equal_to_one_process, record_of, reference_of, verdict_of
 from helpers.resume import Ranks, run_row
 
-from internlm.verify.case import Combination
+from internlm.verify.case import Combination, changed
 from internlm.verify.matrix import CONTEXT, context_matrix
+from internlm.verify.report import judge
 
 IS_FULL = bool(os.environ.get("INTERNLM_FULL_MATRIX"))
 COMBINATIONS = context_matrix()
@@ -61,3 +63,12 @@ def test_context_ranks_in_float64(context: str, model: str, ranks: Ranks) -> Non
     """Where rounding explains 1e-12, every order of sums is seen to be only that."""
     size = int(context[8])
     assert_equal_to_one_process(f"ranks={size} layout:{context} {model},dtype=float64", ranks)
+
+
+def test_frequencies_depend_on_the_length_of_the_whole_document(ranks: Ranks) -> None:
+    """With dynamic NTK, a rank that has a part of a document rotates by the length of all of it."""
+    case = Combination.parse("ranks=2 layout:context=2,context_cut=zigzag model:dtype=float64").case()
+    scaling = {"model.rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 4}}
+    case = replace(case, config=changed(case.config, scaling))
+    verdict = judge(case, record_of(case, ranks), reference_of(case, ranks))
+    assert verdict.is_equal, verdict.explain()

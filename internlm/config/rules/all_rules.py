@@ -47,6 +47,7 @@ RULES: tuple[Rule, ...] = (
     replay.routing,
     experts.width,
     capacity.capacity,
+    ranks.context,
     ranks.sequence_2d,
     ranks.zero,
     ranks.world,

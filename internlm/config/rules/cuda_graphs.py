@@ -32,6 +32,11 @@ def graphs(config: Config, world_size: int) -> Iterator[Problem]:
             tensor.size,
             "layers that exchange tensors with other ranks are not compiled whole",
         ),
+        "parallel.context.size": (
+            parallel.context.size > 1,
+            parallel.context.size,
+            "context ranks exchange keys and values in other messages for each sample",
+        ),
         "parallel.tensor.mode": (
             tensor.mode == "isp" and tensor.size == 1,
             tensor.mode,

@@ -76,7 +76,8 @@ def dimensions(config: Config, world_size: int) -> Iterator[Problem]:
     if model.num_experts > 1 and model.expert_size_key not in model.mlp_widths:
         of_experts = 1 if tensor.mode == "isp" else expert_inner_ranks(config)
         yield from _width(config, model.expert_size_key, model.expert_size, "an expert", of_experts)
-    of_tokens = tensor.size if tensor.mode == "isp" else 1
+    parallel = config.parallel
+    of_tokens = parallel.context_ranks * (parallel.tensor_ranks if tensor.mode == "isp" else 1)
     tokens, multiple = config.data.packed_length, MULTIPLE * of_tokens
     if tokens % multiple:
         length = _next(config.data.seq_len, multiple // math.gcd(multiple, config.data.micro_bsz))

@@ -9,11 +9,13 @@ from functools import partial
 from internlm.config.problem import Problem
 from internlm.config.rules.layout_problems import layout_problems
 from internlm.config.schema import Config
-from internlm.utils.layout_checks import check_fsdp, check_weight, check_world, check_zero
+from internlm.utils.layout_checks import check_fsdp, check_weight, check_window, check_world, check_zero
 
 MODE = "parallel.tensor.mode"
 PIPELINE = "parallel.pipeline.size"
 TENSOR = "parallel.tensor.size"
+CONTEXT = "parallel.context.size"
+SEQUENCE_2D = "parallel.sequence_2D"
 WEIGHT = "parallel.weight.size"
 
 
@@ -53,48 +55,75 @@ def zero(config: Config, world_size: int) -> Iterator[Problem]:
 def world(config: Config, world_size: int) -> Iterator[Problem]:
     """Every view of the ranks covers all of them."""
     parallel = config.parallel
-    views = {"tensor": parallel.tensor.size}
+    names = {"tensor": TENSOR, "context": CONTEXT, "weight": WEIGHT, "pipeline": PIPELINE}
+    # With sequence_2D, context ranks are a part of the tensor group.
+    context = {} if parallel.context.size == 1 else {"context": parallel.context.size}
+    views = [{"tensor": parallel.tensor.size, **context}]
     if parallel.tensor.mode == "isp":
-        views["weight"] = parallel.weight.size
-    for axis, size in views.items():
-        check = partial(check_world, world_size, **{axis: size}, pipeline=parallel.pipeline.size)
-        yield from layout_problems(check, {"tensor": TENSOR, "weight": WEIGHT, "pipeline": PIPELINE})
+        views.append({"weight": parallel.weight.size})
+    for sizes in views:
+        yield from layout_problems(partial(check_world, world_size, **sizes, pipeline=parallel.pipeline.size), names)
+
+
+def context(config: Config, world_size: int) -> Iterator[Problem]:
+    """The windows of a double ring are equal, and it is a ring."""
+    context = config.parallel.context
+    names = {"window_size": "parallel.context.window_size", "context": CONTEXT}
+    yield from layout_problems(partial(check_window, context.window_size, context.size), names)
+    window, exchange = config.parallel.context_window, context.exchange
+    if window > 1 and exchange not in ("auto", "ring"):
+        key = f"{SEQUENCE_2D if config.parallel.sequence_2D.enable else 'parallel.context'}.window_size"
+        yield Problem(
+            ("parallel.context.exchange", key),
+            f"parallel.context.exchange = {exchange!r} does not work with {key} = {window}, which is a double ring; "
+            f"set parallel.context.exchange = 'ring', or {key} = 1",
+        )
 
 
 def sequence_2d(config: Config, world_size: int) -> Iterator[Problem]:
-    """Heads times context is the sequence group; placement."""
-    two, tensor = config.parallel.sequence_2D, config.parallel.tensor.size
+    """Heads times context is the sequence group of isp; placement."""
+    parallel, two, path = config.parallel, config.parallel.sequence_2D, SEQUENCE_2D
     if not two.enable:
         return
-    path = "parallel.sequence_2D"
-    if two.head_size * two.context_size != tensor:
+    if parallel.tensor.mode != "isp":
         yield Problem(
-            (f"{path}.head_size", f"{path}.context_size", "parallel.tensor.size"),
-            f"{path}.head_size = {two.head_size} times context_size = {two.context_size} must be "
-            f"parallel.tensor.size = {tensor}",
+            (f"{path}.enable", MODE),
+            f"{path}.enable = True needs {MODE} = 'isp', which is {parallel.tensor.mode!r}; in this mode use {CONTEXT}",
         )
-    if two.context_size % two.window_size:
+    for key in ("size", "window_size"):
+        if getattr(parallel.context, key) > 1:
+            yield Problem(
+                (f"{path}.enable", f"parallel.context.{key}"),
+                f"parallel.context.{key} = {getattr(parallel.context, key)} does not work with {path}.enable = True, "
+                f"whose context_size and window_size are used; set it to 1",
+            )
+    if two.head_size * two.context_size != parallel.tensor.size:
         yield Problem(
-            (f"{path}.window_size", f"{path}.context_size"),
-            f"{path}.window_size = {two.window_size} does not divide context_size = {two.context_size}",
+            (f"{path}.head_size", f"{path}.context_size", TENSOR),
+            f"{path}.head_size = {two.head_size} times context_size = {two.context_size} must be "
+            f"{TENSOR} = {parallel.tensor.size}",
         )
     placement = two.device_placement_strategy
+    strategy = f"{path}.device_placement_strategy"
+    names = {
+        "window_size": f"{path}.window_size",
+        "context": f"{path}.context_size",
+        "interleaved": f"{strategy}.interleaved",
+    }
+    interleaved = placement.interleaved and two.window_size > 1
+    yield from layout_problems(partial(check_window, two.window_size, two.context_size, interleaved=interleaved), names)
     if placement.head_first and two.head_size > 1 and placement.interleaved:
         yield Problem(
-            (f"{path}.device_placement_strategy.interleaved",),
-            f"{path}.device_placement_strategy.interleaved = True does not work with head_first = True and "
+            (f"{strategy}.interleaved",),
+            f"{strategy}.interleaved = True does not work with head_first = True and "
             f"head_size = {two.head_size}; set it to False",
-        )
-    if config.data.use_packed_dataset:
-        yield Problem(
-            ("data.use_packed_dataset", f"{path}.enable"),
-            f"data.use_packed_dataset = True: {path} works on rows of one length; set it to False",
         )
 
 
 def data_ranks(config: Config, world_size: int) -> int | None:
     """Ranks with different data, or None when the sizes do not divide the world."""
-    return _quotient(world_size, config.parallel.tensor.size * config.parallel.pipeline.size)
+    parallel = config.parallel
+    return _quotient(world_size, parallel.tensor_ranks * parallel.context_ranks * parallel.pipeline.size)
 
 
 def expert_ranks(config: Config, world_size: int) -> int:
@@ -125,11 +154,12 @@ def expert_inner_ranks(config: Config) -> int:
 
 
 def weight_data_ranks(config: Config, world_size: int) -> int | None:
-    """Ranks that hold the same weights: for isp the weight view counts, else these are the data ranks."""
+    """Ranks that hold the same weights, or None when the sizes do not divide the world."""
     parallel = config.parallel
-    if parallel.tensor.mode != "isp":
-        return data_ranks(config, world_size)
-    return _quotient(world_size, parallel.weight.size * parallel.pipeline.size)
+    if parallel.tensor.mode == "isp":
+        return _quotient(world_size, parallel.weight.size * parallel.pipeline.size)
+    ranks = data_ranks(config, world_size)
+    return None if ranks is None else ranks * parallel.context_ranks
 
 
 def _quotient(whole: int, part: int) -> int | None:

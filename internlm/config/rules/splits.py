@@ -25,12 +25,13 @@ def heads(config: Config, world_size: int) -> Iterator[Problem]:
     With isp, that is after the all-to-all from sequence to heads.
     """
     model = config.model
+    parallel = config.parallel
     names = {
         "num_heads": "model.num_attention_heads",
         "num_kv_heads": "model.num_kv_attention_heads",
-        "tensor": SIZE,
+        "tensor": "parallel.sequence_2D.head_size" if parallel.sequence_2D.enable else SIZE,
     }
-    check = partial(check_heads, model.num_attention_heads, model.num_kv_heads, config.parallel.tensor.size)
+    check = partial(check_heads, model.num_attention_heads, model.num_kv_heads, parallel.tensor_ranks)
     yield from layout_problems(check, names)
 
 
@@ -53,9 +54,11 @@ def feed_forward(config: Config, world_size: int) -> Iterator[Problem]:
 def sequence(config: Config, world_size: int) -> Iterator[Problem]:
     """Where activations are split, also for experts on several ranks, each rank gets as many tokens of a row.
 
-    All rows of training, evaluation and dummy data have the same length.
+    All rows of training, evaluation and dummy data have the same length. Context ranks fill a sample up instead.
     """
     data, tensor = config.data, config.parallel.tensor
+    if config.parallel.context_ranks > 1:
+        return
     rows = data.micro_bsz if data.use_packed_dataset else 1
     is_split = tensor.mode != "mtp" or max(expert_ranks(config, world_size), expert_inner_ranks(config)) > 1
     if not is_split or rows * data.seq_len % tensor.size == 0:

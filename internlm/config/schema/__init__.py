@@ -17,6 +17,7 @@ from internlm.config.schema.optim import (
     ParameterGroupConfig,
 )
 from internlm.config.schema.parallel import (
+    ContextConfig,
     ExpertConfig,
     ExpertWeightConfig,
     ExpertZero1Config,
@@ -48,6 +49,7 @@ __all__ = [
     "BlendEntryConfig",
     "CkptConfig",
     "Config",
+    "ContextConfig",
     "CpuOffloadingConfig",
     "DataConfig",
     "ExpertConfig",

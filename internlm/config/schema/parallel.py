@@ -126,6 +126,23 @@ class ExpertZero1Config(Section):
     size: int = used_with(-1, "Ranks that share the state of one expert; -1: all that hold it.", "model.num_experts")
 
 
+class ContextConfig(Section):
+    """Context parallelism: the tokens of a sample are dealt to ranks, which exchange keys and values in attention."""
+
+    size: int = key(1, "Context ranks; parallel.tensor is inside each of them. See doc/context.md.", ge=1)
+    cut: Literal["auto", "contiguous", "zigzag", "document_zigzag"] = key(
+        "auto",
+        "Tokens of a context rank: consecutive ones, two parts of the sample, or two parts of each document; auto: the "
+        "cut with the shortest attention, sample by sample.",
+    )
+    exchange: Literal["auto", "ring", "direct", "all_gather"] = key(
+        "auto",
+        "How keys and values travel: around a ring, straight to the ranks that need them, or all at once; auto: "
+        "straight, with windows in a double ring.",
+    )
+    window_size: int = key(1, "Context ranks of an inner ring; above 1: a double ring.", ge=1)
+
+
 class DevicePlacementConfig(Section):
     """Order of head and context ranks in 2D sequence parallelism."""
 
@@ -136,10 +153,14 @@ class DevicePlacementConfig(Section):
 class Sequence2DConfig(Section):
     """Sequence parallelism over heads and context."""
 
-    enable: bool = later(False, "Split attention over heads and context.", "2D sequence parallelism")
-    head_size: int = used_with(1, "Ranks over heads.", "parallel.sequence_2D.enable", ge=1)
+    enable: bool = key(False, "Split attention over heads and context (isp); instead of parallel.context.")
+    head_size: int = used_with(
+        1, "Ranks over heads; times context_size: parallel.tensor.size.", "parallel.sequence_2D.enable", ge=1
+    )
     context_size: int = used_with(1, "Ranks over the sequence.", "parallel.sequence_2D.enable", ge=1)
-    window_size: int = used_with(1, "Context ranks of an inner ring.", "parallel.sequence_2D.enable", ge=1)
+    window_size: int = used_with(
+        1, "Context ranks of an inner ring; above 1: a double ring.", "parallel.sequence_2D.enable", ge=1
+    )
     device_placement_strategy: DevicePlacementConfig = section(DevicePlacementConfig, "Order of the ranks.")
 
     @model_validator(mode="after")
@@ -180,6 +201,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = key(
         None, "Activations are split over the sequence.", derived="parallel.tensor.mode is not mtp", forced=True
     )
+    context: ContextConfig = section(ContextConfig, "Context parallelism.")
     sequence_2D: Sequence2DConfig = section(  # noqa: N815 (InternEvo's name)
         Sequence2DConfig, "Sequence parallelism over heads and context."
     )
@@ -189,6 +211,21 @@ class ParallelConfig(Section):
     def _fill(self) -> ParallelConfig:
         self._derive(sequence_parallel=self.tensor.mode != "mtp")
         return self
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Ranks that divide heads: `tensor.size`, or with `sequence_2D` a part of them."""
+        return self.sequence_2D.head_size if self.sequence_2D.enable else self.tensor.size
+
+    @property
+    def context_ranks(self) -> int:
+        """Ranks to which the tokens of a sample are dealt, beside the tensor ranks."""
+        return self.sequence_2D.context_size if self.sequence_2D.enable else self.context.size
+
+    @property
+    def context_window(self) -> int:
+        """Context ranks of an inner ring; 1: no double ring."""
+        return self.sequence_2D.window_size if self.sequence_2D.enable else self.context.window_size
 
     @property
     def uses_fsdp(self) -> bool:

@@ -110,8 +110,10 @@ class Config(Section):
     fp8: dict[str, Any] | None = later(
         None, "InternEvo's Transformer Engine.", "fp8 by Transformer Engine (use float8 instead)", accepts=({},)
     )
-    full_kv_zigzag_with_full_dkv: bool = used_with(
-        False, "Ring attention sums full gradients of keys and values.", "parallel.sequence_2D.enable"
+    full_kv_zigzag_with_full_dkv: bool = no_effect(
+        False,
+        "Sum the gradients of gathered keys and values at once.",
+        "parallel.context.exchange decides how keys, values and their gradients travel",
     )
     int8_training: bool = later(False, "GEMMs in int8.", "int8 training")
     int8_mode: str | None = used_with(None, "Granularity of int8 scales.", "int8_training")
