@@ -150,13 +150,20 @@ CASES = [
     ({**MOE, "moe.replay.write": "routing", "moe.replay.read": "routing"}, 4, "moe.replay.write"),
     # 21.
     (
-        {TWO + "enable": True, TWO + "head_size": 2, TWO + "context_size": 4, "data.use_packed_dataset": False},
+        {
+            TWO + "enable": True,
+            "parallel.tensor.mode": "isp",
+            TWO + "head_size": 2,
+            TWO + "context_size": 4,
+            "data.use_packed_dataset": False,
+        },
         8,
         TWO + "head_size",
     ),
     (
         {
             TWO + "enable": True,
+            "parallel.tensor.mode": "isp",
             TWO + "head_size": 2,
             TWO + "context_size": 2,
             TWO + "device_placement_strategy.interleaved": True,
@@ -167,13 +174,14 @@ CASES = [
         TWO + "device_placement_strategy.interleaved",
     ),
     (
-        {TWO + "enable": True, TWO + "context_size": 4, "parallel.tensor.size": 4},
+        {TWO + "enable": True, "parallel.tensor.mode": "isp", TWO + "context_size": 4, "parallel.tensor.size": 4},
         4,
-        "data.use_packed_dataset",
+        None,
     ),
     (
         {
             TWO + "enable": True,
+            "parallel.tensor.mode": "isp",
             TWO + "context_size": 4,
             TWO + "window_size": 3,
             "parallel.tensor.size": 4,
@@ -185,6 +193,7 @@ CASES = [
     (
         {
             TWO + "enable": True,
+            "parallel.tensor.mode": "isp",
             TWO + "head_size": 2,
             TWO + "context_size": 2,
             "parallel.tensor.size": 4,
@@ -193,6 +202,23 @@ CASES = [
         4,
         None,
     ),
+    ({TWO + "enable": True, TWO + "context_size": 4, "parallel.tensor.size": 4}, 4, TWO + "enable"),
+    (
+        {
+            TWO + "enable": True,
+            "parallel.tensor.mode": "isp",
+            TWO + "context_size": 4,
+            "parallel.tensor.size": 4,
+            "parallel.context.size": 2,
+        },
+        8,
+        "parallel.context.size",
+    ),
+    ({"parallel.context.size": 4}, 8, None),
+    ({"parallel.context.size": 3}, 8, "parallel.tensor.size"),
+    ({"parallel.context": {"size": 4, "window_size": 3}}, 4, "parallel.context.window_size"),
+    ({"parallel.context": {"size": 4, "window_size": 2, "exchange": "direct"}}, 4, "parallel.context.exchange"),
+    ({"parallel.context": {"size": 4, "window_size": 2, "exchange": "ring"}}, 4, None),
     # 22.
     ({"parallel.zero1.size": 3}, 8, "parallel.zero1.size"),
     ({"parallel.zero1.size": 16}, 8, "parallel.zero1.size"),
@@ -309,6 +335,7 @@ CASES = [
     (
         {
             TWO + "enable": True,
+            "parallel.tensor.mode": "isp",
             TWO + "context_size": 4,
             TWO + "window_size": 2,
             TWO + "device_placement_strategy.interleaved": True,

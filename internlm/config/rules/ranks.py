@@ -93,7 +93,7 @@ def sequence_2d(config: Config, world_size: int) -> Iterator[Problem]:
     for key in ("size", "window_size"):
         if getattr(parallel.context, key) > 1:
             yield Problem(
-                (f"{path}.enable", f"parallel.context.{key}"),
+                (f"parallel.context.{key}", f"{path}.enable"),
                 f"parallel.context.{key} = {getattr(parallel.context, key)} does not work with {path}.enable = True, "
                 f"whose context_size and window_size are used; set it to 1",
             )
