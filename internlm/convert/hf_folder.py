@@ -19,7 +19,7 @@ from torch import Tensor
 
 from internlm.config.schema import ModelConfig
 from internlm.convert.lazy import TensorsOnRead, grouped_readers
-from internlm.convert.multi_token_copies import check_copies, with_multi_token_layers
+from internlm.convert.multi_token_copies import check_copies, leaves_layers_out, with_multi_token_layers
 from internlm.convert.mxfp4 import BLOCKS, METHOD, SCALES, dequantize, quantized_weights
 from internlm.convert.redundant import buffer_difference, is_buffer, tied_difference
 from internlm.convert.safetensors_file import TensorLocation, read_header, read_tensor
@@ -226,9 +226,9 @@ class HfWeights:
         self._layout = folder.layout
         self._architecture = architecture
         entries = {name: entry for name, entry in folder.entries.items() if not is_buffer(name)}
-        if "num_nextn_predict_layers" in folder.config and not architecture.num_multi_token:
-            # Layers of multi-token prediction, which follow those of the model, are left out.
-            entries = {name: entry for name, entry in entries.items() if layer_of(name) < architecture.num_layers}
+        num_layers = architecture.num_layers
+        if not architecture.num_multi_token and leaves_layers_out(folder.config, entries, num_layers):
+            entries = {name: entry for name, entry in entries.items() if layer_of(name) < num_layers}
         for name in check_copies(folder.read, entries, architecture, str(folder.path)):
             del entries[name]
         self._check_buffers([name for name in folder.entries if is_buffer(name)])

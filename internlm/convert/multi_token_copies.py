@@ -33,13 +33,28 @@ def with_multi_token_layers(model: HfModel, config: Mapping[str, Any], names: Co
     """
     number = config.get(_KEY) or 0
     first = model.keys["num_layers"]
-    has_layers = config.get("model_type") in _KINDS and f"model.layers.{first}.eh_proj.weight" in names
+    has_layers = _has_layers(config, names, first)
     if has_layers and number:
         return dataclasses.replace(model, keys={**model.keys, _KEY: number})
     if not has_layers and not number:
         return model
     notice = f"{_KEY} = {number}: layers of multi-token prediction are not imported"
     return dataclasses.replace(model, notices=(*model.notices, notice))
+
+
+def leaves_layers_out(config: Mapping[str, Any], names: Collection[str], num_layers: int) -> bool:
+    """Whether a model without layers that predict later tokens leaves out those of a folder, of which a notice tells.
+
+    Args:
+        config: content of config.json.
+        names: of the tensors in the folder.
+        num_layers: of the model.
+    """
+    return bool(config.get(_KEY)) or _has_layers(config, names, num_layers)
+
+
+def _has_layers(config: Mapping[str, Any], names: Collection[str], first: int) -> bool:
+    return config.get("model_type") in _KINDS and f"model.layers.{first}.eh_proj.weight" in names
 
 
 def has_multi_token_form(architecture: Architecture) -> bool:

@@ -1,13 +1,14 @@
 """Checks of a run's environment before it starts: data, initial weights, folders, packages, hooks.
 
-The checks are shared by the start of a run (on its main rank) and `--dry-run`. They write nothing and are fast enough
-for every start. `--dry-run` also rehearses later steps of the start: it builds the loaders, which reads the index of
-every file, and compares the config with the checkpoint that the run would start from.
+The checks are shared by the start of a run (on its main rank) and `--dry-run`. They leave nothing behind and are fast
+enough for every start. `--dry-run` also rehearses later steps of the start: it builds the loaders, which reads the
+index of every file, and compares the config with the checkpoint that the run would start from.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -235,7 +236,7 @@ def _to_resume(config: Config) -> list[FoundCheckpoint]:
 
 
 def _folders(config: Config, context: ParallelContext) -> list[str]:
-    """Check that the folders of checkpoints, routing and the stop file can be used, without writing to them."""
+    """Check that the folders of checkpoints, routing and the stop file can be used, leaving nothing in them."""
     ckpt = config.ckpt
     saved = (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder) if ckpt.enable_save_ckpt else ()
     for folder in filter(None, saved):
@@ -271,7 +272,12 @@ def why_not_writable(folder: Path) -> str | None:
         return f"'{existing}' is a file where a folder should be"
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"no permission to write to '{existing}'"
-    return None
+    try:
+        # The superuser may write everywhere but in folders such as /proc, which have no files of users.
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return f"no file can be created in '{existing}' ({error.strerror})"
 
 
 def _packages(config: Config, context: ParallelContext) -> list[str]:

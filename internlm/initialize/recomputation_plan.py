@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from internlm.estimate.activations import LayerActivations
 from internlm.model.recompute import SAVE_POLICIES, SavePolicy
@@ -47,11 +50,12 @@ class ActivationPlan:
 
 
 def plan_activations(activations: LayerActivations, layers: Sequence[int], budget: float) -> ActivationPlan:
-    """Find the plan with the fewest recomputed FLOPs; ties go to the plan with the fewest recomputed layers.
+    """Find the plan with the fewest recomputed FLOPs; ties go to fewer recomputed layers, then to fewer saved bytes.
 
     All layers of a kind, dense or with experts, save the same number of bytes under one policy, and differ in FLOPs
-    only by their attention window. So the search enumerates the number of layers per policy and kind. The first layers
-    recompute the most. Experts count with the rows that they have if all get equally many.
+    only by their attention window. So the search enumerates the numbers of layers per policy for each kind, drops those
+    that another choice improves, and combines the rest. The first layers recompute the most. Experts count with the
+    rows that they have if all get equally many.
 
     Args:
         activations: of any layer.
@@ -73,22 +77,22 @@ def plan_activations(activations: LayerActivations, layers: Sequence[int], budge
             "data.micro_bsz or data.seq_len, or split the sequence (parallel.tensor) or the layers (parallel.pipeline) "
             "over more ranks"
         )
-    *few, many = sorted(kinds, key=lambda kind: len(kind.by_cost))
-    best: tuple[_PolicyCounts, ...] | None = None
-    for chosen in itertools.product(*(kind.choices() for kind in few)):
-        rest = budget - sum(choice.saved for choice in chosen)
-        if rest >= many.least:
-            plan = (*chosen, many.best(rest))
-            if best is None or _cost(plan) < _cost(best):
-                best = plan
-    assert best is not None
+    *others, last = (kind.frontier() for kind in kinds)
+    saved_by_last = [choice.saved for choice in last]
+    plans = []
+    for chosen in itertools.product(*others):
+        fitting = bisect.bisect_right(saved_by_last, budget - sum(choice.saved for choice in chosen))
+        if fitting:
+            plans.append((*chosen, last[fitting - 1]))
+    best = min(plans, key=_cost)
     policies = {layer: policy for choice in best for layer, policy in choice.policies.items()}
     saved, flops = sum(choice.saved for choice in best), sum(choice.flops for choice in best)
     return ActivationPlan({layer: policies[layer] for layer in layers}, saved, budget, flops)
 
 
-def _cost(plan: Sequence[_PolicyCounts]) -> tuple[float, int]:
-    return sum(choice.flops for choice in plan), sum(choice.num_recomputed for choice in plan)
+def _cost(plan: Sequence[_PolicyCounts]) -> tuple[float, int, float]:
+    flops, recomputed = sum(choice.flops for choice in plan), sum(choice.num_recomputed for choice in plan)
+    return flops, recomputed, sum(choice.saved for choice in plan)
 
 
 @dataclass(frozen=True)
@@ -168,30 +172,18 @@ class _LayersOfKind:
         """Bytes that the layers save at least."""
         return len(self.by_cost) * self.saved[-1]
 
-    def choices(self) -> Iterator[_PolicyCounts]:
-        """All numbers of layers per policy."""
+    def frontier(self) -> list[_PolicyCounts]:
+        """All choices than which none both costs less and saves no more bytes, by ascending bytes and falling cost."""
         size = len(self.by_cost)
-        for nothing in range(size + 1):
-            for attention in range(size - nothing + 1):
-                for matmuls in range(size - nothing - attention + 1):
-                    yield _PolicyCounts(self, (size - nothing - attention - matmuls, matmuls, attention, nothing))
-
-    def best(self, budget: float) -> _PolicyCounts:
-        """The choice with the fewest recomputed FLOPs, then the fewest recomputed layers, that fits a budget."""
-        best: tuple[tuple[float, int, int, int], _PolicyCounts] | None = None
-        size, saved = len(self.by_cost), self.saved
-        for nothing in range(size + 1):
-            for attention in range(size - nothing + 1):
-                remaining = size - nothing - attention
-                spare = budget - nothing * saved[3] - attention * saved[2] - remaining * saved[1]
-                if spare < 0:
-                    continue
-                # Of the remaining layers, as many as fit recompute nothing.
-                extra = saved[0] - saved[1]
-                everything = remaining if extra <= 0 else min(remaining, int(spare / extra))
-                choice = _PolicyCounts(self, (everything, remaining - everything, attention, nothing))
-                candidate = (choice.flops, choice.num_recomputed, nothing, attention), choice
-                if best is None or candidate[0] < best[0]:
-                    best = candidate
-        assert best is not None
-        return best[1]
+        numbers = np.indices((size + 1,) * 3).reshape(3, -1)
+        nothing, attention, matmuls = numbers[:, numbers.sum(axis=0) <= size]
+        recomputed = nothing + attention + matmuls
+        by_policy = np.stack([size - recomputed, matmuls, attention, nothing])
+        saved = np.array(self.saved) @ by_policy
+        flops = np.array(self.full_flops)[nothing] + attention * self.gemm_flops
+        rank = np.empty(len(saved), dtype=np.int64)
+        rank[np.lexsort((attention, nothing, recomputed, flops))] = np.arange(len(saved))
+        order = np.lexsort((rank, saved))
+        least = np.minimum.accumulate(rank[order])
+        is_cheaper = np.diff(least, prepend=len(saved)) < 0
+        return [_PolicyCounts(self, tuple(column)) for column in by_policy[:, order[is_cheaper]].T.tolist()]

@@ -232,7 +232,10 @@ class Architecture:
         if config.add_unit_offset not in (None, family.unit_offset_norm):
             mistakes.append(f"model.add_unit_offset: this model_type has {family.unit_offset_norm}; leave the key out")
         if config.use_swiglu not in (None, family.activation == "silu"):
-            mistakes.append(f"model.use_swiglu: this model_type has {family.activation == 'silu'}; leave the key out")
+            mistakes.append(
+                f"model.use_swiglu = {config.use_swiglu}: the gate of this model_type is {_GATES[family.activation]}; "
+                "leave the key out"
+            )
         if shared_mix is None and config.num_experts > 1:
             mistakes.append(
                 f"model.num_experts = {config.num_experts}: this model_type is dense; choose one with experts, such as "
@@ -301,6 +304,8 @@ class Architecture:
             layer_kinds={} if experts is None else expert_layers(experts, config.num_layers),
         )
 
+
+_GATES: dict[Activation, str] = {"silu": "SiLU", "gelu_tanh": "GELU", "clamped_silu": "a clamped SiLU"}
 
 _NOT_IN_FUNCTION = {
     *("fused_qkv", "fused_gate_up"),

@@ -20,6 +20,7 @@ from internlm.checkpoint.manifest import find_damage, read_manifest
 from internlm.checkpoint.reading import load_tensors
 from internlm.checkpoint.saving import SaveTask, complete, make_plan, write_part
 from internlm.core.parallel.shard_spec import Box
+from internlm.utils.errors import CheckpointError
 from internlm.utils.storage import StoragePath, storage_path
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float64, torch.bool]
@@ -149,6 +150,6 @@ def test_a_file_that_ends_too_soon_is_named(tmp_path: Path) -> None:
     path = write(storage_path(tmp_path), {"t": whole(torch.randn(50, 50))})
     content = (path / "__0_0.distcp").read_bytes()
     (path / "__0_0.distcp").write_bytes(content[:200])
-    with pytest.raises(Exception, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_tensors(path, {"t": whole(torch.zeros(50, 50))}, no_dist=True)
     assert isinstance(StorageReader(path).folder, StoragePath)

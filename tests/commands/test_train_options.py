@@ -115,6 +115,8 @@ def test_a_dry_run_tells_what_a_log_would(train):
             r"checkpoints cannot be saved to 'config\.py/x': .* is a file where a folder should be",
         ),
         (["ckpt.stop_file_path=config.py/stop"], "ckpt.stop_file_path = 'config.py/stop' cannot be written"),
+        # The superuser has the permission, and others have not.
+        (["ckpt.stop_file_path=/proc/x/stop"], "no file can be created in '/proc'|no permission to write to '/proc'"),
     ],
 )
 def test_a_dry_run_finds_what_the_start_finds(train, arguments, message):

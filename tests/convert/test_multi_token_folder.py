@@ -91,3 +91,14 @@ def test_a_copy_that_differs_is_refused_or_left_out(tmp_path: Path, caplog: pyte
     assert "num_nextn_predict_layers = 0: layers of multi-token prediction are not imported" in caplog.text
     convert_to_hf(storage_path(tmp_path / "new/0"), storage_path(tmp_path / "back"), tokenizer=False)
     assert tensors_of(tmp_path / "back").keys() == {name for name in weights if ".layers.2." not in name}
+
+
+def test_layers_beyond_the_config_are_no_such_layers(tmp_path: Path) -> None:
+    """`num_nextn_predict_layers` 0 leaves out the layers of that kind alone."""
+    save_native("glm4-moe", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["num_nextn_predict_layers"] == 0
+    weights = tensors_of(tmp_path / "hf")
+    later = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in weights.items() if ".layers.1." in n}
+    rewrite(tmp_path / "hf", {**weights, **later})
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.2\..*' is not described by config\.json"):
+        convert_from_hf(storage_path(tmp_path / "hf"), storage_path(tmp_path / "new"))

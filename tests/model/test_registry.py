@@ -43,12 +43,18 @@ def test_a_name_is_taken_once() -> None:
         ({"hidden_size": 50}, r"hidden_size \(50\) must be a multiple"),
         ({"head_dim": 7}, r"head dimension \(7\) must be even"),
         ({"add_unit_offset": True}, "add_unit_offset: this model_type has False"),
-        ({"use_swiglu": False}, "use_swiglu: this model_type has True"),
+        ({"use_swiglu": False}, "model.use_swiglu = False: the gate of this model_type is SiLU; leave the key out"),
     ],
 )
 def test_mistakes_in_the_config(keys: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model("LLAMA2", tiny_config(**keys))
+
+
+def test_the_gate_of_gpt_oss_is_named() -> None:
+    keys = {"num_experts": 4, "top_k": 2, "moe_type": "Dropless"}
+    with pytest.raises(ConfigError, match=r"model\.use_swiglu = True: the gate of this model_type is a clamped SiLU"):
+        build_model("GPT_OSS", tiny_config(use_swiglu=True, **keys))
 
 
 def test_every_op_says_what_it_runs_on() -> None:

@@ -5,6 +5,7 @@ Keys and values with no equivalent are refused by name. Missing keys have the de
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from internlm.config.schema import ModelConfig
 from internlm.model.huggingface.config_checks import mistakes, unread
 from internlm.model.huggingface.expert_config import CLASSES, MODEL_TYPES, expert_keys, expert_mistakes, expert_notices
+from internlm.model.moe.settings import expert_settings
 from internlm.utils.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ _THEIR_NAMES = {
     "layer_norm_epsilon": "rms_norm_eps",
     "rope_base": "rope_theta",
 }
+_OUR_KEY = re.compile(r"\bmodel\.(?:moe_layer_kwargs\.)?(\w+)")
 _OWN_KEYS = {
     "internlm": ("bias", "rotary"),
     "internlm2": ("bias",),
@@ -128,7 +131,7 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> HfModel:
     refused += [f"{key}: this family's class does not read it" for key in other_functions]
     if refused:
         raise ConfigError([f"{where}: not supported: {reason}" for reason in refused])
-    _check(keys, where)
+    _check(keys, values, where)
     dtype = values.get("dtype", values.get("torch_dtype"))
     if model_type == "LLAMA2" and keys.get("rope_scaling", {}).get("type") == "llama3":
         model_type = "LLAMA3"
@@ -160,15 +163,22 @@ def _is_dropout(key: str, values: Mapping[str, Any]) -> bool:
     return key.endswith(("dropout", "pdrop", "dropout_prob")) and values[key] not in (None, 0, False)
 
 
-def _check(keys: Mapping[str, Any], where: str) -> None:
+def _check(keys: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
     """Refuse values that the `model` section does not accept, under their names in config.json."""
     try:
-        ModelConfig.model_validate(keys)
+        config = ModelConfig.model_validate(keys)
     except ValidationError as error:
         raise ConfigError(
             f"{where}: {_place(problem['loc'])}: {problem['msg']}, got {problem['input']!r}"
             for problem in error.errors()
         ) from error
+    number = next((key for key in ("n_routed_experts", "num_local_experts") if key in values), "num_experts")
+    names = {**_THEIR_NAMES, "num_experts": number, "top_k": "num_experts_per_tok"}
+    try:
+        expert_settings(config, "sum")
+    except ConfigError as error:
+        text = _OUR_KEY.sub(lambda key: names.get(key[1], key[1]), str(error))
+        raise ConfigError(f"{where}: {text}") from None
 
 
 def _common(config: PretrainedConfig, activation: str, refused: list[str]) -> dict[str, Any]:

@@ -173,6 +173,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 
         ("glm4_moe", {"first_k_dense_replace": 3}, "no layer with experts, of 2 layers"),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "must be in every n-th layer"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
+        ("glm4_moe", {"n_group": 3}, r"config.json: .*\bn_group\b(?!.*model\.)"),
+        ("deepseek_v3", {"n_group": 2, "topk_group": 3}, r"config.json: .*\btopk_group\b(?!.*model\.)"),
         ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts must be a whole number from 1"),
         (
             "qwen2_moe",
