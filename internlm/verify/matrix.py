@@ -239,6 +239,16 @@ GROUPS = (
 )
 """Rows with parameter groups, which interact with sharding and with the pipeline schedule."""
 
+FLOAT8_EXPERTS = tuple(
+    f"{layout} model:dtype=float64,float8,experts=4,checkpoint=1,save_policy=matmuls"
+    for layout in (
+        "ranks=4 layout:tensor=2,mode=msp,expert=2,expert_tensor model:family=QWEN3MOE",
+        "ranks=4 layout:tensor=2,mode=isp,weight=2,expert=2,expert_weight=2 model:family=QWEN3MOE",
+        "ranks=4 layout:tensor=2,mode=mtp,expert_tensor,fsdp model:family=QWEN2MOE,shared_experts=1",
+    )
+)
+"""Rows with experts in float8, in each form in which ranks hold them."""
+
 
 def pairwise_matrix() -> list[Combination]:
     """Dense models: rows in which every valid pair of options occurs, followed by `GROUPS`; equal on every machine."""
@@ -246,8 +256,8 @@ def pairwise_matrix() -> list[Combination]:
 
 
 def expert_matrix() -> list[Combination]:
-    """Mixtures of experts: rows in which every valid pair of options occurs."""
-    return EXPERTS.pairwise()
+    """Mixtures of experts: rows in which every valid pair of options occurs, followed by `FLOAT8_EXPERTS`."""
+    return EXPERTS.pairwise() + [Combination.parse(text) for text in FLOAT8_EXPERTS]
 
 
 def context_matrix() -> list[Combination]:
