@@ -14,6 +14,7 @@ import torch
 from internlm.model.ops import cross_entropy, grouped_linear, linear, norm, rotary
 from internlm.model.ops import gated_activation as gated
 from internlm.model.ops.attention import causal_attention as attention
+from internlm.model.ops.attention import partial_attention
 from internlm.model.ops.attention.cuda_backends import AttentionNeeds, capability_of
 from internlm.model.ops.float8 import grouped_gemm as float8_grouped
 from internlm.model.ops.float8 import scaled_gemm as float8
@@ -85,6 +86,7 @@ def describe(device: torch.device | str, settings: OpSettings | None = None) -> 
         "layer_norm": norm.layer_norm_choice(device),
         "linear": linear.choice(device, settings.dtype),
         "linear_cross_entropy": cross_entropy.choice(device),
+        "partial_attention": partial_attention.choice(device, settings.dtype, settings.head_dim),
         "rms_norm": norm.rms_norm_choice(device, kernels, compiled=compiled),
         "rotary": rotary.choice(device),
     }

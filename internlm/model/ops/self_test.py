@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from internlm.model.ops import reference
+from internlm.model.ops.attention.attention_in_parts import attention_in_parts
 from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 from internlm.model.ops.attention.cuda_backends import BACKENDS, why_not
 from internlm.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
@@ -72,7 +73,8 @@ def self_tests(device: torch.device, settings: OpSettings | None = None) -> Iter
     """
     settings = settings or OpSettings()
     for dtype in dict.fromkeys((settings.dtype, torch.float32)):
-        for case in (*attention_cases(device, settings, dtype), *other_cases(device, settings)):
+        attentions = (*attention_cases(device, settings, dtype), *partial_attention_cases(device, settings))
+        for case in (*attentions, *other_cases(device, settings)):
             yield Outcome(case.op, case.name, dtype, judge(case, device, dtype))
     if settings.use_float8:
         for case in (*float8_cases(device), *float8_grouped_cases(device)):
@@ -132,6 +134,26 @@ def attention_cases(
             )
             if backend != "flex":
                 yield OpCase("attention", f"rows{suffix}", run, formula, rows)
+
+
+def partial_attention_cases(
+    device: torch.device,
+    settings: OpSettings,
+    lengths: Sequence[int] = LENGTHS,
+    heads: tuple[int, int] = (6, 2),
+    windows: Sequence[int | None] = (None, 33),
+    num_parts: int = 3,
+) -> Iterator[OpCase]:
+    """Packed documents, whose keys are seen in parts; arguments as of `attention_cases`."""
+    bounds = VarlenMetadata.of(tuple(lengths)).cu_seqlens.to(device)
+    for window in windows:
+        yield OpCase(
+            "partial_attention",
+            f"packed documents{'' if window is None else f', window of {window}'}, keys in {num_parts} parts",
+            partial(attention_in_parts, lengths=lengths, num_parts=num_parts, window=window),
+            partial(reference.attention, cu_seqlens=bounds, window=window),
+            tuple((1, sum(lengths), number, settings.head_dim) for number in (heads[0], heads[1], heads[1])),
+        )
 
 
 def other_cases(

@@ -23,16 +23,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.model.ops.attention.attention_tiles import Tile, TileBatch, batches
+from internlm.model.ops.attention.attention_tiles import Tile, TileBatch, batches, trimmed
 from internlm.model.ops.attention.cuda_backends import capability_of
 from internlm.model.ops.attention.partial_kernels import BatchedGemms, CpuFlash, CudaFlash, PartialKernel
+from internlm.model.ops.cpu.attention import with_dense_heads
+from internlm.model.ops.cpu.native import has_bf16_units, has_native_ops
 from internlm.model.ops.implementation_choice import Choice
 
 __all__ = ["Tile", "add_partial_attention", "choice", "partial_attention_backward"]
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
-_MAX_FLASH_HEAD_DIM = 256
+_LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0))
+"""Compute capabilities."""
+
+_NO_WINDOW = 1 << 40
 
 
 @torch.no_grad()
@@ -62,6 +67,10 @@ def add_partial_attention(
         scale: factor on the scores; None: 1 / sqrt(D).
     """
     scale = _scale(q, scale)
+    if _is_native(q.device, q.dtype):
+        inputs = (with_dense_heads(x) for x in (q, k, v))
+        torch.ops.internlm_native.add_partial_attention(out, lse, *inputs, _flat(tiles, window), scale)
+        return
     kernel = _kernel(q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
     q, k, v = _prepared(kernel, q.dtype, q, k, v)
     for batch in _batches(kernel, tiles, window, q):
@@ -95,6 +104,12 @@ def partial_attention_backward(
         grad_q, grad_k, grad_v: fp32 (float64 for float64), in the shapes of q, k and v.
     """
     scale = _scale(q, scale)
+    if _is_native(q.device, q.dtype):
+        inputs = (with_dense_heads(x) for x in (grad_out.to(q.dtype), q, k, v, out.float()))
+        torch.ops.internlm_native.partial_attention_backward(
+            *inputs, lse, _flat(tiles, window), scale, grad_q, grad_k, grad_v
+        )
+        return
     kernel = _kernel(q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
     grad_out, q, k, v, out = _prepared(kernel, q.dtype, grad_out, q, k, v, out)
     for batch in _batches(kernel, tiles, window, q):
@@ -116,6 +131,8 @@ def partial_attention_backward(
 
 def choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
     """The implementation of partial attention, for the larger one of D and D'."""
+    if _is_native(device, dtype):
+        return Choice("own C++ kernel, all tiles in one call", "this CPU has bf16 units")
     if device.type == "cpu":
         return Choice("PyTorch's flash attention in fp32, one call per tile shape", "parts are not rounded to 16 bits")
     if device.type != "cuda":
@@ -124,6 +141,22 @@ def choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
     if reason is not None:
         return Choice("batched GEMMs in fp32", f"PyTorch's flash attention {reason}")
     return Choice("PyTorch's flash attention 2, one call per shape of tile", "it takes the log-sum-exp over all keys")
+
+
+def _is_native(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the C++ kernel is used, which takes all tiles at once and merges them itself."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and has_bf16_units() and has_native_ops()
+
+
+def _flat(tiles: Sequence[Tile], window: int | None) -> list[int]:
+    """The tiles as the C++ kernel takes them: six numbers each, the last two of which hide nothing from a full tile."""
+    numbers: list[int] = []
+    for tile in tiles:
+        if (rest := trimmed(tile, window)) is not None:
+            numbers += (rest.q_start, rest.q_stop, rest.k_start, rest.k_stop)
+            numbers.append(rest.num_keys if rest.distance is None else rest.distance)
+            numbers.append(_NO_WINDOW if rest.distance is None or window is None else window)
+    return numbers
 
 
 def _kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> PartialKernel:
@@ -140,8 +173,10 @@ def _why_not_cuda_flash(capability: tuple[int, int] | None, dtype: torch.dtype, 
         return f"needs compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"
     if dtype not in _SIXTEEN_BITS:
         return f"does not support {str(dtype).removeprefix('torch.')}"
-    if head_dim > _MAX_FLASH_HEAD_DIM:
-        return f"supports head dimensions up to {_MAX_FLASH_HEAD_DIM}, the model has {head_dim}"
+    # Its backward pass of larger ones needs more shared memory than other GPUs have.
+    largest = 256 if capability is None or capability in _LARGE_SHARED_MEMORY else 192
+    if head_dim > largest:
+        return f"supports head dimensions up to {largest} on this GPU, the model has {head_dim}"
     return None
 
 

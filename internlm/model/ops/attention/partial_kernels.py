@@ -145,7 +145,7 @@ class CudaFlash:
         use_flash_implementation(None)
         is_causal, left, right = self._window(tile, window)
         # The state of random numbers, which only dropout reads.
-        state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, dtype=torch.uint64, device=q.device)
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         by_head = lse.transpose(1, 2).contiguous()
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
             *(grad_out, q, k, v, out, by_head, None, None, tile.num_queries, tile.num_keys, 0.0, is_causal, *state),

@@ -78,7 +78,7 @@ def _attention(
     """The result, and the log-sum-exp of the scores `[B, H, S]`; empty for "blocks", which recomputes it."""
     if kernel == "native":
         result: tuple[Tensor, Tensor] = torch.ops.internlm_native.attention(
-            *map(_with_dense_heads, (q, k, v)), cu_seqlens, window, scale
+            *map(with_dense_heads, (q, k, v)), cu_seqlens, window, scale
         )
         return result
     if kernel == "wide":
@@ -126,7 +126,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if kernel == "native":
         results: tuple[Tensor, Tensor, Tensor] = torch.ops.internlm_native.attention_backward(
-            *map(_with_dense_heads, (grad, q, k, v, out)), lse, cu_seqlens, window, scale
+            *map(with_dense_heads, (grad, q, k, v, out)), lse, cu_seqlens, window, scale
         )
         return results
     if kernel == "wide":
@@ -207,10 +207,10 @@ def _rows_backward(
 
 def _by_head(x: Tensor) -> Tensor:
     """`[B, S, H, D]` -> `[B, H, S, D]`, the layout of PyTorch's kernel."""
-    return _with_dense_heads(x).transpose(1, 2)
+    return with_dense_heads(x).transpose(1, 2)
 
 
-def _with_dense_heads(x: Tensor) -> Tensor:
+def with_dense_heads(x: Tensor) -> Tensor:
     """x with stride 1 in the last dimension, which kernels assume; it is 0 in the gradient of a sum."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
