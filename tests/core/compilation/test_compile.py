@@ -23,7 +23,6 @@ from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
 from internlm.core.parallel.parallelize import parallelize
-from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model
 from internlm.utils.errors import ConfigError
@@ -49,6 +48,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "msp": ({"world_size": 2, "tensor": 2, "mode": "msp"}, {}),
     "fsp": ({"world_size": 2, "tensor": 2, "mode": "fsp"}, {}),
     "isp": ({"world_size": 2, "tensor": 2, "weight": 2, "mode": "isp"}, {"weight_gathering": GatherPlan(overlap=True)}),
+    "context": ({"world_size": 2, "context": 2}, {}),
+    "context and isp": ({"world_size": 2, "context": 2, "weight": 2, "mode": "isp"}, {}),
     "postponed": ({"world_size": 1}, {"postpone_weight_gradients": True}),
 }
 
@@ -66,9 +67,10 @@ def build(model_type: str, changes: dict[str, Any], layout: ParallelLayout | Non
 
 
 def loss_and_gradients(model: nn.Module, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, dict[str, Tensor]]:
-    micro = micro_batch(0, lengths)
     parallel = parallel_of(model)
-    hidden = model(micro.input_ids, micro.position_ids, VarlenMetadata.of(lengths))
+    sample = parallel.split_sample(micro_batch(0, lengths))
+    micro = sample.micro_batch
+    hidden = model(micro.input_ids, micro.position_ids, sample.documents(micro))
     output = parallel.head_loss(model, hidden, micro.labels, micro.type_ids, linear_cross_entropy)
     output.loss.loss_sum.backward()
     parallel.end_backward()
@@ -124,7 +126,11 @@ def _in_layout(
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [*((name, "fused") for name in LAYOUTS), ("mtp", "latent"), ("msp", "latent"), ("isp", "latent")],
+    [
+        *((name, "fused") for name in LAYOUTS),
+        ("context", "window"),
+        *((mode, "latent") for mode in ("mtp", "msp", "isp")),
+    ],
 )
 def test_modes(name: str, family: str, ranks: Callable[[int], RankPool]) -> None:
     layout, options = LAYOUTS[name]
