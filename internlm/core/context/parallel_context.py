@@ -93,6 +93,10 @@ class ParallelContext:
         if name not in self._named_groups:
             self._named_groups[name] = tuple(ranks), dist.new_group(list(ranks), timeout=self.timeout)
 
+    def has_named_group(self, name: Hashable) -> bool:
+        """Whether `make_named_group` has created a group of this name."""
+        return name in self._named_groups
+
     def named_group(self, name: Hashable) -> dist.ProcessGroup:
         """A process group created by `make_named_group`.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
+from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.context.attention_executor import attend
 from internlm.core.parallel.context.block_traffic import ContextGroups
@@ -61,7 +63,13 @@ def context_groups(context: ParallelContext) -> ContextGroups:
     keys = context.group("context")
     assert keys is not None
     view = context.view("activation")
+    name = "context gradients", view.group("context", context.rank)
+    is_new = not context.has_named_group(name)
     for ranks in view.groups("context"):
         context.make_named_group(("context gradients", ranks), ranks)
-    gradients = context.named_group(("context gradients", view.group("context", context.rank)))
-    return ContextGroups(keys, gradients)
+    groups = ContextGroups(keys, context.named_group(name))
+    if is_new:
+        # NCCL connects all ranks of a group at its first use, which must not be a step in which some send nothing.
+        for group in groups:
+            all_reduce(torch.zeros(1, device=context.device), group)
+    return groups
