@@ -218,7 +218,8 @@ class Engine:
 
         def forward(number: int, chunk: int, received: Tensor | None) -> Tensor:
             micro = uploads[number].get()
-            self.routing.begin_micro_batch(number, (micro.input_ids.shape[0], micro.input_ids.shape[1]))
+            rows, width = batch.micro_batches[number].input_ids.shape
+            self.routing.begin_micro_batch(number, (rows, width), samples[number].micro_batch.token_indices)
             is_last = self._is_last(chunk)
             later = micro.later if is_last else []
             hidden = self._forward(samples[number], micro, chunk, received, later)

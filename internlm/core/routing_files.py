@@ -60,7 +60,7 @@ def check_layers(folder: Path, step: int, layers: Sequence[int]) -> None:
 
 
 def load_routing(
-    path: Path, shape: tuple[int, int, int], num_experts: int, rows: slice, positions: slice
+    path: Path, shape: tuple[int, int, int], num_experts: int, rows: slice, tokens: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Read a part of the chosen experts of a layer; only this part is read from the disk and checked.
 
@@ -68,10 +68,11 @@ def load_routing(
         path: from `path_of_routing`.
         shape: `[rows, positions, k]` of the whole array.
         num_experts: of the layer.
-        rows, positions: the part.
+        rows: of the part.
+        tokens: of the part, `[t]`: `position + row * positions of a row`, counted from the first of `rows`.
 
     Returns:
-        `[rows, positions, k]` of the part.
+        `[t, k]` of the part.
 
     Raises:
         DataError: the file does not exist, cannot be read or has another shape, or a token has an expert that does not
@@ -90,7 +91,7 @@ def load_routing(
             "global batch, positions of a row, experts of a token; use the same model and batches as the run that "
             "wrote it"
         )
-    part = array[rows, positions].astype(np.int64)
+    part = array[rows].reshape(-1, shape[2])[tokens].astype(np.int64)
     wrong = (part < 0) | (part >= num_experts)
     in_order = np.sort(part, axis=-1)
     repeated = (in_order[..., 1:] == in_order[..., :-1]).any(-1)
@@ -99,9 +100,10 @@ def load_routing(
         (repeated, "the same expert twice"),
     ):
         if found.any():
-            row, position = (int(each) for each in np.argwhere(found)[0])
+            first = int(np.flatnonzero(found)[0])
+            row, position = divmod(int(tokens[first]), shape[1])
             raise DataError(
-                f"{path}: row {(rows.start or 0) + row}, position {(positions.start or 0) + position} has "
-                f"{problem}: {part[row, position].tolist()}; write the file again"
+                f"{path}: row {rows.start + row}, position {position} has {problem}: {part[first].tolist()}; write "
+                "the file again"
             )
     return part

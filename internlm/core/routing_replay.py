@@ -6,6 +6,7 @@ losses follow from the scores of the reading run. Passes without gradients are n
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -43,8 +44,10 @@ class RoutingReplay(Hook):
         self._write, self._read = write, read
         self._step = 0
         self._shape = (0, 0)
+        self._positions: dict[int, Tensor] = {}
+        """Micro-batch -> positions of this rank's tokens; see `Replay.begin_micro_batch`."""
         self._chosen: dict[tuple[int, int], Tensor] = {}
-        """(layer, micro-batch) -> experts of this rank's tokens, int64 `[T, k]`."""
+        """(layer, micro-batch) -> experts of this rank's tokens, int64 `[t, k]`."""
         self._routing.replay = self
         for router in self._routers:
             router.replay = partial(self._take, router.layer)
@@ -62,55 +65,56 @@ class RoutingReplay(Hook):
         if self._read is not None:
             check_layers(self._read, self._step, self._routing.layers_with_experts)
 
-    def begin_micro_batch(self, number: int, shape: tuple[int, int]) -> None:
-        """Called before the forward pass of a micro-batch of this data rank, `[B, S]`."""
-        self._shape = shape
-        if self._read is not None and not self._chosen:
+    def begin_micro_batch(self, number: int, shape: tuple[int, int], positions: Tensor) -> None:
+        self._shape, self._positions[number] = shape, positions
+        if self._read is not None:
             for router in self._routers:
-                self._load(router, self._read)
+                if (router.layer, number) not in self._chosen:
+                    self._chosen[router.layer, number] = self._load(router, self._read, number)
 
     def _take(self, layer: int, experts: Tensor) -> Tensor:
-        """The experts of the tokens that a router has chosen `experts` for, int64 `[T, k]`."""
+        """The experts of the tokens that a router has chosen `experts` for, int64 `[t, k]`."""
         key = layer, self._routing.micro_batch
-        if self._read is not None:
-            return self._chosen[key]
-        self._chosen[key] = experts
-        return experts
+        if self._read is None:
+            self._chosen[key] = experts
+            return experts
+        chosen = self._chosen[key]
+        # Padding behind the sample is in no file.
+        return torch.cat((chosen, experts[len(chosen) :])) if len(chosen) < len(experts) else chosen
 
     def on_step_end(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         if self._write is not None:
             for router in self._routers:
                 self._save(router, self._write)
 
-    def _rows(self) -> tuple[int, slice]:
-        """Rows of the global batch, and which of them this data rank has."""
-        rows = self._routing.num_micro_batches * self._shape[0]
-        index = self._context.index("data")
-        return rows * self._context.size("data"), slice(index * rows, (index + 1) * rows)
+    def _file_shape(self, router: Router) -> tuple[int, int, int]:
+        rows = self._routing.num_micro_batches * self._shape[0] * self._context.size("data")
+        return rows, self._shape[1], router.form.top_k
 
-    def _positions(self, router: Router) -> slice:
-        """Positions of a row that this rank routes."""
-        size = self._shape[1] // router.num_sharing
-        index = self._context.index(self._axis)
-        return slice(index * size, (index + 1) * size)
+    def _rows(self, number: int) -> slice:
+        """The rows of the global batch that a micro-batch of this data rank has."""
+        first = self._context.index("data") * self._routing.num_micro_batches + number
+        return slice(first * self._shape[0], (first + 1) * self._shape[0])
 
-    def _load(self, router: Router, folder: Path) -> None:
-        num_rows, rows = self._rows()
+    def _own_positions(self, number: int) -> Tensor:
+        """Positions of this rank's tokens of a micro-batch, without those of padding behind it, which are last."""
+        positions = self._positions[number]
+        return positions[positions < math.prod(self._shape)]
+
+    def _load(self, router: Router, folder: Path, number: int) -> Tensor:
         path = path_of_routing(folder, self._step, router.layer)
-        shape = num_rows, self._shape[1], router.form.top_k
-        part = load_routing(path, shape, router.form.num_experts, rows, self._positions(router))
-        by_micro_batch = torch.from_numpy(part).to(self._context.device).chunk(self._routing.num_micro_batches)
-        for number, experts in enumerate(by_micro_batch):
-            self._chosen[router.layer, number] = experts.flatten(0, 1)
+        tokens = self._own_positions(number).numpy()
+        part = load_routing(path, self._file_shape(router), router.form.num_experts, self._rows(number), tokens)
+        return torch.from_numpy(part).to(self._context.device)
 
     def _save(self, router: Router, folder: Path) -> None:
         """Collective over the ranks that have tokens of the layer; the first of them writes."""
-        num_rows, rows = self._rows()
-        positions = self._positions(router)
-        parts = [self._chosen[router.layer, number] for number in range(self._routing.num_micro_batches)]
-        own = torch.stack(parts).view(rows.stop - rows.start, positions.stop - positions.start, -1)
-        whole = own.new_zeros(num_rows, self._shape[1], own.shape[-1])
-        whole[rows, positions] = own
+        device = self._context.device
+        whole = torch.zeros(self._file_shape(router), dtype=torch.int64, device=device)
+        for number in range(self._routing.num_micro_batches):
+            positions = self._own_positions(number).to(device)
+            experts = self._chosen[router.layer, number]
+            whole[self._rows(number)].flatten(0, 1)[positions] = experts[: len(positions)]
         for axis in ("data", self._axis):
             all_reduce(whole, self._context.group(axis))
         if self._context.index("data") == self._context.index("sample") == 0:

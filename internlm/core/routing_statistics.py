@@ -26,8 +26,15 @@ from internlm.model.moe.settings import ExpertSettings
 class Replay(Protocol):
     """Writes or reads the choices of routers; see `internlm.core.routing_replay`."""
 
-    def begin_micro_batch(self, number: int, shape: tuple[int, int]) -> None:
-        """Called before the forward pass of a micro-batch of this data rank, `[B, S]`."""
+    def begin_micro_batch(self, number: int, shape: tuple[int, int], positions: Tensor) -> None:
+        """Called before the forward pass of a micro-batch in a chunk.
+
+        Args:
+            number: of the micro-batch of this data rank.
+            shape: B and S of the micro-batch.
+            positions: int64 `[t]` on the host: those of the tokens that this rank routes among all of the micro-batch,
+                row by row. Those of padding behind the micro-batch are B S or more.
+        """
 
 
 class RoutingStatistics:
@@ -94,12 +101,19 @@ class RoutingStatistics:
         for router in self._routers:
             router.begin_step(self._losses, loss_scale / self._num_samples, self.seed)
 
-    def begin_micro_batch(self, number: int, shape: tuple[int, int]) -> None:
-        """Start the forward pass of a micro-batch of this data rank, `[B, S]`, in one chunk."""
+    def begin_micro_batch(self, number: int, shape: tuple[int, int], token_indices: Tensor | None) -> None:
+        """Start the forward pass of a micro-batch of this data rank in one chunk.
+
+        Args:
+            number: of the micro-batch.
+            shape: B and S of the micro-batch, before its tokens were dealt to context ranks.
+            token_indices: see `MicroBatch`; on the host.
+        """
         self.micro_batch = number
         self._sample = self._samples[number]
         if self.replay is not None:
-            self.replay.begin_micro_batch(number, shape)
+            indices = torch.arange(math.prod(shape)).view(shape) if token_indices is None else token_indices
+            self.replay.begin_micro_batch(number, shape, routed_tokens(indices, self._parallel).flatten())
 
     @contextmanager
     def forward_pass(self, chunk: int, micro: MicroBatch) -> Iterator[None]:
@@ -134,6 +148,8 @@ class RoutingStatistics:
             sequences, number = _sequences(micro)
             sequences = routed_tokens(sequences, self._parallel).flatten()
             sample = replace(sample, sequences=sequences, num_sequences=number)
+        if micro.token_indices is not None:
+            sample = replace(sample, positions=routed_tokens(micro.token_indices, self._parallel).flatten())
         return sample
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """The capacity of an expert: the number of tokens of a sample that it takes; those beyond it are dropped.
 
 A sample is a micro-batch of one data rank, T tokens, also where several ranks share them. These ranks exchange one
-integer for each choice, and then all find the same choices dropped, which are those of one process. A dropped choice
-contributes nothing, and its row is not computed.
+integer for each choice and one for each token, and then all find the same choices dropped, which are those of one
+process. A dropped choice contributes nothing, and its row is not computed.
 
 t tokens of this rank, E experts, k choices of a token.
 """
@@ -100,12 +100,12 @@ class Capacity:
 
 @dataclass(frozen=True)
 class SamplePart:
-    """This rank's tokens of a sample: a part of each of its B rows.
+    """This rank's tokens of a sample.
 
     Attributes:
         index: of this part.
-        count: number of parts.
-        join: all parts of a tensor `[B, s, ...]`, concatenated along dimension 1. Collective.
+        count: number of parts, equally large.
+        join: all parts of a tensor `[t, ...]`, concatenated along dimension 0. Collective.
     """
 
     index: int = 0
@@ -113,23 +113,25 @@ class SamplePart:
     join: Callable[[Tensor], Tensor] = field(default=lambda part: part)
 
     def positions(self, num_tokens: int, num_rows: int, device: torch.device) -> Tensor:
-        """Positions in the sample of this rank's tokens, int64 `[t]`."""
+        """Positions in the sample of this rank's tokens, if it has the same part of each row: int64 `[t]`."""
         width = num_tokens // num_rows
         rows = torch.arange(num_rows, device=device)[:, None] * (width * self.count)
         return (rows + self.index * width + torch.arange(width, device=device)).flatten()
 
-    def joined(self, values: Tensor, num_rows: int) -> Tensor:
-        """`[t, ...]` of this rank's tokens -> `[T, ...]` of all, in the order of positions. Collective."""
-        return values if self.count == 1 else self.join(values.unflatten(0, (num_rows, -1))).flatten(0, 1)
+    def joined(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Int64 `[t, n]` of this rank's tokens -> `[T, n]` of all, in the order of positions. Collective.
 
-    def own(self, values: Tensor, num_rows: int) -> Tensor:
-        """The inverse of `joined`, without communication."""
+        Args:
+            values: of this rank's tokens.
+            positions: int64 `[t]`, of the same tokens; those of all ranks are 0 to T - 1.
+        """
         if self.count == 1:
             return values
-        return values.unflatten(0, (num_rows, self.count, -1))[:, self.index].flatten(0, 1)
+        parts = self.join(torch.cat((positions[:, None], values), dim=1))
+        return torch.empty_like(parts[:, 1:]).index_copy_(0, parts[:, 0], parts[:, 1:])
 
 
-def kept_choices(keys: Tensor, capacity: int | Tensor, num_experts: int, part: SamplePart, num_rows: int) -> Tensor:
+def kept_choices(keys: Tensor, capacity: int | Tensor, num_experts: int, part: SamplePart, positions: Tensor) -> Tensor:
     """The choices that experts keep. Does not wait for the device. Collective over the ranks that share the sample.
 
     Args:
@@ -137,18 +139,18 @@ def kept_choices(keys: Tensor, capacity: int | Tensor, num_experts: int, part: S
         capacity: choices of each expert.
         num_experts: E.
         part: this rank's tokens of the sample.
-        num_rows: number of rows of the sample.
+        positions: int64 `[t]`, of these tokens in the sample.
 
     Returns:
         bool `[t, k]`.
     """
-    keys = part.joined(keys, num_rows)
+    keys = part.joined(keys, positions)
     in_order, order = keys.flatten().sort(stable=True)
     experts = in_order >> _BITS
     starts = torch.searchsorted(experts, torch.arange(num_experts, device=keys.device))
     ranks = torch.arange(len(experts), device=keys.device) - starts[experts.clamp(max=num_experts - 1)]
     kept = (ranks < capacity) & (experts < num_experts)
-    return part.own(torch.empty_like(kept).scatter_(0, order, kept).view(keys.shape), num_rows)
+    return torch.empty_like(kept).scatter_(0, order, kept).view(keys.shape)[positions]
 
 
 def kept_weights(weights: Tensor, kept: Tensor, capacity: Capacity, scale: float = 1.0) -> Tensor:

@@ -18,7 +18,7 @@ from internlm.model.moe.balance import (
     sequence_balancing_loss,
     z_loss,
 )
-from internlm.model.moe.capacity import SamplePart, kept_choices, kept_weights
+from internlm.model.moe.capacity import Capacity, SamplePart, kept_choices, kept_weights
 from internlm.model.moe.noise import choose_with_noise, jittered, noise_key
 from internlm.model.moe.router_form import RouterForm
 from internlm.model.moe.router_sums import RouterSums
@@ -143,17 +143,24 @@ class Router(nn.Module):
 
         Args:
             x: row by row.
-            num_rows: number of rows of the sample; counts for capacity and noise only.
+            num_rows: number of rows, of which this rank has an equal part each, unless the sample has positions; counts
+                for capacity and noise only.
         """
         is_training = self._losses is not None and torch.is_grad_enabled()
         # That of the forward pass, when recomputation follows those of later samples.
         sample, selection = self.sample, self.selection
-        positions = self.part.positions(x.shape[0], num_rows, x.device) if selection.needs_positions else None
         x = x.to(self.weight.dtype)
+
+        def positions() -> Tensor:
+            if sample.positions is not None:
+                return sample.positions
+            return self.part.positions(x.shape[0], num_rows, x.device)
+
         if is_training and selection.noise.jitter:
-            assert positions is not None
-            (key,) = as_routing_operator(lambda: [torch.full((), self._noise_key(sample), device=x.device)], x)
-            x = jittered(x, selection.noise, key, positions)
+            key, places = as_routing_operator(
+                lambda: [torch.full((), self._noise_key(sample), device=x.device), positions().clone()], x
+            )
+            x = jittered(x, selection.noise, key, places)
         logits = F.linear(x, self.weight, self.bias)
         scores = probabilities(logits, self.form)
         chosen = scores.detach()
@@ -162,14 +169,15 @@ class Router(nn.Module):
         def choose() -> list[Tensor]:
             key = self._noise_key(sample)
             if is_training and selection.noise.gumbel != "none":
-                assert positions is not None
-                args = self.form, selection.noise, key, positions, self.selection_bias
+                args = self.form, selection.noise, key, positions(), self.selection_bias
                 experts = choose_with_noise(logits.detach(), chosen, *args)
             else:
                 experts = choose_experts(chosen, self.form, self.selection_bias)
             if is_training and self.replay is not None:
                 experts = self.replay(experts)
-            kept = self._kept(experts, chosen, sample, key, positions, num_rows)
+            kept = experts.new_empty(0, dtype=torch.bool)
+            if selection.capacity is not None:
+                kept = self._kept(selection.capacity, experts, chosen, sample, key, positions())
             if not is_training:
                 return list(_Choice(experts, kept, *(experts.new_empty(0) for _ in range(5))))
             own = counts_by_expert(experts, self.form.num_experts, valid=sample.valid)
@@ -195,23 +203,13 @@ class Router(nn.Module):
         return Routing(choice.experts, weights, loss, kept)
 
     def _kept(
-        self,
-        experts: Tensor,
-        scores: Tensor,
-        sample: SampleTokens,
-        key: int,
-        positions: Tensor | None,
-        num_rows: int,
+        self, capacity: Capacity, experts: Tensor, scores: Tensor, sample: SampleTokens, key: int, positions: Tensor
     ) -> Tensor:
-        """The choices that are not dropped, bool `[T, k]`; empty without a capacity. Collective."""
-        capacity = self.selection.capacity
-        if capacity is None:
-            return experts.new_empty(0, dtype=torch.bool)
-        assert positions is not None
+        """The choices that are not dropped, bool `[T, k]`. Collective."""
         keys = capacity.keys(experts, weights_of(scores, experts, self.form), key, positions, sample.valid)
         num_tokens = positions.shape[0] * self.part.count if sample.num_valid is None else sample.num_valid
         rows = capacity.rows(num_tokens, self.form.num_experts, self.form.top_k, is_training=self.training)
-        return kept_choices(keys, rows, self.form.num_experts, self.part, num_rows)
+        return kept_choices(keys, rows, self.form.num_experts, self.part, positions)
 
     def _counted(self, experts: Tensor, own: Tensor, sample: SampleTokens) -> _Choice:
         """Counts over the whole sample. Collective; called without gradients."""

@@ -20,6 +20,8 @@ class SampleTokens:
         sequences: int64 `[t]`, the sequence of each token: an attention segment of a packed row, or a row; None where
             no loss needs it.
         num_sequences: number of sequences of the sample.
+        positions: int64 `[t]`, of the tokens in the sample, where they are dealt in another way than in equal parts of
+            each row (`capacity.SamplePart`); else None.
         number: of the sample in the whole run, from which random numbers follow; 0 outside of training.
     """
 
@@ -27,4 +29,5 @@ class SampleTokens:
     num_valid: Tensor | None = None
     sequences: Tensor | None = None
     num_sequences: int = 0
+    positions: Tensor | None = None
     number: int = 0

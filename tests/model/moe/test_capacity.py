@@ -240,19 +240,26 @@ def test_weights_are_compared_in_steps(dtype: torch.dtype, step: float) -> None:
         weights = torch.tensor([[2.0**-12], [2.0**-12 + more * step]], dtype=dtype)
         assert float(weights[1] - weights[0]) == more * step
         keys = Capacity(1.0, 1.0).keys(torch.zeros(2, 1, dtype=torch.int64), weights, 0, torch.arange(2))
-        assert kept_choices(keys, 1, E, SamplePart(), 1).flatten().tolist() == [keeps_first, not keeps_first]
+        kept = kept_choices(keys, 1, E, SamplePart(), torch.arange(2))
+        assert kept.flatten().tolist() == [keeps_first, not keeps_first]
 
 
 def test_a_shared_sample_is_that_of_one_rank() -> None:
-    """Positions, and which of the own choices are kept."""
-    values = torch.arange(T)
-    parts = values.view(B, 3, -1)
-    for index in range(3):
-        part = SamplePart(index, 3, lambda own: values.view(B, -1))
-        own = parts[:, index].flatten()
-        assert torch.equal(part.positions(len(own), B, torch.device("cpu")), own)
-        assert torch.equal(part.joined(own, B), values)
-        assert torch.equal(part.own(values, B), own)
+    """Which of the own choices are kept, for equal parts of each row, and for tokens that are dealt in any order."""
+    rows = [SamplePart(index, 3).positions(T // 3, B, torch.device("cpu")) for index in range(3)]
+    assert [own.tolist() for own in rows] == [[0, 1, 2, 9, 10, 11], [3, 4, 5, 12, 13, 14], [6, 7, 8, 15, 16, 17]]
+    capacity = Capacity(0.5, 0.5, priority="position")
+    experts = torch.randint(0, E, (T, 2), generator=torch.Generator().manual_seed(4))
+    # Equal keys of an expert: the first tokens of the sample are kept, not those of the first rank.
+    keys = capacity.keys(experts, torch.ones(T, 2), 0, torch.arange(T))
+    kept = kept_choices(keys, 4, E, SamplePart(), torch.arange(T))
+    assert 0 < int(kept.sum()) < 2 * T
+    for dealt in (rows, [*torch.randperm(T, generator=torch.Generator().manual_seed(5)).view(3, -1)]):
+        everything = torch.cat([torch.cat((own[:, None], keys[own]), dim=1) for own in dealt])
+        for index, own in enumerate(dealt):
+            part = SamplePart(index, 3, lambda values, everything=everything: everything)
+            assert torch.equal(part.joined(keys[own], own), keys)
+            assert torch.equal(kept_choices(keys[own], 4, E, part, own), kept[own])
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def _routing_of_all_ranks(routing: Routing, num_rows: int, group: dist.ProcessGr
 
 
 def _join(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return start_gather(part, group).wait()
+    return start_gather(part, group, dim=0).wait()
 
 
 def _sum(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
