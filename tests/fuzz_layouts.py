@@ -37,6 +37,7 @@ PARTS: dict[str, tuple[type, dict[str, tuple[Any, ...]]]] = {
             "tensor": (1, 2, 2, 4),
             "mode": ("mtp", "msp", "fsp", "isp", "isp"),
             "context": (1, 1, 1, 2, 2, 4),
+            "context_placement": ("head_first", "head_first", "context_first", "interleaved"),
             "context_cut": ("auto", "contiguous", "zigzag", "document_zigzag"),
             "context_exchange": ("auto", "ring", "direct", "all_gather"),
             "context_window": (1, 1, 2),

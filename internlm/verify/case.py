@@ -211,7 +211,8 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
     expert_size = 40
     if model.float8:
         head_dim, intermediate_size, expert_size = FLOAT8_HEAD_DIM, 16 * layout.tensor * 3, 16 * layout.tensor
-        kv_heads, seq_len = float8_kv_heads(kv_heads, layout), max(SEQ_LEN, FLOAT8_SEQ_LEN * layout.tensor)
+        kv_heads = float8_kv_heads(kv_heads, layout)
+        seq_len = max(SEQ_LEN, FLOAT8_SEQ_LEN * layout.tensor * layout.context)
     keys = {
         "model_type": model.family,
         "use_fp32_norm": model.fp32_norm,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from internlm.config.schema import Config
+from internlm.config.schema import Config, Sequence2DConfig
 from internlm.utils.errors import ConfigError, nearest
 
 T = TypeVar("T")
@@ -23,10 +23,12 @@ class LayoutChoices:
     Attributes:
         tensor: `parallel.tensor.size`.
         mode: `parallel.tensor.mode`.
-        context: `parallel.context.size`.
+        context: context ranks, `parallel.context.size`.
+        context_placement: "head_first": tensor ranks are consecutive; isp, by `parallel.sequence_2D`: "context_first"
+            and "interleaved", its `device_placement_strategy`.
         context_cut: `parallel.context.cut`.
         context_exchange: `parallel.context.exchange`.
-        context_window: `parallel.context.window_size`.
+        context_window: `window_size` of the same section.
         weight: `parallel.weight.size`.
         overlap: `parallel.weight.overlap`.
         pipeline: `parallel.pipeline.size`.
@@ -44,6 +46,7 @@ class LayoutChoices:
     tensor: int = 1
     mode: Literal["mtp", "msp", "fsp", "isp"] = "mtp"
     context: int = 1
+    context_placement: Literal["head_first", "context_first", "interleaved"] = "head_first"
     context_cut: Literal["auto", "contiguous", "zigzag", "document_zigzag"] = "auto"
     context_exchange: Literal["auto", "ring", "direct", "all_gather"] = "auto"
     context_window: int = 1
@@ -65,12 +68,13 @@ class LayoutChoices:
         """The layout of a config."""
         parallel = config.parallel
         return cls(
-            tensor=parallel.tensor.size,
+            tensor=parallel.tensor_ranks,
             mode=parallel.tensor.mode,
-            context=parallel.context.size,
+            context=parallel.context_ranks,
+            context_placement=_placement_of(parallel.sequence_2D),
             context_cut=parallel.context.cut,
             context_exchange=parallel.context.exchange,
-            context_window=parallel.context.window_size,
+            context_window=parallel.context_window,
             weight=parallel.weight.size,
             overlap=parallel.weight.overlap,
             pipeline=parallel.pipeline.size,
@@ -87,14 +91,15 @@ class LayoutChoices:
 
     def keys(self) -> dict[str, Any]:
         """The config keys, by dotted path, that select this layout."""
+        is_2d = self.context_placement != "head_first"
         return {
-            "parallel.tensor.size": self.tensor,
+            "parallel.tensor.size": self.tensor * self.context if is_2d else self.tensor,
             "parallel.tensor.mode": self.mode,
-            "parallel.sequence_2D.enable": False,
-            "parallel.context.size": self.context,
+            "parallel.sequence_2D": self._sequence_2d() if is_2d else {},
+            "parallel.context.size": 1 if is_2d else self.context,
             "parallel.context.cut": self.context_cut,
             "parallel.context.exchange": self.context_exchange,
-            "parallel.context.window_size": self.context_window,
+            "parallel.context.window_size": 1 if is_2d else self.context_window,
             "parallel.weight.size": self.weight,
             "parallel.weight.overlap": self.overlap,
             "parallel.pipeline.size": self.pipeline,
@@ -109,6 +114,26 @@ class LayoutChoices:
             "parallel.expert_weight.size": self.expert_weight,
             "parallel.expert_weight.overlap": self.expert_overlap,
         }
+
+    def _sequence_2d(self) -> dict[str, Any]:
+        return {
+            "enable": True,
+            "head_size": self.tensor,
+            "context_size": self.context,
+            "window_size": self.context_window,
+            "device_placement_strategy": {
+                "head_first": False,
+                "interleaved": self.context_placement == "interleaved",
+            },
+        }
+
+
+def _placement_of(two: Sequence2DConfig) -> Literal["head_first", "context_first", "interleaved"]:
+    if not two.enable:
+        return "head_first"
+    if two.device_placement_strategy.interleaved:
+        return "interleaved"
+    return "head_first" if two.device_placement_strategy.head_first else "context_first"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from internlm.config.schema import Config
@@ -40,8 +42,9 @@ def test_all_mistakes_are_told_with_what_was_meant() -> None:
     with pytest.raises(ConfigError) as caught:
         from_text(LayoutChoices, "tenso=2,zero=x,schedule=1F1,fsdp=maybe,mode=isp")
     assert caught.value.mistakes == [
-        "'tenso=2': unknown name 'tenso', known: tensor, mode, weight, overlap, pipeline, schedule, chunks, zero, "
-        "fsdp, expert, expert_zero, expert_tensor, expert_weight, expert_overlap. Did you mean 'tensor'?",
+        "'tenso=2': unknown name 'tenso', known: tensor, mode, context, context_placement, context_cut, "
+        "context_exchange, context_window, weight, overlap, pipeline, schedule, chunks, zero, fsdp, expert, "
+        "expert_zero, expert_tensor, expert_weight, expert_overlap. Did you mean 'tensor'?",
         "'zero=x': expected a whole number",
         "'schedule=1F1': expected one of 1F1B, ZBH1, ZBV, DUALPIPEV. Did you mean '1F1B'?",
         "'fsdp=maybe': expected true or false",
@@ -62,3 +65,10 @@ def test_a_config_and_its_layout_say_the_same() -> None:
     assert LayoutChoices.of(config) == LayoutChoices()
     assert LayoutChoices.of(changed(config, layout.keys())) == layout
     assert LayoutChoices.of(changed(changed(config, layout.keys()), LayoutChoices().keys())) == LayoutChoices()
+    two = LayoutChoices(tensor=2, mode="isp", context=8, context_window=4, context_placement="context_first")
+    for placement in ("context_first", "interleaved"):
+        placed = replace(two, context_placement=placement)
+        assert LayoutChoices.of(changed(config, placed.keys())) == placed
+        assert LayoutChoices.of(changed(changed(config, placed.keys()), LayoutChoices().keys())) == LayoutChoices()
+    keys = {**two.keys(), "parallel.sequence_2D.device_placement_strategy": {"head_first": True}}
+    assert LayoutChoices.of(changed(config, keys)) == replace(two, context_placement="head_first")
