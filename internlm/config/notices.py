@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from internlm.config.capacity import capacity_notices
+from internlm.config.capacity import capacity_notices, expert_capacity
 from internlm.config.rules import expert_ranks
 from internlm.config.rules.positions import exceeds_context
 from internlm.config.schema import Config
@@ -103,6 +103,22 @@ def _attention_sinks(config: Config) -> Iterator[str]:
         )
 
 
+def _why_cut(config: Config, world_size: int) -> str | None:
+    """Why layers with experts are not compiled whole; None if they are."""
+    model, tensor, keys = config.model, config.parallel.tensor, config.model.moe_layer_kwargs
+    second_is_random = model.moe_type == "GShard" and model.top_k == 2 and not keys.use_fused_gating
+    reasons = {
+        "ranks exchange the rows of experts": expert_ranks(config, world_size) > 1,
+        "linear layers communicate": tensor.size > 1 or tensor.mode == "isp",
+        "context ranks exchange keys and values": config.parallel.context_ranks > 1,
+        "the number of rows follows from the capacity of experts": expert_capacity(model) is not None,
+        "experts run their GEMMs in float8": config.float8.enable_float8_linear,
+        "the choice of experts has noise": keys.noisy_gate_policy in ("Jitter", "RSample") or second_is_random,
+        "attention sinks are not compiled": config.model_type == "GPT_OSS",
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
 def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> Iterator[str]:
     model, size = config.model, config.parallel.expert.size
     if model.num_experts <= 1:
@@ -120,8 +136,9 @@ def _experts(config: Config, given: Callable[[str], Any], world_size: int) -> It
             f"model.moe_intermediate_size = {model.moe_intermediate_size})"
         )
     yield from capacity_notices(config, given)
-    if model.compile:
-        yield "model.compile = True: routers and routed experts are not compiled, the rest of their layers is"
+    reason = _why_cut(config, world_size) if model.compile else None
+    if reason is not None:
+        yield f"model.compile = True: routers and routed experts are not compiled, the rest of a layer is ({reason})"
     if model.top_k == 1 and model.moe_layer_kwargs.normalize_expert_weights:
         yield (
             "model.top_k = 1 with model.moe_layer_kwargs.normalize_expert_weights: every weight is 1, so the cross "

@@ -229,10 +229,14 @@ class RoutingStatistics:
 
 
 def _sequences(micro: MicroBatch) -> tuple[Tensor, int]:
-    """The sequence of each token, int64 `[B, S]`, and the number of sequences."""
+    """The sequence of each token, int64 `[B, S]`, and a bound on the number of sequences.
+
+    For packed rows a power of two: a compiled layer has a graph for each bound.
+    """
     rows, width = micro.input_ids.shape
     device = micro.input_ids.device
     if micro.cu_seqlens is None or micro.lengths is None:
         return torch.arange(rows, device=device)[:, None].expand(rows, width), rows
     indices = torch.arange(width, device=device) if micro.token_indices is None else micro.token_indices[0]
-    return sequences_of(micro.cu_seqlens, indices)[None], len(micro.lengths)
+    bound = 1 << len(micro.lengths).bit_length()
+    return sequences_of(micro.cu_seqlens, indices)[None], bound

@@ -108,6 +108,8 @@ def expert_bytes(
     choice = routed.tokens * k * _INT64
     is_shared = layout.expert_tensor > 1
     counts: float = num_experts * (1 if layout.expert == 1 else 2) * _INT64
+    # And, on the host, the numbers of rows that are sent to ranks and received from them.
+    counts += 2 * layout.expert * _INT64 if layout.expert > 1 else 0
     # And, where tensor ranks share experts, the choices of all.
     counts += routed.dispatched * k * _INT64 if is_shared else 0
     if policy in ("nothing", "attention"):

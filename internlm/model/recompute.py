@@ -59,7 +59,7 @@ GEMM_OPS = frozenset(
 """GEMMs of activations with weights. Batched GEMMs are excluded: they compute attention's scores, which are much larger
 than its output."""
 
-ALWAYS_SAVED_OPS = frozenset({"internlm::routing", "internlm::attention"})
+ALWAYS_SAVED_OPS = frozenset({"internlm::routing", "internlm::choose_experts", "internlm::attention"})
 """Operators whose results every policy saves: recomputed on rounded inputs, a choice of experts could be another, and
 attention over several ranks would exchange all keys and values again."""
 
@@ -98,7 +98,7 @@ def recomputed(
         function: takes tensors and other values. All ranks that communicate in it must use the same policy.
         save_policy: see `SavePolicy`.
         store: holds the saved results; None: they stay on the device. Not for compiled graphs.
-        has_saved_operators: `function` calls `as_routing_operator` or `as_attention_operator`.
+        has_saved_operators: `function` calls operators of `ALWAYS_SAVED_OPS`.
     """
     if save_policy == "everything":
         return function

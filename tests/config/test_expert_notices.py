@@ -86,7 +86,12 @@ RANDOM = {"use_fused_gating": False, "noisy_gate_policy": "RSample"}
             1,
             ["model.moe_type = 'GShard': an expert takes", "no effect: model.moe_layer_kwargs.noisy_gate_policy = 'RS"],
         ),
-        ({"model.compile": True}, 1, ["model.compile = True: routers and routed experts are not compiled"]),
+        ({"model.compile": True}, 1, []),
+        (
+            {"model.compile": True},
+            2,
+            ["parallel.expert.size = -1: the ", "model.compile = True: routers and routed experts are not co"],
+        ),
         ({"model_type": "KIMI_K2"}, 1, ["model_type = 'KIMI_K2' with model.moe_layer_kwargs.scoring_func = 'softmax'"]),
     ],
     ids=str,

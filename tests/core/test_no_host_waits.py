@@ -33,7 +33,7 @@ ALLOWED_WITH_A_CAPACITY = {
 
 ALLOWED_IN_EXCHANGES = {
     "core/run_control.py: agree: tolist": "of the ranks' votes, which are summed on the host",
-    "core/parallel/experts/exchanged_experts.py: forward: tolist": "the host needs the numbers of rows that ranks send",
+    "core/parallel/experts/exchanged_experts.py: wait: tolist": "the host needs the numbers of rows that ranks send",
 }
 
 EXPERTS = {

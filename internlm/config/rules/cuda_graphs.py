@@ -55,7 +55,7 @@ def graphs(config: Config, world_size: int) -> Iterator[Problem]:
         "model.num_experts": (
             model.num_experts > 1,
             model.num_experts,
-            "the numbers of rows of experts differ from step to step, so their layers are not compiled whole",
+            "a replay repeats kernels alone, and would neither choose experts by a file nor count them in another step",
         ),
         "model.num_nextn_predict_layers": (
             model.num_nextn_predict_layers > 0,

@@ -9,6 +9,7 @@ from torch import nn
 
 from internlm.core.compilation import cuda_graphs as graphs
 from internlm.core.parallel.context.context_attention import ContextAttention
+from internlm.core.parallel.experts.exchanged_experts import ExchangedExperts
 from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.model_parallel import parallel_of
@@ -21,6 +22,7 @@ from internlm.model.modules.projection_norm import ProjectionNorm
 from internlm.model.moe.experts import Experts
 from internlm.model.moe.feed_forward import MoeFeedForward
 from internlm.model.moe.router import Router
+from internlm.model.ops.grouped_linear import grouped_linear
 from internlm.utils.cpp_extension import cpp_compiler, cpp_compilers
 from internlm.utils.errors import ConfigError
 
@@ -31,8 +33,9 @@ _RECOMPILE_LIMIT = 64
 def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: bool = False) -> nn.Module:
     """Compile every layer of `model` when it is first called. Changes and returns `model`.
 
-    A layer of plain modules becomes one graph, forward and backward. Linear layers that communicate or postpone weight
-    gradients, routers and experts run eagerly, and the code between them is compiled.
+    A layer of plain modules becomes one graph, forward and backward, with its router and experts. Other layers are cut:
+    linear layers that communicate or postpone weight gradients, attention with sinks, and routers and experts where
+    ranks exchange tokens, in float8, or with capacity or noise, run eagerly, and the code between them is compiled.
 
     Args:
         model: after `parallelize`, before FSDP.
@@ -65,24 +68,42 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
             # Exchanges are not compiled, and recomputation would see other pieces between them.
             for name in ("take_tokens", "share_routing", "return_tokens"):
                 setattr(module, name, torch.compiler.disable(getattr(module, name)))
-        if isinstance(module, Attention) and module.sinks is not None:
-            # The log-sum-exp is computed document by document.
-            module.inner.forward = torch.compiler.disable(module.inner.forward)  # type: ignore[method-assign]
-        if isinstance(module, Router | Experts):
-            # Choices of experts are saved as one operator; numbers of tokens differ from call to call.
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in layers_of(model):
         # The forward function, not the module: hooks that wait for weights cannot be compiled.
-        runs_eagerly = any(isinstance(module, Router | AttentionSinks | ContextAttention) for module in layer.modules())
-        if not parallel_of(model).replaces_linears and not runs_eagerly:
+        if not parallel_of(model).replaces_linears and _is_one_graph(layer):
             mode = graphs.MODE if cuda_graphs else None
             layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, mode=mode)
-        elif isinstance(layer, RecomputableLayer):
+            continue
+        _cut(layer)
+        if isinstance(layer, RecomputableLayer):
             # Recomputation wraps the compiled parts: its save policy must see the operators of the eager linear layers.
             layer.compute = torch.compile(layer.compute, backend=backend)  # type: ignore[method-assign]
         else:
             layer.forward = torch.compile(layer.forward, backend=backend)
     return model
+
+
+def _is_one_graph(layer: nn.Module) -> bool:
+    """Whether nothing in the layer, linear layers aside, communicates or has a shape that depends on values."""
+    return not any(
+        isinstance(module, ContextAttention | ExchangedExperts | AttentionSinks)
+        or (isinstance(module, Router) and module.selection.needs_positions)
+        or (isinstance(module, Experts) and module.linear13 is not grouped_linear)
+        for module in layer.modules()
+    )
+
+
+def _cut(layer: nn.Module) -> None:
+    """Let attention with sinks, routers and experts run eagerly."""
+    for module in layer.modules():
+        if isinstance(module, Attention) and module.sinks is not None:
+            # The log-sum-exp is computed document by document.
+            module.inner.forward = torch.compiler.disable(module.inner.forward)  # type: ignore[method-assign]
+        if isinstance(module, Router | Experts | ExchangedExperts):
+            # Recomputation around compiled parts saves results of routers, whose memory these parts would use again.
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        if isinstance(module, ExchangedExperts):
+            module.start = torch.compiler.disable(module.start)  # type: ignore[method-assign]
 
 
 def check_compiler(device: torch.device, *, key: str) -> None:

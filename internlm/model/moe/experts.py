@@ -56,6 +56,10 @@ class Experts(nn.Module):
         self.activation = a.activation
         self.fused_kernels = a.fused_kernels
 
+    def start(self, counts: Tensor) -> Tensor:
+        """Called with int64 `[E]`, numbers of rows, before other work; returns what `forward` takes as such."""
+        return counts
+
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Rows of tokens, sorted by expert -> the outputs of their experts.
 

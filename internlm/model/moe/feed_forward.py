@@ -35,30 +35,34 @@ class MoeFeedForward(nn.Module):
         self.share_routing: Callable[[Routing, int], Routing] = lambda routing, num_rows: routing
         self.return_tokens: Callable[[Tensor], Tensor] = lambda x: x
         self.router = Router(architecture, settings.form, layer, settings.selection, has_bias=settings.has_biases)
-        self.experts: nn.Module = Experts(architecture, settings.form.num_experts, settings.width, settings.has_biases)
         self.shared_mix = settings.shared_mix
         self.shared: FeedForward | None = None
         self.shared_gate: nn.Linear | None = None
         if settings.shared_width:
             self.shared = FeedForward(dataclasses.replace(architecture, intermediate_size=settings.shared_width))
-            if settings.shared_mix != "sum":
-                is_softmax = settings.shared_mix == "softmax"
-                self.shared_gate = Linear(
-                    architecture.hidden_size, 2 if is_softmax else 1, bias=is_softmax, dtype=architecture.dtype
-                )
-                set_initializer(self.shared_gate.weight, Normal(architecture.init.ffn_other))
-                if is_softmax:
-                    set_initializer(self.shared_gate.bias, Zeros())
+        # Behind the shared experts: weights are gathered ahead in the order of modules, which is that of their use.
+        self.experts: nn.Module = Experts(architecture, settings.form.num_experts, settings.width, settings.has_biases)
+        if settings.shared_width and settings.shared_mix != "sum":
+            is_softmax = settings.shared_mix == "softmax"
+            self.shared_gate = Linear(
+                architecture.hidden_size, 2 if is_softmax else 1, bias=is_softmax, dtype=architecture.dtype
+            )
+            set_initializer(self.shared_gate.weight, Normal(architecture.init.ffn_other))
+            if is_softmax:
+                set_initializer(self.shared_gate.bias, Zeros())
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
-        own, shared = self.take_tokens(x)
+        own, tokens = self.take_tokens(x)
         routing = self.share_routing(self.router(own.flatten(0, 1), x.shape[0]), x.shape[0])
         order = ExpertOrder.of(routing.experts, self.router.form.num_experts, routing.kept)
-        rows = self.experts(dispatch(shared.flatten(0, 1), order), order.counts)
-        routed = with_added_loss(combine(rows, routing.weights, order), routing.loss).view_as(shared)
-        out = self.return_tokens(routed)
-        return out if self.shared is None else self._mixed(x, out, self.shared(x))
+        # Ranks may exchange these numbers while the device computes the shared experts.
+        counts = self.experts.start(order.counts)  # type: ignore[operator]
+        rows = dispatch(tokens.flatten(0, 1), order)
+        shared = None if self.shared is None else self.shared(x)
+        routed = combine(self.experts(rows, counts), routing.weights, order)
+        out = self.return_tokens(with_added_loss(routed, routing.loss).view_as(tokens))
+        return out if shared is None else self._mixed(x, out, shared)
 
     def _mixed(self, x: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
         if self.shared_gate is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from internlm.model.moe.balance import (
     z_loss,
 )
 from internlm.model.moe.capacity import Capacity, SamplePart, kept_choices, kept_weights
+from internlm.model.moe.choice import ExpertChoice, choose, handle_of
 from internlm.model.moe.noise import choose_with_noise, jittered, noise_key
 from internlm.model.moe.router_form import RouterForm
 from internlm.model.moe.router_sums import RouterSums
@@ -63,26 +64,6 @@ class RouterLosses:
     balance: float = 0.0
     z: float = 0.0
     sequence: float = 0.0
-
-
-class _Choice(NamedTuple):
-    """What recomputation does not repeat; a tensor without elements stands for one that is not needed.
-
-    Attributes:
-        experts: int64 `[T, k]`.
-        kept: bool `[T, k]`, choices that are not dropped.
-        counts: int64 `[E]`, choices of each expert in the sample that the balance loss counts.
-        valid, num_valid, sequences: see `SampleTokens`.
-        sequence_counts: int64 `[n, E]`, likewise in each sequence of the sample.
-    """
-
-    experts: Tensor
-    kept: Tensor
-    counts: Tensor
-    valid: Tensor
-    num_valid: Tensor
-    sequences: Tensor
-    sequence_counts: Tensor
 
 
 class Router(nn.Module):
@@ -137,6 +118,12 @@ class Router(nn.Module):
         self._losses: RouterLosses | None = None
         self._sample_weight: Tensor | None = None
         self._sums: RouterSums | None = None
+        self._handle = handle_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is another router.
+        super().__setstate__(state)
+        self._handle = handle_of(self)
 
     def forward(self, x: Tensor, num_rows: int = 1) -> Routing:
         """Tokens `[T, h]` -> their experts.
@@ -150,46 +137,25 @@ class Router(nn.Module):
         # That of the forward pass, when recomputation follows those of later samples.
         sample, selection = self.sample, self.selection
         x = x.to(self.weight.dtype)
-
-        def positions() -> Tensor:
-            if sample.positions is not None:
-                return sample.positions
-            return self.part.positions(x.shape[0], num_rows, x.device)
-
         if is_training and selection.noise.jitter:
-            key, places = as_routing_operator(
-                lambda: [torch.full((), self._noise_key(sample), device=x.device), positions().clone()], x
-            )
-            x = jittered(x, selection.noise, key, places)
+
+            def key_and_positions() -> list[Tensor]:
+                key = torch.full((), self._noise_key(sample), device=x.device)
+                return [key, self._positions(x, sample, num_rows).clone()]
+
+            x = jittered(x, selection.noise, *as_routing_operator(key_and_positions, x))
         logits = F.linear(x, self.weight, self.bias)
         scores = probabilities(logits, self.form)
-        chosen = scores.detach()
-
-        # In one operator that recomputation never repeats: a second choice could differ, and would be counted twice.
-        def choose() -> list[Tensor]:
-            key = self._noise_key(sample)
-            if is_training and selection.noise.gumbel != "none":
-                args = self.form, selection.noise, key, positions(), self.selection_bias
-                experts = choose_with_noise(logits.detach(), chosen, *args)
-            else:
-                experts = choose_experts(chosen, self.form, self.selection_bias)
-            if is_training and self.replay is not None:
-                experts = self.replay(experts)
-            kept = experts.new_empty(0, dtype=torch.bool)
-            if selection.capacity is not None:
-                kept = self._kept(selection.capacity, experts, chosen, sample, key, positions())
-            if not is_training:
-                return list(_Choice(experts, kept, *(experts.new_empty(0) for _ in range(5))))
-            own = counts_by_expert(experts, self.form.num_experts, valid=sample.valid)
-            choice = self._counted(experts, own, sample)._replace(kept=kept)
-            assert self._sums is not None
-            losses = torch.stack(self._losses_of(logits.detach(), chosen, choice))
-            self._sums.add(own, expert_distribution(chosen, self.form), losses, valid=sample.valid)
-            if selection.capacity is not None:
-                self._sums.dropped.add_(own.sum() - kept.sum())
-            return list(choice)
-
-        choice = _Choice(*as_routing_operator(choose, chosen))
+        choice = choose(
+            self._handle,
+            logits,
+            scores,
+            sample,
+            num_rows,
+            top_k=self.form.top_k,
+            drops=selection.capacity is not None,
+            is_training=is_training,
+        )
         loss = None
         if is_training:
             assert self._losses is not None and self._sample_weight is not None
@@ -202,6 +168,42 @@ class Router(nn.Module):
         weights = kept_weights(weights, kept, selection.capacity, self.form.scale)
         return Routing(choice.experts, weights, loss, kept)
 
+    def choose(
+        self, logits: Tensor, scores: Tensor, sample: SampleTokens, num_rows: int, *, is_training: bool
+    ) -> ExpertChoice:
+        """See `Chooser`. Collective over the ranks that share a sample."""
+        sample = replace(sample, positions=self.sample.positions, number=self.sample.number)
+        selection, key = self.selection, self._noise_key(sample)
+        if is_training and selection.noise.gumbel != "none":
+            positions = self._positions(logits, sample, num_rows)
+            args = self.form, selection.noise, key, positions, self.selection_bias
+            experts = choose_with_noise(logits, scores, *args)
+        else:
+            experts = choose_experts(scores, self.form, self.selection_bias)
+        if is_training and self.replay is not None:
+            # Results of an operator are its caller's, but the replay keeps what it returns.
+            experts = self.replay(experts).clone()
+        kept = experts.new_empty(0, dtype=torch.bool)
+        if selection.capacity is not None:
+            positions = self._positions(logits, sample, num_rows)
+            kept = self._kept(selection.capacity, experts, scores, sample, key, positions)
+        if not is_training:
+            return ExpertChoice(experts, kept, *(experts.new_empty(0) for _ in range(5)))
+        own = counts_by_expert(experts, self.form.num_experts, valid=sample.valid)
+        choice = self._counted(experts, own, sample)._replace(kept=kept)
+        assert self._sums is not None
+        losses = torch.stack(self._losses_of(logits, scores, choice))
+        self._sums.add(own, expert_distribution(scores, self.form), losses, valid=sample.valid)
+        if selection.capacity is not None:
+            self._sums.dropped.add_(own.sum() - kept.sum())
+        return choice
+
+    def _positions(self, tokens: Tensor, sample: SampleTokens, num_rows: int) -> Tensor:
+        """Positions in the sample of these tokens, `[t, ...]`."""
+        if sample.positions is not None:
+            return sample.positions
+        return self.part.positions(tokens.shape[0], num_rows, tokens.device)
+
     def _kept(
         self, capacity: Capacity, experts: Tensor, scores: Tensor, sample: SampleTokens, key: int, positions: Tensor
     ) -> Tensor:
@@ -211,7 +213,7 @@ class Router(nn.Module):
         rows = capacity.rows(num_tokens, self.form.num_experts, self.form.top_k, is_training=self.training)
         return kept_choices(keys, rows, self.form.num_experts, self.part, positions)
 
-    def _counted(self, experts: Tensor, own: Tensor, sample: SampleTokens) -> _Choice:
+    def _counted(self, experts: Tensor, own: Tensor, sample: SampleTokens) -> ExpertChoice:
         """Counts over the whole sample. Collective; called without gradients."""
         num_experts = self.form.num_experts
         valid, num_valid, sequences, sequence_counts = (experts.new_empty(0) for _ in range(4))
@@ -225,12 +227,12 @@ class Router(nn.Module):
         if self.selection.balances_first:
             own = counts_by_expert(experts[:, :1], num_experts, valid=sample.valid)
         counts = self.sum_over_sample(own)
-        return _Choice(experts, counts.new_empty(0), counts, valid, num_valid, sequences, sequence_counts)
+        return ExpertChoice(experts, counts.new_empty(0), counts, valid, num_valid, sequences, sequence_counts)
 
     def _noise_key(self, sample: SampleTokens) -> int:
         return noise_key(self._seed, sample.number, self.layer)
 
-    def _losses_of(self, logits: Tensor, scores: Tensor, choice: _Choice) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses_of(self, logits: Tensor, scores: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor, Tensor]:
         """(balance, z, sequence) of this rank's tokens, all scalars; the last one is 0 if its coefficient is."""
         has_padding, has_sequences = choice.valid.numel() > 0, choice.sequences.numel() > 0
         valid = choice.valid if has_padding else None

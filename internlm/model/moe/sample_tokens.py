@@ -19,7 +19,7 @@ class SampleTokens:
         num_valid: number of valid tokens of the whole sample, int64 scalar on the device; None where `valid` is.
         sequences: int64 `[t]`, the sequence of each token: an attention segment of a packed row, or a row; None where
             no loss needs it.
-        num_sequences: number of sequences of the sample.
+        num_sequences: number of sequences of the sample, or a bound on it.
         positions: int64 `[t]`, of the tokens in the sample, where they are dealt in another way than in equal parts of
             each row (`capacity.SamplePart`); else None.
         number: of the sample in the whole run, from which random numbers follow; 0 outside of training.

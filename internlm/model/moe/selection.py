@@ -42,6 +42,11 @@ class Selection:
     balances_first: bool = False
     normalizes: bool = True
 
+    @property
+    def needs_positions(self) -> bool:
+        """Whether the choice for a token depends on its position in the sample."""
+        return self.capacity is not None or self.noise != RouterNoise()
+
 
 def selection_of(config: ModelConfig) -> Selection:
     """The selection that the `model` section of a mixture asks for."""

@@ -12,8 +12,61 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from internlm.core.communication.pending import Pending
 from internlm.model.moe.expert_order import permute
 from internlm.model.recompute import as_routing_operator
+from internlm.utils.copy_stream import CopyStream
+
+
+class CountsExchange:
+    """The numbers of rows that ranks send one another: started early, so that other work hides it.
+
+    In recomputation, it is not repeated, and the host waits for nothing.
+
+    Args:
+        counts: int64 `[E]`, rows of this rank for each expert.
+        group: the ranks of the expert axis.
+        stream: copies the numbers to the host.
+    """
+
+    def __init__(self, counts: Tensor, group: dist.ProcessGroup, stream: CopyStream) -> None:
+        self._sent = counts.view(dist.get_world_size(group), -1)
+        self._stream = stream
+        self._received: Pending | None = None
+
+        # An operator without results, so that none is saved before it has arrived.
+        def start() -> list[Tensor]:
+            received = torch.empty_like(self._sent)
+            work = dist.all_to_all_single(received, self._sent, group=group, async_op=True)
+            self._received = Pending(received, work)
+            return []
+
+        as_routing_operator(start, counts)
+
+    def wait(self) -> tuple[Tensor, list[int], list[int]]:
+        """Rows of each rank for each of this rank's experts, `[ep, e]`; rows sent to each rank, and received from it.
+
+        The host waits for these numbers, but not for what the device was given to do in the meantime.
+        """
+
+        def finish() -> list[Tensor]:
+            pending = self._received
+            assert pending is not None
+
+            def copy() -> tuple[Tensor, Tensor]:
+                received = pending.wait()
+                sizes = torch.stack([self._sent.sum(1), received.sum(1)])
+                on_host = self._stream.new_host_buffer(sizes.numel(), sizes.dtype).view_as(sizes)
+                return received, on_host.copy_(sizes, non_blocking=True)
+
+            copied = self._stream.run(copy)
+            # The device waits too: memory of the tensors may be reused behind what follows.
+            copied.wait()
+            return list(copied.synchronize())
+
+        received, sizes = as_routing_operator(finish, self._sent)
+        sent_by_rank, received_by_rank = sizes.tolist()
+        return received, sent_by_rank, received_by_rank
 
 
 class ExchangedExperts(nn.Module):
@@ -24,35 +77,31 @@ class ExchangedExperts(nn.Module):
     Args:
         experts: those of this rank, an `Experts` with its share of the weights.
         group: the ranks of the expert axis, which hold the experts in order.
+        stream: copies numbers of rows to the host.
     """
 
-    def __init__(self, experts: nn.Module, group: dist.ProcessGroup) -> None:
+    def __init__(self, experts: nn.Module, group: dist.ProcessGroup, stream: CopyStream) -> None:
         super().__init__()
         self.local = experts
         self._group = group
-        self._size = dist.get_world_size(group)
+        self._stream = stream
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Rows sorted by expert, `[M, h]`, and int64 `[E]` of them for each expert -> results, `[M, h]`. Collective."""
+    def start(self, counts: Tensor) -> CountsExchange:
+        """Start the exchange of int64 `[E]`, numbers of rows for each expert, which `forward` needs. Collective."""
+        return CountsExchange(counts, self._group, self._stream)
 
-        # In one operator that recomputation does not repeat.
-        def exchange_counts() -> list[Tensor]:
-            sent = counts.view(self._size, -1)
-            received = torch.empty_like(sent)
-            dist.all_to_all_single(received, sent, group=self._group)
-            return [received]
-
-        (received,) = as_routing_operator(exchange_counts, counts)
-        # Copied together, so that the host waits once.
-        sizes = torch.stack([counts.view(self._size, -1).sum(1), received.sum(1)]).tolist()
-        arrived: Tensor = _ExchangeRows.apply(rows, sizes[0], sizes[1], self._group)
+    def forward(self, rows: Tensor, counts: CountsExchange) -> Tensor:
+        """Rows sorted by expert, `[M, h]`, and their numbers, from `start` -> results, `[M, h]`. Collective."""
+        received, sent_by_rank, received_by_rank = counts.wait()
+        arrived: Tensor = _ExchangeRows.apply(rows, sent_by_rank, received_by_rank, self._group)
         # Sorted by rank, then by expert; the experts of this rank need them by expert, then by rank.
         number = torch.arange(received.numel(), device=received.device) % received.shape[1]
         experts = number.repeat_interleave(received.flatten(), output_size=arrived.shape[0])
         order = experts.argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         results = self.local(permute(arrived, order, inverse), received.sum(0))
-        out: Tensor = _ExchangeRows.apply(permute(results, inverse, order), sizes[1], sizes[0], self._group)
+        back = permute(results, inverse, order)
+        out: Tensor = _ExchangeRows.apply(back, received_by_rank, sent_by_rank, self._group)
         return out
 
 

@@ -17,12 +17,14 @@ from internlm.model.moe.experts import Experts
 from internlm.model.moe.feed_forward import MoeFeedForward
 from internlm.model.moe.router import Routing
 from internlm.model.recompute import as_routing_operator
+from internlm.utils.copy_stream import copy_stream_of
 
 
 def place_tokens_of_experts(model: nn.Module, parallel: ModelParallel) -> None:
     """Let routers count the tokens of a sample on all ranks that have a part of it, and bring rows to their experts."""
     context = parallel.context
     layers = [module for module in model.modules() if isinstance(module, MoeFeedForward)]
+    stream = copy_stream_of(context.device)
     for module in layers:
         tensor, expert = context.group("tensor"), context.group("expert", "expert")
         sharing = context.group(parallel.routing_axis)
@@ -44,7 +46,7 @@ def place_tokens_of_experts(model: nn.Module, parallel: ModelParallel) -> None:
                 dist.get_rank(sharing), dist.get_world_size(sharing), partial(_join, group=sharing)
             )
         if expert is not None:
-            module.experts = ExchangedExperts(module.experts, expert)
+            module.experts = ExchangedExperts(module.experts, expert, stream)
 
 
 def routed_tokens(values: Tensor, parallel: ModelParallel) -> Tensor:
