@@ -89,6 +89,16 @@ def test_a_rank_shows_its_own_groups(config: Path, capsys: pytest.CaptureFixture
     assert row(lines, "pipeline")[-1] == "5,13,..,61"
 
 
+def test_who_shares_a_sample_and_who_the_weights(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    context = ("--set", "parallel.context.size=2")
+    lines = layout(capsys, config, "--world-size", 64, "--rank", 13, *context)
+    assert row(lines, "sample") == ["sample", "4", "16", "12-15"]
+    assert row(lines, "context") == ["context", "2", "32", "13,15"]
+    data = [line.split() for line in lines if line.split()[:1] == ["data"]]
+    assert data == [["data", "2", "32", "9,13"], ["data", "4", "16", "9,11,13,15"]], "activation and weight view"
+    assert not any(line.split()[:1] == ["sample"] for line in layout(capsys, config, "--world-size", 64))
+
+
 def test_the_timeline_is_that_of_the_schedule(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = layout(capsys, config, "--world-size", 64, "--width", 200, "--set", "parallel.pipeline.mode=zbv")
     timeline = simulate(make_schedule("ZBV", 8, 16, 2))

@@ -48,11 +48,9 @@ def test_experts(layout: str, ranks: Callable[[int], RankPool]) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        "ranks=2 layout:context=2",
         "ranks=2 layout:context=2,fsdp",
-        "ranks=4 layout:context=2,tensor=2,mode=mtp",
         "ranks=4 layout:context=2,tensor=2,mode=isp,weight=4",
     ],
 )
-def test_scales_of_float8_are_those_of_a_sample(layout: str, ranks: Callable[[int], RankPool]) -> None:
+def test_float8(layout: str, ranks: Callable[[int], RankPool]) -> None:
     assert_equal_to_one_process(f"{layout} model:float8=true,dtype=float64", ranks)
