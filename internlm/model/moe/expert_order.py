@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from internlm.model.ops.cpu.native import has_native_ops
 from internlm.utils.triton_support import why_no_triton
 
 _BLOCK = {"cpu": 1 << 18}
@@ -148,6 +149,11 @@ def _has_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in _KERNEL_DTYPES and why_no_triton(x.device) is None
 
 
+def _has_native_sums(x: Tensor) -> bool:
+    """Whether own C++ ops sum rows of this tensor."""
+    return x.is_cpu and x.dtype == torch.bfloat16 and has_native_ops()
+
+
 @torch.library.custom_op(
     "internlm::combine", mutates_args=(), schema="(Tensor y, Tensor weights, Tensor order, Tensor inverse) -> Tensor"
 )
@@ -161,6 +167,9 @@ def _combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tens
         from internlm.model.moe.expert_order_kernels import sum_rows
 
         return sum_rows(y, rows, weights.contiguous())
+    if _has_native_sums(y):
+        out: Tensor = torch.ops.internlm_native.sum_rows(y, rows.contiguous(), weights.contiguous())
+        return out
     if y.dtype == wide:
         return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
     out = y.new_empty(num_tokens, y.shape[1])
@@ -192,6 +201,11 @@ def _combine_backward(grad: Tensor, y: Tensor, weights: Tensor, order: Tensor) -
 
         grad_y, grad_weights = weighted_sum_gradients(
             grad.contiguous(), y.contiguous(), weights.float().contiguous(), order
+        )
+        return grad_y, grad_weights.to(weights.dtype)
+    if _has_native_sums(y):
+        grad_y, grad_weights = torch.ops.internlm_native.sum_rows_gradients(
+            grad.contiguous(), y.contiguous(), weights.float().contiguous(), order.contiguous()
         )
         return grad_y, grad_weights.to(weights.dtype)
     wide = torch.promote_types(y.dtype, torch.float32)
