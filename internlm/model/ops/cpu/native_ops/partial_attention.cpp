@@ -139,10 +139,11 @@ void forward(
       for (int64_t i = 0; i < valid; ++i) {
         const int64_t token = placed.query + start + i;
         float& own = *row(lse, token, first + member);
-        // exp(-inf) is 0 and 1 / (1 + inf) is 0, so nothing overflows, also at the first merge.
-        const float share = 1.0f / (1.0f + std::exp(own - other_lse[i]));
+        // At the first merge the difference is infinite: the weight of the smaller one is 0, the share 1.
+        const float smaller = std::exp(-std::abs(other_lse[i] - own));
+        const float share = (other_lse[i] >= own ? 1.0f : smaller) / (1.0f + smaller);
         move_row(share, factors[i], total + i * sizes.dim, out.size(2), row(out, token, first + member));
-        own = std::max(own, other_lse[i]) + std::log1p(std::exp(-std::abs(own - other_lse[i])));
+        own = std::max(own, other_lse[i]) + std::log(1.0f + smaller);
       }
     };
     internlm::forward_tile(
