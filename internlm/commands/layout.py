@@ -139,20 +139,23 @@ def _describe_context(estimate: RankEstimate, rank: int) -> list[str]:
     """How context ranks share a sample: cut, balance of attention, and messages of a layer."""
     if estimate.context is None:
         return []
-    cut, pieces, plans = estimate.context
+    cut, pieces, plans, gatherings = estimate.context
     lines = [
         f"context: {cut.num_ranks} ranks with {cut.tokens_per_rank:,} tokens each of a sample of one document a row, "
         f"cut {cut.name}"
     ]
+    own: dict[int | None, str] = {}
     for window, plan in plans.items():
-        pairs, _ = pieces.work(window)
         hops = sum(bool(step.key_receives) for step in plan.steps)
         tiles = sum(len(each.tiles) for step in plan.steps for each in step.computations)
+        own[window] = f"{tiles:,} tiles and waits for {hops} hops"
+    for window, gathering in gatherings.items():
+        own[window] = f"{len(gathering.tiles):,} tiles over latent vectors of {gathering.num_rows:,} tokens"
+    for window, work in own.items():
+        pairs, _ = pieces.work(window)
         name = "full attention" if window is None else f"a window of {window:,}"
-        lines.append(
-            f"{name}: the slowest rank computes {pairs.max() / pairs.mean():.2f} of the mean; rank {rank} computes "
-            f"{tiles:,} tiles and waits for {hops} hops"
-        )
+        slowest = f"the slowest rank computes {pairs.max() / pairs.mean():.2f} of the mean"
+        lines.append(f"{name}: {slowest}; rank {rank} computes {work}")
     return [*lines, ""]
 
 

@@ -257,3 +257,24 @@ def _context(config: Config) -> Iterator[str]:
     unused = [key for key in keys if not key.endswith("'auto'")]
     if unused and config.parallel.context_ranks == 1:
         yield f"no effect: {', '.join(unused)} (there is one context rank)"
+    if config.model.kv_lora_rank is not None and config.parallel.context_ranks > 1:
+        yield from _context_of_latents(config)
+
+
+def _context_of_latents(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.tensor.mode == "isp" and parallel.tensor_ranks > 1:
+        yield (
+            f"latent attention with {parallel.tensor_ranks} sequence ranks of isp and {parallel.context_ranks} context "
+            "ranks: keys and values of all heads travel, for heads are exchanged first; without sequence ranks, or in "
+            "another mode, only latent vectors do"
+        )
+        return
+    section = "sequence_2D" if parallel.sequence_2D.enable else "context"
+    unused = []
+    if parallel.context.exchange not in ("auto", "direct"):
+        unused.append(f"parallel.context.exchange = {parallel.context.exchange!r}")
+    if parallel.context_window > 1:
+        unused.append(f"parallel.{section}.window_size = {parallel.context_window}")
+    if unused:
+        yield f"no effect: {', '.join(unused)} (latent vectors travel straight from the rank of a token, in one step)"

@@ -17,6 +17,7 @@ import torch
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.context.attention_plan import num_rows
+from internlm.core.parallel.context.key_gathering import KeyGathering
 from internlm.core.parallel.context.split_batch import ContextPlans, ContextSplit
 from internlm.core.parallel.model_parallel import ParallelOptions
 from internlm.core.scheduler.actions import Action
@@ -108,7 +109,12 @@ def bytes_sent(held: RankParameters, step: TrainingStep, actions: Sequence[Actio
     layers = [layer for chunk in held.layers for layer in chunk]
     has_experts = step.dimensions.has_experts
     tensor = sum(
-        layer_activations_sent(held, step, step.policies[layer], has_experts=has_experts(layer)) for layer in layers
+        layer_activations_sent(
+            *(held, step, step.policies[layer]),
+            has_experts=has_experts(layer),
+            gathering=gathering_of(context, step, layer),
+        )
+        for layer in layers
     )
     expert = 0.0
     for layer in filter(has_experts, layers):
@@ -135,19 +141,35 @@ def bytes_sent(held: RankParameters, step: TrainingStep, actions: Sequence[Actio
 
 
 def layer_activations_sent(
-    held: RankParameters, step: TrainingStep, policy: SavePolicy, *, has_experts: bool = False
+    held: RankParameters,
+    step: TrainingStep,
+    policy: SavePolicy,
+    *,
+    has_experts: bool = False,
+    gathering: KeyGathering | None = None,
 ) -> float:
-    """Bytes that a layer sends over the tensor axis for one micro-batch, including those of recomputation."""
+    """Bytes that a layer sends over the tensor axis for one micro-batch, including those of recomputation.
+
+    Args:
+        held: parameters of the rank.
+        step: see `TrainingStep`.
+        policy: of the layer.
+        has_experts: whether the layer has experts.
+        gathering: of latent vectors over context ranks.
+    """
     layout, m = held.context.layout, step.dimensions
     t, size = layout.tensor, m.dtype.itemsize
     is_recomputed = policy != "everything"
     residual = step.tokens * m.hidden_size * size
     # Inputs of the column layers of attention, and the rotary key that heads share.
-    attention, key = residual, 0.0
+    attention, key = float(residual), 0.0
+    # Latent vectors that are gathered over tensor ranks first, then over context ranks: not by the column layer.
+    latents = 0.0
     if m.latent is not None:
         direct = m.hidden_size if m.latent.q_rank is None else m.latent.q_rank
         attention = step.tokens * (direct + m.latent.kv_rank) * size
         key = step.tokens * m.latent.rotary_dim * size
+        latents = 0.0 if gathering is None else step.tokens * m.latent.kv_rank * size
     if layout.is_isp:
         heads = (m.num_heads + max(m.num_kv_heads, t)) * (m.head_dim + m.value_dim)
         one_way = all_gather_bytes(step.tokens / t * heads * size, t)
@@ -162,6 +184,9 @@ def layer_activations_sent(
     choices = _choices_sent(step, t, is_recomputed) if num_parts else 0.0
     if layout.mode == "mtp":
         # In forward the outputs of wo and w2, in backward the input gradients.
+        if m.latent is not None and gathering is not None:
+            # The gradient of the gathered ones.
+            attention += gathering.num_keys * m.latent.kv_rank * size - latents
         sent = all_reduce_bytes(residual * (1 + 2 * (num_dense + num_parts) + repeated) + attention + key, t)
         if has_experts and layout.splits_tokens_of_routers and not num_parts:
             # The gradients of all parts are summed, and their results gathered, again if shared experts follow.
@@ -170,8 +195,8 @@ def layer_activations_sent(
         return sent + choices
     # Gathers and reduce-scatters, in forward and backward.
     exchanged = residual * (2 + 4 * (num_dense + num_parts) + repeated) + 2 * attention + 2 * key
-    exchanged += key + residual * num_parts if is_recomputed else 0
-    inputs = residual * num_dense + attention
+    exchanged += key + latents + residual * num_parts if is_recomputed else 0
+    inputs = residual * num_dense + attention - latents
     gathers = 2 if policy in ("attention", "nothing") else 1
     if layout.mode == "msp":
         gathers = 1 if is_recomputed else 0
@@ -183,6 +208,9 @@ def keys_sent(context: ParallelContext, step: TrainingStep, layer: int) -> float
     layout, m = context.layout, step.dimensions
     if layout.context == 1:
         return 0.0
+    gathering = gathering_of(context, step, layer)
+    if gathering is not None:
+        return latents_sent(gathering, m, step.policies[layer])
     plan = context_plans(context, step).plans[m.window(min(layer, m.num_layers - 1))]
     keys, gradients = (
         sum(num_rows(plan.rows_of(message)) for each in plan.steps for message in getattr(each, kind))
@@ -194,11 +222,31 @@ def keys_sent(context: ParallelContext, step: TrainingStep, layer: int) -> float
     return width * (2 * keys * size + gradients * max(_FLOAT32, size))
 
 
+def gathering_of(context: ParallelContext, step: TrainingStep, layer: int) -> KeyGathering | None:
+    """The gathering of latent vectors over context ranks in a layer; None if there is none."""
+    m = step.dimensions
+    if m.latent is None or not context.layout.gathers_latents:
+        return None
+    return context_plans(context, step).gatherings[m.window(min(layer, m.num_layers - 1))]
+
+
+def latents_sent(gathering: KeyGathering, dimensions: ModelDimensions, policy: SavePolicy) -> float:
+    """Bytes of latent vectors and their gradients that a layer sends to other context ranks for one micro-batch."""
+    assert dimensions.latent is not None
+    sent = sum(num_rows(rows) for rows in gathering.sends.values())
+    returned = sum(sum(gathering.sizes_of(source)) for source in gathering.sources)
+    width = dimensions.latent.kv_rank + dimensions.latent.rotary_dim
+    return width * dimensions.dtype.itemsize * ((1 if policy == "everything" else 2) * sent + returned)
+
+
 def context_plans(context: ParallelContext, step: TrainingStep) -> ContextPlans:
     """Cut and plans of attention of a rank, for a micro-batch of `step`."""
     layout = context.layout
     windows = Counter(step.dimensions.window(layer) for layer in range(step.dimensions.num_layers))
-    split = ContextSplit(context.index("context"), layout.context, layout.tensor, windows, step.options.context)
+    split = ContextSplit(
+        *(context.index("context"), layout.context, layout.tensor, windows, step.options.context),
+        gathers_keys=step.dimensions.latent is not None and layout.gathers_latents,
+    )
     return split.plan(step.lengths)
 
 

@@ -203,6 +203,19 @@ CASES: dict[str, dict[str, Any]] = {
     "1F1B, fp32 residual, msp": {**PIPELINE, **TENSOR_MODES["msp"], "model.residual_in_fp32": True},
     "bf16 gradients": {"hybrid_zero_optimizer.grad_accumulation_dtype": "torch.bfloat16"},
     "gradients sent in bf16": {"reduce_comm_dtype": "torch.bfloat16"},
+    "context, latent attention": {"parallel.context.size": 4, **LATENT, "model.checkpoint": 0.5},
+    "context and mtp, latent attention": {
+        **TENSOR_MODES["mtp"], "parallel.context": {"size": 2, "cut": "zigzag", "exchange": "ring"}, **LATENT,
+        "data.seq_len": 66, "model.checkpoint": 0.5,
+    },
+    "context and msp, latent attention": {
+        **TENSOR_MODES["msp"], "parallel.context": {"size": 2, "cut": "zigzag"}, **LATENT, "data.seq_len": 64,
+    },
+    "context and fsp, latent attention": {
+        **TENSOR_MODES["fsp"], "parallel.context": {"size": 2, "cut": "zigzag"}, **LATENT, "data.seq_len": 64,
+        "model.q_lora_rank": None, "model.checkpoint": 0.5,
+    },
+    "context and isp, latent attention": {**ISP, "parallel.context.size": 2, "parallel.weight.size": 4, **LATENT},
     "mtp, latent attention": {**TENSOR_MODES["mtp"], **LATENT},
     "isp, latent attention": {**ISP, "parallel.weight.size": 4, **LATENT},
     "fsp, latent attention, direct queries": {**TENSOR_MODES["fsp"], **LATENT, "model.q_lora_rank": None},

@@ -21,6 +21,21 @@ from internlm.verify.run import run_case
         "ranks=2 layout:tensor=2,mode=mtp model:family=DEEPSEEK_V2,dtype=float64,float8",
         "ranks=2 layout:tensor=2,mode=msp model:family=DEEPSEEK_V2,dtype=float64,float8,q_latent=false",
         "ranks=2 layout:fsdp model:family=DEEPSEEK_V2,dtype=bfloat16,fp32_norm,fp32_residual",
+        # Latent vectors are gathered over context ranks.
+        "ranks=2 layout:context=2,context_cut=contiguous model:family=DEEPSEEK_V2,dtype=float64,checkpoint=1",
+        "ranks=4 layout:context=4,context_exchange=ring,mode=isp,weight=4 model:family=DEEPSEEK_V2,dtype=float64",
+        "ranks=4 layout:context=2,tensor=2,mode=mtp model:family=DEEPSEEK_V2,dtype=float64,q_latent=false,checkpoint=1",
+        "ranks=4 layout:context=2,tensor=2,mode=msp,context_cut=zigzag model:family=DEEPSEEK_V2,dtype=float64",
+        "ranks=4 layout:context=2,tensor=2,mode=fsp model:family=DEEPSEEK_V2,dtype=float64,q_latent=false,checkpoint=1 "
+        "documents:packed=false",
+        "ranks=4 layout:context=2,fsdp model:family=DEEPSEEK_V2,dtype=bfloat16,fp32_norm",
+        "ranks=4 layout:context=2,pipeline=2,schedule=ZBH1 model:family=DEEPSEEK_V2,dtype=float64",
+        "ranks=4 layout:context=2,context_cut=document_zigzag,expert=2 "
+        "model:family=DEEPSEEK_V3,dtype=float64,experts=8,router=sigmoid_grouped,dense_layers=1,multi_token=1",
+        # 3 ranks do not divide the tokens of a sample.
+        "ranks=3 layout:context=3 model:family=DEEPSEEK_V3,dtype=float64,experts=4,q_latent=false",
+        # Keys and values of all heads travel.
+        "ranks=4 layout:context=2,tensor=2,mode=isp,weight=2 model:family=DEEPSEEK_V2,dtype=float64,checkpoint=1",
     ],
 )
 def test_layouts_that_the_matrix_leaves_out(line: str, ranks: Ranks) -> None:

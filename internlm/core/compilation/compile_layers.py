@@ -9,6 +9,7 @@ from torch import nn
 
 from internlm.core.compilation import cuda_graphs as graphs
 from internlm.core.parallel.context.context_attention import ContextAttention
+from internlm.core.parallel.context.gathered_attention import GatheredAttention
 from internlm.core.parallel.experts.exchanged_experts import ExchangedExperts
 from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
@@ -58,12 +59,14 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
             # Only the all-to-alls; attention between them is compiled.
             module.gather_tokens = torch.compiler.disable(module.gather_tokens)  # type: ignore[method-assign]
             module.scatter_tokens = torch.compiler.disable(module.scatter_tokens)  # type: ignore[method-assign]
-        if isinstance(module, ContextAttention):
+        if isinstance(module, ContextAttention | GatheredAttention):
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         if isinstance(module, ProjectionNorm) and module.sum_over_heads is not None:
             module.sum_over_heads = torch.compiler.disable(module.sum_over_heads)
         if isinstance(module, LatentAttention) and module.share_key is not None:
             module.share_key = torch.compiler.disable(module.share_key)
+        if isinstance(module, LatentAttention) and module.gather_keys is not None:
+            module.gather_keys = torch.compiler.disable(module.gather_keys)
         if isinstance(module, MoeFeedForward) and layout.exchanges_tokens_of_experts:
             # Exchanges are not compiled, and recomputation would see other pieces between them.
             for name in ("take_tokens", "share_routing", "return_tokens"):
@@ -86,7 +89,7 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
 def _is_one_graph(layer: nn.Module) -> bool:
     """Whether nothing in the layer, linear layers aside, communicates or has a shape that depends on values."""
     return not any(
-        isinstance(module, ContextAttention | ExchangedExperts | AttentionSinks)
+        isinstance(module, ContextAttention | GatheredAttention | ExchangedExperts | AttentionSinks)
         or (isinstance(module, Router) and module.selection.needs_positions)
         or (isinstance(module, Experts) and module.linear13 is not grouped_linear)
         for module in layer.modules()

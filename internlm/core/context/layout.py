@@ -100,6 +100,14 @@ class ParallelLayout:
         return self.expert > 1 or self.expert_inner > 1
 
     @property
+    def gathers_latents(self) -> bool:
+        """Whether latent attention gathers latent vectors over context ranks, not the keys and values of all heads.
+
+        The tensor ranks of isp exchange heads first, so that a rank has the keys and values of some heads only.
+        """
+        return self.context > 1 and not (self.is_isp and self.tensor > 1)
+
+    @property
     def splits_tokens_of_routers(self) -> bool:
         """Whether tensor ranks with the same tokens (mtp) route a part of them each, as each has a part of experts."""
         return self.splits_experts and self.tensor > 1 and self.mode == "mtp"

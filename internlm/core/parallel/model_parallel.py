@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from internlm.core.communication.collectives import all_reduce
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.context.context_attention import ContextAttention
+from internlm.core.parallel.context.gathered_attention import LatentGathering
 from internlm.core.parallel.context.split_batch import ContextOptions, ContextSplit, SplitSample
 from internlm.core.parallel.experts.expert_linear import ExpertLinear, ExpertWeightStore
 from internlm.core.parallel.linear.float8_shapes import refuse_odd_shape
@@ -36,6 +37,7 @@ from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
 from internlm.core.parallel.weight_splits import ParameterShard
 from internlm.data.batch import MicroBatch
 from internlm.model.modules.inner_attention import InnerAttention
+from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.moe.experts import Experts
 from internlm.model.ops.cross_entropy import LossFunction, LossOutput
 from internlm.model.ops.float8 import grouped_gemm
@@ -272,6 +274,14 @@ class ModelParallel:
         which column layers return outputs. In backward, it sums the gradients of the heads of all ranks.
         """
         return None
+
+    def gather_latents(self, attention: LatentAttention) -> LatentGathering | None:
+        """The gathering of latent vectors over context ranks; None if there is none.
+
+        Args:
+            attention: of this rank, with parallel linear layers.
+        """
+        return LatentGathering(self.context, attention.inner.window) if self.context.layout.gathers_latents else None
 
     def embed(self, weight: nn.Parameter, spec: ShardSpec, input_ids: Tensor) -> Tensor:
         """Token ids int64 `[B, S]` -> this rank's part of the residual stream, `[B, S', h]`.

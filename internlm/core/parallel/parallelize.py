@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.context.context_attention import ContextAttention
+from internlm.core.parallel.context.gathered_attention import GatheredAttention
 from internlm.core.parallel.context.split_batch import ContextSplit
 from internlm.core.parallel.experts.layers import place_tokens_of_experts
 from internlm.core.parallel.experts.placement import place_experts
@@ -164,7 +165,10 @@ def _context_split_of(model: nn.Module, parallel: ModelParallel) -> ContextSplit
         return None
     windows: dict[int | None, int] = getattr(model, "attention_windows", {None: 1})
     index, size = context.index("context"), context.size("context")
-    return ContextSplit(index, size, context.size("tensor"), windows, parallel.options.context)
+    has_latents = any(isinstance(module, LatentAttention) for module in model.modules())
+    gathers_keys = has_latents and context.layout.gathers_latents
+    sizes = index, size, context.size("tensor")
+    return ContextSplit(*sizes, windows, parallel.options.context, gathers_keys=gathers_keys)
 
 
 def _place(model: nn.Module, parallel: ModelParallel) -> Iterator[Placed]:
@@ -275,11 +279,14 @@ def _split_attention(model: nn.Module, parallel: ModelParallel) -> None:
             module.use_local_heads(parallel.local_heads(heads))
         if isinstance(module, LatentAttention):
             module.share_key = parallel.share_key()
+            module.gather_keys = parallel.gather_latents(module)
         for child_name, child in list(module.named_children()):
             if isinstance(child, InnerAttention):
                 if heads is None:
                     raise ValueError(f"attention '{name}': give it or the model an attribute `heads`, a HeadShape")
-                setattr(module, child_name, parallel.inner_attention(child, heads))
+                gathers = isinstance(module, LatentAttention) and module.gather_keys is not None
+                inner = GatheredAttention(child) if gathers else parallel.inner_attention(child, heads)
+                setattr(module, child_name, inner)
     if parallel.context_split is not None:
         for module in model.modules():
             if isinstance(module, RecomputableLayer):

@@ -48,6 +48,9 @@ class LatentAttention(nn.Module):
     Attributes:
         share_key: this rank's rotary keys `[B, S, d_r]` -> those of the tokens for which the projections by head
             return outputs. Its backward pass sums the gradients of the heads of all ranks. None: the rank has all.
+        gather_keys: latent vectors `[B, S', r]` and rotary keys `[B, S, 1, d_r]` of this rank's tokens, documents ->
+            those of all tokens that `inner` needs keys of, where ranks share a sample and `inner` does not exchange
+            keys of all heads. None: `inner` has or exchanges them.
         inner: softmax attention between the projections and `wo`; see `InnerAttention`.
         heads: all heads of this layer, also where a rank holds some of them.
     """
@@ -60,6 +63,7 @@ class LatentAttention(nn.Module):
         self.shape = shape
         self.heads = HeadShape(a.num_heads, a.num_heads, shape.head_dim)
         self.share_key: Callable[[Tensor], Tensor] | None = None
+        self.gather_keys: Callable[[Tensor, Tensor, VarlenMetadata | None], tuple[Tensor, Tensor]] | None = None
         scale = a.rope.score_factor / math.sqrt(shape.head_dim)
         self.inner = InnerAttention(a.windows[layer], a.attention_backend, a.use_flash_attn, scale)
         std, q_size = a.init.attention_wqkv, a.num_heads * shape.head_dim
@@ -94,6 +98,8 @@ class LatentAttention(nn.Module):
         if self.share_key is not None:
             key = self.share_key(key)
         key = apply_rotary(key.unsqueeze(_HEADS), tables)
+        if self.gather_keys is not None:
+            latent, key = self.gather_keys(latent, key, varlen)
         if cache is not None:
             latent, key = cache.update(self.layer, latent.unsqueeze(_HEADS), key)
             latent = latent.squeeze(_HEADS)

@@ -129,7 +129,7 @@ def _in_layout(
     [
         *((name, "fused") for name in LAYOUTS),
         ("context", "window"),
-        *((mode, "latent") for mode in ("mtp", "msp", "isp")),
+        *((mode, "latent") for mode in ("mtp", "msp", "isp", "context")),
     ],
 )
 def test_modes(name: str, family: str, ranks: Callable[[int], RankPool]) -> None:

@@ -128,7 +128,7 @@ def make_plan(pieces: TokenPieces, movement: Movement, rank: int, window: int | 
         keys, gradients = _needed_transfers(movement, pieces.needed(), {source for source, _ in rows})
     else:
         rows = _rows_sent(pieces, rank, window) | {
-            (source, rank): _union([TokenRange(tile.k_start, tile.k_stop) for tile in own])
+            (source, rank): union_of_rows([TokenRange(tile.k_start, tile.k_stop) for tile in own])
             for source, own in tiles.items()
             if source != rank
         }
@@ -189,7 +189,7 @@ def _rows_sent(pieces: TokenPieces, rank: int, window: int | None) -> dict[tuple
     columns = (pieces.rank[q], start + offset, stop + offset)
     for receiver, first, last in zip(*(column[is_needed].tolist() for column in columns), strict=True):
         ranges[receiver].append(TokenRange(first, last))
-    return {(rank, receiver): _union(own_rows) for receiver, own_rows in ranges.items()}
+    return {(rank, receiver): union_of_rows(own_rows) for receiver, own_rows in ranges.items()}
 
 
 def _rows_passed_on(pieces: TokenPieces, window: int | None) -> dict[tuple[int, int], Rows]:
@@ -203,7 +203,7 @@ def _rows_passed_on(pieces: TokenPieces, window: int | None) -> dict[tuple[int, 
     columns = (pieces.rank, start + offset, pieces.stop + offset)
     for source, first, last in zip(*(column[is_seen].tolist() for column in columns), strict=True):
         ranges[source].append(TokenRange(first, last))
-    unions = {source: _union(own) for source, own in ranges.items()}
+    unions = {source: union_of_rows(own) for source, own in ranges.items()}
     return {(source, other): rows for source, rows in unions.items() for other in range(pieces.num_ranks)}
 
 
@@ -243,7 +243,7 @@ def _messages(
     return sends, receives
 
 
-def _union(ranges: Sequence[TokenRange]) -> Rows:
+def union_of_rows(ranges: Sequence[TokenRange]) -> Rows:
     """The same rows as ascending, disjoint and not adjacent ranges."""
     result: list[TokenRange] = []
     for start, stop in sorted(ranges):

@@ -48,14 +48,23 @@ class ContextAttention(nn.Module):
         Raises:
             ValueError: the tokens were not dealt to the context ranks.
         """
-        if not isinstance(varlen, SplitDocuments):
-            raise ValueError(
-                "the layout has context ranks, and this forward pass has tokens that were not dealt to them: run it "
-                "through Engine, or through ModelParallel.split_sample"
-            )
         scale = 1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale
-        plan = varlen.plans[self.window]
+        plan = split_documents(varlen).plans[self.window]
         return attend(q, k, v, plan, self._groups, sinks=sinks, window=self.window, scale=scale)
+
+
+def split_documents(varlen: VarlenMetadata | None) -> SplitDocuments:
+    """The documents of a sample that is dealt to context ranks.
+
+    Raises:
+        ValueError: the tokens were not dealt to them.
+    """
+    if not isinstance(varlen, SplitDocuments):
+        raise ValueError(
+            "the layout has context ranks, and this forward pass has tokens that were not dealt to them: run it "
+            "through Engine, or through ModelParallel.split_sample"
+        )
+    return varlen
 
 
 def context_groups(context: ParallelContext) -> ContextGroups:

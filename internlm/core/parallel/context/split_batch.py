@@ -12,6 +12,7 @@ from torch import Tensor
 
 from internlm.core.parallel.context.attention_plan import AttentionPlan, make_plan
 from internlm.core.parallel.context.cut_choice import choose_cut
+from internlm.core.parallel.context.key_gathering import KeyGathering, make_key_gathering
 from internlm.core.parallel.context.movement import MovementName, make_movement
 from internlm.core.parallel.context.token_cut import CutName, TokenCut, cut_tokens
 from internlm.core.parallel.context.token_pieces import TokenPieces
@@ -50,9 +51,26 @@ class SplitDocuments(VarlenMetadata):
 
     Attributes:
         plans: sliding window (None: no limit) -> the plan of attention with it.
+        gatherings: the same for attention that gathers keys before they are expanded.
     """
 
     plans: Mapping[int | None, AttentionPlan] = field(default_factory=dict)
+    gatherings: Mapping[int | None, KeyGathering] = field(default_factory=dict)
+
+
+class ContextPlans(NamedTuple):
+    """How the ranks share a sample.
+
+    Attributes:
+        cut: the tokens of each rank.
+        pieces: of its documents.
+        plans, gatherings: of one rank, see `SplitDocuments`; only one of them has entries.
+    """
+
+    cut: TokenCut
+    pieces: TokenPieces
+    plans: Mapping[int | None, AttentionPlan]
+    gatherings: Mapping[int | None, KeyGathering]
 
 
 class SplitSample(NamedTuple):
@@ -60,11 +78,11 @@ class SplitSample(NamedTuple):
 
     Attributes:
         micro_batch: this rank's tokens, `[1, T / c]`; `cu_seqlens` and `lengths` are those of the whole sample.
-        plans: see `SplitDocuments`; None if the rank has all tokens.
+        plans: how the ranks share the sample; None if the rank has all tokens.
     """
 
     micro_batch: MicroBatch
-    plans: Mapping[int | None, AttentionPlan] | None = None
+    plans: ContextPlans | None = None
 
     def documents(self, on_device: MicroBatch) -> VarlenMetadata | None:
         """The documents of the sample, as attention gets them; None: each row is one.
@@ -78,21 +96,7 @@ class SplitSample(NamedTuple):
         documents = on_device.cu_seqlens, on_device.lengths, max(on_device.lengths)
         if self.plans is None:
             return VarlenMetadata(*documents)
-        return SplitDocuments(*documents, on_device.token_indices, self.plans)
-
-
-class ContextPlans(NamedTuple):
-    """How the ranks share a sample.
-
-    Attributes:
-        cut: the tokens of each rank.
-        pieces: of its documents.
-        plans: of one rank, see `SplitDocuments`.
-    """
-
-    cut: TokenCut
-    pieces: TokenPieces
-    plans: Mapping[int | None, AttentionPlan]
+        return SplitDocuments(*documents, on_device.token_indices, self.plans.plans, self.plans.gatherings)
 
 
 class ContextSplit:
@@ -104,16 +108,25 @@ class ContextSplit:
         tensor_size: number of ranks that divide the tokens of a context rank further.
         layers: sliding window (None: no limit) -> number of layers of the whole model that have it.
         options: see `ContextOptions`.
+        gathers_keys: attention gathers keys before they are expanded, straight from their owners.
     """
 
     def __init__(
-        self, rank: int, num_ranks: int, tensor_size: int, layers: Mapping[int | None, int], options: ContextOptions
+        self,
+        rank: int,
+        num_ranks: int,
+        tensor_size: int,
+        layers: Mapping[int | None, int],
+        options: ContextOptions,
+        *,
+        gathers_keys: bool = False,
     ) -> None:
         self._rank = rank
         self._num_ranks = num_ranks
         self._multiple = num_ranks * tensor_size
         self._layers = dict(layers)
         self._options = options
+        self._gathers_keys = gathers_keys
         self._cached_plan = lru_cache(maxsize=_CACHED_PLANS)(self._plan)
 
     def plan(self, lengths: tuple[int, ...]) -> ContextPlans:
@@ -137,8 +150,8 @@ class ContextSplit:
         if num_padding:
             lengths = (*lengths, num_padding)
             is_padding = torch.zeros(rows, width, dtype=torch.bool) if is_padding is None else is_padding
-        cut, _, plans = self.plan(lengths)
-        indices = torch.from_numpy(cut.indices(self._rank))
+        plans = self.plan(lengths)
+        indices = torch.from_numpy(plans.cut.indices(self._rank))
 
         def own(values: Tensor, padding: int = 0) -> Tensor:
             """`[B, S, ...]` -> `[1, T / c, ...]`."""
@@ -171,6 +184,9 @@ class ContextSplit:
         else:
             cut = cut_tokens(lengths, self._num_ranks, options.cut)
         pieces = TokenPieces.of(lengths, cut)
+        if self._gathers_keys:
+            gatherings = {window: make_key_gathering(pieces, self._rank, window) for window in self._layers}
+            return ContextPlans(cut, pieces, {}, gatherings)
         movement = make_movement(options.movement, self._num_ranks, options.windows)
         plans = {window: make_plan(pieces, movement, self._rank, window) for window in self._layers}
-        return ContextPlans(cut, pieces, plans)
+        return ContextPlans(cut, pieces, plans, {})

@@ -24,8 +24,10 @@ from internlm.core.communication.exchange import (
 )
 from internlm.core.communication.pending import Pending
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.linear.parallel_linear import InputExchange
+from internlm.core.parallel.context.gathered_attention import LatentGathering
+from internlm.core.parallel.linear.parallel_linear import InputExchange, ParallelLinear
 from internlm.core.parallel.modes.mtp import COLUMN_ROLES, Mtp
+from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.roles import Role
 
 
@@ -65,6 +67,14 @@ class Msp(Mtp):
 
     def share_key(self) -> Callable[[Tensor], Tensor] | None:
         return partial(gather, group=self.group)
+
+    def gather_latents(self, attention: LatentAttention) -> LatentGathering | None:
+        if not self.context.layout.gathers_latents:
+            return None
+        # Gathered over tensor ranks first, so the projection has nothing left to gather.
+        assert isinstance(attention.wkv_b, ParallelLinear)
+        attention.wkv_b.group.exchange = InputExchange()
+        return LatentGathering(self.context, attention.inner.window, self.group)
 
     def reduce_output(self, out: Tensor) -> Tensor:
         return reduce_scatter(out, self.group)

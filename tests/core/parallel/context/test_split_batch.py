@@ -55,7 +55,7 @@ def test_every_value_of_a_token_moves_with_it(cut: str) -> None:
     for part, plans in samples:
         assert part.input_ids.shape == (1, sum(LENGTHS) // 4)
         assert part.lengths == LENGTHS and part.num_valid_tokens == micro.num_valid_tokens
-        assert part.num_sample_tokens == sum(LENGTHS) and plans is not None and set(plans) == {None, 5}
+        assert part.num_sample_tokens == sum(LENGTHS) and plans is not None and set(plans.plans) == {None, 5}
         documents = SplitSample(part, plans).documents(part)
         assert isinstance(documents, SplitDocuments) and documents.cu_seqlens.tolist() == [0, 7, 8, 20, 24]
 
