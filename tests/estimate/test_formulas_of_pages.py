@@ -29,7 +29,7 @@ TOKENS = 4096
 def sent_by_a_layer(mode: str, t: int, tokens: int = TOKENS) -> float:
     layout = ParallelLayout(world_size=t, tensor=t, weight=t if mode == "isp" else 1, mode=mode)  # type: ignore[arg-type]
     held = RankParameters(ParallelContext(layout, 0, torch.device("cpu")), (range(1),), False, False, ())
-    step = TrainingStep(INTERNLM2_7B, tokens, 1, {0: "everything"}, ParallelOptions(), FP32_STATE)
+    step = TrainingStep(INTERNLM2_7B, tokens, (tokens,), 1, {0: "everything"}, ParallelOptions(), FP32_STATE)
     return layer_activations_sent(held, step, "everything")
 
 
