@@ -143,7 +143,7 @@ else
     tests step 60 training_step.py upload.py loader.py
     part train 60 bash -c '"$@" --set data.total_steps=20 && "$@" --set data.total_steps=30' train "${job[@]}"
     # At the same time: what they take is compilation on the CPU.
-    tests ops 150 ops.py experts.py routing.py &
+    tests ops 150 ops.py experts.py routing.py partial_attention.py &
     tests layers 150 float8.py graphs.py &
     tests memory 150 step_kernels.py host_waits.py offload.py optimizer_memory.py &
     wait
