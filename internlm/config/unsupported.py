@@ -39,8 +39,10 @@ _SWITCHES: dict[str, Any] = {
     "model.moe_layer_kwargs.selection_bias": False,
     "loss.moe_bias_update_rate": 0.0,
     "model.num_nextn_predict_layers": 0,
+    "parallel.sequence_2D.enable": False,
 }
-"""Keys of mixtures and of multi-token prediction -> the value with which the keys that refine them change nothing."""
+"""Keys of mixtures, of multi-token prediction and of 2D sequence parallelism -> the value with which the keys that
+refine them change nothing."""
 
 _ONLY_WHILE_SAVING = (
     "oss_snapshot_freq",

@@ -84,10 +84,13 @@ def check_world(world_size: int, **degrees: int) -> int:
     """The ranks left when the world is divided by some degrees.
 
     Raises:
-        LayoutError: the degrees do not divide it.
+        LayoutError: a degree is below 1, or they do not divide it.
     """
+    for name, degree in degrees.items():
+        if degree < 1:
+            raise LayoutError(f"{{{name}}}: it must be 1 or more", **{name: degree})
     product = math.prod(degrees.values())
-    if product < 1 or world_size % product:
+    if world_size % product:
         factors = " times ".join(f"{{{name}}}" for name in degrees)
         text = (
             f"{factors} does not divide the world size {{world_size:value}}; start a multiple of {product} ranks or "

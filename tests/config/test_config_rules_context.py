@@ -11,6 +11,7 @@ from internlm.config.notices import find_notices
 from internlm.config.rules import data_ranks, find_problems, weight_data_ranks
 from internlm.config.schema import Config
 from internlm.config.schema.base import walk_schema
+from internlm.config.unsupported import find_ineffective
 from internlm.core.context.layout import ParallelLayout
 from internlm.initialize.build import build_layout
 from internlm.initialize.stages import build_options
@@ -66,15 +67,15 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     ],
     (two(2, 2), 4, None),
     (two(2, 4, 2, **{HEAD_FIRST: False, INTERLEAVED: True}), 8, None),
-    (two(1, 4, **{"parallel.context.cut": "zigzag", EXCHANGE: "all_gather"}), 4, None),
+    (two(1, 4, 1, **{"parallel.context.cut": "zigzag", EXCHANGE: "all_gather"}), 4, None),
     (
-        two(2, 2, **{MODE: "msp"}),
+        two(2, 2, 1, **{MODE: "msp"}),
         4,
         f"{TWO}.enable = True needs parallel.tensor.mode = 'isp', which is 'msp'; in this mode use "
         "parallel.context.size",
     ),
     (
-        two(2, 2, **{SIZE: 2}),
+        two(2, 2, 1, **{SIZE: 2}),
         8,
         f"parallel.context.size = 2 does not work with {TWO}.enable = True, whose context_size and window_size are "
         "used; set it to 1",
@@ -105,6 +106,16 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
         "model.cuda_graphs = True does not work with parallel.context.size = 2: context ranks exchange keys and values "
         "in other messages for each sample; set model.cuda_graphs = False",
     ),
+    *[
+        (
+            {**changes, "model.attention_backend": "sdpa"},
+            4,
+            f"model.attention_backend = 'sdpa' does not work with {key} = 4: attention between context ranks has an "
+            "implementation of its own; leave the key out",
+        )
+        for changes, key in (({SIZE: 4}, SIZE), (two(1, 4), f"{TWO}.context_size"))
+    ],
+    (two(4, 1, 1, **{"model.attention_backend": "sdpa"}), 4, None),
 ]
 
 
@@ -151,4 +162,10 @@ def test_options_without_context_ranks_are_named() -> None:
     assert notice == (
         "no effect: parallel.context.cut = 'zigzag', parallel.context.exchange = 'ring' (there is one context rank)"
     )
-    assert notices({**changes, SIZE: 2}) == notices(two(1, 4, **changes)) == notices({}) == []
+    assert notices({**changes, SIZE: 2}) == notices(two(1, 4, 1, **changes)) == notices({}) == []
+
+
+def test_sizes_of_2d_sequence_parallelism_that_is_off_are_named() -> None:
+    changes = {f"{TWO}.head_size": 2, f"{TWO}.context_size": 2, MODE: "isp", TENSOR: 4}
+    expected = f"no effect: {TWO}.head_size = 2, {TWO}.context_size = 2 ({TWO}.enable = False)"
+    assert list(find_ineffective(small_config(changes), changes.get)) == [expected]

@@ -26,6 +26,8 @@ from internlm.utils.layout_checks import LayoutError
             ("a", "b", "world_size"),
             "a = 2 times b = 2 does not divide",
         ),
+        (lambda: checks.check_world(6, a=2, b=0), ("b",), "b = 0: it must be 1 or more"),
+        (lambda: checks.check_world(6, a=-1), ("a",), "a = -1: it must be 1 or more"),
         (lambda: checks.check_zero(3, 4), ("zero", "data"), "zero = 3 does not divide the 4 ranks of the same weights"),
         (lambda: checks.check_weight(2, "mtp"), ("weight", "mode"), "weight = 2 needs mode = 'isp', which is mtp"),
         (

@@ -54,8 +54,16 @@ def shape(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def attention_backend(config: Config, world_size: int) -> Iterator[Problem]:
-    """A flash-attn backend must not be both requested and ruled out."""
-    model = config.model
+    """A backend is of attention that has several, and flash-attn must not be both requested and ruled out."""
+    model, parallel = config.model, config.parallel
+    if parallel.context_ranks > 1 and model.attention_backend != "auto":
+        key = "parallel.sequence_2D.context_size" if parallel.sequence_2D.enable else "parallel.context.size"
+        yield Problem(
+            ("model.attention_backend", key),
+            f"model.attention_backend = {model.attention_backend!r} does not work with {key} = "
+            f"{parallel.context_ranks}: attention between context ranks has an implementation of its own; leave the "
+            "key out",
+        )
     if config.model_type == "GPT_OSS" and model.attention_backend != "auto":
         yield Problem(
             ("model.attention_backend", "model_type"),

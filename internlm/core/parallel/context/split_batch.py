@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,10 +14,15 @@ from internlm.core.parallel.context.attention_plan import AttentionPlan, make_pl
 from internlm.core.parallel.context.cut_choice import choose_cut
 from internlm.core.parallel.context.key_gathering import KeyGathering, make_key_gathering
 from internlm.core.parallel.context.movement import MovementName, make_movement
-from internlm.core.parallel.context.token_cut import CutName, TokenCut, cut_tokens
+from internlm.core.parallel.context.token_cut import CUT_NAMES, CutName, TokenCut, cut_tokens
 from internlm.core.parallel.context.token_pieces import TokenPieces
 from internlm.data.batch import IGNORE_INDEX, LaterTokens, MicroBatch
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
+from internlm.utils.errors import ConfigError
+
+Exchange = Literal["auto", "ring", "direct", "all_gather"]
+
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 
 _CACHED_PLANS = 16
 """Samples of which the plans are kept: rows of one length have one."""
@@ -31,11 +36,22 @@ class ContextOptions:
         cut: which tokens a rank owns; "auto": the fastest by `choose_cut`.
         exchange: how keys and values travel; "auto": the double ring if there are windows, else straight.
         windows: the context ranks of each window of the double ring, in the order of their ring; empty: no windows.
+
+    Raises:
+        ConfigError: there is no such cut or exchange, or windows are to exchange otherwise than in a ring.
     """
 
     cut: Literal["auto"] | CutName = "auto"
-    exchange: Literal["auto", "ring", "direct", "all_gather"] = "auto"
+    exchange: Exchange = "auto"
     windows: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("cut", ("auto", *CUT_NAMES)), ("exchange", EXCHANGES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} = {value!r}: it must be one of {', '.join(map(repr, allowed))}")
+        if self.windows and self.exchange not in ("auto", "ring"):
+            raise ConfigError(f"exchange = {self.exchange!r} does not work with windows, which are a double ring")
 
     @property
     def movement(self) -> MovementName:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from internlm.core.multi_token_loss import later_tokens
 from internlm.core.parallel.context.split_batch import ContextOptions, ContextSplit, SplitDocuments, SplitSample
 from internlm.core.token_statistics import TokenSums
 from internlm.data.batch import IGNORE_INDEX, MicroBatch
+from internlm.utils.errors import ConfigError
 from internlm.verify.case import Case, Combination
 from internlm.verify.run import CaseRun, start_case
 
@@ -83,6 +85,19 @@ def test_plans_of_equal_samples_are_made_once() -> None:
     split = ContextSplit(0, 4, 1, {None: 1}, ContextOptions())
     first, second = (split.split(micro_batch(number, LENGTHS)) for number in range(2))
     assert first.plans is second.plans
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cut": "zig_zag"}, "cut = 'zig_zag': it must be one of 'auto', 'contiguous', 'zigzag', 'document_zigzag'"),
+        ({"exchange": "double_ring"}, "exchange = 'double_ring': it must be one of 'auto', 'ring', 'direct', "),
+        ({"exchange": "direct", "windows": ((0, 1), (2, 3))}, "exchange = 'direct' does not work with windows"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ContextOptions(**options)
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
