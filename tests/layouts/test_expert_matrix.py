@@ -125,11 +125,11 @@ def with_losses_of_ranks_averaged(case: Case) -> RankRecord:
 
 
 def with_metrics_of_a_part(case: Case) -> RankRecord:
-    """Metrics are summed over data ranks, not over tensor ranks."""
+    """Metrics are summed over data ranks, not over those that share a sample."""
     right = routing_statistics.RoutingStatistics.finish_step
 
     def finish_step(self: Any, skipped: torch.Tensor) -> dict[str, torch.Tensor]:
-        self._axes = [axis for axis in self._axes if axis != "tensor"]
+        self._axes = [axis for axis in self._axes if axis != self._parallel.routing_axis]
         values = right(self, skipped)
         # Ranks agree, on a wrong number.
         for value in values.values():
