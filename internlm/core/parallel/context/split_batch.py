@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from internlm.core.parallel.context.token_pieces import TokenPieces
 from internlm.data.batch import IGNORE_INDEX, LaterTokens, MicroBatch
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.utils.errors import ConfigError
+
+Plan = TypeVar("Plan")
 
 Exchange = Literal["auto", "ring", "direct", "all_gather"]
 
@@ -61,6 +63,25 @@ class ContextOptions:
         return "direct" if self.exchange == "auto" else self.exchange
 
 
+class ByWindow(dict[int | None, Plan]):
+    """Sliding window (None: no limit) -> what one rank does in attention with it; made when it is first asked for.
+
+    Args:
+        make: window -> its plan.
+        windows: that are asked for at once.
+    """
+
+    def __init__(self, make: Callable[[int | None], Plan], windows: Iterable[int | None]) -> None:
+        super().__init__()
+        self._make: Callable[[int | None], Plan] = make
+        for window in windows:
+            self[window]
+
+    def __missing__(self, window: int | None) -> Plan:
+        self[window] = self._make(window)
+        return self[window]
+
+
 @dataclass(frozen=True)
 class SplitDocuments(VarlenMetadata):
     """The documents of a sample whose tokens are dealt to context ranks.
@@ -80,7 +101,7 @@ class ContextPlans(NamedTuple):
     Attributes:
         cut: the tokens of each rank.
         pieces: of its documents.
-        plans, gatherings: of one rank, see `SplitDocuments`; only one of them has entries.
+        plans, gatherings: of one rank, see `SplitDocuments`; one of them is made at once for the windows of the model.
     """
 
     cut: TokenCut
@@ -200,9 +221,11 @@ class ContextSplit:
         else:
             cut = cut_tokens(lengths, self._num_ranks, options.cut)
         pieces = TokenPieces.of(lengths, cut)
-        if self._gathers_keys:
-            gatherings = {window: make_key_gathering(pieces, self._rank, window) for window in self._layers}
-            return ContextPlans(cut, pieces, {}, gatherings)
         movement = make_movement(options.movement, self._num_ranks, options.windows)
-        plans = {window: make_plan(pieces, movement, self._rank, window) for window in self._layers}
-        return ContextPlans(cut, pieces, plans, {})
+        plans = ByWindow(
+            lambda window: make_plan(pieces, movement, self._rank, window), () if self._gathers_keys else self._layers
+        )
+        gatherings = ByWindow(
+            lambda window: make_key_gathering(pieces, self._rank, window), self._layers if self._gathers_keys else ()
+        )
+        return ContextPlans(cut, pieces, plans, gatherings)

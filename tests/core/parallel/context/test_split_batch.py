@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import RankPool
-from helpers.tiny import micro_batch
+from helpers.tiny import micro_batch, tiny_config
 from torch import Tensor
 
+from internlm.core.context.layout import ParallelLayout
+from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.multi_token_loss import later_tokens
 from internlm.core.parallel.context.split_batch import ContextOptions, ContextSplit, SplitDocuments, SplitSample
+from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
+from internlm.core.parallel.parallelize import parallelize
 from internlm.core.token_statistics import TokenSums
 from internlm.data.batch import IGNORE_INDEX, MicroBatch
+from internlm.model.registry import build_model
 from internlm.utils.errors import ConfigError
 from internlm.verify.case import Case, Combination
 from internlm.verify.run import CaseRun, start_case
@@ -123,3 +128,26 @@ def test_samples_of_any_length_are_evaluated(layout: str, ranks: Callable[[int],
         (expected,) = ranks(1).run(evaluated, case.reference(), lengths)
         for values in ranks(world_size).run(evaluated, case, lengths):
             assert values == pytest.approx(expected, rel=1e-12)
+
+
+def outputs(has_stated_windows: bool) -> Tensor:
+    """Hidden states of this rank's tokens, in float64."""
+    context = ParallelContext.create(ParallelLayout(world_size=2, context=2))
+    with torch.device("meta"):
+        model = build_model("MISTRAL", tiny_config(sliding_window=5, dtype="torch.float64"))
+    if not has_stated_windows:
+        del model.attention_windows
+    parallel = parallel_of(
+        parallelize(model, context, seed=7, options=ParallelOptions(context=ContextOptions("zigzag")))
+    )
+    sample = parallel.split_sample(micro_batch(0, LENGTHS))
+    part = sample.micro_batch
+    hidden: Tensor = model(part.input_ids, part.position_ids, sample.documents(part)).detach()
+    context.close()
+    return hidden
+
+
+def test_a_model_need_not_state_its_windows(ranks: Callable[[int], RankPool]) -> None:
+    """They only matter for the choice of a cut."""
+    for stated, found in zip(ranks(2).run(outputs, True), ranks(2).run(outputs, False), strict=True):
+        assert torch.equal(stated, found)
