@@ -257,7 +257,16 @@ def _context(config: Config) -> Iterator[str]:
     unused = [key for key in keys if not key.endswith("'auto'")]
     if unused and config.parallel.context_ranks == 1:
         yield f"no effect: {', '.join(unused)} (there is one context rank)"
-    if config.model.kv_lora_rank is not None and config.parallel.context_ranks > 1:
+    if config.parallel.context_ranks == 1:
+        return
+    parallel, tokens = config.parallel, config.data.packed_length
+    ranks = parallel.context_ranks * parallel.tensor_ranks
+    if tokens % ranks:
+        yield (
+            f"each sample of {tokens} tokens (data.micro_bsz * data.seq_len) is filled up with {-tokens % ranks} of "
+            f"padding, as {ranks} ranks share it: a multiple of {ranks} wastes nothing"
+        )
+    if config.model.kv_lora_rank is not None:
         yield from _context_of_latents(config)
 
 

@@ -40,3 +40,12 @@ def test_what_latent_attention_sends(changes: dict[str, Any], expected: str | No
     found = [line for line in find_notices(small_config(changes), lambda path: None, 4) if "latent" in line]
     assert len(found) == (expected is not None)
     assert expected is None or expected in found[0]
+
+
+def test_padding_of_each_sample_is_named() -> None:
+    """Two rows of 16 tokens on 2 x 3 ranks: a sample of 32 tokens grows to 36."""
+    changes = {"parallel.context.size": 3, "parallel.tensor.size": 2, "data.seq_len": 16, "data.micro_bsz": 2}
+    (line,) = [line for line in find_notices(small_config(changes), lambda path: None, 6) if "filled up" in line]
+    assert line.startswith("each sample of 32 tokens (data.micro_bsz * data.seq_len) is filled up with 4 of padding")
+    even = small_config({**changes, "parallel.context.size": 4})
+    assert not [line for line in find_notices(even, lambda path: None, 8) if "filled up" in line]
