@@ -5,6 +5,26 @@ from __future__ import annotations
 from internlm.verify.case import Combination
 from internlm.verify.covering import Covering
 
+_DOCUMENTS = (
+    "",
+    "documents:packed=false",
+    "documents:masked=micro_batches",
+    "documents:masked=ends,ragged=false",
+    "documents:packed=false,masked=none,ragged=false",
+)
+
+_HEADS = ("", "model:kv_heads=2", "model:kv_heads=1")
+
+_CHECKPOINT = (
+    "",
+    "model:checkpoint=0.5",
+    "model:checkpoint=1",
+    "model:checkpoint=1,save_policy=attention",
+    "model:checkpoint=0.5,save_policy=matmuls",
+)
+
+_LATER_TOKENS = ("", "model:multi_token=1", "model:multi_token=2")
+
 DENSE = Covering(
     axes={
         "split": (
@@ -42,14 +62,8 @@ DENSE = Covering(
             "stepping:clip=0,overlap_param",
             "stepping:offload,overlap_grad",
         ),
-        "documents": (
-            "",
-            "documents:packed=false",
-            "documents:masked=micro_batches",
-            "documents:masked=ends,ragged=false",
-            "documents:packed=false,masked=none,ragged=false",
-        ),
-        "heads": ("", "model:kv_heads=2", "model:kv_heads=1"),
+        "documents": _DOCUMENTS,
+        "heads": _HEADS,
         "family": (
             "",
             "model:family=INTERNLM,bias=true",
@@ -61,15 +75,9 @@ DENSE = Covering(
             "model:fused=true",
         ),
         "dtype": ("", "model:dtype=bfloat16", "model:dtype=bfloat16,fp32_norm,fp32_residual"),
-        "checkpoint": (
-            "",
-            "model:checkpoint=0.5",
-            "model:checkpoint=1",
-            "model:checkpoint=1,save_policy=attention",
-            "model:checkpoint=0.5,save_policy=matmuls",
-        ),
+        "checkpoint": _CHECKPOINT,
         "tied": ("", "model:tied=true"),
-        "later tokens": ("", "model:multi_token=1", "model:multi_token=2"),
+        "later tokens": _LATER_TOKENS,
     },
     constrained=("split", "pipeline", "data", "optimizer"),
 )
@@ -150,14 +158,8 @@ EXPERTS = Covering(
             "documents:masked=micro_batches",
             "documents:masked=ends,ragged=false",
         ),
-        "checkpoint": (
-            "",
-            "model:checkpoint=0.5",
-            "model:checkpoint=1",
-            "model:checkpoint=1,save_policy=attention",
-            "model:checkpoint=0.5,save_policy=matmuls",
-        ),
-        "later tokens": ("", "model:multi_token=1", "model:multi_token=2"),
+        "checkpoint": _CHECKPOINT,
+        "later tokens": _LATER_TOKENS,
         # Routing is discrete: in another dtype, a different order of additions can change an expert.
         "dtype": ("model:dtype=float64",),
     },
@@ -201,14 +203,8 @@ CONTEXT = Covering(
             "data=1 layout:fsdp",
         ),
         "optimizer": ("", "stepping:overlap_grad,overlap_param,bucket=1000", "stepping:offload,overlap_grad"),
-        "documents": (
-            "",
-            "documents:packed=false",
-            "documents:masked=micro_batches",
-            "documents:masked=ends,ragged=false",
-            "documents:packed=false,masked=none,ragged=false",
-        ),
-        "heads": ("", "model:kv_heads=2", "model:kv_heads=1"),
+        "documents": _DOCUMENTS,
+        "heads": _HEADS,
         "family": (
             "",
             "model:family=INTERNLM,bias=true",
@@ -226,7 +222,7 @@ CONTEXT = Covering(
             "model:checkpoint=0.5,save_policy=matmuls",
         ),
         "tied": ("", "model:tied=true"),
-        "later tokens": ("", "model:multi_token=1", "model:multi_token=2"),
+        "later tokens": _LATER_TOKENS,
     },
     constrained=("split", "context", "pipeline", "data"),
 )
