@@ -93,3 +93,14 @@ def _serve(rank: int, world_size: int, meeting: str, connection: Connection) -> 
             connection.send((True, function(*args)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+            continue
+        _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    """Destroy the process groups that a job has left: each has threads that wake up a hundred times a second."""
+    # The last messages of a group must have arrived everywhere. A rank may be in no group but that of all ranks.
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
