@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -144,7 +144,7 @@ class Engine:
         num_ranks, num_chunks = context.size("pipeline"), len(self.chunks)
         self._make_schedule = schedule or partial(make_schedule, "1F1B", num_ranks, num_chunks=num_chunks)
         self._schedules: dict[int, PipelineSchedule] = {}
-        self._takes_extra: set[type[nn.Module]] = set()
+        self._checked_inputs: set[tuple[type[nn.Module], str]] = set()
         probe = self._schedule(num_ranks)
         self.placement = probe.placement
         if (self.placement.num_ranks, self.placement.num_chunks) != (num_ranks, num_chunks):
@@ -152,10 +152,12 @@ class Engine:
                 f"the schedule is for {self.placement.num_ranks} pipeline ranks of {self.placement.num_chunks} chunks, "
                 f"but there are {num_ranks} ranks and this one has {num_chunks} chunks"
             )
+        rank = context.index("pipeline")
+        self._has_first_stage = any(self.placement.stage_of(rank, chunk) == 0 for chunk in range(num_chunks))
         self._evaluation = with_communication(forward_only(self.placement))
         channels = PipelineChannels.create(context, channels_of(probe)) if num_ranks > 1 else None
         self._uploader = Uploader(context.device)
-        self._executor = Executor(context.index("pipeline"), self.parallel.weight_gradients, channels, self.progress)
+        self._executor = Executor(rank, self.parallel.weight_gradients, channels, self.progress)
 
     @property
     def model(self) -> nn.Module:
@@ -306,6 +308,9 @@ class Engine:
     def _split(self, micro: MicroBatch) -> SplitSample:
         """This rank's part of a micro-batch on the host, pinned if the micro-batch is."""
         sample = self.parallel.split_sample(micro)
+        if micro.images is not None:
+            images = self.parallel.own_images(micro.images) if self._has_first_stage else None
+            sample = sample._replace(micro_batch=replace(sample.micro_batch, images=images))
         if not micro.input_ids.is_pinned():
             return sample
         return sample._replace(micro_batch=sample.micro_batch.pinned())
@@ -324,9 +329,12 @@ class Engine:
         inputs = micro.input_ids if received is None else received
         options: dict[str, Any] = {}
         if micro.extra:
-            self._check_extra(model, micro.extra)
+            self._check_takes(model, "extra", f"extra inputs ({', '.join(micro.extra)})")
             own_tokens = parallel_of(model).own_tokens
             options["extra"] = {name: own_tokens(values) for name, values in micro.extra.items()}
+        if micro.images is not None and received is None:
+            self._check_takes(model, "images", "pictures")
+            options["images"] = micro.images
         if later:
             options["later_ids"] = torch.cat([tokens.input_ids for tokens in later])
         with self.routing.forward_pass(chunk, micro):
@@ -352,15 +360,16 @@ class Engine:
             sink.update(output.token_losses, output.correct, labels, type_ids)
         return output.loss_sum
 
-    def _check_extra(self, model: nn.Module, names: Iterable[str]) -> None:
-        if type(model) not in self._takes_extra:
+    def _check_takes(self, model: nn.Module, name: str, content: str) -> None:
+        """Refuse a batch with inputs that the forward method of the model does not take."""
+        if (type(model), name) not in self._checked_inputs:
             parameters = inspect.signature(model.forward).parameters
-            if "extra" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 raise ValueError(
-                    f"the batch has extra inputs ({', '.join(names)}), which the model does not take: give "
-                    f"{type(model).__name__}.forward a parameter `extra`"
+                    f"the batch has {content}, which the model does not take: give {type(model).__name__}.forward a "
+                    f"parameter `{name}`"
                 )
-            self._takes_extra.add(type(model))
+            self._checked_inputs.add((type(model), name))
 
     def _new_activation(self, micro_batch: MicroBatch) -> Tensor:
         """An empty receive buffer for the residual stream of a micro-batch between two stages."""

@@ -1,6 +1,7 @@
 """Batches, as loaders deliver them to the engine: tensors, and the lengths that the host needs.
 
-Legend of shapes: M micro-batches, B sequences, S tokens of a sequence, P packed length, n attention segments.
+Legend of shapes: M micro-batches, B sequences, S tokens of a sequence, P packed length, n attention segments, N
+pictures of H x W pixels.
 """
 
 from __future__ import annotations
@@ -53,9 +54,13 @@ class MicroBatch:
         later: tokens 1, 2 ... positions later, for layers that predict later tokens; the engine fills it.
         extra: further values per token, by name, each `[B, S, ...]`; passed as `extra` to the forward method of the
             model, on each rank for the tokens of its part of the residual stream.
+        images: float `[N, 3, H, W]`, the pictures of all rows in the order of their placeholders; the engine passes
+            them as `images` to the forward method of the model. None: no picture. `extra["image_features"]` then says
+            which token stands for which part of them; see `internlm.data.packing.image_placeholders`.
 
     Raises:
-        ValueError: the first two dimensions of a tensor of `extra` differ from those of `input_ids`.
+        ValueError: the first two dimensions of a tensor of `extra` differ from those of `input_ids`, or `images` has
+            another shape.
     """
 
     input_ids: Tensor
@@ -71,12 +76,15 @@ class MicroBatch:
     token_indices: Tensor | None = None
     later: list[LaterTokens] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    images: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self.extra.items():
             if tensor.shape[:2] != self.input_ids.shape:
                 shapes = f"{list(tensor.shape)}, and input_ids are {list(self.input_ids.shape)}"
                 raise ValueError(f"extra['{name}'] is {shapes}: it must begin with the same two dimensions")
+        if self.images is not None and (self.images.ndim != 4 or self.images.shape[1] != 3):
+            raise ValueError(f"images is {list(self.images.shape)}: it must be [pictures, 3, height, width]")
 
     @property
     def num_sample_tokens(self) -> int:
@@ -104,6 +112,7 @@ class MicroBatch:
             token_indices=None if self.token_indices is None else copy(self.token_indices),
             later=[LaterTokens(copy(ids), copy(labels)) for ids, labels in self.later],
             extra={name: copy(tensor) for name, tensor in self.extra.items()},
+            images=None if self.images is None else copy(self.images),
         )
 
 

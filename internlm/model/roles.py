@@ -18,6 +18,8 @@ class Role(enum.Enum):
     """Not split; applied to the residual stream: norms, gates."""
     PER_HEAD = "per_head"
     """Not split; every rank applies it to its own heads: norms of queries and keys."""
+    PER_IMAGE = "per_image"
+    """Not split; every rank applies it to its own pictures: vision towers and their projectors."""
     PER_QUERY_CHANNEL = "per_query_channel"
     """Vector ordered by query head, split between query heads; not a linear layer: norms of whole q projections,
     attention sinks."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.communication.collectives import all_reduce
+from internlm.core.communication.exchange import gather, own_part
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.context.context_attention import ContextAttention
 from internlm.core.parallel.context.gathered_attention import LatentGathering
@@ -296,6 +297,25 @@ class ModelParallel:
     def split_sample(self, micro: MicroBatch) -> SplitSample:
         """This context rank's tokens of a micro-batch on the host, and the plans of their attention."""
         return SplitSample(micro) if self.context_split is None else self.context_split.split(micro)
+
+    # -- pictures -------------------------------------------------------------------------------------------------
+
+    def own_images(self, images: Tensor) -> Tensor:
+        """The pictures of a sample, `[N, 3, H, W]` -> those that this rank encodes, `[N', 3, H, W]`.
+
+        N' is equal on all ranks that share a sample, and at least 1: behind the last picture come blank ones.
+        """
+        num_ranks = self.context.size("sample")
+        blank = images.new_zeros(max(-len(images) % num_ranks, num_ranks - len(images)), *images.shape[1:])
+        padded = torch.cat([images, blank])
+        return own_part(own_part(padded, self.context.group("context"), 0), self.context.group("tensor"), 0)
+
+    def gather_features(self, features: Tensor) -> Tensor:
+        """The features of this rank's pictures, `[N' P, h]` -> of all pictures of the sample, in order.
+
+        In backward, each rank gets the whole gradient of its own features.
+        """
+        return gather(features, self.context.group("context"), dim=0)
 
     # -- for the engine -------------------------------------------------------------------------------------------
 

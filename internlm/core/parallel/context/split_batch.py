@@ -211,6 +211,7 @@ class ContextSplit:
             token_indices=indices.unsqueeze(0),
             later=[LaterTokens(own(ids), own(labels, IGNORE_INDEX)) for ids, labels in micro.later],
             extra={name: own(values) for name, values in micro.extra.items()},
+            images=micro.images,
         )
         return SplitSample(part, plans)
 

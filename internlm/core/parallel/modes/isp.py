@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.core.communication.exchange import own_part, start_gather, start_reduce_scatter
+from internlm.core.communication.exchange import gather, own_part, start_gather, start_reduce_scatter
 from internlm.core.parallel.experts.expert_linear import ExpertLinear, ExpertWeightStore
 from internlm.core.parallel.linear.parallel_linear import LinearGroup, ParallelLinear, WeightStore
 from internlm.core.parallel.linear.weight_gathering import GatheredWeights
@@ -29,7 +29,10 @@ from internlm.model.moe.experts import Experts
 from internlm.model.ops.cross_entropy import LossFunction
 from internlm.model.roles import HeadShape, Role
 
-_PER_CHANNEL = (Role.PER_HEAD, Role.PER_QUERY_CHANNEL, Role.PER_KV_CHANNEL)
+_NOT_SPLIT = (
+    *(Role.REPLICATED, Role.PER_HEAD, Role.PER_IMAGE, Role.PER_QUERY_CHANNEL, Role.PER_KV_CHANNEL),
+    *(Role.ROUTER, Role.EXPERTS),
+)
 
 
 class Isp(ModelParallel):
@@ -84,7 +87,7 @@ class Isp(ModelParallel):
         whole = replace(ShardSpec.whole(name, shape), view="weight", data_axis="weight_data")
         if not self._splits_weights:
             return [ParameterShard(attribute, whole)]
-        if role in (Role.REPLICATED, *_PER_CHANNEL, Role.ROUTER, Role.EXPERTS):
+        if role in _NOT_SPLIT:
             return [ParameterShard(attribute, replace(whole, partial_over=("weight",)))]
         n, t = self.context.size("weight", "weight"), self.context.index("weight", "weight")
         rows, block = padded_rows(shape[0], n, t)
@@ -127,6 +130,9 @@ class Isp(ModelParallel):
 
     def sequence_length(self, num_tokens: int) -> int:
         return num_tokens // self.context.size("tensor")
+
+    def gather_features(self, features: Tensor) -> Tensor:
+        return super().gather_features(gather(features, self.group, dim=0))
 
     def head_weight(self, model: nn.Module) -> Tensor:
         return self._gather_rows(super().head_weight(model), model.vocab_size)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from internlm.core.communication.exchange import (
     copy_to_ranks,
+    gather,
     gather_replicated,
     start_all_reduce,
     sum_over_ranks,
@@ -83,8 +84,8 @@ class Mtp(ModelParallel):
         if role is Role.ROUTER:
             is_partial = self.residual_is_split or self.context.layout.splits_tokens_of_routers
             return [ParameterShard(attribute, replace(whole, partial_over=("tensor",)) if is_partial else whole)]
-        if role is Role.PER_HEAD:
-            # Each rank computes the gradient of its own heads, whether or not the residual stream is split.
+        if role in (Role.PER_HEAD, Role.PER_IMAGE):
+            # Each rank computes the gradient of its own heads or pictures, whether or not the residual stream is split.
             return [ParameterShard(attribute, replace(whole, partial_over=("tensor",)))]
         if role in (Role.PER_QUERY_CHANNEL, Role.PER_KV_CHANNEL):
             of_projection = Role.ATTENTION_Q if role is Role.PER_QUERY_CHANNEL else Role.ATTENTION_KV
@@ -131,6 +132,11 @@ class Mtp(ModelParallel):
         is_elsewhere = (local_ids < 0) | (local_ids >= spec.local_shape[0])
         found = F.embedding(local_ids.masked_fill(is_elsewhere, 0), weight)
         return self.reduce_output(found.masked_fill(is_elsewhere.unsqueeze(-1), 0))
+
+    def gather_features(self, features: Tensor) -> Tensor:
+        # Where all tensor ranks have all tokens, each of them has the whole gradient of every feature.
+        collect = gather if self.residual_is_split else gather_replicated
+        return super().gather_features(collect(features, self.group, dim=0))
 
     def head_loss(
         self,
