@@ -17,7 +17,11 @@ _ATTRIBUTE = "internlm_initializer"
 
 
 class Initializer(Protocol):
-    """The distribution of a parameter's initial values. Elements are independent, so parts can be filled separately."""
+    """The distribution of a parameter's initial values.
+
+    Elements are independent, so parts can be filled separately, unless the initializer has a true attribute
+    `draws_whole`: then `fill` gets a tensor of the shape of the whole parameter.
+    """
 
     def fill(self, tensor: Tensor, generator: torch.Generator | None = None) -> None:
         """Fill `tensor`, of any shape and on the generator's device, in place."""

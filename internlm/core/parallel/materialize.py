@@ -54,7 +54,9 @@ def draw(spec: ShardSpec, initializer: Initializer, seed: int, dtype: torch.dtyp
         device: of the result, and of the random numbers.
     """
     local = torch.zeros(spec.local_shape, dtype=dtype, device=device)
-    blocks = list(blocks_of(spec.global_shape))
+    shape = spec.global_shape
+    draws_whole = getattr(initializer, "draws_whole", False)
+    blocks = [((0,) * len(shape), shape)] if draws_whole else list(blocks_of(shape))
     for number, (offset, size) in enumerate(blocks):
         parts = [part for box in spec.boxes if (part := box.intersect_global(offset, size)) is not None]
         if parts:
