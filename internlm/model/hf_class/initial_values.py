@@ -98,7 +98,8 @@ def attach_initial_values(model: nn.Module, constructed: Mapping[nn.Parameter, T
     """Give every parameter of a Hugging Face model on the meta device the initializer that its class defines.
 
     Args:
-        model: a `PreTrainedModel` whose parameters are on the meta device; its weights are not yet tied, as in transformers.
+        model: a `PreTrainedModel` whose parameters are on the meta device; its weights are not yet tied, as when
+            transformers initialises it.
         constructed: values that the constructor gave to small parameters; kept where `_init_weights` writes nothing.
 
     Raises:
@@ -184,7 +185,7 @@ def _in_order(model: nn.Module, owner: nn.Module) -> Iterator[tuple[nn.Module, n
 def _forget_initialized(model: nn.Module) -> None:
     """Let `_init_weights` write to everything: it skips what is marked as initialised."""
     for item in (*model.modules(), *model.parameters(), *model.buffers()):
-        item._is_hf_initialized = False  # type: ignore[assignment]
+        setattr(item, "_is_hf_initialized", False)  # noqa: B010 (no attribute of these classes)
 
 
 def _materialized_copy(module: nn.Module) -> nn.Module:
