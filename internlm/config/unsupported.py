@@ -16,7 +16,6 @@ from internlm.config.schema.base import Status, default_of, key_info, walk_value
 _HF_CLASSES = "training Hugging Face classes"
 
 LATER_FAMILIES = {
-    "LLAVA": "multimodal models",
     "CHAMELEON": "multimodal models",
     "LUMINA": "image generation",
     "DIT": "image generation",

@@ -233,6 +233,17 @@ class Decoder(nn.Module):
             `[(1 + D) B, S, h]`, followed by the hidden states of each of these layers.
         """
         hidden = self.embed(inputs) if self.is_first else inputs
+        return self.run(hidden, position_ids, varlen, cache, later_ids)
+
+    def run(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        varlen: VarlenMetadata | None,
+        cache: KeyValueCache | None,
+        later_ids: Tensor | None,
+    ) -> Tensor:
+        """As `forward`, from the residual stream `[B, S, h]` in front of the layers."""
         rotary = self.rotary.tables(position_ids, self.architecture.dtype, varlen)
         layers = self.numbered_layers().items()
         hidden = run_layers(layers, hidden, rotary, varlen, cache, offloading=self.offloading)
@@ -252,8 +263,11 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids `[B, S]` -> the residual stream `[B, S, h]`."""
+        return self.to_stream(self.tok_embeddings(input_ids))
+
+    def to_stream(self, hidden: Tensor) -> Tensor:
+        """Embeddings `[B, S, h]`, as looked up -> the residual stream."""
         a = self.architecture
-        hidden = self.tok_embeddings(input_ids)
         if a.embed_grad_scale != 1.0:
             hidden = _ScaleGradient.apply(hidden, a.embed_grad_scale)
         if a.embedding_multiplier != 1.0:

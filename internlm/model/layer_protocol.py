@@ -6,7 +6,7 @@ class of its layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -59,6 +59,17 @@ class DescribedModel(Protocol):
     """
 
     architecture: Architecture
+
+
+@runtime_checkable
+class ImageModel(Protocol):
+    """A model that reads pictures; ranks that share a sample encode a part of them each.
+
+    Attributes:
+        gather_features: features of this rank's pictures, `[N' P, h]` -> of all pictures of the sample, `[N P, h]`.
+    """
+
+    gather_features: Callable[[Tensor], Tensor]
 
 
 def run_layers(

@@ -36,6 +36,7 @@ _FAMILY_MODULES = (
     "deepseek",
     "olmoe",
     "gpt_oss",
+    "llava",
 )
 
 _BUILDERS: dict[str, ModelBuilder] = {}

@@ -34,7 +34,7 @@ def value_of(config, path):
 
 
 def test_every_key_that_names_a_path_is_one():
-    ends = r"(folder|_path|_file|\.path|chat_template|replay\.(read|write))$"
+    ends = r"(folder|_path|_file|\.path|chat_template|replay\.(read|write)|mm_vision_tower)$"
     named = {path for path, field in walk_schema(Config) if re.search(ends, path) and "str" in str(field.annotation)}
     paths = {path for path, field in walk_schema(Config) if is_path(field)}
     assert named - NO_PATHS == paths
@@ -58,6 +58,11 @@ def test_home_folders_are_expanded_in_every_path(load, tmp_path):
         paths.remove(f"moe.replay.{name}")
         replay = load(*experts, f"moe.replay.{name}=~/r").config.moe.replay
         assert getattr(replay, name) == f"{tmp_path}/home/r"
+    # Which is for models that read pictures.
+    paths.remove("model.vit_cfg.mm_vision_tower")
+    llava = ("model_type=LLAVA", "model.image_token_id=3", "model.vision_proj_cfg={}")
+    tower = load(*llava, "model.vit_cfg={'mm_vision_tower': '~/v'}").config.model.vit_cfg
+    assert tower.mm_vision_tower == f"{tmp_path}/home/v"
     values = {path: f"~/{path}" for path in paths}
     # Another name of a key must not contradict it.
     values["data.dataset_folder"] = values["data.train_folder"]

@@ -51,6 +51,7 @@ def other_value(path, field) -> Any:
         0.5,
         0.25,
         "other",
+        "linear",
         ["a"],
         [1],
         {"a": "b"},
@@ -60,6 +61,8 @@ def other_value(path, field) -> Any:
         [{"path": "x", "weight": 1}],
         {"learn": "last"},
         FIM,
+        {"mm_vision_tower": "x"},
+        {"mm_hidden_size": 7},
         {"learn": "last"},
     ):
         try:

@@ -437,15 +437,15 @@ REFUSED: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
             "data.image_size": 336,
             "data.patch_size": 14,
             "model.image_token_id": 200000,
-            "model.vit_cfg": {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2},
+            "model.vit_cfg": {
+                "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+                "mm_projector_type": "mlp2x_gelu",
+                "mm_vision_select_layer": -2,
+            },
             "model.vision_proj_cfg": {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1024},
         },
         (
             "data.is_multimodal = True: multimodal data",
-            "model.image_token_id = 200000: multimodal models",
-            "model.vit_cfg = {'mm_projector_type': 'mlp2x_gelu', 'mm_vision_select_layer': -2}: multimodal models",
-            "model.vision_proj_cfg = {'mm_projector_type': 'mlp2x_gelu', 'mm_hidden_size': 1024}: multimodal models",
-            "model_type = 'LLAVA': multimodal models",
         ),
     ),
     "34B_chameleon": (

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, model_validator
 from internlm.config.schema.base import Section, key, later, library_only, no_effect, section, used_with
 from internlm.config.schema.moe import MoeLayerConfig
 from internlm.config.schema.rope_scaling import RopeScalingConfig
+from internlm.config.schema.vision import VisionProjectorConfig, VisionTowerConfig
 
 if TYPE_CHECKING:
     import torch
@@ -365,14 +366,16 @@ class ModelConfig(Section):
         ge=0,
         changes_outputs=True,
     )
-    image_token_id: int | None = later(
-        None, "Token that stands for an image.", "multimodal models", changes_outputs=True
+    # Pictures, with model_type = "LLAVA".
+    image_token_id: int | None = key(
+        None,
+        "Token that stands for a part of a picture, inside or outside of the vocabulary.",
+        ge=0,
+        changes_outputs=True,
     )
-    vit_cfg: dict[str, Any] | None = later(
-        None, "The vision tower.", "multimodal models", accepts=({},), changes_outputs=True
-    )
-    vision_proj_cfg: dict[str, Any] | None = later(
-        None, "Projection of the vision tower's outputs.", "multimodal models", accepts=({},), changes_outputs=True
+    vit_cfg: VisionTowerConfig | None = key(None, "The vision tower.", changes_outputs=True)
+    vision_proj_cfg: VisionProjectorConfig | None = key(
+        None, "Projection of the vision tower's outputs.", changes_outputs=True
     )
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.modes.msp import Msp
 from internlm.core.parallel.modes.mtp import LINEAR_ROLES, Mtp
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
-from internlm.model.layer_protocol import RecomputableLayer
+from internlm.model.layer_protocol import ImageModel, RecomputableLayer
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.modules.linear import Float8Linear, GroupedLinear
@@ -113,6 +113,8 @@ def parallelize(
     _join_layers(model, parallel)
     _split_attention(model, parallel)
     place_tokens_of_experts(model, parallel)
+    if isinstance(model, ImageModel):
+        model.gather_features = parallel.gather_features
     model.parallel = parallel  # type: ignore[assignment]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -41,10 +41,11 @@ def build_on_meta(make: Callable[[], M], dtype: torch.dtype) -> M:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("cpu"), _parameters_on_meta() as constructed, initialization.no_init_weights():
-            model = make()
-        attach_initial_values(model, constructed)
-        model.tie_weights()  # type: ignore[operator]
+        with torch.device("cpu"):
+            with _parameters_on_meta() as constructed, initialization.no_init_weights():
+                model = make()
+            attach_initial_values(model, constructed)
+            model.tie_weights()  # type: ignore[operator]
         _keep_in_fp32(model, dtype)
     finally:
         torch.set_default_dtype(default)
