@@ -19,6 +19,7 @@ from internlm.data.sources.windowed_source import WindowedSource
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.initialize.data_folders import check_same_listing, check_same_on_all_ranks, log_small_cache, train_folder
 from internlm.initialize.file_formats import file_format
+from internlm.initialize.images import image_loader, image_settings
 from internlm.initialize.row_stream import build_row_stream
 from internlm.initialize.train_sources import config_of, train_sources
 from internlm.initialize.valid_sets import find_sets, log_unread_valid_files
@@ -41,6 +42,7 @@ def build_loader(config: Config, context: ParallelContext) -> TrainLoader:
         skip_batches=data.skip_batches,
         total_steps=data.total_steps,
         pin_memory=context.device.type == "cuda",
+        images=image_loader(config),
     )
 
 
@@ -107,6 +109,7 @@ def _open_stream(config: Config, context: ParallelContext) -> SampleStream:
         document_mask=data.document_mask,
         fim=fill_in_the_middle(config),
         valid_fraction=data.valid_fraction,
+        images=image_settings(config),
     )
     if isinstance(source, DocumentSource):
         log_small_cache(config, source.paths)
@@ -186,6 +189,7 @@ def build_valid_sets(config: Config, context: ParallelContext) -> dict[str, Vali
         data_rank=context.index("data"),
         data_size=context.size("data"),
         packed=data.packing != "unpacked",
+        images=image_loader(config),
     )
     check_same_on_all_ranks(
         context, "the validation sets", {f"tokens of '{name}'": each.num_tokens for name, each in sets.items()}

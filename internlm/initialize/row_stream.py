@@ -10,6 +10,8 @@ from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.conversations.encoder import ConversationEncoder, ConversationOptions, load_template_for
 from internlm.data.documents.file_digest import digest_of
 from internlm.data.documents.folders import min_length_of_type
+from internlm.data.images.image_row_encoder import ImageRowEncoder
+from internlm.data.images.placeholder_tokenizer import PlaceholderTokenizer
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.open_rows import open_row_files
@@ -23,6 +25,7 @@ from internlm.data.sources.shard_reader import RowPacking
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.initialize.data_folders import log_small_cache, train_folder
+from internlm.initialize.images import image_settings
 from internlm.initialize.train_sources import TrainSource
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
@@ -148,7 +151,13 @@ def rows_as_documents(config: Config, valid_folder: str | Path, sources: Sequenc
     sets: dict[str, list[RowFile]] = {name: [] for name in found.types}
     for file, typed in zip(files, found.files, strict=True):
         sets[found.types[typed.type_id]].append(file)
-    return encoded_sets({name: files for name, files in sets.items() if files}, encoder, repr(sorted(facts.items())))
+    settings = image_settings(config)
+    return encoded_sets(
+        {name: files for name, files in sets.items() if files},
+        encoder,
+        repr(sorted(facts.items())),
+        None if settings is None else settings.folder,
+    )
 
 
 def _train_dataset(config: Config) -> Path:
@@ -159,7 +168,8 @@ def _train_dataset(config: Config) -> Path:
 
 def _open(config: Config, found: RowFiles) -> list[RowFile]:
     data = config.data
-    columns = None if data.conversations is not None else [data.content_name]
+    has_other_columns = data.conversations is not None or data.is_multimodal
+    columns = None if has_other_columns else [data.content_name]
     return open_row_files([each.path for each in found.files], columns, data.text_unit)
 
 
@@ -175,10 +185,22 @@ def _min_lengths(config: Config, found: RowFiles) -> tuple[int, ...]:
 
 def _encoder(config: Config) -> tuple[RowEncoder, dict[str, str]]:
     """(the encoder of rows, what its ids depend on)."""
+    assert config.data.tokenizer_path is not None
+    tokenizer = load_tokenizer(config.data.tokenizer_path)
+    facts = {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    settings = image_settings(config)
+    if settings is None:
+        encoder, more = _text_encoder(config, tokenizer)
+        return encoder, facts | more
+    encoder, more = _text_encoder(config, PlaceholderTokenizer(tokenizer, settings))
+    return ImageRowEncoder(encoder, settings), facts | more | {"images": repr((settings.facts, settings.seq_len))}
+
+
+def _text_encoder(config: Config, tokenizer: TextTokenizer) -> tuple[RowEncoder, dict[str, str]]:
+    """(the encoder of the text of rows, what its ids depend on besides the tokenizer)."""
     data = config.data
     assert data.tokenizer_path is not None
-    tokenizer = load_tokenizer(data.tokenizer_path)
-    facts = {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    facts = {}
     if data.conversations is not None:
         options = ConversationOptions(**data.conversations.model_dump())
         template = load_template_for(options, Path(data.tokenizer_path))

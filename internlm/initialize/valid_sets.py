@@ -13,9 +13,8 @@ from internlm.config.schema.valid_folders import DOCUMENT_TYPES
 from internlm.data.documents.folders import find_train_files, find_valid_sets, log_unread_files
 from internlm.data.documents.valid_sets import ValidSet, folder_sets, held_out_sets, named_set
 from internlm.data.remote.mirror import is_remote
-from internlm.data.tokenized_files.file_format import TOKENIZED
 from internlm.initialize.data_folders import local_data, train_folder
-from internlm.initialize.file_formats import file_format
+from internlm.initialize.file_formats import file_format, tokenized_format
 from internlm.initialize.row_stream import rows_as_documents
 from internlm.initialize.train_sources import train_sources
 from internlm.utils.errors import CheckpointError, ConfigError
@@ -78,7 +77,8 @@ def find_sets(config: Config, *, with_rows: bool = True) -> list[ValidSet]:
         if place.type != "streaming":
             format = file_format(place.config)
         elif with_rows:
-            folder, format = rows_as_documents(place.config, place.folder, train_sources(config)), TOKENIZED
+            folder = rows_as_documents(place.config, place.folder, train_sources(config))
+            format = tokenized_format(place.config)
         else:
             continue
         sets += folder_sets(folder, format) if place.name is None else [named_set(place.name, folder, format)]

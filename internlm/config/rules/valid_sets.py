@@ -56,7 +56,7 @@ def named_sets(config: Config, world_size: int) -> Iterator[Problem]:
             )
         for item in sorted(each.keys() - {"path", "type"}):
             needed = "arrays" if item.startswith("array_") else "streaming"
-            if type_name != needed:
+            if type_name != needed and item != "image_folder":
                 yield Problem(
                     ("data.valid_folder",),
                     f"{place}: {item} = {each[item]!r} needs type = {needed!r}, which is {type_name!r}; remove it",

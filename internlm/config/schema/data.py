@@ -94,6 +94,8 @@ class BlendEntryConfig(Section):
     add_bos: bool | None = key(None, "As data.add_bos.")
     add_eos: bool | None = key(None, "As data.add_eos.")
     conversations: ConversationConfig | None = key(None, "As data.conversations.")
+    image_folder: PathText = key(None, "As data.image_folder.")
+    image_column: str | None = key(None, "As data.image_column.")
 
     @model_validator(mode="after")
     def _fill(self) -> BlendEntryConfig:
@@ -110,8 +112,9 @@ class BlendEntryConfig(Section):
         """The data section of a run on this source alone."""
         given = {name: getattr(self, name) for name in KEYS_OF_TYPES if getattr(self, name) is not None}
         changes: dict[str, Any] = {"train_folder": self.path, "blend": [], "min_length_dict": self.min_length_dict}
-        if self.min_length is not None:
-            changes["min_length"] = self.min_length
+        for name in ("min_length", "image_folder", "image_column"):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name)
         return data.of_type(self.type or data.type, given).model_copy(update=changes)
 
 
@@ -216,7 +219,8 @@ class DataConfig(Section):
         "`cut`: documents one after the other, cut every micro_bsz * seq_len tokens; `pack_sample_into_one`: the same "
         "without a document mask; `best_fit`: documents remain whole where they fit, with padding at the end; "
         "`unpacked`: one document per row, padded to [micro_bsz, seq_len].",
-        derived="by use_packed_dataset, pack_sample_into_one and pack_to_max_length; `cut` without them",
+        derived="by use_packed_dataset, pack_sample_into_one and pack_to_max_length; without them `cut`, and "
+        "`best_fit` with is_multimodal",
     )
     document_mask: bool = key(
         None,
@@ -284,7 +288,9 @@ class DataConfig(Section):
     conversations: ConversationConfig | None = key(
         None, "`streaming`: dict(form, learn, mask, chat_template): rows are conversations; {} for the defaults."
     )
-    is_multimodal: bool = later(False, "Samples contain images.", "multimodal data")
+    is_multimodal: bool = key(
+        False, "Documents may have pictures, for model_type = 'LLAVA'; without a folder: dummy data with pictures."
+    )
     data_impl: str | None = no_effect(
         None, "Kind of index of data.type='megatron'.", "an index tells its format; only that of 'mmap' is read"
     )
@@ -293,9 +299,31 @@ class DataConfig(Section):
     unit_schedule_size: int | None = used_with(
         None, "Micro-batches of one unit of the ZeroPP schedule.", "parallel.pipeline.use_zeropp", ge=1
     )
-    image_folder: PathText = used_with(None, "Folder that image paths are relative to.", "data.is_multimodal")
-    image_size: int | None = used_with(None, "Side of an image in pixels.", "data.is_multimodal", ge=1)
-    patch_size: int | None = used_with(None, "Side of an image patch in pixels.", "data.is_multimodal", ge=1)
+    image_folder: PathText = used_with(None, "Folder that paths of pictures are relative to.", "data.is_multimodal")
+    image_size: int | None = used_with(
+        None, "Side of a picture in pixels, as the vision tower reads it.", "data.is_multimodal", ge=1
+    )
+    patch_size: int | None = used_with(
+        None,
+        "Side of a patch in pixels: a picture has (image_size / patch_size)^2 placeholders.",
+        "data.is_multimodal",
+        ge=1,
+    )
+    image_column: str | None = used_with(
+        None, "`streaming`: column with the pictures of a row; None: `image` or `images`.", "data.is_multimodal"
+    )
+    image_fit: Literal["crop", "pad", "stretch"] | None = used_with(
+        None,
+        "How a picture becomes a square: `crop` cuts out its center; `pad` adds bars (LLaVA 1.5); `stretch` distorts "
+        "it. None: as image_processor says.",
+        "data.is_multimodal",
+    )
+    image_processor: PathText = used_with(
+        None,
+        "preprocessor_config.json, or its folder, with the resizing and normalization of the vision tower; None: that "
+        "of the folder in model.vit_cfg.mm_vision_tower, else CLIP's.",
+        "data.is_multimodal",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -333,7 +361,7 @@ class DataConfig(Section):
         if self.valid_micro_num is None:
             self._derive(valid_micro_num=self.micro_num)
         if self.packing is None:
-            one = "pack_sample_into_one" if self.pack_sample_into_one else "cut"
+            one = "pack_sample_into_one" if self.pack_sample_into_one else "best_fit" if self.is_multimodal else "cut"
             is_unpacked = False in (self.use_packed_dataset, self.pack_to_max_length)
             self._derive(packing="unpacked" if is_unpacked else one)
         if self.pack_sample_into_one is None:

@@ -27,6 +27,8 @@ _KEYS: dict[str, tuple[type, str]] = {
     "add_bos": (bool, "True or False"),
     "add_eos": (bool, "True or False"),
     "conversations": (dict, "a dict as data.conversations, or None"),
+    "image_folder": (str, "a folder"),
+    "image_column": (str, "the column with the pictures"),
 }
 _CHOICES = {
     "type": VALID_TYPES,

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from internlm.data.documents.document_file import DocumentFile, FileFormat
 from internlm.data.documents.document_index import DOCUMENT_SEED
+from internlm.data.images.document_images import DocumentsWithImages
+from internlm.data.images.image_source import ImageSource
 from internlm.data.permutation import permute
 
 _MAX_OPEN_FILES = 64
@@ -121,3 +123,14 @@ class DocumentSelection:
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """See `DocumentFile`."""
         return self._files.get(self.path).read(int(self.documents[document]), start, stop)
+
+    def images(self, document: int) -> Sequence[ImageSource]:
+        """See `DocumentsWithImages`; none in files without pictures."""
+        file = self._files.get(self.path)
+        return file.images(int(self.documents[document])) if isinstance(file, DocumentsWithImages) else ()
+
+    @property
+    def left_out(self) -> str | None:
+        """See `DocumentsWithImages`; of the whole file."""
+        file = self._files.get(self.path)
+        return file.left_out if isinstance(file, DocumentsWithImages) else None

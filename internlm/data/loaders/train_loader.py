@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internlm.data.batch import Batch
+from internlm.data.images.loading import ImageLoader
 from internlm.data.loaders.batch_plan import NO_SKIPS, RampUp, SkipBatches, parse_skip_batches
 from internlm.data.loaders.read_ahead import ReadAheadThread, WorkerProcesses
 from internlm.data.packing.collate import to_micro_batch
@@ -61,6 +62,7 @@ def build_train_loader(
     total_steps: int | None = None,
     pin_memory: bool = False,
     prefetch: int = 2,
+    images: ImageLoader | None = None,
 ) -> TrainLoader:
     """Build a loader over the samples of a stream.
 
@@ -74,6 +76,7 @@ def build_train_loader(
         total_steps: the loader stops before this step; None never stops.
         pin_memory: whether to put tensors into page-locked memory (requires CUDA).
         prefetch: number of batches to prefetch; 0, without workers, reads each batch on demand.
+        images: reads the pictures of samples; None without a vision tower.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -88,6 +91,7 @@ def build_train_loader(
         total_steps=total_steps,
         pin_memory=pin_memory,
         prefetch=prefetch,
+        images=images,
     )
 
 
@@ -113,6 +117,7 @@ class TrainLoader:
         total_steps: int | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
+        images: ImageLoader | None = None,
     ) -> None:
         if not 0 <= data_rank < data_size:
             raise ConfigError(f"data_rank = {data_rank} is not in [0, data_size = {data_size})")
@@ -121,7 +126,7 @@ class TrainLoader:
         self.step = 0
         self.consumed_samples = 0
         self._stream = stream
-        self._read = _ReadSample(stream, skipped)
+        self._read = _ReadSample(stream, skipped, images)
         self._num_unreadable = self._num_truncated_answers = 0
         self._ramp_up = ramp_up
         self._data_rank, self._data_size = data_rank, data_size
@@ -132,7 +137,7 @@ class TrainLoader:
             raise ValueError(
                 f"a source must not name its facts {sorted(reserved)}: the loader saves values of these names"
             )
-        self._order_facts = dict(stream.facts)
+        self._order_facts = {**stream.facts, **({} if images is None else images.facts)}
         self._batches: Iterator[Batch] | None = None
         self._stop: Callable[[], None] | None = None
 
@@ -300,15 +305,15 @@ def _requests(plans: Callable[[], Iterator[_StepPlan]]) -> Iterator[tuple[int, i
 class _ReadSample:
     """Reads the sample of a request, except one of a skipped step, which may be unreadable."""
 
-    def __init__(self, stream: SampleStream, skipped: SkipBatches) -> None:
-        self.stream, self.skipped = stream, skipped
+    def __init__(self, stream: SampleStream, skipped: SkipBatches, images: ImageLoader | None) -> None:
+        self.stream, self.skipped, self.images = stream, skipped, images
 
     def __call__(self, request: tuple[int, int]) -> Sample:
         step, index = request
         if self.skipped.contains(step):
-            return self.stream.padding()
+            return self._with_images(self.stream.padding())
         try:
-            return self.stream.sample(index)
+            return self._with_images(self.stream.sample(index))
         except (NoDocumentsError, RemoteDataError, StreamEndError):
             raise
         except DataError as error:
@@ -317,6 +322,9 @@ class _ReadSample:
                 "data.on_bad_data = 'skip', which skips up to data.max_bad_documents that cannot be read, or add "
                 f"{step} to data.skip_batches (counted from 0), which skips this batch"
             ) from error
+
+    def _with_images(self, sample: Sample) -> Sample:
+        return sample if self.images is None else self.images.complete(sample)
 
     def group(self, request: tuple[int, int]) -> Hashable:
         """See `SampleStream.shard_of`."""

@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 
 from internlm.data.batch import Batch, MicroBatch
 from internlm.data.documents.valid_sets import ValidSet
+from internlm.data.images.document_images import DocumentsWithImages
+from internlm.data.images.loading import ImageLoader
 from internlm.data.packing.collate import to_micro_batch
 from internlm.data.packing.document_slice import DocumentSlice, make_slice
-from internlm.data.packing.sample import concatenate_slices, stack_slices
+from internlm.data.packing.sample import Sample, concatenate_slices, stack_slices
 from internlm.utils.errors import ConfigError, DataError
+from internlm.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 def build_valid_loaders(
@@ -31,6 +36,7 @@ def build_valid_loaders(
     data_rank: int = 0,
     data_size: int = 1,
     packed: bool = True,
+    images: ImageLoader | None = None,
 ) -> dict[str, ValidLoader]:
     """Build one loader for each validation set, by name.
 
@@ -43,6 +49,7 @@ def build_valid_loaders(
         data_rank, data_size: this data rank, and the number of data ranks.
         packed: whether micro-batches are packed, [1, micro_bsz * seq_len], or have one slice a row,
             [micro_bsz, seq_len].
+        images: reads the pictures of samples; None without a vision tower.
 
     Raises:
         DataError: the data is missing or malformed, or a set has no label.
@@ -57,6 +64,7 @@ def build_valid_loaders(
             data_rank=data_rank,
             data_size=data_size,
             packed=packed,
+            images=images,
         )
         for each in sets
     }
@@ -84,13 +92,18 @@ class ValidLoader:
         data_rank: int = 0,
         data_size: int = 1,
         packed: bool = True,
+        images: ImageLoader | None = None,
     ) -> None:
         if not 0 <= data_rank < data_size:
             raise ConfigError(f"data_rank = {data_rank} is not in [0, data_size = {data_size})")
         self.type_names = [valid_set.name]
         self._seq_len, self._micro_bsz, self._packed = seq_len, micro_bsz, packed
         self._micro_num, self._rank, self._size = valid_micro_num, data_rank, data_size
+        self._images = images
         self._files = valid_set.open(vocab_size)
+        for file in self._files:
+            if isinstance(file, DocumentsWithImages) and file.left_out:
+                logger.warning("validation set '%s': %s", valid_set.name, file.left_out)
         counts = np.concatenate([file.counts() for file in self._files])
         self.num_tokens = int(counts.sum())
         self._first_document = np.concatenate(([0], np.cumsum([len(file) for file in self._files])))
@@ -142,15 +155,20 @@ class ValidLoader:
             ]
         if self._packed:
             total = self._micro_bsz * self._seq_len
-            return to_micro_batch(concatenate_slices(slices, self._seq_len, total, "cut", type_id=0))
-        return to_micro_batch(stack_slices(slices, self._seq_len, self._micro_bsz, type_id=0))
+            return self._to_micro_batch(concatenate_slices(slices, self._seq_len, total, "cut", type_id=0))
+        return self._to_micro_batch(stack_slices(slices, self._seq_len, self._micro_bsz, type_id=0))
 
     def _read_slice(self, number: int) -> DocumentSlice:
         document = int(np.searchsorted(self._slice_ends, number, side="right"))
         within = number - (int(self._slice_ends[document - 1]) if document else 0)
         file_index = int(np.searchsorted(self._first_document, document, side="right")) - 1
         start = within * self._seq_len
-        ids, loss_mask = self._files[file_index].read(
-            document - int(self._first_document[file_index]), start, start + self._seq_len + 1
-        )
-        return make_slice(ids, loss_mask, min(self._seq_len, len(ids)))
+        file, number_in_file = self._files[file_index], document - int(self._first_document[file_index])
+        ids, loss_mask = file.read(number_in_file, start, start + self._seq_len + 1)
+        found = make_slice(ids, loss_mask, min(self._seq_len, len(ids)))
+        if isinstance(file, DocumentsWithImages):
+            found.images = tuple(file.images(number_in_file))
+        return found
+
+    def _to_micro_batch(self, sample: Sample) -> MicroBatch:
+        return to_micro_batch(sample if self._images is None else self._images.complete(sample))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from internlm.data.batch import IGNORE_INDEX, MicroBatch
+from internlm.data.packing.image_placeholders import IMAGE_FEATURES
 from internlm.data.packing.sample import Sample
 
 
@@ -27,6 +28,9 @@ def to_micro_batch(sample: Sample) -> MicroBatch:
     is_padding = None
     if sample.is_padding is not None:
         is_padding = torch.from_numpy(sample.is_padding).view(input_ids.shape)
+    extra = {}
+    if sample.image_features is not None:
+        extra[IMAGE_FEATURES] = torch.from_numpy(sample.image_features).view(input_ids.shape)
     return MicroBatch(
         input_ids=input_ids,
         labels=labels,
@@ -38,4 +42,6 @@ def to_micro_batch(sample: Sample) -> MicroBatch:
         num_documents=sample.num_documents,
         is_padding=is_padding,
         num_padding_tokens=0 if sample.is_padding is None else int(np.count_nonzero(sample.is_padding)),
+        extra=extra,
+        images=None if sample.images is None else torch.from_numpy(sample.images),
     )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.batch import IGNORE_INDEX
+from internlm.data.images.image_source import ImageSource
 
 
 @dataclass
@@ -21,6 +22,7 @@ class DocumentSlice:
         unreadable: why the document could not be read; the slice is then padding.
         is_truncated_answer: whether truncation at seq_len removed all labels of the document.
         is_padding: whether it is padding between documents.
+        images: the pictures of the document, which is then not cut.
     """
 
     input_ids: NDArray[np.int64]
@@ -28,6 +30,7 @@ class DocumentSlice:
     unreadable: str | None = None
     is_truncated_answer: bool = False
     is_padding: bool = False
+    images: tuple[ImageSource, ...] = ()
 
     @property
     def has_text(self) -> bool:

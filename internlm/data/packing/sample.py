@@ -8,14 +8,15 @@ Legend of shapes: P = micro_bsz * seq_len tokens of a packed sample, B = micro_b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.batch import IGNORE_INDEX
+from internlm.data.images.image_source import ImageSource
 from internlm.data.packing.document_slice import DocumentSlice
 from internlm.utils.errors import ConfigError
 from internlm.utils.packing_modes import PACKINGS as PACKINGS
@@ -36,6 +37,19 @@ def check_document_mask(packing: Packing, document_mask: bool | None) -> bool:
     return document_mask
 
 
+class PlacedImages(NamedTuple):
+    """The pictures of one document of a sample.
+
+    Attributes:
+        start, stop: the tokens of the document; in an unpacked sample, row r begins at token r * S.
+        sources: of the pictures, in the order of their placeholders.
+    """
+
+    start: int
+    stop: int
+    sources: tuple[ImageSource, ...]
+
+
 @dataclass
 class Sample:
     """The arrays of one micro-batch.
@@ -50,6 +64,9 @@ class Sample:
         is_padding: bool of the same shape as the ids: the tokens of no document; None if there are none.
         unreadable: one message for each document that could not be read and was replaced by padding.
         num_truncated_answers: number of documents that lost every label by truncation at seq_len.
+        images_at: the documents with pictures, in order; see `internlm.data.images.loading`.
+        images: float32 [N, 3, H, W], the pixels of all pictures; None if there are none, or they are not read.
+        image_features: int64 of the same shape as the ids; see `image_feature_indices`. None without a vision tower.
         cursor: where its stream continues after it, for a stream that has to remember this; see `SampleStream`.
     """
 
@@ -62,6 +79,9 @@ class Sample:
     is_padding: NDArray[np.bool_] | None = None
     unreadable: tuple[str, ...] = ()
     num_truncated_answers: int = 0
+    images_at: tuple[PlacedImages, ...] = ()
+    images: NDArray[np.float32] | None = None
+    image_features: NDArray[np.int64] | None = None
     cursor: Any = None
 
 
@@ -90,6 +110,7 @@ def concatenate_slices(
     labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
     is_padding = np.ones(total, dtype=np.bool_)
     lengths: list[int] = []
+    starts: list[int] = []
     filled = 0
     for each in slices:
         size = len(each.input_ids)
@@ -97,11 +118,20 @@ def concatenate_slices(
         labels[filled : filled + size] = each.labels
         is_padding[filled : filled + size] = not each.has_text
         lengths += _segment_lengths(size, seq_len)
+        starts.append(filled)
         filled += size
     lengths += _segment_lengths(total - filled, seq_len)
     if not document_mask:
         lengths = _segment_lengths(total, seq_len)
-    return Sample(input_ids, labels, tuple(lengths), type_id, is_padding=_if_any(is_padding), **_counts(slices))
+    return Sample(
+        input_ids,
+        labels,
+        tuple(lengths),
+        type_id,
+        is_padding=_if_any(is_padding),
+        images_at=_placed(slices, starts),
+        **_counts(slices),
+    )
 
 
 def stack_slices(slices: Sequence[DocumentSlice], seq_len: int, rows: int, type_id: int) -> Sample:
@@ -113,7 +143,16 @@ def stack_slices(slices: Sequence[DocumentSlice], seq_len: int, rows: int, type_
         labels[row, : len(each.labels)] = each.labels
     row_lengths = tuple(len(each.input_ids) for each in slices) + (0,) * (rows - len(slices))
     is_padding = _if_any(np.arange(seq_len) >= np.array(row_lengths)[:, None])
-    return Sample(input_ids, labels, None, type_id, row_lengths=row_lengths, is_padding=is_padding, **_counts(slices))
+    return Sample(
+        input_ids,
+        labels,
+        None,
+        type_id,
+        row_lengths=row_lengths,
+        is_padding=is_padding,
+        images_at=_placed(slices, range(0, rows * seq_len, seq_len)),
+        **_counts(slices),
+    )
 
 
 def padding_sample(seq_len: int, micro_bsz: int, packing: Packing, document_mask: bool | None = None) -> Sample:
@@ -131,6 +170,14 @@ def _segment_lengths(length: int, seq_len: int) -> list[int]:
     """Cut `length` tokens into attention segments of at most `seq_len`."""
     full, rest = divmod(length, seq_len)
     return [seq_len] * full + ([rest] if rest else [])
+
+
+def _placed(slices: Sequence[DocumentSlice], starts: Iterable[int]) -> tuple[PlacedImages, ...]:
+    return tuple(
+        PlacedImages(start, start + len(each.input_ids), each.images)
+        for each, start in zip(slices, starts, strict=False)
+        if each.images
+    )
 
 
 def _counts(slices: Sequence[DocumentSlice]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from internlm.data.documents.document_index import DocumentIndex, FileSummary, s
 from internlm.data.documents.file_digest import digest_of
 from internlm.data.documents.folders import find_train_files, min_length_of_type
 from internlm.data.documents.held_out import num_held_out
+from internlm.data.images.document_images import DocumentsWithImages
 from internlm.data.packing.document_slice import padding_slice
 from internlm.data.packing.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle
 from internlm.data.packing.sample import (
@@ -250,6 +251,8 @@ class DocumentSource:
         """Build the indices of a file."""
         path, type_id = typed_file.path, typed_file.type_id
         file = self._format.open(path)
+        if isinstance(file, DocumentsWithImages) and file.left_out:
+            logger.warning("%s", file.left_out)
         held_out = num_held_out(len(file), self.valid_fraction, path, self._folder)
         summary = summarize(file, min_length, held_out)
         index = self._index(file, min_length, held_out)

@@ -1,6 +1,7 @@
 """Random samples for runs without data (`train_folder=None`): benchmarks and smoke tests.
 
-A sample is a pure function of (seed, index). Documents repeat a short range of ids, so that the loss of a model falls.
+A sample is a pure function of (seed, index). Documents repeat a short range of ids, so that the loss of a model falls;
+with a vision tower, around one picture.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from internlm.data.images.image_source import RandomImage
+from internlm.data.images.settings import ImageSettings
 from internlm.data.packing.document_slice import DocumentSlice, make_slice
 from internlm.data.packing.sample import (
     Packing,
@@ -36,6 +39,7 @@ class DummySource:
         seed: seed of all samples.
         fixed_lengths: give every document seq_len tokens; otherwise lengths are uniform in [1, seq_len].
         document_mask: whether attention stays within documents; None: the default of the packing.
+        images: of the placeholders; documents with room for them then have one picture.
     """
 
     def __init__(
@@ -48,11 +52,13 @@ class DummySource:
         seed: int,
         fixed_lengths: bool = True,
         document_mask: bool | None = None,
+        images: ImageSettings | None = None,
     ) -> None:
         self.document_mask = check_document_mask(packing, document_mask)
         self.type_names = ["en", "cn", "code"]
         self.seq_len, self.micro_bsz, self.packing = seq_len, micro_bsz, packing
         self.vocab_size, self.seed, self.fixed_lengths = vocab_size, seed, fixed_lengths
+        self._images = images
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -87,8 +93,16 @@ class DummySource:
         return padding_sample(self.seq_len, self.micro_bsz, self.packing, self.document_mask)
 
     def _random_document(self, random: np.random.Generator, max_length: int) -> DocumentSlice:
-        length = max_length if self.fixed_lengths else int(random.integers(1, max_length + 1))
+        images = self._images
+        least = 1 if images is None else min(images.tokens_per_image + 2, max_length)
+        length = max_length if self.fixed_lengths else int(random.integers(least, max_length + 1))
         period = int(random.integers(1, min(_MAX_PERIOD, self.vocab_size - 1) + 1))
         base = int(random.integers(1, self.vocab_size - period + 1))
         ids = base + np.arange(length, dtype=np.int64) % period
-        return make_slice(ids, np.ones(length, dtype=bool), length)
+        if images is None or length < images.tokens_per_image + 2:
+            return make_slice(ids, np.ones(length, dtype=bool), length)
+        start = int(random.integers(1, length - images.tokens_per_image))
+        ids[start : start + images.tokens_per_image] = images.token_id
+        document = make_slice(ids, ids != images.token_id, length)
+        document.images = (RandomImage(int(random.integers(2**63))),)
+        return document

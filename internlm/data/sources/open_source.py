@@ -7,6 +7,7 @@ from pathlib import Path
 
 from internlm.data.documents.document_file import FileFormat
 from internlm.data.documents.folders import log_unread_files
+from internlm.data.images.settings import ImageSettings
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.packing.sample import PACKINGS, Packing
 from internlm.data.remote.mirror import local_folder
@@ -33,6 +34,7 @@ def open_source(
     document_mask: bool | None = None,
     fim: FillInTheMiddle | None = None,
     valid_fraction: float = 0.0,
+    images: ImageSettings | None = None,
 ) -> SampleSource:
     """Open the source of the files of documents in `folder`, or a dummy source if it is None.
 
@@ -51,6 +53,7 @@ def open_source(
         document_mask: whether attention stays within documents; None: the default of the packing.
         fim: fill-in-the-middle; not used for dummy data.
         valid_fraction: share of the documents of each file that are held out; not used for dummy data.
+        images: of the placeholders of dummy data; `format` has those of files.
 
     Raises:
         DataError: the data is missing or malformed.
@@ -68,6 +71,7 @@ def open_source(
             seed=seed,
             fixed_lengths=fixed_random_dataset_seqlen,
             document_mask=document_mask,
+            images=images,
         )
     folder = local_folder(folder)
     log_unread_files(folder, format)

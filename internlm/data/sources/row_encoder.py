@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.conversations.encoder import ConversationEncoder
+from internlm.data.images.image_source import ImageCell, ImageFile
 from internlm.data.rows.row_file import RowFile, read_text
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.utils.errors import DataError, RemoteDataError
@@ -25,12 +26,14 @@ class EncodedRow:
         loss_mask: bool [n].
         left_out: why a readable row is no document, such as one without a token; None: it is one.
         error: why the row cannot be read; raised when its sample is needed.
+        images: its pictures, in the order of their placeholders.
     """
 
     ids: NDArray[np.int64]
     loss_mask: NDArray[np.bool_]
     left_out: str | None = None
     error: DataError | None = None
+    images: tuple[ImageFile | ImageCell, ...] = ()
 
 
 class RowEncoder(Protocol):

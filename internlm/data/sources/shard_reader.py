@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from internlm.data.images.image_source import ImageCell, ImageFile, ImageSource
 from internlm.data.packing.best_fit import pack_best_fit
 from internlm.data.packing.document_slice import DocumentSlice, padding_slice, unreadable_slice
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
@@ -100,6 +101,7 @@ class _Document:
     loss_mask: NDArray[np.bool_]
     type_id: int
     error: DataError | None
+    image_sources: tuple[ImageFile | ImageCell, ...]
 
     def counts(self, start: int, stop: int) -> NDArray[np.int64]:
         return np.array([len(self.ids)])
@@ -108,6 +110,13 @@ class _Document:
         self, document: int, start: int = 0, stop: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         return self.ids[start:stop], self.loss_mask[start:stop]
+
+    @property
+    def left_out(self) -> None:
+        return None
+
+    def images(self, document: int) -> Sequence[ImageSource]:
+        return self.image_sources
 
 
 class ShardReader:
@@ -169,13 +178,19 @@ class ShardReader:
     def _cut(self) -> Sample:
         packing, start = self._packing, self.cursor.within
         # After resuming with another tokenizer the document may be shorter; it is then read from its beginning.
-        if start and start >= len(self._first().ids):
+        if start and (start >= len(self._first().ids) or self._first().image_sources):
             start = 0
         slices: list[DocumentSlice] = []
         types: list[int] = []
         filled = 0
         while filled < packing.total:
             document = self._first()
+            space = packing.capacity - filled % packing.capacity
+            if document.image_sources and len(document.ids) > space:
+                slices.append(padding_slice(space))
+                types.append(0)
+                filled += space
+                continue
             stop = min(len(document.ids), start + packing.total - filled)
             column = 0 if packing.document_mask else filled % packing.seq_len
             slices.append(self._slice(document, start, stop, column))
@@ -312,7 +327,7 @@ class ShardReader:
             if left_out is None and each.error is None and len(each.ids) < self._packing.min_lengths[type_id]:
                 left_out = f"it has {len(each.ids)} tokens, and data.min_length is {self._packing.min_lengths[type_id]}"
             if left_out is None:
-                self._pending.append(_Document(row, each.ids, each.loss_mask, type_id, each.error))
+                self._pending.append(_Document(row, each.ids, each.loss_mask, type_id, each.error, each.images))
             else:
                 place = f"{self._files[row.file].path}: row {row.row}"
                 self._last_left_out = f"{place}: {left_out}"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm.data.batch import IGNORE_INDEX
+from internlm.data.images.document_images import DocumentsWithImages
 from internlm.data.packing.document_slice import DocumentSlice, join_slices, make_slice, unreadable_slice
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.utils.errors import DataError, RemoteDataError
@@ -67,6 +68,8 @@ class SliceReader:
         stop = min(stop, count)
         try:
             result = self._read(document, start, stop, column)
+            if isinstance(self._file, DocumentsWithImages):
+                result.images = tuple(self._file.images(document))
             if self._is_unpacked and stop < count and (result.labels == IGNORE_INDEX).all():
                 result.is_truncated_answer = bool(self._file.read(document, stop + 1)[1].any())
         except DataError as error:

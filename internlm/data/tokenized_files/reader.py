@@ -10,6 +10,7 @@ import json
 import mmap
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ class TokenizedFile:
     Args:
         path: the .bin file.
         vocab_size: ids must be smaller; checked when a document is read. None accepts any.
+        image_token_id: id of the placeholders of pictures, which may be outside the vocabulary.
 
     Attributes:
         inputs: the .bin and its .meta.
@@ -40,9 +42,9 @@ class TokenizedFile:
         DataError: a file is missing, or the .meta is not an integer array of shape [documents, >= 2].
     """
 
-    def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
+    def __init__(self, path: str | Path, vocab_size: int | None = None, image_token_id: int | None = None) -> None:
         self.path = Path(path)
-        self.vocab_size = vocab_size
+        self.vocab_size, self._image_token_id = vocab_size, image_token_id
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file")
         if not meta_path(self.path).is_file():
@@ -125,6 +127,24 @@ class TokenizedFile:
         signed, masked_zeros = self._parse(document, begin, self._map[begin:end] if self._map else b"", count)
         return self._split_mask(document, begin, signed[start:stop], masked_zeros, start)
 
+    def read_field(self, document: int, name: str) -> list[Any] | None:
+        """Read a list beside the tokens of a document; None if its line has no such field.
+
+        Raises:
+            DataError: the line is not JSON, or the value is not a list.
+        """
+        begin, end = self._line_range(document)
+        line = self._map[begin:end] if self._map else b""
+        if f'"{name}"'.encode() not in line:
+            return None
+        try:
+            value = json.loads(line).get(name)
+        except ValueError as error:
+            raise self._not_json(document, begin, error) from error
+        if value is not None and not isinstance(value, list):
+            raise DataError(self._at(document, begin) + f"'{name}' is not a list. Tokenize the source again")
+        return value
+
     def _line_range(self, document: int) -> tuple[int, int]:
         """Byte range of a document's line, without its newline."""
         begin = int(self._meta[document, 0])
@@ -192,9 +212,7 @@ class TokenizedFile:
                         self._at(document, begin) + "the line is incomplete: the .bin is truncated. "
                         "Copy it again, or tokenize the source again"
                     ) from error
-                raise DataError(
-                    self._at(document, begin) + f"the line is not JSON ({error}). Tokenize the source again"
-                ) from error
+                raise self._not_json(document, begin, error) from error
             tokens = value.get("tokens") if isinstance(value, dict) else None
             signed = np.array(tokens if tokens else [], dtype=None if tokens else np.int64)
             if not isinstance(tokens, list) or signed.ndim != 1 or signed.dtype.kind != "i":
@@ -221,10 +239,11 @@ class TokenizedFile:
                     "Tokenize the source again"
                 )
             loss_mask[inside] = False
-        if self.vocab_size is not None and len(ids) and int(ids.max()) >= self.vocab_size:
-            position = start + int(ids.argmax())
+        words = ids if self._image_token_id is None else np.where(ids == self._image_token_id, 0, ids)
+        if self.vocab_size is not None and len(ids) and int(words.max()) >= self.vocab_size:
+            position = start + int(words.argmax())
             raise DataError(
-                self._at(document, begin) + f"token {int(ids.max())} at position {position} is outside the "
+                self._at(document, begin) + f"token {int(words.max())} at position {position} is outside the "
                 f"vocabulary of {self.vocab_size}. Set model.vocab_size to the size of the tokenizer that made this "
                 "file, or tokenize the source again"
             )
@@ -232,6 +251,9 @@ class TokenizedFile:
 
     def _at(self, document: int, offset: int) -> str:
         return f"{self.path}: document {document} at byte {offset}: "
+
+    def _not_json(self, document: int, begin: int, error: ValueError) -> DataError:
+        return DataError(self._at(document, begin) + f"the line is not JSON ({error}). Tokenize the source again")
 
     def _mismatch(self, document: int, offset: int, problem: str) -> DataError:
         return DataError(

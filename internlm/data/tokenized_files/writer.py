@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,25 +44,34 @@ def map_meta(path: Path) -> NDArray[np.int64]:
     return map_npy(meta_path(path), rebuild_hint(path))
 
 
-def encode_line(tokens: Sequence[int], masked_zeros: Sequence[int] = ()) -> bytes:
+def encode_line(tokens: Sequence[int], masked_zeros: Sequence[int] = (), images: Sequence[Any] = ()) -> bytes:
     """Encode a document as a line of a .bin file, with its newline.
 
     Args:
         tokens: token ids; `-t` means "token t without loss".
         masked_zeros: positions of tokens 0 without loss, which a sign cannot mark.
+        images: where its pictures are; see `internlm.data.images.image_source`.
     """
     # Not repr: numpy integers have a repr that is not JSON.
     values = tokens.tolist() if isinstance(tokens, np.ndarray) else list(tokens)
     text = json.dumps(values, separators=(",", ":"))
     extra = f', "masked_zeros": {list(masked_zeros)!r}' if masked_zeros else ""
+    if images:
+        extra += f', "images": {json.dumps(list(images))}'
     return f'{{"tokens": {text}{extra}}}\n'.encode("ascii")
 
 
-def encode_masked_line(ids: Sequence[int], loss_mask: Sequence[bool]) -> bytes:
-    """Encode a document from non-negative ids and a mask that is True where a token contributes loss."""
+def encode_masked_line(ids: Sequence[int], loss_mask: Sequence[bool], images: Sequence[Any] = ()) -> bytes:
+    """Encode a document from non-negative ids and a mask that is True where a token contributes loss.
+
+    Args:
+        ids: token ids.
+        loss_mask: as many values.
+        images: see `encode_line`.
+    """
     signed = [token if loss else -token for token, loss in zip(ids, loss_mask, strict=True)]
     zeros = [i for i, (token, loss) in enumerate(zip(ids, loss_mask, strict=True)) if token == 0 and not loss]
-    return encode_line(signed, zeros)
+    return encode_line(signed, zeros, images)
 
 
 class TokenizedWriter:

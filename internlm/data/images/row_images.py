@@ -1,0 +1,60 @@
+"""The pictures of a row: paths relative to the image folder, or bytes, in a column of the row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from internlm.data.images.image_source import ImageCell, ImageFile, bytes_of, image_file, images_of_cell
+from internlm.utils.errors import DataError, nearest
+
+IMAGE_COLUMNS = ("image", "images")
+"""Columns with pictures where none is named."""
+
+
+def row_images(
+    values: Mapping[str, Any], column: str | None, folder: Path | None, file: Path, row: int, document: str
+) -> list[ImageFile | ImageCell]:
+    """The pictures of a row; a row may have none.
+
+    Args:
+        values: of the row, by column.
+        column: with a picture or a list of pictures, each a path, bytes, or the struct {bytes, path} of `datasets`;
+            None: `image` or `images`.
+        folder: that paths are relative to.
+        file, row: the file and the number of the row.
+        document: file and position, for messages.
+
+    Raises:
+        DataError: both default columns have pictures, or a picture is neither a path nor bytes.
+    """
+    names = IMAGE_COLUMNS if column is None else (column,)
+    found = {name: images for name in names if (images := images_of_cell(values.get(name)))}
+    if len(found) > 1:
+        raise DataError(f"{document} has pictures in {' and '.join(found)}: name one column with data.image_column")
+    if column is not None and column not in values and row == 0:
+        raise DataError(
+            f"{document} has no column {column!r}, which data.image_column names; its columns are "
+            f"{sorted(values)}.{nearest(column, values)}"
+        )
+    return [
+        _image(image, name, index, folder, file, row, document)
+        for name, images in found.items()
+        for index, image in enumerate(images)
+    ]
+
+
+def _image(
+    image: Any, column: str, index: int, folder: Path | None, file: Path, row: int, document: str
+) -> ImageFile | ImageCell:
+    data = bytes_of(image)
+    if data is not None:
+        return ImageCell(file, row, column, index, document, data)
+    path = image.get("path") if isinstance(image, Mapping) else image
+    if not isinstance(path, str):
+        raise DataError(
+            f"{document}: '{column}', picture {index} is {type(image).__name__}, neither a path, bytes nor "
+            "{bytes, path}; name the column with the pictures with data.image_column"
+        )
+    return image_file(path, folder, document)
