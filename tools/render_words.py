@@ -29,7 +29,9 @@ def run() -> int:
 
     defaults = WordSettings()
     parser = argparse.ArgumentParser(description="Render words as pictures, with conversations that transcribe them.")
-    parser.add_argument("--out", type=local_path, default=Path("data/words"), help="output folder (default: data/words)")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("data/words"), help="output folder (default: data/words)"
+    )
     parser.add_argument("--train", type=int, default=defaults.num_train, help="rows for training")
     parser.add_argument("--valid", type=int, default=defaults.num_valid, help="rows for evaluation")
     parser.add_argument("--max-length", type=int, default=defaults.max_length, help="characters of the longest word")

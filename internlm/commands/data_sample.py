@@ -17,6 +17,7 @@ from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.data.tools.sample_text import describe_sample
 from internlm.initialize.build import build_layout
 from internlm.initialize.build_data import build_stream
+from internlm.initialize.images import image_loader
 from internlm.utils.errors import UserError
 
 # The layout of the run, which may need more ranks than one.
@@ -35,7 +36,11 @@ def print_sample(config_path: Path, overrides: Sequence[str], number: int, outpu
     config = load_config(config_path, overrides, options={"--sample": _ALONE}).config
     context = ParallelContext(build_layout(config, 1), 0, torch.device("cpu"))
     stream = build_stream(config, context)
-    micro = to_micro_batch(stream.sample(number))
+    sample, images = stream.sample(number), image_loader(config)
+    names = [source.name for placed in sample.images_at for source in placed.sources]
+    if images is not None:
+        sample = images.complete(sample)
+    micro = to_micro_batch(sample)
     tokenizer = load_tokenizer(config.data.tokenizer_path) if config.data.tokenizer_path is not None else None
     types = sorted({stream.type_names[index] for index in micro.type_ids.unique().tolist()})
     if config.data.type == "streaming" and config.data.num_shards is None:
@@ -46,7 +51,7 @@ def print_sample(config_path: Path, overrides: Sequence[str], number: int, outpu
     print(f"tokens that are never a label are {notation}", file=output)
     if tokenizer is None:
         print("token ids, as data.tokenizer_path is not set", file=output)
-    lines = describe_sample(micro, None if tokenizer is None else tokenizer.decode, output.isatty())
+    lines = describe_sample(micro, None if tokenizer is None else tokenizer.decode, output.isatty(), names)
     print("\n".join(lines), file=output)
     return 0
 

@@ -37,7 +37,7 @@ def image_loader(config: Config) -> ImageLoader | None:
     """The reader of pictures; None without data.is_multimodal.
 
     Raises:
-        ConfigError: Pillow is missing, or the file of data.image_processor does not fit.
+        ConfigError: Pillow is missing, or the file of data.image_processor_path does not fit.
     """
     settings = image_settings(config)
     if settings is None:
@@ -49,7 +49,7 @@ def image_loader(config: Config) -> ImageLoader | None:
 def _processor(config: Config) -> ImageProcessor:
     data = config.data
     assert data.image_size is not None
-    path, tower = data.image_processor, tower_value(config, "mm_vision_tower")
+    path, tower = data.image_processor_path, tower_value(config, "mm_vision_tower")
     if path is None and isinstance(tower, str) and (Path(tower) / PREPROCESSOR_CONFIG).is_file():
         path = tower
     processor = ImageProcessor(data.image_size) if path is None else read_processor(Path(path), data.image_size)

@@ -11,6 +11,7 @@ from internlm.data.conversations.encoder import ConversationEncoder, Conversatio
 from internlm.data.documents.file_digest import digest_of
 from internlm.data.documents.folders import min_length_of_type
 from internlm.data.images.image_row_encoder import ImageRowEncoder
+from internlm.data.images.image_source import ImageSource
 from internlm.data.images.placeholder_tokenizer import PlaceholderTokenizer
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.rows.hub_datasets import locate_dataset
@@ -25,7 +26,7 @@ from internlm.data.sources.shard_reader import RowPacking
 from internlm.data.tokenize.fingerprint import tokenizer_fingerprint
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.initialize.data_folders import log_small_cache, train_folder
-from internlm.initialize.images import image_settings
+from internlm.initialize.images import image_loader, image_settings
 from internlm.initialize.train_sources import TrainSource
 from internlm.utils.errors import DataError
 from internlm.utils.logging import get_logger
@@ -35,6 +36,9 @@ _SHARDS_PER_SAMPLE = 8
 
 _CHECKED_ROWS = 1000
 """Rows that are encoded before a run; parquet decodes a row group for each."""
+
+_DECODED_IMAGES = 64
+"""Pictures of these rows that are decoded."""
 
 logger = get_logger(__name__)
 
@@ -109,11 +113,30 @@ def check_train_rows(config: Config) -> str:
             f"longest has {longest:,}. Lower data.min_length ({', '.join(map(str, sorted(set(min_lengths))))})"
         )
     empty = sum(each.left_out is not None for each in encoded)
+    pictures = _check_images(config, [image for each in encoded for image in each.images])
     return (
         f"train folder '{data.train_folder}': {order.num_rows:,} rows, of which {len(encoded):,} were read: "
         f"{num_tokens / len(encoded):,.0f} tokens a row; {empty:,} rows have none, {short:,} fewer than "
-        f"data.min_length, {len(errors):,} are unreadable"
+        f"data.min_length, {len(errors):,} are unreadable{pictures}"
     )
+
+
+def _check_images(config: Config, images: Sequence[ImageSource]) -> str:
+    """Look for the files of pictures, and decode some of them; the end of a sentence that says so.
+
+    Raises:
+        DataError: one is missing or damaged.
+    """
+    loader = image_loader(config)
+    if loader is None:
+        return ""
+    decoded = images[:: max(1, len(images) // _DECODED_IMAGES)]
+    if config.data.on_bad_data == "stop":
+        for image in images:
+            image.check()
+        for image in decoded:
+            loader.pixels(image)
+    return f"; they have {len(images):,} pictures, of which {len(decoded):,} were decoded"
 
 
 def rows_as_documents(config: Config, valid_folder: str | Path, sources: Sequence[TrainSource]) -> Path:

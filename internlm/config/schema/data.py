@@ -315,10 +315,10 @@ class DataConfig(Section):
     image_fit: Literal["crop", "pad", "stretch"] | None = used_with(
         None,
         "How a picture becomes a square: `crop` cuts out its center; `pad` adds bars (LLaVA 1.5); `stretch` distorts "
-        "it. None: as image_processor says.",
+        "it. None: as image_processor_path says.",
         "data.is_multimodal",
     )
-    image_processor: PathText = used_with(
+    image_processor_path: PathText = used_with(
         None,
         "preprocessor_config.json, or its folder, with the resizing and normalization of the vision tower; None: that "
         "of the folder in model.vit_cfg.mm_vision_tower, else CLIP's.",

@@ -14,6 +14,7 @@ from internlm.data.documents.document_file import DocumentFile, FileFormat
 from internlm.data.documents.document_index import summarize
 from internlm.data.documents.folders import find_train_files
 from internlm.data.documents.valid_sets import ValidSet
+from internlm.data.images.document_images import DocumentsWithImages
 from internlm.data.remote.local_file import find_mirrored
 from internlm.utils.errors import DataError
 
@@ -124,6 +125,9 @@ def _check(name: str, files: Sequence[_File], max_tokens: int) -> tuple[FolderCh
         for document in chosen:
             assert file is not None
             ids, loss_mask = file.read(document, 0, limit)
+            if isinstance(file, DocumentsWithImages):
+                for source in file.images(document):
+                    source.check()
             num_read += len(ids)
             has_label = has_label or bool(loss_mask[1:].any())
     return FolderCheck(name, num_documents, num_tokens, num_read), has_label

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from internlm.data.images.placeholder_tokenizer import IMAGE_MARKER
-from internlm.data.images.row_images import row_images
+from internlm.data.images.row_images import images_of_row
 from internlm.data.images.settings import ImageSettings
 from internlm.data.rows.row_file import RowFile
 from internlm.data.sources.row_encoder import EncodedRow, RowEncoder
@@ -35,8 +34,7 @@ class ImageRowEncoder:
         document = f"{file.path}: row {row}"
         settings = self._settings
         try:
-            images = row_images(file.read(row), settings.column, settings.folder, file.path, row, document)
-            settings.check_count(encoded.ids, len(images), document, f"'{IMAGE_MARKER}'")
+            images = images_of_row(file.read(row), encoded.ids, settings, file.path, row, document)
         except RemoteDataError:
             raise
         except DataError as error:

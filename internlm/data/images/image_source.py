@@ -33,6 +33,14 @@ class ImageFile:
         """How messages name the picture."""
         return str(self.path)
 
+    def check(self) -> None:
+        """Check that the file exists and is not empty.
+
+        Raises:
+            DataError: it does not, or is.
+        """
+        _check_file(self.path, self.document)
+
     def read(self) -> bytes:
         """Read the encoded picture.
 
@@ -73,6 +81,10 @@ class ImageCell:
         """How messages name the picture."""
         return f"{self.path}: row {self.row}: '{self.column}', picture {self.index}"
 
+    def check(self) -> None:
+        """See `ImageFile.check`."""
+        _check_file(self.path, self.document)
+
     def read(self) -> bytes:
         """Read the encoded picture.
 
@@ -104,6 +116,14 @@ class RandomImage:
 
     key: int
 
+    @property
+    def name(self) -> str:
+        """How messages name the picture."""
+        return f"random {self.key}"
+
+    def check(self) -> None:
+        """See `ImageFile.check`."""
+
 
 ImageSource = ImageFile | ImageCell | RandomImage
 
@@ -126,6 +146,15 @@ def image_file(text: str, folder: Path | None, document: str) -> ImageFile:
             f"{document} has the picture {text!r}, whose path {what}: write it relative to {FOLDER_KEY} = {folder}"
         )
     return ImageFile(folder / path, document)
+
+
+def _check_file(path: Path, document: str) -> None:
+    if not path.is_file() or not path.stat().st_size:
+        what = "the file is empty" if path.is_file() else "no such file"
+        raise DataError(
+            f"{path}: {what}; it has a picture of {document}. Copy it there, correct {FOLDER_KEY}, or "
+            "remove the document"
+        )
 
 
 def images_of_cell(value: Any) -> list[Any]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from internlm.data.images.settings import ImageSettings
+from internlm.data.images.settings import IMAGE_MARKER, ImageSettings
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.data.tokenize.token_bytes import TokenBytes
-
-IMAGE_MARKER = "<image>"
-"""Where a text has a picture."""
 
 
 class PlaceholderTokenizer:

@@ -115,7 +115,7 @@ def read_processor(path: Path, size: int) -> ImageProcessor:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); correct data.image_processor") from error
+        raise ConfigError(f"{file}: cannot be read ({error}); correct data.image_processor_path") from error
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if values.get(name, True) is not True:
             raise ConfigError(

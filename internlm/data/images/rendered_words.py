@@ -55,8 +55,8 @@ class WordSettings:
         num_words = sum(len(set(self.alphabet)) ** length for length in range(1, self.max_length + 1))
         if num_words < 2 * (self.num_train + self.num_valid):
             raise DataError(
-                f"{len(set(self.alphabet))} characters have {num_words:,} words of up to {self.max_length}, too few for "
-                f"{self.num_train + self.num_valid:,} different rows; use longer words or fewer rows"
+                f"{len(set(self.alphabet))} characters have {num_words:,} words of up to {self.max_length}, too few "
+                f"for {self.num_train + self.num_valid:,} different rows; use longer words or fewer rows"
             )
 
 

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from internlm.data.images.image_source import ImageCell, ImageFile, bytes_of, image_file, images_of_cell
+from internlm.data.images.settings import IMAGE_COLUMNS, IMAGE_MARKER, ImageSettings
 from internlm.utils.errors import DataError, nearest
 
-IMAGE_COLUMNS = ("image", "images")
-"""Columns with pictures where none is named."""
 
-
-def row_images(
-    values: Mapping[str, Any], column: str | None, folder: Path | None, file: Path, row: int, document: str
+def images_of_row(
+    values: Mapping[str, Any], ids: Sequence[int], settings: ImageSettings, file: Path, row: int, document: str
 ) -> list[ImageFile | ImageCell]:
     """The pictures of a row; a row may have none.
 
+    A column has a picture or a list of pictures, each a path, bytes, or the struct {bytes, path} of `datasets`.
+
     Args:
         values: of the row, by column.
-        column: with a picture or a list of pictures, each a path, bytes, or the struct {bytes, path} of `datasets`;
-            None: `image` or `images`.
-        folder: that paths are relative to.
+        ids: of the row.
+        settings: of the pictures.
         file, row: the file and the number of the row.
         document: file and position, for messages.
 
     Raises:
-        DataError: both default columns have pictures, or a picture is neither a path nor bytes.
+        DataError: both default columns have pictures, a picture is neither a path nor bytes, or there are more or fewer
+            pictures than places for them.
     """
+    column, folder = settings.column, settings.folder
     names = IMAGE_COLUMNS if column is None else (column,)
     found = {name: images for name in names if (images := images_of_cell(values.get(name)))}
     if len(found) > 1:
@@ -38,11 +41,13 @@ def row_images(
             f"{document} has no column {column!r}, which data.image_column names; its columns are "
             f"{sorted(values)}.{nearest(column, values)}"
         )
-    return [
+    sources = [
         _image(image, name, index, folder, file, row, document)
         for name, images in found.items()
         for index, image in enumerate(images)
     ]
+    settings.check_count(np.asarray(ids), len(sources), document, f"'{IMAGE_MARKER}'")
+    return sources
 
 
 def _image(

@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 
 from internlm.utils.errors import DataError
 
+IMAGE_MARKER = "<image>"
+"""Where a text has a picture."""
+
+IMAGE_COLUMNS = ("image", "images")
+"""Columns of rows with pictures where none is named."""
+
 
 @dataclass(frozen=True)
 class ImageSettings:
@@ -29,6 +35,11 @@ class ImageSettings:
     seq_len: int
     folder: Path | None = None
     column: str | None = None
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Columns of rows that may have pictures."""
+        return frozenset(IMAGE_COLUMNS if self.column is None else (self.column,))
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from internlm.data.conversations.answer_spans import LEARN, MASK_METHODS
 from internlm.data.conversations.encoder import ConversationOptions
 from internlm.data.conversations.row_forms import FORMS
+from internlm.data.images.settings import ImageSettings
 from internlm.data.tokenize.input_files import FORMATS, find_inputs, name_some
 from internlm.data.tokenize.pipeline import ON_BAD_DATA, TokenizeOptions, tokenize
 from internlm.data.tokenize.text_inputs import TextOptions
@@ -83,6 +84,7 @@ def _run(args: argparse.Namespace) -> None:
             add_bos=args.bos if args.bos is not None or as_internevo else False,
             add_eos=args.eos,
             conversations=conversations,
+            images=_images(args),
             on_bad_data=args.on_bad_data,
             valid_fraction=args.valid_fraction,
             valid_output=args.valid_output,
@@ -122,6 +124,40 @@ def _conversations(args: argparse.Namespace) -> ConversationOptions | None:
     if "chat_template" in given:
         given["chat_template"] = str(given["chat_template"])
     return ConversationOptions(form=None if args.conversations == "auto" else args.conversations, **given)
+
+
+def _images(args: argparse.Namespace) -> ImageSettings | None:
+    """The options of pictures; None without.
+
+    Raises:
+        DataError: some of them are missing, or they are given without --conversations.
+    """
+    needed = {"--image-token-id": args.image_token_id, "--tokens-per-image": args.tokens_per_image}
+    optional = {"--image-folder": args.image_folder, "--image-column": args.image_column}
+    given = [name for name, value in (needed | optional).items() if value is not None]
+    if not given:
+        return None
+    if args.conversations is None:
+        raise DataError(f"{', '.join(given)}: only conversations have pictures: add --conversations")
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        raise DataError(
+            f"{given[0]} needs {' and '.join(missing)}, as model.image_token_id and the patches of a picture"
+        )
+    for name, value in needed.items():
+        if value < 1:
+            raise DataError(f"{name} {value}: must be at least 1")
+    folder = args.image_folder
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"--image-folder {folder}: no such folder")
+    # The length of a sequence is not known yet: training leaves out what is longer.
+    return ImageSettings(
+        args.image_token_id,
+        args.tokens_per_image,
+        seq_len=sys.maxsize,
+        folder=None if folder is None else folder.absolute(),
+        column=args.image_column,
+    )
 
 
 def _print_notice(notice: str) -> None:
@@ -210,6 +246,21 @@ def add_tokenize_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rebuild-meta", type=local_path, metavar="BIN", help="rebuild the .meta of a .bin file")
     _add_conversation_options(parser)
+    _add_image_options(parser)
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pictures of conversations, which have <image> in their text")
+    group.add_argument("--image-token-id", type=int, metavar="ID", help="the placeholder, model.image_token_id")
+    group.add_argument(
+        "--tokens-per-image", type=int, metavar="N", help="placeholders of a picture: (image_size / patch_size)^2"
+    )
+    group.add_argument(
+        "--image-folder", type=local_path, metavar="DIR", help="folder that paths of pictures are relative to"
+    )
+    group.add_argument(
+        "--image-column", metavar="NAME", help="column with the pictures of a row (default: image or images)"
+    )
 
 
 def _add_conversation_options(parser: argparse.ArgumentParser) -> None:

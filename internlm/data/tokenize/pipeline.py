@@ -19,6 +19,7 @@ from typing import Any
 
 from internlm.data.conversations.chat_template import ChatTemplate
 from internlm.data.conversations.encoder import ConversationOptions, load_template_for
+from internlm.data.images.settings import ImageSettings
 from internlm.data.loaders.read_ahead import WorkerProcesses
 from internlm.data.tokenize.input_files import InputFiles, find_inputs
 from internlm.data.tokenize.notices import describe_notices
@@ -65,6 +66,7 @@ class TokenizeOptions:
         append: whether to append to an existing output.
         add_bos, add_eos: whether every document starts with bos / ends with eos; None if the tokenizer has it.
         conversations: how rows of conversations are encoded; None tokenizes texts.
+        images: of the placeholders of rows of conversations with pictures; None: they have none.
         on_bad_data: "stop", or "skip" and count rows of conversations that cannot be used.
         valid_fraction: share of documents, chosen by a hash of their content, for `valid_output`.
         valid_output: the .bin file of validation documents.
@@ -82,6 +84,7 @@ class TokenizeOptions:
     add_bos: bool | None = False
     add_eos: bool | None = None
     conversations: ConversationOptions | None = None
+    images: ImageSettings | None = None
     on_bad_data: str = "stop"
     valid_fraction: float = 0.0
     valid_output: Path | None = None
@@ -215,6 +218,7 @@ def _encoder_loader(
         options.conversations,
         skip_bad_rows=options.on_bad_data == "skip",
         trust_remote_code=trust,
+        images=options.images,
     )
 
 
@@ -228,14 +232,17 @@ def _conversation_entry(options: TokenizeOptions, template: ChatTemplate | None)
     """The entry of the manifest for everything that changes the ids of conversations; None for texts."""
     if options.conversations is None:
         return None
-    return [asdict(options.conversations), template.fingerprint if template else None, options.on_bad_data]
+    images = [] if options.images is None else [options.images.facts, str(options.images.folder)]
+    return [asdict(options.conversations), template.fingerprint if template else None, options.on_bad_data, *images]
 
 
 def _record_format(options: TokenizeOptions, template: ChatTemplate | None) -> str:
     """The format that the record of the tokenizer names; it differs between chat templates."""
     if options.conversations is None:
         return "text"
-    return f"conversations, template {template.fingerprint}" if template else "completions"
+    images = options.images
+    pictures = "" if images is None else f", pictures of {images.tokens_per_image} tokens {images.token_id}"
+    return (f"conversations, template {template.fingerprint}" if template else "completions") + pictures
 
 
 def _check_appended(options: TokenizeOptions, record: TokenizerRecord) -> None:

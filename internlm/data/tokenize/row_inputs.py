@@ -20,8 +20,10 @@ def read_rows(
     counts: Counter[str],
     columns: Container[str],
     skip: Callable[[DataError], None] | None = None,
-) -> Iterator[tuple[str, Any]]:
-    """Iterate over the rows of an extent, as (file and position, row).
+) -> Iterator[tuple[str, int, Any]]:
+    """Iterate over the rows of an extent, as (file and position, position, row).
+
+    A position is the number of the row; in JSON lines, the byte at which it starts.
 
     Args:
         extent: the part of a file to read.
@@ -40,11 +42,11 @@ def read_rows(
         chosen = [name for name in file.schema_arrow.names if name in columns] or None
         for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=chosen):
             for row in batch.to_pylist():
-                yield f"{path}: row {number}", row
+                yield f"{path}: row {number}", number, row
                 number += 1
     elif extent.format == "json":
         for number, row in enumerate(iterate_json_array(path)):
-            yield f"{path}: record {number}", row
+            yield f"{path}: record {number}", number, row
     elif extent.format == "jsonl":
         for offset, line in read_lines(path, extent):
             if line.isspace():
@@ -57,6 +59,6 @@ def read_rows(
                         raise
                     skip(error)
                     continue
-                yield f"{path}: the record at byte {offset}", row
+                yield f"{path}: the record at byte {offset}", offset, row
     else:
         raise DataError(f"{path}: {extent.format} files have no columns; conversations need .jsonl, .json or .parquet")

@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internlm.data.conversations.chat_template import ChatTemplate
-from internlm.data.conversations.encoder import ConversationEncoder, ConversationOptions
+from internlm.data.conversations.encoder import ConversationEncoder, ConversationOptions, MaskedTokens
 from internlm.data.conversations.row_forms import READ_COLUMNS
+from internlm.data.images.image_source import to_json
+from internlm.data.images.placeholder_tokenizer import PlaceholderTokenizer
+from internlm.data.images.row_images import images_of_row
+from internlm.data.images.settings import ImageSettings
 from internlm.data.tokenize.row_inputs import read_rows
 from internlm.data.tokenize.text_inputs import Extent, TextOptions, read_documents
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
@@ -89,28 +93,42 @@ class ConversationShardEncoder:
     Args:
         encoder: encodes one row.
         skip_bad_rows: whether rows that cannot be used are skipped and counted, instead of ending the run.
+        images: of the placeholders, which `encoder` writes; None: rows have no pictures.
     """
 
-    def __init__(self, encoder: ConversationEncoder, *, skip_bad_rows: bool) -> None:
-        self._encoder, self._skip_bad_rows = encoder, skip_bad_rows
+    def __init__(
+        self, encoder: ConversationEncoder, *, skip_bad_rows: bool, images: ImageSettings | None = None
+    ) -> None:
+        self._encoder, self._skip_bad_rows, self._images = encoder, skip_bad_rows, images
+        self._columns = READ_COLUMNS if images is None else READ_COLUMNS | images.columns
 
     def encode(self, shard: tuple[Extent, ...], counts: ShardCounts) -> Iterator[tuple[str, bytes, int]]:
         """See `ShardEncoder`."""
         skip = functools.partial(_skip, counts) if self._skip_bad_rows else None
         for extent in shard:
-            for place, row in read_rows(extent, counts.content, READ_COLUMNS, skip):
+            for place, position, row in read_rows(extent, counts.content, self._columns, skip):
                 counts.by_file[extent.path] += 1
                 try:
                     found = self._encoder.encode(row, place)
+                    line = self._line(found, row, Path(extent.path), position, place)
                 except DataError as error:
                     if skip is None:
                         raise
                     skip(error)
                     continue
                 if found.num_labels:
-                    yield _identity(row), encode_masked_line(found.ids, found.loss_mask), len(found.ids)
+                    yield _identity(row), line, len(found.ids)
                 else:
                     counts.content[_NO_LABEL] += 1
+
+    def _line(self, found: MaskedTokens, row: dict[str, Any], file: Path, position: int, place: str) -> bytes:
+        if self._images is None:
+            return encode_masked_line(found.ids, found.loss_mask)
+        images = images_of_row(row, found.ids, self._images, file, position, place)
+        for image in images:
+            image.check()
+        loss_mask = [loss and id != self._images.token_id for id, loss in zip(found.ids, found.loss_mask, strict=True)]
+        return encode_masked_line(found.ids, loss_mask, [to_json(image, self._images.folder) for image in images])
 
 
 def _skip(counts: ShardCounts, error: DataError) -> None:
@@ -134,10 +152,14 @@ def load_conversation_encoder(
     *,
     skip_bad_rows: bool,
     trust_remote_code: bool,
+    images: ImageSettings | None = None,
 ) -> ConversationShardEncoder:
     """Load the encoder of conversations; see `ConversationShardEncoder` and `load_tokenizer`."""
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
-    return ConversationShardEncoder(ConversationEncoder(tokenizer, template, options), skip_bad_rows=skip_bad_rows)
+    if images is not None:
+        tokenizer = PlaceholderTokenizer(tokenizer, images)
+    encoder = ConversationEncoder(tokenizer, template, options)
+    return ConversationShardEncoder(encoder, skip_bad_rows=skip_bad_rows, images=images)
 
 
 def _identity(row: dict[str, Any]) -> str:
