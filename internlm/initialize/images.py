@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from internlm.config.image_tokens import tokens_per_image, tower_value
+from internlm.config.image_tokens import tokens_per_image
 from internlm.config.schema import Config
 from internlm.data.images.decoding import check_pillow
 from internlm.data.images.loading import ImageLoader
@@ -49,8 +49,9 @@ def image_loader(config: Config) -> ImageLoader | None:
 def _processor(config: Config) -> ImageProcessor:
     data = config.data
     assert data.image_size is not None
-    path, tower = data.image_processor_path, tower_value(config, "mm_vision_tower")
-    if path is None and isinstance(tower, str) and (Path(tower) / PREPROCESSOR_CONFIG).is_file():
+    path, vision = data.image_processor_path, config.model.vit_cfg
+    tower = None if vision is None else vision.mm_vision_tower
+    if path is None and tower is not None and (Path(tower) / PREPROCESSOR_CONFIG).is_file():
         path = tower
     processor = ImageProcessor(data.image_size) if path is None else read_processor(Path(path), data.image_size)
     if data.image_fit is not None:

@@ -14,6 +14,7 @@ from internlm.utils.errors import ConfigError
 # What a run of it would miss, for it names no more than a place for it.
 MISSING = {
     "20B_internlm2": "/path/of/tokenized_data: no such folder",
+    "demo_llava": "there is no folder 'openai/a-tower-that-nobody-has'",
     "70B_sft_llama2": "dolly_tokenizer_llama/train: no such folder",
 }
 

@@ -391,6 +391,23 @@ SUPPORTED: dict[str, tuple[int, dict[str, Any]]] = {
             "parallel.expert_weight": {"size": 2, "overlap": True},
         },
     ),
+    "demo_llava": (
+        1,
+        {
+            **_size(32000, 4096, 32, 32, 3.5, 8),
+            "model_type": "LLAVA",
+            "data.is_multimodal": True,
+            "data.image_size": 336,
+            "data.patch_size": 14,
+            "model.image_token_id": 200000,
+            "model.vit_cfg": {
+                "mm_vision_tower": "openai/a-tower-that-nobody-has",
+                "mm_projector_type": "mlp2x_gelu",
+                "mm_vision_select_layer": -2,
+            },
+            "model.vision_proj_cfg": {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1024},
+        },
+    ),
 }
 
 _7B_LLAMA2 = SUPPORTED["7B_llama2"][1]
@@ -427,26 +444,6 @@ REFUSED: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
             "parallel.pipeline": {"size": 4, "interleaved_overlap": True},
         },
         ("int8_training = True: int8 training",),
-    ),
-    "demo_llava": (
-        1,
-        {
-            **_size(32000, 4096, 32, 32, 3.5, 8),
-            "model_type": "LLAVA",
-            "data.is_multimodal": True,
-            "data.image_size": 336,
-            "data.patch_size": 14,
-            "model.image_token_id": 200000,
-            "model.vit_cfg": {
-                "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-                "mm_projector_type": "mlp2x_gelu",
-                "mm_vision_select_layer": -2,
-            },
-            "model.vision_proj_cfg": {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1024},
-        },
-        (
-            "data.is_multimodal = True: multimodal data",
-        ),
     ),
     "34B_chameleon": (
         1,

@@ -47,7 +47,15 @@ def _sizes(config: Config) -> Iterator[Problem]:
             ("data.image_size", "data.patch_size"),
             f"data.image_size = {data.image_size} must be a multiple of data.patch_size = {data.patch_size}",
         )
-    elif tokens_per_image(config) >= data.seq_len:
+    vision = config.model.vit_cfg
+    tower = {} if vision is None or vision.config is None else vision.config
+    for name, value in (("image_size", data.image_size), ("patch_size", data.patch_size)):
+        if name in tower and tower[name] != value:
+            yield Problem(
+                (f"data.{name}", "model.vit_cfg.config"),
+                f"data.{name} = {value} differs from {tower[name]} in model.vit_cfg.config; make them equal",
+            )
+    if not data.image_size % data.patch_size and tokens_per_image(config) >= data.seq_len:
         yield Problem(
             ("data.seq_len", "data.image_size", "data.patch_size"),
             f"data.seq_len = {data.seq_len} has no room for a picture, which is {tokens_per_image(config)} tokens, and "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from internlm.data.images.image_source import ImageCell, ImageFile, bytes_of, image_file, images_of_cell
 from internlm.data.images.settings import IMAGE_COLUMNS, IMAGE_MARKER, ImageSettings
@@ -14,7 +15,12 @@ from internlm.utils.errors import DataError, nearest
 
 
 def images_of_row(
-    values: Mapping[str, Any], ids: Sequence[int], settings: ImageSettings, file: Path, row: int, document: str
+    values: Mapping[str, Any],
+    ids: Sequence[int] | NDArray[np.int64],
+    settings: ImageSettings,
+    file: Path,
+    row: int,
+    document: str,
 ) -> list[ImageFile | ImageCell]:
     """The pictures of a row; a row may have none.
 

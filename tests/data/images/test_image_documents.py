@@ -26,7 +26,7 @@ from internlm.utils.errors import DataError
 
 PLACE, P, SEQ_LEN, VOCAB = 200_000, 3, 16, 100
 PICTURE = [PLACE] * P
-DOCUMENTS = [
+DOCUMENTS: list[dict[str, Any]] = [
     {"tokens": [-5, *PICTURE, 6, 7], "images": ["1.png"]},
     {"tokens": list(range(10, 50))},
     {"tokens": [*PICTURE, *PICTURE, 8], "images": ["1.png", "2.png"]},
