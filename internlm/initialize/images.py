@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from internlm.config.image_tokens import tokens_per_image
 from internlm.config.schema import Config
 from internlm.data.images.decoding import check_pillow
 from internlm.data.images.loading import ImageLoader
-from internlm.data.images.processor import PREPROCESSOR_CONFIG, ImageProcessor, read_processor
+from internlm.data.images.processor import PREPROCESSOR_CONFIG, Fit, ImageProcessor, read_processor
 from internlm.data.images.settings import ImageSettings
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
@@ -53,11 +54,15 @@ def _processor(config: Config) -> ImageProcessor:
     tower = None if vision is None else vision.mm_vision_tower
     if path is None and tower is not None and (Path(tower) / PREPROCESSOR_CONFIG).is_file():
         path = tower
-    processor = ImageProcessor(data.image_size) if path is None else read_processor(Path(path), data.image_size)
-    if data.image_fit is not None:
-        processor = replace(processor, fit=data.image_fit)
-    logger.info(
-        "pictures: %d x %d pixels (%s), normalized as %s", data.image_size, data.image_size, processor.fit,
-        "CLIP" if path is None else f"{path} says",
-    )  # fmt: skip
+    return _read_processor(path, data.image_size, data.image_fit)
+
+
+@functools.cache
+def _read_processor(path: str | None, size: int, fit: Fit | None) -> ImageProcessor:
+    """The processor of a path, logged once in a process."""
+    processor = ImageProcessor(size) if path is None else read_processor(Path(path), size)
+    if fit is not None:
+        processor = replace(processor, fit=fit)
+    source = "CLIP does" if path is None else f"{path} says"
+    logger.info("pictures: %d x %d pixels, fitted by '%s' and normalized as %s", size, size, processor.fit, source)
     return processor
