@@ -187,6 +187,26 @@ def test_the_data_tools_do_what_the_page_shows(tmp_path: Path) -> None:
     assert (tmp_path / "lengths.png").is_file()
 
 
+def test_the_run_on_rendered_words(tmp_path: Path) -> None:
+    section = section_of(text_of("doc/multimodal.md"), "A run on rendered words")
+    small = {
+        "total_steps=2000": "total_steps=4",
+        "every=500": "every=2",
+        "--out data/words": "--out data/words --train 60",
+    }
+    for large, small_one in small.items():
+        assert large in section, large
+        section = section.replace(large, small_one)
+    (source,) = blocks(section, "python")
+    (tmp_path / "my_config.py").write_text(source)
+    printed = run_forked(tmp_path, run_commands, section)
+    for expected in ("the config is valid", "[picture ", "words_loss", "done: 4 steps"):
+        assert expected in printed, expected
+    assert (tmp_path / "data" / "words" / "images" / "000000.png").is_file()
+    data = text_of("doc/multimodal.md").split("\n### Tokenized beforehand\n")[1].split("\n## ")[0]
+    assert "60 documents" in run_forked(tmp_path, run_commands, data)
+
+
 # -- commands ------------------------------------------------------------
 
 

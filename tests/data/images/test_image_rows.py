@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from internlm.data.packing.collate import to_micro_batch
 from internlm.data.rows.open_rows import open_rows
 from internlm.data.sources.encoded_rows import encoded_sets
 from internlm.data.sources.open_source import open_source
+from internlm.data.tokenize.command import main as tokenize
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
+from internlm.data.tokenized_files.tokenizer_record import read_record
 from internlm.utils.errors import DataError
 
 SEQ_LEN = 48
@@ -308,3 +311,56 @@ def test_dummy_documents_have_one_random_picture(words: Path) -> None:
     assert again.images is not None and np.array_equal(sample.images, again.images)
     assert not np.array_equal(sample.images[0], sample.images[1])
     assert torch.from_numpy(sample.input_ids).max() < 100
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_conversations_are_tokenized_with_their_pictures(
+    words: Path, rows: list[dict[str, Any]], tokenizer: TextTokenizer, pixels: Any, tmp_path: Path, kind: str
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    if kind == "parquet":
+        file = tmp_path / "rows.parquet"
+        images = [
+            [(words / "images" / name).read_bytes() for name in np.atleast_1d(row.get("image", []))] for row in rows
+        ]
+        table = pyarrow.table({"image": images, "conversations": [row["conversations"] for row in rows]})
+        pyarrow.parquet.write_table(table, file, row_group_size=7)
+    output = tmp_path / "out" / "a.bin"
+    options = ["--image-token-id", str(IMAGE_TOKEN), "--tokens-per-image", str(TOKENS_PER_IMAGE)]
+    folder = ["--image-folder", str(words / "images")] if kind == "jsonl" else []
+    command = [str(file), "--conversations", "--tokenizer", str(words / "tokenizer"), "--output", str(output)]
+    assert tokenize([*command, *options, *folder, "--processes", "1"]) == 0
+    record = read_record(output)
+    assert record is not None and f"pictures of {TOKENS_PER_IMAGE} tokens {IMAGE_TOKEN}" in record.format
+
+    settings = settings_of(words)
+    source = open_source(
+        output, format=ImageDocumentFormat(settings), seq_len=SEQ_LEN, micro_bsz=2, packing="best_fit",
+        vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
+    samples = [loader_of(words).complete(source.sample(index)) for index in range(len(source))]
+    answers = [answer for each in samples for answer in check_pictures(to_micro_batch(each), tokenizer, pixels)]
+    assert {answer for answer in pixels if len(pixels[answer])} <= set(answers)
+    encoded = encoder_of(words, settings).encode([(open_rows(file), row) for row in range(len(rows))])
+    written = ImageDocumentFormat(settings).open(output)
+    for number, each in enumerate(encoded):
+        ids, loss_mask = written.read(number)
+        assert np.array_equal(ids, each.ids) and np.array_equal(loss_mask, each.loss_mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image-token-id", "5"], "--image-token-id needs --tokens-per-image"),
+        (["--image-token-id", "5", "--tokens-per-image", "0"], "--tokens-per-image 0: must be at least 1"),
+        (["--image-token-id", "5", "--tokens-per-image", "4", "--image-folder", "none"], "none: no such folder"),
+        (["--image-token-id", "5", "--tokens-per-image", "4", "--image-folder", "."], r"\.png: no such file.*byte 0"),
+    ],
+)
+def test_options_of_pictures_that_do_not_fit(
+    words: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    output = tmp_path / "a.bin"
+    command = [str(file), "--conversations", "--tokenizer", str(words / "tokenizer"), "--output", str(output)]
+    assert tokenize([*command, *options, "--processes", "1"]) == 2
+    assert re.search(message, capsys.readouterr().err)
