@@ -36,6 +36,9 @@ from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+_TOWER = "vision_tower"
+"""Module of a model that reads pictures, frozen by default."""
+
 
 def build_meta_model(config: Config) -> nn.Module:
     """Build the whole model on the meta device, for parameter counts and for `parallelize`."""
@@ -133,7 +136,18 @@ def state_form(config: Config) -> StateForm:
 
 
 def parameter_groups(config: Config) -> list[ParameterGroup]:
-    """The parameter groups of the optimizer."""
+    """The parameter groups of the optimizer; a vision tower is frozen where no group of the config names it.
+
+    A group names it if its pattern begins with "vision_tower". Patterns such as "*.bias" do not train the tower.
+    """
+    groups = _groups_of_config(config)
+    if config.model_type != "LLAVA":
+        return groups
+    first = next((n for n, group in enumerate(groups) if group.match.startswith(_TOWER)), len(groups))
+    return [*groups[:first], ParameterGroup(f"{_TOWER}.*", freeze=True), *groups[first:]]
+
+
+def _groups_of_config(config: Config) -> list[ParameterGroup]:
     return [ParameterGroup(**group.model_dump()) for group in config.optimizer.groups]
 
 
@@ -169,10 +183,14 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
             "package; leave the key out"
         )
     groups = parameter_groups(config)
-    if groups:
+    if config.optimizer.groups:
         names = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
-        check_groups(groups, set().union(*of_all_ranks(context, names)))
-        freeze_parameters(chunks, groups)
+        check_groups(_groups_of_config(config), set().union(*of_all_ranks(context, names)))
+    if config.model_type == "LLAVA" and not any(group.match.startswith(_TOWER) for group in config.optimizer.groups):
+        logger.info(
+            "the vision tower is frozen; to train it, give optimizer.groups one whose match begins with '%s'", _TOWER
+        )
+    freeze_parameters(chunks, groups)
     if config.float8.enable_float8_linear and config.float8.compile:
         check_compiler(context.device, key="float8.compile")
     if config.model.compile:

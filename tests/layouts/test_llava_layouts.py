@@ -102,3 +102,31 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_train_as_one_process(name: str, ranks: Callable[[int], RankPool]) -> None:
     assert_equal(ranks(2).run(train, LAYOUTS[name], {}), train({}, {}))
+
+
+VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "fsdp": (2, {}, {"fsdp": True}),
+    "fsdp_frozen_tower": (2, {}, {"fsdp": True, "groups": FROZEN}),
+    "fsdp_projector_only": (2, {}, {"fsdp": True, "groups": PROJECTOR_ONLY, "model": {"checkpoint": 1.0}}),
+    "zero_projector_only": (2, {"zero": 2}, {"groups": PROJECTOR_ONLY, "model": {"checkpoint": 1.0}}),
+    "msp_frozen_tower": (2, {"tensor": 2, "mode": "msp"}, {"groups": FROZEN}),
+    "pipeline_projector_only": (2, {"pipeline": 2}, {"groups": PROJECTOR_ONLY}),
+    "isp_projector_only": (2, {"tensor": 2, "weight": 2, "mode": "isp"}, {"groups": PROJECTOR_ONLY}),
+    "mtp_tied_head": (2, {"tensor": 2, "mode": "mtp"}, {"model": {"tie_word_embeddings": True}}),
+    "mtp_context": (4, {"tensor": 2, "context": 2, "mode": "mtp"}, {}),
+    "msp_context": (4, {"tensor": 2, "context": 2, "mode": "msp"}, {}),
+    "isp_context_frozen": (4, {"tensor": 2, "context": 2, "mode": "isp", "head_first": False}, {"groups": FROZEN}),
+    "pipeline_data": (4, {"pipeline": 2, "zero": 2}, {"groups": FROZEN}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_train_as_one_process(name: str, ranks: Callable[[int], RankPool]) -> None:
+    world, layout, options = VARIANTS[name]
+    expected = train({}, {**options, "fsdp": False})
+    assert_equal(ranks(world).run(train, layout, options), expected)
+    if options.get("groups") == FROZEN:
+        start = train({}, {**options, "fsdp": False, "pictures": ()})[1]
+        for name, (_, values) in expected[1].items():
+            is_equal = torch.equal(values, start[name][1])
+            assert is_equal == name.startswith("vision_tower."), name
