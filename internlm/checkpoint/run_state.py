@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -155,7 +155,14 @@ def _restore_counters(trainer: Trainer, state: dict[str, Any], wanted: set[str])
             logger.warning("the checkpoint has the state of hooks that this run lacks: %s", ", ".join(unused))
 
 
-def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: bool = True) -> None:
+def load_weights(
+    trainer: Trainer,
+    source: WeightSource,
+    what: str,
+    *,
+    strict: bool = True,
+    needs: Callable[[str], bool] = lambda name: True,
+) -> None:
     """Load weights of another format into a trainer, one tensor at a time; collective. fp32 masters are reset.
 
     Args:
@@ -163,13 +170,14 @@ def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: b
         source: weights under our names.
         what: the source, for messages.
         strict: see `CheckpointManager.load`.
+        needs: which weights of the model the source must have; others may keep their values.
 
     Raises:
         CheckpointError: the weights do not fit.
     """
     optimizer = trainer.engine.optimizer
     names = set(source.names())
-    _compare_names(optimizer.chunks, names, what, trainer.context, strict=strict)
+    _compare_names(optimizer.chunks, names, what, trainer.context, strict=strict, needs=needs)
     shapes = {name: tuple(source.shape(name)) for name in names}
     tensors = {key.removeprefix(MODEL_PREFIX): boxed for key, boxed in model_tensors(*optimizer.chunks).items()}
     _log_regrouping(what, tensors, names, trainer.context)
@@ -190,7 +198,13 @@ def load_weights(trainer: Trainer, source: WeightSource, what: str, *, strict: b
 
 
 def _compare_names(
-    chunks: Iterable[nn.Module], found: set[str], what: str, context: ParallelContext, *, strict: bool
+    chunks: Iterable[nn.Module],
+    found: set[str],
+    what: str,
+    context: ParallelContext,
+    *,
+    strict: bool,
+    needs: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Compare the names of the whole model with those in a source of weights; collective.
 
@@ -199,7 +213,7 @@ def _compare_names(
     """
     own = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
     names = {stored for name in set().union(*of_all_ranks(context, own)) for stored in stored_names(name, found)}
-    lines = [f"'{MODEL_PREFIX}{name}' is missing" for name in sorted(names - found)]
+    lines = [f"'{MODEL_PREFIX}{name}' is missing" for name in sorted(names - found) if needs(name)]
     lines += [f"'{MODEL_PREFIX}{name}' is not part of the model" for name in sorted(found - names)]
     if not lines:
         return

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import nn
 
 from internlm.checkpoint.weight_source import WeightSource
 from internlm.config.schema import Config
-from internlm.convert.hf_folder import HfFolder, HfWeights
 from internlm.convert.llama_folder import MetaLlamaWeights, trained_keys
+from internlm.convert.llava_folder import open_folder_weights, open_hf_folder
 from internlm.model.architecture import Architecture
+from internlm.model.decoder import Decoder
 from internlm.utils.errors import ConfigError, nearest
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
@@ -66,8 +68,14 @@ def trained_as(ckpt_type: str, path: StoragePath, config: Config) -> Config | No
     """
     values = config.model_dump(mode="json")
     if ckpt_type == "hf":
-        found = HfFolder(path).model
-        values |= {"model_type": found.model_type, "model": {**found.keys, "dtype": config.model.dtype}}
+        found = open_hf_folder(path).model
+        keys = {**found.keys, "dtype": config.model.dtype}
+        model_type = found.model_type
+        if config.model_type == "LLAVA" != model_type:
+            # The weights of a language model are loaded into the decoder of a LLaVA.
+            model_type = "LLAVA"
+            keys |= {name: values["model"][name] for name in ("image_token_id", "vit_cfg", "vision_proj_cfg")}
+        values |= {"model_type": model_type, "model": keys}
     elif ckpt_type == "llama":
         values["model"] |= trained_keys(path, values["model"])
     else:
@@ -77,10 +85,11 @@ def trained_as(ckpt_type: str, path: StoragePath, config: Config) -> Config | No
 
 @register_checkpoint_type("hf")
 def _open_hf(path: StoragePath, model: nn.Module) -> WeightSource:
-    folder = HfFolder(path)
+    folder = open_hf_folder(path)
     for line in folder.model.notices:
         logger.warning("%s: %s", path, line)
-    return HfWeights(folder, _architecture(model, "hf"))
+    _architecture(model, "hf")
+    return open_folder_weights(folder, cast(Decoder, model))
 
 
 @register_checkpoint_type("llama")

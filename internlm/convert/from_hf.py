@@ -13,6 +13,7 @@ from internlm.checkpoint.tensor_files import write_weights
 from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
 from internlm.convert.hf_folder import HF_FILES, HfFolder, HfWeights, side_files
+from internlm.convert.llava_folder import LlavaWeights, open_folder_weights, open_hf_folder
 from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
 from internlm.model.huggingface.from_config import HfModel
@@ -60,7 +61,7 @@ def convert_from_hf(
     target = out / "0"
     if target.exists():
         raise CheckpointError(f"'{target}' already exists; give another --out")
-    folder = HfFolder(source)
+    folder = open_hf_folder(source)
     hf_files = side_files(source)
     # Tokenizers are only read from local disks.
     has_tokenizer = target.is_local and _has_tokenizer(hf_files)
@@ -72,7 +73,7 @@ def convert_from_hf(
     if untie:
         model = dataclasses.replace(model, keys={**model.keys, "tie_word_embeddings": False})
     config = imported_config(model, dtype or stored, tokenizer_path)
-    weights = HfWeights(folder, architecture_of(config))
+    weights = open_folder_weights(folder, decoder_of(config))
     problems = [f"'{name}' is missing" for name in weights.missing]
     problems += [f"'{name}' is not described by config.json" for name in weights.unexpected]
     if problems:
@@ -111,7 +112,12 @@ def imported_config(model: HfModel, dtype: torch.dtype, tokenizer_path: str | No
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The architecture of a config's model.
+    """The architecture of a config's model; see `decoder_of`."""
+    return decoder_of(config).architecture
+
+
+def decoder_of(config: Config) -> Decoder:
+    """A config's model on the meta device.
 
     Raises:
         CheckpointError: the model is not a decoder of this package.
@@ -123,10 +129,10 @@ def architecture_of(config: Config) -> Architecture:
         raise CheckpointError(
             f"model type '{config.model_type}' is not a decoder of this package: its weights have no Hugging Face names"
         )
-    return model.architecture
+    return model
 
 
-def _read(weights: HfWeights, name: str, dtype: torch.dtype | None) -> Tensor:
+def _read(weights: HfWeights | LlavaWeights, name: str, dtype: torch.dtype | None) -> Tensor:
     return finite(weights.read(name), name, f"'{weights.folder.path}'", dtype)
 
 

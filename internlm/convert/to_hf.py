@@ -20,9 +20,10 @@ from internlm.checkpoint.save_folder import resolve
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
-from internlm.convert.from_hf import architecture_of
+from internlm.convert.from_hf import decoder_of
 from internlm.convert.hf_folder import CONFIG, HF_FILES, SAFETENSORS, SAFETENSORS_INDEX, layer_of, meta_weights
 from internlm.convert.lazy import grouped_readers
+from internlm.convert.llava_folder import with_file_names
 from internlm.convert.multi_token_copies import copies, has_multi_token_form
 from internlm.convert.safetensors_file import shard, write_safetensors
 from internlm.convert.tokenizer_files import (
@@ -36,8 +37,11 @@ from internlm.convert.tokenizer_files import (
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import GENERATION
 from internlm.model.architecture import Architecture
+from internlm.model.decoder import Decoder
+from internlm.model.huggingface.llava_config import llava_config_json
 from internlm.model.huggingface.to_config import published_config_json, transformers_config_json, weight_layout
 from internlm.model.huggingface.weight_names import SELECTION_BIAS, Layout, to_hf, weight_groups
+from internlm.model.llava.model import Llava
 from internlm.utils.errors import CheckpointError, DataError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath, storage_path
@@ -125,7 +129,7 @@ def check_exportable(config: Config, layout: LayoutChoice = "transformers") -> N
     Raises:
         CheckpointError, ConfigError: the checkpoints cannot be exported.
     """
-    values = _config_json(config, architecture_of(config), layout)
+    values = _config_json(config, decoder_of(config), layout)
     equivalent_files(_tokenizer_of_run(config), values, with_code=layout == "published")
 
 
@@ -138,7 +142,8 @@ def _write(
     tokenizer: StoragePath | Literal[False] | None,
 ) -> None:
     config = read_config(checkpoint)
-    architecture = architecture_of(config)
+    model = decoder_of(config)
+    architecture = model.architecture
     left_out = range(0) if has_multi_token_form(architecture) else architecture.multi_token_layers
     if left_out:
         logger.warning(
@@ -148,7 +153,7 @@ def _write(
             config.model_type,
         )
         architecture = dataclasses.replace(architecture, num_multi_token=0)
-    values = _config_json(config, architecture, layout)
+    values = _config_json(config, model, layout, architecture)
     if architecture.experts is not None and architecture.experts.selection.capacity is not None:
         logger.warning(
             "model.moe_type = %r: transformers has no capacity of experts, so its model drops no token",
@@ -159,7 +164,10 @@ def _write(
     values |= exported.ids
     files = equivalent_files(exported, values, with_code=layout == "published")
     names = weight_layout(architecture, config.model_type, published=layout == "published")
-    tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype, left_out)
+    vision = model.vision_weights() if isinstance(model, Llava) else {}
+    tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype, left_out, vision)
+    if vision:
+        tensors = with_file_names(tensors)
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):
             if key in values:
@@ -179,6 +187,7 @@ def hf_tensors(
     layout: Layout,
     dtype: torch.dtype | None,
     left_out: Collection[int] = (),
+    others: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LazyTensor]:
     """The weights of a checkpoint by Hugging Face names, read group by group.
 
@@ -188,11 +197,14 @@ def hf_tensors(
         layout: of the names.
         dtype: of the files; None: that of the checkpoint.
         left_out: numbers of the layers of the checkpoint that the exported model does not have.
+        others: weights of the checkpoint beside those of the decoder (meta tensors), which keep their names.
 
     Raises:
         CheckpointError: the weights of the checkpoint do not fit its own config.
     """
-    weights = meta_weights(architecture)
+    others = others or {}
+    decoder = meta_weights(architecture)
+    weights = {**decoder, **others}
     stored = {
         name: reader.entries[f"{MODEL_PREFIX}{name}"] for name in reader.names() if layer_of(name) not in left_out
     }
@@ -208,7 +220,7 @@ def hf_tensors(
             f"the checkpoint '{reader.path}' does not fit its config:\n  " + "\n  ".join(problems[:20])
         )
     shapes = {
-        name: torch.empty(tensor.shape, dtype=stored[name].dtype, device="meta") for name, tensor in weights.items()
+        name: torch.empty(tensor.shape, dtype=stored[name].dtype, device="meta") for name, tensor in decoder.items()
     }
     groups = weight_groups(shapes, architecture, layout)
 
@@ -216,6 +228,7 @@ def hf_tensors(
         return to_hf({name: reader.read(name) for name in groups[number].ours}, architecture, layout)
 
     readers = grouped_readers(read_group, [group.theirs for group in groups])
+    readers |= {name: partial(reader.read, name) for name in others}
 
     def dtype_of(name: str) -> torch.dtype | None:
         # In bf16, the steps of a bias would be larger than the differences between scores.
@@ -229,12 +242,20 @@ def hf_tensors(
         for group in groups
         for name, tensor in group.theirs.items()
     }
+    tensors |= {
+        name: LazyTensor(tuple(tensor.shape), dtype or stored[name].dtype, partial(read, name))
+        for name, tensor in others.items()
+    }
     return tensors | {copy: tensors[original] for copy, original in copies(architecture)}
 
 
-def _config_json(config: Config, architecture: Architecture, layout: LayoutChoice) -> dict[str, Any]:
+def _config_json(
+    config: Config, model: Decoder, layout: LayoutChoice, architecture: Architecture | None = None
+) -> dict[str, Any]:
+    if isinstance(model, Llava):
+        return llava_config_json(model, config.model)
     make = published_config_json if layout == "published" else transformers_config_json
-    return make(architecture, config.model_type)
+    return make(architecture or model.architecture, config.model_type)
 
 
 def _side_files(

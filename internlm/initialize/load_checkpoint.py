@@ -10,7 +10,6 @@ from internlm.checkpoint.data_tokenizer import DATA_TOKENIZER, KnownTokenizer
 from internlm.checkpoint.manager import CheckpointManager
 from internlm.checkpoint.manifest import Manifest
 from internlm.checkpoint.reading import CONFIG_FILE
-from internlm.checkpoint.run_state import load_weights
 from internlm.checkpoint.save_folder import resolve
 from internlm.config.schema import Config
 from internlm.config.schema.ckpt import LoadCkptInfo
@@ -22,6 +21,7 @@ from internlm.initialize.model_changes import check_same_function, compare_confi
 from internlm.initialize.position_changes import log_position_changes
 from internlm.initialize.tokenizers import compare_with_checkpoint
 from internlm.initialize.valid_sets import check_held_out
+from internlm.initialize.vision_tower import load_decoder_or_all, load_tower
 from internlm.solver.optimizer.nonfinite import nonfinite_states, nonfinite_weights
 from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
@@ -64,11 +64,14 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
             path = resolve(path)
         _keep_files(config, manager, path)
         if info.ckpt_type == "internevo":
+            if "model" not in info.content:
+                load_tower(config, trainer)
             manager.load(trainer, path, info.content, strict=info.strict, check=check)
         else:
             weights = open_weights(info.ckpt_type, path, trainer.engine.chunks[0])
             check_foreign_weights(config, info, path)
-            load_weights(trainer, weights, f"'{path}'", strict=info.strict)
+            load_tower(config, trainer)
+            load_decoder_or_all(config, trainer, weights, f"'{path}'", strict=info.strict)
             trainer.notify_checkpoint_loaded(path)
         logger.info("starting at step %d with %s loaded from %s", trainer.state.step, ", ".join(info.content), path)
         check_finite(trainer, path)
@@ -76,6 +79,7 @@ def load_checkpoint(config: Config, manager: CheckpointManager, trainer: Trainer
         off = "enable_save_ckpt" if config.ckpt.auto_resume else "auto_resume"
         why = f"no complete checkpoint in {manager.save_folder}" if resumes else f"{off} is off"
         logger.info("starting from scratch (%s)", why)
+        load_tower(config, trainer)
     if config.ckpt.enable_save_ckpt:
         manager.warn_of_later(trainer.context, trainer.state.step)
 

@@ -156,12 +156,13 @@ def _is_allowed(path: str, allowed: bool | tuple[str, ...]) -> bool:
 def _function(config: Config, translated: bool) -> dict[str, Any] | None:
     """What determines a model's outputs; None for a custom model, and for keys that describe no valid model."""
     try:
-        architecture = getattr(build_meta_model(config), "architecture", None)
+        model = build_meta_model(config)
     except ConfigError:
         return None
+    architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, Architecture):
         return None
-    function = architecture.function
+    function = architecture.function | getattr(model, "image_function", {})
     if translated:
         del function["rope interleaved"]
     return function

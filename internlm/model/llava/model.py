@@ -7,7 +7,7 @@ Source: Liu et al. 2023, https://arxiv.org/abs/2304.08485 and https://arxiv.org/
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,14 +53,31 @@ class Llava(Decoder):
                 raise ConfigError(
                     f"model.vision_proj_cfg.{name} = {stated}, but the {owner} has width {width}; leave the key out"
                 )
+        self._projector = projector.mm_projector_type, *widths
         self.vision_tower = self.vision.build(architecture.dtype)
-        self.vision_proj = make_projector(projector.mm_projector_type, *widths, architecture.dtype)
+        self.vision_proj = make_projector(*self._projector, architecture.dtype)
         self.gather_features: Callable[[Tensor], Tensor] = lambda features: features
 
     def keep_stage(self, layers: range, *, is_first: bool, is_last: bool) -> None:
         super().keep_stage(layers, is_first=is_first, is_last=is_last)
         if not is_first:
             del self.vision_tower, self.vision_proj
+
+    def vision_weights(self) -> dict[str, Tensor]:
+        """The weights of tower and projector, whole and on the meta device, also in a later pipeline stage."""
+        with torch.device("meta"):
+            modules = {
+                "vision_tower": self.vision.build(self.architecture.dtype),
+                "vision_proj": make_projector(*self._projector, self.architecture.dtype),
+            }
+        return {
+            f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.named_parameters()
+        }
+
+    @property
+    def image_function(self) -> dict[str, Any]:
+        """What determines the features of a picture, besides the weights."""
+        return {**self.vision.function, "projector": self._projector}
 
     def forward(
         self,

@@ -117,6 +117,7 @@ class VisionTower:
     Attributes:
         config: of the tower.
         width: v.
+        has_class_token: its first hidden state is of no patch.
         tokens_per_image: P.
 
     Raises:
@@ -133,14 +134,15 @@ class VisionTower:
                 f"model.vit_cfg.mm_vision_select_layer = {selected}: the vision tower has {layers} layers, so it must "
                 f"be between {-layers - 1} and {layers}"
             )
-        has_class = config.model_type == "clip_vision_model"
+        self.has_class_token: bool = config.model_type == "clip_vision_model"
         keeps_class = section.mm_vision_select_feature == "cls_patch"
-        if keeps_class and not has_class:
+        if keeps_class and not self.has_class_token:
             raise ConfigError(
                 "model.vit_cfg.mm_vision_select_feature = 'cls_patch': a SigLIP tower has no class token; set 'patch'"
             )
-        self._first = 1 if has_class and not keeps_class else 0
-        self.tokens_per_image: int = (config.image_size // config.patch_size) ** 2 + has_class - self._first
+        self._first = 1 if self.has_class_token and not keeps_class else 0
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.tokens_per_image: int = num_patches + self.has_class_token - self._first
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """The tower with parameters on the meta device; those that no feature depends on are not trained."""
@@ -174,6 +176,14 @@ class VisionTower:
         for layer in parts.encoder.layers[: self._num_layers]:
             hidden = layer(hidden, None)
         return hidden[:, self._first :]
+
+    @property
+    def function(self) -> dict[str, Any]:
+        """What determines the features of a picture, besides the weights."""
+        values = self.config.to_dict()
+        ignored = ("dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path")
+        kept = {f"vision tower: {name}": value for name, value in values.items() if name not in ignored}
+        return {**kept, "selected layer": self._num_layers, "first selected token": self._first}
 
     def blank(self, device: torch.device) -> Tensor:
         """A picture without content, float `[1, 3, H, W]`."""
