@@ -94,7 +94,7 @@ def check_same_function(saved: Config, config: Config, what: str, *, translated:
     marked = [change for change in changes_between(saved, config) if change.changes_outputs]
     if not marked:
         return
-    old, new = _function(saved, translated), _function(config, translated)
+    old, new = function_of(saved, translated), function_of(config, translated)
     if old is not None and new is not None:
         if _same(old, new, translated):
             return
@@ -136,7 +136,7 @@ def _changes_with_effect(
             # The config is invalid with this change alone reverted.
             found.append(change)
             continue
-        without = _function(config, translated)
+        without = function_of(config, translated)
         if without is None or not _same(without, function, translated):
             found.append(change)
         function = function if without is None else without
@@ -153,8 +153,12 @@ def _is_allowed(path: str, allowed: bool | tuple[str, ...]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in allowed)
 
 
-def _function(config: Config, translated: bool) -> dict[str, Any] | None:
-    """What determines a model's outputs; None for a custom model, and for keys that describe no valid model."""
+def function_of(config: Config, translated: bool = False) -> dict[str, Any] | None:
+    """What determines a model's outputs; None for a custom model, and for keys that describe no valid model.
+
+    Args:
+        translated: see `check_same_function`.
+    """
     try:
         model = build_meta_model(config)
     except ConfigError:

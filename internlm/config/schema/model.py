@@ -371,7 +371,7 @@ class ModelConfig(Section):
         None,
         "Token that stands for a part of a picture, inside or outside of the vocabulary.",
         ge=0,
-        changes_outputs=True,
+        changes_outputs=False,
     )
     vit_cfg: VisionTowerConfig | None = key(None, "The vision tower.", changes_outputs=True)
     vision_proj_cfg: VisionProjectorConfig | None = key(

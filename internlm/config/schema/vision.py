@@ -51,8 +51,8 @@ class VisionProjectorConfig(Section):
         changes_outputs=True,
     )
     mm_hidden_size: int | None = key(
-        None, "Width of the vision tower, which it must equal; None: that width.", ge=1, changes_outputs=True
+        None, "Width of the vision tower, which it must equal; None: that width.", ge=1, changes_outputs=False
     )
     hidden_size: int | None = key(
-        None, "Width of the language model, which it must equal; None: that width.", ge=1, changes_outputs=True
+        None, "Width of the language model, which it must equal; None: that width.", ge=1, changes_outputs=False
     )
