@@ -32,16 +32,15 @@ LATER_KEYS = {
 }
 """Patterns of InternEvo's keys for features that this version lacks altogether."""
 
-_SWITCHES: dict[str, Any] = {
-    "model.num_experts": 1,
-    "model.moe_layer_kwargs.n_group": 1,
-    "model.moe_layer_kwargs.selection_bias": False,
-    "loss.moe_bias_update_rate": 0.0,
-    "model.num_nextn_predict_layers": 0,
-    "parallel.sequence_2D.enable": False,
-}
-"""Keys of mixtures, of multi-token prediction and of 2D sequence parallelism -> the value with which the keys that
-refine them change nothing."""
+_JUDGED_ELSEWHERE = (
+    # The rules refuse a size above 1 in a dense model, and ask for 1.
+    "parallel.expert.size",
+    # Of a model in which no layer is recomputed: see `internlm.config.notices`.
+    "model.checkpoint_save_policy",
+    "selective_checkpoint",
+    "selective_checkpoint_offload",
+)
+"""Keys that refine another key, and about which others report while that one has its default."""
 
 _ONLY_WHILE_SAVING = (
     "oss_snapshot_freq",
@@ -105,7 +104,7 @@ def find_ineffective(config: Config, given: Callable[[str], Any]) -> Iterator[st
     `given(path)` is the value that the user gave for a path, or None.
     """
     by_reason: dict[str, list[str]] = {}
-    by_path = {path: value for path, _, value in walk_values(config)}
+    values = {path: (value, default_of(field)) for path, field, value in walk_values(config)}
     for path, field, value in walk_values(config):
         info = key_info(field)
         assert info is not None, path
@@ -113,12 +112,10 @@ def find_ineffective(config: Config, given: Callable[[str], Any]) -> Iterator[st
         if info.status is Status.NO_EFFECT and value != default_of(field):
             by_reason.setdefault(info.detail, []).append(f"{path} = {value!r}")
         elif info.status is Status.DEPENDENT and requested is not None and value != default_of(field):
-            # The rules refuse a size above 1 in a dense model, and ask for 1.
-            if (
-                path != "parallel.expert.size"
-                and info.detail in _SWITCHES
-                and (switch := by_path[info.detail]) == _SWITCHES[info.detail]
-            ):
+            switches = fnmatch.filter(values, info.detail)
+            is_off = all(switch == default for switch, default in map(values.__getitem__, switches))
+            if is_off and path not in _JUDGED_ELSEWHERE:
+                switch, _ = values[switches[0]]
                 by_reason.setdefault(f"{info.detail} = {switch!r}", []).append(f"{path} = {value!r}")
         elif info.forced and requested is not None and requested != value:
             yield f"{path} = {requested!r} is ignored: it is always {info.derived} = {value!r}"

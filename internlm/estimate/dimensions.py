@@ -114,6 +114,11 @@ class ModelDimensions:
         return self.attention_parameters + self.feed_forward_parameters
 
     @property
+    def joining_parameters(self) -> int:
+        """Elements of the projection of hidden states and embeddings in a layer that predicts a later token."""
+        return 2 * self.hidden_size**2
+
+    @property
     def head_parameters(self) -> int:
         """Elements of the output head."""
         return self.hidden_size * self.vocab_size
@@ -125,13 +130,20 @@ class ModelDimensions:
         one_dense = self.attention_parameters + self.dense_feed_forward_parameters
         layers = (self.num_layers - len(dense_layers)) * self.layer_parameters + len(dense_layers) * one_dense
         last = one_dense if self.num_layers - 1 in dense_layers else self.layer_parameters
-        later = self.num_multi_token * (last + 2 * self.hidden_size**2 + self.head_parameters)
+        later = self.num_multi_token * (last + self.joining_parameters + self.head_parameters)
         return layers + self.head_parameters + later
+
+    def predicts_later_token(self, layer: int) -> bool:
+        """Whether a layer is behind those of the model; all that it shares with other layers is as in the last one."""
+        return layer >= self.num_layers
 
     def has_experts(self, layer: int) -> bool:
         """Whether the feed-forward block of a layer routes tokens to experts."""
-        return self.experts is not None and layer not in self.experts.dense_layers
+        return self.experts is not None and self._like(layer) not in self.experts.dense_layers
 
     def window(self, layer: int) -> int | None:
         """Attention window of a layer in tokens; None for full attention."""
-        return self.windows[layer] if self.windows else None
+        return self.windows[self._like(layer)] if self.windows else None
+
+    def _like(self, layer: int) -> int:
+        return min(layer, self.num_layers - 1)

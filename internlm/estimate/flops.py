@@ -30,7 +30,7 @@ def flops_per_token(dimensions: ModelDimensions, seq_len: int, convention: Conve
     """
     scores = sum(
         attention_flops_per_token(dimensions, seq_len, dimensions.window(layer), convention)
-        for layer in (*range(dimensions.num_layers), *[dimensions.num_layers - 1] * dimensions.num_multi_token)
+        for layer in range(dimensions.num_layers + dimensions.num_multi_token)
     )
     return 3.0 * (2 * dimensions.gemm_parameters + scores)
 

@@ -12,10 +12,12 @@ from internlm.core.context.layout import ParallelLayout
 from internlm.core.scheduler.stage_placement import Placement
 from internlm.estimate.activations import LayerActivations
 from internlm.estimate.dimensions import ModelDimensions
+from internlm.estimate.training_step import gathered_keys
+from internlm.initialize.context_options import context_options
 from internlm.initialize.recomputation_plan import ActivationPlan, plan_activations
 from internlm.model.architecture import Architecture
 from internlm.model.architecture import save_policies as policies_of
-from internlm.model.layer_protocol import DescribedModel, LayeredModel
+from internlm.model.layer_protocol import DescribedModel, LayeredModel, MultiTokenModel
 from internlm.model.offload import Offloading
 from internlm.model.recompute import SavePolicy
 from internlm.utils.copy_stream import copy_stream_of
@@ -57,10 +59,11 @@ def check_activations(
                 f"(see internlm/model/layer_protocol.py)"
             )
     if config.model.checkpoint_budget is not None:
+        later = model.later_layers() if isinstance(model, MultiTokenModel) else ()
         for rank in range(placement.num_ranks):
-            layers = [
-                layer for chunk in range(placement.num_chunks) for layer in stages[placement.stage_of(rank, chunk)]
-            ]
+            numbers = [placement.stage_of(rank, chunk) for chunk in range(placement.num_chunks)]
+            layers = [layer for stage in numbers for layer in stages[stage]]
+            layers += later if placement.num_stages - 1 in numbers else ()
             _plan(config, model, layout, layers, config.model.checkpoint_budget)
 
 
@@ -70,13 +73,20 @@ def arrange_activations(
     """Set save policy and activation store of every layer in a rank's chunks, from the config."""
     models = [chunk for chunk in chunks if isinstance(chunk, LayeredModel)]
     layers = {number: layer for model in models for number, layer in model.numbered_layers().items()}
+    later = {
+        number: layer
+        for chunk in chunks
+        if isinstance(chunk, MultiTokenModel)
+        for number, layer in chunk.later_layers().items()
+    }
+    numbers = sorted(layers | later)
     if config.model.checkpoint_budget is not None:
-        plan = _plan(config, chunks[0], layout, sorted(layers), config.model.checkpoint_budget)
+        plan = _plan(config, chunks[0], layout, numbers, config.model.checkpoint_budget)
         policies = plan.policies
         logger.info("activations: %s", plan)
     else:
-        policies = dict(enumerate(policies_of(config.model)))
-    for number, layer in layers.items():
+        policies = _configured_policies(config, numbers)
+    for number, layer in (layers | later).items():
         layer.save_policy = policies[number]
     num_offloaded = config.cpu_offloading.num_layers if config.cpu_offloading.enable else 0
     autograd_layers = {number for model in models for number in list(model.numbered_layers())[:num_offloaded]}
@@ -108,8 +118,7 @@ def _plan(
     if architecture is None:
         raise ConfigError(
             f"model.checkpoint_budget = {config.model.checkpoint_budget}: the activations of a {config.model_type} "
-            "cannot be estimated, as it has non-standard layers, layers that predict later tokens, or no architecture; "
-            "set model.checkpoint instead"
+            "cannot be estimated, as it has non-standard layers or no architecture; set model.checkpoint instead"
         )
     activations = layer_activations(config, ModelDimensions.of(architecture), layout)
     return plan_activations(activations, layers, budget * 2**30)
@@ -117,16 +126,31 @@ def _plan(
 
 def estimated_architecture(model: nn.Module) -> Architecture | None:
     """The architecture of a model, or None if its activations cannot be estimated (layers of other kinds)."""
-    if not isinstance(model, DescribedModel) or model.architecture.num_multi_token:
+    if not isinstance(model, DescribedModel):
         return None
     kinds = {kind.name for kind in model.architecture.layer_kinds.values()}
     return model.architecture if kinds <= ESTIMATED_KINDS else None
 
 
-def layer_activations(config: Config, dimensions: ModelDimensions, layout: ParallelLayout) -> LayerActivations:
-    """Activations of a dense layer for one micro-batch of the config; `of` has those of any layer."""
-    data = config.data
-    return LayerActivations(dimensions, layout, data.seq_len * data.micro_bsz // layout.context, data.seq_len)
+def layer_activations(
+    config: Config, dimensions: ModelDimensions, layout: ParallelLayout, context_rank: int | None = None
+) -> LayerActivations:
+    """Activations of a dense layer for one micro-batch of one document a row; `of` has those of any layer.
+
+    Args:
+        config: a checked config.
+        dimensions: of the model.
+        layout: of all ranks.
+        context_rank: the rank along the context axis; None: the one with the most activations.
+    """
+    data, options = config.data, context_options(config.parallel)
+    return LayerActivations(
+        dimensions,
+        layout,
+        tokens=data.seq_len * data.micro_bsz // layout.context,
+        row_length=data.seq_len,
+        gathered_keys=gathered_keys(layout, dimensions, options, (data.seq_len,) * data.micro_bsz, context_rank),
+    )
 
 
 def save_policies(
@@ -136,5 +160,10 @@ def save_policies(
     budget = config.model.checkpoint_budget
     if budget is not None:
         return _plan(config, model, layout, layers, budget).policies
+    return _configured_policies(config, layers)
+
+
+def _configured_policies(config: Config, layers: Sequence[int]) -> dict[int, SavePolicy]:
+    """The save policies of `model.checkpoint`; layers that predict later tokens have that of the last layer."""
     policies = policies_of(config.model)
-    return {layer: policies[layer] for layer in layers}
+    return {layer: policies[min(layer, len(policies) - 1)] for layer in layers}

@@ -12,10 +12,11 @@ from internlm.config.schema import Config
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.parallel.context.split_batch import ContextPlans
 from internlm.core.scheduler.schedules import PipelineSchedule
-from internlm.estimate.communication import BytesSent, TrainingStep, bytes_sent, context_plans
+from internlm.estimate.communication import BytesSent, bytes_sent
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.memory import RankMemory, peak_activations
 from internlm.estimate.parameters import RankParameters, rank_parameters
+from internlm.estimate.training_step import TrainingStep, context_plans
 from internlm.initialize.activation_memory import estimated_architecture, layer_activations, save_policies
 from internlm.initialize.stages import build_layer_split, build_meta_model, build_options, parameter_groups, state_form
 from internlm.solver.optimizer.parameter_groups import check_groups
@@ -75,6 +76,7 @@ def estimate_ranks(
             options,
             fsdp=config.parallel.uses_fsdp,
             groups=groups,
+            num_later=config.model.num_nextn_predict_layers,
         )
         memory = RankMemory.of_rank(parameters, form)
         architecture = estimated_architecture(model)
@@ -94,7 +96,7 @@ def estimate_ranks(
             form=form,
         )
         actions = schedule.actions[parameters.context.index("pipeline")]
-        one_layer = layer_activations(config, dimensions, layout)
+        one_layer = layer_activations(config, dimensions, layout, parameters.context.index("context"))
         activations = peak_activations(actions, parameters.layers, one_layer, policies)
         worst = None
         if dimensions.experts is not None:

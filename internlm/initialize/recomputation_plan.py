@@ -52,8 +52,8 @@ class ActivationPlan:
 def plan_activations(activations: LayerActivations, layers: Sequence[int], budget: float) -> ActivationPlan:
     """Find the plan with the fewest recomputed FLOPs; ties go to fewer recomputed layers, then to fewer saved bytes.
 
-    All layers of a kind, dense or with experts, save the same number of bytes under one policy, and differ in FLOPs
-    only by their attention window. So the search enumerates the numbers of layers per policy for each kind, drops those
+    All layers of a kind save the same number of bytes under one policy, and differ in FLOPs only by their attention
+    window. So the search enumerates the numbers of layers per policy for each kind, drops those
     that another choice improves, and combines the rest. The first layers recompute the most. Experts count with the
     rows that they have if all get equally many.
 
@@ -65,9 +65,11 @@ def plan_activations(activations: LayerActivations, layers: Sequence[int], budge
     Raises:
         ConfigError: the activations exceed the budget even if every layer saves only its input.
     """
-    by_kind: dict[bool, list[int]] = {}
+    by_kind: dict[tuple[float, ...], list[int]] = {}
     for layer in layers:
-        by_kind.setdefault(activations.dimensions.has_experts(layer), []).append(layer)
+        of_layer = activations.of(layer)
+        saved = [of_layer.saved_bytes(policy) for policy in SAVE_POLICIES]
+        by_kind.setdefault((*saved, of_layer.recomputed_flops("attention", None)), []).append(layer)
     kinds = [_LayersOfKind.of(activations.of(own[0]), own) for own in by_kind.values()]
     least = sum(kind.least for kind in kinds)
     if least > budget:

@@ -9,12 +9,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from internlm.config.schema import Config, ExpertWeightConfig, ParallelConfig, WeightConfig
+from internlm.config.schema import Config, ExpertWeightConfig, WeightConfig
 from internlm.core.communication.objects import of_all_ranks
 from internlm.core.compilation.compile_layers import check_compiler, compile_layers
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.context.ring_order import ring_order
-from internlm.core.parallel.context.split_batch import ContextOptions
 from internlm.core.parallel.fsdp import apply_fsdp
 from internlm.core.parallel.linear.weight_gathering import GatherPlan
 from internlm.core.parallel.model_parallel import ParallelOptions, parallel_of
@@ -25,6 +23,7 @@ from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.flops import flops_per_token, head_flops_per_token
 from internlm.initialize.activation_memory import arrange_activations
+from internlm.initialize.context_options import context_options
 from internlm.model.architecture import Architecture
 from internlm.model.layer_protocol import DescribedModel
 from internlm.model.ops.float8.scaled_gemm import why_not_on_hardware
@@ -107,17 +106,9 @@ def build_options(config: Config) -> ParallelOptions:
         float8_layers=config.float8.layers(config.model.num_layers),
         gather_float8=config.float8.gather_weights,
         compile_casts=config.float8.compile,
-        context=_context_options(config.parallel),
+        context=context_options(config.parallel),
         defer_weights=config.parallel.uses_fsdp,
     )
-
-
-def _context_options(parallel: ParallelConfig) -> ContextOptions:
-    windows: list[list[int]] = []
-    if parallel.context_window > 1:
-        is_interleaved = parallel.sequence_2D.enable and parallel.sequence_2D.device_placement_strategy.interleaved
-        windows = ring_order(parallel.context_ranks, parallel.context_window, is_interleaved)
-    return ContextOptions(parallel.context.cut, parallel.context.exchange, tuple(map(tuple, windows)))
 
 
 def reduce_dtype(config: Config) -> torch.dtype:

@@ -256,9 +256,9 @@ class Decoder(nn.Module):
             return hidden
         results = [hidden]
         for layer, embedded in zip(
-            self.architecture.multi_token_layers, self.embed(later_ids).split(hidden.shape[0]), strict=True
+            self.later_layers().values(), self.embed(later_ids).split(hidden.shape[0]), strict=True
         ):
-            results.append(self.layers[str(layer)](results[-1], rotary, varlen, None, embedded))
+            results.append(layer(results[-1], rotary, varlen, None, embedded))
         return torch.cat(results)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -279,6 +279,11 @@ class Decoder(nn.Module):
         """The layers by their number in the whole model, in order, without those that predict later tokens."""
         numbered = {int(name): layer for name, layer in self.layers.items()}
         return {number: layer for number, layer in numbered.items() if number < self.architecture.num_layers}  # type: ignore[misc]
+
+    def later_layers(self) -> dict[int, MultiTokenLayer]:
+        """The layers that predict later tokens by their number, in order; empty before the last pipeline stage."""
+        numbers = self.architecture.multi_token_layers
+        return {number: self.layers[str(number)] for number in numbers if str(number) in self.layers}  # type: ignore[misc]
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The residual stream `[B, S, h]` -> hidden states for the head."""

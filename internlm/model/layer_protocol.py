@@ -72,6 +72,14 @@ class ImageModel(Protocol):
     gather_features: Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
+class MultiTokenModel(Protocol):
+    """A model or pipeline stage that may hold layers that predict later tokens, behind its other layers."""
+
+    def later_layers(self) -> Mapping[int, RecomputableLayer]:
+        """These layers by their number, in order; those of the model come before."""
+
+
 def run_layers(
     layers: Iterable[tuple[int, nn.Module]], hidden: Tensor, *inputs: Any, offloading: Offloading | None = None
 ) -> Tensor:

@@ -80,6 +80,17 @@ def check_width(width: int, tensor: int) -> None:
         raise LayoutError("{width} is not divisible by {tensor}; " + fix, width=width, tensor=tensor)
 
 
+def check_integers(**sizes: object) -> None:
+    """Sizes are integers.
+
+    Raises:
+        LayoutError: one is not.
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise LayoutError(f"{{{name}}}: it must be an integer", **{name: size})
+
+
 def check_world(world_size: int, **degrees: int) -> int:
     """The ranks left when the world is divided by some degrees.
 

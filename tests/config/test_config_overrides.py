@@ -95,6 +95,8 @@ def test_nothing_to_load(path):
         ("dta.total_steps=5", "--set: dta is not a known key. Did you mean 'data'?"),
         ("data.total_steps=many", "--set: data.total_steps = 'many': it must be a valid integer"),
         ("data.seq_len.x=3", "--set: data.seq_len = {'x': 3}: it must be a valid integer"),
+        ("parallel.context.size=True", "--set: parallel.context.size = True: it must be a valid integer"),
+        ("ckpt.checkpoint_every=False", "--set: ckpt.checkpoint_every = False: it must be a valid integer"),
         ("adam.lr=-1", "--set: adam.lr = -1: it must be greater than or equal to 0"),
         ("model.drop_rate=0.5", "--set: model.drop_rate = 0.5: dropout is not yet supported; set it to 0.0"),
         ("data.total_steps", "--set data.total_steps: expected key.path=value"),

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from internlm.config.schema import Config
 from internlm.config.schema.base import Status, default_of, key_info, walk_schema
-from internlm.config.unsupported import LATER_FAMILIES, find_ineffective, find_unsupported
+from internlm.config.unsupported import _JUDGED_ELSEWHERE, LATER_FAMILIES, find_ineffective, find_unsupported
 
 BASE = {
     "data": dict(seq_len=16, micro_bsz=2, total_steps=10),
@@ -107,6 +107,30 @@ def test_other_keys_are_neither_refused_nor_without_effect(path, value):
     config = build(path, value)
     assert [m.text for m in find_unsupported(config)] == []
     assert list(find_ineffective(config, lambda _: None)) == []
+
+
+@pytest.mark.parametrize("path, value", keys(Status.DEPENDENT))
+def test_a_key_whose_switch_is_off_gives_a_notice(path, value):
+    """Wherever the switch is: none is on by default."""
+    config = build(path, value)
+    (switch,) = {key_info(field).detail for other, field in walk_schema(Config) if other == path}
+    found = [notice for notice in find_ineffective(config, functools.partial(at, config)) if f"{path} = " in notice]
+    if path in _JUDGED_ELSEWHERE:
+        assert found == []
+    else:
+        (notice,) = found
+        assert notice.startswith("no effect: ") and f"({switch} = " in notice
+
+
+def test_a_key_whose_switch_is_on_gives_none():
+    tree = {
+        **BASE,
+        "float8": {"enable_float8_linear": True, "compile": True},
+        "model": {**BASE["model"], "compile": True, "cuda_graphs": True},
+    }
+    tree["grad_profiling"] = {"zero_grad_profiling": True, "interval_steps": 3}
+    config = Config.model_validate(tree)
+    assert list(find_ineffective(config, functools.partial(at, config))) == []
 
 
 def test_sections_that_are_absent_by_default():

@@ -180,11 +180,17 @@ def test_each_habit_gets_one_notice(path):
     assert (
         "no effect: parallel.pipeline.interleaved_overlap = True (messages always overlap with computation)" in notices
     )
+    for part in (
+        "parallel.weight.overlap = True, parallel.weight.memory_pool = True (parallel.weight.size = 1)",
+        "monitor.alert.alert_file_path = 'alerts/my_7b.log' (monitor.alert.enable_feishu_alert = False)",
+        "grad_profiling.layers = ('Linear',), grad_profiling.interval_steps = 5 (grad_profiling.*_profiling = False)",
+    ):
+        assert f"no effect: {part}" in notices
     assert any(notice.startswith("no effect: data.valid_every = 50 (data.valid_folder is None") for notice in notices)
     assert any(
         notice.startswith("no effect: ckpt.auto_resume = True (ckpt.enable_save_ckpt = False") for notice in notices
     )
-    assert sum(not is_difference(notice) for notice in notices) == 8
+    assert sum(not is_difference(notice) for notice in notices) == 11
 
 
 def test_defaults_that_make_it_another_run_are_told(path):

@@ -20,7 +20,8 @@ from internlm.core.communication import collectives
 from internlm.core.communication.p2p import Channel, PipelineChannels
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.data.batch import Batch
-from internlm.estimate.communication import BytesSent, all_gather_bytes, all_reduce_bytes
+from internlm.estimate.collective_bytes import all_gather_bytes, all_reduce_bytes
+from internlm.estimate.communication import BytesSent
 from internlm.initialize.build import build_engine, build_layout
 from internlm.initialize.rank_estimates import estimate_ranks
 from internlm.initialize.stages import build_chunks, build_pipeline_schedule
@@ -225,6 +226,36 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+LATER = {"model.num_nextn_predict_layers": 2, "model.checkpoint": 1.0}
+
+CASES |= {
+    "later tokens, mtp": {**TENSOR_MODES["mtp"], **LATER, "model.checkpoint": 0.0},
+    "later tokens, mtp, recomputed, vocabulary split": {
+        **TENSOR_MODES["mtp"], **LATER, "model.tie_word_embeddings": True,
+    },
+    "later tokens, msp": {**TENSOR_MODES["msp"], **LATER, "model.checkpoint": 0.0},
+    "later tokens, msp, recomputed": {**TENSOR_MODES["msp"], **LATER, "model.checkpoint_save_policy": "matmuls"},
+    "later tokens, fsp, recomputed, 1F1B": {**TENSOR_MODES["fsp"], **PIPELINE, **LATER},
+    "later tokens, fsp, GEMMs saved": {**TENSOR_MODES["fsp"], **LATER, "model.checkpoint_save_policy": "matmuls"},
+    "later tokens, isp": {**ISP, "parallel.weight.size": 4, **LATER},
+    "later tokens, isp, tied": {**ISP, "parallel.weight.size": 4, **LATER, "model.tie_word_embeddings": True},
+    "later tokens, isp, 1F1B": {
+        "parallel.tensor": {"size": 1, "mode": "isp"}, "parallel.weight.size": 2, **PIPELINE, **LATER,
+    },
+    "later tokens, fsdp": {"parallel.fsdp.enable": True, **LATER},
+    "later tokens, ZBV, tied": {
+        "parallel.pipeline": {"size": 2, "mode": "ZBV"}, **LATER, "model.tie_word_embeddings": True,
+    },
+    "later tokens, context, windows": {
+        "parallel.context": {"size": 4, "cut": "zigzag"}, **LATER,
+        "model.use_sliding_window": True, "model.sliding_window": 4, "model.max_window_layers": 2,
+    },
+    "later tokens, context and mtp, latent attention": {
+        **TENSOR_MODES["mtp"], "parallel.context": {"size": 2, "cut": "zigzag"}, **LATENT, **LATER,
+        "data.seq_len": 66,
+    },
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_are_those_of_the_collectives(ranks: Callable[[int], RankPool], case: str) -> None:
@@ -280,6 +311,10 @@ EXPERTS = {
         {**TENSOR_MODES["mtp"], "parallel.expert": {"size": 1, "no_tp": False}},
         {**TENSOR_MODES["msp"], "parallel.expert": {"size": 2, "no_tp": False}, "model.checkpoint": 0.5},
         {**ISP, "parallel.weight.size": 2, "parallel.expert.size": 1, "parallel.expert_weight.size": 2},
+        {**TENSOR_MODES["mtp"], "parallel.expert": {"size": 1, "no_tp": False}, **LATER},
+        {**TENSOR_MODES["msp"], "parallel.expert.size": 2, **LATER, "model.num_shared_experts": 0},
+        {**TENSOR_MODES["mtp"], "parallel.expert.size": 4, **LATER, "model.num_shared_experts": 0},
+        {**ISP, "parallel.weight.size": 4, "parallel.expert.size": 4, **LATER},
     ],
     ids=str,
 )

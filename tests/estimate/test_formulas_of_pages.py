@@ -11,11 +11,12 @@ from helpers.pages import text_of
 from internlm.core.context.layout import ParallelLayout
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.parallel.model_parallel import ParallelOptions
+from internlm.estimate.activation_traffic import layer_activations_sent
 from internlm.estimate.activations import LayerActivations
-from internlm.estimate.communication import TrainingStep, layer_activations_sent
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.flops import flops_per_token
 from internlm.estimate.parameters import RankParameters
+from internlm.estimate.training_step import TrainingStep
 from internlm.initialize.recomputation_plan import plan_activations
 from internlm.solver.optimizer.state_form import FP32_STATE
 

@@ -28,6 +28,9 @@ from internlm.utils.layout_checks import LayoutError
         ),
         (lambda: checks.check_world(6, a=2, b=0), ("b",), "b = 0: it must be 1 or more"),
         (lambda: checks.check_world(6, a=-1), ("a",), "a = -1: it must be 1 or more"),
+        (lambda: ParallelLayout(context="2"), ("context",), "context = '2': it must be an integer"),  # type: ignore[arg-type]
+        (lambda: ParallelLayout(world_size=2, tensor=True), ("tensor",), "tensor = True: it must be an integer"),
+        (lambda: ParallelLayout(pipeline=2.0), ("pipeline",), "pipeline = 2.0: it must be an integer"),  # type: ignore[arg-type]
         (lambda: checks.check_zero(3, 4), ("zero", "data"), "zero = 3 does not divide the 4 ranks of the same weights"),
         (lambda: checks.check_weight(2, "mtp"), ("weight", "mode"), "weight = 2 needs mode = 'isp', which is mtp"),
         (

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Annotated, Any, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -137,6 +137,17 @@ class Section(BaseModel):
             for name, value in values.items()
             if not (value is None and name in cls.model_fields and _has_default_for_none(cls.model_fields[name]))
         }
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse True and False for an integer, where pydantic would read 1 and 0."""
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and int in kinds and not kinds & {bool, float}:
+            raise ValueError("a valid integer")
+        return value
 
     def _derive(self, **values: Any) -> None:
         """Fill derived keys from a validator. They do not count as set by the user (`model_fields_set`)."""

@@ -7,13 +7,13 @@ sub-axis of the ranks that hold the same weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
 from internlm.core.context.rank_view import RankView
 from internlm.utils.errors import ConfigError
-from internlm.utils.layout_checks import check_head_first, check_weight, check_world, check_zero
+from internlm.utils.layout_checks import check_head_first, check_integers, check_weight, check_world, check_zero
 
 TensorMode = Literal["mtp", "msp", "fsp", "isp"]
 """Use of the tensor axis: Megatron tensor parallelism (mtp), with sequence-parallel activations (msp), which are also
@@ -53,6 +53,8 @@ class ParallelLayout:
     kv_replicas: int = 1
 
     def __post_init__(self) -> None:
+        sizes = {each.name: getattr(self, each.name) for each in fields(self) if each.type == "int"}
+        check_integers(**sizes)
         if self.tensor % self.kv_replicas:
             raise ConfigError(
                 f"{self.kv_replicas} copies of each key-value head do not divide {self.tensor} tensor ranks"
