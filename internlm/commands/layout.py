@@ -24,6 +24,7 @@ from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.expert_layers import RoutedTokens, exchanged_rows_sent, gathered_experts_sent
 from internlm.initialize.activation_memory import estimated_architecture
 from internlm.initialize.build import build_layout, check_buildable
+from internlm.initialize.context_options import tokens_per_rank
 from internlm.initialize.rank_estimates import RankEstimate, estimate_ranks
 from internlm.initialize.stages import build_meta_model, build_pipeline_schedule, reduce_dtype
 from internlm.utils.errors import UserError
@@ -166,7 +167,7 @@ def _describe_experts(config: Config, layout: ParallelLayout, rank: int) -> list
         return []
     dimensions, experts = ModelDimensions.of(architecture), architecture.experts
     form, num_layers = experts.form, len(experts.layers(architecture.num_layers))
-    tokens = config.data.seq_len * config.data.micro_bsz // layout.context
+    tokens = tokens_per_rank(config.data, layout)
     routed = RoutedTokens.of(dimensions, layout, tokens)
     lines = [
         f"experts: {form.num_experts} in each of {num_layers} layer(s), {form.num_experts // layout.expert} of them on "

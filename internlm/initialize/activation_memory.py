@@ -13,7 +13,7 @@ from internlm.core.scheduler.stage_placement import Placement
 from internlm.estimate.activations import LayerActivations
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.training_step import gathered_keys
-from internlm.initialize.context_options import context_options
+from internlm.initialize.context_options import context_options, lengths_of_rows, tokens_per_rank
 from internlm.initialize.recomputation_plan import ActivationPlan, plan_activations
 from internlm.model.architecture import Architecture
 from internlm.model.architecture import save_policies as policies_of
@@ -147,9 +147,9 @@ def layer_activations(
     return LayerActivations(
         dimensions,
         layout,
-        tokens=data.seq_len * data.micro_bsz // layout.context,
+        tokens=tokens_per_rank(data, layout),
         row_length=data.seq_len,
-        gathered_keys=gathered_keys(layout, dimensions, options, (data.seq_len,) * data.micro_bsz, context_rank),
+        gathered_keys=gathered_keys(layout, dimensions, options, lengths_of_rows(data, layout), context_rank),
     )
 
 

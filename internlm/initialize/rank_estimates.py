@@ -18,6 +18,7 @@ from internlm.estimate.memory import RankMemory, peak_activations
 from internlm.estimate.parameters import RankParameters, rank_parameters
 from internlm.estimate.training_step import TrainingStep, context_plans
 from internlm.initialize.activation_memory import estimated_architecture, layer_activations, save_policies
+from internlm.initialize.context_options import lengths_of_rows, tokens_per_rank
 from internlm.initialize.stages import build_layer_split, build_meta_model, build_options, parameter_groups, state_form
 from internlm.solver.optimizer.parameter_groups import check_groups
 
@@ -88,8 +89,8 @@ def estimate_ranks(
         policies = save_policies(config, model, layout, layers)
         step = TrainingStep(
             dimensions=dimensions,
-            tokens=config.data.seq_len * config.data.micro_bsz // layout.context,
-            lengths=(config.data.seq_len,) * config.data.micro_bsz,
+            tokens=tokens_per_rank(config.data, layout),
+            lengths=lengths_of_rows(config.data, layout),
             num_micro_batches=config.data.micro_num,
             policies=policies,
             options=options,

@@ -99,6 +99,29 @@ def test_who_shares_a_sample_and_who_the_weights(config: Path, capsys: pytest.Ca
     assert not any(line.split()[:1] == ["sample"] for line in layout(capsys, config, "--world-size", 64))
 
 
+def test_layers_that_predict_later_tokens_are_in_the_last_stage(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = ("--set", "model.num_nextn_predict_layers=2")
+    lines = layout(capsys, config, "--world-size", 64, "--rank", 63, *later)
+    assert row(lines, "6")[2] == "30-34" and row(lines, "7")[2:5] == ["35-41", "+", "head"]
+    plain = layout(capsys, config, "--world-size", 64, "--rank", 63)
+    for start in ("rank 63 holds at most ", "rank 63 sends "):
+        with_later, without = (
+            size_of(" ".join(next(line for line in output if line.startswith(start)).removeprefix(start).split()[:2]))
+            for output in (lines, plain)
+        )
+        assert with_later > without
+
+
+def test_a_sample_that_context_ranks_do_not_divide_is_padded(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in training: 32 tokens, and one of padding."""
+    alone = ("--set", "parallel.tensor.size=1", "--set", "parallel.pipeline.size=1")
+    context = ("--set", "parallel.context.size=3", "--set", "parallel.zero1.size=-1")
+    lines = layout(capsys, config, "--world-size", 3, *alone, *context)
+    assert next(line for line in lines if line.startswith("context: ")).startswith("context: 3 ranks with 11 tokens")
+
+
 def test_the_timeline_is_that_of_the_schedule(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = layout(capsys, config, "--world-size", 64, "--width", 200, "--set", "parallel.pipeline.mode=zbv")
     timeline = simulate(make_schedule("ZBV", 8, 16, 2))

@@ -192,6 +192,7 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel.context": {"size": 4, "exchange": "ring"},
         "model.use_sliding_window": True, "model.sliding_window": 4,
     },
+    "context, padded": {"parallel.context.size": 4, "data.seq_len": 15, "data.micro_bsz": 1},
     "context and zero": {"parallel.context.size": 2, "parallel.zero1.size": 4},
     "context and msp": {
         **TENSOR_MODES["msp"], "parallel.context.size": 2, "model.num_kv_attention_heads": 1, "data.seq_len": 64,

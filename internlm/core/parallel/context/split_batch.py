@@ -136,6 +136,12 @@ class SplitSample(NamedTuple):
         return SplitDocuments(*documents, on_device.token_indices, self.plans.plans, self.plans.gatherings)
 
 
+def padded_lengths(lengths: tuple[int, ...], multiple: int) -> tuple[int, ...]:
+    """Lengths of the documents of a sample, with a document of padding if its tokens are no multiple of `multiple`."""
+    num_padding = -sum(lengths) % multiple
+    return (*lengths, num_padding) if num_padding else lengths
+
+
 class ContextSplit:
     """Deals samples to context ranks; equal on all ranks of a sample, as they have the same lengths.
 
@@ -181,11 +187,10 @@ class ContextSplit:
         document of padding at its end, without labels.
         """
         rows, width = micro.input_ids.shape
-        lengths = micro.lengths if micro.lengths is not None else (width,) * rows
-        num_padding = -(rows * width) % self._multiple
+        lengths = padded_lengths(micro.lengths or (width,) * rows, self._multiple)
+        num_padding = sum(lengths) - rows * width
         is_padding = micro.is_padding
         if num_padding:
-            lengths = (*lengths, num_padding)
             is_padding = torch.zeros(rows, width, dtype=torch.bool) if is_padding is None else is_padding
         plans = self.plan(lengths)
         indices = torch.from_numpy(plans.cut.indices(self._rank))
