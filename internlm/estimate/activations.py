@@ -163,7 +163,7 @@ class LayerActivations:
         width = max(m.head_dim, m.value_dim)
         is_over_ranks = self.layout.context > 1
         is_cut = m.value_dim < width and not is_over_ranks
-        by_head = 2 * width + (width if is_cut else shape.plain_dim + m.value_dim)
+        by_head: float = 2 * width + (width if is_cut else shape.plain_dim + m.value_dim)
         if gathers_keys:
             by_head = m.head_dim + keys * (m.head_dim + shape.plain_dim + m.value_dim)
         if self.layout.is_isp and t > 1:

@@ -68,8 +68,8 @@ def plan_activations(activations: LayerActivations, layers: Sequence[int], budge
     by_kind: dict[tuple[float, ...], list[int]] = {}
     for layer in layers:
         of_layer = activations.of(layer)
-        saved = [of_layer.saved_bytes(policy) for policy in SAVE_POLICIES]
-        by_kind.setdefault((*saved, of_layer.recomputed_flops("attention", None)), []).append(layer)
+        costs = *map(of_layer.saved_bytes, SAVE_POLICIES), of_layer.recomputed_flops("attention", None)
+        by_kind.setdefault(costs, []).append(layer)
     kinds = [_LayersOfKind.of(activations.of(own[0]), own) for own in by_kind.values()]
     least = sum(kind.least for kind in kinds)
     if least > budget:

@@ -240,9 +240,6 @@ CASES |= {
     "later tokens, fsp, GEMMs saved": {**TENSOR_MODES["fsp"], **LATER, "model.checkpoint_save_policy": "matmuls"},
     "later tokens, isp": {**ISP, "parallel.weight.size": 4, **LATER},
     "later tokens, isp, tied": {**ISP, "parallel.weight.size": 4, **LATER, "model.tie_word_embeddings": True},
-    "later tokens, isp, 1F1B": {
-        "parallel.tensor": {"size": 1, "mode": "isp"}, "parallel.weight.size": 2, **PIPELINE, **LATER,
-    },
     "later tokens, fsdp": {"parallel.fsdp.enable": True, **LATER},
     "later tokens, ZBV, tied": {
         "parallel.pipeline": {"size": 2, "mode": "ZBV"}, **LATER, "model.tie_word_embeddings": True,
@@ -316,6 +313,7 @@ EXPERTS = {
         {**TENSOR_MODES["msp"], "parallel.expert.size": 2, **LATER, "model.num_shared_experts": 0},
         {**TENSOR_MODES["mtp"], "parallel.expert.size": 4, **LATER, "model.num_shared_experts": 0},
         {**ISP, "parallel.weight.size": 4, "parallel.expert.size": 4, **LATER},
+        {**ISP, "parallel.weight.size": 2, "parallel.expert.size": 1, **PIPELINE, **LATER},
     ],
     ids=str,
 )

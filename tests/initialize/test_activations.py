@@ -84,6 +84,22 @@ def test_a_budget_chooses_and_is_told(tmp_path: Path, told: list[logging.LogReco
     assert everything == ("everything",) * 4
 
 
+def test_layers_that_predict_later_tokens_share_the_budget(tmp_path: Path) -> None:
+    """A recomputed one saves hidden states and embeddings: twice the 4 KiB of another layer."""
+    later = {"model__num_nextn_predict_layers": 1}
+    assert saved_by(new(tmp_path, **later, model__checkpoint=0.75)) == ("nothing",) * 3 + ("everything",) * 2
+    least = 6 * 32 * 32 * 4 / 2**30
+    assert saved_by(new(tmp_path / "least", **later, model__checkpoint_budget=least)) == ("nothing",) * 5
+    assert saved_by(new(tmp_path / "all", **later, model__checkpoint_budget=1.0)) == ("everything",) * 5
+    with pytest.raises(ConfigError, match="a rank with 5 layers saves"):
+        changes = {"model.num_nextn_predict_layers": 1, "model.checkpoint_budget": 0.99 * least / 2}
+        check_buildable(small_config(changes), 1)
+    # Each stage of two layers saves 4 KiB in bf16; the last one has another layer.
+    with pytest.raises(ConfigError, match="a rank with 3 layers saves"):
+        pipeline = {"parallel.pipeline.size": 2, "model.checkpoint_budget": 3.99 * 32 * 32 * 2 / 2**30}
+        check_buildable(small_config({**changes, **pipeline}), 2)
+
+
 def test_a_budget_that_is_too_small_is_refused_before_any_rank_starts() -> None:
     check_buildable(small_config({"model.checkpoint_budget": 1.0}), 1)
     with pytest.raises(ConfigError, match=r"model\.checkpoint_budget = 1e-06: a rank with 4 layers saves"):

@@ -140,6 +140,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "model.moe_layer_kwargs": {"capacity_factor": 2.0, "drop_policy": "position"}
     },
     "model.moe_layer_kwargs.noisy_gate_policy": {"model.moe_layer_kwargs.noisy_gate_policy": "Jitter"},
+    "model.moe_intermediate_size": {"model.moe_intermediate_size": 48},
     "model.moe_type": {"model.moe_type": "MegaBlock"},
     "model.first_k_dense_replace": {"model.first_k_dense_replace": 1},
     "model.mlp_only_layers": {"model.mlp_only_layers": [1]},
