@@ -8,8 +8,8 @@ Shapes: B prompts, S prompt tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class GenerativeModel(Protocol):
 
     training: bool
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, *, cache: Cache) -> Tensor: ...
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, *, cache: Cache, **inputs: Any) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -57,6 +57,7 @@ def generate(
     num_tokens: int | None = None,
     generator: torch.Generator | None = None,
     on_token: Callable[[Tensor], bool | None] | None = None,
+    prompt_inputs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Continue a batch of prompts of equal length.
 
@@ -74,6 +75,7 @@ def generate(
         generator: source of randomness, on the model's device; None is torch's default generator.
         on_token: called with the int64 `[B]` tokens of each step as soon as they are known; returning True ends all
             texts.
+        prompt_inputs: further arguments of the model with the prompts, such as `images` and `extra` of a LLaVA.
 
     Returns:
         int64 `[B, S + n]`, prompts and continuations, n <= max_new_tokens.
@@ -93,6 +95,7 @@ def generate(
     finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
     tokens = [input_ids]
     new = input_ids
+    inputs = dict(prompt_inputs or {})
     position = 0
     was_training = model.training
     model.train(False)
@@ -101,7 +104,8 @@ def generate(
         for _ in range(max_new_tokens):
             length = new.shape[1]
             position_ids = torch.arange(position, position + length, device=device).expand(batch_size, length)
-            hidden = model(new, position_ids, cache=cache)
+            hidden = model(new, position_ids, cache=cache, **inputs)
+            inputs = {}
             position += length
             logits = model.logits(hidden[:, -1]).float()
             # The maximum is NaN if any logit is. Single logits of -inf, as of a padded vocabulary, are valid.

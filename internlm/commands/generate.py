@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from internlm.apis.generation import GenerativeModel, NonFiniteError, check_choices, generate
 from internlm.apis.text_stream import StopTexts, TextStream
 from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
 from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.checkpoint.save_folder import resolve
+from internlm.commands.prompt_images import read_prompt_images, with_placeholders
 from internlm.convert.tokenizer_files import generation_eos_ids
+from internlm.data.packing.image_placeholders import IMAGE_FEATURES, image_feature_indices
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import stop_ids
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
@@ -35,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ckpt", required=True, type=path_text, metavar="DIR", help="checkpoint, or a folder of them (newest)"
     )
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="text to continue; repeatable")
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        type=local_path,
+        metavar="FILE",
+        help="picture for the next <image> in the prompts; repeatable",
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=100, metavar="N", help="maximum tokens to append (default: 100)"
     )
@@ -115,6 +126,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.other_tokenizer:
         check_tokenizer(checkpoint, tokenizer, str(tokenizer_path))
     eos_ids = end_ids(args.eos, tokenizer, checkpoint, Path(tokenizer_path))
+    assert isinstance(model, nn.Module)
+    images = read_prompt_images([Path(each) for each in args.image], args.prompt, model, config, checkpoint)
+    tokenizer = with_placeholders(tokenizer, model, config)
     for number, prompt in enumerate(args.prompt):
         if number:
             print()
@@ -125,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
                 tokenizer,
                 prompt,
                 lambda piece: print(piece, end="", flush=True),
+                images=images[number],
+                image_token_id=config.model.image_token_id,
                 with_bos=args.bos,
                 eos_ids=eos_ids,
                 stops=args.stop,
@@ -178,6 +194,8 @@ def continue_prompt(
     prompt: str,
     show: Callable[[str], None],
     *,
+    images: Tensor | None = None,
+    image_token_id: int | None = None,
     with_bos: bool,
     eos_ids: Sequence[int],
     stops: Sequence[str],
@@ -195,6 +213,8 @@ def continue_prompt(
 
     Args:
         show: called with each piece of new text; pieces never split a character.
+        images: pictures of the prompt, float32 `[N, 3, H, W]`; None: it has none.
+        image_token_id: the placeholder that `tokenizer` puts in place of pictures.
         with_bos: prepend the tokenizer's beginning-of-text token to the prompt.
         eos_ids: tokens that end the text; they are not shown.
         stops: texts that end the text; neither they nor what follows is shown.
@@ -226,9 +246,16 @@ def continue_prompt(
             take(until.push(stream.push(token)))
         return until.found
 
+    input_ids = torch.tensor([prompt_ids], device=device)
+    prompt_inputs: dict[str, Any] = {}
+    if images is not None and image_token_id is not None:
+        tokens_per_image = prompt_ids.count(image_token_id) // len(images)
+        indices = image_feature_indices(input_ids, image_token_id, tokens_per_image, len(images))
+        prompt_inputs = {"images": images.to(device), "extra": {IMAGE_FEATURES: indices}}
+        input_ids = input_ids.masked_fill(indices >= 0, 0)
     generate(
         model,
-        torch.tensor([prompt_ids], device=device),
+        input_ids,
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
         temperature=temperature,
@@ -238,6 +265,7 @@ def continue_prompt(
         num_tokens=tokenizer.vocab_size,
         generator=torch.Generator(device).manual_seed(seed),
         on_token=on_token,
+        prompt_inputs=prompt_inputs,
     )
     take(until.push(stream.finish()))
     take(until.finish())

@@ -26,7 +26,7 @@ from internlm.initialize.activation_memory import estimated_architecture
 from internlm.initialize.build import build_layout, check_buildable
 from internlm.initialize.context_options import tokens_per_rank
 from internlm.initialize.rank_estimates import RankEstimate, estimate_ranks
-from internlm.initialize.stages import build_meta_model, build_pipeline_schedule, reduce_dtype
+from internlm.initialize.stages import UNCOUNTED_TOWER, build_meta_model, build_pipeline_schedule, reduce_dtype
 from internlm.utils.errors import UserError
 from internlm.utils.paths import local_path
 from internlm.utils.text_table import text_table
@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{config.JOB_NAME}: {config.model_type} on {options.world_size:,} rank(s)\n")
     print(describe_groups(layout, options.rank))
     print(describe_stages(config, layout, schedule, options.rank))
+    if config.model_type == "LLAVA":
+        print(f"{UNCOUNTED_TOWER}\n")
     print(describe_step(timeline, width))
     if options.png is not None:
         draw_png(timeline, options.png)

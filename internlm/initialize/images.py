@@ -44,10 +44,15 @@ def image_loader(config: Config) -> ImageLoader | None:
     if settings is None:
         return None
     check_pillow()
-    return ImageLoader(settings, _processor(config), config.data.on_bad_data == "skip")
+    return ImageLoader(settings, image_processor(config), config.data.on_bad_data == "skip")
 
 
-def _processor(config: Config) -> ImageProcessor:
+def image_processor(config: Config) -> ImageProcessor:
+    """What makes pixels of pictures, of a config with data.image_size.
+
+    Raises:
+        ConfigError: the file of data.image_processor_path does not fit.
+    """
     data = config.data
     assert data.image_size is not None
     path, vision = data.image_processor_path, config.model.vit_cfg

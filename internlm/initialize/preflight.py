@@ -26,13 +26,13 @@ from internlm.initialize.build_data import build_loader, build_replay_stream, bu
 from internlm.initialize.data_folders import train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
-from internlm.initialize.stages import build_meta_model, parameter_groups
+from internlm.initialize.stages import UNCOUNTED_TOWER, build_meta_model, check_parameter_groups, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.initialize.train_sources import train_sources
 from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
 from internlm.initialize.valid_sets import find_sets, trained_on, valid_places
 from internlm.model.ops.implementations import OpSettings, describe
-from internlm.solver.optimizer.parameter_groups import check_groups, is_frozen
+from internlm.solver.optimizer.parameter_groups import is_frozen
 from internlm.utils.errors import CheckpointError, ConfigError, UserError
 from internlm.utils.optional_packages import why_unusable
 from internlm.utils.place_names import with_place_names
@@ -74,6 +74,7 @@ def rehearse_start(config: Config, context: ParallelContext) -> list[str]:
         _save_folder,
         _built_hooks,
         _parameter_groups,
+        _pictures,
     )
     return _run_all(checks, config, context)
 
@@ -302,9 +303,14 @@ def _parameter_groups(config: Config, context: ParallelContext) -> list[str]:
     if not groups:
         return []
     parameters = dict(build_meta_model(config).named_parameters())
-    check_groups(groups, parameters)
+    check_parameter_groups(config, parameters)
     frozen = [parameter.numel() for name, parameter in parameters.items() if is_frozen(name, groups)]
-    return [f"optimizer.groups freezes {sum(frozen):,} parameters, in {len(frozen)} tensors"] if frozen else []
+    what = "optimizer.groups freezes" if config.optimizer.groups else f"model_type = '{config.model_type}' freezes"
+    return [f"{what} {sum(frozen):,} parameters, in {len(frozen)} tensors"] if frozen else []
+
+
+def _pictures(config: Config, context: ParallelContext) -> list[str]:
+    return [UNCOUNTED_TOWER] if config.model_type == "LLAVA" else []
 
 
 CHECKS: tuple[Check, ...] = (_train_folder, _valid_folder, _tokenizer, _weights, _folders, _packages, _hooks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 
@@ -37,6 +37,12 @@ logger = get_logger(__name__)
 
 _TOWER = "vision_tower"
 """Module of a model that reads pictures, frozen by default."""
+
+UNCOUNTED_TOWER = (
+    "FLOPs, bytes of activations and costs of stages are those of the language model; of the vision tower and its "
+    "projector, parameters and bytes of weights and states are counted alone"
+)
+"""What estimates say of a model that reads pictures."""
 
 
 def build_meta_model(config: Config) -> nn.Module:
@@ -138,6 +144,16 @@ def parameter_groups(config: Config) -> list[ParameterGroup]:
     return [*groups[:first], ParameterGroup(f"{_TOWER}.*", freeze=True), *groups[first:]]
 
 
+def check_parameter_groups(config: Config, names: Collection[str]) -> None:
+    """Compare the groups of the config with the global names of all parameters of the model.
+
+    Raises:
+        ConfigError: see `check_groups`.
+    """
+    if config.optimizer.groups:
+        check_groups(_groups_of_config(config), names)
+
+
 def _groups_of_config(config: Config) -> list[ParameterGroup]:
     return [ParameterGroup(**group.model_dump()) for group in config.optimizer.groups]
 
@@ -176,12 +192,14 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
     groups = parameter_groups(config)
     if config.optimizer.groups:
         names = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
-        check_groups(_groups_of_config(config), set().union(*of_all_ranks(context, names)))
+        check_parameter_groups(config, set().union(*of_all_ranks(context, names)))
     if config.model_type == "LLAVA" and not any(group.match.startswith(_TOWER) for group in config.optimizer.groups):
         logger.info(
             "the vision tower is frozen; to train it, give optimizer.groups one whose match begins with '%s'", _TOWER
         )
     freeze_parameters(chunks, groups)
+    if config.model_type == "LLAVA":
+        logger.info(UNCOUNTED_TOWER)
     if config.float8.enable_float8_linear and config.float8.compile:
         check_compiler(context.device, key="float8.compile")
     if config.model.compile:

@@ -9,7 +9,8 @@ from internlm.convert.hf_folder import HfFolder
 from internlm.convert.llava_folder import TowerWeights
 from internlm.core.trainer import Trainer
 from internlm.model.llava.model import Llava
-from internlm.model.llava.vision_tower import tower_folder
+from internlm.model.llava.vision_tower import VisionTower, folder_config, tower_folder
+from internlm.utils.errors import ConfigError
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import storage_path
 
@@ -23,7 +24,7 @@ def load_tower(config: Config, trainer: Trainer) -> None:
     """Load the tower of `model.vit_cfg.mm_vision_tower`, if the model has one; collective.
 
     Raises:
-        ConfigError: the folder does not exist, or cannot be downloaded.
+        ConfigError: the folder does not exist, cannot be downloaded, or has another tower than the config states.
         CheckpointError: its weights are missing, or do not fit.
     """
     model, section = trainer.engine.chunks[0], config.model.vit_cfg
@@ -32,7 +33,13 @@ def load_tower(config: Config, trainer: Trainer) -> None:
     if section.mm_vision_tower is None:
         logger.warning("the vision tower starts with random weights: model.vit_cfg.config names no folder")
         return
-    path = storage_path(str(tower_folder(section.mm_vision_tower)))
+    place = tower_folder(section.mm_vision_tower)
+    stated, stored = model.vision.function, VisionTower(folder_config(place), section).function
+    differing = [name for name in stored if stored[name] != stated.get(name)]
+    if differing:
+        lines = [f"{name}: {stored[name]!r} in the folder, {stated.get(name)!r} in the config" for name in differing]
+        raise ConfigError(f"model.vit_cfg.config differs from that of '{place}':\n  " + "\n  ".join(lines))
+    path = storage_path(str(place))
     folder = HfFolder(path)
     load_weights(trainer, TowerWeights(folder, model), f"'{path}'", needs=lambda name: name.startswith(_PARTS[0]))
     files = sorted({entry.file for entry in folder.entries.values()})

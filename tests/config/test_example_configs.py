@@ -14,6 +14,7 @@ from internlm.cli import main
 from internlm.config.loader import load_config
 from internlm.convert.from_hf import architecture_of, imported_config
 from internlm.convert.hf_folder import meta_weights
+from internlm.initialize.stages import build_meta_model
 from internlm.model.huggingface.from_config import from_hf_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -29,6 +30,8 @@ BILLIONS = {
     "7B_llama2.py": 6.74,
     "30B_llama2.py": 32.53,
     "70B_llama2.py": 68.98,
+    "7B_llava_stage1.py": 7.06,
+    "7B_llava_stage2.py": 7.06,
     "8B_llama3.py": 8.03,
     "7B_mistral.py": 7.24,
     "7B_qwen2.py": 7.62,
@@ -90,6 +93,8 @@ def parameters(config) -> int:
         return parameters_of_deepseek(model)
     if config.model_type in PUBLISHED:
         return sum(weight.numel() for weight in meta_weights(architecture_of(config)).values())
+    if config.model_type == "LLAVA":
+        return sum(weight.numel() for weight in build_meta_model(config).parameters())
     heads = model.num_attention_heads
     size = model.head_dim or model.hidden_size // heads
     kv_heads = model.num_kv_attention_heads or heads

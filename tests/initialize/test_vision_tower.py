@@ -141,6 +141,11 @@ def test_patterns_that_do_not_name_the_tower_leave_it_frozen(tmp_path: Path) -> 
     assert all(parameter.requires_grad for parameter in model.vision_proj.parameters())
 
 
-def test_a_tower_and_its_configuration_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"give mm_vision_tower, .*one of the two"):
-        new(tmp_path, {"config": CLIP, "mm_vision_tower": "x"})
+def test_a_stated_configuration_is_that_of_the_folder(tmp_path: Path) -> None:
+    tower(tmp_path / "tower", "clip")
+    vit_cfg = {"mm_vision_tower": str(tmp_path / "tower"), "config": CLIP}
+    new(tmp_path, vit_cfg)
+    with pytest.raises(ConfigError, match=r"hidden_act: 'quick_gelu' in the folder, 'gelu' in the config"):
+        new(tmp_path, {**vit_cfg, "config": {**CLIP, "hidden_act": "gelu"}})
+    with pytest.raises(ConfigError, match="give mm_vision_tower"):
+        new(tmp_path, {})

@@ -24,12 +24,13 @@ def pictures(config: Config, world_size: int) -> Iterator[Problem]:
         return
     for name in (*sections, "image_token_id"):
         if getattr(model, name) is None:
-            yield Problem((f"model.{name}",), f"model.{name} = None: model_type = 'LLAVA' needs it; see doc/llava.md")
-    if model.vit_cfg is not None and (model.vit_cfg.mm_vision_tower is None) == (model.vit_cfg.config is None):
+            yield Problem(
+                (f"model.{name}",), f"model.{name} = None: model_type = 'LLAVA' needs it; see doc/multimodal.md"
+            )
+    if model.vit_cfg is not None and model.vit_cfg.mm_vision_tower is None and model.vit_cfg.config is None:
         yield Problem(
             ("model.vit_cfg.mm_vision_tower", "model.vit_cfg.config"),
-            "model.vit_cfg: give mm_vision_tower, the folder of a CLIP or SigLIP model, or config, its configuration; "
-            "one of the two",
+            "model.vit_cfg: give mm_vision_tower, the folder of a CLIP or SigLIP model, or config, its configuration",
         )
     if model.num_nextn_predict_layers:
         yield Problem(

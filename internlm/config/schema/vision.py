@@ -18,8 +18,9 @@ class VisionTowerConfig(Section):
     )
     config: dict[str, Any] | None = key(
         None,
-        "Instead of a folder: the content of a config.json, with model_type 'clip_vision_model' or "
-        "'siglip_vision_model'; the tower starts with random weights.",
+        "Content of the tower's config.json, with model_type 'clip_vision_model' or 'siglip_vision_model': the model "
+        "can be built without the folder, whose config must be equal. Without a folder the tower starts with random "
+        "weights.",
         changes_outputs=True,
     )
     mm_vision_select_layer: int = key(

@@ -44,7 +44,16 @@ def tower_config(section: VisionTowerConfig) -> PretrainedConfig:
             "model.vit_cfg.mm_vision_tower = None: name the folder of a CLIP or SigLIP model, or give "
             "model.vit_cfg.config"
         )
-    path = tower_folder(section.mm_vision_tower) / "config.json"
+    return folder_config(tower_folder(section.mm_vision_tower))
+
+
+def folder_config(folder: Path) -> PretrainedConfig:
+    """The configuration of the tower in a folder.
+
+    Raises:
+        ConfigError: the folder has no config.json, or the class is not supported.
+    """
+    path = folder / "config.json"
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
