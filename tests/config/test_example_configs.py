@@ -61,7 +61,10 @@ PUBLISHED = {
         },
     ),
 }
-NOTICES = {"20B_gpt_oss.py": ["attention sinks have no fused kernel on GPUs"]}
+NOTICES = {
+    "20B_gpt_oss.py": ["attention sinks have no fused kernel on GPUs"],
+    **{f"7B_llava_stage{n}.py": ["'local:llm_ckpts/xxxx' is a placeholder"] for n in (1, 2)},
+}
 # What InternEvo's configs of these names split, tensor x pipeline x weight; all others split nothing but the data.
 SPLITS = {
     "7B_isp_sft.py": (2, 1, 4),
