@@ -13,6 +13,7 @@ from internlm.data.documents.folders import min_length_of_type
 from internlm.data.images.image_row_encoder import ImageRowEncoder
 from internlm.data.images.image_source import ImageSource
 from internlm.data.images.placeholder_tokenizer import PlaceholderTokenizer
+from internlm.data.images.settings import IMAGE_MARKER
 from internlm.data.packing.fill_in_the_middle import FillInTheMiddle
 from internlm.data.rows.hub_datasets import locate_dataset
 from internlm.data.rows.open_rows import open_row_files
@@ -225,7 +226,8 @@ def _text_encoder(config: Config, tokenizer: TextTokenizer) -> tuple[RowEncoder,
     assert data.tokenizer_path is not None
     facts = {}
     if data.conversations is not None:
-        options = ConversationOptions(**data.conversations.model_dump())
+        marker = IMAGE_MARKER if data.is_multimodal else None
+        options = ConversationOptions(**data.conversations.model_dump(), image_marker=marker)
         template = load_template_for(options, Path(data.tokenizer_path))
         facts["conversations"] = repr(
             (options.form, options.learn, options.mask, None if template is None else template.fingerprint)

@@ -11,7 +11,7 @@ from internlm.data.images.image_row_encoder import ImageRowEncoder
 from internlm.data.images.loading import ImageLoader
 from internlm.data.images.placeholder_tokenizer import PlaceholderTokenizer
 from internlm.data.images.processor import ImageProcessor
-from internlm.data.images.settings import ImageSettings
+from internlm.data.images.settings import IMAGE_MARKER, ImageSettings
 from internlm.data.rows.open_rows import open_row_files
 from internlm.data.sources.row_encoder import ConversationRowEncoder
 from internlm.data.sources.row_stream import RowStream
@@ -27,7 +27,7 @@ def settings_of(words: Path, seq_len: int = 48, **more: Any) -> ImageSettings:
 
 def encoder_of(words: Path, settings: ImageSettings) -> ImageRowEncoder:
     tokenizer = PlaceholderTokenizer(load_tokenizer(words / "tokenizer"), settings)
-    options = ConversationOptions()
+    options = ConversationOptions(image_marker=IMAGE_MARKER)
     template = load_template_for(options, words / "tokenizer")
     return ImageRowEncoder(ConversationRowEncoder(ConversationEncoder(tokenizer, template, options)), settings)
 

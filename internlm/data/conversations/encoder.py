@@ -13,6 +13,7 @@ from typing import Any
 
 from internlm.data.conversations.answer_spans import LEARN, MASK_METHODS, find_answers
 from internlm.data.conversations.chat_template import ChatTemplate, load_chat_template
+from internlm.data.conversations.image_parts import with_image_markers
 from internlm.data.conversations.row_forms import FORMS, Completion, read_row
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.utils.errors import DataError, nearest
@@ -31,6 +32,7 @@ class ConversationOptions:
         mask: "marks": answers are what the template marks with {% generation %}; "prefix": the exact difference of
             prefixes; "auto": marks if the template has them.
         chat_template: file with a template; None takes that of the tokenizer.
+        image_marker: text that a part {"type": "image"} of a message becomes; None: such a part is an error.
 
     Raises:
         DataError: an attribute has an unknown value.
@@ -40,6 +42,7 @@ class ConversationOptions:
     learn: str = "all"
     mask: str = "auto"
     chat_template: str | None = None
+    image_marker: str | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("form", (None, *FORMS)), ("learn", LEARN), ("mask", MASK_METHODS)):
@@ -96,6 +99,8 @@ class ConversationEncoder:
         Raises:
             DataError: the row is malformed, the template refuses it, or its answers cannot be separated exactly.
         """
+        if self._options.image_marker is not None:
+            row = with_image_markers(row, self._options.image_marker)
         found = read_row(row, self._options.form, place)
         if isinstance(found, Completion):
             return self._encode_completion(found, place)

@@ -5,15 +5,18 @@ A document has the sources of its pictures, in the order of their placeholders. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from internlm.data.rows.open_rows import open_rows
+from internlm.data.rows.row_file import RowFile
 from internlm.utils.errors import DataError
 
 FOLDER_KEY = "data.image_folder"
+_OPEN_FILES = 128
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class ImageCell:
         if self.data is not None:
             return self.data
         try:
-            values = images_of_cell(open_rows(self.path, [self.column]).read(self.row)[self.column])
+            values = images_of_cell(_rows(self.path, self.column).read(self.row)[self.column])
             data = bytes_of(values[self.index])
         except IndexError:
             data = None
@@ -146,6 +149,11 @@ def image_file(text: str, folder: Path | None, document: str) -> ImageFile:
             f"{document} has the picture {text!r}, whose path {what}: write it relative to {FOLDER_KEY} = {folder}"
         )
     return ImageFile(folder / path, document)
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _rows(path: Path, column: str) -> RowFile:
+    return open_rows(path, [column])
 
 
 def _check_file(path: Path, document: str) -> None:

@@ -37,7 +37,7 @@ class WordSettings:
     """What is rendered.
 
     Attributes:
-        num_train, num_valid: rows for training and evaluation; no word is in both.
+        num_train, num_valid: rows for training and evaluation; no picture is in both.
         max_length: characters of the longest word, which has at least one.
         image_size: side of a picture in pixels.
         alphabet: characters of the words.
@@ -50,14 +50,6 @@ class WordSettings:
     image_size: int = 56
     alphabet: str = _ALPHABET
     seed: int = 1024
-
-    def __post_init__(self) -> None:
-        num_words = sum(len(set(self.alphabet)) ** length for length in range(1, self.max_length + 1))
-        if num_words < 2 * (self.num_train + self.num_valid):
-            raise DataError(
-                f"{len(set(self.alphabet))} characters have {num_words:,} words of up to {self.max_length}, too few "
-                f"for {self.num_train + self.num_valid:,} different rows; use longer words or fewer rows"
-            )
 
 
 def render_words(folder: Path, settings: WordSettings) -> None:
@@ -74,8 +66,8 @@ def render_words(folder: Path, settings: WordSettings) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "images").mkdir(parents=True)
     random = np.random.default_rng(settings.seed)
-    words = _different_words(settings, random)
-    rows = [_row(number, word, temporary, settings, random) for number, word in enumerate(words)]
+    num_rows = settings.num_train + settings.num_valid
+    rows = [_row(number, _word(settings, random), temporary, settings, random) for number in range(num_rows)]
     for name, chosen in (("train", rows[: settings.num_train]), ("valid", rows[settings.num_train :])):
         (temporary / f"{name}.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
     tokenizer = temporary / "tokenizer"
@@ -85,12 +77,9 @@ def render_words(folder: Path, settings: WordSettings) -> None:
     temporary.rename(folder)
 
 
-def _different_words(settings: WordSettings, random: np.random.Generator) -> list[str]:
-    words: dict[str, None] = {}
-    while len(words) < settings.num_train + settings.num_valid:
-        length = int(random.integers(1, settings.max_length + 1))
-        words["".join(random.choice(list(settings.alphabet), length))] = None
-    return list(words)
+def _word(settings: WordSettings, random: np.random.Generator) -> str:
+    length = int(random.integers(1, settings.max_length + 1))
+    return "".join(random.choice(list(settings.alphabet), length))
 
 
 def _row(number: int, word: str, folder: Path, settings: WordSettings, random: np.random.Generator) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from internlm.data.images.image_source import ImageCell, ImageFile, bytes_of, image_file, images_of_cell
 from internlm.data.images.settings import IMAGE_COLUMNS, IMAGE_MARKER, ImageSettings
-from internlm.utils.errors import DataError, nearest
+from internlm.utils.errors import DataError
 
 
 def images_of_row(
@@ -42,16 +42,17 @@ def images_of_row(
     found = {name: images for name in names if (images := images_of_cell(values.get(name)))}
     if len(found) > 1:
         raise DataError(f"{document} has pictures in {' and '.join(found)}: name one column with data.image_column")
-    if column is not None and column not in values and row == 0:
-        raise DataError(
-            f"{document} has no column {column!r}, which data.image_column names; its columns are "
-            f"{sorted(values)}.{nearest(column, values)}"
-        )
     sources = [
         _image(image, name, index, folder, file, row, document)
         for name, images in found.items()
         for index, image in enumerate(images)
     ]
+    num_places = int(np.count_nonzero(np.asarray(ids) == settings.token_id)) // settings.tokens_per_image
+    if num_places and not sources:
+        raise DataError(
+            f"{document} has {num_places} '{IMAGE_MARKER}', and no picture in {' or '.join(map(repr, names))}; its "
+            f"columns are {sorted(values)}. Name the one with pictures with data.image_column, or remove the document"
+        )
     settings.check_count(np.asarray(ids), len(sources), document, f"'{IMAGE_MARKER}'")
     return sources
 

@@ -6,11 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from internlm.data.conversations.answer_spans import LEARN, MASK_METHODS
 from internlm.data.conversations.encoder import ConversationOptions
 from internlm.data.conversations.row_forms import FORMS
-from internlm.data.images.settings import ImageSettings
+from internlm.data.images.settings import IMAGE_MARKER, ImageSettings
 from internlm.data.tokenize.input_files import FORMATS, find_inputs, name_some
 from internlm.data.tokenize.pipeline import ON_BAD_DATA, TokenizeOptions, tokenize
 from internlm.data.tokenize.text_inputs import TextOptions
@@ -60,7 +61,9 @@ def _run(args: argparse.Namespace) -> None:
         raise DataError("--output and --bin_output_path are the same option: give one")
     if args.train is None and output is None:
         raise DataError("--output is missing")
-    conversations = _conversations(args)
+    conversations, images = _conversations(args), _images(args)
+    if conversations is not None and images is not None:
+        conversations = replace(conversations, image_marker=IMAGE_MARKER)
     text = TextOptions(args.text_key, args.whole_files, strip_lines=as_internevo, raw_json=args.raw_json)
     if args.train is not None:
         found = find_inputs([name for name in inputs if name != "-"], args.format)
@@ -84,7 +87,7 @@ def _run(args: argparse.Namespace) -> None:
             add_bos=args.bos if args.bos is not None or as_internevo else False,
             add_eos=args.eos,
             conversations=conversations,
-            images=_images(args),
+            images=images,
             on_bad_data=args.on_bad_data,
             valid_fraction=args.valid_fraction,
             valid_output=args.valid_output,

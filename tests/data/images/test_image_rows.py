@@ -53,7 +53,8 @@ def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images") / "words"
-    render_words(folder, WordSettings(num_train=40, num_valid=1, image_size=IMAGE_SIZE + 5))
+    # Long enough that words differ, so an answer tells its picture.
+    render_words(folder, WordSettings(num_train=40, num_valid=1, max_length=5, image_size=IMAGE_SIZE + 5))
     return folder
 
 
@@ -218,7 +219,8 @@ def test_rows_with_too_many_pictures_are_left_out_and_counted(
     ("row", "message"),
     [
         ({"image": "a.png", "conversations": turns("no place", "x")}, "has 0 '<image>', and 1 pictures"),
-        ({"conversations": turns("<image>", "x")}, "has 1 '<image>', and 0 pictures"),
+        ({"conversations": turns("<image>", "x")}, r"has 1 '<image>', and no picture in 'image' or 'images'.*columns"),
+        ({"image": "a.png", "conversations": turns("<image><image>", "x")}, "has 2 '<image>', and 1 pictures"),
         ({"image": 3, "conversations": turns("<image>", "x")}, "picture 0 is int, neither a path, bytes"),
         ({"image": "a.png", "images": ["b.png"], "conversations": turns("<image>", "x")}, "image and images: name"),
         ({"image": "../a.png", "conversations": turns("<image>", "x")}, "leaves the image folder"),
@@ -364,3 +366,14 @@ def test_options_of_pictures_that_do_not_fit(
     command = [str(file), "--conversations", "--tokenizer", str(words / "tokenizer"), "--output", str(output)]
     assert tokenize([*command, *options, "--processes", "1"]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_parts_of_messages_may_be_pictures(words: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    first = rows[0]
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "\nRead it."}]
+    answer = [{"type": "text", "text": first["conversations"][1]["value"]}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    file = write_rows(tmp_path / "rows.jsonl", [first, {"images": [first["image"]], "messages": messages}])
+    one, other = encoder_of(words, settings_of(words)).encode([(open_rows(file), row) for row in (0, 1)])
+    assert other.error is None and np.array_equal(one.ids, other.ids) and np.array_equal(one.loss_mask, other.loss_mask)
+    assert [image.read() for image in one.images] == [image.read() for image in other.images]
