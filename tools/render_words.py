@@ -35,13 +35,16 @@ def run() -> int:
     parser.add_argument("--train", type=int, default=defaults.num_train, help="rows for training")
     parser.add_argument("--valid", type=int, default=defaults.num_valid, help="rows for evaluation")
     parser.add_argument("--max-length", type=int, default=defaults.max_length, help="characters of the longest word")
+    parser.add_argument("--alphabet", default=defaults.alphabet, help="characters of the words, such as 0123456789")
     parser.add_argument("--image-size", type=int, default=defaults.image_size, help="side of a picture in pixels")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of words, places and colors")
     args = parser.parse_args()
     for name in ("train", "valid", "max_length", "image_size"):
         if getattr(args, name) < 1:
             raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    settings = WordSettings(args.train, args.valid, args.max_length, args.image_size, seed=args.seed)
+    if not args.alphabet or not args.alphabet.isascii() or not args.alphabet.isprintable():
+        raise DataError(f"--alphabet {args.alphabet!r}: give printable ASCII characters, which Pillow's own font has")
+    settings = WordSettings(args.train, args.valid, args.max_length, args.image_size, args.alphabet, args.seed)
     render_words(args.out, settings)
     print(f"{args.out}: {args.train:,} rows for training, {args.valid:,} for evaluation")
     return 0
