@@ -190,9 +190,9 @@ def test_the_data_tools_do_what_the_page_shows(tmp_path: Path) -> None:
 def test_the_run_on_rendered_words(tmp_path: Path) -> None:
     section = section_of(text_of("doc/multimodal.md"), "A run on rendered words")
     small = {
-        "total_steps=2000": "total_steps=4",
+        "total_steps=1500": "total_steps=4",
         "every=500": "every=2",
-        "--out data/words": "--out data/words --train 60",
+        "--train 8000": "--train 60",
     }
     for large, small_one in small.items():
         assert large in section, large
