@@ -174,8 +174,9 @@ def train_offloading(folder: Path, changes: dict[str, Any]) -> list[tuple[float,
         {"parallel__tensor__size": 2, "parallel__tensor__mode": "msp"},
         {"parallel__weight__size": 2, "parallel__tensor__mode": "isp", "parallel__weight__overlap": True},
         {"parallel__fsdp__enable": True},
+        {"parallel__context__size": 2},
     ],
-    ids=["alone", "ZBV", "interleaved", "msp", "isp", "FSDP"],
+    ids=["alone", "ZBV", "interleaved", "msp", "isp", "FSDP", "context"],
 )
 def test_offloading_changes_no_bit(layout: dict[str, Any], tmp_path: Path, ranks: Any) -> None:
     """In training: several micro batches, some of them in flight at once, and every way to hold weights."""

@@ -33,6 +33,9 @@ EXPERTS = "model:family=QWEN3MOE,experts=8,dtype=float64"
         f"ranks=2 layout:context=2,pipeline=1,context_cut=zigzag,expert=2 {EXPERTS},selection=largest,checkpoint=1",
         f"ranks=4 layout:context=2,pipeline=2,schedule=ZBV {EXPERTS},selection=gshard,router=sigmoid_grouped",
         f"ranks=4 layout:context=4,context_cut=document_zigzag {EXPERTS},selection=first,router=sigmoid_grouped",
+        # Attention sinks, and a window in every second layer.
+        "ranks=2 layout:context=2,context_cut=zigzag "
+        "model:family=GPT_OSS,experts=4,kv_heads=2,dtype=float64,checkpoint=1",
         # The ranks do not divide the 32 tokens of a sample, which gets a document of padding.
         f"ranks=3 layout:context=3,context_cut=zigzag {EXPERTS},selection=first,router=sigmoid_grouped",
         f"ranks=3 layout:context=3 {EXPERTS},selection=gshard_random documents:packed=false",
