@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import tempfile
 import time
 import traceback
@@ -54,6 +55,7 @@ class LocalRanks:
         self._config_file = config_file
         self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
+        self._rendezvous: Path | None = None
 
     def __enter__(self) -> LocalRanks:
         return self
@@ -90,16 +92,18 @@ class LocalRanks:
             process.join()
         for connection in self._connections:
             connection.close()
-        self._processes, self._connections = [], []
+        if self._rendezvous is not None:
+            shutil.rmtree(self._rendezvous)
+        self._processes, self._connections, self._rendezvous = [], [], None
 
     def _start(self) -> None:
         # A server that has imported torch forks each rank, which needs no imports and inherits none of our threads.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["internlm.verify.ranks", "internlm.verify.warm_up"])
-        rendezvous = Path(tempfile.mkdtemp(prefix="internlm-verify-")) / "store"
+        self._rendezvous = Path(tempfile.mkdtemp(prefix="internlm-verify-"))
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.world_size, str(rendezvous), self._config_file, theirs)
+            arguments = (rank, self.world_size, str(self._rendezvous / "store"), self._config_file, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 
@@ -63,7 +64,11 @@ def test_a_killed_rank_is_named_and_ends_all(tmp_path: Path) -> None:
     assert time.monotonic() - started < LIMIT_SECONDS
 
 
-def test_a_mistake_of_the_user_is_one(tmp_path: Path) -> None:
+def test_a_mistake_of_the_user_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its ranks leave no file behind."""
     case, path = trapped(tmp_path, 'raise _DataError("no such folder")', "ranks=2")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     with LocalRanks(2, path) as ranks, pytest.raises(ConfigError, match="no such folder"):
         ranks.run(case, 1)
+    assert list((tmp_path / "temporary").glob("internlm-verify-*")) == []
