@@ -15,6 +15,10 @@ import torch.distributed as dist
 
 TIMEOUT_SECONDS = 120.0
 
+_MAX_THREADS = 40
+"""Threads of a rank above which a pool starts anew. Every process group has three, which wake up a hundred times a
+second; they live as long as anything refers to the group, such as a cache of torch."""
+
 
 class RankFailedError(AssertionError):
     """A function failed on some rank; the message has the rank's traceback."""
@@ -34,6 +38,8 @@ class RankPool:
         Args:
             function: defined at the top of a test module.
         """
+        if any(_num_threads(process.pid) > _MAX_THREADS for process in self._processes):
+            self.close()
         if not self._processes:
             self._start()
         for connection in self._connections:
@@ -97,8 +103,13 @@ def _serve(rank: int, world_size: int, meeting: str, connection: Connection) -> 
         _destroy_groups()
 
 
+def _num_threads(pid: int) -> int:
+    tasks = Path(f"/proc/{pid}/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
+
+
 def _destroy_groups() -> None:
-    """Destroy the process groups that a job has left: each has threads that wake up a hundred times a second."""
+    """Destroy the process groups that a job has left."""
     # The last messages of a group must have arrived everywhere. A rank may be in no group but that of all ranks.
     dist.barrier()
     for group in list(dist.distributed_c10d._world.pg_map):
