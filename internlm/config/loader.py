@@ -22,7 +22,7 @@ from internlm.config.python_file import run_config_file
 from internlm.config.rules import find_problems
 from internlm.config.schema import Config
 from internlm.config.schema.base import Section, default_of, key_info, walk_values
-from internlm.config.unsupported import drop_what_hf_replaces, find_ineffective, find_unsupported
+from internlm.config.unsupported import find_ineffective, find_unsupported
 from internlm.config.validation import build_config
 from internlm.utils.errors import ConfigError
 
@@ -80,7 +80,6 @@ def load_config(
         for problem in (*find_problems(config, world_size), *find_unsupported(config))
         if not any(_touches(key, bad) for key in problem.keys for bad in broken)
     ]
-    problems = drop_what_hf_replaces(problems)
     if problems:
         raise ConfigError(_describe(problem, origins, path) for problem in problems)
 

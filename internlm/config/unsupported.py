@@ -13,15 +13,12 @@ from internlm.config.problem import Problem
 from internlm.config.schema import Config
 from internlm.config.schema.base import Status, default_of, key_info, walk_values
 
-_HF_CLASSES = "training Hugging Face classes"
-
 LATER_FAMILIES = {
     "CHAMELEON": "multimodal models",
     "LUMINA": "image generation",
     "DIT": "image generation",
     "InternLM3_M": "models of self- and cross-decoder layers",
-    "INTERNLM_FROM_HF": _HF_CLASSES,
-    "hf": _HF_CLASSES,
+    "INTERNLM_FROM_HF": "InternEvo's copy of a Hugging Face class (use model_type = 'hf' with hf.folder instead)",
 }
 """Model types that InternEvo registers and this version does not."""
 
@@ -54,25 +51,14 @@ _ONLY_WHILE_SAVING = (
 
 def find_unsupported(config: Config) -> Iterator[Problem]:
     """One problem for each value that needs a missing feature."""
-    wants_hf_class = False
     for path, field, value in walk_values(config):
         info = key_info(field)
         assert info is not None, path
         default = default_of(field)
         if info.status is not Status.LATER or value == default or value in info.accepts:
             continue
-        if path.startswith("hf."):
-            wants_hf_class = True
-            continue
         yield Problem((path,), f"{path} = {value!r}: {info.detail} is not yet supported; set it to {default!r}")
-    if wants_hf_class or LATER_FAMILIES.get(config.model_type) == _HF_CLASSES:
-        yield Problem(
-            ("hf",) if wants_hf_class else ("model_type",),
-            f"hf, model_type = {config.model_type!r}: {_HF_CLASSES} is not yet supported. Leave hf out, name the "
-            "family in model_type and give its sizes in model, as the files in configs/ do; `internlm convert from-hf` "
-            "reads its weights",
-        )
-    elif config.model_type in LATER_FAMILIES:
+    if config.model_type in LATER_FAMILIES:
         feature = LATER_FAMILIES[config.model_type]
         yield Problem(("model_type",), f"model_type = {config.model_type!r}: {feature} is not yet supported")
 
@@ -80,13 +66,6 @@ def find_unsupported(config: Config) -> Iterator[Problem]:
 def feature_of(path: str) -> str | None:
     """The missing feature that an unknown key belongs to."""
     return next((feature for pattern, feature in LATER_KEYS.items() if fnmatch.fnmatchcase(path, pattern)), None)
-
-
-def drop_what_hf_replaces(problems: list[Problem]) -> list[Problem]:
-    """Drop problems of the model section if a Hugging Face class is requested, which would fill that section."""
-    if not any(_HF_CLASSES in problem.text for problem in problems):
-        return problems
-    return [problem for problem in problems if problem.keys[0].partition(".")[0] != "model"]
 
 
 def find_refused_in_training(config: Config) -> Iterator[Problem]:

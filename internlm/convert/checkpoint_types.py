@@ -8,11 +8,16 @@ from typing import cast
 from torch import nn
 
 from internlm.checkpoint.weight_source import WeightSource
+from internlm.config.hf_class import filled_model_section
 from internlm.config.schema import Config
+from internlm.config.schema.root import HF_CLASS
+from internlm.convert.hf_class_weights import HfClassWeights
+from internlm.convert.hf_folder import HfFolder
 from internlm.convert.llama_folder import MetaLlamaWeights, trained_keys
 from internlm.convert.llava_folder import open_folder_weights, open_hf_folder
 from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
+from internlm.model.hf_class.model import HfClassModel
 from internlm.utils.errors import ConfigError, nearest
 from internlm.utils.logging import get_logger
 from internlm.utils.storage import StoragePath
@@ -67,7 +72,11 @@ def trained_as(ckpt_type: str, path: StoragePath, config: Config) -> Config | No
         CheckpointError: the folder's description of the model is missing or damaged.
     """
     values = config.model_dump(mode="json")
-    if ckpt_type == "hf":
+    if ckpt_type == "hf" and config.model_type == HF_CLASS:
+        trusts = config.hf.trust_remote_code
+        section = filled_model_section({"folder": str(path), "trust_remote_code": trusts}, {})
+        values["model"] |= section
+    elif ckpt_type == "hf":
         found = open_hf_folder(path).model
         keys = {**found.keys, "dtype": config.model.dtype}
         model_type = found.model_type
@@ -85,6 +94,8 @@ def trained_as(ckpt_type: str, path: StoragePath, config: Config) -> Config | No
 
 @register_checkpoint_type("hf")
 def _open_hf(path: StoragePath, model: nn.Module) -> WeightSource:
+    if isinstance(model, HfClassModel):
+        return HfClassWeights(HfFolder(path), model.all_names, model.tied_names)
     folder = open_hf_folder(path)
     for line in folder.model.notices:
         logger.warning("%s: %s", path, line)

@@ -20,7 +20,9 @@ from internlm.checkpoint.save_folder import resolve
 from internlm.checkpoint.tensor_files import TensorReader
 from internlm.checkpoint.weight_source import LazyTensor, finite
 from internlm.config.schema import Config
+from internlm.config.schema.root import HF_CLASS
 from internlm.convert.from_hf import decoder_of
+from internlm.convert.hf_class_weights import exported_config, exported_tensors
 from internlm.convert.hf_folder import CONFIG, HF_FILES, SAFETENSORS, SAFETENSORS_INDEX, layer_of, meta_weights
 from internlm.convert.lazy import grouped_readers
 from internlm.convert.llava_folder import with_file_names
@@ -129,7 +131,8 @@ def check_exportable(config: Config, layout: LayoutChoice = "transformers") -> N
     Raises:
         CheckpointError, ConfigError: the checkpoints cannot be exported.
     """
-    values = _config_json(config, decoder_of(config), layout)
+    is_class = config.model_type == HF_CLASS
+    values = exported_config(config) if is_class else _config_json(config, decoder_of(config), layout)
     equivalent_files(_tokenizer_of_run(config), values, with_code=layout == "published")
 
 
@@ -142,6 +145,10 @@ def _write(
     tokenizer: StoragePath | Literal[False] | None,
 ) -> None:
     config = read_config(checkpoint)
+    if config.model_type == HF_CLASS:
+        values, tensors = exported_config(config), exported_tensors(TensorReader(checkpoint), dtype)
+        _write_folder(checkpoint, out, config, layout, dtype, max_shard_bytes, tokenizer, values, tensors)
+        return
     model = decoder_of(config)
     architecture = model.architecture
     left_out = range(0) if has_multi_token_form(architecture) else architecture.multi_token_layers
@@ -159,15 +166,30 @@ def _write(
             "model.moe_type = %r: transformers has no capacity of experts, so its model drops no token",
             config.model.moe_type,
         )
-    exported = _side_files(checkpoint, config, layout, tokenizer) if tokenizer is not False else TokenizerFiles()
-    _check_trained_with(checkpoint, exported)
-    values |= exported.ids
-    files = equivalent_files(exported, values, with_code=layout == "published")
     names = weight_layout(architecture, config.model_type, published=layout == "published")
     vision = model.vision_weights() if isinstance(model, Llava) else {}
     tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype, left_out, vision)
     if vision:
         tensors = with_file_names(tensors)
+    _write_folder(checkpoint, out, config, layout, dtype, max_shard_bytes, tokenizer, values, tensors)
+
+
+def _write_folder(
+    checkpoint: StoragePath,
+    out: StoragePath,
+    config: Config,
+    layout: LayoutChoice,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    tokenizer: StoragePath | Literal[False] | None,
+    values: dict[str, Any],
+    tensors: Mapping[str, LazyTensor],
+) -> None:
+    """Write weights, tokenizer and `values` as config.json."""
+    exported = _side_files(checkpoint, config, layout, tokenizer) if tokenizer is not False else TokenizerFiles()
+    _check_trained_with(checkpoint, exported)
+    values |= exported.ids
+    files = equivalent_files(exported, values, with_code=layout == "published")
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):
             if key in values:

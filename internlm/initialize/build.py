@@ -192,6 +192,7 @@ def build_engine(
         linear_cross_entropy,
         label_smoothing=config.loss.label_smoothing,
         z_loss_coeff=config.loss.z_loss_coeff,
+        softcap=getattr(chunks[0], "logit_softcap", None),
         with_accuracy=True,
         compiled=config.model.compile,
     )

@@ -25,6 +25,7 @@ from internlm.estimate.flops import flops_per_token, head_flops_per_token
 from internlm.initialize.activation_memory import arrange_activations
 from internlm.initialize.context_options import context_options
 from internlm.model.architecture import Architecture
+from internlm.model.hf_class.model import HfClassModel
 from internlm.model.layer_protocol import DescribedModel
 from internlm.model.ops.float8.scaled_gemm import why_not_on_hardware
 from internlm.model.registry import build_model
@@ -183,6 +184,9 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         seed=config.seed,
         options=build_options(config),
     )
+    if isinstance(chunks[0], HfClassModel) and context.is_main_rank:
+        for line in chunks[0].notices(context.layout.tensor, context.layout.mode):
+            logger.info(line)
     num_later = config.model.num_nextn_predict_layers
     if num_later and not isinstance(chunks[0], DescribedModel):
         raise ConfigError(

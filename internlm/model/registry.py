@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ModelBuilder = Callable[["ModelConfig", torch.dtype | None], nn.Module]
 
 _FAMILY_MODULES = (
+    "hf",
     "internlm",
     "internlm2",
     "internlm3",

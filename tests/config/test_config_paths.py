@@ -47,6 +47,8 @@ def test_home_folders_are_expanded_in_every_path(load, tmp_path):
     paths.remove("data.cache_folder")
     remote = load("data.train_folder=s3://b/x", "data.cache_folder=~/c").config.data
     assert (remote.train_folder, remote.cache_folder) == ("s3://b/x", f"{tmp_path}/home/c")
+    # Which needs a class; see tests/config/test_hf_class_config.py.
+    paths.remove("hf.folder")
     # Which is for rows.
     paths.remove("data.conversations.chat_template")
     rows = ("data.type=streaming", "data.train_folder=a", "data.tokenizer_path=b")

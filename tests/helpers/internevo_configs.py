@@ -464,23 +464,6 @@ REFUSED: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
             "model_type = 'CHAMELEON': multimodal models",
         ),
     ),
-    "7B_internlm2_hf": (
-        1,
-        {
-            "model": {"dtype": "torch.bfloat16", "checkpoint": 0, "parallel_output": True},
-            "hf": {
-                "cfg": "huggingface_models.internlm2_model.configuration_internlm2",
-                "cfg_cls": "InternLM2Config",
-                "cfg_extra_kwargs": {"vocab_size": 92544, "hidden_size": 4096},
-                "mod": "huggingface_models.internlm2_model.modeling_internlm2",
-                "mod_cls": "InternLM2ForCausalLM",
-            },
-            "fsdp_wrap_cls": [{"mod": "modeling_internlm2", "mod_cls": "InternLM2DecoderLayer"}],
-            "parallel.fsdp": {"enable": True, "mode": "v1", "init_method": "meta"},
-            "parallel.zero1.size": 1,
-        },
-        ("hf, model_type = 'INTERNLM': training Hugging Face classes",),
-    ),
 }
 
 

@@ -11,6 +11,7 @@ from internlm.config.rules import (
     cuda_graphs,
     experts,
     float8,
+    hf_class,
     images,
     model,
     multi_token,
@@ -32,6 +33,7 @@ Rule = Callable[[Config, int], Iterator[Problem]]
 """(config, world size) -> the problems found."""
 
 RULES: tuple[Rule, ...] = (
+    hf_class.hf_class,
     ranks.fsdp,
     run.accumulation,
     run.saving,

@@ -5,6 +5,7 @@ A key with default None is the family's choice (biases, head norm, tied embeddin
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
@@ -23,23 +24,27 @@ _MAX_POSITIONS = 2048
 """Context length without a key, InternEvo's too."""
 
 
-class InjectInfoConfig(Section):
-    """Exchange of layers of a foreign model for parallel ones."""
+_injection = partial(
+    no_effect,
+    reason="a class of transformers is trained with model_type = 'hf', which adapts its layers to every layout",
+)
 
-    inject: bool = later(False, "Exchange the layers.", "changing foreign models", changes_outputs=False)
-    interactive: bool = used_with(False, "Ask before each exchange.", "model.inject_info.inject", changes_outputs=False)
-    modules: tuple[str, ...] = used_with(
-        (), "Kinds to exchange: embed, linear, norm.", "model.inject_info.inject", changes_outputs=False
+
+class InjectInfoConfig(Section):
+    """InternEvo's exchange of layers of a foreign model for parallel ones."""
+
+    inject: bool = _injection(False, "Exchange the layers.")
+    interactive: bool = _injection(False, "Ask before each exchange.")
+    modules: tuple[str, ...] = _injection((), "Kinds to exchange: embed, linear, norm.")
+    reset_params: bool = _injection(False, "Reinitialize the exchanged layers.")
+    extra_linear2newlinear: dict[str, Any] | None = later(
+        None,
+        "Further linear classes to exchange.",
+        "exchanging linear layers of other classes",
+        accepts=({},),
+        changes_outputs=False,
     )
-    reset_params: bool = used_with(
-        False, "Reinitialize the exchanged layers.", "model.inject_info.inject", changes_outputs=False
-    )
-    extra_linear2newlinear: dict[str, Any] | None = used_with(
-        None, "Further linear classes to exchange.", "model.inject_info.inject", changes_outputs=False
-    )
-    data_helper: bool = used_with(
-        False, "Adapt batches to the model's arguments.", "model.inject_info.inject", changes_outputs=False
-    )
+    data_helper: bool = _injection(False, "Adapt batches to the model's arguments.")
 
 
 class ModelConfig(Section):
@@ -331,6 +336,9 @@ class ModelConfig(Section):
         (), "Numbers of further layers without experts.", "model.num_experts", changes_outputs=True
     )
     moe_layer_kwargs: MoeLayerConfig = section(MoeLayerConfig, "Router and experts of a mixture.")
+    hf_class: dict[str, Any] | None = key(
+        None, "The class of `model_type = 'hf'` and its config; filled from `hf`.", changes_outputs=True
+    )
     inject_info: InjectInfoConfig = section(InjectInfoConfig, "Exchange of layers of a foreign model.")
 
     # Further keys of InternEvo's models.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from pydantic import field_serializer, model_validator
 
+from internlm.config.hf_class import filled_model_section
 from internlm.config.schema.base import PathText, Section, key, later, no_effect, section, used_with
 from internlm.config.schema.ckpt import CkptConfig
 from internlm.config.schema.data import DataConfig
@@ -32,6 +34,9 @@ from internlm.config.schema.runtime import (
 )
 
 _S = TypeVar("_S", bound=Section)
+
+HF_CLASS = "hf"
+"""The `model_type` of classes of transformers."""
 
 
 class Config(Section):
@@ -60,7 +65,7 @@ class Config(Section):
     grad_profiling: GradProfilingConfig = section(GradProfilingConfig, "Gradients, layer by layer.")
     cpu_offloading: CpuOffloadingConfig = section(CpuOffloadingConfig, "Activations in host memory.")
     float8: Float8Config = section(Float8Config, "GEMMs in float8.")
-    hf: HfConfig = section(HfConfig, "A Hugging Face model class by import path.")
+    hf: HfConfig = section(HfConfig, "The class of `model_type = 'hf'`.")
     moe: MoeConfig = section(MoeConfig, "Tools for mixtures of experts.")
     hooks: list[Any] = key(
         [],
@@ -117,6 +122,22 @@ class Config(Section):
     )
     int8_training: bool = later(False, "GEMMs in int8.", "int8 training")
     int8_mode: str | None = used_with(None, "Granularity of int8 scales.", "int8_training")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_hf(cls, values: Any) -> Any:
+        """Fill the model section from the class that `hf` names. The config of a checkpoint has it already."""
+        if not isinstance(values, Mapping):
+            return values
+        model, hf = values.get("model") or {}, values.get("hf") or {}
+        if not isinstance(model, Mapping) or not isinstance(hf, Mapping):
+            return values
+        # InternEvo's configs name a class without a model_type.
+        names_class = hf.get("folder") is not None or hf.get("cfg") is not None
+        model_type = values.get("model_type", HF_CLASS if names_class else None)
+        if model_type != HF_CLASS or model.get("hf_class") is not None:
+            return values
+        return {**values, "model_type": HF_CLASS, "model": filled_model_section(hf, model)}
 
     @field_serializer("hooks", when_used="json")
     def _hooks_as_text(self, hooks: list[Any]) -> list[Any]:

@@ -143,14 +143,13 @@ class Float8Config(Section):
         return range(num_layers) if self.first_and_last_layer else range(1, num_layers - 1)
 
 
-_hf = partial(later, feature="training Hugging Face classes")
-
-
 class HfConfig(Section):
-    """A Hugging Face model class by import path."""
+    """The class of `model_type = "hf"`: any decoder of transformers, from a folder or by import path."""
 
-    cfg: str | None = _hf(None, "Module of the configuration class.")
-    cfg_cls: str | None = _hf(None, "Name of the configuration class.")
-    cfg_extra_kwargs: dict[str, Any] = _hf({}, "Arguments of the configuration.")
-    mod: str | None = _hf(None, "Module of the model class.")
-    mod_cls: str | None = _hf(None, "Name of the model class.")
+    folder: PathText = key(None, "Folder with the config.json of the class; with weights, see ckpt.load_ckpt_info.")
+    trust_remote_code: bool = key(False, "Run the code that the folder brings.")
+    cfg: str | None = key(None, "Without a folder: module of the configuration class.")
+    cfg_cls: str | None = key(None, "Name of the configuration class.")
+    cfg_extra_kwargs: dict[str, Any] = key({}, "Arguments of the configuration, or changes of that of the folder.")
+    mod: str | None = key(None, "Module of the model class; None: the one that transformers has for the configuration.")
+    mod_cls: str | None = key(None, "Name of the model class.")

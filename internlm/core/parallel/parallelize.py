@@ -116,6 +116,8 @@ def parallelize(
     if isinstance(model, ImageModel):
         model.gather_features = parallel.gather_features
     model.parallel = parallel  # type: ignore[assignment]
+    if hasattr(model, "own_tokens"):
+        model.own_tokens = parallel.own_tokens  # type: ignore[assignment]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(context.device)

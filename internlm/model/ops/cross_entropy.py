@@ -83,6 +83,7 @@ def linear_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss_coeff: float = 0.0,
+    softcap: float | None = None,
     chunk_tokens: int | None = None,
     with_accuracy: bool = False,
     compiled: bool = False,
@@ -97,6 +98,7 @@ def linear_cross_entropy(
         label_smoothing: fraction of the target distribution that is spread over the vocabulary, as in
             `torch.nn.functional.cross_entropy`.
         z_loss_coeff: factor on the squared log-partition of each valid token, added to its loss (PaLM, section 5).
+        softcap: c, where the logits l are c tanh(l / c) (Gemma 2, arXiv:2408.00118, section 2); None: they are l.
         chunk_tokens: tokens per chunk; only the logits of one chunk are in memory. None: as many as are fast.
         with_accuracy: also return which tokens are predicted correctly.
         compiled: compile the loss of a chunk on GPUs. Ignored on CPU, where rows stay in the cache, and with `vocab`,
@@ -115,7 +117,17 @@ def linear_cross_entropy(
     if chunk_tokens is None:
         chunk_tokens = _COMPILED_CHUNK_TOKENS if compiled else _CHUNK_TOKENS
     loss_sum, token_losses = _LinearCrossEntropy.apply(
-        hidden, weight, labels, label_smoothing, z_loss_coeff, chunk_tokens, wants_grad, correct, compiled, vocab
+        hidden,
+        weight,
+        labels,
+        label_smoothing,
+        z_loss_coeff,
+        softcap,
+        chunk_tokens,
+        wants_grad,
+        correct,
+        compiled,
+        vocab,
     )
     return LossOutput(loss_sum, token_losses, correct)
 
@@ -129,6 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         label_smoothing: float,
         z_loss_coeff: float,
+        softcap: float | None,
         chunk_tokens: int,
         wants_grad: bool,
         correct: Tensor | None,
@@ -162,6 +175,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     labels[block_tokens],
                     label_smoothing,
                     z_loss_coeff,
+                    softcap,
                     grads_hidden or grads_weight,
                     None if correct is None else correct[block_tokens],
                     vocab,
@@ -191,7 +205,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 9
 
 
 def _gemm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -204,6 +218,7 @@ def _rows_loss(
     labels: Tensor,
     label_smoothing: float,
     z_loss_coeff: float,
+    softcap: float | None,
     wants_grad: bool,
     correct: Tensor | None,
     vocab: VocabShard | None,
@@ -215,6 +230,8 @@ def _rows_loss(
     valid = labels != IGNORE_INDEX
     targets = labels.clamp(min=0).unsqueeze(-1)
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if vocab is None:
         num_classes = scores.shape[-1]
         is_here = None
@@ -263,6 +280,9 @@ def _rows_loss(
         else:
             at_target = gradient.new_full(targets.shape, label_smoothing - 1.0)
             gradient.scatter_add_(-1, targets, at_target if is_here is None else at_target.masked_fill_(~is_here, 0.0))
+        if softcap is not None:
+            # d/dl of c tanh(l / c).
+            gradient.mul_(1 - (scores / softcap).square())
         _clear_rows(gradient, ~valid)
         if vocab is not None:
             gradient[:, vocab.size :] = 0.0

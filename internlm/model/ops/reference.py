@@ -106,10 +106,18 @@ def rotary(x: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, z_loss_coeff: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss_coeff: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum of the losses of valid tokens, from full logits."""
     logits = hidden @ weight.t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORE_INDEX)
     return loss + z_loss_coeff * logits.logsumexp(-1)[labels != IGNORE_INDEX].square().sum()
 

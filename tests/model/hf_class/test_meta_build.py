@@ -84,7 +84,7 @@ def test_an_element_does_not_depend_on_the_part_that_is_drawn(monkeypatch: pytes
 
 def test_weights_that_a_class_keeps_in_fp32_stay_there() -> None:
     class Kept(transformers.LlamaForCausalLM):
-        _keep_in_fp32_modules_strict = ["input_layernorm"]
+        _keep_in_fp32_modules_strict = ("input_layernorm",)
 
     model = build_on_meta(lambda: Kept._from_config(tiny_config("llama"), dtype=torch.bfloat16), torch.bfloat16)
     kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}

@@ -99,7 +99,7 @@ class Mtp(ModelParallel):
     def _place_vocabulary(self, whole: ShardSpec, role: Role) -> ShardSpec:
         n, t = self.context.size("tensor"), self.context.index("tensor")
         split = replace(whole, sharded_over=("tensor",))
-        hidden = whole.global_shape[1]
+        hidden = whole.global_shape[-1]
         by_hidden = role is Role.EMBEDDING and self.options.split_embedding_hidden and not self.has_tied_head
         if by_hidden and hidden % n == 0:
             return ranges_spec(split, 1, [(t * (hidden // n), hidden // n)])
