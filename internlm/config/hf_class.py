@@ -126,7 +126,10 @@ def _describe(hf: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         unknown = [name for name in extra if name not in values]
         if unknown:
             raise ConfigError(f"hf.cfg_extra_kwargs: a {type(config).__name__} has no {', '.join(unknown)}")
-        config = type(config).from_dict({**values, **extra})
+        try:
+            config = type(config).from_dict({**values, **extra})
+        except Exception as error:  # The checks of any class run here.
+            raise ConfigError(f"hf.cfg_extra_kwargs: a {type(config).__name__} refuses them: {error}") from error
     if config.get_text_config() is not config:
         raise ConfigError(f"hf: a {type(config).__name__} describes more than a language model, which is not supported")
     model_class = _model_class(hf, config, code_folder)

@@ -75,8 +75,8 @@ def test_home_folders_are_expanded(tmp_path: Path, folder: Path, monkeypatch: py
 
 
 def test_changes_of_the_config_of_a_folder(tmp_path: Path, folder: Path) -> None:
-    hf = {"folder": str(folder), "cfg_extra_kwargs": {"num_hidden_layers": 2}}
-    assert load(tmp_path, hf).config.model.num_layers == 2
+    hf = {"folder": str(folder), "cfg_extra_kwargs": {"max_position_embeddings": 64}}
+    assert load(tmp_path, hf).config.model.max_position_embeddings == 64
 
 
 MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -85,6 +85,7 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"folder": "{folder}"}, {"model": {"num_layers": 3}}, "the config of the class says 4 .num_hidden_layers."),
     ({"folder": "{folder}"}, {"model": {"rope_base": 1e6}}, "model.rope_base = .* has no effect"),
     ({"folder": "{folder}", "cfg_extra_kwargs": {"layers": 2}}, {}, "a Qwen3Config has no layers"),
+    ({"folder": "{folder}", "cfg_extra_kwargs": {"num_hidden_layers": 2}}, {}, "a Qwen3Config refuses them: .*layer"),
     ({**OF_INTERNEVO, "cfg": "huggingface_models.internlm2"}, {}, "hf.cfg = .* cannot be imported"),
     ({**OF_INTERNEVO, "mod_cls": "Lama"}, {}, "hf.mod_cls = 'Lama': there is no such class"),
     ({"cfg": OF_INTERNEVO["cfg"]}, {}, "hf.cfg_cls, hf.mod, hf.mod_cls must name"),
@@ -104,7 +105,7 @@ def test_mistakes_are_named(
 
 
 def test_a_class_for_another_model_type(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(ConfigError, match="hf.folder names a class of transformers, but model_type = 'LLAMA2'"):
+    with pytest.raises(ConfigError, match=r"hf\.folder names a class of transformers, but model_type = 'LLAMA2'"):
         load(
             tmp_path,
             {"folder": str(folder)},
@@ -117,13 +118,13 @@ def test_code_of_a_folder_needs_trust(tmp_path: Path, folder: Path) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "auto_map": {"AutoModelForCausalLM": "code.Mine"}}))
-    with pytest.raises(ConfigError, match="set hf.trust_remote_code = True"):
+    with pytest.raises(ConfigError, match=r"set hf\.trust_remote_code = True"):
         load(tmp_path, {"folder": str(folder)})
 
 
 def test_broken_json_is_named(tmp_path: Path, folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="config.json is no JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json is no JSON"):
         load(tmp_path, {"folder": str(folder)})
 
 

@@ -79,7 +79,7 @@ _WITHOUT = {
     "gpt2": _SHAPE.keys(),
     "gpt_neox": {"head_dim", "num_key_value_heads"},
     "bloom": {"head_dim", "num_key_value_heads"},
-    "mamba": {"head_dim", "num_key_value_heads"},
+    "mamba": {"head_dim", "num_key_value_heads", "num_attention_heads"},
     "phi": {"head_dim"},
     "stablelm": {"head_dim"},
 }

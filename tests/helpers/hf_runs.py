@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from helpers.hf_classes import tiny_config
 from internlm.config.hf_class import filled_model_section
 from internlm.config.schema import Config, ModelConfig
@@ -22,10 +20,10 @@ def class_folder(family: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def hf_model_config(family: str, folder: Path, dtype: torch.dtype = torch.float32, **model: Any) -> ModelConfig:
-    """The `model` section of a run with a tiny class."""
-    section = filled_model_section({"folder": str(class_folder(family, folder))}, {"dtype": f"{dtype}", **model})
-    return ModelConfig.model_validate(section)
+def hf_model_config(family: str, folder: Path, **changes: Any) -> ModelConfig:
+    """The `model` section of a run in fp32 with a tiny class, whose config has these changes."""
+    hf = {"folder": str(class_folder(family, folder, **changes))}
+    return ModelConfig.model_validate(filled_model_section(hf, {"dtype": "torch.float32"}))
 
 
 def hf_case(line: str, family: str, folder: Path) -> Case:

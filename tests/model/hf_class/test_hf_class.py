@@ -16,6 +16,7 @@ from internlm.core.parallel.parallelize import parallelize
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.ops.cross_entropy import linear_cross_entropy
 from internlm.model.registry import build_model
+from internlm.utils.errors import ConfigError
 
 pytest.importorskip("transformers")
 
@@ -36,6 +37,23 @@ def with_weights_of(model: nn.Module, reference: nn.Module) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.copy_(state[name])
     return model
+
+
+def test_attention_that_cannot_be_replaced_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"computes no attention|cannot run from"):
+        build("bloom", tmp_path)
+
+
+def test_dropout_is_refused(tmp_path: Path) -> None:
+    config = hf_model_config("gpt2", tmp_path, resid_pdrop=0.1)
+    with torch.device("meta"), pytest.raises(ConfigError, match="drops 10% of its values"):
+        build_model("hf", config)
+
+
+def test_dropout_of_attention_is_refused(tmp_path: Path) -> None:
+    config = hf_model_config("llama", tmp_path, attention_dropout=0.2)
+    with torch.device("meta"), pytest.raises(ConfigError, match="drops 20% of its attention weights"):
+        build_model("hf", config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

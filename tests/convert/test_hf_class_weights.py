@@ -1,0 +1,73 @@
+"""Weights of classes of transformers: from a folder into a run, into a checkpoint, and back to a folder, bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.hf_classes import tiny_class
+from torch import nn
+
+from internlm.cli import main
+from internlm.utils.logging import ROOT_LOGGER
+
+transformers = pytest.importorskip("transformers")
+
+CONFIG = """
+model_type = "hf"
+hf = dict(folder="{folder}")
+model = dict(dtype="torch.float32")
+data = dict(seq_len=32, micro_bsz=2, micro_num=1, total_steps=1)
+adam = dict(lr={lr})
+lr_scheduler = dict(warmup_ratio=0.0, eta_min={lr})
+ckpt = dict(
+    save_ckpt_folder="{save}",
+    checkpoint_every=1,
+    load_ckpt_info=dict(path="{folder}", content=("model",), ckpt_type="hf"),
+)
+tensorboard_folder = "{save}/tb"
+monitor = dict(metrics_file=False)
+enable_tb = False
+"""
+
+
+def train(folder: Path, tmp_path: Path, lr: float, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.py").write_text(CONFIG.format(folder=folder, save=tmp_path / "saved", lr=lr))
+    return main(["train", "--config", str(tmp_path / "config.py")])
+
+
+def saved(family: str, folder: Path) -> nn.Module:
+    model = tiny_class(family)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi", "gpt_oss"])
+def test_a_run_starts_from_a_folder_and_ends_in_one(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = saved(family, tmp_path / "class")
+    # A step with a learning rate of 0 leaves every weight as it was loaded.
+    assert train(tmp_path / "class", tmp_path, 0.0, monkeypatch) == 0
+    out = tmp_path / "out"
+    assert main(["convert", "to-hf", "--ckpt", str(tmp_path / "saved"), "--out", str(out)]) == 0
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model) is type(original)
+    for (name, ours), theirs in zip(model.named_parameters(), original.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_folder_with_other_sizes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved("qwen3", tmp_path / "class")
+    tiny_class("qwen3", num_hidden_layers=2).save_pretrained(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    text = CONFIG.format(folder=tmp_path / "class", save=tmp_path / "saved", lr=0.0)
+    loaded = text.replace(f'path="{tmp_path / "class"}"', f'path="{tmp_path / "other"}"')
+    (tmp_path / "config.py").write_text(loaded)
+    with caplog.at_level("ERROR", logger=ROOT_LOGGER):
+        assert main(["train", "--config", str(tmp_path / "config.py"), "--dry-run"]) != 0
