@@ -1,0 +1,61 @@
+"""Classes whose layers carry a state from token to token must not get packed documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.hf_classes import TINY
+from helpers.hf_runs import class_folder, hf_model_config
+
+from internlm.config.loader import load_config
+from internlm.core.context.parallel_context import ParallelContext
+from internlm.initialize.hf_class_checks import check_packing_of_class, packing_difference
+from internlm.utils.errors import ConfigError
+
+pytest.importorskip("transformers")
+
+HYBRID = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "decoder_sparse_step": 100,
+    "mlp_only_layers": [0, 1, 2, 3],
+}
+
+
+def load(tmp_path: Path, family: str, packed: bool, **changes: Any) -> Any:
+    folder = class_folder(family, tmp_path / "class", **changes)
+    (tmp_path / "config.py").write_text(
+        f'model_type = "hf"\nhf = dict(folder="{folder}")\nmodel = dict(dtype="torch.float32")\n'
+        f"data = dict(seq_len=8, micro_bsz=1, total_steps=1, use_packed_dataset={packed})\n"
+        "ckpt = dict(enable_save_ckpt=False)\n"
+    )
+    return load_config(tmp_path / "config.py").config
+
+
+def check(config: Any) -> None:
+    check_packing_of_class(config, ParallelContext.create())
+
+
+def test_a_state_from_token_to_token_is_refused_with_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TINY, "qwen3_next", HYBRID)
+    with pytest.raises(ConfigError, match="in Qwen3NextForCausalLM, packed documents change each other's"):
+        check(load(tmp_path, "qwen3_next", True))
+    check(load(tmp_path, "qwen3_next", False))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "cohere2", "gpt2"])
+def test_attention_keeps_documents_apart(family: str, tmp_path: Path) -> None:
+    assert packing_difference(hf_model_config(family, tmp_path)) < 1e-5
+
+
+def test_rotary_scaling_by_the_longest_document_is_refused(tmp_path: Path) -> None:
+    scaled = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    with pytest.raises(ConfigError, match="rotates all documents of a micro-batch by the length of the longest one"):
+        load(tmp_path, "llama", True, **scaled)
+    load(tmp_path, "llama", False, **scaled)
