@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from internlm.data.documents.valid_sets import held_out_sets
 from internlm.data.images.image_documents import ImageDocumentFormat
 from internlm.data.images.loading import ImageLoader
 from internlm.data.images.processor import ImageProcessor
 from internlm.data.images.settings import ImageSettings
 from internlm.data.loaders.train_loader import build_train_loader
+from internlm.data.loaders.valid_loader import build_valid_loaders
 from internlm.data.packing.collate import to_micro_batch
 from internlm.data.packing.sample import Packing
 from internlm.data.sources.open_source import open_source
@@ -116,3 +118,15 @@ def test_a_line_that_does_not_fit_names_itself(folder: Path, document: dict[str,
         stream, micro_num=1, total_steps=1, images=ImageLoader(settings_of(folder), ImageProcessor(6), True), prefetch=0
     )
     assert len(batch.unreadable) == 1 and batch.micro_batches[0].images is None and not batch.num_valid_tokens
+
+
+def test_held_out_documents_keep_their_pictures(folder: Path) -> None:
+    settings = settings_of(folder)
+    sets = held_out_sets(folder / "a.bin", ImageDocumentFormat(settings), 0.99, 0, None)
+    loader = ImageLoader(settings, ImageProcessor(6))
+    [valid] = build_valid_loaders(sets, seq_len=SEQ_LEN, micro_bsz=1, vocab_size=VOCAB, images=loader).values()
+    micros = [micro for batch in valid for micro in batch.micro_batches]
+    assert sum(0 if micro.images is None else len(micro.images) for micro in micros) in (1, 2, 3, 4)
+    for micro in micros:
+        num_placeholders = int((micro.extra["image_features"] >= 0).sum())
+        assert num_placeholders == (0 if micro.images is None else len(micro.images) * P)
