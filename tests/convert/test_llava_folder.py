@@ -11,10 +11,12 @@ import torch
 from helpers.llava import CLIP, SIGLIP
 from safetensors.torch import load_file, save_file
 
+from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.checkpoint.reading import read_config
 from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.llava_folder import vision_name
 from internlm.convert.to_hf import convert_to_hf
+from internlm.model.llava.model import Llava
 from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.storage import storage_path
 
@@ -117,3 +119,33 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"'multi_modal_projector.linear_1.bias' is missing"):
         convert_from_hf(storage_path(tmp_path / "in"), storage_path(tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize("family", ["Qwen2Config", "Qwen3Config", "MistralConfig"])
+def test_other_language_models_compute_what_transformers_computes(tmp_path: Path, family: str) -> None:
+    import transformers
+
+    own: dict[str, Any] = {"MistralConfig": {"sliding_window": None}, "Qwen3Config": {"head_dim": 8}}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**{key: CLIP[key] for key in CLIP if key != "model_type"}),
+        text_config=getattr(transformers, family)(**TEXT, **own.get(family, {})),
+        image_token_index=63,
+        image_seq_length=4,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.LlavaForConditionalGeneration(config).eval()
+    for parameter in theirs.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path / "in")
+    out = round_trip(tmp_path / "in", tmp_path)
+    model, _ = load_model_for_inference(str(tmp_path / "checkpoint"), torch.device("cpu"))
+    assert isinstance(model, Llava)
+    ids, images = torch.tensor([[5, 63, 63, 63, 63, 7, 8]]), torch.randn(1, 3, 8, 8)
+    extra = {"image_features": torch.tensor([[-1, 0, 1, 2, 3, -1, -1]])}
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=images).logits
+        hidden = model(ids.masked_fill(ids == 63, 0), torch.arange(7)[None], images=images, extra=extra)
+        loaded = transformers.LlavaForConditionalGeneration.from_pretrained(out).eval()
+        assert torch.equal(loaded(input_ids=ids, pixel_values=images).logits, expected)
+    torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-5, atol=1e-5)

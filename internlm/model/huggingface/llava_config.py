@@ -63,6 +63,8 @@ def from_llava_config(values: Mapping[str, Any], where: str) -> HfModel:
     keeps_class = strategy == "full" and kind == "clip_vision_model"
     keys = {
         **text.keys,
+        # A property of the family, without a key in its config.json.
+        **({"qk_norm": True} if text.model_type == "QWEN3" else {}),
         "image_token_id": config.image_token_id,
         "vit_cfg": {
             "config": {**vision.to_diff_dict(), "model_type": kind},
