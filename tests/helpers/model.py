@@ -9,7 +9,7 @@ from torch import nn
 
 from internlm.config.schema import ModelConfig
 from internlm.model.initialization import initializer_of
-from internlm.model.registry import build_model
+from internlm.model.registry import build_model, known_models
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,
@@ -20,6 +20,8 @@ TINY: dict[str, Any] = {
     "dtype": "torch.float32",
 }
 
+DECODERS = tuple(name for name in known_models() if name not in ("hf", "LLAVA"))
+"""The model types that a model section of sizes describes; a class of transformers and a vision tower need a folder."""
 
 LATENT_FAMILIES = ("DEEPSEEK_V2", "DEEPSEEK_V3", "KIMI_K2")
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.model import tiny_config, tiny_model
+from helpers.model import DECODERS, tiny_config, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.model.initialization import Uniform, initializer_of
 from internlm.model.modules.cache import KeyValueCache
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
-from internlm.model.registry import build_model, known_models
+from internlm.model.registry import build_model
 from internlm.model.roles import Role
 
 GQA = {"num_kv_attention_heads": 2}
@@ -94,7 +94,7 @@ def test_checkpointing_changes_no_bit(fraction: float, layers: int, monkeypatch:
     assert calls == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("model_type", known_models())
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_fused_and_separate_weights_are_one_function(model_type: str) -> None:
     from internlm.model.huggingface.weight_names import from_hf, to_hf
 
@@ -107,7 +107,7 @@ def test_fused_and_separate_weights_are_one_function(model_type: str) -> None:
     torch.testing.assert_close(fused(ids, positions), separate(ids, positions))
 
 
-@pytest.mark.parametrize("model_type", known_models())
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_is_built_without_storage(model_type: str) -> None:
     with torch.device("meta"):
         model = build_model(model_type, tiny_config(model_type, **GQA))

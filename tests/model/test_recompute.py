@@ -10,14 +10,13 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from helpers.memory import PeakMemory
-from helpers.model import tiny_model
+from helpers.model import DECODERS, tiny_model
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.recompute import ATTENTION_OPS, GEMM_OPS, SAVE_POLICIES, SavePolicy, recomputed
-from internlm.model.registry import known_models
 
 GQA = {"num_kv_attention_heads": 2}
 PACKED, DENSE = (15, 10), None
@@ -60,7 +59,7 @@ def loss_and_gradients(model: nn.Module, lengths: tuple[int, ...] | None) -> dic
 @pytest.mark.parametrize("policy", ["matmuls", "attention", "nothing"])
 @pytest.mark.parametrize("lengths", [PACKED, DENSE], ids=["packed", "dense"])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
-@pytest.mark.parametrize("model_type", known_models())
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_no_policy_changes_a_bit(
     model_type: str, dtype: str, lengths: tuple[int, ...] | None, policy: SavePolicy
 ) -> None:
