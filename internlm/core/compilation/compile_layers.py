@@ -15,6 +15,8 @@ from internlm.core.parallel.layers import layers_of
 from internlm.core.parallel.linear.parallel_linear import ParallelGroupedLinear, ParallelLinear
 from internlm.core.parallel.model_parallel import parallel_of
 from internlm.core.parallel.ulysses_attention import UlyssesAttention
+from internlm.model.hf_class.attention import CappedAttention
+from internlm.model.hf_class.layers import RecomputableMixin
 from internlm.model.layer_protocol import RecomputableLayer
 from internlm.model.modules.attention import Attention
 from internlm.model.modules.attention_sinks import AttentionSinks
@@ -35,8 +37,9 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
     """Compile every layer of `model` when it is first called. Changes and returns `model`.
 
     A layer of plain modules becomes one graph, forward and backward, with its router and experts. Other layers are cut:
-    linear layers that communicate or postpone weight gradients, attention with sinks, and routers and experts where
-    ranks exchange tokens, in float8, or with capacity or noise, run eagerly, and the code between them is compiled.
+    linear layers that communicate or postpone weight gradients, attention with sinks or capped scores, and routers and
+    experts where ranks exchange tokens, in float8, or with capacity or noise, run eagerly, and the code between them is
+    compiled. So is what the compiler can of a layer of transformers.
 
     Args:
         model: after `parallelize`, before FSDP.
@@ -87,8 +90,11 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", cuda_graphs: 
 
 
 def _is_one_graph(layer: nn.Module) -> bool:
-    """Whether nothing in the layer, linear layers aside, communicates or has a shape that depends on values."""
-    return not any(
+    """Whether nothing in the layer, linear layers aside, communicates or has a shape that depends on values.
+
+    Not known of layers of transformers.
+    """
+    return not isinstance(layer, RecomputableMixin) and not any(
         isinstance(module, ContextAttention | GatheredAttention | ExchangedExperts | AttentionSinks)
         or (isinstance(module, Router) and module.selection.needs_positions)
         or (isinstance(module, Experts) and module.linear13 is not grouped_linear)
@@ -102,6 +108,9 @@ def _cut(layer: nn.Module) -> None:
         if isinstance(module, Attention) and module.sinks is not None:
             # The log-sum-exp is computed document by document.
             module.inner.forward = torch.compiler.disable(module.inner.forward)  # type: ignore[method-assign]
+        if isinstance(module, CappedAttention):
+            # Computed document by document.
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         if isinstance(module, Router | Experts | ExchangedExperts):
             # Recomputation around compiled parts saves results of routers, whose memory these parts would use again.
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
