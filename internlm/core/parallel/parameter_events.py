@@ -24,15 +24,17 @@ def subscribe(parameter: nn.Parameter, receiver: Receiver, wait_until_readable: 
         wait_until_readable: called before the parameter is read outside of its module's forward pass.
     """
 
-    def take(leaf: Tensor) -> None:
-        gradient, leaf.grad = leaf.grad, None
-        # Autograd calls the hook even if the gradient is None because it is delivered later.
-        if gradient is not None:
-            receiver(gradient)
-
-    parameter.register_post_accumulate_grad_hook(take)
+    parameter.register_post_accumulate_grad_hook(_take)
     parameter.gradient_receiver = receiver  # type: ignore[attr-defined]
     parameter.wait_until_readable = wait_until_readable  # type: ignore[attr-defined]
+
+
+def _take(leaf: Tensor) -> None:
+    """Hook after autograd. It refers to nothing: what a hook refers to, such as the optimizer, is never freed."""
+    gradient, leaf.grad = leaf.grad, None
+    # Autograd calls the hook even if the gradient is None because it is delivered later.
+    if gradient is not None:
+        leaf.gradient_receiver(gradient)  # type: ignore[attr-defined]
 
 
 def deliver_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
