@@ -23,7 +23,6 @@ def subscribe(parameter: nn.Parameter, receiver: Receiver, wait_until_readable: 
         receiver: called for gradients from autograd and for delivered ones.
         wait_until_readable: called before the parameter is read outside of its module's forward pass.
     """
-
     parameter.register_post_accumulate_grad_hook(_take)
     parameter.gradient_receiver = receiver  # type: ignore[attr-defined]
     parameter.wait_until_readable = wait_until_readable  # type: ignore[attr-defined]
