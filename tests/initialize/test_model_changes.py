@@ -155,6 +155,8 @@ OTHER: dict[str, dict[str, Any]] = {
 NOT_FOR_THIS_FAMILY = {
     # What is in the folder counts, which tests/initialize/test_vision_tower.py compares.
     "model.vit_cfg.mm_vision_tower",
+    # The whole config of a class of transformers, see tests/convert/test_hf_class_weights.py.
+    "model.hf_class",
     # Llamas refuse any value but their own; read with the other kinds of scaling below.
     *("model.add_unit_offset", "model.use_swiglu"),
     *("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor", "model.use_dynamic_ntk_rope"),

@@ -97,6 +97,20 @@ def test_without_gradient() -> None:
     torch.testing.assert_close(out.loss_sum, _reference(hidden, weight, labels, 0, 0).detach())
 
 
+@pytest.mark.parametrize("z", [0.0, 0.3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_capped_logits(smoothing: float, z: float) -> None:
+    hidden, weight, labels = _inputs()
+    out = linear_cross_entropy(hidden, weight, labels, label_smoothing=smoothing, z_loss_coeff=z, softcap=1.5)
+    logits = 1.5 * torch.tanh(hidden @ weight.t() / 1.5)
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    expected = expected + z * logits.logsumexp(-1)[labels != IGNORE_INDEX].square().sum()
+    torch.testing.assert_close(out.loss_sum, expected)
+    found = torch.autograd.grad(out.loss_sum, (hidden, weight))
+    for mine, theirs in zip(found, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_first_of_equal_logits_counts() -> None:
     weight = torch.zeros(VOCAB, HIDDEN)
     labels = torch.tensor([0, 3, IGNORE_INDEX])
@@ -172,7 +186,7 @@ def test_what_is_compiled_for_gpus_gives_the_same(smoothing: float, z: float) ->
         torch.compile(cross_entropy_module._rows_loss, backend="aot_eager", fullgraph=True),
     ):
         gradient, correct = logits.clone(), torch.empty(TOKENS, dtype=torch.bool)
-        losses = function(gradient, labels, smoothing, z, True, correct, None)
+        losses = function(gradient, labels, smoothing, z, None, True, correct, None)
         results.append((*losses, gradient, correct))
     torch.testing.assert_close(results[1], results[0])
     assert 0 < int(results[0][-1].sum()) < TOKENS - 2
