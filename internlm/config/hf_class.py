@@ -82,6 +82,29 @@ def filled_model_section(hf: Mapping[str, Any], model: Mapping[str, Any]) -> dic
     return {**sizes, **model, "hf_class": hf_class}
 
 
+def small_sizes(*, heads: int, kv_heads: int, layers: int, window: int, head_dim: int = 8) -> dict[str, Any]:
+    """Attributes of a config of transformers for a small copy of a class."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": head_dim * heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": 7 * head_dim * heads,
+        "moe_intermediate_size": 5 * head_dim,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        # Odd, so that ranks do not divide it.
+        "vocab_size": 64 * heads + 1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "sliding_window": window,
+        "max_window_layers": 1,
+    }
+
+
 def resized_model_section(hf_class: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of the model section for the same class with other sizes; for `internlm verify`.
 

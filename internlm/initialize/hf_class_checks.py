@@ -1,11 +1,17 @@
-"""Checks before the first step that a class of transformers keeps packed documents apart, on a small copy of it."""
+"""Checks before the first step that a class of transformers computes here what it computes itself, on a small copy.
+
+Whatever a class does that this project does not know (to its logits, to the arguments of attention, to its embedding)
+makes the logits differ. Whatever passes from token to token outside of attention makes packed documents differ.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from internlm.config.hf_class import resized_model_section
+from internlm.config.hf_class import resized_model_section, small_sizes
 from internlm.config.schema import Config, ModelConfig
 from internlm.config.schema.root import HF_CLASS
 from internlm.core.context.parallel_context import ParallelContext
@@ -13,66 +19,109 @@ from internlm.model.hf_class.model import HfClassModel
 from internlm.model.initialization import initializer_of
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.utils.errors import ConfigError
-
-_SIZES = {
-    "num_hidden_layers": 4,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 16,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "vocab_size": 97,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "sliding_window": 4,
-}
+from internlm.utils.hf_classes import config_object, model_class
 
 _LENGTHS = (11, 14)
+"""Of the documents, longer than the window of the small copy."""
 
 _STD = 0.15
 """Of the weights: large enough that every part of a layer changes its output."""
 
 _TOLERANCE = 1e-3
-"""Of the largest hidden state. Leaks of published classes are 0.01 and more, rounding in fp32 is below 1e-5."""
+"""Of the largest logit. Leaks and unknown factors of published classes are 0.01 and more, rounding in fp32 is 1e-5."""
 
 
-def check_packing_of_class(config: Config, context: ParallelContext) -> list[str]:
-    """Compare packed documents with separate ones in a small copy of the class.
+class ClassDifferences(NamedTuple):
+    """Differences of logits from those of the class itself, in parts of the largest logit.
+
+    Attributes:
+        separate: of single documents.
+        packed: of documents in one packed row.
+    """
+
+    separate: float
+    packed: float
+
+
+def check_class(config: Config, context: ParallelContext) -> list[str]:
+    """Compare a small copy of a class of transformers with the class itself.
+
+    Returns:
+        One line if no small copy can be built or run, so that nothing was compared.
 
     Raises:
-        ConfigError: they differ, as where layers pass a state from token to token.
+        ConfigError: the logits differ; or those of packed documents do, and the run packs.
     """
-    if config.model_type != HF_CLASS or not config.data.use_packed_dataset:
+    if config.model_type != HF_CLASS:
         return []
     assert config.model.hf_class is not None
-    section = resized_model_section(config.model.hf_class, _SIZES)
-    small = {key: value for key, value in section.items() if value is not None}
-    difference = packing_difference(ModelConfig.model_validate({**small, "dtype": "torch.float32"}))
-    if difference > _TOLERANCE:
-        name = config.model.hf_class["model_class"].rpartition(".")[2]
+    name = config.model.hf_class["model_class"].rpartition(".")[2]
+    # The class itself must be buildable: this raises what would stop the run.
+    with torch.device("meta"):
+        HfClassModel(config.model)
+    try:
+        differences = class_differences(small_copy(config.model))
+    except Exception as error:  # The code of any class runs here, with sizes that it may not be made for.
+        return [f"{name} was not compared with itself: a small copy does not run ({type(error).__name__}: {error})"]
+    if not differences.separate <= _TOLERANCE:
         raise ConfigError(
-            f"data.use_packed_dataset = True: in {name}, packed documents change each other's hidden states by "
-            f"{difference:.1%}, since its layers carry a state from token to token; set it to False"
+            f"hf: the logits of a small {name} differ here from its own by {differences.separate:.1%}: it does "
+            "something to its embedding, attention or logits that this project does not know, so its loss would be "
+            "another one. Train it with transformers"
+        )
+    if config.data.use_packed_dataset and not differences.packed <= _TOLERANCE:
+        raise ConfigError(
+            f"data.use_packed_dataset = True: in {name}, packed documents change each other's logits by "
+            f"{differences.packed:.1%}, since its layers carry a state from token to token; set it to False"
         )
     return []
 
 
+def small_copy(model: ModelConfig) -> ModelConfig:
+    """The model section in fp32 for the same class with small sizes."""
+    assert model.hf_class is not None
+    section = resized_model_section(model.hf_class, small_sizes(heads=4, kv_heads=2, layers=4, window=4))
+    given = {key: value for key, value in section.items() if value is not None}
+    return ModelConfig.model_validate({**given, "dtype": "torch.float32"})
+
+
 @torch.no_grad()
-def packing_difference(config: ModelConfig) -> float:
-    """By how much hidden states of packed documents differ from those of separate ones, in parts of the largest."""
+def class_differences(config: ModelConfig) -> ClassDifferences:
+    """How logits differ from those of the class itself, whose attention is eager and sees single documents.
+
+    Args:
+        config: of a small model in fp32.
+    """
     with torch.device("meta"):
         model = HfClassModel(config)
     _draw_weights(model)
     ids = torch.randint(3, config.vocab_size, (1, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))
-    positions = torch.cat([torch.arange(length) for length in _LENGTHS]).unsqueeze(0)
-    packed: Tensor = model(ids, positions, VarlenMetadata.of(_LENGTHS))
-    separate = torch.cat([model(part, torch.arange(part.shape[1]).unsqueeze(0)) for part in ids.split(_LENGTHS, 1)], 1)
-    return float((packed - separate).abs().max() / separate.abs().max())
+    documents = ids.split(_LENGTHS, 1)
+    original = _original(config, model)
+    expected = torch.cat([original(input_ids=document, use_cache=False).logits for document in documents], 1)
+    separate = torch.cat([_logits(model, document, None) for document in documents], 1)
+    packed = _logits(model, ids, VarlenMetadata.of(_LENGTHS))
+    scale = expected.abs().max()
+    return ClassDifferences(*(float((found - expected).abs().max() / scale) for found in (separate, packed)))
+
+
+def _logits(model: HfClassModel, ids: Tensor, varlen: VarlenMetadata | None) -> Tensor:
+    lengths = (ids.shape[1],) if varlen is None else varlen.lengths
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    return model.logits(model(ids, positions, varlen))
+
+
+def _original(config: ModelConfig, model: HfClassModel) -> nn.Module:
+    """The class as transformers builds it, with the weights of `model`."""
+    assert config.hf_class is not None
+    hf_config = config_object(config.hf_class)
+    original: nn.Module = model_class(config.hf_class)._from_config(
+        hf_config, dtype=torch.float32, attn_implementation="eager"
+    )
+    state = original.state_dict()
+    for name, parameter in model.named_parameters():
+        state[name].copy_(parameter)
+    return original.train()
 
 
 def _draw_weights(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.initialize.build_data import build_loader, build_replay_stream, build_valid_sets
 from internlm.initialize.data_folders import train_folder
 from internlm.initialize.file_formats import file_format
-from internlm.initialize.hf_class_checks import check_packing_of_class
+from internlm.initialize.hf_class_checks import check_class
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
 from internlm.initialize.stages import UNCOUNTED_TOWER, build_meta_model, check_parameter_groups, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
@@ -322,5 +322,5 @@ CHECKS: tuple[Check, ...] = (
     _folders,
     _packages,
     _hooks,
-    check_packing_of_class,
+    check_class,
 )

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from internlm.config.hf_class import resized_model_section
+from internlm.config.hf_class import resized_model_section, small_sizes
 from internlm.config.schema import Config
 from internlm.initialize.stages import build_meta_model, parameter_groups
 from internlm.solver.optimizer.parameter_groups import group_of, is_frozen
@@ -90,8 +90,8 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
     if model.hf_class is not None:
         keys = {key: value for key, value in keys.items() if not key.startswith("model.")}
         keys["model.checkpoint_budget"] = None
-        for key, value in resized_model_section(model.hf_class, _sizes_of_class(small_heads, small_kv, chunks)).items():
-            keys[f"model.{key}"] = value
+        sizes = small_sizes(heads=small_heads, kv_heads=small_kv, layers=max(4, chunks), window=WINDOW)
+        keys |= {f"model.{key}": value for key, value in resized_model_section(model.hf_class, sizes).items()}
     if dtype is not None:
         keys["model.dtype"] = dtype
     if float8:
@@ -104,28 +104,6 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
         keys["adam.moments_dtype"] = "torch.float32"
     small = changed(config, keys)
     return changed(small, {"optimizer.groups": _matching_groups(small)}) if config.optimizer.groups else small
-
-
-def _sizes_of_class(heads: int, kv_heads: int, chunks: int) -> dict[str, Any]:
-    """Small sizes, by attributes of a config of transformers."""
-    return {
-        "num_hidden_layers": max(4, chunks),
-        "hidden_size": HEAD_DIM * heads,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": HEAD_DIM,
-        "intermediate_size": 56 * heads,
-        "moe_intermediate_size": 5 * HEAD_DIM,
-        "num_experts": 4,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "vocab_size": 64 * heads + 1,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "sliding_window": WINDOW,
-        "max_window_layers": 1,
-    }
 
 
 def _matching_groups(small: Config) -> list[dict[str, Any]]:

@@ -11,10 +11,10 @@ from helpers.hf_runs import class_folder, hf_model_config
 
 from internlm.config.loader import load_config
 from internlm.core.context.parallel_context import ParallelContext
-from internlm.initialize.hf_class_checks import check_packing_of_class, packing_difference
+from internlm.initialize.hf_class_checks import check_class, class_differences, small_copy
 from internlm.utils.errors import ConfigError
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 HYBRID = {
     "linear_key_head_dim": 8,
@@ -39,19 +39,42 @@ def load(tmp_path: Path, family: str, packed: bool, **changes: Any) -> Any:
 
 
 def check(config: Any) -> None:
-    check_packing_of_class(config, ParallelContext.create())
+    check_class(config, ParallelContext.create())
 
 
 def test_a_state_from_token_to_token_is_refused_with_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TINY, "qwen3_next", HYBRID)
-    with pytest.raises(ConfigError, match="in Qwen3NextForCausalLM, packed documents change each other's"):
+    with pytest.raises(ConfigError, match="in Qwen3NextForCausalLM, packed documents change each other's logits"):
         check(load(tmp_path, "qwen3_next", True))
     check(load(tmp_path, "qwen3_next", False))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "cohere2", "gpt2"])
-def test_attention_keeps_documents_apart(family: str, tmp_path: Path) -> None:
-    assert packing_difference(hf_model_config(family, tmp_path)) < 1e-5
+@pytest.mark.parametrize("family", sorted(TINY.keys() - {"mamba", "bloom"}))
+def test_tested_classes_compute_what_they_do_themselves(family: str, tmp_path: Path) -> None:
+    differences = class_differences(small_copy(hf_model_config(family, tmp_path)))
+    assert max(differences) < 2e-5
+
+
+def test_an_unknown_change_of_the_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which no config says: here, a class that halves its logits."""
+    original = transformers.LlamaForCausalLM.forward
+
+    def halved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original(self, *args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+    config = load(tmp_path, "llama", False)
+    check(config)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", halved)
+    with pytest.raises(ConfigError, match="the logits of a small LlamaForCausalLM differ here from its own by"):
+        check(config)
+
+
+def test_a_copy_that_does_not_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("internlm.initialize.hf_class_checks.small_copy", lambda model: 1 / 0)
+    (line,) = check_class(load(tmp_path, "llama", True), ParallelContext.create())
+    assert "LlamaForCausalLM was not compared with itself" in line and "ZeroDivisionError" in line
 
 
 def test_rotary_scaling_by_the_longest_document_is_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class HeadForm:
 
 
 def head_form(hf_config: Any, *, has_bias: bool) -> HeadForm:
-    """The form that the config of a class states; `internlm verify --hf` compares it with the class."""
+    """The form that the config of a class states. Before a run, logits are compared with those of the class."""
     divisor = getattr(hf_config, "logits_scaling", None)
     multiplier = getattr(hf_config, "logit_scale", None)
     factor = 1.0 / divisor if divisor else 1.0
