@@ -230,5 +230,8 @@ def _imported(module_key: str, module: str, class_key: str, name: str) -> Any:
 
 
 def _size(config: Any, attribute: str) -> Any:
-    value = getattr(config, attribute, None)
+    try:
+        value = getattr(config, attribute, None)
+    except Exception:  # A config may refuse an attribute that differs between layers.
+        return None
     return value if isinstance(value, int) else None

@@ -80,7 +80,10 @@ def check_class(config: Config, context: ParallelContext) -> list[str]:
 def small_copy(model: ModelConfig) -> ModelConfig:
     """The model section in fp32 for the same class with small sizes."""
     assert model.hf_class is not None
-    section = resized_model_section(model.hf_class, small_sizes(heads=4, kv_heads=2, layers=4, window=4))
+    heads, kv_heads = model.num_attention_heads, model.num_kv_attention_heads or model.num_attention_heads
+    # Latent attention, for one, has as many key-value heads as query heads.
+    sizes = small_sizes(heads=4, kv_heads=4 if kv_heads == heads else 2, layers=4, window=4)
+    section = resized_model_section(model.hf_class, sizes)
     given = {key: value for key, value in section.items() if value is not None}
     return ModelConfig.model_validate({**given, "dtype": "torch.float32"})
 
