@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from internlm.commands.config_options import add_config_options
+from internlm.config.hf_class import has_experts
 from internlm.config.loader import load_config
+from internlm.core.context.parallel_context import ParallelContext
 from internlm.initialize.build import check_buildable
+from internlm.initialize.hf_class_checks import TOLERANCE, check_class, class_differences, small_copy
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging
 from internlm.utils.paths import local_path
 from internlm.verify.case import Case, Combination
 from internlm.verify.choices import BatchChoices, LayoutChoices, from_text, to_text
+from internlm.verify.hf_class_table import HEADER, LAYOUTS, ClassRow, class_name, config_text
 from internlm.verify.matrix import expert_matrix, full_matrix, pairwise_matrix
 from internlm.verify.ranks import LocalRanks, RankFailedError
 from internlm.verify.record import InconsistentRanksError, Record
@@ -47,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute in model.dtype (default: float32, which exposes small defects; with float8 or experts: float64); "
         "experts are then those of one process, as rounding may change the choice of a router",
     )
+    parser.add_argument(
+        "--hf",
+        type=local_path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="compare the class of a Hugging Face folder: its own logits, packed documents, and layouts on two ranks; "
+        "repeatable, a row of a table each",
+    )
     parser.add_argument("--matrix", action="store_true", help="compare a built-in matrix of layouts, not a config")
     parser.add_argument("--full", action="store_true", help="with --matrix: all layouts, not a pairwise covering")
     parser.add_argument("--output", type=local_path, metavar="FILE", help="with --matrix: file for the table")
@@ -64,8 +78,12 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError("--matrix brings its own configs and layouts: remove --config, --layout and --set")
         rows = full_matrix() if options.full else pairwise_matrix() + expert_matrix()
         return _compare_matrix(rows, options.steps, options.output)
+    if options.hf:
+        if options.config or options.layout or options.overrides or options.full or options.output:
+            raise ConfigError("--hf brings its own configs and layouts: remove all options but --hf and --steps")
+        return _compare_classes(options)
     if options.config is None:
-        raise ConfigError("give --config FILE.py, or --matrix")
+        raise ConfigError("give --config FILE.py, --hf DIR, or --matrix")
     if options.full or options.output:
         raise ConfigError("--full and --output need --matrix")
     return _compare_config(options)
@@ -95,12 +113,41 @@ def _compare_config(options: argparse.Namespace) -> int:
     return 0 if is_equal else 1
 
 
+def _compare_classes(options: argparse.Namespace) -> int:
+    rows: list[ClassRow] = []
+    with TemporaryDirectory() as temporary, LocalRanks(2) as ranks, LocalRanks(1) as single:
+        options.config, options.world_size = Path(temporary) / "config.py", 2
+        for folder in options.hf:
+            options.config.write_text(config_text(folder.resolve(), packed=True), encoding="utf-8")
+            config = load_config(options.config, world_size=2).config
+            row = ClassRow(class_name(config), class_differences(small_copy(config.model)))
+            packs = row.differences.packed <= TOLERANCE
+            options.config.write_text(config_text(folder.resolve(), packed=packs), encoding="utf-8")
+            references: dict[str, Record] = {}
+            for column, layout in LAYOUTS.items():
+                row.add(column, partial(_verdict_of_layout, options, layout, ranks, single, references))
+            rows.append(row)
+            print("\n".join([str(row), *row.reasons]), flush=True)
+    print(f"\n{HEADER}", *rows, sep="\n")
+    return 0 if all(row.is_right for row in rows) else 1
+
+
+def _verdict_of_layout(
+    options: argparse.Namespace, layout: str, ranks: LocalRanks, single: LocalRanks, references: dict[str, Record]
+) -> Verdict:
+    (case,) = _cases(options, from_text(LayoutChoices, layout))
+    check_class(case.config, ParallelContext.create())
+    return _verdict(case, options.steps, ranks, single, references)
+
+
 def _cases(options: argparse.Namespace, layout: LayoutChoices | None) -> list[Case]:
     """The small copy of the user's run, in its own layout or the given one; a float8 run both without and with it."""
     values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
     # A router chooses: with another order of additions, rounding in fp32 may change an expert.
-    exposing = "torch.float64" if loaded.config.model.num_experts > 1 else "torch.float32"
+    model = loaded.config.model
+    routes = model.num_experts > 1 or (model.hf_class is not None and has_experts(model.hf_class))
+    exposing = "torch.float64" if routes else "torch.float32"
     configs = [shrink(loaded.config, None if options.keep_dtype else exposing)]
     if loaded.config.float8.enable_float8_linear:
         configs.append(shrink(loaded.config, float8=True))

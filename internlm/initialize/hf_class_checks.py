@@ -27,7 +27,7 @@ _LENGTHS = (11, 14)
 _STD = 0.15
 """Of the weights: large enough that every part of a layer changes its output."""
 
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 """Of the largest logit. Leaks and unknown factors of published classes are 0.01 and more, rounding in fp32 is 1e-5."""
 
 
@@ -37,10 +37,12 @@ class ClassDifferences(NamedTuple):
     Attributes:
         separate: of single documents.
         packed: of documents in one packed row.
+        staged: of documents that pass through two pipeline stages; infinite if the class does not run so.
     """
 
     separate: float
     packed: float
+    staged: float
 
 
 def check_class(config: Config, context: ParallelContext) -> list[str]:
@@ -50,7 +52,8 @@ def check_class(config: Config, context: ParallelContext) -> list[str]:
         One line if no small copy can be built or run, so that nothing was compared.
 
     Raises:
-        ConfigError: the logits differ; or those of packed documents do, and the run packs.
+        ConfigError: the logits differ; or those of packed documents do, and the run packs; or those of pipeline stages,
+            and it has them.
     """
     if config.model_type != HF_CLASS:
         return []
@@ -63,16 +66,22 @@ def check_class(config: Config, context: ParallelContext) -> list[str]:
         differences = class_differences(small_copy(config.model))
     except Exception as error:  # The code of any class runs here, with sizes that it may not be made for.
         return [f"{name} was not compared with itself: a small copy does not run ({type(error).__name__}: {error})"]
-    if not differences.separate <= _TOLERANCE:
+    if not differences.separate <= TOLERANCE:
         raise ConfigError(
             f"hf: the logits of a small {name} differ here from its own by {differences.separate:.1%}: it does "
             "something to its embedding, attention or logits that this project does not know, so its loss would be "
             "another one. Train it with transformers"
         )
-    if config.data.use_packed_dataset and not differences.packed <= _TOLERANCE:
+    if config.data.use_packed_dataset and not differences.packed <= TOLERANCE:
         raise ConfigError(
             f"data.use_packed_dataset = True: in {name}, packed documents change each other's logits by "
             f"{differences.packed:.1%}, since its layers carry a state from token to token; set it to False"
+        )
+    if config.parallel.pipeline.size > 1 and not differences.staged <= TOLERANCE:
+        raise ConfigError(
+            f"parallel.pipeline.size = {config.parallel.pipeline.size}: stages of {name} compute other logits than the "
+            f"whole model, by {differences.staged:.1%}: it does something to the input of its layers, such as adding "
+            "positions, which every stage would repeat; set it to 1"
         )
     return []
 
@@ -95,17 +104,36 @@ def class_differences(config: ModelConfig) -> ClassDifferences:
     Args:
         config: of a small model in fp32.
     """
-    with torch.device("meta"):
-        model = HfClassModel(config)
-    _draw_weights(model)
+    model = _small_model(config)
     ids = torch.randint(3, config.vocab_size, (1, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))
     documents = ids.split(_LENGTHS, 1)
     original = _original(config, model)
     expected = torch.cat([original(input_ids=document, use_cache=False).logits for document in documents], 1)
     separate = torch.cat([_logits(model, document, None) for document in documents], 1)
     packed = _logits(model, ids, VarlenMetadata.of(_LENGTHS))
+    try:
+        staged = torch.cat([_logits_of_stages(config, document) for document in documents], 1)
+    except Exception:  # A class may read what a stage does not have, in any way.
+        staged = torch.full_like(expected, float("inf"))
     scale = expected.abs().max()
-    return ClassDifferences(*(float((found - expected).abs().max() / scale) for found in (separate, packed)))
+    return ClassDifferences(*(float((found - expected).abs().max() / scale) for found in (separate, packed, staged)))
+
+
+def _small_model(config: ModelConfig) -> HfClassModel:
+    with torch.device("meta"):
+        model = HfClassModel(config)
+    _draw_weights(model)
+    return model
+
+
+def _logits_of_stages(config: ModelConfig, ids: Tensor) -> Tensor:
+    """As `_logits` of one document, by two pipeline stages."""
+    first, last = _small_model(config), _small_model(config)
+    middle = config.num_layers // 2
+    first.keep_stage(range(middle), is_first=True, is_last=False)
+    last.keep_stage(range(middle, config.num_layers), is_first=False, is_last=True)
+    positions = torch.arange(ids.shape[1]).unsqueeze(0)
+    return last.logits(last(first(ids, positions), positions))
 
 
 def _logits(model: HfClassModel, ids: Tensor, varlen: VarlenMetadata | None) -> Tensor:

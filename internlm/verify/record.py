@@ -170,7 +170,8 @@ def join(boxes_by_rank: list[list[TensorBox]], what: str, placements: dict[str, 
                 raise InconsistentRanksError(
                     f"{what} of {box.name}: shape {box.global_shape} on rank {rank}, {tensor.shape} on another"
                 )
-            present, owned = tensor[box.slices], owner[box.slices]
+            # The ellipsis makes a view of a scalar, too.
+            present, owned = tensor[*box.slices, ...], owner[*box.slices, ...]
             # Compare bits, not values: NaN equals itself, and 0 differs from -0.
             differs = (owned >= 0) & (present.view(np.int32) != box.values.view(np.int32))
             if differs.any():

@@ -10,6 +10,7 @@ from helpers.hf_classes import TINY
 from helpers.hf_runs import class_folder, hf_model_config
 
 from internlm.config.loader import load_config
+from internlm.config.schema import PipelineConfig
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.initialize.hf_class_checks import check_class, class_differences, small_copy
 from internlm.utils.errors import ConfigError
@@ -51,8 +52,20 @@ def test_a_state_from_token_to_token_is_refused_with_packing(tmp_path: Path, mon
 
 @pytest.mark.parametrize("family", sorted(TINY.keys() - {"mamba", "bloom"}))
 def test_tested_classes_compute_what_they_do_themselves(family: str, tmp_path: Path) -> None:
-    differences = class_differences(small_copy(hf_model_config(family, tmp_path)))
-    assert max(differences) < 2e-5
+    separate, packed, staged = class_differences(small_copy(hf_model_config(family, tmp_path)))
+    assert max(separate, packed) < 2e-5
+    # These add positions to the input of their layers, or multiply it.
+    assert (staged < 2e-5) == (family not in {"gpt2", "granite"})
+
+
+def test_stages_that_repeat_what_the_first_one_does_are_refused(tmp_path: Path) -> None:
+    config = load(tmp_path, "gpt2", True)
+    check(config)
+    piped = config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"pipeline": PipelineConfig(size=2)})}
+    )
+    with pytest.raises(ConfigError, match="stages of GPT2LMHeadModel compute other logits than the whole model"):
+        check(piped)
 
 
 def test_an_unknown_change_of_the_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

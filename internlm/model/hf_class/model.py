@@ -151,16 +151,25 @@ class HfClassModel(nn.Module):
                 setattr(stack, str(list(stack.children()).index(layer)), Absent())
         self.is_first, self.is_last = is_first, is_last
         embedding = self.embedding_name.removeprefix(f"{self.base_name}.")
-        behind = False
-        for name, child in list(self.base.named_children()):
-            is_stack = f"{self._layers_name}.".startswith(f"{name}.")
-            if not is_last and behind and _has_weights(child):
+        if not is_last:
+            for name in self._names_behind_layers():
                 setattr(self.base, name, Absent())
-            behind = behind or is_stack
         if not is_first and not (is_last and self.has_tied_head):
             self.base.set_submodule(embedding, Absent())
         if not is_last:
             setattr(self, self.head_name, Absent())
+
+    def _names_behind_layers(self) -> list[str]:
+        """The children of the base model that the residual stream passes behind the layers: the final norm.
+
+        The pipeline plan of the class names them; without one, they are those with weights.
+        """
+        stack = self._layers_name.partition(".")[0]
+        plan = list(getattr(self.hf_config, "base_model_pp_plan", None) or ())
+        children = [name for name, _ in self.base.named_children()]
+        behind = children[children.index(stack) + 1 :]
+        planned = plan[plan.index(stack) + 1 :] if stack in plan else []
+        return [name for name in behind if name in planned or _has_weights(self.base.get_submodule(name))]
 
     def notices(self, tensor: int, mode: str) -> list[str]:
         """What a layout or the class does unlike others, one line each.
