@@ -27,12 +27,14 @@ def main() -> int:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Print one table of the first evaluations and one of the last; with `--plot`, draw both; returns the exit code."""
+    from internlm.utils.paths import local_path
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "runs", nargs="+", metavar="NAME=DIR", help="run directories with metrics.jsonl, and their names"
     )
     parser.add_argument("--set", help="validation set (default: the only one)")
-    parser.add_argument("--plot", type=Path, help="file of the plot, such as loss.svg; needs matplotlib")
+    parser.add_argument("--plot", type=local_path, help="file of the plot, such as loss.svg; needs matplotlib")
     parser.add_argument("--titles", nargs=2, default=("first evaluation", "last evaluation"), help="of the two plots")
     options = parser.parse_args(arguments)
     first: dict[str, Curve] = {}

@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from internlm.commands.config_options import add_config_options
-from internlm.config.hf_class import has_experts
 from internlm.config.loader import load_config
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.initialize.build import check_buildable
@@ -49,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dtype",
         action="store_true",
-        help="compute in model.dtype (default: float32, which exposes small defects; with float8 or experts: float64); "
+        help="compute in model.dtype (default: float32, which exposes small defects; with float8, experts or "
+        "classes of transformers: float64); "
         "experts are then those of one process, as rounding may change the choice of a router",
     )
     parser.add_argument(
@@ -144,10 +144,11 @@ def _cases(options: argparse.Namespace, layout: LayoutChoices | None) -> list[Ca
     """The small copy of the user's run, in its own layout or the given one; a float8 run both without and with it."""
     values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
-    # A router chooses: with another order of additions, rounding in fp32 may change an expert.
+    # A router chooses: with another order of additions, rounding in fp32 may change an expert. Code of transformers may
+    # choose too, or amplify rounding.
     model = loaded.config.model
-    routes = model.num_experts > 1 or (model.hf_class is not None and has_experts(model.hf_class))
-    exposing = "torch.float64" if routes else "torch.float32"
+    chooses = model.num_experts > 1 or model.hf_class is not None
+    exposing = "torch.float64" if chooses else "torch.float32"
     configs = [shrink(loaded.config, None if options.keep_dtype else exposing)]
     if loaded.config.float8.enable_float8_linear:
         configs.append(shrink(loaded.config, float8=True))

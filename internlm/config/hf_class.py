@@ -105,11 +105,6 @@ def small_sizes(*, heads: int, kv_heads: int, layers: int, window: int, head_dim
     }
 
 
-def has_experts(hf_class: Mapping[str, Any]) -> bool:
-    """Whether the config of a class has experts, between which a router chooses."""
-    return any(hf_class["config"].get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-
-
 def resized_model_section(hf_class: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of the model section for the same class with other sizes; for `internlm verify`.
 

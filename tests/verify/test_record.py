@@ -41,6 +41,12 @@ def test_boxes_make_the_whole() -> None:
     assert (record.steps[0].loss, record.steps[0].grad_norm) == (1.0, 2.0)
 
 
+def test_a_scalar_is_joined() -> None:
+    box = TensorBox("w", (), (), np.array(2.5, dtype=np.float32))
+    whole = join_ranks([rank(box), rank(box)]).initial["w"]
+    assert whole.shape == () and whole == 2.5
+
+
 def test_a_part_on_no_rank_is_an_error() -> None:
     with pytest.raises(InconsistentRanksError, match="w: 3 of 12 elements are on no rank"):
         join_ranks([rank(rows(0, 2)), rank(rows(3, 4))])

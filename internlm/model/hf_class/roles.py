@@ -88,6 +88,11 @@ def _split_block(base: nn.Module, block: str, plan: Mapping[str, str], *, is_att
         if role is None:
             return None
         roles[name] = role
+    # Others are applied to split channels, so that each rank would have a part of their gradient only.
+    if any(
+        name.rpartition(".")[0] not in roles for name, _ in base.get_submodule(block).named_parameters(prefix=block)
+    ):
+        return None
     kinds = set(roles.values())
     has_both = bool(kinds & {Role.ROW, Role.ATTENTION_OUT}) and len(kinds) > 1
     return roles if has_both else None
