@@ -171,7 +171,8 @@ def join(boxes_by_rank: list[list[TensorBox]], what: str, placements: dict[str, 
                     f"{what} of {box.name}: shape {box.global_shape} on rank {rank}, {tensor.shape} on another"
                 )
             # The ellipsis makes a view of a scalar, too.
-            present, owned = tensor[*box.slices, ...], owner[*box.slices, ...]
+            part = (*box.slices, ...)
+            present, owned = tensor[part], owner[part]
             # Compare bits, not values: NaN equals itself, and 0 differs from -0.
             differs = (owned >= 0) & (present.view(np.int32) != box.values.view(np.int32))
             if differs.any():
