@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,7 +172,7 @@ def join(boxes_by_rank: list[list[TensorBox]], what: str, placements: dict[str, 
                     f"{what} of {box.name}: shape {box.global_shape} on rank {rank}, {tensor.shape} on another"
                 )
             # The ellipsis makes a view of a scalar, too.
-            part = (*box.slices, ...)
+            part: tuple[Any, ...] = (*box.slices, ...)
             present, owned = tensor[part], owner[part]
             # Compare bits, not values: NaN equals itself, and 0 differs from -0.
             differs = (owned >= 0) & (present.view(np.int32) != box.values.view(np.int32))
