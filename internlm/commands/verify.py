@@ -24,7 +24,7 @@ from internlm.verify.ranks import LocalRanks, RankFailedError
 from internlm.verify.record import InconsistentRanksError, Record
 from internlm.verify.report import Verdict, judge, matrix_table, steps_table
 from internlm.verify.run import DEFAULT_STEPS
-from internlm.verify.shrink import shrink
+from internlm.verify.shrink import left_out, shrink
 
 LARGEST_WORLD = 32
 """Maximum number of ranks. Each is a process on this machine."""
@@ -92,18 +92,18 @@ def run(options: argparse.Namespace) -> int:
 def _compare_config(options: argparse.Namespace) -> int:
     layouts: list[LayoutChoices | None] = [from_text(LayoutChoices, text) for text in options.layout] or [None]
     # Check all cases before any of them runs.
-    cases = [case for layout in layouts for case in _cases(options, layout)]
+    cases = [pair for layout in layouts for pair in _cases(options, layout)]
     is_equal = True
     with (
         LocalRanks(options.world_size, options.config) as ranks,
         LocalRanks(1, options.config) as single,
     ):
-        for case in cases:
+        for case, left_out_lines in cases:
             layout = to_text(LayoutChoices.of(case.config)) or "data parallel"
             numerics = "; float8, in float64" if case.config.float8.enable_float8_linear else ""
             if case.needs_replay:
                 numerics += f"; {case.config.model.dtype.removeprefix('torch.')}, with the routing of one process"
-            print(f"{case.world_size} rank(s), {layout}{numerics}", flush=True)
+            print(f"{case.world_size} rank(s), {layout}{numerics}", *left_out_lines, sep="\n", flush=True)
             verdict = _verdict(case, options.steps, ranks, single, {})
             if verdict.steps:
                 print(steps_table(verdict))
@@ -135,13 +135,16 @@ def _compare_classes(options: argparse.Namespace) -> int:
 def _verdict_of_layout(
     options: argparse.Namespace, layout: str, ranks: LocalRanks, single: LocalRanks, references: dict[str, Record]
 ) -> Verdict:
-    (case,) = _cases(options, from_text(LayoutChoices, layout))
+    ((case, _),) = _cases(options, from_text(LayoutChoices, layout))
     check_class(case.config, ParallelContext.create())
     return _verdict(case, options.steps, ranks, single, references)
 
 
-def _cases(options: argparse.Namespace, layout: LayoutChoices | None) -> list[Case]:
-    """The small copy of the user's run, in its own layout or the given one; a float8 run both without and with it."""
+def _cases(options: argparse.Namespace, layout: LayoutChoices | None) -> list[tuple[Case, list[str]]]:
+    """The small copy of the user's run, in its own layout or the given one; a float8 run both without and with it.
+
+    With each comes what is not compared.
+    """
     values = {f"--layout {to_text(layout)}": layout.keys()} if layout is not None else {}
     loaded = load_config(options.config, options.overrides, world_size=options.world_size, options=values)
     # A router chooses: with another order of additions, rounding in fp32 may change an expert. Code of transformers may
@@ -154,7 +157,13 @@ def _cases(options: argparse.Namespace, layout: LayoutChoices | None) -> list[Ca
         configs.append(shrink(loaded.config, float8=True))
     for config in configs:
         check_buildable(config, options.world_size)
-    return [Case(config, options.world_size, BatchChoices(packed=config.data.use_packed_dataset)) for config in configs]
+    return [
+        (
+            Case(config, options.world_size, BatchChoices(packed=config.data.use_packed_dataset)),
+            left_out(loaded.config, config),
+        )
+        for config in configs
+    ]
 
 
 def _compare_matrix(combinations: Iterable[Combination], steps: int, output: Path | None) -> int:

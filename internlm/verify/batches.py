@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from internlm.data.batch import IGNORE_INDEX, Batch, MicroBatch
+from internlm.data.packing.image_placeholders import IMAGE_FEATURES
 from internlm.verify.case import Case
+from internlm.verify.vision import draw_pictures, draw_pixels, feature_indices
 
 UNEVEN_SHARES = (0.0, 0.9, 0.5, 0.2)
 """Masked share of the labels, by micro-batch number modulo 4."""
@@ -54,8 +56,9 @@ def _micro_batch(case: Case, index: int) -> MicroBatch:
     labels[_mask(case, index, labels, generator)] = IGNORE_INDEX
     position_ids = torch.zeros_like(labels)
     is_padding = torch.zeros_like(labels, dtype=torch.bool)
-    start = 0
+    start, documents_at = 0, []
     for length in lengths:
+        documents_at.append((start, length))
         position_ids[start : start + length] = torch.arange(length)
         labels[start + length - 1] = IGNORE_INDEX  # the next token belongs to another document
         start += length
@@ -65,8 +68,15 @@ def _micro_batch(case: Case, index: int) -> MicroBatch:
             is_padding[start:end] = True
             start = end
     ends = torch.tensor((0, *lengths)).cumsum(0)
+    ids, extra = tokens[:-1], {}
+    pictures = draw_pictures(case, index, documents_at, generator)
+    if data.is_multimodal:
+        indices = feature_indices(case, pictures, len(ids))
+        ids = ids.masked_fill(indices >= 0, 0)
+        labels[:-1][indices[1:] >= 0] = IGNORE_INDEX  # placeholders are not predicted
+        extra[IMAGE_FEATURES] = indices.view(rows, width)
     return MicroBatch(
-        input_ids=tokens[:-1].view(rows, width),
+        input_ids=ids.view(rows, width),
         labels=labels.view(rows, width),
         position_ids=position_ids.view(rows, width),
         type_ids=torch.zeros(rows, width, dtype=torch.int64),
@@ -75,6 +85,8 @@ def _micro_batch(case: Case, index: int) -> MicroBatch:
         num_valid_tokens=int((labels != IGNORE_INDEX).sum()),
         is_padding=is_padding.view(rows, width) if is_padding.any() else None,
         num_padding_tokens=int(is_padding.sum()),
+        extra=extra,
+        images=draw_pixels(len(pictures), generator),
     )
 
 

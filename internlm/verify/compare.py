@@ -11,6 +11,7 @@ import torch
 
 from internlm.verify.case import Case
 from internlm.verify.record import Array, Record
+from internlm.verify.vision import num_vision_layers
 
 # Successive GEMMs, element-wise operations and reductions from a layer's input to its output (norm, projection, rotary,
 # scores, softmax, weighting, projection, sum; norm, projection, gate, projection, sum), and about twice as many in
@@ -77,7 +78,7 @@ def tolerance_of(case: Case) -> Tolerance:
     config = case.config
     dtype = config.model.torch_dtype
     terms = case.num_micro_batches * config.data.packed_length * config.model.num_attention_heads
-    num_layers = config.model.num_layers + config.model.num_nextn_predict_layers
+    num_layers = config.model.num_layers + config.model.num_nextn_predict_layers + num_vision_layers(config)
     gradient = rounding_of_gradients(dtype, num_layers, terms)
     if config.reduce_comm_dtype not in (None, "torch.float32"):
         # Each gradient is rounded once more when it enters a sum over ranks, and after every addition.
@@ -252,7 +253,9 @@ def _term_size(name: str, gradients: Mapping[str, Array]) -> float:
     ignores. What remains is the rounding of the terms.
     """
     weight = gradients.get(f"{name.removesuffix('.bias')}.weight") if name.endswith(".bias") else None
-    return 0.0 if weight is None or weight.ndim < 2 else float(np.linalg.norm(weight)) / math.sqrt(weight.shape[1])
+    if weight is None or weight.ndim < 2:
+        return 0.0
+    return float(np.linalg.norm(weight)) / math.sqrt(math.prod(weight.shape[1:]))
 
 
 def _relative(values: Array | None, expected: Array, smallest: float = 0.0) -> float:

@@ -24,6 +24,7 @@ from internlm.verify.case import (
     needed_micro_batches,
 )
 from internlm.verify.choices import FLOAT8_LATENT_KEYS, LATENT_KEYS, LayoutChoices
+from internlm.verify.vision import small_vision_keys
 
 LARGEST_GROUP_OF_HEADS = 4
 WINDOW = 6
@@ -92,6 +93,8 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
         keys["model.checkpoint_budget"] = None
         sizes = small_sizes(heads=small_heads, kv_heads=small_kv, layers=max(4, chunks), window=WINDOW)
         keys |= {f"model.{key}": value for key, value in resized_model_section(model.hf_class, sizes).items()}
+    if config.model_type == "LLAVA":
+        keys |= small_vision_keys(config, keys["model.hidden_size"], keys["model.vocab_size"])
     if dtype is not None:
         keys["model.dtype"] = dtype
     if float8:
@@ -106,6 +109,30 @@ def shrink(config: Config, dtype: str | None = "torch.float32", *, float8: bool 
     return changed(small, {"optimizer.groups": _matching_groups(small)}) if config.optimizer.groups else small
 
 
+def left_out(config: Config, small: Config) -> list[str]:
+    """What of a run its small copy does not have, and what of the copy has no gradient to compare; one line each.
+
+    Args:
+        config: a checked config.
+        small: the copy that `shrink` made of it.
+    """
+    names = [name for name, _ in build_meta_model(small).named_parameters()]
+    kept = {group.match for group in small.optimizer.groups}
+    lines = [
+        f"optimizer.groups: {group.match!r} is left out: it applies to no parameter of the small copy, or freezes all"
+        for group in config.optimizer.groups
+        if group.match not in kept
+    ]
+    if config.model.checkpoint_budget is not None:
+        lines.append("model.checkpoint_budget is left out: so small a model never exceeds it")
+    if config.model_type == "LLAVA" and not config.data.is_multimodal:
+        lines.append("batches without pictures, as data.is_multimodal is not set")
+    num_frozen = sum(is_frozen(name, parameter_groups(small)) for name in names)
+    if num_frozen:
+        lines.append(f"{num_frozen} of {len(names)} tensors are frozen: weights are compared, and there is no gradient")
+    return lines
+
+
 def _matching_groups(small: Config) -> list[dict[str, Any]]:
     """The parameter groups that apply to a parameter of the small model; none if they would freeze all parameters."""
     names = [name for name, _ in build_meta_model(small).named_parameters()]
@@ -113,7 +140,8 @@ def _matching_groups(small: Config) -> list[dict[str, Any]]:
     groups = [group for group in groups if any(group_of(name, groups) is group for name in names)]
     if all(is_frozen(name, groups) for name in names):
         return []
-    return [asdict(group) for group in groups]
+    own = {group.match for group in small.optimizer.groups}
+    return [asdict(group) for group in groups if group.match in own]
 
 
 def _multiple(number: int, divisor: int) -> int:
