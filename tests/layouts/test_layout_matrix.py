@@ -2,7 +2,8 @@
 every option occurs, are left and taken up again too.
 
 What a layout saved is loaded by one process, and what one process saved by the layout, both exactly; so any layout of
-the matrix loads what any other saved. `INTERNLM_FULL_MATRIX=1` leaves and takes up every layout, which takes hours.
+the matrix loads what any other saved. In every run, that third, and all layouts of up to four ranks; with
+`INTERNLM_FULL_MATRIX=1` every layout of the full matrix is left and taken up, which takes hours.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ COMBINATIONS = pairwise_matrix()
 RESUMED = full_matrix() if os.environ.get("INTERNLM_FULL_MATRIX") else COMBINATIONS[::3]
 
 
-@pytest.mark.parametrize("combination", [each for each in COMBINATIONS if each not in RESUMED], ids=str)
+SMALL = [each for each in COMBINATIONS if each.ranks <= 4 and each not in RESUMED]
+
+
+@pytest.mark.parametrize("combination", SMALL, ids=str)
 def test_a_layout_trains(combination: Combination, ranks: Ranks) -> None:
     """As one process does: loss, gradient norm, every gradient and every weight of every step."""
     verdict = verdict_of(str(combination), ranks)
