@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 
 import torch
 
+from internlm.convert.check_export import check_export, check_prerequisites
+from internlm.convert.findings import Finding, has_failed
 from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.from_internevo import import_internevo
 from internlm.convert.internevo_run import schedule_differences
+from internlm.convert.model_card import add_checks
 from internlm.convert.to_hf import convert_to_hf
 from internlm.convert.upcycle import Upcycling, upcycle
 from internlm.initialize.build_schedules import build_schedules
@@ -56,20 +60,41 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
         "the run)",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="then compare logits and tokenizer of the folder, as transformers loads it, with those of the checkpoint, "
+        "and write the results into its README.md; exit code 1 if they differ. Needs the memory of two copies of the "
+        "model in fp32, 8 bytes a parameter",
+    )
     parser.set_defaults(convert=_to_hf)
 
 
 def _to_hf(options: argparse.Namespace) -> int:
-    convert_to_hf(
+    out = storage_path(options.out)
+    if options.check:
+        check_prerequisites(out, options.layout)
+    exported = convert_to_hf(
         storage_path(options.ckpt),
-        storage_path(options.out),
+        out,
         layout=options.layout,
         dtype=DTYPES.get(options.dtype),
         max_shard_bytes=parse_size(options.max_shard_size),
         tokenizer=False if options.no_tokenizer else storage_path(options.tokenizer) if options.tokenizer else None,
     )
     print(options.out)
-    return 0
+    if not options.check:
+        return 0
+    findings = check_export(exported.checkpoint, out.local, exported.tokenizer)
+    add_checks(out, findings)
+    return _report(findings)
+
+
+def _report(findings: Sequence[Finding]) -> int:
+    """Print findings; returns the exit code."""
+    for finding in findings:
+        print(finding)
+    return int(has_failed(findings))
 
 
 def _add_from_hf(parser: argparse.ArgumentParser) -> None:

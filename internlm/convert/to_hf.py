@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
 from internlm.checkpoint.manifest import find_damage, read_manifest
 from internlm.checkpoint.reading import read_config
 from internlm.checkpoint.run_state import MODEL_PREFIX
@@ -23,30 +22,25 @@ from internlm.config.schema import Config
 from internlm.config.schema.root import HF_CLASS
 from internlm.convert.from_hf import decoder_of
 from internlm.convert.hf_class_weights import exported_config, exported_tensors
-from internlm.convert.hf_folder import CONFIG, HF_FILES, SAFETENSORS, SAFETENSORS_INDEX, layer_of, meta_weights
+from internlm.convert.hf_folder import CONFIG, SAFETENSORS, SAFETENSORS_INDEX, layer_of, meta_weights
 from internlm.convert.lazy import grouped_readers
 from internlm.convert.llava_folder import with_file_names
+from internlm.convert.model_card import MODEL_CARD, model_card
 from internlm.convert.multi_token_copies import copies, has_multi_token_form
+from internlm.convert.run_tokenizer import files_to_export, tokenizer_of_run
 from internlm.convert.safetensors_file import shard, write_safetensors
-from internlm.convert.tokenizer_files import (
-    TokenizerFiles,
-    equivalent_files,
-    generation_config,
-    imported_files,
-    tokenizer_files,
-    with_generation_config,
-)
-from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
+from internlm.convert.tokenizer_files import TokenizerFiles, equivalent_files
 from internlm.data.tokenize.special_tokens import GENERATION
+from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
 from internlm.model.huggingface.llava_config import llava_config_json
 from internlm.model.huggingface.to_config import published_config_json, transformers_config_json, weight_layout
 from internlm.model.huggingface.weight_names import SELECTION_BIAS, Layout, to_hf, weight_groups
 from internlm.model.llava.model import Llava
-from internlm.utils.errors import CheckpointError, DataError
+from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import get_logger
-from internlm.utils.storage import StoragePath, storage_path
+from internlm.utils.storage import StoragePath
 
 logger = get_logger(__name__)
 
@@ -54,6 +48,19 @@ SHARD_BYTES = 5_000_000_000
 """Default size of a weight file, as in transformers."""
 
 LayoutChoice = Literal["transformers", "published"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a folder was made of.
+
+    Attributes:
+        checkpoint: the source of the weights.
+        tokenizer: that of the training data; None: it is not known.
+    """
+
+    checkpoint: StoragePath
+    tokenizer: TextTokenizer | None
 
 
 def convert_to_hf(
@@ -64,7 +71,7 @@ def convert_to_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     tokenizer: StoragePath | Literal[False] | None = None,
-) -> None:
+) -> Exported:
     """Write a Hugging Face folder.
 
     On a disk the folder gets its final name once it is complete. In an object store config.json, without which nothing
@@ -80,6 +87,9 @@ def convert_to_hf(
         tokenizer: None exports the files that the checkpoint was imported with, else those of data.tokenizer_path of
             the run; False exports none.
 
+    Returns:
+        What was exported.
+
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, `out` is not empty, or transformers gives other ids
             than the tokenizer of the training data, in every form of its files.
@@ -87,23 +97,33 @@ def convert_to_hf(
     """
     if out.is_file() or out.names():
         raise CheckpointError(f"'{out}' is not empty; give another --out")
-    source = resolve(checkpoint)
-    manifest = read_manifest(source)
-    damage = find_damage(source, manifest) if manifest else []
-    if damage:
-        raise CheckpointError(f"the checkpoint '{source}' is damaged: {'; '.join(damage)}")
+    source = undamaged(checkpoint)
     if not out.is_local:
-        _write(source, out, layout, dtype, max_shard_bytes, tokenizer)
-        return
+        return _write(source, out, layout, dtype, max_shard_bytes, tokenizer)
     temporary = out.parent / f".writing-{out.name}"
     temporary.remove()
     try:
-        _write(source, temporary, layout, dtype, max_shard_bytes, tokenizer)
+        exported = _write(source, temporary, layout, dtype, max_shard_bytes, tokenizer)
         out.remove()
         temporary.rename_to(out)
     except BaseException:
         temporary.remove()
         raise
+    return exported
+
+
+def undamaged(checkpoint: StoragePath) -> StoragePath:
+    """The checkpoint, or the newest complete one of a save folder, after a comparison with its checksums.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    source = resolve(checkpoint)
+    manifest = read_manifest(source)
+    damage = find_damage(source, manifest) if manifest else []
+    if damage:
+        raise CheckpointError(f"the checkpoint '{source}' is damaged: {'; '.join(damage)}")
+    return source
 
 
 def export_next_to(checkpoint: StoragePath) -> None:
@@ -133,7 +153,7 @@ def check_exportable(config: Config, layout: LayoutChoice = "transformers") -> N
     """
     is_class = config.model_type == HF_CLASS
     values = exported_config(config) if is_class else _config_json(config, decoder_of(config), layout)
-    equivalent_files(_tokenizer_of_run(config), values, with_code=layout == "published")
+    equivalent_files(tokenizer_of_run(config), values, with_code=layout == "published")
 
 
 def _write(
@@ -143,12 +163,11 @@ def _write(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     tokenizer: StoragePath | Literal[False] | None,
-) -> None:
+) -> Exported:
     config = read_config(checkpoint)
     if config.model_type == HF_CLASS:
         values, tensors = exported_config(config), exported_tensors(TensorReader(checkpoint), dtype)
-        _write_folder(checkpoint, out, config, layout, dtype, max_shard_bytes, tokenizer, values, tensors)
-        return
+        return _write_folder(checkpoint, out, config, layout, dtype, max_shard_bytes, tokenizer, values, tensors)
     model = decoder_of(config)
     architecture = model.architecture
     left_out = range(0) if has_multi_token_form(architecture) else architecture.multi_token_layers
@@ -171,7 +190,7 @@ def _write(
     tensors = hf_tensors(TensorReader(checkpoint), architecture, names, dtype, left_out, vision)
     if vision:
         tensors = with_file_names(tensors)
-    _write_folder(checkpoint, out, config, layout, dtype, max_shard_bytes, tokenizer, values, tensors)
+    return _write_folder(checkpoint, out, config, layout, dtype, max_shard_bytes, tokenizer, values, tensors)
 
 
 def _write_folder(
@@ -184,10 +203,11 @@ def _write_folder(
     tokenizer: StoragePath | Literal[False] | None,
     values: dict[str, Any],
     tensors: Mapping[str, LazyTensor],
-) -> None:
-    """Write weights, tokenizer and `values` as config.json."""
-    exported = _side_files(checkpoint, config, layout, tokenizer) if tokenizer is not False else TokenizerFiles()
-    _check_trained_with(checkpoint, exported)
+) -> Exported:
+    """Write weights, tokenizer, model card, and `values` as config.json."""
+    exported = TokenizerFiles()
+    if tokenizer is not False:
+        exported = files_to_export(checkpoint, config, tokenizer, with_code=layout == "published")
     values |= exported.ids
     files = equivalent_files(exported, values, with_code=layout == "published")
     if dtype is not None:
@@ -200,7 +220,9 @@ def _write_folder(
         (out / name).write_bytes(data)
     if exported.ids and GENERATION not in files:
         _write_json(out / GENERATION, {"_from_model_config": True, **exported.ids})
+    (out / MODEL_CARD).write_bytes(model_card(checkpoint, config, values, tensors).encode())
     _write_json(out / CONFIG, values)
+    return Exported(checkpoint, exported.tokenizer)
 
 
 def hf_tensors(
@@ -278,41 +300,6 @@ def _config_json(
         return llava_config_json(model, config.model)
     make = published_config_json if layout == "published" else transformers_config_json
     return make(architecture or model.architecture, config.model_type)
-
-
-def _side_files(
-    checkpoint: StoragePath, config: Config, layout: LayoutChoice, tokenizer: StoragePath | None
-) -> TokenizerFiles:
-    if tokenizer is not None:
-        return with_generation_config(tokenizer_files(tokenizer), generation_config(checkpoint))
-    imported = imported_files(checkpoint / HF_FILES, with_code=layout == "published")
-    if set(imported.files) - {GENERATION}:
-        return imported
-    return with_generation_config(_tokenizer_of_run(config), generation_config(checkpoint))
-
-
-def _check_trained_with(checkpoint: StoragePath, exported: TokenizerFiles) -> None:
-    known = trained_with(checkpoint)
-    if known is None or exported.tokenizer is None:
-        return
-    found = KnownTokenizer(tokenizer_fingerprint(exported.tokenizer), exported.where, exported.tokenizer.vocab_size)
-    if not same_ids(known.fingerprint, found.fingerprint):
-        raise CheckpointError(
-            f"'{checkpoint}' was trained on the ids of another tokenizer: {known.against(found)}. Give that one with "
-            "--tokenizer, or --no-tokenizer"
-        )
-
-
-def _tokenizer_of_run(config: Config) -> TokenizerFiles:
-    path = config.data.tokenizer_path
-    if path is None:
-        return TokenizerFiles()
-    try:
-        return tokenizer_files(storage_path(Path(path)))
-    except (CheckpointError, DataError) as error:
-        # Weights are useful without a tokenizer, whose folder may have been moved since the run.
-        logger.warning("the weights are exported without a tokenizer: data.tokenizer_path: %s", error)
-        return TokenizerFiles()
 
 
 def _write_weights(out: StoragePath, tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> None:

@@ -222,7 +222,7 @@ def _refusal(where: str, difference: str) -> str:
 
 def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: TextTokenizer) -> str | None:
     """Describe how transformers' reading of the files differs from `trained`; None if it does not."""
-    with tempfile.TemporaryDirectory() as folder, _quiet_transformers():
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         copy = _write({**files, CONFIG: json.dumps(config, default=str).encode()}, Path(folder))
         try:
             theirs = TransformersTokenizer(copy, trust_remote_code=False)
@@ -246,7 +246,7 @@ def _difference(files: Mapping[str, bytes], config: Mapping[str, Any], trained: 
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Suppress transformers' warnings about files that are only compared."""
     from transformers.utils import logging as library
 

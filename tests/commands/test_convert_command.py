@@ -56,7 +56,12 @@ def test_files_beside_the_weights_come_along(tmp_path: Path) -> None:
     (tmp_path / "theirs" / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 5], "pad_token_id": 3}))
     assert main(["convert", "from-hf", "--hf", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
     assert main(["convert", "to-hf", "--ckpt", str(tmp_path / "ours"), "--out", str(tmp_path / "back")]) == 0
-    assert {path.name for path in (tmp_path / "back").iterdir()} == {*kept, "config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {
+        *kept,
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
     for name, text in kept.items():
         assert (tmp_path / "back" / name).read_text() == text
     back = json.loads((tmp_path / "back" / "config.json").read_text())

@@ -12,17 +12,16 @@ import pytest
 import torch
 import transformers
 from helpers.hf_folders import assert_same_logits, assert_same_tensors, load_native, random_tokens, tensors_of
-from helpers.model import TINY, tiny_model
+from helpers.model import tiny_model
 from helpers.pages import ROOT
+from helpers.tiny_checkpoints import save, write
 
-from internlm.checkpoint.tensor_files import write_weights
-from internlm.checkpoint.weight_source import LazyTensor
 from internlm.config.schema import Config
 from internlm.convert.to_hf import check_exportable, convert_to_hf, export_next_to
 from internlm.model.huggingface.to_config import weight_layout
 from internlm.model.huggingface.weight_names import to_hf
 from internlm.utils.errors import CheckpointError, ConfigError
-from internlm.utils.storage import StoragePath, storage_path
+from internlm.utils.storage import storage_path
 
 GQA = {"num_kv_attention_heads": 2}
 FUSED = {"enable_qkv_fusion": True, "mlp_layer_fusion": True}
@@ -51,33 +50,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("QWEN3MOE", {**GQA, **EXPERTS, "head_dim": 10}),
     "heads-that-do-not-divide": ("INTERNLM2", {"hidden_size": 50, "head_dim": 8, **GQA}),
 }
-
-
-def save(folder: Path, model_type: str, **keys: Any) -> tuple[Any, StoragePath]:
-    """A checkpoint with a tiny model of random weights; returns both."""
-    model = tiny_model(model_type, **keys)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-    return model, write(folder, model, model_type, **keys)
-
-
-def write(
-    folder: Path | StoragePath, model: torch.nn.Module, model_type: str, data: Any = None, **keys: Any
-) -> StoragePath:
-    config = Config.model_validate(
-        {
-            "model_type": model_type,
-            "model": {**TINY, **keys},
-            "data": {"seq_len": 8, "micro_bsz": 1, "total_steps": 1, **(data or {})},
-        }
-    )
-    tensors = {
-        name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
-        for name, tensor in model.state_dict().items()
-    }
-    return write_weights(storage_path(folder), tensors, config=config)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
