@@ -139,12 +139,27 @@ PARTS_OF_EXPERTS: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 """What is drawn instead for a mixture of experts, in float64."""
 
+PARTS_OF_PICTURES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "model": {
+        "family": ("LLAVA",),
+        "tower": ("clip", "clip_with_class", "siglip"),
+        "projector": ("mlp2x_gelu", "mlp2x_gelu", "linear", "identity"),
+        "multi_token": (0,),
+        "save_policy": ("nothing", "attention", "matmuls"),
+    },
+    "stepping": {"groups": ("none", "projector", "tower", "tower", "frozen_ends", "frozen_layer", "factors")},
+}
+"""What is drawn instead for a model that reads pictures."""
 
-def combinations(random: Random, share_of_experts: float) -> Iterator[Combination]:
-    """Valid combinations without end; a share of them are mixtures of experts."""
+
+def combinations(random: Random, share_of_experts: float, share_of_pictures: float) -> Iterator[Combination]:
+    """Valid combinations without end; a share of them are mixtures of experts, and a share read pictures."""
     while True:
         ranks = random.choice((1, 2, 4, 4, 8, 8))
-        instead = PARTS_OF_EXPERTS if random.random() < share_of_experts else {}
+        drawn = random.random()
+        instead = PARTS_OF_EXPERTS if drawn < share_of_experts else {}
+        if share_of_experts <= drawn < share_of_experts + share_of_pictures:
+            instead = PARTS_OF_PICTURES
         parts: dict[str, Any] = {
             name: cls(**{field: random.choice(values) for field, values in (options | instead.get(name, {})).items()})
             for name, (cls, options) in PARTS.items()
@@ -209,13 +224,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="how long (default: 60)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random layouts (default: 0)")
     parser.add_argument("--experts", type=float, default=0.4, metavar="P", help="share of mixtures (default: 0.4)")
+    parser.add_argument("--pictures", type=float, default=0.15, metavar="P", help="share with pictures (default: 0.15)")
     parser.add_argument("--case", metavar="LINE", help="try only this one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     trials, failures, number = Trials(), 0, 0
     started = time.monotonic()
     drawn = (
-        iter([Combination.parse(options.case)]) if options.case else combinations(Random(options.seed), options.experts)
+        iter([Combination.parse(options.case)])
+        if options.case
+        else combinations(Random(options.seed), options.experts, options.pictures)
     )
     try:
         for combination in drawn:

@@ -69,9 +69,9 @@ def _micro_batch(case: Case, index: int) -> MicroBatch:
             start = end
     ends = torch.tensor((0, *lengths)).cumsum(0)
     ids, extra = tokens[:-1], {}
-    pictures = draw_pictures(case, index, documents_at, generator)
+    pictures = draw_pictures(case.config, index, documents_at, generator)
     if data.is_multimodal:
-        indices = feature_indices(case, pictures, len(ids))
+        indices = feature_indices(case.config, pictures, len(ids))
         ids = ids.masked_fill(indices >= 0, 0)
         labels[:-1][indices[1:] >= 0] = IGNORE_INDEX  # placeholders are not predicted
         extra[IMAGE_FEATURES] = indices.view(rows, width)

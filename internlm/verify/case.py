@@ -29,6 +29,7 @@ from internlm.verify.choices import (
     from_text,
     to_text,
 )
+from internlm.verify.vision import vision_keys
 
 # A step of AdamW is lr * m / (sqrt(v) + eps). With the usual eps of 1e-8 an element whose exact gradient is 0 moves by
 # lr in the direction of its rounding error, so two correct runs diverge. With an eps as large as the gradients the
@@ -170,6 +171,19 @@ class Combination:
         if self.model.float8 and gathers_latents:
             # One process rounds the sum of what context ranks round.
             found.append("float8 of latent attention is not comparable: context ranks round parts of gradients")
+        found += self._vision_problems()
+        return found
+
+    def _vision_problems(self) -> list[str]:
+        """Why choices for a vision tower or a projector would have no effect."""
+        plain, is_read = ModelChoices(), self.model.family == "LLAVA"
+        found = []
+        if not is_read and (self.model.tower, self.model.projector) != (plain.tower, plain.projector):
+            found.append("only the family LLAVA has a vision tower and a projector")
+        if self.stepping.groups in ("projector", "tower") and not is_read:
+            found.append(f"groups={self.stepping.groups} needs the family LLAVA")
+        if self.stepping.groups == "projector" and self.model.projector == "identity":
+            found.append("groups=projector needs a projector with weights")
         return found
 
     def case(self) -> Case:
@@ -254,6 +268,8 @@ def _model_keys(model: ModelChoices, layout: LayoutChoices) -> dict[str, Any]:
     if model.family in LATENT_FAMILIES:
         keys |= FLOAT8_LATENT_KEYS if model.float8 else LATENT_KEYS
         keys |= dict.fromkeys((*_NOT_OF_LATENT_ATTENTION, *(() if model.q_latent else ("model.q_lora_rank",))))
+    if model.family == "LLAVA":
+        keys |= vision_keys(model.tower, model.projector, head_dim * model.heads)
     return {path: value for path, value in keys.items() if value is not None}
 
 

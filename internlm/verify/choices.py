@@ -167,6 +167,8 @@ class ModelChoices:
         q_latent: with latent attention: queries have a latent vector, too.
         selection: `model.moe_type` and further `moe_layer_kwargs`, see `SELECTIONS`.
         multi_token: `model.num_nextn_predict_layers`.
+        tower: vision tower of the family LLAVA, see `vision.TOWERS`.
+        projector: `model.vision_proj_cfg.mm_projector_type`, of the same family.
     """
 
     family: str = "INTERNLM2"
@@ -195,6 +197,8 @@ class ModelChoices:
     q_latent: bool = True
     selection: Literal["dropless", "largest", "first", "gshard", "gshard_random"] = "dropless"
     multi_token: int = 0
+    tower: Literal["clip", "clip_with_class", "siglip"] = "clip"
+    projector: Literal["linear", "identity", "mlp2x_gelu"] = "mlp2x_gelu"
 
 
 @dataclass(frozen=True)
@@ -280,9 +284,11 @@ PARAMETER_GROUPS: Mapping[str, list[dict[str, Any]]] = {
         {"match": "*.router.weight", "freeze": True},
         {"match": "*.experts.*", "lr_factor": 2.0, "weight_decay": 0.0},
     ],
+    "projector": [{"match": "*", "freeze": True}, {"match": "vision_proj.*"}],
+    "tower": [{"match": "vision_tower.*", "lr_factor": 0.5, "weight_decay": 0.3}],
     "factors": [{"match": "*norm*", "lr_factor": 0.5}, {"match": "layers.0.*", "lr_factor": 2.0, "weight_decay": 0.0}],
 }
-"""Name -> `optimizer.groups`, with parameter names that every family, or every family with experts, has."""
+"""Name -> `optimizer.groups`, with names of parameters that every family has, or every one with experts or pictures."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +317,9 @@ class StepChoices:
     grad_bf16: bool = False
     moments_bf16: bool = False
     offload: bool = False
-    groups: Literal["none", "frozen_ends", "frozen_layer", "frozen_experts", "frozen_routers", "factors"] = "none"
+    groups: Literal[
+        *("none", "frozen_ends", "frozen_layer", "frozen_experts", "frozen_routers", "projector", "tower", "factors")
+    ] = "none"
 
 
 def to_text(choices: Any) -> str:

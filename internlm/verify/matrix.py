@@ -228,6 +228,46 @@ CONTEXT = Covering(
 )
 """Samples that are dealt to context ranks."""
 
+VISION = Covering(
+    axes={
+        "split": (
+            "",
+            "layout:tensor=2,mode=mtp",
+            "layout:tensor=2,mode=msp",
+            "layout:tensor=2,mode=fsp",
+            "layout:tensor=2,mode=isp,weight=2,overlap",
+            "layout:mode=isp,weight=2",
+        ),
+        "order": (
+            "",
+            "layout:context=2",
+            "layout:pipeline=2",
+            "layout:pipeline=2,chunks=2",
+            "layout:pipeline=2,schedule=ZBV",
+            "layout:pipeline=2,schedule=ZBH1",
+            "layout:pipeline=2,schedule=DUALPIPEV",
+        ),
+        "data": ("data=1", "data=2", "data=2 layout:zero=1", "data=2 layout:fsdp"),
+        "tower": (
+            "model:family=LLAVA",
+            "model:family=LLAVA,tower=clip_with_class,projector=linear",
+            "model:family=LLAVA,tower=siglip",
+        ),
+        "groups": (
+            "",
+            "stepping:groups=projector",
+            "stepping:groups=tower",
+            "stepping:groups=tower,overlap_grad,bucket=500",
+        ),
+        "documents": ("", "documents:packed=false", "documents:masked=ends,ragged=false"),
+        "checkpoint": ("", "model:checkpoint=1", "model:checkpoint=0.5,save_policy=matmuls"),
+        "tied": ("", "model:tied=true"),
+        "dtype": ("", "model:dtype=float64", "model:dtype=bfloat16"),
+    },
+    constrained=("split", "order", "data"),
+)
+"""Models that read pictures."""
+
 GROUPS = (
     "ranks=4 layout:tensor=2,mode=isp,weight=2,pipeline=2,schedule=ZBV stepping:groups=frozen_layer,overlap_param",
     "ranks=2 layout:fsdp model:checkpoint=1 stepping:groups=frozen_ends",
@@ -261,6 +301,11 @@ def context_matrix() -> list[Combination]:
     return CONTEXT.pairwise()
 
 
+def vision_matrix() -> list[Combination]:
+    """Models that read pictures: rows in which every valid pair of options occurs."""
+    return VISION.pairwise()
+
+
 def full_matrix() -> list[Combination]:
-    """All layouts of the three matrices, with options of the other axes sampled from a fixed seed."""
-    return DENSE.full() + EXPERTS.full() + CONTEXT.full()
+    """All layouts of the four matrices, with options of the other axes sampled from a fixed seed."""
+    return DENSE.full() + EXPERTS.full() + CONTEXT.full() + VISION.full()

@@ -15,7 +15,6 @@ from internlm.config.image_tokens import tokens_per_image
 from internlm.config.schema import Config
 from internlm.data.packing.image_placeholders import NO_FEATURE
 from internlm.model.llava.vision_tower import tower_config
-from internlm.verify.case import Case
 
 IMAGE_SIZE, PATCH_SIZE = 8, 4
 """Pixels of a side: four patches."""
@@ -29,9 +28,38 @@ TOWER_SIZES: Mapping[str, int] = {
 }
 """Sizes of the config of a small tower, which differ from those of small decoders."""
 
+TOWERS: Mapping[str, tuple[str, str]] = {
+    "clip": ("clip_vision_model", "patch"),
+    "clip_with_class": ("clip_vision_model", "cls_patch"),
+    "siglip": ("siglip_vision_model", "patch"),
+}
+"""Name -> class of the tower and `mm_vision_select_feature`."""
+
 PICTURES_PER_DOCUMENT = (0, 2, 0, 0, 1)
 """Pictures in each document of a micro-batch that has room for them, by micro-batch number modulo 5: there are steps
 in which a rank, or every rank, has none."""
+
+
+def vision_keys(tower: str, projector: str, hidden_size: int) -> dict[str, Any]:
+    """The config keys, by dotted path, of a small tower of two layers, of which the last is not computed.
+
+    Args:
+        tower: a name of `TOWERS`.
+        projector: `model.vision_proj_cfg.mm_projector_type`.
+        hidden_size: of the decoder.
+    """
+    model_type, feature = TOWERS[tower]
+    values = {**TOWER_SIZES, "model_type": model_type, "num_hidden_layers": 2}
+    if projector == "identity":
+        values["hidden_size"] = hidden_size
+    return {
+        "model.vit_cfg": {"config": values, "mm_vision_select_feature": feature},
+        "model.vision_proj_cfg": {"mm_projector_type": projector},
+        "model.image_token_id": 200000,
+        "data.is_multimodal": True,
+        "data.image_size": IMAGE_SIZE,
+        "data.patch_size": PATCH_SIZE,
+    }
 
 
 def small_vision_keys(config: Config, hidden_size: int, vocab_size: int) -> dict[str, Any]:
@@ -75,21 +103,21 @@ def num_vision_layers(config: Config) -> int:
 
 
 def draw_pictures(
-    case: Case, index: int, documents: Sequence[tuple[int, int]], generator: torch.Generator
+    config: Config, index: int, documents: Sequence[tuple[int, int]], generator: torch.Generator
 ) -> list[int]:
     """Where pictures begin in a micro-batch; none without `data.is_multimodal`.
 
     A document with one picture has it anywhere. Of two, the first is at the start of the document.
 
     Args:
-        case: that the micro-batch is of.
+        config: of the run.
         index: number of the micro-batch.
         documents: index of the first token and number of tokens, for each document.
         generator: of random numbers.
     """
-    if not case.config.data.is_multimodal:
+    if not config.data.is_multimodal:
         return []
-    wanted, size = PICTURES_PER_DOCUMENT[index % len(PICTURES_PER_DOCUMENT)], tokens_per_image(case.config)
+    wanted, size = PICTURES_PER_DOCUMENT[index % len(PICTURES_PER_DOCUMENT)], tokens_per_image(config)
     starts = []
     for first, length in documents:
         number = min(wanted, (length - 1) // size)
@@ -102,9 +130,9 @@ def draw_pictures(
     return starts
 
 
-def feature_indices(case: Case, starts: Sequence[int], num_tokens: int) -> Tensor:
+def feature_indices(config: Config, starts: Sequence[int], num_tokens: int) -> Tensor:
     """The index of the image feature of each token, int64 `[num_tokens]`, or `NO_FEATURE`, for pictures at `starts`."""
-    size = tokens_per_image(case.config)
+    size = tokens_per_image(config)
     indices = torch.full((num_tokens,), NO_FEATURE)
     for number, start in enumerate(starts):
         indices[start : start + size] = torch.arange(number * size, (number + 1) * size)

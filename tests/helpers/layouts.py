@@ -42,3 +42,13 @@ def assert_equal_to_one_process(text: str, ranks: Callable[[int], RankPool], ste
     """Loss, gradient norm, every gradient and every weight of every step are those of one process."""
     verdict = verdict_of(text, ranks, steps)
     assert verdict.is_equal, f"{text}\n{verdict.explain()}"
+
+
+def settings(text: str) -> set[str]:
+    """The values of a combination that are not defaults; for "does a row have this option?"."""
+    named = " ".join(word for word in text.split() if not word.startswith(("ranks=", "data=")))
+    return {
+        f"{group.partition(':')[0]}:{setting}"
+        for group in str(Combination.parse(f"ranks=1 {named}")).split()[1:]
+        for setting in group.partition(":")[2].split(",")
+    }

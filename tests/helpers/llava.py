@@ -1,4 +1,4 @@
-"""Small LLaVA models and batches with pictures."""
+"""Small LLaVA models, and micro-batches with pictures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from helpers.tiny import VOCAB, micro_batch, tiny_config
+from helpers.tiny import VOCAB, tiny_config
 from internlm.config.schema import ModelConfig
-from internlm.data.batch import IGNORE_INDEX, Batch, MicroBatch
+from internlm.data.batch import IGNORE_INDEX, MicroBatch
 from internlm.data.packing.image_placeholders import IMAGE_FEATURES, image_feature_indices
 
 IMAGE_TOKEN = 200000
@@ -54,18 +54,4 @@ def with_pictures(micro: MicroBatch, seed: int, starts: tuple[int, ...], tokens_
     )
 
 
-PICTURES: tuple[tuple[int, ...], ...] = ((0, 9), (), (12,), (2, 8, 13))
-"""Where pictures begin in the samples 0 to 3, in documents of 7, 1 and 12 tokens."""
-
-
-def picture_batch(step: int, rank: int = 0, world_size: int = 1, *, has_pictures: bool = True) -> Batch:
-    """One rank's share of a global batch of four samples, of which one has no picture."""
-    mine = list(range(4))[rank::world_size]
-    micros = [
-        with_pictures(micro_batch(4 * step + n, masked=0.1), 4 * step + n, PICTURES[n] if has_pictures else ())
-        for n in mine
-    ]
-    return Batch(micros, num_samples=4, sample_indices=[4 * step + n for n in mine])
-
-
-__all__ = ["CLIP", "IMAGE_TOKEN", "PICTURES", "SIGLIP", "VOCAB", "llava_config", "picture_batch", "with_pictures"]
+__all__ = ["CLIP", "IMAGE_TOKEN", "SIGLIP", "VOCAB", "llava_config", "with_pictures"]

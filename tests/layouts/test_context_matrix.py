@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.layouts import assert_equal_to_one_process, record_of, reference_of, verdict_of
+from helpers.layouts import assert_equal_to_one_process, record_of, reference_of, settings, verdict_of
 from helpers.resume import Ranks, run_row
 
 from internlm.verify.case import Combination, changed
@@ -33,16 +33,6 @@ def test_a_layout_with_context_ranks_trains_as_one_process_does(combination: Com
 @pytest.mark.parametrize("option", [option for axis in CONTEXT.axes.values() for option in axis])
 def test_every_option_is_trained(option: str) -> None:
     assert any(settings(option) <= settings(str(row)) for row in TRAINED)
-
-
-def settings(text: str) -> set[str]:
-    """The values of a combination that are not defaults."""
-    named = " ".join(word for word in text.split() if not word.startswith(("ranks=", "data=")))
-    return {
-        f"{group.partition(':')[0]}:{setting}"
-        for group in str(Combination.parse(f"ranks=1 {named}")).split()[1:]
-        for setting in group.partition(":")[2].split(",")
-    }
 
 
 @pytest.mark.parametrize("combination", RESUMED, ids=str)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from helpers.layouts import verdict_of
+from helpers.layouts import settings, verdict_of
 from helpers.resume import Ranks, Row, run_row
 
 from internlm.verify.case import Combination
@@ -33,17 +33,7 @@ def test_a_layout_trains(combination: Combination, ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("option", [option for axis in DENSE.axes.values() for option in axis])
 def test_every_option_is_left_and_taken_up_again(option: str) -> None:
-    assert any(_settings(option) <= _settings(str(row)) for row in RESUMED)
-
-
-def _settings(text: str) -> set[str]:
-    """The values of a combination that are not defaults."""
-    named = " ".join(word for word in text.split() if not word.startswith(("ranks=", "data=")))
-    return {
-        f"{group.partition(':')[0]}:{setting}"
-        for group in str(Combination.parse(f"ranks=1 {named}")).split()[1:]
-        for setting in group.partition(":")[2].split(",")
-    }
+    assert any(settings(option) <= settings(str(row)) for row in RESUMED)
 
 
 @pytest.fixture(scope="module", params=RESUMED, ids=str)

@@ -1,132 +1,71 @@
-"""A model that reads pictures trains in every layout as in one process, also where ranks have no picture."""
+"""Models that read pictures: every two options of the matrix meet in a layout that trains as one process does.
+
+Loss, gradient norm, every gradient and every weight of every step, with steps in which a rank, or every rank, has no
+picture. A run of the tests takes a few rows of 2 and 4 ranks, in which every option occurs, and those with context
+ranks; `INTERNLM_FULL_MATRIX=1` takes all, and leaves and takes up each one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
-from helpers.llava import llava_config, picture_batch
-from helpers.ranks import RankPool
-from torch import nn
+from helpers.layouts import assert_equal_to_one_process, reference_of, settings
+from helpers.resume import Ranks, run_row
 
-from internlm.core.context.layout import ParallelLayout
-from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.engine import Engine
-from internlm.core.parallel.fsdp import apply_fsdp, local_tensor
-from internlm.core.parallel.model_parallel import ParallelOptions
-from internlm.core.parallel.pipeline_stages import build_stages, split_layers
-from internlm.core.parallel.shard_spec import shard_spec_of
-from internlm.core.scheduler.schedules import make_schedule
-from internlm.model.ops.cross_entropy import linear_cross_entropy
-from internlm.model.registry import build_model
-from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer
-from internlm.solver.optimizer.parameter_groups import ParameterGroup, freeze_parameters
+from internlm.verify.case import Combination
+from internlm.verify.matrix import VISION, vision_matrix
 
-FROZEN = (ParameterGroup("vision_tower.*", freeze=True),)
-PROJECTOR_ONLY = (ParameterGroup("*", freeze=True), ParameterGroup("vision_proj.*"))
-
-Numbers = tuple[list[tuple[float, float]], dict[str, torch.Tensor]]
+IS_FULL = bool(os.environ.get("INTERNLM_FULL_MATRIX"))
+OPTIONS = [option for axis in VISION.axes.values() for option in axis]
+ROWS = vision_matrix()
 
 
-def make_model(**keys: Any) -> nn.Module:
-    with torch.device("meta"):
-        return build_model("LLAVA", llava_config(**keys))
+def small_rows() -> list[Combination]:
+    """The rows of 2 and 4 ranks that have context ranks, or an option which no row before them has."""
+    missing, rows = set(OPTIONS), []
+    for row in ROWS:
+        found = {option for option in missing if settings(option) <= settings(str(row))}
+        if row.ranks in (2, 4) and (found or row.layout.context > 1):
+            rows.append(row)
+            missing -= found
+    return rows
 
 
-def train(layout: dict[str, Any], options: dict[str, Any]) -> Numbers:
-    """Losses and gradient norms of three steps, the second without pictures, and the pieces of the weights after."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    settings = {"fsdp": False, "groups": (), "model": {}, "pictures": (True, False, True), **options}
-    context = ParallelContext.create(ParallelLayout(**{"world_size": world, **layout}))
-    ranks = context.size("pipeline")
-    schedule = partial(make_schedule, "1F1B", ranks)
-    chunks = build_stages(
-        partial(make_model, **settings["model"]),
-        context,
-        schedule(4).placement,
-        split_layers(2, ranks),
-        seed=7,
-        options=ParallelOptions(defer_weights=settings["fsdp"]),
-    )
-    freeze_parameters(chunks, settings["groups"])
-    if settings["fsdp"]:
-        apply_fsdp(chunks[0], context)
-    optimizer = HybridZeroOptimizer(chunks, context, groups=settings["groups"])
-    engine = Engine(chunks, optimizer, context, partial(linear_cross_entropy, with_accuracy=True), schedule=schedule)
-    found = []
-    for step, has_pictures in enumerate(settings["pictures"]):
-        batch = picture_batch(step, context.index("data"), context.size("data"), has_pictures=has_pictures)
-        result = engine.train_step(batch, 1e-2)
-        found.append((float(result.loss), float(result.grad_norm)))
-    weights = {}
-    for chunk in engine.chunks:
-        for parameter in chunk.parameters():
-            spec = shard_spec_of(parameter)
-            for box in spec.boxes:
-                weights[f"{spec.name}@{box.global_offset}"] = (box, local_tensor(parameter)[box.local_slices()].clone())
-    context.close()
-    return found, weights
+TRAINED = ROWS if IS_FULL else small_rows()
+RESUMED = ROWS if IS_FULL else TRAINED[1::8]
 
 
-def assert_equal(found: list[Numbers], expected: Numbers) -> None:
-    """Every rank has the losses and norms of one process, and its part of the weights."""
-    whole = {name.partition("@")[0]: values for name, (_, values) in expected[1].items()}
-    seen = set()
-    for numbers, weights in found:
-        torch.testing.assert_close(torch.tensor(numbers), torch.tensor(expected[0]), rtol=2e-5, atol=0)
-        for key, (box, values) in weights.items():
-            name = key.partition("@")[0]
-            seen.add(name)
-            # Adam divides by the root of squared gradients: where these are rounding, the sign of a step is arbitrary.
-            torch.testing.assert_close(values, whole[name][box.global_slices()], rtol=1e-3, atol=2e-4, msg=key)
-    assert seen == whole.keys()
+@pytest.mark.parametrize("combination", TRAINED, ids=str)
+def test_a_model_that_reads_pictures_trains_as_one_process_does(combination: Combination, ranks: Ranks) -> None:
+    assert_equal_to_one_process(str(combination), ranks)
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "data": {},
-    "zero": {"zero": 2},
-    "mtp": {"tensor": 2, "mode": "mtp"},
-    "msp": {"tensor": 2, "mode": "msp"},
-    "fsp": {"tensor": 2, "mode": "fsp"},
-    "isp": {"tensor": 2, "weight": 2, "mode": "isp"},
-    "isp_weight": {"weight": 2, "mode": "isp"},
-    "context": {"context": 2},
-    "pipeline": {"pipeline": 2},
-}
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_trained(option: str) -> None:
+    assert any(settings(option) <= settings(str(row)) for row in TRAINED)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_train_as_one_process(name: str, ranks: Callable[[int], RankPool]) -> None:
-    assert_equal(ranks(2).run(train, LAYOUTS[name], {}), train({}, {}))
+@pytest.mark.parametrize("combination", RESUMED, ids=str)
+def test_it_is_left_and_taken_up_again(combination: Combination, ranks: Ranks, tmp_path: Path) -> None:
+    """Bit for bit in the same layout; from and to one process with the same weights, masters and moments."""
+    row = run_row(combination, ranks, tmp_path)
+    assert row.straight.is_equal, row.straight.explain()
+    assert not any(row.resumed), row.resumed
+    assert row.loaded == []
+    assert row.from_one_process.is_equal, row.from_one_process.explain()
 
 
-VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "fsdp": (2, {}, {"fsdp": True}),
-    "fsdp_frozen_tower": (2, {}, {"fsdp": True, "groups": FROZEN}),
-    "fsdp_projector_only": (2, {}, {"fsdp": True, "groups": PROJECTOR_ONLY, "model": {"checkpoint": 1.0}}),
-    "zero_projector_only": (2, {"zero": 2}, {"groups": PROJECTOR_ONLY, "model": {"checkpoint": 1.0}}),
-    "msp_frozen_tower": (2, {"tensor": 2, "mode": "msp"}, {"groups": FROZEN}),
-    "pipeline_projector_only": (2, {"pipeline": 2}, {"groups": PROJECTOR_ONLY}),
-    "isp_projector_only": (2, {"tensor": 2, "weight": 2, "mode": "isp"}, {"groups": PROJECTOR_ONLY}),
-    "mtp_tied_head": (2, {"tensor": 2, "mode": "mtp"}, {"model": {"tie_word_embeddings": True}}),
-    "mtp_context": (4, {"tensor": 2, "context": 2, "mode": "mtp"}, {}),
-    "msp_context": (4, {"tensor": 2, "context": 2, "mode": "msp"}, {}),
-    "isp_context_frozen": (4, {"tensor": 2, "context": 2, "mode": "isp", "head_first": False}, {"groups": FROZEN}),
-    "pipeline_data": (4, {"pipeline": 2, "zero": 2}, {"groups": FROZEN}),
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_train_as_one_process(name: str, ranks: Callable[[int], RankPool]) -> None:
-    world, layout, options = VARIANTS[name]
-    expected = train({}, {**options, "fsdp": False})
-    assert_equal(ranks(world).run(train, layout, options), expected)
-    if options.get("groups") == FROZEN:
-        start = train({}, {**options, "fsdp": False, "pictures": ()})[1]
-        for name, (_, values) in expected[1].items():
-            is_equal = torch.equal(values, start[name][1])
-            assert is_equal == name.startswith("vision_tower."), name
+@pytest.mark.parametrize("groups", ["none", "tower", "projector"])
+def test_only_what_is_not_frozen_changes(groups: str, ranks: Ranks) -> None:
+    """A tower is frozen unless a group names it. What lies behind the selected hidden state is never trained."""
+    record = reference_of(Combination.parse(f"ranks=1 model:family=LLAVA stepping:groups={groups}").case(), ranks)
+    last = record.steps[-1]
+    changed = {name for name, values in last.weights.items() if not np.array_equal(values, record.initial[name])}
+    assert changed == last.gradients.keys()
+    parts = {name.partition(".")[0] for name in changed}
+    decoder = set() if groups == "projector" else {"tok_embeddings", "layers", "norm", "output"}
+    assert parts == decoder | {"vision_proj"} | ({"vision_tower"} if groups == "tower" else set())
+    assert not any(name.startswith("vision_tower.encoder.layers.1.") for name in changed)
