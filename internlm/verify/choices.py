@@ -318,7 +318,14 @@ class StepChoices:
     moments_bf16: bool = False
     offload: bool = False
     groups: Literal[
-        *("none", "frozen_ends", "frozen_layer", "frozen_experts", "frozen_routers", "projector", "tower", "factors")
+        "none",
+        "frozen_ends",
+        "frozen_layer",
+        "frozen_experts",
+        "frozen_routers",
+        "projector",
+        "tower",
+        "factors",
     ] = "none"
 
 
