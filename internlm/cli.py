@@ -16,6 +16,7 @@ COMMANDS = {
     "layout": "show the groups of the ranks, the stages of the model and the timeline of a step",
     "doctor": "show hardware and software, the implementation of each op with the reason, and a self-test",
     "generate": "continue prompts with a trained model",
+    "chat": "talk with a trained model in the terminal",
     "verify": "compare a layout with one process",
     "data": "tokenize, inspect, verify, convert, merge, split and shuffle tokenized data",
     "ckpt": "list, show, compare and check checkpoints",

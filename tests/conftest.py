@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,10 @@ from helpers.ranks import RankPool
 from helpers.s3 import bucket, s3_server  # noqa: F401
 
 from internlm.utils.logging import ROOT_LOGGER
+
+# How long an example takes says more about what else the machine does than about the code.
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("tests")
 
 # A full collection walks through the objects of thousands of tests, which takes seconds; in a forked process it also
 # copies every page it touches. All that exists before the tests, or before a fork, lives on: leave it out.

@@ -1,184 +1,220 @@
-"""Autoregressive generation with a key-value cache: the loop over tokens and the sampling of the next one.
+"""Continues token sequences: greedily, by sampling, or by beam search.
 
 Works on token ids and knows neither tokenizers nor checkpoints.
-
-Shapes: B prompts, S prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from internlm.utils.errors import ConfigError, UserError
+from internlm.apis.engine import GenerationEngine, GenerativeModel, NonFiniteError, Prompt, Text
+from internlm.apis.sampling import Sampling, adjust, filter_logits
+from internlm.utils.errors import ConfigError
 
-MIN_TEMPERATURE = 1e-6
-"""Dividing logits by a smaller temperature would overflow fp32."""
-
-
-class NonFiniteError(UserError):
-    """The weights or the logits contain inf or NaN."""
+DEFAULT_ROWS = 8
+"""Texts that are computed at a time."""
 
 
-class Cache(Protocol):
-    """Keys and values of all tokens so far; opaque to generation."""
-
-
-@runtime_checkable
-class GenerativeModel(Protocol):
-    """The interface that generation needs of a model; every decoder of `internlm.model` implements it."""
-
-    training: bool
-
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, *, cache: Cache, **inputs: Any) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-    def make_cache(self, batch_size: int, max_length: int) -> Cache: ...
-
-    def train(self, mode: bool = True) -> object: ...
-
-
-@torch.no_grad()
 def generate(
     model: GenerativeModel,
-    input_ids: Tensor,
+    prompts: Sequence[Sequence[int] | Prompt],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
-    num_tokens: int | None = None,
-    generator: torch.Generator | None = None,
-    on_token: Callable[[Tensor], bool | None] | None = None,
-    prompt_inputs: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """Continue a batch of prompts of equal length.
+    num_samples: int = 1,
+    num_rows: int = DEFAULT_ROWS,
+    on_token: Callable[[Text], bool | None] | None = None,
+) -> list[list[Text]]:
+    """Continue prompts of any lengths, each `num_samples` times.
+
+    Sample s of prompt p has the seed `sampling.seed + p * num_samples + s`, so a text depends neither on the texts
+    beside it nor on `num_rows`, apart from rounding.
 
     Args:
         model: a decoder; it is in evaluation mode during the call.
-        input_ids: int64 `[B, S]` on the model's device, without padding; prompts of different lengths need a call each.
-        max_new_tokens: maximum number of tokens to append.
-        do_sample: sample the next token; otherwise take the most likely one, and the next three arguments must keep
-            their defaults.
-        temperature: see `filter_logits`.
-        top_k: see `filter_logits`.
-        top_p: see `filter_logits`.
-        eos_token_id: tokens that end a text. Ended texts are padded with the first of them.
-        num_tokens: ids from this one on (the padding of the vocabulary) are never chosen; None allows all ids.
-        generator: source of randomness, on the model's device; None is torch's default generator.
-        on_token: called with the int64 `[B]` tokens of each step as soon as they are known; returning True ends all
-            texts.
-        prompt_inputs: further arguments of the model with the prompts, such as `images` and `extra` of a LLaVA.
+        prompts: tokens of each prompt, at least one.
+        sampling: settings of all texts.
+        num_samples: texts for each prompt; more than one only with `sampling.do_sample`.
+        num_rows: texts that are computed at a time, which bounds the memory of keys and values.
+        on_token: called with a text when it has a new token; returning True ends the text.
 
     Returns:
-        int64 `[B, S + n]`, prompts and continuations, n <= max_new_tokens.
+        The texts of each prompt.
 
     Raises:
         ConfigError: an argument is invalid.
         NonFiniteError: the model returns inf or NaN.
     """
-    check_choices(max_new_tokens, do_sample, temperature, top_k, top_p)
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
-        shape = list(input_ids.shape)
-        raise ConfigError(f"input_ids: must be int64 [prompts, tokens >= 1], got {input_ids.dtype} {shape}")
-    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-    batch_size, prompt_length = input_ids.shape
-    device = input_ids.device
-    ends = torch.tensor(eos, dtype=torch.int64, device=device)
-    finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
-    tokens = [input_ids]
-    new = input_ids
-    inputs = dict(prompt_inputs or {})
-    position = 0
+    if num_samples < 1 or num_rows < 1:
+        raise ConfigError(f"num_samples = {num_samples} and num_rows = {num_rows} must be at least 1")
+    if num_samples > 1 and not sampling.do_sample:
+        raise ConfigError(
+            f"num_samples = {num_samples}: greedy texts of one prompt are all the same; sample, or use beam search"
+        )
+    sampling.check()
+    starts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+    texts = [
+        Text(prompt, replace(sampling, seed=sampling.seed + number * num_samples + sample))
+        for number, prompt in enumerate(starts)
+        for sample in range(num_samples)
+    ]
+    if not texts:
+        return []
+    longest = max(len(prompt.ids) for prompt in starts) + sampling.max_new_tokens
+    with _evaluating(model):
+        engine = GenerationEngine(model, num_rows=min(num_rows, len(texts)), max_length=longest)
+        for text in texts:
+            engine.submit(text)
+        while not engine.is_idle:
+            for text in engine.step():
+                if text.finish_reason == "failed":
+                    position = len(text.prompt.ids) + len(text.new_ids)
+                    raise NonFiniteError(f"token {position}: the model's logits contain inf or NaN")
+                if on_token is not None and on_token(text):
+                    engine.cancel(text)
+    return [texts[start : start + num_samples] for start in range(0, len(texts), num_samples)]
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A text found by beam search.
+
+    Attributes:
+        ids: its new tokens; the last one may be an end.
+        score: sum of its tokens' (adjusted) log-probabilities, divided by their number to the power of the length
+            penalty.
+    """
+
+    ids: tuple[int, ...]
+    score: float
+
+
+@torch.inference_mode()
+def beam_search(
+    model: GenerativeModel,
+    prompt: Sequence[int] | Prompt,
+    sampling: Sampling,
+    *,
+    num_beams: int,
+    num_samples: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+) -> list[Beam]:
+    """The likeliest continuations of a prompt that a search with `num_beams` texts at a time finds.
+
+    As transformers' beam search: a text that is among the best `num_beams` candidates of a step and ends is kept by its
+    score; the search ends if the best growing text, as long as it is, cannot beat the worst of `num_beams` kept ones.
+
+    Args:
+        model: a decoder; it is in evaluation mode during the call.
+        prompt: its tokens, at least one.
+        sampling: settings; with `do_sample`, candidates are drawn instead of being the likeliest ones. Penalties,
+            temperature and filters apply to log-probabilities. `top_logprobs` must be None.
+        num_beams: texts at a time.
+        num_samples: texts that are returned.
+        length_penalty: exponent of the length in the score; above 0 longer texts gain.
+        early_stopping: end as soon as `num_beams` texts have ended.
+
+    Returns:
+        The best `num_samples` texts, best first; fewer if fewer ended.
+
+    Raises:
+        ConfigError: an argument is invalid.
+        NonFiniteError: the model returns inf or NaN.
+    """
+    sampling.check()
+    if not 1 <= num_samples <= num_beams:
+        raise ConfigError(f"num_samples = {num_samples}: must be from 1 to num_beams = {num_beams}")
+    if sampling.top_logprobs is not None:
+        raise ConfigError("top_logprobs: beam search returns the score of a text, not log-probabilities of tokens")
+    prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+    if not prompt.ids:
+        raise ConfigError("the prompt is empty: it must have a token")
+    with _evaluating(model):
+        return _search(model, prompt, sampling, num_beams, length_penalty, early_stopping)[:num_samples]
+
+
+def _search(
+    model: GenerativeModel,
+    prompt: Prompt,
+    sampling: Sampling,
+    num_beams: int,
+    length_penalty: float,
+    early_stopping: bool,
+) -> list[Beam]:
+    cache = model.make_cache(num_beams, len(prompt.ids) + sampling.max_new_tokens)
+    first = cache.rows(0, 1)
+    position_ids = first.position_ids(len(prompt.ids))
+    device = position_ids.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    hidden = model(torch.tensor([list(prompt.ids)], device=device), position_ids, cache=first, **prompt.inputs)
+    growing: list[tuple[int, ...]] = [()]
+    scores = torch.zeros(1, device=device)
+    ended: list[Beam] = []
+    # So many that `num_beams` of them do not end, even if every text has all ends as candidates.
+    num_candidates = max(2, 1 + len(sampling.eos_ids)) * num_beams
+    for length in range(1, sampling.max_new_tokens + 1):
+        logprobs = _adjusted_logprobs(model.logits(hidden[:, -1]).float(), prompt, growing, sampling)
+        sums = (logprobs + scores[:, None]).flatten()
+        count = min(num_candidates, int(sums.isfinite().sum()))
+        if sampling.do_sample:
+            places = torch.multinomial(sums.softmax(dim=0), count, generator=generator)
+        else:
+            places = sums.topk(count).indices
+        sources, tokens = places // logprobs.shape[1], (places % logprobs.shape[1]).tolist()
+        candidates = [
+            (source, (*growing[source], token), score)
+            for source, token, score in zip(sources.tolist(), tokens, sums[places].tolist(), strict=True)
+        ]
+        is_last = length == sampling.max_new_tokens
+        ends = [is_last or ids[-1] in sampling.eos_ids for _, ids, _ in candidates]
+        ended += [
+            Beam(ids, score / length**length_penalty)
+            for (_, ids, score), end in zip(candidates[:num_beams], ends[:num_beams], strict=True)
+            if end
+        ]
+        ended = sorted(ended, key=lambda beam: -beam.score)[:num_beams]
+        going = [candidate for candidate, end in zip(candidates, ends, strict=True) if not end]
+        going = sorted(going, key=lambda candidate: -candidate[2])[:num_beams]
+        if not going or (len(ended) == num_beams and early_stopping):
+            break
+        if len(ended) == num_beams and going[0][2] / length**length_penalty <= ended[-1].score:
+            break
+        if length == 1:
+            for row in range(1, len(going)):
+                cache.copy_row(0, row)
+        else:
+            cache.reorder(torch.tensor([source for source, _, _ in going], device=device))
+        growing = [ids for _, ids, _ in going]
+        scores = torch.tensor([score for _, _, score in going], device=device)
+        rows = cache.rows(0, len(growing))
+        new = torch.tensor([[ids[-1]] for ids in growing], device=device)
+        hidden = model(new, rows.position_ids(1), cache=rows)
+    return ended
+
+
+def _adjusted_logprobs(logits: Tensor, prompt: Prompt, growing: list[tuple[int, ...]], sampling: Sampling) -> Tensor:
+    """Log-probabilities of the next token of each text, `[len(growing), V]`, with penalties and filters."""
+    if not bool(logits.amax(dim=-1).isfinite().all()):
+        raise NonFiniteError(f"token {len(prompt.ids) + len(growing[0])}: the model's logits contain inf or NaN")
+    logprobs = logits.log_softmax(dim=-1)
+    rows = [adjust(row, sampling, prompt.ids, ids) for row, ids in zip(logprobs, growing, strict=True)]
+    adjusted = torch.stack(rows)
+    if not sampling.do_sample:
+        return adjusted
+    return filter_logits(adjusted, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+
+
+@contextmanager
+def _evaluating(model: GenerativeModel) -> Iterator[None]:
+    """Put a model into evaluation mode, and back into its mode."""
     was_training = model.training
     model.train(False)
     try:
-        cache = model.make_cache(batch_size, prompt_length + max_new_tokens)
-        for _ in range(max_new_tokens):
-            length = new.shape[1]
-            position_ids = torch.arange(position, position + length, device=device).expand(batch_size, length)
-            hidden = model(new, position_ids, cache=cache, **inputs)
-            inputs = {}
-            position += length
-            logits = model.logits(hidden[:, -1]).float()
-            # The maximum is NaN if any logit is. Single logits of -inf, as of a padded vocabulary, are valid.
-            if not bool(logits.amax(dim=-1).isfinite().all()):
-                raise NonFiniteError(f"token {position}: the model's logits contain inf or NaN")
-            if num_tokens is not None:
-                logits[:, num_tokens:] = -torch.inf
-            if do_sample:
-                probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
-                chosen = torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1)
-            else:
-                chosen = logits.argmax(dim=-1)
-            if eos:
-                chosen = torch.where(finished, ends[0], chosen)
-                finished |= torch.isin(chosen, ends)
-            new = chosen.unsqueeze(1)
-            tokens.append(new)
-            if on_token is not None and on_token(chosen):
-                break
-            if eos and bool(finished.all()):
-                break
+        yield
     finally:
         model.train(was_training)
-    return torch.cat(tokens, dim=1)
-
-
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Prepare logits for sampling by temperature, top-k and nucleus, in this order.
-
-    Args:
-        logits: float `[B, V]`.
-        temperature: divisor of the logits, at least `MIN_TEMPERATURE`; below 1 sharpens, above 1 flattens.
-        top_k: keep the k most likely tokens and those tied with the last of them; 0 keeps all.
-        top_p: keep the smallest set of most likely tokens whose probability reaches p, at least one token (nucleus
-            sampling, https://arxiv.org/abs/1904.09751); 1 keeps all.
-
-    Returns:
-        float `[B, V]`, -inf for dropped tokens.
-    """
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        weakest_kept = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < weakest_kept, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        likelier = probabilities.cumsum(dim=-1) - probabilities
-        dropped = likelier >= top_p
-        dropped[..., 0] = False
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
-    return logits
-
-
-def check_choices(
-    max_new_tokens: int, do_sample: bool = False, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> None:
-    """Check these arguments of `generate`.
-
-    Raises:
-        ConfigError: lists all invalid arguments.
-    """
-    problems = []
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-    if not MIN_TEMPERATURE <= temperature < math.inf:
-        problems.append(
-            f"temperature = {temperature}: must be at least {MIN_TEMPERATURE}; for deterministic output decode greedily"
-        )
-    if top_k < 0:
-        problems.append(f"top_k = {top_k}: must be at least 0 (0 keeps all tokens)")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p = {top_p}: must be above 0 and at most 1 (1 keeps all tokens)")
-    if not do_sample and (temperature != 1.0 or top_k != 0 or top_p != 1.0):
-        problems.append("temperature, top_k and top_p have no effect on greedy decoding; remove them, or sample")
-    if problems:
-        raise ConfigError(problems)

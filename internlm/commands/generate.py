@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from internlm.apis.generation import GenerativeModel, NonFiniteError, check_choices, generate
-from internlm.apis.text_stream import StopTexts, TextStream
-from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
-from internlm.checkpoint.load_model import load_model_for_inference
-from internlm.checkpoint.save_folder import resolve
-from internlm.commands.prompt_images import read_prompt_images, with_placeholders
-from internlm.convert.tokenizer_files import generation_eos_ids
-from internlm.data.packing.image_placeholders import IMAGE_FEATURES, image_feature_indices
-from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
-from internlm.data.tokenize.special_tokens import stop_ids
-from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
-from internlm.utils.errors import CheckpointError, ConfigError, nearest
+from internlm.apis.engine import NonFiniteError, Prompt, Text
+from internlm.apis.generation import DEFAULT_ROWS, beam_search, generate
+from internlm.apis.sampling import MAX_SEED, Sampling
+from internlm.commands.model_options import add_model_options, add_sampling_options, load_model, read_sampling
+from internlm.serve.language_model import LanguageModel
+from internlm.serve.prompt_images import image_prompt, read_prompt_images
+from internlm.serve.prompt_rows import PromptRow, read_prompt_rows
+from internlm.serve.readable_text import ReadableText
+from internlm.utils.errors import CheckpointError, ConfigError
 from internlm.utils.logging import configure_logging, get_logger
-from internlm.utils.paths import local_path, path_text
-from internlm.utils.storage import StoragePath, storage_path
+from internlm.utils.paths import local_path
 
 logger = get_logger(__name__)
-
-DEFAULT_SEED = 1024
-MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    add_model_options(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable")
     parser.add_argument(
-        "--ckpt", required=True, type=path_text, metavar="DIR", help="checkpoint, or a folder of them (newest)"
+        "--prompts",
+        type=local_path,
+        metavar="FILE",
+        help='JSON lines with the prompts: {"prompt": TEXT or list of token ids, ...}; other fields are copied',
     )
-    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="text to continue; repeatable")
+    parser.add_argument(
+        "--output",
+        type=local_path,
+        metavar="FILE",
+        help="write JSON lines here instead of text to stdout; not overwritten (default with --prompts: stdout)",
+    )
     parser.add_argument(
         "--image",
         action="append",
@@ -46,118 +52,101 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="picture for the next <image> in the prompts; repeatable",
     )
+    add_sampling_options(parser)
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=100, metavar="N", help="maximum tokens to append (default: 100)"
-    )
-    parser.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="below 1 sharpens the distribution (default: 1)"
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (default: 0, all)"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the nucleus of probability P (default: 1)"
+        "--beams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="beam search with this many texts at a time (default: 1, none)",
     )
     parser.add_argument(
-        "--seed", type=int, default=DEFAULT_SEED, metavar="S", help=f"seed of the sampling (default: {DEFAULT_SEED})"
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="exponent of the length in the score of a beam; above 0 longer texts gain (default: 1)",
     )
     parser.add_argument(
-        "--tokenizer",
-        type=local_path,
-        metavar="PATH",
-        help="tokenizer.json, SentencePiece .model or Hugging Face folder (default: data.tokenizer_path of the run)",
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="write log-probabilities: of each token, and the K likeliest in its place",
     )
     parser.add_argument(
-        "--other-tokenizer",
-        action="store_true",
-        help="allow a tokenizer that differs from that of the training data",
+        "--batch",
+        type=int,
+        default=DEFAULT_ROWS,
+        metavar="N",
+        help=f"texts of a file that are computed at a time (default: {DEFAULT_ROWS})",
     )
     parser.add_argument(
         "--bos",
         action="store_true",
         help="prepend the beginning-of-text token, for models whose training documents begin with it",
     )
-    parser.add_argument(
-        "--eos",
-        action="append",
-        default=[],
-        metavar="ID|TOKEN",
-        help="token that ends a text, by id or spelling; repeatable (default: the tokenizer's, and those of "
-        "generation_config.json)",
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the output before this text; repeatable"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code of a tokenizer that exists only as code"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each prompt and its continuation; returns the exit code."""
+    """Print each prompt and its continuation, or write JSON lines; returns the exit code."""
     configure_logging()
-    check_choices(args.max_new_tokens, not args.greedy, args.temperature, args.top_k, args.top_p)
-    for prompt in args.prompt:
-        check_text(prompt, "--prompt")
-    if not MIN_SEED <= args.seed <= MAX_SEED - len(args.prompt):
-        raise ConfigError(f"--seed {args.seed}: must be from {MIN_SEED} to {MAX_SEED - len(args.prompt)}")
-    if "" in args.stop:
-        raise ConfigError("--stop: the text must not be empty")
-    device = choose_device(args.device)
-    model, config = load_model_for_inference(args.ckpt, device)
-    if config.model.is_reward:
-        raise ConfigError(f"{args.ckpt}: a reward model returns scores and cannot generate text")
-    if not isinstance(model, GenerativeModel):
-        raise ConfigError(
-            f"{args.ckpt}: model type '{config.model_type}' lacks `logits` or `make_cache`, which generation needs"
-        )
-    tokenizer_path = args.tokenizer or config.data.tokenizer_path
-    if tokenizer_path is None:
-        raise ConfigError("the run's config has no data.tokenizer_path; give --tokenizer PATH")
-    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=args.trust_remote_code)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"{tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-            f"{config.model.vocab_size}; give the --tokenizer that made the training data"
-        )
-    checkpoint = resolve(storage_path(args.ckpt))
-    if not args.other_tokenizer:
-        check_tokenizer(checkpoint, tokenizer, str(tokenizer_path))
-    eos_ids = end_ids(args.eos, tokenizer, checkpoint, Path(tokenizer_path))
-    assert isinstance(model, nn.Module)
-    images = read_prompt_images([Path(each) for each in args.image], args.prompt, model, config, checkpoint)
-    tokenizer = with_placeholders(tokenizer, model, config)
-    for number, prompt in enumerate(args.prompt):
-        if number:
-            print()
-        print(prompt, end="", flush=True)
-        try:
-            continue_prompt(
-                model,
-                tokenizer,
-                prompt,
-                lambda piece: print(piece, end="", flush=True),
-                images=images[number],
-                image_token_id=config.model.image_token_id,
-                with_bos=args.bos,
-                eos_ids=eos_ids,
-                stops=args.stop,
-                max_new_tokens=args.max_new_tokens,
-                do_sample=not args.greedy,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                # A seed per prompt makes its text independent of the prompts before it; a repeated prompt differs.
-                seed=args.seed + number,
-                device=device,
-            )
-        except NonFiniteError as error:
-            print(flush=True)
-            raise CheckpointError(f"{args.ckpt}: {error}; {where_not_finite(model)}") from error
+    _check(args)
+    rows = [PromptRow(prompt, {"prompt": prompt}, "--prompt") for prompt in args.prompt]
+    if args.prompts is not None:
+        rows += read_prompt_rows(args.prompts)
+    if not args.greedy and not args.seed <= MAX_SEED - len(rows) * args.samples:
+        raise ConfigError(f"--seed {args.seed}: must be at most {MAX_SEED - len(rows) * args.samples}")
+    language = load_model(args)
+    sampling = read_sampling(
+        args, eos_ids=language.eos_ids, num_tokens=language.tokenizer.vocab_size, logprobs=args.logprobs
+    )
+    prompts = _prompts(language, rows, args)
+    try:
+        if args.prompts is not None or args.output is not None:
+            with _output(args.output) as output:
+                _write_rows(language, rows, prompts, sampling, args, output)
+        else:
+            _print_texts(language, rows, prompts, sampling, args)
+    except NonFiniteError as error:
         print(flush=True)
+        raise CheckpointError(f"{args.ckpt}: {error}; {language.where_not_finite()}") from error
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    read_sampling(args, logprobs=args.logprobs)
+    problems = []
+    if not args.prompt and args.prompts is None:
+        problems.append("give --prompt TEXT or --prompts FILE")
+    if "" in args.stop:
+        problems.append("--stop: the text must not be empty")
+    for name in ("samples", "beams", "batch"):
+        if getattr(args, name) < 1:
+            problems.append(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.beams == 1 and args.length_penalty != 1.0:
+        problems.append("--length-penalty has no effect without --beams; remove it")
+    if args.beams > 1 and args.stop:
+        problems.append("--stop does not work with --beams, which compare whole texts; remove one of them")
+    if args.beams > 1 and args.logprobs is not None:
+        problems.append("--logprobs does not work with --beams, whose texts have scores; remove one of them")
+    if args.beams > 1 and args.samples > args.beams:
+        problems.append(f"--samples {args.samples}: must be at most --beams {args.beams}")
+    if args.beams == 1 and args.samples > 1 and args.greedy:
+        problems.append("--samples: greedy texts of one prompt are all the same; remove --greedy, or add --beams")
+    if args.logprobs is not None and args.prompts is None and args.output is None:
+        problems.append("--logprobs are written to JSON lines only: add --output FILE")
+    if args.batch != DEFAULT_ROWS and args.prompts is None and args.output is None:
+        problems.append("--batch has no effect on texts that are streamed to stdout; remove it")
+    if args.output is not None and args.output.exists():
+        problems.append(f"--output {args.output}: exists; give another file, or remove it")
+    for text in args.prompt:
+        try:
+            check_text(text, "--prompt")
+        except ConfigError as error:
+            problems += error.mistakes
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_text(text: str, option: str) -> None:
@@ -177,165 +166,150 @@ def check_text(text: str, option: str) -> None:
         ) from None
 
 
-def where_not_finite(model: GenerativeModel) -> str:
-    """Describe the first weight with non-finite values."""
+def _prompts(language: LanguageModel, rows: list[PromptRow], args: argparse.Namespace) -> list[Prompt]:
+    """The prompts in tokens, with their pictures."""
+    texts = [row.prompt if isinstance(row.prompt, str) else "" for row in rows]
+    model = language.model
     assert isinstance(model, nn.Module)
-    for name, parameter in model.named_parameters():
-        bad = int((~parameter.isfinite()).sum())
-        if bad:
-            return f"{bad:,} of the {parameter.numel():,} elements of {name} are inf or NaN"
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return f"all weights are finite, so the activations overflow {dtype}"
+    paths = [Path(each) for each in args.image]
+    images = read_prompt_images(paths, texts, model, language.config, language.checkpoint)
+    prompts = []
+    for row, pictures in zip(rows, images, strict=True):
+        if isinstance(row.prompt, str):
+            try:
+                ids = language.encode(row.prompt, with_bos=args.bos)
+            except ConfigError as error:
+                raise ConfigError([f"{row.place}: {mistake}" for mistake in error.mistakes]) from None
+        else:
+            ids = row.prompt
+            limit = language.config.model.vocab_size
+            if not all(0 <= id < limit for id in ids):
+                raise ConfigError(f"{row.place}: token ids must be from 0 to {limit - 1}")
+        prompts.append(image_prompt(ids, pictures, language.config.model.image_token_id, language.device))
+    return prompts
 
 
-def continue_prompt(
-    model: GenerativeModel,
-    tokenizer: TextTokenizer,
-    prompt: str,
-    show: Callable[[str], None],
-    *,
-    images: Tensor | None = None,
-    image_token_id: int | None = None,
-    with_bos: bool,
-    eos_ids: Sequence[int],
-    stops: Sequence[str],
-    max_new_tokens: int,
-    do_sample: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    device: torch.device,
-) -> str:
-    """Continue one prompt until an end token, a stop text or `max_new_tokens`.
+def _print_texts(
+    language: LanguageModel, rows: list[PromptRow], prompts: list[Prompt], sampling: Sampling, args: argparse.Namespace
+) -> None:
+    """Print prompts and texts one after the other, as they come."""
+    is_first = True
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        # A seed per text makes it independent of those before it.
+        own = replace(sampling, seed=sampling.seed + number * args.samples)
+        if args.beams > 1:
+            for text, _ in _beams(language, prompt, own, args):
+                print("" if is_first else "\n", row.prompt, text, sep="", flush=True)
+                is_first = False
+            continue
+        for sample in range(args.samples):
+            print("" if is_first else "\n", row.prompt, sep="", end="", flush=True)
+            is_first = False
+            readers: dict[int, ReadableText] = {}
 
-    Args not listed are those of `generate`.
+            def show(text: Text, readers: dict[int, ReadableText] = readers) -> bool:
+                reader = readers.setdefault(0, ReadableText(text, language.tokenizer, args.stop))
+                print(reader.read(), end="", flush=True)
+                return reader.is_stopped
 
-    Args:
-        show: called with each piece of new text; pieces never split a character.
-        images: pictures of the prompt, float32 `[N, 3, H, W]`; None: it has none.
-        image_token_id: the placeholder that `tokenizer` puts in place of pictures.
-        with_bos: prepend the tokenizer's beginning-of-text token to the prompt.
-        eos_ids: tokens that end the text; they are not shown.
-        stops: texts that end the text; neither they nor what follows is shown.
-
-    Returns:
-        The new text, without the prompt.
-
-    Raises:
-        ConfigError: the prompt is empty, the tokenizer has no beginning-of-text token, or an argument is invalid.
-    """
-    prompt_ids = tokenizer.encode_batch([prompt])[0]
-    if with_bos:
-        if tokenizer.bos_id is None:
-            raise ConfigError("--bos: this tokenizer has no beginning-of-text token")
-        prompt_ids = [tokenizer.bos_id, *prompt_ids]
-    if not prompt_ids:
-        raise ConfigError("the prompt is empty, which only works with --bos")
-    stream, until = TextStream(tokenizer.decode, prompt_ids), StopTexts(stops)
-    pieces: list[str] = []
-
-    def take(piece: str) -> None:
-        if piece:
-            pieces.append(piece)
-            show(piece)
-
-    def on_token(tokens: torch.Tensor) -> bool:
-        token = int(tokens[0])
-        if token not in eos_ids:
-            take(until.push(stream.push(token)))
-        return until.found
-
-    input_ids = torch.tensor([prompt_ids], device=device)
-    prompt_inputs: dict[str, Any] = {}
-    if images is not None and image_token_id is not None:
-        tokens_per_image = prompt_ids.count(image_token_id) // len(images)
-        indices = image_feature_indices(input_ids, image_token_id, tokens_per_image, len(images))
-        prompt_inputs = {"images": images.to(device), "extra": {IMAGE_FEATURES: indices}}
-        input_ids = input_ids.masked_fill(indices >= 0, 0)
-    generate(
-        model,
-        input_ids,
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_token_id=eos_ids,
-        num_tokens=tokenizer.vocab_size,
-        generator=torch.Generator(device).manual_seed(seed),
-        on_token=on_token,
-        prompt_inputs=prompt_inputs,
-    )
-    take(until.push(stream.finish()))
-    take(until.finish())
-    return "".join(pieces)
+            generate(language.model, [prompt], replace(own, seed=own.seed + sample), on_token=show)
+            print(flush=True)
 
 
-def check_tokenizer(checkpoint: StoragePath, tokenizer: TextTokenizer, where: str) -> None:
-    """Refuse a tokenizer that gives other ids than that of the training data.
+def _write_rows(
+    language: LanguageModel,
+    rows: list[PromptRow],
+    prompts: list[Prompt],
+    sampling: Sampling,
+    args: argparse.Namespace,
+    output: TextIO,
+) -> None:
+    """Write the row of each prompt with its completions in the order of the prompts, when it is complete."""
+    results: list[list[dict[str, Any]]] = [[] for _ in rows]
+    written = 0
 
-    Raises:
-        ConfigError: the ids differ.
-    """
-    known = trained_with(checkpoint)
-    if known is None:
+    def write() -> None:
+        nonlocal written
+        while written < len(rows) and len(results[written]) == args.samples:
+            completions = sorted(results[written], key=lambda each: int(each.pop("sample")))
+            output.write(json.dumps({**rows[written].fields, "completions": completions}, ensure_ascii=False) + "\n")
+            output.flush()
+            written += 1
+
+    if args.beams > 1:
+        for number, prompt in enumerate(prompts):
+            own = replace(sampling, seed=sampling.seed + number * args.samples)
+            found = _beams(language, prompt, own, args)
+            found += [("", float("-inf"))] * (args.samples - len(found))
+            results[number] = [
+                {"sample": sample, "text": text, "score": score} for sample, (text, score) in enumerate(found)
+            ]
+            write()
         return
-    given = KnownTokenizer(tokenizer_fingerprint(tokenizer), where, tokenizer.vocab_size)
-    if not same_ids(known.fingerprint, given.fingerprint):
-        raise ConfigError(
-            f"'{checkpoint}' was trained on the ids of another tokenizer: {known.against(given)}. Give that one with "
-            "--tokenizer, or use this one anyway with --other-tokenizer"
-        )
+    readers: dict[int, ReadableText] = {}
+    numbers = {id(prompt): number for number, prompt in enumerate(prompts)}
+
+    def on_token(text: Text) -> bool:
+        reader = readers.setdefault(id(text), ReadableText(text, language.tokenizer, args.stop))
+        reader.read()
+        if reader.finish_reason is not None:
+            number = numbers[id(text.prompt)]
+            sample = text.sampling.seed - sampling.seed - number * args.samples
+            results[number].append(_completion(reader, language, sample))
+            write()
+        return reader.is_stopped
+
+    generate(language.model, prompts, sampling, num_samples=args.samples, num_rows=args.batch, on_token=on_token)
 
 
-def end_ids(
-    given: Sequence[str], tokenizer: TextTokenizer, checkpoint: StoragePath, tokenizer_path: Path
-) -> tuple[int, ...]:
-    """The tokens that end a text: the given ones, else the tokenizer's and those of a generation config.
-
-    Args:
-        given: ids or spellings of tokens.
-        tokenizer: of the model.
-        checkpoint: has a generation config if it descends from an imported folder.
-        tokenizer_path: searched for a generation config, too.
-
-    Raises:
-        ConfigError: a given token does not exist.
-    """
-    if given:
-        pieces = tokenizer.pieces()
-        ids = []
-        for name in given:
-            if name in pieces and name:
-                ids.append(pieces.index(name))
-            elif name.isdecimal() and int(name) < tokenizer.vocab_size:
-                ids.append(int(name))
-            else:
-                raise ConfigError(
-                    f"--eos {name}: the tokenizer has no such token, and ids end at {tokenizer.vocab_size - 1}"
-                    f"{nearest(name, [pieces[id] for id in tokenizer.special_ids])}"
-                )
-        return tuple(dict.fromkeys(ids))
-    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
-    configured = generation_eos_ids(checkpoint) or stop_ids(folder)
-    of_tokenizer = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    return tuple(dict.fromkeys((*of_tokenizer, *configured)))
+def _completion(reader: ReadableText, language: LanguageModel, sample: int) -> dict[str, Any]:
+    text = reader.text
+    found: dict[str, Any] = {
+        "sample": sample,
+        "text": reader.shown,
+        "finish_reason": reader.finish_reason,
+        "token_ids": list(text.new_ids),
+    }
+    if text.sampling.top_logprobs is not None:
+        pieces = language.tokenizer.pieces()
+        found["logprobs"] = [
+            {
+                "value": each.value,
+                "top": [[pieces[id] if id < len(pieces) else "", id, value] for id, value in each.top],
+            }
+            for each in text.logprobs
+        ]
+    return found
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; without a name, a GPU if there is one, else the CPU.
+def _beams(
+    language: LanguageModel, prompt: Prompt, sampling: Sampling, args: argparse.Namespace
+) -> list[tuple[str, float]]:
+    """The text and score of each beam, best first."""
+    beams = beam_search(
+        language.model,
+        prompt,
+        sampling,
+        num_beams=args.beams,
+        num_samples=args.samples,
+        length_penalty=args.length_penalty,
+    )
+    found = []
+    for beam in beams:
+        has_end = bool(beam.ids) and beam.ids[-1] in sampling.eos_ids
+        text = Text(prompt, sampling, list(beam.ids), finish_reason="stop" if has_end else "length")
+        found.append((ReadableText(text, language.tokenizer).read(), beam.score))
+    return found
 
-    Raises:
-        ConfigError: the device is unknown to torch or not available on this machine.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+@contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
+    """A new file, or stdout."""
+    if path is None:
+        yield sys.stdout
+        return
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
-    if device.type == "meta":
-        raise ConfigError("--device meta: it has no storage to compute with")
-    return device
+        with path.open("x", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"--output {path}: {error.strerror or error}") from error

@@ -17,7 +17,7 @@ from internlm.model.architecture import Architecture
 from internlm.model.initialization import set_initializer
 from internlm.model.layer_kinds import STANDARD
 from internlm.model.layer_protocol import run_layers
-from internlm.model.modules.cache import KeyValueCache
+from internlm.model.modules.cache import CachedRows, KeyValueCache
 from internlm.model.modules.linear import make_linear
 from internlm.model.modules.norm import LayerNorm, RMSNorm
 from internlm.model.modules.rotary import RotaryEmbedding
@@ -91,7 +91,7 @@ class DecoderLayer(nn.Module):
         hidden: Tensor,
         rotary: RotaryTables,
         varlen: VarlenMetadata | None = None,
-        cache: KeyValueCache | None = None,
+        cache: CachedRows | None = None,
         *inputs: Tensor,
     ) -> Tensor:
         """Residual stream `[B, S, h]` -> `[B, S, h]`; `inputs` are those of `compute` in a subclass."""
@@ -99,7 +99,7 @@ class DecoderLayer(nn.Module):
         return run(hidden, rotary, varlen, cache, *inputs)
 
     def compute(
-        self, hidden: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None, cache: KeyValueCache | None
+        self, hidden: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None, cache: CachedRows | None
     ) -> Tensor:
         """As `forward`, without recomputation."""
         hidden = hidden + self.attention(self.attention_norm(hidden).to(self.block_dtype), rotary, varlen, cache)
@@ -130,7 +130,7 @@ class MultiTokenLayer(DecoderLayer):
         hidden: Tensor,
         rotary: RotaryTables,
         varlen: VarlenMetadata | None,
-        cache: KeyValueCache | None,
+        cache: CachedRows | None,
         embedded: Tensor | None = None,
     ) -> Tensor:
         """Hidden states and the residual stream of embeddings, `[B, S, h]` each -> hidden states `[B, S, h]`.
@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         inputs: Tensor,
         position_ids: Tensor,
         varlen: VarlenMetadata | None = None,
-        cache: KeyValueCache | None = None,
+        cache: CachedRows | None = None,
         later_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
@@ -224,7 +224,7 @@ class Decoder(nn.Module):
             inputs: token ids, int64 `[B, S]`; in a later pipeline stage the residual stream `[B, S, h]`.
             position_ids: int64 `[B, S]`, position of each token in its document; 0 in the padding of a row.
             varlen: documents of a packed row (B = 1); None: each row is one document.
-            cache: keys and values of earlier tokens; the new ones are appended. Not for packed rows.
+            cache: rows with the keys and values of earlier tokens; the new ones are appended. Not for packed rows.
             later_ids: int64 `[D B, S]`, the tokens 1, 2 ... D positions later, for the D layers that predict tokens
                 after the next one. None: these layers are left out.
 
@@ -240,7 +240,7 @@ class Decoder(nn.Module):
         hidden: Tensor,
         position_ids: Tensor,
         varlen: VarlenMetadata | None,
-        cache: KeyValueCache | None,
+        cache: CachedRows | None,
         later_ids: Tensor | None,
     ) -> Tensor:
         """As `forward`, from the residual stream `[B, S, h]` in front of the layers."""
@@ -299,14 +299,19 @@ class Decoder(nn.Module):
         """Hidden states `[..., h]` -> `[..., V]` (reward model: `[..., 1]`)."""
         return linear(hidden, self.head_weight(), None)
 
-    def make_cache(self, batch_size: int, max_length: int) -> KeyValueCache:
-        """An empty key-value cache for this model, on its device."""
+    @property
+    def prefills_in_chunks(self) -> bool:
+        """Whether keys of a text do not depend on its length, so that it may be computed in pieces."""
+        return self.architecture.rope.rope_type != "dynamic"
+
+    def make_cache(self, num_rows: int, max_length: int) -> KeyValueCache:
+        """An empty key-value cache for texts of up to `max_length` tokens, on the model's device."""
         a = self.architecture
         device = next(self.parameters()).device
         if a.latent is not None:
             latent, rotary = a.latent.kv_rank, a.latent.rotary_dim
-            return KeyValueCache(a.num_layers, batch_size, max_length, 1, latent, a.dtype, device, value_dim=rotary)
-        return KeyValueCache(a.num_layers, batch_size, max_length, a.num_kv_heads, a.head_dim, a.dtype, device)
+            return KeyValueCache(a.num_layers, num_rows, max_length, 1, latent, a.dtype, device, value_dim=rotary)
+        return KeyValueCache(a.num_layers, num_rows, max_length, a.num_kv_heads, a.head_dim, a.dtype, device)
 
 
 def make_norm(architecture: Architecture) -> nn.Module:

@@ -91,7 +91,7 @@ _SEED = _now("core.context.random.seed_everything", "one seed per process; there
 _COLLECT = _now("monitor.garbage_collection.GarbageCollectionHook", "data.empty_cache_and_diag_interval in the config")
 _TIMER = _gone("times are in the metrics of a step (fwd_bwd_time ...); the flag --profiling shows each kernel")
 _GENERATE = _now(
-    "apis.generation.generate", "generate(model, input_ids, max_new_tokens=...); `internlm generate` on a command line"
+    "apis.sequence_generator.SequenceGenerator", "same arguments; or `internlm generate` on a command line"
 )
 _REGISTRY = _now("model.registry.register_model", "a decorator: @register_model('NAME')")
 _LR = _now("solver.lr_scheduler.LearningRateSchedule", "a function of the step: schedule.lr(step)")
@@ -124,7 +124,7 @@ NAMES: dict[str, dict[str, Former]] = {
     ),
     "internlm.apis.inference": {
         "SequenceGenerator": _GENERATE,
-        "batch_tokenize": _gone("generate takes prompts of equal length: pass prompts of different lengths one by one"),
+        "batch_tokenize": _gone("generate takes prompts of any lengths, without padding"),
     },
     "internlm.apis.inference_utils": {
         "InferenceParams": _now("model.modules.cache.KeyValueCache", "generate creates it")
@@ -210,7 +210,7 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.data": {
         "build_train_loader_with_data_type": _TRAIN_DATA,
         "build_valid_loader_with_data_type": _VALID_DATA,
-        "build_generation_loader_with_data_type": _gone("`internlm generate` takes prompts from its command line"),
+        "build_generation_loader_with_data_type": _gone("`internlm generate --prompts` reads JSON lines"),
     },
     "internlm.data.build_dataloader": {
         "build_train_loader_with_data_type": _TRAIN_DATA,

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
 from internlm.apis.generation import generate
+from internlm.apis.sampling import Sampling
 from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.checkpoint.reading import CONFIG_FILE
 from internlm.cli import main
@@ -77,21 +78,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -
     return save(tmp_path_factory.mktemp("run"), tokenizer_path)
 
 
-def expected_text(checkpoint: Path, tokenizer_path: Path, with_bos: bool = False, **choices: object) -> str:
+def expected_text(checkpoint: Path, tokenizer_path: Path, with_bos: bool = False, **choices: Any) -> str:
     model, _ = load_model_for_inference(checkpoint)
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     eos = tokenizer.token_to_id("</s>")
     ids = tokenizer.encode("<s>" * with_bos + PROMPT).ids
-    result = generate(
-        model,
-        torch.tensor([ids]),
-        max_new_tokens=NEW,
-        eos_token_id=eos,
-        num_tokens=tokenizer.get_vocab_size(),
-        **choices,
-    )
-    new = result[0, len(ids) :].tolist()
-    return tokenizer.decode(new[: new.index(eos)] if eos in new else new, skip_special_tokens=False)
+    sampling = Sampling(max_new_tokens=NEW, eos_ids=(eos,), num_tokens=tokenizer.get_vocab_size(), **choices)
+    text = generate(model, [ids], sampling)[0][0]
+    return tokenizer.decode(text.new_ids[: text.num_readable], skip_special_tokens=False)
 
 
 def test_greedy_text(checkpoint: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +111,7 @@ def test_sampling_is_a_function_of_the_seed(
             temperature=0.7,
             top_k=50,
             top_p=0.9,
-            generator=torch.Generator().manual_seed(seed),
+            seed=seed,
         )
         for seed in (5, 6)
     ]
@@ -132,7 +126,7 @@ def test_the_end_of_text_is_not_shown(tmp_path: Path, tokenizer_path: Path, caps
     model, _ = load_model_for_inference(checkpoint)
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     ids = tokenizer.encode(PROMPT).ids
-    new = generate(model, torch.tensor([ids]), max_new_tokens=NEW)[0, len(ids) :].tolist()
+    new = generate(model, [ids], Sampling(max_new_tokens=NEW))[0][0].new_ids
     third = new.index(new[2])
     (tmp_path / "tokenizer.json").write_text(tokenizer_path.read_text())
     (tmp_path / "tokenizer_config.json").write_text(
@@ -239,8 +233,8 @@ def greedy_ids(checkpoint: Path, tokenizer_path: Path) -> tuple[Tokenizer, list[
     model, _ = load_model_for_inference(checkpoint)
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     ids = tokenizer.encode(PROMPT).ids
-    new = generate(model, torch.tensor([ids]), max_new_tokens=NEW, num_tokens=tokenizer.get_vocab_size())
-    return tokenizer, new[0, len(ids) :].tolist()
+    sampling = Sampling(max_new_tokens=NEW, num_tokens=tokenizer.get_vocab_size())
+    return tokenizer, generate(model, [ids], sampling)[0][0].new_ids
 
 
 def text_before(tokenizer: Tokenizer, ids: list[int], *ends: int) -> str:
@@ -296,4 +290,72 @@ def test_mistakes_in_what_ends_a_text(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     assert main(["generate", "--ckpt", str(checkpoint), "--prompt", PROMPT, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_prompts_of_a_file_become_rows(checkpoint: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    """Texts and token ids, of unequal lengths, in the order of the file, with the other fields; as one by one."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    ids = tokenizer.encode(PROMPT).ids
+    rows = [{"prompt": "a", "id": 7}, {"prompt": ids}, {"prompt": "some more text to go on with", "id": None}]
+    (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    command = ["generate", "--ckpt", str(checkpoint), "--greedy", "--max-new-tokens", str(NEW), "--device", "cpu"]
+    options = ["--prompts", str(tmp_path / "in.jsonl"), "--batch", "2", "--logprobs", "2"]
+    assert main([*command, *options, "--output", str(tmp_path / "out.jsonl")]) == 0
+    found = rows_of(tmp_path / "out.jsonl")
+    assert [{key: row[key] for key in row if key != "completions"} for row in found] == rows
+    assert [len(row["completions"]) for row in found] == [1, 1, 1]
+    completion = found[1]["completions"][0]
+    assert completion["text"] == expected_text(checkpoint, tokenizer_path)
+    assert completion["finish_reason"] == "length" and len(completion["token_ids"]) == NEW
+    assert len(completion["logprobs"]) == NEW
+    first = completion["logprobs"][0]
+    assert first["top"][0][1] == completion["token_ids"][0] and first["top"][0][2] == first["value"]
+    assert main([*command, *options, "--output", str(tmp_path / "out.jsonl")]) == 2  # not overwritten
+
+
+def test_samples_and_beams(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--ckpt", str(checkpoint), "--prompt", PROMPT, "--max-new-tokens", "8", "--device", "cpu"]
+    assert main([*command, "--samples", "3", "--output", str(tmp_path / "samples.jsonl")]) == 0
+    texts = [each["text"] for each in rows_of(tmp_path / "samples.jsonl")[0]["completions"]]
+    assert len(set(texts)) == 3
+    assert main([*command, "--samples", "3"]) == 0
+    assert capsys.readouterr().out == "\n\n".join(PROMPT + text for text in texts) + "\n"
+    assert (
+        main([*command, "--greedy", "--beams", "3", "--samples", "2", "--output", str(tmp_path / "beams.jsonl")]) == 0
+    )
+    beams = rows_of(tmp_path / "beams.jsonl")[0]["completions"]
+    assert beams[0]["score"] > beams[1]["score"]
+    assert main([*command, "--greedy", "--beams", "3", "--samples", "2"]) == 0
+    assert capsys.readouterr().out == "\n\n".join(PROMPT + each["text"] for each in beams) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --prompt TEXT or --prompts FILE"),
+        (["--prompt", "a", "--greedy", "--samples", "2"], "greedy texts of one prompt are all the same"),
+        (["--prompt", "a", "--beams", "2", "--samples", "3"], "--samples 3: must be at most --beams 2"),
+        (["--prompt", "a", "--beams", "2", "--stop", "x"], "--stop does not work with --beams"),
+        (["--prompt", "a", "--length-penalty", "2"], "--length-penalty has no effect without --beams"),
+        (["--prompt", "a", "--logprobs", "1"], "add --output FILE"),
+        (["--prompt", "a", "--min-new-tokens", "200"], "min_new_tokens = 200: must be from 0 to max_new_tokens = 100"),
+        (["--prompts", "{bad}"], 'in.jsonl, line 2: must be an object with "prompt"'),
+        (["--prompts", "{dir}/none.jsonl"], "none.jsonl: cannot be read"),
+        (["--prompts", "{ids}"], "ids.jsonl, line 1: token ids must be from 0 to 299"),
+        (["--prompt", "a", "--output", "{dir}/no/folder"], "--output"),
+    ],
+)
+def test_mistakes_in_prompts(
+    checkpoint: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    (tmp_path / "ids.jsonl").write_text('{"prompt": [300]}\n')
+    names = {"{bad}": tmp_path / "in.jsonl", "{ids}": tmp_path / "ids.jsonl"}
+    words = [str(names.get(each, each)).replace("{dir}", str(tmp_path)) for each in options]
+    assert main(["generate", "--ckpt", str(checkpoint), "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err

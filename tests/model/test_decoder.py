@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.model.initialization import Uniform, initializer_of
-from internlm.model.modules.cache import KeyValueCache
+from internlm.model.modules.cache import CachedRows, KeyValueCache
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.registry import build_model
 from internlm.model.roles import Role
@@ -55,26 +55,41 @@ def test_cache_gives_what_the_whole_sequence_gives(model_type: str, rope: dict[s
     ids, positions = _ids(3, 20), torch.arange(20).expand(3, -1)
     with torch.no_grad():
         whole = model(ids, positions)
-        cache = model.make_cache(batch_size=3, max_length=20)
+        cache = model.make_cache(num_rows=3, max_length=20)
         pieces = []
         for start, stop in ((0, 9), (9, 10), (10, 11), (11, 15), (15, 20)):
-            pieces.append(model(ids[:, start:stop], positions[:, start:stop], cache=cache))
-            assert cache.length == stop
+            pieces.append(model(ids[:, start:stop], positions[:, start:stop], cache=cache.rows()))
+            assert cache.lengths == [stop] * 3
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
 
 
-def test_cache_reorders_truncates_and_refuses_what_has_no_room() -> None:
+def test_rows_of_a_cache_grow_move_and_refuse_what_has_no_room() -> None:
     cache = KeyValueCache(1, 2, 3, 1, 2, torch.float32)
     k = torch.arange(8.0).view(2, 2, 1, 2)
-    cache.update(0, k, -k)
-    cache.advance(2)
+
+    def append(rows: CachedRows, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = rows.update(0, keys, values)
+        rows.advance(keys.shape[1])
+        return found
+
+    append(cache.rows(), k, -k)
     cache.reorder(torch.tensor([1, 1]))
-    cache.truncate(1)
-    keys, values = cache.update(0, k[:, :1] + 100, k[:, :1])
-    assert torch.equal(keys[:, 0], k[[1, 1], 0]) and torch.equal(keys[:, 1], k[:, 0] + 100)
-    assert torch.equal(values[:, 0], -k[[1, 1], 0])
+    cache.truncate(1, 1)
+    assert cache.lengths == [2, 1]
+    rows = cache.rows()
+    assert rows.position_ids(1).tolist() == [[2], [1]]
+    mask, windowed = rows.mask(1, None), rows.mask(1, 1)
+    assert mask is not None and mask[:, 0, 0].tolist() == [[True, True, True], [True, True, False]]
+    assert windowed is not None and windowed[:, 0, 0].tolist() == [[False, False, True], [False, True, False]]
+    keys, values = append(rows, k[:, :1] + 100, k[:, :1])
+    assert torch.equal(keys[0, :, 0], torch.cat((k[1, :, 0], k[0, :1, 0] + 100)))
+    assert torch.equal(keys[1, :2, 0], torch.cat((k[1, :1, 0], k[1, :1, 0] + 100)))
+    assert torch.equal(values[0, :2], -k[1])
+    cache.copy_row(1, 0)
+    assert cache.lengths == [2, 2] and cache.rows().mask(1, None) is None
+    assert torch.equal(append(cache.rows(0, 1), k[:1, :1], k[:1, :1])[0][0, :2], keys[1, :2])
     with pytest.raises(ValueError, match="room for 3 tokens, not for 4"):
-        cache.update(0, torch.zeros(2, 3, 1, 2), torch.zeros(2, 3, 1, 2))
+        cache.rows().update(0, k[:, :1], k[:, :1])
 
 
 @pytest.mark.parametrize(("fraction", "layers"), [(True, 4), (0.6, 2), (0.2, 0)])

@@ -35,11 +35,11 @@ def test_a_cache_holds_latent_vectors(changes: dict[str, Any]) -> None:
     model = tiny_model("DEEPSEEK_V3", **{**LATENT, **changes})
     ids, positions = torch.arange(22).view(2, 11), torch.arange(11).expand(2, -1)
     cache = model.make_cache(2, 16)
-    assert cache._keys.shape[-2:] == (1, 12) and cache._values.shape[-2:] == (1, 4)
+    assert cache.keys.shape[-2:] == (1, 12) and cache.values.shape[-2:] == (1, 4)
     with torch.no_grad():
         expected = model(ids, positions)
         parts = [
-            model(ids[:, part], positions[:, part], cache=cache)
+            model(ids[:, part], positions[:, part], cache=cache.rows())
             for part in (slice(0, 6), slice(6, 7), slice(7, 8), slice(8, 11))
         ]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)

@@ -17,7 +17,7 @@ from internlm.model.architecture import Architecture
 from internlm.model.decoder import Decoder
 from internlm.model.llava.projector import make_projector
 from internlm.model.llava.vision_tower import VisionTower, tower_config
-from internlm.model.modules.cache import KeyValueCache
+from internlm.model.modules.cache import CachedRows
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.roles import Role
 from internlm.utils.errors import ConfigError
@@ -84,7 +84,7 @@ class Llava(Decoder):
         inputs: Tensor,
         position_ids: Tensor,
         varlen: VarlenMetadata | None = None,
-        cache: KeyValueCache | None = None,
+        cache: CachedRows | None = None,
         later_ids: Tensor | None = None,
         *,
         images: Tensor | None = None,

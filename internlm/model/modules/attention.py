@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from internlm.model.modules.attention_sinks import AttentionSinks
-from internlm.model.modules.cache import KeyValueCache
+from internlm.model.modules.cache import CachedRows
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.linear import GroupedLinear, UnpackedLinear, make_linear
 from internlm.model.modules.norm import RMSNorm
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self.group_size = heads.num_heads // heads.num_kv_heads
 
     def forward(
-        self, x: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None = None, cache: KeyValueCache | None = None
+        self, x: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None = None, cache: CachedRows | None = None
     ) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`."""
         # Lengths are read off the projections too: they may gather a sequence that is split over ranks.
@@ -78,11 +78,12 @@ class Attention(nn.Module):
             q, k, v = (x.clamp(-self.clip_qkv, self.clip_qkv) for x in (q, k, v))
         tables = self.inner.local_rotary(rotary)
         q, k = apply_rotary(q, tables), apply_rotary(k, tables)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        if self.sinks is None:
-            return self.wo(self.inner(q, k, v, varlen).flatten(2))
-        return self.wo(self.inner(q, k, v, varlen, self.sinks.weight).flatten(2))
+        sinks = () if self.sinks is None else (self.sinks.weight,)
+        if cache is None:
+            return self.wo(self.inner(q, k, v, varlen, *sinks).flatten(2))
+        mask = cache.mask(q.shape[1], self.inner.window)
+        k, v = cache.update(self.layer, k, v)
+        return self.wo(self.inner.to_cached(q, k, v, mask, *sinks).flatten(2))
 
     def _unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
         return unpack_query_key_value(packed, self.group_size, self.head_dim)

@@ -7,24 +7,25 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Preallocated keys and values of every layer; K key-value heads of dimension D.
+    """Preallocated keys and values of every layer, in rows that hold one text each.
 
-    All rows have the same number of tokens. A forward pass appends its tokens to every layer with `update`; the decoder
-    then advances the common length with `advance`.
+    A forward pass works on neighbouring rows, see `rows`. K key-value heads of dimension D.
 
     Args:
+        num_rows: texts at a time.
+        max_length: capacity of a row, in tokens.
         head_dim: D, of keys.
         value_dim: dimension of values; None: D.
 
     Attributes:
-        length: number of cached tokens per row.
-        max_length: capacity per row, in tokens.
+        lengths: number of cached tokens of each row.
+        max_length: capacity of a row, in tokens.
     """
 
     def __init__(
         self,
         num_layers: int,
-        batch_size: int,
+        num_rows: int,
         max_length: int,
         num_kv_heads: int,
         head_dim: int,
@@ -33,35 +34,111 @@ class KeyValueCache:
         *,
         value_dim: int | None = None,
     ) -> None:
-        self.length = 0
+        self.lengths = [0] * num_rows
         self.max_length = max_length
-        shape = (num_layers, batch_size, max_length, num_kv_heads)
-        self._keys = torch.empty(*shape, head_dim, dtype=dtype, device=device)
-        self._values = torch.empty(*shape, value_dim or head_dim, dtype=dtype, device=device)
+        shape = (num_layers, num_rows, max_length, num_kv_heads)
+        # Not `empty`: a masked key may be anything but NaN.
+        self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> CachedRows:
+        """The rows from `start` to before `stop` (None: all), for one forward pass."""
+        return CachedRows(self, start, len(self.lengths) if stop is None else stop)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Discard the tokens of a row from position `length` on."""
+        assert 0 <= length <= self.lengths[row]
+        self.lengths[row] = length
+
+    def clear(self, row: int) -> None:
+        """Empty a row whose keys or values are NaN or inf, which would spoil the results of its neighbours."""
+        for store in (self.keys, self.values):
+            store[:, row, : self.lengths[row]] = 0
+        self.lengths[row] = 0
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` equal to row `source`."""
+        if source == target:
+            return
+        length = self.lengths[target] = self.lengths[source]
+        for store in (self.keys, self.values):
+            store[:, target, :length] = store[:, source, :length]
+
+    def reorder(self, sources: Tensor) -> None:
+        """Replace row i by the old row `sources[i]` (beam search); `sources` is int64 `[n]`, for the first n rows."""
+        count = sources.shape[0]
+        lengths = [self.lengths[source] for source in sources.tolist()]
+        longest = max(lengths, default=0)
+        for store in (self.keys, self.values):
+            store[:, :count, :longest] = store[:, sources, :longest]
+        self.lengths[:count] = lengths
+
+
+class CachedRows:
+    """Neighbouring rows of a cache during one forward pass, which appends as many tokens to each of them.
+
+    Every layer appends its keys and values with `update`; the decoder then adds their number to the lengths with
+    `advance`. B is the number of rows, S that of new tokens of each.
+    """
+
+    def __init__(self, cache: KeyValueCache, start: int, stop: int) -> None:
+        self._cache = cache
+        self._rows = slice(start, stop)
+        self._lengths = cache.lengths[self._rows]
+        self._device = cache.keys.device
+        self._is_even = len(set(self._lengths)) == 1
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._places: tuple[Tensor, Tensor] | None = None
+
+    def position_ids(self, num_tokens: int) -> Tensor:
+        """Positions of the next tokens, int64 `[B, num_tokens]`."""
+        starts = torch.tensor(self._lengths, device=self._device)
+        return starts[:, None] + torch.arange(num_tokens, device=self._device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append `[B, S, K, D]` keys and values to a layer; returns all of its `[B, length + S, K, D]` (views).
+        """Append `[B, S, K, D]` keys and values to a layer.
+
+        Returns:
+            Views of its keys and values, `[B, T, K, D]`, T being the largest length with the new tokens. What is behind
+            the end of a shorter row is not defined; see `mask`.
 
         Raises:
             ValueError: they exceed `max_length`.
         """
-        stop = self.length + k.shape[1]
-        if stop > self.max_length:
-            raise ValueError(f"the key-value cache has room for {self.max_length} tokens, not for {stop}")
-        self._keys[layer, :, self.length : stop] = k
-        self._values[layer, :, self.length : stop] = v
-        return self._keys[layer, :, :stop], self._values[layer, :, :stop]
+        count = k.shape[1]
+        stop = max(self._lengths) + count
+        if stop > self._cache.max_length:
+            raise ValueError(f"the key-value cache has room for {self._cache.max_length} tokens, not for {stop}")
+        keys, values = self._cache.keys[layer, self._rows], self._cache.values[layer, self._rows]
+        if self._is_even:
+            keys[:, stop - count : stop], values[:, stop - count : stop] = k, v
+        else:
+            if self._places is None:
+                rows = torch.arange(len(self._lengths), device=self._device)[:, None]
+                self._places = rows, self.position_ids(count)
+            keys[self._places], values[self._places] = k, v
+        return keys[:, :stop], values[:, :stop]
+
+    def mask(self, num_tokens: int, window: int | None) -> Tensor | None:
+        """Which keys each new token attends to.
+
+        Args:
+            num_tokens: S.
+            window: maximum number of keys that a token attends to, itself included; None: no limit.
+
+        Returns:
+            bool `[B, 1, S, T]`; None if the rows have equal lengths, so that attention is causal as without a cache.
+        """
+        if self._is_even:
+            return None
+        key = (num_tokens, window)
+        if key not in self._masks:
+            last = max(self._lengths) + num_tokens
+            distance = self.position_ids(num_tokens)[:, :, None] - torch.arange(last, device=self._device)
+            visible = distance >= 0
+            self._masks[key] = (visible if window is None else visible & (distance < window)).unsqueeze(1)
+        return self._masks[key]
 
     def advance(self, num_tokens: int) -> None:
-        """Increase the length by the tokens that every layer has appended."""
-        self.length += num_tokens
-
-    def truncate(self, length: int) -> None:
-        """Discard the tokens from position `length` on."""
-        assert 0 <= length <= self.length
-        self.length = length
-
-    def reorder(self, rows: Tensor) -> None:
-        """Replace row i by the old row `rows[i]` (beam search); `rows` is int64 `[B]`."""
-        for store in (self._keys, self._values):
-            store[:, :, : self.length] = store[:, rows, : self.length]
+        """Increase the lengths by the tokens that every layer has appended."""
+        self._cache.lengths[self._rows] = [length + num_tokens for length in self._lengths]

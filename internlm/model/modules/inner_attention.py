@@ -8,6 +8,7 @@ from typing import TypedDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internlm.model.ops.attention.cached_attention import cached_attention
 from internlm.model.ops.attention.causal_attention import VarlenMetadata, attention
 from internlm.model.ops.attention.sink_attention import sink_attention
 from internlm.model.ops.rotary import RotaryTables
@@ -63,6 +64,16 @@ class InnerAttention(nn.Module):
         if v.shape[-1] == q.shape[-1]:
             return attention(q, k, v, varlen, **self._options(q, v))
         return attention(*_of_one_width(q, k, v), varlen, **self._options(q, v))[..., : v.shape[-1]]
+
+    def to_cached(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None = None) -> Tensor:
+        """`forward` of new tokens, whose queries see the keys of a cache.
+
+        Args:
+            mask: see `CachedRows.mask`; None: the queries are the last S of the T positions, of every row.
+        """
+        if mask is None:
+            return self(q, k, v, None, sinks)
+        return cached_attention(q, k, v, mask, scale=self.scale, sinks=sinks)
 
     def forward_with_lse(self, q: Tensor, k: Tensor, v: Tensor, varlen: VarlenMetadata | None) -> tuple[Tensor, Tensor]:
         """`forward`, and the log-sum-exp of each query's scores, fp32 `[B, S, H]` (float64 for float64).

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from internlm.model.modules.cache import KeyValueCache
+from internlm.model.modules.cache import CachedRows
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.linear import GroupedLinear, make_linear
 from internlm.model.modules.norm import RMSNorm
@@ -83,7 +83,7 @@ class LatentAttention(nn.Module):
         self.wo = make_linear(a, o_size, a.hidden_size, False, a.init.attention_other, into_residual=True)
 
     def forward(
-        self, x: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None = None, cache: KeyValueCache | None = None
+        self, x: Tensor, rotary: RotaryTables, varlen: VarlenMetadata | None = None, cache: CachedRows | None = None
     ) -> Tensor:
         """`[B, S, h]` -> `[B, S, h]`; the cache holds latent vectors and rotary keys."""
         shape = self.shape
@@ -112,4 +112,7 @@ class LatentAttention(nn.Module):
         q_plain, q_rotary = q.unflatten(-1, (-1, shape.head_dim)).split([shape.plain_dim, shape.rotary_dim], dim=-1)
         q = torch.cat((q_plain, apply_rotary(q_rotary, tables)), dim=-1)
         k = torch.cat((k_plain, key.expand(-1, -1, k_plain.shape[_HEADS], -1)), dim=-1)
-        return self.wo(self.inner(q, k, v, varlen).flatten(_HEADS))
+        if cache is None:
+            return self.wo(self.inner(q, k, v, varlen).flatten(_HEADS))
+        mask = cache.mask(q.shape[1], self.inner.window)
+        return self.wo(self.inner.to_cached(q, k, v, mask).flatten(_HEADS))

@@ -1,4 +1,4 @@
-"""Pictures in the prompts of `internlm generate`."""
+"""Pictures in prompts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from internlm.apis.engine import Prompt
 from internlm.config.schema import Config
 from internlm.convert.hf_folder import HF_FILES
 from internlm.data.images.decoding import check_pillow, decode_image
 from internlm.data.images.placeholder_tokenizer import PlaceholderTokenizer
 from internlm.data.images.processor import PREPROCESSOR_CONFIG, ImageProcessor, read_processor
 from internlm.data.images.settings import IMAGE_MARKER, ImageSettings
+from internlm.data.packing.image_placeholders import IMAGE_FEATURES, image_feature_indices
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.initialize.images import image_processor
 from internlm.model.llava.model import Llava
@@ -56,6 +58,23 @@ def read_prompt_images(
     processor = _processor(model, config, checkpoint)
     pixels = [torch.from_numpy(_read(path, processor)) for path in paths]
     return [torch.stack(own) if own else None for own in _split(pixels, counts)]
+
+
+def image_prompt(ids: list[int], images: Tensor | None, image_token_id: int | None, device: torch.device) -> Prompt:
+    """A prompt whose placeholders stand for pictures.
+
+    Args:
+        ids: its tokens.
+        images: its pictures, float32 `[N, 3, H, W]`; None: it has none.
+        image_token_id: the placeholder.
+        device: of the model.
+    """
+    if images is None or image_token_id is None:
+        return Prompt(ids)
+    tokens_per_image = ids.count(image_token_id) // len(images)
+    indices = image_feature_indices(torch.tensor([ids]), image_token_id, tokens_per_image, len(images)).to(device)
+    inputs = {"images": images.to(device), "extra": {IMAGE_FEATURES: indices}}
+    return Prompt([0 if id == image_token_id else id for id in ids], inputs)
 
 
 def with_placeholders(tokenizer: TextTokenizer, model: nn.Module, config: Config) -> TextTokenizer:
