@@ -210,7 +210,7 @@ NAMES: dict[str, dict[str, Former]] = {
     "internlm.data": {
         "build_train_loader_with_data_type": _TRAIN_DATA,
         "build_valid_loader_with_data_type": _VALID_DATA,
-        "build_generation_loader_with_data_type": _gone("`internlm generate --prompts` reads JSON lines"),
+        "build_generation_loader_with_data_type": _gone("`internlm generate` reads prompts from JSON lines"),
     },
     "internlm.data.build_dataloader": {
         "build_train_loader_with_data_type": _TRAIN_DATA,
