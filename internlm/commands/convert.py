@@ -1,4 +1,4 @@
-"""`internlm convert`: converts checkpoints to and from other formats. Needs no GPU and never holds a whole model."""
+"""`internlm convert`: converts checkpoints to and from other formats. Needs no GPU; only checks hold a whole model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Sequence
 import torch
 
 from internlm.convert.check_export import check_export, check_prerequisites
+from internlm.convert.check_gguf import check_gguf, check_gguf_prerequisites
 from internlm.convert.findings import Finding, has_failed
 from internlm.convert.from_hf import convert_from_hf
 from internlm.convert.from_internevo import import_internevo
+from internlm.convert.gguf_types import TYPES
 from internlm.convert.internevo_run import schedule_differences
 from internlm.convert.model_card import add_checks
+from internlm.convert.to_gguf import convert_to_gguf
 from internlm.convert.to_hf import convert_to_hf
 from internlm.convert.upcycle import Upcycling, upcycle
 from internlm.initialize.build_schedules import build_schedules
@@ -29,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the directions and their options."""
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     _add_to_hf(directions.add_parser("to-hf", help="write a folder that transformers loads"))
+    _add_to_gguf(directions.add_parser("to-gguf", help="write a file that llama.cpp loads"))
     _add_from_hf(directions.add_parser("from-hf", help="read a Hugging Face folder"))
     _add_from_internevo(directions.add_parser("from-internevo", help="read a checkpoint of InternEvo"))
     _add_upcycle(directions.add_parser("upcycle", help="make a mixture of experts of a dense checkpoint"))
@@ -88,6 +92,48 @@ def _to_hf(options: argparse.Namespace) -> int:
     findings = check_export(exported.checkpoint, out.local, exported.tokenizer)
     add_checks(out, findings)
     return _report(findings)
+
+
+def _add_to_gguf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint, or a folder of them (newest)")
+    parser.add_argument("--out", required=True, type=local_path, metavar="FILE.gguf", help="file to write; must be new")
+    parser.add_argument("--type", required=True, choices=TYPES, help="number format of matrices; vectors are f32")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer to write into the file (default: that of the imported folder, else data.tokenizer_path of the "
+        "run)",
+    )
+    parser.add_argument(
+        "--pre-tokenizer",
+        metavar="NAME",
+        help="llama.cpp's name of the rule that splits text before byte-level BPE (default: by the pattern of the "
+        "tokenizer.json)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="then load the file with llama.cpp (package xllamacpp), and compare log-probabilities and token ids with "
+        "those of the checkpoint; exit code 1 if they differ. Needs 8 bytes of memory a parameter",
+    )
+    parser.set_defaults(convert=_to_gguf)
+
+
+def _to_gguf(options: argparse.Namespace) -> int:
+    if options.check:
+        check_gguf_prerequisites()
+    exported = convert_to_gguf(
+        storage_path(options.ckpt),
+        options.out,
+        file_type=options.type,
+        tokenizer=storage_path(options.tokenizer) if options.tokenizer else None,
+        pre_tokenizer=options.pre_tokenizer,
+    )
+    print(options.out)
+    if not options.check:
+        return 0
+    assert exported.tokenizer is not None
+    return _report(check_gguf(exported.checkpoint, options.out, options.type, exported.tokenizer))
 
 
 def _report(findings: Sequence[Finding]) -> int:

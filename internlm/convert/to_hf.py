@@ -170,15 +170,9 @@ def _write(
         return _write_folder(checkpoint, out, config, layout, dtype, max_shard_bytes, tokenizer, values, tensors)
     model = decoder_of(config)
     architecture = model.architecture
-    left_out = range(0) if has_multi_token_form(architecture) else architecture.multi_token_layers
-    if left_out:
-        logger.warning(
-            "%s: left out: the %d layer(s) that predict later tokens, which the files of %s do not have",
-            checkpoint,
-            len(left_out),
-            config.model_type,
-        )
-        architecture = dataclasses.replace(architecture, num_multi_token=0)
+    left_out = range(0)
+    if not has_multi_token_form(architecture):
+        architecture, left_out = without_multi_token_layers(architecture, f"{checkpoint}: {config.model_type}")
     values = _config_json(config, model, layout, architecture)
     if architecture.experts is not None and architecture.experts.selection.capacity is not None:
         logger.warning(
@@ -291,6 +285,17 @@ def hf_tensors(
         for name, tensor in others.items()
     }
     return tensors | {copy: tensors[original] for copy, original in copies(architecture)}
+
+
+def without_multi_token_layers(architecture: Architecture, where: str) -> tuple[Architecture, range]:
+    """A model without the layers that predict later tokens, and their numbers, which are logged if there are any."""
+    left_out = architecture.multi_token_layers
+    if left_out:
+        logger.warning(
+            "%s: left out: the %d layer(s) that predict later tokens, which files of this kind do not have",
+            *(where, len(left_out)),
+        )
+    return dataclasses.replace(architecture, num_multi_token=0), left_out
 
 
 def _config_json(
