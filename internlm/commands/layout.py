@@ -26,7 +26,9 @@ from internlm.initialize.activation_memory import estimated_architecture
 from internlm.initialize.build import build_layout, check_buildable
 from internlm.initialize.context_options import tokens_per_rank
 from internlm.initialize.rank_estimates import RankEstimate, estimate_ranks
-from internlm.initialize.stages import UNCOUNTED_TOWER, build_meta_model, build_pipeline_schedule, reduce_dtype
+from internlm.initialize.stages import build_meta_model, build_pipeline_schedule, parameter_groups, reduce_dtype
+from internlm.initialize.vision_costs import describe_vision
+from internlm.model.llava.model import Llava
 from internlm.utils.errors import UserError
 from internlm.utils.paths import local_path
 from internlm.utils.text_table import text_table
@@ -66,7 +68,9 @@ def run(options: argparse.Namespace) -> int:
     print(describe_groups(layout, options.rank))
     print(describe_stages(config, layout, schedule, options.rank))
     if config.model_type == "LLAVA":
-        print(f"{UNCOUNTED_TOWER}\n")
+        model = build_meta_model(config)
+        assert isinstance(model, Llava)
+        print(f"{describe_vision(model, parameter_groups(config), config.data.seq_len)}\n")
     print(describe_step(timeline, width))
     if options.png is not None:
         draw_png(timeline, options.png)

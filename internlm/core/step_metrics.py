@@ -31,6 +31,7 @@ class StepMetrics:
         num_valid_tokens: scalar tensor, tokens of the global batch that contribute loss.
         num_tokens: tokens of the global batch, padding included.
         num_documents: documents in this rank's micro-batches.
+        num_pictures: pictures of the global batch, if all data ranks have as many as this one.
         micro_num: micro-batches of this step on each data rank.
         largest_length: tokens of the longest document among this rank's micro-batches.
         largest_batch: largest number of documents in one of this rank's micro-batches.
@@ -60,6 +61,7 @@ class StepMetrics:
     num_consumed_tokens: int
     num_consumed_samples: int
     inf_nan_skip_batches: Tensor
+    num_pictures: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
     _names: list[str] = field(default_factory=list, init=False, repr=False)

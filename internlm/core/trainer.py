@@ -221,6 +221,7 @@ class Trainer:
             num_consumed_tokens=self.state.num_consumed_tokens,
             num_consumed_samples=self.state.num_consumed_samples,
             inf_nan_skip_batches=self.num_skipped_updates,
+            num_pictures=batch.num_pictures * self.context.size("data"),
             seconds=dict(result.seconds),
             extra=extra,
         )

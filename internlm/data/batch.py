@@ -143,6 +143,11 @@ class Batch:
         return sum(micro.input_ids.numel() for micro in self.micro_batches)
 
     @property
+    def num_pictures(self) -> int:
+        """Number of pictures on this rank."""
+        return sum(len(micro.images) for micro in self.micro_batches if micro.images is not None)
+
+    @property
     def segment_lengths(self) -> list[tuple[int, ...]]:
         """Lengths of the attention segments of each micro-batch; an unpacked row is one segment."""
         return [

@@ -21,8 +21,11 @@ from internlm.data.loaders.train_loader import TrainLoader
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.flops import flops_per_token, peak_flops
 from internlm.eval.hook import EvaluationHook
+from internlm.initialize.stages import parameter_groups
 from internlm.initialize.user_hooks import build_user_hooks, check_names
+from internlm.initialize.vision_costs import vision_dimensions
 from internlm.model.architecture import Architecture
+from internlm.model.llava.model import Llava
 from internlm.monitor.console import ConsoleHook
 from internlm.monitor.garbage_collection import GarbageCollectionHook
 from internlm.monitor.health import HealthHook
@@ -109,7 +112,7 @@ def build_health(config: Config, collector: MetricsCollector, engine: Engine, tr
 
 
 def build_flops(config: Config, device: torch.device, model: nn.Module) -> FlopsModel | None:
-    """FLOPs per token for the tflops and mfu metrics; None for a custom model without an architecture."""
+    """FLOPs of a token and of a picture, for the tflops and mfu metrics; None for a model without an architecture."""
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, Architecture):
         return None
@@ -119,7 +122,13 @@ def build_flops(config: Config, device: torch.device, model: nn.Module) -> Flops
     else:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(name, architecture.dtype)
-    seq_len = config.data.seq_len
+    seq_len, per_picture = config.data.seq_len, 0.0
+    if isinstance(model, Llava):
+        vision = vision_dimensions(model, parameter_groups(config))
+        per_picture = vision.tower_flops + vision.projector_flops
     return FlopsModel(
-        flops_per_token(dimensions, seq_len, "full"), flops_per_token(dimensions, seq_len, "causal"), peak
+        flops_per_token(dimensions, seq_len, "full"),
+        flops_per_token(dimensions, seq_len, "causal"),
+        peak,
+        per_picture=per_picture,
     )

@@ -27,11 +27,13 @@ from internlm.initialize.data_folders import train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.hf_class_checks import check_class
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
-from internlm.initialize.stages import UNCOUNTED_TOWER, build_meta_model, check_parameter_groups, parameter_groups
+from internlm.initialize.stages import build_meta_model, check_parameter_groups, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.initialize.train_sources import train_sources
 from internlm.initialize.user_hooks import build_user_hooks, check_user_hooks
 from internlm.initialize.valid_sets import find_sets, trained_on, valid_places
+from internlm.initialize.vision_costs import describe_vision
+from internlm.model.llava.model import Llava
 from internlm.model.ops.implementations import OpSettings, describe
 from internlm.solver.optimizer.parameter_groups import is_frozen
 from internlm.utils.errors import CheckpointError, ConfigError, UserError
@@ -311,7 +313,11 @@ def _parameter_groups(config: Config, context: ParallelContext) -> list[str]:
 
 
 def _pictures(config: Config, context: ParallelContext) -> list[str]:
-    return [UNCOUNTED_TOWER] if config.model_type == "LLAVA" else []
+    if config.model_type != "LLAVA":
+        return []
+    model = build_meta_model(config)
+    assert isinstance(model, Llava)
+    return [describe_vision(model, parameter_groups(config), config.data.seq_len)]
 
 
 CHECKS: tuple[Check, ...] = (

@@ -24,9 +24,11 @@ from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.flops import flops_per_token, head_flops_per_token
 from internlm.initialize.activation_memory import arrange_activations
 from internlm.initialize.context_options import context_options
+from internlm.initialize.vision_costs import describe_vision
 from internlm.model.architecture import Architecture
 from internlm.model.hf_class.model import HfClassModel
 from internlm.model.layer_protocol import DescribedModel
+from internlm.model.llava.model import Llava
 from internlm.model.ops.float8.scaled_gemm import why_not_on_hardware
 from internlm.model.registry import build_model
 from internlm.solver.optimizer.parameter_groups import ParameterGroup, check_groups, freeze_parameters
@@ -38,12 +40,6 @@ logger = get_logger(__name__)
 
 _TOWER = "vision_tower"
 """Module of a model that reads pictures, frozen by default."""
-
-UNCOUNTED_TOWER = (
-    "FLOPs, bytes of activations and costs of stages are those of the language model; of the vision tower and its "
-    "projector, parameters and bytes of weights and states are counted alone"
-)
-"""What estimates say of a model that reads pictures."""
 
 
 def build_meta_model(config: Config) -> nn.Module:
@@ -202,8 +198,8 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
             "the vision tower is frozen; to train it, give optimizer.groups one whose match begins with '%s'", _TOWER
         )
     freeze_parameters(chunks, groups)
-    if config.model_type == "LLAVA":
-        logger.info(UNCOUNTED_TOWER)
+    if isinstance(chunks[0], Llava):
+        logger.info(describe_vision(chunks[0], groups, config.data.seq_len))
     if config.float8.enable_float8_linear and config.float8.compile:
         check_compiler(context.device, key="float8.compile")
     if config.model.compile:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from internlm.core.step_metrics import StepMetrics
-from internlm.monitor.throughput import Throughput, tokens_per_second
+from internlm.monitor.throughput import Throughput, per_second
 
 
 @dataclass
@@ -70,7 +70,7 @@ class MetricsCollector:
             self._store_rates(self._steps[-1])
         progress = {} if self._progress_at is None else self._progress_at(metrics.num_consumed_samples)
         self._steps.append(_CountedStep(metrics, progress))
-        self.throughput.add(metrics.num_tokens, metrics.seconds.get("total", math.nan))
+        self.throughput.add(metrics.num_tokens, metrics.seconds.get("total", math.nan), metrics.num_pictures)
 
     def numbers(self, metrics: StepMetrics) -> dict[str, float | str]:
         """All numbers of the last step or the one before. The first call for a step waits for the device.
@@ -108,7 +108,7 @@ class MetricsCollector:
             numbers.pop(f"loss/{data_type}", None)
             numbers.pop(f"acc/{data_type}", None)
         valid_tokens = float(numbers["valid_tokens"]) / self.throughput.world_size
-        numbers["real_tgs"] = tokens_per_second(valid_tokens, step.seconds)
+        numbers["real_tgs"] = per_second(valid_tokens, step.seconds)
         assert step.rates is not None
         numbers.update(step.rates)
         return numbers

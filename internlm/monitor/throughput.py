@@ -21,12 +21,14 @@ class FlopsModel:
         causal: FLOPs per token with half of that square.
         peak: FLOP/s of the device according to its datasheet; None if unknown, which leaves out the MFU.
         convention: which of the two `tflops` and `mfu` use.
+        per_picture: FLOPs of a picture before the decoder, which reads it as tokens.
     """
 
     full: float
     causal: float
     peak: float | None = None
     convention: Convention = "causal"
+    per_picture: float = 0.0
 
 
 class Throughput:
@@ -47,19 +49,22 @@ class Throughput:
         self._seconds = 0.0
         self._sum_of_rates = 0.0
         self._steps = 0
+        self._pictures = 0.0
 
-    def add(self, num_tokens: int, seconds: float) -> None:
+    def add(self, num_tokens: int, seconds: float, num_pictures: int = 0) -> None:
         """Add a step.
 
         Args:
             num_tokens: tokens of all ranks, padding included.
             seconds: wall time of the step.
+            num_pictures: pictures of all ranks.
         """
+        self._pictures = num_pictures / self.world_size
         tokens = num_tokens / self.world_size
         self._recent.append((tokens, seconds))
         self._tokens += tokens
         self._seconds += seconds
-        self._sum_of_rates += tokens_per_second(tokens, seconds)
+        self._sum_of_rates += per_second(tokens, seconds)
         self._steps += 1
 
     def extend(self, seconds: float) -> None:
@@ -68,7 +73,7 @@ class Throughput:
         after = before + seconds
         self._recent.append((tokens, after))
         self._seconds += seconds
-        self._sum_of_rates += tokens_per_second(tokens, after) - tokens_per_second(tokens, before)
+        self._sum_of_rates += per_second(tokens, after) - per_second(tokens, before)
 
     @property
     def last_seconds(self) -> float:
@@ -91,7 +96,7 @@ class Throughput:
             - With a `FlopsModel`: `tflops` and `mfu` (a fraction) of the last step in the convention that
               `mfu_convention` describes; `tflops_<other>` and `mfu_<other>` in the other one.
         """
-        window = [tokens_per_second(tokens, seconds) for tokens, seconds in self._recent]
+        window = [per_second(tokens, seconds) for tokens, seconds in self._recent]
         tgs = window[-1]
         rates: dict[str, float | str] = {
             "tgs": tgs,
@@ -99,28 +104,29 @@ class Throughput:
             "tgs/last_tgs_10": self._window_rate(10),
             "tgs/last_tgs_50": self._window_rate(AVERAGE_WINDOW),
             "tgs/tgs_SMA": sum(window) / len(window),
-            "tgs/tgs_all": tokens_per_second(self._tokens, self._seconds),
+            "tgs/tgs_all": per_second(self._tokens, self._seconds),
             "tgs/tgs_avg": self._sum_of_rates / self._steps,
         }
         if self.flops is not None:
-            rates.update(_flops_rates(tgs, self.flops))
+            pictures = per_second(self._pictures, self.last_seconds)
+            rates.update(_flops_rates(tgs, pictures, self.flops))
         return rates
 
     def _window_rate(self, num_steps: int) -> float:
         window = list(self._recent)[-num_steps:]
-        return tokens_per_second(sum(tokens for tokens, _ in window), sum(seconds for _, seconds in window))
+        return per_second(sum(tokens for tokens, _ in window), sum(seconds for _, seconds in window))
 
 
-def tokens_per_second(tokens: float, seconds: float) -> float:
-    """The rate; NaN unless `seconds` is positive."""
-    return tokens / seconds if seconds > 0 else math.nan
+def per_second(number: float, seconds: float) -> float:
+    """The rate of tokens or pictures; NaN unless `seconds` is positive."""
+    return number / seconds if seconds > 0 else math.nan
 
 
-def _flops_rates(tgs: float, flops: FlopsModel) -> dict[str, float | str]:
+def _flops_rates(tgs: float, pictures: float, flops: FlopsModel) -> dict[str, float | str]:
     other: Convention = "full" if flops.convention == "causal" else "causal"
     rates: dict[str, float | str] = {}
     for suffix, convention in (("", flops.convention), (f"_{other}", other)):
-        achieved = tgs * (flops.full if convention == "full" else flops.causal)
+        achieved = tgs * (flops.full if convention == "full" else flops.causal) + pictures * flops.per_picture
         rates[f"tflops{suffix}"] = achieved / 1e12
         if flops.peak is not None:
             rates[f"mfu{suffix}"] = achieved / flops.peak

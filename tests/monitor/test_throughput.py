@@ -40,6 +40,14 @@ def test_tflops_and_mfu_name_their_convention():
     assert numbers["mfu_convention"].startswith("full")
 
 
+def test_flops_of_pictures_are_added_to_those_of_tokens():
+    throughput = Throughput(world_size=2, flops=FlopsModel(full=60e9, causal=50e9, per_picture=1e12))
+    throughput.add(40_000, 2.0, num_pictures=100)  # 25 pictures per second on each of two ranks
+    assert throughput.rates()["tflops"] == pytest.approx(500.0 + 25.0)
+    throughput.add(40_000, 2.0)
+    assert throughput.rates()["tflops"] == pytest.approx(500.0)
+
+
 def test_no_mfu_without_a_known_peak():
     throughput = Throughput(flops=FlopsModel(full=6e6, causal=5e6))
     throughput.add(1000, 1.0)

@@ -36,6 +36,7 @@ class Llava(Decoder):
         vision: computes features with `vision_tower`.
         vision_tower: the module of transformers.
         vision_proj: see `make_projector`.
+        projector_type: its kind.
         gather_features: features of this rank's pictures, `[N' P, h]` -> of all pictures of the micro-batch; set where
             several ranks share a sample.
     """
@@ -45,6 +46,11 @@ class Llava(Decoder):
         assert config.vit_cfg is not None and config.vision_proj_cfg is not None
         self.roles = {**self.roles, "vision_tower.*": Role.PER_IMAGE, "vision_proj.*": Role.PER_IMAGE}
         self.vision = VisionTower(tower_config(config.vit_cfg), config.vit_cfg)
+        num_recomputed = int(self.vision.num_layers * config.checkpoint)
+        self.vision.save_policies = (
+            *((config.checkpoint_save_policy,) * num_recomputed),
+            *(("everything",) * (self.vision.num_layers - num_recomputed)),
+        )
         projector, widths = config.vision_proj_cfg, (self.vision.width, architecture.hidden_size)
         for name, width in zip(("mm_hidden_size", "hidden_size"), widths, strict=True):
             stated = getattr(projector, name)
@@ -53,7 +59,8 @@ class Llava(Decoder):
                 raise ConfigError(
                     f"model.vision_proj_cfg.{name} = {stated}, but the {owner} has width {width}; leave the key out"
                 )
-        self._projector = projector.mm_projector_type, *widths
+        self.projector_type = projector.mm_projector_type
+        self._projector = self.projector_type, *widths
         self.vision_tower = self.vision.build(architecture.dtype)
         self.vision_proj = make_projector(*self._projector, architecture.dtype)
         self.gather_features: Callable[[Tensor], Tensor] = lambda features: features

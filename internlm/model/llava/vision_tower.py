@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm.model.hf_class.meta_build import build_on_meta
+from internlm.model.recompute import SavePolicy, recomputed
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.optional_packages import why_unusable
 
@@ -126,8 +127,10 @@ class VisionTower:
     Attributes:
         config: of the tower.
         width: v.
+        num_layers: computed layers, up to the selected hidden state.
         has_class_token: its first hidden state is of no patch.
         tokens_per_image: P.
+        save_policies: of the computed layers, see `internlm.model.recompute`; by default, none is recomputed.
 
     Raises:
         ConfigError: the tower does not have the selected layer, or no class token although it is selected.
@@ -137,12 +140,13 @@ class VisionTower:
         self.config = config
         self.width: int = config.hidden_size
         layers, selected = config.num_hidden_layers, section.mm_vision_select_layer
-        self._num_layers = selected if selected >= 0 else layers + 1 + selected
-        if not 0 <= self._num_layers <= layers:
+        self.num_layers = selected if selected >= 0 else layers + 1 + selected
+        if not 0 <= self.num_layers <= layers:
             raise ConfigError(
                 f"model.vit_cfg.mm_vision_select_layer = {selected}: the vision tower has {layers} layers, so it must "
                 f"be between {-layers - 1} and {layers}"
             )
+        self.save_policies: tuple[SavePolicy, ...] = ("everything",) * self.num_layers
         self.has_class_token: bool = config.model_type == "clip_vision_model"
         keeps_class = section.mm_vision_select_feature == "cls_patch"
         if keeps_class and not self.has_class_token:
@@ -182,8 +186,9 @@ class VisionTower:
         hidden: Tensor = parts.embeddings(images)
         if hasattr(tower, "pre_layrnorm"):
             hidden = parts.pre_layrnorm(hidden)
-        for layer in parts.encoder.layers[: self._num_layers]:
-            hidden = layer(hidden, None)
+        for layer, policy in zip(parts.encoder.layers, self.save_policies, strict=False):
+            is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+            hidden = recomputed(layer, policy if is_trained else "everything")(hidden, None)
         return hidden[:, self._first :]
 
     @property
@@ -192,7 +197,7 @@ class VisionTower:
         values = self.config.to_dict()
         ignored = ("dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path")
         kept = {f"vision tower: {name}": value for name, value in values.items() if name not in ignored}
-        return {**kept, "selected layer": self._num_layers, "first selected token": self._first}
+        return {**kept, "selected layer": self.num_layers, "first selected token": self._first}
 
     def blank(self, device: torch.device) -> Tensor:
         """A picture without content, float `[1, 3, H, W]`."""
@@ -202,5 +207,5 @@ class VisionTower:
     def _is_used(self, name: str) -> bool:
         """Whether the features depend on a parameter of the tower."""
         if name.startswith("encoder.layers."):
-            return int(name.split(".")[2]) < self._num_layers
+            return int(name.split(".")[2]) < self.num_layers
         return name.startswith(("embeddings.", "pre_layrnorm."))

@@ -132,6 +132,34 @@ def test_rows_without_pictures_are_those_of_the_decoder() -> None:
             assert not name.startswith("vision") or not parameter.grad.any()
 
 
+@pytest.mark.parametrize("policy", ["nothing", "attention", "matmuls"])
+@pytest.mark.parametrize("tower", [CLIP, SIGLIP])
+def test_a_recomputed_tower_saves_less_and_has_the_same_gradients(tower: dict[str, Any], policy: str) -> None:
+    model, micro, found = make(tower), packed(3, 4), []
+    for policies in (("everything",) * 2, (policy,) * 2):
+        model.vision.save_policies = policies
+        model.zero_grad()
+        saved: list[int] = []
+
+        def count(tensor: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            features = model.encode(micro.images)
+        features.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((features, gradients, sum(saved)))
+    assert torch.equal(found[0][0], found[1][0]) and found[1][2] < found[0][2] / 2
+    assert found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
+
+
+def test_as_many_layers_of_the_tower_are_recomputed_as_of_the_decoder() -> None:
+    policies = [make(checkpoint=share).vision.save_policies for share in (0.0, 0.5, 1.0)]
+    assert policies == [("everything",) * 2, ("nothing", "everything"), ("nothing",) * 2]
+
+
 def test_what_no_feature_depends_on_is_not_trained() -> None:
     fixed = {name for name, parameter in make(SIGLIP).named_parameters() if not parameter.requires_grad}
     modules = {"encoder.layers.2", "post_layernorm", "head"}
