@@ -50,20 +50,22 @@ def _label_bytes(config: Config) -> dict[str, LabelBytes]:
     results = {}
     for each in sets:
         try:
-            results[each.name] = _of_set(each, tokenizer, table, fingerprint, config.model.vocab_size)
+            results[each.name] = _of_set(each, tokenizer, table, fingerprint, config)
         except (DataError, OSError) as error:
             logger.warning("validation set '%s' has no bits per byte (bpb): %s", each.name, error)
     return results
 
 
 def _of_set(
-    valid_set: ValidSet, tokenizer: TextTokenizer, table: TokenBytes, fingerprint: str, vocab_size: int
+    valid_set: ValidSet, tokenizer: TextTokenizer, table: TokenBytes, fingerprint: str, config: Config
 ) -> LabelBytes:
     for path in valid_set.paths:
         record = read_record(path)
         if record is not None and not same_ids(record.fingerprint, fingerprint):
             raise DataError(f"{path}: made by another tokenizer than data.tokenizer_path: {record.tokenizer}")
-    counted = count_label_bytes(valid_set.open(vocab_size), table, tokenizer.decode, fingerprint)
+    image_token_id = config.model.image_token_id if config.data.is_multimodal else None
+    files = valid_set.open(config.model.vocab_size)
+    counted = count_label_bytes(files, table, tokenizer.decode, fingerprint, image_token_id)
     if counted.bytes == 0:
         raise DataError("its labels are special tokens, which have no bytes")
     return counted

@@ -31,7 +31,13 @@ class LabelBytes:
     bytes: int
 
 
-def count_label_bytes(files: Sequence[DocumentFile], table: TokenBytes, decode: Decode, fingerprint: str) -> LabelBytes:
+def count_label_bytes(
+    files: Sequence[DocumentFile],
+    table: TokenBytes,
+    decode: Decode,
+    fingerprint: str,
+    image_token_id: int | None = None,
+) -> LabelBytes:
     """Count the labels of a set and their bytes, as a loader of validation sets reads them.
 
     Args:
@@ -39,28 +45,33 @@ def count_label_bytes(files: Sequence[DocumentFile], table: TokenBytes, decode: 
         table: bytes by token.
         decode: decodes ids to text, to verify the table.
         fingerprint: of the tokenizer; part of the name of the cached result.
+        image_token_id: id of the placeholders of pictures, which are never labels; may lie outside of the vocabulary.
 
     Raises:
         DataError: the bytes are not known, or a document is malformed.
     """
-    counts = [_count_file(file, table, decode, fingerprint) for file in files]
+    counts = [_count_file(file, table, decode, fingerprint, image_token_id) for file in files]
     return LabelBytes(sum(each.labels for each in counts), sum(each.bytes for each in counts))
 
 
-def _count_file(file: DocumentFile, table: TokenBytes, decode: Decode, fingerprint: str) -> LabelBytes:
+def _count_file(
+    file: DocumentFile, table: TokenBytes, decode: Decode, fingerprint: str, image_token_id: int | None
+) -> LabelBytes:
     kind = f"label_bytes-{fingerprint}"
 
     def write(target: Path) -> None:
-        target.write_text(json.dumps(asdict(_read_file(file, table, decode))))
+        target.write_text(json.dumps(asdict(_read_file(file, table, decode, image_token_id))))
 
     return LabelBytes(**json.loads(cached_or_built(file, kind, ".json", write).read_text()))
 
 
-def _read_file(file: DocumentFile, table: TokenBytes, decode: Decode) -> LabelBytes:
+def _read_file(file: DocumentFile, table: TokenBytes, decode: Decode, image_token_id: int | None) -> LabelBytes:
     num_labels = num_bytes = num_checked = 0
     for document, length in enumerate(file.counts().tolist()):
         for start in range(0, length - 1, _PART):
             ids, loss_mask = file.read(document, start, start + _PART + 1)
+            if image_token_id is not None:
+                ids = table.with_special(ids, image_token_id)
             if start == 0 and num_checked < _CHECKED_TOKENS:
                 table.check(ids[: _CHECKED_TOKENS - num_checked].tolist(), decode)
                 num_checked += len(ids)

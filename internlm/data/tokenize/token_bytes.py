@@ -76,6 +76,19 @@ class TokenBytes:
             added[0 if not starts_document else 1 :] = False
         return int(lengths[counted].sum()) - int(added.sum())
 
+    def with_special(self, ids: NDArray[np.int64], image_token_id: int) -> NDArray[np.int64]:
+        """The ids with a special token in the place of placeholders, which are no text either.
+
+        Raises:
+            DataError: there are placeholders, and the vocabulary has no special token.
+        """
+        is_placeholder = ids == image_token_id
+        if not is_placeholder.any():
+            return ids
+        if not self.special.any():
+            raise DataError("placeholders of pictures are treated as special tokens, of which it has none")
+        return np.where(is_placeholder, np.flatnonzero(self.special)[0], ids)
+
     def check(self, ids: Sequence[int], decode: Decode) -> None:
         """Compare the table with decoded text.
 

@@ -46,11 +46,7 @@ class Llava(Decoder):
         assert config.vit_cfg is not None and config.vision_proj_cfg is not None
         self.roles = {**self.roles, "vision_tower.*": Role.PER_IMAGE, "vision_proj.*": Role.PER_IMAGE}
         self.vision = VisionTower(tower_config(config.vit_cfg), config.vit_cfg)
-        num_recomputed = int(self.vision.num_layers * config.checkpoint)
-        self.vision.save_policies = (
-            *((config.checkpoint_save_policy,) * num_recomputed),
-            *(("everything",) * (self.vision.num_layers - num_recomputed)),
-        )
+        self.vision.recompute(config.checkpoint, config.checkpoint_save_policy)
         projector, widths = config.vision_proj_cfg, (self.vision.width, architecture.hidden_size)
         for name, width in zip(("mm_hidden_size", "hidden_size"), widths, strict=True):
             stated = getattr(projector, name)

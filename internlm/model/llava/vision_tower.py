@@ -146,7 +146,8 @@ class VisionTower:
                 f"model.vit_cfg.mm_vision_select_layer = {selected}: the vision tower has {layers} layers, so it must "
                 f"be between {-layers - 1} and {layers}"
             )
-        self.save_policies: tuple[SavePolicy, ...] = ("everything",) * self.num_layers
+        everything: tuple[SavePolicy, ...] = ("everything",)
+        self.save_policies = everything * self.num_layers
         self.has_class_token: bool = config.model_type == "clip_vision_model"
         keeps_class = section.mm_vision_select_feature == "cls_patch"
         if keeps_class and not self.has_class_token:
@@ -167,6 +168,11 @@ class VisionTower:
             if not self._is_used(name):
                 parameter.requires_grad_(False)
         return tower
+
+    def recompute(self, share: float, policy: SavePolicy) -> None:
+        """Recompute a share of the computed layers in backward, from the first, where they are trained."""
+        num_recomputed = int(self.num_layers * share)
+        self.save_policies = (policy,) * num_recomputed + self.save_policies[num_recomputed:]
 
     def features(self, tower: nn.Module, images: Tensor) -> Tensor:
         """Pictures `[N, 3, H, W]` -> hidden states of the selected layer, `[N, P, v]`.

@@ -230,6 +230,20 @@ def test_the_count_of_a_file_is_cached_by_tokenizer(tmp_path: Path) -> None:
         count_label_bytes([file], table, tokenizer.decode, "1-b")
 
 
+def test_placeholders_of_pictures_are_no_text(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path))
+    placeholder = 200_000  # outside of the vocabulary
+    with TokenizedWriter(tmp_path / "a.bin") as writer:
+        for ids in tokenizer.encode_batch(TEXTS):
+            writer.write([*[-placeholder] * 4, *ids])
+    files, table = [TokenizedFile(tmp_path / "a.bin")], tokenizer.token_bytes()
+    with pytest.raises(DataError, match="token 200000 is not in its vocabulary"):
+        count_label_bytes(files, table, tokenizer.decode, "1-a")
+    found = count_label_bytes(files, table, tokenizer.decode, "1-a", placeholder)
+    assert found.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert found.labels == sum(map(len, tokenizer.encode_batch(TEXTS)))
+
+
 @pytest.mark.parametrize("part", [1, 2, 3, 7])
 def test_documents_that_are_read_in_parts_have_the_same_count(
     tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
