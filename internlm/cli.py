@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "show hardware and software, the implementation of each op with the reason, and a self-test",
     "generate": "continue prompts with a trained model",
     "chat": "talk with a trained model in the terminal",
+    "serve": "serve a trained model to OpenAI's clients",
     "verify": "compare a layout with one process",
     "data": "tokenize, inspect, verify, convert, merge, split and shuffle tokenized data",
     "ckpt": "list, show, compare and check checkpoints",

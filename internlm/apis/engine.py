@@ -61,7 +61,9 @@ class GenerativeModel(Protocol):
     training: bool
     prefills_in_chunks: bool
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, *, cache: CacheRows, **inputs: Any) -> Tensor: ...
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, *, cache: CacheRows | None = None, **inputs: Any
+    ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -279,14 +281,22 @@ def add_token(text: Text, logits: Tensor) -> None:
     id = choose(adjust(logits, sampling, text.prompt.ids, text.new_ids), sampling, text.generator)
     text.new_ids.append(id)
     if sampling.top_logprobs is not None:
-        text.logprobs.append(logprob_of(id, logits.log_softmax(dim=-1), sampling.top_logprobs))
+        logprobs = logits.log_softmax(dim=-1)
+        text.logprobs.append(logprob_of(id, logprobs, sampling.top_logprobs, sampling.num_tokens))
     if id in sampling.eos_ids:
         text.finish_reason = "stop"
     elif len(text.new_ids) == sampling.max_new_tokens:
         text.finish_reason = "length"
 
 
-def logprob_of(id: int, logprobs: Tensor, num_top: int) -> Logprob:
-    """How likely a token is, from the log-probabilities `[V]` of all tokens in its place."""
-    best = logprobs.topk(num_top)
+def logprob_of(id: int, logprobs: Tensor, num_top: int, num_tokens: int | None = None) -> Logprob:
+    """How likely a token is, from the log-probabilities `[V]` of all tokens in its place.
+
+    Args:
+        id: the token.
+        logprobs: float `[V]`.
+        num_top: number of the most likely tokens that are returned beside it.
+        num_tokens: ids from this one on (the padding of the vocabulary) are not among these; None allows all ids.
+    """
+    best = logprobs[:num_tokens].topk(num_top)
     return Logprob(float(logprobs[id]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))

@@ -22,8 +22,11 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("chat"))
+
+
+def make_folder(folder: Path) -> Path:
     """A tokenizer of bytes with a chat template, and a checkpoint beside it."""
-    folder = tmp_path_factory.mktemp("chat")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: id for id, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
