@@ -52,7 +52,10 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(
     # A step with a learning rate of 0 leaves every weight as it was loaded.
     assert train(tmp_path / "class", tmp_path, 0.0, monkeypatch) == 0
     out = tmp_path / "out"
-    assert main(["convert", "to-hf", "--ckpt", str(tmp_path / "saved"), "--out", str(out)]) == 0
+    assert main(["convert", "to-hf", "--ckpt", str(tmp_path / "saved"), "--out", str(out), "--check"]) == 0
+    card = (out / "README.md").read_text()
+    assert "| logits in float32 | passed |" in card and "| steps | 1 of 1 |" in card
+    assert "| tokens, padding included | 64 |" in card
     model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model) is type(original)
