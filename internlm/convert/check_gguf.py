@@ -1,7 +1,7 @@
 """Checks a GGUF file with llama.cpp: its log-probabilities and token ids against ours.
 
-llama.cpp rounds activations to the type of the weights, so the tolerance is a multiple of what rounding the weights to
-this type does to our own logits.
+llama.cpp rounds activations to the type of the weights, so the tolerance is a multiple of what errors of that size in
+the weights do to our own logits. Rounding the weights themselves would not do: a bf16 checkpoint is exact in bf16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from internlm.convert.compare_logits import our_logits, probe_sequences
 from internlm.convert.findings import Finding
 from internlm.convert.from_hf import architecture_of
 from internlm.convert.gguf_model import context_of
-from internlm.convert.gguf_types import as_stored
+from internlm.convert.gguf_types import with_errors_of
 from internlm.data.tokenize.probes import PROBE_TEXTS, special_texts
 from internlm.data.tokenize.sentencepiece_tokenizer import SentencePieceTokenizer
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
@@ -30,7 +30,7 @@ from internlm.utils.storage import StoragePath
 
 _LONGEST = 64
 _TYPE_FACTOR = 4
-"""By how many times the effect of rounded weights llama.cpp may differ, which rounds activations as well."""
+"""By how many times the effect of errors in the weights llama.cpp may differ, which rounds activations as well."""
 _TOP = 20
 """Log-probabilities that are compared for each prompt."""
 _ADVICE = (
@@ -67,7 +67,10 @@ def check_gguf(checkpoint: StoragePath, file: Path, file_type: str, tokenizer: T
     exact = _last(our_logits(checkpoint, prompts, torch.float64))
     # llama.cpp looks GELU up in a table of f16.
     coarsest = "f16" if file_type == "f32" and architecture.activation == "gelu_tanh" else file_type
-    rounded = _last(our_logits(checkpoint, prompts, torch.float32, lambda name, weight: as_stored(weight, coarsest)))
+    generator = torch.Generator().manual_seed(0)
+    rounded = _last(
+        our_logits(checkpoint, prompts, torch.float32, lambda name, weight: with_errors_of(weight, coarsest, generator))
+    )
     try:
         server = _serve(file)
         letter = tokenizer.encode_batch(["a"])[0][-1]

@@ -1,4 +1,4 @@
-"""Number formats of weights in GGUF: how they are stored, and what values are left of them."""
+"""Number formats of weights in GGUF: how they are stored, and how large their rounding errors are."""
 
 from __future__ import annotations
 
@@ -43,12 +43,20 @@ def stored(tensor: Tensor, name: str) -> Any:
     return tensor.view(torch.uint16).numpy() if name == "bf16" else tensor.numpy()
 
 
-def as_stored(tensor: Tensor, wanted: str) -> Tensor:
-    """The values of a weight that a file of type `wanted` has, in the dtype of `tensor`."""
-    from gguf.quants import dequantize
+def with_errors_of(tensor: Tensor, wanted: str, generator: torch.Generator) -> Tensor:
+    """A weight with random errors as large as those of rounding to the type, also where it has no digits to lose.
 
+    Args:
+        tensor: the weight, in fp32.
+        wanted: type of the file.
+        generator: of the errors.
+    """
     name = type_of(tuple(tensor.shape), wanted)
-    cast = tensor.detach().to(torch_dtype(name))
+    if name == "f32":
+        return tensor
+    uniform = 2.0 * torch.rand(tensor.shape, generator=generator) - 1.0
     if name == "q8_0":
-        cast = torch.from_numpy(dequantize(stored(cast, name), ggml_type(name)))
-    return cast.to(tensor.dtype)
+        blocks = tensor.unflatten(-1, (-1, QUANTIZED_BLOCK))
+        step = blocks.abs().amax(-1, keepdim=True) / 127
+        return (blocks + 0.5 * step * uniform.view_as(blocks)).view_as(tensor)
+    return tensor * (1.0 + 0.5 * torch.finfo(torch_dtype(name)).eps * uniform)

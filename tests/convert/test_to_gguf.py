@@ -18,7 +18,6 @@ from internlm.cli import main
 from internlm.convert.check_gguf import check_gguf
 from internlm.convert.findings import Finding
 from internlm.convert.gguf_model import GgufModel
-from internlm.convert.gguf_types import as_stored
 from internlm.convert.sentencepiece_json import sentencepiece_json
 from internlm.convert.to_gguf import convert_to_gguf
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
@@ -104,18 +103,23 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, bpe: Path, model_type: str,
     assert_passed(tmp_path, bpe)
 
 
-@pytest.mark.parametrize("file_type", ["f16", "bf16", "q8_0"])
-def test_types(tmp_path: Path, bpe: Path, file_type: str) -> None:
-    model = convert(tmp_path, "LLAMA2", bpe, file_type, **BLOCKS)
+@pytest.mark.parametrize(
+    ("file_type", "dtype"),
+    [("f16", "float32"), ("bf16", "float32"), ("q8_0", "float32"), ("f16", "bfloat16"), ("bf16", "bfloat16")],
+)
+def test_types(tmp_path: Path, bpe: Path, file_type: str, dtype: str) -> None:
+    model = convert(tmp_path, "LLAMA2", bpe, file_type, **BLOCKS, dtype=f"torch.{dtype}")
     assert_passed(tmp_path, bpe, file_type)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert tensors["blk.1.ffn_down.weight"].tensor_type.name == file_type.upper()
     assert tensors["blk.1.ffn_norm.weight"].tensor_type.name == "F32"
-    stored = gguf.quants.dequantize(tensors["blk.1.ffn_down.weight"].data, tensors["blk.1.ffn_down.weight"].tensor_type)
-    weight = model.state_dict()["layers.1.feed_forward.w2.weight"]
-    assert np.array_equal(stored, as_stored(weight, file_type).numpy()) and not torch.equal(
-        weight, torch.from_numpy(stored)
-    )
+    down = tensors["blk.1.ffn_down.weight"]
+    weight = model.state_dict()["layers.1.feed_forward.w2.weight"].float()
+    if file_type == "q8_0":
+        expected = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), down.tensor_type), down.tensor_type)
+    else:
+        expected = weight.to({"f16": torch.float16, "bf16": torch.bfloat16}[file_type]).float().numpy()
+    assert np.array_equal(gguf.quants.dequantize(down.data, down.tensor_type), expected)
 
 
 def test_rows_that_have_no_blocks_are_f16(tmp_path: Path, bpe: Path) -> None:
