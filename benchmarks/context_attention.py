@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, help="sliding window")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if options.ranks < 2:
+        parser.error("--ranks: at least 2; the same attention in one process is measured beside them")
     with TemporaryDirectory() as folder:
         ranks = [
             get_context("fork").Process(target=measure, args=(rank, options, f"{folder}/meeting"))
