@@ -34,8 +34,10 @@ from internlm.utils.errors import ConfigError
 
 OURS = "ours"
 PEERS = {
-    "hf": "transformers' Llama (or Qwen3-MoE) in a handwritten loop: bf16 weights, fused AdamW, torch.compile",
+    "hf": "transformers' Llama, Qwen3-MoE or the class of ours in a loop: bf16 weights, fused AdamW, torch.compile",
     "hf-eager": "the same, uncompiled",
+    "hf-packed-eager": "the same, uncompiled, with documents told apart by their positions in one packed row",
+    "hf-padded-eager": "the same, uncompiled, with a padded row for each document",
     "hf-autocast": "the same with fp32 weights and bf16 autocast, compiled",
     "hf-autocast-eager": "the same, uncompiled",
     "hf-trainer": "transformers' Trainer with bf16=True and default settings",
@@ -307,7 +309,8 @@ def main() -> None:
         if error is not None:
             rows.append({"contender": contender.name, "error": error if contender.error else "ours failed"})
             continue
-        facts = {**{key: ours.facts[key] for key in ("flops_full", "flops_causal", "peak_flops")}, **contender.facts}
+        of_model = ("flops_full", "flops_causal", "peak_flops")
+        facts = {**{key: ours.facts[key] for key in of_model if key in ours.facts}, **contender.facts}
         tokens = contender.facts["tokens_per_step"]
         rows.append(make_row(contender.name, contender.rounds, facts, ceiling.rounds, tokens))
     add_ratios(rows)

@@ -1,14 +1,13 @@
 """The compared training loops: this project's engine, and its alternatives.
 
 Each trains a model of the same shape on the same tokens and calls `pacer.step_done` after every step. The peers are
-written in the usual way and share no code with the project; they ignore document boundaries in a packed row.
+written in the usual way and share no code with the project; most ignore document boundaries in a packed row.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ import numpy as np
 import torch
 from speed.corpus import ARRAY
 from speed.pacer import Pacer
+from speed.peer_batches import batches_of
 
 from internlm.config.loader import load_config
 from internlm.config.schema import Config
+from internlm.utils.hf_classes import config_object, model_class
 
 LEARNING_RATE = 3e-4
 
@@ -60,13 +61,19 @@ def train_ours(config_file: Path, overrides: list[str], pacer: Pacer) -> None:
             waited = time.perf_counter() - started
             is_cuda = pacer.device.type == "cuda"
             flops = build_flops(_with_seq(config, lengths), pacer.device, chunks[0])
-            assert flops is not None
+            known = (
+                {}
+                if flops is None
+                else {
+                    "flops_full": flops.full,
+                    "flops_causal": flops.causal,
+                    "recomputed_flops": recomputed_flops(config, flops.full, flops.causal),
+                    "peak_flops": flops.peak,
+                }
+            )
             pacer.facts = {
+                **known,
                 "tokens_per_step": batch.num_tokens,
-                "flops_full": flops.full,
-                "flops_causal": flops.causal,
-                "recomputed_flops": recomputed_flops(config, flops.full, flops.causal),
-                "peak_flops": flops.peak,
                 "host_share": queued / waited if is_cuda else None,
                 "parameters": sum(parameter.numel() for parameter in chunks[0].parameters()),
             }
@@ -96,17 +103,17 @@ def recomputed_flops(config: Config, full: float, causal: float) -> float | None
     return recomputed * model.num_recomputed / model.num_layers
 
 
-def _rows(config_file: Path, config: Config) -> Iterator[torch.Tensor]:
-    """The same tokens for a peer: int64 `[micro_num * micro_bsz, seq]` per step, repeated endlessly."""
-    tokens = torch.from_numpy(np.load(config_file.parent / ARRAY))
-    return itertools.cycle(tokens.split(config.data.micro_num * config.data.micro_bsz))
-
-
 def _hf_model(config: Config, attention: str) -> Any:
-    """Llama, or for experts Qwen3-MoE with transformers' default implementation of experts, grouped GEMMs."""
+    """Llama, or for experts Qwen3-MoE with transformers' default implementation of experts, grouped GEMMs.
+
+    With `model_type = "hf"`, the class of the config.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     model = config.model
+    if model.hf_class is not None:
+        kind = model_class(model.hf_class)
+        return kind._from_config(config_object(model.hf_class), dtype=torch.float32, attn_implementation=attention)
     keys: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -163,20 +170,25 @@ def train_peer(name: str, config_file: Path, overrides: list[str], attention: st
     model.train()
     network = torch.compile(model) if is_compiled else model
 
-    def loss_of(tokens: torch.Tensor) -> torch.Tensor:
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if is_hf:
-            return network(input_ids=tokens, labels=tokens).loss
+            return network(**batch).loss
+        tokens = batch["input_ids"]
         logits = network(tokens)[:, :-1]
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
     data = config.data
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     pacer.facts = {"tokens_per_step": data.packed_length * data.micro_num}
-    for rows in _rows(config_file, config):
+    batches = batches_of(
+        config_file.parent, "padded" if "padded" in name else "packed" if "packed" in name else "rows", data.micro_bsz
+    )
+    while True:
         optimizer.zero_grad()
-        for micro in rows.to(pacer.device).split(data.micro_bsz):
+        for batch in itertools.islice(batches, data.micro_num):
+            batch = {key: values.to(pacer.device) for key, values in batch.items()}
             with torch.autocast(pacer.device.type, torch.bfloat16, enabled=autocast):
-                loss = loss_of(micro) / data.micro_num
+                loss = loss_of(batch) / data.micro_num
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -9,6 +9,7 @@ import numpy as np
 from internlm.data.tokenized_files.writer import TokenizedWriter
 
 ARRAY = "tokens.npy"
+LENGTHS = "lengths.npy"
 SHORT = 32
 """Average number of short documents per sequence."""
 
@@ -17,7 +18,8 @@ def write_corpus(folder: Path, documents: str, *, vocab: int, seq: int, num_sequ
     """Write `num_sequences * seq` tokens.
 
     Args:
-        folder: receives `train/en/en.bin`, and the same tokens as `tokens.npy`, int64 `[num_sequences, seq]`.
+        folder: receives `train/en/en.bin`, the same tokens as `tokens.npy`, int64 `[num_sequences, seq]`, and the
+            lengths of the documents as `lengths.npy`, int64.
         documents: one of `shapes.DOCUMENTS`.
         vocab: ids are in [1, vocab).
         seq: tokens per sequence.
@@ -28,8 +30,11 @@ def write_corpus(folder: Path, documents: str, *, vocab: int, seq: int, num_sequ
     np.save(folder / ARRAY, tokens.reshape(num_sequences, seq))
     longest = {"short": max(1, 2 * seq // SHORT - 1), "mixed": seq}.get(documents)
     with TokenizedWriter(folder / "train" / "en" / "en.bin") as writer:
-        start = 0
+        lengths, start = [], 0
         while start < len(tokens):
             size = seq if longest is None else int(random.integers(1, longest + 1))
-            writer.write(tokens[start : start + size])
+            document = tokens[start : start + size]
+            writer.write(document)
+            lengths.append(len(document))
             start += size
+    np.save(folder / LENGTHS, np.array(lengths))

@@ -23,7 +23,8 @@ def make_row(
     Args:
         name: of the contender.
         rounds: its answers, one per round.
-        facts: FLOPs per token of the model, datasheet peak, and the contender's host share and parameters.
+        facts: FLOPs per token of the model and datasheet peak, which may be unknown, and the contender's host share and
+            parameters.
         ceilings: results of `Ceiling.measure`, one per round; empty if not measured.
         tokens: per step.
 
@@ -33,8 +34,9 @@ def make_row(
     """
     rates = [tokens / each["seconds"] for each in rounds]
     rate = statistics.median(rates)
-    full, causal = facts["flops_full"] * rate, facts["flops_causal"] * rate
-    peak = facts["peak_flops"]
+    is_known = "flops_full" in facts
+    full, causal = (facts[name] * rate if is_known else None for name in ("flops_full", "flops_causal"))
+    peak = facts.get("peak_flops")
     ceiling = statistics.median(each["ceiling_flops"] for each in ceilings) if ceilings else None
     limits = [one["seconds"] / two["limit_seconds"] for one, two in zip(rounds, ceilings, strict=False)]
     # Peers recompute nothing, or do not report it.
@@ -45,12 +47,12 @@ def make_row(
         "tokens_per_second_rounds": rates,
         "flops_full": full,
         "flops_causal": causal,
-        "mfu_full": full / peak if peak else None,
-        "mfu_causal": causal / peak if peak else None,
-        "hfu_causal": (causal + recomputed * rate) / peak if peak and recomputed is not None else None,
+        "mfu_full": _share(full, peak),
+        "mfu_causal": _share(causal, peak),
+        "hfu_causal": None if causal is None or recomputed is None else _share(causal + recomputed * rate, peak),
         "ceiling_flops": ceiling,
-        "of_ceiling_full": full / ceiling if ceiling else None,
-        "of_ceiling_causal": causal / ceiling if ceiling else None,
+        "of_ceiling_full": _share(full, ceiling),
+        "of_ceiling_causal": _share(causal, ceiling),
         "times_of_limit": statistics.median(limits) if limits else None,
         "peak_bytes": max(each["peak_bytes"] for each in rounds),
         "reserved_bytes": rounds[-1]["reserved_bytes"],
@@ -59,6 +61,10 @@ def make_row(
         "parameters": facts.get("parameters"),
         "warmup_seconds": facts.get("warmup_seconds"),
     }
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -89,7 +95,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["contender"],
         f"{row['tokens_per_second']:.0f} ({min(rates):.0f} - {max(rates):.0f})",
-        f"{row['flops_full'] / 1e12:.4g}, {row['flops_causal'] / 1e12:.4g}",
+        "-" if row["flops_full"] is None else f"{row['flops_full'] / 1e12:.4g}, {row['flops_causal'] / 1e12:.4g}",
         f"{_percent(row['mfu_full'])}, {_percent(row['mfu_causal'])}",
         f"{_percent(row['of_ceiling_full'])}, {_percent(row['of_ceiling_causal'])}",
         _percent(row["hfu_causal"]),

@@ -20,7 +20,7 @@ class Shape:
     """A model and the batch that it is measured with by default.
 
     Attributes:
-        model_type: model family.
+        model_type: model family; "hf": Llama as transformers has it.
         hidden: hidden size.
         layers: number of layers.
         heads: query heads, key-value heads.
@@ -55,6 +55,8 @@ SHAPES: dict[str, Shape] = {
     "cpu-768": Shape("LLAMA2", 768, 6, (12, 12), 2048, 8192, 512, micro_bsz=8),
     "cpu-1024": Shape("LLAMA2", 1024, 6, (16, 16), 2816, 8192, 512, micro_bsz=8),
     "cpu-moe": Shape("QWEN3MOE", 512, 4, (8, 4), 256, 8192, 512, micro_bsz=8, model=_experts(16, 4)),
+    "hf-36m": Shape("hf", 384, 8, (6, 2), 1024, 32000, 512, micro_bsz=2),
+    "hf-7b-layers": Shape("hf", 4096, 4, (32, 8), 14336, 92544, 4096, micro_bsz=2),
     "160m": Shape("LLAMA2", 768, 12, (12, 12), 2048, 50304, 2048, micro_bsz=16),
     "1b": Shape("LLAMA2", 2048, 22, (32, 4), 5632, 32000, 2048, micro_bsz=8),
     "1.5b": Shape("LLAMA2", 2048, 24, (16, 8), 6144, 65536, 4096, micro_bsz=4),
@@ -88,20 +90,11 @@ def keys_of(
         folder: training data.
     """
     seq = seq or shape.seq
+    dtype = "torch.float32" if precision == "fp32" else "torch.bfloat16"
     keys: dict[str, Any] = {
         "JOB_NAME": "throughput",
         "model_type": shape.model_type,
-        "model": {
-            "hidden_size": shape.hidden,
-            "num_layers": layers or shape.layers,
-            "num_attention_heads": shape.heads[0],
-            "num_kv_attention_heads": shape.heads[1],
-            "intermediate_size": shape.ffn,
-            "vocab_size": shape.vocab,
-            "max_position_embeddings": max(seq, 2048),
-            "dtype": "torch.float32" if precision == "fp32" else "torch.bfloat16",
-            **shape.model,
-        },
+        **_model_keys(shape, layers or shape.layers, max(seq, 2048), dtype),
         "data": {
             "train_folder": folder,
             "seq_len": seq,
@@ -118,6 +111,40 @@ def keys_of(
     if precision == "fp8":
         keys["float8"] = {"enable_float8_linear": True}
     return keys
+
+
+def _model_keys(shape: Shape, layers: int, positions: int, dtype: str) -> dict[str, Any]:
+    """The `model` section, or the `hf` section with what is left of it."""
+    if shape.model_type == "hf":
+        sizes = {
+            "hidden_size": shape.hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": shape.heads[0],
+            "num_key_value_heads": shape.heads[1],
+            "intermediate_size": shape.ffn,
+            "vocab_size": shape.vocab,
+            "max_position_embeddings": positions,
+        }
+        hf = {
+            "cfg": "transformers.models.llama.configuration_llama",
+            "cfg_cls": "LlamaConfig",
+            "cfg_extra_kwargs": sizes,
+            "mod": "transformers.models.llama.modeling_llama",
+            "mod_cls": "LlamaForCausalLM",
+        }
+        return {"hf": hf, "model": {"dtype": dtype}}
+    model = {
+        "hidden_size": shape.hidden,
+        "num_layers": layers,
+        "num_attention_heads": shape.heads[0],
+        "num_kv_attention_heads": shape.heads[1],
+        "intermediate_size": shape.ffn,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": positions,
+        "dtype": dtype,
+        **shape.model,
+    }
+    return {"model": model}
 
 
 def write_config(path: Path, keys: dict[str, Any]) -> None:
