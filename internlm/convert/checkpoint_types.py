@@ -95,7 +95,7 @@ def trained_as(ckpt_type: str, path: StoragePath, config: Config) -> Config | No
 @register_checkpoint_type("hf")
 def _open_hf(path: StoragePath, model: nn.Module) -> WeightSource:
     if isinstance(model, HfClassModel):
-        return HfClassWeights(HfFolder(path), model.all_names, model.tied_names)
+        return HfClassWeights(HfFolder(path), model)
     folder = open_hf_folder(path)
     for line in folder.model.notices:
         logger.warning("%s: %s", path, line)

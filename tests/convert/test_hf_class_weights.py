@@ -10,7 +10,13 @@ from helpers.hf_classes import tiny_class
 from torch import nn
 
 from internlm.cli import main
+from internlm.config.hf_class import filled_model_section
+from internlm.config.schema import ModelConfig
+from internlm.convert.hf_class_weights import HfClassWeights
+from internlm.convert.hf_folder import HfFolder
+from internlm.model.hf_class.model import HfClassModel
 from internlm.utils.logging import ROOT_LOGGER
+from internlm.utils.storage import storage_path
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,7 +50,7 @@ def saved(family: str, folder: Path) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi", "gpt_oss", "mixtral", "qwen3_moe"])
 def test_a_run_starts_from_a_folder_and_ends_in_one(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +67,23 @@ def test_a_run_starts_from_a_folder_and_ends_in_one(
     assert type(model) is type(original)
     for (name, ours), theirs in zip(model.named_parameters(), original.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_experts_in_files_of_their_own_become_one_tensor(tmp_path: Path) -> None:
+    """12 of them: they are stacked by number, not by name. The tensors in memory are transformers' own."""
+    original = tiny_class("mixtral", num_experts=12, num_local_experts=12)
+    original.save_pretrained(tmp_path)
+    folder = HfFolder(storage_path(tmp_path))
+    assert "model.layers.0.block_sparse_moe.experts.10.w1.weight" in folder.entries
+    values = filled_model_section({"folder": str(tmp_path)}, {"dtype": "torch.float32"})
+    with torch.device("meta"):
+        model = HfClassModel(ModelConfig.model_validate(values))
+    weights = HfClassWeights(folder, model)
+    state = dict(original.named_parameters())
+    assert set(weights.names()) == state.keys()
+    for name, parameter in state.items():
+        assert weights.shape(name) == parameter.shape
+        assert torch.equal(weights.read(name), parameter), name
 
 
 def test_a_folder_with_other_sizes_is_refused(
