@@ -73,6 +73,17 @@ class ImageModel(Protocol):
 
 
 @runtime_checkable
+class PositionedModel(Protocol):
+    """A model that computes rotary angles once for all layers, from the positions of the tokens in its residual stream.
+
+    Attributes:
+        own_tokens: values of all tokens, `[B, S, ...]` -> of those in this rank's residual stream, `[B, S', ...]`.
+    """
+
+    own_tokens: Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
 class MultiTokenModel(Protocol):
     """A model or pipeline stage that may hold layers that predict later tokens, behind its other layers."""
 

@@ -27,7 +27,7 @@ from internlm.core.parallel.modes.isp import Isp
 from internlm.core.parallel.modes.msp import Msp
 from internlm.core.parallel.modes.mtp import LINEAR_ROLES, Mtp
 from internlm.core.parallel.shard_spec import ShardSpec, shard_spec_of
-from internlm.model.layer_protocol import ImageModel, RecomputableLayer
+from internlm.model.layer_protocol import ImageModel, PositionedModel, RecomputableLayer
 from internlm.model.modules.inner_attention import InnerAttention
 from internlm.model.modules.latent_attention import LatentAttention
 from internlm.model.modules.linear import Float8Linear, GroupedLinear
@@ -115,9 +115,9 @@ def parallelize(
     place_tokens_of_experts(model, parallel)
     if isinstance(model, ImageModel):
         model.gather_features = parallel.gather_features
+    if isinstance(model, PositionedModel):
+        model.own_tokens = parallel.own_tokens
     model.parallel = parallel  # type: ignore[assignment]
-    if hasattr(model, "own_tokens"):
-        model.own_tokens = parallel.own_tokens  # type: ignore[assignment]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(context.device)

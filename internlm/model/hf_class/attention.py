@@ -7,8 +7,6 @@ transformers looks attention up by name and calls `attend` with queries, keys an
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +18,8 @@ from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.roles import HeadShape
 from internlm.utils.errors import ConfigError
 
-NAME = "internlm"
-"""Name of `attend` in transformers' registry."""
+NAME, PROBE_NAME = "internlm", "internlm-probe"
+"""Names of `attend` and `note_call` in transformers' registry."""
 
 _PROBE_TOKENS = 8
 
@@ -61,10 +59,11 @@ class AttentionCall:
 
 
 def register_attention() -> None:
-    """Make `attend` known to transformers as `NAME`."""
+    """Make `attend` and `note_call` known to transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(PROBE_NAME, note_call)
 
 
 def attend(
@@ -92,12 +91,6 @@ def attend(
     Returns:
         `[B, S, H, D]`, and no attention weights.
     """
-    if isinstance(_recorded.calls, dict):
-        heads = HeadShape(query.shape[1], key.shape[1], query.shape[-1])
-        is_causal = getattr(module, "is_causal", True)
-        call = AttentionCall(heads, scaling, sliding_window, softcap, s_aux is not None, dropout, is_causal)
-        _recorded.calls.setdefault(module, []).append(call)
-        return value.new_empty(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
     if attention_mask is not None:
         raise ConfigError(f"{type(module).__name__} needs a mask of its own, which packed documents cannot have")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -105,28 +98,32 @@ def attend(
     return out.contiguous(), None
 
 
-class _Recorded:
-    calls: dict[nn.Module, list[AttentionCall]] | None = None
-
-
-_recorded = _Recorded()
-
-
-@contextmanager
-def _recording() -> Iterator[dict[nn.Module, list[AttentionCall]]]:
-    calls: dict[nn.Module, list[AttentionCall]] = {}
-    _recorded.calls = calls
-    try:
-        yield calls
-    finally:
-        _recorded.calls = None
+def note_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """In place of `attend`: append the call to `module.noted_calls`, and return a tensor of its shape."""
+    heads = HeadShape(query.shape[1], key.shape[1], query.shape[-1])
+    is_causal = getattr(module, "is_causal", True)
+    call = AttentionCall(heads, scaling, sliding_window, softcap, s_aux is not None, dropout, is_causal)
+    module.noted_calls.append(call)  # type: ignore[operator, union-attr]
+    return value.new_empty(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
 
 
 def attention_calls(base: nn.Module, hidden_size: int, dtype: torch.dtype) -> dict[str, AttentionCall]:
     """How each module of a model calls attention, by its name; the model runs once without storage.
 
     Args:
-        base: a model of transformers without a head, whose attention is `NAME`.
+        base: a model of transformers without a head.
         hidden_size: of its residual stream.
         dtype: of its residual stream.
 
@@ -134,11 +131,14 @@ def attention_calls(base: nn.Module, hidden_size: int, dtype: torch.dtype) -> di
         ConfigError: a module calls attention in a way that has no counterpart here, or the model cannot run so.
     """
     probe = copy.deepcopy(base).to("meta").train()
-    names = {module: name for name, module in probe.named_modules()}
+    noted: dict[str, list[AttentionCall]] = {}
+    for name, module in probe.named_modules():
+        module.noted_calls = noted[name] = []
+    probe.config._attn_implementation = PROBE_NAME  # type: ignore[union-attr]
     # The one implementation of experts whose shapes depend on no values, in every dtype.
     probe.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
     try:
-        with torch.device("meta"), torch.no_grad(), _recording() as calls:
+        with torch.device("meta"), torch.no_grad():
             embedded = torch.empty(1, _PROBE_TOKENS, hidden_size, dtype=dtype)
             positions = torch.empty(1, _PROBE_TOKENS, dtype=torch.int64)
             probe(inputs_embeds=embedded, position_ids=positions, use_cache=False)
@@ -147,8 +147,9 @@ def attention_calls(base: nn.Module, hidden_size: int, dtype: torch.dtype) -> di
             f"{type(base).__name__} cannot run from embedded tokens and positions: {type(error).__name__}: {error}"
         ) from error
     found: dict[str, AttentionCall] = {}
-    for module, made in calls.items():
-        name = names[module]
+    for name, made in noted.items():
+        if not made:
+            continue
         if len(set(made)) > 1:
             raise ConfigError(f"'{name}' of {type(base).__name__} calls attention in several ways: {made}")
         call = made[0]
