@@ -24,6 +24,9 @@ from internlm.utils.hf_classes import config_object, model_class
 _LENGTHS = (11, 14)
 """Of the documents, longer than the window of the small copy."""
 
+_LAYERS = 4, 8
+"""Of a small copy, and of one where 4 layers do not run."""
+
 _STD = 0.15
 """Of the weights: large enough that every part of a layer changes its output."""
 
@@ -52,8 +55,8 @@ def check_class(config: Config, context: ParallelContext) -> list[str]:
         One line if no small copy can be built or run, so that nothing was compared.
 
     Raises:
-        ConfigError: the logits differ; or those of packed documents do, and the run packs; or those of pipeline stages,
-            and it has them.
+        ConfigError: the logits differ; or those of packed documents do or may, and the run packs; or those of pipeline
+            stages, and it has them.
     """
     if config.model_type != HF_CLASS:
         return []
@@ -63,9 +66,15 @@ def check_class(config: Config, context: ParallelContext) -> list[str]:
     with torch.device("meta"):
         HfClassModel(config.model)
     try:
-        differences = class_differences(small_copy(config.model))
+        differences = _differences_of_smallest_copy(config.model)
     except Exception as error:  # The code of any class runs here, with sizes that it may not be made for.
-        return [f"{name} was not compared with itself: a small copy does not run ({type(error).__name__}: {error})"]
+        line = f"{name} was not compared with itself: a small copy does not run ({type(error).__name__}: {error})"
+        if config.data.use_packed_dataset:
+            raise ConfigError(
+                f"data.use_packed_dataset = True: {line}. Whether its packed documents see each other is unknown; set "
+                "it to False"
+            ) from error
+        return [line]
     if not differences.separate <= TOLERANCE:
         raise ConfigError(
             f"hf: the logits of a small {name} differ here from its own by {differences.separate:.1%}: it does "
@@ -86,12 +95,21 @@ def check_class(config: Config, context: ParallelContext) -> list[str]:
     return []
 
 
-def small_copy(model: ModelConfig) -> ModelConfig:
-    """The model section in fp32 for the same class with small sizes."""
+def _differences_of_smallest_copy(model: ModelConfig) -> ClassDifferences:
+    """Those of a copy with a few layers; with more if it does not run, as their first layers may all lack attention."""
+    few, many = _LAYERS
+    try:
+        return class_differences(small_copy(model, few))
+    except Exception:
+        return class_differences(small_copy(model, many))
+
+
+def small_copy(model: ModelConfig, layers: int = 4) -> ModelConfig:
+    """The model section in fp32 for the same class with small sizes and a number of layers."""
     assert model.hf_class is not None
     heads, kv_heads = model.num_attention_heads, model.num_kv_attention_heads or model.num_attention_heads
     # Latent attention, for one, has as many key-value heads as query heads.
-    sizes = small_sizes(heads=4, kv_heads=4 if kv_heads == heads else 2, layers=4, window=4)
+    sizes = small_sizes(heads=4, kv_heads=4 if kv_heads == heads else 2, layers=layers, window=4)
     section = resized_model_section(model.hf_class, sizes)
     given = {key: value for key, value in section.items() if value is not None}
     return ModelConfig.model_validate({**given, "dtype": "torch.float32"})

@@ -84,10 +84,21 @@ def test_an_unknown_change_of_the_logits_is_refused(tmp_path: Path, monkeypatch:
         check(config)
 
 
-def test_a_copy_that_does_not_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("internlm.initialize.hf_class_checks.small_copy", lambda model: 1 / 0)
-    (line,) = check_class(load(tmp_path, "llama", True), ParallelContext.create())
+def test_a_copy_that_does_not_run_is_said_and_packing_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("internlm.initialize.hf_class_checks.small_copy", lambda model, layers: 1 / 0)
+    (line,) = check_class(load(tmp_path, "llama", False), ParallelContext.create())
     assert "LlamaForCausalLM was not compared with itself" in line and "ZeroDivisionError" in line
+    with pytest.raises(ConfigError, match="Whether its packed documents see each other is unknown"):
+        check(load(tmp_path, "llama", True))
+
+
+JAMBA = {"attn_layer_offset": 6, "attn_layer_period": 8, "num_experts": 2, "use_mamba_kernels": False}
+
+
+def test_a_first_attention_behind_other_layers_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TINY, "jamba", JAMBA)
+    with pytest.raises(ConfigError, match="in JambaForCausalLM, packed documents change each other's logits"):
+        check(load(tmp_path, "jamba", True, num_hidden_layers=8))
 
 
 def test_rotary_scaling_by_the_longest_document_is_refused(tmp_path: Path) -> None:
