@@ -277,11 +277,16 @@ class Engine:
         )
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: MicroBatch, sink: TokenSink) -> None:
+    def evaluate(self, micro_batch: MicroBatch, sink: TokenSink, loss: LossFunction | None = None) -> None:
         """Run the forward pass of one micro-batch without gradients and add its tokens to `sink`.
 
         Collective over the ranks of a pipeline, all with the same micro-batch. Only the last stage computes token
         losses: reduce the sinks of all ranks with `sum_over_tokens`. Layers that predict later tokens are left out.
+
+        Args:
+            micro_batch: the tokens.
+            sink: gets the losses.
+            loss: of the tokens; None: that of training.
         """
         for chunk in self.chunks:
             chunk.eval()
@@ -293,7 +298,7 @@ class Engine:
             hidden = self._forward(sample, micro, chunk, received)
             if not self._is_last(chunk):
                 return hidden
-            return self._loss(model, self._head_weight(model), hidden, micro, sink)
+            return self._loss(model, self._head_weight(model), hidden, micro, sink, loss)
 
         self._executor.run(self._evaluation, forward, lambda _: self._new_activation(sample.micro_batch))
 
@@ -348,12 +353,18 @@ class Engine:
         return parallel_of(model).head_weight(model)
 
     def _loss(
-        self, model: nn.Module, head: Tensor, hidden: Tensor, micro: MicroBatch, sink: TokenSink | None
+        self,
+        model: nn.Module,
+        head: Tensor,
+        hidden: Tensor,
+        micro: MicroBatch,
+        sink: TokenSink | None,
+        loss: LossFunction | None = None,
     ) -> Tensor:
         """The loss sum of this rank's tokens; `sink` gets the loss of each."""
         parallel = parallel_of(model)
         output, labels, type_ids = parallel.head_loss(
-            model, hidden, micro.labels, micro.type_ids, self.loss, weight=head
+            model, hidden, micro.labels, micro.type_ids, loss or self.loss, weight=head
         )
         if sink is not None:
             assert output.correct is not None

@@ -21,6 +21,7 @@ from internlm.data.loaders.train_loader import TrainLoader
 from internlm.estimate.dimensions import ModelDimensions
 from internlm.estimate.flops import flops_per_token, peak_flops
 from internlm.eval.hook import EvaluationHook
+from internlm.initialize.sample_texts import build_sample_texts
 from internlm.initialize.stages import parameter_groups
 from internlm.initialize.user_hooks import build_user_hooks, check_names
 from internlm.initialize.vision_costs import vision_dimensions
@@ -75,6 +76,8 @@ def build_hooks(
     # After the checkpoint hook: a failing evaluation must not lose the steps before it.
     if config.data.valid_every > 0 and config.data.has_valid_sets:
         hooks.append(EvaluationHook(config.data.valid_every, at_start=config.data.valid_at_start))
+    if config.data.generate_every > 0:
+        hooks.append(build_sample_texts(config))
     if config.ckpt.stop_file_path is not None:
         hooks.append(StopFileHook(Path(config.ckpt.stop_file_path.removeprefix("local:"))))
     hooks.append(build_health(config, collector, engine, train_loader))

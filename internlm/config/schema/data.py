@@ -195,6 +195,13 @@ class DataConfig(Section):
         "Evaluations also record the loss by position in the document, in buckets bounded by powers of two.",
         "data.valid_every",
     )
+    generate_every: int = key(
+        0, "Steps between continuations of data.generate_prompts, which go to the log and samples.jsonl; 0: none.", ge=0
+    )
+    generate_prompts: tuple[str, ...] = used_with((), "Texts that are continued greedily.", "data.generate_every")
+    generate_max_new_tokens: int = used_with(
+        32, "Tokens that are appended to each; each costs a forward pass.", "data.generate_every", ge=1
+    )
     skip_batches: Text = key(
         "", 'Steps (from 0) whose batches are counted but neither read nor trained on, such as "2-5,7".'
     )
