@@ -40,7 +40,7 @@ def find_notices(config: Config, given: Callable[[str], Any], world_size: int) -
         )
     if given(_INTERLEAVED) and not config.parallel.sequence_2D.device_placement_strategy.interleaved:
         yield f"{_INTERLEAVED} = True is ignored: the window is a whole node or the whole context"
-    if config.data.valid_every > 0 and not config.data.has_valid_sets:
+    if config.data.valid_every > 0 and not config.data.has_valid_sets and not config.data.multiple_choice:
         yield (
             f"no effect: data.valid_every = {config.data.valid_every} (data.valid_folder is None: there is nothing to "
             "evaluate, where InternEvo takes random tokens)"

@@ -47,6 +47,13 @@ class Checkpointer(Protocol):
     def drain(self, seconds: float) -> None: ...
 
 
+class ScoredSet(Protocol):
+    """A set of examples with metrics of its own; implemented by `internlm.eval.multiple_choice.MultipleChoice`."""
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Name -> metric over all examples; collective, the same on all ranks."""
+
+
 class Trainer:
     """Runs an engine over batches until `total_steps`.
 
@@ -64,6 +71,7 @@ class Trainer:
         hooks: called in this order.
         run_dir: folder for the output of the run.
         valid_sets: name -> batches of this data rank, as many micro-batches as on every other data rank.
+        scored_sets: name -> examples that each evaluation scores.
         label_bytes: name of a valid set -> labels and bytes of all data ranks, for bits per byte.
         evaluates_by_position: whether an evaluation also gives the loss by position.
         counts_bad_documents: whether the metric "bad_documents" counts what batches list as unreadable, over all data
@@ -85,6 +93,7 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         run_dir: Path | str = "runs/anonymous",
         valid_sets: Mapping[str, Iterable[Batch]] | None = None,
+        scored_sets: Mapping[str, ScoredSet] | None = None,
         label_bytes: Mapping[str, LabelBytes] | None = None,
         evaluates_by_position: bool = False,
         counts_bad_documents: bool = False,
@@ -108,6 +117,7 @@ class Trainer:
             raise ValueError(reason)
         self.run_dir = Path(run_dir)
         self.valid_sets = dict(valid_sets or {})
+        self.scored_sets = dict(scored_sets or {})
         self.label_bytes = dict(label_bytes or {})
         self.evaluates_by_position = evaluates_by_position
         self.checkpointer = checkpointer
@@ -290,7 +300,7 @@ class Trainer:
         Returns:
             `val/<set>_loss` (mean over valid tokens), `val/<set>_acc` and `val/<set>_plex` of each set, and
             `val/<set>_bpb` (bits per byte of text) where `label_bytes` has it; with `evaluates_by_position` also the
-            loss of each bucket of positions, see `evaluation_results`.
+            loss of each bucket of positions, see `evaluation_results`. `val/<set>_<metric>` of each scored set.
         """
         results: dict[str, float] = {}
         by_position = self.evaluates_by_position
@@ -303,6 +313,9 @@ class Trainer:
                     results.update(evaluation_results(name, sums, reduce, size, by_position=by_position))
             except DataError as error:
                 logger.error("step %d: '%s' was not evaluated: %s; the run goes on", self.state.step, name, error)
+        for name, scored in self.scored_sets.items():
+            with self.progress.announce(f"evaluation of '{name}'"):
+                results |= {f"val/{name}_{metric}": value for metric, value in scored.evaluate(self.engine).items()}
         if results:
             self._call("on_evaluation_end", results)
         return results

@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from internlm.core.hooks import Hook, RunningTrainer
 from internlm.core.next_tokens import next_tokens
-from internlm.data.packing.collate import to_micro_batch
-from internlm.data.packing.document_slice import DocumentSlice, make_slice
-from internlm.data.packing.sample import concatenate_slices, stack_slices
+from internlm.eval.text_batches import TextBatches
 from internlm.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -33,9 +29,7 @@ class SampleTextsHook(Hook):
         num_tokens: ids from this one on (the padding of the vocabulary) are never chosen.
         eos_ids: tokens that end a text.
         decode: tokens -> text.
-        seq_len: length of an attention segment; no prompt with its continuation is longer.
-        rows: of a micro-batch.
-        is_packed: whether micro-batches are packed.
+        batches: the shape of micro-batches; no prompt with its continuation is longer than `batches.seq_len`.
     """
 
     name = "sample_texts"
@@ -50,9 +44,7 @@ class SampleTextsHook(Hook):
         num_tokens: int,
         eos_ids: Sequence[int],
         decode: Callable[[list[int]], str],
-        seq_len: int,
-        rows: int,
-        is_packed: bool,
+        batches: TextBatches,
     ) -> None:
         self.every = every
         self._prompts = list(prompts)
@@ -61,9 +53,7 @@ class SampleTextsHook(Hook):
         self._num_tokens = num_tokens
         self._eos_ids = frozenset(eos_ids)
         self._decode = decode
-        self._seq_len = seq_len
-        self._rows = rows
-        self._is_packed = is_packed
+        self._batches = batches
 
     def on_step_counted(self, trainer: RunningTrainer) -> None:
         step = trainer.state.step
@@ -76,7 +66,7 @@ class SampleTextsHook(Hook):
         growing = list(range(len(texts)))
         for _ in range(self._max_new_tokens):
             found: dict[int, int] = {}
-            for group in self._groups([len(texts[number]) for number in growing]):
+            for group in self._batches.groups([len(texts[number]) for number in growing]):
                 numbers = [growing[place] for place in group]
                 found |= dict(zip(numbers, self._pass(trainer, [texts[number] for number in numbers]), strict=True))
             growing = [number for number in growing if found[number] not in self._eos_ids]
@@ -86,33 +76,10 @@ class SampleTextsHook(Hook):
                 break
         return [ids[len(prompt) :] for ids, prompt in zip(texts, self._prompt_ids, strict=True)]
 
-    def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Places of the texts that fit into one micro-batch each, in order."""
-        groups: list[list[int]] = []
-        room = 0
-        for place, length in enumerate(lengths):
-            size = length if self._is_packed else 1
-            if size > room or not groups:
-                groups.append([])
-                room = self._rows * self._seq_len if self._is_packed else self._rows
-            groups[-1].append(place)
-            room -= size
-        return groups
-
     def _pass(self, trainer: RunningTrainer, texts: Sequence[Sequence[int]]) -> list[int]:
-        slices: list[DocumentSlice] = []
-        ends: list[tuple[int, int]] = []
-        filled = 0
-        for row, ids in enumerate(texts):
-            tokens = np.array(ids, dtype=np.int64)
-            slices.append(make_slice(tokens, np.zeros(len(tokens), dtype=np.bool_), len(tokens)))
-            filled += len(tokens)
-            ends.append((0, filled - 1) if self._is_packed else (row, len(tokens) - 1))
-        if self._is_packed:
-            sample = concatenate_slices(slices, self._seq_len, self._rows * self._seq_len, "cut", 0, document_mask=True)
-        else:
-            sample = stack_slices(slices, self._seq_len, self._rows, type_id=0)
-        return next_tokens(trainer.engine, to_micro_batch(sample), ends, self._num_tokens)
+        micro_batch, starts = self._batches.micro_batch(texts)
+        ends = [(row, column + len(ids) - 1) for (row, column), ids in zip(starts, texts, strict=True)]
+        return next_tokens(trainer.engine, micro_batch, ends, self._num_tokens)
 
     def _write(self, trainer: RunningTrainer, new: Sequence[list[int]]) -> None:
         if not trainer.is_main_rank:

@@ -28,6 +28,7 @@ from internlm.initialize.build_schedules import build_schedules
 from internlm.initialize.data_checks import check_valid_sets
 from internlm.initialize.label_bytes import label_bytes
 from internlm.initialize.load_checkpoint import build_manager, load_checkpoint
+from internlm.initialize.multiple_choice import build_multiple_choice
 from internlm.initialize.stages import (
     build_chunks,
     build_layer_split,
@@ -148,6 +149,7 @@ def build_trainer(
         hooks=build_hooks(config, context, run_dir, engine, train_loader, profiling=profiling),
         run_dir=run_dir,
         valid_sets=build_valid_sets(config, context),
+        scored_sets=build_multiple_choice(config),
         label_bytes=label_bytes(config, context),
         evaluates_by_position=config.data.valid_by_position,
         counts_bad_documents=config.data.on_bad_data == "skip",

@@ -74,7 +74,7 @@ def build_hooks(
         assert config.ckpt.checkpoint_every is not None
         hooks.append(CheckpointHook(config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq))
     # After the checkpoint hook: a failing evaluation must not lose the steps before it.
-    if config.data.valid_every > 0 and config.data.has_valid_sets:
+    if config.data.valid_every > 0 and (config.data.has_valid_sets or config.data.multiple_choice):
         hooks.append(EvaluationHook(config.data.valid_every, at_start=config.data.valid_at_start))
     if config.data.generate_every > 0:
         hooks.append(build_sample_texts(config))

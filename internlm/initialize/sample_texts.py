@@ -5,6 +5,7 @@ from __future__ import annotations
 from internlm.config.schema import Config
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
 from internlm.eval.sample_texts import SampleTextsHook
+from internlm.eval.text_batches import TextBatches
 from internlm.utils.errors import ConfigError
 
 
@@ -35,7 +36,5 @@ def build_sample_texts(config: Config) -> SampleTextsHook:
         num_tokens=min(tokenizer.vocab_size, config.model.vocab_size),
         eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         decode=tokenizer.decode,
-        seq_len=data.seq_len,
-        rows=data.micro_bsz,
-        is_packed=data.use_packed_dataset,
+        batches=TextBatches(data.seq_len, data.micro_bsz, data.use_packed_dataset),
     )

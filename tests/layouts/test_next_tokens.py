@@ -10,6 +10,7 @@ import internlm.verify.warm_up  # noqa: F401
 from internlm.apis.generation import generate
 from internlm.apis.sampling import Sampling
 from internlm.eval.sample_texts import SampleTextsHook
+from internlm.eval.text_batches import TextBatches
 from internlm.verify.case import Case, Combination
 from internlm.verify.run import CaseRun, start_case
 
@@ -32,9 +33,7 @@ def texts_of(case: Case) -> list[list[int]]:
         num_tokens=NUM_TOKENS,
         eos_ids=(),
         decode=str,
-        seq_len=data.seq_len,
-        rows=data.micro_bsz,
-        is_packed=data.use_packed_dataset,
+        batches=TextBatches(data.seq_len, data.micro_bsz, data.use_packed_dataset),
     )
     found = hook.continued(run.trainer)
     run.train(3)  # the run goes on
@@ -82,11 +81,6 @@ def test_every_layout_writes_what_one_process_generates(line: str, ranks: Ranks)
 
 
 def test_texts_that_do_not_fit_into_one_micro_batch_are_split() -> None:
-    def hook(is_packed: bool) -> SampleTextsHook:
-        return SampleTextsHook(
-            1, [], [], max_new_tokens=1, num_tokens=9, eos_ids=(), decode=str, seq_len=8, rows=2, is_packed=is_packed
-        )
-
-    assert hook(True)._groups([7, 8, 2, 8, 6]) == [[0, 1], [2, 3, 4]]
-    assert hook(False)._groups([7, 8, 2, 8, 6]) == [[0, 1], [2, 3], [4]]
-    assert hook(True)._groups([]) == []
+    assert TextBatches(8, 2, True).groups([7, 8, 2, 8, 6]) == [[0, 1], [2, 3, 4]]
+    assert TextBatches(8, 2, False).groups([7, 8, 2, 8, 6]) == [[0, 1], [2, 3], [4]]
+    assert TextBatches(8, 2, True).groups([]) == []

@@ -195,6 +195,11 @@ class DataConfig(Section):
         "Evaluations also record the loss by position in the document, in buckets bounded by powers of two.",
         "data.valid_every",
     )
+    multiple_choice: dict[str, str] = used_with(
+        {},
+        "Name -> JSON lines with questions, `context`, `choices` and `answer`, that are scored in each evaluation.",
+        "data.valid_every",
+    )
     generate_every: int = key(
         0, "Steps between continuations of data.generate_prompts, which go to the log and samples.jsonl; 0: none.", ge=0
     )
