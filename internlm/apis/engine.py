@@ -261,6 +261,8 @@ class GenerationEngine:
     def _remove(self, text: Text) -> None:
         """Forget a text, and let the last growing one take its row."""
         if text is self._starting:
+            # Nobody has looked whether what is computed is finite.
+            self._cache.clear(len(self._growing))
             self._starting = None
         elif text in self._growing:
             row, last = self._growing.index(text), len(self._growing) - 1
@@ -269,6 +271,7 @@ class GenerationEngine:
             self._growing.pop()
             if self._starting is not None:
                 self._cache.copy_row(last + 1, last)
+                self._cache.clear(last + 1)
         else:
             self._waiting.remove(text)
 

@@ -51,7 +51,7 @@ class KeyValueCache:
         self.lengths[row] = length
 
     def clear(self, row: int) -> None:
-        """Empty a row whose keys or values are NaN or inf, which would spoil the results of its neighbours."""
+        """Empty a row whose keys or values may be NaN or inf, which would spoil the results of its neighbours."""
         for store in (self.keys, self.values):
             store[:, row, : self.lengths[row]] = 0
         self.lengths[row] = 0

@@ -1,0 +1,74 @@
+"""Rows of the engine while texts start, end and are cancelled beside each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers.llama_pair import llama_pair
+from helpers.model import tiny_model
+
+from internlm.apis.engine import GenerationEngine, Prompt, Text
+from internlm.apis.generation import generate
+from internlm.apis.sampling import Sampling
+
+VOCAB = 97
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama_pair()[0].eval()
+
+
+def make_text(length: int, max_new_tokens: int) -> Text:
+    ids = torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    return Text(Prompt(ids), Sampling(max_new_tokens=max_new_tokens))
+
+
+def run(engine: GenerationEngine) -> None:
+    while not engine.is_idle:
+        engine.step()
+
+
+def test_texts_that_end_while_a_prompt_is_computed_in_pieces_change_no_other(model: Any) -> None:
+    """A prompt of n tokens takes n / 2 steps, so the rows in front of it become free in between."""
+    engine = GenerationEngine(model, num_rows=3, max_length=40, chunk=2)
+    texts = [make_text(length, count) for length, count in ((3, 4), (12, 9), (15, 2), (5, 12), (14, 7), (9, 20))]
+    cancelled = make_text(13, 5)
+    for text in (*texts[:3], cancelled, *texts[3:]):
+        engine.submit(text)
+    while len(cancelled.new_ids) < 2:
+        engine.step()
+    engine.cancel(cancelled)
+    run(engine)
+    for text in texts:
+        assert text.new_ids == generate(model, [text.prompt.ids], text.sampling)[0][0].new_ids
+        assert len(text.new_ids) == text.sampling.max_new_tokens
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_who_has_the_row_of_a_spoiled_prompt_next_is_not_spoiled(moves: bool) -> None:
+    """Neither if that prompt was cancelled before its end, nor if it had moved to another row by then."""
+    model = tiny_model("LLAMA2", seed=3).eval()
+    spoiled = 5
+    with torch.no_grad():
+        model.tok_embeddings.weight[spoiled] = math.nan
+    engine = GenerationEngine(model, num_rows=3, max_length=40, chunk=2)
+    long, short = (Text(Prompt([1] * 9), Sampling(max_new_tokens=count)) for count in (30, 5 if moves else 20))
+    bad = Text(Prompt([2] * 5 + [spoiled] + [4] * 11), Sampling(max_new_tokens=1))
+    for text in (long, short):
+        engine.submit(text)
+    while not short.new_ids:
+        engine.step()
+    engine.submit(bad)
+    for _ in range(5):
+        engine.step()
+    assert (short.finish_reason == "length") is moves and bad.finish_reason is None
+    engine.cancel(bad)
+    later = [Text(Prompt([7]), Sampling(max_new_tokens=3)) for _ in range(2)]
+    for text in later:
+        engine.submit(text)
+    run(engine)
+    assert [text.finish_reason for text in (long, *later)] == ["length"] * 3
