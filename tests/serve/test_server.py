@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ import uvicorn
 from commands.test_chat_command import answer, make_folder
 from openai import OpenAI
 
+from internlm.apis.engine import Prompt, Text
 from internlm.apis.generation import generate
 from internlm.apis.sampling import Sampling
 from internlm.apis.scoring import score_tokens
 from internlm.serve.app import ServerSettings, create_app
-from internlm.serve.engine_thread import EngineThread
+from internlm.serve.engine_thread import EngineThread, Piece
 from internlm.serve.language_model import LanguageModel, load_language_model
+from internlm.serve.pieces import CLOSED, Pieces
+from internlm.serve.requests import RequestError
 
 KEY = "secret"
 LENGTH = 64
@@ -189,6 +193,27 @@ def test_samples_differ_and_repeat_with_the_seed(client: OpenAI) -> None:
     assert len(set(draw(1))) == 3
 
 
+def test_samples_of_several_prompts_have_seeds_and_usage_of_their_own(client: OpenAI) -> None:
+    options: Any = {"model": "tiny", "max_tokens": 9, "temperature": 1.5}
+    found = client.completions.create(prompt=["some", "some"], n=2, seed=5, **options)
+    alone = [client.completions.create(prompt="some", seed=seed, **options) for seed in range(5, 9)]
+    assert [choice.text for choice in found.choices] == [each.choices[0].text for each in alone]
+    assert len({choice.text for choice in found.choices}) == 4
+    assert found.usage is not None and found.usage.prompt_tokens == 2 * len("some")
+    assert found.usage.completion_tokens == 4 * 9 and found.usage.total_tokens == 2 * len("some") + 4 * 9
+
+
+def test_samples_with_echo_have_log_probabilities_of_their_own(client: OpenAI) -> None:
+    options: Any = {"model": "tiny", "prompt": "some", "max_tokens": 3, "temperature": 1.5, "logprobs": 0}
+    found = client.completions.create(n=2, seed=5, echo=True, **options)
+    for choice, seed in zip(found.choices, (5, 6), strict=True):
+        alone = client.completions.create(seed=seed, **options).choices[0]
+        assert choice.text == f"some{alone.text}" and choice.logprobs is not None and alone.logprobs is not None
+        assert choice.logprobs.tokens == [*"some", *(alone.logprobs.tokens or [])]
+        new = (choice.logprobs.token_logprobs or [])[4:]
+        assert new == pytest.approx(alone.logprobs.token_logprobs, abs=1e-4)
+
+
 def test_chats_follow_the_template(client: OpenAI, folder: Path) -> None:
     messages: Any = [
         {"role": "system", "content": "be"},
@@ -213,6 +238,16 @@ def test_a_bias_and_penalties_reach_the_choice(client: OpenAI, language: Languag
     assert biased.choices[0].text == language.tokenizer.decode([70] * 5)
     both = client.completions.create(**options, logit_bias={"70": 100}, presence_penalty=2, frequency_penalty=2)
     assert both.choices[0].text == biased.choices[0].text
+    texts = set()
+    bias = {70: 100.0, 71: 100.0, 72: 100.0}
+    penalties: list[dict[str, Any]] = [{}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}]
+    for each in penalties:
+        request = {**options, "max_tokens": 12, "logit_bias": {str(id): bias[id] for id in bias}, **each}
+        sampling = Sampling(max_new_tokens=12, num_tokens=256, logit_bias=bias, **each)
+        ids = generate(language.model, [language.encode("some")], sampling)[0][0].new_ids
+        assert client.completions.create(**request).choices[0].text == language.tokenizer.decode(ids)
+        texts.add(tuple(ids))
+    assert len(texts) == 3
     plain = client.completions.create(**options).choices[0].text
     assert client.completions.create(**options, extra_body={"repetition_penalty": 9.0}).choices[0].text != plain
 
@@ -326,6 +361,64 @@ def test_a_broken_connection_frees_its_row(port: int, engine: EngineThread, clie
     assert client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
 
 
+@pytest.mark.parametrize(("is_disconnected", "seconds", "status"), [(True, 60.0, CLOSED), (False, 0.0, 504)])
+def test_texts_that_nobody_waits_for_are_cancelled(
+    engine: EngineThread, monkeypatch: pytest.MonkeyPatch, is_disconnected: bool, seconds: float, status: int
+) -> None:
+    monkeypatch.setattr("internlm.serve.pieces.POLL_SECONDS", 0.01)
+    text, gate, done = Text(Prompt([70]), Sampling(max_new_tokens=60)), threading.Event(), threading.Event()
+
+    async def client_has_gone() -> bool:
+        return is_disconnected
+
+    async def read() -> None:
+        async for _ in Pieces(engine, [text], (), seconds=seconds, is_disconnected=client_has_gone):
+            pass
+
+    engine.compute(gate.wait, lambda _: None)
+    try:
+        with pytest.raises(RequestError) as error:
+            asyncio.run(read())
+    finally:
+        gate.set()
+    engine.compute(lambda: None, lambda _: done.set())
+    assert done.wait(30)
+    assert error.value.status == status
+    assert text.finish_reason == "cancelled" and not text.new_ids and not engine.num_texts
+
+
+def pieces_of(engine: EngineThread, text: Text, stops: Sequence[str] = ()) -> list[Piece]:
+    pieces, done = [], threading.Event()
+
+    def show(piece: Piece) -> None:
+        pieces.append(piece)
+        if piece.finish_reason is not None:
+            done.set()
+
+    engine.submit([text], stops, show)
+    assert done.wait(30)
+    return pieces
+
+
+def test_a_text_that_has_reached_a_stop_text_frees_its_row(engine: EngineThread, language: LanguageModel) -> None:
+    whole, new = greedy(language, [70], 60)
+    stop = language.tokenizer.decode(new[3:5])
+    text = Text(Prompt([70]), Sampling(max_new_tokens=60, num_tokens=256))
+    pieces = pieces_of(engine, text, [stop])
+    assert pieces[-1].finish_reason == "stop" and "".join(each.text for each in pieces) == whole[: whole.index(stop)]
+    assert text.finish_reason == "cancelled" and len(text.new_ids) < 60
+
+
+def test_a_token_that_ends_a_text_is_counted_and_not_shown(engine: EngineThread, language: LanguageModel) -> None:
+    _, new = greedy(language, [70], 60)
+    shown = new[: new.index(new[5])]
+    sampling = Sampling(max_new_tokens=60, num_tokens=256, eos_ids=(new[5],), top_logprobs=0)
+    pieces = pieces_of(engine, Text(Prompt([70]), sampling))
+    assert [id for piece in pieces for id in piece.ids] == shown
+    assert sum(len(piece.logprobs) for piece in pieces) == len(shown)
+    assert (pieces[-1].finish_reason, pieces[-1].num_tokens) == ("stop", len(shown) + 1)
+
+
 def test_too_many_texts_are_refused_until_there_is_room(client: OpenAI, engine: EngineThread) -> None:
     options: Any = {"model": "tiny", "prompt": "a", "max_tokens": 60, "n": 60}
     with ThreadPoolExecutor(2) as pool:
@@ -347,8 +440,6 @@ def test_spoiled_weights_fail_the_request_and_not_the_server(folder: Path) -> No
     try:
         found: dict[int, list[str | None]] = {0: [], 1: [], 2: []}
         done = threading.Event()
-        from internlm.apis.engine import Prompt, Text
-
         texts = [Text(Prompt(ids), Sampling(max_new_tokens=8)) for ids in ([70, 71], [200], [72])]
 
         def show(piece: Any) -> None:
