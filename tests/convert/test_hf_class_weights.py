@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.hf_classes import tiny_class
+from safetensors.torch import save_file
 from torch import nn
 
 from internlm.cli import main
@@ -15,6 +16,7 @@ from internlm.config.schema import ModelConfig
 from internlm.convert.hf_class_weights import HfClassWeights
 from internlm.convert.hf_folder import HfFolder
 from internlm.model.hf_class.model import HfClassModel
+from internlm.utils.errors import CheckpointError
 from internlm.utils.logging import ROOT_LOGGER
 from internlm.utils.storage import storage_path
 
@@ -97,3 +99,18 @@ def test_a_folder_with_other_sizes_is_refused(
     (tmp_path / "config.py").write_text(loaded)
     with caplog.at_level("ERROR", logger=ROOT_LOGGER):
         assert main(["train", "--config", str(tmp_path / "config.py"), "--dry-run"]) != 0
+
+
+@pytest.mark.parametrize("difference", [0.0, 1.0])
+def test_a_second_copy_of_a_tied_head_is_dropped_if_it_is_one(difference: float, tmp_path: Path) -> None:
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    weights = {embedding: torch.ones(5, 4), head: torch.ones(5, 4) + difference, "model.norm.weight": torch.ones(4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    names = [embedding, "model.norm.weight"]
+    if difference:
+        with pytest.raises(CheckpointError, match=f"ties '{head}' to '{embedding}', but it"):
+            HfClassWeights(HfFolder(storage_path(tmp_path)), names, {head: embedding})
+    else:
+        assert sorted(HfClassWeights(HfFolder(storage_path(tmp_path)), names, {head: embedding}).names()) == sorted(
+            names
+        )

@@ -85,3 +85,21 @@ def test_packed_documents_have_the_losses_and_gradients_of_separate_ones(family:
             largest = gradients[name].abs().max()
             assert parameter.grad is not None, name
             assert (parameter.grad - gradients[name]).abs().max() <= 2e-5 * largest + 1e-6, name
+
+
+def test_layers_are_recomputed_with_the_documents_of_their_own_micro_batch(tmp_path: Path) -> None:
+    """A pipeline computes further micro-batches before the backward pass of the first."""
+    model = with_weights_of(build("llama", tmp_path), tiny_class("llama"))
+    ids = torch.randint(3, VOCAB, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
+    found = []
+    for policy in ("everything", "nothing"):
+        for layer in model.numbered_layers().values():
+            layer.save_policy = policy
+        model.zero_grad()
+        first = model(ids, positions, VarlenMetadata.of(LENGTHS))
+        model(ids, torch.arange(sum(LENGTHS)).unsqueeze(0), VarlenMetadata.of((sum(LENGTHS),)))
+        first.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
