@@ -106,6 +106,7 @@ def test_a_second_copy_of_a_tied_head_is_dropped_if_it_is_one(difference: float,
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     weights = {embedding: torch.ones(5, 4), head: torch.ones(5, 4) + difference, "model.norm.weight": torch.ones(4)}
     save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
     names = [embedding, "model.norm.weight"]
     if difference:
         with pytest.raises(CheckpointError, match=f"ties '{head}' to '{embedding}', but it"):
