@@ -280,6 +280,17 @@ def test_bytes_in_parquet_are_the_same_pictures(words: Path, rows: list[dict[str
     assert batches(tmp_path / "rows.parquet") == batches(plain)
 
 
+def test_a_picture_in_an_answer_has_no_loss(words: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    picture = next(row["image"] for row in rows if isinstance(row.get("image"), str))
+    row = {"id": "drawn", "image": picture, "conversations": turns("Draw.", "Here: <image> done")}
+    file = open_rows(write_rows(tmp_path / "rows.jsonl", [row]))
+    [encoded] = encoder_of(words, settings_of(words)).encode([(file, 0)])
+    places = np.flatnonzero(encoded.ids == IMAGE_TOKEN)
+    assert len(places) == TOKENS_PER_IMAGE and len(encoded.images) == 1
+    assert not encoded.loss_mask[places].any()
+    assert encoded.loss_mask[places[0] - 1] and encoded.loss_mask[places[-1] + 1 :].all()
+
+
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.parquet"])
 def test_evaluation_has_every_row_once(
     words: Path, rows: list[dict[str, Any]], tokenizer: TextTokenizer, pixels: Any, tmp_path: Path, kind: str
