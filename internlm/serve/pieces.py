@@ -83,10 +83,20 @@ class Pieces:
 
 
 async def compute(engine: EngineThread, function: Callable[[], Result]) -> Result:
-    """The result of a function that uses the model, computed in the engine's thread."""
+    """The result of a function that uses the model, computed in the engine's thread.
+
+    Raises:
+        RequestError: 503 if the engine has ended.
+    """
     found: asyncio.Queue[Result | Exception] = asyncio.Queue()
     engine.compute(function, _threadsafe(found.put_nowait))
-    result = await found.get()
+    while True:
+        try:
+            result = await asyncio.wait_for(found.get(), POLL_SECONDS)
+            break
+        except TimeoutError:
+            if not engine.is_alive:
+                raise RequestError("the server is shutting down", status=503) from None
     if isinstance(result, Exception):
         raise result
     return result

@@ -27,7 +27,7 @@ from internlm.apis.scoring import score_tokens
 from internlm.serve.app import ServerSettings, create_app
 from internlm.serve.engine_thread import EngineThread, Piece
 from internlm.serve.language_model import LanguageModel, load_language_model
-from internlm.serve.pieces import CLOSED, Pieces
+from internlm.serve.pieces import CLOSED, Pieces, compute
 from internlm.serve.requests import RequestError
 
 KEY = "secret"
@@ -453,3 +453,10 @@ def test_spoiled_weights_fail_the_request_and_not_the_server(folder: Path) -> No
         assert found == {0: ["length"], 1: ["failed"], 2: ["length"]}
     finally:
         engine.close()
+
+
+def test_who_waits_for_a_score_is_told_that_the_engine_has_ended(folder: Path) -> None:
+    engine = EngineThread(load_language_model(str(folder / "run"), device="cpu"), max_length=LENGTH)
+    engine.close()
+    with pytest.raises(RequestError, match="shutting down"):
+        asyncio.run(compute(engine, lambda: 1))
