@@ -45,7 +45,11 @@ _HONOURED = {
 }
 """Keys of the model section that do the same for a Hugging Face class as for any model."""
 
-_VERSIONS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+_LEFT_OUT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "quantization_config")
+"""Keys of a config.json that describe its files, and neither the model nor what a run trains."""
+
+_DEQUANTIZED = "mxfp4"
+"""The `quant_method` of weights that are dequantized when they are loaded."""
 
 
 def filled_model_section(hf: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +69,9 @@ def filled_model_section(hf: Mapping[str, Any], model: Mapping[str, Any]) -> dic
         raise ConfigError(
             f"hf: a {type(config).__name__} has no {', '.join(missing)}; only decoders with attention are trained"
         )
+    empty = [f"{SIZES[key]} = {found[key]}" for key in _REQUIRED if found[key] < 1]
+    if empty:
+        raise ConfigError(f"hf: the config of the class says {', '.join(empty)}, where at least 1 is needed")
     problems = [
         f"model.{key} = {model[key]!r}: the config of the class says {found[key]!r} ({SIZES[key]}); leave the key out"
         for key in SIZES
@@ -150,11 +157,13 @@ def _describe(hf: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         importlib.import_module("transformers")
     except ImportError:
         raise ConfigError("model_type = 'hf' needs the package transformers: pip install transformers") from None
-    extra = dict(hf.get("cfg_extra_kwargs") or {})
+    extra = hf.get("cfg_extra_kwargs") or {}
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"hf.cfg_extra_kwargs = {extra!r}: it must be a dict of values of the class's config")
     config, code_folder = _from_folder(hf, str(folder)) if folder is not None else (_from_module(hf, extra), None)
     if folder is not None and extra:
         values = config.to_dict()
-        unknown = [name for name in extra if name not in values]
+        unknown = [name for name in extra if name not in values and name != "quantization_config"]
         if unknown:
             raise ConfigError(f"hf.cfg_extra_kwargs: a {type(config).__name__} has no {', '.join(unknown)}")
         try:
@@ -163,8 +172,9 @@ def _describe(hf: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             raise ConfigError(f"hf.cfg_extra_kwargs: a {type(config).__name__} refuses them: {error}") from error
     if config.get_text_config() is not config:
         raise ConfigError(f"hf: a {type(config).__name__} describes more than a language model, which is not supported")
+    _check_quantization(config)
     model_class = _model_class(hf, config, code_folder)
-    values = {key: value for key, value in config.to_dict().items() if key not in _VERSIONS}
+    values = {key: value for key, value in config.to_dict().items() if key not in _LEFT_OUT}
     own = getattr(config, "auto_map", {}) if code_folder else {}
     config_class = own.get("AutoConfig") or f"{type(config).__module__}.{type(config).__name__}"
     described = {"model_class": model_class, "config_class": config_class, "config": json.loads(json.dumps(values))}
@@ -182,7 +192,9 @@ def _from_folder(hf: Mapping[str, Any], folder: str) -> tuple[Any, str | None]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"hf.folder = '{folder}': {path} is no JSON: {error}") from error
-    brings_code = "AutoModelForCausalLM" in values.get("auto_map", {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"hf.folder = '{folder}': {path} is no JSON object: it has none of the keys of a config")
+    brings_code = "AutoModelForCausalLM" in (values.get("auto_map") or {})
     trusts = bool(hf.get("trust_remote_code", False))
     if brings_code and not trusts:
         raise ConfigError(
@@ -191,8 +203,10 @@ def _from_folder(hf: Mapping[str, Any], folder: str) -> tuple[Any, str | None]:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"hf.folder = '{folder}': transformers cannot read {path}: {error}") from error
+    except Exception as error:  # The checks of any class, and code of the folder, run here.
+        raise ConfigError(
+            f"hf.folder = '{folder}': transformers cannot read {path}: {type(error).__name__}: {error}"
+        ) from error
     return config, folder if brings_code else None
 
 
@@ -212,7 +226,12 @@ def _model_class(hf: Mapping[str, Any], config: Any, code_folder: str | None) ->
     if hf.get("mod"):
         if not hf.get("mod_cls"):
             raise ConfigError(f"hf.mod = {hf['mod']!r}: hf.mod_cls must name the class in it")
-        _imported("mod", hf["mod"], "mod_cls", hf["mod_cls"])
+        kind = _imported("mod", hf["mod"], "mod_cls", hf["mod_cls"])
+        if not hasattr(kind, "_from_config"):
+            raise ConfigError(
+                f"hf.mod_cls = {hf['mod_cls']!r} in {hf['mod']} is no model of transformers (PreTrainedModel); name its "
+                "...ForCausalLM"
+            )
         return f"{hf['mod']}.{hf['mod_cls']}"
     if code_folder is not None:
         return str(config.auto_map["AutoModelForCausalLM"])
@@ -228,13 +247,31 @@ def _model_class(hf: Mapping[str, Any], config: Any, code_folder: str | None) ->
     return f"{kind.__module__}.{kind.__name__}"  # type: ignore[attr-defined]
 
 
+def _check_quantization(config: Any) -> None:
+    """Refuse a config of quantized weights, which a run would train as if they were others."""
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return
+    values = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    method = values.get("quant_method")
+    if method != _DEQUANTIZED:
+        raise ConfigError(
+            f"hf: the config has a quantization_config (quant_method = {method!r}), and weights are trained in "
+            "model.dtype: name a folder with weights that are not quantized, or train from initial values with "
+            "hf.cfg_extra_kwargs = dict(quantization_config=None)"
+        )
+
+
 def _imported(module_key: str, module: str, class_key: str, name: str) -> Any:
     try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ConfigError(f"hf.{module_key} = {module!r} cannot be imported: {error}") from error
-    except AttributeError:
-        raise ConfigError(f"hf.{class_key} = {name!r}: there is no such class in {module}") from None
+        found = importlib.import_module(module)
+    except Exception as error:  # The code of any module runs here.
+        raise ConfigError(
+            f"hf.{module_key} = {module!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(found, name):
+        raise ConfigError(f"hf.{class_key} = {name!r}: there is no such class in {module}")
+    return getattr(found, name)
 
 
 def _size(config: Any, attribute: str) -> Any:

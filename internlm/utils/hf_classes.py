@@ -32,8 +32,10 @@ def _find(hf_class: Mapping[str, Any], which: str) -> Any:
 
         try:
             return get_class_from_dynamic_module(reference, folder)
-        except (OSError, ImportError, AttributeError) as error:
-            raise ConfigError(f"hf.folder = '{folder}': its code has no {reference}: {error}") from error
+        except Exception as error:  # The code of the folder runs here.
+            raise ConfigError(
+                f"hf.folder = '{folder}': its code gives no {reference}: {type(error).__name__}: {error}"
+            ) from error
     module, _, name = reference.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

@@ -88,7 +88,9 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"folder": "{folder}", "cfg_extra_kwargs": {"num_hidden_layers": 2}}, {}, "a Qwen3Config refuses them: .*layer"),
     ({**OF_INTERNEVO, "cfg": "huggingface_models.internlm2"}, {}, "hf.cfg = .* cannot be imported"),
     ({**OF_INTERNEVO, "mod_cls": "Lama"}, {}, "hf.mod_cls = 'Lama': there is no such class"),
+    ({**OF_INTERNEVO, "mod_cls": "LlamaRMSNorm"}, {}, "'LlamaRMSNorm' in .* is no model of transformers"),
     ({"cfg": OF_INTERNEVO["cfg"]}, {}, "hf.cfg_cls, hf.mod, hf.mod_cls must name"),
+    ({"folder": "{folder}", "cfg_extra_kwargs": [1]}, {}, "cfg_extra_kwargs = .1.: it must be a dict"),
     ({"folder": "{folder}"}, {"parallel": {"tensor": {"size": 2, "mode": "msp"}}}, "use 'isp' or 'mtp'"),
     ({"folder": "{folder}"}, {"float8": {"enable_float8_linear": True}}, "float8 is not supported in Hugging Face"),
 ]
@@ -122,10 +124,63 @@ def test_code_of_a_folder_needs_trust(tmp_path: Path, folder: Path) -> None:
         load(tmp_path, {"folder": str(folder)})
 
 
-def test_broken_json_is_named(tmp_path: Path, folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json is no JSON"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "config.json is no JSON: "),
+        ("[1]", "config.json is no JSON object"),
+        ('{"model_type": "qwen3", "hidden_size": "large"}', "(?s)cannot read .*config.json: .*hidden_size"),
+        (
+            '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 3}',
+            "(?s)cannot read .*multiple of .*heads",
+        ),
+        ('{"model_type": "qwen3", "num_hidden_layers": 0}', "num_hidden_layers = 0, where at least 1 is needed"),
+    ],
+)
+def test_a_broken_config_is_named(text: str, message: str, tmp_path: Path, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
         load(tmp_path, {"folder": str(folder)})
+
+
+@pytest.mark.parametrize("code", ["class Mine(:", "import no_such_package", "raise RuntimeError('broken')"])
+def test_broken_code_of_a_folder_is_named(
+    code: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = folder / "config.json"
+    references = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.MineForCausalLM"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "mine", "auto_map": references}))
+    (folder / "code.py").write_text(code)
+    with pytest.raises(ConfigError, match=r"(?s)cannot read .*(SyntaxError|no_such_package|broken)"):
+        load(tmp_path, {"folder": str(folder), "trust_remote_code": True})
+
+
+def test_quantized_weights_are_refused(tmp_path: Path, folder: Path) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ConfigError, match=r"quantization_config \(quant_method = 'fp8'\)"):
+        load(tmp_path, {"folder": str(folder)})
+    unquantized = {"folder": str(folder), "cfg_extra_kwargs": {"quantization_config": None}}
+    described = load(tmp_path, unquantized).config.model.hf_class
+    assert described is not None and "quantization_config" not in described["config"]
+
+
+def test_dequantized_weights_are_exported_as_such(tmp_path: Path, folder: Path) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
+    described = load(tmp_path, {"folder": str(folder)}).config.model.hf_class
+    assert described is not None and "quantization_config" not in described["config"]
+
+
+def test_longer_samples_than_the_positions_of_the_class(tmp_path: Path, folder: Path) -> None:
+    data = {"seq_len": 256, "micro_bsz": 1, "total_steps": 1}
+    with pytest.raises(ConfigError, match=r"hf\.cfg_extra_kwargs = dict\(max_position_embeddings=256\)"):
+        load(tmp_path, {"folder": str(folder)}, data=data)
+    longer = {"folder": str(folder), "cfg_extra_kwargs": {"max_position_embeddings": 256}}
+    assert load(tmp_path, longer, data=data).config.model.max_position_embeddings == 256
 
 
 def test_other_kinds_of_models_are_refused(tmp_path: Path) -> None:

@@ -40,6 +40,15 @@ def sequence_length(config: Config, world_size: int) -> Iterator[Problem]:
         )
     elif not comes_from_internevo(config, lambda path: is_set(config, path) or None):
         length = model.max_position_embeddings
+        if model.hf_class is not None:
+            yield Problem(
+                ("data.seq_len", "hf.cfg_extra_kwargs"),
+                f"data.seq_len = {seq_len} is longer than the max_position_embeddings = {length} of the Hugging Face "
+                f"class; if it is trained for this length as it is, set hf.cfg_extra_kwargs = "
+                f"dict(max_position_embeddings={seq_len}), to extend it with its rope_parameters; else shorten "
+                "data.seq_len",
+            )
+            return
         yield Problem(
             ("data.seq_len", "model.max_position_embeddings"),
             f"data.seq_len = {seq_len} is longer than model.max_position_embeddings = {length}. To extend a pretrained "

@@ -66,7 +66,13 @@ class HfClassModel(nn.Module):
         def make() -> nn.Module:
             # Grouped GEMMs know no float64.
             options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-            model: nn.Module = kind._from_config(hf_config, dtype=dtype, attn_implementation=NAME, **options)
+            try:
+                model: nn.Module = kind._from_config(hf_config, dtype=dtype, attn_implementation=NAME, **options)
+            except Exception as error:  # The constructor of any class runs here.
+                raise ConfigError(
+                    f"{kind.__name__} cannot be built from its config, a {type(hf_config).__name__}: "
+                    f"{type(error).__name__}: {error}; correct config.json or hf.cfg_extra_kwargs"
+                ) from error
             return model
 
         whole = build_on_meta(make, dtype)

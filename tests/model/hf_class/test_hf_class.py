@@ -56,6 +56,15 @@ def test_dropout_of_attention_is_refused(tmp_path: Path) -> None:
         build_model("hf", config)
 
 
+def test_a_class_that_cannot_be_built_from_its_config_is_named(tmp_path: Path) -> None:
+    config = hf_model_config("llama", tmp_path, hidden_act="no_such_activation")
+    with (
+        torch.device("meta"),
+        pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot be built .*no_such_activation"),
+    ):
+        build_model("hf", config)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_have_the_losses_and_gradients_of_separate_ones(family: str, tmp_path: Path) -> None:
     reference = tiny_class(family)
