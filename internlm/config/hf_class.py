@@ -229,8 +229,7 @@ def _model_class(hf: Mapping[str, Any], config: Any, code_folder: str | None) ->
         kind = _imported("mod", hf["mod"], "mod_cls", hf["mod_cls"])
         if not hasattr(kind, "_from_config"):
             raise ConfigError(
-                f"hf.mod_cls = {hf['mod_cls']!r} in {hf['mod']} is no model of transformers; name its "
-                "...ForCausalLM"
+                f"hf.mod_cls = {hf['mod_cls']!r} in {hf['mod']} is no model of transformers; name its ...ForCausalLM"
             )
         return f"{hf['mod']}.{hf['mod_cls']}"
     if code_folder is not None:
