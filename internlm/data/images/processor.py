@@ -7,6 +7,7 @@ training and in transformers.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -116,6 +117,7 @@ def read_processor(path: Path, size: int) -> ImageProcessor:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); correct data.image_processor_path") from error
+    _check_values(values, str(file))
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if values.get(name, True) is not True:
             raise ConfigError(
@@ -137,11 +139,46 @@ def read_processor(path: Path, size: int) -> ImageProcessor:
     mean, std = (
         tuple(values.get(name, default)) for name, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
     )
-    if not (isinstance(resample, int) and 0 <= resample <= _MAX_FILTER and len(mean) == len(std) == 3):
-        raise ConfigError(
-            f"{file}: resample must be a number of Pillow's filters, image_mean and image_std three numbers"
-        )
     return ImageProcessor(size, fit, short_side, resample, float(values.get("rescale_factor", 1 / 255)), mean, std)
+
+
+def _check_values(values: Any, file: str) -> None:
+    """Refuse values of a preprocessor_config.json of another kind, and those that give no finite pixels."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must be a JSON object, with size, image_mean ...")
+    rules = {
+        "do_center_crop": (lambda value: value is None or isinstance(value, bool), "must be true or false"),
+        "resample": (
+            lambda value: type(value) is int and 0 <= value <= _MAX_FILTER,
+            f"must be a number of Pillow's filters, 0 to {_MAX_FILTER}",
+        ),
+        "rescale_factor": (lambda value: _is_number(value) and value > 0, "must be a number above 0"),
+        "image_mean": (_are_three_numbers, "must be three numbers"),
+        "image_std": (
+            lambda value: _are_three_numbers(value) and min(value) > 0,
+            "must be three numbers above 0, by which channels are divided",
+        ),
+        "size": (_is_size, "must be a number of pixels, or an object of them"),
+        "crop_size": (_is_size, "must be a number of pixels, or an object of them"),
+    }
+    for name, (holds, what) in rules.items():
+        if name in values and not holds(values[name]):
+            raise ConfigError(f"{file}: {name} = {values[name]!r} {what}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_three_numbers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+
+
+def _is_size(value: Any) -> bool:
+    if value is None:  # transformers writes what a processor does not use
+        return True
+    sides = value.values() if isinstance(value, dict) else [value]
+    return all(type(side) is int and side > 0 for side in sides)
 
 
 def _sides(value: Any) -> dict[str, int]:

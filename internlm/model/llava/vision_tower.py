@@ -76,6 +76,8 @@ def config_from_values(values: dict[str, Any], place: str) -> PretrainedConfig:
     """
     import transformers
 
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place}: must be a JSON object, the configuration of a CLIP or SigLIP model")
     kind = values.get("model_type")
     if kind in _WITH_TEXT_MODEL:
         kind, values = _WITH_TEXT_MODEL[kind], values.get("vision_config") or {}
@@ -159,11 +161,21 @@ class VisionTower:
         self.tokens_per_image: int = num_patches + self.has_class_token - self._first
 
     def build(self, dtype: torch.dtype) -> nn.Module:
-        """The tower with parameters on the meta device; those that no feature depends on are not trained."""
+        """The tower with parameters on the meta device; those that no feature depends on are not trained.
+
+        Raises:
+            ConfigError: transformers refuses its configuration.
+        """
         import transformers
 
         cls = getattr(transformers, TOWER_CLASSES[self.config.model_type])
-        tower: nn.Module = build_on_meta(lambda: cls(self.config), dtype)
+        try:
+            tower: nn.Module = build_on_meta(lambda: cls(self.config), dtype)
+        except Exception as error:  # each class raises its own kinds
+            raise ConfigError(
+                f"model.vit_cfg: {cls.__name__} of transformers cannot be built from its configuration: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         for name, parameter in tower.named_parameters():
             if not self._is_used(name):
                 parameter.requires_grad_(False)

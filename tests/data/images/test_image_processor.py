@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,29 @@ def test_a_processor_that_does_not_fit_is_named(tmp_path: Path, values: dict[str
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28, "crop_size": 28} | values))
     with pytest.raises(ConfigError, match=message):
         read_processor(tmp_path, 28)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "must be a JSON object"),
+        (None, "must be a JSON object"),
+        ({"image_mean": 0.5}, "image_mean = 0.5 must be three numbers"),
+        ({"image_mean": ["0.5"] * 3}, "image_mean = "),
+        ({"image_mean": [math.nan, 0.5, 0.5]}, "image_mean = "),
+        ({"image_std": [0.5, 0.0, 0.5]}, "must be three numbers above 0"),
+        ({"rescale_factor": "x"}, "rescale_factor = 'x' must be a number above 0"),
+        ({"rescale_factor": None}, "rescale_factor = None"),
+        ({"rescale_factor": 0}, "rescale_factor = 0"),
+        ({"resample": True}, "resample = True must be a number of Pillow's filters"),
+        ({"do_center_crop": "yes"}, "do_center_crop = 'yes' must be true or false"),
+        ({"size": {"shortest_edge": "28"}}, "size = {'shortest_edge': '28'} must be a number of pixels"),
+        ({"crop_size": 28.5}, "crop_size = 28.5"),
+        ({"size": 28, "do_center_crop": None, "crop_size": None, "do_resize": False}, "do_resize = False is not"),
+    ],
+)
+def test_values_that_give_no_pixels_are_refused(tmp_path: Path, content: object, message: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as error:
+        read_processor(tmp_path, 28)
+    assert message in str(error.value) and "preprocessor_config.json" in str(error.value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from internlm.model.huggingface.to_config import hf_config
 from internlm.model.huggingface.weight_names import to_hf
 from internlm.model.llava.model import IMAGE_FEATURES, Llava
 from internlm.model.llava.projector import make_projector
+from internlm.model.llava.vision_tower import VisionTower, folder_config
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.registry import build_model
 from internlm.utils.errors import ConfigError, DataError
@@ -218,3 +221,17 @@ def test_pictures_of_another_size_are_named() -> None:
 
 def test_data_and_model_agree_on_the_name_of_indices() -> None:
     assert image_placeholders.IMAGE_FEATURES == IMAGE_FEATURES
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([CLIP], "must be a JSON object"),
+        ({**CLIP, "hidden_act": "swiggle"}, "CLIPVisionModel of transformers cannot be built"),
+    ],
+)
+def test_a_tower_that_cannot_be_built_is_named(tmp_path: Path, values: object, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    section = llava_config().vit_cfg.model_copy(update={"config": None, "mm_vision_tower": str(tmp_path)})  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=message), torch.device("meta"):
+        VisionTower(folder_config(tmp_path), section).build(torch.float32)
