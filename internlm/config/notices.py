@@ -55,6 +55,11 @@ def find_notices(config: Config, given: Callable[[str], Any], world_size: int) -
             f"data.valid_fraction = {config.data.valid_fraction} holds documents out of training, but data.valid_every "
             "= 0 turns evaluation off: give the steps between evaluations"
         )
+    if config.model_type == "LLAVA" and not config.data.is_multimodal:
+        yield (
+            "model_type = 'LLAVA' with data.is_multimodal = False: no picture is read, so neither the vision tower nor "
+            "the projector learns"
+        )
     if config.reduce_comm_dtype == "torch.float16" and config.model.dtype == "torch.bfloat16":
         yield (
             "reduce_comm_dtype = 'torch.float16' with model.dtype = 'torch.bfloat16': there is no loss scale, so "

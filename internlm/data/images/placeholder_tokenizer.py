@@ -8,6 +8,7 @@ from itertools import groupby
 from internlm.data.images.settings import IMAGE_MARKER, ImageSettings
 from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.data.tokenize.token_bytes import TokenBytes
+from internlm.utils.errors import ConfigError
 
 
 class PlaceholderTokenizer:
@@ -19,12 +20,23 @@ class PlaceholderTokenizer:
     Args:
         tokenizer: of the text.
         settings: of the placeholders.
+
+    Raises:
+        ConfigError: the placeholder is a token of ordinary text, which would be taken for a part of a picture.
     """
 
     def __init__(self, tokenizer: TextTokenizer, settings: ImageSettings) -> None:
         self._tokenizer, self._settings = tokenizer, settings
         self.vocab_size, self.special_ids = tokenizer.vocab_size, tokenizer.special_ids
         self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
+        is_known = settings.token_id < tokenizer.vocab_size
+        piece = tokenizer.pieces()[settings.token_id] if is_known else ""
+        if piece and settings.token_id not in tokenizer.special_ids:
+            raise ConfigError(
+                f"the placeholder of pictures, {settings.token_id}, is the token {piece!r} of ordinary text; set "
+                "model.image_token_id (--image-token-id) to a special token, or to an id behind the vocabulary, as "
+                f"{tokenizer.vocab_size}"
+            )
         [alone] = tokenizer.encode_batch([IMAGE_MARKER])
         self._knows_marker = alone == [settings.token_id]
 

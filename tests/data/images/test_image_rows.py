@@ -367,10 +367,13 @@ def test_conversations_are_tokenized_with_their_pictures(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--image-token-id", "5"], "--image-token-id needs --tokens-per-image"),
-        (["--image-token-id", "5", "--tokens-per-image", "0"], "--tokens-per-image 0: must be at least 1"),
-        (["--image-token-id", "5", "--tokens-per-image", "4", "--image-folder", "none"], "none: no such folder"),
-        (["--image-token-id", "5", "--tokens-per-image", "4", "--image-folder", "."], r"\.png: no such file.*byte 0"),
+        (["--image-token-id", "999"], "--image-token-id needs --tokens-per-image"),
+        (["--image-token-id", "999", "--tokens-per-image", "0"], "--tokens-per-image 0: must be at least 1"),
+        (["--image-token-id", "999", "--tokens-per-image", "4", "--image-folder", "none"], "none: no such folder"),
+        (
+            ["--image-token-id", "999", "--tokens-per-image", "4", "--image-folder", "."],
+            r"\.png: no such file.*byte 0",
+        ),
     ],
 )
 def test_options_of_pictures_that_do_not_fit(

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from internlm.data.images.placeholder_tokenizer import PlaceholderTokenizer
 from internlm.data.images.settings import ImageSettings
 from internlm.data.tokenize.text_tokenizer import load_tokenizer
+from internlm.utils.errors import ConfigError
 
 P = 3
 TEXTS = [
@@ -53,3 +54,10 @@ def test_other_texts_are_encoded_between_the_placeholders(folder: Path) -> None:
     ]
     assert [ours.decode(each) for each in ours.encode_batch(TEXTS)] == TEXTS
     assert ours.decode([*picture, 7000]) == "<image><image>"
+
+
+def test_a_token_of_ordinary_text_is_no_placeholder(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    ordinary = next(id for id in range(tokenizer.vocab_size) if id not in tokenizer.special_ids)
+    with pytest.raises(ConfigError, match=f"the placeholder of pictures, {ordinary}, is the token"):
+        PlaceholderTokenizer(tokenizer, ImageSettings(ordinary, P, 99))
