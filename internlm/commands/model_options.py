@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from internlm.apis.sampling import Sampling
 from internlm.serve.language_model import LanguageModel, load_language_model
+from internlm.utils.errors import ConfigError
 from internlm.utils.paths import local_path, path_text
 
 DEFAULT_SEED = 1024
@@ -140,5 +142,17 @@ def read_sampling(
         top_logprobs=logprobs,
         seed=args.seed,
     )
-    sampling.check()
+    problems = sampling.problems()
+    if problems:
+        raise ConfigError([_with_options(problem) for problem in problems])
     return sampling
+
+
+def _with_options(problem: str) -> str:
+    """A problem of `Sampling` that names options in place of fields."""
+
+    def option(found: re.Match[str]) -> str:
+        name = found[1].replace("_", "-")
+        return f"--{'logprobs' if name == 'top-logprobs' else name} "
+
+    return re.sub(r"\b([a-z]+(?:_[a-z]+)*) = ", option, problem)

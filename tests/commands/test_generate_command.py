@@ -141,8 +141,8 @@ def test_the_end_of_text_is_not_shown(tmp_path: Path, tokenizer_path: Path, caps
     ("extra", "message"),
     [
         (["--greedy", "--top-k", "5"], "no effect on greedy decoding"),
-        (["--top-p", "1.5"], "top_p = 1.5"),
-        (["--max-new-tokens", "0"], "max_new_tokens = 0"),
+        (["--top-p", "1.5"], "--top-p 1.5: must be above 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--ckpt", "nowhere"], "no checkpoint at 'nowhere'"),
         (["--tokenizer", "nowhere.json"], "nowhere.json"),
@@ -343,7 +343,11 @@ def test_samples_and_beams(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
         (["--prompt", "a", "--beams", "2", "--stop", "x"], "--stop does not work with --beams"),
         (["--prompt", "a", "--length-penalty", "2"], "--length-penalty has no effect without --beams"),
         (["--prompt", "a", "--logprobs", "1"], "add --output FILE"),
-        (["--prompt", "a", "--min-new-tokens", "200"], "min_new_tokens = 200: must be from 0 to max_new_tokens = 100"),
+        (
+            ["--prompt", "a", "--min-new-tokens", "200"],
+            "--min-new-tokens 200: must be from 0 to --max-new-tokens 100",
+        ),
+        (["--prompt", "a", "--logprobs", "-1", "--output", "{dir}/x"], "--logprobs -1: must be at least 0"),
         (["--prompts", "{bad}"], 'in.jsonl, line 2: must be an object with "prompt"'),
         (["--prompts", "{dir}/none.jsonl"], "none.jsonl: cannot be read"),
         (["--prompts", "{ids}"], "ids.jsonl, line 1: token ids must be from 0 to 299"),
