@@ -6,11 +6,11 @@ scored by forward passes of an evaluation.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from internlm.core.token_statistics import TokenSums
 from internlm.data.batch import IGNORE_INDEX
 from internlm.eval.text_batches import TextBatches
 from internlm.utils.errors import DataError
+from internlm.utils.json_text import json_lines
 
 Encode = Callable[[list[str]], list[list[int]]]
 """Texts -> tokens of each, without bos and eos."""
@@ -47,26 +48,11 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         DataError: the file cannot be read, has no line, or a line is something else.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    questions = [
-        _question(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()
-    ]
-    if not questions:
-        raise DataError(f"{path}: no question in this file")
-    return questions
+    return [_question(fields, place) for place, fields in json_lines(path, "question")]
 
 
-def _question(line: str, place: str) -> Question:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place}: not JSON: {error}") from error
+def _question(fields: dict[str, Any], place: str) -> Question:
     form = 'must be {"context": TEXT, "choices": [TEXT, TEXT ...], "answer": INDEX of the right one}'
-    if not isinstance(fields, dict):
-        raise DataError(f"{place}: {form}")
     context, choices, answer = (fields.get(name) for name in ("context", "choices", "answer"))
     are_texts = isinstance(choices, list) and all(isinstance(each, str) and each for each in choices)
     if not isinstance(context, str) or not isinstance(choices, list) or not are_texts or len(choices) < 2:

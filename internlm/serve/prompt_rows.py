@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internlm.utils.errors import DataError
+from internlm.utils.json_text import json_lines
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,13 @@ def read_prompt_rows(path: Path) -> list[PromptRow]:
     Raises:
         DataError: the file cannot be read, has no line, or a line is something else.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {path}: cannot be read: {error}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place}: not JSON: {error}") from error
-        prompt = fields.get("prompt") if isinstance(fields, dict) else None
+    for place, fields in json_lines(path, "prompt"):
+        prompt = fields.get("prompt")
         is_ids = isinstance(prompt, list) and all(type(id) is int for id in prompt) and bool(prompt)
         if prompt is None or not (isinstance(prompt, str) or is_ids):
             raise DataError(f'{place}: must be an object with "prompt", a text or a list of token ids')
         if "completions" in fields:
             raise DataError(f'{place}: has "completions" already, which would be overwritten; rename the field')
         rows.append(PromptRow(prompt, fields, place))
-    if not rows:
-        raise DataError(f"--prompts {path}: no prompt in this file")
     return rows

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+from internlm.utils.errors import DataError
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
@@ -19,3 +22,34 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def json_lines(path: Path, what: str) -> list[tuple[str, dict[str, Any]]]:
+    """Read a file with a JSON object on each line; empty lines are left out.
+
+    Args:
+        path: the file.
+        what: what a line is, for messages.
+
+    Returns:
+        The place of each object, for messages, and the object.
+
+    Raises:
+        DataError: the file cannot be read or has no object, or a line is something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            found.append((place, json_object(line)))
+        except ValueError as error:
+            raise DataError(f"{place}: not a {what}: {error}") from error
+    if not found:
+        raise DataError(f"{path}: no {what} in this file")
+    return found

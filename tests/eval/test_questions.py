@@ -28,8 +28,8 @@ def test_lines_become_questions(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("", "no question in this file"),
-        ("{", "line 1: not JSON"),
-        ("[]", 'line 1: must be {"context": TEXT'),
+        ("{", "line 1: not a question: "),
+        ("[]", "line 1: not a question: expected a JSON object"),
         (json.dumps({**ROW, "choices": ["c"]}), "line 1: must be"),
         (json.dumps({**ROW, "choices": ["c", ""]}), "line 1: must be"),
         (json.dumps({**ROW, "context": None}), "line 1: must be"),
