@@ -43,8 +43,8 @@ class Sampling:
         logit_bias: token -> what is added to its logit.
         eos_ids: tokens that end the text.
         num_tokens: ids from this one on (the padding of the vocabulary) are never chosen; None allows all ids.
-        top_logprobs: number of most likely tokens whose log-probabilities are returned with that of each new token;
-            None: no log-probabilities at all.
+        top_logprobs: number of most likely tokens, at most all of them, whose log-probabilities are returned with that
+            of each new token; None: no log-probabilities at all.
         seed: of the text's own random numbers, so that it does not depend on others beside it.
     """
 
@@ -90,6 +90,9 @@ class Sampling:
             ),
             f"top_logprobs = {self.top_logprobs}: must be at least 0": self.top_logprobs is None
             or self.top_logprobs >= 0,
+            f"top_logprobs = {self.top_logprobs}: must be at most the {self.num_tokens} tokens of the vocabulary": (
+                self.num_tokens is None or (self.top_logprobs or 0) <= self.num_tokens
+            ),
             f"seed = {self.seed}: must be from {MIN_SEED} to {MAX_SEED}": MIN_SEED <= self.seed <= MAX_SEED,
             "temperature, top_k, top_p and min_p have no effect on greedy decoding; remove them, or sample": (
                 self.do_sample or (self.temperature, self.top_k, self.top_p, self.min_p) == (1.0, 0, 1.0, 0.0)

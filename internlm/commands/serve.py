@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 
 from internlm.apis.generation import DEFAULT_ROWS
@@ -64,9 +65,7 @@ def run(args: argparse.Namespace) -> int:
         from internlm.serve.app import ServerSettings, create_app
     except ImportError as error:
         raise ConfigError(f"the server needs {error.name}: pip install 'internlm[serve]'") from error
-    for name, value in (("batch", args.batch), ("max-waiting", args.max_waiting + 1), ("timeout", args.timeout)):
-        if value <= 0:
-            raise ConfigError(f"--{name}: is too small")
+    _check(args)
     key = _api_key(args)
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("--host %s: whoever reaches this machine can use the model; set %s", args.host, KEY_VARIABLE)
@@ -74,8 +73,6 @@ def run(args: argparse.Namespace) -> int:
     if args.bos and language.tokenizer.bos_id is None:
         raise ConfigError("--bos: this tokenizer has no beginning-of-text token")
     max_length = args.max_length or language.config.data.seq_len
-    if max_length < 2:
-        raise ConfigError(f"--max-length {max_length}: must be at least 2")
     try:
         template = language.chat_template(args.chat_template)
     except DataError as error:
@@ -106,6 +103,21 @@ def run(args: argparse.Namespace) -> int:
     finally:
         engine.close()
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    rules = {
+        f"--port {args.port}: must be from 0 to 65535": 0 <= args.port <= 65535,
+        f"--batch {args.batch}: must be at least 1": args.batch >= 1,
+        f"--max-waiting {args.max_waiting}: must be at least 0": args.max_waiting >= 0,
+        f"--max-length {args.max_length}: must be at least 2, a token of the prompt and a new one": (
+            args.max_length is None or args.max_length >= 2
+        ),
+        f"--timeout {args.timeout}: must be a number of seconds above 0": 0 < args.timeout < math.inf,
+    }
+    problems = [text for text, holds in rules.items() if not holds]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _announce(language: LanguageModel, name: str, engine: EngineThread, args: argparse.Namespace) -> None:

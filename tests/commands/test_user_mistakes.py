@@ -376,6 +376,24 @@ OPTIONS: list[tuple[Run, str]] = [
     *((cli("generate", *MODEL, "--prompt", "a", "--seed", text), "--seed") for text in ("x", "1" * 30, "-" + "1" * 30)),
     *((cli("generate", *MODEL, "--prompt", text), "prompt") for text in ("", "\udcff", "caf\udce9 au lait")),
     (cli("generate", *MODEL), "--prompt"),
+    *((cli(*GENERATE, "--output", "{}/out", "--logprobs", text), "--logprobs") for text in ("-1", "1" * 9, "x")),
+    *((cli("generate", *MODEL, "--prompt", "a", "--min-p", text), "--min-p") for text in ("-1", "2", "nan", "x")),
+    *((cli(*GENERATE, "--repetition-penalty", text), "--repetition-penalty") for text in ("0", "-1", "nan", "inf")),
+    *((cli(*GENERATE, name, text), name) for name in ("--samples", "--beams", "--batch") for text in ("0", "-1", "x")),
+    *((cli("generate", *MODEL, "--prompts", text), text.split("/")[-1]) for text in (
+        "{}/absent", "{}/hf", "{}/text.txt", "/proc")),
+    *((cli(*GENERATE, "--output", text), text.split("/")[-1]) for text in ("{}/hf", "{}/text.txt/x", "/proc/x")),
+    *((cli("chat", *MODEL, option, text), needle) for option, text, needle in (
+        ("--max-new-tokens", "0", "--max-new-tokens"), ("--chat-template", "{}/absent", "absent"),
+        ("--stop", "", "--stop"), ("--device", "nonsense", "--device"))),
+    *((cli("serve", *MODEL, "--port", text), "--port") for text in ("-1", "65536", "x")),
+    *((cli("serve", *MODEL, "--timeout", text), "--timeout") for text in ("0", "-1", "nan", "inf", "x")),
+    *((cli("serve", *MODEL, name, "-1"), name) for name in ("--batch", "--max-waiting", "--max-length")),
+    *((cli("serve", *MODEL, "--api-key-file", text), text.split("/")[-1]) for text in (
+        "{}/absent", "{}/hf", "/dev/null")),
+    (cli("serve", *MODEL, "--chat-template", "{}/absent"), "absent"),
+    (cli("serve", "--ckpt", "{}/absent"), "absent"),
+    (cli("serve", *MODEL, "--host", "nowhere.invalid"), "nowhere.invalid"),
     (cli(*GENERATE, "--top-k", "3"), "top_k"),
     (cli("generate", "--ckpt", "{}/run", "--tokenizer", "{}/text.txt", "--prompt", "a"), "text.txt"),
     *((cli("generate", "--ckpt", text, "--prompt", "a"), text.split("/")[-1]) for text in (
