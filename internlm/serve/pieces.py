@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ CLOSED = 499
 
 
 class Pieces:
-    """Submits texts, and iterates over their pieces.
+    """Submits texts, and iterates over their pieces; texts that nobody iterates over any more are cancelled.
 
     Args:
         engine: continues the texts.
@@ -53,6 +54,8 @@ class Pieces:
             engine.submit(texts, stops, _threadsafe(self._queue.put_nowait))
         except BusyError:
             raise RequestError("too many requests wait already; try again later", status=429) from None
+        # A stream whose client goes before its first event is dropped without being iterated.
+        weakref.finalize(self, engine.cancel, texts)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         remaining = len(self._texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
 import math
@@ -384,6 +385,22 @@ def test_texts_that_nobody_waits_for_are_cancelled(
     engine.compute(lambda: None, lambda _: done.set())
     assert done.wait(30)
     assert error.value.status == status
+    assert text.finish_reason == "cancelled" and len(text.new_ids) < 60 and not engine.num_texts
+
+
+def test_texts_of_a_stream_that_is_never_read_are_cancelled(engine: EngineThread) -> None:
+    text, done = Text(Prompt([70]), Sampling(max_new_tokens=60)), threading.Event()
+    gate = threading.Event()
+    engine.compute(gate.wait, lambda _: None)
+
+    async def drop() -> None:
+        Pieces(engine, [text], (), seconds=60, is_disconnected=None)
+
+    asyncio.run(drop())
+    gc.collect()
+    gate.set()
+    engine.compute(lambda: None, lambda _: done.set())
+    assert done.wait(30)
     assert text.finish_reason == "cancelled" and len(text.new_ids) < 60 and not engine.num_texts
 
 
