@@ -65,7 +65,7 @@ def generate(
     if not texts:
         return []
     longest = max(len(prompt.ids) for prompt in starts) + sampling.max_new_tokens
-    with _evaluating(model):
+    with evaluating(model):
         engine = GenerationEngine(model, num_rows=min(num_rows, len(texts)), max_length=longest)
         for text in texts:
             engine.submit(text)
@@ -134,7 +134,7 @@ def beam_search(
     prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
     if not prompt.ids:
         raise ConfigError("the prompt is empty: it must have a token")
-    with _evaluating(model):
+    with evaluating(model):
         return _search(model, prompt, sampling, num_beams, length_penalty, early_stopping)[:num_samples]
 
 
@@ -210,7 +210,7 @@ def _adjusted_logprobs(logits: Tensor, prompt: Prompt, growing: list[tuple[int, 
 
 
 @contextmanager
-def _evaluating(model: GenerativeModel) -> Iterator[None]:
+def evaluating(model: GenerativeModel) -> Iterator[None]:
     """Put a model into evaluation mode, and back into its mode."""
     was_training = model.training
     model.train(False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from internlm.apis.engine import GenerationEngine, GenerativeModel, NonFiniteError, Prompt, Text
-from internlm.apis.generation import beam_search, generate
+from internlm.apis.generation import beam_search, evaluating, generate
 from internlm.apis.sampling import Sampling
 from internlm.utils.errors import ConfigError
 
@@ -129,16 +129,16 @@ class SequenceGenerator:
             for number, ids in enumerate(self._unpadded(tokens))
         ]
         self._next_seed += len(texts)
-        self.decoder.train(False)
-        engine = GenerationEngine(self.decoder, num_rows=len(texts), max_length=max_length)
-        for text in texts:
-            engine.submit(text)
-        while not engine.is_idle:
-            changed = engine.step()
-            if any(text.finish_reason == "failed" for text in changed):
-                raise NonFiniteError("the model's logits contain inf or NaN")
-            if all(text.new_ids for text in texts):
-                yield self._padded(tokens, [[text.new_ids] for text in texts], 1)
+        with evaluating(self.decoder):
+            engine = GenerationEngine(self.decoder, num_rows=len(texts), max_length=max_length)
+            for text in texts:
+                engine.submit(text)
+            while not engine.is_idle:
+                changed = engine.step()
+                if any(text.finish_reason == "failed" for text in changed):
+                    raise NonFiniteError("the model's logits contain inf or NaN")
+                if all(text.new_ids for text in texts):
+                    yield self._padded(tokens, [[text.new_ids] for text in texts], 1)
 
     def _sampling(
         self,

@@ -78,6 +78,12 @@ def test_streaming_yields_the_texts_so_far(model: Any) -> None:
     whole = generator.generate(PADDED, max_length=9, do_sample=False)
     assert torch.equal(seen[-1], whole)
     assert [each.shape[2] for each in seen] == sorted(each.shape[2] for each in seen)
+    model.train(True)
+    stream = generator.streaming_generate(PADDED, max_length=9, do_sample=False)
+    assert not next(stream).requires_grad and not model.training
+    stream.close()
+    assert model.training  # as it was
+    model.eval()
     # The text that is behind the other is filled up.
     assert torch.equal(seen[0][0], whole[0, :, : seen[0].shape[2]])
 
