@@ -99,22 +99,18 @@ def attend(
 
 
 def note_call(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """In place of `attend`: append the call to `module.noted_calls`, and return a tensor of its shape."""
-    heads = HeadShape(query.shape[1], key.shape[1], query.shape[-1])
-    is_causal = getattr(module, "is_causal", True)
-    call = AttentionCall(heads, scaling, sliding_window, softcap, s_aux is not None, dropout, is_causal)
+    call = AttentionCall(
+        heads=HeadShape(query.shape[1], key.shape[1], query.shape[-1]),
+        scale=options.get("scaling"),
+        window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
+        has_sinks=options.get("s_aux") is not None,
+        dropout=options.get("dropout", 0.0),
+        is_causal=getattr(module, "is_causal", True),
+    )
     module.noted_calls.append(call)  # type: ignore[operator, union-attr]
     return value.new_empty(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
 
