@@ -127,8 +127,10 @@ def load_language_model(
     if config.model.is_reward:
         raise ConfigError(f"{path}: a reward model returns scores and cannot generate text")
     if not isinstance(model, GenerativeModel):
+        missing = [name for name in ("logits", "make_cache", "prefills_in_chunks") if not hasattr(model, name)]
         raise ConfigError(
-            f"{path}: model type '{config.model_type}' lacks `logits` or `make_cache`, which generation needs"
+            f"{path}: model type '{config.model_type}' lacks {', '.join(missing)}, which generation needs; see "
+            "GenerativeModel in internlm/apis/engine.py"
         )
     where = tokenizer_path or config.data.tokenizer_path
     if where is None:
