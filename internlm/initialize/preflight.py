@@ -27,6 +27,8 @@ from internlm.initialize.data_folders import train_folder
 from internlm.initialize.file_formats import file_format
 from internlm.initialize.hf_class_checks import check_class
 from internlm.initialize.load_checkpoint import check_checkpoint, check_foreign_weights, is_left_open
+from internlm.initialize.multiple_choice import build_multiple_choice
+from internlm.initialize.sample_texts import build_sample_texts
 from internlm.initialize.stages import build_meta_model, check_parameter_groups, parameter_groups
 from internlm.initialize.tokenizers import compare_with_checkpoint, data_tokenizer
 from internlm.initialize.train_sources import train_sources
@@ -284,6 +286,14 @@ def why_not_writable(folder: Path) -> str | None:
         return f"no file can be created in '{existing}' ({error.strerror})"
 
 
+def _questions_and_prompts(config: Config, context: ParallelContext) -> list[str]:
+    """Check that questions and prompts can be read, and fit into the sequences of the run."""
+    build_multiple_choice(config)
+    if config.data.generate_every > 0:
+        build_sample_texts(config)
+    return []
+
+
 def _packages(config: Config, context: ParallelContext) -> list[str]:
     describe(context.device, OpSettings.of(config.model, use_float8=config.float8.enable_float8_linear))
     reason = why_unusable("torch.utils.tensorboard", "SummaryWriter") if config.enable_tb else None
@@ -323,6 +333,7 @@ def _pictures(config: Config, context: ParallelContext) -> list[str]:
 CHECKS: tuple[Check, ...] = (
     _train_folder,
     _valid_folder,
+    _questions_and_prompts,
     _tokenizer,
     _weights,
     _folders,

@@ -16,11 +16,11 @@ from internlm.cli import main
 KEYS = ("data.generate_every=4", "data.generate_prompts=['ab', 'c']", "data.generate_max_new_tokens=5")
 
 
-def run(code: int, keys: tuple[str, ...]) -> None:
+def run(code: int, keys: tuple[str, ...], *options: str) -> None:
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     words = [word for key in keys for word in ("--set", key)]
-    assert main(["train", "--config", "config.py", *words]) == code
+    assert main(["train", "--config", "config.py", *words, *options]) == code
 
 
 @pytest.fixture
@@ -62,4 +62,5 @@ def test_texts_are_logged_and_written(folder: Path) -> None:
     ],
 )
 def test_what_does_not_work_is_refused(folder: Path, keys: tuple[str, ...], message: str) -> None:
-    assert message in run_forked(folder, run, 2, keys)
+    for options in ((), ("--dry-run",)):
+        assert message in run_forked(folder, run, 2, keys, *options)

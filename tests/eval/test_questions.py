@@ -96,4 +96,5 @@ def test_a_run_scores_questions_in_each_evaluation(folder: Path) -> None:  # noq
     ],
 )
 def test_what_does_not_work_is_refused(folder: Path, keys: tuple[str, ...], message: str) -> None:  # noqa: F811
-    assert message in run_forked(folder, run, 2, ("data.valid_every=5", *keys))
+    for options in ((), ("--dry-run",)):
+        assert message in run_forked(folder, run, 2, ("data.valid_every=5", *keys), *options)
