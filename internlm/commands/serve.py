@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from internlm.serve.app import ServerSettings, create_app
+        from internlm.serve.app import create_app
+        from internlm.serve.served_model import ServerSettings
     except ImportError as error:
         raise ConfigError(f"the server needs {error.name}: pip install 'internlm[serve]'") from error
     _check(args)

@@ -25,11 +25,12 @@ from internlm.apis.engine import Prompt, Text
 from internlm.apis.generation import generate
 from internlm.apis.sampling import Sampling
 from internlm.apis.scoring import score_tokens
-from internlm.serve.app import ServerSettings, create_app
+from internlm.serve.app import create_app
 from internlm.serve.engine_thread import EngineThread, Piece
 from internlm.serve.language_model import LanguageModel, load_language_model
 from internlm.serve.pieces import CLOSED, Pieces, compute
 from internlm.serve.requests import RequestError
+from internlm.serve.served_model import ServerSettings
 
 KEY = "secret"
 LENGTH = 64
