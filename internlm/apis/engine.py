@@ -272,7 +272,7 @@ class GenerationEngine:
             if self._starting is not None:
                 self._cache.copy_row(last + 1, last)
                 self._cache.clear(last + 1)
-        else:
+        elif text in self._waiting:
             self._waiting.remove(text)
 
 

@@ -116,7 +116,10 @@ class EngineThread:
         def start() -> None:
             for text, reader in zip(texts, readers, strict=True):
                 self._readers[id(text)] = reader
-                self._engine.submit(text)
+                try:
+                    self._engine.submit(text)
+                except Exception:
+                    self._fail(text)
 
         self._call(start)
 
@@ -168,12 +171,15 @@ class EngineThread:
                 for text in self._engine.step():
                     self._show(text)
             except Exception:
-                # A defect, or no memory: whoever waits must not wait for ever.
-                logger.exception("generation failed")
                 for reader in list(self._readers.values()):
-                    self._engine.cancel(reader.readable.text)
-                    reader.readable.text.finish_reason = "failed"
-                    self._show(reader.readable.text)
+                    self._fail(reader.readable.text)
+
+    def _fail(self, text: Text) -> None:
+        """End a text after a defect, or without memory: whoever waits must not wait for ever."""
+        logger.exception("a text failed")
+        self._engine.cancel(text)
+        text.finish_reason = "failed"
+        self._show(text)
 
     def _show(self, text: Text) -> None:
         reader = self._readers.get(id(text))

@@ -56,6 +56,9 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""With the number of a text added it is a seed still."""
+
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -69,7 +72,7 @@ class _Choices(_Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: _Seed | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: dict[str, _Bias] | None = None
@@ -205,7 +208,7 @@ class MegatronRequest(_Strict):
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     add_BOS: bool = False  # noqa: N815
-    random_seed: Annotated[int, Field(ge=0)] | None = None
+    random_seed: _Seed | None = None
 
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "beam_width": (None,),

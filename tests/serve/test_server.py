@@ -293,6 +293,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/completions", {"prompt": "a", "n": 0}, 400, "n: "),
     ("/v1/completions", {"prompt": ["a"] * 999, "n": 2}, 400, "1998 texts are more than 1024"),
     ("/v1/completions", {"prompt": "a", "seed": 2**70}, 400, "seed"),
+    ("/v1/completions", {"prompt": "a", "seed": 2**64 - 1, "n": 2}, 400, "seed"),
     ("/v1/completions", {"prompt": "a", "stop": [""]}, 400, "stop"),
     ("/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias: 'x' is no token id"),
     ("/v1/completions", {"prompt": "a", "logprobs": 99}, 400, "logprobs"),
@@ -469,6 +470,36 @@ def test_spoiled_weights_fail_the_request_and_not_the_server(folder: Path) -> No
         engine.submit(texts, (), show)
         assert done.wait(30)
         assert found == {0: ["length"], 1: ["failed"], 2: ["length"]}
+    finally:
+        engine.close()
+
+
+def test_what_the_engine_refuses_fails_and_the_others_go_on(engine: EngineThread) -> None:
+    found: dict[int, str | None] = {}
+    done = threading.Event()
+
+    def show(piece: Piece) -> None:
+        if piece.finish_reason is not None:
+            found[piece.index] = piece.finish_reason
+            if len(found) == 3:
+                done.set()
+
+    settings = [Sampling(max_new_tokens=3), Sampling(max_new_tokens=3, seed=2**64), Sampling(max_new_tokens=3)]
+    engine.submit([Text(Prompt([70]), each) for each in settings], (), show)
+    assert done.wait(30)
+    assert found == {0: "length", 1: "failed", 2: "length"} and engine.is_alive and not engine.num_texts
+
+
+def test_a_failing_model_fails_its_texts_and_not_the_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = load_language_model(str(folder / "run"), device="cpu")
+    engine = EngineThread(language, max_length=LENGTH)
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(type(language.model), "logits", lambda *_: 1 / 0)
+            pieces = pieces_of(engine, Text(Prompt([70]), Sampling(max_new_tokens=3)))
+        assert [piece.finish_reason for piece in pieces] == ["failed"]
+        pieces = pieces_of(engine, Text(Prompt([70]), Sampling(max_new_tokens=3)))
+        assert pieces[-1].finish_reason == "length"
     finally:
         engine.close()
 
