@@ -42,6 +42,10 @@ def create_app(engine: EngineThread, settings: ServerSettings) -> FastAPI:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return _error(RequestError(message, status=error.status_code))
 
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> JSONResponse:
+        return _error(RequestError(f"the server failed ({type(error).__name__}); its log says more", status=500))
+
     app.get("/health")(openai.health)
     app.get("/v1/models")(openai.models)
     app.get("/v1/models/{name}")(openai.model)

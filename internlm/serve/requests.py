@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from internlm.apis.sampling import Sampling
 from internlm.serve.language_model import LanguageModel
+from internlm.utils.json_text import check_text
 
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
@@ -234,8 +235,9 @@ def parse(form: type[Form], body: bytes) -> Form:
     """
     try:
         values = json.loads(body, parse_constant=_refuse_constant)
+        check_text(values)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {error}") from None
+        raise RequestError(f"the body is not JSON of texts and numbers: {error}") from None
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
     for name, neutral in form.refused.items():

@@ -24,6 +24,18 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
+def check_text(value: Any) -> None:
+    r"""Refuse a JSON value with half of a surrogate pair (``"\ud800"``), which no encoding of text has.
+
+    Raises:
+        ValueError: a text or a key has one.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no text") from None
+
+
 def json_lines(path: Path, what: str) -> list[tuple[str, dict[str, Any]]]:
     """Read a file with a JSON object on each line; empty lines are left out.
 
@@ -47,9 +59,11 @@ def json_lines(path: Path, what: str) -> list[tuple[str, dict[str, Any]]]:
             continue
         place = f"{path}, line {number}"
         try:
-            found.append((place, json_object(line)))
+            fields = json_object(line)
+            check_text(fields)
         except ValueError as error:
             raise DataError(f"{place}: not a {what}: {error}") from error
+        found.append((place, fields))
     if not found:
         raise DataError(f"{path}: no {what} in this file")
     return found

@@ -349,6 +349,7 @@ def test_samples_and_beams(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
         ),
         (["--prompt", "a", "--logprobs", "-1", "--output", "{dir}/x"], "--logprobs -1: must be at least 0"),
         (["--prompts", "{bad}"], 'in.jsonl, line 2: must be an object with "prompt"'),
+        (["--prompts", "{half}"], "half.jsonl, line 1: not a prompt: half of a surrogate pair, \\ud800, is no text"),
         (["--prompts", "{dir}/none.jsonl"], "none.jsonl: cannot be read"),
         (["--prompts", "{ids}"], "ids.jsonl, line 1: token ids must be from 0 to 299"),
         (["--prompt", "a", "--output", "{dir}/no/folder"], "--output"),
@@ -359,7 +360,8 @@ def test_mistakes_in_prompts(
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
     (tmp_path / "ids.jsonl").write_text('{"prompt": [300]}\n')
-    names = {"{bad}": tmp_path / "in.jsonl", "{ids}": tmp_path / "ids.jsonl"}
+    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    names = {"{half}": tmp_path / "half.jsonl", "{bad}": tmp_path / "in.jsonl", "{ids}": tmp_path / "ids.jsonl"}
     words = [str(names.get(each, each)).replace("{dir}", str(tmp_path)) for each in options]
     assert main(["generate", "--ckpt", str(checkpoint), "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err

@@ -273,10 +273,11 @@ def test_megatron_requests(port: int, language: LanguageModel) -> None:
 
 
 BAD: list[tuple[str, Any, int, str]] = [
-    ("/v1/completions", b"{", 400, "the body is not JSON"),
+    ("/v1/completions", b"{", 400, "the body is not JSON of texts and numbers: "),
     ("/v1/completions", b"[1]", 400, "must be a JSON object"),
     ("/v1/completions", b'{"prompt": "a", "temperature": NaN}', 400, "NaN is no number of JSON"),
-    ("/v1/completions", b"[" * 5000, 400, "the body is not JSON"),
+    ("/v1/completions", b"[" * 5000, 400, "the body is not JSON of texts and numbers: "),
+    ("/v1/completions", b'{"prompt": "\\ud800"}', 400, "half of a surrogate pair"),
     ("/v1/completions", {}, 400, "prompt: must be a text, a list"),
     ("/v1/completions", {"prompt": []}, 400, "prompt: must not be empty"),
     ("/v1/completions", {"prompt": [[]]}, 400, "must not be empty"),
@@ -472,6 +473,12 @@ def test_spoiled_weights_fail_the_request_and_not_the_server(folder: Path) -> No
         assert found == {0: ["length"], 1: ["failed"], 2: ["length"]}
     finally:
         engine.close()
+
+
+def test_a_defect_is_an_answer_too(port: int, engine: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.language.tokenizer, "encode_batch", lambda _: 1 / 0)
+    status, answer = send(port, "POST", "/tokenize", {"prompt": "a"})
+    assert status == 500 and "the server failed (ZeroDivisionError)" in answer["error"]["message"]
 
 
 def test_what_the_engine_refuses_fails_and_the_others_go_on(engine: EngineThread) -> None:
