@@ -31,7 +31,7 @@ def test_files_can_be_read_in_one_sitting() -> None:
 
 def test_the_questions_of_a_newcomer_lead_to_files() -> None:
     rows = re.findall(r"^\| (.+\?) \| (.+) \|$", section_of(text_of("doc/design.md"), "Where to find it"), re.MULTILINE)
-    assert len(rows) == 14
+    assert len(rows) == 15
     for question, answer in rows:
         named = re.findall(r"`(internlm/[\w/.]+)`", answer)
         assert named, question

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
 
 from torch import nn
 
 from internlm.apis.engine import NonFiniteError, Prompt, Text
-from internlm.apis.generation import DEFAULT_ROWS, beam_search, generate
+from internlm.apis.generation import DEFAULT_ROWS, generate
 from internlm.apis.sampling import MAX_SEED, Sampling
+from internlm.commands.generate_rows import best_beams, output_file, write_rows
 from internlm.commands.model_options import add_model_options, add_sampling_options, load_model, read_sampling
 from internlm.serve.language_model import LanguageModel
 from internlm.serve.prompt_images import image_prompt, read_prompt_images
@@ -104,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(language, rows, args)
     try:
         if args.prompts is not None or args.output is not None:
-            with _output(args.output) as output:
-                _write_rows(language, rows, prompts, sampling, args, output)
+            with output_file(args.output) as output:
+                write_rows(language, rows, prompts, sampling, args, output)
         else:
             _print_texts(language, rows, prompts, sampling, args)
     except NonFiniteError as error:
@@ -198,7 +194,7 @@ def _print_texts(
         # A seed per text makes it independent of those before it.
         own = replace(sampling, seed=sampling.seed + number * args.samples)
         if args.beams > 1:
-            for text, _ in _beams(language, prompt, own, args):
+            for text, _ in best_beams(language, prompt, own, args):
                 print("" if is_first else "\n", row.prompt, text, sep="", flush=True)
                 is_first = False
             continue
@@ -214,102 +210,3 @@ def _print_texts(
 
             generate(language.model, [prompt], replace(own, seed=own.seed + sample), on_token=show)
             print(flush=True)
-
-
-def _write_rows(
-    language: LanguageModel,
-    rows: list[PromptRow],
-    prompts: list[Prompt],
-    sampling: Sampling,
-    args: argparse.Namespace,
-    output: TextIO,
-) -> None:
-    """Write the row of each prompt with its completions in the order of the prompts, when it is complete."""
-    results: list[list[dict[str, Any]]] = [[] for _ in rows]
-    written = 0
-
-    def write() -> None:
-        nonlocal written
-        while written < len(rows) and len(results[written]) == args.samples:
-            completions = sorted(results[written], key=lambda each: int(each.pop("sample")))
-            output.write(json.dumps({**rows[written].fields, "completions": completions}, ensure_ascii=False) + "\n")
-            output.flush()
-            written += 1
-
-    if args.beams > 1:
-        for number, prompt in enumerate(prompts):
-            own = replace(sampling, seed=sampling.seed + number * args.samples)
-            found = _beams(language, prompt, own, args)
-            found += [("", float("-inf"))] * (args.samples - len(found))
-            results[number] = [
-                {"sample": sample, "text": text, "score": score} for sample, (text, score) in enumerate(found)
-            ]
-            write()
-        return
-    readers: dict[int, ReadableText] = {}
-    numbers = {id(prompt): number for number, prompt in enumerate(prompts)}
-
-    def on_token(text: Text) -> bool:
-        reader = readers.setdefault(id(text), ReadableText(text, language.tokenizer, args.stop))
-        reader.read()
-        if reader.finish_reason is not None:
-            number = numbers[id(text.prompt)]
-            sample = text.sampling.seed - sampling.seed - number * args.samples
-            results[number].append(_completion(reader, language, sample))
-            write()
-        return reader.is_stopped
-
-    generate(language.model, prompts, sampling, num_samples=args.samples, num_rows=args.batch, on_token=on_token)
-
-
-def _completion(reader: ReadableText, language: LanguageModel, sample: int) -> dict[str, Any]:
-    text = reader.text
-    found: dict[str, Any] = {
-        "sample": sample,
-        "text": reader.shown,
-        "finish_reason": reader.finish_reason,
-        "token_ids": list(text.new_ids),
-    }
-    if text.sampling.top_logprobs is not None:
-        pieces = language.tokenizer.pieces()
-        found["logprobs"] = [
-            {
-                "value": each.value,
-                "top": [[pieces[id] if id < len(pieces) else "", id, value] for id, value in each.top],
-            }
-            for each in text.logprobs
-        ]
-    return found
-
-
-def _beams(
-    language: LanguageModel, prompt: Prompt, sampling: Sampling, args: argparse.Namespace
-) -> list[tuple[str, float]]:
-    """The text and score of each beam, best first."""
-    beams = beam_search(
-        language.model,
-        prompt,
-        sampling,
-        num_beams=args.beams,
-        num_samples=args.samples,
-        length_penalty=args.length_penalty,
-    )
-    found = []
-    for beam in beams:
-        has_end = bool(beam.ids) and beam.ids[-1] in sampling.eos_ids
-        text = Text(prompt, sampling, list(beam.ids), finish_reason="stop" if has_end else "length")
-        found.append((ReadableText(text, language.tokenizer).read(), beam.score))
-    return found
-
-
-@contextmanager
-def _output(path: Path | None) -> Iterator[TextIO]:
-    """A new file, or stdout."""
-    if path is None:
-        yield sys.stdout
-        return
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise ConfigError(f"--output {path}: {error.strerror or error}") from error
