@@ -89,13 +89,14 @@ def run(args: argparse.Namespace) -> int:
         api_key=key,
         seconds=args.timeout,
     )
-    _announce(language, settings.name, engine, args)
     config = uvicorn.Config(
         create_app(engine, settings), host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5
     )
-    server = uvicorn.Server(config)
     try:
-        server.run()
+        listening = config.bind_socket()
+        listening.listen(config.backlog)
+        _announce(language, settings.name, engine, args, listening.getsockname()[1])
+        uvicorn.Server(config).run(sockets=[listening])
     except SystemExit as error:
         # uvicorn has logged why, such as a port in use.
         raise ConfigError(f"--host {args.host} --port {args.port}: the server could not listen there") from error
@@ -121,10 +122,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(problems)
 
 
-def _announce(language: LanguageModel, name: str, engine: EngineThread, args: argparse.Namespace) -> None:
+def _announce(language: LanguageModel, name: str, engine: EngineThread, args: argparse.Namespace, port: int) -> None:
     logger.info(
         "%s from %s on %s: %d texts of up to %d tokens at a time; http://%s:%d/v1",
-        name, language.checkpoint, language.device, args.batch, engine.max_length, args.host, args.port,
+        name, language.checkpoint, language.device, args.batch, engine.max_length, args.host, port,
     )  # fmt: skip
 
 
