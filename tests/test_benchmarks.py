@@ -43,10 +43,12 @@ def test_the_script_for_a_gpu_machine_runs_to_its_end_though_a_part_fails(tmp_pa
     command = ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--cpu"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     written = json.loads((tmp_path / "gpu_check.json").read_text())
-    doctor, tests, good, bad = written["notes"]
+    doctor, tests, good, hf, llava, bad = written["notes"]
     assert doctor.startswith("doctor: passed") and tests.startswith("step: passed")
     assert good.startswith("tiny: passed") and bad.startswith("broken: failed") and "model.no_such_key" in bad
-    (result,) = written["results"]
+    assert hf.startswith("hf: passed") and llava.startswith("llava: passed")
+    result, *others = written["results"]
+    assert all("error" not in row for other in others for row in other["rows"])
     ours, short, wrong = result["rows"]
     assert wrong["contender"] == "ours, wrong" and "model.no_such_key" in wrong["error"]
     assert ours["contender"] == "ours" and ours["tokens_per_second"] > 0 and ours["times_of_limit"] > 0
@@ -89,7 +91,8 @@ def test_an_unknown_stage_is_refused() -> None:
 def test_a_shape_is_a_config_with_a_model_of_its_size(name: str, tmp_path: Path) -> None:
     config = load_config(config_of(tmp_path, name)).config
     shape = SHAPES[name]
-    size = sum(parameter.numel() for parameter in build_meta_model(config).parameters())
+    weights = build_meta_model(config).named_parameters()
+    size = sum(weight.numel() for name, weight in weights if not name.startswith("vision_"))
     queries, keys = shape.heads
     head_dim = shape.model.get("head_dim", shape.hidden // queries)
     experts = shape.model.get("num_experts", 1)

@@ -18,6 +18,7 @@ from torch import nn
 from internlm.config.loader import load_config
 from internlm.initialize.stages import build_meta_model
 from internlm.model.architecture import Architecture
+from internlm.model.llava.model import Llava
 
 _REPETITIONS = {"cuda": 10, "cpu": 1}
 _LARGEST_SCORES = 1 << 29
@@ -36,8 +37,9 @@ class Ceiling:
     def __init__(self, config_file: Path, overrides: list[str], device: torch.device) -> None:
         config = load_config(config_file, overrides).config
         model = build_meta_model(config)
-        architecture = model.architecture
-        assert isinstance(architecture, Architecture)
+        architecture = getattr(model, "architecture", None)
+        if not isinstance(architecture, Architecture) or isinstance(model, Llava):
+            raise ValueError(f"the GEMMs of a {config.model_type} are not known: add --no-ceiling")
         if architecture.experts is not None:
             raise ValueError(
                 "the rows of an expert differ from step to step: add --no-ceiling for a mixture of experts"

@@ -61,12 +61,13 @@ def train_ours(config_file: Path, overrides: list[str], pacer: Pacer) -> None:
             waited = time.perf_counter() - started
             is_cuda = pacer.device.type == "cuda"
             flops = build_flops(_with_seq(config, lengths), pacer.device, chunks[0])
+            of_pictures = 0.0 if flops is None else flops.per_picture * batch.num_pictures / batch.num_tokens
             known = (
                 {}
                 if flops is None
                 else {
-                    "flops_full": flops.full,
-                    "flops_causal": flops.causal,
+                    "flops_full": flops.full + of_pictures,
+                    "flops_causal": flops.causal + of_pictures,
                     "recomputed_flops": recomputed_flops(config, flops.full, flops.causal),
                     "peak_flops": flops.peak,
                 }

@@ -30,6 +30,7 @@ class Shape:
         micro_bsz: sequences per micro-batch.
         micro_num: micro-batches per step.
         model: further keys of the `model` section.
+        data: further keys of the `data` section.
     """
 
     model_type: str
@@ -42,14 +43,39 @@ class Shape:
     micro_bsz: int = 1
     micro_num: int = 1
     model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def _experts(num_experts: int, top_k: int) -> dict[str, Any]:
     return {"num_experts": num_experts, "top_k": top_k, "moe_type": "Dropless"}
 
 
+def _reader(*sizes: int, image: int, patch: int, tower: tuple[int, int, int, int], micro_bsz: int) -> Shape:
+    """A LLaVA of Llama's sizes that reads one random picture in each document.
+
+    Args:
+        sizes: hidden, layers, heads, ffn, vocab and seq of the decoder.
+        image, patch: sides in pixels.
+        tower: hidden size, layers, heads and intermediate size of a CLIP tower.
+        micro_bsz: sequences per micro-batch.
+    """
+    hidden, layers, heads, ffn, vocab, seq = sizes
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    pixels = {"image_size": image, "patch_size": patch}
+    clip = {"model_type": "clip_vision_model", **dict(zip(names, tower, strict=True)), **pixels}
+    model = {"image_token_id": vocab, "vit_cfg": {"config": clip, "mm_vision_select_layer": -2}}
+    return Shape(
+        *("LLAVA", hidden, layers, (heads, heads), ffn, vocab, seq),
+        micro_bsz=micro_bsz,
+        model={**model, "vision_proj_cfg": {"mm_projector_type": "mlp2x_gelu"}},
+        data={"train_folder": None, "is_multimodal": True, **pixels},
+    )
+
+
 SHAPES: dict[str, Shape] = {
     "tiny": Shape("LLAMA2", 64, 2, (2, 2), 128, 256, 64, micro_bsz=2),
+    "tiny-hf": Shape("hf", 64, 2, (2, 2), 128, 256, 64, micro_bsz=2),
+    "tiny-llava": _reader(64, 2, 2, 128, 256, 64, image=16, patch=4, tower=(32, 2, 2, 64), micro_bsz=2),
     "demo": Shape("INTERNLM2", 256, 4, (8, 4), 704, 4096, 256, micro_bsz=2, micro_num=4),
     "cpu-384": Shape("LLAMA2", 384, 6, (6, 6), 1024, 8192, 512, micro_bsz=8),
     "cpu-768": Shape("LLAMA2", 768, 6, (12, 12), 2048, 8192, 512, micro_bsz=8),
@@ -64,6 +90,9 @@ SHAPES: dict[str, Shape] = {
     "7b": Shape("INTERNLM2", 4096, 32, (32, 8), 14336, 92544, 4096, model={"rope_base": 1000000}),
     "30b-a3b-layers": Shape(
         "QWEN3MOE", 2048, 4, (32, 4), 768, 151936, 4096, micro_bsz=2, model={"head_dim": 128, **_experts(128, 8)}
+    ),
+    "llava-7b-layers": _reader(
+        *(4096, 4, 32, 11008, 32000, 2048), image=336, patch=14, tower=(1024, 24, 16, 4096), micro_bsz=4
     ),
     "8b": Shape("LLAMA2", 4096, 32, (32, 8), 14336, 128256, 4096, model={"rope_base": 500000}),
 }
@@ -104,6 +133,7 @@ def keys_of(
             "use_packed_dataset": documents != "rows",
             # Worker processes would take cores from the measurement; a thread prefetches instead.
             "num_worker": 0,
+            **shape.data,
         },
         "hybrid_zero_optimizer": {"clip_grad_norm": 1.0},
         "ckpt": {"enable_save_ckpt": False, "auto_resume": False},

@@ -11,11 +11,13 @@ not be compared with each other:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 
 from internlm.estimate.dimensions import ModelDimensions
+from internlm.model.hf_class.probe import AttentionCall
 
 Convention = Literal["full", "causal"]
 
@@ -46,10 +48,36 @@ def attention_flops_per_token(
         window: attention window of the layer; None for full attention.
         convention: how attention scores are counted, "full" or "causal".
     """
+    channels = dimensions.num_heads * (dimensions.head_dim + dimensions.value_dim)
+    return 2.0 * channels * _keys_seen(seq_len, window, convention)
+
+
+def class_flops_per_token(
+    gemm_flops: float, calls: Iterable[AttentionCall], seq_len: int, convention: Convention
+) -> float:
+    """`flops_per_token` of a class of transformers.
+
+    Args:
+        gemm_flops: of a forward pass for one token, attention left out.
+        calls: how its modules call attention.
+        seq_len: tokens of a sequence.
+        convention: how attention scores are counted, "full" or "causal".
+    """
+    scores = sum(
+        2.0
+        * call.heads.num_heads
+        * (call.heads.head_dim + call.value_dim)
+        * _keys_seen(seq_len, call.window, convention)
+        for call in calls
+    )
+    return 3.0 * (gemm_flops + scores)
+
+
+def _keys_seen(seq_len: int, window: int | None, convention: Convention) -> float:
+    """Keys that a query attends to, on average."""
     width = min(window or seq_len, seq_len)
     # The first `width` queries of a row attend to half a window on average, all others to a full window.
-    keys_seen = float(width) if convention == "full" else width - width**2 / (2 * seq_len)
-    return 2.0 * dimensions.num_heads * (dimensions.head_dim + dimensions.value_dim) * keys_seen
+    return float(width) if convention == "full" else width - width**2 / (2 * seq_len)
 
 
 def head_flops_per_token(dimensions: ModelDimensions) -> float:

@@ -18,14 +18,13 @@ from internlm.core.engine import Engine
 from internlm.core.hooks import Hook
 from internlm.core.routing_replay import RoutingReplay
 from internlm.data.loaders.train_loader import TrainLoader
-from internlm.estimate.dimensions import ModelDimensions
-from internlm.estimate.flops import flops_per_token, peak_flops
+from internlm.estimate.flops import peak_flops
 from internlm.eval.hook import EvaluationHook
+from internlm.initialize.model_flops import token_flops
 from internlm.initialize.sample_texts import build_sample_texts
 from internlm.initialize.stages import parameter_groups
 from internlm.initialize.user_hooks import build_user_hooks, check_names
 from internlm.initialize.vision_costs import vision_dimensions
-from internlm.model.architecture import Architecture
 from internlm.model.llava.model import Llava
 from internlm.monitor.console import ConsoleHook
 from internlm.monitor.garbage_collection import GarbageCollectionHook
@@ -36,7 +35,11 @@ from internlm.monitor.profiler import ProfilerHook
 from internlm.monitor.tensorboard import TensorBoardHook
 from internlm.monitor.throughput import FlopsModel, Throughput
 from internlm.solver.optimizer.nonfinite import describe_failed_update
+from internlm.utils.errors import ConfigError
+from internlm.utils.logging import get_logger
 from internlm.utils.paths import expand_home
+
+logger = get_logger(__name__)
 
 
 def build_hooks(
@@ -115,23 +118,19 @@ def build_health(config: Config, collector: MetricsCollector, engine: Engine, tr
 
 
 def build_flops(config: Config, device: torch.device, model: nn.Module) -> FlopsModel | None:
-    """FLOPs of a token and of a picture, for the tflops and mfu metrics; None for a model without an architecture."""
-    architecture = getattr(model, "architecture", None)
-    if not isinstance(architecture, Architecture):
+    """FLOPs of a token and of a picture, for the tflops and mfu metrics; None, and a line, where they are not known."""
+    try:
+        flops = token_flops(config, model)
+    except ConfigError as error:
+        logger.info("tflops and mfu are left out of the metrics: %s", error)
         return None
-    dimensions = ModelDimensions.of(architecture)
     if config.monitor.peak_tflops is not None:
         peak: float | None = config.monitor.peak_tflops * 1e12
     else:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        peak = peak_flops(name, architecture.dtype)
-    seq_len, per_picture = config.data.seq_len, 0.0
+        peak = peak_flops(name, config.model.torch_dtype)
+    per_picture = 0.0
     if isinstance(model, Llava):
         vision = vision_dimensions(model, parameter_groups(config))
         per_picture = vision.tower_flops + vision.projector_flops
-    return FlopsModel(
-        flops_per_token(dimensions, seq_len, "full"),
-        flops_per_token(dimensions, seq_len, "causal"),
-        peak,
-        per_picture=per_picture,
-    )
+    return FlopsModel(flops.full, flops.causal, peak, per_picture=per_picture)

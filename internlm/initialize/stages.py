@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,12 +19,10 @@ from internlm.core.parallel.pipeline_stages import LayerCosts, build_stages, spl
 from internlm.core.parallel.shard_spec import shard_spec_of
 from internlm.core.scheduler.actions import ActionKind
 from internlm.core.scheduler.schedules import PipelineSchedule, make_schedule
-from internlm.estimate.dimensions import ModelDimensions
-from internlm.estimate.flops import flops_per_token, head_flops_per_token
 from internlm.initialize.activation_memory import arrange_activations
 from internlm.initialize.context_options import context_options
+from internlm.initialize.model_flops import token_flops
 from internlm.initialize.vision_costs import describe_vision
-from internlm.model.architecture import Architecture
 from internlm.model.hf_class.model import HfClassModel
 from internlm.model.layer_protocol import DescribedModel
 from internlm.model.llava.model import Llava
@@ -71,18 +68,15 @@ def build_layer_split(config: Config) -> list[range]:
 
 def _layer_costs(config: Config) -> LayerCosts:
     """Relative cost of layers and head in FLOPs; an embedding lookup costs none."""
-    architecture = getattr(build_meta_model(config), "architecture", None)
-    if not isinstance(architecture, Architecture):
+    try:
+        flops = token_flops(config, build_meta_model(config))
+    except ConfigError as error:
         raise ConfigError(
-            f"parallel.pipeline.layer_split = 'cost': a {config.model_type} has no architecture, so its FLOPs are "
-            f"unknown; give a list of layers per stage, or 'uniform'"
-        )
-    dimensions = ModelDimensions.of(architecture)
-    head = head_flops_per_token(dimensions)
-    alone = flops_per_token(replace(dimensions, num_multi_token=0), config.data.seq_len, "causal")
+            f"parallel.pipeline.layer_split = 'cost': {error}; give a list of layers per stage, or 'uniform'"
+        ) from error
     # Layers that predict later tokens are in the last stage.
-    behind = flops_per_token(dimensions, config.data.seq_len, "causal") - alone
-    return LayerCosts(head=(head + behind) / ((alone - head) / dimensions.num_layers))
+    layers = flops.causal - flops.later - flops.head
+    return LayerCosts(head=(flops.head + flops.later) / (layers / config.model.num_layers))
 
 
 def _gather_plan(section: WeightConfig | ExpertWeightConfig) -> GatherPlan:
@@ -207,6 +201,8 @@ def build_chunks(config: Config, context: ParallelContext) -> list[nn.Module]:
         has_graphs = config.model.cuda_graphs and context.device.type == "cuda"
         if config.model.cuda_graphs and not has_graphs:
             logger.warning("model.cuda_graphs has no effect: there is no GPU")
+        if isinstance(chunks[0], Llava):
+            logger.info("model.compile: the layers of the decoder are compiled, vision tower and projector are not")
         for chunk in chunks:
             compile_layers(chunk, cuda_graphs=has_graphs)
     if config.parallel.uses_fsdp:

@@ -90,7 +90,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
     from transformers import CONFIG_MAPPING
 
     shape = {name: value for name, value in _SHAPE.items() if name not in _WITHOUT.get(family, ())}
-    return CONFIG_MAPPING[family](**{**shape, **TINY[family], **changes})
+    return CONFIG_MAPPING[family](**{**shape, **TINY.get(family, {}), **changes})
 
 
 def tiny_class(family: str, **changes: Any) -> nn.Module:

@@ -18,13 +18,13 @@ from internlm.config.schema import ModelConfig
 from internlm.model.hf_class.attention import (
     NAME,
     Documents,
-    attention_calls,
     install_attention,
     register_attention,
 )
 from internlm.model.hf_class.head import HeadForm, head_form
 from internlm.model.hf_class.layers import Absent, RecomputableMixin, make_recomputable
 from internlm.model.hf_class.meta_build import build_on_meta
+from internlm.model.hf_class.probe import attention_calls, gemm_flops_per_token
 from internlm.model.hf_class.roles import PlannedRoles, roles_of_layers
 from internlm.model.offload import Offloading
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
@@ -41,6 +41,7 @@ class HfClassModel(nn.Module):
     Attributes:
         roles: module name -> `Role`, from the plan of the class.
         planned: the same, with the blocks that the plan cannot split.
+        attention_calls: how each module calls attention.
         attention_windows: window (None: no limit) -> number of calls of attention that have it.
         vocab_size, has_tied_head: of the head.
         all_names: of the weights of the whole model.
@@ -91,6 +92,7 @@ class HfClassModel(nn.Module):
         self._layers_name = layers[0]
         for number, layer in enumerate(layers[1]):
             make_recomputable(layer, number, self.documents)
+        self.attention_calls = tuple(calls.values())
         self.attention_windows = Counter(call.window for call in calls.values())
         self.hf_config = hf_config
         self._finish(kind, config, calls)
@@ -199,6 +201,11 @@ class HfClassModel(nn.Module):
         if coefficient and getattr(self.hf_config, "output_router_logits", False):
             lines.append(f"the auxiliary loss of {self.class_name} (router_aux_loss_coef = {coefficient}) is not added")
         return lines
+
+    def gemm_flops_per_token(self) -> float | None:
+        """FLOPs of a forward pass of the whole model for one token, attention left out; see `gemm_flops_per_token`."""
+        layers = gemm_flops_per_token(self.base, self.residual_size, self.residual_dtype)
+        return None if layers is None else layers + 2.0 * self.vocab_size * self.residual_size
 
     # -- computing ------------------------------------------------------------------------------------------------
 
