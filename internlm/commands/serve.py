@@ -1,30 +1,39 @@
-"""`internlm serve`: an OpenAI-compatible server for a trained model."""
+"""`internlm serve`: an OpenAI-compatible server for trained models, with a page."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 
 from internlm.apis.generation import DEFAULT_ROWS
 from internlm.commands.model_options import add_model_options, load_model
+from internlm.commands.server_options import add_server_options, api_key, listen, port_problems
+from internlm.data.conversations.chat_template import ChatTemplate
 from internlm.serve.engine_thread import EngineThread
 from internlm.serve.language_model import LanguageModel
+from internlm.serve.run_folder import RunFolder
 from internlm.utils.errors import ConfigError, DataError
 from internlm.utils.logging import configure_logging, get_logger
-from internlm.utils.paths import local_path
+from internlm.utils.paths import local_path, path_text
 
 logger = get_logger(__name__)
-
-KEY_VARIABLE = "INTERNLM_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_model_options(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 takes a free one (default: 8000)")
+    add_server_options(parser)
     parser.add_argument("--name", metavar="TEXT", help="of the model in requests (default: the JOB_NAME of the run)")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        type=path_text,
+        metavar="DIR",
+        help="also serve this checkpoint, to compare the two on the page; its name in requests is the JOB_NAME of its "
+        "run with the name of its folder, such as demo-200; repeatable",
+    )
+    parser.add_argument("--run", type=local_path, dest="run_dir", metavar="DIR", help="run whose curves the page shows")
     parser.add_argument(
         "--max-length",
         type=int,
@@ -41,12 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=600.0, metavar="S", help="seconds that a request may take (default: 600)"
     )
     parser.add_argument(
-        "--api-key-file",
-        type=local_path,
-        metavar="FILE",
-        help=f"file with the key that requests must have (default: the environment variable {KEY_VARIABLE}, if set)",
-    )
-    parser.add_argument(
         "--chat-template", type=local_path, metavar="FILE", help="Jinja template (default: that of the tokenizer)"
     )
     parser.add_argument(
@@ -60,56 +63,39 @@ def run(args: argparse.Namespace) -> int:
     """Serve until interrupted; returns the exit code."""
     configure_logging()
     try:
-        import uvicorn
-
         from internlm.serve.app import create_app
-        from internlm.serve.served_model import ServerSettings
+        from internlm.serve.served_model import ServedModel, ServedModels, ServerSettings
     except ImportError as error:
         raise ConfigError(f"the server needs {error.name}: pip install 'internlm[serve]'") from error
     _check(args)
-    key = _api_key(args)
-    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
-        logger.warning("--host %s: whoever reaches this machine can use the model; set %s", args.host, KEY_VARIABLE)
-    language = load_model(args)
-    if args.bos and language.tokenizer.bos_id is None:
-        raise ConfigError("--bos: this tokenizer has no beginning-of-text token")
-    max_length = args.max_length or language.config.data.seq_len
+    settings = ServerSettings(api_key=api_key(args, "use the model"), seconds=args.timeout)
+    run_folder = None if args.run_dir is None else RunFolder(args.run_dir)
+    languages = _load(args)
+    engines = {
+        name: EngineThread(
+            language,
+            max_length=args.max_length or language.config.data.seq_len,
+            num_rows=args.batch,
+            max_waiting=args.max_waiting,
+        )
+        for name, language in languages.items()
+    }
     try:
-        template = language.chat_template(args.chat_template)
-    except DataError as error:
-        if args.chat_template is not None:
-            raise
-        template = None
-        logger.info("no /v1/chat/completions: %s", error)
-    engine = EngineThread(language, max_length=max_length, num_rows=args.batch, max_waiting=args.max_waiting)
-    settings = ServerSettings(
-        name=args.name or language.config.JOB_NAME,
-        template=template,
-        with_bos=args.bos,
-        api_key=key,
-        seconds=args.timeout,
-    )
-    config = uvicorn.Config(
-        create_app(engine, settings), host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5
-    )
-    try:
-        listening = config.bind_socket()
-        listening.listen(config.backlog)
-        _announce(language, settings.name, engine, args, listening.getsockname()[1])
-        uvicorn.Server(config).run(sockets=[listening])
-    except SystemExit as error:
-        # uvicorn has logged why, such as a port in use.
-        raise ConfigError(f"--host {args.host} --port {args.port}: the server could not listen there") from error
-    except KeyboardInterrupt:
-        pass
+        models = [
+            ServedModel(engine, name, _chat_template(engine.language, args), with_bos=args.bos)
+            for name, engine in engines.items()
+        ]
+        app = create_app(ServedModels(models, settings), run_folder)
+        listen(app, args, lambda address: _announce(engines, args, address))
     finally:
-        engine.close()
+        for engine in engines.values():
+            engine.close()
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     rules = {
-        f"--port {args.port}: must be from 0 to 65535": 0 <= args.port <= 65535,
+        **port_problems(args),
         f"--batch {args.batch}: must be at least 1": args.batch >= 1,
         f"--max-waiting {args.max_waiting}: must be at least 0": args.max_waiting >= 0,
         f"--max-length {args.max_length}: must be at least 2, a token of the prompt and a new one": (
@@ -122,20 +108,35 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(problems)
 
 
-def _announce(language: LanguageModel, name: str, engine: EngineThread, args: argparse.Namespace, port: int) -> None:
-    logger.info(
-        "%s from %s on %s: %d texts of up to %d tokens at a time; http://%s:%d/v1",
-        name, language.checkpoint, language.device, args.batch, engine.max_length, args.host, port,
-    )  # fmt: skip
+def _load(args: argparse.Namespace) -> dict[str, LanguageModel]:
+    """The models by name, that of --ckpt first."""
+    languages: dict[str, LanguageModel] = {}
+    for path in (args.ckpt, *args.beside):
+        language = load_model(argparse.Namespace(**{**vars(args), "ckpt": path}))
+        name = args.name or language.config.JOB_NAME
+        if languages:
+            name = f"{language.config.JOB_NAME}-{language.checkpoint.name}"
+        if name in languages:
+            raise ConfigError(f"--beside {path}: a model of this server is named '{name}' already; give another --name")
+        if args.bos and language.tokenizer.bos_id is None:
+            raise ConfigError("--bos: this tokenizer has no beginning-of-text token")
+        languages[name] = language
+    return languages
 
 
-def _api_key(args: argparse.Namespace) -> str | None:
-    if args.api_key_file is None:
-        return os.environ.get(KEY_VARIABLE) or None
+def _chat_template(language: LanguageModel, args: argparse.Namespace) -> ChatTemplate | None:
     try:
-        key = args.api_key_file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {args.api_key_file}: cannot be read: {error}") from error
-    if not key:
-        raise ConfigError(f"--api-key-file {args.api_key_file}: is empty")
-    return key
+        return language.chat_template(args.chat_template)
+    except DataError as error:
+        if args.chat_template is not None:
+            raise
+        logger.info("no /v1/chat/completions: %s", error)
+        return None
+
+
+def _announce(engines: dict[str, EngineThread], args: argparse.Namespace, address: str) -> None:
+    for name, engine in engines.items():
+        logger.info(
+            "%s from %s on %s: %d texts of up to %d tokens at a time; %s/v1, page: %s/",
+            name, engine.language.checkpoint, engine.language.device, args.batch, engine.max_length, address, address,
+        )  # fmt: skip

@@ -44,6 +44,7 @@ from internlm.initialize.launch import (
 from internlm.initialize.preflight import check_surroundings, rehearse_start, why_not_writable
 from internlm.initialize.stages import build_meta_model
 from internlm.model.ops.implementations import OpSettings, describe
+from internlm.monitor.run_file import StartedRun, write_run_file
 from internlm.utils.errors import ConfigError, UserError, user_message
 from internlm.utils.logging import configure_logging, get_logger
 from internlm.utils.openmp import waiting_of_threads
@@ -188,6 +189,8 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             progress.num_collectives = context.num_collectives
             agree_on_cpu_gemm(config.model.torch_dtype, context)
             _announce(config, context, run_dir)
+            if context.is_main_rank:
+                write_run_file(run_dir, StartedRun(config, context.world_size))
             trainer = build_trainer(
                 config,
                 context,

@@ -1,6 +1,7 @@
-"""The HTTP server in front of one language model: paths, authentication, errors.
+"""The HTTP servers: paths, authentication, errors.
 
-Needs fastapi. What paths answer is in `openai_api.py` and `megatron_api.py`.
+Needs fastapi. What paths answer is in `openai_api.py`, `megatron_api.py` and `run_api.py`; the files of the page are in
+`page_files.py`.
 """
 
 from __future__ import annotations
@@ -8,44 +9,24 @@ from __future__ import annotations
 import hmac
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from internlm.serve.engine_thread import EngineThread
 from internlm.serve.megatron_api import MegatronApi
 from internlm.serve.openai_api import OpenAiApi
+from internlm.serve.page_files import page_files
 from internlm.serve.requests import RequestError
-from internlm.serve.served_model import ServedModel, ServerSettings
+from internlm.serve.run_api import RunApi
+from internlm.serve.run_folder import RunFolder
+from internlm.serve.served_model import ServedModels
 
 
-def create_app(engine: EngineThread, settings: ServerSettings) -> FastAPI:
-    """The application of a language model; the caller closes the engine."""
-    app = FastAPI(title="internlm", docs_url=None, redoc_url=None, openapi_url=None)
-    served = ServedModel(engine, settings)
-    openai, megatron = OpenAiApi(served), MegatronApi(served)
-
-    @app.middleware("http")
-    async def check_key(request: Request, call_next: Any) -> Any:
-        if settings.api_key is not None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), settings.api_key.encode()):
-                return _error(RequestError("the key is missing or wrong: Authorization: Bearer KEY", status=401))
-        return await call_next(request)
-
-    @app.exception_handler(RequestError)
-    async def refuse(_: Request, error: RequestError) -> JSONResponse:
-        return _error(error)
-
-    @app.exception_handler(HTTPException)
-    async def no_path(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return _error(RequestError(message, status=error.status_code))
-
-    @app.exception_handler(Exception)
-    async def fail(request: Request, error: Exception) -> JSONResponse:
-        return _error(RequestError(f"the server failed ({type(error).__name__}); its log says more", status=500))
-
+def create_app(models: ServedModels, run: RunFolder | None = None) -> FastAPI:
+    """The application of language models, and of the run that its page shows; the caller closes their engines."""
+    openai, megatron = OpenAiApi(models), MegatronApi(models)
+    app = _create_page(models.settings.api_key, RunApi(run), openai.cards)
     app.get("/health")(openai.health)
     app.get("/v1/models")(openai.models)
     app.get("/v1/models/{name}")(openai.model)
@@ -58,6 +39,53 @@ def create_app(engine: EngineThread, settings: ServerSettings) -> FastAPI:
     return app
 
 
-def _error(error: RequestError) -> JSONResponse:
+def create_run_app(run: RunFolder, api_key: str | None) -> FastAPI:
+    """The application that shows a run, without a model."""
+    return _create_page(api_key, RunApi(run), list)
+
+
+def _create_page(api_key: str | None, run: RunApi, cards: Any) -> FastAPI:
+    """An application with the page and what all paths share; `cards()` describes the models."""
+    app = FastAPI(title="internlm", docs_url=None, redoc_url=None, openapi_url=None)
+    files = page_files()
+
+    @app.middleware("http")
+    async def answer_files_and_check_key(request: Request, call_next: Any) -> Any:
+        if request.method in ("GET", "HEAD") and request.url.path in files:
+            return files[request.url.path]
+        if api_key is not None:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), api_key.encode()):
+                return _error(RequestError("the key is missing or wrong: Authorization: Bearer KEY", status=401))
+        return await call_next(request)
+
+    @app.exception_handler(RequestError)
+    async def refuse(_: Request, error: RequestError) -> Response:
+        return _error(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_query(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return _error(RequestError(f"{first['loc'][-1]}: {first['msg']}", str(first["loc"][-1])))
+
+    @app.exception_handler(HTTPException)
+    async def no_path(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return _error(RequestError(message, status=error.status_code))
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> Response:
+        return _error(RequestError(f"the server failed ({type(error).__name__}); its log says more", status=500))
+
+    async def overview() -> dict[str, Any]:
+        return {"models": cards(), "run": run.name()}
+
+    app.get("/overview")(overview)
+    app.get("/run/curves")(run.curves)
+    app.get("/run/layout")(run.layout)
+    return app
+
+
+def _error(error: RequestError) -> Response:
     headers = {"Retry-After": "1"} if error.status == 429 else None
     return JSONResponse(error.body(), error.status, headers)

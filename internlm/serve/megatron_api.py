@@ -15,31 +15,30 @@ from internlm.apis.scoring import score_tokens
 from internlm.serve.answers import Answer
 from internlm.serve.pieces import Pieces, compute
 from internlm.serve.requests import MegatronRequest, RequestError, finite
-from internlm.serve.served_model import ServedModel, texts_of
+from internlm.serve.served_model import ServedModels, texts_of
 
 
 class MegatronApi:
     """Answers Megatron-LM's requests.
 
     Args:
-        served: the model.
+        models: of the server; the default one answers, as requests name none.
     """
 
-    def __init__(self, served: ServedModel) -> None:
-        self._served = served
-        self._engine, self._settings = served.engine, served.settings
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
 
     async def generate(self, request: Request) -> JSONResponse:
         """Continue prompts."""
-        asked = await self._served.read(MegatronRequest, request)
-        language = self._served.language
+        served, asked = await self._models.read(MegatronRequest, request)
+        language = served.language
         if not 1 <= len(asked.prompts) <= 128:
             raise RequestError("prompts: from 1 to 128 texts", "prompts")
         if asked.top_k and asked.top_p:
             raise RequestError("give top_k or top_p, not both", "top_p")
-        prompts = [self._served.prompt_ids(prompt, with_bos=asked.add_BOS) for prompt in asked.prompts]
+        prompts = [served.prompt_ids(prompt, with_bos=asked.add_BOS) for prompt in asked.prompts]
         for ids in prompts:
-            self._served.check_length(ids, asked.tokens_to_generate)
+            served.check_length(ids, asked.tokens_to_generate)
         is_greedy = asked.top_k == 1
         filters = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p or 1.0}
         sampling = Sampling(
@@ -55,12 +54,12 @@ class MegatronApi:
         texts = texts_of(prompts, 1, sampling)
         scores: list[list[Logprob]] = []
         for ids in prompts if asked.logprobs else []:
-            scores.append(await compute(self._engine, partial(score_tokens, language.model, ids)))
+            scores.append(await compute(served.engine, partial(score_tokens, language.model, ids)))
         pieces = Pieces(
-            self._engine,
+            served.engine,
             texts,
             (),
-            seconds=self._settings.seconds,
+            seconds=self._models.settings.seconds,
             is_disconnected=request.is_disconnected,
         )
         async for piece in pieces:

@@ -1,8 +1,8 @@
-"""The model behind the server's APIs, and what every request is checked for."""
+"""The models behind the server's APIs, and what every request is checked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fastapi import Request
@@ -20,59 +20,37 @@ class ServerSettings:
     """Settings of the server.
 
     Attributes:
-        name: of the model.
-        template: of chats; None if the tokenizer has none.
-        with_bos: put the beginning-of-text token in front of prompts that are texts.
         api_key: what requests must have as "Authorization: Bearer KEY"; None: nothing.
         max_body: bytes of a request.
         seconds: how long a request may take.
     """
 
-    name: str
-    template: ChatTemplate | None = None
-    with_bos: bool = False
     api_key: str | None = None
     max_body: int = 8 << 20
     seconds: float = 600.0
 
 
 class ServedModel:
-    """A language model in an engine, with the settings of its server.
+    """A language model in an engine, under the name that requests ask for.
+
+    Args:
+        engine: continues texts.
+        name: of the model.
+        template: of chats; None if the tokenizer has none.
+        with_bos: put the beginning-of-text token in front of prompts that are texts.
 
     Attributes:
-        engine: continues texts.
         language: the model, which only the engine may use.
-        settings: of the server.
     """
 
-    def __init__(self, engine: EngineThread, settings: ServerSettings) -> None:
+    def __init__(
+        self, engine: EngineThread, name: str, template: ChatTemplate | None = None, *, with_bos: bool = False
+    ) -> None:
         self.engine = engine
         self.language = engine.language
-        self.settings = settings
-
-    async def read(self, form: type[Form], request: Request) -> Form:
-        """The body of a request.
-
-        Raises:
-            RequestError: it is too large, has something else than the form, or asks for another model.
-        """
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.settings.max_body:
-                raise RequestError(f"the body has more than {self.settings.max_body:,} bytes", status=413)
-        asked = parse(form, bytes(body))
-        name = getattr(asked, "model", None)
-        if name is not None:
-            self.check_model(name)
-        return asked
-
-    def check_model(self, name: str) -> None:
-        """Refuse the name of another model with 404."""
-        if name != self.settings.name:
-            raise RequestError(
-                f"the model '{name}' does not exist; this server has '{self.settings.name}'", "model", status=404
-            )
+        self.name = name
+        self.template = template
+        self.with_bos = with_bos
 
     def prompt_ids(self, prompt: str | list[int], with_bos: bool | None = None) -> list[int]:
         """The tokens of a prompt, which may be tokens.
@@ -90,7 +68,7 @@ class ServedModel:
                 raise RequestError("prompt: a list of token ids must not be empty", "prompt")
             return prompt
         try:
-            return self.language.encode(prompt, with_bos=self.settings.with_bos if with_bos is None else with_bos)
+            return self.language.encode(prompt, with_bos=self.with_bos if with_bos is None else with_bos)
         except ConfigError as error:
             raise RequestError(f"prompt: {error}", "prompt") from None
 
@@ -107,6 +85,49 @@ class ServedModel:
                 f"{len(ids)} tokens of the prompt and {num_new} new ones are more than the {self.engine.max_length} "
                 "that this server allows; shorten the prompt, or lower max_tokens"
             )
+
+
+class ServedModels:
+    """The models of a server, by name.
+
+    Args:
+        models: with names of their own; the first one answers requests that name none.
+        settings: of the server.
+    """
+
+    def __init__(self, models: Sequence[ServedModel], settings: ServerSettings) -> None:
+        self._by_name = {model.name: model for model in models}
+        self.settings = settings
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._by_name.values())
+
+    @property
+    def default(self) -> ServedModel:
+        """The model of requests that name none."""
+        return next(iter(self))
+
+    def find(self, name: str) -> ServedModel:
+        """The model of that name; another name is refused with 404."""
+        if name not in self._by_name:
+            known = ", ".join(f"'{each}'" for each in self._by_name)
+            raise RequestError(f"the model '{name}' does not exist; this server has {known}", "model", status=404)
+        return self._by_name[name]
+
+    async def read(self, form: type[Form], request: Request) -> tuple[ServedModel, Form]:
+        """The model that a request asks for, and its body.
+
+        Raises:
+            RequestError: it is too large, has something else than the form, or asks for an unknown model.
+        """
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.settings.max_body:
+                raise RequestError(f"the body has more than {self.settings.max_body:,} bytes", status=413)
+        asked = parse(form, bytes(body))
+        name = getattr(asked, "model", None)
+        return self.default if name is None else self.find(name), asked
 
 
 def texts_of(prompts: Sequence[Sequence[int]], num_samples: int, sampling: Sampling) -> list[Text]:

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from helpers.commands import write_config
 
 from internlm.cli import main
-from internlm.commands.layout import format_ranks
 from internlm.core.scheduler.schedules import make_schedule
 from internlm.core.scheduler.simulator import simulate
 from internlm.core.scheduler.timeline_drawing import draw_text
+from internlm.initialize.layout_report import format_ranks
 
 PIPELINE = """
 model["num_layers"] = 40

@@ -30,7 +30,7 @@ from internlm.serve.engine_thread import EngineThread, Piece
 from internlm.serve.language_model import LanguageModel, load_language_model
 from internlm.serve.pieces import CLOSED, Pieces, compute
 from internlm.serve.requests import RequestError
-from internlm.serve.served_model import ServerSettings
+from internlm.serve.served_model import ServedModel, ServedModels, ServerSettings
 
 KEY = "secret"
 LENGTH = 64
@@ -58,7 +58,8 @@ def engine(folder: Path) -> Iterator[EngineThread]:
 @pytest.fixture(scope="module")
 def port(engine: EngineThread) -> Iterator[int]:
     template = engine.language.chat_template()
-    app = create_app(engine, ServerSettings("tiny", template, api_key=KEY, max_body=100_000, seconds=60))
+    settings = ServerSettings(api_key=KEY, max_body=100_000, seconds=60)
+    app = create_app(ServedModels([ServedModel(engine, "tiny", template)], settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
