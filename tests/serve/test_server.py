@@ -17,8 +17,8 @@ from typing import Any
 import openai
 import pytest
 import torch
-import uvicorn
 from commands.test_chat_command import answer, make_folder
+from helpers.page_servers import serving
 from openai import OpenAI
 
 from internlm.apis.engine import Prompt, Text
@@ -60,14 +60,8 @@ def port(engine: EngineThread) -> Iterator[int]:
     template = engine.language.chat_template()
     settings = ServerSettings(api_key=KEY, max_body=100_000, seconds=60)
     app = create_app(ServedModels([ServedModel(engine, "tiny", template)], settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    with serving(app) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")

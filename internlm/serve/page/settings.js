@@ -40,12 +40,14 @@ export function readSettings(fieldset) {
   return asked;
 }
 
+const ENDS = { length: "limit of new tokens", stop: "end of the text", you: "stopped by you" };
+
 /** What is said about a text that has ended. */
 export function summary(tokens, seconds, reason, seed) {
   const scored = tokens.filter((token) => token.logprob != null);
   const mean = scored.reduce((sum, token) => sum + token.logprob, 0) / scored.length;
   const parts = [`${tokens.length} tokens`, `${(tokens.length / Math.max(seconds, 1e-3)).toFixed(1)} tokens/s`];
   if (scored.length) parts.push(`${(-mean).toFixed(3)} nats per token`);
-  parts.push(`seed ${seed}`, `ended by ${reason}`);
+  parts.push(`seed ${seed}`, `ended: ${ENDS[reason] ?? reason}`);
   return parts.join(", ");
 }

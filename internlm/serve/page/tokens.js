@@ -69,14 +69,19 @@ export class TokenText {
     this.waitingTokens = [];
   }
 
+  /** Adds the tokens whose characters are known; parts of a character belong to the text in front of the next token. */
   #match() {
     while (this.waitingTokens.length) {
-      const [{ text }] = this.waitingTokens;
-      const space = this.waitingText.match(/^\s*/)[0];
-      const start = this.waitingText.startsWith(text) ? "" : space;
-      if (!text || text.includes("\ufffd") || !this.waitingText.startsWith(start + text)) break;
-      this.#add(start + text, [this.waitingTokens.shift()]);
-      this.waitingText = this.waitingText.slice(start.length + text.length);
+      const number = this.waitingTokens.findIndex(({ text }) => text && !text.includes("\ufffd"));
+      if (number < 0) break;
+      const { text } = this.waitingTokens[number];
+      // Some tokenizers drop the space in front of a token that is read alone.
+      const space = number ? "" : this.waitingText.match(/^\s*/)[0];
+      const start = number ? this.waitingText.indexOf(text, 1) : [0, space.length].find((at) => this.waitingText.startsWith(text, at));
+      if (start === undefined || start < 0) break;
+      const length = number ? start : start + text.length;
+      this.#add(this.waitingText.slice(0, length), this.waitingTokens.splice(0, number || 1));
+      this.waitingText = this.waitingText.slice(length);
     }
     const isPartsOnly = this.waitingTokens.every((token) => token.text.includes("\ufffd"));
     if (this.waitingText && isPartsOnly) this.end();
@@ -112,25 +117,27 @@ export class TokenText {
 
 const card = () => document.getElementById("token-card");
 
-function showCard(span) {
-  const parts = span.tokens.map((token) => {
-    const heading = make("p", { class: "chosen" }, make("code", {}, visible(token.text)));
-    if (token.logprob == null) return heading;
-    heading.append(` ${percent(token.logprob)}`);
-    const rows = token.alternatives.map(([text, logprob]) => {
-      const bar = make("div", { class: "bar" });
-      bar.style.width = `${(5 * Math.exp(logprob)).toFixed(2)}rem`;
-      const isChosen = text === token.text;
-      return make(
-        "tr",
-        { class: isChosen ? "chosen" : null },
-        make("td", {}, make("code", {}, visible(text))),
-        make("td", { class: "number" }, percent(logprob)),
-        make("td", {}, bar),
-      );
-    });
-    return make("div", {}, heading, make("table", {}, make("tbody", {}, ...rows)));
+/** The likeliest tokens in the place of a token, with itself. */
+function alternatives(token) {
+  if (token.logprob == null) return make("p", {}, make("code", {}, visible(token.text)));
+  const others = token.alternatives.filter(([text]) => text !== token.text);
+  const all = [[token.text, token.logprob], ...others].sort((one, other) => other[1] - one[1]);
+  const rows = all.map(([text, logprob]) => {
+    const bar = make("div", { class: "bar" });
+    bar.style.width = `${(5 * Math.exp(logprob)).toFixed(2)}rem`;
+    return make(
+      "tr",
+      { class: text === token.text ? "chosen" : null },
+      make("td", {}, make("code", {}, visible(text))),
+      make("td", { class: "number" }, percent(logprob)),
+      make("td", {}, bar),
+    );
   });
+  return make("table", {}, make("tbody", {}, ...rows));
+}
+
+function showCard(span) {
+  const parts = span.tokens.map(alternatives);
   card().replaceChildren(...parts);
   card().hidden = false;
   span.setAttribute("aria-describedby", "token-card");
