@@ -117,7 +117,7 @@ def _load(args: argparse.Namespace) -> dict[str, LanguageModel]:
         if languages:
             name = f"{language.config.JOB_NAME}-{language.checkpoint.name}"
         if name in languages:
-            raise ConfigError(f"--beside {path}: a model of this server is named '{name}' already; give another --name")
+            raise ConfigError(f"--beside {path}: another model of this server is named '{name}'; leave one of them out")
         if args.bos and language.tokenizer.bos_id is None:
             raise ConfigError("--bos: this tokenizer has no beginning-of-text token")
         languages[name] = language

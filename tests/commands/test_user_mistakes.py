@@ -395,7 +395,7 @@ OPTIONS: list[tuple[Run, str]] = [
     (cli("serve", "--ckpt", "{}/absent"), "absent"),
     (cli("serve", *MODEL, "--host", "nowhere.invalid"), "nowhere.invalid"),
     (cli("serve", *MODEL, "--beside", "{}/absent"), "absent"),
-    (cli("serve", *MODEL, "--name", "tiny-0", "--beside", "{}/run"), "tiny-0"),
+    (cli("serve", *MODEL, "--beside", "{}/run", "--beside", "{}/run"), "--beside"),
     *((cli("serve", *MODEL, "--run", text), text.split("/")[-1]) for text in ("{}/absent", "{}/hf", "{}/text.txt")),
     *((cli("view", text), text.split("/")[-1]) for text in ("{}/absent", "{}/hf", "{}/text.txt", "/proc/self", "s3://x")),
     (cli("view", "{}"), "metrics"),

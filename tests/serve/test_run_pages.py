@@ -106,7 +106,7 @@ def test_a_layout_that_cannot_be_shown_is_told(port: int, run: Path) -> None:
     assert status == 400 and "run.json' does not exist" in json.loads(body)["error"]["message"]
     model = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
     config = Config.model_validate(
-        {"model_type": "INTERNLM2", "model": model, "data": {"seq_len": 16, "total_steps": 9}}
+        {"model_type": "INTERNLM2", "model": model, "data": {"seq_len": 16, "micro_bsz": 1, "total_steps": 9}}
     )
     write_run_file(run, StartedRun(config, 2))
     layout = json.loads(get(port, "/run/layout?rank=1")[2])
