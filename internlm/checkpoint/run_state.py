@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,7 @@ from internlm.checkpoint.fused_weights import describe_regrouping, heads_of, in_
 from internlm.checkpoint.manifest import WHOLE_RUN
 from internlm.checkpoint.optimizer_states import MASTER_PREFIX, OPTIMIZER_PREFIX, compare_states, reset_masters_of
 from internlm.checkpoint.reading import listed, load_tensors, read_context, saved_shapes
-from internlm.checkpoint.weight_source import WeightSource, finite
+from internlm.checkpoint.weight_source import FileNames, WeightSource, finite
 from internlm.core.batch_source import MergeableSource, StatefulSource
 from internlm.core.communication.objects import of_all_ranks
 from internlm.core.context.parallel_context import ParallelContext
@@ -76,7 +76,11 @@ def load_run(trainer: Trainer, path: StoragePath, wanted: set[str], *, strict: b
     saved = saved_shapes(path)
     if "model" in wanted:
         names = {key.removeprefix(MODEL_PREFIX) for key in saved if key.startswith(MODEL_PREFIX)}
-        _compare_names(optimizer.chunks, names, f"the checkpoint '{path}'", context, strict=strict)
+        _compare_names(
+            *(optimizer.chunks, names, f"the checkpoint '{path}'", context),
+            strict=strict,
+            in_files=lambda name: [f"{MODEL_PREFIX}{name}"],
+        )
     _log_regrouping(f"the checkpoint '{path}'", tensors, saved, context)
     tensors = in_stored_form(tensors, saved, heads_of(optimizer.chunks))
     stateless = compare_states(context, tensors, saved) if "optimizer" in wanted else set()
@@ -177,7 +181,13 @@ def load_weights(
     """
     optimizer = trainer.engine.optimizer
     names = set(source.names())
-    _compare_names(optimizer.chunks, names, what, trainer.context, strict=strict, needs=needs)
+    lacking = source.lacking if isinstance(source, FileNames) else {}
+    _compare_names(
+        *(optimizer.chunks, names, what, trainer.context),
+        strict=strict,
+        needs=needs,
+        in_files=lambda name: lacking.get(name, [name]),
+    )
     shapes = {name: tuple(source.shape(name)) for name in names}
     tensors = {key.removeprefix(MODEL_PREFIX): boxed for key, boxed in model_tensors(*optimizer.chunks).items()}
     _log_regrouping(what, tensors, names, trainer.context)
@@ -204,17 +214,22 @@ def _compare_names(
     context: ParallelContext,
     *,
     strict: bool,
+    in_files: Callable[[str], Sequence[str]],
     needs: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Compare the names of the whole model with those in a source of weights; collective.
+
+    Args:
+        in_files: name of the model -> names that the files of the source have for it, or lack.
 
     Raises:
         CheckpointError: they differ, and `strict`.
     """
     own = {shard_spec_of(parameter).name for chunk in chunks for parameter in chunk.parameters()}
     names = {stored for name in set().union(*of_all_ranks(context, own)) for stored in stored_names(name, found)}
-    lines = [f"'{MODEL_PREFIX}{name}' is missing" for name in sorted(names - found) if needs(name)]
-    lines += [f"'{MODEL_PREFIX}{name}' is not part of the model" for name in sorted(found - names)]
+    missing = (name for name in sorted(names - found) if needs(name))
+    lines = [f"'{name}' is missing" for name in dict.fromkeys(each for name in missing for each in in_files(name))]
+    lines += [f"'{each}' is not part of the model" for name in sorted(found - names) for each in in_files(name)]
     if not lines:
         return
     if strict:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """A full tensor, on the CPU."""
+
+
+@runtime_checkable
+class FileNames(Protocol):
+    """A `WeightSource` whose files have other names than the model.
+
+    Attributes:
+        lacking: name of a weight of the model that `names()` excludes -> names that the files lack of it.
+    """
+
+    lacking: Mapping[str, Sequence[str]]
 
 
 def finite(tensor: Tensor, name: str, what: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from internlm.config.schema import BlendEntryConfig, Config
 from internlm.config.schema.base import Section, key_info, walk_schema
+
+_MAX_SHOWN = 12
+"""Values of a dict in a message."""
+
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,28 @@ class Change:
     changes_outputs: bool
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.old!r} -> {self.new!r}"
+        """One line; of two dicts, the values that differ, at most `_MAX_SHOWN` of them."""
+        if not (isinstance(self.old, Mapping) and isinstance(self.new, Mapping)):
+            return f"{self.path}: {self.old!r} -> {self.new!r}"
+        lines = list(_differing_values(self.old, self.new))
+        more = f", and {len(lines) - _MAX_SHOWN} more" if len(lines) > _MAX_SHOWN else ""
+        return f"{self.path}: {', '.join(lines[:_MAX_SHOWN])}{more}"
+
+
+def _differing_values(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`name before -> after` of each value that differs, also in dicts within; what a dict lacks is "absent"."""
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name, _ABSENT), new.get(name, _ABSENT)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differing_values(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name} {_shortened(before)} -> {_shortened(after)}"
+
+
+def _shortened(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    return repr(value) if isinstance(value, str) else reprlib.repr(value)
 
 
 def changes_between(old: Config, new: Config) -> list[Change]:

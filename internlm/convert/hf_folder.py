@@ -214,6 +214,7 @@ class HfWeights:
     Attributes:
         tensors: our name -> meta tensor with the shape and dtype that `read` returns.
         missing: names, in the folder's spelling, that the model needs and the folder lacks.
+        lacking: our name of a weight -> those of them that it consists of.
         unexpected: names of the folder that the model does not have.
 
     Raises:
@@ -239,6 +240,12 @@ class HfWeights:
         for name, other in self._aliases.items():
             entries[name] = entries[other]
         self.missing = [name for name in needed if name not in entries]
+        self.lacking: dict[str, list[str]] = {
+            ours: [name for name in group.theirs if name not in entries]
+            for group in groups
+            if not group.theirs.keys() <= entries.keys()
+            for ours in group.ours
+        }
         wrong = [
             f"'{name}' has shape {list(entries[name].shape)}, the model needs {list(tensor.shape)}"
             for name, tensor in needed.items()

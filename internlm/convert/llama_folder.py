@@ -37,6 +37,9 @@ class MetaLlamaWeights:
         path: the folder, on a local disk.
         architecture: of the model to load; it may fuse weights and interleave rotary channels unlike the files.
 
+    Attributes:
+        lacking: our name of a weight -> names that the files lack of it.
+
     Raises:
         CheckpointError: the folder does not exist or has no weights, params.json or a shape does not fit the model, or
             the rotary frequencies in the files contradict params.json.
@@ -79,6 +82,11 @@ class MetaLlamaWeights:
         present = [group for group in groups.values() if all(name in found for name in group)]
         complete = {group_of(group[0]) for group in present}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in weights.items() if group_of(name) in complete}
+        self.lacking = {
+            name: [each for each in groups[group_of(name)] if each not in found]
+            for name in weights
+            if group_of(name) not in complete
+        }
         ours: dict[str, list[str]] = {}
         for name in self._shapes:
             ours.setdefault(group_of(name), []).append(name)

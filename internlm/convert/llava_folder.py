@@ -94,6 +94,7 @@ class LlavaWeights:
             shown = "\n  ".join(wrong[:20])
             raise CheckpointError(f"the weights in '{folder.path}' do not fit this model:\n  {shown}")
         self._names = {name: names[name] for name in needed if name in names}
+        self.lacking = {**self._text.lacking, **{name: [file_name(name)] for name in needed if name not in names}}
         self.missing = [*self._text.missing, *(file_name(name) for name in needed if name not in names)]
         self.unexpected = [*self._text.unexpected, *(theirs for ours, theirs in names.items() if ours not in needed)]
         self.tensors: dict[str, Tensor] = {

@@ -174,6 +174,7 @@ def test_what_metas_files_lack_is_left_out_and_what_is_more_is_named(tmp_path: P
     model = tiny_model("LLAMA2", **LLAMA, enable_qkv_fusion=True)
     source = open_weights("llama", storage_path(tmp_path), model)
     assert set(model.state_dict()) ^ set(source.names()) == {"layers.0.attention.wqkv.weight", "extra.weight"}
+    assert source.lacking == {"layers.0.attention.wqkv.weight": ["layers.0.attention.wk.weight"]}
     assert source.shape("extra.weight") == (3,) and torch.equal(source.read("extra.weight"), torch.ones(3))
 
 
@@ -286,4 +287,7 @@ def test_weights_that_do_not_fit_stop_the_run_by_name(tmp_path: Path) -> None:
     )
     run = start_training(["--config", config, "--run-dir", tmp_path / "run"], tmp_path / "output.txt")
     assert run.wait() == 2
-    assert "layers.2.attention_norm.weight' is missing" in (tmp_path / "output.txt").read_text()
+    output = (tmp_path / "output.txt").read_text()
+    # By their names in the files.
+    assert "'model.layers.2.input_layernorm.weight' is missing" in output
+    assert "'model.layers.2.self_attn.q_proj.weight' is missing" in output and "wq" not in output

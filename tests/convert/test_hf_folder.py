@@ -324,6 +324,7 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     # A weight of which a part is missing is missing.
     assert set(ours.state_dict()) - set(weights.names()) == {"layers.1.attention.wqkv.weight"}
     assert set(weights.names()) - set(ours.state_dict()) == {"model.layers.0.mlp.experts.weight"}
+    assert weights.lacking == {"layers.1.attention.wqkv.weight": ["model.layers.1.self_attn.k_proj.weight"]}
     message = (
         r"'model.layers.1.self_attn.k_proj.weight' is missing\n  'model.layers.0.mlp.experts.weight' is not described"
     )

@@ -13,6 +13,7 @@ import pytest
 from helpers.commands import write_config
 from helpers.configs import small_config
 from helpers.hf_folders import save_native
+from helpers.hf_runs import class_folder, hf_model_config
 from helpers.llava import CLIP
 
 from internlm.config.compare import changes_between, keys_that_change_outputs
@@ -391,6 +392,21 @@ def test_a_hugging_face_folder_of_another_function(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=line):
             judged(tmp_path, "hf", small_config({**same, **change}))
         judged(tmp_path, "hf", small_config({**same, **change, "ckpt.allow_model_changes": True}))
+
+
+def test_a_folder_of_another_class_is_told_by_what_differs(tmp_path: Path) -> None:
+    """Not by two whole configs; classes first."""
+    class_folder("qwen3", tmp_path / "other", rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+    config = small_config({}).model_copy(update={"model_type": "hf", "model": hf_model_config("llama", tmp_path)})
+    with pytest.raises(CheckpointError) as caught:
+        judged(tmp_path / "other", "hf", config)
+    (line,) = [line for line in str(caught.value).splitlines() if "Qwen3ForCausalLM" in line]
+    assert line.startswith(
+        "  model.hf_class: model_class 'transformers.models.qwen3.modeling_qwen3.Qwen3ForCausalLM' -> "
+    )
+    assert "config.rope_parameters.rope_theta 7.0 -> 10000.0" in line
+    assert "config.pretraining_tp absent -> 1" in line
+    assert "vocab_size" not in line and len(line) < 900
 
 
 @pytest.mark.parametrize(
