@@ -6,7 +6,7 @@ makes the logits differ. Whatever passes from token to token outside of attentio
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,13 @@ TOLERANCE = 1e-3
 """Of the largest logit. Leaks and unknown factors of published classes are 0.01 and more, rounding in fp32 is 1e-5."""
 
 
+_COEFFICIENTS = "router_aux_loss_coef", "aux_loss_coef"
+"""Factors of the losses of routers in configs of transformers."""
+
+_NOISE = "router_jitter_noise", "input_jitter_noise"
+"""Ranges of random factors in configs of transformers."""
+
+
 class ClassDifferences(NamedTuple):
     """Differences of logits from those of the class itself, in parts of the largest logit.
 
@@ -55,13 +62,15 @@ def check_class(config: Config, context: ParallelContext) -> list[str]:
         One line if no small copy can be built or run, so that nothing was compared.
 
     Raises:
-        ConfigError: the logits differ; or those of packed documents do or may, and the run packs; or those of pipeline
-            stages, and it has them.
+        ConfigError: the class adds a loss of its routers; or the logits differ; or those of packed documents do or may,
+            and the run packs; or those of pipeline stages, and it has them.
     """
     if config.model_type != HF_CLASS:
         return []
     assert config.model.hf_class is not None
     name = config.model.hf_class["model_class"].rpartition(".")[2]
+    hf_config = config_object(config.model.hf_class)
+    _check_router_loss(hf_config, name)
     # The class itself must be buildable: this raises what would stop the run.
     with torch.device("meta"):
         HfClassModel(config.model)
@@ -76,6 +85,12 @@ def check_class(config: Config, context: ParallelContext) -> list[str]:
             ) from error
         return [line]
     if not differences.separate <= TOLERANCE:
+        noise = [f"{key} = {getattr(hf_config, key)}" for key in _NOISE if getattr(hf_config, key, None)]
+        if noise:
+            raise ConfigError(
+                f"hf: {name} draws random numbers while it trains ({', '.join(noise)}), which no layout would repeat; "
+                "set this to 0 in hf.cfg_extra_kwargs"
+            )
         raise ConfigError(
             f"hf: the logits of a small {name} differ here from its own by {differences.separate:.1%}: it does "
             "something to its embedding, attention or logits that this project does not know, so its loss would be "
@@ -93,6 +108,22 @@ def check_class(config: Config, context: ParallelContext) -> list[str]:
             "positions, which every stage would repeat; set it to 1"
         )
     return []
+
+
+def _check_router_loss(hf_config: Any, name: str) -> None:
+    """Refuse a loss of routers, which the class adds to that of tokens: it depends on the micro-batches of a step."""
+    if not getattr(hf_config, "output_router_logits", False):
+        return
+    found = {key: getattr(hf_config, key) for key in _COEFFICIENTS if hasattr(hf_config, key)}
+    if found and not any(found.values()):
+        return
+    stated = "".join(f", {key} = {value}" for key, value in found.items())
+    raise ConfigError(
+        f"hf: {name} adds a loss of its routers to that of the tokens (output_router_logits = True{stated}), which "
+        "depends on how a batch is cut into micro-batches and is not computed here. To train without it, set "
+        "output_router_logits = False in hf.cfg_extra_kwargs or in config.json; families of this package have losses "
+        "of routers (loss.moe_loss_coeff)"
+    )
 
 
 def _differences_of_smallest_copy(model: ModelConfig) -> ClassDifferences:

@@ -106,3 +106,19 @@ def test_rotary_scaling_by_the_longest_document_is_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="rotates all documents of a micro-batch by the length of the longest one"):
         load(tmp_path, "llama", True, **scaled)
     load(tmp_path, "llama", False, **scaled)
+
+
+def test_a_loss_of_routers_is_refused(tmp_path: Path) -> None:
+    """The class adds it where its config says so; without, it trains as here."""
+    message = (
+        r"MixtralForCausalLM adds a loss .*output_router_logits = True, router_aux_loss_coef = 0.02.*cfg_extra_kwargs"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check(load(tmp_path, "mixtral", True, output_router_logits=True, router_aux_loss_coef=0.02))
+    for keys in ({"output_router_logits": True, "router_aux_loss_coef": 0.0}, {"router_aux_loss_coef": 0.02}):
+        check(load(tmp_path, "mixtral", True, **keys))
+
+
+def test_noise_of_routers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"draws random numbers while it trains \(router_jitter_noise = 0.1\)"):
+        check(load(tmp_path, "mixtral", True, router_jitter_noise=0.1))

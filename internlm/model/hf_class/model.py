@@ -197,9 +197,6 @@ class HfClassModel(nn.Module):
                 f"every tensor rank computes {len(blocks)} blocks as a whole, such as '{blocks[0]}': the plan of "
                 f"{self.class_name} does not split them as mode mtp needs"
             )
-        coefficient = getattr(self.hf_config, "router_aux_loss_coef", None)
-        if coefficient and getattr(self.hf_config, "output_router_logits", False):
-            lines.append(f"the auxiliary loss of {self.class_name} (router_aux_loss_coef = {coefficient}) is not added")
         return lines
 
     def gemm_flops_per_token(self) -> float | None:
