@@ -7,7 +7,7 @@ scored by forward passes of an evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import torch
 from internlm.core.engine import Engine
 from internlm.core.token_statistics import TokenSums
 from internlm.data.batch import IGNORE_INDEX
+from internlm.eval.endings import EncodedEnding, Encode, encode_endings
 from internlm.eval.text_batches import TextBatches
 from internlm.utils.errors import DataError
 from internlm.utils.json_text import json_lines
+from internlm.utils.logging import get_logger
 
-Encode = Callable[[list[str]], list[list[int]]]
-"""Texts -> tokens of each, without bos and eos."""
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,11 @@ def _question(fields: dict[str, Any], place: str) -> Question:
     return Question(context, tuple(choices), answer, place)
 
 
-@dataclass(frozen=True)
-class _Ending:
-    """A tokenized text, of which the tokens from `start` on are an ending."""
-
-    ids: list[int]
-    start: int
-
-
 class MultipleChoice:
     """A set of questions, tokenized.
 
-    White space at the end of a context belongs to the endings, and context and ending are tokenized together, as
-    lm-evaluation-harness does. An empty context is the beginning-of-text token, or the end-of-text token.
+    Endings are tokenized as `encode_endings` says. An empty context is the beginning-of-text token, or the end-of-text
+    token.
 
     Args:
         questions: of the set.
@@ -91,7 +84,7 @@ class MultipleChoice:
     ) -> None:
         self._questions = list(questions)
         self._batches = batches
-        self._endings: list[_Ending] = []
+        self._endings: list[EncodedEnding] = []
         for question in questions:
             self._endings += _endings(question, encode, prefix_id, batches.seq_len)
 
@@ -139,20 +132,23 @@ class MultipleChoice:
         return [-loss for loss, _, _ in engine.sum_over_tokens(losses).tolist()]
 
 
-def _endings(question: Question, encode: Encode, prefix_id: int | None, seq_len: int) -> list[_Ending]:
-    context = question.context.rstrip()
-    space = question.context[len(context) :]
-    if not context:
-        if prefix_id is None:
-            raise DataError(
-                f"{question.place}: the context is empty, and the tokenizer has no bos or eos to stand for it"
-            )
-        prefix, wholes = [prefix_id], [[prefix_id, *ids] for ids in encode([space + each for each in question.choices])]
-    else:
-        prefix, *wholes = encode([context, *(context + space + each for each in question.choices)])
-    for choice, ids in zip(question.choices, wholes, strict=True):
-        if len(ids) <= len(prefix):
+def _endings(question: Question, encode: Encode, prefix_id: int | None, seq_len: int) -> list[EncodedEnding]:
+    try:
+        endings = encode_endings([(question.context, choice) for choice in question.choices], encode, prefix_id)
+    except DataError as error:
+        raise DataError(f"{question.place}: {error}") from None
+    for choice, ending in zip(question.choices, endings, strict=True):
+        if ending.start == len(ending.ids):
             raise DataError(f"{question.place}: the choice {choice!r} has no token of its own behind its context")
-        if len(ids) > seq_len:
-            raise DataError(f"{question.place}: {len(ids)} tokens are more than data.seq_len = {seq_len}; shorten it")
-    return [_Ending(ids, len(prefix)) for ids in wholes]
+        if len(ending.ids) > seq_len:
+            raise DataError(
+                f"{question.place}: {len(ending.ids)} tokens are more than data.seq_len = {seq_len}; shorten it"
+            )
+        if ending.is_joined:
+            logger.warning(
+                "%s: a token covers the end of the context and the beginning of %r; the score is that of "
+                "lm-evaluation-harness, of other tokens. Begin the choice with a space, or end the context with one",
+                question.place,
+                choice,
+            )
+    return endings
