@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "talk with a trained model in the terminal",
     "serve": "serve a trained model to OpenAI's clients",
     "view": "show the curves, the layout and the timeline of a run on a page, live",
+    "eval": "score a trained model in tasks of lm-evaluation-harness",
     "verify": "compare a layout with one process",
     "data": "tokenize, inspect, verify, convert, merge, split and shuffle tokenized data",
     "ckpt": "list, show, compare and check checkpoints",

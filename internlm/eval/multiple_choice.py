@@ -17,7 +17,7 @@ import torch
 from internlm.core.engine import Engine
 from internlm.core.token_statistics import TokenSums
 from internlm.data.batch import IGNORE_INDEX
-from internlm.eval.endings import EncodedEnding, Encode, encode_endings
+from internlm.eval.endings import Encode, EncodedEnding, encode_endings
 from internlm.eval.text_batches import TextBatches
 from internlm.utils.errors import DataError
 from internlm.utils.json_text import json_lines

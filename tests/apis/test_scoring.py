@@ -57,7 +57,7 @@ def test_packed_texts_score_as_alone_whatever_their_positions_mean(keys: dict[st
 
 
 def test_scores_in_fp32() -> None:
-    """Against logits in float64: a log-probability of fp32 is off by some 2^-24 times its logits, which are below 10."""
+    """Against float64: a log-probability in fp32 is off by some 2^-24 times its logits, which are below 10."""
     model = tiny_model("LLAMA2").eval()
     exact = tiny_model("LLAMA2", dtype="torch.float64").eval()
     exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})

@@ -403,6 +403,15 @@ OPTIONS: list[tuple[Run, str]] = [
     *((cli("view", "{}/metrics", "--port", text), "--port") for text in ("-1", "65536", "x")),
     (cli("view", "{}/metrics", "--host", "nowhere.invalid"), "nowhere.invalid"),
     *((cli("view", "{}/metrics", "--api-key-file", text), text.split("/")[-1]) for text in ("{}/absent", "/dev/null")),
+    *((cli("eval", *MODEL, "--tasks", text), "--tasks") for text in ("", "a,,b", "a,a")),
+    *((cli("eval", *MODEL, "--tasks", "a", name, text), name) for name in (
+        "--limit", "--num-fewshot", "--max-length", "--batch", "--batch-tokens", "--seed") for text in ("-1", "x")),
+    (cli("eval", *MODEL, "--tasks", "a", "--limit", "0.5"), "--limit"),
+    *((cli("eval", *MODEL, "--tasks", "a", "--task-files", text), text.split("/")[-1]) for text in (
+        "{}/absent", "{}/text.txt", "{}/hf")),
+    *((cli("eval", *MODEL, "--tasks", "a", "--output", text), text.split("/")[-1]) for text in (
+        "{}/text.txt", "{}/absent/x", "/proc/nothing/x")),
+    (cli("eval", *MODEL), "--tasks"),
     (cli(*GENERATE, "--top-k", "3"), "top_k"),
     (cli("generate", "--ckpt", "{}/run", "--tokenizer", "{}/text.txt", "--prompt", "a"), "text.txt"),
     *((cli("generate", "--ckpt", text, "--prompt", "a"), text.split("/")[-1]) for text in (
