@@ -34,15 +34,18 @@ class BucketedCurve:
         """Add the number of a step; it replaces the newest one if that is of the same step."""
         if step == self.step:
             self._remove_newest()
-        self._before = (bucket, self._count[bucket], self._sum[bucket], self._low[bucket], self._high[bucket])
+        count, total, low, high = self._count[bucket], self._sum[bucket], self._low[bucket], self._high[bucket]
+        self._before = (bucket, count, total, low, high)
         self.step, self.value = step, value
         if not math.isfinite(value):
             self.nonfinite[str(value)] += 1
             return
-        self._count[bucket] += 1
-        self._sum[bucket] += value
-        self._low[bucket] = min(self._low[bucket], value)
-        self._high[bucket] = max(self._high[bucket], value)
+        self._count[bucket] = count + 1
+        self._sum[bucket] = total + value
+        if value < low:
+            self._low[bucket] = value
+        if value > high:
+            self._high[bucket] = value
 
     def _remove_newest(self) -> None:
         bucket, count, total, low, high = self._before

@@ -181,27 +181,29 @@ class MetricsCurves:
             self.version += 1
 
     def _add(self, step: int, values: dict[str, Any]) -> None:
-        nonfinite = values.get("nonfinite")
+        labels = values.get("nonfinite")
+        bucket = self._bucket(step)
         is_repeated = False
         for name, value in values.items():
             if isinstance(value, str):
                 if name in self._texts or len(self._texts) < MAX_NAMES:
                     self._texts[name] = value[:MAX_TEXT]
             elif name not in ("step", "nonfinite") and (value is None or isinstance(value, int | float)):
-                curve = self._curve(name)
-                if curve is not None:
-                    is_repeated |= curve.step == step
-                    label = nonfinite.get(name) if isinstance(nonfinite, dict) else None
-                    curve.add(step, self._bucket(step), _number(value, label))
+                curve = self._curves.get(name) or self._add_curve(name)
+                if curve is None:
+                    self.num_names_omitted += 1
+                    continue
+                is_repeated |= curve.step == step
+                if type(value) is not float:
+                    value = _number(value, labels.get(name) if isinstance(labels, dict) else None)
+                curve.add(step, bucket, value)
         self.num_superseded += is_repeated
 
-    def _curve(self, name: str) -> BucketedCurve | None:
-        """The curve of a name; None if there are too many names."""
-        if name not in self._curves:
-            if len(self._curves) == MAX_NAMES:
-                self.num_names_omitted += 1
-                return None
-            self._curves[name] = BucketedCurve()
+    def _add_curve(self, name: str) -> BucketedCurve | None:
+        """The curve of a name that has none yet; None if there are too many names."""
+        if len(self._curves) == MAX_NAMES:
+            return None
+        self._curves[name] = BucketedCurve()
         return self._curves[name]
 
     def _bucket(self, step: int) -> int:

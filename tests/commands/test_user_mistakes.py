@@ -273,6 +273,7 @@ COMMANDS = {
         CHECKPOINT_FILES | WEIGHTS,
     ),
     "from-internevo": Command(cli("convert", "from-internevo", "--ckpt", "{}/run", "--out", "{}/out"), {"run": FOLDER}),
+    "view": Command(cli("view", "{}/metrics"), {"metrics": FOLDER, "metrics/metrics.jsonl": (as_folder,)}),
     "tokenizer": Command(
         tokenizer("{}/text.jsonl", "--tokenizer", "{}/tokenizer.json", "--output", "{}/out/a.bin", "--processes", "1"),
         {"text.jsonl": LINES, "tokenizer.json": JSON_TABLE},
