@@ -90,7 +90,7 @@ export class Chart {
       width: this.plot.clientWidth || 400,
       height: HEIGHT,
       legend: { show: false },
-      padding: [10, 8, 0, 0],
+      padding: [10, 18, 0, 0],
       cursor: { sync: { key: "run" }, y: false, points: { size: 6 }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: isLog ? { distr: 3 } : { range: padded } },
       axes: [

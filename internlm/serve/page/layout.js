@@ -8,28 +8,32 @@ export function openLayout(section) {
   const body = section.querySelector(".layout-body");
   const button = section.querySelector(".show-layout");
 
-  const show = async (rank) => {
+  button.addEventListener("click", async () => {
     body.replaceChildren(make("p", { class: "hint", role: "status" }, "computing …"));
     try {
-      const layout = await getJson(`/run/layout?rank=${encodeURIComponent(rank)}`);
+      const layout = await ask(0);
       button.hidden = true;
-      body.replaceChildren(...describe(layout, show));
+      body.replaceChildren(...describe(layout));
     } catch (error) {
       body.replaceChildren(make("p", { class: "notice", role: "alert" }, error.message));
     }
-  };
-  button.addEventListener("click", () => show(0));
+  });
 }
 
-function describe(layout, show) {
+const ask = (rank) => getJson(`/run/layout?rank=${encodeURIComponent(rank)}`);
+
+function describe(layout) {
+  const tables = make("div", { class: "tables" }, ...layout.tables.map(describeTable));
   const rank = make("input", { type: "number", min: 0, max: layout.world_size - 1, value: layout.rank });
-  rank.addEventListener("change", () => show(rank.value));
-  return [
-    make("h3", {}, layout.title),
-    makeTimeline(layout.timeline),
-    make("label", { hidden: layout.world_size === 1 }, "Groups of rank ", rank),
-    ...layout.tables.map(describeTable),
-  ];
+  rank.addEventListener("change", async () => {
+    try {
+      tables.replaceChildren(...(await ask(rank.value)).tables.map(describeTable));
+    } catch (error) {
+      tables.replaceChildren(make("p", { class: "notice", role: "alert" }, error.message));
+    }
+  });
+  const field = make("label", { hidden: layout.world_size === 1 }, "Groups of rank ", rank);
+  return [make("h3", {}, layout.title), makeTimeline(layout.timeline), field, tables];
 }
 
 function describeTable({ title, rows, alignment, notes }) {

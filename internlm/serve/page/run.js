@@ -109,7 +109,8 @@ class LiveRun {
     this.updated = new Date();
     this.take(news);
     this.news = news;
-    const isFirst = this.chosen === null && news.names.length > 0;
+    // Names that were chosen for another run may be unknown in this one.
+    const isFirst = !this.names?.length && news.names.length > 0 && !this.chosen?.some((name) => news.names.includes(name));
     if (isFirst) {
       this.chosen = usual(news.names);
       this.forget();
