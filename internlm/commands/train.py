@@ -190,7 +190,7 @@ def _train(loaded: LoadedConfig, launch: Launch, options: argparse.Namespace) ->
             agree_on_cpu_gemm(config.model.torch_dtype, context)
             _announce(config, context, run_dir)
             if context.is_main_rank:
-                write_run_file(run_dir, StartedRun(config, context.world_size))
+                _write_run_file(run_dir, StartedRun(config, context.world_size))
             trainer = build_trainer(
                 config,
                 context,
@@ -305,6 +305,14 @@ def _open_log(run_dir: Path, rank: int) -> None:
         configure_logging(rank, run_dir / "logs" / f"rank{rank}.log")
     except OSError as error:
         raise ConfigError(f"the run directory '{run_dir}' cannot be written: {error}; give another --run-dir") from None
+
+
+def _write_run_file(run_dir: Path, run: StartedRun) -> None:
+    """Write what describes the run; a full disk does not end it, as it does not for the metrics."""
+    try:
+        write_run_file(run_dir, run)
+    except OSError as error:
+        logger.warning("%s; the page of this run will have no layout", full_disk(error) or error)
 
 
 def _announce(config: Config, context: ParallelContext, run_dir: Path) -> None:

@@ -32,15 +32,22 @@ class StartedRun:
 
 
 def write_run_file(run_dir: Path, run: StartedRun) -> None:
-    """Write the file, in place of that of an earlier start."""
+    """Write the file, in place of that of an earlier start.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     values = {
         "job_name": run.config.JOB_NAME,
         "world_size": run.world_size,
         "config": run.config.model_dump(mode="json"),
     }
     draft = run_dir / f".{FILE_NAME}.{os.getpid()}"
-    draft.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    draft.replace(run_dir / FILE_NAME)
+    try:
+        draft.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        draft.replace(run_dir / FILE_NAME)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read_run_file(run_dir: Path) -> StartedRun:

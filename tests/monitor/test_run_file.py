@@ -28,6 +28,16 @@ def test_a_run_writes_it(tmp_path: Path) -> None:
     assert read_run_file(run).world_size == 1 and read_run_file(run).config.data.total_steps == 1
 
 
+def test_a_run_goes_on_without_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / FILE_NAME).mkdir(parents=True)
+    arguments = ["--config", write_config(tmp_path), "--run-dir", run, "--set", "data.total_steps=1"]
+    process = start_training(arguments, tmp_path / "output.txt")
+    assert process.wait(60) == 0
+    assert "the page of this run will have no layout" in process.output and "done: 1 steps" in process.output
+    assert not list(run.glob(f".{FILE_NAME}*"))
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": 7}', '{"config": {"x": 1}, "world_size": 1}', "[" * 9999])
 def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match="does not exist"):
