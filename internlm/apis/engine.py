@@ -20,7 +20,7 @@ from internlm.apis.sampling import Sampling, adjust, choose
 from internlm.utils.errors import ConfigError, UserError
 
 CHUNK = 512
-"""Tokens of a prompt that are computed between two tokens of the other texts."""
+"""Tokens of prompts that are computed between two tokens of the other texts."""
 
 
 class NonFiniteError(UserError):
@@ -129,7 +129,7 @@ class Text:
 class GenerationEngine:
     """Continues texts step by step. Not thread-safe.
 
-    A step computes a piece of one waiting prompt, then one token of every text whose prompt is complete. The tokens of
+    A step computes up to `chunk` tokens of waiting prompts, then one token of every text whose prompt is complete. The tokens of
     a text do not depend on the texts beside it, apart from rounding.
 
     Args:
@@ -194,8 +194,10 @@ class GenerationEngine:
         return changed
 
     def _start_texts(self) -> list[Text]:
-        """Compute a piece of a prompt, and the first token of the texts whose prompts are complete."""
+        """Compute pieces of prompts, and the first token of the texts whose prompts are complete."""
         changed: list[Text] = []
+        # The texts that grow wait for no more tokens than these.
+        budget = self._chunk
         while len(self._growing) < self.num_rows:
             if self._starting is None:
                 if not self._waiting:
@@ -207,26 +209,31 @@ class GenerationEngine:
             if sibling is not None:
                 self._cache.copy_row(sibling, row)
                 self._cache.truncate(row, len(text.prompt.ids))
-            elif not self._compute_prompt(text, row):
-                break
+            else:
+                piece = self._next_piece(text.prompt, row)
+                # Never cut differently: a text is the same to the last bit beside any others.
+                if len(piece) > budget and budget < self._chunk:
+                    break
+                budget -= len(piece)
+                if not self._compute_piece(text.prompt, piece, row):
+                    break
             self._starting = None
             self._growing.append(text)
             changed.append(text)
             assert text.prompt.logits is not None
             self._add_tokens([text], text.prompt.logits.unsqueeze(0))
-            if sibling is None:
-                # One new prompt in a step, so that the other texts do not wait.
-                break
         return changed
 
-    def _compute_prompt(self, text: Text, row: int) -> bool:
-        """Compute the next piece of a prompt; returns whether it is complete."""
-        prompt, done = text.prompt, self._cache.lengths[row]
-        whole = len(prompt.ids)
+    def _next_piece(self, prompt: Prompt, row: int) -> Sequence[int]:
+        """The tokens of a prompt that are computed next."""
+        done = self._cache.lengths[row]
         # Further inputs belong to the whole prompt.
-        stop = whole if prompt.inputs else min(done + self._chunk, whole)
-        hidden = self._forward([prompt.ids[done:stop]], row, row + 1, prompt.inputs)
-        if stop < whole:
+        return prompt.ids if prompt.inputs else prompt.ids[done : done + self._chunk]
+
+    def _compute_piece(self, prompt: Prompt, piece: Sequence[int], row: int) -> bool:
+        """Append a piece of a prompt to a row; returns whether the prompt is complete."""
+        hidden = self._forward([piece], row, row + 1, prompt.inputs)
+        if self._cache.lengths[row] < len(prompt.ids):
             return False
         prompt.logits = self.model.logits(hidden[:, -1])[0].float()
         return True

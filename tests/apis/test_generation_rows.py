@@ -72,3 +72,27 @@ def test_who_has_the_row_of_a_spoiled_prompt_next_is_not_spoiled(moves: bool) ->
         engine.submit(text)
     run(engine)
     assert [text.finish_reason for text in (long, *later)] == ["length"] * 3
+
+
+def test_prompts_start_together_within_a_budget_and_are_never_cut_differently(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a text would differ in its last bits with the texts that come at the same time."""
+    engine = GenerationEngine(model, num_rows=6, max_length=40, chunk=8)
+    texts = [make_text(length, 9) for length in (3, 4, 5, 19, 2)]
+    for text in texts:
+        engine.submit(text)
+    pieces: list[list[int]] = []
+    compute = engine._compute_piece
+    monkeypatch.setattr(
+        engine,
+        "_compute_piece",
+        lambda prompt, piece, row: pieces[-1].append(len(piece)) or compute(prompt, piece, row),
+    )
+    while any(not text.new_ids for text in texts):
+        pieces.append([])
+        engine.step()
+    assert pieces == [[3, 4], [5], [8], [8], [3, 2]]
+    run(engine)
+    for text in texts:
+        assert text.new_ids == generate(model, [text.prompt.ids], text.sampling)[0][0].new_ids

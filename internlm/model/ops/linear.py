@@ -17,6 +17,9 @@ from internlm.model.ops.implementation_choice import Choice
 _MIN_TRANSPOSED_WIDTH = 1024
 """Smallest size of a weight's wider side for which transposing pays off."""
 
+_FEW_ROWS = 16
+"""Largest number of rows for the operator that reads the weight once; with more, GEMMs are as fast."""
+
 
 def choice(device: torch.device, dtype: torch.dtype) -> Choice:
     """The implementation of `linear` and `weight_gradient`."""
@@ -43,6 +46,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `[..., out]`.
     """
+    if _has_few_rows(x, weight):
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        few: Tensor = torch.ops.internlm_native.linear_of_few_rows(rows, weight, bias)
+        return few.unflatten(0, x.shape[:-1])
     if widens(x.device, x.dtype) or (_transposes(x.device, x.dtype) and max(weight.shape) >= _MIN_TRANSPOSED_WIDTH):
         out: Tensor = _Linear.apply(x, weight, bias)
         return out
@@ -77,6 +84,19 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tenso
         return gemm(_transposed(grad), x, out)
     result = _transposed(_transposed(x) @ grad)
     return result if out is None else out.copy_(result)
+
+
+def _has_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is a product of generation, whose time is that of reading the weight."""
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype in (torch.bfloat16, torch.float32)
+        and x.dtype == weight.dtype
+        and 0 < x.numel() <= _FEW_ROWS * x.shape[-1]
+        and weight.is_contiguous()
+        and has_native_ops()
+    )
 
 
 def _transposes(device: torch.device, dtype: torch.dtype) -> bool:

@@ -46,6 +46,7 @@ class OpCase:
         run, formula: implementation and reference: inputs -> result or results.
         shapes: of the inputs, which are normally distributed.
         is_exact: the results must be equal.
+        has_grad: gradients are compared too; otherwise the op runs as in evaluation.
     """
 
     op: str
@@ -54,6 +55,7 @@ class OpCase:
     formula: Callable[..., Tensor | tuple[Tensor, ...]]
     shapes: tuple[tuple[int, ...], ...]
     is_exact: bool = False
+    has_grad: bool = True
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,9 @@ def _linear_cases(tokens: tuple[int, int], width: int) -> Iterator[OpCase]:
     for name, shape in (("narrow", (width, 30)), ("wider than its input", (1030, width)), ("narrower", (width, 1030))):
         formula = torch.nn.functional.linear
         yield OpCase("linear", name, linear, formula, ((*tokens, shape[1]), shape, shape[:1]))
+    for rows in (1, 7, 16):
+        shapes = ((rows, 1, width), (70, width), (70,))
+        yield OpCase("linear", f"{rows} rows in generation", linear, torch.nn.functional.linear, shapes, has_grad=False)
 
 
 def _grouped_linear_cases(device: torch.device) -> Iterator[OpCase]:
@@ -366,15 +371,15 @@ def judge(case: OpCase, device: torch.device, dtype: torch.dtype, seed: int = 0)
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in case.shapes]
-    exact = _results(case.formula, [x.double() for x in inputs], dtype, seed)
-    plain = _results(case.formula, inputs, dtype, seed)
+    exact = _results(case.formula, [x.double() for x in inputs], dtype, seed, case.has_grad)
+    plain = _results(case.formula, inputs, dtype, seed, case.has_grad)
     try:
-        ours = _results(case.run, inputs, dtype, seed)
+        ours = _results(case.run, inputs, dtype, seed, case.has_grad)
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     if len(ours) != len(exact):
         return f"{len(ours)} results and gradients instead of {len(exact)}"
-    num_results = len(exact) - len(inputs)
+    num_results = len(exact) - len(inputs) if case.has_grad else len(exact)
     for number, (value, truth, rounded) in enumerate(zip(ours, exact, plain, strict=True)):
         what = "the result" if number < num_results else f"the gradient of input {number - num_results + 1}"
         if value.shape != truth.shape:
@@ -388,12 +393,19 @@ def judge(case: OpCase, device: torch.device, dtype: torch.dtype, seed: int = 0)
 
 
 def _results(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], dtype: torch.dtype, seed: int
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    seed: int,
+    has_grad: bool,
 ) -> list[Tensor]:
     """Results, and gradients of all inputs for a random gradient of the results, rounded to `dtype`."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*leaves)
+    with torch.set_grad_enabled(has_grad):
+        out = function(*leaves)
     results = (out,) if isinstance(out, Tensor) else out
+    if not has_grad:
+        return list(results)
     generator = torch.Generator().manual_seed(seed + 1)
     grads = []
     for result in results:

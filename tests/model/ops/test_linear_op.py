@@ -106,3 +106,48 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(linear(x, weight, None).square().sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@needs_native_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(70, 45), (3, 64), (257, 1), (64, 768)])
+def test_a_row_of_generation_depends_neither_on_the_others_nor_on_threads(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x, weight, bias = (x.to(dtype) for x in (_random(16, shape[1]), _random(*shape, seed=1), _random(shape[0], seed=2)))
+    num_threads = torch.get_num_threads()
+    with torch.no_grad():
+        alone = torch.cat([linear(row[None], weight, bias) for row in x])
+        try:
+            torch.set_num_threads(2)
+            for count in range(1, 17):
+                assert torch.equal(linear(x[:count], weight, bias), alone[:count])
+        finally:
+            torch.set_num_threads(num_threads)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        # Sums in fp32 of at most 768 products; then one rounding.
+        torch.testing.assert_close(alone.double(), exact, rtol=torch.finfo(dtype).eps, atol=2e-5)
+        # A text's last token is a view of all of them.
+        view = x.view(4, 4, -1)[:, -1]
+        assert torch.equal(linear(view, weight, bias), alone[3::4])
+
+
+@needs_native_ops
+def test_when_the_weight_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.Size] = []
+    operator = torch.ops.internlm_native.linear_of_few_rows
+    namespace = type("Ops", (), {"linear_of_few_rows": lambda x, *rest: calls.append(x.shape) or operator(x, *rest)})
+    monkeypatch.setattr(linear_module.torch.ops, "internlm_native", namespace)
+    weight = _random(8, 8, seed=1)
+    linear(_random(2, 8), weight, None)
+    with torch.no_grad():
+        for x, w in (
+            (_random(17, 8), weight),
+            (_random(0, 8), weight),
+            (_random(2, 8).double(), weight.double()),
+            (_random(2, 8), _random(8, 8).t()),
+        ):
+            torch.testing.assert_close(linear(x, w, None), F.linear(x, w))
+        assert not calls
+        assert linear(_random(2, 8, 8), weight, None).shape == (2, 8, 8)
+    assert calls == [(16, 8)]
