@@ -3,7 +3,7 @@
     python tests/fuzz_layouts.py --seconds 300 --seed 7
     python tests/fuzz_layouts.py --case "ranks=4 layout:tensor=2,mode=msp model:tied=true"
 
-Each failure is made as simple as it still fails, and printed as the line that repeats it. Exits 1 when there is one.
+Each failure is printed with the line that repeats it, and again as simple as it still fails. Exits 1 when there is one.
 What it finds becomes a test in `tests/layouts/test_regressions.py`.
 """
 
@@ -241,9 +241,11 @@ def main() -> int:
             failure = trials.failure(combination)
             if failure:
                 failures += 1
-                simplest = combination if options.case else trials.simplify(combination)
-                print(f'FAILED python tests/fuzz_layouts.py --case "{simplest}"')
-                print(trials.failure(simplest), flush=True)
+                print(f'FAILED python tests/fuzz_layouts.py --case "{combination}"\n{failure}', flush=True)
+                if not options.case:
+                    simplest = trials.simplify(combination)
+                    again = trials.failure(simplest) or "It does not fail again."
+                    print(f'SIMPLEST python tests/fuzz_layouts.py --case "{simplest}"\n{again}', flush=True)
             if time.monotonic() - started > options.seconds:
                 break
     finally:

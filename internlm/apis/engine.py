@@ -129,8 +129,8 @@ class Text:
 class GenerationEngine:
     """Continues texts step by step. Not thread-safe.
 
-    A step computes up to `chunk` tokens of waiting prompts, then one token of every text whose prompt is complete. The tokens of
-    a text do not depend on the texts beside it, apart from rounding.
+    A step computes up to `chunk` tokens of waiting prompts, then one token of every text whose prompt is complete. The
+    tokens of a text do not depend on the texts beside it, apart from rounding.
 
     Args:
         model: in evaluation mode.
