@@ -70,6 +70,17 @@ def test_endings_are_tokenized_with_their_context() -> None:
         MultipleChoice([Question("a", ("b", "c"), 0, "x")], lambda texts: [[1] for _ in texts], None, batches)
 
 
+def test_a_choice_that_shares_a_token_with_its_context_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[ord(letter) for letter in text.replace("bc", "\0")] for text in texts]
+
+    found = MultipleChoice([Question("ab", ("cd", "x"), 0, "q.jsonl, line 3")], encode, 1, TextBatches(8, 1, True))
+    assert [(each.ids, each.start) for each in found._endings] == [([97, 98, 100], 2), ([97, 98, 120], 2)]
+    assert [record.getMessage()[:54] for record in caplog.records] == [
+        "q.jsonl, line 3: a token covers the end of the context"
+    ]
+
+
 def test_a_run_scores_questions_in_each_evaluation(folder: Path) -> None:  # noqa: F811
     (folder / "q.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, "context": "x", "answer": 0}))
     keys = ("data.valid_every=5", "data.multiple_choice={'letters': 'q.jsonl'}", "data.tokenizer_path='tokenizer.json'")

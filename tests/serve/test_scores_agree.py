@@ -41,14 +41,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 TEXTS = [row["text"] for row in rows_of("proverbs")]
-QUESTIONS = [
-    {
-        "context": f"The capital of {row['country']} is",
-        "choices": [f" {choice}" for choice in row["choices"]],
-        "answer": row["answer"],
-    }
-    for row in rows_of("capitals")
-]
+QUESTIONS = rows_of("capitals")
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +66,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with TokenizedWriter(folder / "texts" / "a.bin") as writer:
         for text in TEXTS:
             writer.write([tokenizer.token_to_id("<s>"), *tokenizer.encode(text).ids])
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     data = {
         "seq_len": LENGTH,
         "total_steps": 3,
         "valid_every": 3,
         "tokenizer_path": str(folder / "tokenizer"),
         "valid_folder": {"texts": str(folder / "texts")},
-        "multiple_choice": {"questions": str(folder / "questions.jsonl")},
+        "multiple_choice": {"questions": str(TASKS / "capitals.jsonl")},
     }
     # Ids from 300 on are the padding of the vocabulary, and a large rate makes choices clear.
     more = f"model.update(vocab_size=320)\ndata.update({data!r})\nadam.update(lr=0.03)\nckpt['checkpoint_every'] = 3\n"
