@@ -15,7 +15,8 @@ class ReadableText:
     Args:
         text: with any number of new tokens.
         tokenizer: of the model.
-        stops: texts that end the text; neither they nor what follows is shown.
+        stops: texts that end the text; neither they nor what follows is shown. They are not looked for in the text of
+            the first `Sampling.min_new_tokens` tokens.
 
     Attributes:
         shown: what has been returned so far.
@@ -41,9 +42,12 @@ class ReadableText:
 
     def read(self) -> str:
         """The text that has come since the last call and can be shown now; all of it after the end of the text."""
-        new = self.text.new_ids[self._num_read : self.text.num_readable]
-        pieces = [self._until.push(self._stream.push(id)) for id in new]
-        self._num_read += len(new)
+        pieces = []
+        while self._num_read < self.text.num_readable:
+            piece = self._stream.push(self.text.new_ids[self._num_read])
+            may_end = self._num_read >= self.text.sampling.min_new_tokens
+            pieces.append(self._until.push(piece) if may_end else piece)
+            self._num_read += 1
         if self.text.finish_reason is not None and not self._is_finished:
             self._is_finished = True
             pieces += [self._until.push(self._stream.finish()), self._until.finish()]

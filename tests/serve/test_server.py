@@ -181,6 +181,20 @@ def test_stop_texts_are_compared_as_text(client: OpenAI, language: LanguageModel
     assert "".join(chunk.choices[0].text for chunk in streamed) == whole[: whole.index(stop)]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_stop_text_ends_a_text_before_its_least_number_of_tokens(
+    client: OpenAI, language: LanguageModel, stream: bool
+) -> None:
+    _, ids = greedy(language, "some", 20)
+    early, late = (language.tokenizer.decode([ids[number]]) for number in (1, 16))
+    number = next(number for number in range(8, 20) if language.tokenizer.decode([ids[number]]) in (early, late))
+    options: dict[str, Any] = {"model": "tiny", "prompt": "some", "max_tokens": 20, "temperature": 0}
+    found = client.completions.create(**options, stop=[early, late], extra_body={"min_tokens": 8}, stream=stream)
+    choices = [chunk.choices[0] for chunk in found] if stream else found.choices
+    assert "".join(choice.text for choice in choices) == language.tokenizer.decode(ids[:number])
+    assert choices[-1].finish_reason == "stop"
+
+
 def test_samples_differ_and_repeat_with_the_seed(client: OpenAI) -> None:
     def draw(seed: int) -> list[str]:
         found = client.completions.create(model="tiny", prompt="some", max_tokens=9, n=3, seed=seed, temperature=1.5)
