@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from internlm.apis.engine import Logprob
-from internlm.data.tokenize.text_tokenizer import TextTokenizer
 from internlm.serve.engine_thread import Piece
 from internlm.serve.requests import finite
+from internlm.serve.token_texts import TokenOffsets, TokenTexts
 
 
 @dataclass
@@ -86,16 +86,16 @@ class CompletionForm(_Envelope):
 
     Args:
         model: its name.
-        tokenizer: of the model.
+        tokens: of the model.
         has_logprobs: whether they are asked for.
-        offsets: of each text, the number of characters in front of its first token.
+        num_texts: of the request.
     """
 
-    def __init__(self, model: str, tokenizer: TextTokenizer, has_logprobs: bool, num_texts: int) -> None:
+    def __init__(self, model: str, tokens: TokenTexts, has_logprobs: bool, num_texts: int) -> None:
         super().__init__("text_completion", model, "cmpl")
-        self._tokenizer = tokenizer
+        self._tokens = tokens
         self._has_logprobs = has_logprobs
-        self._offsets = [0] * num_texts
+        self._offsets = [TokenOffsets(tokens) for _ in range(num_texts)]
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         """See `Form`."""
@@ -114,17 +114,14 @@ class CompletionForm(_Envelope):
         return {"index": index, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish_reason}
 
     def _logprobs(self, index: int, part: Answer) -> dict[str, Any]:
-        tokens = [self._tokenizer.decode([id]) for id in part.ids]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
+        tokens = [self._tokens.spelling(id) for id in part.ids]
+        offsets = self._offsets[index].take(part.ids, part.text)
         tops: list[dict[str, float] | None] = []
         for each in part.logprobs:
             top: dict[str, float] = {}
             for id, value in () if each is None else each.top:
-                # Several tokens may be read as the same character; the likeliest comes first.
-                top.setdefault(self._tokenizer.decode([id]), finite(value))
+                # A vocabulary may have several tokens for the same character; the likeliest comes first.
+                top.setdefault(self._tokens.spelling(id), finite(value))
             tops.append(None if each is None else top)
         values = [None if each is None else finite(each.value) for each in part.logprobs]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
@@ -135,14 +132,14 @@ class ChatForm(_Envelope):
 
     Args:
         model: its name.
-        tokenizer: of the model.
+        tokens: of the model.
         has_logprobs: whether they are asked for.
         is_stream: whether the answer comes in chunks.
     """
 
-    def __init__(self, model: str, tokenizer: TextTokenizer, has_logprobs: bool, is_stream: bool) -> None:
+    def __init__(self, model: str, tokens: TokenTexts, has_logprobs: bool, is_stream: bool) -> None:
         super().__init__("chat.completion.chunk" if is_stream else "chat.completion", model, "chatcmpl")
-        self._tokenizer = tokenizer
+        self._tokens = tokens
         self._has_logprobs = has_logprobs
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
@@ -180,5 +177,8 @@ class ChatForm(_Envelope):
         return {"content": content}
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        text = self._tokenizer.decode([id])
-        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+        return {
+            "token": self._tokens.text_of(id),
+            "logprob": finite(logprob),
+            "bytes": list(self._tokens.bytes_of(id)),
+        }

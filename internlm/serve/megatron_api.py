@@ -68,7 +68,8 @@ class MegatronApi:
         body: dict[str, Any] = {
             "text": [decode(ids) + answer.text for ids, answer in zip(prompts, answers, strict=True)],
             "segments": [
-                [decode([id]) for id in (*ids, *answer.ids)] for ids, answer in zip(prompts, answers, strict=True)
+                [served.tokens.text_of(id) for id in (*ids, *answer.ids)]
+                for ids, answer in zip(prompts, answers, strict=True)
             ],
         }
         if asked.logprobs:

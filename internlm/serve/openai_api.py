@@ -91,7 +91,7 @@ class OpenAiApi:
         usage = Usage(sum(map(len, prompts)))
         form = CompletionForm(
             served.name,
-            served.language.tokenizer,
+            served.tokens,
             asked.logprobs is not None,
             len(prompts) * asked.n,
         )
@@ -123,7 +123,7 @@ class OpenAiApi:
             raise RequestError("top_logprobs needs logprobs = true", "top_logprobs")
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = asked.sampling(served.language, num_new, top)
-        form = ChatForm(served.name, served.language.tokenizer, asked.logprobs, asked.stream)
+        form = ChatForm(served.name, served.tokens, asked.logprobs, asked.stream)
         texts = texts_of([ids], asked.n, sampling)
         starts = [Answer() for _ in texts]
         usage = Usage(len(ids))

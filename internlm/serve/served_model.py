@@ -12,6 +12,7 @@ from internlm.apis.sampling import Sampling
 from internlm.data.conversations.chat_template import ChatTemplate
 from internlm.serve.engine_thread import EngineThread
 from internlm.serve.requests import Form, RequestError, parse
+from internlm.serve.token_texts import TokenTexts
 from internlm.utils.errors import ConfigError
 
 
@@ -41,6 +42,7 @@ class ServedModel:
 
     Attributes:
         language: the model, which only the engine may use.
+        tokens: what its tokens say.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ServedModel:
     ) -> None:
         self.engine = engine
         self.language = engine.language
+        self.tokens = TokenTexts(self.language.tokenizer)
         self.name = name
         self.template = template
         self.with_bos = with_bos

@@ -214,6 +214,25 @@ def test_samples_of_several_prompts_have_seeds_and_usage_of_their_own(client: Op
     assert found.usage.completion_tokens == 4 * 9 and found.usage.total_tokens == 2 * len("some") + 4 * 9
 
 
+def test_tokens_that_cut_characters_are_told_apart(client: OpenAI) -> None:
+    found = client.completions.create(model="tiny", prompt="né😀!", max_tokens=0, echo=True, logprobs=20)
+    logprobs = found.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens is not None and logprobs.top_logprobs is not None
+    assert logprobs.tokens[:3] == ["n", r"bytes:\xc3", r"bytes:\xa9"] and logprobs.tokens[-1] == "!"
+    assert logprobs.text_offset == [0, 1, 1, 2, 2, 2, 2, 3]
+    assert [len(top) for top in logprobs.top_logprobs[1:]] == [20] * 7
+    messages: Any = [{"role": "user", "content": "a"}]
+    chat = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=30, temperature=0, logprobs=True, logit_bias={"162": 40}
+    )
+    content = chat.choices[0].logprobs.content
+    assert any(token.token == "\ufffd" for token in content)
+    assert all(len(token.bytes or []) == 1 for token in content)
+    assert bytes(byte for token in content for byte in token.bytes or []).decode(errors="replace") == (
+        chat.choices[0].message.content
+    )
+
+
 def test_samples_with_echo_have_log_probabilities_of_their_own(client: OpenAI) -> None:
     options: Any = {"model": "tiny", "prompt": "some", "max_tokens": 3, "temperature": 1.5, "logprobs": 0}
     found = client.completions.create(n=2, seed=5, echo=True, **options)

@@ -72,18 +72,18 @@ export class TokenText {
   /** Adds the tokens whose characters are known; parts of a character belong to the text in front of the next token. */
   #match() {
     while (this.waitingTokens.length) {
-      const number = this.waitingTokens.findIndex(({ text }) => text && !text.includes("\ufffd"));
+      const number = this.waitingTokens.findIndex(({ text }) => text && !isPart(text));
       if (number < 0) break;
       const { text } = this.waitingTokens[number];
-      // Some tokenizers drop the space in front of a token that is read alone.
-      const space = number ? "" : this.waitingText.match(/^\s*/)[0];
-      const start = number ? this.waitingText.indexOf(text, 1) : [0, space.length].find((at) => this.waitingText.startsWith(text, at));
-      if (start === undefined || start < 0) break;
-      const length = number ? start : start + text.length;
+      // Some tokenizers drop the space in front of the first word.
+      const own = this.waitingText.includes(text) ? text : text.replace(/^ (?=.)/, "");
+      const start = number ? this.waitingText.indexOf(own, 1) : this.waitingText.startsWith(own) ? 0 : -1;
+      if (start < 0) break;
+      const length = number ? start : own.length;
       this.#add(this.waitingText.slice(0, length), this.waitingTokens.splice(0, number || 1));
       this.waitingText = this.waitingText.slice(length);
     }
-    const isPartsOnly = this.waitingTokens.every((token) => token.text.includes("\ufffd"));
+    const isPartsOnly = this.waitingTokens.every((token) => isPart(token.text));
     if (this.waitingText && isPartsOnly) this.end();
   }
 
@@ -114,6 +114,9 @@ export class TokenText {
     this.spans[next].focus();
   }
 }
+
+/** Whether a token is parts of a character, which completions spell like "bytes:\xf0\x9f". */
+const isPart = (text) => text.includes("\ufffd") || /^bytes:.*\\x[0-9a-f]{2}/.test(text);
 
 const card = () => document.getElementById("token-card");
 
