@@ -24,6 +24,7 @@ from internlm.data.conversations.row_forms import Message
 from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import stop_ids
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
+from internlm.eval.endings import with_first
 from internlm.serve.prompt_images import with_placeholders
 from internlm.utils.errors import ConfigError, nearest
 from internlm.utils.storage import StoragePath, storage_path
@@ -56,7 +57,7 @@ class LanguageModel:
 
         Args:
             text: to encode.
-            with_bos: put the beginning-of-text token in front of it.
+            with_bos: begin with the beginning-of-text token, once if the text spells it.
 
         Raises:
             ConfigError: the text is empty, or the tokenizer has no beginning-of-text token.
@@ -65,7 +66,7 @@ class LanguageModel:
         if with_bos:
             if self.tokenizer.bos_id is None:
                 raise ConfigError("--bos: this tokenizer has no beginning-of-text token")
-            ids = [self.tokenizer.bos_id, *ids]
+            ids = with_first(self.tokenizer.bos_id, ids)
         if not ids:
             raise ConfigError("the prompt is empty, which only works with --bos")
         return ids

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from internlm.apis.engine import Logprob, Text
 from internlm.apis.scoring import score_tokens
+from internlm.eval.endings import with_first
 from internlm.serve.answers import Answer, ChatForm, CompletionForm, Form, Usage
 from internlm.serve.pieces import Pieces, compute
 from internlm.serve.requests import (
@@ -163,10 +164,9 @@ class OpenAiApi:
     async def tokenize(self, request: Request) -> dict[str, Any]:
         """The tokens of a text."""
         served, asked = await self._models.read(TokenizeRequest, request)
-        with_bos = served.with_bos and asked.add_special_tokens
         ids = served.language.tokenizer.encode_batch([asked.prompt])[0]
-        if with_bos and served.language.tokenizer.bos_id is not None:
-            ids = [served.language.tokenizer.bos_id, *ids]
+        if served.with_bos and asked.add_special_tokens:
+            ids = with_first(served.language.tokenizer.bos_id, ids)
         return {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_length}
 
     async def detokenize(self, request: Request) -> dict[str, str]:

@@ -98,6 +98,15 @@ def test_greedy_text(checkpoint: Path, tokenizer_path: Path, capsys: pytest.Capt
     assert len(texts[0]) > 5 and texts[0] != texts[1]
 
 
+def test_a_prompt_that_spells_the_beginning_of_text_has_it_once(
+    checkpoint: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = f"<s>{PROMPT}"
+    command = ["generate", "--ckpt", str(checkpoint), "--prompt", prompt, "--max-new-tokens", str(NEW), "--greedy"]
+    assert main([*command, "--device", "cpu", "--bos"]) == 0
+    assert capsys.readouterr().out == f"{prompt}{expected_text(checkpoint, tokenizer_path, with_bos=True)}\n"
+
+
 def test_sampling_is_a_function_of_the_seed(
     checkpoint: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
