@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from internlm.apis.sampling import Sampling, adjust, choose
+from internlm.model.moe.router import Router
 from internlm.utils.errors import ConfigError, UserError
 
 CHUNK = 512
@@ -143,7 +145,8 @@ class GenerationEngine:
         self.model = model
         self.num_rows = num_rows
         self.max_length = max_length
-        self._chunk = chunk if model.prefills_in_chunks else max_length
+        self._row_by_row = not rows_are_independent(model)
+        self._chunk = chunk if model.prefills_in_chunks and not self._row_by_row else max_length
         self._cache = model.make_cache(num_rows, max_length)
         self._waiting: deque[Text] = deque()
         # Rows 0, 1 ... hold the texts that grow; the row behind them the one whose prompt is being computed.
@@ -232,7 +235,7 @@ class GenerationEngine:
 
     def _compute_piece(self, prompt: Prompt, piece: Sequence[int], row: int) -> bool:
         """Append a piece of a prompt to a row; returns whether the prompt is complete."""
-        hidden = self._forward([piece], row, row + 1, prompt.inputs)
+        hidden = self._append([piece], row, prompt.inputs)
         if self._cache.lengths[row] < len(prompt.ids):
             return False
         prompt.logits = self.model.logits(hidden[:, -1])[0].float()
@@ -240,16 +243,12 @@ class GenerationEngine:
 
     def _grow(self, texts: list[Text]) -> list[Text]:
         """Append a token to these texts, which have the first rows."""
-        count = len(texts)
-        hidden = self._forward([[text.new_ids[-1]] for text in texts], 0, count, {})
+        hidden = self._append([[text.new_ids[-1]] for text in texts], 0, {})
         self._add_tokens(texts, self.model.logits(hidden[:, -1]).float())
         return texts
 
-    def _forward(self, ids: Sequence[Sequence[int]], start: int, stop: int, inputs: Mapping[str, Any]) -> Tensor:
-        """Hidden states `[rows, S, h]` of new tokens of the rows from `start` to before `stop`."""
-        rows = self._cache.rows(start, stop)
-        position_ids = rows.position_ids(len(ids[0]))
-        return self.model(torch.tensor(ids, device=position_ids.device), position_ids, cache=rows, **inputs)
+    def _append(self, ids: Sequence[Sequence[int]], first: int, inputs: Mapping[str, Any]) -> Tensor:
+        return append_tokens(self.model, self._cache, ids, first, inputs, row_by_row=self._row_by_row)
 
     def _add_tokens(self, texts: Sequence[Text], logits: Tensor) -> None:
         """Choose the next token of each text from its logits `[len(texts), V]`, and free the rows of those that end."""
@@ -281,6 +280,45 @@ class GenerationEngine:
                 self._cache.clear(last + 1)
         elif text in self._waiting:
             self._waiting.remove(text)
+
+
+def append_tokens(
+    model: GenerativeModel,
+    cache: Cache,
+    ids: Sequence[Sequence[int]],
+    first: int = 0,
+    inputs: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    row_by_row: bool,
+) -> Tensor:
+    """Append S tokens to each of some rows of a cache.
+
+    Args:
+        model: in evaluation mode.
+        cache: of the model.
+        ids: the tokens, of the rows from `first` on.
+        first: row.
+        inputs: further arguments of the model.
+        row_by_row: each row has a forward pass of its own; see `rows_are_independent`.
+
+    Returns:
+        Hidden states, `[len(ids), S, h]`.
+    """
+    step = 1 if row_by_row else len(ids)
+    hidden = []
+    for start in range(0, len(ids), step):
+        rows = cache.rows(first + start, first + min(start + step, len(ids)))
+        position_ids = rows.position_ids(len(ids[0]))
+        tokens = torch.tensor([list(row) for row in ids[start : start + step]], device=position_ids.device)
+        hidden.append(model(tokens, position_ids, cache=rows, **inputs))
+    return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+
+
+def rows_are_independent(model: GenerativeModel) -> bool:
+    """Whether the results of a text are the same with others in the pass: not if they compete for places of experts."""
+    assert isinstance(model, nn.Module)
+    routers = (module for module in model.modules() if isinstance(module, Router))
+    return all(router.selection.capacity is None for router in routers)
 
 
 def add_token(text: Text, logits: Tensor) -> None:

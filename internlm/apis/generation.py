@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from internlm.apis.engine import GenerationEngine, GenerativeModel, NonFiniteError, Prompt, Text
+from internlm.apis.engine import (
+    GenerationEngine,
+    GenerativeModel,
+    NonFiniteError,
+    Prompt,
+    Text,
+    append_tokens,
+    rows_are_independent,
+)
 from internlm.apis.sampling import Sampling, adjust, filter_logits
 from internlm.utils.errors import ConfigError
 
@@ -147,11 +155,10 @@ def _search(
     early_stopping: bool,
 ) -> list[Beam]:
     cache = model.make_cache(num_beams, len(prompt.ids) + sampling.max_new_tokens)
-    first = cache.rows(0, 1)
-    position_ids = first.position_ids(len(prompt.ids))
-    device = position_ids.device
+    row_by_row = not rows_are_independent(model)
+    hidden = append_tokens(model, cache, [prompt.ids], 0, prompt.inputs, row_by_row=row_by_row)
+    device = hidden.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    hidden = model(torch.tensor([list(prompt.ids)], device=device), position_ids, cache=first, **prompt.inputs)
     growing: list[tuple[int, ...]] = [()]
     scores = torch.zeros(1, device=device)
     ended: list[Beam] = []
@@ -191,9 +198,7 @@ def _search(
             cache.reorder(torch.tensor([source for source, _, _ in going], device=device))
         growing = [ids for _, ids, _ in going]
         scores = torch.tensor([score for _, _, score in going], device=device)
-        rows = cache.rows(0, len(growing))
-        new = torch.tensor([[ids[-1]] for ids in growing], device=device)
-        hidden = model(new, rows.position_ids(1), cache=rows)
+        hidden = append_tokens(model, cache, [[ids[-1]] for ids in growing], row_by_row=row_by_row)
     return ended
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from internlm.apis.engine import GenerativeModel, Logprob, NonFiniteError, logprob_of
-from internlm.model.moe.router import Router
+from internlm.apis.engine import GenerativeModel, Logprob, NonFiniteError, logprob_of, rows_are_independent
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.utils.errors import ConfigError
 
@@ -106,18 +105,12 @@ def score_endings(
         numbers.setdefault(tuple(ending.ids[:-1]), []).append(number)
     inputs = sorted(numbers, key=len, reverse=True)
     scores: dict[int, EndingScore] = {}
-    for group in _groups(inputs, tokens_at_once if _is_packable(model) else 1):
+    for group in _groups(inputs, tokens_at_once if rows_are_independent(model) else 1):
         found = _score_pass(model, group, [[endings[number] for number in numbers[ids]] for ids in group], num_tokens)
         scores |= dict(zip((number for ids in group for number in numbers[ids]), found, strict=True))
         if on_scored is not None:
             on_scored(len(found))
     return [scores[number] for number in range(len(endings))]
-
-
-def _is_packable(model: GenerativeModel) -> bool:
-    assert isinstance(model, nn.Module)
-    routers = (module for module in model.modules() if isinstance(module, Router))
-    return all(router.selection.capacity is None for router in routers)
 
 
 def _groups(inputs: Sequence[tuple[int, ...]], tokens_at_once: int) -> Iterator[list[tuple[int, ...]]]:

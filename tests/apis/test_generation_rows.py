@@ -96,3 +96,21 @@ def test_prompts_start_together_within_a_budget_and_are_never_cut_differently(
     run(engine)
     for text in texts:
         assert text.new_ids == generate(model, [text.prompt.ids], text.sampling)[0][0].new_ids
+
+
+def test_texts_do_not_compete_for_the_places_of_experts() -> None:
+    experts = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 0}
+    keys = {"num_experts": 4, "top_k": 2, "moe_type": "GShard", "moe_layer_kwargs": experts}
+    model = tiny_model("INTERNLM_MoE", dtype="torch.float64", **keys).eval()
+    prompts = [make_text(5 + 3 * number, 12).prompt.ids for number in range(6)]
+    sampling = Sampling(max_new_tokens=12)
+    alone = [generate(model, [prompt], sampling)[0][0].new_ids for prompt in prompts]
+    together = generate(model, prompts, sampling, num_rows=6)
+    assert [texts[0].new_ids for texts in together] == alone
+    # A piece of a prompt is no text either.
+    engine = GenerationEngine(model, num_rows=6, max_length=40, chunk=2)
+    texts = [Text(Prompt(prompt), sampling) for prompt in prompts]
+    for text in texts:
+        engine.submit(text)
+    run(engine)
+    assert [text.new_ids for text in texts] == alone
