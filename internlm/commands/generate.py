@@ -136,6 +136,8 @@ def _check(args: argparse.Namespace) -> None:
         problems.append("--batch has no effect on texts that are streamed to stdout; remove it")
     if args.output is not None and args.output.exists():
         problems.append(f"--output {args.output}: exists; give another file, or remove it")
+    elif args.output is not None and not args.output.parent.is_dir():
+        problems.append(f"--output {args.output}: its folder does not exist; create it, or give another file")
     for text in args.prompt:
         try:
             check_text(text, "--prompt")

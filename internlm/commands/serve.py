@@ -7,7 +7,7 @@ import math
 
 from internlm.apis.generation import DEFAULT_ROWS
 from internlm.commands.model_options import add_model_options, load_model
-from internlm.commands.server_options import add_server_options, api_key, listen, port_problems
+from internlm.commands.server_options import add_server_options, api_key, bind, listen
 from internlm.data.conversations.chat_template import ChatTemplate
 from internlm.serve.engine_thread import EngineThread
 from internlm.serve.language_model import LanguageModel
@@ -70,32 +70,32 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     settings = ServerSettings(api_key=api_key(args, "use the model"), seconds=args.timeout)
     run_folder = None if args.run_dir is None else RunFolder(args.run_dir)
-    languages = _load(args)
-    engines = {
-        name: EngineThread(
-            language,
-            max_length=args.max_length or language.config.data.seq_len,
-            num_rows=args.batch,
-            max_waiting=args.max_waiting,
-        )
-        for name, language in languages.items()
-    }
-    try:
-        models = [
-            ServedModel(engine, name, _chat_template(engine.language, args), with_bos=args.bos)
-            for name, engine in engines.items()
-        ]
-        app = create_app(ServedModels(models, settings), run_folder)
-        listen(app, args, lambda address: _announce(engines, args, address))
-    finally:
-        for engine in engines.values():
-            engine.close()
+    with bind(args) as taken:
+        languages = _load(args)
+        engines = {
+            name: EngineThread(
+                language,
+                max_length=args.max_length or language.config.data.seq_len,
+                num_rows=args.batch,
+                max_waiting=args.max_waiting,
+            )
+            for name, language in languages.items()
+        }
+        try:
+            models = [
+                ServedModel(engine, name, _chat_template(engine.language, args), with_bos=args.bos)
+                for name, engine in engines.items()
+            ]
+            app = create_app(ServedModels(models, settings), run_folder)
+            listen(app, taken, args, lambda address: _announce(engines, args, address))
+        finally:
+            for engine in engines.values():
+                engine.close()
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     rules = {
-        **port_problems(args),
         f"--batch {args.batch}: must be at least 1": args.batch >= 1,
         f"--max-waiting {args.max_waiting}: must be at least 0": args.max_waiting >= 0,
         f"--max-length {args.max_length}: must be at least 2, a token of the prompt and a new one": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from internlm.commands.server_options import add_server_options, api_key, listen, port_problems
+from internlm.commands.server_options import add_server_options, api_key, bind, listen
 from internlm.serve.run_folder import RunFolder
 from internlm.utils.errors import ConfigError
 from internlm.utils.logging import configure_logging, get_logger
@@ -28,10 +28,8 @@ def run(args: argparse.Namespace) -> int:
         from internlm.serve.app import create_run_app
     except ImportError as error:
         raise ConfigError(f"the page needs {error.name}: pip install 'internlm[serve]'") from error
-    problems = [text for text, holds in port_problems(args).items() if not holds]
-    if problems:
-        raise ConfigError(problems)
     folder = RunFolder(args.run_dir)
     app = create_run_app(folder, api_key(args, "see the run"))
-    listen(app, args, lambda address: logger.info("run '%s'; page: %s/", folder.path, address))
+    with bind(args) as taken:
+        listen(app, taken, args, lambda address: logger.info("run '%s'; page: %s/", folder.path, address))
     return 0

@@ -10,7 +10,6 @@ later steps is superseded, as in a run that resumed; the file is then read once 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from internlm.monitor.bucketed_curve import MAX_BUCKETS, BucketedCurve
+from internlm.utils.json_text import check_text, json_object
 
 MAX_NAMES = 1000
 """More than a run has; the numbers of further ones are counted and not shown."""
@@ -145,9 +145,10 @@ class MetricsCurves:
 
     def _add_line(self, line: bytes) -> None:
         try:
-            values = json.loads(line)
+            values = json_object(line)
+            check_text(values)
             step = _step(values["step"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, KeyError):
             self.num_unreadable += 1
             return
         if self._is_superseded(step):

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from internlm.serve.foreign_sites import refuse_foreign_sites
 from internlm.serve.megatron_api import MegatronApi
 from internlm.serve.openai_api import OpenAiApi
 from internlm.serve.page_files import page_files
@@ -50,13 +51,14 @@ def _create_page(api_key: str | None, run: RunApi, cards: Any) -> FastAPI:
     files = page_files()
 
     @app.middleware("http")
-    async def answer_files_and_check_key(request: Request, call_next: Any) -> Any:
-        if request.method in ("GET", "HEAD") and request.url.path in files:
-            return files[request.url.path]
-        if api_key is not None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), api_key.encode()):
-                return _error(RequestError("the key is missing or wrong: Authorization: Bearer KEY", status=401))
+    async def answer_files_and_check_sender(request: Request, call_next: Any) -> Any:
+        path = request.scope["path"]
+        if request.method in ("GET", "HEAD") and path in files:
+            return files[path]
+        try:
+            _check_sender(request, api_key)
+        except RequestError as error:
+            return _error(error)
         return await call_next(request)
 
     @app.exception_handler(RequestError)
@@ -84,6 +86,16 @@ def _create_page(api_key: str | None, run: RunApi, cards: Any) -> FastAPI:
     app.get("/run/curves")(run.curves)
     app.get("/run/layout")(run.layout)
     return app
+
+
+def _check_sender(request: Request, api_key: str | None) -> None:
+    """Refuse who has not the key, or, where there is none, pages of other sites."""
+    if api_key is None:
+        refuse_foreign_sites(request)
+        return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if not hmac.compare_digest(given.encode(), api_key.encode()):
+        raise RequestError("the key is missing or wrong: Authorization: Bearer KEY", status=401)
 
 
 def _error(error: RequestError) -> Response:

@@ -34,6 +34,8 @@ def check_text(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no text") from None
+    except RecursionError:
+        raise ValueError("too many nested brackets") from None
 
 
 def json_lines(path: Path, what: str) -> list[tuple[str, dict[str, Any]]]:

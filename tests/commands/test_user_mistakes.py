@@ -403,6 +403,7 @@ OPTIONS: list[tuple[Run, str]] = [
     (cli("view"), "RUN"),
     *((cli("view", "{}/metrics", "--port", text), "--port") for text in ("-1", "65536", "x")),
     (cli("view", "{}/metrics", "--host", "nowhere.invalid"), "nowhere.invalid"),
+    (cli("view", "{}/metrics", "--host", ""), "--host"),
     *((cli("view", "{}/metrics", "--api-key-file", text), text.split("/")[-1]) for text in ("{}/absent", "/dev/null")),
     *((cli("eval", *MODEL, "--tasks", text), "--tasks") for text in ("", "a,,b", "a,a")),
     *((cli("eval", *MODEL, "--tasks", "a", name, text), name) for name in (

@@ -159,3 +159,60 @@ def test_commands_serve_a_run_and_two_checkpoints(tmp_path: Path) -> None:
             assert process.wait(30) == 0
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def open_port(run: Path) -> Iterator[int]:
+    """A server without a key."""
+    with serving(create_run_app(RunFolder(run), None)) as port:
+        yield port
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "127.0.0.1:8000"}, 200),
+        ({"Host": "localhost:8000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "MyMachine"}, 200),
+        ({"Host": "runs.localhost"}, 200),
+        ({"Host": "attacker.example:8000"}, 403),
+        ({"Host": "127.0.0.1.attacker.example"}, 403),
+        ({"Host": "attacker.example."}, 403),
+        ({"Host": "attacker.example/page/main.js?"}, 403),
+        ({"Host": "["}, 200),
+        ({"Host": "127.0.0.1", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": "127.0.0.1", "Sec-Fetch-Site": "none"}, 200),
+        ({"Host": "127.0.0.1", "Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+def test_pages_of_other_sites_get_nothing_from_a_server_without_a_key(
+    open_port: int, headers: dict[str, str], status: int
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", open_port, timeout=60)
+    connection.request("GET", "/run/curves?name=loss", headers=headers)
+    response = connection.getresponse()
+    body = response.read()
+    assert response.status == status
+    assert (b'"loss"' in body) == (status == 200)
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_whoever_has_the_key_may_use_any_name(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Authorization": f"Bearer {KEY}", "Host": "models.example", "Sec-Fetch-Site": "cross-site"}
+    connection.request("GET", "/overview", headers=headers)
+    assert connection.getresponse().status == 200
+
+
+def test_lines_that_are_no_text_are_counted_and_the_rest_is_shown(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    add_steps(run, range(1, 3))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1.0, "\\ud800": 1.0}\n{"step": 4, "loss": 1.0, "unit": "\\udfff"}\n[]\n')
+    add_steps(run, [5])
+    with serving(create_run_app(RunFolder(run), None)) as port:
+        status, _, body = get(port, "/run/curves?name=loss", key=None)
+    assert status == 200
+    assert json.loads(body)["last_step"] == 5
+    assert json.loads(body)["notices"] == ["3 lines are no JSON object with a step, and are not shown"]

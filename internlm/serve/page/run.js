@@ -74,6 +74,7 @@ class LiveRun {
   }
 
   forget() {
+    this.numForgotten = (this.numForgotten ?? 0) + 1;
     this.version = null;
     this.steps = [];
     this.curves = {};
@@ -104,7 +105,9 @@ class LiveRun {
       asked.append("version", this.version);
       asked.append("start", Math.max(this.steps.length - 1, 0));
     }
+    const numForgotten = this.numForgotten;
     const news = await getJson(`/run/curves?${asked}`);
+    if (numForgotten !== this.numForgotten) return false; // Other curves were chosen since it was asked for.
     this.failure = null;
     this.updated = new Date();
     this.take(news);
