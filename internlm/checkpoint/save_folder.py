@@ -87,8 +87,18 @@ def resolve(path: StoragePath) -> StoragePath:
             f"save did not finish; use another step"
         )
     raise CheckpointError(
-        f"there is no complete checkpoint in '{path}'; expected a folder named by its step, such as 100/"
+        f"there is no complete checkpoint in '{path}'; expected a folder named by its step, such as 100/{_inside(path)}"
     )
+
+
+def _inside(path: StoragePath) -> str:
+    """A hint at the save folders inside of a local folder, such as that of a run."""
+    if not path.is_local:
+        return ""
+    found = [
+        path / name for name in sorted(path.names()) if not (path / name).is_file() and find_checkpoints(path / name)
+    ]
+    return f"; there are some in {', '.join(f'{str(folder)!r}' for folder in found)}" if found else ""
 
 
 # -- what a save may replace ------------------------------------------------------------------------------------------

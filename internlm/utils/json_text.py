@@ -39,7 +39,7 @@ def check_text(value: Any) -> None:
 
 
 def json_lines(path: Path, what: str) -> list[tuple[str, dict[str, Any]]]:
-    """Read a file with a JSON object on each line; empty lines are left out.
+    """Read a file with a JSON object on each line; empty lines are left out, and so is a byte order mark.
 
     Args:
         path: the file.
@@ -52,7 +52,7 @@ def json_lines(path: Path, what: str) -> list[tuple[str, dict[str, Any]]]:
         DataError: the file cannot be read or has no object, or a line is something else.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     found = []

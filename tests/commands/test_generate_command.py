@@ -311,7 +311,8 @@ def test_prompts_of_a_file_become_rows(checkpoint: Path, tokenizer_path: Path, t
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     ids = tokenizer.encode(PROMPT).ids
     rows = [{"prompt": "a", "id": 7}, {"prompt": ids}, {"prompt": "some more text to go on with", "id": None}]
-    (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    # As editors on Windows save it.
+    (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8-sig", newline="\r\n")
     command = ["generate", "--ckpt", str(checkpoint), "--greedy", "--max-new-tokens", str(NEW), "--device", "cpu"]
     options = ["--prompts", str(tmp_path / "in.jsonl"), "--batch", "2", "--logprobs", "2"]
     assert main([*command, *options, "--output", str(tmp_path / "out.jsonl")]) == 0

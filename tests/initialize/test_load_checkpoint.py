@@ -53,6 +53,15 @@ def test_a_real_path_that_is_not_there_is_an_error(tmp_path: Path, path: str) ->
         new(tmp_path, ckpt__load_ckpt_info={"path": path})
 
 
+def test_the_folder_of_a_run_is_answered_with_that_of_its_checkpoints(tmp_path: Path) -> None:
+    trainer, _ = new(tmp_path, ckpt__save_ckpt_folder=f"{tmp_path}/run/checkpoints")
+    trainer.fit()
+    (tmp_path / "run" / "logs").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(CheckpointError, match=r"such as 100/; there are some in '[^']*/run/checkpoints'$"):
+        new(tmp_path, ckpt__load_ckpt_info={"path": f"{tmp_path}/run"})
+
+
 def test_a_folder_that_is_named_like_a_placeholder_is_loaded(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
     trainer, _ = new(tmp_path, ckpt__save_ckpt_folder=f"{tmp_path}/xxxx")
     trainer.fit()

@@ -4,6 +4,8 @@ import { color, make, short } from "./dom.js";
 import uPlot from "./vendor/uplot/uPlot.esm.js";
 
 const HEIGHT = 210;
+/** Distances of ticks: there is no half step. */
+const WHOLE = Array.from({ length: 16 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat();
 
 /** Exponential smoothing without the bias of its start; gaps stay gaps. */
 function smooth(values, weight) {
@@ -94,7 +96,7 @@ export class Chart {
       cursor: { sync: { key: "run" }, y: false, points: { size: 6 }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: isLog ? { distr: 3 } : { range: padded } },
       axes: [
-        { ...scale, size: 28, values: (_, splits) => splits.map((value) => wide(value, axis)) },
+        { ...scale, size: 28, incrs: WHOLE, values: (_, splits) => splits.map((value) => wide(value, axis)) },
         { ...scale, size: 58, values: (_, splits) => splits.map((value) => (value == null ? "" : short(value))) },
       ],
       series: [

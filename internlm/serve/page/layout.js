@@ -23,17 +23,22 @@ export function openLayout(section) {
 const ask = (rank) => getJson(`/run/layout?rank=${encodeURIComponent(rank)}`);
 
 function describe(layout) {
-  const tables = make("div", { class: "tables" }, ...layout.tables.map(describeTable));
+  const tables = make("div", { class: "tables" }, ...describeTables(layout));
   const rank = make("input", { type: "number", min: 0, max: layout.world_size - 1, value: layout.rank });
   rank.addEventListener("change", async () => {
     try {
-      tables.replaceChildren(...(await ask(rank.value)).tables.map(describeTable));
+      tables.replaceChildren(...describeTables(await ask(rank.value)));
     } catch (error) {
       tables.replaceChildren(make("p", { class: "notice", role: "alert" }, error.message));
     }
   });
   const field = make("label", { hidden: layout.world_size === 1 }, "Groups of rank ", rank);
   return [make("h3", {}, layout.title), makeTimeline(layout.timeline), field, tables];
+}
+
+/** Views without an axis, as of a run on one rank, are left out. */
+function describeTables({ tables }) {
+  return tables.filter(({ rows, notes }) => rows.length || notes.join("").trim()).map(describeTable);
 }
 
 function describeTable({ title, rows, alignment, notes }) {
