@@ -30,7 +30,8 @@ def main() -> None:
     """Print the rates and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="new tokens of each text")
     parser.add_argument("--rounds", type=int, default=3)
@@ -48,7 +49,7 @@ def main() -> None:
     )
     with torch.device("meta"):
         ours = build_model("LLAMA2", config)
-    parallelize(ours, ParallelContext.create(), seed=1)
+    parallelize(ours, ParallelContext.create(device=options.device), seed=1)
     ours.eval()
     theirs = LlamaForCausalLM(
         LlamaConfig(
@@ -62,8 +63,9 @@ def main() -> None:
             eos_token_id=None,
         )
     )
-    theirs = theirs.to(dtype).eval()
+    theirs = theirs.to(options.device, dtype).eval()
     prompts = torch.randint(1, VOCAB, (8, options.prompt), generator=torch.Generator().manual_seed(0))
+    prompts = prompts.to(options.device)
     sampling = Sampling(max_new_tokens=options.new)
     lists = prompts.tolist()
 

@@ -146,22 +146,23 @@ else
     part train 60 bash -c '"$@" --set data.total_steps=20 && "$@" --set data.total_steps=30' train "${job[@]}"
     # At the same time: what they take is compilation on the CPU.
     tests ops 150 ops.py experts.py routing.py partial_attention.py &
-    tests layers 150 float8.py graphs.py &
+    tests layers 150 float8.py graphs.py generation.py &
     tests memory 150 step_kernels.py host_waits.py offload.py optimizer_memory.py &
     wait
     stage speed
     # All of the few layers in fp8: the first and the last stay in bf16 otherwise, which is half of them here.
     row 7b-layers 110 --shape 7b-layers "${few[@]}" --against hf
     # The peer is the one above, so that its compiler cache is warm.
-    row hf 70 --shape hf-7b-layers "${few[@]}" --no-ceiling --against hf
+    row hf 60 --shape hf-7b-layers "${few[@]}" --no-ceiling --against hf
     row 7b-fp8 50 --shape 7b-layers "${few[@]}" --no-ceiling \
         --set float8.enable_float8_linear=True float8.first_and_last_layer=True
     row 7b 50 --shape 7b --rounds 1 --steps 2 --no-ceiling --compile --checkpoint 1 \
         --set hybrid_zero_optimizer.grad_accumulation_dtype=torch.bfloat16
-    row moe 85 --shape 30b-a3b-layers "${few[@]}" --no-ceiling --against hf
-    row llava 55 --shape llava-7b-layers --rounds 2 --steps 4 --compile --no-ceiling \
+    row moe 75 --shape 30b-a3b-layers "${few[@]}" --no-ceiling --against hf
+    row llava 40 --shape llava-7b-layers --rounds 2 --steps 4 --compile --no-ceiling \
         --variant trained 'optimizer.groups=[{"match": "vision_tower.*"}]'
     row 1.5b 30 --shape 1.5b --rounds 1 --steps 4 --compile --no-ceiling
+    part generation 35 "$python" benchmarks/generation.py --device cuda --dtype bfloat16 --new 32
     # So small that launching kernels is what takes time.
     row demo 40 --shape demo --rounds 3 --steps 20 --no-ceiling --compile --variant graphs model.cuda_graphs=True
 fi

@@ -77,7 +77,7 @@ def test_the_plan_has_every_cuda_test_and_ends_in_fourteen_minutes() -> None:
     assert sum(seconds.values()) - seconds["layers"] - seconds["memory"] <= 14 * 60
     files = [word for line in lines for word in line.split() if word.startswith("tests/cuda")]
     assert sorted(files) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/cuda").glob("test_*.py"))
-    assert all("throughput.py" in line for line in plan("--stage", "speed"))
+    assert all("benchmarks/" in line for line in plan("--stage", "speed"))
     assert [line.split()[1] for line in plan("--stage", "facts")] == ["doctor"]
 
 
@@ -165,7 +165,8 @@ def test_what_is_computed_twice(keep: str, share: float, tmp_path: Path) -> None
 
 
 def test_every_row_of_the_plan_is_a_config(tmp_path: Path) -> None:
-    for number, line in enumerate(plan("--stage", "speed")):
+    rows = [line for line in plan("--stage", "speed") if "throughput.py" in line]
+    for number, line in enumerate(rows):
         options = throughput.parse_options(shlex.split(line.partition("throughput.py")[2]))
         folder = tmp_path / str(number)
         folder.mkdir()
