@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ class RunFolder:
         return "/".join(self.path.absolute().parts[-2:])
 
     def curves(self, names: Sequence[str], version: int | None = None, start: int = 0) -> dict[str, Any]:
-        """What `MetricsCurves.view` says, after reading what was appended, with `is_complete` and `notices`.
+        """What `MetricsCurves.view` says, after reading what was appended, with `is_complete`, `notices` and `age`.
+
+        `age` is the time since the file was written, in seconds; None without a file.
 
         Raises:
             UserError: the file cannot be read.
@@ -61,7 +64,13 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"'{self.path / FILE_NAME}' cannot be read: {error.strerror or error}") from error
             view = self._curves.view(names, version, start)
-            return {**view, "is_complete": is_complete, "notices": self._notices()}
+            return {**view, "is_complete": is_complete, "notices": self._notices(), "age": self._age()}
+
+    def _age(self) -> float | None:
+        try:
+            return max(0.0, time.time() - (self.path / FILE_NAME).stat().st_mtime)
+        except OSError:
+            return None
 
     def _notices(self) -> list[str]:
         curves = self._curves

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +218,10 @@ def test_a_curve_grows_with_its_file(open_page: Open, tmp_path: Path) -> None:
             expect(page.locator("#run .status")).to_contain_text("step 10 ")
             file.write('ss": NaN}\n')
         expect(page.locator("#run .status")).to_contain_text("step 11 ")
+        expect(page.locator("#run .status")).to_contain_text(re.compile(r"written \d s ago"))
+        written = time.time() - 90_000
+        os.utime(run / "metrics.jsonl", (written, written))
+        expect(page.locator("#run .status")).to_contain_text("written 25 h ago")
         expect(loss).to_contain_text("not finite: 1 × nan")
         loss.focus()
         page.keyboard.press("Home")

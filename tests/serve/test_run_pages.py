@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +80,9 @@ def test_a_run_without_a_model(port: int, run: Path) -> None:
     view = json.loads(get(port, "/run/curves?name=loss&name=absent")[2])
     assert view["steps"] == [1, 2, 3, 4] and list(view["curves"]) == ["loss"] and view["is_complete"]
     assert view["notices"] == []
+    written = time.time() - 7200
+    os.utime(run / "metrics.jsonl", (written, written))
+    assert 7200 <= json.loads(get(port, "/run/curves?name=loss")[2])["age"] < 7300
     for query in ("version=x", "start=", "&".join(["name=a"] * 101)):
         status, _, body = get(port, f"/run/curves?{query}")
         assert status == 400 and query.split("=")[0] in json.loads(body)["error"]["message"]

@@ -16,6 +16,14 @@ function usual(names) {
   return found.length ? found : names.slice(0, 4);
 }
 
+/** A time in one unit. */
+function roughly(seconds) {
+  for (const [unit, length] of [["days", 86400], ["h", 3600], ["min", 60]]) {
+    if (seconds >= 2 * length) return `${Math.round(seconds / length)} ${unit}`;
+  }
+  return `${Math.round(seconds)} s`;
+}
+
 export function open(panel, { run }) {
   const find = (selector) => panel.querySelector(selector);
   if (run === null) {
@@ -109,7 +117,6 @@ class LiveRun {
     const news = await getJson(`/run/curves?${asked}`);
     if (numForgotten !== this.numForgotten) return false; // Other curves were chosen since it was asked for.
     this.failure = null;
-    this.updated = new Date();
     this.take(news);
     this.news = news;
     // Names that were chosen for another run may be unknown in this one.
@@ -178,7 +185,8 @@ class LiveRun {
     if (this.news?.width > 1) parts.push(`each point is ${this.news.width.toLocaleString("en")} steps`);
     if (this.failure) parts.push(this.failure);
     else if (this.isPaused) parts.push("paused");
-    else if (this.updated) parts.push(`${this.news.is_complete ? "live" : "reading"}, ${this.updated.toLocaleTimeString()}`);
+    else if (this.news && !this.news.is_complete) parts.push("reading");
+    else if (this.news?.age != null) parts.push(`written ${roughly(this.news.age)} ago`);
     this.find(".status").textContent = parts.join(" · ");
     this.find(".status").classList.toggle("error", Boolean(this.failure));
   }
