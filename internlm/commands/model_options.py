@@ -16,7 +16,11 @@ DEFAULT_SEED = 1024
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Declare which model answers."""
     parser.add_argument(
-        "--ckpt", required=True, type=path_text, metavar="DIR", help="checkpoint, or a folder of them (newest)"
+        "--ckpt",
+        required=True,
+        type=path_text,
+        metavar="DIR",
+        help="checkpoint, folder of checkpoints or of a run (newest), or Hugging Face folder",
     )
     parser.add_argument(
         "--tokenizer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -61,11 +62,50 @@ def convert_from_hf(
     target = out / "0"
     if target.exists():
         raise CheckpointError(f"'{target}' already exists; give another --out")
-    folder = open_hf_folder(source)
     hf_files = side_files(source)
     # Tokenizers are only read from local disks.
     has_tokenizer = target.is_local and _has_tokenizer(hf_files)
     tokenizer_path = str((target / HF_FILES).local.absolute()) if has_tokenizer else None
+    imported = read_hf_folder(source, dtype=dtype, untie=untie, tokenizer_path=tokenizer_path)
+    config, weights = imported.config, imported.weights
+    # A selection bias keeps its dtype: in bf16, its steps would be larger than the differences between scores.
+    dtypes = {name: None if name.endswith(".selection_bias") else dtype for name in weights.tensors}
+    tensors = {
+        name: LazyTensor(tuple(tensor.shape), dtypes[name] or tensor.dtype, partial(_read, weights, name, dtypes[name]))
+        for name, tensor in weights.tensors.items()
+    }
+    return write_weights(
+        out, tensors, config=config, step=0, files={f"{HF_FILES}/{name}": data for name, data in hf_files.items()}
+    )
+
+
+@dataclass(frozen=True)
+class HfImport:
+    """A Hugging Face folder as a model of this package.
+
+    Attributes:
+        config: with this model, and placeholders for the required keys of a run.
+        weights: of the whole model, read one at a time.
+    """
+
+    config: Config
+    weights: HfWeights | LlavaWeights
+
+
+def read_hf_folder(
+    source: StoragePath, *, dtype: torch.dtype | None = None, untie: bool = False, tokenizer_path: str | None = None
+) -> HfImport:
+    """Read the config of a Hugging Face folder, and open its weights.
+
+    Args:
+        source: folder with config.json and weights.
+        dtype, untie: see `convert_from_hf`.
+        tokenizer_path: of the config.
+
+    Raises:
+        CheckpointError, ConfigError: see `convert_from_hf`.
+    """
+    folder = open_hf_folder(source)
     model = folder.model
     stored = _main_dtype(folder)
     for notice in model.notices:
@@ -79,18 +119,9 @@ def convert_from_hf(
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"the weights in '{source}' do not fit its config.json:\n  {shown}")
-    # A selection bias keeps its dtype: in bf16, its steps would be larger than the differences between scores.
-    dtypes = {name: None if name.endswith(".selection_bias") else dtype for name in weights.tensors}
-    tensors = {
-        name: LazyTensor(tuple(tensor.shape), dtypes[name] or tensor.dtype, partial(_read, weights, name, dtypes[name]))
-        for name, tensor in weights.tensors.items()
-    }
-    logger.info(
-        "%s: %s as %s, %d tensors, %s", source, folder.config["model_type"], config.model_type, len(tensors), stored
-    )
-    return write_weights(
-        out, tensors, config=config, step=0, files={f"{HF_FILES}/{name}": data for name, data in hf_files.items()}
-    )
+    what = folder.config["model_type"], config.model_type, len(weights.tensors), stored
+    logger.info("%s: %s as %s, %d tensors, %s", source, *what)
+    return HfImport(config, weights)
 
 
 def imported_config(model: HfModel, dtype: torch.dtype, tokenizer_path: str | None = None) -> Config:

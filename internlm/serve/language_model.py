@@ -15,8 +15,6 @@ from torch import nn
 
 from internlm.apis.engine import GenerativeModel
 from internlm.checkpoint.data_tokenizer import KnownTokenizer, trained_with
-from internlm.checkpoint.load_model import load_model_for_inference
-from internlm.checkpoint.save_folder import resolve
 from internlm.config.schema import Config
 from internlm.convert.tokenizer_files import generation_eos_ids
 from internlm.data.conversations.chat_template import ChatTemplate, load_chat_template
@@ -25,9 +23,10 @@ from internlm.data.tokenize.fingerprint import same_ids, tokenizer_fingerprint
 from internlm.data.tokenize.special_tokens import stop_ids
 from internlm.data.tokenize.text_tokenizer import TextTokenizer, load_tokenizer
 from internlm.eval.endings import with_first
+from internlm.serve.answering_model import load_answering_model
 from internlm.serve.prompt_images import with_placeholders
 from internlm.utils.errors import ConfigError, nearest
-from internlm.utils.storage import StoragePath, storage_path
+from internlm.utils.storage import StoragePath
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class LanguageModel:
         config: it was trained with.
         tokenizer: of its training data.
         tokenizer_path: file or folder of the tokenizer.
-        checkpoint: folder of the checkpoint.
+        checkpoint: folder of the weights.
         eos_ids: tokens that end a text.
         device: of the weights.
     """
@@ -111,7 +110,7 @@ def load_language_model(
     """Load a checkpoint with its tokenizer.
 
     Args:
-        path: a checkpoint, or a folder of them (newest).
+        path: see `load_answering_model`.
         tokenizer_path: file or folder of a tokenizer; None: that of the run.
         is_other_tokenizer: allow a tokenizer that differs from that of the training data.
         trust_remote_code: run the code of a tokenizer that exists only as code.
@@ -124,7 +123,7 @@ def load_language_model(
         DataError: the tokenizer cannot be read.
     """
     chosen = choose_device(device)
-    model, config = load_model_for_inference(path, chosen)
+    model, config, checkpoint = load_answering_model(path, chosen)
     if config.model.is_reward:
         raise ConfigError(f"{path}: a reward model returns scores and cannot generate text")
     if not isinstance(model, GenerativeModel):
@@ -142,7 +141,6 @@ def load_language_model(
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
             f"{config.model.vocab_size}; give the --tokenizer that made the training data"
         )
-    checkpoint = resolve(storage_path(path))
     if not is_other_tokenizer:
         _check_tokenizer(checkpoint, tokenizer, str(where))
     eos_ids = _end_ids(eos, tokenizer, checkpoint, Path(where))

@@ -259,6 +259,10 @@ COMMANDS = {
     "doctor": Command(cli("doctor", "--config", "{}/config.py"), {"config.py": TEXT}),
     "verify": Command(cli("verify", "--config", "{}/config.py", "--steps", "1"), {"config.py": TEXT}),
     "generate": Command(cli(*GENERATE), CHECKPOINT_FILES | WEIGHTS | {"tokenizer.json": JSON_TABLE}),
+    "generate-hf": Command(
+        cli("generate", "--ckpt", "{}/hf", "--tokenizer", "{}/tokenizer.json", "--prompt", "a"),
+        {"hf": FOLDER, "hf/config.json": JSON_TABLE, "hf/model.safetensors": ANY_FILE},
+    ),
     "ls": Command(cli("ckpt", "ls", "{}/run"), {"run": FOLDER}),
     "show": Command(cli("ckpt", "show", "{}/run"), CHECKPOINT_FILES),
     "diff": Command(cli("ckpt", "diff", "{}/run", "{}/run"), CHECKPOINT_FILES | WEIGHTS),

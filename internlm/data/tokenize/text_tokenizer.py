@@ -212,7 +212,8 @@ class TransformersTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See `TextTokenizer`."""
-        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        # transformers fails on an empty list.
+        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def decode(self, ids: list[int]) -> str:
         """See `TextTokenizer`."""
