@@ -15,6 +15,7 @@ from internlm.monitor import metrics_curves
 from internlm.monitor.bucketed_curve import MAX_BUCKETS
 from internlm.monitor.metrics_curves import MetricsCurves
 from internlm.monitor.metrics_file import move_lines_after, to_json_line
+from internlm.utils.json_text import json_object
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_only_whole_lines_are_read_and_only_once(path: Path, monkeypatch: pytest
     view = read(curves)
     assert loss_of(view) == {1: 4.0, 2: 3.0} and not curves.is_missing
     parsed = []
-    monkeypatch.setattr(metrics_curves.json, "loads", lambda line: parsed.append(line) or eval(line))
+    monkeypatch.setattr(metrics_curves, "json_object", lambda line: parsed.append(line) or json_object(line))
     append(path, 'ss": 2.5}\n')
     assert loss_of(read(curves)) == {1: 4.0, 2: 3.0, 3: 2.5}
     assert parsed == [b'{"step": 3, "loss": 2.5}\n']
@@ -114,6 +115,8 @@ def test_a_file_that_starts_anew_is_noticed(path: Path, way: str) -> None:
     curves = MetricsCurves(path)
     append(path, *({"step": step, "loss": 1.0} for step in range(1, 11)))
     version = read(curves)["version"]
+    # Nothing has come in between.
+    assert read(curves)["version"] == version
     if way == "removed":
         path.unlink()
         assert read(curves)["steps"] == [] and curves.is_missing
@@ -154,6 +157,18 @@ def test_other_numbers_of_the_step_to_which_a_run_goes_back_stay(path: Path) -> 
     curves = MetricsCurves(path)
     read(curves)
     assert curves.view(["loss", "val"])["curves"] == {"loss": {"mean": [2.5]}, "val": {"mean": [4.0]}}
+
+
+def test_nothing_is_left_of_a_number_that_is_written_again(path: Path) -> None:
+    """Neither in the extremes of its bucket, nor among the numbers that are not finite."""
+    append(path, {"step": 0, "loss": 1.0}, {"step": MAX_BUCKETS, "loss": 90.0}, {"step": MAX_BUCKETS, "loss": 0.5})
+    append(path, {"step": MAX_BUCKETS, "loss": 5.0}, {"step": MAX_BUCKETS + 1, "loss": math.nan})
+    append(path, {"step": MAX_BUCKETS + 1, "loss": 3.0})
+    curves = MetricsCurves(path)
+    view = read(curves)
+    last = {name: points[-1] for name, points in view["curves"]["loss"].items()}
+    assert last == {"mean": 4.0, "low": 3.0, "high": 5.0}
+    assert view["width"] == 2 and view["nonfinite"] == {} and curves.num_superseded == 3
 
 
 def test_a_long_run_has_few_points_with_its_extremes(path: Path) -> None:
