@@ -10,8 +10,8 @@ import torch
 from helpers.llama_pair import llama_pair
 from helpers.model import tiny_model
 
-from internlm.apis.engine import GenerationEngine, Prompt, Text
-from internlm.apis.generation import generate
+from internlm.apis.engine import GenerationEngine, Prompt, Text, append_tokens
+from internlm.apis.generation import beam_search, generate
 from internlm.apis.sampling import Sampling
 
 VOCAB = 97
@@ -98,10 +98,28 @@ def test_prompts_start_together_within_a_budget_and_are_never_cut_differently(
         assert text.new_ids == generate(model, [text.prompt.ids], text.sampling)[0][0].new_ids
 
 
-def test_texts_do_not_compete_for_the_places_of_experts() -> None:
+def test_a_text_that_starts_later_shares_the_prompt_alone_with_one_that_has_grown(model: Any) -> None:
+    engine = GenerationEngine(model, num_rows=2, max_length=40)
+    beside, first = make_text(5, 3), make_text(9, 12)
+    later = Text(first.prompt, first.sampling)
+    for text in (beside, first, later):
+        engine.submit(text)
+    while beside.finish_reason is None:
+        engine.step()
+    assert len(first.new_ids) > 1 and not later.new_ids
+    run(engine)
+    assert later.new_ids == first.new_ids
+
+
+def model_with_few_places() -> Any:
+    """Its experts have a capacity, which drops tokens."""
     experts = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 0}
     keys = {"num_experts": 4, "top_k": 2, "moe_type": "GShard", "moe_layer_kwargs": experts}
-    model = tiny_model("INTERNLM_MoE", dtype="torch.float64", **keys).eval()
+    return tiny_model("INTERNLM_MoE", dtype="torch.float64", **keys).eval()
+
+
+def test_texts_do_not_compete_for_the_places_of_experts() -> None:
+    model = model_with_few_places()
     prompts = [make_text(5 + 3 * number, 12).prompt.ids for number in range(6)]
     sampling = Sampling(max_new_tokens=12)
     alone = [generate(model, [prompt], sampling)[0][0].new_ids for prompt in prompts]
@@ -114,3 +132,20 @@ def test_texts_do_not_compete_for_the_places_of_experts() -> None:
         engine.submit(text)
     run(engine)
     assert [text.new_ids for text in texts] == alone
+
+
+def test_beams_do_not_compete_for_the_places_of_experts() -> None:
+    """The score of a beam is the sum of what each token is worth with a pass of its own."""
+    model = model_with_few_places()
+    prompt = make_text(5, 6).prompt.ids
+    sampling = Sampling(max_new_tokens=6)
+    for beam in beam_search(model, prompt, sampling, num_beams=4, num_samples=4, length_penalty=0.0):
+        cache = model.make_cache(1, len(prompt) + len(beam.ids))
+        score, piece = 0.0, list(prompt)
+        with torch.no_grad():
+            for id in beam.ids:
+                hidden = append_tokens(model, cache, [piece], row_by_row=True)
+                score += float(model.logits(hidden[:, -1])[0].log_softmax(0)[id])
+                piece = [id]
+        # The logits are rounded to fp32 in beam search.
+        assert beam.score == pytest.approx(score, abs=1e-5)

@@ -11,6 +11,7 @@ import torch
 from helpers.model import DECODERS, tiny_model
 from torch.nn import functional
 
+from internlm.apis import scoring
 from internlm.apis.engine import NonFiniteError
 from internlm.apis.scoring import Ending, EndingScore, score_endings, score_tokens
 from internlm.utils.errors import ConfigError
@@ -90,8 +91,32 @@ def test_a_greedy_ending_is_one_that_the_model_would_write() -> None:
     assert [each.is_greedy for each in score_endings(model, endings)] == [True, False]
     limited = score_endings(model, endings, num_tokens=90)
     assert [each.is_greedy for each in limited] == [False, True]
+    # The padding begins behind the last token.
+    assert [each.is_greedy for each in score_endings(model, endings, num_tokens=91)] == [True, False]
     # What a token is worth does not depend on which may be written.
     assert values(limited) == values(score_endings(model, endings))
+
+
+def test_of_equal_tokens_the_first_is_the_one_that_the_model_would_write() -> None:
+    model = tiny_model("LLAMA2").eval()
+    with torch.no_grad():
+        model.output.weight.zero_()
+    endings = [Ending([1, 2, id], 2) for id in (0, 1, 96)]
+    assert [each.is_greedy for each in score_endings(model, endings)] == [True, False, False]
+
+
+def test_passes_and_logits_are_as_large_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("LLAMA2", dtype="torch.float64").eval()
+    endings = [Ending(list(range(length)), 1) for length in (30, 9, 17, 12)]
+    expected = [alone(model, ending) for ending in endings]
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 5 * VOCAB)
+    passes: list[int] = []
+    blocks: list[int] = []
+    logits_of = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: blocks.append(len(hidden)) or logits_of(hidden))
+    model.register_forward_pre_hook(lambda module, args: passes.append(args[0].numel()))
+    assert values(score_endings(model, endings, tokens_at_once=45)) == pytest.approx(expected, rel=1e-12)
+    assert passes == [29 + 16, 11 + 8] and max(blocks) == 5 and sum(blocks) == sum(passes)
 
 
 def test_experts_with_a_capacity_see_one_text_at_a_time() -> None:

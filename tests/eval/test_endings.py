@@ -41,7 +41,7 @@ class Request:
         self.args = args
 
 
-@pytest.mark.parametrize("context", ["", "a", "ab", "ab ", "a\n\n", "<a", "<"])
+@pytest.mark.parametrize("context", ["", "a", "ab", "ab ", "a\n\n", " a", "<a", "<"])
 @pytest.mark.parametrize("ending", ["x", " y", "cd", "<z"])
 def test_tokens_are_those_of_the_harness(context: str, ending: str) -> None:
     ((first, second),) = Other().loglikelihood([Request(context, ending)], disable_tqdm=True)  # type: ignore[list-item]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands.test_chat_command import make_folder
 from convert.test_multi_token_folder import folder_of
-from helpers.hf_folders import NATIVE, save_native
+from helpers.hf_folders import NATIVE, native_model, save_native
 
 from internlm.checkpoint.load_model import load_model_for_inference
 from internlm.checkpoint.reading import read_config
@@ -88,5 +88,10 @@ def test_what_no_model_can_be_made_of_is_named(tmp_path: Path) -> None:
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"'model.layers.2.input_layernorm.weight' is missing"):
         load_answering_model(str(tmp_path / "hf"), CPU)
+    model = native_model("llama", torch.float32)
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(CheckpointError, match=r"nan': 'norm\.weight' has 1 of \d+ values that are not finite"):
+        load_answering_model(str(tmp_path / "nan"), CPU)
     with pytest.raises(CheckpointError, match="the path does not exist"):
         load_answering_model(str(tmp_path / "nowhere"), CPU)

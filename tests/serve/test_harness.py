@@ -95,3 +95,23 @@ def test_texts_begin_with_bos_if_asked(language: LanguageModel) -> None:
     assert len(model.tok_encode("ab", add_special_tokens=False)) == 2
     ids = [7, *language.encode("abc")]
     assert model.loglikelihood([ending("ab", "c")])[0][0] == pytest.approx(score_tokens(language.model, ids)[-1].value)
+
+
+def test_each_token_of_a_long_text_is_scored_once(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window begins with the last token of the one in front of it; the last window is full."""
+    monkeypatch.setattr(HarnessModel, "prefix_token_id", 7)
+    ids = language.encode("0123456789")
+
+    def score(windows: list[tuple[list[int], int]]) -> float:
+        scores = ((score_tokens(language.model, window), count) for window, count in windows)
+        return sum(each.value for found, count in scores for each in found[-count:])
+
+    request = Instance("loglikelihood_rolling", {}, ("0123456789",), 0, ("quiz", 3, 1))
+    windows = [([7, *ids[:4]], 4), (ids[3:8], 4), (ids[5:], 2)]
+    for length, expected in ((4, windows), (10, [([7, *ids], 10)])):
+        assert HarnessModel(language, max_length=length).loglikelihood_rolling([request]) == [
+            pytest.approx(score(expected))
+        ]
+    monkeypatch.setattr(HarnessModel, "prefix_token_id", ids[0])
+    (found,) = HarnessModel(language, max_length=10).loglikelihood_rolling([request])
+    assert found == pytest.approx(score([(ids, 9)]))

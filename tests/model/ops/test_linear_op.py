@@ -143,6 +143,7 @@ def test_when_the_weight_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         for x, w in (
             (_random(17, 8), weight),
+            (_random(2, 9, 8), weight),
             (_random(0, 8), weight),
             (_random(2, 8).double(), weight.double()),
             (_random(2, 8), _random(8, 8).t()),
