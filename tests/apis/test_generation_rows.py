@@ -111,6 +111,33 @@ def test_a_text_that_starts_later_shares_the_prompt_alone_with_one_that_has_grow
     assert later.new_ids == first.new_ids
 
 
+def test_keys_that_depend_on_the_length_of_a_prompt_are_computed_at_once() -> None:
+    keys = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8}
+    model = tiny_model("LLAMA2", dtype="torch.float64", **keys).eval()
+    text = make_text(30, 1)
+    engine = GenerationEngine(model, num_rows=1, max_length=40, chunk=4)
+    engine.submit(text)
+    run(engine)
+    with torch.no_grad():
+        whole = model.logits(model(torch.tensor([text.prompt.ids]), torch.arange(30)[None])[:, -1])[0]
+    torch.testing.assert_close(text.prompt.logits, whole.float())
+
+
+def test_a_prompt_with_images_is_computed_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = GenerationEngine(model, num_rows=1, max_length=40, chunk=2)
+    images = torch.ones(1)
+    passes: list[tuple[int, list[str]]] = []
+
+    def append(ids: list[list[int]], first: int, inputs: dict[str, Any]) -> torch.Tensor:
+        passes.append((len(ids[0]), list(inputs)))
+        return append_tokens(model, engine._cache, ids, first, row_by_row=False)
+
+    monkeypatch.setattr(engine, "_append", append)
+    engine.submit(Text(Prompt([1] * 9, {"images": images}), Sampling(max_new_tokens=2)))
+    run(engine)
+    assert passes == [(9, ["images"]), (1, [])]
+
+
 def model_with_few_places() -> Any:
     """Its experts have a capacity, which drops tokens."""
     experts = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 0}

@@ -48,7 +48,8 @@ def test_packed_texts_score_as_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [{"rope_type": "dynamic", "rope_scaling_factor": 2.0, "max_position_embeddings": 8}, {"sliding_window": 4}]
+    "keys",
+    [{"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8}, {"sliding_window": 4}],
 )
 def test_packed_texts_score_as_alone_whatever_their_positions_mean(keys: dict[str, Any]) -> None:
     """Frequencies that depend on the length of a text, and windows."""

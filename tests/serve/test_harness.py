@@ -8,7 +8,9 @@ import pytest
 from commands.test_chat_command import make_folder
 from lm_eval.api.instance import Instance
 
+from internlm.apis.engine import Prompt, Text
 from internlm.apis.scoring import score_tokens
+from internlm.serve import harness
 from internlm.serve.harness import HarnessModel
 from internlm.serve.language_model import LanguageModel, load_language_model
 from internlm.utils.errors import ConfigError, DataError
@@ -55,6 +57,18 @@ def test_endings_without_a_token_are_named(language: LanguageModel) -> None:
         model.generate_until([prompt("")])
 
 
+def test_tokens_over_the_border_of_context_and_ending_are_counted(
+    language: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[ord(letter) % 64 for letter in text.replace("bc", "B")] for text in texts]
+
+    monkeypatch.setattr(language.tokenizer, "encode_batch", encode)
+    model = HarnessModel(language, max_length=8)
+    model.loglikelihood([ending("ab", "cd"), ending("ab", "d"), ending("b", "cc")])
+    assert (model.counts.scored, model.counts.joined) == (3, 2)
+
+
 def test_the_beginning_of_a_long_prompt_is_cut_and_counted(language: LanguageModel) -> None:
     model = HarnessModel(language, max_length=8)
     assert model.generate_until([prompt("012345"), prompt("345")]) == model.generate_until([prompt("345")]) * 2
@@ -63,6 +77,20 @@ def test_the_beginning_of_a_long_prompt_is_cut_and_counted(language: LanguageMod
         model.generate_until([prompt("a", max_gen_toks=8)])
     with pytest.raises(ConfigError, match="task quiz: generation_kwargs has 'best_of'"):
         model.generate_until([prompt("a", best_of=2)])
+
+
+def test_nothing_is_written_behind_a_stop_text(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[bool] = []
+
+    def write(model: Any, prompts: list[list[int]], sampling: Any, *, on_token: Any, **options: Any) -> None:
+        text = Text(Prompt(prompts[0]), sampling)
+        for id in language.encode("a\n"):
+            text.new_ids.append(id)
+            answers.append(on_token(text))
+
+    monkeypatch.setattr(harness, "generate", write)
+    assert HarnessModel(language, max_length=8).generate_until([prompt("345")]) == ["a"]
+    assert answers == [False, True]
 
 
 def test_sampled_texts_depend_on_the_seed_alone(language: LanguageModel) -> None:
