@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _has_few_rows(x, weight):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         few: Tensor = torch.ops.internlm_native.linear_of_few_rows(rows, weight, bias)
-        return few.unflatten(0, x.shape[:-1])
+        return few.reshape(*x.shape[:-1], weight.shape[0])
     if widens(x.device, x.dtype) or (_transposes(x.device, x.dtype) and max(weight.shape) >= _MIN_TRANSPOSED_WIDTH):
         out: Tensor = _Linear.apply(x, weight, bias)
         return out

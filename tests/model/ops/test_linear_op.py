@@ -130,6 +130,7 @@ def test_a_row_of_generation_depends_neither_on_the_others_nor_on_threads(
         # A text's last token is a view of all of them.
         view = x.view(4, 4, -1)[:, -1]
         assert torch.equal(linear(view, weight, bias), alone[3::4])
+        assert torch.equal(linear(x[5], weight, bias), alone[5])
 
 
 @needs_native_ops
