@@ -87,9 +87,15 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tenso
 
 
 def _has_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is a product of generation, whose time is that of reading the weight."""
+    """Whether this is a product of generation, whose time is that of reading the weight.
+
+    Generation runs in inference mode. Evaluation in a run does not, so that its numbers are the same however its rows
+    are dealt to micro-batches and ranks.
+    """
     return (
-        not torch.is_grad_enabled()
+        # Compiled code cannot ask for the mode.
+        not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
         and x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and x.dtype == weight.dtype

@@ -401,7 +401,7 @@ def _results(
 ) -> list[Tensor]:
     """Results, and gradients of all inputs for a random gradient of the results, rounded to `dtype`."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    with torch.set_grad_enabled(has_grad):
+    with torch.inference_mode(not has_grad):
         out = function(*leaves)
     results = (out,) if isinstance(out, Tensor) else out
     if not has_grad:

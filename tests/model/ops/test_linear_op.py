@@ -116,7 +116,7 @@ def test_a_row_of_generation_depends_neither_on_the_others_nor_on_threads(
 ) -> None:
     x, weight, bias = (x.to(dtype) for x in (_random(16, shape[1]), _random(*shape, seed=1), _random(shape[0], seed=2)))
     num_threads = torch.get_num_threads()
-    with torch.no_grad():
+    with torch.inference_mode():
         alone = torch.cat([linear(row[None], weight, bias) for row in x])
         try:
             torch.set_num_threads(2)
@@ -141,7 +141,7 @@ def test_when_the_weight_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_module.torch.ops, "internlm_native", namespace)
     weight = _random(8, 8, seed=1)
     linear(_random(2, 8), weight, None)
-    with torch.no_grad():
+    with torch.inference_mode():
         for x, w in (
             (_random(17, 8), weight),
             (_random(2, 9, 8), weight),

@@ -58,7 +58,6 @@ def why_no_native_ops() -> str | None:
     else:
         # May run again after the cache was cleared; PyTorch 2.11 refuses a second registration without the flag.
         torch.library.register_fake("internlm_native::transposed", _fake_transposed, allow_override=True)
-        torch.library.register_fake("internlm_native::linear_of_few_rows", _fake_linear, allow_override=True)
         return None
     _log.warning("bf16 is slower than possible on this CPU: %s", reason)
     return reason
@@ -66,7 +65,3 @@ def why_no_native_ops() -> str | None:
 
 def _fake_transposed(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], x.shape[0])
-
-
-def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
