@@ -17,6 +17,7 @@ from internlm.model.modules.cache import CachedRows, KeyValueCache
 from internlm.model.ops.attention.causal_attention import VarlenMetadata
 from internlm.model.registry import build_model
 from internlm.model.roles import Role
+from internlm.utils.errors import UserError
 
 GQA = {"num_kv_attention_heads": 2}
 
@@ -61,6 +62,14 @@ def test_cache_gives_what_the_whole_sequence_gives(model_type: str, rope: dict[s
             pieces.append(model(ids[:, start:stop], positions[:, start:stop], cache=cache.rows()))
             assert cache.lengths == [stop] * 3
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
+
+
+def test_a_cache_without_room_says_what_needs_less() -> None:
+    """A Hugging Face folder may allow texts of a million tokens. A pebibyte is more than processes can address."""
+    with pytest.raises(
+        UserError, match=r"cpu has no room .* of 8 texts of 1,048,576 tokens, 1,048,576\.0 GiB: .*--batch"
+    ):
+        KeyValueCache(8192, 8, 1 << 20, 64, 64, torch.bfloat16, value_dim=64)
 
 
 def test_rows_of_a_cache_grow_move_and_refuse_what_has_no_room() -> None:

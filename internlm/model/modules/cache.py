@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from internlm.utils.errors import UserError
 
 
 class KeyValueCache:
@@ -20,6 +24,9 @@ class KeyValueCache:
     Attributes:
         lengths: number of cached tokens of each row.
         max_length: capacity of a row, in tokens.
+
+    Raises:
+        UserError: the device has no room for it.
     """
 
     def __init__(
@@ -37,9 +44,19 @@ class KeyValueCache:
         self.lengths = [0] * num_rows
         self.max_length = max_length
         shape = (num_layers, num_rows, max_length, num_kv_heads)
-        # Not `empty`: a masked key may be anything but NaN.
-        self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
+        try:
+            # Not `empty`: a masked key may be anything but NaN.
+            self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+            self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            needed = math.prod(shape) * (head_dim + (value_dim or head_dim)) * dtype.itemsize / 2**30
+            raise UserError(
+                f"{device} has no room for the keys and values of {num_rows} texts of {max_length:,} tokens, "
+                f"{needed:,.1f} GiB: fewer texts at a time (--batch) or shorter ones (--max-length, --max-new-tokens) "
+                "need less"
+            ) from error
 
     def rows(self, start: int = 0, stop: int | None = None) -> CachedRows:
         """The rows from `start` to before `stop` (None: all), for one forward pass."""

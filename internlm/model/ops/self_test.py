@@ -46,7 +46,7 @@ class OpCase:
         run, formula: implementation and reference: inputs -> result or results.
         shapes: of the inputs, which are normally distributed.
         is_exact: the results must be equal.
-        has_grad: gradients are compared too; otherwise the op runs as in evaluation.
+        has_grad: gradients are compared too; otherwise the op runs as in generation.
     """
 
     op: str

@@ -1,6 +1,6 @@
 """C++ ops for CPUs with bf16 units: AMX, the matrix units of Intel's servers, or AVX512-BF16.
 
-They are compiled for the current machine at first use, which takes some seconds, and are registered in
+They are compiled for the current machine at first use, which takes a minute, and are registered in
 `torch.ops.internlm_native`. They are optional: without them, slower PyTorch operators are used.
 """
 
@@ -59,7 +59,7 @@ def why_no_native_ops() -> str | None:
         # May run again after the cache was cleared; PyTorch 2.11 refuses a second registration without the flag.
         torch.library.register_fake("internlm_native::transposed", _fake_transposed, allow_override=True)
         return None
-    _log.warning("bf16 is slower than possible on this CPU: %s", reason)
+    _log.warning("bf16 and generation are slower than possible on this CPU: %s", reason)
     return reason
 
 
