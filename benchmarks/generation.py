@@ -14,16 +14,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from speed.llama_pair import VOCAB, llama_pair
 
 from internlm.apis.generation import generate
 from internlm.apis.sampling import Sampling
-from internlm.config.schema import ModelConfig
-from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.parallelize import parallelize
-from internlm.model.registry import build_model
-
-VOCAB, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS = 32000, 768, 2048, 12, 12, 4
 
 
 def main() -> None:
@@ -37,33 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
-    config = ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_kv_attention_heads=KV_HEADS,
-        intermediate_size=FFN,
-        dtype=f"torch.{options.dtype}",
-    )
-    with torch.device("meta"):
-        ours = build_model("LLAMA2", config)
-    parallelize(ours, ParallelContext.create(device=options.device), seed=1)
-    ours.eval()
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
-    theirs = theirs.to(options.device, dtype).eval()
+    ours, theirs = llama_pair(options.dtype, options.device)
     prompts = torch.randint(1, VOCAB, (8, options.prompt), generator=torch.Generator().manual_seed(0))
     prompts = prompts.to(options.device)
     sampling = Sampling(max_new_tokens=options.new)

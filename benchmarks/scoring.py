@@ -14,20 +14,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from speed.llama_pair import VOCAB, llama_pair
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from internlm.apis.scoring import DEFAULT_TOKENS, Ending, score_endings
-from internlm.config.schema import ModelConfig
-from internlm.core.context.parallel_context import ParallelContext
-from internlm.core.parallel.parallelize import parallelize
-from internlm.model.registry import build_model
-
-VOCAB, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS = 32000, 768, 2048, 12, 12, 4
 
 
 def requests(count: int, longest: int) -> list[tuple[tuple[str, str], list[int], list[int]]]:
@@ -52,30 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_kv_attention_heads=KV_HEADS,
-        intermediate_size=FFN,
-        dtype=f"torch.{options.dtype}",
-    )
-    with torch.device("meta"):
-        ours: Any = build_model("LLAMA2", config)
-    parallelize(ours, ParallelContext.create(), seed=1)
-    ours.eval()
-    shape = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    llama = LlamaForCausalLM(shape).to(getattr(torch, options.dtype)).eval()
+    ours, llama = llama_pair(options.dtype)
     # Requests are tokens already.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])), pad_token="a")
     theirs = {

@@ -66,9 +66,7 @@ def test_cache_gives_what_the_whole_sequence_gives(model_type: str, rope: dict[s
 
 def test_a_cache_without_room_says_what_needs_less() -> None:
     """A Hugging Face folder may allow texts of a million tokens. A pebibyte is more than processes can address."""
-    with pytest.raises(
-        UserError, match=r"cpu has no room .* of 8 texts of 1,048,576 tokens, 1,048,576\.0 GiB: .*--batch"
-    ):
+    with pytest.raises(UserError, match=r"cpu has no room .* 8 texts of 1,048,576 tokens, 1,048,576\.0 GiB: .*--batch"):
         KeyValueCache(8192, 8, 1 << 20, 64, 64, torch.bfloat16, value_dim=64)
 
 
