@@ -6,12 +6,10 @@ from collections import Counter
 from random import Random
 
 from helpers.hostile_requests import send_hostile
+from helpers.tiny_server import KEY, tiny_client, tiny_engine, tiny_folder, tiny_port  # noqa: F401
 from openai import OpenAI
-from serve.test_server import KEY, client, engine, folder, port
 
 from internlm.serve.engine_thread import EngineThread
-
-__all__ = ["client", "engine", "folder", "port"]
 
 
 def test_hostile_requests_change_nothing(port: int, client: OpenAI, engine: EngineThread) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from commands.test_chat_command import make_folder
-from helpers.page_servers import add_steps, serving
+from helpers.servers import add_steps, serving
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from internlm.config.schema import Config

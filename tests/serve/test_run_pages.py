@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from typing import Any
 
 import pytest
 from commands.test_chat_command import make_folder
-from helpers.page_servers import add_steps, serving
+from helpers.servers import add_steps, serving, started
 
 from internlm.config.schema import Config
 from internlm.monitor.run_file import StartedRun, write_run_file
@@ -133,37 +131,23 @@ def test_commands_serve_a_run_and_two_checkpoints(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     add_steps(tmp_path / "curves", [1])
     checkpoint = ["--ckpt", str(folder / "run"), "--beside", str(folder / "run"), "--run", str(tmp_path / "curves")]
-    command = [sys.executable, "-m", "internlm.cli", "serve", *checkpoint, "--port", "0", "--device", "cpu"]
 
     def ask(address: str, **body: Any) -> Any:
         with urllib.request.urlopen(address, json.dumps(body).encode() if body else None, timeout=60) as response:
             return json.load(response)
 
-    with subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        try:
-            assert process.stderr is not None
-            lines: list[str] = []
-            while len(found := re.findall(r"(http://127\.0\.0\.1:\d+)/v1", "".join(lines))) < 2:
-                lines.append(process.stderr.readline())
-                assert lines[-1], "".join(lines)
-            state = ask(f"{found[0]}/overview")
-            first, beside = (model["id"] for model in state["models"])
-            assert beside == f"{first}-0" and state["run"].endswith("/curves")
-            texts = [
-                ask(f"{found[0]}/v1/completions", prompt="a", max_tokens=9, seed=3, **body)
-                for body in ({}, {"model": first}, {"model": beside})
-            ]
-            assert [text["model"] for text in texts] == [first, first, beside]
-            assert len({text["choices"][0]["text"] for text in texts}) == 1
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
+    with started(*checkpoint) as (process, address, _):
+        state = ask(f"{address}/overview")
+        first, beside = (model["id"] for model in state["models"])
+        assert beside == f"{first}-0" and state["run"].endswith("/curves")
+        texts = [
+            ask(f"{address}/v1/completions", prompt="a", max_tokens=9, seed=3, **body)
+            for body in ({}, {"model": first}, {"model": beside})
+        ]
+        assert [text["model"] for text in texts] == [first, first, beside]
+        assert len({text["choices"][0]["text"] for text in texts}) == 1
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
 
 
 @pytest.fixture(scope="module")
