@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=int,
         metavar="N",
-        help="tokens of a prompt and its continuation together (default: data.seq_len of the run)",
+        help="tokens of a prompt and its continuation together (default: data.seq_len of the run; of a Hugging Face "
+        "folder, max_position_embeddings)",
     )
     parser.add_argument(
         "--batch", type=int, default=DEFAULT_ROWS, metavar="N", help=f"texts at a time (default: {DEFAULT_ROWS})"
