@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from internlm.apis.engine import Prompt, Text
 from internlm.apis.sampling import Sampling
 from internlm.data.conversations.chat_template import ChatTemplate
 from internlm.serve.engine_thread import EngineThread
+from internlm.serve.pieces import CLOSED
 from internlm.serve.requests import Form, RequestError, parse
 from internlm.serve.token_texts import TokenTexts
 from internlm.utils.errors import ConfigError
@@ -121,13 +123,16 @@ class ServedModels:
         """The model that a request asks for, and its body.
 
         Raises:
-            RequestError: it is too large, has something else than the form, or asks for an unknown model.
+            RequestError: it is too large or incomplete, has something else than the form, or asks for an unknown model.
         """
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.settings.max_body:
-                raise RequestError(f"the body has more than {self.settings.max_body:,} bytes", status=413)
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self.settings.max_body:
+                    raise RequestError(f"the body has more than {self.settings.max_body:,} bytes", status=413)
+        except ClientDisconnect:
+            raise RequestError("the client has gone", status=CLOSED) from None
         asked = parse(form, bytes(body))
         name = getattr(asked, "model", None)
         return self.default if name is None else self.find(name), asked
